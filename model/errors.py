@@ -1,0 +1,23 @@
+"""The one way to tell a person that an input is wrong."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What was wrong, with which value, where, and what would be right, in one sentence.
+
+    The command line prints it on stderr and exits with code 2; a library user sees a `ValueError`.
+    """
+
+
+class UnknownNameError(InputError, KeyError):
+    """A name that is not in a known set; the message lists the close ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        known = list(known)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        super().__init__(f"unknown {kind} {name!r}; did you mean {' or '.join(repr(k) for k in close)}?")
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
