@@ -1,0 +1,63 @@
+"""Named architectures. `get("study-64")` and so on: one member of the family that the study's ladder uses."""
+
+from collections.abc import Callable
+
+from model.config import ModelConfig
+from model.errors import UnknownNameError
+
+STUDY_WIDTHS = (12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+
+
+def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128) -> ModelConfig:
+    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), shape by one rule: a layer per 16 features, at least
+    2; heads of about 32. The aspect ratio of small models hardly moves their loss (Kaplan et al. 2020, 3.1).
+    """
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_layers=max(2, round(d_model / 16)) if d_model < 256 else max(12, round(d_model / 64)),
+        num_heads=max(1, d_model // 32) if d_model % 32 == 0 else max(1, d_model // 48),
+        max_seq_len=max_seq_len,
+        scan_layers=d_model >= 256,
+    )
+
+
+def _tiny() -> ModelConfig:
+    """For tests: every idea of the study family, in a size that compiles in a second."""
+    return ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=64)
+
+
+def _gpt2(d_model: int, num_layers: int, num_heads: int) -> Callable[[], ModelConfig]:
+    """Radford et al. 2019."""
+    return lambda: ModelConfig(
+        vocab_size=50_257,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_seq_len=1024,
+        position="learned",
+        norm="layernorm",
+        activation="gelu_tanh",
+        gated=False,
+        use_bias=True,
+        eos_token_ids=(50_256,),
+    )
+
+
+_PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "tiny": _tiny,
+    **{f"study-{width}": (lambda width=width: study_family(width)) for width in STUDY_WIDTHS},
+    "gpt2-small": _gpt2(768, 12, 12),
+}
+
+
+def names() -> tuple[str, ...]:
+    """All preset names."""
+    return tuple(_PRESETS)
+
+
+def get(name: str) -> ModelConfig:
+    """The config of that name. Raises UnknownNameError (a KeyError) that lists the close names."""
+    if name not in _PRESETS:
+        raise UnknownNameError("preset", name, _PRESETS)
+    return _PRESETS[name]()

@@ -1,0 +1,45 @@
+"""Everything that a training run carries from step to step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+from model import ModelConfig, Params, init
+from model.parameterization import role_of
+from train.config import HParams, TrainConfig
+from train.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """step: updates made. rng: the raw key of dropout; the key of a step is folded from it."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: Any
+    rng: UInt32[Array, " words"]
+
+
+def init_state(
+    config: ModelConfig, train_config: TrainConfig, hparams: HParams, key: PRNGKeyArray | None = None
+) -> TrainState:
+    """The state before the first step. key None: `jax.random.key(hparams.seed)`. Works under jit and vmap."""
+    key = jax.random.key(hparams.seed) if key is None else key
+    init_key, step_key = jax.random.split(key)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if role_of(_names(path)) == "vector" else leaf * hparams.init_scale,
+        init(config, init_key),
+    )
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=make_optimizer(train_config, hparams).init(params),
+        rng=jax.random.key_data(step_key),
+    )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(key.key) for key in path)
