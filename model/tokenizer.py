@@ -7,7 +7,7 @@ from typing import Any
 
 from model.errors import InputError
 
-# sentencepiece writes a space as this character inside its pieces, so in a text it would come back as a space.
+# sentencepiece writes a space as this character inside its pieces: from a text it would come back as a space.
 _WHITESPACE_MARK = "\u2581"
 
 
@@ -60,10 +60,14 @@ class Tokenizer:
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.vocab_size:
-                raise InputError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
+                raise InputError(
+                    f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}"
+                )
         return self._processor.decode(plain) if plain else ""
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt text of a conversation; `InputError` where the tokenizer has no chat template."""
         raise InputError(
             f"the tokenizer {self.path} has no chat template; pass plain text, or a chat model's tokenizer"
@@ -81,10 +85,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 raise InputError(f"the folder {given} holds no tokenizer: expected tokenizer.model in it")
             path = gguf[0]
     if not path.is_file():
-        raise InputError(f"no tokenizer at {given}: expected a sentencepiece .model file or a folder holding one")
+        raise InputError(
+            f"no tokenizer at {given}: expected a sentencepiece .model file or a folder holding one"
+        )
     if path.suffix in (".json", ".gguf"):
         kind = "tokenizer.json" if path.suffix == ".json" else "GGUF"
-        raise InputError(f"{path} is a {kind} tokenizer, which is not supported yet; use a sentencepiece .model file")
+        raise InputError(
+            f"{path} is a {kind} tokenizer, which is not supported yet; use a sentencepiece .model file"
+        )
     try:
         model = path.read_bytes()
     except OSError as error:
@@ -105,6 +113,6 @@ def _check_encodable(text: str, index: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text {index} holds the lone surrogate {text[error.start]!r} at character {error.start}, which is no"
-            ' Unicode text; clean it with text.encode("utf-8", "replace").decode()'
+            f"text {index} holds the lone surrogate {text[error.start]!r} at character {error.start},"
+            ' which is no Unicode text; clean it with text.encode("utf-8", "replace").decode()'
         ) from error

@@ -11,8 +11,8 @@ Advance = Callable[..., None]
 def progress_bar(description: str, total: float, *, completed: float = 0) -> Iterator[Advance]:
     """Show a bar until the block ends; the block calls `advance(amount=1, note="")`.
 
-    On a terminal the bar is live; elsewhere (a log file, a pipe) one line is printed at every tenth
-    of the way, so that a log stays readable. Nested bars are allowed: the inner one is shown below.
+    On a terminal the bar is live; elsewhere (a log file, a pipe) a line is printed at most every tenth of
+    the way and every five seconds, so that a log stays readable. Nested bars are allowed: the inner one is shown below.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,16 +38,16 @@ def progress_bar(description: str, total: float, *, completed: float = 0) -> Ite
 def _plain_lines(description: str, total: float, completed: float) -> Advance:
     import time
 
-    done, printed, start = completed, int(10 * completed / total) if total else 0, time.perf_counter()
+    start = printed_at = time.perf_counter()
+    done, printed = completed, int(10 * completed / total) if total else 0
 
     def advance(amount: float = 1, note: str = "") -> None:
-        nonlocal done, printed
+        nonlocal done, printed, printed_at
         done += amount
-        tenth = int(10 * done / total) if total else 10
-        if tenth > printed:
-            printed = tenth
-            elapsed = time.perf_counter() - start
-            left = elapsed * (total - done) / max(done - completed, 1e-9)
-            print(f"{description}: {10 * tenth} % {note} ({elapsed:.0f} s, {left:.0f} s left)", file=sys.stderr)
+        now, tenth = time.perf_counter(), int(10 * done / total) if total else 10
+        if tenth > printed and now - printed_at > 5:
+            printed, printed_at = tenth, now
+            left = (now - start) * (total - done) / max(done - completed, 1e-9)
+            print(f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)", file=sys.stderr)
 
     return advance

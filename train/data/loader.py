@@ -1,0 +1,129 @@
+"""Batches as a pure function of (seed, step), and the fixed batches that every model is validated on."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from model.errors import InputError
+from train.data.permutation import permute
+from train.data.shards import TokenShards
+
+Batch = dict[str, np.ndarray]
+
+
+class Loader:
+    """Training batches: every window of `seq_len` predictions once per epoch, in an order from the seed.
+
+    Windows start at multiples of `seq_len`, so each token but the first is predicted once per epoch; the
+    `(tokens - 1) % seq_len` tokens at the end, too few for a window, are left out. A batch may straddle
+    two epochs. `data` is a prepared folder (its train split) or opened `TokenShards`.
+    """
+
+    def __init__(
+        self,
+        data: str | Path | TokenShards,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        segment_documents: bool = False,
+        eos_id: int | None = None,
+    ):
+        self.shards = _open(data, "train", batch_size, seq_len)
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.segment_documents = segment_documents
+        self.eos_id = self.shards.eos_id if eos_id is None else eos_id
+        self.windows_per_epoch = (len(self.shards) - 1) // seq_len
+        self.tokens_per_epoch = self.windows_per_epoch * seq_len
+
+    def batch(self, step: int) -> Batch:
+        """`tokens` and `targets` int32 [batch, seq].
+
+        With `segment_documents` also `segment_ids` (1, 2, … within the row), `positions` (restarting per
+        segment) and `loss_mask`, which leaves out the guess of the next document's first token.
+        """
+        if step < 0:
+            raise InputError(f"step={step} must not be negative")
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epoch, place = np.divmod(index, self.windows_per_epoch)
+        window = permute(place, self.windows_per_epoch, self.seed, epoch)
+        batch = _split(self.shards.windows(window * self.seq_len, self.seq_len + 1))
+        return batch | segments(batch["tokens"], self.eos_id) if self.segment_documents else batch
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed when the step begins."""
+        return step * self.batch_size / self.windows_per_epoch
+
+
+def validation_batches(
+    data: str | Path | TokenShards,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    segment_documents: bool = False,
+) -> list[Batch]:
+    """The first `max_tokens` predictions (None: all) of the validation split, in order.
+
+    The same tokens are predicted whatever batch_size and seq_len are. Every batch has the same shape and a
+    `loss_mask` (float32): what is left over in the last batch is padded with mask 0 (and segment id 0).
+    """
+    shards = _open(data, "validation", batch_size, seq_len)
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"max_tokens={max_tokens} must be at least 1")
+    available = len(shards) - 1
+    predicted = available if max_tokens is None else min(max_tokens, available)
+    shape = (-(-predicted // (batch_size * seq_len)), batch_size, seq_len)
+    stretch = shards.windows(np.array([0]), predicted + 1)[0]
+    mask = _padded(np.ones(predicted, np.float32), shape)
+    tokens, targets = _padded(stretch[:-1], shape), _padded(stretch[1:], shape)
+    batches: list[Batch] = []
+    for i in range(shape[0]):
+        batch = {"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]}
+        if segment_documents:
+            real = mask[i] > 0
+            more = segments(tokens[i], shards.eos_id)
+            more["loss_mask"] = more["loss_mask"] * mask[i]
+            more["segment_ids"] = np.where(real, more["segment_ids"], 0).astype(np.int32)
+            batch |= more
+        batches.append(batch)
+    return batches
+
+
+def segments(tokens: Int32[np.ndarray, "batch seq"], eos_id: int) -> Batch:
+    """`segment_ids`, `positions` and `loss_mask` of rows; a new segment begins after each end token."""
+    ends = tokens == eos_id
+    starts = np.zeros_like(ends)
+    starts[:, 1:] = ends[:, :-1]
+    place = np.arange(tokens.shape[1], dtype=np.int32)
+    return {
+        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) + np.int32(1),
+        "positions": place - np.maximum.accumulate(np.where(starts, place, np.int32(0)), axis=1),
+        "loss_mask": (~ends).astype(np.float32),
+    }
+
+
+def _split(windows: Int32[np.ndarray, "batch window"]) -> Batch:
+    return {"tokens": np.ascontiguousarray(windows[:, :-1]), "targets": np.ascontiguousarray(windows[:, 1:])}
+
+
+def _padded(
+    flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]
+) -> np.ndarray:
+    result = np.zeros(shape, flat.dtype)
+    result.reshape(-1)[: len(flat)] = flat
+    return result
+
+
+def _open(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    shards = data if isinstance(data, TokenShards) else TokenShards(data, split)
+    if len(shards) <= seq_len:
+        raise InputError(
+            f"corpus too small: the {shards.split} split of {shards.folder} has {len(shards)} tokens,"
+            f" one window of seq_len={seq_len} needs {seq_len + 1}; take a shorter seq_len or a larger corpus"
+        )
+    return shards

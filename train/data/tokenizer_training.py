@@ -1,0 +1,183 @@
+"""Train a sentencepiece BPE tokenizer that gives every text back exactly."""
+
+import hashlib
+import heapq
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from model.errors import InputError
+
+SPECIAL_PIECES = ("<|pad|>", "<|unknown|>", "<|endoftext|>")  # ids 0, 1, 2
+# Every byte, and one learned piece, without which sentencepiece does not train.
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_PIECES) + 1
+_PASSAGE = 4096
+# sentencepiece's trainer skips texts with a tab, NUL or U+2585, and takes U+2581 for a space. Cut there, and
+# at line ends, nothing is skipped and no piece holds them: they are encoded as bytes, a newline as one token.
+_CUTS = "\0\t\n\r\u2581\u2585"
+_COVERAGE = 0.9995
+
+
+class TextSample:
+    """At most `limit` bytes of the passages added: those with the smallest seeded hashes.
+
+    The same whatever the order of the texts, in one reading and bounded memory.
+    """
+
+    def __init__(self, limit: int = 32 * 2**20, seed: int = 0):
+        if limit < 1:
+            raise InputError(f"sample_bytes={limit} must be at least 1")
+        self._limit, self._size = limit, 0
+        self._key = seed.to_bytes(16, "little", signed=True)
+        self._heap: list[tuple[int, bytes]] = []
+        self._bound = 2**64
+
+    def add(self, text: str) -> None:
+        """Offer a text to the sample."""
+        for start in range(0, len(text), _PASSAGE):
+            passage = text[start : start + _PASSAGE].encode("utf-8", "replace")
+            rank = int.from_bytes(hashlib.blake2b(passage, digest_size=8, key=self._key).digest())
+            if rank >= self._bound:
+                continue
+            heapq.heappush(self._heap, (-rank, passage))
+            self._size += len(passage)
+            while self._size > self._limit and len(self._heap) > 1:
+                largest, dropped = heapq.heappop(self._heap)
+                self._size -= len(dropped)
+                self._bound = -largest  # what comes later must not take the room of what came earlier
+
+    def __iter__(self) -> Iterator[str]:
+        return (passage.decode() for _, passage in sorted(self._heap, reverse=True))
+
+
+def train_tokenizer(
+    texts: Iterable[str], out: str | Path, *, vocab_size: int, sample_bytes: int = 32 * 2**20, seed: int = 0
+) -> Path:
+    """Train on a sample of the texts and write a `.model` file, whose path is handed back.
+
+    BPE with byte fallback, digits one by one, no normalisation, no prefix, so that decoding gives the
+    text back. `out` is the file, or a folder for `tokenizer.model`. Ids: 0 padding, 1 unknown (never
+    produced), 2 end of text. Raises `InputError` when the texts are too few for the vocabulary.
+    """
+    check_vocab_size(vocab_size)
+    out = Path(out)
+    if out.is_dir():
+        out = out / "tokenizer.model"
+    elif out.suffix != ".model":
+        out = out.with_name(out.name + ".model")
+    sample = texts
+    if not isinstance(texts, TextSample):
+        sample = TextSample(sample_bytes, seed)
+        for text in texts:
+            sample.add(text)
+    model = _train_model(list(sample), vocab_size)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(model)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `InputError` for a vocabulary that cannot hold all bytes and the special tokens."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size={vocab_size} is too small: 256 bytes, {len(SPECIAL_PIECES)} special tokens and one"
+            f" learned piece need at least {MIN_VOCAB_SIZE}"
+        )
+
+
+def _count(passages: list[str]) -> list[tuple[str, int]]:
+    """Characters that may become pieces, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for passage in passages:
+        counts.update(passage)
+    for cut in _CUTS:
+        del counts[cut]
+    if not counts:
+        raise InputError("the texts to train the tokenizer on hold nothing but line ends; give it more text")
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _common(counts: list[tuple[str, int]], most: int) -> set[str]:
+    """The characters worth a piece: at most `most`, fewer where these cover nearly all of the text."""
+    enough, total, kept = _COVERAGE * sum(count for _, count in counts), 0, set()
+    for character, count in islice(counts, most):
+        if total >= enough:
+            break
+        kept.add(character)
+        total += count
+    return kept
+
+
+def _pieces(passages: list[str], kept: set[str], counts: list[tuple[str, int]]) -> list[str]:
+    rare = dict.fromkeys((ord(character) for character, _ in counts if character not in kept), "\n")
+    cuts = re.compile(f"[{_CUTS}]+")
+    translated = (passage.translate(rare) for passage in passages) if rare else passages
+    return [piece for passage in translated for piece in cuts.split(passage) if piece]
+
+
+def _train_model(passages: list[str], vocab_size: int) -> bytes:
+    counts = _count(passages)
+    room = vocab_size - MIN_VOCAB_SIZE + 1
+    # Rare characters are left to the byte fallback, so that a small vocabulary is not filled with them …
+    kept = _common(counts, max(1, room // 2))
+    try:
+        return _train(_pieces(passages, kept, counts), vocab_size)
+    except _TooFewPieces:
+        # … unless the text has too few merges to fill it without them.
+        kept = {character for character, _ in counts[:room]}
+    try:
+        return _train(_pieces(passages, kept, counts), vocab_size)
+    except _TooFewPieces as error:
+        raise InputError(
+            f"the corpus is too small for vocab_size={vocab_size}: the largest that works is {error};"
+            " take that or a larger corpus"
+        ) from None
+
+
+class _TooFewPieces(Exception):
+    """The texts give fewer pieces than asked for; the argument says how many."""
+
+
+def _train(pieces: list[str], vocab_size: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(pieces),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=True,
+            byte_fallback=True,
+            character_coverage=1.0,  # the rare ones are cut out already
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * _PASSAGE + 1,  # in bytes: nothing is skipped
+            pad_id=0,
+            unk_id=1,
+            eos_id=2,
+            bos_id=-1,
+            pad_piece=SPECIAL_PIECES[0],
+            unk_piece=SPECIAL_PIECES[1],
+            eos_piece=SPECIAL_PIECES[2],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        largest = re.search(r"value <= (\d+)", str(error))
+        if largest is None:
+            raise
+        raise _TooFewPieces(largest[1]) from error
+    return model.getvalue()

@@ -1,0 +1,406 @@
+"""The shell around the pure step: data in, metrics and checkpoints out, and nothing lost on a kill.
+
+The loop never waits for the device: it dispatches step t, then handles the metrics of step t − 1.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from model import ModelConfig, Params, accounting
+from model.errors import InputError
+from model.sharding import make_mesh
+from train.checkpoint import Checkpoints
+from train.config import HParams, TrainConfig, stack_hparams
+from train.data import Loader, load_manifest, validation_batches
+from train.lanes import Lanes, Program, compile_program
+from train.metrics import MetricsLog, read_metrics
+from train.progress import progress_bar
+from train.run import Identity, Run, load_run
+from train.schedule import uses_horizon
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run went.
+
+    status: finished, diverged or interrupted. loss: training cross-entropy of the last step, nats per token.
+    validation_loss: on the fixed validation tokens at the run's end (None unless finished). epochs: passes over
+    the training data; above 1 tokens were repeated. flops_6nd and flops_exact: of the whole run, by convention
+    (see model/accounting.py). seconds: training time without compilation, over all restarts.
+    """
+
+    run: Path
+    status: str
+    steps: int
+    tokens: int
+    epochs: float
+    parameters: int
+    flops_6nd: float
+    flops_exact: float
+    loss: float | None
+    validation_loss: float | None
+    seconds: float
+    compile_seconds: float
+
+    @property
+    def params(self) -> Params:
+        """The parameters of the run's newest checkpoint."""
+        return load_run(self.run)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """What a run does beside training; none of it changes a loss.
+
+    evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
+    same ones each time. checkpoint_every: steps; 0: by time alone. mesh: axes as in {"data": 8}; None: all devices.
+    """
+
+    evaluate_every: int = 0
+    evaluate_tokens: int = 65_536
+    checkpoint_every: int = 0
+    checkpoint_seconds: float = 60.0
+    keep_checkpoints: int = 2
+    mesh: dict[str, int] | None = None
+    description: str = "training"
+
+
+def train(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    hparams: HParams,
+    *,
+    data: str | Path,
+    run: str | Path,
+    steps: int | None = None,
+    shell: Shell = Shell(),
+) -> Result:
+    """Train until `steps` updates are made (None: the schedule's horizon). The same call again resumes the run.
+
+    Raises InputError on bad input, before anything is written, and KeyboardInterrupt after Ctrl-C or SIGTERM,
+    once the state is saved.
+    """
+    return population(config, train_config, [hparams], data=data, runs=[run], steps=steps, shell=shell)[0]
+
+
+def population(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    hparams: Sequence[HParams],
+    *,
+    data: str | Path,
+    runs: Sequence[str | Path],
+    steps: int | None = None,
+    shell: Shell = Shell(),
+) -> list[Result]:
+    """Train one lane per entry of `hparams`, all in one compiled program, each with a run directory of its own.
+
+    A lane ends at its own horizon (`hparams.total_steps`, or `steps`) and is frozen from there on; one that goes
+    non-finite ends as "diverged" and changes no bit of its neighbours. Raises as `train` does.
+    """
+    _check(config, train_config, hparams, runs)
+    manifest = load_manifest(data)
+    if manifest.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the data's vocabulary of {manifest.vocab_size} exceeds the model's vocab_size={config.vocab_size}"
+        )
+    mesh = make_mesh(shell.mesh)
+    if train_config.batch_size % mesh.size:
+        raise InputError(f"batch_size={train_config.batch_size} does not divide over {mesh.size} devices")
+    with ExitStack() as stack:
+        lanes = []
+        for values, folder in zip(hparams, runs, strict=True):
+            lanes.append(_Lane(config, train_config, values, Path(folder), data, manifest.hash, steps, shell))
+            stack.callback(lanes[-1].close)
+        if not all(lane.ended for lane in lanes):
+            _Loop(config, train_config, lanes, data, mesh, shell).run()
+        return [lane.result() for lane in lanes]
+
+
+class _Lane:
+    """The host's side of one lane: its run directory, its data order, its place."""
+
+    def __init__(self, config, train_config, hparams, folder, data, data_hash, steps, shell):
+        if steps is None:
+            steps = int(hparams.total_steps)
+        if steps < 1:
+            raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
+        if uses_horizon(train_config.schedule) and hparams.total_steps == 0:
+            hparams = hparams.replace(total_steps=steps)
+        self.config, self.train_config, self.hparams, self.stop = config, train_config, hparams, steps
+        self.loader = Loader(
+            data,
+            batch_size=train_config.batch_size,
+            seq_len=train_config.seq_len,
+            seed=int(hparams.seed),
+            segment_documents=train_config.segment_documents,
+        )
+        self.run = Run(folder, Identity(config, train_config, hparams, data_hash))
+        self.checkpoints = Checkpoints(folder, keep=shell.keep_checkpoints)
+        self.log: MetricsLog | None = None
+        self.step = self.run.record["step"] if self.ended else 0
+        self.seconds: float = self.run.record["seconds"]
+        self.last: dict[str, Any] = {}
+        self.validation_loss: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        record = self.run.record
+        return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= self.stop)
+
+    @property
+    def active(self) -> bool:
+        return not self.ended and self.step < self.stop
+
+    def resume(self, like: Any) -> Any | None:
+        """The newest intact state, or None for a fresh start; the record is cut to it."""
+        found = self.checkpoints.restore_newest(like)
+        if not self.ended:
+            self.step = 0 if found is None else found[0]
+            self._recall()
+            self.log = MetricsLog(self.run.folder, self.step, tensorboard_every=max(1, self.stop // 500))
+            self.run.update(status="running")
+        return None if found is None else found[1]
+
+    def _recall(self) -> None:
+        """What the record said at the step from which the run goes on."""
+        for record in read_metrics(self.run.folder):
+            if record["step"] == self.step:
+                self.seconds = record["seconds"]
+                self.last = record
+                self.validation_loss = record.get("validation_loss")
+
+    def write(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        assert self.log is not None
+        self.seconds += seconds
+        self.last = {"step": step, **self.books(step)} | {
+            name: metrics[name] for name in ("loss", "total_loss", "grad_norm", "param_norm", "learning_rate")
+        }
+        if "validation_loss" in metrics:
+            self.last["validation_loss"] = self.validation_loss = metrics["validation_loss"]
+        timing = {"seconds": self.seconds, "tokens_per_second": self.train_config.tokens_per_step / max(seconds, 1e-9)}
+        self.log.write(self.last | timing)
+
+    def books(self, step: int) -> dict[str, float]:
+        tokens = step * self.train_config.tokens_per_step
+        per_token = lambda convention: accounting.flops_per_token(self.config, self.train_config.seq_len, convention)
+        return {
+            "tokens": tokens,
+            "epoch": self.loader.epoch(step),
+            "flops_6nd": tokens * per_token("6N"),
+            "flops_exact": tokens * per_token("exact"),
+        }
+
+    def end(self, status: str, compile_seconds: float) -> None:
+        assert self.log is not None
+        self.log.flush()
+        self.run.update(status=status, step=self.step, seconds=self.seconds)
+        self.run.update(
+            compile_seconds=self.run.record["compile_seconds"] + compile_seconds,
+            result={
+                "loss": self.last.get("loss"),
+                "validation_loss": self.validation_loss if status == "finished" else None,
+            },
+        )
+
+    def result(self) -> Result:
+        record, books = self.run.record, self.books(self.run.record["step"])
+        return Result(
+            run=self.run.folder,
+            status=record["status"],
+            steps=record["step"],
+            tokens=int(books["tokens"]),
+            epochs=books["epoch"],
+            parameters=accounting.parameters(self.config).total,
+            flops_6nd=books["flops_6nd"],
+            flops_exact=books["flops_exact"],
+            seconds=record["seconds"],
+            compile_seconds=record["compile_seconds"],
+            **record["result"],
+        )
+
+    def close(self) -> None:
+        try:
+            self.checkpoints.close()
+        finally:
+            if self.log is not None:
+                self.log.close()
+            self.run.close()
+
+
+class _Loop:
+    """One population on its way; made once, run once."""
+
+    def __init__(self, config, train_config, lanes: list[_Lane], data, mesh, shell: Shell):
+        self.lanes, self.shell = lanes, shell
+        self.program: Program = compile_program(config, train_config, len(lanes), mesh)
+        self.hparams = stack_hparams([lane.hparams for lane in lanes])
+        self.validation = validation_batches(
+            data,
+            batch_size=train_config.batch_size,
+            seq_len=train_config.seq_len,
+            max_tokens=shell.evaluate_tokens,
+            segment_documents=train_config.segment_documents,
+        )
+        self.state = self._start()
+        self.pending: tuple[list[tuple[int, _Lane, int]], Any, dict[int, list[Any]]] | None = None
+        self.clock = self.saved_at = time.perf_counter()
+
+    def run(self) -> None:
+        remaining = sum(lane.stop - lane.step for lane in self.lanes if lane.active)
+        for lane in self.lanes:  # killed between its last checkpoint and the note that it is finished
+            if not lane.ended and not lane.active:
+                lane.end("finished", self._compile_share())
+        with _interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
+            self._save([lane for lane in self.lanes if lane.active and lane.step == 0])
+            self.clock = time.perf_counter()
+            while any(lane.active for lane in self.lanes) and not interrupted():
+                advance(self._step(), self._note())
+            self._handle_pending()
+            if any(lane.active for lane in self.lanes):  # interrupted
+                stopped = [lane for lane in self.lanes if lane.active]
+                self._save(stopped)
+                for lane in stopped:
+                    lane.checkpoints.wait()
+                    lane.end("interrupted", self._compile_share())
+                raise KeyboardInterrupt
+
+    def _step(self) -> int:
+        """Dispatch one step of every active lane; how many there were."""
+        active = np.array([lane.active for lane in self.lanes])
+        rows = [lane.loader.batch(lane.step) for lane in self.lanes]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
+        stepped = []
+        for index, lane in enumerate(self.lanes):
+            if active[index]:
+                lane.step += 1
+                stepped.append((index, lane, lane.step))
+        evaluated = {index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)}
+        self._handle_pending()
+        self.pending = (stepped, metrics, evaluated)
+        finished = [lane for _, lane, step in stepped if step == lane.stop]
+        due = [lane for _, lane, _ in stepped if self._checkpoint_due(lane)]
+        if finished or due:
+            self._handle_pending()
+            self._save([lane for lane in {*finished, *due} if not lane.ended])
+            self.saved_at = time.perf_counter()
+            for lane in finished:
+                if not lane.ended:
+                    lane.checkpoints.wait()
+                    lane.end("finished", self._compile_share())
+            self.clock = time.perf_counter()
+        return len(stepped)
+
+    def _handle_pending(self) -> None:
+        """Write the metrics of the step before the one under way; this is where the loop may wait."""
+        if self.pending is None:
+            return
+        (stepped, metrics, evaluated), self.pending = self.pending, None
+        metrics, evaluated = jax.device_get((metrics, evaluated))
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        for index, lane, step in stepped:
+            if lane.ended:
+                continue  # it diverged a step ago; this step was not taken
+            values = {name: float(value[index]) for name, value in metrics.items()}
+            if not values["finite"]:
+                self._diverge(lane, step)
+                continue
+            if index in evaluated:
+                nats, tokens = np.sum(evaluated[index], axis=0, dtype=np.float64)
+                values["validation_loss"] = float(nats / tokens)
+            lane.write(step, values, seconds)
+
+    def _diverge(self, lane: _Lane, step: int) -> None:
+        lane.step = step - 1
+        lane.checkpoints.wait()
+        lane.end("diverged", self._compile_share())
+
+    def _evaluation_due(self, lane: _Lane) -> bool:
+        every = self.shell.evaluate_every
+        return lane.step == lane.stop or (every > 0 and lane.step % every == 0)
+
+    def _checkpoint_due(self, lane: _Lane) -> bool:
+        every = self.shell.checkpoint_every
+        if every > 0 and lane.step % every == 0:
+            return True
+        return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
+
+    def _evaluate(self, index: int) -> list[Any]:
+        return [self.program.evaluate(self.state, np.int32(index), batch) for batch in self.validation]
+
+    def _start(self) -> Lanes:
+        fresh = self.program.init(self.hparams)
+        like = jax.eval_shape(lambda lanes: jax.tree.map(lambda leaf: leaf[0], lanes.state), fresh)
+        restored = [lane.resume(like) for lane in self.lanes]
+        if all(state is None for state in restored):
+            return fresh
+        host = jax.device_get(fresh.state)
+        solo = [
+            jax.tree.map(lambda leaf, index=index: leaf[index], host) if state is None else state
+            for index, state in enumerate(restored)
+        ]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *solo)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh.state)
+        return fresh.replace(state=jax.device_put(stacked, shardings))  # type: ignore[attr-defined]
+
+    def _save(self, lanes: list[_Lane]) -> None:
+        if not lanes:
+            return
+        host = jax.device_get(self.state.state)
+        for index, lane in enumerate(self.lanes):
+            if lane in lanes:
+                if lane.log is not None:
+                    lane.log.flush()
+                lane.checkpoints.save(lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host))
+
+    def _compile_share(self) -> float:
+        return self.program.compile_seconds / len(self.lanes)
+
+    def _note(self) -> str:
+        losses = [lane.last["loss"] for lane in self.lanes if lane.last]
+        return f"loss {min(losses):.3f}" if losses else ""
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that the step under way is finished and saved."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence) -> None:
+    if not hparams:
+        raise InputError("a population needs at least one lane")
+    if len(hparams) != len(runs):
+        raise InputError(f"{len(hparams)} sets of hyperparameters but {len(runs)} run folders were given")
+    if len({str(Path(run).absolute()) for run in runs}) < len(runs):
+        raise InputError("two lanes have the same run folder; every lane needs its own")
+    if train_config.seq_len > config.max_seq_len:
+        raise InputError(
+            f"seq_len={train_config.seq_len} is longer than the model's context, max_seq_len={config.max_seq_len}"
+        )

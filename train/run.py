@@ -1,0 +1,162 @@
+"""The run directory: what a run is, how it went, and how to open it again."""
+
+import dataclasses
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from model import ModelConfig, Params
+from model.errors import InputError
+from train.checkpoint import Checkpoints
+from train.config import HParams, TrainConfig
+from train.files import write_json
+from train.schedule import uses_horizon
+from train.state import init_state
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """All that decides a run's numbers. The versions of libraries and the number of steps are not part of it."""
+
+    config: ModelConfig
+    train_config: TrainConfig
+    hparams: HParams
+    data_hash: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the horizon only where the schedule reads it."""
+        hparams = self.hparams.to_dict()
+        if not uses_horizon(self.train_config.schedule):
+            del hparams["total_steps"]
+        return {
+            "config": json.loads(json.dumps(self.config.to_dict())),
+            "train_config": self.train_config.to_dict(),
+            "hparams": hparams,
+            "data": self.data_hash,
+        }
+
+    @property
+    def run_id(self) -> str:
+        """The hash that names the run, wherever its folder is."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Run:
+    """An open run directory. One process at a time: a second one is refused."""
+
+    def __init__(self, folder: Path, identity: Identity):
+        self.folder, self.identity = Path(folder), identity
+        self.record = self._read_or_make()
+        self._lock = self._take_lock()
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of `run.json`, atomically."""
+        self.record |= fields
+        write_json(self.folder / "run.json", self.record)
+
+    def close(self) -> None:
+        """Let another process open it."""
+        self._lock.close()
+
+    def _read_or_make(self) -> dict[str, Any]:
+        path, identity = self.folder / "run.json", self.identity
+        if path.exists():
+            record = read_record(self.folder)
+            if record["run_id"] != identity.run_id:
+                raise InputError(
+                    f"{self.folder} holds a run with another configuration: "
+                    f"{_difference(record['identity'], identity.to_dict())}; choose another folder or that setting"
+                )
+            return record
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; a run needs a folder of its own")
+        if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty and has no run.json; choose another folder for the run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "run_id": identity.run_id,
+            "identity": identity.to_dict(),
+            "hparams": identity.hparams.to_dict(),
+            "seed": int(identity.hparams.seed),
+            "status": "planned",
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "device": describe_device(),
+            "step": 0,
+            "seconds": 0.0,
+            "compile_seconds": 0.0,
+            "result": None,
+        }
+        write_json(path, record)
+        return record
+
+    def _take_lock(self) -> Any:
+        lock = open(self.folder / ".lock", "w")  # noqa: SIM115 – held until close; the kernel frees it on a kill
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise InputError(f"{self.folder} is being written by another process; wait for it or stop it") from None
+        return lock
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """`run.json` of a run. Raises InputError if there is none or it is damaged."""
+    path = Path(folder) / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a run: it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(f"{path} is not a run.json of schema version {SCHEMA_VERSION}")
+    return record
+
+
+def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
+    """(config, parameters of the newest intact checkpoint). Raises InputError if there is none."""
+    record = read_record(folder)
+    config = ModelConfig.from_dict(record["identity"]["config"])
+    train_config = TrainConfig(**record["identity"]["train_config"])
+    like = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
+    found = Checkpoints(Path(folder)).restore_newest(like)
+    if found is None:
+        raise InputError(f"{folder} has no intact checkpoint; train it first")
+    return config, jax.tree.map(jax.numpy.asarray, found[1].params)
+
+
+def describe_device() -> dict[str, Any]:
+    """The kind and count of devices that JAX sees."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries whose numerics a run depends on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    lines = []
+    for part in new:
+        if not isinstance(new[part], dict):
+            if old.get(part) != new[part]:
+                lines.append(f"{part} {old.get(part)} there, {new[part]} here")
+            continue
+        before = old.get(part, {})
+        for name in sorted(before.keys() | new[part].keys()):
+            if before.get(name) != new[part].get(name):
+                lines.append(f"{name}={before.get(name)} there, {new[part].get(name)} here")
+    return ", ".join(lines)
