@@ -1,0 +1,42 @@
+"""The jitted pair: `prefill` takes prompts (or chunks of them) in, `decode_step` takes one token a row.
+
+Both donate their cache: copy it (`jax.tree.map(jnp.copy, cache)`) before a call to branch from it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model import KVCache, ModelConfig, Params, head
+from model.transformer import forward_cached
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    cache: KVCache,
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
+
+    tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
+    that would run past the capacity gets NaN logits and nothing is written past the end.
+    """
+    hidden, cache = forward_cached(config, params, tokens, lengths, cache)
+    return head(config, params, hidden), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def decode_step(
+    config: ModelConfig, params: Params, token: Int[Array, " batch"], cache: KVCache
+) -> tuple[Float[Array, "batch vocab"], KVCache]:
+    """Append one token to every row: float32 logits of the next one, and the cache.
+
+    A row that is full gets NaN logits and nothing is written.
+    """
+    hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache)
+    return head(config, params, hidden), cache
