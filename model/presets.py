@@ -5,7 +5,31 @@ from collections.abc import Callable
 from model.config import ModelConfig
 from model.errors import UnknownNameError
 
-STUDY_WIDTHS = (12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
+STUDY_WIDTHS = (
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    256,
+    320,
+    384,
+    512,
+    640,
+    768,
+    1024,
+)
 
 
 def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128) -> ModelConfig:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from model.errors import InputError
 
@@ -55,7 +55,7 @@ class Tokenizer:
             joined = part if joined is None else joined + (self._mark_ids or []) + part
         return joined or []
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Text of ids. Special tokens give nothing; bytes that are no whole character give U+FFFD."""
         plain = [int(i) for i in ids]
         for i in plain:

@@ -82,7 +82,9 @@ def forward(
     """
     seq = tokens.shape[1]
     if seq > config.max_seq_len:
-        raise InputError(f"the sequence of {seq} tokens is longer than the context, max_seq_len={config.max_seq_len}")
+        raise InputError(
+            f"the sequence of {seq} tokens is longer than the context, max_seq_len={config.max_seq_len}"
+        )
     unknown = set(outputs) - {"final_hidden", "hidden", "attention"}
     if unknown:
         raise InputError(f"outputs has {sorted(unknown)}; it takes 'final_hidden', 'hidden' and 'attention'")
@@ -94,7 +96,9 @@ def forward(
         mask = mask & same & (segment_ids > 0)[:, None, :]
     dropout = None
     if dropout_key is not None:
-        dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
+        dropout = Dropout(
+            jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key
+        )
     context = _context(config, positions, mask)
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
     if dropout is not None:
@@ -193,5 +197,3 @@ def _positions_within_segments(tokens: Array, segment_ids: Array | None) -> Arra
         return index
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-

@@ -133,7 +133,9 @@ class _Lane:
         if steps is None:
             steps = int(hparams.total_steps)
         if steps < 1:
-            raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
+            raise InputError(
+                f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters"
+            )
         if uses_horizon(train_config.schedule) and hparams.total_steps == 0:
             hparams = hparams.replace(total_steps=steps)
         self.config, self.train_config, self.hparams, self.stop = config, train_config, hparams, steps
@@ -155,7 +157,9 @@ class _Lane:
     @property
     def ended(self) -> bool:
         record = self.run.record
-        return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= self.stop)
+        return record["status"] == "diverged" or (
+            record["status"] == "finished" and record["step"] >= self.stop
+        )
 
     @property
     def active(self) -> bool:
@@ -187,12 +191,17 @@ class _Lane:
         }
         if "validation_loss" in metrics:
             self.last["validation_loss"] = self.validation_loss = metrics["validation_loss"]
-        timing = {"seconds": self.seconds, "tokens_per_second": self.train_config.tokens_per_step / max(seconds, 1e-9)}
+        timing = {
+            "seconds": self.seconds,
+            "tokens_per_second": self.train_config.tokens_per_step / max(seconds, 1e-9),
+        }
         self.log.write(self.last | timing)
 
     def books(self, step: int) -> dict[str, float]:
         tokens = step * self.train_config.tokens_per_step
-        per_token = lambda convention: accounting.flops_per_token(self.config, self.train_config.seq_len, convention)
+        per_token = lambda convention: accounting.flops_per_token(
+            self.config, self.train_config.seq_len, convention
+        )
         return {
             "tokens": tokens,
             "epoch": self.loader.epoch(step),
@@ -285,7 +294,9 @@ class _Loop:
             if active[index]:
                 lane.step += 1
                 stepped.append((index, lane, lane.step))
-        evaluated = {index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)}
+        evaluated = {
+            index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)
+        }
         self._handle_pending()
         self.pending = (stepped, metrics, evaluated)
         finished = [lane for _, lane, step in stepped if step == lane.stop]
@@ -362,7 +373,9 @@ class _Loop:
             if lane in lanes:
                 if lane.log is not None:
                     lane.log.flush()
-                lane.checkpoints.save(lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host))
+                lane.checkpoints.save(
+                    lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host)
+                )
 
     def _compile_share(self) -> float:
         return self.program.compile_seconds / len(self.lanes)
@@ -393,7 +406,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence) -> None:
+def _check(
+    config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence
+) -> None:
     if not hparams:
         raise InputError("a population needs at least one lane")
     if len(hparams) != len(runs):

@@ -22,7 +22,11 @@ def cross_entropy(
 
 
 def loss_and_metrics(
-    config: ModelConfig, params: Params, batch: Batch, hparams: HParams | None = None, key: PRNGKeyArray | None = None
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    hparams: HParams | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`total_loss` and {"loss", "total_loss", "loss_tokens"}.
 

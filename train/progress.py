@@ -1,6 +1,7 @@
 """A progress bar with ETA for everything that takes more than two seconds. It writes to stderr only."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,8 +37,6 @@ def progress_bar(description: str, total: float, *, completed: float = 0) -> Ite
 
 
 def _plain_lines(description: str, total: float, completed: float) -> Advance:
-    import time
-
     start = printed_at = time.perf_counter()
     done, printed = completed, int(10 * completed / total) if total else 0
 
@@ -48,6 +47,9 @@ def _plain_lines(description: str, total: float, completed: float) -> Advance:
         if tenth > printed and now - printed_at > 5:
             printed, printed_at = tenth, now
             left = (now - start) * (total - done) / max(done - completed, 1e-9)
-            print(f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)", file=sys.stderr)
+            print(
+                f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)",
+                file=sys.stderr,
+            )
 
     return advance

@@ -30,6 +30,8 @@ class Loader:
         segment_documents: bool = False,
         eos_id: int | None = None,
     ):
+        if not 0 <= seed < 2**64:
+            raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
         self.shards = _open(data, "train", batch_size, seq_len)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.segment_documents = segment_documents

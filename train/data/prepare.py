@@ -147,7 +147,7 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
         )
     path = folder / TOKENIZER_NAME
     if given is None:
-        with progress_bar(f"training a tokenizer of {arguments['vocab_size']} pieces", 1) as advance:
+        with progress_bar(f"training a tokenizer of {arguments['vocab_size']} pieces", 1.0) as advance:
             train_tokenizer(sample, path, vocab_size=arguments["vocab_size"])
             advance()
     else:

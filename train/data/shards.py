@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Integer
 
 from model.errors import InputError
 from train.data.manifest import SPLITS, Manifest, Shard, file_sha256, load_manifest
@@ -32,7 +32,7 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
-    def write(self, ids: Int[np.ndarray, " n"]) -> None:
+    def write(self, ids: Integer[np.ndarray, " n"]) -> None:
         """Append ids, going on in the next file where one is full."""
         ids = ids.astype(self._dtype, copy=False)
         while len(ids):

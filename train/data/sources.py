@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,7 +16,7 @@ ACCEPTED = (
     " or hf:OWNER/NAME[/CONFIG][:SPLIT]"
 )
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".tsv"}
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _LONG_FILE, _PASSAGE = 2**16, 2**15
 
 
@@ -122,10 +122,10 @@ def _open_files(name: str, folder: Path, paths: list[Path], text_field: str) -> 
         for path in paths:
             yield from _read_file(source, path, path.relative_to(folder).as_posix(), text_field, False)
 
-    return Source(name, read, sum(map(_size, paths)))
+    return Source(name, read, sum(map(_size, paths), 0.0))
 
 
-def _walk(folder: Path, without: set[str] = frozenset()) -> list[Path]:  # type: ignore[assignment]
+def _walk(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error.filename or folder, error) from error
 
@@ -250,7 +250,7 @@ def _open_hub(name: str, text_field: str) -> Source:
             source.done += 1
             yield Document(f"{dataset_id}:{number}", _field(source, row, text_field, f"{name}, row {number}"))
 
-    return Source(name, read, len(rows))
+    return Source(name, read, float(len(rows)))
 
 
 def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> str:
@@ -266,17 +266,17 @@ def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> 
     return source.clean(value)
 
 
-def _no_field(where: str, text_field: str, present: list[str]) -> InputError:
+def _no_field(where: str, text_field: str, present: Iterable[str]) -> InputError:
     return InputError(
         f"{where}: no field {text_field!r}; present are {', '.join(map(repr, present)) or 'none'}"
     )
 
 
-def _size(path: Path) -> int:
+def _size(path: Path) -> float:
     try:
-        return path.stat().st_size
+        return float(path.stat().st_size)
     except OSError:
-        return 0  # the reading that follows reports it
+        return 0.0  # the reading that follows reports it
 
 
 def _unreadable(path: Path | str, error: OSError) -> InputError:

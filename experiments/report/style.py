@@ -1,0 +1,125 @@
+"""The look that all of isoflop's figures share, and SVG text that can stand inside an HTML page.
+
+Figures are made without pyplot: no global state, no display, nothing to close.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+INK = "#222222"
+MUTED = "#767676"
+GRID = "#e6e6e6"
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+"""Okabe & Ito 2008, told apart under every common colour blindness; for categories."""
+
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so that every machine draws the same
+    "font.size": 9,
+    "text.color": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "isoflop",  # the same figure gives the same bytes
+    "svg.fonttype": "path",  # looks the same whatever fonts the reader has
+}
+
+styled: Callable[[Callable[..., Figure]], Callable[..., Figure]] = mpl.rc_context(STYLE)
+"""Decorator for functions that draw: many of matplotlib's settings are read when an artist is made."""
+
+
+@mpl.rc_context(STYLE)
+def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
+    """An empty figure of the given size in inches whose axes never overlap."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def sequence(count: int) -> list[Any]:
+    """`count` colours in an order that reads as an order (viridis without its pale end)."""
+    return [mpl.colormaps["viridis"](value) for value in np.linspace(0.0, 0.85, max(count, 1))]
+
+
+def amount(value: float, digits: int = 3) -> str:
+    """A count as people say it: 25k, 1.3M, 70B, 15T."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * (1 - 1e-9):
+            scaled = value / limit
+            return f"{scaled:,.0f}{suffix}" if scaled >= 10**digits else f"{scaled:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def _power_of_ten(value: float) -> str:
+    exponent = int(np.floor(np.log10(value) + 1e-9))
+    mantissa = value / 10.0**exponent
+    if abs(mantissa - 1) < 1e-6:
+        return f"$10^{{{exponent}}}$"
+    return f"${mantissa:.3g}\\!\\times\\!10^{{{exponent}}}$"
+
+
+def log_axis(axis: Axis, low: float, high: float, *, powers: bool = False, margin: float = 0.06) -> None:
+    """Make an axis logarithmic over low…high with few, readable ticks: 200k, 1M, 5M, or powers of ten."""
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_limits = axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim
+    set_scale("log")
+    pad = (high / low) ** margin if high > low else 1.5
+    set_limits(low / pad, high * pad)
+    decades = np.log10(high * pad**2 / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0, 3.0) if decades < 3.2 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: _power_of_ten(value) if powers else amount(value))
+    )
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def note(axes: Axes, text: str) -> None:
+    """A quiet remark in the upper right corner."""
+    axes.text(0.99, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=8, color=MUTED)
+
+
+def svg(figure: Figure, label: str = "") -> str:
+    """The figure as one `<svg>` element for inline HTML: no XML header, no date, the same bytes every time.
+
+    It shrinks with its container; `label` is what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    attributes = 'style="max-width:100%;height:auto"'
+    if label:
+        attributes += f' role="img" aria-label="{html.escape(label)}"'
+    return re.sub(r"^<svg ", f"<svg {attributes} ", text, count=1)

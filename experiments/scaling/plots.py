@@ -1,0 +1,185 @@
+"""Figures of a scaling study: fits in, a matplotlib Figure out; nothing is shown or saved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    amount,
+    log_axis,
+    new_figure,
+    note,
+    sequence,
+    styled,
+)
+from experiments.scaling.isoflop import IsoflopFit, Valley
+from experiments.scaling.parametric import ParametricFit
+
+LOSS = "validation loss (nats per token)"
+PARAMS = "parameters N"
+TOKENS = "training tokens D"
+FLOPS = "compute C (FLOPs)"
+
+
+def _flops(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"${mantissa}\\!\\times\\!10^{{{int(exponent)}}}$"
+
+
+def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
+    valleys = [valley for valley in valleys if valley.coefficients is not None]
+    for valley, colour in zip(valleys, sequence(len(valleys)), strict=True):
+        accepted = valley.reason is None
+        axes.plot(valley.params, valley.loss, "o", color=colour, markersize=4, alpha=1 if accepted else 0.5)
+        grid = np.geomspace(valley.params.min() / 1.1, valley.params.max() * 1.1, 200)
+        label = _flops(valley.flops) + ("" if accepted else " (rejected)")
+        style = {"linestyle": "-"} if accepted else {"linestyle": "--", "alpha": 0.5}
+        axes.plot(grid, valley.curve(grid), color=colour, linewidth=1.3, label=label, **style)
+        if accepted:
+            best = valley.optimum
+            axes.plot(
+                best["params"], best["loss"], "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4
+            )
+    if valleys:
+        sizes = np.concatenate([valley.params for valley in valleys])
+        log_axis(axes.xaxis, sizes.min(), sizes.max())
+    axes.set(xlabel=PARAMS, ylabel=LOSS, title="IsoFLOP valleys")
+    axes.legend(title=FLOPS, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _draw_optimal(axes: Any, name: str, isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> None:
+    """N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands."""
+    if isoflop is not None:
+        budgets = np.array([optimum["flops"] for optimum in isoflop.optima])
+        points = np.array([optimum[name] for optimum in isoflop.optima])
+    else:
+        assert parametric is not None
+        budgets = 6 * parametric.table.params * parametric.table.tokens
+        points = np.array([])
+    grid = np.geomspace(budgets.min() / 2, budgets.max() * 2, 100)
+    exponent = "a" if name == "params" else "b"
+    seen = [points]
+    for fit, colour, label, style in (
+        (parametric, ORANGE, "parametric", "--"),
+        (isoflop, BLUE, "IsoFLOP", "-"),
+    ):
+        if fit is None:
+            continue
+        line = getattr(fit.optimal(grid), name)
+        power = f"{label}: $C^{{\\,{getattr(fit, exponent):.3f}}}$"
+        axes.plot(grid, line, style, color=colour, label=power)
+        seen.append(line)
+        try:
+            low, high = fit.optimal_interval(grid)[name]
+        except ValueError:  # the table tells no noise: a line without a band
+            continue
+        axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
+    if len(points):
+        axes.plot(budgets, points, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
+    log_axis(axes.xaxis, grid.min(), grid.max(), powers=True, margin=0.02)
+    values = np.concatenate(seen)
+    log_axis(axes.yaxis, values.min(), values.max())
+    symbol = "N*" if name == "params" else "D*"
+    axes.set(xlabel=FLOPS, ylabel=PARAMS if name == "params" else TOKENS, title=f"{symbol}(C), 95 % bands")
+    axes.legend(loc="upper left")
+
+
+@styled
+def valleys(isoflop: IsoflopFit) -> Figure:
+    """Loss over N for each budget, with its parabola and minimum; rejected budgets dashed and pale."""
+    figure = new_figure(7.0, 4.2)
+    _draw_valleys(figure.subplots(), isoflop.valleys)
+    return figure
+
+
+@styled
+def compute_optimal(isoflop: IsoflopFit | None, parametric: ParametricFit | None = None) -> Figure:
+    """N*(C) and D*(C) side by side; at least one fit is needed."""
+    figure = new_figure(8.5, 3.8)
+    left, right = figure.subplots(1, 2)
+    _draw_optimal(left, "params", isoflop, parametric)
+    _draw_optimal(right, "tokens", isoflop, parametric)
+    return figure
+
+
+@styled
+def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Figure:
+    """Valleys, N*(C) and D*(C) in one figure, as `isoflop scaling fit --plot` writes; one fit is enough."""
+    figure = new_figure(9.0, 7.4 if isoflop is not None else 3.8)
+    if isoflop is not None:
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1))
+        _draw_valleys(figure.add_subplot(grid[0, :]), isoflop.valleys)
+        left, right = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    else:
+        left, right = figure.subplots(1, 2)
+    _draw_optimal(left, "params", isoflop, parametric)
+    _draw_optimal(right, "tokens", isoflop, parametric)
+    return figure
+
+
+@styled
+def measured_predicted(
+    fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95
+) -> Figure:
+    """Measured over predicted loss; `held_out` are runs {params, tokens, loss} that the fit has not seen."""
+    figure = new_figure(5.0, 4.6)
+    axes = figure.subplots()
+    table = fit.table
+    predicted = fit.predict(table.params, table.tokens)
+    everything = [predicted, table.loss]
+    axes.plot(
+        predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4, label=f"{len(table)} runs fitted"
+    )
+    for i, run in enumerate(held_out):
+        centre = float(fit.predict(run["params"], run["tokens"]))
+        low, high = fit.predict_interval(run["params"], run["tokens"], level)
+        axes.errorbar(
+            centre,
+            run["loss"],
+            xerr=[[max(centre - low, 0)], [max(high - centre, 0)]],
+            fmt="*",
+            color=ORANGE,
+            markersize=13,
+            markeredgecolor=INK,
+            capsize=4,
+            zorder=4,
+            label=None if i else f"held out, with the {level:g} % interval of its prediction",
+        )
+        everything.append(np.array([low, high, run["loss"]]))
+    values = np.concatenate(everything)
+    span = np.array([values.min(), values.max()]) + np.array([-0.04, 0.04]) * np.ptp(values)
+    axes.plot(span, span, color=MUTED, linewidth=0.9, zorder=1)
+    axes.set(xlim=span, ylim=span, xlabel="predicted loss (nats per token)", ylabel="measured " + LOSS)
+    axes.set_title("Measured and predicted")
+    axes.set_aspect("equal")
+    axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def residuals(fit: ParametricFit) -> Figure:
+    """Relative residuals over N and over D: a law of the right form leaves no trend."""
+    figure = new_figure(8.5, 3.4)
+    axes = figure.subplots(1, 2, sharey=True)
+    percent = -100 * fit.residuals  # measured above the law is positive
+    pairs = (
+        (PARAMS, fit.table.params, fit.table.tokens, "D"),
+        (TOKENS, fit.table.tokens, fit.table.params, "N"),
+    )
+    for axis, (label, values, other, letter) in zip(axes, pairs, strict=True):
+        axis.axhline(0, color=MUTED, linewidth=0.9)
+        colour = np.log(other)
+        axis.scatter(
+            values, percent, c=colour, cmap="viridis", s=18, vmax=colour.max() + 0.18 * np.ptp(colour)
+        )
+        log_axis(axis.xaxis, values.min(), values.max())
+        axis.set_xlabel(label)
+        note(axis, f"darker: smaller {letter} ({amount(other.min())}…{amount(other.max())})")
+    axes[0].set(ylabel="ln L − ln L̂ (%)", title="Residuals of the parametric law")
+    return figure
