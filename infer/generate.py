@@ -124,14 +124,10 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise InputError(
-                f"prompt {number} is empty; give it at least one token, such as the end-of-text token"
-            )
+            raise InputError(f"prompt {number} is empty; give it at least one token, such as the end-of-text token")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
-            raise InputError(
-                f"prompt {number} has the id {wrong}, outside the vocabulary of {config.vocab_size}"
-            )
+            raise InputError(f"prompt {number} has the id {wrong}, outside the vocabulary of {config.vocab_size}")
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > config.max_seq_len:
         raise InputError(

@@ -81,7 +81,5 @@ def truncate(state: SamplerState, logits: Float[Array, "batch vocab"]) -> Float[
     return jnp.full_like(logits, -jnp.inf).at[rows, order].set(ranked)
 
 
-def _sample(
-    state: SamplerState, key: PRNGKeyArray, logits: Float[Array, "batch vocab"]
-) -> Int[Array, " batch"]:
+def _sample(state: SamplerState, key: PRNGKeyArray, logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
     return jax.random.categorical(key, truncate(state, logits), axis=-1).astype(jnp.int32)

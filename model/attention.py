@@ -82,9 +82,7 @@ def attend(
     return mixed.reshape(batch, heads, seq, head_dim), weights
 
 
-def _split_heads(
-    x: Float[Array, "batch seq features"], heads: int
-) -> Float[Array, "batch heads seq head_dim"]:
+def _split_heads(x: Float[Array, "batch seq features"], heads: int) -> Float[Array, "batch heads seq head_dim"]:
     batch, seq, features = x.shape
     return x.reshape(batch, seq, heads, features // heads).transpose(0, 2, 1, 3)
 

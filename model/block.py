@@ -27,9 +27,7 @@ class Block(nn.Module):
         """The residual stream after this layer, its cache, and its attention weights."""
         config = self.config
         normed = Normalize(config, name="attention_norm")(x)
-        mixed, cache, weights = Attention(config, name="attention")(
-            normed, context, cache, dropout and dropout.at(0)
-        )
+        mixed, cache, weights = Attention(config, name="attention")(normed, context, cache, dropout and dropout.at(0))
         x = x + (mixed if dropout is None else dropout.at(1)(mixed))
         changed = FeedForward(config, name="feed_forward")(Normalize(config, name="feed_forward_norm")(x))
         x = x + (changed if dropout is None else dropout.at(2)(changed))

@@ -8,9 +8,7 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.errors import InputError
 
-LayerCache = tuple[
-    Float[Array, "batch kv_heads capacity head_dim"], Float[Array, "batch kv_heads capacity head_dim"]
-]
+LayerCache = tuple[Float[Array, "batch kv_heads capacity head_dim"], Float[Array, "batch kv_heads capacity head_dim"]]
 
 
 @struct.dataclass
@@ -33,9 +31,7 @@ class KVCache:
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> KVCache:
     """An empty cache. dtype None: the compute dtype. Raises InputError where positions would run out."""
     if batch < 1 or capacity < 1:
-        raise InputError(
-            f"a cache needs at least one row and one position, not batch={batch}, capacity={capacity}"
-        )
+        raise InputError(f"a cache needs at least one row and one position, not batch={batch}, capacity={capacity}")
     if config.position == "learned" and capacity > config.max_seq_len:
         raise InputError(
             f"capacity={capacity} exceeds max_seq_len={config.max_seq_len}, where the learned positions end"

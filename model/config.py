@@ -90,9 +90,7 @@ class ModelConfig:
 
     def _derive(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)
-        set_field(
-            "derived", tuple(n for n in ("num_kv_heads", "head_dim", "d_ff") if getattr(self, n) is None)
-        )
+        set_field("derived", tuple(n for n in ("num_kv_heads", "head_dim", "d_ff") if getattr(self, n) is None))
         if self.num_kv_heads is None:
             set_field("num_kv_heads", self.num_heads)
         if self.head_dim is None:
@@ -129,13 +127,9 @@ class ModelConfig:
                 "every key/value head serves the same number of query heads"
             )
         if self.position == "rotary" and self.head_dim % 2:
-            raise InputError(
-                f"head_dim={self.head_dim} must be even for position='rotary', which turns pairs"
-            )
+            raise InputError(f"head_dim={self.head_dim} must be even for position='rotary', which turns pairs")
         if self.position == "sinusoidal" and self.d_model % 2:
-            raise InputError(
-                f"d_model={self.d_model} must be even for position='sinusoidal', which fills pairs"
-            )
+            raise InputError(f"d_model={self.d_model} must be even for position='sinusoidal', which fills pairs")
         for token in self.eos_token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InputError(f"eos_token_ids has {token}, outside the vocabulary of {self.vocab_size}")

@@ -33,14 +33,16 @@ STUDY_WIDTHS = (
 
 
 def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128) -> ModelConfig:
-    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), shape by one rule: a layer per 16 features, at least
-    2; heads of about 32. The aspect ratio of small models hardly moves their loss (Kaplan et al. 2020, 3.1).
+    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), shape by one rule: a layer per 16 features (of wide models per
+    64), at least 2; heads of about 32, as near as divides. The aspect ratio hardly moves the loss of small models
+    (Kaplan et al. 2020, section 3.1).
     """
+    heads = [count for count in range(1, d_model) if d_model % (2 * count) == 0]  # of an even size, for rotary
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
         num_layers=max(2, round(d_model / 16)) if d_model < 256 else max(12, round(d_model / 64)),
-        num_heads=max(1, d_model // 32) if d_model % 32 == 0 else max(1, d_model // 48),
+        num_heads=min(heads, key=lambda count: abs(d_model / count - 32)),
         max_seq_len=max_seq_len,
         scan_layers=d_model >= 256,
     )

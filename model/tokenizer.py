@@ -60,14 +60,10 @@ class Tokenizer:
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.vocab_size:
-                raise InputError(
-                    f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}"
-                )
+                raise InputError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
         return self._processor.decode(plain) if plain else ""
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The prompt text of a conversation; `InputError` where the tokenizer has no chat template."""
         raise InputError(
             f"the tokenizer {self.path} has no chat template; pass plain text, or a chat model's tokenizer"
@@ -85,14 +81,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 raise InputError(f"the folder {given} holds no tokenizer: expected tokenizer.model in it")
             path = gguf[0]
     if not path.is_file():
-        raise InputError(
-            f"no tokenizer at {given}: expected a sentencepiece .model file or a folder holding one"
-        )
+        raise InputError(f"no tokenizer at {given}: expected a sentencepiece .model file or a folder holding one")
     if path.suffix in (".json", ".gguf"):
         kind = "tokenizer.json" if path.suffix == ".json" else "GGUF"
-        raise InputError(
-            f"{path} is a {kind} tokenizer, which is not supported yet; use a sentencepiece .model file"
-        )
+        raise InputError(f"{path} is a {kind} tokenizer, which is not supported yet; use a sentencepiece .model file")
     try:
         model = path.read_bytes()
     except OSError as error:

@@ -82,9 +82,7 @@ def forward(
     """
     seq = tokens.shape[1]
     if seq > config.max_seq_len:
-        raise InputError(
-            f"the sequence of {seq} tokens is longer than the context, max_seq_len={config.max_seq_len}"
-        )
+        raise InputError(f"the sequence of {seq} tokens is longer than the context, max_seq_len={config.max_seq_len}")
     unknown = set(outputs) - {"final_hidden", "hidden", "attention"}
     if unknown:
         raise InputError(f"outputs has {sorted(unknown)}; it takes 'final_hidden', 'hidden' and 'attention'")
@@ -96,9 +94,7 @@ def forward(
         mask = mask & same & (segment_ids > 0)[:, None, :]
     dropout = None
     if dropout_key is not None:
-        dropout = Dropout(
-            jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key
-        )
+        dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
     context = _context(config, positions, mask)
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
     if dropout is not None:
@@ -138,8 +134,7 @@ def forward_cached(
     tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not
     written past it and its hidden state is NaN.
     """
-    batch, seq = tokens.shape
-    offsets = jnp.arange(seq)[None]
+    offsets = jnp.arange(tokens.shape[1])[None]
     positions = cache.lengths[:, None] + offsets
     slots = jnp.where(offsets < lengths[:, None], positions, cache.capacity)
     mask = jnp.arange(cache.capacity)[None, None] <= positions[:, :, None]

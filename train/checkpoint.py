@@ -83,9 +83,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, reason: str) -> None:
         damaged = self._folder.parent / "damaged" / str(step)
-        logger.warning(
-            "checkpoint %s is not used: %s; moved to %s", self._folder / str(step), reason, damaged
-        )
+        logger.warning("checkpoint %s is not used: %s; moved to %s", self._folder / str(step), reason, damaged)
         damaged.parent.mkdir(exist_ok=True)
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.move(self._folder / str(step), damaged)

@@ -133,9 +133,7 @@ class _Lane:
         if steps is None:
             steps = int(hparams.total_steps)
         if steps < 1:
-            raise InputError(
-                f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters"
-            )
+            raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
         if uses_horizon(train_config.schedule) and hparams.total_steps == 0:
             hparams = hparams.replace(total_steps=steps)
         self.config, self.train_config, self.hparams, self.stop = config, train_config, hparams, steps
@@ -147,6 +145,8 @@ class _Lane:
             segment_documents=train_config.segment_documents,
         )
         self.run = Run(folder, Identity(config, train_config, hparams, data_hash))
+        if self.run.record.get("data") != str(Path(data).resolve()):
+            self.run.update(data=str(Path(data).resolve()))
         self.checkpoints = Checkpoints(folder, keep=shell.keep_checkpoints)
         self.log: MetricsLog | None = None
         self.step = self.run.record["step"] if self.ended else 0
@@ -157,9 +157,7 @@ class _Lane:
     @property
     def ended(self) -> bool:
         record = self.run.record
-        return record["status"] == "diverged" or (
-            record["status"] == "finished" and record["step"] >= self.stop
-        )
+        return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= self.stop)
 
     @property
     def active(self) -> bool:
@@ -199,9 +197,7 @@ class _Lane:
 
     def books(self, step: int) -> dict[str, float]:
         tokens = step * self.train_config.tokens_per_step
-        per_token = lambda convention: accounting.flops_per_token(
-            self.config, self.train_config.seq_len, convention
-        )
+        per_token = lambda convention: accounting.flops_per_token(self.config, self.train_config.seq_len, convention)
         return {
             "tokens": tokens,
             "epoch": self.loader.epoch(step),
@@ -294,9 +290,7 @@ class _Loop:
             if active[index]:
                 lane.step += 1
                 stepped.append((index, lane, lane.step))
-        evaluated = {
-            index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)
-        }
+        evaluated = {index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)}
         self._handle_pending()
         self.pending = (stepped, metrics, evaluated)
         finished = [lane for _, lane, step in stepped if step == lane.stop]
@@ -373,9 +367,7 @@ class _Loop:
             if lane in lanes:
                 if lane.log is not None:
                     lane.log.flush()
-                lane.checkpoints.save(
-                    lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host)
-                )
+                lane.checkpoints.save(lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host))
 
     def _compile_share(self) -> float:
         return self.program.compile_seconds / len(self.lanes)
@@ -406,9 +398,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _check(
-    config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence
-) -> None:
+def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence) -> None:
     if not hparams:
         raise InputError("a population needs at least one lane")
     if len(hparams) != len(runs):

@@ -27,9 +27,7 @@ class MetricsLog:
             if self._tensorboard is None:
                 from tensorboardX import SummaryWriter
 
-                self._tensorboard = SummaryWriter(
-                    str(self._folder / "tensorboard"), purge_step=self._step + 1
-                )
+                self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._tensorboard.add_scalar(name, value, record["step"])
@@ -52,9 +50,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
-    return [
-        record for record in map(_parse, path.read_text(encoding="utf-8").splitlines()) if record is not None
-    ]
+    return [record for record in map(_parse, path.read_text(encoding="utf-8").splitlines()) if record is not None]
 
 
 def _truncate(path: Path, step: int) -> None:

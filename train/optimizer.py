@@ -22,9 +22,7 @@ def make_optimizer(train_config: TrainConfig, hparams: HParams) -> optax.Gradien
 
 def decay_mask(params: Params) -> Any:
     """True where weight decay applies; a parameter without a role in the table is an error."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: decays(tuple(str(key.key) for key in path)), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: decays(tuple(str(key.key) for key in path)), params)
 
 
 def clip_by_norm(grads: Params, norm: Float[Array, ""], clip_norm: Float[Array, ""]) -> Params:

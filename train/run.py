@@ -80,9 +80,7 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; a run needs a folder of its own")
         if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-            raise InputError(
-                f"{self.folder} is not empty and has no run.json; choose another folder for the run"
-            )
+            raise InputError(f"{self.folder} is not empty and has no run.json; choose another folder for the run")
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -108,9 +106,7 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise InputError(
-                f"{self.folder} is being written by another process; wait for it or stop it"
-            ) from None
+            raise InputError(f"{self.folder} is being written by another process; wait for it or stop it") from None
         return lock
 
 

@@ -24,9 +24,7 @@ def train_step(
     update), learning_rate, loss_tokens, finite. Where the loss, the gradient or the new parameters are not
     finite, `finite` is 0 and the state is handed back as it came: the last good one.
     """
-    key = (
-        jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
-    )
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
     gradient = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
     (_, metrics), grads = gradient(config, state.params, batch, hparams, key)
     grad_norm = optax.global_norm(grads)

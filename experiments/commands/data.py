@@ -112,9 +112,7 @@ def inspect(
     splits = Table("split", "documents", "bytes", "tokens", "bytes per token", "shards")
     for name, part in shards.manifest.splits.items():
         numbers = (part.documents, part.bytes, part.tokens)
-        splits.add_row(
-            name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards))
-        )
+        splits.add_row(name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards)))
     console.print(summary, splits)
     for row in decoded:
         console.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)

@@ -59,9 +59,7 @@ def fit(
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise InputError(f"{option} {path}: there is no folder {path.absolute().parent}")
-    runs = read_table(
-        table, params=params, tokens=tokens, loss=loss, flops=flops, keep_repeated=keep_repeated
-    )
+    runs = read_table(table, params=params, tokens=tokens, loss=loss, flops=flops, keep_repeated=keep_repeated)
     with progress_bar("bootstrap", bootstraps) as advance:
         fits = fit_both(runs, delta=delta, bootstraps=bootstraps, seed=seed, advance=advance)
     document = fits.document()
@@ -91,9 +89,7 @@ def _show(console: "Console", fits: "Fits") -> None:
         for result, intervals in ((fits.parametric, parametric), (fits.isoflop, isoflop)):
             value = getattr(result, name, None)
             cells.append("" if value is None else f"{value:.4g}")
-            cells.append(
-                f"{intervals[name][95][0]:.4g} … {intervals[name][95][1]:.4g}" if name in intervals else ""
-            )
+            cells.append(f"{intervals[name][95][0]:.4g} … {intervals[name][95][1]:.4g}" if name in intervals else "")
         table.add_row(name, *cells)
     console.print(table)
     if fits.parametric is not None:
@@ -133,9 +129,7 @@ def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: in
 def _write_json(path: Path, document: dict) -> None:
     import json
 
-    _replace(
-        path, lambda handle: handle.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
-    )
+    _replace(path, lambda handle: handle.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"))
 
 
 def _write_plot(path: Path, fits: "Fits") -> None:

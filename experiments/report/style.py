@@ -97,9 +97,7 @@ def log_axis(axis: Axis, low: float, high: float, *, powers: bool = False, margi
     decades = np.log10(high * pad**2 / low)
     subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0, 3.0) if decades < 3.2 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: _power_of_ten(value) if powers else amount(value))
-    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value) if powers else amount(value)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 

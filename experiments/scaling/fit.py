@@ -73,10 +73,7 @@ class Fits:
 def _intervals(intervals: Intervals) -> dict[str, dict[str, list[float | None]]]:
     """Levels as strings; a bound that no draw gave (infinite, NaN) is null, which JSON can hold."""
     return {
-        name: {
-            f"{level:g}": [bound if np.isfinite(bound) else None for bound in pair]
-            for level, pair in by.items()
-        }
+        name: {f"{level:g}": [bound if np.isfinite(bound) else None for bound in pair] for level, pair in by.items()}
         for name, by in intervals.items()
     }
 

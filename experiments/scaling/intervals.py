@@ -21,9 +21,7 @@ def intervals_of(draws: Mapping[str, np.ndarray], levels: Sequence[int | float] 
     """`intervals["a"][95] -> (low, high)` from one array of draws per name; levels in per cent."""
     return {
         name: {
-            level: (float(low), float(high))
-            for level in levels
-            for low, high in [percentile_interval(values, level)]
+            level: (float(low), float(high)) for level in levels for low, high in [percentile_interval(values, level)]
         }
         for name, values in draws.items()
     }

@@ -16,9 +16,7 @@ from experiments.scaling.intervals import Intervals, intervals_of, percentile_in
 from experiments.scaling.table import Table, clean
 from model.errors import InputError
 
-SAME_BUDGET = (
-    1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
-)
+SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
 MINIMUM_SIZES = 3  # of one budget: a parabola
 MINIMUM_BUDGETS = 2  # a power law
 MINIMUM_VALID_DRAWS = 20  # fewer draws carry no percentile worth printing
@@ -115,9 +113,7 @@ def _valley(flops: float, params: np.ndarray, tokens: np.ndarray, loss: np.ndarr
     if edge:
         side = sizes[(_mean_by_size(params) @ loss).argmin()]
         where, toward = ("smallest", "smaller") if side == sizes[0] else ("largest", "larger")
-        reason = (
-            f"the lowest loss is at the {where} size, N={side:.3g}: an edge, so {toward} models are needed"
-        )
+        reason = f"the lowest loss is at the {where} size, N={side:.3g}: an edge, so {toward} models are needed"
     elif flat:
         reason = "the parabola through the losses is not convex: it has no minimum"
     elif outside:
@@ -307,9 +303,7 @@ def fit_isoflop(
     ]
     optima = [valley.optimum for valley in valleys if valley.reason is None]
     if len(optima) < MINIMUM_BUDGETS:
-        reasons = [
-            f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None
-        ]
+        reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
         shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
         raise InputError(
             f"{len(optima)} of {len(valleys)} budgets give a minimum and a power law needs {MINIMUM_BUDGETS}"

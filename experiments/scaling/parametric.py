@@ -50,9 +50,7 @@ def optimum(theta: Float[np.ndarray, "*draws 5"], C: Any) -> tuple[Any, Any]:
     C = np.asarray(C, np.float64)
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     _, A, B, alpha, beta = (part.reshape(part.shape + (1,) * C.ndim) for part in parts)
-    with np.errstate(
-        all="ignore"
-    ):  # a bootstrap draw may have lost its A or B term: its optimum is then inf or NaN
+    with np.errstate(all="ignore"):  # a bootstrap draw may have lost its A or B term: its optimum is then inf or NaN
         log_g = (np.log(alpha * A) - np.log(beta * B)) / (alpha + beta)
         log_params = log_g + beta / (alpha + beta) * np.log(C / 6)
         return np.exp(log_params), C / 6 / np.exp(log_params)
@@ -229,9 +227,7 @@ class _Problem:
                     upper=upper,
                 )
             )
-        return tuple(
-            np.concatenate([getattr(p, key) for p in parts]) for key in ("theta", "objective", "gradient")
-        )
+        return tuple(np.concatenate([getattr(p, key) for p in parts]) for key in ("theta", "objective", "gradient"))
 
     def natural(self, theta: Float[np.ndarray, "problems 5"]) -> Float[np.ndarray, "problems 5"]:
         """(E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
@@ -259,9 +255,7 @@ class _Problem:
         draws = []
         for i in range(0, count, block):
             part = weights[i : i + block]
-            theta, objective, _ = self.minimise(
-                np.tile(starts, (len(part), 1)), np.repeat(part, len(starts), axis=0)
-            )
+            theta, objective, _ = self.minimise(np.tile(starts, (len(part), 1)), np.repeat(part, len(starts), axis=0))
             lowest = objective.reshape(len(part), len(starts)).argmin(1)
             draws.append(theta.reshape(len(part), len(starts), 5)[np.arange(len(part)), lowest])
             if advance is not None:
@@ -270,9 +264,7 @@ class _Problem:
 
     def _draw_counts(self, rng: np.random.Generator, count: int) -> Float[np.ndarray, "draws rows"]:
         rows = len(self.x)
-        same = [
-            (values[:, None] == np.unique(values)[None]).astype(np.float64) for values in (self.x, self.y)
-        ]
+        same = [(values[:, None] == np.unique(values)[None]).astype(np.float64) for values in (self.x, self.y)]
         kept: list[np.ndarray] = []
         while sum(map(len, kept)) < count:
             counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)

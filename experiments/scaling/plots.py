@@ -43,9 +43,7 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
         axes.plot(grid, valley.curve(grid), color=colour, linewidth=1.3, label=label, **style)
         if accepted:
             best = valley.optimum
-            axes.plot(
-                best["params"], best["loss"], "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4
-            )
+            axes.plot(best["params"], best["loss"], "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4)
     if valleys:
         sizes = np.concatenate([valley.params for valley in valleys])
         log_axis(axes.xaxis, sizes.min(), sizes.max())
@@ -124,18 +122,14 @@ def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Fi
 
 
 @styled
-def measured_predicted(
-    fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95
-) -> Figure:
+def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95) -> Figure:
     """Measured over predicted loss; `held_out` are runs {params, tokens, loss} that the fit has not seen."""
     figure = new_figure(5.0, 4.6)
     axes = figure.subplots()
     table = fit.table
     predicted = fit.predict(table.params, table.tokens)
     everything = [predicted, table.loss]
-    axes.plot(
-        predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4, label=f"{len(table)} runs fitted"
-    )
+    axes.plot(predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4, label=f"{len(table)} runs fitted")
     for i, run in enumerate(held_out):
         centre = float(fit.predict(run["params"], run["tokens"]))
         low, high = fit.predict_interval(run["params"], run["tokens"], level)
@@ -175,9 +169,7 @@ def residuals(fit: ParametricFit) -> Figure:
     for axis, (label, values, other, letter) in zip(axes, pairs, strict=True):
         axis.axhline(0, color=MUTED, linewidth=0.9)
         colour = np.log(other)
-        axis.scatter(
-            values, percent, c=colour, cmap="viridis", s=18, vmax=colour.max() + 0.18 * np.ptp(colour)
-        )
+        axis.scatter(values, percent, c=colour, cmap="viridis", s=18, vmax=colour.max() + 0.18 * np.ptp(colour))
         log_axis(axis.xaxis, values.min(), values.max())
         axis.set_xlabel(label)
         note(axis, f"darker: smaller {letter} ({amount(other.min())}…{amount(other.max())})")

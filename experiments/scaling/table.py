@@ -199,9 +199,7 @@ def _csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     delimiter = max(",;\t", key=header_line.count)  # the comma on a tie, as max keeps the first
     try:
         lines = [
-            line
-            for line in csv.reader(text.splitlines(), delimiter=delimiter)
-            if any(cell.strip() for cell in line)
+            line for line in csv.reader(text.splitlines(), delimiter=delimiter) if any(cell.strip() for cell in line)
         ]
     except csv.Error as error:
         raise InputError(f"{path} is not valid CSV: {error}") from error

@@ -59,8 +59,7 @@ def documents(folder, split):
     ids = tokens.windows(np.array([0]), len(tokens))[0]
     assert ids[-1] == tokens.eos_id
     return [
-        tokenizer.decode(part[part != tokens.eos_id])
-        for part in np.split(ids, np.flatnonzero(ids == tokens.eos_id))
+        tokenizer.decode(part[part != tokens.eos_id]) for part in np.split(ids, np.flatnonzero(ids == tokens.eos_id))
     ][:-1]
 
 

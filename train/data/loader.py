@@ -110,9 +110,7 @@ def _split(windows: Int32[np.ndarray, "batch window"]) -> Batch:
     return {"tokens": np.ascontiguousarray(windows[:, :-1]), "targets": np.ascontiguousarray(windows[:, 1:])}
 
 
-def _padded(
-    flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]
-) -> np.ndarray:
+def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]) -> np.ndarray:
     result = np.zeros(shape, flat.dtype)
     result.reshape(-1)[: len(flat)] = flat
     return result

@@ -110,8 +110,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} holds no {MANIFEST_NAME}, so it is no prepared data folder;"
-            " make one with `isoflop data prepare`"
+            f"{folder} holds no {MANIFEST_NAME}, so it is no prepared data folder; make one with `isoflop data prepare`"
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -128,8 +127,7 @@ def verify_checksums(manifest: Manifest, folder: Path) -> None:
         for shard in split.shards:
             if file_sha256(folder / shard.name) != shard.sha256:
                 raise InputError(
-                    f"{folder / shard.name} is damaged: its SHA-256 is not the manifest's;"
-                    " prepare the data again"
+                    f"{folder / shard.name} is damaged: its SHA-256 is not the manifest's; prepare the data again"
                 )
 
 
@@ -156,9 +154,7 @@ def _parse(content: Any, path: Path) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged (missing or wrong: {error}); prepare the data again") from error
     if not intact:
-        raise InputError(
-            f"{path} is damaged (its content does not give its own hash); prepare the data again"
-        )
+        raise InputError(f"{path} is damaged (its content does not give its own hash); prepare the data again")
     return manifest
 
 
@@ -167,9 +163,7 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
     if not tokenizer.is_file():
         raise InputError(f"{tokenizer} is missing; prepare the data again")
     if file_sha256(tokenizer) != manifest.tokenizer_hash:
-        raise InputError(
-            f"{tokenizer} is not the tokenizer that made the shards beside it; prepare the data again"
-        )
+        raise InputError(f"{tokenizer} is not the tokenizer that made the shards beside it; prepare the data again")
     for split in manifest.splits.values():
         for shard in split.shards:
             path = folder / shard.name
@@ -178,9 +172,7 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
             try:
                 array = np.load(path, mmap_mode="r")
             except (ValueError, OSError, EOFError) as error:
-                raise InputError(
-                    f"{path} is damaged or cut short ({error}); prepare the data again"
-                ) from error
+                raise InputError(f"{path} is damaged or cut short ({error}); prepare the data again") from error
             if array.shape != (shard.tokens,) or array.dtype != manifest.dtype:
                 raise InputError(
                     f"{path} holds {array.dtype} {array.shape} where the manifest says {manifest.dtype}"

@@ -58,9 +58,7 @@ def prepare(
     if given is None:
         check_vocab_size(vocab_size)
     elif not given.eos_ids:
-        raise InputError(
-            f"the tokenizer {given.path} has no end token, which must follow each document; take another"
-        )
+        raise InputError(f"the tokenizer {given.path} has no end token, which must follow each document; take another")
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
     if shard_tokens < 1:
@@ -72,14 +70,8 @@ def prepare(
         "text_field": text_field,
         "shard_tokens": shard_tokens,
     }
-    if (
-        str(source) not in NAMED
-        and Path(source).is_dir()
-        and out.resolve().is_relative_to(Path(source).resolve())
-    ):
-        raise InputError(
-            f"out={out} lies inside the source folder {source} and would become part of it; move it out"
-        )
+    if str(source) not in NAMED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise InputError(f"out={out} lies inside the source folder {source} and would become part of it; move it out")
     existing = _existing(out, arguments)
     corpus = open_source(source, text_field=text_field)
     if existing is not None:
@@ -217,9 +209,7 @@ def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
     if not out.is_dir():
         raise InputError(f"out={out} is a file; give a folder that is to be made")
     if not (out / MANIFEST_NAME).exists():
-        raise InputError(
-            f"out={out} holds other files and no {MANIFEST_NAME}; give a folder that is empty or new"
-        )
+        raise InputError(f"out={out} holds other files and no {MANIFEST_NAME}; give a folder that is empty or new")
     manifest = load_manifest(out)
     different = [
         f"{name}={manifest.arguments.get(name)!r} there, {value!r} asked"
@@ -228,8 +218,7 @@ def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
     ]
     if different:
         raise InputError(
-            f"{out} was made with other arguments ({'; '.join(different)});"
-            " remove the folder or choose another --out"
+            f"{out} was made with other arguments ({'; '.join(different)}); remove the folder or choose another --out"
         )
     return manifest
 
@@ -252,9 +241,7 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(
-                f"another process is preparing {out} now; wait for it, then ask again"
-            ) from error
+            raise InputError(f"another process is preparing {out} now; wait for it, then ask again") from error
         try:
             for left in folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -87,8 +87,7 @@ class TokenShards:
         self.eos_id = self.manifest.eos_id
         # asarray drops memmap's per-slice bookkeeping; pages still come from the file as they are touched.
         self._arrays = [
-            np.asarray(np.load(self.folder / shard.name, mmap_mode="r"))
-            for shard in self.manifest.splits[split].shards
+            np.asarray(np.load(self.folder / shard.name, mmap_mode="r")) for shard in self.manifest.splits[split].shards
         ]
         self._starts = [0]
         for array in self._arrays:

@@ -53,8 +53,7 @@ class Source:
             yield document
         if self.documents == 0:
             raise InputError(
-                f"{self.name} holds no text: {self.empty_skipped} empty documents,"
-                f" {self.files_skipped} binary files"
+                f"{self.name} holds no text: {self.empty_skipped} empty documents, {self.files_skipped} binary files"
             )
 
     def decode(self, raw: bytes) -> str:
@@ -94,9 +93,7 @@ def open_source(source: str | Path, *, text_field: str = "text") -> Source:
         if path.is_dir():
             return _open_files(name, path, _walk(path), text_field)
         if path.is_file():
-            return Source(
-                name, lambda counts: _read_file(counts, path, path.name, text_field, True), _size(path)
-            )
+            return Source(name, lambda counts: _read_file(counts, path, path.name, text_field, True), _size(path))
     except OSError as error:  # a folder above it may not be entered, or the name is too long
         raise _unreadable(path, error) from error
     raise InputError(f"no source {name!r}: it is neither a file nor a folder here; accepted are {ACCEPTED}")
@@ -112,9 +109,7 @@ def _open_sotu() -> Source:
 
 def _open_stdlib() -> Source:
     folder = Path(sysconfig.get_path("stdlib"))
-    return _open_files(
-        "stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], "text"
-    )
+    return _open_files("stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], "text")
 
 
 def _open_files(name: str, folder: Path, paths: list[Path], text_field: str) -> Source:
@@ -149,9 +144,7 @@ def _read_file(source: Source, path: Path, name: str, text_field: str, alone: bo
                 return
             if path.suffix not in _TEXT_SUFFIXES and b"\0" in file.peek(8192)[:8192]:
                 if alone:
-                    raise InputError(
-                        f"{path} is not a text file (it holds NUL bytes); accepted are {ACCEPTED}"
-                    )
+                    raise InputError(f"{path} is not a text file (it holds NUL bytes); accepted are {ACCEPTED}")
                 source.files_skipped += 1
                 source.done += _size(path)
                 return
@@ -195,8 +188,7 @@ def _read_jsonl(source: Source, file: BinaryIO, path: Path, name: str, text_fiel
             ) from error
         if not isinstance(row, dict):
             raise InputError(
-                f"{path}, line {number}: {type(row).__name__} where an object with the field"
-                f" {text_field!r} is expected"
+                f"{path}, line {number}: {type(row).__name__} where an object with the field {text_field!r} is expected"
             )
         yield Document(f"{name}:{number}", _field(source, row, text_field, f"{path}, line {number}"))
 
@@ -232,16 +224,12 @@ def _open_hub(name: str, text_field: str) -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(
-            f"{name!r} needs the library datasets; install it with `pip install isoflop[hub]`"
-        ) from error
+        raise InputError(f"{name!r} needs the library datasets; install it with `pip install isoflop[hub]`") from error
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except Exception as error:  # the library raises its own, the hub's and the network's
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"cannot load {name!r} from the Hugging Face hub: {type(error).__name__}: {reason}"
-        ) from error
+        raise InputError(f"cannot load {name!r} from the Hugging Face hub: {type(error).__name__}: {reason}") from error
 
     def read(source: Source) -> Iterator[Document]:
         if text_field not in rows.column_names:
@@ -260,16 +248,12 @@ def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> 
     if isinstance(value, bytes):
         return source.decode(value)
     if not isinstance(value, str):
-        raise InputError(
-            f"{where}: the field {text_field!r} is {type(value).__name__} where a string is expected"
-        )
+        raise InputError(f"{where}: the field {text_field!r} is {type(value).__name__} where a string is expected")
     return source.clean(value)
 
 
 def _no_field(where: str, text_field: str, present: Iterable[str]) -> InputError:
-    return InputError(
-        f"{where}: no field {text_field!r}; present are {', '.join(map(repr, present)) or 'none'}"
-    )
+    return InputError(f"{where}: no field {text_field!r}; present are {', '.join(map(repr, present)) or 'none'}")
 
 
 def _size(path: Path) -> float:

@@ -1,0 +1,100 @@
+"""The `isoflop` command: a tree of typed functions, and what its exit codes mean.
+
+0: success. 2: a wrong call or input, said in one sentence. 1: a failure. 130: stopped by Ctrl-C.
+"""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import tyro
+
+from experiments.commands import bench, data, evaluate, generate, ladder, model, scaling, study, sweep, train
+from model.errors import InputError
+
+Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
+
+COMMANDS: Tree = {
+    "study": study.study,
+    "data": ("Make and look into data folders.", {"prepare": data.prepare, "inspect": data.inspect}),
+    "train": train.train,
+    "generate": generate.generate,
+    "eval": evaluate.evaluate,
+    "sweep": ("Train many settings side by side.", {"run": sweep.run}),
+    "scaling": (
+        "Plan, train, fit and use scaling laws.",
+        {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},
+    ),
+    "bench": ("Measure this machine on a model.", {"decode": bench.decode}),
+    "model": ("Look at architectures.", {"list": model.list_presets, "show": model.show}),
+}
+
+
+def main() -> None:
+    """Entry point of the `isoflop` command."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step there
+    _use_compile_cache()
+    try:
+        tyro.cli(_parser(COMMANDS), prog="isoflop", description=_DESCRIPTION)
+    except InputError as error:
+        _stop(f"isoflop: {error}", 2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _stop(f"isoflop: no space left on the disk{_where(error)}; free some and run the same command again", 2)
+    except KeyboardInterrupt:
+        _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
+    except Exception as error:
+        # Orbax and TensorStore wrap the operating system's error in their own.
+        if "No space left on device" not in str(error):
+            raise
+        _stop("isoflop: no space left on the disk; free some and run the same command again", 2)
+
+
+_DESCRIPTION = """Language-model research in JAX: sweeps, scaling laws, decode throughput.
+
+Start with `isoflop study`: a whole scaling-law study on real text in minutes. Every command has --help with an example.
+"""
+
+
+def _parser(tree: Tree) -> Any:
+    commands = []
+    for name, entry in tree.items():
+        if isinstance(entry, tuple):
+            description, below = entry
+            subcommand = tyro.conf.subcommand(
+                name=name, constructor=_parser(below), description=description, prefix_name=False
+            )
+        else:
+            subcommand = tyro.conf.subcommand(name=name, constructor=entry, prefix_name=False)
+        commands.append(Annotated[Any, subcommand])
+    return Union[tuple(commands)] if len(commands) > 1 else Union[commands[0], Annotated[None, _HIDDEN]]  # noqa: UP007
+
+
+# A union of one is no union: the parser would skip the command's name.
+_HIDDEN = tyro.conf.subcommand(name="none", description="Do nothing.", prefix_name=False)
+
+
+def _use_compile_cache() -> None:
+    """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
+
+
+def _where(error: OSError) -> str:
+    return f" at {error.filename}" if error.filename else ""
+
+
+def _stop(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What several commands share: reading a model, hyperparameters and JSON files from the command line."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from model import ModelConfig
+
+JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")]
+
+
+def console() -> "Console":
+    """Standard output; wide enough for a table where it is no terminal but a file or a pipe."""
+    from rich.console import Console
+
+    return Console() if Console().is_terminal else Console(width=160)
+
+
+def write_document(path: Path | None, document: dict[str, Any]) -> None:
+    """Write a command's numbers to `--json FILE`, whole or not at all."""
+    from train.files import write_json
+
+    if path is not None:
+        write_json(path, {"schema_version": 1} | document)
+
+
+def read_config(preset: str, overrides: tuple[str, ...] = ()) -> "ModelConfig":
+    """A preset's name or a JSON file of a config, with `name=value` changes."""
+    from model import ModelConfig, presets
+
+    if preset.endswith(".json"):
+        try:
+            values = json_module.loads(Path(preset).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{preset} cannot be read as a model config: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{preset} is not a JSON object of model fields")
+        config = ModelConfig.from_dict(values)
+    else:
+        config = presets.get(preset)
+    return config.replace(**parse_overrides(overrides)) if overrides else config
+
+
+def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Read `num_layers=4` and the like; values as in JSON, anything else is text."""
+    changes = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"{text!r} is not of the form name=value")
+        try:
+            changes[name] = json_module.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
+
+
+def split_overrides(overrides: tuple[str, ...], config: Any, train_config: Any, hparams: Any) -> tuple[Any, Any, Any]:
+    """Apply each `name=value` to whichever of model config, train config and hyperparameters has that field."""
+    from model.errors import UnknownNameError
+
+    parts: list[Any] = [config, train_config, hparams]
+    known = [part.to_dict() for part in parts]
+    for name, value in parse_overrides(overrides).items():
+        for index, fields in enumerate(known):
+            if name in fields:
+                _check_type(name, value, fields[name])
+                parts[index] = parts[index].replace(**{name: value})
+                break
+        else:
+            raise UnknownNameError("setting", name, [name for fields in known for name in fields])
+    return parts[0], parts[1], parts[2]
+
+
+def _check_type(name: str, value: Any, current: Any) -> None:
+    if isinstance(current, bool) != isinstance(value, bool):
+        raise InputError(
+            f"{name}={value!r} must be {'true or false' if isinstance(current, bool) else 'a number or name'}"
+        )
+    if isinstance(current, (int, float)) and not isinstance(value, (int, float)):
+        raise InputError(f"{name}={value!r} must be a number")

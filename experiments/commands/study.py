@@ -1,0 +1,51 @@
+"""`isoflop study`: the whole story."""
+
+from pathlib import Path
+
+from experiments.commands.options import JsonFile
+
+
+def study(
+    *,
+    out: Path = Path("study"),
+    minutes: float = 8.0,
+    source: str = "sotu",
+    vocab_size: int = 1024,
+    batch_size: int = 8,
+    seq_len: int = 128,
+    seed: int = 0,
+    json: JsonFile = None,
+) -> None:
+    """A complete scaling-law study on this machine: data, sweep, ladder, fit, prediction, decode, report.
+
+    A short probe measures this machine and sizes the compute budgets so that the study takes about `minutes`. Stop
+    it at any time: the same command goes on where it was. The page to read at the end is OUT/report.html.
+
+    Example: isoflop study --minutes 8 --out study
+
+    Args:
+        out: The study's folder.
+        minutes: How long it may take; more minutes measure larger models.
+        source: What to learn from: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
+            hf:OWNER/NAME[/CONFIG][:SPLIT].
+        vocab_size: Pieces of the tokenizer that is trained.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
+        seed: Of the ladder's runs; the sweep also takes the next one.
+        json: Also write study.json's numbers to this file.
+    """
+    from experiments.commands.options import write_document
+    from experiments.study import Settings, run_study
+
+    document = run_study(out, Settings(source, minutes, vocab_size, batch_size, seq_len, seed))
+    write_document(json, document)
+    prediction, measured = document["prediction"], document["heldout"]
+    print()
+    if prediction["loss"] is not None and measured["loss"] is not None:
+        low, high = prediction["interval_95"]
+        print(
+            f"predicted loss {prediction['loss']:.4f} (95 %: {low:.4f} … {high:.4f}), measured {measured['loss']:.4f} "
+            f"at {measured['flops']:.3g} FLOPs, {prediction['compute_over_largest_fitted']:.1f} times the largest run of the fit"
+        )
+    print(f"{document['totals']['seconds'] / 60:.1f} minutes, {document['totals']['compiles']} compiled shapes")
+    print(f"report: {(out / 'report.html').resolve()}")
