@@ -24,12 +24,12 @@ COMMANDS: Tree = {
     "train": train.train,
     "generate": generate.generate,
     "eval": evaluate.evaluate,
-    "sweep": ("Train many settings side by side.", {"run": sweep.run}),
+    "sweep": ("Train many settings side by side.", {"plan": sweep.plan, "run": sweep.run}),
     "scaling": (
         "Plan, train, fit and use scaling laws.",
         {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},
     ),
-    "bench": ("Measure this machine on a model.", {"decode": bench.decode}),
+    "bench": ("Measure this machine on a model.", {"decode": bench.decode, "train": bench.train}),
     "model": ("Look at architectures.", {"list": model.list_presets, "show": model.show}),
 }
 
@@ -73,11 +73,7 @@ def _parser(tree: Tree) -> Any:
         else:
             subcommand = tyro.conf.subcommand(name=name, constructor=entry, prefix_name=False)
         commands.append(Annotated[Any, subcommand])
-    return Union[tuple(commands)] if len(commands) > 1 else Union[commands[0], Annotated[None, _HIDDEN]]  # noqa: UP007
-
-
-# A union of one is no union: the parser would skip the command's name.
-_HIDDEN = tyro.conf.subcommand(name="none", description="Do nothing.", prefix_name=False)
+    return Union[tuple(commands)]  # noqa: UP007 – made of a list
 
 
 def _use_compile_cache() -> None:

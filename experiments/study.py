@@ -41,7 +41,7 @@ from train.lanes import compiled_programs
 from train.run import describe_device, load_run, versions
 
 SCHEMA_VERSION = 1
-LEARNING_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+LEARNING_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
 BETA2 = (0.95, 0.99)  # small batches are said to want a longer memory
 SEEDS = (0, 1)
 BASE = HParams(weight_decay=0.1, final_fraction=0.0)
@@ -281,7 +281,9 @@ class _Study:
         )
 
     def _tuned_recipe(self) -> Recipe:
-        return self._recipe(self.found["plan"]["proxy_d_model"], self._winner()["learning_rate"])
+        """With the vertex of the parabola through the best rate and its neighbours, or else the best rate itself."""
+        best = self.found["sweep"]["optimum"] or self._winner()
+        return self._recipe(self.found["plan"]["proxy_d_model"], best["learning_rate"])
 
     def _tuned_hparams(self) -> HParams:
         return BASE.replace(beta2=self._winner()["beta2"], seed=self.settings.seed)

@@ -26,6 +26,7 @@ _COUNTS = (
     "d_ff",
     "max_seq_len",
 )
+_DERIVED = ("num_kv_heads", "head_dim", "d_ff")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ModelConfig:
     derived: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))  # a list would not hash
         self._check_types()
         self._derive()
         self._check_consistency()
@@ -85,12 +87,11 @@ class ModelConfig:
         missing = [name for name in missing if name not in values]
         if missing:
             raise InputError(f"the model config lacks {', '.join(missing)}")
-        eos = tuple(values.get("eos_token_ids", ()))
-        return cls(**{**values, "eos_token_ids": eos})
+        return cls(**values)
 
     def _derive(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)
-        set_field("derived", tuple(n for n in ("num_kv_heads", "head_dim", "d_ff") if getattr(self, n) is None))
+        set_field("derived", tuple(n for n in _DERIVED if getattr(self, n) is None))
         if self.num_kv_heads is None:
             set_field("num_kv_heads", self.num_heads)
         if self.head_dim is None:
@@ -109,7 +110,7 @@ class ModelConfig:
     def _check_types(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is None:
+            if value is None and name in _DERIVED:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")

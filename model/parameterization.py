@@ -1,8 +1,9 @@
 """How every parameter starts: one row per role.
 
-Standard parameterization: hidden matrices keep the scale of what they are given (std 1/√fan_in,
-LeCun 1998), tables start at 0.02 (GPT-2), and the two matrices of each layer that write to the residual
-stream are shrunk by √(2·layers), so that the stream's variance does not grow with depth (GPT-2, section 2.3).
+Standard parameterization: matrices keep the scale of what they are given (std 1/√fan_in, LeCun 1998), and
+the two matrices of each layer that write to the residual stream are shrunk by √(2·layers), so that the stream's
+variance does not grow with depth (GPT-2, section 2.3). The token table starts at 1/√d_model: as a tied head it
+then makes logits of unit variance. At GPT-2's 0.02 a narrow model first has to grow its table (docs/LOG.md).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ class Role(NamedTuple):
 
 
 TABLE: dict[str, Role] = {
-    "embedding": Role(lambda fan_in, num_layers: 0.02, decay=True),
+    "embedding": Role(lambda fan_in, num_layers: fan_in**-0.5, decay=True),
     "position": Role(lambda fan_in, num_layers: 0.02, decay=False),
     "hidden": Role(lambda fan_in, num_layers: fan_in**-0.5, decay=True),
     "residual": Role(lambda fan_in, num_layers: (2 * fan_in * num_layers) ** -0.5, decay=True),
@@ -52,7 +53,7 @@ def role_of(path: tuple[str, ...]) -> str:
     if path[-1] in ("scale", "bias"):
         return "vector"
     try:
-        return _ROLE_OF_PATH[path[-2:]]
+        return _ROLE_OF_PATH[path[-2], path[-1]]
     except KeyError:
         raise KeyError(f"parameter {'/'.join(path)} has no role in model/parameterization.py") from None
 

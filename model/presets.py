@@ -1,5 +1,6 @@
 """Named architectures. `get("study-64")` and so on: one member of the family that the study's ladder uses."""
 
+import functools
 from collections.abc import Callable
 
 from model.config import ModelConfig
@@ -72,7 +73,7 @@ def _gpt2(d_model: int, num_layers: int, num_heads: int) -> Callable[[], ModelCo
 
 _PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "tiny": _tiny,
-    **{f"study-{width}": (lambda width=width: study_family(width)) for width in STUDY_WIDTHS},
+    **{f"study-{width}": functools.partial(study_family, width) for width in STUDY_WIDTHS},
     "gpt2-small": _gpt2(768, 12, 12),
 }
 

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ class HParams:
     seed: parameters, dropout and the order of the data.
     """
 
-    DEFAULTS = {
+    DEFAULTS: ClassVar[dict[str, float]] = {
         "learning_rate": 3e-3,
         "weight_decay": 0.1,
         "beta1": 0.9,

@@ -99,7 +99,7 @@ class Program:
 
 
 # Initialisation runs once, so its compile time counts for more than its speed; the numbers are the same.
-_RUN_ONCE = {"xla_backend_optimization_level": 1}
+_RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 @functools.lru_cache(maxsize=64)

@@ -322,8 +322,8 @@ class _Loop:
                 self._diverge(lane, step)
                 continue
             if index in evaluated:
-                nats, tokens = np.sum(evaluated[index], axis=0, dtype=np.float64)
-                values["validation_loss"] = float(nats / tokens)
+                nats, tokens = np.array(evaluated[index], np.float64).sum(axis=0).tolist()
+                values["validation_loss"] = nats / tokens
             lane.write(step, values, seconds)
 
     def _diverge(self, lane: _Lane, step: int) -> None:

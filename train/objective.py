@@ -42,6 +42,7 @@ def loss_and_metrics(
         dropout_rate=None if hparams is None else hparams.dropout_rate,
         dropout_key=key,
     )
+    assert out.logits is not None
     nats, log_z = cross_entropy(out.logits, batch["targets"])
     mask = batch.get("loss_mask")
     mask = jnp.ones_like(nats) if mask is None else mask.astype(jnp.float32)

@@ -32,7 +32,7 @@ def progress_bar(description: str, total: float, *, completed: float = 0) -> Ite
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=False, refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, completed=completed, note="")
+        task = bar.add_task(description, total=total, completed=int(completed), note="")
         yield lambda amount=1, note="": bar.update(task, advance=amount, note=note)
 
 

@@ -4,7 +4,69 @@ from pathlib import Path
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import JsonFile, Overrides
+
+
+def train(
+    preset: tyro.conf.Positional[str],
+    *,
+    set: Overrides = (),
+    batch_size: int = 8,
+    seq_len: int = 128,
+    lanes: tuple[int, ...] = (1,),
+    seconds: float = 5.0,
+    json: JsonFile = None,
+) -> None:
+    """Tokens per second and FLOP/s of the training step, alone and with several lanes side by side.
+
+    Example: isoflop bench train study-128 --lanes 1 4 --json train.json
+
+    Args:
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        set: Model fields to change, such as scan_layers=true.
+        batch_size: Rows per step and lane.
+        seq_len: Tokens per row.
+        lanes: Trials per program, each measured.
+        seconds: Measuring time per number of lanes.
+        json: Also write every number to this file.
+    """
+    from rich.table import Table
+
+    from experiments.commands.options import console, read_config, write_document
+    from experiments.scaling.probe import measure_step
+    from train import TrainConfig
+    from train.run import describe_device, versions
+
+    config = read_config(preset, set)
+    config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
+    rows = [
+        measure_step(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), count, seconds) for count in lanes
+    ]
+    write_document(
+        json, {"device": describe_device(), "versions": versions(), "config": config.to_dict(), "rows": rows}
+    )
+    table = Table(title="medians; tokens and FLOPs of all lanes together", title_justify="left")
+    for name in (
+        "lanes",
+        "tokens/s",
+        "slowest … fastest",
+        "FLOP/s (6ND)",
+        "FLOP/s (exact)",
+        "ms per step",
+        "compile s",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["lanes"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second_slowest']:,.0f} … {row['tokens_per_second_fastest']:,.0f}",
+            f"{row['flops_6nd_per_second']:.3g}",
+            f"{row['flops_exact_per_second']:.3g}",
+            f"{1e3 * row['step_seconds']:.1f}",
+            f"{row['compile_seconds']:.1f}",
+        )
+    console().print(table)
 
 
 def decode(

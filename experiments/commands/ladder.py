@@ -29,7 +29,7 @@ def plan(
     Args:
         data: A folder made by `isoflop data prepare`.
         flops: Budgets C = 6·N·D, N with the embedding table.
-        learning_rate: Best rate of the proxy (see `isoflop sweep run`); rungs take it times √(proxy / d_model).
+        learning_rate: Best rate of the proxy (see `isoflop sweep run`); rungs take it times proxy / d_model.
         proxy_d_model: Width of that proxy.
         batch_size: Rows per step.
         seq_len: Tokens per row.
@@ -65,7 +65,7 @@ def run(
         data: A folder made by `isoflop data prepare`.
         out: The folder for the runs.
         flops: Budgets C = 6·N·D, N with the embedding table.
-        learning_rate: Best rate of the proxy (see `isoflop sweep run`); rungs take it times √(proxy / d_model).
+        learning_rate: Best rate of the proxy (see `isoflop sweep run`); rungs take it times proxy / d_model.
         proxy_d_model: Width of that proxy.
         beta2: Adam's second memory.
         seed: Of all runs.
@@ -169,6 +169,8 @@ def _ladder(
 
 def _show(recipe: "Recipe", rungs: "list[Rung]") -> None:
     from rich.table import Table
+
+    from experiments.commands.options import console
 
     table = Table(title=recipe.rule, title_justify="left")
     for name in ("budget", "d_model", "N", "D", "steps", "D / N", "epochs", "learning rate"):

@@ -70,7 +70,7 @@ def show(
     config = read_config(preset, set)
     seq_len = seq_len or config.max_seq_len
     counts = accounting.parameters(config)
-    flops = {
+    flops: dict[str, float] = {
         f"{mode} FLOPs per token ({convention})": accounting.flops_per_token(config, seq_len, convention, training)
         for mode, training in (("training", True), ("forward", False))
         for convention in ("6N", "exact")

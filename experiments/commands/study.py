@@ -44,8 +44,8 @@ def study(
     if prediction["loss"] is not None and measured["loss"] is not None:
         low, high = prediction["interval_95"]
         print(
-            f"predicted loss {prediction['loss']:.4f} (95 %: {low:.4f} … {high:.4f}), measured {measured['loss']:.4f} "
-            f"at {measured['flops']:.3g} FLOPs, {prediction['compute_over_largest_fitted']:.1f} times the largest run of the fit"
+            f"predicted loss {prediction['loss']:.4f} (95 %: {low:.4f} … {high:.4f}), measured {measured['loss']:.4f}; "
+            f"{prediction['compute_over_largest_fitted']:.1f} times the compute of the largest run in the fit"
         )
     print(f"{document['totals']['seconds'] / 60:.1f} minutes, {document['totals']['compiles']} compiled shapes")
     print(f"report: {(out / 'report.html').resolve()}")

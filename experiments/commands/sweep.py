@@ -44,7 +44,7 @@ def run(
     from train.data import load_manifest
     from train.files import write_json
 
-    axes = dict(parse_axis(text) for text in set)
+    axes = parse_axes(set)
     manifest = load_manifest(data)
     config, train_config, hparams = split_overrides(
         base,
@@ -56,6 +56,54 @@ def run(
     write_json(out / "sweep.json", summary)
     write_document(json, summary)
     show(summary)
+
+
+def plan(
+    preset: tyro.conf.Positional[str],
+    *,
+    steps: int,
+    set: Overrides,
+    seeds: int = 2,
+    batch_size: int = 8,
+    seq_len: int = 128,
+    json: JsonFile = None,
+) -> None:
+    """What a sweep would run: trials, tokens and FLOPs. Nothing is trained.
+
+    Example: isoflop sweep plan study-24 --steps 200 --set learning_rate=logspace:1e-3:1e-1:5 --seeds 2
+
+    Args:
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        steps: Updates of each trial.
+        set: Axes: NAME=v1,v2,… or NAME=logspace:LOW:HIGH:COUNT, of hyperparameters (not shapes).
+        seeds: Runs per setting.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
+        json: Also write the plan to this file.
+    """
+    from experiments.commands.options import read_config, write_document
+    from experiments.sweep.run import plan_trials, trial_name
+    from model import accounting
+    from train import HParams
+
+    config = read_config(preset)
+    trials = plan_trials(HParams(), parse_axes(set), range(seeds))
+    tokens = steps * batch_size * seq_len
+    flops = len(trials) * tokens * accounting.flops_per_token(config, seq_len, "6N")
+    write_document(json, {"trials": trials, "tokens_per_trial": tokens, "flops_6nd": flops})
+    for trial in trials:
+        print(trial_name(trial))
+    print(f"{len(trials)} trials of {tokens:,} tokens in one compiled program, {flops:.3g} FLOPs (6ND) in all")
+
+
+def parse_axes(texts: tuple[str, ...]) -> dict[str, list[float]]:
+    """All axes by name; a name that comes twice is refused."""
+    axes: dict[str, list[float]] = {}
+    for name, values in map(parse_axis, texts):
+        if name in axes:
+            raise InputError(f"--set gives {name} twice; give all its values in one axis")
+        axes[name] = values
+    return axes
 
 
 def parse_axis(text: str) -> tuple[str, list[float]]:

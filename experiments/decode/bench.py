@@ -46,6 +46,11 @@ def bench_decode(
     return rows
 
 
+def _compiled() -> int:
+    """Programs of the pair that this process holds."""
+    return sum(function._cache_size() for function in (prefill, decode_step))  # type: ignore[attr-defined]
+
+
 def _cell(config: ModelConfig, params: Params, batch: int, context: int, steps: int, repeats: int) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context), dtype=np.int32)
     lengths = np.full(batch, context, np.int32)
@@ -65,7 +70,7 @@ def _cell(config: ModelConfig, params: Params, batch: int, context: int, steps: 
     start = time.perf_counter()
     once()
     first_call = time.perf_counter() - start
-    before = prefill._cache_size() + decode_step._cache_size()
+    before = _compiled()
     times = [once() for _ in range(repeats)]
     prefill_seconds, decode_seconds = ([time[i] for time in times] for i in (0, 1))
     rate = lambda seconds: batch * steps / seconds
@@ -75,7 +80,7 @@ def _cell(config: ModelConfig, params: Params, batch: int, context: int, steps: 
         "steps": steps,
         "repeats": repeats,
         "first_call_seconds": first_call,
-        "recompiles": prefill._cache_size() + decode_step._cache_size() - before,
+        "recompiles": _compiled() - before,
         "prefill_tokens_per_second": batch * context / statistics.median(prefill_seconds),
         "time_to_first_token_seconds": statistics.median(prefill_seconds),
         "decode_tokens_per_second": rate(statistics.median(decode_seconds)),

@@ -1,9 +1,219 @@
-"""The study's report."""
+"""The study's report: `study.json` and the runs' loss curves as one page."""
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from experiments.report import figures
+from experiments.report.commands import commands
+from experiments.report.page import inline, known, render
+from experiments.scaling import plots
+from train.files import write_atomically
+
+if TYPE_CHECKING:
+    from experiments.scaling.fit import Fits
+
+SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
+WIDE_EXPONENT = 0.5  # an exponent lies between 0 and 1: a 95 % interval wider than this says little
+WIDE_PREDICTION = 0.1  # of the predicted loss: falling into a wider interval is a weak test
+Drawn = dict[str, Any]
 
 
 def write_study_page(folder: Path, document: dict[str, Any]) -> None:
-    """Write `report.html`."""
-    (folder / "report.html").write_text("<p>stub</p>")
+    """Write `report.html` beside the study's runs: self-contained, whole or absent.
+
+    What is missing (a refused fit, no prediction, a diverged run) is said in a sentence where its figure would be.
+    """
+    write_atomically(folder / "report.html", render("study.html.jinja", **_view(folder, document)))
+
+
+def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """What the template is filled with: the document's parts, never None, and what is derived from them."""
+    parts = {name: document.get(name) or {} for name in ("settings", "data", "plan", "sweep", "fit", "totals")}
+    parts |= {name: document.get(name) or {} for name in ("prediction", "heldout", "device", "versions")}
+    rows, cells = document.get("ladder") or [], document.get("decode") or []
+    fit = parts["fit"]
+    parametric, isoflop = fit.get("parametric"), fit.get("isoflop")
+    source = parts["settings"].get("source", "unknown")
+    return parts | {
+        "rows": rows,
+        "decode": cells,
+        "samples": document.get("samples") or [],
+        "transfer_rule": document.get("transfer_rule"),
+        "source_name": SOURCES.get(source, source),
+        "device_name": _device_name(parts["device"]),
+        "parametric": parametric,
+        "isoflop": isoflop,
+        "refused": fit.get("refused") or {},
+        "exponents": [
+            {"name": name, "a": _exponent(law, "a"), "b": _exponent(law, "b")}
+            for name, law in (("IsoFLOP valleys", isoflop), ("the parametric law", parametric))
+            if law is not None
+        ],
+        "undetermined": [] if parametric is None else _undetermined(parametric),
+        "left_out": [
+            {"run": rows[entry["row"] - 1]["run"], "reason": entry["reason"]} for entry in fit.get("dropped") or []
+        ],
+        "unfinished": [row for row in rows if row["status"] != "finished"],
+        "weak_test": _weak_test(parts["prediction"]),
+        "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second"], default=None),
+        "order": _best_first(parts["sweep"]),
+        "stages": _stages(folder),
+        "commands": commands(folder, document),
+        "figures": _figures(folder, document, rows),
+    }
+
+
+def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Drawn]:
+    fits = _fits(rows)
+    parametric, isoflop, refused = fits.parametric, fits.isoflop, fits.refused
+    sweep, measured = document.get("sweep") or {}, document.get("heldout") or {}
+    prediction, cells = document.get("prediction") or {}, document.get("decode") or []
+    budgets = sorted({row["budget"] for row in rows})
+    usable = [(budget, [row for row in rows if row["budget"] == budget and known(row["loss"])]) for budget in budgets]
+    usable = [(budget, members) for budget, members in usable if members]
+    curves = [(budget, _curves(folder, rows, budget)) for budget in budgets]
+    curves = [(budget, members) for budget, members in curves if members]
+    held_out = _held_out_curve(folder, measured)
+    no_valleys = "No run of the ladder has a loss."
+    no_law = f"The parametric law was refused: {refused.get('parametric', 'no reason was given')}."
+
+    drawn = {
+        "sweep": _draw(
+            "Validation loss over learning rate",
+            lambda: figures.sweep_curve(sweep),
+            None if any(known(setting["mean"]) for setting in sweep.get("settings", ())) else "No trial has a loss.",
+        ),
+        "curves": _draw(
+            "Training loss of every run of the ladder over compute",
+            lambda: figures.loss_curves(curves),
+            None if curves else "The runs' metrics.jsonl files are not beside this study.",
+        ),
+        "optimal": _draw(
+            "Compute-optimal parameters and tokens over compute",
+            lambda: plots.compute_optimal(isoflop, parametric),
+            "Both estimators were refused, so there is no N*(C)." if parametric is None and isoflop is None else None,
+        ),
+        "held_out": _draw(
+            "Loss of the held-out run over tokens with the predicted interval",
+            lambda: figures.held_out_curve(
+                held_out,
+                loss=measured.get("loss"),
+                predicted=prediction.get("loss"),
+                interval=prediction.get("interval_95"),
+                tokens=measured["tokens"],
+            ),
+            None if measured and (held_out or known(measured["loss"])) else "The held-out run left no loss to draw.",
+        ),
+        "decode": _draw(
+            "Prefill and decode throughput over batch size",
+            lambda: figures.decode_throughput(cells),
+            None if cells else "Decoding was not measured.",
+        ),
+    }
+    if isoflop is not None:
+        drawn["valleys"] = _draw("Loss over parameters for each budget", lambda: plots.valleys(isoflop), None, 4.2)
+    else:
+        drawn["valleys"] = _draw(
+            "Loss over parameters for each budget",
+            lambda: figures.losses_by_size(usable),
+            None if usable else no_valleys,
+        )
+    if parametric is None:
+        drawn |= {name: {"svg": None, "reason": no_law} for name in ("measured", "residuals")}
+    else:
+        held = [measured] if known(measured.get("loss")) else []
+        drawn["measured"] = _draw(
+            "Measured over predicted loss", lambda: plots.measured_predicted(parametric, held), None, 4.6, 5.0
+        )
+        drawn["residuals"] = _draw("Residuals over N and D", lambda: plots.residuals(parametric), None, 3.4)
+    return drawn
+
+
+def _draw(
+    label: str,
+    draw: Callable[[], Figure],
+    reason: str | None,
+    height: float | None = None,
+    width: float = figures.WIDTH,
+) -> Drawn:
+    """The figure for the page at the page's width, or the reason why there is none."""
+    if reason is not None:
+        return {"svg": None, "reason": reason}
+    figure = draw()
+    figure.set_size_inches(width, height or figure.get_figheight())
+    return {"svg": inline(figure, label), "reason": None}
+
+
+def _fits(rows: list[dict[str, Any]]) -> "Fits":
+    """The document's fits again, now as objects that can be drawn: same table, same seed, same numbers."""
+    from experiments.scaling.fit import fit_both
+    from experiments.study import ladder_table  # here, as the study itself imports this page
+
+    return fit_both(ladder_table(rows))
+
+
+def _curves(folder: Path, rows: Sequence[dict[str, Any]], budget: float) -> list[figures.Curve]:
+    read = [figures.read_curve(folder / "ladder" / row["run"]) for row in rows if row["budget"] == budget]
+    return [curve for curve in read if curve is not None]
+
+
+def _held_out_curve(folder: Path, measured: dict[str, Any]) -> figures.Curve | None:
+    return figures.read_curve(folder / "heldout" / measured["run"]) if measured else None
+
+
+def _device_name(device: dict[str, Any]) -> str:
+    kind, platform = device.get("kind", "unknown"), device.get("platform", "unknown")
+    name = kind.upper() if kind == "cpu" else kind if kind == platform else f"{kind} ({platform})"
+    count = device.get("count", 1)
+    return name if count == 1 else f"{count} × {name}"
+
+
+def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:
+    interval = (law.get("intervals") or {}).get(name, {}).get("95")
+    certain = interval is not None and known(interval[0]) and known(interval[1])
+    wide = not certain or interval[1] - interval[0] > WIDE_EXPONENT
+    return {"value": law[name], "interval": interval, "wide": wide}
+
+
+def _undetermined(parametric: dict[str, Any]) -> list[str]:
+    """Exponents whose 95 % interval reaches an end of the search: the runs do not determine them."""
+    from experiments.scaling.parametric import LARGEST_EXPONENT
+
+    names = []
+    for name in ("alpha", "beta"):
+        interval = (parametric.get("intervals") or {}).get(name, {}).get("95") or [None, None]
+        low, high = interval
+        if not known(low) or not known(high) or low < 1e-3 or high > 0.99 * LARGEST_EXPONENT:
+            names.append(name)
+    return names
+
+
+def _weak_test(prediction: dict[str, Any]) -> float | None:
+    """The width of the predicted interval as a share of the prediction, where it is wide."""
+    if not known(prediction.get("loss")) or prediction.get("interval_95") is None:
+        return None
+    low, high = prediction["interval_95"]
+    share = (high - low) / prediction["loss"]
+    return share if share > WIDE_PREDICTION else None
+
+
+def _best_first(sweep: dict[str, Any]) -> list[dict[str, Any]]:
+    """A sweep's settings, those that lost a run after the others."""
+    last = float("inf")
+    return sorted(
+        sweep.get("settings", ()),
+        key=lambda setting: (setting["lost"] > 0, setting["mean"] if known(setting["mean"]) else last),
+    )
+
+
+def _stages(folder: Path) -> list[dict[str, Any]]:
+    """Wall seconds and compiled programs of each stage, where the study's own notes are there."""
+    stages = []
+    for path in (folder / "stages").glob("*.json"):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        stages.append({"name": path.stem, "seconds": note["seconds"], "compiles": note["compiles"]})
+    return sorted(stages, key=lambda stage: -stage["seconds"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.5,
@@ -79,7 +80,8 @@ def amount(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def _power_of_ten(value: float) -> str:
+def power_of_ten(value: float) -> str:
+    """A count in mathtext, three digits and a power of ten."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     mantissa = value / 10.0**exponent
     if abs(mantissa - 1) < 1e-6:
@@ -89,22 +91,23 @@ def _power_of_ten(value: float) -> str:
 
 def log_axis(axis: Axis, low: float, high: float, *, powers: bool = False, margin: float = 0.06) -> None:
     """Make an axis logarithmic over low…high with few, readable ticks: 200k, 1M, 5M, or powers of ten."""
-    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
-    set_limits = axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim
+    axes = axis.axes
+    horizontal = axis is axes.xaxis
+    set_scale, set_limits = (axes.set_xscale, axes.set_xlim) if horizontal else (axes.set_yscale, axes.set_ylim)
     set_scale("log")
     pad = (high / low) ** margin if high > low else 1.5
     set_limits(low / pad, high * pad)
     decades = np.log10(high * pad**2 / low)
     subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0, 3.0) if decades < 3.2 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value) if powers else amount(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value) if powers else amount(value)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 
 def note(axes: Axes, text: str) -> None:
-    """A quiet remark in the upper right corner."""
-    axes.text(0.99, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=8, color=MUTED)
+    """A quiet remark above the right end of the axes, where no data can be."""
+    axes.set_title(text, loc="right", fontsize=8, fontweight="normal", color=MUTED)
 
 
 def svg(figure: Figure, label: str = "") -> str:
@@ -117,6 +120,10 @@ def svg(figure: Figure, label: str = "") -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Many figures stand in one page, where an id may occur once: those that nothing refers to go.
+    used = set(re.findall(r"(?:#)([\w.:-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     attributes = 'style="max-width:100%;height:auto"'
     if label:
         attributes += f' role="img" aria-label="{html.escape(label)}"'

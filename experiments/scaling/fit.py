@@ -15,8 +15,9 @@ from model.errors import InputError
 SCHEMA_VERSION = 1
 CONVENTION = (
     "L = E + A·N^-alpha + B·D^-beta in nats per token; N parameters and D tokens as the table counts them; "
-    "C = {flops} FLOPs; N* ∝ C^a, D* ∝ C^b; parametric a = beta/(alpha+beta); the parametric objective is the "
-    "sum over runs of Huber_delta of natural-log residuals; intervals are percentile bootstrap, in per cent"
+    "C = {flops} FLOPs; N* ∝ C^a, D* ∝ C^b; parametric a = beta/(alpha+beta); "
+    "the parametric objective is the sum over runs of Huber_delta of natural-log residuals; "
+    "intervals are percentile bootstrap, in per cent"
 )
 
 

@@ -78,7 +78,7 @@ def _blocked(theta, gradient, lower, upper) -> Bool[np.ndarray, "problems 5"]:
 
 def minimise(
     theta: Float[np.ndarray, "problems 5"],
-    weights: Float[np.ndarray, "problems rows"],
+    weights: Float[np.ndarray, "#problems rows"],
     x: Float[np.ndarray, " rows"],
     y: Float[np.ndarray, " rows"],
     log_loss: Float[np.ndarray, " rows"],

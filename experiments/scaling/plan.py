@@ -41,8 +41,8 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all rungs share, and the transfer rule: learning rate ∝ d_model^−½ from the proxy's best, the same batch,
-    warm-up over 5 % of the steps. vocab_size and the rest name the data.
+    """What all rungs share, and the transfer rule: learning rate ∝ 1 / d_model from the proxy's best (muP's rule for
+    Adam, Yang et al. 2022; measured in docs/LOG.md), the same batch, warm-up over 5 % of the steps.
     """
 
     vocab_size: int
@@ -52,9 +52,7 @@ class Recipe:
     proxy_d_model: int
     proxy_learning_rate: float
 
-    RULE = (
-        "learning rate = {rate:.3g} · √({width} / d_model); batch and betas as in the sweep; warm-up 5 % of the steps"
-    )
+    RULE = "learning rate = {rate:.3g} · {width} / d_model; batch and betas as in the sweep; warm-up 5 % of the steps"
 
     @property
     def rule(self) -> str:
@@ -78,7 +76,7 @@ class Recipe:
             flops=6.0 * params * steps * per_step,
             budget=budget,
             epochs=steps * per_step / self.tokens_per_epoch,
-            learning_rate=self.proxy_learning_rate * math.sqrt(self.proxy_d_model / d_model),
+            learning_rate=self.proxy_learning_rate * self.proxy_d_model / d_model,
             warmup_steps=max(1, round(0.05 * steps)),
         )
 

@@ -139,7 +139,7 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
             xerr=[[max(centre - low, 0)], [max(high - centre, 0)]],
             fmt="*",
             color=ORANGE,
-            markersize=13,
+            markersize=10,
             markeredgecolor=INK,
             capsize=4,
             zorder=4,
@@ -173,5 +173,5 @@ def residuals(fit: ParametricFit) -> Figure:
         log_axis(axis.xaxis, values.min(), values.max())
         axis.set_xlabel(label)
         note(axis, f"darker: smaller {letter} ({amount(other.min())}…{amount(other.max())})")
-    axes[0].set(ylabel="ln L − ln L̂ (%)", title="Residuals of the parametric law")
+    axes[0].set(ylabel=r"$\ln L - \ln \hat{L}$ (%)", title="Residuals")
     return figure

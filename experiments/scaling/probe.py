@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from experiments.scaling.plan import Recipe
-from model import accounting
+from model import ModelConfig, accounting
 from model.sharding import make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams
-from train.lanes import compile_program
+from train.lanes import Program, compile_program
 from train.progress import progress_bar
 
 
@@ -40,42 +40,58 @@ def probe(recipe: Recipe, train_config: TrainConfig, widths: tuple[int, int], se
     measured = []
     with progress_bar("probing this machine", len(widths)) as advance:
         for width in widths:
-            config = recipe.config(width)
-            program = compile_program(config, train_config, 1, make_mesh())
-            flops = accounting.flops_per_token(config, train_config.seq_len) * train_config.tokens_per_step
-            measured.append(
-                {
-                    "d_model": width,
-                    "flops_exact": flops,
-                    "step_seconds": _median_step(program, train_config, recipe.vocab_size, seconds),
-                    "compile_seconds": program.compile_seconds,
-                }
-            )
+            measured.append({"d_model": width} | measure_step(recipe.config(width), train_config, 1, seconds))
             advance()
     small, large = measured
-    rate = (large["flops_exact"] - small["flops_exact"]) / max(large["step_seconds"] - small["step_seconds"], 1e-9)
+    work = [row["step_seconds"] * row["flops_exact_per_second"] for row in measured]
+    rate = (work[1] - work[0]) / max(large["step_seconds"] - small["step_seconds"], 1e-9)
     return Probe(
-        overhead_seconds=max(0.0, small["step_seconds"] - small["flops_exact"] / rate),
+        overhead_seconds=max(0.0, small["step_seconds"] - work[0] / rate),
         flops_per_second=rate,
         compile_seconds=max(row["compile_seconds"] for row in measured),
         measured=measured,
     )
 
 
-def _median_step(program: Any, train_config: TrainConfig, vocab_size: int, seconds: float) -> float:
-    hparams = stack_hparams([HParams(total_steps=1000)])
-    shape = (1, train_config.batch_size, train_config.seq_len)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)
-    batch, active = {"tokens": tokens, "targets": tokens}, np.ones(1, bool)
-    lanes, times = program.init(hparams), []
+def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float) -> dict[str, Any]:
+    """Median time of the real training step on random tokens, measured for about `seconds` after two warm-up steps.
+
+    Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps.
+    """
+    program = compile_program(config, train_config, lanes, make_mesh())
+    times = _step_times(program, config, train_config, lanes, seconds)
+    tokens = lanes * train_config.tokens_per_step
+    step = statistics.median(times)
+    flops = {name: accounting.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
+    return {
+        "lanes": lanes,
+        "step_seconds": step,
+        "tokens_per_second": tokens / step,
+        "tokens_per_second_slowest": tokens / max(times),
+        "tokens_per_second_fastest": tokens / min(times),
+        "flops_6nd_per_second": flops["6N"] * tokens / step,
+        "flops_exact_per_second": flops["exact"] * tokens / step,
+        "compile_seconds": program.compile_seconds,
+    }
+
+
+def _step_times(
+    program: Program, config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float
+) -> list[float]:
+    hparams = stack_hparams([HParams(total_steps=1000, seed=seed) for seed in range(lanes)])
+    shape = (lanes, train_config.batch_size, train_config.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+    batch, active = {"tokens": tokens, "targets": tokens}, np.ones(lanes, bool)
+    state = program.init(hparams)
+    times: list[float] = []
     for _ in range(2):  # the first steps touch fresh memory
-        lanes, metrics = program.step(lanes, batch, hparams, active)
+        state, metrics = program.step(state, batch, hparams, active)
     jax.block_until_ready(metrics)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         for _ in range(4):
-            lanes, metrics = program.step(lanes, batch, hparams, active)
+            state, metrics = program.step(state, batch, hparams, active)
         jax.block_until_ready(metrics)
         times.append((time.perf_counter() - start) / 4)
-    return statistics.median(times)
+    return times

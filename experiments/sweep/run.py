@@ -1,7 +1,7 @@
 """A sweep over traced hyperparameters: every trial a lane of one compiled program."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from model.errors import InputError
 from train import HParams, Shell, TrainConfig, population
 from train.lanes import compiled_programs
 
-Axes = dict[str, Sequence[float]]
+Axes = Mapping[str, Sequence[float]]
 
 
 def run_sweep(

@@ -31,7 +31,13 @@ def summarize(axes: dict[str, list[float]], trials: list[dict[str, Any]]) -> dic
                 "lost": len(members) - len(losses),
             }
         )
-    document = {"schema_version": 1, "axes": axes, "trials": trials, "settings": settings, "warnings": []}
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "axes": axes,
+        "trials": trials,
+        "settings": settings,
+        "warnings": [],
+    }
     # A setting that loses a run to divergence is no candidate, however good its other seeds are.
     candidates = [row for row in settings if row["lost"] == 0]
     if not candidates:

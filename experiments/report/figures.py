@@ -1,0 +1,221 @@
+"""Figures of runs, sweeps and decode benchmarks: plain numbers in, a matplotlib Figure out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    PALETTE,
+    log_axis,
+    new_figure,
+    power_of_ten,
+    sequence,
+    styled,
+)
+from train.metrics import read_metrics
+
+WIDTH = 9.0  # inches, as wide as a page's column: text then has the same size in every figure
+SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
+TRAINING_LOSS = "training loss (nats per token)"
+VALIDATION_LOSS = "validation loss (nats per token)"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's training loss, smoothed and thinned out. flops: 6·N·D spent so far."""
+
+    steps: Float[np.ndarray, " points"]
+    tokens: Float[np.ndarray, " points"]
+    flops: Float[np.ndarray, " points"]
+    loss: Float[np.ndarray, " points"]
+    diverged: bool
+
+
+def read_curve(run: Path, points: int = 200) -> Curve | None:
+    """The curve of a run directory at about `points` steps, evenly spread in log steps; None without any step.
+
+    Each point is the mean over the steps within ±10 % of its own, so that curves look alike on a log axis however
+    long they are. What comes after the first loss that is not finite is left out.
+    """
+    records = [record for record in read_metrics(run) if record.get("loss") is not None]
+    loss = np.array([record["loss"] for record in records], np.float64)
+    finite = len(loss) if np.isfinite(loss).all() else int(np.argmin(np.isfinite(loss)))
+    if finite == 0:
+        return None
+    steps, tokens, flops = (
+        np.array([record[name] for record in records[:finite]], np.float64) for name in ("step", "tokens", "flops_6nd")
+    )
+    total = np.concatenate([[0.0], np.cumsum(loss[:finite])])
+    chosen = np.unique(np.round(np.geomspace(1, finite, points)).astype(int)) - 1
+    low = np.searchsorted(steps, steps[chosen] * (1 - SMOOTHING))
+    high = np.searchsorted(steps, steps[chosen] * (1 + SMOOTHING), side="right")
+    smooth = (total[high] - total[low]) / (high - low)
+    return Curve(steps[chosen], tokens[chosen], flops[chosen], smooth, finite < len(loss))
+
+
+@styled
+def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]]) -> Figure:
+    """Training loss over compute; `groups` are (budget in FLOPs, its runs), and the colour is the budget's."""
+    figure = new_figure(WIDTH, 4.4)
+    axes = figure.subplots()
+    for (budget, curves), colour in zip(groups, sequence(len(groups)), strict=True):
+        for i, curve in enumerate(curves):
+            label = None if i else power_of_ten(float(f"{budget:.2g}"))
+            axes.plot(curve.flops, curve.loss, color=colour, linewidth=1.1, alpha=0.85, label=label)
+            marker = {"marker": "x", "markersize": 7} if curve.diverged else {"marker": "o", "markersize": 3.5}
+            axes.plot(curve.flops[-1], curve.loss[-1], color=colour, **marker)
+    everything = [curve for _, curves in groups for curve in curves]
+    ends = [curve.flops[-1] for curve in everything]
+    log_axis(axes.xaxis, min(ends) / 100, max(ends), powers=True, margin=0.03)
+    axes.set(xlabel="compute spent so far, 6·N·tokens (FLOPs)", ylabel=TRAINING_LOSS, title="Loss curves of the ladder")
+    axes.legend(title="budget (FLOPs)", title_fontsize=8, loc="upper right")
+    return figure
+
+
+@styled
+def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]]) -> Figure:
+    """Validation loss over N per budget, without parabolas: for a ladder whose valleys were refused."""
+    figure = new_figure(WIDTH, 4.2)
+    axes = figure.subplots()
+    for (budget, rows), colour in zip(groups, sequence(len(groups)), strict=True):
+        pairs = sorted((row["params"], row["loss"]) for row in rows)
+        axes.plot(
+            *zip(*pairs, strict=True), "o-", color=colour, linewidth=1, label=power_of_ten(float(f"{budget:.2g}"))
+        )
+    sizes = [row["params"] for _, rows in groups for row in rows]
+    log_axis(axes.xaxis, min(sizes), max(sizes))
+    axes.set(xlabel="parameters N", ylabel=VALIDATION_LOSS, title="Loss by size at each budget")
+    axes.legend(title="compute C (FLOPs)", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+@styled
+def held_out_curve(
+    curve: Curve | None, *, loss: float | None, predicted: float | None, interval: Sequence[float] | None, tokens: float
+) -> Figure:
+    """A run's training loss over tokens, what was predicted of its end, and the validation loss it reached."""
+    figure = new_figure(WIDTH, 4.2)
+    axes = figure.subplots()
+    low = tokens / 300 if curve is None else max(curve.tokens[0], tokens / 300)
+    if interval is not None:
+        axes.axhspan(*interval, color=ORANGE, alpha=0.13, linewidth=0, label="95 % interval of the prediction")
+    if predicted is not None:
+        axes.axhline(predicted, color=ORANGE, linestyle="--", linewidth=1.3, label="predicted validation loss")
+    if curve is not None:
+        axes.plot(curve.tokens, curve.loss, color=BLUE, label="training loss")
+        if curve.diverged:
+            axes.plot(curve.tokens[-1], curve.loss[-1], "x", color=BLUE, markersize=9, label="diverged here")
+    if loss is not None:
+        axes.plot(
+            tokens,
+            loss,
+            "*",
+            color=BLUE,
+            markersize=14,
+            markeredgecolor=INK,
+            zorder=4,
+            label="measured validation loss",
+        )
+    log_axis(axes.xaxis, low, tokens, margin=0.03)
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title="The held-out run and its prediction")
+    axes.legend(loc="upper right")
+    return figure
+
+
+@styled
+def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
+    """Loss over one axis of a sweep (see `experiments.sweep.summary`), a line per value of the others.
+
+    Lines are means over seeds, small dots single trials, crosses along the top trials that diverged; the band is
+    the winner's mean ± the seed noise of one run.
+    """
+    figure = new_figure(WIDTH, 4.2)
+    axes = figure.subplots()
+    others = [name for name in summary["axes"] if name != axis]
+    lines: dict[tuple[float, ...], list[dict[str, Any]]] = {}
+    for setting in summary["settings"]:
+        lines.setdefault(tuple(setting[name] for name in others), []).append(setting)
+    colours = PALETTE if len(lines) <= len(PALETTE) else sequence(len(lines))
+    for values, colour in zip(sorted(lines), colours, strict=False):
+        members = sorted(lines[values], key=lambda setting: setting[axis])
+        known = [(setting[axis], setting["mean"]) for setting in members if setting["mean"] is not None]
+        label = ", ".join(f"{name} = {value:g}" for name, value in zip(others, values, strict=True))
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", color=colour, label=label or None, zorder=3)
+        trials = [trial for trial in summary["trials"] if tuple(trial[name] for name in others) == values]
+        seen = [(trial[axis], trial["loss"]) for trial in trials if trial["loss"] is not None]
+        if len(seen) > len(known):
+            axes.plot(*zip(*seen, strict=True), ".", color=colour, alpha=0.45, markersize=4)
+        lost = sorted({trial[axis] for trial in trials if trial["loss"] is None})
+        if lost:
+            axes.plot(lost, [0.965] * len(lost), "x", color=colour, markersize=7, transform=axes.get_xaxis_transform())
+    if any(trial["loss"] is None for trial in summary["trials"]):
+        axes.plot([], [], "x", color=MUTED, markersize=7, label="diverged (at the top edge)")
+    winner, noise = summary["winner"], summary["seed_noise"]
+    if winner is not None:
+        if noise is not None:
+            band = (winner["mean"] - noise, winner["mean"] + noise)
+            axes.axhspan(*band, color=MUTED, alpha=0.13, linewidth=0, label="winner ± seed noise of a run")
+        axes.plot(
+            winner["setting"][axis],
+            winner["mean"],
+            "o",
+            markersize=13,
+            markerfacecolor="none",
+            markeredgecolor=INK,
+            markeredgewidth=1.4,
+            zorder=4,
+            label="winner",
+        )
+    values = sorted({setting[axis] for setting in summary["settings"]})
+    if values[0] > 0 and values[-1] / values[0] > 4:
+        log_axis(axes.xaxis, values[0], values[-1])
+        if len(values) <= 12:  # then every value tried has its own tick
+            axes.set_xticks(values)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    name = axis.replace("_", " ")
+    axes.set(xlabel=name, ylabel=VALIDATION_LOSS, title=f"Loss and {name}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+@styled
+def decode_throughput(cells: Sequence[dict[str, Any]]) -> Figure:
+    """Prefill and decode tokens per second over the batch, a line per context; bars from slowest to fastest."""
+    figure = new_figure(WIDTH, 3.8)
+    panels = figure.subplots(1, 2)
+    contexts = sorted({cell["context"] for cell in cells})
+    batches = sorted({cell["batch"] for cell in cells})
+    colours = sequence(len(contexts))
+    for axes, kind in zip(panels, ("prefill", "decode"), strict=True):
+        extent = []
+        for i, (context, colour) in enumerate(zip(contexts, colours, strict=True)):
+            row = sorted((cell for cell in cells if cell["context"] == context), key=lambda cell: cell["batch"])
+            # Set apart sideways, so that bars of different contexts do not hide each other.
+            shift = 1 + 0.06 * (i - (len(contexts) - 1) / 2)
+            x = [cell["batch"] * shift for cell in row]
+            speed = np.array([cell[f"{kind}_tokens_per_second"] for cell in row])
+            ends = [
+                np.array([cell.get(f"{kind}_tokens_per_second_{end}", middle) for cell, middle in zip(row, speed)])  # noqa: B905
+                for end in ("slowest", "fastest")
+            ]
+            bars = np.maximum([speed - ends[0], ends[1] - speed], 0)
+            axes.errorbar(x, speed, yerr=bars, fmt="o-", color=colour, capsize=3, label=f"{context:,}")
+            extent += [*ends[0], *ends[1]]
+        log_axis(axes.xaxis, batches[0], batches[-1], margin=0.08)
+        axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        axes.xaxis.set_minor_locator(NullLocator())
+        log_axis(axes.yaxis, min(extent), max(extent))
+        axes.set(xlabel="batch (sequences)", ylabel="tokens per second, whole batch", title=kind.capitalize())
+        axes.legend(title="context (tokens)", title_fontsize=8, loc="upper left")
+    return figure

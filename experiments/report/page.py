@@ -1,0 +1,122 @@
+"""Pages: templates beside this file, filled with numbers as people write them. A None becomes a dash."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from experiments.report import style
+
+DASH = "–"
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill `template` (a file of this folder). All text is escaped but what is Markup already."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= FILTERS
+    return environment.get_template(template).render(**values)
+
+
+def inline(figure: Figure, label: str) -> Markup:
+    """The figure as SVG for a page; `label` is for readers who cannot see it."""
+    return Markup(style.svg(figure, label))
+
+
+def known(value: Any) -> bool:
+    """Whether a number is there and finite."""
+    return value is not None and math.isfinite(value)
+
+
+def _dash_if_unknown(write: Callable[..., str]) -> Callable[..., str]:
+    def written(value: Any, *arguments: Any) -> str:
+        return write(value, *arguments) if known(value) else DASH
+
+    return written
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+@_dash_if_unknown
+def integer(value: float) -> str:
+    """12,345."""
+    return _minus(f"{value:,.0f}")
+
+
+@_dash_if_unknown
+def fixed(value: float, digits: int = 4) -> str:
+    """3.6463."""
+    return _minus(f"{value:.{digits}f}")
+
+
+@_dash_if_unknown
+def signed(value: float, digits: int = 4) -> str:
+    """+0.0123, with its sign always."""
+    return _minus(f"{value:+.{digits}f}")
+
+
+@_dash_if_unknown
+def percent(value: float, digits: int = 1) -> str:
+    """A ratio as signed per cent."""
+    return _minus(f"{100 * value:+.{digits}f}") + " %"
+
+
+@_dash_if_unknown
+def number(value: float, digits: int = 3) -> str:
+    """Significant digits; very large and very small numbers with a power of ten."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+        return _minus(text)
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return Markup("{} × 10<sup>{}</sup>").format(_minus(mantissa), _minus(str(int(exponent))))
+
+
+@_dash_if_unknown
+def amount(value: float) -> str:
+    """4.08M."""
+    return _minus(style.amount(value))
+
+
+@_dash_if_unknown
+def general(value: float) -> str:
+    """A setting as its author would type it: 0.04, 1e-08."""
+    return f"{value:g}"
+
+
+@_dash_if_unknown
+def duration(seconds: float) -> str:
+    """52 s, 7.9 minutes, 1.4 hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def interval(pair: Sequence[float | None] | None, write: Callable[..., str] = number, *arguments: Any) -> str:
+    """`low … high`; a bound that is not known is a dash."""
+    if pair is None:
+        return DASH
+    low, high = (write(bound, *arguments) for bound in pair)
+    return Markup("{} … {}").format(low, high)
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "integer": integer,
+    "fixed": fixed,
+    "signed": signed,
+    "percent": percent,
+    "number": number,
+    "amount": amount,
+    "general": general,
+    "duration": duration,
+    "interval": interval,
+    "fixed_interval": lambda pair, digits=4: interval(pair, fixed, digits),
+}

@@ -1,0 +1,187 @@
+"""Tables of runs: what is read, what is dropped, what is refused, and the JSON that comes out."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments.scaling.fit import fit_table
+from experiments.scaling.table import clean, read_table
+from model.errors import InputError
+
+ROWS = [(1e5, 2e6, 3.5), (2e5, 4e6, 3.25), (4e5, 8e6, 3.0)]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def csv_text(rows=ROWS, header="params,tokens,loss"):
+    return header + "\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+
+
+def law_table(noise=0.003, exact=False):
+    rng = np.random.default_rng(0)
+    C = np.repeat(np.geomspace(3e12, 3e14, 4), 6)
+    N = 0.07 * C**0.5 * np.tile(np.geomspace(1 / 6, 6, 6), 4)
+    loss = 1.8 + 25 / N**0.3 + 60 / (C / 6 / N) ** 0.3
+    return clean(N, C / 6 / N, loss * np.exp(rng.normal(0, noise, len(C))))
+
+
+def test_every_format_reads_the_same(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    names = ("params", "tokens", "loss")
+    records = [dict(zip(names, row, strict=True)) for row in ROWS]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "runs.parquet")
+    paths = [
+        write(tmp_path / "runs.csv", "\ufeff" + csv_text()),
+        write(tmp_path / "runs.tsv", csv_text().replace(",", "\t")),
+        write(tmp_path / "semicolons.csv", csv_text().replace(",", ";")),
+        write(tmp_path / "runs.jsonl", "\n".join(map(json.dumps, records)) + "\n\n"),
+        tmp_path / "runs.parquet",
+    ]
+    for path in paths:
+        table = read_table(path)
+        np.testing.assert_array_equal(np.stack([table.params, table.tokens, table.loss], 1), ROWS)
+        assert table.flops is None
+        assert table.dropped == []
+
+
+def test_columns_are_selectable(tmp_path):
+    rows = [(*row, 6 * row[0] * row[1], "note") for row in ROWS]
+    path = write(tmp_path / "runs.csv", csv_text(rows, "N,D,val_loss,C,comment"))
+    table = read_table(path, params="N", tokens="D", loss="val_loss", flops="C")
+    np.testing.assert_array_equal(table.flops, [row[3] for row in rows])
+
+
+def test_unusable_rows_are_dropped_by_rule_and_listed(tmp_path):
+    bad = [
+        ("1e5,2e6,nan,", "not finite"),
+        ("1e5,2e6,inf,", "not finite"),
+        ("1e5,2e6,,", "not finite"),
+        ("1e5,2e6,0,", "not positive"),
+        ("-1,2e6,3.5,", "params is not positive"),
+        ("1e5,0,3.5,", "tokens is not positive"),
+        ("100000,2000000,3.50,", "duplicate of row 1"),
+        ("1e5,3e6,3.4,True", "repeated data"),
+    ]
+    lines = ["params,tokens,loss,repeated", "1e5,2e6,3.5,false", *(line for line, _ in bad)]
+    path = write(tmp_path / "runs.csv", "\n".join(lines))
+    table = read_table(path)
+    assert len(table) == 1
+    assert [item["row"] for item in table.dropped] == list(range(2, 10))
+    for item, (_, reason) in zip(table.dropped, bad, strict=True):
+        assert reason in item["reason"]
+    assert len(read_table(path, keep_repeated=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("empty.csv", "", "is empty"),
+        ("blank.csv", "\n \n", "is empty"),
+        ("header.csv", "params,tokens,loss\n", "no rows"),
+        ("text.csv", csv_text([*ROWS, (1e5, 2e6, "diverged")]), r"row 4: column 'loss'.*'diverged'"),
+        ("missing.csv", csv_text(header="Params,tokenz,loss"), r"no column 'params' or 'tokens'.*'tokenz' for"),
+        ("ragged.csv", csv_text() + "1,2\n", "row 4: 2 cells where the header has 3"),
+        ("twice.csv", csv_text(header="params,params,loss"), "more than once"),
+        ("broken.jsonl", '{"params": 1}\n{oops', "row 2: not valid JSON"),
+        ("list.jsonl", "[1, 2]\n", "one JSON object"),
+        ("bool.jsonl", '{"params": true, "tokens": 1, "loss": 2}', "row 1: column 'params'"),
+        ("truth.csv", "params,tokens,loss,repeated\n1,2,3,maybe\n", "'repeated' should be true or false"),
+        ("runs.xlsx", "x", "unknown suffix '.xlsx'"),
+        ("fake.parquet", "not parquet", "not a readable Parquet"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(tmp_path, name, text, message):
+    with pytest.raises(InputError) as error:
+        read_table(write(tmp_path / name, text))
+    assert re.search(message, str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        read_table(tmp_path / "absent.csv")
+    with pytest.raises(InputError, match="not a file"):
+        read_table(tmp_path)
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_table(tmp_path / "binary.csv")
+
+
+def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"isoflop\[parquet\]"):
+        read_table(write(tmp_path / "runs.parquet", "x"))
+
+
+def test_the_json_contract():
+    document = fit_table(law_table(), bootstraps=50)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["schema_version"] == 1
+    assert set(document) >= {"convention", "parametric", "isoflop", "dropped", "refused"}
+    parametric, isoflop = document["parametric"], document["isoflop"]
+    names = {"E", "A", "B", "alpha", "beta", "a", "b"}
+    assert set(parametric) >= names | {"objective", "starts", "starts_at_best"}
+    assert set(parametric["intervals"]) == names
+    assert set(isoflop["intervals"]) == {"a", "b"}
+    for intervals in (parametric["intervals"], isoflop["intervals"]):
+        for by_level in intervals.values():
+            assert set(by_level) == {"80", "95"}
+            assert all(low <= high for low, high in by_level.values())
+    assert all(set(best) >= {"flops", "params", "tokens", "loss"} for best in isoflop["optima"])
+    assert parametric["a"] == pytest.approx(0.5, abs=0.05)
+    assert isoflop["a"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_refused_estimator_is_null_with_its_reason():
+    table = law_table()
+    one_budget = clean(table.params[:6], table.tokens[:6], table.loss[:6])
+    document = fit_table(one_budget, bootstraps=20)
+    assert document["parametric"] is None
+    assert document["isoflop"] is None
+    assert "one line" in document["refused"]["parametric"]
+    assert "budgets" in document["refused"]["isoflop"]
+    with pytest.raises(InputError, match="delta"):
+        fit_table(table, delta=-1)
+
+
+def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
+    from experiments.commands.scaling import fit
+
+    table = law_table()
+    path = write(tmp_path / "runs.csv", csv_text(zip(table.params, table.tokens, table.loss, strict=True)))
+    fit(path, bootstraps=20, json=tmp_path / "fit.json", plot=tmp_path / "fit.svg")
+    assert json.loads((tmp_path / "fit.json").read_text())["parametric"]["starts"] == 49
+    first = (tmp_path / "fit.svg").read_text()
+    assert first.startswith("<svg ")
+    assert "IsoFLOP" in capsys.readouterr().out
+    fit(path, bootstraps=20, plot=tmp_path / "fit.svg")
+    assert (tmp_path / "fit.svg").read_text() == first, "the same fit draws the same bytes"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fit.json", "fit.svg", "runs.csv"]
+    with pytest.raises(InputError, match="no folder"):
+        fit(path, json=tmp_path / "absent" / "fit.json")
+    with pytest.raises(InputError, match="suffix"):
+        fit(path, plot=tmp_path / "fit.gif")
+
+
+def test_every_figure_draws():
+    from experiments.report.style import svg
+    from experiments.scaling import plots
+    from experiments.scaling.fit import fit_both
+
+    fits = fit_both(law_table(), bootstraps=20)
+    figures = [
+        plots.valleys(fits.isoflop),
+        plots.compute_optimal(fits.isoflop),
+        plots.overview(None, fits.parametric),
+        plots.measured_predicted(fits.parametric, [{"params": 1e7, "tokens": 1e8, "loss": 2.3}]),
+        plots.residuals(fits.parametric),
+    ]
+    for figure in figures:
+        assert svg(figure, "a <label>").count("a &lt;label&gt;") == 1
