@@ -22,6 +22,8 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32") -
         raise UnknownNameError("weight type", weights, get_args(Weights))
 
     def leaf(path, value):
+        if isinstance(value, Transposed):
+            return Transposed(value.weight.astype(weights))
         name = path[-1].key
         if name in ("scale", "bias"):
             return value
@@ -32,5 +34,6 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32") -
     layers = params["layers"]
     if not isinstance(layers, tuple):
         layers = tuple(jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(config.num_layers))
-    rewrite = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(leaf, tree))
+    prepared = lambda value: isinstance(value, Transposed)
+    rewrite = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=prepared))
     return {**rewrite(rest), "layers": tuple(rewrite(layer) for layer in layers)}

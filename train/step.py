@@ -13,6 +13,7 @@ from train.schedule import learning_rate
 from train.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
+METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "learning_rate", "finite")
 
 
 def train_step(
@@ -27,14 +28,14 @@ def train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
     gradient = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
     (_, metrics), grads = gradient(config, state.params, batch, hparams, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     rate = learning_rate(train_config.schedule, hparams, state.step)
     optimizer = make_optimizer(train_config, hparams)
     updates, optimizer_state = optimizer.update(
         clip_by_norm(grads, grad_norm, hparams.clip_norm), state.optimizer, state.params
     )
     params = jax.tree.map(lambda param, update: param - rate * update, state.params, updates)
-    param_norm = optax.global_norm(params)
+    param_norm = optax.tree.norm(params)
     finite = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
     new = state.replace(step=state.step + 1, params=params, optimizer=optimizer_state)  # type: ignore[attr-defined]
     metrics |= {

@@ -99,7 +99,7 @@ def show(
         table.add_row(f"parameters: {name}", f"{value:,}")
     table.add_row("parameters: total", f"{counts.total:,}")
     table.add_row("parameters: without embedding tables", f"{counts.non_embedding:,}")
-    for name, value in flops.items():
-        table.add_row(name, f"{value:,.0f}")
+    for label, flop in flops.items():
+        table.add_row(label, f"{flop:,.0f}")
     table.add_row(f"KV cache of {batch} × {seq_len} tokens", f"{document['kv_cache_bytes']:,} bytes")
     out.print(table)

@@ -105,7 +105,7 @@ def _command(what: str, text: str, before: str = "") -> Command:
 
 
 def _model(config: dict[str, Any] | None, file: str, name: str = "study-24") -> tuple[str, str]:
-    """How to name this model to a command: as a preset if it is one, else as a file and the shell text that makes it."""
+    """This model as a command takes it: a preset where it is one, else a file and the shell text that makes it."""
     if config is None:
         return name, ""
     preset = f"study-{config['d_model']}"

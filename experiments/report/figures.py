@@ -72,8 +72,8 @@ def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]]) -> Figure:
         for i, curve in enumerate(curves):
             label = None if i else power_of_ten(float(f"{budget:.2g}"))
             axes.plot(curve.flops, curve.loss, color=colour, linewidth=1.1, alpha=0.85, label=label)
-            marker = {"marker": "x", "markersize": 7} if curve.diverged else {"marker": "o", "markersize": 3.5}
-            axes.plot(curve.flops[-1], curve.loss[-1], color=colour, **marker)
+            marker, size = ("x", 7.0) if curve.diverged else ("o", 3.5)
+            axes.plot(curve.flops[-1], curve.loss[-1], marker, color=colour, markersize=size)
     everything = [curve for _, curves in groups for curve in curves]
     ends = [curve.flops[-1] for curve in everything]
     log_axis(axes.xaxis, min(ends) / 100, max(ends), powers=True, margin=0.03)
@@ -146,7 +146,7 @@ def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
     for setting in summary["settings"]:
         lines.setdefault(tuple(setting[name] for name in others), []).append(setting)
     colours = PALETTE if len(lines) <= len(PALETTE) else sequence(len(lines))
-    for values, colour in zip(sorted(lines), colours, strict=False):
+    for i, (values, colour) in enumerate(zip(sorted(lines), colours, strict=False)):
         members = sorted(lines[values], key=lambda setting: setting[axis])
         known = [(setting[axis], setting["mean"]) for setting in members if setting["mean"] is not None]
         label = ", ".join(f"{name} = {value:g}" for name, value in zip(others, values, strict=True))
@@ -158,7 +158,8 @@ def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
             axes.plot(*zip(*seen, strict=True), ".", color=colour, alpha=0.45, markersize=4)
         lost = sorted({trial[axis] for trial in trials if trial["loss"] is None})
         if lost:
-            axes.plot(lost, [0.965] * len(lost), "x", color=colour, markersize=7, transform=axes.get_xaxis_transform())
+            top = [0.97 - 0.035 * i] * len(lost)  # a row per line, so that crosses do not hide each other
+            axes.plot(lost, top, "x", color=colour, markersize=6, transform=axes.get_xaxis_transform())
     if any(trial["loss"] is None for trial in summary["trials"]):
         axes.plot([], [], "x", color=MUTED, markersize=7, label="diverged (at the top edge)")
     winner, noise = summary["winner"], summary["seed_noise"]
@@ -177,11 +178,11 @@ def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
             zorder=4,
             label="winner",
         )
-    values = sorted({setting[axis] for setting in summary["settings"]})
-    if values[0] > 0 and values[-1] / values[0] > 4:
-        log_axis(axes.xaxis, values[0], values[-1])
-        if len(values) <= 12:  # then every value tried has its own tick
-            axes.set_xticks(values)
+    tried = sorted({setting[axis] for setting in summary["settings"]})
+    if tried[0] > 0 and tried[-1] / tried[0] > 4:
+        log_axis(axes.xaxis, tried[0], tried[-1])
+        if len(tried) <= 12:  # then every value tried has its own tick
+            axes.set_xticks(tried)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     name = axis.replace("_", " ")
     axes.set(xlabel=name, ylabel=VALIDATION_LOSS, title=f"Loss and {name}")
@@ -216,6 +217,7 @@ def decode_throughput(cells: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
         axes.xaxis.set_minor_locator(NullLocator())
         log_axis(axes.yaxis, min(extent), max(extent))
-        axes.set(xlabel="batch (sequences)", ylabel="tokens per second, whole batch", title=kind.capitalize())
-        axes.legend(title="context (tokens)", title_fontsize=8, loc="upper left")
+        axes.set(xlabel="batch (sequences)", title=kind.capitalize())
+    panels[0].set_ylabel("tokens per second, whole batch")
+    panels[1].legend(title="context (tokens)", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

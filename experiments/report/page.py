@@ -1,6 +1,7 @@
 """Pages: templates beside this file, filled with numbers as people write them. A None becomes a dash."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= FILTERS
-    return environment.get_template(template).render(**values)
+    text = environment.get_template(template).render(**values)
+    return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line never breaks between a number and its per cent sign
 
 
 def inline(figure: Figure, label: str) -> Markup:

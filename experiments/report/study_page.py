@@ -3,20 +3,21 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report import figures
 from experiments.report.commands import commands
 from experiments.report.page import inline, known, render
 from experiments.scaling import plots
+from experiments.scaling.fit import Fits, fit_both
+from experiments.scaling.parametric import LARGEST_EXPONENT
 from train.files import write_atomically
 
-if TYPE_CHECKING:
-    from experiments.scaling.fit import Fits
-
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
+FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
 WIDE_EXPONENT = 0.5  # an exponent lies between 0 and 1: a 95 % interval wider than this says little
 WIDE_PREDICTION = 0.1  # of the predicted loss: falling into a wider interval is a weak test
 Drawn = dict[str, Any]
@@ -58,6 +59,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
             {"run": rows[entry["row"] - 1]["run"], "reason": entry["reason"]} for entry in fit.get("dropped") or []
         ],
         "unfinished": [row for row in rows if row["status"] != "finished"],
+        "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
         "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second"], default=None),
         "order": _best_first(parts["sweep"]),
@@ -127,7 +129,11 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
     else:
         held = [measured] if known(measured.get("loss")) else []
         drawn["measured"] = _draw(
-            "Measured over predicted loss", lambda: plots.measured_predicted(parametric, held), None, 4.6, 5.0
+            "Measured over predicted loss",
+            lambda: _without_legend(plots.measured_predicted(parametric, held)),
+            None,
+            4.6,
+            5.0,
         )
         drawn["residuals"] = _draw("Residuals over N and D", lambda: plots.residuals(parametric), None, 3.4)
     return drawn
@@ -143,14 +149,22 @@ def _draw(
     """The figure for the page at the page's width, or the reason why there is none."""
     if reason is not None:
         return {"svg": None, "reason": reason}
-    figure = draw()
+    with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
+        figure = draw()
     figure.set_size_inches(width, height or figure.get_figheight())
     return {"svg": inline(figure, label), "reason": None}
 
 
-def _fits(rows: list[dict[str, Any]]) -> "Fits":
+def _without_legend(figure: Figure) -> Figure:
+    """For a figure whose caption beside it says the same without covering points."""
+    for axes in figure.axes:
+        if (legend := axes.get_legend()) is not None:
+            legend.remove()
+    return figure
+
+
+def _fits(rows: list[dict[str, Any]]) -> Fits:
     """The document's fits again, now as objects that can be drawn: same table, same seed, same numbers."""
-    from experiments.scaling.fit import fit_both
     from experiments.study import ladder_table  # here, as the study itself imports this page
 
     return fit_both(ladder_table(rows))
@@ -181,8 +195,6 @@ def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _undetermined(parametric: dict[str, Any]) -> list[str]:
     """Exponents whose 95 % interval reaches an end of the search: the runs do not determine them."""
-    from experiments.scaling.parametric import LARGEST_EXPONENT
-
     names = []
     for name in ("alpha", "beta"):
         interval = (parametric.get("intervals") or {}).get(name, {}).get("95") or [None, None]

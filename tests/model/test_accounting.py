@@ -1,11 +1,12 @@
 """The books agree with the world: published parameter counts, XLA's own count of FLOPs, the bytes of real arrays."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from model import ModelConfig, accounting, apply, init, init_cache, presets
 
@@ -73,21 +74,40 @@ def test_exact_approaches_6n_where_attention_and_tables_are_small():
     assert abs(ratio - 1) < 0.005
 
 
-def xla_flops(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+ELEMENTWISE = {"add", "add_any", "sub", "mul", "div", "max", "min", "neg", "abs", "square", "select_n"}
+ELEMENTWISE |= {"eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "convert_element_type"}
 
 
-def products_in(jaxpr):
-    """2 · (all output elements) · (contracted length) of every dot_general, found by walking the traced program."""
-    total = 0
+def equations_in(jaxpr):
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        inner = list(jaxprs_in_params(equation.params))
+        if not inner:
+            yield equation
+        for program in inner:
+            yield from equations_in(program)
+
+
+def flops_in(jaxpr):
+    """(products, elementwise work) of a traced program without loops.
+
+    Products: 2 · output elements · contracted length. Elementwise: one per output element, reductions one per input
+    element; transcendental functions are not counted, as XLA books them apart.
+    """
+    products = elementwise = 0
+    for equation in equations_in(jaxpr):
+        name, made = equation.primitive.name, equation.outvars[0].aval
+        given = equation.invars[0].aval if equation.invars else None
+        assert name not in ("scan", "while"), "a loop's body would count once"
+        if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            length = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
-            total += 2 * length * np.prod(equation.outvars[0].aval.shape)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            total += products_in(inner)
-    return total
+            products += 2 * made.size * math.prod(given.shape[axis] for axis in contracted)
+        elif name.startswith("reduce_"):
+            elementwise += given.size
+        elif name == "integer_pow":
+            elementwise += (equation.params["y"] - 1) * made.size
+        elif name in ELEMENTWISE:
+            elementwise += made.size
+    return products, elementwise
 
 
 @functools.cache
@@ -111,19 +131,26 @@ CASES = [(PLAIN, 2, 128), (PLAIN, 1, 256), (GATED, 2, 128), (GATED, 1, 256)]
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("config", "batch", "seq"), CASES)
 def test_exact_counts_every_product(config, batch, seq, training):
+    """To the unit: the products in the program that JAX traces are those in the books."""
     functions, arguments = programs(config, batch, seq)
-    traced = products_in(jax.make_jaxpr(functions[training])(*arguments).jaxpr)
-    assert traced == batch * seq * accounting.flops_per_token(config, seq, "exact", training)
+    products, _ = flops_in(jax.make_jaxpr(functions[training])(*arguments).jaxpr)
+    assert products == batch * seq * accounting.flops_per_token(config, seq, "exact", training)
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("config", "batch", "seq"), [CASES[0], CASES[3]], ids=["plain", "gated"])
-def test_exact_flops_agree_with_xla(config, batch, seq, training):
+@pytest.mark.parametrize(("config", "batch", "seq", "excess"), [(PLAIN, 2, 128, 0.025), (GATED, 1, 256, 0.02)])
+def test_xla_counts_the_products_and_the_elementwise_work(config, batch, seq, excess, training):
+    """XLA's own count of the compiled program is a little above `exact`: by softmax, norms, activations and residuals.
+
+    That share falls with the width: products grow with its square. With it counted in, half a per cent is left, for
+    what XLA folds away or computes twice inside fusions.
+    """
     functions, arguments = programs(config, batch, seq)
-    measured = xla_flops(functions[training], *arguments)
+    measured = jax.jit(functions[training]).lower(*arguments).compile().cost_analysis()["flops"]
     ours = batch * seq * accounting.flops_per_token(config, seq, "exact", training)
-    print(f"XLA {measured:.0f} ours {ours:.0f} ratio {measured / ours:.4f}")
-    assert abs(measured / ours - 1) < 0.02
+    _, elementwise = flops_in(jax.make_jaxpr(functions[training])(*arguments).jaxpr)
+    assert 0 < measured / ours - 1 < excess
+    assert abs(measured / (ours + elementwise) - 1) < 0.005
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

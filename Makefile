@@ -1,0 +1,45 @@
+# `make study` and `make test` need Python 3.11 or newer, make and a package registry; nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+
+.PHONY: study test test-all format lock clean
+
+study: $(VENV)/.study  ## the whole story: data → sweep → ladder → fit → prediction → decode → report
+	$(BIN)/isoflop study $(ARGS)
+
+test: $(VENV)/.test  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --numprocesses 2 -m "not long" $(ARGS)
+
+test-all: $(VENV)/.test  ## the same and what takes minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --numprocesses 2 --durations 15 $(ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(VENV)/.test  ## the versions that are installed now become the ones that everybody gets
+	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check > requirements.lock
+
+clean:  ## the virtual environment only; runs and studies stay
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "isoflop needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.study: pyproject.toml requirements.lock | $(BIN)/python
+	$(PIP) --editable ".[study]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml requirements.lock | $(BIN)/python
+	$(PIP) --editable ".[test]"
+	@touch $@ $(VENV)/.study

