@@ -51,12 +51,15 @@ SHARE_FOR_TRAINING = 0.85  # of the minutes; the rest is data, evaluation, fits,
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the study was asked for; a folder belongs to one of these."""
+    """What the study was asked for; a folder belongs to one of these.
+
+    batch_size None: 2 on a CPU, where small models want many small steps (docs/LOG.md), 64 on an accelerator.
+    """
 
     source: str = "sotu"
     minutes: float = 8.0
     vocab_size: int = 1024
-    batch_size: int = 8
+    batch_size: int | None = None
     seq_len: int = 128
     seed: int = 0
 
@@ -66,6 +69,8 @@ def run_study(folder: str | Path, settings: Settings = Settings()) -> dict[str, 
 
     Raises InputError on bad input and where the folder belongs to other settings.
     """
+    if settings.batch_size is None:
+        settings = dataclasses.replace(settings, batch_size=2 if jax.default_backend() == "cpu" else 64)
     return _Study(Path(folder), settings).run()
 
 
@@ -73,10 +78,11 @@ class _Study:
     """The stages in order; each takes what earlier ones found from `self.found`."""
 
     def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
+        assert settings.batch_size is not None
+        self.folder, self.settings, self.batch_size = folder, settings, settings.batch_size
         self.data = folder / "data"
         self.found: dict[str, Any] = {}
-        self.train_config = TrainConfig(batch_size=settings.batch_size, seq_len=settings.seq_len, schedule="cosine")
+        self.train_config = TrainConfig(batch_size=self.batch_size, seq_len=settings.seq_len, schedule="cosine")
         _claim(folder, settings)
 
     def run(self) -> dict[str, Any]:
@@ -270,10 +276,10 @@ class _Study:
 
     def _recipe(self, proxy_d_model: int, proxy_learning_rate: float) -> Recipe:
         settings = self.settings
-        loader = Loader(self.data, batch_size=settings.batch_size, seq_len=settings.seq_len, seed=0)
+        loader = Loader(self.data, batch_size=self.batch_size, seq_len=settings.seq_len, seed=0)
         return Recipe(
             vocab_size=load_manifest(self.data).vocab_size,
-            batch_size=settings.batch_size,
+            batch_size=self.batch_size,
             seq_len=settings.seq_len,
             tokens_per_epoch=loader.tokens_per_epoch,
             proxy_d_model=proxy_d_model,

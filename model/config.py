@@ -1,7 +1,7 @@
 """Every architectural hyperparameter: frozen, hashable, validated when made."""
 
 import dataclasses
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from model.errors import InputError, UnknownNameError
 
@@ -65,7 +65,7 @@ class ModelConfig:
         self._derive()
         self._check_consistency()
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed; derived fields are derived anew."""
         for name in changes:
             if name not in _FIELDS:
@@ -78,7 +78,7 @@ class ModelConfig:
         return {name: getattr(self, name) for name in _FIELDS}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read `to_dict`'s output. Raises InputError on an unknown or missing field."""
         for name in values:
             if name not in _FIELDS:

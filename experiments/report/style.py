@@ -98,7 +98,12 @@ def log_axis(axis: Axis, low: float, high: float, *, powers: bool = False, margi
     pad = (high / low) ** margin if high > low else 1.5
     set_limits(low / pad, high * pad)
     decades = np.log10(high * pad**2 / low)
-    subs = (1.0, 2.0, 5.0) if decades < 1.8 else (1.0, 3.0) if decades < 3.2 else (1.0,)
+    if decades < 0.8:
+        subs: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    elif decades < 1.8:
+        subs = (1.0, 2.0, 5.0)
+    else:
+        subs = (1.0, 3.0) if decades < 3.2 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value) if powers else amount(value)))
     axis.set_minor_locator(NullLocator())

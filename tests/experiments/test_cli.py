@@ -172,7 +172,7 @@ def test_models_are_shown(isoflop, tmp_path):
 
 
 def test_importing_the_floors_pulls_in_nothing_heavy():
-    heavy = {"matplotlib", "rich", "tyro", "sentencepiece", "pandas", "torch", "optuna", "grain", "train"}
+    heavy = {"matplotlib", "tyro", "sentencepiece", "pandas", "torch", "optuna", "grain", "train"}
     code = f"import sys, model, infer; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
