@@ -350,7 +350,8 @@ def ladder_table(rows: list[dict[str, Any]]) -> Any:
 def _prompts(source: str) -> list[str]:
     if source == "stdlib":
         return ["def ", "import os\n", "class Test"]
-    return ["The people of the United States ", "I recommend to Congress ", "Our relations with "]
+    # No space at the end: in this tokenizer a space begins the next word's piece.
+    return ["The people of the United States", "I recommend to the Congress", "Our relations with"]
 
 
 def _claim(folder: Path, settings: Settings) -> None:

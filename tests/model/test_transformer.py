@@ -30,7 +30,7 @@ CONFIGS = {"rotary": ROTARY, "learned": LEARNED, "sinusoidal": SINUSOIDAL}
 
 
 def random_tokens(*shape, seed=1):
-    return np.random.default_rng(seed).integers(1, 32, shape).astype(np.int32)
+    return jnp.asarray(np.random.default_rng(seed).integers(1, 32, shape), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,7 +105,7 @@ def test_padding_changes_nothing(left, random_params):
     segments = np.array([[0] * left + [1] * 5 + [0] * (SEQ - left - 5)])
     padded = logits_of(LEARNED, params, tokens, segment_ids=segments)
     other = logits_of(
-        LEARNED, params, np.where(segments == 1, tokens, random_tokens(1, SEQ, seed=9)), segment_ids=segments
+        LEARNED, params, jnp.where(segments == 1, tokens, random_tokens(1, SEQ, seed=9)), segment_ids=segments
     )
     real = slice(left, left + 5)
     np.testing.assert_array_equal(padded[0, real], other[0, real])
@@ -161,7 +161,7 @@ def test_dropout_keeps_the_mean(rate):
 
 def test_outputs(random_params):
     params, tokens = random_params(ROTARY), random_tokens(2, SEQ)
-    segments = np.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
+    segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
     out = jax.jit(lambda: forward(ROTARY, params, tokens, segment_ids=segments, outputs=("hidden", "attention")))()
     assert out.hidden.shape == (ROTARY.num_layers + 1, 2, SEQ, ROTARY.d_model)
     assert out.attention.shape == (ROTARY.num_layers, 2, ROTARY.num_heads, SEQ, SEQ)
