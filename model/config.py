@@ -87,7 +87,11 @@ class ModelConfig:
         missing = [name for name in missing if name not in values]
         if missing:
             raise InputError(f"the model config lacks {', '.join(missing)}")
-        return cls(**values)
+        config = cls(**values)
+        for name in _DERIVED:  # a field that is as it would be derived follows its source again
+            free = cls(**{**values, **dict.fromkeys((*config.derived, name))})
+            config = free if free == config else config
+        return config
 
     def _derive(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)

@@ -1,5 +1,6 @@
 """The stack: tokens → vectors → the same Block, scanned or looped → logits. All functions are pure."""
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ class Output:
     auxiliary: dict[str, Array]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh float32 parameters; `jax.eval_shape(partial(init, config), key)` makes no array."""
     keys = jax.random.split(key, 3)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the compile cache, random parameters, and a small corpus of real text."""
+"""Shared by all tests: how programs are compiled and checked, random parameters, a small corpus of real text."""
 
 import functools
 import os
@@ -13,8 +13,25 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusi
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
-import model
+# Shapes in annotations are checked while tests run. Modules without them validate their own input.
+_ROOT = Path(__file__).parents[1]
+_CHECKED = [
+    f"{floor}.{file.stem}"
+    for floor in ("model", "infer", "train")
+    for file in sorted((_ROOT / floor).glob("*.py"))
+    if "from jaxtyping import" in file.read_text(encoding="utf-8")
+]
+install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compile as users do: for laws about the last bits, and for what is timed."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +40,8 @@ def random_params():
 
     A term that starts as nothing cannot be tested. No program is compiled for them.
     """
+
+    import model
 
     def draw(path, leaf, random):
         noise = random.normal(size=leaf.shape)

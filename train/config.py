@@ -101,9 +101,7 @@ class HParams:
     def __init__(self, **values: float):
         _refuse_unknown("hyperparameter", values, self.DEFAULTS)
         for name, default in self.DEFAULTS.items():
-            _check_range(name, values.get(name, default))
-            dtype = np.int32 if isinstance(default, int) else np.float32
-            object.__setattr__(self, name, dtype(values.get(name, default)))
+            object.__setattr__(self, name, _strong(name, values.get(name, default), isinstance(default, int)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise dataclasses.FrozenInstanceError(f"HParams is frozen; use replace({name}=…)")
@@ -165,10 +163,16 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
-def _check_range(name: str, value: float) -> None:
+def _strong(name: str, value: float, whole: bool) -> np.int32 | np.float32:
+    """The value as a strongly typed scalar; refused where it, or what float32 makes of it, is out of range."""
     low, high, words = _RANGES[name]
-    if not low <= value < high:
-        raise InputError(f"{name}={value!r} must be {words}")
+    if not low <= value < high or (whole and value != int(value)):
+        raise InputError(f"{name}={value!r} must be {'a whole number, ' if whole else ''}{words}")
+    with np.errstate(over="ignore"):
+        cast = np.int32(value) if whole else np.float32(value)
+    if not low <= cast < high:
+        raise InputError(f"{name}={value!r} must be {words}; as a float32 it is {cast}")
+    return cast
 
 
 def _refuse_unknown(kind: str, given: dict[str, Any], known: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from train.data import Loader
 from train.lanes import compiled_programs
 from train.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, schedule="cosine")
 STEPS = 50
@@ -49,7 +51,7 @@ def solo_losses(hparams: HParams, data: Path, nudge: bool) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def eight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def eight(optimised, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("lanes")
     runs = [folder / str(i) for i in range(8)]
     results = population(CONFIG, TRAIN_CONFIG, LANES, data=data, runs=runs, steps=STEPS, shell=QUIET)

@@ -24,13 +24,18 @@ def command(data: Path, run: Path) -> list[str]:
     return [sys.executable, "-c", CODE, *arguments, *options]
 
 
+ENVIRONMENT = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # as users compile
+
+
 def record(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in read_metrics(run)]
 
 
 def kill_after(data: Path, run: Path, steps: int, number: int = signal.SIGKILL) -> int:
     """Start the run, kill it when it has written so many lines; its exit code."""
-    process = subprocess.Popen(command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 240
     while process.poll() is None and len(read_metrics(run)) < steps:
         assert time.monotonic() < deadline, "the run does not get on"
@@ -42,12 +47,12 @@ def kill_after(data: Path, run: Path, steps: int, number: int = signal.SIGKILL) 
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("resume") / "whole"
-    subprocess.run(command(data, run), check=True, capture_output=True)
+    subprocess.run(command(data, run), check=True, capture_output=True, env=ENVIRONMENT)
     return run
 
 
 def finish_and_compare(data: Path, run: Path, uninterrupted: Path) -> None:
-    done = subprocess.run(command(data, run), capture_output=True, text=True)
+    done = subprocess.run(command(data, run), capture_output=True, env=ENVIRONMENT, text=True)
     assert done.returncode == 0, done.stderr
     assert record(run) == record(uninterrupted)
     assert [line["step"] for line in record(run)] == list(range(1, STEPS + 1))
@@ -91,7 +96,7 @@ def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    done = subprocess.run(command(data, run), capture_output=True, text=True)
+    done = subprocess.run(command(data, run), capture_output=True, env=ENVIRONMENT, text=True)
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {newest.absolute()} is not used" in done.stderr
     assert "checksum differs" in done.stderr
@@ -101,7 +106,7 @@ def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
 
 def test_finished_run_is_not_trained_again(data, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
-    done = subprocess.run(command(data, uninterrupted), capture_output=True, text=True)
+    done = subprocess.run(command(data, uninterrupted), capture_output=True, env=ENVIRONMENT, text=True)
     assert done.returncode == 0
     after = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
     assert before == after

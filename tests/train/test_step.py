@@ -142,13 +142,14 @@ def test_a_step_is_optax_adamw():
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_clip_norm_zero_does_not_clip():
+def test_clipping_only_shortens_what_is_too_long():
     state, batch = start(), random_batch()
     step = lambda clip: step_of(CONFIG, TRAIN, state, batch, HParams(clip_norm=clip, beta1=0.0))[0]
     moment = lambda new: leaves_of(new.optimizer[0].mu)
     grads, _ = gradient_of(CONFIG, state.params, batch, HParams())
-    for mu, grad in zip(moment(step(0.0)), leaves_of(grads), strict=True):
-        np.testing.assert_allclose(mu, grad, atol=1e-6)
+    for unreached in (0.0, 1e6):
+        for mu, grad in zip(moment(step(unreached)), leaves_of(grads), strict=True):
+            np.testing.assert_allclose(mu, grad, atol=1e-6)
     clipped = math.sqrt(sum((np.float64(mu) ** 2).sum() for mu in moment(step(0.01))))
     assert clipped == pytest.approx(0.01, rel=1e-4)
 
@@ -323,8 +324,6 @@ def test_values_out_of_range_are_refused(name, value):
         HParams().replace(**{name: value})
 
 
-@pytest.mark.xfail(reason="HParams checks a value before it becomes float32 or int32, not after", strict=True)
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize(
     ("name", "value"),
     [("warmup_steps", 2.5), ("seed", 0.5), ("learning_rate", 1e39), ("beta1", 1 - 1e-12), ("dropout_rate", 1 - 1e-12)],
