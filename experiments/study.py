@@ -182,7 +182,7 @@ class _Study:
         elif fits.parametric is not None:
             optimal, source = float(fits.parametric.optimal(compute).params), "parametric law"
         else:
-            optimal, source = expected_optimum(compute), "20 tokens per parameter (no law could be fitted)"
+            optimal, source = expected_optimum(compute), "the expected tokens per parameter (no law could be fitted)"
         # A law that points outside anything seen is not followed there: the run must stay trainable.
         inside = min(max(optimal, min(rung.params for rung in rungs)), 4 * max(rung.params for rung in rungs))
         rung = held_out_rung(recipe, rungs, inside)

@@ -169,7 +169,7 @@ class _Lane:
         if not self.ended:
             self.step = 0 if found is None else found[0]
             self._recall()
-            self.log = MetricsLog(self.run.folder, self.step, tensorboard_every=max(1, self.stop // 500))
+            self.log = MetricsLog(self.run.folder, self.step, tensorboard_every=max(1, self.stop // 100))
             self.run.update(status="running")
         return None if found is None else found[1]
 
