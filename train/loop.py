@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,12 @@ def population(
             lanes.append(_Lane(config, train_config, values, Path(folder), data, manifest.hash, steps, shell))
             stack.callback(lanes[-1].close)
         if not all(lane.ended for lane in lanes):
-            _Loop(config, train_config, lanes, data, mesh, shell).run()
+            try:
+                _Loop(config, train_config, lanes, data, mesh, shell).run()
+            except Exception:
+                for lane in lanes:
+                    lane.fail()
+                raise
         return [lane.result() for lane in lanes]
 
 
@@ -216,6 +221,11 @@ class _Lane:
                 "validation_loss": self.validation_loss if status == "finished" else None,
             },
         )
+
+    def fail(self) -> None:
+        if not self.ended:
+            with suppress(OSError):  # on a full disk the note may not fit; what went wrong is raised anyway
+                self.run.update(status="failed")
 
     def result(self) -> Result:
         record, books = self.run.record, self.books(self.run.record["step"])

@@ -1,9 +1,10 @@
 """`isoflop data`: make a data folder from a corpus, and look into one."""
 
 from pathlib import Path
-from typing import Any
 
 import tyro
+
+from experiments.commands.options import JsonFile
 
 
 def prepare(
@@ -14,7 +15,7 @@ def prepare(
     validation_fraction: float = 0.05,
     text_field: str = "text",
     tokenizer: Path | None = None,
-    json: Path | None = None,
+    json: JsonFile = None,
 ) -> None:
     """Make a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
 
@@ -32,6 +33,7 @@ def prepare(
         tokenizer: Use this sentencepiece model (a .model file or its folder) instead of training one.
         json: Also write the result as JSON to this file.
     """
+    from experiments.commands.options import write_document
     from train.data import prepare
 
     manifest = prepare(
@@ -54,8 +56,7 @@ def prepare(
         f" {manifest.files_skipped:,} binary files;"
         f" {manifest.bytes_replaced:,} bytes that are no UTF-8 were replaced"
     )
-    if json is not None:
-        _write_json(json, {"schema_version": 1, "folder": str(out), "manifest": content})
+    write_document(json, {"folder": str(out), "manifest": content})
 
 
 def inspect(
@@ -63,7 +64,7 @@ def inspect(
     *,
     split: str = "train",
     rows: int = 3,
-    json: Path | None = None,
+    json: JsonFile = None,
 ) -> None:
     """Show what a data folder holds, verify its checksums, and decode a few stretches of it.
 
@@ -76,9 +77,9 @@ def inspect(
         json: Also write the result as JSON to this file.
     """
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
+    from experiments.commands.options import console, write_document
     from model.errors import InputError
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
@@ -97,7 +98,7 @@ def inspect(
     ]
 
     content = shards.manifest.to_json()
-    console = Console()
+    out = console()
     summary = Table(title=f"{folder} (checksums verified)", show_header=False)
     for name in (
         "source",
@@ -113,34 +114,7 @@ def inspect(
     for name, part in shards.manifest.splits.items():
         numbers = (part.documents, part.bytes, part.tokens)
         splits.add_row(name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards)))
-    console.print(summary, splits)
+    out.print(summary, splits)
     for row in decoded:
-        console.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
-    if json is not None:
-        _write_json(
-            json,
-            {
-                "schema_version": 1,
-                "folder": str(folder),
-                "split": split,
-                "manifest": content,
-                "rows": decoded,
-            },
-        )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    import json
-    import os
-
-    from model.errors import InputError
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        out.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
+    write_document(json, {"folder": str(folder), "split": split, "manifest": content, "rows": decoded})

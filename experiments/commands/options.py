@@ -1,6 +1,9 @@
 """What several commands share: reading a model, hyperparameters and JSON files from the command line."""
 
+import errno
 import json as json_module
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +32,19 @@ def write_document(path: Path | None, document: dict[str, Any]) -> None:
     from train.files import write_json
 
     if path is not None:
-        write_json(path, {"schema_version": 1} | document)
+        with output(path):
+            write_json(path, {"schema_version": 1} | document)
+
+
+@contextmanager
+def output(path: Path) -> Iterator[None]:
+    """Around writing to a path from the command line: where it cannot be written, one sentence says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read_config(preset: str, overrides: tuple[str, ...] = ()) -> "ModelConfig":

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from experiments.commands.options import JsonFile
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,7 +24,7 @@ def fit(
     bootstraps: int = 1000,
     seed: int = 0,
     keep_repeated: bool = False,
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    json: JsonFile = None,
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
 ) -> None:
     """Fit scaling laws to anyone's table of runs, with confidence intervals.
@@ -49,6 +51,7 @@ def fit(
     """
     from rich.console import Console
 
+    from experiments.commands.options import console, write_document
     from experiments.scaling.fit import fit_both
     from experiments.scaling.table import read_table
     from model.errors import InputError
@@ -56,16 +59,12 @@ def fit(
 
     if plot is not None and plot.suffix.lower() not in {".svg", ".png", ".pdf"}:
         raise InputError(f"--plot {plot}: the suffix should be .svg, .png or .pdf")
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{option} {path}: there is no folder {path.absolute().parent}")
     runs = read_table(table, params=params, tokens=tokens, loss=loss, flops=flops, keep_repeated=keep_repeated)
     with progress_bar("bootstrap", bootstraps) as advance:
         fits = fit_both(runs, delta=delta, bootstraps=bootstraps, seed=seed, advance=advance)
     document = fits.document()
-    if json is not None:
-        _write_json(json, document)
-    _show(Console(), fits)
+    write_document(json, document)
+    _show(console(), fits)
     if plot is not None:
         if fits.isoflop is None and fits.parametric is None:
             Console(stderr=True).print(f"nothing to draw: {plot} is not written")
@@ -126,42 +125,20 @@ def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: in
         console.print(f"  … and {len(items) - limit} more (all in --json)", highlight=False, markup=False)
 
 
-def _write_json(path: Path, document: dict) -> None:
-    import json
-
-    _replace(path, lambda handle: handle.write(json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"))
-
-
 def _write_plot(path: Path, fits: "Fits") -> None:
+    import io
+
+    from experiments.commands.options import output
     from experiments.report.style import svg
     from experiments.scaling.plots import overview
+    from train.files import write_atomically
 
     figure = overview(fits.isoflop, fits.parametric)
     if path.suffix.lower() == ".svg":
-        _replace(
-            path,
-            lambda handle: handle.write(svg(figure, "IsoFLOP valleys and compute-optimal sizes").encode()),
-        )
+        content: str | bytes = svg(figure, "IsoFLOP valleys and compute-optimal sizes")
     else:
-        _replace(path, lambda handle: figure.savefig(handle, format=path.suffix[1:].lower(), dpi=200))
-
-
-def _replace(path: Path, write) -> None:
-    """Write beside the target, then rename: a kill leaves the old file or the new one, never half of one."""
-    import os
-    import tempfile
-
-    from model.errors import InputError
-
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as handle:
-                write(handle)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=200)
+        content = buffer.getvalue()
+    with output(path):
+        write_atomically(path, content)

@@ -164,8 +164,8 @@ def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
     fit(path, bootstraps=20, plot=tmp_path / "fit.svg")
     assert (tmp_path / "fit.svg").read_text() == first, "the same fit draws the same bytes"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fit.json", "fit.svg", "runs.csv"]
-    with pytest.raises(InputError, match="no folder"):
-        fit(path, json=tmp_path / "absent" / "fit.json")
+    with pytest.raises(InputError, match="cannot write"):
+        fit(path, bootstraps=20, json=path / "below-a-file" / "fit.json")
     with pytest.raises(InputError, match="suffix"):
         fit(path, plot=tmp_path / "fit.gif")
 
