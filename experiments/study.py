@@ -123,7 +123,8 @@ class _Study:
         """Measure this machine and size the budgets so that everything fits into the minutes."""
         recipe = self._recipe(proxy_d_model=32, proxy_learning_rate=1e-2)  # the rates do not matter for the cost
         on_cpu = jax.default_backend() == "cpu"
-        speed = probe(recipe, self.train_config, widths=(16, 64) if on_cpu else (64, 512))
+        widths = (16, 64) if on_cpu else (64, 512)
+        speed = probe(recipe, self.train_config, widths, data=self.data, folder=self.folder / "probe")
         seconds = 60 * self.settings.minutes * SHARE_FOR_TRAINING
         smallest = largest_smallest_budget(lambda budget: self._seconds_of(recipe, speed, budget), seconds)
         budgets = budgets_from(smallest, BUDGETS)

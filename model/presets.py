@@ -6,44 +6,23 @@ from collections.abc import Callable
 from model.config import ModelConfig
 from model.errors import UnknownNameError
 
-STUDY_WIDTHS = (
-    12,
-    16,
-    20,
-    24,
-    28,
-    32,
-    40,
-    48,
-    56,
-    64,
-    80,
-    96,
-    112,
-    128,
-    160,
-    192,
-    256,
-    320,
-    384,
-    512,
-    640,
-    768,
-    1024,
-)
+STUDY_WIDTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 
 
 def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128) -> ModelConfig:
-    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), shape by one rule: a layer per 16 features (of wide models per
-    64), at least 2; heads of about 32, as near as divides. The aspect ratio hardly moves the loss of small models
-    (Kaplan et al. 2020, section 3.1).
+    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), its shape by one rule; d_model is a multiple of 4.
+
+    A layer per 24 features (of wide models per 48) but at least 3, and heads of about 32 but at least 2: below width 84
+    only the width changes, because where depth goes from 2 to 3 a law through the shallower models is wrong for the
+    deeper ones (docs/LOG.md). d_ff is 8/3 d_model, to a multiple of 4.
     """
-    heads = [count for count in range(1, d_model) if d_model % (2 * count) == 0]  # of an even size, for rotary
+    heads = [count for count in range(2, d_model) if d_model % (2 * count) == 0]  # of an even size, for rotary
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
-        num_layers=max(2, round(d_model / 16)) if d_model < 256 else max(12, round(d_model / 64)),
+        num_layers=max(3, round(d_model / 24)) if d_model < 256 else max(11, round(d_model / 48)),
         num_heads=min(heads, key=lambda count: abs(d_model / count - 32)),
+        d_ff=4 * round(2 * d_model / 3),
         max_seq_len=max_seq_len,
         scan_layers=d_model >= 256,
     )

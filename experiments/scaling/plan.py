@@ -9,8 +9,8 @@ from model import ModelConfig, accounting, presets
 from model.errors import InputError
 
 # Where the optimum is expected before anything is known. Hoffmann et al. 2022 find 20 for large models; the study's
-# small ones, whose N is mostly embedding table, have it near 10 on English prose (docs/LOG.md).
-TOKENS_PER_PARAMETER = 10
+# small ones, whose N is mostly embedding table, have it near 8 on English prose (docs/LOG.md).
+TOKENS_PER_PARAMETER = 8
 SIZE_STEPS = (-2, -1, 0, 1, 2)  # sizes per budget, in factors of SIZE_FACTOR around the expected optimum
 SIZE_FACTOR = 1.5
 BUDGET_FACTOR = 2.25  # = SIZE_FACTOR², so that neighbouring budgets share four of their five shapes
@@ -84,13 +84,13 @@ class Recipe:
 
     def width_nearest(self, params: float) -> int:
         """The width of the family whose parameter count is nearest to `params`, in ratio."""
-        widths = [*range(4, 64, 2), *range(64, 128, 4), *range(128, 256, 16), *range(256, 2049, 64)]
+        widths = [*range(4, 128, 4), *range(128, 256, 16), *range(256, 2049, 64)]
         count = lambda width: accounting.parameters(self.config(width)).total
         return min(widths, key=lambda width: abs(math.log(count(width) / params)))
 
 
 def expected_optimum(budget: float) -> float:
-    """N* before anything is known: D = 10·N and C = 6·N·D."""
+    """N* before anything is known: D = 8·N and C = 6·N·D."""
     return math.sqrt(budget / (6 * TOKENS_PER_PARAMETER))
 
 

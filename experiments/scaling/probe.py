@@ -1,8 +1,9 @@
-"""How fast this machine trains: a few seconds of the real step at two sizes."""
+"""How fast this machine trains: the real loop at two sizes, and the step alone for the benchmark."""
 
 import dataclasses
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from experiments.scaling.plan import Recipe
 from model import ModelConfig, accounting
 from model.sharding import make_mesh
-from train import HParams, TrainConfig
+from train import HParams, Shell, TrainConfig, train
 from train.config import stack_hparams
 from train.lanes import Program, compile_program
+from train.metrics import read_metrics
 from train.progress import progress_bar
 
 
@@ -35,18 +37,33 @@ class Probe:
         return dataclasses.asdict(self)
 
 
-def probe(recipe: Recipe, train_config: TrainConfig, widths: tuple[int, int], seconds: float = 3.0) -> Probe:
-    """Measure at two widths: the median step of about `seconds` each, on random tokens."""
+def probe(
+    recipe: Recipe, train_config: TrainConfig, widths: tuple[int, int], *, data: Path, folder: Path, steps: int = 300
+) -> Probe:
+    """Measure the real training loop, logs and data order included, at two widths for `steps` steps each."""
     measured = []
     with progress_bar("probing this machine", len(widths)) as advance:
         for width in widths:
-            measured.append({"d_model": width} | measure_step(recipe.config(width), train_config, 1, seconds))
+            config = recipe.config(width)
+            shell = Shell(evaluate_tokens=train_config.tokens_per_step, description=f"probe, d_model {width}")
+            run = folder / f"d{width}"
+            result = train(config, train_config, HParams(), data=data, run=run, steps=steps, shell=shell)
+            clock = [record["seconds"] for record in read_metrics(run)]
+            warm = len(clock) // 3  # the first steps touch fresh memory
+            measured.append(
+                {
+                    "d_model": width,
+                    "step_seconds": (clock[-1] - clock[warm - 1]) / (len(clock) - warm),
+                    "flops_exact_per_step": result.flops_exact / result.steps,
+                    "compile_seconds": result.compile_seconds,
+                }
+            )
             advance()
     small, large = measured
-    work = [row["step_seconds"] * row["flops_exact_per_second"] for row in measured]
-    rate = (work[1] - work[0]) / max(large["step_seconds"] - small["step_seconds"], 1e-9)
+    work = large["flops_exact_per_step"] - small["flops_exact_per_step"]
+    rate = work / max(large["step_seconds"] - small["step_seconds"], 1e-9)
     return Probe(
-        overhead_seconds=max(0.0, small["step_seconds"] - work[0] / rate),
+        overhead_seconds=max(0.0, small["step_seconds"] - small["flops_exact_per_step"] / rate),
         flops_per_second=rate,
         compile_seconds=max(row["compile_seconds"] for row in measured),
         measured=measured,
