@@ -13,13 +13,13 @@ test: $(VENV)/.test  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 -m "not long" $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not long" $(ARGS)
 
 test-all: $(VENV)/.test  ## the same and what takes minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 --durations 15 $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15 $(ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

@@ -15,7 +15,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from train.files import write_json
+from train.files import json_text, write_json
 
 CHECKSUMS = "checksums.json"
 logger = logging.getLogger("isoflop")
@@ -101,10 +101,13 @@ class Checkpoints:
 def verify(checkpoint: Path) -> str | None:
     """None if every file is as it was written, else what is wrong."""
     try:
-        expected = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        text = (checkpoint / CHECKSUMS).read_text(encoding="utf-8")
+        expected = json.loads(text)
     except FileNotFoundError:
         return "it was never finished (no checksums)"
     except ValueError:
+        return f"{CHECKSUMS} is damaged"
+    if text != json_text(expected):
         return f"{CHECKSUMS} is damaged"
     actual = _checksums(checkpoint)
     for name in sorted(expected.keys() | actual.keys()):

@@ -170,7 +170,7 @@ def _strong(name: str, value: float, whole: bool) -> np.int32 | np.float32:
         raise InputError(f"{name}={value!r} must be {'a whole number, ' if whole else ''}{words}")
     with np.errstate(over="ignore"):
         cast = np.int32(value) if whole else np.float32(value)
-    if not low <= cast < high:
+    if not low <= float(cast) < high:
         raise InputError(f"{name}={value!r} must be {words}; as a float32 it is {cast}")
     return cast
 

@@ -22,7 +22,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_atomically` of indented JSON; NaN and infinities become null, which every reader takes."""
-    write_atomically(Path(path), json.dumps(_finite(value), indent=1, default=_plain) + "\n")
+    write_atomically(Path(path), json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:

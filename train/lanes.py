@@ -24,13 +24,15 @@ from train.objective import Batch
 from train.state import TrainState, init_state
 from train.step import METRICS, Metrics, eval_step, keep_if, train_step
 
+LaneMetrics = dict[str, Float[Array, " lanes"]]
+
 
 @struct.dataclass
 class Lanes:
-    """Stacked states [lanes, …]. alive: whether a lane's every step so far was finite."""
+    """Stacked states [lanes, …]. alive, bool [lanes]: whether a lane's every step so far was finite."""
 
     state: TrainState
-    alive: Bool[Array, " lanes"]
+    alive: Any
 
 
 def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> Lanes:
@@ -46,7 +48,7 @@ def step_lanes(
     batch: Batch,
     hparams: HParams,
     active: Bool[Array, " lanes"],
-) -> tuple[Lanes, Metrics]:
+) -> tuple[Lanes, LaneMetrics]:
     """One `train_step` of every lane that is active and alive; every metric is [lanes]."""
 
     def one(lane: Lanes, batch: Batch, hparams: HParams, active: Array) -> tuple[Lanes, Metrics]:
@@ -90,7 +92,7 @@ class Program:
     """Executables for one static shape; being compiled ahead, they can never recompile unseen."""
 
     init: Callable[[HParams], Lanes]
-    step: Callable[[Lanes, Batch, HParams, Any], tuple[Lanes, Metrics]]
+    step: Callable[[Lanes, Batch, HParams, Any], tuple[Lanes, LaneMetrics]]
     evaluate: Callable[[Lanes, Any, Batch], Any]
     compile_seconds: float
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+from jaxtyping import PRNGKeyArray
 
 from model import ModelConfig, Params, init
 from model.parameterization import role_of
@@ -15,12 +15,14 @@ from train.optimizer import make_optimizer
 
 @struct.dataclass
 class TrainState:
-    """step: updates made. rng: the raw key of dropout; the key of a step is folded from it."""
+    """step: updates made, int32 []. optimizer: Optax's state. rng: the raw key of dropout, uint32 [words]; the key of a
+    step is folded from it. Leaves are Any because JAX also fills the tree with shapes, shardings and stacked lanes.
+    """
 
-    step: Int[Array, ""]
+    step: Any
     params: Params
     optimizer: Any
-    rng: UInt32[Array, " words"]
+    rng: Any
 
 
 def init_state(

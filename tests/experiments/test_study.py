@@ -17,7 +17,7 @@ SETTINGS = Settings(vocab_size=320, batch_size=4, seq_len=32)
 
 @pytest.fixture(scope="module")
 def small(corpus: Path) -> Settings:
-    return Settings(source=str(corpus), vocab_size=320, batch_size=4, seq_len=32)
+    return Settings(source=str(corpus), vocab_size=320, batch_size=8, seq_len=32)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def told(small: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         patch.setattr(study, "probe", lambda *_, **__: Probe(1e-3, 1e10, 1.0, []))
         prepare = functools.partial(study.prepare_data, validation_fraction=0.2)  # of twelve documents
         patch.setattr(study, "prepare_data", prepare)
-        patch.setattr(study, "largest_smallest_budget", lambda *_: 1.2e9)
+        patch.setattr(study, "largest_smallest_budget", lambda *_: 3e9)
 
         def stop(*_, **__):
             raise KeyboardInterrupt

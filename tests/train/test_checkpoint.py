@@ -5,14 +5,14 @@ import pytest
 
 from train.checkpoint import CHECKSUMS, Checkpoints, verify
 
-STATE = {"weights": np.arange(5000, dtype=np.float32), "step": np.int32(3)}
+STATE = {"weights": np.arange(5000, dtype=np.float32), "step": np.array(3, np.int32)}
 
 
 @pytest.fixture
 def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, {**STATE, "step": np.int32(step)})
+        checkpoints.save(step, {**STATE, "step": np.array(step, np.int32)})
     checkpoints.close()
     return tmp_path
 
@@ -70,12 +70,12 @@ def test_nothing_to_restore(tmp_path):
 def test_failed_save_is_raised(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, STATE)
+    checkpoints.wait()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("train.checkpoint.write_json", full)
-    checkpoints.wait()
     checkpoints.save(2, STATE)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()

@@ -275,7 +275,7 @@ def test_commands(corpus, tmp_path, capsys):
     assert len(rows) == 2
     assert documents(out, "validation")[0].startswith(rows[0]["text"].split(" ")[0])
     with pytest.raises(InputError, match="cannot write"):
-        command.inspect(out, json=tmp_path / "no" / "such.json")
+        command.inspect(out, json=tmp_path / "prepare.json" / "below-a-file.json")
     with pytest.raises(InputError, match="rows=-1"):
         command.inspect(out, rows=-1)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "prepare.json", "inspect.json"}
