@@ -101,6 +101,7 @@ class _Study:
             self.found[name] = self._once(f"[{number}/{len(stages)}] {name}", name, stage)
         document = self._document()
         write_json(self.folder / "study.json", document)
+        print("writing the report", flush=True)
         write_study_page(self.folder, document)
         return document
 
