@@ -46,7 +46,7 @@ BETA2 = (0.95, 0.99)  # small batches are said to want a longer memory
 SEEDS = (0, 1)
 BASE = HParams(weight_decay=0.1, final_fraction=0.0)
 BUDGETS = 4
-SHARE_FOR_TRAINING = 0.7  # of the minutes; the rest is data, probe, fits, decode, the report, and what the probe leaves out
+SHARE_FOR_TRAINING = 0.7  # of the minutes; the rest is data, probe, fits, decode and what the probe leaves out
 
 
 @dataclasses.dataclass(frozen=True)
