@@ -37,7 +37,7 @@ COMMANDS: Tree = {
 def main() -> None:
     """Entry point of the `isoflop` command."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step there
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
     _use_compile_cache()
     try:
         tyro.cli(_parser(COMMANDS), prog="isoflop", description=_DESCRIPTION)

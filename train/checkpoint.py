@@ -5,19 +5,23 @@ carries `checksums.json`, the SHA-256 of each of its files, written last: a chec
 never finished, one that does not agree with it is damaged.
 """
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from train.files import json_text, write_json
 
 CHECKSUMS = "checksums.json"
+_FILE_OVERHEAD = 2**16  # bytes of Orbax's metadata and of the checksums
 logger = logging.getLogger("isoflop")
 
 
@@ -32,8 +36,16 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
 
     def save(self, step: int, state: Any) -> None:
-        """Write a host copy of the state in the background; a failed earlier save is raised here."""
+        """Write a host copy of the state in the background; a failed earlier save is raised here.
+
+        Raises OSError (ENOSPC) before anything is begun where the disk has no room for it: a writer that fails half-way
+        leaves little more than a page of tracebacks.
+        """
         self.wait()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        needed = 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _FILE_OVERHEAD
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         if self._manager is None:
             self._manager = ocp.CheckpointManager(
                 self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)

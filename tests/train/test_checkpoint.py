@@ -1,5 +1,7 @@
 """Checkpoints are verified before they are believed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -81,3 +83,12 @@ def test_failed_save_is_raised(tmp_path, monkeypatch):
         checkpoints.wait()
     checkpoints.close()
     assert Checkpoints(tmp_path).restore_newest(STATE)[0] == 1
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(saved, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20_000))
+    checkpoints = Checkpoints(saved)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(3, STATE)
+    checkpoints.close()
+    assert Checkpoints(saved).restore_newest(STATE)[0] == 2
