@@ -6,7 +6,6 @@ never finished, one that does not agree with it is damaged.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from train.files import json_text, write_json
+from train.files import file_sha256, json_text, write_json
 
 CHECKSUMS = "checksums.json"
 _FILE_OVERHEAD = 2**16  # bytes of Orbax's metadata and of the checksums
@@ -134,9 +133,4 @@ def verify(checkpoint: Path) -> str | None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}

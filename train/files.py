@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside, flushed, then renamed."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,12 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """What `write_json` writes."""
     return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:

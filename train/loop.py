@@ -281,12 +281,12 @@ class _Loop:
             while any(lane.active for lane in self.lanes) and not interrupted():
                 advance(self._step(), self._note())
             self._handle_pending()
-            if any(lane.active for lane in self.lanes):  # interrupted
-                stopped = [lane for lane in self.lanes if lane.active]
-                self._save(stopped)
-                for lane in stopped:
-                    lane.checkpoints.wait()
-                    lane.end("interrupted", self._compile_share())
+            stopped = [lane for lane in self.lanes if lane.active]
+            self._save(stopped)
+            for lane in stopped:
+                lane.checkpoints.wait()
+                lane.end("interrupted", self._compile_share())
+            if interrupted():  # also when it came during the last step: the caller must not go on with the next run
                 raise KeyboardInterrupt
 
     def _step(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import InputError
+from train.files import file_sha256
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation")
@@ -86,12 +87,6 @@ class Manifest:
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of uint16 and uint32 that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:

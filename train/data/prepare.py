@@ -19,7 +19,6 @@ from train.data.manifest import (
     TOKENIZER_NAME,
     Manifest,
     Split,
-    file_sha256,
     load_manifest,
     save_manifest,
     token_dtype,
@@ -27,6 +26,7 @@ from train.data.manifest import (
 from train.data.shards import ShardWriter
 from train.data.sources import NAMED, Document, Source, open_source
 from train.data.tokenizer_training import TextSample, check_vocab_size, train_tokenizer
+from train.files import file_sha256
 from train.progress import progress_bar
 
 _ENCODE_AT_ONCE = 2**20  # characters

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int, Int32, Integer
 
 from model.errors import InputError
-from train.data.manifest import SPLITS, Manifest, Shard, file_sha256, load_manifest
+from train.data.manifest import SPLITS, Manifest, Shard, load_manifest
+from train.files import file_sha256
 
 
 class ShardWriter:
