@@ -4,63 +4,122 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from model.errors import InputError, UnknownNameError
+from model.parts import Experts, Latent, RopeScaling
 
-Position = Literal["learned", "sinusoidal", "rotary", "none"]
+Stack = Literal["decoder", "encoder", "encoder-decoder"]
+Position = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+NormPlacement = Literal["pre", "post", "sandwich"]
+Activation = Literal["relu", "relu_squared", "gelu", "gelu_tanh", "silu"]
+Head = Literal["language-model", "masked-language-model", "classifier", "scalar", "none"]
+Reach = Literal["local", "global"]
+Parameterization = Literal["standard", "mup"]
 DType = Literal["float32", "bfloat16"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "stack": get_args(Stack),
     "position": get_args(Position),
     "norm": get_args(Norm),
+    "norm_placement": get_args(NormPlacement),
     "activation": get_args(Activation),
+    "head": get_args(Head),
+    "parameterization": get_args(Parameterization),
     "compute_dtype": get_args(DType),
 }
-_COUNTS = (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "d_ff",
-    "max_seq_len",
-)
-_DERIVED = ("num_kv_heads", "head_dim", "d_ff")
+_COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
+_COUNTS += ("num_encoder_layers", "sliding_window", "base_d_model", "base_num_layers", "num_labels")
+_COUNTS += ("relative_buckets", "relative_max_distance")
+_POSITIVE = ("norm_epsilon", "rope_base", "local_rope_base", "rope_fraction", "attention_scale")
+_POSITIVE += ("attention_softcap", "final_softcap")
+_BIASES = ("norm_bias", "attention_bias", "attention_output_bias")
+_DERIVED = ("num_kv_heads", "head_dim", "d_ff", "num_encoder_layers", "final_norm", *_BIASES)
+_PARTS = {"rope_scaling": RopeScaling, "latent": Latent, "experts": Experts}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with pre-norm blocks.
+    """A transformer: decoder-only, encoder-only or encoder-decoder.
 
     Fields left at None are derived: `num_kv_heads` = `num_heads`, `head_dim` = `d_model / num_heads`,
-    `d_ff` = 4 `d_model` (plain) or 8/3 `d_model` rounded up to a multiple of 8 (gated). A derived
-    field follows its source through `replace`; one that was given stays.
+    `d_ff` = 4 `d_model` (plain) or 8/3 `d_model` rounded up to a multiple of 8 (gated), `num_encoder_layers` =
+    `num_layers`, `final_norm` = unless norms are "post", the three biases below it = `use_bias`. A derived field
+    follows its source through `replace`; one that was given stays.
     """
 
+    # shape
     vocab_size: int
     d_model: int
-    num_layers: int
+    num_layers: int  # of the decoder, where there are two stacks
     num_heads: int
     num_kv_heads: int = None  # type: ignore[assignment]  # fewer than num_heads: GQA; 1: MQA
     head_dim: int = None  # type: ignore[assignment]
     d_ff: int = None  # type: ignore[assignment]
     max_seq_len: int = 1024
+    stack: Stack = "decoder"
+    num_encoder_layers: int = None  # type: ignore[assignment]
+    # positions
     position: Position = "rotary"
     rope_base: float = 10_000.0
+    rope_fraction: float = 1.0  # of a head's features are turned, the first ones
+    rope_interleaved: bool = False  # pairs are (2i, 2i+1) instead of (i, i + half)
+    rope_scaling: RopeScaling | None = None
+    local_rope_base: float | None = None  # given: sliding-window layers turn with this base, unscaled
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    # attention
+    latent: Latent | None = None
+    qk_norm: bool = False  # RMSNorm of every head's query and key
+    attention_scale: float | None = None  # None: 1/√head_dim
+    attention_softcap: float | None = None  # scores become cap · tanh(scores / cap)
+    attention_sinks: bool = False  # a learned logit per head that takes weight and gives nothing
+    sliding_window: int | None = None  # a local layer sees this many tokens, itself included
+    layer_pattern: tuple[Reach, ...] = ("local",)  # repeated over the layers; read where sliding_window is given
+    # normalisation
     norm: Norm = "rmsnorm"
     norm_epsilon: float = 1e-5
+    norm_placement: NormPlacement = "pre"
+    norm_offset: bool = False  # the scale is stored as w and applied as 1 + w
+    final_norm: bool = None  # type: ignore[assignment]
+    # feed-forward
     activation: Activation = "silu"
     gated: bool = True
-    use_bias: bool = False
+    experts: Experts | None = None
+    # biases
+    use_bias: bool = False  # of the feed-forward, and of what follows where it is not given
+    norm_bias: bool = None  # type: ignore[assignment]  # of LayerNorm
+    attention_bias: bool = None  # type: ignore[assignment]  # of queries, keys and values
+    attention_output_bias: bool = None  # type: ignore[assignment]
+    # embedding and head
+    num_token_types: int = 0
+    embedding_norm: bool = False
+    scale_embedding: bool = False  # by √d_model
     tie_embeddings: bool = True
+    head: Head = "language-model"
+    head_bias: bool = False
+    scale_logits: bool = False  # by 1/√d_model, as a tied T5 does
+    final_softcap: float | None = None
+    pooler: bool = False  # a dense layer with tanh over the first token, as BERT has
+    num_labels: int = 2  # of a classifier
+    # parameterization: see model/parameterization.py
+    parameterization: Parameterization = "standard"
+    base_d_model: int | None = None  # "mup": the width at which it equals "standard"
+    base_num_layers: int | None = None  # given: residual branches are scaled with depth, equal to none at this depth
+    # how it runs
     scan_layers: bool = True
     compute_dtype: DType = "float32"
+    # tokens
     eos_token_ids: tuple[int, ...] = ()
+    decoder_start_token_id: int = 0  # the first token that an encoder-decoder's decoder is given
     derived: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))  # a list would not hash
+        set_field = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("eos_token_ids", "layer_pattern"):
+            value = getattr(self, name)
+            set_field(name, tuple([value] if isinstance(value, (int, str)) else value))  # a list would not hash
+        for name, part in _PARTS.items():
+            if isinstance(getattr(self, name), dict):
+                set_field(name, part.from_dict(getattr(self, name)))
         self._check_types()
         self._derive()
         self._check_consistency()
@@ -75,7 +134,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back to an equal config."""
-        return {name: getattr(self, name) for name in _FIELDS}
+        plain = lambda value: dataclasses.asdict(value) if isinstance(value, tuple(_PARTS.values())) else value
+        return {name: plain(getattr(self, name)) for name in _FIELDS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
@@ -89,9 +149,17 @@ class ModelConfig:
             raise InputError(f"the model config lacks {', '.join(missing)}")
         config = cls(**values)
         for name in _DERIVED:  # a field that is as it would be derived follows its source again
-            free = cls(**{**values, **dict.fromkeys((*config.derived, name))})
+            try:
+                free = cls(**{**values, **dict.fromkeys((*config.derived, name))})
+            except InputError:  # it cannot be derived here
+                continue
             config = free if free == config else config
         return config
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the main stack is a decoder's."""
+        return self.stack != "encoder"
 
     def _derive(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)
@@ -99,31 +167,62 @@ class ModelConfig:
         if self.num_kv_heads is None:
             set_field("num_kv_heads", self.num_heads)
         if self.head_dim is None:
-            if self.d_model % self.num_heads:
-                divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
-                near = sorted(sorted(divisors, key=lambda h: abs(h - self.num_heads))[:2])
-                raise InputError(
-                    f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
-                    f"try {' or '.join(map(str, near))}, or give head_dim"
-                )
-            set_field("head_dim", self.d_model // self.num_heads)
+            set_field("head_dim", self._derived_head_dim())
         if self.d_ff is None:
             gated_width = -(-8 * self.d_model // 3 // 8) * 8
             set_field("d_ff", gated_width if self.gated else 4 * self.d_model)
+        if self.num_encoder_layers is None:
+            set_field("num_encoder_layers", self.num_layers)
+        if self.final_norm is None:
+            set_field("final_norm", self.norm_placement != "post")
+        for name in _BIASES:
+            if getattr(self, name) is None:
+                set_field(name, self.use_bias)
+
+    def _derived_head_dim(self) -> int:
+        if self.latent is not None:
+            return self.latent.nope_dim + self.latent.rope_dim
+        if self.d_model % self.num_heads:
+            divisors = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+            near = sorted(sorted(divisors, key=lambda h: abs(h - self.num_heads))[:2])
+            raise InputError(
+                f"num_heads={self.num_heads} does not divide d_model={self.d_model}; "
+                f"try {' or '.join(map(str, near))}, or give head_dim"
+            )
+        return self.d_model // self.num_heads
 
     def _check_types(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is None and name in _DERIVED:
+            if value is None and (name in _DERIVED or _DEFAULTS[name] is None):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.num_token_types, int) or self.num_token_types < 0:
+            raise InputError(f"num_token_types={self.num_token_types!r} must be a whole number of at least 0")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)
-        for name in ("norm_epsilon", "rope_base"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)!r} must be positive")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is None and _DEFAULTS[name] is None:
+                continue
+            if isinstance(value, (bool, str)) or not value > 0:
+                raise InputError(f"{name}={value!r} must be positive")
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if (isinstance(default, bool) and not isinstance(value, bool)) or (
+                name in (*_BIASES, "final_norm") and not isinstance(value, (bool, type(None)))
+            ):
+                raise InputError(f"{name}={value!r} must be true or false")
+        if not self.layer_pattern:
+            raise InputError("layer_pattern is empty; give 'local' and 'global' in the order of the layers")
+        for reach in self.layer_pattern:
+            if reach not in get_args(Reach):
+                raise UnknownNameError("layer_pattern entry", str(reach), get_args(Reach))
+        for name, part in _PARTS.items():
+            if not isinstance(getattr(self, name), (part, type(None))):
+                raise InputError(f"{name} must be a {part.__name__} or null, not {getattr(self, name)!r}")
 
     def _check_consistency(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -131,13 +230,51 @@ class ModelConfig:
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
                 "every key/value head serves the same number of query heads"
             )
-        if self.position == "rotary" and self.head_dim % 2:
-            raise InputError(f"head_dim={self.head_dim} must be even for position='rotary', which turns pairs")
+        if self.position == "rotary" and self.latent is None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise InputError(
+                f"head_dim={self.head_dim} times rope_fraction={self.rope_fraction:g} must be even for "
+                "position='rotary', which turns pairs"
+            )
         if self.position == "sinusoidal" and self.d_model % 2:
             raise InputError(f"d_model={self.d_model} must be even for position='sinusoidal', which fills pairs")
-        for token in self.eos_token_ids:
+        if self.latent is not None:
+            self._check_latent(self.latent)
+        if self.sliding_window is not None and not self.is_causal:
+            raise InputError("sliding_window needs a decoder: an encoder sees both ways")
+        if self.relative_max_distance <= self.relative_buckets // 2 and self.position == "relative":
+            raise InputError(
+                f"relative_max_distance={self.relative_max_distance} must exceed half of "
+                f"relative_buckets={self.relative_buckets}"
+            )
+        if self.parameterization == "mup" and self.base_d_model is None:
+            raise InputError("parameterization='mup' needs base_d_model, the width that it is equal to 'standard' at")
+        if self.pooler and self.stack != "encoder":
+            raise InputError("pooler=true needs stack='encoder': it reads the first token, which must see all others")
+        if self.head == "masked-language-model" and self.stack != "encoder":
+            raise InputError("head='masked-language-model' needs stack='encoder'")
+        if self.experts is not None and self.stack == "encoder-decoder":
+            raise InputError("experts are not supported in an encoder-decoder")
+        for token in (*self.eos_token_ids, self.decoder_start_token_id):
             if not 0 <= token < self.vocab_size:
-                raise InputError(f"eos_token_ids has {token}, outside the vocabulary of {self.vocab_size}")
+                name = "eos_token_ids has" if token in self.eos_token_ids else "decoder_start_token_id is"
+                raise InputError(f"{name} {token}, outside the vocabulary of {self.vocab_size}")
+
+    def _check_latent(self, latent: Latent) -> None:
+        if self.head_dim != latent.nope_dim + latent.rope_dim:
+            raise InputError(
+                f"head_dim={self.head_dim} must be nope_dim + rope_dim = {latent.nope_dim + latent.rope_dim} of latent "
+                "attention; leave it out"
+            )
+        if self.num_kv_heads != self.num_heads:
+            raise InputError("latent attention has a key for every head: leave num_kv_heads out")
+        if self.position != "rotary" or self.qk_norm or self.stack == "encoder-decoder":
+            raise InputError("latent attention needs position='rotary', no qk_norm, and one stack")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are turned."""
+        return self.latent.rope_dim if self.latent is not None else int(self.head_dim * self.rope_fraction)
 
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "derived")
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}

@@ -1,0 +1,159 @@
+"""The parts that only some architectures have, each a frozen dataclass inside `ModelConfig`."""
+
+import dataclasses
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from model.errors import InputError, UnknownNameError
+
+ScalingKind = Literal["linear", "llama3", "yarn"]
+Router = Literal["softmax", "softmax_of_chosen", "sigmoid"]
+GroupScore = Literal["max", "top2"]
+Dispatch = Literal["dropless", "capacity"]
+
+
+class Part:
+    """Reading and writing plain values, with sentences where they are wrong."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `dataclasses.asdict`'s output. Raises InputError on an unknown, missing or impossible field."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in values:
+            if name not in fields:
+                raise UnknownNameError(f"{cls.__name__} field", name, fields)
+        missing = [n for n, field in fields.items() if field.default is dataclasses.MISSING and n not in values]
+        if missing:
+            raise InputError(f"{cls.__name__} lacks {', '.join(missing)}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, hint = getattr(self, field.name), hints[field.name]
+            name = f"{type(self).__name__}.{field.name}"
+            if hint in (int, int | None):
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                if not (value is None and hint == (int | None)) and not (whole and value >= 0):
+                    raise InputError(f"{name}={value!r} must be a whole number, at least 0")
+            elif get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
+                if value not in get_args(hint):
+                    raise UnknownNameError(name, str(value), get_args(hint))
+            elif hint is bool and not isinstance(value, bool):
+                raise InputError(f"{name}={value!r} must be true or false")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling(Part):
+    """How rotary frequencies are stretched beyond the context that they were trained for.
+
+    linear: all divided by `factor` (Chen et al. 2023). llama3: low frequencies divided, high ones kept, smooth in
+    between (Llama 3.1). yarn: the same idea by number of turns (Peng et al. 2023), with the tables times
+    `attention_factor` (None: 0.1 ln(factor) + 1). mscale and mscale_all_dim: DeepSeek's variant of that factor,
+    0.1 · mscale · ln(factor) + 1 each: the tables are scaled by their ratio, the scores of latent attention by the
+    second one's square; 0: absent. truncate: round yarn's ramp to whole features.
+    """
+
+    kind: ScalingKind
+    factor: float
+    original_max_seq_len: int = 0  # llama3, yarn: the context before stretching
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.factor >= 1:
+            raise InputError(f"RopeScaling.factor={self.factor!r} must be at least 1")
+        if self.kind != "linear" and self.original_max_seq_len < 1:
+            raise InputError(f"RopeScaling of kind {self.kind!r} needs original_max_seq_len")
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent(Part):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values from one small vector per token.
+
+    kv_rank: features of that vector, which is all that the cache holds, with rope_dim rotary key features shared by
+    all heads. nope_dim: features of a head without position. q_rank: the same compression of queries; None: none.
+    """
+
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"Latent.{name}={getattr(self, name)} must be at least 1")
+        if self.rope_dim % 2:
+            raise InputError(f"Latent.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Part):
+    """A mixture of experts in place of the feed-forward (Shazeer et al. 2017).
+
+    count: routed experts; top_k: chosen per token; d_ff: width of each. shared_d_ff: width of one expert that every
+    token passes (DeepSeekMoE); 0: none; shared_gate: it is weighed by a sigmoid of its own (Qwen2-MoE).
+    router: "softmax" over all experts before the choice (Switch, Qwen, DeepSeek-V2), "softmax_of_chosen" after it
+    (Mixtral's: the same as "softmax" with normalised gates), or "sigmoid" (DeepSeek-V3). selection_bias: a vector
+    added to the scores for the choice only. normalise: gates of a token sum to 1 before `scale`.
+    groups: experts in that many groups, of which only the best top_groups may be chosen from, by their best expert
+    ("max", DeepSeek-V2) or their two best ("top2", V3).
+    first_layer, every, dense_layers: layer i has experts where i ≥ first_layer, (i − first_layer) is a multiple of
+    `every` and i is not in dense_layers. dispatch: "dropless", or "capacity": an expert takes at most
+    capacity_factor · tokens · top_k / count tokens of a batch and drops the rest (training only; inference is
+    dropless).
+    """
+
+    count: int
+    top_k: int
+    d_ff: int
+    shared_d_ff: int = 0
+    shared_gate: bool = False
+    router: Router = "softmax"
+    selection_bias: bool = False
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore = "max"
+    first_layer: int = 0
+    every: int = 1
+    dense_layers: tuple[int, ...] = ()
+    dispatch: Dispatch = "dropless"
+    capacity_factor: float = 1.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name in ("count", "top_k", "d_ff", "groups", "top_groups", "every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"Experts.{name}={getattr(self, name)} must be at least 1")
+        if self.count % self.groups:
+            raise InputError(f"Experts.groups={self.groups} does not divide count={self.count}")
+        if self.top_groups > self.groups:
+            raise InputError(f"Experts.top_groups={self.top_groups} exceeds groups={self.groups}")
+        if self.top_k > self.count // self.groups * self.top_groups:
+            raise InputError(
+                f"Experts.top_k={self.top_k} exceeds the {self.count // self.groups * self.top_groups} experts that "
+                f"a token may choose from"
+            )
+        if not self.capacity_factor > 0:
+            raise InputError(f"Experts.capacity_factor={self.capacity_factor} must be positive")
+
+    def in_layer(self, index: int) -> bool:
+        """Whether layer `index` has experts; the others are dense."""
+        after = index - self.first_layer
+        return after >= 0 and after % self.every == 0 and index not in self.dense_layers
