@@ -7,7 +7,9 @@ import jax.numpy as jnp
 
 from model import ModelConfig, Params
 from model.errors import UnknownNameError
+from model.layout import places
 from model.linear import Transposed
+from model.parameterization import names_of, role_of
 
 Weights = Literal["float32", "bfloat16"]
 
@@ -24,16 +26,21 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32") -
     def leaf(path, value):
         if isinstance(value, Transposed):
             return Transposed(value.weight.astype(weights))
-        name = path[-1].key
-        if name in ("scale", "bias"):
+        if role_of(names_of(path)) == "vector":
             return value
         value = value.astype(weights)
-        return Transposed(jnp.asarray(value.T)) if name == "weight" else value
+        return Transposed(jnp.asarray(value.T)) if path[-1].key == "weight" else value
 
-    rest = {name: tree for name, tree in params.items() if name != "layers"}
-    layers = params["layers"]
-    if not isinstance(layers, tuple):
-        layers = tuple(jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(config.num_layers))
     prepared = lambda value: isinstance(value, Transposed)
     rewrite = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=prepared))
-    return {**rewrite(rest), "layers": tuple(rewrite(layer) for layer in layers)}
+
+    def stack(params: Params, encoder: bool) -> Params:
+        rest = {name: tree for name, tree in params.items() if name not in ("layers", "encoder")}
+        layers = params["layers"]
+        if not isinstance(layers, tuple):
+            take = lambda name, i: jax.tree.map(lambda leaf: leaf[i], layers[name])
+            layers = tuple(take(name, i) for name, i in places(config, encoder))
+        return {**rewrite(rest), "layers": tuple(rewrite(layer) for layer in layers)}
+
+    made = stack(params, encoder=False)
+    return made | {"encoder": stack(params["encoder"], encoder=True)} if "encoder" in params else made

@@ -20,13 +20,18 @@ def prefill(
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     cache: KVCache,
+    *,
+    encoder_tokens: Int[Array, "batch source"] | None = None,
+    encoder_lengths: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
 
     tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
-    that would run past the capacity gets NaN logits and nothing is written past the end.
+    that would run past the capacity gets NaN logits and nothing is written past the end. encoder_tokens: what an
+    encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
+    Raises InputError where they do not fit the cache.
     """
-    hidden, cache = forward_cached(config, params, tokens, lengths, cache)
+    hidden, cache = forward_cached(config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths)
     return head(config, params, hidden), cache
 
 

@@ -4,15 +4,22 @@ from model import accounting, presets
 from model.cache import KVCache, init_cache
 from model.config import ModelConfig
 from model.errors import InputError
-from model.transformer import Output, Params, apply, forward, head, init
+from model.heads import head
+from model.parts import Experts, Latent, RopeScaling
+from model.transformer import Output, Params, apply, encode, forward, init, sentence_embedding
 
 __all__ = [
     "ModelConfig",
+    "RopeScaling",
+    "Latent",
+    "Experts",
     "presets",
     "init",
     "apply",
     "forward",
+    "encode",
     "head",
+    "sentence_embedding",
     "Output",
     "Params",
     "KVCache",

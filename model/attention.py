@@ -1,29 +1,22 @@
-"""Multi-head attention with grouped key/value heads, with and without a cache."""
+"""Multi-head attention with grouped key/value heads, to a layer's own tokens or to an encoder's."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from model.cache import LayerCache, append
+from model.cache import append
 from model.config import ModelConfig
+from model.context import Context
 from model.dropout import Dropout
 from model.linear import Linear
+from model.norm import Normalize
 from model.position import rotate
 
-
-@struct.dataclass
-class Context:
-    """What every layer of one pass shares.
-
-    mask: which key each query sees. rotary: (cos, sin) tables or None. slots: with a cache, the position
-    at which each token's key and value are written (the capacity or more: not written).
-    """
-
-    mask: Bool[Array, "batch query key"]
-    rotary: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]] | None
-    slots: Int[Array, "batch seq"] | None = None
+Entry = tuple[Array, ...]
+"""What a layer's cache holds of one attention: see `model.cache.LayerCache`."""
+Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None, Float[Array, "batch heads seq key"]]
+"""The mixed values, the cache with this chunk in it, and the attention weights (float32)."""
 
 
 class Attention(nn.Module):
@@ -36,57 +29,137 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch seq d_model"],
         context: Context,
-        cache: LayerCache | None = None,
+        cache: Entry | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"]]:
-        """The mixed values, the cache with this chunk in it, and the attention weights (float32)."""
+    ) -> Mixed:
+        """Causal or not, windowed or not: as the context's mask says."""
         config = self.config
-        project = lambda heads, name: _split_heads(
-            Linear(heads * config.head_dim, "hidden", use_bias=config.use_bias, name=name)(x), heads
-        )
-        query = project(config.num_heads, "query")
-        key = project(config.num_kv_heads, "key")
-        value = project(config.num_kv_heads, "value")
+        query = project(config, "query", config.num_heads)(x)
+        key = project(config, "key", config.num_kv_heads)(x)
+        value = project(config, "value", config.num_kv_heads)(x)
+        if config.qk_norm:
+            query = Normalize(config, "rmsnorm", name="query_norm")(query)
+            key = Normalize(config, "rmsnorm", name="key_norm")(key)
         if context.rotary is not None:
-            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+            query = rotate(query, context.rotary, config.rope_interleaved)
+            key = rotate(key, context.rotary, config.rope_interleaved)
         if cache is not None:
-            assert context.slots is not None
-            cache = (append(cache[0], key, context.slots), append(cache[1], value, context.slots))
+            (key, value), cache = remember(cache, (key, value), context, query.dtype)
+        sinks = None
+        if config.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (config.num_heads,))
+        mixed, weights = attend(
+            query,
+            key,
+            value,
+            context.mask,
+            scale=config.attention_scale or config.head_dim**-0.5,
+            bias=context.bias,
+            softcap=config.attention_softcap,
+            sinks=sinks,
+            dropout=dropout,
+        )
+        return merge(config, mixed), cache, weights
+
+
+class CrossAttention(nn.Module):
+    """Attention to what an encoder made (Vaswani et al. 2017, section 3.2.3), without positions."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        context: Context,
+        cache: Entry | None = None,
+        dropout: Dropout | None = None,
+    ) -> Mixed:
+        """Keys and values come from `context.encoder`, and without one from the cache."""
+        config = self.config
+        query = project(config, "query", config.num_heads)(x)
+        if context.encoder is not None:
+            made = [project(config, name, config.num_kv_heads)(context.encoder) for name in ("key", "value")]
+            if cache is None:
+                key, value = made
+            else:
+                source = context.encoder.shape[1]
+                cache = tuple(
+                    old.at[:, :, :source].set(new.astype(old.dtype)) for old, new in zip(cache, made, strict=True)
+                )
+        if cache is not None:
             key, value = (array.astype(query.dtype) for array in cache)
-        mixed, weights = attend(query, key, value, context.mask, dropout)
-        output = Linear(config.d_model, "residual", config.num_layers, config.use_bias, name="output")
-        return output(_merge_heads(mixed)), cache, weights
+        assert context.encoder_mask is not None
+        scale = config.attention_scale or config.head_dim**-0.5
+        mixed, weights = attend(query, key, value, context.encoder_mask, scale=scale, dropout=dropout)
+        return merge(config, mixed), cache, weights
+
+
+def project(config: ModelConfig, name: str, heads: int):
+    """x [batch, seq, d_model] → [batch, heads, seq, head_dim] through the matrix `name`."""
+    linear = Linear(config, heads * config.head_dim, "hidden", config.attention_bias, name=name)
+    return lambda x: split_heads(linear(x), heads)
+
+
+def merge(config: ModelConfig, mixed: Float[Array, "batch heads seq head_dim"]) -> Float[Array, "batch seq d_model"]:
+    """Heads side by side through the output matrix."""
+    batch, heads, seq, head_dim = mixed.shape
+    joined = mixed.transpose(0, 2, 1, 3).reshape(batch, seq, heads * head_dim)
+    return Linear(config, config.d_model, "residual", config.attention_output_bias, name="output")(joined)
+
+
+def split_heads(x: Float[Array, "batch seq features"], heads: int) -> Float[Array, "batch heads seq head_dim"]:
+    """The last axis as [heads, head_dim]."""
+    batch, seq, features = x.shape
+    return x.reshape(batch, seq, heads, features // heads).transpose(0, 2, 1, 3)
+
+
+def remember(cache: Entry, new: Entry, context: Context, dtype: jnp.dtype) -> tuple[Entry, Entry]:
+    """(what attention sees, the cache with `new` in it): see `Context.appended`."""
+    assert context.slots is not None
+    appended = tuple(append(old, x, context.slots) for old, x in zip(cache, new, strict=True))
+    if context.appended:
+        return tuple(array.astype(dtype) for array in appended), appended
+    seen = [jnp.concatenate([old.astype(dtype), x], axis=2) for old, x in zip(cache, new, strict=True)]
+    return tuple(seen), appended
 
 
 def attend(
     query: Float[Array, "batch heads seq head_dim"],
     key: Float[Array, "batch kv_heads key head_dim"],
-    value: Float[Array, "batch kv_heads key head_dim"],
-    mask: Bool[Array, "batch seq key"],
+    value: Float[Array, "batch kv_heads key value_dim"],
+    mask: Bool[Array, "mask_rows seq_or_one key"],
+    *,
+    scale: float,
+    bias: Float[Array, "bias_rows heads seq key"] | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     dropout: Dropout | None = None,
-) -> tuple[Float[Array, "batch heads seq head_dim"], Float[Array, "batch heads seq key"]]:
-    """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros."""
+) -> tuple[Float[Array, "batch heads seq value_dim"], Float[Array, "batch heads seq key"]]:
+    """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros.
+
+    softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head beside the keys that
+    takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
+    """
     batch, heads, seq, head_dim = query.shape
     kv_heads = key.shape[1]
     # Folding the group into the query axis makes every variant one batched product over KV heads.
-    query = query.reshape(batch, kv_heads, heads // kv_heads * seq, head_dim) * head_dim**-0.5
+    query = query.reshape(batch, kv_heads, heads // kv_heads * seq, head_dim) * scale
     scores = jnp.einsum("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, heads, seq, -1)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = jnp.where(mask[:, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        beside = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
     weights = jnp.where(mask.any(axis=-1)[:, None, :, None], weights, 0.0)
     if dropout is not None:
         weights = dropout(weights)
     grouped = weights.astype(value.dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
     mixed = jnp.einsum("bkqt,bkth->bkqh", grouped, value)
-    return mixed.reshape(batch, heads, seq, head_dim), weights
-
-
-def _split_heads(x: Float[Array, "batch seq features"], heads: int) -> Float[Array, "batch heads seq head_dim"]:
-    batch, seq, features = x.shape
-    return x.reshape(batch, seq, heads, features // heads).transpose(0, 2, 1, 3)
-
-
-def _merge_heads(x: Float[Array, "batch heads seq head_dim"]) -> Float[Array, "batch seq features"]:
-    batch, heads, seq, head_dim = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch, seq, heads * head_dim)
+    return mixed.reshape(batch, heads, seq, value.shape[-1]), weights

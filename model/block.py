@@ -1,20 +1,31 @@
 """One Block: what training, prefill and decode all run, layer after layer."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from model.attention import Attention, Context
+from model.attention import Attention, CrossAttention
 from model.cache import LayerCache
 from model.config import ModelConfig
+from model.context import Context
 from model.dropout import Dropout
 from model.feedforward import FeedForward
+from model.latent import LatentAttention
+from model.layout import LayerKind
 from model.norm import Normalize
+from model.parameterization import output_multiplier
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Attention, attention to an encoder where there is one, feed-forward: each a branch of the residual stream.
+
+    By `norm_placement` a branch f changes the stream x to x + f(norm(x)) ("pre"), norm(x + f(x)) ("post", as in the
+    original transformer) or x + norm(f(norm(x))) ("sandwich", as in Gemma 2).
+    """
 
     config: ModelConfig
+    kind: LayerKind
 
     @nn.compact
     def __call__(
@@ -23,12 +34,53 @@ class Block(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"]]:
-        """The residual stream after this layer, its cache, and its attention weights."""
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"], dict]:
+        """The residual stream after this layer, its cache, its attention weights, and what its experts report."""
         config = self.config
-        normed = Normalize(config, name="attention_norm")(x)
-        mixed, cache, weights = Attention(config, name="attention")(normed, context, cache, dropout and dropout.at(0))
-        x = x + (mixed if dropout is None else dropout.at(1)(mixed))
-        changed = FeedForward(config, name="feed_forward")(Normalize(config, name="feed_forward_norm")(x))
-        x = x + (changed if dropout is None else dropout.at(2)(changed))
-        return x, cache, weights
+        cached = {} if cache is None else dict(cache)
+        reports: dict[str, Array] = {}
+
+        def attention(x: Array) -> Array:
+            nonlocal weights
+            module = LatentAttention if config.latent is not None else Attention
+            y, kept, weights = module(config, name="attention")(
+                x, context, cached.get("self"), dropout and dropout.at(0)
+            )
+            if kept is not None:
+                cached["self"] = kept
+            return y
+
+        def cross_attention(x: Array) -> Array:
+            y, kept, _ = CrossAttention(config, name="cross_attention")(
+                x, context, cached.get("cross"), dropout and dropout.at(3)
+            )
+            if kept is not None:
+                cached["cross"] = kept
+            return y
+
+        def feed_forward(x: Array) -> Array:
+            if not self.kind.experts:
+                return FeedForward(config, name="feed_forward")(x)
+            from model.moe import ExpertFeedForward
+
+            y, report = ExpertFeedForward(config, cache is not None, name="feed_forward")(x, context.real)
+            reports.update(report)
+            return y
+
+        weights: Array
+        x = self._add_branch("attention", attention, x, dropout and dropout.at(1))
+        if self.kind.cross:
+            x = self._add_branch("cross_attention", cross_attention, x, dropout and dropout.at(4))
+        x = self._add_branch("feed_forward", feed_forward, x, dropout and dropout.at(2))
+        return x, None if cache is None else cached, weights, reports
+
+    def _add_branch(self, name: str, branch: Callable[[Array], Array], x: Array, dropout: Dropout | None) -> Array:
+        config = self.config
+        normalize = lambda name: Normalize(config, name=name)
+        y = branch(x if config.norm_placement == "post" else normalize(f"{name}_norm")(x))
+        if config.norm_placement == "sandwich":
+            y = normalize(f"{name}_post_norm")(y)
+        y = y if dropout is None else dropout(y)
+        multiplier = output_multiplier(config, "residual")
+        x = x + (y if multiplier == 1 else multiplier * y)
+        return normalize(f"{name}_norm")(x) if config.norm_placement == "post" else x

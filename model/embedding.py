@@ -1,36 +1,41 @@
-"""Tokens (and learned positions) to vectors, and back for a tied head."""
+"""Tokens to vectors: the token table, and those of positions and token types where the config has them."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.parameterization import initializer
+from model.norm import Normalize
+from model.parameterization import initializer, scale_of
 from model.position import sinusoidal
 
 
 class Embedding(nn.Module):
-    """The token table, and the position table where positions are learned."""
+    """The sum of the tables, scaled and normalised as the config says."""
 
     config: ModelConfig
 
-    def setup(self) -> None:
-        """Declare the tables."""
-        config = self.config
-        table = initializer("embedding", fan_in=config.d_model, num_layers=config.num_layers)
-        self.tokens = self.param("tokens", table, (config.vocab_size, config.d_model))
-        if config.position == "learned":
-            table = initializer("position", fan_in=config.d_model, num_layers=config.num_layers)
-            self.positions = self.param("positions", table, (config.max_seq_len, config.d_model))
-
+    @nn.compact
     def __call__(
-        self, tokens: Int[Array, "batch seq"], positions: Int[Array, "batch seq"]
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "rows seq"],
+        token_types: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """Look tokens up and add absolute positions, in the compute dtype."""
+        """Look tokens up and add absolute positions, in the compute dtype. token_types None: all of type 0."""
         config = self.config
-        x = jnp.take(self.tokens, tokens, axis=0)
+        table = lambda name, role, rows: self.param(
+            name, initializer(config, role, config.d_model), (rows, config.d_model)
+        )
+        x = jnp.take(table("tokens", "embedding", config.vocab_size), tokens, axis=0)
+        if config.scale_embedding:
+            x = x * scale_of(config).d_model ** 0.5
         if config.position == "learned":
-            x = x + jnp.take(self.positions, positions, axis=0)
+            x = x + jnp.take(table("positions", "position", config.max_seq_len), positions, axis=0)
         elif config.position == "sinusoidal":
             x = x + sinusoidal(positions, config.d_model)
-        return x.astype(config.compute_dtype)
+        if config.num_token_types:
+            types = jnp.zeros_like(tokens) if token_types is None else token_types
+            x = x + jnp.take(table("types", "position", config.num_token_types), types, axis=0)
+        x = x.astype(config.compute_dtype)
+        return Normalize(config, name="norm")(x) if config.embedding_norm else x

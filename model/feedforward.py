@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
@@ -9,6 +10,7 @@ from model.linear import Linear
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
@@ -16,19 +18,20 @@ ACTIVATIONS = {
 
 
 class FeedForward(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated (Shazeer 2020)."""
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated (Shazeer 2020). width None: the config's d_ff."""
 
     config: ModelConfig
+    width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
         """Each position alone."""
-        config = self.config
+        config, width = self.config, self.width or self.config.d_ff
         activation = ACTIVATIONS[config.activation]
-        hidden = Linear(config.d_ff, "hidden", use_bias=config.use_bias, name="up")(x)
+        hidden = Linear(config, width, "hidden", config.use_bias, name="up")(x)
         if config.gated:
-            gate = Linear(config.d_ff, "hidden", use_bias=config.use_bias, name="gate")(x)
+            gate = Linear(config, width, "hidden", config.use_bias, name="gate")(x)
             hidden = activation(gate) * hidden
         else:
             hidden = activation(hidden)
-        return Linear(config.d_model, "residual", config.num_layers, config.use_bias, name="down")(hidden)
+        return Linear(config, config.d_model, "residual", config.use_bias, name="down")(hidden)

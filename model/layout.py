@@ -58,12 +58,13 @@ def layer_kinds(config: ModelConfig, encoder: bool = False) -> tuple[LayerKind, 
 
 def places(config: ModelConfig, encoder: bool = False) -> tuple[tuple[str, int], ...]:
     """For every layer: the name of its kind, and its index within that kind's stack of parameters."""
-    counts: dict[str, int] = {}
-    found = []
-    for kind in layer_kinds(config, encoder):
-        counts[kind.name] = counts.get(kind.name, 0) + 1
-        found.append((kind.name, counts[kind.name] - 1))
-    return tuple(found)
+    return places_of(layer_kinds(config, encoder))
+
+
+def places_of(kinds: tuple[LayerKind, ...]) -> tuple[tuple[str, int], ...]:
+    """`places` of these kinds."""
+    names = [kind.name for kind in kinds]
+    return tuple((name, names[:index].count(name)) for index, name in enumerate(names))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from model.config import ModelConfig
 from model.parameterization import initializer
 
 
@@ -26,9 +27,9 @@ def matmul(x: Float[Array, "*batch d_in"], weight) -> Float[Array, "*batch d_out
 class Linear(nn.Module):
     """`x @ weight + bias`; the role names its row in the parameterization table."""
 
+    config: ModelConfig
     features: int
     role: str
-    num_layers: int = 1
     use_bias: bool = False
 
     @nn.compact
@@ -36,7 +37,7 @@ class Linear(nn.Module):
         """The product in x's dtype."""
         # `self.param` checks shapes and so refuses prepared leaves: it is called only to initialise.
         if self.is_initializing():
-            init = initializer(self.role, fan_in=x.shape[-1], num_layers=self.num_layers)
+            init = initializer(self.config, self.role, x.shape[-1])
             weight = self.param("weight", init, (x.shape[-1], self.features), jnp.float32)
             bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         else:
@@ -44,3 +45,8 @@ class Linear(nn.Module):
             bias = self.get_variable("params", "bias") if self.use_bias else None
         y = matmul(x, weight)
         return y if bias is None else y + bias.astype(y.dtype)
+
+    def matrix(self) -> Float[Array, "d_in d_out"]:
+        """The weight as a plain array, for products that take it apart."""
+        weight = self.get_variable("params", "weight")
+        return weight.weight.T if isinstance(weight, Transposed) else weight

@@ -4,24 +4,28 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Norm
 
 
 class Normalize(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis; None: as the config says."""
 
     config: ModelConfig
+    norm: Norm | None = None
+    epsilon: float | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Statistics in float32, the result in x's dtype."""
-        config = self.config
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        config, norm = self.config, self.norm or self.config.norm
+        epsilon = self.epsilon or config.norm_epsilon
+        start = nn.initializers.zeros if config.norm_offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
-        if config.norm == "layernorm":
+        if norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon)
-        y = y * scale.astype(jnp.float32)
-        if config.norm == "layernorm" and config.use_bias:
+        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+        y = y * (1 + scale if config.norm_offset else scale)
+        if norm == "layernorm" and config.norm_bias:
             y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         return y.astype(x.dtype)

@@ -1,48 +1,115 @@
-"""How every parameter starts: one row per role.
+"""How every parameter starts and how fast it learns: one row per role, for every width, depth and optimizer.
 
-Standard parameterization: matrices keep the scale of what they are given (std 1/√fan_in, LeCun 1998), and
-the two matrices of each layer that write to the residual stream are shrunk by √(2·layers), so that the stream's
-variance does not grow with depth (GPT-2, section 2.3). The token table starts at 1/√d_model: as a tied head it
-then makes logits of unit variance. At GPT-2's 0.02 a narrow model first has to grow its table (docs/LOG.md).
+Standard parameterization: matrices keep the scale of what they are given (std 1/√fan_in, LeCun 1998), the matrices
+that write to the residual stream are shrunk by √(2·layers) so that the stream's variance does not grow with depth
+(GPT-2, section 2.3), and every parameter learns at the one rate. The token table starts at 1/√d_model: as a tied head
+it then makes logits of unit variance. At GPT-2's 0.02 a narrow model first has to grow its table (docs/LOG.md).
+
+muP (Yang et al. 2022, "Tensor Programs V", table 8): w = d_model / base_d_model. Everything whose fan-in is finite
+(tables, vectors) starts and learns as at the base width; hidden matrices learn 1/w as fast under Adam; the readout
+starts at zero and is multiplied by 1/w. What is tuned at the base width then holds at every width. Widen by more
+heads of one size: then 1/√head_dim is already muP's scale of scores. `scale_embedding` and `scale_logits` take
+their √ of base_d_model.
+
+Depth (Dey et al. 2025, "CompleteP", α = 1): l = num_layers / base_num_layers. Every residual branch is multiplied by
+1/l, and the shrinking by √(2·layers) stops at the base depth; Adam's rates stay, SGD's grow by l.
+
+Weight decay is decoupled from all of this: each step takes learning_rate · weight_decay · w off every matrix, without
+its role's multiplier, so that the time over which a matrix forgets is the same at every width.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
+
+from model.config import ModelConfig
+
+Family = Literal["adam", "sgd", "muon"]
+
+
+class Scale(NamedTuple):
+    """What a row may depend on: d_model and layers where the scale of the start is taken, and the two ratios."""
+
+    d_model: int  # under muP the base width
+    num_layers: int  # under depth scaling the base depth
+    w: float  # width over base width; 1 in the standard parameterization
+    l: float  # depth over base depth; 1 without depth scaling
 
 
 class Role(NamedTuple):
-    """One row: the standard deviation at the start, and whether weight decay applies."""
+    """One row. std: at the start, of (fan_in, scale); output: multiplies what it makes; the rest: learning rates."""
 
-    init_std: Callable[[int, int], float]  # (fan_in, num_layers) → standard deviation
+    std: Callable[[int, Scale], float]
+    output: Callable[[Scale], float]
+    adam: Callable[[Scale], float]
+    sgd: Callable[[Scale], float]
+    muon: Callable[[Scale], float]  # tables, vectors and the readout are left to Adam
     decay: bool
 
 
+_one = lambda s: 1.0
+_by_fan_in = lambda fan_in, s: fan_in**-0.5
+# fmt: off
 TABLE: dict[str, Role] = {
-    "embedding": Role(lambda fan_in, num_layers: fan_in**-0.5, decay=True),
-    "position": Role(lambda fan_in, num_layers: 0.02, decay=False),
-    "hidden": Role(lambda fan_in, num_layers: fan_in**-0.5, decay=True),
-    "residual": Role(lambda fan_in, num_layers: (2 * fan_in * num_layers) ** -0.5, decay=True),
-    "head": Role(lambda fan_in, num_layers: fan_in**-0.5, decay=True),
+    #                  std at the start                                         output             Adam               SGD                Muon   decay
+    "embedding": Role(lambda fan_in, s: s.d_model**-0.5,                        _one,              _one,              lambda s: s.w,     _one,  True),
+    "position":  Role(lambda fan_in, s: 0.02,                                   _one,              _one,              lambda s: s.w,     _one,  False),
+    "hidden":    Role(_by_fan_in,                                               _one,              lambda s: 1 / s.w, lambda s: s.l,     _one,  True),
+    "residual":  Role(lambda fan_in, s: (2 * fan_in * s.num_layers) ** -0.5,    lambda s: 1 / s.l, lambda s: 1 / s.w, lambda s: s.l,     _one,  True),
+    "head":      Role(_by_fan_in,                                               lambda s: 1 / s.w, _one,              lambda s: s.w,     _one,  True),
+    "vector":    Role(lambda fan_in, s: 0.0,                                    _one,              _one,              lambda s: s.w*s.l, _one,  False),
 }
+# fmt: on
 
 
-def initializer(role: str, *, fan_in: int, num_layers: int) -> nn.initializers.Initializer:
-    """A normal initializer with the standard deviation of the role's row."""
-    return nn.initializers.normal(TABLE[role].init_std(fan_in, num_layers))
+def scale_of(config: ModelConfig) -> Scale:
+    """The numbers that the rows read."""
+    base_width = config.base_d_model if config.parameterization == "mup" else None
+    return Scale(
+        d_model=base_width or config.d_model,
+        num_layers=config.base_num_layers or config.num_layers,
+        w=config.d_model / (base_width or config.d_model),
+        l=config.num_layers / (config.base_num_layers or config.num_layers),
+    )
 
 
-# Which row a parameter of the public tree belongs to, by the two last names of its path.
-_ROLE_OF_PATH: dict[tuple[str, str], str] = {
+def initializer(config: ModelConfig, role: str, fan_in: int) -> nn.initializers.Initializer:
+    """Normal with the standard deviation of the role's row; under muP the readout starts at zero."""
+    if role == "head" and config.parameterization == "mup":
+        return nn.initializers.zeros
+    return nn.initializers.normal(TABLE[role].std(fan_in, scale_of(config)))
+
+
+def output_multiplier(config: ModelConfig, role: str) -> float:
+    """What the product with a matrix of this role is multiplied by; a tied table that makes logits is a "head"."""
+    return TABLE[role].output(scale_of(config))
+
+
+def rate_multipliers(config: ModelConfig, params: Any, family: Family) -> Any:
+    """The tree of learning-rate multipliers for an optimizer of this family."""
+    scale = scale_of(config)
+    rate = lambda path: getattr(TABLE[role_of(path)], family)(scale)
+    return jax.tree_util.tree_map_with_path(lambda path, _: float(rate(names_of(path))), params)
+
+
+# Which row a parameter of the public tree belongs to, by its last name, or else by the last two.
+_BY_NAME = dict.fromkeys(("scale", "bias", "sinks", "selection_bias"), "vector")
+_BY_PAIR: dict[tuple[str, str], str] = {
     ("embedding", "tokens"): "embedding",
     ("embedding", "positions"): "position",
-    ("query", "weight"): "hidden",
-    ("key", "weight"): "hidden",
-    ("value", "weight"): "hidden",
+    ("embedding", "types"): "position",
+    ("relative_bias", "table"): "position",
+    **{
+        (name, "weight"): "hidden"
+        for name in ("query", "key", "value", "up", "gate", "router", "shared_gate", "pooler", "transform")
+    },
+    **{(name, "weight"): "hidden" for name in ("query_down", "query_up", "key_value_down", "key_value_up")},
+    ("experts", "up"): "hidden",
+    ("experts", "gate"): "hidden",
+    ("experts", "down"): "residual",
     ("output", "weight"): "residual",
-    ("up", "weight"): "hidden",
-    ("gate", "weight"): "hidden",
     ("down", "weight"): "residual",
     ("head", "weight"): "head",
 }
@@ -50,15 +117,17 @@ _ROLE_OF_PATH: dict[tuple[str, str], str] = {
 
 def role_of(path: tuple[str, ...]) -> str:
     """The role of the parameter at `path` in the public tree; "vector" for biases and norm scales."""
-    if path[-1] in ("scale", "bias"):
-        return "vector"
-    try:
-        return _ROLE_OF_PATH[path[-2], path[-1]]
-    except KeyError:
-        raise KeyError(f"parameter {'/'.join(path)} has no role in model/parameterization.py") from None
+    role = _BY_NAME.get(path[-1]) or _BY_PAIR.get(path[-2:])  # type: ignore[arg-type]
+    if role is None:
+        raise KeyError(f"parameter {'/'.join(path)} has no role in model/parameterization.py")
+    return role
+
+
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """JAX's key path as names."""
+    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def decays(path: tuple[str, ...]) -> bool:
     """Whether weight decay applies to the parameter at `path`."""
-    role = role_of(path)
-    return role != "vector" and TABLE[role].decay
+    return TABLE[role_of(path)].decay

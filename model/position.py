@@ -1,33 +1,135 @@
-"""Where a token stands: sinusoidal tables and rotary turns. Learned tables live with the embedding."""
+"""Where a token stands: sinusoids, rotary turns, linear and bucketed biases. Learned tables live with the embedding."""
+
+import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from model.parts import RopeScaling
 
-def sinusoidal(positions: Int[Array, "batch seq"], d_model: int) -> Float[Array, "batch seq d_model"]:
+RotaryTables = tuple[Float[Array, "rows seq half"], Float[Array, "rows seq half"]]
+
+
+def sinusoidal(positions: Int[Array, "rows seq"], d_model: int) -> Float[Array, "rows seq d_model"]:
     """Sines in the first half of the features, cosines in the second (Vaswani et al. 2017, section 3.5)."""
-    angles = _angles(positions, d_model, 10_000.0)
+    angles = positions[..., None].astype(jnp.float32) * _frequencies(d_model, 10_000.0)[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def rotary_tables(
-    positions: Int[Array, "batch seq"], head_dim: int, base: float
-) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
-    """(cos, sin) of every position's angles, computed once per pass and shared by all layers."""
-    angles = _angles(positions, head_dim, base)
-    return jnp.cos(angles), jnp.sin(angles)
+    positions: Int[Array, "rows seq"], features: int, base: float, scaling: RopeScaling | None = None
+) -> RotaryTables:
+    """(cos, sin) of every position's angles, computed once per pass and shared by all layers of a kind."""
+    frequencies, factor = rotary_frequencies(features, base, scaling)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(
-    x: Float[Array, "batch heads seq head_dim"],
-    tables: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+    x: Float[Array, "batch heads seq head_dim"], tables: RotaryTables, interleaved: bool = False
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Turn feature i with feature i + head_dim/2 (Su et al. 2021, in the half-split pairing of GPT-NeoX)."""
+    """Turn pairs of the first 2·half features (Su et al. 2021); the others pass.
+
+    Pairs are (i, i + half), as in GPT-NeoX and Llama, or (2i, 2i + 1), as in GPT-J and DeepSeek.
+    """
     cos, sin = (table[:, None].astype(x.dtype) for table in tables)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = [first * cos - second * sin, second * cos + first * sin]
+    turned = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def _angles(positions: Int[Array, "batch seq"], features: int, base: float) -> Float[Array, "batch seq half"]:
-    frequencies = base ** (-jnp.arange(0, features, 2, dtype=jnp.float32) / features)
-    return positions[..., None].astype(jnp.float32) * frequencies[None, None]
+def rotary_frequencies(
+    features: int, base: float, scaling: RopeScaling | None = None
+) -> tuple[Float[np.ndarray, " half"], float]:
+    """Radians per position for every pair, float32, and the factor on the tables."""
+    frequencies = _frequencies(features, base)
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor), 1.0
+    if scaling.kind == "llama3":
+        return _llama3(frequencies, scaling), 1.0
+    return _yarn(frequencies, features, base, scaling), _yarn_factor(scaling)
+
+
+def score_factor(scaling: RopeScaling | None) -> float:
+    """What latent attention's scores are multiplied by under DeepSeek's variant of YaRN."""
+    if scaling is None or not scaling.mscale_all_dim:
+        return 1.0
+    return _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:
+    """Slope of every head: a geometric series for powers of two, filled up from the next one (Press et al. 2022)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    series = lambda count: 2.0 ** (-8.0 / count * np.arange(1, count + 1))
+    return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)
+
+
+def alibi_bias(
+    queries: Int[Array, "rows seq"], keys: Int[Array, "rows key"], num_heads: int
+) -> Float[Array, "rows heads seq key"]:
+    """Minus slope times distance (Press et al. 2022, section 3)."""
+    distance = jnp.abs(queries[:, :, None] - keys[:, None, :]).astype(jnp.float32)
+    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
+
+
+def relative_bias(
+    table: Float[Array, "buckets heads"],
+    queries: Int[Array, "rows seq"],
+    keys: Int[Array, "rows key"],
+    max_distance: int,
+    causal: bool,
+) -> Float[Array, "rows heads seq key"]:
+    """A learned bias per head and bucket of distance: exact when near, logarithmic farther out (T5, section 2.1)."""
+    offset = keys[:, None, :] - queries[:, :, None]
+    buckets = table.shape[0] if causal else table.shape[0] // 2
+    start = jnp.zeros_like(offset) if causal else jnp.where(offset > 0, buckets, 0)
+    distance = jnp.maximum(-offset, 0) if causal else jnp.abs(offset)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / np.float32(math.log(max_distance / exact))
+    far = jnp.minimum(exact + (far * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    bucket = start + jnp.where(distance < exact, distance, far)
+    return jnp.take(table, bucket, axis=0).transpose(0, 3, 1, 2)
+
+
+def _frequencies(features: int, base: float) -> Float[np.ndarray, " half"]:
+    return (1.0 / base ** (np.arange(0, features, 2, dtype=np.float32) / features)).astype(np.float32)
+
+
+def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    turns = scaling.original_max_seq_len * frequencies / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def _yarn(frequencies: np.ndarray, features: int, base: float, scaling: RopeScaling) -> np.ndarray:
+    # The feature whose pair turns this many times over the original context (Peng et al. 2023, equation 17 ff.).
+    feature = lambda turns: (
+        features * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+    )
+    low, high = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, features - 1)
+    divided = np.clip((np.arange(features // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return (divided * frequencies / scaling.factor + (1 - divided) * frequencies).astype(np.float32)
+
+
+def _yarn_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return _mscale(scaling.factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0

@@ -1,4 +1,4 @@
-"""The stack: tokens → vectors → the same Block, scanned or looped → logits. All functions are pure."""
+"""The stacks: tokens → vectors → the same Block, scanned or looped → logits. All functions are pure."""
 
 import functools
 from typing import Any
@@ -8,33 +8,37 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from model.attention import Context
 from model.block import Block
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.context import whole_rows, with_cache
 from model.dropout import Dropout
 from model.embedding import Embedding
 from model.errors import InputError
-from model.linear import Linear, matmul
+from model.heads import Pooling, classify, head, init_head, pool
+from model.layout import Group, LayerKind, groups, layer_kinds, places_of
 from model.norm import Normalize
-from model.position import rotary_tables
+from model.parameterization import initializer
 
 Params = dict[str, Any]
-"""{"embedding": …, "layers": every leaf stacked [num_layers, …], "final_norm": …, "head": … unless tied}.
+"""{"embedding": …, "layers": {kind: every leaf stacked over the layers of that kind}, "final_norm": …, "head": …, …}.
 
+An encoder-decoder's encoder is a second stack under "encoder". `model.layout` says which layer is of which kind.
 `infer.prepare` turns "layers" into a tuple with one tree per layer; every function here takes both.
 """
+OUTPUTS = ("final_hidden", "hidden", "attention")
 
 
 @struct.dataclass
 class Output:
     """What a pass gives; a field that was not asked for is None.
 
-    hidden: the residual stream before the first layer and after each one. attention: the weights of each
-    layer. auxiliary: losses and counts of experts (none here yet).
+    logits: see `model.heads.head`. hidden: the main stack's residual stream before the first layer and after each
+    one. attention: the weights of each of its layers. auxiliary: of a mixture of experts, {"balance_loss",
+    "router_z_loss", "dropped": means over layers, "expert_use": [expert layers, experts]}.
     """
 
-    logits: Float[Array, "batch seq vocab"] | None
+    logits: Array | None
     final_hidden: Float[Array, "batch seq d_model"] | None
     hidden: Float[Array, "layers_and_one batch seq d_model"] | None
     attention: Float[Array, "layers batch heads seq seq"] | None
@@ -44,23 +48,16 @@ class Output:
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh float32 parameters; `jax.eval_shape(partial(init, config), key)` makes no array."""
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(key, 4)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
-    context = _context(config, tokens, jnp.ones((1, 1, 1), bool))
-    init_block = lambda key: Block(config).init(key, x, context)["params"]
-    params = {
-        "embedding": Embedding(config).init(keys[0], tokens, tokens)["params"],
-        "layers": jax.vmap(init_block)(jax.random.split(keys[1], config.num_layers)),
-        "final_norm": Normalize(config).init(keys[2], x)["params"],
-    }
-    if not config.tie_embeddings:
-        params["head"] = Linear(config.vocab_size, "head").init(keys[2], x)["params"]
-    return params
+    params = {"embedding": Embedding(config).init(keys[0], tokens, tokens)["params"]}
+    if config.stack == "encoder-decoder":
+        params["encoder"] = _init_stack(config, keys[1], encoder=True)
+    return params | _init_stack(config, keys[2], encoder=False) | init_head(config, keys[3])
 
 
 def apply(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"], **inputs: Any) -> Array:
-    """Float32 logits [batch, seq, vocab]; takes `forward`'s inputs too."""
+    """Float32 logits [batch, seq, vocab] of a language model (others: `model.heads.head`); takes `forward`'s inputs."""
     return forward(config, params, tokens, **inputs).logits  # type: ignore[return-value]
 
 
@@ -71,57 +68,85 @@ def forward(
     *,
     positions: Int[Array, "batch seq"] | None = None,
     segment_ids: Int[Array, "batch seq"] | None = None,
+    token_types: Int[Array, "batch seq"] | None = None,
+    encoder_tokens: Int[Array, "batch source"] | None = None,
+    encoder_segment_ids: Int[Array, "batch source"] | None = None,
     dropout_rate: Float[Array, ""] | float | None = None,
     dropout_key: PRNGKeyArray | None = None,
     outputs: tuple[str, ...] = (),
 ) -> Output:
-    """One causal pass over whole rows.
+    """One pass over whole rows: causal, or for an encoder both ways.
 
-    segment_ids: tokens attend within their own segment; 0 is padding. positions: default 0, 1, … within
-    each segment. dropout: on when a key is given. outputs: any of "hidden" and "attention" in addition to
-    the logits; ("final_hidden",) alone skips the head (`head` makes the logits of it).
-    Raises InputError when the row is longer than `max_seq_len`.
+    segment_ids: tokens attend within their own segment (and the encoder's of the same id); 0 is padding. positions:
+    default 0, 1, … within each segment. encoder_tokens: what an encoder-decoder's encoder reads; tokens are the
+    decoder's. dropout: on when a key is given. outputs: any of "hidden" and "attention" in addition to the logits;
+    ("final_hidden",) alone skips the head (`head` makes the logits of it).
+    Raises InputError when the row is longer than `max_seq_len`, or inputs and config do not belong together.
     """
-    seq = tokens.shape[1]
-    if seq > config.max_seq_len:
-        raise InputError(f"the sequence of {seq} tokens is longer than the context, max_seq_len={config.max_seq_len}")
-    unknown = set(outputs) - {"final_hidden", "hidden", "attention"}
-    if unknown:
-        raise InputError(f"outputs has {sorted(unknown)}; it takes 'final_hidden', 'hidden' and 'attention'")
-    if positions is None:
-        positions = _positions_within_segments(tokens, segment_ids)
-    mask = jnp.tril(jnp.ones((seq, seq), bool))[None]
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = mask & same & (segment_ids > 0)[:, None, :]
+    _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
     dropout = None
     if dropout_key is not None:
         dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
-    context = _context(config, positions, mask)
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
+    encoder = encoder_mask = None
+    if encoder_tokens is not None:
+        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout and dropout.at(-1))
+        encoder_mask = _source_mask(encoder_tokens, encoder_segment_ids, segment_ids)
+    if positions is None:
+        positions = _positions_within_segments(tokens, segment_ids)
+    kinds = layer_kinds(config)
+    contexts = whole_rows(config, params, kinds, positions, segment_ids, encoder, encoder_mask)
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types)
     if dropout is not None:
         x = dropout.at(config.num_layers)(x)
-    x, hidden, attention = _run_layers(config, params["layers"], x, context, dropout, outputs)
-    final_hidden = Normalize(config).apply({"params": params["final_norm"]}, x)
-    skip_head = outputs == ("final_hidden",)
+    x, hidden, attention, reports = _run_layers(config, params, kinds, x, contexts, dropout, outputs)
+    final_hidden = _final_norm(config, params, x)
+    logits = None
+    if outputs != ("final_hidden",) and config.head != "none":
+        if config.head == "classifier":
+            logits = classify(config, params, final_hidden, segment_ids)
+        else:
+            logits = head(config, params, final_hidden)
     return Output(
-        logits=None if skip_head else head(config, params, final_hidden),
+        logits=logits,
         final_hidden=final_hidden if "final_hidden" in outputs else None,
         hidden=hidden,
         attention=attention,
-        auxiliary={},
+        auxiliary=_auxiliary(reports),
     )
 
 
-def head(
-    config: ModelConfig, params: Params, final_hidden: Float[Array, "*batch d_model"]
-) -> Float[Array, "*batch vocab"]:
-    """Float32 logits of normalised hidden states, through the embedding table where it is tied."""
-    if config.tie_embeddings:
-        logits = final_hidden @ params["embedding"]["tokens"].astype(final_hidden.dtype).T
-    else:
-        logits = matmul(final_hidden, params["head"]["weight"])
-    return logits.astype(jnp.float32)
+def encode(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch source"],
+    segment_ids: Int[Array, "batch source"] | None = None,
+    dropout: Dropout | None = None,
+) -> Float[Array, "batch source d_model"]:
+    """What the decoder of an encoder-decoder attends to."""
+    if config.stack != "encoder-decoder":
+        raise InputError(f"encode needs stack='encoder-decoder'; this model is {config.stack!r}: use forward")
+    stack, kinds = params["encoder"], layer_kinds(config, encoder=True)
+    positions = _positions_within_segments(tokens, segment_ids)
+    contexts = whole_rows(config, stack, kinds, positions, segment_ids)
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
+    if dropout is not None:
+        x = dropout.at(len(kinds))(x)
+    x, *_ = _run_layers(config, stack, kinds, x, contexts, dropout, ())
+    return _final_norm(config, stack, x)
+
+
+def sentence_embedding(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    pooling: Pooling = "mean",
+) -> Float[Array, "batch d_model"]:
+    """One vector of length 1 a row (Reimers and Gurevych 2019); segment_ids: 0 is padding."""
+    out = forward(config, params, tokens, segment_ids=segment_ids, outputs=("final_hidden",))
+    assert out.final_hidden is not None
+    vectors = pool(config, params, out.final_hidden, segment_ids, pooling)
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def forward_cached(
@@ -130,67 +155,185 @@ def forward_cached(
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     cache: KVCache,
+    encoder_tokens: Int[Array, "batch source"] | None = None,
+    encoder_lengths: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch d_model"], KVCache]:
     """Append a chunk to the cache: the final hidden state of each row's last token, and the cache.
 
-    tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not
-    written past it and its hidden state is NaN.
+    tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not written past
+    it and its hidden state is NaN. encoder_tokens: encoded, and their keys and values kept for the chunks to come.
     """
-    offsets = jnp.arange(tokens.shape[1])[None]
-    positions = cache.lengths[:, None] + offsets
-    slots = jnp.where(offsets < lengths[:, None], positions, cache.capacity)
-    mask = jnp.arange(cache.capacity)[None, None] <= positions[:, :, None]
-    context = _context(config, positions, mask, slots)
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    encoder = encoder_mask = None
+    sources = cache.encoder_lengths
+    if encoder_tokens is not None:
+        encoder, sources = _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache)
+    if sources is not None:
+        encoder_mask = (jnp.arange(cache.encoder_capacity)[None] < sources[:, None])[:, None]
+    kinds = layer_kinds(config)
+    contexts = with_cache(config, params, kinds, cache, real, encoder, encoder_mask)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
-    block, layers = Block(config), []
-    for index, layer in enumerate(cache.layers):
-        x, layer, _ = block.apply({"params": _layer(params["layers"], index)}, x, context, layer)
+    layers = []
+    for kind, tree, layer in zip(kinds, _layer_trees(params["layers"], kinds), cache.layers, strict=True):
+        x, layer, _, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer)
         layers.append(layer)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    final_hidden = Normalize(config).apply({"params": params["final_norm"]}, last)
     end = cache.lengths + lengths
-    final_hidden = jnp.where((end > cache.capacity)[:, None], jnp.nan, final_hidden)
-    return final_hidden, KVCache(layers=tuple(layers), lengths=jnp.minimum(end, cache.capacity))
+    final_hidden = jnp.where((end > cache.capacity)[:, None], jnp.nan, _final_norm(config, params, last))
+    cache = cache.replace(  # type: ignore[attr-defined]
+        layers=tuple(layers), lengths=jnp.minimum(end, cache.capacity), encoder_lengths=sources
+    )
+    return final_hidden, cache
 
 
-def _run_layers(config, layers, x, context, dropout, outputs):
-    """The residual stream after all layers, and what was asked for on the way, stacked over layers."""
-    block = Block(config)
+def _init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
+    """{"layers", "final_norm", "relative_bias"} of one stack."""
+    kinds = layer_kinds(config, encoder)
+    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
+    one = jnp.zeros((1, 1), jnp.int32)
+    stack: Params = {}
+    if config.position == "relative":
+        make = initializer(config, "position", config.d_model)
+        stack["relative_bias"] = {"table": make(key, (config.relative_buckets, config.num_heads))}
+    source = (x, jnp.ones((1, 1, 1), bool)) if kinds[0].cross else (None, None)
+    contexts = whole_rows(config, stack, kinds, one, None, *source)
+    layers = {}
+    for number, kind in enumerate(dict.fromkeys(kinds)):
+        init_block = lambda key, kind=kind: Block(config, kind).init(key, x, contexts[kind.name])["params"]
+        layers[kind.name] = jax.vmap(init_block)(jax.random.split(jax.random.fold_in(key, number), kinds.count(kind)))
+    stack["layers"] = layers
+    if config.final_norm:
+        stack["final_norm"] = Normalize(config).init(key, x)["params"]
+    return stack
 
-    def step(x, layer_and_index):
-        layer, index = layer_and_index
+
+def _run_layers(config, stack, kinds, x, contexts, dropout, outputs):
+    """The residual stream after all layers; per layer what was asked for; of every expert layer its report."""
+
+    def run(kind, tree, x, index):
         at_layer = None if dropout is None else dropout.at(index)
-        y, _, weights = block.apply({"params": layer}, x, context, None, at_layer)
-        return y, (y if "hidden" in outputs else None, weights if "attention" in outputs else None)
+        y, _, weights, report = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], None, at_layer)
+        return y, (y if "hidden" in outputs else None, weights if "attention" in outputs else None, report)
 
-    if config.scan_layers and not isinstance(layers, tuple):
-        final, (hidden, attention) = jax.lax.scan(step, x, (layers, jnp.arange(config.num_layers)))
+    kept, first = [], x
+    if config.scan_layers and not isinstance(stack["layers"], tuple):
+        for group in groups(kinds):
+            x, more = _scan_group(config, stack["layers"], kinds, group, run, x)
+            kept += more
     else:
-        final, collected = x, []
-        for index in range(config.num_layers):
-            final, kept = step(final, (_layer(layers, index), index))
-            collected.append(kept)
-        hidden, attention = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
-    if hidden is not None:
-        hidden = jnp.concatenate([x[None], hidden])
-    return final, hidden, attention
+        trees = _layer_trees(stack["layers"], kinds)
+        for index, (kind, tree) in enumerate(zip(kinds, trees, strict=True)):
+            x, one = run(kind, tree, x, index)
+            kept.append(jax.tree.map(lambda leaf: leaf[None], one))
+    hidden, attention, reports = zip(*kept, strict=True)
+    joined = lambda parts: jnp.concatenate([part for part in parts if part is not None])
+    return (
+        x,
+        joined([first[None], *hidden]) if "hidden" in outputs else None,
+        joined(attention) if "attention" in outputs else None,
+        [report for report in reports if report],
+    )
 
 
-def _layer(layers: Any, index: int) -> Any:
-    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[index], layers)
+def _scan_group(config, layers, kinds, group: Group, run, x):
+    """One repeating group by `lax.scan`: x after it, and what was kept of its layers, leading axis [layers]."""
+    period = len(group.kinds)
+    xs: dict[str, Any] = {}
+    for kind in dict.fromkeys(group.kinds):
+        before, per_round = kinds[: group.first].count(kind), group.kinds.count(kind)
+        end = before + per_round * group.repeats
+        shape = (group.repeats, per_round)
+        cut = lambda leaf, a=before, b=end, shape=shape: leaf[a:b].reshape(*shape, *leaf.shape[1:])
+        xs[kind.name] = jax.tree.map(cut, layers[kind.name])
+
+    def body(x, round_and_trees):
+        number, trees = round_and_trees
+        kept, seen = [], dict.fromkeys(trees, 0)
+        for offset, kind in enumerate(group.kinds):
+            tree = jax.tree.map(lambda leaf, i=seen[kind.name]: leaf[i], trees[kind.name])
+            seen[kind.name] += 1
+            x, one = run(kind, tree, x, group.first + number * period + offset)
+            kept.append(one)
+        return x, kept
+
+    x, kept = jax.lax.scan(body, x, (jnp.arange(group.repeats), xs))
+    if period == 1:
+        return x, kept
+    # Back into the order of the layers: reports of experts stay apart, since not every layer has one.
+    hidden, attention, reports = zip(*kept, strict=True)
+    in_order = lambda parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    each = [None] * (period - 1)
+    return x, list(
+        zip(
+            [None if hidden[0] is None else in_order(hidden), *each],
+            [None if attention[0] is None else in_order(attention), *each],
+            reports,
+            strict=True,
+        )
+    )
 
 
-def _context(config: ModelConfig, positions: Array, mask: Array, slots: Array | None = None) -> Context:
-    rotary = None
-    if config.position == "rotary":
-        rotary = rotary_tables(positions, config.head_dim, config.rope_base)
-    mask = jnp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
-    return Context(mask=mask, rotary=rotary, slots=slots)
+def _layer_trees(layers: Any, kinds: tuple[LayerKind, ...]):
+    """One tree of parameters per layer, in order."""
+    if isinstance(layers, tuple):
+        return layers
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], layers[name]) for name, i in places_of(kinds)]
+
+
+def _final_norm(config: ModelConfig, stack: Params, x: Array) -> Array:
+    return Normalize(config).apply({"params": stack["final_norm"]}, x) if config.final_norm else x
+
+
+def _auxiliary(reports: list[dict[str, Array]]) -> dict[str, Array]:
+    """The reports of all expert layers, each [layers, …], as one."""
+    if not reports:
+        return {}
+    joined = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
+    return {name: value if name == "expert_use" else jnp.mean(value) for name, value in joined.items()}
+
+
+def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache):
+    source = encoder_tokens.shape[1]
+    if source > cache.encoder_capacity:
+        raise InputError(
+            f"{source} encoder tokens do not fit the cache's encoder_capacity={cache.encoder_capacity}; "
+            "give init_cache a larger one"
+        )
+    if encoder_lengths is None:
+        encoder_lengths = jnp.full(encoder_tokens.shape[0], source, jnp.int32)
+    segment_ids = (jnp.arange(source)[None] < encoder_lengths[:, None]).astype(jnp.int32)
+    return encode(config, params, encoder_tokens, segment_ids), encoder_lengths
+
+
+def _source_mask(encoder_tokens: Array, encoder_segment_ids: Array | None, segment_ids: Array | None):
+    """Which encoder token each decoder token sees: those of its own segment, and no padding."""
+    if encoder_segment_ids is None:
+        return jnp.ones((encoder_tokens.shape[0], 1, encoder_tokens.shape[1]), bool)
+    mask = (encoder_segment_ids > 0)[:, None, :]
+    return mask if segment_ids is None else mask & (segment_ids[:, :, None] == encoder_segment_ids[:, None, :])
+
+
+def _check_inputs(config, tokens, token_types, encoder_tokens, outputs) -> None:
+    for name, given in (("sequence", tokens), ("encoder's sequence", encoder_tokens)):
+        if given is not None and given.shape[1] > config.max_seq_len:
+            raise InputError(
+                f"the {name} of {given.shape[1]} tokens is longer than the context, max_seq_len={config.max_seq_len}"
+            )
+    if (encoder_tokens is not None) != (config.stack == "encoder-decoder"):
+        need = "needs" if encoder_tokens is None else "takes no"
+        raise InputError(f"a model with stack={config.stack!r} {need} encoder_tokens")
+    if token_types is not None and not config.num_token_types:
+        raise InputError("token_types were given to a model with num_token_types=0")
+    unknown = set(outputs) - set(OUTPUTS)
+    if unknown:
+        raise InputError(f"outputs has {sorted(unknown)}; it takes {', '.join(map(repr, OUTPUTS))}")
 
 
 def _positions_within_segments(tokens: Array, segment_ids: Array | None) -> Array:
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    """[1, seq] where all rows are alike, else [batch, seq]."""
     if segment_ids is None:
-        return index
+        return jnp.arange(tokens.shape[1])[None]
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,0 +1,121 @@
+"""What the layers of one pass share: who sees whom, and where everybody stands."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.layout import LayerKind
+from model.position import RotaryTables, alibi_bias, relative_bias, rotary_tables
+
+
+@struct.dataclass
+class Context:
+    """One per kind of layer. Where all rows are alike, an axis of rows is 1, else it is the batch.
+
+    mask: which key each query sees. bias: added to the scores, or None. rotary: tables for this pass's tokens, or
+    None. real: False for padding. slots: with a cache, where each token's key and value are written (the cache's
+    size or more: not written). appended: whether attention sees the cache after this chunk was written into it, or
+    (for a window, whose older entries the chunk may overwrite) the cache as it was, followed by the chunk.
+    encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
+    """
+
+    mask: Bool[Array, "mask_rows seq key"]
+    bias: Float[Array, "bias_rows heads seq key"] | None = None
+    rotary: RotaryTables | None = None
+    real: Bool[Array, "batch seq"] | None = None
+    slots: Int[Array, "batch seq"] | None = None
+    appended: bool = struct.field(pytree_node=False, default=True)
+    encoder: Float[Array, "batch source d_model"] | None = None
+    encoder_mask: Bool[Array, "batch any source"] | None = None
+
+
+def whole_rows(
+    config: ModelConfig,
+    stack: dict[str, Any],
+    kinds: Iterable[LayerKind],
+    positions: Int[Array, "rows seq"],
+    segment_ids: Int[Array, "batch seq"] | None,
+    encoder: Float[Array, "batch source d_model"] | None = None,
+    encoder_mask: Bool[Array, "batch any source"] | None = None,
+) -> dict[str, Context]:
+    """The context of every kind for a pass over whole rows; tokens attend within their own segment."""
+    seq = positions.shape[1]
+    index = jnp.arange(seq)
+    contexts = {}
+    for kind in set(kinds):
+        mask = jnp.ones((1, seq, seq), bool)
+        if kind.causal:
+            mask = mask & _visible(index[None], index[None], kind.window)
+        if segment_ids is not None:
+            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+        contexts[kind.name] = Context(
+            mask=mask,
+            bias=_bias(config, stack, kind, positions, positions),
+            rotary=_rotary(config, kind, positions),
+            real=None if segment_ids is None else segment_ids > 0,
+            encoder=encoder,
+            encoder_mask=encoder_mask,
+        )
+    return contexts
+
+
+def with_cache(
+    config: ModelConfig,
+    stack: dict[str, Any],
+    kinds: Iterable[LayerKind],
+    cache: KVCache,
+    real: Bool[Array, "batch seq"],
+    encoder: Float[Array, "batch source d_model"] | None = None,
+    encoder_mask: Bool[Array, "batch any source"] | None = None,
+) -> dict[str, Context]:
+    """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding."""
+    seq = real.shape[1]
+    positions = cache.lengths[:, None] + jnp.arange(seq)[None]
+    written = real & (positions < cache.capacity)
+    end = cache.lengths + jnp.sum(written, axis=1)
+    contexts = {}
+    for kind in set(kinds):
+        size = cache.capacity if kind.window is None else min(kind.window, cache.capacity)
+        slot = jnp.arange(size)[None]
+        # The window of a local layer is a ring: position p stands in slot p mod size.
+        newest_first = end[:, None] - 1 if size == cache.capacity or seq == 1 else cache.lengths[:, None] - 1
+        keys = newest_first - (newest_first - slot) % size
+        appended = size == cache.capacity or seq == 1
+        if not appended:
+            keys = jnp.concatenate([keys, jnp.where(written, positions, -1)], axis=1)
+        contexts[kind.name] = Context(
+            mask=(keys >= 0)[:, None, :] & _visible(positions, keys, kind.window),
+            bias=_bias(config, stack, kind, positions, keys),
+            rotary=_rotary(config, kind, positions),
+            real=real,
+            slots=jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
+            appended=appended,
+            encoder=encoder,
+            encoder_mask=encoder_mask,
+        )
+    return contexts
+
+
+def _visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "rows seq key"]:
+    distance = queries[:, :, None] - keys[:, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _bias(config: ModelConfig, stack: dict[str, Any], kind: LayerKind, queries: Array, keys: Array) -> Array | None:
+    if config.position == "alibi":
+        return alibi_bias(queries, keys, config.num_heads)
+    if config.position == "relative":
+        table = stack["relative_bias"]["table"].astype(jnp.float32)
+        return relative_bias(table, queries, keys, config.relative_max_distance, kind.causal)
+    return None
+
+
+def _rotary(config: ModelConfig, kind: LayerKind, positions: Array) -> RotaryTables | None:
+    if config.position != "rotary":
+        return None
+    return rotary_tables(positions, config.rotary_dim, kind.rope_base, kind.rope_scaling)

@@ -1,0 +1,105 @@
+"""From the last hidden states to what a model is asked for: logits, labels, a scalar, a sentence's vector."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.feedforward import ACTIVATIONS
+from model.linear import Linear, matmul
+from model.norm import Normalize
+from model.parameterization import output_multiplier, scale_of
+
+Pooling = Literal["mean", "first", "last", "pooler"]
+
+
+class Transform(nn.Module):
+    """A masked-language-model head before its table: norm(act(dense(x))) (BERT, as released)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        """Each position alone."""
+        y = Linear(self.config, self.config.d_model, "hidden", True, name="transform")(x)
+        return Normalize(self.config, name="norm")(ACTIVATIONS[self.config.activation](y))
+
+
+def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """{"head": …, "pooler": …}, as far as the config has them."""
+    keys = jax.random.split(key, 3)
+    x = jnp.zeros((1, config.d_model), jnp.float32)
+    features = {"classifier": config.num_labels, "scalar": 1, "none": 0}.get(config.head, config.vocab_size)
+    makes_tokens = config.head in ("language-model", "masked-language-model")
+    head: dict[str, Any] = {}
+    if config.head == "masked-language-model":
+        head |= Transform(config).init(keys[0], x)["params"]
+    if features and not (makes_tokens and config.tie_embeddings):
+        head |= Linear(config, features, "head").init(keys[1], x)["params"]
+    if features and config.head_bias:
+        head["bias"] = jnp.zeros(features)
+    params: dict[str, Any] = {"head": head} if head else {}
+    if config.pooler:
+        params["pooler"] = Linear(config, config.d_model, "hidden", True).init(keys[2], x)["params"]
+    return params
+
+
+def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array, "*batch d_model"]) -> Array:
+    """Float32 logits of normalised hidden states, through the token table where it is tied.
+
+    [*batch, vocab_size] of a language model; [*batch] of a scalar head; [*batch, num_labels] of a classifier, which
+    wants pooled states (`pool`).
+    """
+    if config.head == "none":
+        raise InputError('this model has no head; use forward(…, outputs=("final_hidden",)) or sentence_embedding')
+    own = params.get("head", {})
+    x = final_hidden
+    if config.head == "masked-language-model":
+        x = Transform(config).apply({"params": own}, x)
+    multiplier = output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
+    x = x if multiplier == 1 else x * multiplier
+    logits = matmul(x, own["weight"]) if "weight" in own else x @ params["embedding"]["tokens"].astype(x.dtype).T
+    logits = logits.astype(jnp.float32)
+    if config.head_bias:
+        logits = logits + own["bias"].astype(jnp.float32)
+    if config.final_softcap is not None:
+        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    return logits[..., 0] if config.head == "scalar" else logits
+
+
+def pool(
+    config: ModelConfig,
+    params: dict[str, Any],
+    final_hidden: Float[Array, "batch seq d_model"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    pooling: Pooling = "mean",
+) -> Float[Array, "batch d_model"]:
+    """One vector a row. segment_ids: 0 is padding. "pooler": the first token through BERT's dense layer with tanh."""
+    real = jnp.ones(final_hidden.shape[:2], bool) if segment_ids is None else segment_ids > 0
+    if pooling == "mean":
+        weights = real.astype(final_hidden.dtype)[..., None]
+        return jnp.sum(final_hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    if pooling == "last":
+        last = jnp.max(jnp.where(real, jnp.arange(real.shape[1])[None], 0), axis=1)
+        return jnp.take_along_axis(final_hidden, last[:, None, None], axis=1)[:, 0]
+    first = final_hidden[:, 0]
+    if pooling == "first":
+        return first
+    if not config.pooler:
+        raise InputError("pooling='pooler' needs a model with pooler=true; use 'mean' or 'first'")
+    return jnp.tanh(Linear(config, config.d_model, "hidden", True).apply({"params": params["pooler"]}, first))
+
+
+def classify(
+    config: ModelConfig,
+    params: dict[str, Any],
+    final_hidden: Float[Array, "batch seq d_model"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+) -> Float[Array, "batch labels"]:
+    """Logits of a classifier: of an encoder's first token (through the pooler, if any), of a decoder's last one."""
+    pooling: Pooling = "last" if config.is_causal else "pooler" if config.pooler else "first"
+    return head(config, params, pool(config, params, final_hidden, segment_ids, pooling))

@@ -1,0 +1,74 @@
+"""Multi-head latent attention: keys and values of all heads from one small vector per token, which is the cache."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from model.attention import Entry, Mixed, attend, merge, remember, split_heads
+from model.config import ModelConfig
+from model.context import Context
+from model.dropout import Dropout
+from model.linear import Linear
+from model.norm import Normalize
+from model.position import rotate, score_factor
+
+_EPSILON = 1e-6  # of the norms between the down- and up-projections, whatever the config's others are
+
+
+class LatentAttention(nn.Module):
+    """DeepSeek-V2, section 2.1 and appendix C.
+
+    Over whole rows keys and values are made from the latent vectors; with a cache the up-projection is absorbed into
+    query and output instead, so that all heads attend to the latent vectors themselves, like one shared KV head.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        context: Context,
+        cache: Entry | None = None,
+        dropout: Dropout | None = None,
+    ) -> Mixed:
+        """As `Attention`; the cache entry is one array [batch, 1, slots, kv_rank + rope_dim]."""
+        config = self.config
+        latent = config.latent
+        assert latent is not None
+        assert context.rotary is not None
+        heads, dtype = config.num_heads, x.dtype
+        linear = lambda name, features, bias=False: Linear(config, features, "hidden", bias, name=name)
+        normalize = lambda name: Normalize(config, "rmsnorm", _EPSILON, name=name)
+        turn = lambda x: rotate(x, context.rotary, config.rope_interleaved)
+
+        if latent.q_rank is None:
+            query = linear("query", heads * config.head_dim)(x)
+        else:
+            down = linear("query_down", latent.q_rank, config.attention_bias)(x)
+            query = linear("query_up", heads * config.head_dim)(normalize("query_norm")(down))
+        query = split_heads(query, heads)
+        query_nope, query_rope = query[..., : latent.nope_dim], turn(query[..., latent.nope_dim :])
+
+        down = linear("key_value_down", latent.kv_rank + latent.rope_dim, config.attention_bias)(x)
+        compressed = normalize("key_value_norm")(down[..., : latent.kv_rank])
+        key_rope = turn(down[:, None, :, latent.kv_rank :])
+        up = linear("key_value_up", heads * (latent.nope_dim + latent.v_dim))
+        scale = config.attention_scale or config.head_dim**-0.5 * score_factor(config.rope_scaling)
+        score = lambda query, key, value: attend(
+            query, key, value, context.mask, scale=scale, softcap=config.attention_softcap, dropout=dropout
+        )
+        if cache is None:
+            key_nope, value = jnp.split(split_heads(up(compressed), heads), [latent.nope_dim], axis=-1)
+            key_rope = jnp.broadcast_to(key_rope, (*key_nope.shape[:-1], latent.rope_dim))
+            key = jnp.concatenate([key_nope, key_rope], axis=-1)
+            mixed, weights = score(jnp.concatenate([query_nope, query_rope], axis=-1), key, value)
+        else:
+            matrix = up.matrix().astype(dtype).reshape(latent.kv_rank, heads, -1)
+            key_up, value_up = matrix[..., : latent.nope_dim], matrix[..., latent.nope_dim :]
+            new = jnp.concatenate([compressed[:, None], key_rope], axis=-1)
+            (seen,), cache = remember(cache, (new,), context, dtype)
+            query = jnp.concatenate([jnp.einsum("bhsn,rhn->bhsr", query_nope, key_up), query_rope], axis=-1)
+            mixed, weights = score(query, seen, seen)
+            mixed = jnp.einsum("bhsr,rhv->bhsv", mixed[..., : latent.kv_rank], value_up)
+        return merge(config, mixed), cache, weights

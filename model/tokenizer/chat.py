@@ -1,0 +1,81 @@
+"""From messages to a prompt text, by the Jinja template that comes with a chat model.
+
+Templates are programs out of a downloaded file, so they run in Jinja's sandbox. What they may use is what
+Transformers gives them; anything less and public templates would render differently.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.errors import InputError
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+    path: Path,
+) -> str:
+    """The text of a conversation; `path` is the tokenizer's, for errors.
+
+    A template that cannot be parsed, fails, or refuses the messages is an `InputError`.
+    """
+    if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
+        raise InputError('messages must be a list of at least one {"role": "user", "content": "…"}')
+    # A key without a value is one that is not there: most templates would write "None".
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    known = {"tools": None, "documents": None, **variables}
+    try:
+        return _compiled(template).render(messages=present, add_generation_prompt=add_generation_prompt, **known)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"the chat template of {path} is damaged at line {error.lineno}: {error.message}") from error
+    except Exception as error:  # a template can fail in any way that a Python expression can
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template of {path} refuses these messages: {reason}") from error
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    return environment
+
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %} marks what a model is trained to say; its text is what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 – the name and the type are Jinja's
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # Jinja's own filter writes < and & as escapes for HTML, which no model was trained on.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,89 @@
+"""What the JSON files beside a Hugging Face tokenizer say of special tokens and chats."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+from model.tokenizer.base import Conventions
+
+
+def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_size: int) -> Conventions:
+    """The special tokens and the chat template that a model's folder names.
+
+    End tokens are the tokenizer's own, then those of `generation_config.json`, or of `config.json` where that
+    names none: the first ends a document, all of them a generation. A token or an id that the vocabulary does
+    not hold counts as not given: configurations are often older than the tokenizer beside them.
+    """
+    config = read_tokenizer_config(folder)
+    names = _special_tokens(config)
+    eos_ids = [token_id(names["eos_token"])] if "eos_token" in names else []
+    for file in ("generation_config.json", "config.json"):
+        if ids := _ids(_read(folder / file).get("eos_token_id"), vocab_size):
+            eos_ids += ids
+            break
+    return Conventions(
+        eos_ids=tuple(dict.fromkeys(i for i in eos_ids if i is not None)),
+        bos_id=token_id(names["bos_token"]) if "bos_token" in names else None,
+        chat_template=_chat_template(folder, config),
+        template_tokens=names,
+    )
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json` laid over `special_tokens_map.json`; empty where neither is there."""
+    given = _read(folder / "tokenizer_config.json")
+    return _read(folder / "special_tokens_map.json") | {key: value for key, value in given.items() if value is not None}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` … and their texts: each is given as a text or as an object with its `content`."""
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _ids(given: Any, vocab_size: int) -> list[int]:
+    listed = given if isinstance(given, list) else [given]
+    return [i for i in listed if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _text(file)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = _by_name(template, folder)
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"the chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of them")
+    return template
+
+
+def _by_name(templates: list[Any], folder: Path) -> Any:
+    try:
+        named = {template["name"]: template["template"] for template in templates}
+        return named["default"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f'the chat_template list in {folder / "tokenizer_config.json"} names no "default" template'
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is no JSON, or it is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object, as it should")
+    return content
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error

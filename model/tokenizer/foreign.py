@@ -1,0 +1,87 @@
+"""Tokenizers of the Hugging Face library `tokenizers`."""
+
+import copy
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from model.errors import InputError
+from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.folder import read_conventions
+
+# In front of a special token's name in a vocabulary, it keeps a text from holding that name.
+_UNWRITTEN = "\uffff" * 8
+
+
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library. Its threads are one, or one per core."""
+
+    def __init__(self, library: tokenizers.Tokenizer, path: Path, conventions: Conventions):
+        super().__init__(path, max(library.get_vocab().values()) + 1, conventions)
+        # A file may ask to cut and to fill up what it encodes: sentence encoders' do.
+        library.no_padding()
+        library.no_truncation()
+        self._plain = _without_special_tokens(library)
+        self._library = library
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        # A second one, where a switch on the first would change what another thread is encoding.
+        library = copy.deepcopy(self._library)
+        library.encode_special_tokens = False
+        return library
+
+    def _encode_batch(
+        self, texts: Sequence[str], threads: int | None, special: bool, add_special_tokens: bool
+    ) -> list[list[int]]:
+        library = self._parsing if special else self._plain
+        if threads == 1:
+            return [library.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
+        encoded = library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encoded]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._library.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer_json(file: Path) -> ForeignTokenizer:
+    """Load a `tokenizer.json` and what lies beside it. A damaged file is an `InputError`."""
+    try:
+        library = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(
+            f"{file} is not a tokenizer.json of Hugging Face tokenizers, or it is damaged: {error}"
+        ) from error
+    if not library.get_vocab_size():
+        raise InputError(f"{file} is a tokenizer without a single token; take the one that belongs to the model")
+    vocab_size = max(library.get_vocab().values()) + 1
+    conventions = read_conventions(file.parent, library.token_to_id, vocab_size)
+    # What a configuration names as a special token is one, whether or not tokenizer.json marks it.
+    declare_special(library, [text for text in conventions.template_tokens.values() if library.token_to_id(text)])
+    return ForeignTokenizer(library, file, conventions)
+
+
+def declare_special(library: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
+    """Make tokens of the vocabulary special: a text gives them only when asked, and they give no text."""
+    special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
+    library.add_special_tokens(
+        [tokenizers.AddedToken(text, special=True, normalized=False) for text in texts if text not in special]
+    )
+
+
+def _without_special_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer that reads the name of a special token as the characters that it is made of."""
+    library.encode_special_tokens = True
+    if not isinstance(library.model, tokenizers.models.Unigram):
+        return library
+    # A unigram vocabulary holds the special tokens as pieces like others, and would find them by their names.
+    description = json.loads(library.to_str())
+    pieces = description["model"]["vocab"]
+    for token in description["added_tokens"]:
+        if token["special"] and token["id"] < len(pieces):
+            pieces[token["id"]][0] = _UNWRITTEN + token["content"]
+    description["added_tokens"] = [token for token in description["added_tokens"] if not token["special"]]
+    return tokenizers.Tokenizer.from_str(json.dumps(description))

@@ -1,0 +1,47 @@
+"""Which file of a path holds the tokenizer, and who reads it."""
+
+from pathlib import Path
+
+from model.errors import InputError
+from model.tokenizer.base import Tokenizer
+
+# The first that is there: where a folder has both, tokenizer.json also knows the tokens that were added later.
+_NAMES = ("tokenizer.json", "tokenizer.model")
+_EXPECTED = "tokenizer.json, tokenizer.model or a .gguf file"
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder of one.
+
+    The files beside it (`tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
+    `config.json`, `chat_template.jinja`) say which tokens begin and end a text and how a chat is written.
+    What is missing, damaged or of an unknown kind is an `InputError`.
+    """
+    file = _find(Path(path))
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {file}: {error.strerror or error}") from error
+    if file.suffix == ".gguf":
+        from model.tokenizer.gguf import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(file)
+    if file.suffix == ".json":
+        from model.tokenizer.foreign import load_tokenizer_json
+
+        return load_tokenizer_json(file)
+    from model.tokenizer.sentencepiece import load_sentencepiece
+
+    return load_sentencepiece(file)
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        inside = [path / name for name in _NAMES if (path / name).is_file()] or sorted(path.glob("*.gguf"))
+        if not inside:
+            raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
+        return inside[0]
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
+    return path

@@ -1,0 +1,138 @@
+"""Tokenizers of the sentencepiece library: isoflop's own, and those of Llama 2, Gemma, T5 and their like."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.folder import read_conventions, read_tokenizer_config
+
+# sentencepiece writes a space as this character inside its pieces: from a text it would come back as a space.
+_WHITESPACE_MARK = "\u2581"
+
+
+class SentencepieceTokenizer(Tokenizer):
+    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text."""
+
+    def __init__(
+        self,
+        processor: Any,
+        path: Path,
+        conventions: Conventions,
+        *,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+    ):
+        super().__init__(path, processor.get_piece_size(), conventions)
+        self._processor = processor
+        self._before, self._after = list(before), list(after)
+        self._mark_ids = self._byte_ids(_WHITESPACE_MARK.encode()) if self._is_literal() else None
+
+    def _is_literal(self) -> bool:
+        # Only where no prefix is added may a text be encoded in parts that are then joined.
+        return self._processor.normalize("a  b") == "a▁▁b"
+
+    def _byte_ids(self, raw: bytes) -> list[int] | None:
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in raw]
+        return ids if all(self._processor.is_byte(i) for i in ids) else None
+
+    def _encode_batch(
+        self, texts: Sequence[str], threads: int | None, special: bool, add_special_tokens: bool
+    ) -> list[list[int]]:
+        if special:
+            encoded = [self._encode_special(text, threads) for text in texts]
+        else:
+            encoded = self._encode_plain(texts, threads)
+        if add_special_tokens:
+            encoded = [self._before + ids + self._after for ids in encoded]
+        return encoded
+
+    def _encode_plain(self, texts: Sequence[str], threads: int | None) -> list[list[int]]:
+        parts: list[str] = []
+        counts = []
+        for text in texts:
+            pieces = text.split(_WHITESPACE_MARK) if self._mark_ids else [text]
+            parts += pieces
+            counts.append(len(pieces))
+        encoded = iter(self._processor.encode(parts, num_threads=threads or os.cpu_count() or 1))
+        return [self._join(next(encoded) for _ in range(count)) for count in counts]
+
+    def _join(self, parts: Iterable[list[int]]) -> list[int]:
+        joined: list[int] | None = None
+        for part in parts:
+            joined = part if joined is None else joined + (self._mark_ids or []) + part
+        return joined or []
+
+    def _encode_special(self, text: str, threads: int | None) -> list[int]:
+        # The library never reads a control token from a text: the text is cut there. The parts between them
+        # are texts of their own, each with the prefix that the model may add, as llama.cpp has it.
+        names = self._control_names
+        if names is None:
+            return self._encode_plain([text], threads)[0]
+        parts = names.split(text)
+        texts = iter(self._encode_plain([part for part in parts[::2] if part], threads))
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                ids.append(self._processor.piece_to_id(part))
+            elif part:
+                ids += next(texts)
+        return ids
+
+    @cached_property
+    def _control_names(self) -> re.Pattern[str] | None:
+        ids = range(self.vocab_size)
+        names = [self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)]
+        longest_first = sorted((re.escape(name) for name in names), key=len, reverse=True)
+        return re.compile(f"({'|'.join(longest_first)})") if names else None
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+
+def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
+    """Load a sentencepiece `.model` file and what lies beside it. A damaged file is an `InputError`."""
+    try:
+        model = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {file}: {error.strerror or error}") from error
+    processor = parse_model(model)
+    if processor is None:
+        raise InputError(f"{file} is not a sentencepiece model, or it is damaged")
+
+    def token_id(text: str) -> int | None:
+        i = processor.piece_to_id(text)
+        return i if processor.id_to_piece(i) == text else None
+
+    conventions = read_conventions(file.parent, token_id, processor.get_piece_size())
+    own_eos, own_bos = processor.eos_id(), processor.bos_id()
+    if not conventions.eos_ids and own_eos >= 0:
+        conventions = replace(conventions, eos_ids=(own_eos,))
+    if conventions.bos_id is None and own_bos >= 0:
+        conventions = replace(conventions, bos_id=own_bos)
+    config = read_tokenizer_config(file.parent)
+    begins = config.get("add_bos_token") is True and conventions.bos_id is not None
+    ends = config.get("add_eos_token") is True
+    return SentencepieceTokenizer(
+        processor,
+        file,
+        conventions,
+        before=(conventions.bos_id,) if begins and conventions.bos_id is not None else (),
+        after=conventions.eos_ids[:1] if ends else (),
+    )
+
+
+def parse_model(model: bytes) -> Any:
+    """The library's processor of a serialised model; None where it is none, or it is damaged."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_proto=model) if model else None
+    except (RuntimeError, OSError):
+        return None
+    return processor if processor is not None and processor.get_piece_size() else None
