@@ -39,19 +39,25 @@ def generate(
 ) -> Generated:
     """Continue every prompt; prompts may differ in length. key None: `jax.random.key(0)`.
 
-    Prompt lengths and token counts are rounded up to powers of two inside, so that few programs are ever compiled.
+    Of an encoder-decoder the prompts are the encoder's, and the decoder starts from `decoder_start_token_id`. Prompt
+    lengths and token counts are rounded up to powers of two inside, so that few programs are ever compiled.
     Raises InputError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
-    longest = _check(config, prompts, max_new_tokens)
-    padded = np.zeros((len(prompts), _bucket(longest)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    capacity = min(_bucket(longest + max_new_tokens), config.max_seq_len)
-    logits, cache = prefill(config, params, padded, lengths, init_cache(config, len(prompts), capacity))
+    _check(config, prompts, max_new_tokens)
+    encoder: dict[str, np.ndarray] = {}
+    encoder_capacity = None
+    if config.stack == "encoder-decoder":
+        sources, source_lengths = _padded(prompts, config.max_seq_len)
+        encoder = {"encoder_tokens": sources, "encoder_lengths": source_lengths}
+        encoder_capacity = sources.shape[1]
+        prompts = [[config.decoder_start_token_id]] * len(prompts)
+    tokens, lengths = _padded(prompts, config.max_seq_len)
+    capacity = min(_bucket(int(lengths.max()) + max_new_tokens), config.max_seq_len)
+    cache = init_cache(config, len(prompts), capacity, encoder_capacity=encoder_capacity)
+    logits, cache = prefill(config, params, tokens, lengths, cache, **encoder)
     stop_ids = config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
     state = SamplerState.create(sampling, jax.random.key(0) if key is None else key)
-    tokens, logprobs, counts, stopped = jax.device_get(
+    chosen, logprobs, counts, stopped = jax.device_get(
         _decode(
             config,
             _bucket(max_new_tokens),
@@ -64,7 +70,7 @@ def generate(
         )
     )
     return Generated(
-        tokens=[row[:count].tolist() for row, count in zip(tokens, counts, strict=True)],
+        tokens=[row[:count].tolist() for row, count in zip(chosen, counts, strict=True)],
         logprobs=[row[:count].tolist() for row, count in zip(logprobs, counts, strict=True)],
         finish_reason=["stop" if stop else "length" for stop in stopped],
     )
@@ -117,7 +123,18 @@ def _bucket(length: int) -> int:
     return 1 << max(3, (length - 1).bit_length())
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def _padded(prompts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [batch, bucket] right-padded with 0, lengths [batch])."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), min(_bucket(int(lengths.max())), limit)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if config.head != "language-model" or config.stack == "encoder":
+        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} does not generate text")
     if not prompts:
         raise InputError("there is no prompt to continue")
     if max_new_tokens < 1:
@@ -129,9 +146,12 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
             wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
             raise InputError(f"prompt {number} has the id {wrong}, outside the vocabulary of {config.vocab_size}")
     longest = max(len(prompt) for prompt in prompts)
+    if config.stack == "encoder-decoder":
+        if longest > config.max_seq_len:
+            raise InputError(f"a prompt of {longest} tokens does not fit the encoder, max_seq_len={config.max_seq_len}")
+        longest = 1
     if longest + max_new_tokens > config.max_seq_len:
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context, "
             f"max_seq_len={config.max_seq_len}"
         )
-    return longest

@@ -1,4 +1,4 @@
-"""The one set of books: parameters, FLOPs and bytes. No array is made.
+"""The one set of books: parameters, FLOPs and bytes. No array is made and nothing is traced.
 
 A multiply and an add are two FLOPs. Every number says its convention. "Per token" of an encoder-decoder means one
 target token together with one source token: both sides are rows of the same length.
@@ -7,14 +7,11 @@ target token together with one source token: both sides are rows of the same len
 import collections
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from model import transformer
+from model import matrices
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layout import LayerKind, layer_kinds
@@ -40,35 +37,40 @@ class Parameters:
 
 @functools.lru_cache(maxsize=4096)
 def parameters(config: ModelConfig) -> Parameters:
-    """Count from the shapes that `init` would make."""
-    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    """Count what `model.init` would make."""
     groups: collections.Counter[str] = collections.Counter()
-    total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        size, group = math.prod(leaf.shape), _group([entry.key for entry in path])
-        groups[group] += size
-        total += size
-        if config.experts is not None and group == "layers/experts":
-            size = size // config.experts.count * config.experts.top_k
-        active += size
-    if total != sum(groups.values()):
-        raise AssertionError("the groups do not add up to the total")
-    embedding = sum(groups[f"embedding/{table}"] for table in ("tokens", "positions", "types"))
-    return Parameters(total, embedding, total - embedding, active, by_group={k: n for k, n in groups.items() if n})
+    tables = matrices.embedding_tables(config)
+    groups.update({f"embedding/{name}": count for name, count in tables.items()})
+    if config.embedding_norm:
+        groups["embedding/norm"] = matrices.norm_size(config)
+    if config.stack == "encoder-decoder":
+        encoder, _ = _stack_parameters(config, encoder=True)
+        groups.update({f"encoder/{name}": count for name, count in encoder.items()})
+    stack, idle = _stack_parameters(config, encoder=False)
+    groups.update(stack)
+    for matrix in matrices.head_matrices(config):
+        groups[matrix.part] += matrix.stored * matrix.size
+    groups["head"] += matrices.head_vectors(config)
+    total, embedding = sum(groups.values()), sum(tables.values())
+    by_group = {name: count for name, count in groups.items() if count}
+    return Parameters(total, embedding, total - embedding, total - idle, by_group)
 
 
-def _group(path: Sequence[str]) -> str:
-    """The part that a parameter belongs to; `model.transformer` says what the paths are."""
-    if path[0] == "encoder":
-        return f"encoder/{_group(path[1:])}"
-    if path[0] == "embedding":
-        return f"embedding/{path[1]}"
-    if path[0] != "layers":
-        return path[0]
-    part = path[2]  # after the kind of layer
-    if part == "feed_forward" and path[3] in ("experts", "router", "shared", "shared_gate"):
-        part = {"shared": "shared expert", "shared_gate": "shared expert"}.get(path[3], path[3])
-    return f"layers/{'norms' if part.endswith('_norm') else part}"
+def _stack_parameters(config: ModelConfig, encoder: bool) -> tuple[dict[str, int], int]:
+    """Of one stack by group, and how many of them stand in experts that a token does not pass."""
+    groups: collections.Counter[str] = collections.Counter()
+    idle = 0
+    if config.position == "relative":
+        groups["relative_bias"] = config.relative_buckets * config.num_heads
+    for kind, count in collections.Counter(layer_kinds(config, encoder)).items():
+        for matrix in matrices.layer_matrices(config, kind):
+            groups[f"layers/{matrix.part}"] += count * matrix.stored * matrix.size
+            idle += count * (matrix.stored - matrix.used) * matrix.size
+        for part, size in matrices.layer_vectors(config, kind).items():
+            groups[f"layers/{part}"] += count * size
+    if config.final_norm:
+        groups["final_norm"] = matrices.norm_size(config)
+    return groups, idle
 
 
 def flops_per_token(
@@ -95,61 +97,35 @@ def forward_flops_by_product(config: ModelConfig, seq_len: int) -> dict[str, flo
     too. Latent attention makes every head's keys and values. Of the routed experts a token's top_k count, without the
     padding of their batches. A classifier's head sees one token of the row.
     """
-    flops: collections.Counter[str] = collections.Counter()
-    for kind in layer_kinds(config):
-        flops.update(_layer_flops(config, kind, seq_len))
-    if config.stack == "encoder-decoder":
-        for kind in layer_kinds(config, encoder=True):
-            flops.update({f"encoder {name}": count for name, count in _layer_flops(config, kind, seq_len).items()})
-    return dict(flops) | _head_flops(config, seq_len)
+    flops: dict[str, float] = collections.defaultdict(float)
+    for encoder in (False, True) if config.stack == "encoder-decoder" else (False,):
+        for kind, count in collections.Counter(layer_kinds(config, encoder)).items():
+            for name, once in _layer_flops(config, kind, seq_len).items():
+                flops[f"encoder {name}" if encoder else name] += count * once
+    rows = seq_len if config.head == "classifier" else 1
+    for matrix in matrices.head_matrices(config):
+        flops["head"] += _product(matrix) / rows
+    return dict(flops)
 
 
-def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str, float]:
+def _product(matrix: matrices.Matrix) -> int:
+    return 2 * matrix.used * matrix.rows * matrix.columns
+
+
+def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str, int]:
     """Per token in one layer."""
-    width, heads, latent = config.d_model, config.num_heads, config.latent
-    query_width, kv_width = heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if latent is None:
-        projections, value_width = width * (2 * query_width + 2 * kv_width), query_width
-    else:
-        rank, value_width = latent.q_rank, heads * latent.v_dim
-        projections = width * query_width if rank is None else rank * (width + query_width)
-        projections += width * (latent.kv_rank + latent.rope_dim)
-        projections += latent.kv_rank * (heads * latent.nope_dim + value_width) + value_width * width
-    flops: dict[str, float] = {
-        "attention projections": 2 * projections,
-        "attention scores": 2 * seq_len * query_width,
-        "attention mix": 2 * seq_len * value_width,
-    }
-    if kind.cross:
-        flops |= {
-            "cross-attention projections": 2 * width * (2 * query_width + 2 * kv_width),
-            "cross-attention scores": 2 * seq_len * query_width,
-            "cross-attention mix": 2 * seq_len * query_width,
-        }
-    matrices = 3 if config.gated else 2
-    if kind.experts:
-        experts = config.experts
-        assert experts is not None
-        flops["router"] = 2 * width * experts.count
-        flops["experts"] = 2 * width * experts.top_k * experts.d_ff * matrices
-        if experts.shared_d_ff:
-            flops["shared expert"] = 2 * width * (experts.shared_d_ff * matrices + experts.shared_gate)
-    else:
-        flops["feed-forward"] = 2 * width * config.d_ff * matrices
+    flops: dict[str, int] = collections.defaultdict(int)
+    value_dim = config.head_dim if config.latent is None else config.latent.v_dim
+    layer = matrices.layer_matrices(config, kind)
+    for part in ("attention", "cross_attention") if kind.cross else ("attention",):
+        name = part.replace("_", "-")
+        flops[f"{name} projections"] = sum(_product(matrix) for matrix in layer if matrix.part == part)
+        flops[f"{name} scores"] = 2 * seq_len * config.num_heads * config.head_dim
+        flops[f"{name} mix"] = 2 * seq_len * config.num_heads * value_dim
+    for matrix in layer:
+        if "attention" not in matrix.part:
+            flops[matrix.part.replace("_", "-")] += _product(matrix)
     return flops
-
-
-def _head_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
-    width = config.d_model
-    if config.head == "none":
-        return {}
-    if config.head == "scalar":
-        return {"head": 2 * width}
-    if config.head == "classifier":
-        pooler = width * width if config.pooler else 0
-        return {"head": 2 * (pooler + width * config.num_labels) / seq_len}
-    transform = 2 * width * width if config.head == "masked-language-model" else 0
-    return {"head": transform + 2 * width * config.vocab_size}
 
 
 def kv_cache_bytes(
@@ -189,4 +165,3 @@ def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: str = "bf
         "weights": parameter_bytes(config, dtype),
         "cache": kv_cache_bytes(config, batch, length, dtype),
     }
-

@@ -13,6 +13,7 @@ from model.dropout import Dropout
 from model.feedforward import FeedForward
 from model.latent import LatentAttention
 from model.layout import LayerKind
+from model.moe import ExpertFeedForward
 from model.norm import Normalize
 from model.parameterization import output_multiplier
 
@@ -61,8 +62,6 @@ class Block(nn.Module):
         def feed_forward(x: Array) -> Array:
             if not self.kind.experts:
                 return FeedForward(config, name="feed_forward")(x)
-            from model.moe import ExpertFeedForward
-
             y, report = ExpertFeedForward(config, cache is not None, name="feed_forward")(x, context.real)
             reports.update(report)
             return y

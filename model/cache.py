@@ -1,5 +1,7 @@
 """The KV cache: an explicit pytree, passed in and handed back."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,13 +25,14 @@ class KVCache:
 
     One entry per layer, each an array of its own: a stacked one would be copied whenever a layer is taken out of it.
     A sliding-window layer holds only its window, position p in slot p mod window. encoder_lengths: tokens of each
-    row's encoder side, for an encoder-decoder.
+    row's encoder side, for an encoder-decoder. capacity: tokens that a row can hold, static. Leaves are Any because
+    JAX also fills the tree with shapes and shardings.
     """
 
-    layers: tuple[LayerCache, ...]
-    lengths: Int[Array, " batch"]
-    encoder_lengths: Int[Array, " batch"] | None = None
-    capacity: int = struct.field(pytree_node=False, default=0)  # tokens that a row can hold
+    layers: Any  # tuple[LayerCache, ...]
+    lengths: Any  # int32 [batch]
+    encoder_lengths: Any = None  # int32 [batch] or None
+    capacity: int = struct.field(pytree_node=False, default=0)
 
     @property
     def encoder_capacity(self) -> int:

@@ -31,7 +31,7 @@ class Context:
     slots: Int[Array, "batch seq"] | None = None
     appended: bool = struct.field(pytree_node=False, default=True)
     encoder: Float[Array, "batch source d_model"] | None = None
-    encoder_mask: Bool[Array, "batch any source"] | None = None
+    encoder_mask: Bool[Array, "batch any source_slots"] | None = None
 
 
 def whole_rows(
@@ -41,7 +41,7 @@ def whole_rows(
     positions: Int[Array, "rows seq"],
     segment_ids: Int[Array, "batch seq"] | None,
     encoder: Float[Array, "batch source d_model"] | None = None,
-    encoder_mask: Bool[Array, "batch any source"] | None = None,
+    encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
 ) -> dict[str, Context]:
     """The context of every kind for a pass over whole rows; tokens attend within their own segment."""
     seq = positions.shape[1]
@@ -71,7 +71,7 @@ def with_cache(
     cache: KVCache,
     real: Bool[Array, "batch seq"],
     encoder: Float[Array, "batch source d_model"] | None = None,
-    encoder_mask: Bool[Array, "batch any source"] | None = None,
+    encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
 ) -> dict[str, Context]:
     """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding."""
     seq = real.shape[1]
@@ -110,7 +110,7 @@ def _bias(config: ModelConfig, stack: dict[str, Any], kind: LayerKind, queries: 
     if config.position == "alibi":
         return alibi_bias(queries, keys, config.num_heads)
     if config.position == "relative":
-        table = stack["relative_bias"]["table"].astype(jnp.float32)
+        table = jnp.asarray(stack["relative_bias"]["table"], jnp.float32)
         return relative_bias(table, queries, keys, config.relative_max_distance, kind.causal)
     return None
 

@@ -37,3 +37,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Split the array's batch axis, number `axis`, over the data axis."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+
+
+def weight_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool = False) -> NamedSharding:
+    """Split one axis of a weight over the data axis, for models that do not fit on one device.
+
+    stacked: the first axis counts layers. It is never split, nor is an axis of experts: a weight's last two axes are
+    its inputs and outputs, and of these the larger that the mesh divides is split. Vectors are repeated.
+    """
+    matrix = range(len(shape))[int(stacked) :][-2:]
+    size = mesh.shape["data"]
+    axes = [axis for axis in matrix if shape[axis] % size == 0] if len(matrix) == 2 else []
+    if not axes or size == 1:
+        return replicated(mesh)
+    return over_rows(mesh, max(axes, key=lambda axis: shape[axis]))

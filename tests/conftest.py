@@ -26,6 +26,87 @@ _CHECKED = [
 install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+def _variants():
+    """One small config for every idea of an architecture, and for those that meet in one released family."""
+    from model import Experts, Latent, ModelConfig, RopeScaling
+
+    base = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, max_seq_len=16)
+    plain = base.replace(norm="layernorm", gated=False, use_bias=True, activation="relu", num_kv_heads=4)
+    yarn = RopeScaling("yarn", 4.0, original_max_seq_len=8, mscale=0.7, mscale_all_dim=0.5)
+    experts = Experts(count=4, top_k=2, d_ff=12)
+    latent = Latent(kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5)
+    return {
+        "partial-interleaved": base.replace(rope_fraction=0.5, rope_interleaved=True, activation="relu_squared"),
+        "llama3-scaling": base.replace(rope_scaling=RopeScaling("llama3", 8.0, original_max_seq_len=8)),
+        "linear-scaling": base.replace(rope_scaling=RopeScaling("linear", 2.0), attention_scale=0.3),
+        "no-positions": base.replace(position="none"),
+        "alibi": plain.replace(position="alibi", num_heads=6, num_kv_heads=3, head_dim=4, embedding_norm=True),
+        "post-norm": plain.replace(position="learned", norm_placement="post", activation="gelu_tanh"),
+        "relative-window": base.replace(position="relative", sliding_window=3, relative_buckets=8),
+        "sinks-local-global": base.replace(
+            attention_sinks=True, sliding_window=4, layer_pattern=("local", "global"), num_layers=5, attention_bias=True
+        ),
+        "gemma": base.replace(
+            num_layers=4,
+            norm_placement="sandwich",
+            norm_offset=True,
+            qk_norm=True,
+            sliding_window=4,
+            layer_pattern=("local", "local", "global"),
+            local_rope_base=500.0,
+            scale_embedding=True,
+            attention_softcap=4.0,
+            final_softcap=3.0,
+            activation="gelu_tanh",
+        ),
+        "experts": base.replace(experts=experts.replace(every=2), num_layers=4, sliding_window=5),
+        "latent": base.replace(num_kv_heads=None, latent=latent, rope_scaling=yarn),
+        "deepseek": base.replace(
+            num_kv_heads=None,
+            num_layers=3,
+            latent=latent.replace(q_rank=10),
+            rope_interleaved=True,
+            experts=experts.replace(
+                router="sigmoid",
+                selection_bias=True,
+                shared_d_ff=8,
+                shared_gate=True,
+                first_layer=1,
+                groups=2,
+                top_groups=1,
+                group_score="top2",
+                scale=2.5,
+            ),
+        ),
+        "mup-deep": base.replace(parameterization="mup", base_d_model=4, base_num_layers=1, tie_embeddings=False),
+        "encoder-decoder": base.replace(
+            stack="encoder-decoder",
+            num_encoder_layers=3,
+            position="relative",
+            attention_scale=1.0,
+            relative_buckets=8,
+            scale_logits=True,
+            gated=False,
+        ),
+        "encoder": plain.replace(
+            stack="encoder",
+            position="learned",
+            norm_placement="post",
+            num_token_types=2,
+            embedding_norm=True,
+            head="masked-language-model",
+            head_bias=True,
+        ),
+    }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    """`variant`: every config above; `decoder`: those of decoders."""
+    for name in {"variant", "decoder"} & set(metafunc.fixturenames):
+        configs = {key: c for key, c in _variants().items() if name == "variant" or c.stack == "decoder"}
+        metafunc.parametrize(name, list(configs.values()), ids=list(configs))
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """Compile as users do: for laws about the last bits, and for what is timed."""
@@ -50,7 +131,7 @@ def random_params():
                 value = 1 + 0.3 * noise
             case "bias":
                 value = 0.3 * noise
-            case "weight":
+            case "weight" | "up" | "gate" | "down":
                 value = noise / leaf.shape[-2] ** 0.5
             case _:
                 value = 0.5 * noise

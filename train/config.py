@@ -61,6 +61,7 @@ class HParams:
     warmup_steps: linear from 0. total_steps: the schedule's horizon; 0: the steps that `train` is asked for.
     decay_fraction: the last part of a "wsd" schedule, falling linearly. final_fraction: rate at the horizon
     over the peak. clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
+    balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
     dropout_rate: used where TrainConfig.dropout is on. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data.
     """
@@ -77,6 +78,8 @@ class HParams:
         "final_fraction": 0.1,
         "clip_norm": 1.0,
         "z_loss": 0.0,
+        "balance_loss": 0.01,
+        "router_z_loss": 0.001,
         "dropout_rate": 0.0,
         "init_scale": 1.0,
         "seed": 0,
@@ -94,6 +97,8 @@ class HParams:
     final_fraction: Any
     clip_norm: Any
     z_loss: Any
+    balance_loss: Any
+    router_z_loss: Any
     dropout_rate: Any
     init_scale: Any
     seed: Any
@@ -157,6 +162,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "final_fraction": (0, 1 + 1e-9, "in [0, 1]"),
     "clip_norm": (0, np.inf, "at least 0"),
     "z_loss": (0, np.inf, "at least 0"),
+    "balance_loss": (0, np.inf, "at least 0"),
+    "router_z_loss": (0, np.inf, "at least 0"),
     "dropout_rate": (0, 1, "in [0, 1)"),
     "init_scale": (0, np.inf, "at least 0"),
     "seed": (0, 2**31, "at least 0"),

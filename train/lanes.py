@@ -22,7 +22,7 @@ from model.sharding import over_rows, replicated
 from train.config import HParams, TrainConfig
 from train.objective import Batch
 from train.state import TrainState, init_state
-from train.step import METRICS, Metrics, eval_step, keep_if, train_step
+from train.step import Metrics, eval_step, keep_if, metric_names, train_step
 
 LaneMetrics = dict[str, Float[Array, " lanes"]]
 
@@ -57,7 +57,7 @@ def step_lanes(
         return Lanes(state=keep_if(active & lane.alive, new, lane.state), alive=still_alive), metrics
 
     def one_if_active(lane: Lanes, batch: Batch, hparams: HParams, active: Array) -> tuple[Lanes, Metrics]:
-        nothing = {name: jnp.zeros(()) for name in METRICS}
+        nothing = {name: jnp.zeros(()) for name in metric_names(config)}
         skip = lambda lane, *_: (lane, nothing)
         return jax.lax.cond(active & lane.alive, one, skip, lane, batch, hparams, active)
 

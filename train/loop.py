@@ -26,6 +26,7 @@ from train.metrics import MetricsLog, read_metrics
 from train.progress import progress_bar
 from train.run import Identity, Run, load_run
 from train.schedule import uses_horizon
+from train.step import metric_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ class _Lane:
         assert self.log is not None
         self.seconds += seconds
         self.last = {"step": step, **self.books(step)} | {
-            name: metrics[name] for name in ("loss", "total_loss", "grad_norm", "param_norm", "learning_rate")
+            name: metrics[name] for name in metric_names(self.config) if name not in ("loss_tokens", "finite")
         }
         if "validation_loss" in metrics:
             self.last["validation_loss"] = self.validation_loss = metrics["validation_loss"]

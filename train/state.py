@@ -8,7 +8,7 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from model import ModelConfig, Params, init
-from model.parameterization import role_of
+from model.parameterization import names_of, role_of
 from train.config import HParams, TrainConfig
 from train.optimizer import make_optimizer
 
@@ -32,16 +32,12 @@ def init_state(
     key = jax.random.key(hparams.seed) if key is None else key
     init_key, step_key = jax.random.split(key)
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if role_of(_names(path)) == "vector" else leaf * hparams.init_scale,
+        lambda path, leaf: leaf if role_of(names_of(path)) == "vector" else leaf * hparams.init_scale,
         init(config, init_key),
     )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=make_optimizer(train_config, hparams).init(params),
+        optimizer=make_optimizer(config, train_config, hparams).init(params),
         rng=jax.random.key_data(step_key),
     )
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(str(key.key) for key in path)

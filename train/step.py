@@ -7,13 +7,18 @@ from jaxtyping import Array, Float
 
 from model import ModelConfig, Params
 from train.config import HParams, TrainConfig
-from train.objective import Batch, loss_and_metrics
+from train.objective import EXPERT_METRICS, Batch, loss_and_metrics
 from train.optimizer import clip_by_norm, make_optimizer
 from train.schedule import learning_rate
 from train.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "learning_rate", "finite")
+_METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "learning_rate", "finite")
+
+
+def metric_names(config: ModelConfig) -> tuple[str, ...]:
+    """What `train_step` measures."""
+    return _METRICS if config.experts is None else (*_METRICS, *EXPERT_METRICS)
 
 
 def train_step(
@@ -22,15 +27,16 @@ def train_step(
     """One update.
 
     metrics: loss, total_loss (nats per unmasked token), grad_norm (before clipping), param_norm (after the
-    update), learning_rate, loss_tokens, finite. Where the loss, the gradient or the new parameters are not
-    finite, `finite` is 0 and the state is handed back as it came: the last good one.
+    update), learning_rate, loss_tokens, finite, and EXPERT_METRICS of a mixture of experts. Where the loss, the
+    gradient or the new parameters are not finite, `finite` is 0 and the state is handed back as it came: the last
+    good one.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
     gradient = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
     (_, metrics), grads = gradient(config, state.params, batch, hparams, key)
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(train_config.schedule, hparams, state.step)
-    optimizer = make_optimizer(train_config, hparams)
+    optimizer = make_optimizer(config, train_config, hparams)
     updates, optimizer_state = optimizer.update(
         clip_by_norm(grads, grad_norm, hparams.clip_norm), state.optimizer, state.params
     )

@@ -56,7 +56,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = _by_name(template, folder)
     if template is not None and not isinstance(template, str):
-        raise InputError(f"the chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of them")
+        raise InputError(
+            f"the chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of them"
+        )
     return template
 
 

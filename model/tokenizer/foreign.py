@@ -37,10 +37,14 @@ class ForeignTokenizer(Tokenizer):
     def _encode_batch(
         self, texts: Sequence[str], threads: int | None, special: bool, add_special_tokens: bool
     ) -> list[list[int]]:
-        library = self._parsing if special else self._plain
-        if threads == 1:
-            return [library.encode(text, add_special_tokens=add_special_tokens).ids for text in texts]
-        encoded = library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        try:
+            library = self._parsing if special else self._plain
+            if threads == 1:
+                encoded = [library.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+            else:
+                encoded = library.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except Exception as error:  # the library raises no narrower class
+            raise InputError(f"the tokenizer {self.path} is damaged: it cannot encode this text: {error}") from error
         return [encoding.ids for encoding in encoded]
 
     def _decode(self, ids: list[int]) -> str:
@@ -77,11 +81,13 @@ def _without_special_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokeniz
     library.encode_special_tokens = True
     if not isinstance(library.model, tokenizers.models.Unigram):
         return library
-    # A unigram vocabulary holds the special tokens as pieces like others, and would find them by their names.
+    # A unigram vocabulary holds special tokens as pieces like others, and would find them by their names.
     description = json.loads(library.to_str())
-    pieces = description["model"]["vocab"]
-    for token in description["added_tokens"]:
-        if token["special"] and token["id"] < len(pieces):
-            pieces[token["id"]][0] = _UNWRITTEN + token["content"]
-    description["added_tokens"] = [token for token in description["added_tokens"] if not token["special"]]
-    return tokenizers.Tokenizer.from_str(json.dumps(description))
+    pieces, added = description["model"]["vocab"], description["added_tokens"]
+    hidden = [token for token in added if token["special"] and token["id"] < len(pieces)]
+    for token in hidden:
+        pieces[token["id"]][0] = _UNWRITTEN + token["content"]
+    description["added_tokens"] = [token for token in added if token not in hidden]
+    plain = tokenizers.Tokenizer.from_str(json.dumps(description))
+    plain.encode_special_tokens = True
+    return plain

@@ -1,13 +1,13 @@
 """The metadata of a GGUF file, without its tensors.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package makes an array of every
-string, which takes minutes where a vocabulary has 250,000; here it takes a second.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package makes
+several arrays of every string: 4 s for a vocabulary of 49,000, ten times what it takes here.
 """
 
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,7 +39,8 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
 class _Reader:
     def __init__(self, data: mmap.mmap, path: Path):
         self._data, self._path = data, path
-        self._order, self._at = "<", len(_MAGIC)
+        self._order: Literal["<", ">"] = "<"
+        self._at = len(_MAGIC)
 
     def read(self) -> dict[str, Any]:
         if self._data[: len(_MAGIC)] != _MAGIC:

@@ -57,7 +57,7 @@ def test_replace_leaves_the_original_alone():
         ({"head_dim": 5}, "head_dim"),
         ({"d_model": 12}, "head_dim"),  # derived: 12 / 4 = 3
         ({"position": "sinusoidal", "d_model": 15, "head_dim": 4}, "d_model"),
-        ({"position": "alibi"}, "position"),
+        ({"position": "sideways"}, "position"),
         ({"norm": "batchnorm"}, "norm"),
         ({"activation": "swish"}, "activation"),
         ({"compute_dtype": "float64"}, "compute_dtype"),

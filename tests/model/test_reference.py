@@ -81,6 +81,7 @@ def rms_norm(x, p, epsilon):
 NORMS = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 SCALAR_ACTIVATIONS = {
     "relu": lambda v: max(v, 0.0),
+    "relu_squared": lambda v: max(v, 0.0) ** 2,
     "gelu": lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
     "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
     "silu": lambda v: v / (1 + math.exp(-v)),
@@ -147,7 +148,7 @@ def reference(config, params, tokens):
             if config.position == "sinusoidal":
                 x[t] += sinusoid(t, config.d_model)
         for index in range(config.num_layers):
-            p = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+            p = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"]["dense"])
             x = x + attention(config, norm(x, p["attention_norm"]), p["attention"])
             x = x + feed_forward(config, norm(x, p["feed_forward_norm"]), p["feed_forward"])
         x = norm(x, params["final_norm"])

@@ -1,6 +1,9 @@
 """A text comes back exactly, special tokens only come from where they are meant, and bad files are named."""
 
+import json
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -80,6 +83,8 @@ def test_batches_and_threads_change_nothing(tokenizer):
 def test_ids(tokenizer):
     assert tokenizer.vocab_size == 340
     assert tokenizer.eos_ids == (2,)
+    assert tokenizer.eos_id == 2
+    assert tokenizer.bos_id is None
     assert tokenizer.decode([2, *tokenizer.encode("the people"), 2, 0]) == "the people"
     assert tokenizer.decode(tokenizer.encode("é")[:0]) == ""
     assert tokenizer.decode(tokenizer.encode("🙂")[:2]).strip("\ufffd") == ""
@@ -89,6 +94,38 @@ def test_ids(tokenizer):
         *tokenizer.encode("\n"),
         *tokenizer.encode("b"),
     ]
+
+
+def test_special_tokens_are_read_where_asked(tokenizer):
+    text = "<|endoftext|>the people\u2581<|endoftext|><|pad|>of"
+    ids = tokenizer.encode(text, special=True)
+    assert ids == [2, *tokenizer.encode("the people\u2581"), 2, 0, *tokenizer.encode("of")]
+    assert tokenizer.decode(ids) == "the people\u2581of"
+    assert tokenizer.encode_batch([text, "", "of"], special=True) == [ids, [], tokenizer.encode("of")]
+    assert not {0, 2} & set(tokenizer.encode(text))
+    # Its file does not say what to put around a text.
+    assert tokenizer.encode("of", add_special_tokens=True) == tokenizer.encode("of")
+
+
+def test_folder_says_what_surrounds_a_text_and_how_a_chat_is_written(tmp_path):
+    train_tokenizer(corpus(), tmp_path, vocab_size=300)
+    config = {
+        "bos_token": "<|endoftext|>",
+        "add_bos_token": True,
+        "add_eos_token": True,
+        "chat_template": "{{ bos_token }}!",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("of", add_special_tokens=True) == [2, *tokenizer.encode("of"), 2]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "<|endoftext|>!"
+
+
+def test_importing_is_light():
+    heavy = "tokenizers", "gguf", "jinja2", "sentencepiece"
+    program = f"import sys, model, model.tokenizer; print(*set({heavy!r}) & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_training_is_deterministic(tmp_path):
@@ -154,11 +191,6 @@ def test_bad_files(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    for name, match in [("a.gguf", "GGUF"), ("tokenizer.json", "tokenizer.json")]:
-        (tmp_path / name).write_text("{}")
-        for path in (tmp_path, tmp_path / name):
-            with pytest.raises(InputError, match=rf"{match} tokenizer, which is not supported yet"):
-                load_tokenizer(path)
     for content in (b"", b"junk" * 100, bytes(100)):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.model is not a sentencepiece model"):

@@ -273,6 +273,8 @@ OTHERS = {
     "final_fraction": 0,
     "clip_norm": 2,
     "z_loss": 1e-4,
+    "balance_loss": 0.02,
+    "router_z_loss": 1e-4,
     "dropout_rate": 0.25,
     "init_scale": 0.5,
     "seed": 3,

@@ -1,0 +1,184 @@
+"""DeepSeek-V2 and V3: latent attention, and experts with groups and shared ones."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.convert.families.llama import EXPERTS, FEED_FORWARD, NORMS, layers
+from model.convert.family import Family
+from model.convert.fields import Activation, Always, Field, Only, Raw, Stops, Written, decoder_heads
+from model.convert.rope import Rope
+from model.convert.rows import linear, norm, table
+from model.errors import InputError
+from model.parts import Experts, Latent
+
+
+def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length: int):
+    """The keys that both share, with a class's defaults."""
+    return (
+        Field("vocab_size", "vocab_size", vocab),
+        Field("d_model", "hidden_size", d_model),
+        Field("d_ff", "intermediate_size", d_ff),
+        Field("num_layers", "num_hidden_layers", layers),
+        Field("num_heads", "num_attention_heads", heads),
+        Field("max_seq_len", "max_position_embeddings", length),
+        Field("tie_embeddings", "tie_word_embeddings", False),
+        Always(position="rotary", norm="rmsnorm", gated=True),
+        # The norms inside latent attention have this epsilon whatever the file says.
+        Field("norm_epsilon", "rms_norm_eps", 1e-6),
+        Only("rms_norm_eps", 1e-6),
+        Only("attention_bias", False),
+        Only("mlp_bias", False),
+        Activation("hidden_act", "silu"),
+        Rope(),
+        _LatentSizes(),
+        Written(bos_token_id=None, pad_token_id=None),
+    )
+
+
+class _LatentSizes:
+    """The ranks and head sizes of latent attention."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        return {
+            "latent": Latent(
+                kv_rank=raw.get("kv_lora_rank", 512),
+                nope_dim=raw.get("qk_nope_head_dim", 128),
+                rope_dim=raw.get("qk_rope_head_dim", 64),
+                v_dim=raw.get("v_head_dim", 128),
+                q_rank=raw.get("q_lora_rank", 1536),
+            )
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        latent = config.latent or Latent(1, 1, 2, 1)
+        return {
+            "kv_lora_rank": latent.kv_rank,
+            "qk_nope_head_dim": latent.nope_dim,
+            "qk_rope_head_dim": latent.rope_dim,
+            "v_head_dim": latent.v_dim,
+            "q_lora_rank": latent.q_rank,
+            "num_key_value_heads": config.num_heads,
+        }
+
+
+def _placement(raw: Raw, first: int) -> dict[str, int]:
+    """Experts from the first multiple of moe_layer_freq that is not before first_k_dense_replace."""
+    every, first = raw.get("moe_layer_freq", 1), raw.get("first_k_dense_replace", first)
+    return {"first_layer": -(-first // every) * every, "every": every}
+
+
+def _sizes(experts: Experts) -> Raw:
+    return {
+        "n_routed_experts": experts.count,
+        "num_experts_per_tok": experts.top_k,
+        "moe_intermediate_size": experts.d_ff,
+        "n_shared_experts": experts.shared_d_ff // experts.d_ff or None,
+        "routed_scaling_factor": experts.scale,
+        "first_k_dense_replace": experts.first_layer,
+        "moe_layer_freq": experts.every,
+        "n_group": experts.groups,
+        "topk_group": experts.top_groups,
+        "norm_topk_prob": experts.normalise,
+    }
+
+
+class _ExpertsV2:
+    """Gates are a softmax over all experts, times a factor; topk_method says whether groups limit the choice."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        width, method = raw.get("moe_intermediate_size", 1407), raw.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise InputError(f"topk_method={method!r} is not supported; isoflop reads greedy and group_limited_greedy")
+        grouped = method == "group_limited_greedy"
+        return {
+            "experts": Experts(
+                count=raw.get("n_routed_experts", 64),
+                top_k=raw["num_experts_per_tok"],
+                d_ff=width,
+                shared_d_ff=(raw.get("n_shared_experts", 2) or 0) * width,
+                normalise=False,
+                scale=raw.get("routed_scaling_factor", 1.0),
+                groups=raw["n_group"] if grouped else 1,
+                top_groups=raw["topk_group"] if grouped else 1,
+                **_placement(raw, 0),
+            )
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        experts = config.experts or Experts(1, 1, config.d_ff)
+        return {**_sizes(experts), "topk_method": "group_limited_greedy" if experts.groups > 1 else "greedy"}
+
+
+class _ExpertsV3:
+    """Gates are sigmoids, chosen with a bias among the groups whose two best experts are best."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        width = raw.get("moe_intermediate_size", 2048)
+        return {
+            "experts": Experts(
+                count=raw.get("n_routed_experts", 256),
+                top_k=raw.get("num_experts_per_tok", 8),
+                d_ff=width,
+                shared_d_ff=(raw.get("n_shared_experts", 1) or 0) * width,
+                router="sigmoid",
+                selection_bias=True,
+                normalise=raw.get("norm_topk_prob", True),
+                scale=raw.get("routed_scaling_factor", 2.5),
+                groups=raw.get("n_group", 8) or 1,
+                top_groups=raw.get("topk_group", 4) or 1,
+                group_score="top2",
+                **_placement(raw, 3),
+            )
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        return _sizes(config.experts or Experts(1, 1, config.d_ff))
+
+
+_ROWS = layers(
+    NORMS,
+    linear("attention/query", "self_attn.q_proj"),
+    linear("attention/query_down", "self_attn.q_a_proj"),
+    norm("attention/query_norm", "self_attn.q_a_layernorm"),
+    linear("attention/query_up", "self_attn.q_b_proj"),
+    linear("attention/key_value_down", "self_attn.kv_a_proj_with_mqa"),
+    norm("attention/key_value_norm", "self_attn.kv_a_layernorm"),
+    linear("attention/key_value_up", "self_attn.kv_b_proj"),
+    linear("attention/output", "self_attn.o_proj"),
+    FEED_FORWARD,
+    EXPERTS,
+    table("feed_forward/router/selection_bias", "mlp.gate.e_score_correction_bias"),
+    linear("feed_forward/shared/gate", "mlp.shared_experts.gate_proj"),
+    linear("feed_forward/shared/up", "mlp.shared_experts.up_proj"),
+    linear("feed_forward/shared/down", "mlp.shared_experts.down_proj"),
+)
+
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    (
+        decoder_heads("DeepseekV2"),
+        *_shape(102_400, 4096, 11_008, 32, 32, 2048),
+        Always(rope_interleaved=True),
+        Only("scoring_func", "softmax"),
+        Only("norm_topk_prob", False),
+        _ExpertsV2(),
+        Stops(2),
+    ),
+    _ROWS,
+)
+
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    (
+        decoder_heads("DeepseekV3"),
+        *_shape(129_280, 7168, 18_432, 61, 128, 4096),
+        Field("rope_interleaved", "rope_interleave", True),
+        Only("scoring_func", "sigmoid"),
+        Only("topk_method", "noaux_tc"),
+        _ExpertsV3(),
+        Written(num_nextn_predict_layers=0),
+        Stops(1),
+    ),
+    _ROWS,
+    ignores_beyond=True,
+)

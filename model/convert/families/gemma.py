@@ -1,0 +1,134 @@
+"""Gemma 1, 2 and 3 (its text part)."""
+
+from model.convert.family import Family
+from model.convert.families.llama import ATTENTION, FEED_FORWARD, NORMS, layers
+from model.convert.fields import (
+    FULL,
+    SLIDING,
+    Activation,
+    Always,
+    Field,
+    Heads,
+    Only,
+    Raw,
+    Stops,
+    Windows,
+    Written,
+    decoder_heads,
+)
+from model.config import ModelConfig
+from model.convert.rope import Rope, RopePerReach
+from model.convert.rows import norm
+
+
+def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int, length: int):
+    """The keys that all of them share, with a class's defaults."""
+    return (
+        Field("vocab_size", "vocab_size", vocab),
+        Field("d_model", "hidden_size", d_model),
+        Field("d_ff", "intermediate_size", d_ff),
+        Field("num_layers", "num_hidden_layers", layers),
+        Field("num_heads", "num_attention_heads", heads),
+        Field("num_kv_heads", "num_key_value_heads", kv_heads),
+        Field("head_dim", "head_dim", 256),
+        Field("max_seq_len", "max_position_embeddings", length),
+        Field("norm_epsilon", "rms_norm_eps", 1e-6),
+        Field("attention_bias", "attention_bias", False),
+        Field("attention_output_bias", "attention_bias", False),
+        Field("tie_embeddings", "tie_word_embeddings", True),
+        Always(position="rotary", norm="rmsnorm", norm_offset=True, scale_embedding=True, gated=True),
+        Only("use_bidirectional_attention", None, False),
+        Written(bos_token_id=None, pad_token_id=None),
+        Stops(1),
+    )
+
+
+class _Scores:
+    """query_pre_attn_scalar, which stands for head_dim in the scores' scale, and the soft caps."""
+
+    def __init__(self, attention_cap: float | None, final_cap: float | None):
+        self.caps = (attention_cap, final_cap)
+
+    def read(self, raw: Raw) -> dict:
+        scalar = raw.get("query_pre_attn_scalar", 256)
+        return {
+            "attention_scale": None if scalar == raw["head_dim"] else scalar**-0.5,
+            "attention_softcap": raw.get("attn_logit_softcapping", self.caps[0]),
+            "final_softcap": raw.get("final_logit_softcapping", self.caps[1]),
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        scalar = config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
+        return {
+            "query_pre_attn_scalar": scalar,
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+        }
+
+
+_SANDWICH = (
+    *norm("attention_norm", "input_layernorm"),
+    *norm("attention_post_norm", "post_attention_layernorm"),
+    *norm("feed_forward_norm", "pre_feedforward_layernorm"),
+    *norm("feed_forward_post_norm", "post_feedforward_layernorm"),
+)
+
+GEMMA = Family(
+    "gemma",
+    (
+        decoder_heads("Gemma"),
+        *_shape(256_000, 3072, 24_576, 28, 16, 16, 8192),
+        # The first files say "gelu" and mean its tanh form.
+        Activation("hidden_act", "gelu_pytorch_tanh", ("hidden_activation",), (("gelu", "gelu_pytorch_tanh"),)),
+        Rope(),
+    ),
+    layers(NORMS, ATTENTION, FEED_FORWARD),
+)
+
+
+def _alternating(raw: Raw, layers: int) -> list[str]:
+    return [FULL if index % 2 else SLIDING for index in range(layers)]
+
+
+GEMMA2 = Family(
+    "gemma2",
+    (
+        decoder_heads("Gemma2"),
+        *_shape(256_000, 2304, 9216, 26, 8, 4, 8192),
+        Always(norm_placement="sandwich"),
+        Activation("hidden_activation", "gelu_pytorch_tanh"),
+        _Scores(50.0, 30.0),
+        Windows(4096, _alternating, listed=True),
+        Rope(),
+    ),
+    layers(_SANDWICH, ATTENTION, FEED_FORWARD),
+)
+
+
+def _every_sixth_global(raw: Raw, layers: int) -> list[str]:
+    period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+    return [SLIDING if (index + 1) % period else FULL for index in range(layers)]
+
+
+GEMMA3 = Family(
+    "gemma3_text",
+    (
+        Heads(
+            {
+                **decoder_heads("Gemma3").classes,
+                "Gemma3TextForSequenceClassification": {"head": "classifier"},
+                "Gemma3TextModel": {"head": "none"},
+                "Gemma3ForConditionalGeneration": {"head": "language-model"},
+            }
+        ),
+        *_shape(262_208, 2304, 9216, 26, 8, 4, 131_072),
+        Always(norm_placement="sandwich", qk_norm=True),
+        Activation("hidden_activation", "gelu_pytorch_tanh"),
+        _Scores(None, None),
+        Windows(4096, _every_sixth_global, listed=True),
+        RopePerReach(),
+    ),
+    layers(_SANDWICH, ATTENTION, FEED_FORWARD),
+    prefixes=("model.", "model.language_model.", "language_model.model.", "language_model."),
+    ignored=(r"^vision_tower\.", r"^multi_modal_projector\."),
+)

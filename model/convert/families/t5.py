@@ -1,0 +1,114 @@
+"""T5: v1.0 (plain ReLU, tied), v1.1 and FLAN (gated GELU, untied)."""
+
+from collections.abc import Collection
+from typing import Any
+
+from model.config import ModelConfig
+from model.convert.family import Family
+from model.convert.fields import Always, Field, Heads, Raw, Stops, Written, activation, activation_name
+from model.convert.rows import Row, linear, norm, of_head, table, within
+from model.errors import InputError
+
+
+class _FeedForward:
+    """feed_forward_proj: "relu", "gated-gelu" (which means its tanh form) and so on."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        given = raw.get("feed_forward_proj", "relu")
+        name = {"gated-gelu": "gated-gelu_new"}.get(given, given)
+        gated = name.startswith("gated-")
+        return {"gated": gated, "activation": activation(name.removeprefix("gated-"), "feed_forward_proj")}
+
+    def write(self, config: ModelConfig) -> Raw:
+        name = activation_name(config.activation)
+        if config.gated:
+            name = "gated-gelu" if config.activation == "gelu_tanh" else f"gated-{name}"
+        return {"feed_forward_proj": name}
+
+
+class _Layers:
+    """num_layers is the encoder's; the decoder has as many unless num_decoder_layers says otherwise."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        encoder, decoder = raw.get("num_layers", 6), raw.get("num_decoder_layers")
+        return {"num_encoder_layers": encoder, "num_layers": encoder if decoder is None else decoder}
+
+    def write(self, config: ModelConfig) -> Raw:
+        return {"num_layers": config.num_encoder_layers, "num_decoder_layers": config.num_layers}
+
+
+class _Output:
+    """Transformers 4 scaled the output where the head was tied; 5 has a key for it."""
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        if raw.get("is_encoder_decoder", True) is not True:
+            raise InputError("is_encoder_decoder=false is not supported for T5; isoflop reads the whole model")
+        tied = raw.get("tie_word_embeddings") is not False
+        return {"tie_embeddings": tied, "scale_logits": raw.get("scale_decoder_outputs", tied)}
+
+    def write(self, config: ModelConfig) -> Raw:
+        return {"tie_word_embeddings": config.tie_embeddings, "scale_decoder_outputs": config.scale_logits}
+
+
+def _tied_without_head(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Transformers 5 ties a T5 whose file has no head, whatever its configuration says."""
+    return config if "lm_head.weight" in names else config.replace(tie_embeddings=True)
+
+
+def _attention(ours: str, theirs: str, normed: str, layer: str):
+    names = {"query": "q", "key": "k", "value": "v", "output": "o"}
+    rows = [row for o, t in names.items() for row in linear(f"{ours}/{o}", f"{layer}.{theirs}.{t}")]
+    return (*rows, *norm(normed, f"{layer}.layer_norm"))
+
+
+def _feed_forward(layer: str):
+    gated, plain = (lambda config: config.gated), (lambda config: not config.gated)
+    rows = lambda ours, theirs: linear(f"feed_forward/{ours}", f"{layer}.DenseReluDense.{theirs}")
+    return (
+        *(row.replace(when=plain) for row in rows("up", "wi")),
+        *(row.replace(when=gated) for row in (*rows("gate", "wi_0"), *rows("up", "wi_1"))),
+        *rows("down", "wo"),
+        *norm("feed_forward_norm", f"{layer}.layer_norm"),
+    )
+
+
+_RELATIVE = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_SELF = _attention("attention", "SelfAttention", "attention_norm", "layer.0")
+_CROSS = _attention("cross_attention", "EncDecAttention", "cross_attention_norm", "layer.1")
+
+T5 = Family(
+    "t5",
+    (
+        Heads({"T5ForConditionalGeneration": {"head": "language-model"}}),
+        Field("vocab_size", "vocab_size", 32_128),
+        Field("d_model", "d_model", 512),
+        Field("head_dim", "d_kv", 64),
+        Field("d_ff", "d_ff", 2048),
+        Field("num_heads", "num_heads", 8),
+        Field("max_seq_len", "n_positions", 512),
+        Field("norm_epsilon", "layer_norm_epsilon", 1e-6),
+        Field("relative_buckets", "relative_attention_num_buckets", 32),
+        Field("relative_max_distance", "relative_attention_max_distance", 128),
+        Field("decoder_start_token_id", "decoder_start_token_id", 0, "pad_token_id"),
+        Always(stack="encoder-decoder", position="relative", norm="rmsnorm", attention_scale=1.0),
+        _Layers(),
+        _FeedForward(),
+        _Output(),
+        Written(is_encoder_decoder=True, pad_token_id=0),
+        Stops(1),
+    ),
+    (
+        *table("embedding/tokens", "shared.weight"),
+        *within("encoder/layers/{i}/", "encoder.block.{i}.", _SELF, _feed_forward("layer.1")),
+        *norm("encoder/final_norm", "encoder.final_layer_norm"),
+        *table("encoder/relative_bias/table", f"encoder.{_RELATIVE}"),
+        *within("layers/{i}/", "decoder.block.{i}.", _SELF, _CROSS, _feed_forward("layer.2")),
+        *norm("final_norm", "decoder.final_layer_norm"),
+        *table("relative_bias/table", f"decoder.{_RELATIVE}"),
+        *of_head("language-model", (Row(("head/weight",), "lm_head.weight", transposed=True),)),
+    ),
+    prefixes=(),
+    # Copies of the shared table, and a table that the first release held by mistake.
+    ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias"),
+    adapt=_tied_without_head,
+)

@@ -1,0 +1,137 @@
+"""Rotary positions in a config.json: the style of Transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+
+import dataclasses
+import math
+from typing import Any
+
+from model.config import ModelConfig
+from model.convert.fields import FULL, SLIDING, Raw
+from model.errors import InputError
+from model.parts import RopeScaling
+
+# Their key → our field, with the value that a missing key means.
+_KEYS = {
+    "factor": ("factor", None),
+    "original_max_position_embeddings": ("original_max_seq_len", None),
+    "low_freq_factor": ("low_frequency_factor", 1.0),
+    "high_freq_factor": ("high_frequency_factor", 4.0),
+    "beta_fast": ("beta_fast", 32.0),
+    "beta_slow": ("beta_slow", 1.0),
+    "attention_factor": ("attention_factor", None),
+    "mscale": ("mscale", 0.0),
+    "mscale_all_dim": ("mscale_all_dim", 0.0),
+    "truncate": ("truncate", True),
+}
+_KEYS_OF = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+    + ("mscale", "mscale_all_dim", "truncate"),
+}
+
+
+def read_scaling(parameters: Raw, raw: Raw, kinds: tuple[str, ...]) -> RopeScaling | None:
+    """The scaling that `parameters` describes. Raises InputError on a kind that is not among `kinds`."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in kinds:
+        known = " or ".join(("default", *kinds))
+        raise InputError(f"rope type {kind!r} is not supported for this model_type; isoflop reads {known}")
+    values = {_KEYS[key][0]: parameters.get(key) for key in _KEYS_OF[kind]}
+    values |= {ours: default for ours, default in _KEYS.values() if ours in values and values[ours] is None}
+    if "original_max_seq_len" in values:
+        values["original_max_seq_len"] = values["original_max_seq_len"] or raw["max_position_embeddings"]
+    if kind == "yarn":
+        _settle_yarn(values, raw)
+    return RopeScaling(kind, **values)  # type: ignore[arg-type]
+
+
+def _settle_yarn(values: dict[str, Any], raw: Raw) -> None:
+    """What Transformers makes of missing numbers: mscale counts only together with mscale_all_dim."""
+    if values["factor"] is None:
+        values["factor"] = raw["max_position_embeddings"] / values["original_max_seq_len"]
+    if not values["mscale"]:
+        values["mscale"] = 0.0
+        if values["mscale_all_dim"] and values["attention_factor"] is None:
+            values["attention_factor"] = 0.1 * math.log(values["factor"]) + 1
+    elif not values["mscale_all_dim"]:
+        values["mscale"] = values["mscale_all_dim"] = 0.0
+
+
+def write_scaling(scaling: RopeScaling | None) -> Raw:
+    """The keys of that scaling, without those that say nothing."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    values = {key: getattr(scaling, _KEYS[key][0]) for key in _KEYS_OF[scaling.kind]}
+    silent = {"attention_factor": None, "mscale": 0.0, "mscale_all_dim": 0.0, "truncate": True}
+    return {"rope_type": scaling.kind} | {k: v for k, v in values.items() if k not in silent or v != silent[k]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """One rotary base for all layers. `fraction`: the family may turn only the first part of a head."""
+
+    theta: float = 10_000.0
+    kinds: tuple[str, ...] = ("linear", "llama3", "yarn")
+    fraction: bool = False
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        """`rope_base`, `rope_scaling` and `rope_fraction`."""
+        parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise InputError("rope_parameters that differ between layer types are not supported for this model_type")
+        fraction = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+        if fraction != 1 and not self.fraction:
+            raise InputError(f"partial_rotary_factor={fraction!r} is not supported for this model_type")
+        return {
+            "rope_base": parameters.get("rope_theta", raw.get("rope_theta", self.theta)),
+            "rope_scaling": read_scaling(parameters, raw, self.kinds),
+            "rope_fraction": fraction,
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        """Both styles, so that older readers load the folder too."""
+        scaling = write_scaling(config.rope_scaling)
+        fraction = {"partial_rotary_factor": config.rope_fraction} if self.fraction else {}
+        return {
+            "rope_theta": config.rope_base,
+            "rope_scaling": None if config.rope_scaling is None else scaling,
+            "rope_parameters": {**scaling, "rope_theta": config.rope_base, **fraction},
+            **fraction,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RopePerReach:
+    """Gemma 3: sliding-window layers have a base of their own, and only the others are scaled."""
+
+    theta: float = 1_000_000.0
+    local_theta: float = 10_000.0
+
+    def read(self, raw: Raw) -> dict[str, Any]:
+        """`rope_base`, `rope_scaling` and `local_rope_base`."""
+        nested = raw.get("rope_parameters") or {}
+        whole = {**(nested.get(FULL) or {}), **(raw.get("rope_scaling") or {})}
+        local = nested.get(SLIDING) or {}
+        if local.get("rope_type", "default") != "default":
+            raise InputError(f"rope type {local['rope_type']!r} of {SLIDING} layers is not supported; it must be default")
+        return {
+            "rope_base": whole.get("rope_theta", raw.get("rope_theta", self.theta)),
+            "rope_scaling": read_scaling(whole, raw, tuple(_KEYS_OF)),
+            "local_rope_base": local.get("rope_theta", raw.get("rope_local_base_freq", self.local_theta)),
+        }
+
+    def write(self, config: ModelConfig) -> Raw:
+        """Both styles."""
+        scaling = write_scaling(config.rope_scaling)
+        local = config.local_rope_base or config.rope_base
+        return {
+            "rope_theta": config.rope_base,
+            "rope_local_base_freq": local,
+            "rope_scaling": None if config.rope_scaling is None else scaling,
+            "rope_parameters": {
+                FULL: {**scaling, "rope_theta": config.rope_base},
+                SLIDING: {"rope_type": "default", "rope_theta": local},
+            },
+        }

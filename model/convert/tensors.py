@@ -1,0 +1,122 @@
+"""Safetensors files of one model: reading tensor by tensor, writing in shards."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from model.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 2 * 10**9
+_READ = ("F64", "F32", "F16", "BF16")
+
+
+def read_json(file: Path) -> dict:
+    """An object from a JSON file. Raises InputError where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file.parent} has no {file.name}; give a folder with a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+class TensorFolder:
+    """The tensors of model.safetensors, or of the shards that its index names, by their names in the files.
+
+    Files are mapped only while one tensor is copied out of them, so that reading a model takes no more memory than
+    its largest tensor. Raises InputError on a folder without such files, on a file that is cut off or no safetensors
+    file, and on an index that does not agree with its files.
+    """
+
+    def __init__(self, folder: Path):
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        if (folder / INDEX).is_file():
+            self._read_index(folder)
+        elif (folder / SINGLE).is_file():
+            self._read_header(folder / SINGLE)
+        else:
+            _refuse(folder)
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """A copy of one tensor, in the precision of the file."""
+        if self._dtypes[name] not in _READ:
+            raise InputError(
+                f"the tensor {name} in {self._files[name]} is stored as {self._dtypes[name]}; "
+                f"isoflop reads {', '.join(_READ)}"
+            )
+        with _open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def _read_index(self, folder: Path) -> None:
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
+        for name in sorted(set(where.values())):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / INDEX} names {name}, which is not there; download it too")
+            self._read_header(folder / name)
+        for name, file in where.items():
+            if name not in self._files:
+                raise InputError(f"{folder / INDEX} says that {file} holds the tensor {name}, but it does not")
+
+    def _read_header(self, file: Path) -> None:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                part = tensors.get_slice(name)
+                self._files[name] = file
+                self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+
+
+def _open(file: Path):
+    import safetensors
+
+    try:
+        return safetensors.safe_open(str(file), framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file} is cut off or not a safetensors file: {error}") from None
+
+
+def _refuse(folder: Path) -> None:
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
+    if pickles:
+        raise InputError(
+            f"{folder} holds weights only as {pickles[0]}, a pickle, which can run any program when it is read and so "
+            "is not read; load it with Transformers and save it again with save_pretrained(folder)"
+        )
+    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def write_tensors(
+    folder: Path,
+    sizes: Iterable[tuple[str, int]],
+    tensor: Callable[[str], Shaped[np.ndarray, "..."]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors in the order of `sizes` (names and bytes), each made by `tensor` when its shard is written."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = [[]]
+    total = filled = 0
+    for name, size in sizes:
+        if filled and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+    where = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,165 @@
+"""The tokenizer inside a GGUF file, built anew for the library that such a tokenizer was made with.
+
+The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer".
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError
+from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.gguf_metadata import read_gguf_metadata
+from model.tokenizer.pretokenizers import pre_tokenizer
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_MODELS = ("gpt2", "llama", "t5")
+
+
+def load_gguf_tokenizer(file: Path) -> Tokenizer:
+    """Load the tokenizer of a GGUF file: byte-level BPE ("gpt2") or sentencepiece ("llama", "t5").
+
+    Text is not normalised before it is encoded, except by a "t5" vocabulary's own table: a GGUF file does not
+    say that Qwen's tokenizer.json asks for NFC. Another kind, or missing or damaged metadata, is an `InputError`.
+    """
+    vocabulary = _Vocabulary(file, read_gguf_metadata(file))
+    if vocabulary.model == "gpt2":
+        return _byte_level_bpe(vocabulary)
+    return _sentencepiece(vocabulary)
+
+
+class _Vocabulary:
+    """The metadata of a tokenizer, checked as far as every kind needs it."""
+
+    def __init__(self, file: Path, metadata: dict[str, Any]):
+        self.file, self._metadata = file, metadata
+        if "tokenizer.ggml.model" not in metadata:
+            raise InputError(f"{file} holds no tokenizer; take the model's tokenizer.json or tokenizer.model")
+        self.model = self.get("model", str)
+        if self.model not in _MODELS:
+            raise InputError(
+                f"the tokenizer of {file} is of the kind {self.model!r}; known are {', '.join(_MODELS)}:"
+                " take the model's tokenizer.json instead"
+            )
+        # An empty token could be found everywhere.
+        self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.get("tokens", list))]
+        if not self.tokens or len(set(self.tokens)) != len(self.tokens):
+            raise InputError(f"{file} is damaged: its tokenizer.ggml.tokens must be a list of different texts")
+        self.types = self._types()
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """`tokenizer.ggml.KEY`; one that is missing without a default, or of another type, is an `InputError`."""
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if value is None or not isinstance(value, kind):
+            what = "lacks" if value is None else f"holds a {type(value).__name__} as"
+            raise InputError(f"{self.file} is damaged: it {what} tokenizer.ggml.{key}")
+        return value
+
+    def numbers(self, key: str) -> np.ndarray:
+        """An array with a number for each token."""
+        values = self.get(key, np.ndarray)
+        if len(values) < len(self.tokens):
+            raise InputError(
+                f"{self.file} is damaged: tokenizer.ggml.{key} has {len(values)} values for {len(self.tokens)} tokens"
+            )
+        return values[: len(self.tokens)]
+
+    def id(self, name: str) -> int | None:
+        """`tokenizer.ggml.NAME_token_id`, where the file has one."""
+        key = f"{name}_token_id"
+        i = self.get(key, int, -1)
+        if i >= len(self.tokens):
+            raise InputError(f"{self.file} is damaged: tokenizer.ggml.{key}={i}, but it has {len(self.tokens)} tokens")
+        return i if i >= 0 else None
+
+    def _types(self) -> np.ndarray:
+        types = self.numbers("token_type").copy()
+        if self.model != "gpt2" and not (types == _UNKNOWN).any() and (unknown := self.id("unknown")) is not None:
+            types[unknown] = _UNKNOWN
+        # Some converters take a token that ends a turn for a word; no text may hold it.
+        for name in ("bos", "eos", "eot", "eom"):
+            if (i := self.id(name)) is not None and types[i] != _UNKNOWN:
+                types[i] = _CONTROL
+        return types
+
+    def conventions(self) -> Conventions:
+        ends = [self.id(name) for name in ("eos", "eot", "eom")]
+        names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "separator"}
+        ids = {name: self.id(key) for name, key in names.items()}
+        template = self._metadata.get("tokenizer.chat_template")
+        return Conventions(
+            eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+            bos_id=self.id("bos"),
+            chat_template=template if isinstance(template, str) else None,
+            template_tokens={f"{name}_token": self.tokens[i] for name, i in ids.items() if i is not None},
+        )
+
+    def around(self, *, bos: bool, eos: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the model was trained to see before and after a text; `bos` and `eos` are its kind's habit."""
+        begin, end = self.id("bos"), self.id("eos")
+        before = (begin,) if begin is not None and self.get("add_bos_token", bool, bos) else ()
+        after = (end,) if end is not None and self.get("add_eos_token", bool, eos) else ()
+        return before, after
+
+
+def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    from model.tokenizer.foreign import ForeignTokenizer
+
+    rule = pre_tokenizer(vocabulary.get("pre", str, "default"))
+    tokens, types = vocabulary.tokens, vocabulary.types
+    merges = [_pair(merge) for merge in vocabulary.get("merges", list)]
+    try:
+        model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=rule.ignore_merges)
+    except Exception as error:  # the library raises no narrower class
+        raise InputError(f"{vocabulary.file} is damaged: its merges do not fit its tokens: {error}") from error
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in rule.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
+        texts = [tokens[i] for i in np.flatnonzero(types == kind)]
+        library.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
+    before, after = vocabulary.around(bos=rule.adds_bos, eos=False)
+    library.post_processor = processors.TemplateProcessing(
+        single=[*(tokens[i] for i in before), "$A", *(tokens[i] for i in after)],
+        special_tokens=[(tokens[i], i) for i in {*before, *after}],
+    )
+    return ForeignTokenizer(library, vocabulary.file, vocabulary.conventions())
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, _, second = merge[1:].partition(" ")
+    return merge[:1] + first, second
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    from model.tokenizer.sentencepiece import SentencepieceTokenizer, parse_model
+    from model.tokenizer.sentencepiece_proto import model_proto
+
+    unigram = vocabulary.model == "t5"
+    scores = vocabulary.numbers("scores")
+    charsmap = vocabulary.get("precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
+    model = model_proto(
+        zip(vocabulary.tokens, scores.tolist(), vocabulary.types.tolist(), strict=True),
+        unigram=unigram,
+        byte_fallback=bool((vocabulary.types == _BYTE).any()),
+        add_dummy_prefix=vocabulary.get("add_space_prefix", bool, not unigram),
+        remove_extra_whitespaces=vocabulary.get("remove_extra_whitespaces", bool, False),
+        precompiled_charsmap=charsmap.astype(np.uint8).tobytes(),
+    )
+    processor = parse_model(model)
+    if processor is None:
+        raise InputError(
+            f"{vocabulary.file} is damaged: sentencepiece cannot use its tokens;"
+            " it needs one unknown token, and all 256 bytes or none"
+        )
+    before, after = vocabulary.around(bos=not unigram, eos=unigram)
+    return SentencepieceTokenizer(processor, vocabulary.file, vocabulary.conventions(), before=before, after=after)

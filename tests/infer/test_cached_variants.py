@@ -1,0 +1,107 @@
+"""Cached decode is the whole pass for every architecture: windows, latent vectors, experts, an encoder's side."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
+from model import InputError, ModelConfig, accounting, apply
+
+PROMPT, TOTAL, CAPACITY = 8, 13, 14
+LENGTHS = np.array([8, 3, 1], np.int32)
+SOURCE_LENGTHS = np.array([5, 7, 2], np.int32)
+tokens_of = lambda batch, seq, seed=1: np.random.default_rng(seed).integers(1, 32, (batch, seq)).astype(np.int32)
+whole = jax.jit(apply, static_argnums=0)
+
+
+def sources(config):
+    """(inputs of `apply`, inputs of the first `prefill`) of an encoder-decoder."""
+    if config.stack != "encoder-decoder":
+        return {}, {}
+    tokens = tokens_of(3, 7, seed=2)
+    inside = np.arange(7) < SOURCE_LENGTHS[:, None]
+    return (
+        {"encoder_tokens": tokens, "encoder_segment_ids": inside.astype(np.int32)},
+        {"encoder_tokens": np.where(inside, tokens, 31 - tokens), "encoder_lengths": SOURCE_LENGTHS},
+    )
+
+
+def decoded(config, params, tokens, chunks):
+    """Logits after each row's prompt, given in chunks, and after each further token: [batch, 1 + TOTAL − PROMPT, …]."""
+    cache = init_cache(config, len(tokens), CAPACITY, encoder_capacity=9)
+    prompt = np.where(np.arange(PROMPT) < LENGTHS[:, None], tokens[:, :PROMPT], 31 - tokens[:, :PROMPT])
+    first, start, encoder = np.zeros((len(tokens), config.vocab_size), np.float32), 0, sources(config)[1]
+    for chunk in chunks:
+        inside = np.clip(LENGTHS - start, 0, chunk)
+        logits, cache = prefill(config, params, prompt[:, start : start + chunk], inside, cache, **encoder)
+        first, start, encoder = np.where((inside > 0)[:, None], logits, first), start + chunk, {}
+    steps = [first]
+    for step in range(TOTAL - PROMPT):
+        logits, cache = decode_step(config, params, tokens[np.arange(len(tokens)), LENGTHS + step], cache)
+        steps.append(logits)
+    return np.stack(steps, axis=1)
+
+
+def test_cached_is_uncached(variant, random_params):
+    """Rows of different lengths, past every window, in one chunk and in three, plain and prepared parameters."""
+    if variant.stack == "encoder":
+        with pytest.raises(InputError, match="no cache"):
+            init_cache(variant, 1, 4)
+        return
+    params, tokens = random_params(variant), tokens_of(3, TOTAL)
+    logits = np.asarray(whole(variant, params, tokens, **sources(variant)[0]))
+    expected = np.stack([logits[row, n - 1 : n + TOTAL - PROMPT] for row, n in enumerate(LENGTHS)])
+    assert expected.std() > 0.1
+    for form, chunks in ((params, (PROMPT,)), (prepare(variant, params), (3, 4, 1))):
+        np.testing.assert_allclose(decoded(variant, form, tokens, chunks), expected, rtol=0, atol=1e-4)
+
+
+def test_a_full_row_gets_nan_and_nothing_is_written(decoder, random_params):
+    """Of a ring, too: the oldest entry of the window stays."""
+    config = decoder.replace(num_layers=2)
+    params, tokens = random_params(config), tokens_of(2, 8)
+    _, cache = prefill(config, params, tokens[:, :6], np.array([6, 2], np.int32), init_cache(config, 2, 6))
+    before = jax.device_get(cache.layers)
+    logits, cache = decode_step(config, params, tokens[:, 6], cache)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
+    np.testing.assert_array_equal(cache.lengths, [6, 3])
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.layers), strict=True):
+        np.testing.assert_array_equal(old[0], new[0])
+
+
+def test_the_cache_is_as_large_as_the_books_say(variant):
+    """A window's layer holds the window, latent attention its vectors, an encoder-decoder both sides."""
+    if variant.stack == "encoder":
+        assert accounting.kv_cache_bytes(variant, 2, 10) == 0
+        return
+    shapes = jax.eval_shape(functools.partial(init_cache, variant, 2, 10))
+    allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.layers))
+    assert accounting.kv_cache_bytes(variant, 2, 10) == allocated
+
+
+def test_greedy_generation_is_the_argmax_of_the_whole_pass(random_params):
+    """Of an encoder-decoder the prompts are the encoder's."""
+    config = ModelConfig(
+        32, 16, 2, 2, stack="encoder-decoder", position="relative", max_seq_len=32, decoder_start_token_id=3
+    )
+    params, prompts = random_params(config), [[5, 6, 7, 8], [9, 10]]
+    result = generate(config, params, prompts, GREEDY, max_new_tokens=6)
+    for prompt, made in zip(prompts, result.tokens, strict=True):
+        decoder = np.array([[3, *made]], np.int32)  # causal: each logit is that of the row cut there
+        logits = whole(config, params, decoder[:, :-1], encoder_tokens=np.array([prompt], np.int32))
+        assert made == logits[0].argmax(axis=-1).tolist()
+        assert len(set(made)) > 1
+
+
+def test_what_cannot_generate_says_so(random_params):
+    config = ModelConfig(32, 16, 1, 2, stack="encoder", head="masked-language-model")
+    with pytest.raises(InputError, match="does not generate"):
+        generate(config, random_params(config), [[1]])
+    both = ModelConfig(32, 16, 1, 2, stack="encoder-decoder", position="relative", max_seq_len=16)
+    with pytest.raises(InputError, match="encoder_capacity=4"):
+        cache = init_cache(both, 1, 4)
+        prefill(both, random_params(both), tokens_of(1, 1), np.ones(1, np.int32), cache, encoder_tokens=tokens_of(1, 7))

@@ -1,0 +1,189 @@
+"""Laws that hold of every architecture: causality, isolation of documents, gradients everywhere, scan = loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import InputError, ModelConfig, forward, init, sentence_embedding
+from model.layout import groups, layer_kinds, places
+from model.parameterization import names_of
+
+SEQ = 11
+
+
+def tokens_of(*shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).integers(1, 32, shape), jnp.int32)
+
+
+def inputs_of(config, batch):
+    """What a pass needs beside tokens."""
+    if config.stack == "encoder-decoder":
+        return {"encoder_tokens": tokens_of(batch, 7, seed=2), "encoder_segment_ids": jnp.ones((batch, 7), jnp.int32)}
+    return {"token_types": jnp.arange(batch * SEQ).reshape(batch, SEQ) % 2} if config.num_token_types else {}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, tokens, inputs):
+    return forward(config, params, tokens, **inputs).logits
+
+
+def test_causality(variant, random_params):
+    """No logit depends on a later token, by gradients through the input vectors; an encoder's do on every one.
+
+    A capacity or balance that looked at the whole row would show here too.
+    """
+    config = variant.replace(tie_embeddings=False)
+    params, tokens = random_params(config), jnp.arange(16, 16 + SEQ, dtype=jnp.int32)[None]
+    direction = np.random.default_rng(3).normal(size=config.vocab_size).astype(np.float32)
+    inputs = inputs_of(config, 1)
+    if "encoder_tokens" in inputs:  # tokens that the decoder has not: the table is shared
+        inputs["encoder_tokens"] = inputs["encoder_tokens"] % 16
+
+    def of_table(table):
+        changed = {**params, "embedding": {**params["embedding"], "tokens": table}}
+        return forward(config, changed, tokens, **inputs).logits[0] @ direction
+
+    jacobian = jax.jit(jax.jacrev(of_table))(params["embedding"]["tokens"])[:, tokens[0]]
+    strength = np.abs(jacobian).max(axis=-1)
+    future = np.triu(np.ones((SEQ, SEQ), bool), k=1)
+    if config.stack == "encoder":
+        assert (strength > 0).all()
+    else:
+        assert (strength[future] == 0).all()
+        assert (strength[np.eye(SEQ, dtype=bool)] > 0).all()
+
+
+def test_packed_documents_are_alone(variant, random_params):
+    """Two documents and padding in one row give what each gives in a row of its own."""
+    if variant.stack == "encoder-decoder":
+        pytest.skip("its documents are packed on both sides; see test_encoder_segments")
+    params, tokens = random_params(variant), tokens_of(1, SEQ)
+    segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]], jnp.int32)
+    packed = run(variant, params, tokens, {"segment_ids": segments})
+    for part in (slice(0, 4), slice(4, 9)):
+        alone = run(variant, params, tokens[:, part], {})
+        np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=2e-5)
+    assert np.isfinite(packed).all()
+
+
+def test_encoder_segments(random_params):
+    """Each decoder document sees only its own encoder document."""
+    config = ModelConfig(32, 16, 2, 2, stack="encoder-decoder", position="relative", max_seq_len=16)
+    params, source, target = random_params(config), tokens_of(1, 8, seed=2), tokens_of(1, 6)
+    packed = run(
+        config,
+        params,
+        target,
+        {
+            "encoder_tokens": source,
+            "encoder_segment_ids": jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]]),
+            "segment_ids": jnp.asarray([[1, 1, 2, 2, 2, 2]]),
+        },
+    )
+    first = run(config, params, target[:, :2], {"encoder_tokens": source[:, :3]})
+    second = run(config, params, target[:, 2:], {"encoder_tokens": source[:, 3:7]})
+    np.testing.assert_allclose(packed, np.concatenate([first, second], axis=1), rtol=0, atol=2e-5)
+
+
+def test_scan_is_the_loop_and_every_parameter_gets_a_gradient(variant, random_params):
+    params, tokens = random_params(variant), tokens_of(2, SEQ)
+    inputs = inputs_of(variant, 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(config, params):
+        def loss(params):
+            out = forward(config, params, tokens, **inputs, outputs=("hidden", "attention"))
+            extra = sum(value for name, value in out.auxiliary.items() if "loss" in name)
+            return jnp.mean(jax.nn.logsumexp(out.logits, axis=-1) ** 2) + extra, out
+
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return out, grads
+
+    (out, grads), looped = (run(variant.replace(scan_layers=flag), params) for flag in (True, False))
+    for a, b in zip(jax.tree.leaves((out, grads)), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+    assert out.hidden.shape == (variant.num_layers + 1, 2, SEQ, variant.d_model)
+    assert out.attention.shape == (variant.num_layers, 2, variant.num_heads, SEQ, SEQ)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        name = "/".join(names_of(path))
+        assert np.isfinite(grad).all(), name
+        if name.endswith("selection_bias"):
+            assert (grad == 0).all(), "it is set by rule, not by gradient"
+        elif not name.endswith("key/bias"):  # softmax does not see what is added to every key alike
+            layers = len(grad) if "layers" in name else 1
+            assert (np.abs(np.asarray(grad)).reshape(layers, -1).max(axis=1) > 1e-9).all(), name
+
+
+def test_layers_stand_where_the_layout_says(variant):
+    """Stacks hold every layer once, in order; groups run every layer once, in order."""
+    shapes = jax.eval_shape(functools.partial(init, variant), jax.random.key(0))
+    for encoder in (False, True) if variant.stack == "encoder-decoder" else (False,):
+        kinds, where = layer_kinds(variant, encoder), places(variant, encoder)
+        layers = (shapes["encoder"] if encoder else shapes)["layers"]
+        for name, stack in layers.items():
+            assert {leaf.shape[0] for leaf in jax.tree.leaves(stack)} == {sum(n == name for n, _ in where)}
+            assert [i for n, i in where if n == name] == list(range(len([n for n, _ in where if n == name])))
+        assert [kind.name for kind in kinds] == [name for name, _ in where]
+        run = [kind for group in groups(kinds) for kind in group.kinds * group.repeats]
+        assert tuple(run) == kinds
+
+
+def test_a_long_pattern_is_few_groups():
+    config = ModelConfig(32, 16, 26, 2, sliding_window=4, layer_pattern=("local",) * 5 + ("global",), max_seq_len=16)
+    assert [(g.first, len(g.kinds), g.repeats) for g in groups(layer_kinds(config))] == [(0, 6, 4), (24, 1, 2)]
+
+
+@pytest.mark.parametrize("head", ["classifier", "scalar", "none"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_other_heads(head, stack, random_params):
+    """Padding changes no answer; shapes are as documented."""
+    config = ModelConfig(
+        32, 16, 2, 2, stack=stack, head=head, num_labels=3, head_bias=True, pooler=stack == "encoder", max_seq_len=16
+    )
+    params, tokens = random_params(config), tokens_of(2, SEQ)
+    short = forward(config, params, tokens[:, :6], outputs=("hidden",))
+    segments = jnp.asarray(np.arange(SEQ) < 6, jnp.int32)[None].repeat(2, axis=0)
+    padded = forward(config, params, tokens, segment_ids=segments)
+    if head == "none":
+        assert padded.logits is None
+        vectors = sentence_embedding(config, params, tokens, segments)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, rtol=1e-5)
+        alone = sentence_embedding(config, params, tokens[:, :6])
+        np.testing.assert_allclose(vectors, alone, rtol=0, atol=1e-5)
+    elif head == "classifier":
+        assert padded.logits.shape == (2, 3)
+        np.testing.assert_allclose(padded.logits, short.logits, rtol=0, atol=1e-5)
+    else:
+        assert padded.logits.shape == (2, SEQ)
+        np.testing.assert_allclose(padded.logits[:, :6], short.logits, rtol=0, atol=1e-5)
+
+
+def test_inputs_that_do_not_belong_are_refused(random_params):
+    decoder = ModelConfig(32, 16, 1, 2, max_seq_len=16)
+    both = decoder.replace(stack="encoder-decoder", position="relative")
+    tokens = tokens_of(1, 4)
+    with pytest.raises(InputError, match="takes no encoder_tokens"):
+        forward(decoder, random_params(decoder), tokens, encoder_tokens=tokens)
+    with pytest.raises(InputError, match="needs encoder_tokens"):
+        forward(both, random_params(both), tokens)
+    with pytest.raises(InputError, match="num_token_types=0"):
+        forward(decoder, random_params(decoder), tokens, token_types=tokens)
+    with pytest.raises(InputError, match="encoder's sequence of 17"):
+        forward(both, random_params(both), tokens, encoder_tokens=tokens_of(1, 17))
+
+
+def test_depth_does_not_grow_the_program():
+    """Compile time follows the program's text: under scan 48 layers are as long as 4."""
+    config = ModelConfig(32, 16, 4, 2, max_seq_len=16)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def length(layers):
+        deep = config.replace(num_layers=layers)
+        shapes = jax.eval_shape(functools.partial(init, deep), jax.random.key(0))
+        loss = lambda params: jnp.sum(forward(deep, params, tokens).logits)
+        return len(jax.jit(jax.grad(loss)).lower(shapes).as_text())
+
+    assert length(48) < 1.02 * length(4)
