@@ -1,4 +1,4 @@
-"""`isoflop eval`: the loss of a trained run."""
+"""`isoflop eval`: the loss of a trained model."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from experiments.commands.options import JsonFile
 
 
 def evaluate(
-    run: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[Path],
     *,
     data: Path,
+    tokenizer: Path | None = None,
     seq_len: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
@@ -20,9 +21,12 @@ def evaluate(
 
     Example: isoflop eval runs/first --data data/sotu
 
+    A model with another tokenizer than the data's reads the same text, encoded with its own: compare bits per byte.
+
     Args:
-        run: A run directory.
-        data: A folder made by `isoflop data prepare`, with the model's own tokenizer.
+        model: A run directory, a Hugging Face folder or a GGUF file.
+        data: A folder made by `isoflop data prepare`.
+        tokenizer: The model's tokenizer, where none stands beside it.
         seq_len: Tokens per row; the model's context by default.
         max_tokens: Use only the first so many tokens of the split.
         batch_size: Rows per step.
@@ -30,12 +34,21 @@ def evaluate(
     """
     from experiments.commands.options import write_document
     from experiments.evaluate.loss import evaluate as measure
-    from train import load_run
+    from experiments.models import open_model
 
-    config, params = load_run(run)
-    values = measure(config, params, data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
+    opened = open_model(model, tokenizer or (data if (model / "run.json").is_file() else None))
+    values = measure(
+        opened.config,
+        opened.params,
+        data,
+        tokenizer=opened.need_tokenizer(),
+        batch_size=batch_size,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+    )
     write_document(json, values)
     print(
         f"loss {values['loss']:.4f} nats per token, perplexity {values['perplexity']:.2f}, "
-        f"{values['bits_per_byte']:.4f} bits per byte over {values['tokens']:,} tokens"
+        f"{values['bits_per_byte']:.4f} bits per byte over {values['tokens']:,} tokens "
+        f"({values['bytes']:,} bytes) in rows of {values['seq_len']:,}"
     )

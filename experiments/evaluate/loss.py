@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 
 from model import ModelConfig, Params
 from model.errors import InputError
+from model.tokenizer import Tokenizer, load_tokenizer
 from train import eval_step
-from train.data import load_manifest, validation_batches
+from train.data import batches_in_order, load_manifest, validation_batches
+from train.data.loader import Batch
+from train.data.shards import TokenShards
+from train.files import file_sha256
 from train.progress import progress_bar
 
 
@@ -20,19 +25,67 @@ def evaluate(
     params: Params,
     data: str | Path,
     *,
+    tokenizer: Tokenizer | None = None,
     batch_size: int = 8,
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """{"loss" (nats per token), "perplexity", "bits_per_byte", "tokens"}; seq_len None: the model's context.
+    """{"loss" (nats per token), "perplexity", "bits_per_byte", "tokens", "bytes", "seq_len"}.
 
-    bits_per_byte = loss / ln 2 / bytes per token of the validation split: it compares models across tokenizers.
+    seq_len None: the model's context. tokenizer: the model's; where it is not the one that made the data, the split's
+    documents are encoded with it. bits_per_byte compares models across tokenizers: all nats over all bytes of text,
+    the documents' end tokens being predicted too.
     """
+    if config.head != "language-model" or config.stack != "decoder":
+        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text")
     manifest = load_manifest(data)
-    if manifest.vocab_size > config.vocab_size:
-        raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")
     seq_len = seq_len or config.max_seq_len
-    batches = validation_batches(data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
+    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
+        batches, bytes_per_token = _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)
+    else:
+        if manifest.vocab_size > config.vocab_size:
+            raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")
+        batches = validation_batches(data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
+        bytes_per_token = manifest.splits["validation"].bytes_per_token
+    nats, tokens = _sums(config, params, batches)
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "tokens": int(tokens),
+        "bytes": round(tokens * bytes_per_token),
+        "seq_len": seq_len,
+    }
+
+
+def validation_texts(data: str | Path) -> list[str]:
+    """The documents of the validation split, as they were before they were encoded."""
+    shards = TokenShards(data, "validation")
+    tokens = shards.windows(np.array([0]), len(shards))[0]
+    tokenizer = load_tokenizer(data)
+    ends = np.flatnonzero(tokens == shards.eos_id)
+    return [tokenizer.decode(part[part != shards.eos_id].tolist()) for part in np.split(tokens, ends + 1) if len(part)]
+
+
+def _encoded_anew(
+    data: str | Path, tokenizer: Tokenizer, batch_size: int, seq_len: int, max_tokens: int | None
+) -> tuple[list[Batch], float]:
+    """(batches of the split in this tokenizer's ids, its bytes per token), an end token after each document."""
+    texts = validation_texts(data)
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    encoded = [np.array([*ids, *end], np.int32) for ids in tokenizer.encode_batch(texts)]
+    stretch = np.concatenate(encoded)
+    bytes_per_token = sum(len(text.encode()) for text in texts) / len(stretch)
+    # A model that was trained with a begin token before everything wants one before each row.
+    around = tokenizer.encode("a", add_special_tokens=True)
+    first = tokenizer.bos_id if around[:1] == [tokenizer.bos_id] else None
+    predicted = stretch if max_tokens is None else stretch[: max_tokens + (first is None)]
+    return batches_in_order(predicted, batch_size, seq_len, first), bytes_per_token
+
+
+def _sums(config: ModelConfig, params: Params, batches: Sequence[Batch]) -> tuple[float, float]:
+    """(nats, predicted tokens) over all batches."""
     step = jax.jit(functools.partial(eval_step, config))
     sums = []
     with progress_bar("evaluating", len(batches)) as advance:
@@ -41,11 +94,4 @@ def evaluate(
             sums.append((float(metrics["loss"]) * float(metrics["loss_tokens"]), float(metrics["loss_tokens"])))
             advance()
     nats, tokens = np.sum(sums, axis=0)
-    loss = float(nats / tokens)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / manifest.splits["validation"].bytes_per_token,
-        "tokens": int(tokens),
-        "seq_len": seq_len,
-    }
+    return float(nats), float(tokens)

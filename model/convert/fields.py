@@ -15,7 +15,10 @@ class Entry(Protocol):
     """Both directions of a part of the configuration."""
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """Fields of ModelConfig; `raw` has the defaults of all `Field`s in it. Raises InputError where the file asks for what isoflop does not have."""
+        """Fields of ModelConfig; `raw` has the defaults of all `Field`s in it.
+
+        Raises InputError where the file asks for what isoflop does not have.
+        """
 
     def write(self, config: ModelConfig) -> Raw:
         """Keys of config.json. Whether they say all that the config says, the caller finds out by reading them."""
@@ -116,11 +119,15 @@ def activation_name(ours: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """The activation function. `instead`: names that this family takes for another function; `spellings`: of the key."""
+    """The activation function.
+
+    spellings: further keys, of which the first that is given counts before `theirs`. instead: names that this family
+    takes for another function.
+    """
 
     theirs: str
     default: str
-    spellings: tuple[str, ...] = ()  # further keys, of which the first that is given counts before `theirs`
+    spellings: tuple[str, ...] = ()
     instead: tuple[tuple[str, str], ...] = ()
 
     def read(self, raw: Raw) -> dict[str, Any]:
@@ -177,7 +184,7 @@ class Heads:
         name = next((name for name, values in self.classes.items() if values["head"] == config.head), None)
         if name is None:
             return {"architectures": [next(iter(self.classes))]}
-        labels = {}
+        labels: Raw = {}
         if config.head == "classifier":
             names = [f"LABEL_{index}" for index in range(config.num_labels)]
             labels = {"id2label": {str(i): name for i, name in enumerate(names)}}
@@ -229,7 +236,9 @@ class Windows:
             window = None
         types = raw.get("layer_types") or self.types(raw, layers)
         if len(types) != layers or set(types) - {SLIDING, FULL}:
-            raise InputError(f"layer_types={types!r} is not supported; isoflop reads {SLIDING} and {FULL} for each layer")
+            raise InputError(
+                f"layer_types={types!r} is not supported; isoflop reads {SLIDING} and {FULL} for each layer"
+            )
         if window is None or SLIDING not in types:
             return {"sliding_window": None}
         if not self.listed and FULL in types:

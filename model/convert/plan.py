@@ -103,13 +103,15 @@ def _target(leaf: str, numbers: dict[str, int], config: ModelConfig) -> tuple[Le
 
 
 def _step(name: str, row: Row, targets: list[tuple[Leaf, tuple[int, ...]]], shapes: Shapes) -> Step:
-    parts, start, inner = [], 0, ()
+    parts: list[Part] = []
+    start = 0
+    inner: tuple[int, ...] = ()
     for leaf, index in targets:
         inner = shapes[leaf][len(index) :]
         width = inner[-1] if inner else 1
         parts.append(Part(leaf, index, start, start + width))
         start += width
-    shape = (*inner[:-1], start)
+    shape: tuple[int, ...] = (*inner[:-1], start)
     if row.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
     return Step(name, row, shape, tuple(parts))

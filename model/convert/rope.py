@@ -25,8 +25,7 @@ _KEYS = {
 _KEYS_OF = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
-    + ("mscale", "mscale_all_dim", "truncate"),
+    "yarn": tuple(key for key in _KEYS if not key.endswith("_freq_factor")),
 }
 
 
@@ -115,7 +114,9 @@ class RopePerReach:
         whole = {**(nested.get(FULL) or {}), **(raw.get("rope_scaling") or {})}
         local = nested.get(SLIDING) or {}
         if local.get("rope_type", "default") != "default":
-            raise InputError(f"rope type {local['rope_type']!r} of {SLIDING} layers is not supported; it must be default")
+            raise InputError(
+                f"rope type {local['rope_type']!r} of {SLIDING} layers is not supported; it must be default"
+            )
         return {
             "rope_base": whole.get("rope_theta", raw.get("rope_theta", self.theta)),
             "rope_scaling": read_scaling(whole, raw, tuple(_KEYS_OF)),

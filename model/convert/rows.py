@@ -14,7 +14,7 @@ class Row:
     an expert, in ours and theirs alike. A row counts for a model that has its leaves and for which `when` holds.
     transposed: it is stored (out, in), as torch's Linear is. outside: not a part of the base model, so that its name
     has no prefix. optional: never written, and read only from files that have the name, in place of what else would
-    fill its leaves. permuted: GGUF's order of rotary rows. offset: GGUF stores norms with this added.
+    fill its leaves.
     """
 
     ours: tuple[str, ...]
@@ -22,8 +22,6 @@ class Row:
     transposed: bool = False
     outside: bool = False
     optional: bool = False
-    permuted: bool = False
-    offset: float = 0.0
     when: Callable[[ModelConfig], bool] = lambda config: True
 
     def replace(self, **changes) -> "Row":

@@ -112,7 +112,7 @@ def write_tensors(
             filled = 0
         shards[-1].append(name)
         filled, total = filled + size, total + size
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})

@@ -20,7 +20,6 @@ ROUTERS = {
     "mixtral": Experts(COUNT, 2, D_FF, router="softmax_of_chosen"),
     "qwen3": Experts(COUNT, 3, D_FF),
     "qwen2": Experts(COUNT, 3, D_FF, normalise=False, shared_d_ff=10, shared_gate=True),
-    "deepseek-v2-lite": Experts(COUNT, 3, D_FF, normalise=False, shared_d_ff=10),
     "deepseek-v2": Experts(COUNT, 3, D_FF, normalise=False, scale=1.7, groups=4, top_groups=2, shared_d_ff=10),
     "deepseek-v3": Experts(
         COUNT,
@@ -42,8 +41,13 @@ def config_of(experts, **changes):
     return ModelConfig(vocab_size=8, d_model=D_MODEL, num_layers=2, num_heads=2, experts=experts, **changes)
 
 
-@functools.cache
 def params_of(config, seed=0):
+    experts = config.experts.replace(dispatch="dropless", capacity_factor=1.0)  # neither changes a shape
+    return random_params_of(config.replace(experts=experts), seed)
+
+
+@functools.cache
+def random_params_of(config, seed):
     shapes = jax.eval_shape(ExpertFeedForward(config).init, jax.random.key(0), jnp.zeros((1, 2, D_MODEL)))
     random = np.random.default_rng(seed)
     draw = lambda leaf: (0.5 * random.normal(size=leaf.shape)).astype(np.float32)
@@ -191,7 +195,7 @@ def dispatch_case(count, top_k, size, seed=0):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("count", "top_k", "size"), [(4, 2, 61), (16, 3, 5), (1, 1, 9)])
+@pytest.mark.parametrize(("count", "top_k", "size"), [(4, 2, 61), (16, 3, 5)])
 def test_every_form_is_the_dense_one(form, count, top_k, size):
     x, chosen, gates, weights = dispatch_case(count, top_k, size)
     real = jnp.ones(size, bool)
@@ -410,8 +414,9 @@ def test_router_z_loss_and_expert_use():
 # ---- gradients and precision
 
 
-@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2", "deepseek-v3"])
+@pytest.mark.parametrize(
+    ("name", "dispatch"), [("mixtral", "capacity"), ("qwen2", "dropless"), ("deepseek-v3", "capacity")]
+)
 def test_gradients_reach_every_parameter_but_the_selection_bias(name, dispatch):
     config = config_of(ROUTERS[name].replace(dispatch=dispatch))
     params = params_of(config)

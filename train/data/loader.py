@@ -76,21 +76,31 @@ def validation_batches(
         raise InputError(f"max_tokens={max_tokens} must be at least 1")
     available = len(shards) - 1
     predicted = available if max_tokens is None else min(max_tokens, available)
-    shape = (-(-predicted // (batch_size * seq_len)), batch_size, seq_len)
-    stretch = shards.windows(np.array([0]), predicted + 1)[0]
-    mask = _padded(np.ones(predicted, np.float32), shape)
-    tokens, targets = _padded(stretch[:-1], shape), _padded(stretch[1:], shape)
-    batches: list[Batch] = []
-    for i in range(shape[0]):
-        batch = {"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]}
-        if segment_documents:
-            real = mask[i] > 0
-            more = segments(tokens[i], shards.eos_id)
-            more["loss_mask"] = more["loss_mask"] * mask[i]
-            more["segment_ids"] = np.where(real, more["segment_ids"], 0).astype(np.int32)
-            batch |= more
-        batches.append(batch)
+    batches = batches_in_order(shards.windows(np.array([0]), predicted + 1)[0], batch_size, seq_len)
+    for batch in batches if segment_documents else ():
+        real = batch["loss_mask"]
+        batch |= segments(batch["tokens"], shards.eos_id)
+        batch["loss_mask"] = batch["loss_mask"] * real
+        batch["segment_ids"] = np.where(real > 0, batch["segment_ids"], 0).astype(np.int32)
     return batches
+
+
+def batches_in_order(
+    stretch: Int32[np.ndarray, " tokens"], batch_size: int, seq_len: int, first: int | None = None
+) -> list[Batch]:
+    """Every token of a stretch predicted once, from what stands before it in its row; the last batch is padded.
+
+    first: a token put before each row, as models with a begin token expect; None: rows overlap by one token instead,
+    and the stretch's first token is not predicted.
+    """
+    targets = stretch[1:] if first is None else stretch
+    shape = (-(-len(targets) // (batch_size * seq_len)), batch_size, seq_len)
+    mask, targets = _padded(np.ones(len(targets), np.float32), shape), _padded(targets, shape)
+    if first is None:
+        tokens = _padded(stretch[:-1], shape)
+    else:
+        tokens = np.concatenate([np.full_like(targets[..., :1], first), targets[..., :-1]], axis=-1)
+    return [{"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]} for i in range(shape[0])]
 
 
 def segments(tokens: Int32[np.ndarray, "batch seq"], eos_id: int) -> Batch:

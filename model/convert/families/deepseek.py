@@ -61,7 +61,7 @@ class _LatentSizes:
         }
 
 
-def _placement(raw: Raw, first: int) -> dict[str, int]:
+def _placement(raw: Raw, first: int) -> dict[str, Any]:
     """Experts from the first multiple of moe_layer_freq that is not before first_k_dense_replace."""
     every, first = raw.get("moe_layer_freq", 1), raw.get("first_k_dense_replace", first)
     return {"first_layer": -(-first // every) * every, "every": every}

@@ -1,7 +1,8 @@
 """Gemma 1, 2 and 3 (its text part)."""
 
-from model.convert.family import Family
+from model.config import ModelConfig
 from model.convert.families.llama import ATTENTION, FEED_FORWARD, NORMS, layers
+from model.convert.family import Family
 from model.convert.fields import (
     FULL,
     SLIDING,
@@ -16,7 +17,6 @@ from model.convert.fields import (
     Written,
     decoder_heads,
 )
-from model.config import ModelConfig
 from model.convert.rope import Rope, RopePerReach
 from model.convert.rows import norm
 
@@ -106,7 +106,7 @@ GEMMA2 = Family(
 
 
 def _every_sixth_global(raw: Raw, layers: int) -> list[str]:
-    period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+    period = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
     return [SLIDING if (index + 1) % period else FULL for index in range(layers)]
 
 

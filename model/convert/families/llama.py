@@ -171,7 +171,7 @@ class _QwenExperts:
         step = raw.get("decoder_sparse_step", 1)
         return {
             "experts": Experts(
-                count=raw.get("num_local_experts", raw.get("num_experts", 128)),
+                count=raw["num_local_experts"] if "num_local_experts" in raw else raw.get("num_experts", 128),
                 top_k=raw.get("num_experts_per_tok", 8),
                 d_ff=raw.get("moe_intermediate_size", 768),
                 normalise=raw.get("norm_topk_prob", False),

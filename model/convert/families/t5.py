@@ -14,8 +14,8 @@ class _FeedForward:
     """feed_forward_proj: "relu", "gated-gelu" (which means its tanh form) and so on."""
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        given = raw.get("feed_forward_proj", "relu")
-        name = {"gated-gelu": "gated-gelu_new"}.get(given, given)
+        given = str(raw.get("feed_forward_proj", "relu"))
+        name = "gated-gelu_new" if given == "gated-gelu" else given
         gated = name.startswith("gated-")
         return {"gated": gated, "activation": activation(name.removeprefix("gated-"), "feed_forward_proj")}
 

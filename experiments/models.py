@@ -1,0 +1,69 @@
+"""Open whatever holds a trained model: a run of ours, a Hugging Face folder, a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from model import ModelConfig, Params
+    from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was opened; tokenizer: None where none stands beside it."""
+
+    path: Path
+    config: "ModelConfig"
+    params: "Params"
+    tokenizer: "Tokenizer | None"
+
+    def need_tokenizer(self) -> "Tokenizer":
+        """The tokenizer, or an InputError that says how to give one."""
+        if self.tokenizer is None:
+            raise InputError(f"no tokenizer stands beside {self.path}; give one with --tokenizer")
+        return self.tokenizer
+
+
+def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
+    """Open a run directory, a folder with config.json and safetensors, or a .gguf file.
+
+    tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own. Raises InputError.
+    """
+    from model.convert import load_gguf, load_hf
+    from train import load_run
+
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
+    if path.suffix == ".gguf":
+        config, params = load_gguf(path)
+    elif (path / "run.json").is_file():
+        config, params = load_run(path)
+    elif (path / "config.json").is_file():
+        config, params = load_hf(path)
+    else:
+        raise InputError(
+            f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) "
+            "or a .gguf file"
+        )
+    return Model(path, config, params, open_tokenizer(path, tokenizer))
+
+
+def open_tokenizer(path: Path, given: str | Path | None = None) -> "Tokenizer | None":
+    """The tokenizer given, else that of the data a run was trained on, else the one beside the weights, else None."""
+    from model.tokenizer import load_tokenizer
+    from train.run import read_record
+
+    if given is not None:
+        return load_tokenizer(given)
+    if (path / "run.json").is_file():
+        folder = Path(read_record(path).get("data") or "")
+        if not folder.is_dir():
+            raise InputError(f"the data folder of {path}, {folder}, is gone; give its tokenizer with --tokenizer")
+        return load_tokenizer(folder)
+    names = ("tokenizer.json", "tokenizer.model")
+    beside = path.suffix == ".gguf" or any((path / name).is_file() for name in names)
+    return load_tokenizer(path) if beside else None
