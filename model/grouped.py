@@ -5,7 +5,7 @@ Three forms of the same product, for three kinds of machine:
 - `loop_product`: blocks of rows in turn, each with its group's matrix read in place. A CPU is busy with one product of
   a block, and gathering matrices first costs it more than the products.
 - `batched_product`: all blocks at once, each with its own copy of its group's matrix. For GPUs, which need the
-  parallel work, and where XLA has no kernel for ragged products: it would multiply every row with every matrix.
+  parallel work, and on which jaxlib 0.10 expands a ragged product to one of every row with every matrix.
 - `ragged_product`: `jax.lax.ragged_dot`, rows sorted by group without padding. TPUs have a kernel for it.
 
 Autodiff would give the loop a gradient of all matrices per block, and `ragged_dot` cannot be `vmap`ped after it was
@@ -41,7 +41,7 @@ def batched_product(
 
 
 def _with_rules(
-    times: Product, times_transposed: Product, outer: Product, lanes_of_groups: Callable, share_weights: bool
+    times: Product, times_transposed: Product, outer: Callable, lanes_of_groups: Callable, share_weights: bool
 ) -> Product:
     """`times` with rules for reverse mode and `vmap`.
 

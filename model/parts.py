@@ -113,8 +113,8 @@ class Experts(Part):
     ("max", DeepSeek-V2) or their two best ("top2", V3).
     first_layer, every, dense_layers: layer i has experts where i ≥ first_layer, (i − first_layer) is a multiple of
     `every` and i is not in dense_layers. dispatch: "dropless", or "capacity": an expert takes at most
-    capacity_factor · tokens · top_k / count tokens of a batch and drops the rest (training only; inference is
-    dropless).
+    capacity_factor · tokens · top_k / count tokens of a batch and drops the rest (in passes over whole rows;
+    evaluation and decoding are dropless).
     """
 
     count: int

@@ -11,14 +11,15 @@ import numpy as np
 from model.errors import InputError, UnknownNameError
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
-Optimizer = Literal["adamw"]
+Optimizer = Literal["adamw", "sgd", "muon"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The static half: shapes and the choice of program.
 
-    batch_size: rows per step. seq_len: tokens per row. dropout: whether dropout is compiled in at all.
+    batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. dropout: whether dropout
+    is compiled in at all.
     segment_documents: whether packed documents attend only to themselves.
     """
 
@@ -58,6 +59,7 @@ class HParams:
     """The traced half: every leaf a strong float32 or int32 scalar, so that no weak type doubles a compile.
 
     learning_rate: the schedule's peak. weight_decay: decoupled, times the learning rate; matrices only.
+    beta1, beta2, epsilon: Adam's; beta1 is also the momentum of "sgd" and "muon".
     warmup_steps: linear from 0. total_steps: the schedule's horizon; 0: the steps that `train` is asked for.
     decay_fraction: the last part of a "wsd" schedule, falling linearly. final_fraction: rate at the horizon
     over the peak. clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².

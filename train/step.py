@@ -54,7 +54,9 @@ def train_step(
 
 
 def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
-    """{"loss", "loss_tokens"} of one batch, without dropout."""
+    """{"loss", "loss_tokens"} of one batch, without dropout; no expert drops a token."""
+    if config.experts is not None:
+        config = config.replace(experts=config.experts.replace(dispatch="dropless"))
     _, metrics = loss_and_metrics(config, params, batch)
     return {"loss": metrics["loss"], "loss_tokens": metrics["loss_tokens"]}
 

@@ -88,8 +88,19 @@ def _scaling(data: Metadata) -> RopeScaling | None:
         return None
     if kind not in ("linear", "yarn"):
         raise InputError(f"rope.scaling.type={kind!r} is not supported; isoflop reads none, linear and yarn")
-    original = data.get("rope.scaling.original_context_length", 0) if kind == "yarn" else 0
-    return RopeScaling(kind, data.get("rope.scaling.factor"), original_max_seq_len=original)
+    factor = data.get("rope.scaling.factor")
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if data.get(f"rope.scaling.{key}", 1.0) != 1:
+            raise InputError(f"rope.scaling.{key}={data.get(f'rope.scaling.{key}')} is not supported; it must be 1")
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_seq_len=data.get("rope.scaling.original_context_length"),
+        beta_fast=data.get("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=data.get("rope.scaling.yarn_beta_slow", 1.0),
+    )
 
 
 def _experts(data: Metadata, width_key: str) -> dict[str, Any]:

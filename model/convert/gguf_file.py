@@ -1,5 +1,6 @@
 """GGUF files, as llama.cpp writes them: weights of any of its types, dequantised."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     _check_tensors(file, plan, shapes)
     places = Places(shapes_of(config), dtype, mesh)
     for step in plan:
-        places.write(step, _undo(architecture, config, step, tensors[step.name].read()))
+        places.write(step, functools.partial(_read, architecture, config, step, tensors[step.name]))
     return config, places.tree()
 
 
@@ -110,9 +111,9 @@ def _check_tensors(file: Path, plan: list[Step], shapes: dict[str, tuple[int, ..
             raise InputError(f"{file} holds the tensor {name}, which its architecture does not have")
 
 
-def _undo(architecture: Architecture, config: ModelConfig, step: Step, tensor: np.ndarray) -> np.ndarray:
+def _read(architecture: Architecture, config: ModelConfig, step: Step, stored: _Tensor) -> np.ndarray:
     """The tensor as Hugging Face has it: halves of a head apart, norms without the one that is added."""
-    leaf = step.parts[0].leaf
+    tensor, leaf = stored.read(), step.parts[0].leaf
     if architecture.plus_one and leaf[-1] == "scale":
         return tensor - 1
     if architecture.permuted and leaf[-2] in ("query", "key") and len(step.parts) == 1:

@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and safetensors ↔ ModelConfig and parameters."""
 
+import functools
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     _check_tensors(folder, family, config, plan, tensors, names)
     places = Places(shapes, dtype, mesh)
     for step in plan:
-        places.write(step, tensors.read(names[step.name]))
+        places.write(step, functools.partial(tensors.read, names[step.name]))
     return config, places.tree()
 
 
@@ -91,6 +92,8 @@ def save_hf(
         write_tensors(partial, sizes, lambda name: _gather(plan[name], leaves), shard_bytes)
         _write_json(partial / "config.json", {**raw, "dtype": dtype, "torch_dtype": dtype, **_WRITTEN_BY})
         _write_json(partial / "generation_config.json", _generation_config(raw))
+        for file in partial.glob("model*.safetensors"):
+            shutil.copymode(partial / "config.json", file)  # safetensors lets only the owner read
         for file in kept:
             shutil.copy2(file, partial / file.name) if file.is_file() else shutil.copytree(file, partial / file.name)
         _swap(partial, folder)
@@ -143,10 +146,11 @@ def _check_tensors(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{folder} lacks the tensor {missing[0]}{more}, which its config.json asks for")
-    for base, name in names.items():
-        if base in wanted and tensors.shapes[name] != wanted[base].shape:
-            got, expected = list(tensors.shapes[name]), list(wanted[base].shape)
+    for base, step in wanted.items():
+        name, expected = names[base], list(step.shape)
+        if (got := list(tensors.shapes[name])) != expected:
             raise InputError(f"the tensor {name} in {folder} has shape {got}; its config.json asks for {expected}")
+    for base, name in names.items():
         if base not in wanted and not _is_superfluous(base, family, config):
             raise InputError(f"{folder} holds the tensor {name}, which model_type {family.model_type!r} does not have")
 

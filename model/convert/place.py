@@ -1,6 +1,7 @@
 """Filling stacks of layers on the devices, one tensor at a time, each piece going straight to its shard."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from model.convert.plan import Leaf, Shapes, Step
+from model.convert.plan import Leaf, Part, Shapes, Step
 from model.sharding import weight_sharding
 
 
@@ -24,19 +25,27 @@ class Places:
         self.shapes, self.dtype, self.mesh = shapes, jnp.dtype(dtype), mesh
         self.leaves: dict[Leaf, Array] = {}
 
-    def write(self, step: Step, tensor: Shaped[np.ndarray, "..."]) -> None:
-        """Put one tensor of the file into the leaves that hold its parts."""
-        for part in step.parts:
-            piece = tensor if len(step.parts) == 1 else _cut(tensor, part.start, part.stop, step.axis)
-            self._write(part.leaf, part.index, piece, step.row.transposed)
+    def write(self, step: Step, read: Callable[[], Shaped[np.ndarray, "..."]]) -> None:
+        """Put the tensor that `read` gives into the leaves that hold its parts."""
+        for part, value in zip(step.parts, self._pieces(step, read()), strict=True):
+            self._write(part, value, step.row.transposed)
 
     def tree(self) -> dict:
         """The finished parameters."""
         return traverse_util.unflatten_dict(self.leaves)
 
-    def _write(self, leaf: Leaf, index: tuple[int, ...], piece: np.ndarray, transposed: bool) -> None:
-        sharding = self._sharding(leaf)
-        value = jax.device_put(piece, None if sharding is None else _of_piece(sharding, piece.ndim, transposed))
+    def _pieces(self, step: Step, tensor: np.ndarray) -> list[Array]:
+        """The parts on the devices. The host's tensor is free when this returns, before room is made for a leaf."""
+        values = []
+        for part in step.parts:
+            piece = tensor if len(step.parts) == 1 else _cut(tensor, part.start, part.stop, step.axis)
+            sharding = self._sharding(part.leaf)
+            of_piece = None if sharding is None else _of_piece(sharding, piece.ndim, step.row.transposed)
+            values.append(jax.device_put(piece, of_piece))
+        return jax.block_until_ready(values)
+
+    def _write(self, part: Part, value: Array, transposed: bool) -> None:
+        leaf, index, sharding = part.leaf, part.index, self._sharding(part.leaf)
         if not index:
             self.leaves[leaf] = _convert(value, transposed, self.dtype, sharding)
         else:

@@ -30,9 +30,9 @@ def read_json(file: Path) -> dict:
 class TensorFolder:
     """The tensors of model.safetensors, or of the shards that its index names, by their names in the files.
 
-    Files are mapped only while one tensor is copied out of them, so that reading a model takes no more memory than
-    its largest tensor. Raises InputError on a folder without such files, on a file that is cut off or no safetensors
-    file, and on an index that does not agree with its files.
+    Files are read and not mapped, so that no more of them is in memory than the one tensor. Raises InputError on a
+    folder without such files, on a file that is cut off or no safetensors file, and on an index that does not agree
+    with its files.
     """
 
     def __init__(self, folder: Path):
@@ -80,7 +80,7 @@ def _open(file: Path):
     import safetensors
 
     try:
-        return safetensors.safe_open(str(file), framework="np")
+        return safetensors.safe_open(str(file), framework="np", backend="pread")
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file} is cut off or not a safetensors file: {error}") from None
 

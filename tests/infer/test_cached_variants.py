@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -102,6 +101,6 @@ def test_what_cannot_generate_says_so(random_params):
     with pytest.raises(InputError, match="does not generate"):
         generate(config, random_params(config), [[1]])
     both = ModelConfig(32, 16, 1, 2, stack="encoder-decoder", position="relative", max_seq_len=16)
+    params, cache = random_params(both), init_cache(both, 1, 4)
     with pytest.raises(InputError, match="encoder_capacity=4"):
-        cache = init_cache(both, 1, 4)
-        prefill(both, random_params(both), tokens_of(1, 1), np.ones(1, np.int32), cache, encoder_tokens=tokens_of(1, 7))
+        prefill(both, params, tokens_of(1, 1), np.ones(1, np.int32), cache, encoder_tokens=tokens_of(1, 7))

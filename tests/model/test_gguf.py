@@ -1,0 +1,270 @@
+"""GGUF files give the model of the Hugging Face folder that they were made from.
+
+The files are written here as llama.cpp's converter writes them, with the gguf library's own table of tensor names.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from model import Experts, InputError, ModelConfig
+from model.convert import convert, load_gguf, load_hf, save_hf
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
+
+
+def write_gguf(folder, file, architecture, extra=None, quantise=None):
+    """The model of a Hugging Face folder as a GGUF file; `extra`: metadata beside what all architectures have."""
+    raw = json.loads((folder / "config.json").read_text())
+    config, _ = load_hf(folder)
+    tensors = {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_layers)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.num_heads)
+    if architecture == "gpt2":
+        writer.add_layer_norm_eps(config.norm_epsilon)
+    else:
+        writer.add_head_count_kv(config.num_kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.norm_epsilon)
+        writer.add_rope_freq_base(config.rope_base)
+        writer.add_rope_dimension_count(config.rotary_dim)
+    writer.add_eos_token_id(raw["eos_token_id"])
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.top_k)
+    for key, value in (extra or {}).items():
+        (
+            writer.add_string
+            if isinstance(value, str)
+            else writer.add_float32
+            if isinstance(value, float)
+            else writer.add_uint32
+        )(f"{architecture}.{key}", value)
+    for name, value in as_llama_cpp_has_them(tensors, config, architecture).items():
+        stem, suffix = name.rsplit(".", 1)
+        ours = names.get_name(stem) if name != "rope_freqs.weight" else stem
+        assert ours is not None, name
+        kind = quantise if quantise is not None and value.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(value, kind) if quantise is not None else value
+        writer.add_tensor(f"{ours}.{suffix}", np.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def as_llama_cpp_has_them(tensors, config, architecture):
+    """What its converter changes: rotary rows, Conv1D, norms of Gemma, experts in one tensor."""
+    changed = {}
+    for name, value in tensors.items():
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_heads if "q_proj" in name else config.num_kv_heads
+            halves = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:])
+            value = halves.swapaxes(1, 2).reshape(value.shape)
+        if architecture == "gpt2" and ".c_" in name:
+            value = value.T
+        if architecture.startswith("gemma") and "norm" in name:
+            value = value + 1
+        changed[name] = value
+    for letter, which in {"w1": "gate", "w2": "down", "w3": "up"}.items():
+        for block in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
+            old, new = f"{letter}.weight", f"{which}_proj.weight"
+            keys = [name for name in changed if name.startswith(f"{block}.experts.") and name.endswith((old, new))]
+            keys.sort(key=lambda key: int(key.split(".experts.")[1].split(".")[0]))
+            mlp = block.replace("block_sparse_moe", "mlp")
+            changed[f"{mlp}.experts.{which}_proj.weight"] = np.stack([changed.pop(key) for key in keys])
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        changed["rope_freqs.weight"] = rope_factors(config)
+    return changed
+
+
+def rope_factors(config):
+    """What a Llama 3 frequency is divided by: nothing where it turns often, all of `factor` where it does not."""
+    scaling, factors = config.rope_scaling, []
+    for index in range(config.head_dim // 2):
+        wavelength = 2 * np.pi * config.rope_base ** (2 * index / config.head_dim)
+        turns = scaling.original_max_seq_len / wavelength
+        if turns > scaling.high_frequency_factor:
+            factors.append(1.0)
+        elif turns < scaling.low_frequency_factor:
+            factors.append(scaling.factor)
+        else:
+            span = scaling.high_frequency_factor - scaling.low_frequency_factor
+            smooth = (turns - scaling.low_frequency_factor) / span
+            factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
+    return np.array(factors, np.float32)
+
+
+def assert_same(ours, theirs, rtol=0.0):
+    (config, params), (other_config, other_params) = ours, theirs
+    assert config == other_config
+    assert jax.tree.structure(params) == jax.tree.structure(other_params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), params, other_params)
+
+
+GEMMA2 = {"attention.sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+GEMMA3 = {"attention.sliding_window": 8, "rope.freq_base_swa": 20.0}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 8}
+YARN |= {"rope.scaling.yarn_beta_fast": 2.0, "rope.scaling.yarn_beta_slow": 0.5}
+CASES = {
+    "llama": ("llama", None),
+    "llama-llama3": ("llama", None),
+    "llama-linear": ("llama", LINEAR),
+    "llama-yarn": ("llama", YARN),
+    "mixtral": ("llama", None),
+    "qwen3": ("qwen3", None),
+    "gemma": ("gemma", None),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma3": ("gemma3", LINEAR | GEMMA3),
+    "phi3": ("phi3", {"attention.sliding_window": 8}),
+    "gpt2": ("gpt2", None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_gives_the_model_it_was_made_from(name, tmp_path):
+    architecture, extra = CASES[name]
+    config, params = load_hf(FIXTURES / name)
+    file = write_gguf(FIXTURES / name, tmp_path / "model.gguf", architecture, extra)
+    # Gemma's scale of scores is not in the file: all but the largest have that of head_dim.
+    expected = config.replace(attention_scale=None)
+    assert_same(load_gguf(file), (expected, params), rtol=1e-6 if "gemma" in name else 0.0)
+
+
+def test_qwen2_without_windows(tmp_path):
+    shutil.copytree(FIXTURES / "qwen2", tmp_path / "folder")
+    raw = json.loads((tmp_path / "folder" / "config.json").read_text())
+    raw |= {"use_sliding_window": False, "layer_types": None}
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(raw))
+    file = write_gguf(tmp_path / "folder", tmp_path / "model.gguf", "qwen2")
+    assert_same(load_gguf(file), load_hf(tmp_path / "folder"))
+
+
+def test_qwen3_with_experts(tmp_path, random_params):
+    config = ModelConfig(
+        vocab_size=48,
+        d_model=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        d_ff=24,
+        qk_norm=True,
+        experts=Experts(4, 2, 8),
+        eos_token_ids=(3,),
+    )
+    save_hf(config, jax.tree.map(jax.numpy.asarray, random_params(config)), tmp_path / "folder")
+    extra = {"expert_feed_forward_length": 8}
+    file = write_gguf(tmp_path / "folder", tmp_path / "model.gguf", "qwen3moe", extra)
+    assert_same(load_gguf(file), load_hf(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_quantised_weights_are_what_gguf_makes_of_them(kind, tmp_path, random_params):
+    config = ModelConfig(
+        vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=64, max_seq_len=16, eos_token_ids=(2,)
+    )
+    params = jax.tree.map(jax.numpy.asarray, random_params(config))
+    save_hf(config, params, tmp_path / "folder")
+    quantisation = gguf.GGMLQuantizationType[kind]
+    file = write_gguf(tmp_path / "folder", tmp_path / "model.gguf", "llama", quantise=quantisation)
+    _, loaded = load_gguf(file)
+
+    rounded = lambda weight: gguf.dequantize(
+        gguf.quants.quantize(np.ascontiguousarray(weight), quantisation), quantisation
+    )
+    up = np.stack(
+        [rounded(np.asarray(layer).T).T for layer in params["layers"]["dense"]["feed_forward"]["up"]["weight"]]
+    )
+    np.testing.assert_array_equal(loaded["layers"]["dense"]["feed_forward"]["up"]["weight"], up)
+    # Blocks lie along a row, so that the other order of rows does not change them.
+    query = np.stack([rounded(np.asarray(x).T).T for x in params["layers"]["dense"]["attention"]["query"]["weight"]])
+    np.testing.assert_array_equal(loaded["layers"]["dense"]["attention"]["query"]["weight"], query)
+    np.testing.assert_array_equal(loaded["embedding"]["tokens"], rounded(np.asarray(params["embedding"]["tokens"])))
+    np.testing.assert_array_equal(loaded["final_norm"]["scale"], params["final_norm"]["scale"])
+    _, half = load_gguf(file, dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_a_file_becomes_a_hugging_face_folder(tmp_path):
+    file = write_gguf(FIXTURES / "llama", tmp_path / "model.gguf", "llama")
+    convert(file, tmp_path / "folder")
+    assert_same(load_hf(tmp_path / "folder"), load_gguf(file))
+
+
+def _cut(fraction):
+    return lambda file: file.write_bytes(file.read_bytes()[: int(fraction * file.stat().st_size)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda file: file.unlink(), "is not a file"),
+        (lambda file: file.write_bytes(b""), "is not a GGUF file"),
+        (lambda file: file.write_bytes(b"PK\x03\x04 a zip, say"), "is not a GGUF file"),
+        (_cut(0.003), "is cut off or broken"),
+        (_cut(0.1), "is cut off or broken"),
+        (_cut(0.97), "is cut off or broken"),
+    ],
+)
+def test_broken_files_are_said_in_one_sentence(spoil, says, tmp_path):
+    file = write_gguf(FIXTURES / "llama", tmp_path / "model.gguf", "llama")
+    spoil(file)
+    with pytest.raises(InputError, match=says) as caught:
+        load_gguf(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "says"),
+    [
+        ("mamba", {}, "unknown architecture in .*'mamba'"),
+        ("llama", {"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
+        ("llama", {"expert_count": 4, "expert_used_count": 2}, "lacks the tensor blk.0.ffn_gate_inp.weight"),
+        ("llama", {"attention.key_length": 8}, "value.* another size than .* keys"),
+        ("qwen3", {}, "lacks the tensor blk.0.attn_q_norm.weight"),
+    ],
+)
+def test_what_is_not_supported_is_said_in_one_sentence(architecture, extra, says, tmp_path):
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, architecture)
+    values = {"block_count": 1, "context_length": 8, "embedding_length": 16, "feed_forward_length": 24}
+    values |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+    values |= {"attention.value_length": 4} if "attention.key_length" in extra else {}
+    for key, value in (values | extra).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"{architecture}.{key}", value)
+    writer.add_tensor("token_embd.weight", np.ones((64, 16), np.float32))
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(16, np.float32))
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones((16, 16), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=says) as caught:
+        load_gguf(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_rotary_factors_that_no_llama3_scaling_gives_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "rope_factors", lambda config: np.array([1.0, 2.0, 2.5], np.float32))
+    file = write_gguf(FIXTURES / "llama-llama3", tmp_path / "model.gguf", "llama")
+    with pytest.raises(InputError, match=r"rope_freqs\.weight does not come from a llama3 scaling"):
+        load_gguf(file)
