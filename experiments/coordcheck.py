@@ -18,15 +18,15 @@ from experiments.report.style import INK, MUTED, log_axis, new_figure, sequence,
 from model import ModelConfig, Params, accounting, forward
 from model.config import Parameterization
 from model.errors import InputError
-from train import HParams, TrainConfig, init_state, train_step
-from train.config import Optimizer, stack_hparams
+from train import HParams, TrainConfig, TrainState, init_state, train_step
+from train.config import Optimizer
 from train.objective import Batch
 
 Axis = Literal["width", "depth"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
 HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
 DEFAULT = ModelConfig(
-    vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, gated=True, tie_embeddings=False
+    vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False, scan_layers=False
 )
 
 
@@ -59,17 +59,18 @@ def coordinate_check(
     rows, seq_len = batch["tokens"].shape
     train_config = TrainConfig(batch_size=rows, seq_len=seq_len, optimizer=optimizer, schedule="constant")
     base = HParams(learning_rate=learning_rate, weight_decay=0.0, clip_norm=0.0)
-    hparams = stack_hparams([base.replace(seed=seed) for seed in seeds])
     models = [(name, size, resize(config, axis, size, sizes[0], name)) for name in parameterizations for size in sizes]
     costs = [accounting.flops_per_token(made, seq_len) for *_, made in models]
     table = []
     for (name, size, made), cost in zip(models, costs, strict=True):
-        measured = jax.device_get(trajectory(made, train_config, steps, batch, hparams))
-        advance(cost / sum(costs), f"{name} {axis} {size}")
+        runs = []
+        for seed in seeds:
+            runs.append(trajectory(made, train_config, base.replace(seed=seed), batch, steps))
+            advance(cost / sum(costs) / len(seeds), f"{name} {axis} {size}")
         table.append(
             {"parameterization": name, "size": size, "parameters": accounting.parameters(made).total}
             | {"places": places(made)}
-            | {key: value.tolist() for key, value in measured.items()}
+            | {key: [run[key] for run in runs] for key in runs[0]}
         )
     return {
         "axis": axis,
@@ -129,38 +130,38 @@ def random_batch(config: ModelConfig, rows: int = 4, seq_len: int = 32, seed: in
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def trajectory(
-    config: ModelConfig, train_config: TrainConfig, steps: int, batch: Batch, hparams: HParams
-) -> dict[str, Array]:
-    """{"scale", "change": [seeds, steps + 1, places], "loss": [seeds, steps]}; leaves of `hparams` are [seeds]."""
-
-    def one_seed(hparams: HParams) -> dict[str, Array]:
-        state = init_state(config, train_config, hparams)
-        start = activations(config, state.params, batch)
-
-        def step(state, _):
-            state, metrics = train_step(config, train_config, state, batch, hparams)
-            now = activations(config, state.params, batch)
-            return state, {"scale": _sizes(now), "change": _sizes(_difference(now, start)), "loss": metrics["loss"]}
-
-        _, measured = jax.lax.scan(step, state, length=steps)
-        first = {"scale": _sizes(start), "change": jnp.zeros(len(places(config)))}
-        return measured | {name: jnp.concatenate([first[name][None], measured[name]]) for name in first}
-
-    return jax.lax.map(one_seed, hparams)
+    config: ModelConfig, train_config: TrainConfig, hparams: HParams, batch: Batch, steps: int
+) -> dict[str, Any]:
+    """{"scale", "change": [steps + 1][places], "loss": [steps]} of one run."""
+    state = _init_state(config, train_config, hparams)
+    start = now = activations(config, state.params, batch)
+    scale, change, loss = [_sizes(start)], [[0.0] * len(places(config))], []
+    for _ in range(steps):
+        state, metrics = _train_step(config, train_config, state, batch, hparams)
+        now = activations(config, state.params, batch)
+        scale.append(_sizes(now))
+        change.append(_sizes([a - b for a, b in zip(now, start, strict=True)]))
+        loss.append(float(metrics["loss"]))
+    return {"scale": scale, "change": change, "loss": loss}
 
 
-def activations(config: ModelConfig, params: Params, batch: Batch) -> list[Array]:
-    """The residual stream before and after every layer as one array, the final hidden states, the logits."""
-    out = forward(config, params, batch["tokens"], outputs=("hidden", "final_hidden"))
-    return [out.hidden, out.final_hidden[None], out.logits[None]]
+# Three small programs compile faster than one of everything, and compiling is most of a check's time.
+_init_state = jax.jit(init_state, static_argnums=(0, 1))
+_train_step = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
 
 
-def _difference(now: list[Array], start: list[Array]) -> list[Array]:
-    return [a - b for a, b in zip(now, start, strict=True)]
+def activations(config: ModelConfig, params: Params, batch: Batch) -> list[np.ndarray]:
+    """The residual stream before and after every layer, the final hidden states and the logits, in float32."""
+    hidden, *rest = jax.device_get(_forward(config, params, batch["tokens"]))
+    return [np.asarray(array, np.float32) for array in (*hidden, *rest)]
 
 
-def _sizes(arrays: list[Array]) -> Float[Array, " places"]:
-    root_mean_square = lambda array: jnp.sqrt(jnp.mean(jnp.square(array.astype(jnp.float32)), axis=(1, 2, 3)))
-    return jnp.concatenate([root_mean_square(array) for array in arrays])
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: Params, tokens: Array) -> tuple[Array | None, ...]:
+    out = forward(config, params, tokens, outputs=("hidden", "final_hidden"))
+    return out.hidden, out.final_hidden, out.logits
+
+
+def _sizes(arrays: list[np.ndarray]) -> list[float]:
+    return [float(np.sqrt(np.mean(np.square(array)))) for array in arrays]

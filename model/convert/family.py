@@ -35,13 +35,15 @@ class Family:
 
     def read(self, raw: Raw) -> ModelConfig:
         """The configuration that a config.json describes. Raises InputError on what is not supported."""
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "unnamed")
-            raise InputError(f"quantization_config with quant_method={method!r} is not supported; give full weights")
         values: dict[str, Any] = {}
         fields = [entry for entry in self.entries if isinstance(entry, Field)]
         raw = {**{field.theirs: raw.get(field.spelling or "", field.default) for field in fields}, **raw}
         try:
+            if raw.get("quantization_config"):
+                method = raw["quantization_config"].get("quant_method", "unnamed")
+                raise InputError(
+                    f"quantization_config with quant_method={method!r} is not supported; give full weights"
+                )
             for entry in self.entries:
                 values |= entry.read(raw)
             return ModelConfig.from_dict(values)

@@ -46,6 +46,8 @@ def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
         plan = steps(architecture.rows, config, shapes_of(config), tensors)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{file} has metadata of a wrong type ({error})") from None
     _check_tensors(file, plan, shapes)
     places = Places(shapes_of(config), dtype, mesh)
     for step in plan:

@@ -75,7 +75,7 @@ def save_hf(
 
     Raises InputError on an architecture that no model type can hold and on parameters that are not the config's.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     family, raw = _choose_family(config, model_type)
     leaves = _check_params(config, params)
     kept = _kept_files(folder)
@@ -233,5 +233,9 @@ def _swap(partial: Path, folder: Path) -> None:
         return
     old = partial.with_suffix(".old")
     folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
     shutil.rmtree(old)

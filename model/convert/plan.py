@@ -63,6 +63,8 @@ def steps(rows: Iterable[Row], config: ModelConfig, shapes: Shapes, names: Colle
             continue
         for numbers in _numbers(row, config):
             name = row.theirs.format(**numbers)
+            if row.fallback is not None and names is not None and name not in names:
+                name = row.fallback.format(**numbers)
             if row.optional and (names is None or name not in names):
                 continue
             targets = [_target(leaf, numbers, config) for leaf in row.ours]

@@ -14,7 +14,7 @@ class Row:
     an expert, in ours and theirs alike. A row counts for a model that has its leaves and for which `when` holds.
     transposed: it is stored (out, in), as torch's Linear is. outside: not a part of the base model, so that its name
     has no prefix. optional: never written, and read only from files that have the name, in place of what else would
-    fill its leaves.
+    fill its leaves. fallback: the name to read where `theirs` is absent.
     """
 
     ours: tuple[str, ...]
@@ -22,6 +22,7 @@ class Row:
     transposed: bool = False
     outside: bool = False
     optional: bool = False
+    fallback: str | None = None
     when: Callable[[ModelConfig], bool] = lambda config: True
 
     def replace(self, **changes) -> "Row":
@@ -29,9 +30,9 @@ class Row:
         return dataclasses.replace(self, **changes)
 
 
-def table(ours: str, theirs: str) -> tuple[Row, ...]:
-    """An array that is the same on both sides."""
-    return (Row((ours,), theirs),)
+def table(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, ...]:
+    """A single array."""
+    return (Row((ours,), theirs, transposed),)
 
 
 def norm(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -84,6 +85,6 @@ def of_head(kind: str, *groups: tuple[Row, ...]) -> tuple[Row, ...]:
 
 
 DECODER_HEADS = (
-    *of_head("language-model", (Row(("head/weight",), "lm_head.weight", transposed=True),)),
-    *of_head("classifier", (Row(("head/weight",), "score.weight", transposed=True),)),
+    *of_head("language-model", table("head/weight", "lm_head.weight", transposed=True)),
+    *of_head("classifier", table("head/weight", "score.weight", transposed=True)),
 )

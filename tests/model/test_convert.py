@@ -187,6 +187,21 @@ def test_a_head_that_is_not_the_table_makes_the_model_untied(name, copy):
     np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
 
 
+@pytest.mark.parametrize("bias", ["cls.predictions.decoder.bias", "cls.predictions.bias"])
+def test_an_untied_bert_uses_the_decoders_bias(bias, copy, tmp_path):
+    def untie(tensors):
+        head = {"cls.predictions.decoder.weight": 2 * tensors["bert.embeddings.word_embeddings.weight"]}
+        return {**tensors, **head, bias: np.arange(64, dtype=np.float32)}
+
+    config, params = load_hf(copy("bert-masked", {"tie_word_embeddings": False}, untie))
+    assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["head"]["bias"], np.arange(64))
+    np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
+    save_hf(config, params, tmp_path / "saved")
+    assert "cls.predictions.decoder.bias" in load_file(tmp_path / "saved" / "model.safetensors")
+    assert_same((config, params), load_hf(tmp_path / "saved"))
+
+
 # -------------------------------------------------------------------------------------- the many styles of files
 
 NO_ROPE = {"rope_parameters": DROP}

@@ -1,6 +1,6 @@
 """BERT, bare (also as a sentence encoder), with its masked-language-model head, or as a classifier."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from model.config import ModelConfig
@@ -17,6 +17,10 @@ class _Pooler:
 
     def write(self, config: ModelConfig) -> Raw:
         return {} if config.pooler else {"add_pooling_layer": False}
+
+
+def _masked(tied: bool) -> Callable[[ModelConfig], bool]:
+    return lambda config: config.head == "masked-language-model" and config.tie_embeddings == tied
 
 
 def _pooler_if_there(config: ModelConfig, names: Collection[str]) -> ModelConfig:
@@ -76,16 +80,22 @@ BERT = Family(
             "masked-language-model",
             linear("head/transform", "cls.predictions.transform.dense"),
             norm("head/norm", "cls.predictions.transform.LayerNorm"),
-            (
-                Row(("head/weight",), "cls.predictions.decoder.weight", transposed=True),
-                Row(("head/bias",), "cls.predictions.bias"),
-            ),
+            table("head/weight", "cls.predictions.decoder.weight", transposed=True),
+        ),
+        # One bias has two names: a tied head is used by the first, an untied one by the second.
+        Row(("head/bias",), "cls.predictions.bias", outside=True, when=_masked(tied=True)),
+        Row(
+            ("head/bias",),
+            "cls.predictions.decoder.bias",
+            outside=True,
+            fallback="cls.predictions.bias",
+            when=_masked(tied=False),
         ),
         *of_head("classifier", linear("head", "classifier")),
     ),
     prefixes=("bert.",),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    # The decoder's bias is the one above again; files of pre-training hold heads and a pooler that others do not use.
-    ignored=(r"^cls\.predictions\.decoder\.bias$", r"^cls\.seq_relationship\.", r"^pooler\."),
+    # The bias under its other name; files of pre-training hold a head and a pooler that others do not use.
+    ignored=(r"^cls\.predictions\.(decoder\.)?bias$", r"^cls\.seq_relationship\.", r"^pooler\."),
     adapt=_pooler_if_there,
 )

@@ -6,7 +6,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.convert.family import Family
 from model.convert.fields import Always, Field, Heads, Raw, Stops, Written, activation, activation_name
-from model.convert.rows import Row, linear, norm, of_head, table, within
+from model.convert.rows import linear, norm, of_head, table, within
 from model.errors import InputError
 
 
@@ -79,7 +79,12 @@ _CROSS = _attention("cross_attention", "EncDecAttention", "cross_attention_norm"
 T5 = Family(
     "t5",
     (
-        Heads({"T5ForConditionalGeneration": {"head": "language-model"}}),
+        Heads(
+            {
+                "T5ForConditionalGeneration": {"head": "language-model"},
+                "T5WithLMHeadModel": {"head": "language-model"},  # the same in the first files
+            }
+        ),
         Field("vocab_size", "vocab_size", 32_128),
         Field("d_model", "d_model", 512),
         Field("head_dim", "d_kv", 64),
@@ -105,7 +110,7 @@ T5 = Family(
         *within("layers/{i}/", "decoder.block.{i}.", _SELF, _CROSS, _feed_forward("layer.2")),
         *norm("final_norm", "decoder.final_layer_norm"),
         *table("relative_bias/table", f"decoder.{_RELATIVE}"),
-        *of_head("language-model", (Row(("head/weight",), "lm_head.weight", transposed=True),)),
+        *of_head("language-model", table("head/weight", "lm_head.weight", transposed=True)),
     ),
     prefixes=(),
     # Copies of the shared table, and a table that the first release held by mistake.
