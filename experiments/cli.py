@@ -13,7 +13,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from experiments.commands import bench, data, evaluate, generate, ladder, model, scaling, study, sweep, train
+from experiments.commands import bench, convert, data, evaluate, generate, ladder, model, scaling, study, sweep, train
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
@@ -30,7 +30,10 @@ COMMANDS: Tree = {
         {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},
     ),
     "bench": ("Measure this machine on a model.", {"decode": bench.decode, "train": bench.train}),
-    "model": ("Look at architectures.", {"list": model.list_presets, "show": model.show}),
+    "model": (
+        "Look at architectures, convert weights.",
+        {"list": model.list_presets, "show": model.show, "convert": convert.convert},
+    ),
 }
 
 

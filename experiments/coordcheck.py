@@ -24,6 +24,7 @@ from train.objective import Batch
 
 Axis = Literal["width", "depth"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
+TITLES = {"standard": "Standard parameterization", "mup": "muP"}
 HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
 DEFAULT = ModelConfig(
     vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False, scan_layers=False

@@ -32,6 +32,12 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
 
     tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own. Raises InputError.
     """
+    config, params = open_parameters(path)
+    return Model(Path(path), config, params, open_tokenizer(Path(path), tokenizer))
+
+
+def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
+    """Only the config and the parameters of what `open_model` opens."""
     from model.convert import load_gguf, load_hf
     from train import load_run
 
@@ -39,17 +45,14 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
     if not path.exists():
         raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
     if path.suffix == ".gguf":
-        config, params = load_gguf(path)
-    elif (path / "run.json").is_file():
-        config, params = load_run(path)
-    elif (path / "config.json").is_file():
-        config, params = load_hf(path)
-    else:
-        raise InputError(
-            f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) "
-            "or a .gguf file"
-        )
-    return Model(path, config, params, open_tokenizer(path, tokenizer))
+        return load_gguf(path)
+    if (path / "run.json").is_file():
+        return load_run(path)
+    if (path / "config.json").is_file():
+        return load_hf(path)
+    raise InputError(
+        f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
+    )
 
 
 def open_tokenizer(path: Path, given: str | Path | None = None) -> "Tokenizer | None":

@@ -416,6 +416,11 @@ def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HPa
         raise InputError(f"{len(hparams)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):
         raise InputError("two lanes have the same run folder; every lane needs its own")
+    if config.stack != "decoder" or config.head != "language-model":
+        raise InputError(
+            f"a run trains decoders on plain text, not stack={config.stack!r} with head={config.head!r}; "
+            "use train_step with batches of your own"
+        )
     if train_config.seq_len > config.max_seq_len:
         raise InputError(
             f"seq_len={train_config.seq_len} is longer than the model's context, max_seq_len={config.max_seq_len}"

@@ -70,7 +70,7 @@ def train(
 
 
 def decode(
-    run: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[Path],
     *,
     batch: tuple[int, ...] = (1, 8),
     context: tuple[int, ...] = (32, 96),
@@ -83,7 +83,7 @@ def decode(
     Example: isoflop bench decode runs/first --batch 1 8 32 --context 32 96 --json decode.json
 
     Args:
-        run: A run directory.
+        model: A run directory, a Hugging Face folder or a GGUF file.
         batch: Batch sizes.
         context: Prompt lengths in tokens.
         steps: Tokens decoded after each prompt.
@@ -94,10 +94,10 @@ def decode(
 
     from experiments.commands.options import console, write_document
     from experiments.decode.bench import bench_decode
-    from train import load_run
+    from experiments.models import open_parameters
     from train.run import describe_device, versions
 
-    config, params = load_run(run)
+    config, params = open_parameters(model)
     rows = bench_decode(config, params, batches=batch, contexts=context, steps=steps, repeats=repeats)
     write_document(
         json, {"device": describe_device(), "versions": versions(), "config": config.to_dict(), "cells": rows}
