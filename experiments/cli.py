@@ -13,7 +13,20 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from experiments.commands import bench, convert, data, evaluate, generate, ladder, model, scaling, study, sweep, train
+from experiments.commands import (
+    bench,
+    convert,
+    coordcheck,
+    data,
+    evaluate,
+    generate,
+    ladder,
+    model,
+    scaling,
+    study,
+    sweep,
+    train,
+)
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
@@ -31,8 +44,14 @@ COMMANDS: Tree = {
     ),
     "bench": ("Measure this machine on a model.", {"decode": bench.decode, "train": bench.train}),
     "model": (
-        "Look at architectures, convert weights.",
-        {"list": model.list_presets, "show": model.show, "convert": convert.convert},
+        "Look at architectures, convert weights, check how they scale.",
+        {
+            "list": model.list_presets,
+            "show": model.show,
+            "convert": convert.convert,
+            "coordcheck": coordcheck.coordcheck,
+            "transfer": coordcheck.transfer,
+        },
     ),
 }
 

@@ -5,26 +5,27 @@ right one, long before a sweep would. Of depth it is asked in the same way (Dey 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments.report.style import INK, MUTED, log_axis, new_figure, sequence, styled
+from experiments.report.style import MUTED, ORANGE, log_axis, new_figure, note, sequence, styled
 from model import ModelConfig, Params, accounting, forward
 from model.config import Parameterization
 from model.errors import InputError
-from train import HParams, TrainConfig, TrainState, init_state, train_step
+from train import HParams, TrainConfig, init_state, train_step
 from train.config import Optimizer
 from train.objective import Batch
 
 Axis = Literal["width", "depth"]
+Quantity = Literal["scale", "change"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
-TITLES = {"standard": "Standard parameterization", "mup": "muP"}
+TITLES: dict[Parameterization, str] = {"standard": "Standard parameterization", "mup": "muP"}
 HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
 DEFAULT = ModelConfig(
     vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False, scan_layers=False
@@ -94,7 +95,8 @@ def resize(
     """
     if axis == "depth":
         scaled = {"parameterization": "mup", "base_d_model": config.d_model, "base_num_layers": base}
-        return config.replace(num_layers=size, **(scaled if parameterization == "mup" else {}))
+        # Unrolled, deep models compile slowly.
+        return config.replace(num_layers=size, scan_layers=True, **(scaled if parameterization == "mup" else {}))
     changes: dict[str, Any] = {"d_model": size, "head_dim": config.head_dim}
     for name in ("num_heads", "num_kv_heads", "d_ff"):
         changes[name] = _in_proportion(name, getattr(config, name), size, config.d_model)
@@ -120,8 +122,9 @@ def _in_proportion(name: str, value: int, size: int, d_model: int) -> int:
 
 
 def places(config: ModelConfig) -> list[str]:
-    """Where activations are measured, in order."""
-    return ["embedding", *(f"layer {i + 1}" for i in range(config.num_layers)), "final hidden", "logits"]
+    """Where activations are measured, in order: the residual stream before and after every layer, and what follows."""
+    layers = [f"layer {i + 1} of {config.num_layers}" for i in range(config.num_layers - 1)]
+    return ["embedding", *layers, "last layer", "final hidden", "logits"]
 
 
 def random_batch(config: ModelConfig, rows: int = 4, seq_len: int = 32, seed: int = 0) -> Batch:
@@ -166,3 +169,71 @@ def _forward(config: ModelConfig, params: Params, tokens: Array) -> tuple[Array 
 
 def _sizes(arrays: list[np.ndarray]) -> list[float]:
     return [float(np.sqrt(np.mean(np.square(array)))) for array in arrays]
+
+
+def growth(check: dict[str, Any], parameterization: Parameterization, quantity: Quantity) -> dict[str, float]:
+    """By place: `quantity` after the last step at the largest size over that at the smallest, means over seeds."""
+    rows = [row for row in check["table"] if row["parameterization"] == parameterization]
+    small, large = at_the_end(rows[0], quantity), at_the_end(rows[-1], quantity)
+    return {name: large[name] / small[name] if small[name] else math.inf for name in compared(rows)}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """The places that every size has: models of different depth share the embedding, the last layer and what follows
+    it.
+    """
+    return [name for name in rows[0]["places"] if all(name in row["places"] for row in rows)]
+
+
+def at_the_end(row: dict[str, Any], quantity: Quantity) -> dict[str, float]:
+    """By place: the mean over seeds after the last step."""
+    return dict(zip(row["places"], np.mean([run[-1] for run in row[quantity]], axis=0).tolist(), strict=True))
+
+
+def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str, Any]:
+    """{"holds", "place", "growth"}: whether what training adds keeps its size everywhere, and where it does so least.
+
+    The change is judged, not the activations: those hide behind what initialisation put there, both when training
+    adds more with every size and when it adds less (the stream's layers then stop learning). Logits through a tied
+    table are left out under "mup": its start is not zero, and the random part of them shrinks with 1/√width by design.
+    """
+    factors = growth(check, parameterization, "change")
+    if parameterization == "mup" and check["config"]["tie_embeddings"]:
+        factors.pop("logits")
+    place = max(factors, key=lambda name: abs(math.log(factors[name])) if factors[name] > 0 else math.inf)
+    return {"holds": 1 / HOLDS < factors[place] < HOLDS, "place": place, "growth": factors[place]}
+
+
+@styled
+def coordinate_figure(check: dict[str, Any]) -> Figure:
+    """Size of the activations, and of what training added to them, over width or depth; a line per place."""
+    names = list(dict.fromkeys(row["parameterization"] for row in check["table"]))
+    figure = new_figure(9.0, 6.2)
+    panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)
+    quantities: dict[Quantity, str] = {"scale": "activations (RMS)", "change": "change since the start (RMS)"}
+    for line, (quantity, label) in zip(panels, quantities.items(), strict=True):
+        seen = []
+        for axes, name in zip(line, names, strict=True):
+            rows = [row for row in check["table"] if row["parameterization"] == name]
+            places = compared(rows)
+            for place, colour in zip(places, [*sequence(len(places) - 1), ORANGE], strict=True):
+                values = [at_the_end(row, quantity)[place] for row in rows]
+                axes.plot(check["sizes"], values, "o-", color=colour, label=place)
+                seen += [value for value in values if value > 0]
+            factors = growth(check, name, quantity)
+            most = max(factors, key=lambda place: abs(math.log(factors[place])) if factors[place] else math.inf)
+            axes.set_title(TITLES[name] if quantity == "scale" else "")
+            note(axes, f"{most}: ×{factors[most]:.2g}")
+        log_axis(line[0].yaxis, min(seen), max(seen))
+        line[0].set_ylabel(label)
+    for axes in panels[-1]:
+        log_axis(axes.xaxis, check["sizes"][0], check["sizes"][-1])
+        axes.set_xticks(check["sizes"], [f"{size:,}" for size in check["sizes"]])
+        axes.set_xlabel("d_model" if check["axis"] == "width" else "layers")
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(
+        f"After {check['steps']} steps of {check['optimizer']} at learning rate {check['learning_rate']:g}",
+        fontsize=10,
+        color=MUTED,
+    )
+    return figure

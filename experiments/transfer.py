@@ -4,7 +4,6 @@ Under muP it should: what is tuned on the narrowest model then serves the wide o
 parameterization it moves down about as 1 / width.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +128,3 @@ def transfer_figure(document: dict[str, Any]) -> Figure:
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[-1].legend(title="width", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def octaves(factor: float) -> float:
-    """How many factors of two."""
-    return math.log2(factor)

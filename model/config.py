@@ -1,6 +1,7 @@
 """Every architectural hyperparameter: frozen, hashable, validated when made."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 from model.errors import InputError, UnknownNameError
@@ -116,7 +117,7 @@ class ModelConfig:
         set_field = lambda name, value: object.__setattr__(self, name, value)
         for name in ("eos_token_ids", "layer_pattern"):
             value = getattr(self, name)
-            set_field(name, tuple([value] if isinstance(value, (int, str)) else value))  # a list would not hash
+            set_field(name, tuple(value) if isinstance(value, (list, tuple)) else (value,))  # a list would not hash
         for name, part in _PARTS.items():
             if isinstance(getattr(self, name), dict):
                 set_field(name, part.from_dict(getattr(self, name)))
@@ -198,8 +199,9 @@ class ModelConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number of at least 1")
-        if not isinstance(self.num_token_types, int) or self.num_token_types < 0:
-            raise InputError(f"num_token_types={self.num_token_types!r} must be a whole number of at least 0")
+        types = self.num_token_types
+        if not isinstance(types, int) or isinstance(types, bool) or types < 0:
+            raise InputError(f"num_token_types={types!r} must be a whole number of at least 0")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)
@@ -207,8 +209,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is None and _DEFAULTS[name] is None:
                 continue
-            if isinstance(value, (bool, str)) or not value > 0:
-                raise InputError(f"{name}={value!r} must be positive")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise InputError(f"{name}={value!r} must be a positive number")
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
             if (isinstance(default, bool) and not isinstance(value, bool)) or (
@@ -222,7 +224,7 @@ class ModelConfig:
                 raise UnknownNameError("layer_pattern entry", str(reach), get_args(Reach))
         for name, part in _PARTS.items():
             if not isinstance(getattr(self, name), (part, type(None))):
-                raise InputError(f"{name} must be a {part.__name__} or null, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be {part.__name__}'s fields or null, not {getattr(self, name)!r}")
 
     def _check_consistency(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -230,6 +232,8 @@ class ModelConfig:
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
                 "every key/value head serves the same number of query heads"
             )
+        if self.rope_fraction > 1:
+            raise InputError(f"rope_fraction={self.rope_fraction:g} must be at most 1, all of a head's features")
         if self.position == "rotary" and self.latent is None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise InputError(
                 f"head_dim={self.head_dim} times rope_fraction={self.rope_fraction:g} must be even for "
@@ -241,11 +245,17 @@ class ModelConfig:
             self._check_latent(self.latent)
         if self.sliding_window is not None and not self.is_causal:
             raise InputError("sliding_window needs a decoder: an encoder sees both ways")
-        if self.relative_max_distance <= self.relative_buckets // 2 and self.position == "relative":
-            raise InputError(
-                f"relative_max_distance={self.relative_max_distance} must exceed half of "
-                f"relative_buckets={self.relative_buckets}"
-            )
+        if self.position == "relative":
+            fewest = 2 if self.stack == "decoder" else 4
+            if self.relative_buckets < fewest:
+                raise InputError(
+                    f"relative_buckets={self.relative_buckets} must be at least {fewest} with stack={self.stack!r}"
+                )
+            if self.relative_max_distance <= self.relative_buckets // 2:
+                raise InputError(
+                    f"relative_max_distance={self.relative_max_distance} must exceed half of "
+                    f"relative_buckets={self.relative_buckets}"
+                )
         if self.parameterization == "mup" and self.base_d_model is None:
             raise InputError("parameterization='mup' needs base_d_model, the width that it is equal to 'standard' at")
         if self.pooler and self.stack != "encoder":
@@ -255,9 +265,10 @@ class ModelConfig:
         if self.experts is not None and self.stack == "encoder-decoder":
             raise InputError("experts are not supported in an encoder-decoder")
         for token in (*self.eos_token_ids, self.decoder_start_token_id):
-            if not 0 <= token < self.vocab_size:
+            whole = isinstance(token, int) and not isinstance(token, bool)
+            if not (whole and 0 <= token < self.vocab_size):
                 name = "eos_token_ids has" if token in self.eos_token_ids else "decoder_start_token_id is"
-                raise InputError(f"{name} {token}, outside the vocabulary of {self.vocab_size}")
+                raise InputError(f"{name} {token!r}, which is no id of the vocabulary of {self.vocab_size}")
 
     def _check_latent(self, latent: Latent) -> None:
         if self.head_dim != latent.nope_dim + latent.rope_dim:
@@ -267,8 +278,10 @@ class ModelConfig:
             )
         if self.num_kv_heads != self.num_heads:
             raise InputError("latent attention has a key for every head: leave num_kv_heads out")
-        if self.position != "rotary" or self.qk_norm or self.stack == "encoder-decoder":
-            raise InputError("latent attention needs position='rotary', no qk_norm, and one stack")
+        if self.position != "rotary" or self.rope_fraction != 1 or self.stack == "encoder-decoder":
+            raise InputError("latent attention needs position='rotary', rope_fraction=1, and one stack")
+        if self.qk_norm or self.attention_sinks:
+            raise InputError(f"latent attention has no {'qk_norm' if self.qk_norm else 'attention_sinks'}")
 
     @property
     def rotary_dim(self) -> int:

@@ -98,8 +98,9 @@ def block_size(choices: int, count: int) -> int:
 
 
 def capacity_of(choices: int, tokens: int, count: int, factor: float) -> int:
-    """Rows of an expert, from the static number of choices; no expert is chosen by a token twice."""
-    return min(tokens, math.ceil(factor * choices / count - 1e-9))  # 1.1 · 10 is 11, not 11.000000000000002
+    """Rows of an expert, at least 1, from the static number of choices; no expert is chosen by a token twice."""
+    rows = math.ceil(factor * choices / count - 1e-9)  # 1.1 · 10 is 11, not 11.000000000000002
+    return min(tokens, max(1, rows))
 
 
 def through_experts(

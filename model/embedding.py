@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 from model.norm import Normalize
@@ -21,8 +21,13 @@ class Embedding(nn.Module):
         tokens: Int[Array, "batch seq"],
         positions: Int[Array, "rows seq"],
         token_types: Int[Array, "batch seq"] | None = None,
+        real: Bool[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """Look tokens up and add absolute positions, in the compute dtype. token_types None: all of type 0."""
+        """Look tokens up and add absolute positions, in the compute dtype. token_types None: all of type 0.
+
+        real: False for padding, which may lie outside the tables: its vectors are zero before the norm. Any other
+        token outside them is NaN.
+        """
         config = self.config
         table = lambda name, role, rows: self.param(
             name, initializer(config, role, config.d_model), (rows, config.d_model)
@@ -37,5 +42,7 @@ class Embedding(nn.Module):
         if config.num_token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + jnp.take(table("types", "position", config.num_token_types), types, axis=0)
+        if real is not None:  # what a table does not have is NaN, and would stay so where attention weighs it with 0
+            x = jnp.where(real[..., None], x, 0)
         x = x.astype(config.compute_dtype)
         return Normalize(config, name="norm")(x) if config.embedding_norm else x

@@ -1,6 +1,7 @@
 """The parts that only some architectures have, each a frozen dataclass inside `ModelConfig`."""
 
 import dataclasses
+import math
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from model.errors import InputError, UnknownNameError
@@ -39,6 +40,10 @@ class Part:
                 whole = isinstance(value, int) and not isinstance(value, bool)
                 if not (value is None and hint == (int | None)) and not (whole and value >= 0):
                     raise InputError(f"{name}={value!r} must be a whole number, at least 0")
+            elif hint in (float, float | None):
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not (value is None and hint == (float | None)) and not (number and 0 <= value < math.inf):
+                    raise InputError(f"{name}={value!r} must be a number, at least 0")
             elif get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
                 if value not in get_args(hint):
                     raise UnknownNameError(name, str(value), get_args(hint))
@@ -75,6 +80,12 @@ class RopeScaling(Part):
             raise InputError(f"RopeScaling.factor={self.factor!r} must be at least 1")
         if self.kind != "linear" and self.original_max_seq_len < 1:
             raise InputError(f"RopeScaling of kind {self.kind!r} needs original_max_seq_len")
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if self.kind == "llama3" and not low < high:
+            raise InputError(f"RopeScaling.low_frequency_factor={low} must be less than high_frequency_factor={high}")
+        for name in ("beta_fast", "beta_slow"):
+            if self.kind == "yarn" and not getattr(self, name) > 0:
+                raise InputError(f"RopeScaling.{name}={getattr(self, name)} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +104,8 @@ class Latent(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim"):
-            if getattr(self, name) < 1:
+        for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim", "q_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"Latent.{name}={getattr(self, name)} must be at least 1")
         if self.rope_dim % 2:
             raise InputError(f"Latent.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
@@ -137,7 +148,10 @@ class Experts(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        layers = self.dense_layers
+        if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
+            raise InputError(f"Experts.dense_layers={layers!r} must be a list of layers, counted from 0")
+        object.__setattr__(self, "dense_layers", tuple(layers))
         for name in ("count", "top_k", "d_ff", "groups", "top_groups", "every"):
             if getattr(self, name) < 1:
                 raise InputError(f"Experts.{name}={getattr(self, name)} must be at least 1")
@@ -150,6 +164,8 @@ class Experts(Part):
                 f"Experts.top_k={self.top_k} exceeds the {self.count // self.groups * self.top_groups} experts that "
                 f"a token may choose from"
             )
+        if self.shared_gate and not self.shared_d_ff:
+            raise InputError("Experts.shared_gate=true needs shared_d_ff, the width of the expert that it weighs")
         if not self.capacity_factor > 0:
             raise InputError(f"Experts.capacity_factor={self.capacity_factor} must be positive")
 

@@ -89,13 +89,15 @@ def forward(
         dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
     encoder = encoder_mask = None
     if encoder_tokens is not None:
-        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout and dropout.at(-1))
+        dropout_there = dropout and dropout.at(config.num_layers + 1)
+        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout_there)
         encoder_mask = _source_mask(encoder_tokens, encoder_segment_ids, segment_ids)
     if positions is None:
         positions = _positions_within_segments(tokens, segment_ids)
     kinds = layer_kinds(config)
     contexts = whole_rows(config, params, kinds, positions, segment_ids, encoder, encoder_mask)
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types)
+    real = None if segment_ids is None else segment_ids > 0
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types, real)
     if dropout is not None:
         x = dropout.at(config.num_layers)(x)
     x, hidden, attention, reports = _run_layers(config, params, kinds, x, contexts, dropout, outputs)
@@ -122,13 +124,18 @@ def encode(
     segment_ids: Int[Array, "batch source"] | None = None,
     dropout: Dropout | None = None,
 ) -> Float[Array, "batch source d_model"]:
-    """What the decoder of an encoder-decoder attends to."""
+    """What the decoder of an encoder-decoder attends to.
+
+    Raises InputError when the row is longer than `max_seq_len`, and for a model of one stack.
+    """
     if config.stack != "encoder-decoder":
         raise InputError(f"encode needs stack='encoder-decoder'; this model is {config.stack!r}: use forward")
+    _check_length(config, "encoder's sequence", tokens)
     stack, kinds = params["encoder"], layer_kinds(config, encoder=True)
     positions = _positions_within_segments(tokens, segment_ids)
     contexts = whole_rows(config, stack, kinds, positions, segment_ids)
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
+    real = None if segment_ids is None else segment_ids > 0
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     if dropout is not None:
         x = dropout.at(len(kinds))(x)
     x, *_ = _run_layers(config, stack, kinds, x, contexts, dropout, ())
@@ -173,7 +180,7 @@ def forward_cached(
     kinds = layer_kinds(config)
     contexts = with_cache(config, params, kinds, cache, real, encoder, encoder_mask)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions)
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     layers = []
     for kind, tree, layer in zip(kinds, _layer_trees(params["layers"], kinds), cache.layers, strict=True):
         x, layer, _, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer)
@@ -219,8 +226,8 @@ def _run_layers(config, stack, kinds, x, contexts, dropout, outputs):
     kept, first = [], x
     if config.scan_layers and not isinstance(stack["layers"], tuple):
         for group in groups(kinds):
-            x, more = _scan_group(config, stack["layers"], kinds, group, run, x)
-            kept += more
+            x, one = _scan_group(config, stack["layers"], kinds, group, run, x)
+            kept.append(one)
     else:
         trees = _layer_trees(stack["layers"], kinds)
         for index, (kind, tree) in enumerate(zip(kinds, trees, strict=True)):
@@ -258,20 +265,11 @@ def _scan_group(config, layers, kinds, group: Group, run, x):
         return x, kept
 
     x, kept = jax.lax.scan(body, x, (jnp.arange(group.repeats), xs))
-    if period == 1:
-        return x, kept
-    # Back into the order of the layers: reports of experts stay apart, since not every layer has one.
+    # Back into the order of the layers; a layer without experts has nothing to report.
     hidden, attention, reports = zip(*kept, strict=True)
-    in_order = lambda parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-    each = [None] * (period - 1)
-    return x, list(
-        zip(
-            [None if hidden[0] is None else in_order(hidden), *each],
-            [None if attention[0] is None else in_order(attention), *each],
-            reports,
-            strict=True,
-        )
-    )
+    in_order = lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+    together = lambda trees: jax.tree.map(in_order, *trees) if trees else {}
+    return x, (together(hidden), together(attention), together([report for report in reports if report]))
 
 
 def _layer_trees(layers: Any, kinds: tuple[LayerKind, ...]):
@@ -315,11 +313,7 @@ def _source_mask(encoder_tokens: Array, encoder_segment_ids: Array | None, segme
 
 
 def _check_inputs(config, tokens, token_types, encoder_tokens, outputs) -> None:
-    for name, given in (("sequence", tokens), ("encoder's sequence", encoder_tokens)):
-        if given is not None and given.shape[1] > config.max_seq_len:
-            raise InputError(
-                f"the {name} of {given.shape[1]} tokens is longer than the context, max_seq_len={config.max_seq_len}"
-            )
+    _check_length(config, "sequence", tokens)
     if (encoder_tokens is not None) != (config.stack == "encoder-decoder"):
         need = "needs" if encoder_tokens is None else "takes no"
         raise InputError(f"a model with stack={config.stack!r} {need} encoder_tokens")
@@ -328,6 +322,13 @@ def _check_inputs(config, tokens, token_types, encoder_tokens, outputs) -> None:
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise InputError(f"outputs has {sorted(unknown)}; it takes {', '.join(map(repr, OUTPUTS))}")
+
+
+def _check_length(config: ModelConfig, name: str, tokens: Array) -> None:
+    if tokens.shape[1] > config.max_seq_len:
+        raise InputError(
+            f"the {name} of {tokens.shape[1]} tokens is longer than the context, max_seq_len={config.max_seq_len}"
+        )
 
 
 def _positions_within_segments(tokens: Array, segment_ids: Array | None) -> Array:

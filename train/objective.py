@@ -51,7 +51,7 @@ def loss_and_metrics(
     mean = lambda values: jnp.sum(values * mask) / jnp.maximum(count, 1)
     loss = mean(nats)
     total = loss if hparams is None else loss + hparams.z_loss * mean(jnp.square(log_z))
-    experts = _expert_metrics(out.auxiliary) if config.experts is not None else {}
+    experts = _expert_metrics(out.auxiliary) if out.auxiliary else {}
     if experts and hparams is not None:
         total += hparams.balance_loss * experts["balance_loss"] + hparams.router_z_loss * experts["router_z_loss"]
     return total, {"loss": loss, "total_loss": total, "loss_tokens": count} | experts

@@ -6,6 +6,7 @@ import optax
 from jaxtyping import Array, Float
 
 from model import ModelConfig, Params
+from model.layout import layer_kinds
 from train.config import HParams, TrainConfig
 from train.objective import EXPERT_METRICS, Batch, loss_and_metrics
 from train.optimizer import clip_by_norm, make_optimizer
@@ -18,7 +19,8 @@ _METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "lea
 
 def metric_names(config: ModelConfig) -> tuple[str, ...]:
     """What `train_step` measures."""
-    return _METRICS if config.experts is None else (*_METRICS, *EXPERT_METRICS)
+    has_experts = any(kind.experts for kind in layer_kinds(config))
+    return (*_METRICS, *EXPERT_METRICS) if has_experts else _METRICS
 
 
 def train_step(

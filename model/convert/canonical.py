@@ -12,7 +12,7 @@ _CONDITIONS = {
     ("relative_buckets", "relative_max_distance"): lambda c: c.position == "relative",
     ("num_labels",): lambda c: c.head == "classifier",
     ("tie_embeddings",): lambda c: c.head in ("language-model", "masked-language-model"),
-    ("head_bias",): lambda c: c.head != "none",
+    ("head_bias", "final_softcap"): lambda c: c.head != "none",
     ("num_encoder_layers", "decoder_start_token_id"): lambda c: c.stack == "encoder-decoder",
     ("norm_bias",): lambda c: c.norm == "layernorm",
     ("base_d_model",): lambda c: c.parameterization == "mup",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.fields import Entry, Field, Raw
+from model.convert.fields import MOST, Entry, Field, Raw
 from model.convert.rows import Row
 from model.errors import InputError
 
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 # Buffers that older files hold and that follow from the configuration.
 _BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\battn\.(masked_)?bias$")
 
@@ -38,6 +39,10 @@ class Family:
         values: dict[str, Any] = {}
         fields = [entry for entry in self.entries if isinstance(entry, Field)]
         raw = {**{field.theirs: raw.get(field.spelling or "", field.default) for field in fields}, **raw}
+        for key in _LAYERS:  # others are checked when ModelConfig is made; lists as long as this one come before
+            value = raw.get(key, 1)
+            if value is not None and (type(value) is not int or not 1 <= value <= MOST):
+                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MOST}")
         try:
             if raw.get("quantization_config"):
                 method = raw["quantization_config"].get("quant_method", "unnamed")

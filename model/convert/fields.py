@@ -9,6 +9,8 @@ from model.errors import InputError
 
 Raw = dict[str, Any]
 """A config.json."""
+MOST = 100_000
+"""No model has more layers, or more of anything that is counted one by one: a broken number must not fill the memory."""
 
 
 class Entry(Protocol):
@@ -155,6 +157,8 @@ class Stops:
         """One id, several, or none."""
         value = raw.get("eos_token_id", self.default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(token) is not int for token in ids):
+            raise InputError(f"eos_token_id={value!r} must be a whole number, several, or null")
         return {"eos_token_ids": tuple(token for token in ids if 0 <= token < raw.get("vocab_size", token + 1))}
 
     def write(self, config: ModelConfig) -> Raw:

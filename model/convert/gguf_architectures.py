@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from model.convert.rows import Row, linear, norm, table, within
 from model.errors import InputError
 from model.parts import Experts, RopeScaling
@@ -22,10 +24,11 @@ class Metadata:
         value = self.values.get(f"{self.architecture}.{key}", default)
         if value is _REQUIRED:
             raise InputError(f"it has no {self.architecture}.{key}")
-        if isinstance(value, list):
-            if len(set(value)) != 1:
+        if isinstance(value, (list, np.ndarray)):
+            each = set(value) if isinstance(value, list) else set(value.tolist())
+            if len(each) != 1:
                 raise InputError(f"{self.architecture}.{key} differs between layers, which is not supported")
-            value = value[0]
+            (value,) = each
         # Files hold float32: 9.999999747e-06 was 1e-05.
         return float(f"{value:.7g}") if isinstance(value, float) else value
 

@@ -15,6 +15,7 @@ from model.convert.huggingface import DTYPES
 from model.convert.place import Places
 from model.convert.plan import Step, shapes_of, steps
 from model.errors import InputError, UnknownNameError
+from model.gguf_header import StoredTensor, read_gguf_header
 from model.parts import RopeScaling
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -56,42 +57,54 @@ def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
 
 
 class _Tensor:
-    """A tensor of the file that has not been read yet, with the shape that it has dequantised."""
+    """A tensor of the file that has not been read yet. Raises InputError where its bytes are not all there."""
 
-    def __init__(self, file: Path, tensor: Any):
-        self.file, self.tensor = file, tensor
-        self.shape = tuple(int(size) for size in reversed(tensor.shape))
+    def __init__(self, file: Path, name: str, stored: StoredTensor):
+        import gguf
+
+        try:
+            self.kind = gguf.GGMLQuantizationType(stored.kind)
+        except ValueError:
+            raise InputError(f"{file}: {name} has the type {stored.kind}, which gguf does not know") from None
+        self.file, self.name, self.shape, self.start = file, name, stored.shape, stored.start
+        values_of_block, bytes_of_block = gguf.GGML_QUANT_SIZES[self.kind]
+        width = self.shape[-1] if self.shape else 1
+        if width % values_of_block:
+            raise InputError(
+                f"{file} is cut off or broken: rows of {name} have {width} values, which are no whole blocks of "
+                f"{values_of_block} of the type {self.kind.name}"
+            )
+        self.bytes_of_row = width // values_of_block * bytes_of_block
+        self.bytes = math.prod(self.shape[:-1]) * self.bytes_of_row
+        if self.start + self.bytes > file.stat().st_size:
+            raise InputError(
+                f"{file} is cut off or broken: {name} ends at byte {self.start + self.bytes}, but the file has only "
+                f"{file.stat().st_size}; fetch it again"
+            )
 
     def read(self) -> Float[np.ndarray, "..."]:
         """Read and dequantise. Reading by offset keeps the file's pages out of this process's memory."""
         import gguf
 
-        data = self.tensor.data
-        raw = np.fromfile(self.file, np.uint8, int(self.tensor.n_bytes), offset=int(self.tensor.data_offset))
-        raw = raw.view(data.dtype).reshape(data.shape)
+        raw = np.fromfile(self.file, np.uint8, self.bytes, offset=self.start)
+        # gguf takes 16 rows at a time, which for rows of usual widths is too few to keep NumPy busy.
+        joined = math.gcd(math.prod(self.shape[:-1]), 16) * self.bytes_of_row
         try:
-            return gguf.dequantize(raw, self.tensor.tensor_type).reshape(self.shape)
+            return gguf.dequantize(raw.reshape(-1, joined), self.kind).reshape(self.shape)
         except NotImplementedError:
-            kind = self.tensor.tensor_type.name
-            raise InputError(f"{self.file}: {self.tensor.name} has the type {kind}, which gguf cannot read") from None
+            raise InputError(
+                f"{self.file}: {self.name} has the type {self.kind.name}, which gguf cannot dequantise"
+            ) from None
 
 
 def _open(file: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
-    """The metadata but for the vocabulary, and the tensors."""
-    import gguf
-
+    """The metadata and the tensors."""
     if not file.is_file():
         raise InputError(f"{file} is not a file; give a GGUF file")
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{file} is not a GGUF file")
-    try:
-        reader = gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{file} is cut off or broken: {error}") from None
-    long = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges")
-    values = {name: field.contents() for name, field in reader.fields.items() if name not in long}
-    return values, {tensor.name: _Tensor(file, tensor) for tensor in reader.tensors}
+    header = read_gguf_header(file)
+    if header.big_endian:
+        raise InputError(f"the weights of {file} are big-endian, which is not supported; convert it anew")
+    return header.metadata, {name: _Tensor(file, name, stored) for name, stored in header.tensors.items()}
 
 
 def _config(architecture: Architecture, data: Metadata) -> ModelConfig:

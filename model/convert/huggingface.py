@@ -115,7 +115,9 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     if model_type not in FAMILIES:
         raise UnknownNameError(f"model_type in {folder / 'config.json'}", model_type, FAMILIES)
     try:
-        return FAMILIES[model_type], FAMILIES[model_type].read(raw)
+        family, config = FAMILIES[model_type], FAMILIES[model_type].read(raw)
+        shapes_of(config)  # raises where there can be no such model
+        return family, config
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
@@ -151,7 +153,8 @@ def _check_tensors(
         if (got := list(tensors.shapes[name])) != expected:
             raise InputError(f"the tensor {name} in {folder} has shape {got}; its config.json asks for {expected}")
     for base, name in names.items():
-        if base not in wanted and not _is_superfluous(base, family, config):
+        empty = 0 in tensors.shapes[name]  # a shared expert of width 0, say
+        if base not in wanted and not empty and not _is_superfluous(base, family, config):
             raise InputError(f"{folder} holds the tensor {name}, which model_type {family.model_type!r} does not have")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from model.config import ModelConfig
+from model.convert.fields import MOST
 from model.convert.rows import Row
 from model.errors import InputError
 from model.layout import places
@@ -46,8 +47,20 @@ class Step:
 
 @functools.lru_cache(maxsize=64)
 def shapes_of(config: ModelConfig) -> Shapes:
-    """The shape of every leaf of the configuration's parameters; no array is made."""
-    tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    """The shape of every leaf of the configuration's parameters; no array is made.
+
+    Raises InputError on sizes that no model has.
+    """
+    layers, experts = config.num_layers + config.num_encoder_layers, config.experts
+    counts = {"layers": layers, "features of a head": config.head_dim}
+    counts["experts in its layers"] = layers * experts.count if experts is not None else 0
+    for name, count in counts.items():
+        if count > MOST:
+            raise InputError(f"its sizes make no model: it would have {count} {name}, and isoflop converts {MOST}")
+    try:
+        tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    except (ArithmeticError, ValueError) as error:
+        raise InputError(f"its sizes make no model: {error}") from None
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
 
 

@@ -77,7 +77,7 @@ class Rope:
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`rope_base`, `rope_scaling` and `rope_fraction`."""
-        parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if any(isinstance(value, dict) for value in parameters.values()):
             raise InputError("rope_parameters that differ between layer types are not supported for this model_type")
         fraction = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))

@@ -1,8 +1,10 @@
 """Safetensors files of one model: reading tensor by tensor, writing in shards."""
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -20,7 +22,7 @@ def read_json(file: Path) -> dict:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file.parent} has no {file.name}; give a folder with a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file} must hold a JSON object, not {type(value).__name__}")
@@ -61,11 +63,13 @@ class TensorFolder:
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
         for name in sorted(set(where.values())):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / INDEX} names {name}, which is not there; download it too")
+            if Path(name).name != name:
+                raise InputError(f"{folder / INDEX} names {name!r}, which is not a file of its folder")
+            if not _is_file(folder / name):
+                raise InputError(f"{folder / INDEX} names {name!r}, which is not there; download it too")
             self._read_header(folder / name)
         for name, file in where.items():
-            if name not in self._files:
+            if name not in self._files or self._files[name].name != file:
                 raise InputError(f"{folder / INDEX} says that {file} holds the tensor {name}, but it does not")
 
     def _read_header(self, file: Path) -> None:
@@ -76,13 +80,23 @@ class TensorFolder:
                 self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
 
-def _open(file: Path):
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """Its header is checked at once; whatever is wrong with what is read from it is an InputError too."""
     import safetensors
 
     try:
-        return safetensors.safe_open(str(file), framework="np", backend="pread")
+        with safetensors.safe_open(str(file), framework="np", backend="pread") as tensors:
+            yield tensors
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file} is cut off or not a safetensors file: {error}") from None
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _refuse(folder: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.errors import InputError
 from model.tokenizer.base import Conventions, Tokenizer
-from model.tokenizer.gguf_metadata import read_gguf_metadata
+from model.gguf_header import read_gguf_header
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -23,7 +23,7 @@ def load_gguf_tokenizer(file: Path) -> Tokenizer:
     Text is not normalised before it is encoded, except by a "t5" vocabulary's own table: a GGUF file does not
     say that Qwen's tokenizer.json asks for NFC. Another kind, or missing or damaged metadata, is an `InputError`.
     """
-    vocabulary = _Vocabulary(file, read_gguf_metadata(file))
+    vocabulary = _Vocabulary(file, read_gguf_header(file).metadata)
     if vocabulary.model == "gpt2":
         return _byte_level_bpe(vocabulary)
     return _sentencepiece(vocabulary)

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
-from model.tokenizer.gguf_metadata import read_gguf_metadata
+from model.gguf_header import read_gguf_header
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -287,7 +287,7 @@ def test_metadata_is_what_the_gguf_package_reads(tmp_path):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        metadata = read_gguf_metadata(tmp_path / "a.gguf")
+        metadata = read_gguf_header(tmp_path / "a.gguf").metadata
         assert metadata.pop("general.architecture") == "llama"
         fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
         assert {key: np.asarray(value).tolist() for key, value in metadata.items()} == {

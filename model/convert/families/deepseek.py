@@ -23,11 +23,10 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length:
         Field("max_seq_len", "max_position_embeddings", length),
         Field("tie_embeddings", "tie_word_embeddings", False),
         Always(position="rotary", norm="rmsnorm", gated=True),
-        # The norms inside latent attention have this epsilon whatever the file says.
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Only("rms_norm_eps", 1e-6),
-        Only("attention_bias", False),
-        Only("mlp_bias", False),
+        Field("attention_bias", "attention_bias", False),
+        Field("attention_output_bias", "attention_bias", False),
+        Only("moe_layer_freq", 1),
         Activation("hidden_act", "silu"),
         Rope(),
         _LatentSizes(),
@@ -61,21 +60,14 @@ class _LatentSizes:
         }
 
 
-def _placement(raw: Raw, first: int) -> dict[str, Any]:
-    """Experts from the first multiple of moe_layer_freq that is not before first_k_dense_replace."""
-    every, first = raw.get("moe_layer_freq", 1), raw.get("first_k_dense_replace", first)
-    return {"first_layer": -(-first // every) * every, "every": every}
-
-
 def _sizes(experts: Experts) -> Raw:
     return {
         "n_routed_experts": experts.count,
         "num_experts_per_tok": experts.top_k,
         "moe_intermediate_size": experts.d_ff,
-        "n_shared_experts": experts.shared_d_ff // experts.d_ff or None,
+        "n_shared_experts": experts.shared_d_ff // experts.d_ff,
         "routed_scaling_factor": experts.scale,
         "first_k_dense_replace": experts.first_layer,
-        "moe_layer_freq": experts.every,
         "n_group": experts.groups,
         "topk_group": experts.top_groups,
         "norm_topk_prob": experts.normalise,
@@ -96,11 +88,11 @@ class _ExpertsV2:
                 top_k=raw["num_experts_per_tok"],
                 d_ff=width,
                 shared_d_ff=(raw.get("n_shared_experts", 2) or 0) * width,
-                normalise=False,
+                normalise=False,  # as Transformers, which does not look at norm_topk_prob here
                 scale=raw.get("routed_scaling_factor", 1.0),
                 groups=raw["n_group"] if grouped else 1,
                 top_groups=raw["topk_group"] if grouped else 1,
-                **_placement(raw, 0),
+                first_layer=raw.get("first_k_dense_replace", 0),
             )
         }
 
@@ -127,7 +119,7 @@ class _ExpertsV3:
                 groups=raw.get("n_group", 8) or 1,
                 top_groups=raw.get("topk_group", 4) or 1,
                 group_score="top2",
-                **_placement(raw, 3),
+                first_layer=raw.get("first_k_dense_replace", 3),
             )
         }
 
@@ -159,8 +151,8 @@ DEEPSEEK_V2 = Family(
         decoder_heads("DeepseekV2"),
         *_shape(102_400, 4096, 11_008, 32, 32, 2048),
         Always(rope_interleaved=True),
+        Field("use_bias", "mlp_bias", False),
         Only("scoring_func", "softmax"),
-        Only("norm_topk_prob", False),
         _ExpertsV2(),
         Stops(2),
     ),
@@ -173,6 +165,7 @@ DEEPSEEK_V3 = Family(
         decoder_heads("DeepseekV3"),
         *_shape(129_280, 7168, 18_432, 61, 128, 4096),
         Field("rope_interleaved", "rope_interleave", True),
+        Only("mlp_bias", False),
         Only("scoring_func", "sigmoid"),
         Only("topk_method", "noaux_tc"),
         _ExpertsV3(),

@@ -44,26 +44,30 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_head
 
 
 class _Scores:
-    """query_pre_attn_scalar, which stands for head_dim in the scores' scale, and the soft caps."""
-
-    def __init__(self, attention_cap: float | None, final_cap: float | None):
-        self.caps = (attention_cap, final_cap)
+    """query_pre_attn_scalar, which stands for head_dim in the scores' scale."""
 
     def read(self, raw: Raw) -> dict:
         scalar = raw.get("query_pre_attn_scalar", 256)
-        return {
-            "attention_scale": None if scalar == raw["head_dim"] else scalar**-0.5,
-            "attention_softcap": raw.get("attn_logit_softcapping", self.caps[0]),
-            "final_softcap": raw.get("final_logit_softcapping", self.caps[1]),
-        }
+        return {"attention_scale": None if scalar == raw["head_dim"] else scalar**-0.5}
 
     def write(self, config: ModelConfig) -> Raw:
         scalar = config.head_dim if config.attention_scale is None else round(config.attention_scale**-2)
-        return {
-            "query_pre_attn_scalar": scalar,
-            "attn_logit_softcapping": config.attention_softcap,
-            "final_logit_softcapping": config.final_softcap,
-        }
+        return {"query_pre_attn_scalar": scalar}
+
+
+class _FinalCap:
+    """The cap on logits. Transformers caps no classifier's."""
+
+    def __init__(self, heads: Heads, default: float | None):
+        self.heads, self.default = heads, default
+
+    def read(self, raw: Raw) -> dict:
+        if self.heads.read(raw)["head"] != "language-model":
+            return {}
+        return {"final_softcap": raw.get("final_logit_softcapping", self.default)}
+
+    def write(self, config: ModelConfig) -> Raw:
+        return {"final_logit_softcapping": config.final_softcap}
 
 
 _SANDWICH = (
@@ -97,7 +101,9 @@ GEMMA2 = Family(
         *_shape(256_000, 2304, 9216, 26, 8, 4, 8192),
         Always(norm_placement="sandwich"),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
-        _Scores(50.0, 30.0),
+        _Scores(),
+        Field("attention_softcap", "attn_logit_softcapping", 50.0),
+        _FinalCap(decoder_heads("Gemma2"), 30.0),
         Windows(4096, _alternating, listed=True),
         Rope(),
     ),
@@ -110,21 +116,24 @@ def _every_sixth_global(raw: Raw, layers: int) -> list[str]:
     return [SLIDING if (index + 1) % period else FULL for index in range(layers)]
 
 
+_GEMMA3_HEADS = Heads(
+    {
+        **decoder_heads("Gemma3").classes,
+        "Gemma3TextForSequenceClassification": {"head": "classifier"},
+        "Gemma3TextModel": {"head": "none"},
+        "Gemma3ForConditionalGeneration": {"head": "language-model"},
+    }
+)
 GEMMA3 = Family(
     "gemma3_text",
     (
-        Heads(
-            {
-                **decoder_heads("Gemma3").classes,
-                "Gemma3TextForSequenceClassification": {"head": "classifier"},
-                "Gemma3TextModel": {"head": "none"},
-                "Gemma3ForConditionalGeneration": {"head": "language-model"},
-            }
-        ),
+        _GEMMA3_HEADS,
         *_shape(262_208, 2304, 9216, 26, 8, 4, 131_072),
         Always(norm_placement="sandwich", qk_norm=True),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
-        _Scores(None, None),
+        _Scores(),
+        Written(attn_logit_softcapping=None),  # Transformers has the key and caps no scores
+        _FinalCap(_GEMMA3_HEADS, None),
         Windows(4096, _every_sixth_global, listed=True),
         RopePerReach(),
     ),

@@ -1,0 +1,230 @@
+"""`isoflop model coordcheck` and `transfer`: does what holds for a small model hold for a large one?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from experiments.commands.options import JsonFile, Overrides
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from model import ModelConfig
+    from model.config import Parameterization
+
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+Preset = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
+Which = Literal["both", "standard", "mup"]
+
+
+def coordcheck(
+    preset: Preset = None,
+    *,
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024),
+    depths: tuple[int, ...] = (),
+    steps: int = 5,
+    learning_rate: float = 3e-3,
+    optimizer: Literal["adamw", "sgd", "muon"] = "adamw",
+    seeds: int = 2,
+    parameterization: Which = "both",
+    data: Folder = None,
+    set: Overrides = (),
+    out: Folder = None,
+    json: JsonFile = None,
+) -> None:
+    """Check that activations keep their size as a model widens or deepens, in the standard parameterization and muP.
+
+    Every size is trained a few steps on one batch; the table says by which factor the activations of each layer, and
+    what training changed in them, grow from the smallest size to the largest. muP's base is the smallest one.
+
+    Example: isoflop model coordcheck --widths 64 256 1024 --steps 5 --out check
+
+    Args:
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config; by default 3 layers, vocabulary
+            256, heads of 16 features. Heads keep their size, all else grows in proportion.
+        widths: d_model of the models.
+        depths: Layers of the models: these vary instead of the width; under muP branches are scaled with depth.
+        steps: Updates of each model.
+        learning_rate: Of the smallest model and, before the table's multipliers, of all others; sgd wants about 0.1.
+        optimizer: adamw, sgd or muon.
+        seeds: Runs of each model; the table has their means.
+        parameterization: Compare both, or check one.
+        data: A folder made by `isoflop data prepare` to take the batch from; random tokens by default.
+        set: Fields of the model to change, such as tie_embeddings=true.
+        out: Write coordcheck.png and coordcheck.json into this folder.
+        json: Also write every number to this file.
+    """
+    from experiments.commands.options import console, write_document
+    from experiments.coordcheck import coordinate_check, coordinate_figure, growth, judge
+    from train.progress import progress_bar
+
+    for name, value in (("--steps", steps), ("--seeds", seeds)):
+        if value < 1:
+            raise InputError(f"{name} {value} must be at least 1")
+    config, batch = _model_and_batch(preset, set, data)
+    names = _parameterizations(parameterization)
+    with progress_bar("coordinate check", 1.0) as advance:
+        check = coordinate_check(
+            config,
+            depths or widths,
+            axis="depth" if depths else "width",
+            steps=steps,
+            learning_rate=learning_rate,
+            seeds=range(seeds),
+            optimizer=optimizer,
+            parameterizations=names,
+            batch=batch,
+            advance=advance,
+        )
+    document = check | {
+        "growth": {name: {q: growth(check, name, q) for q in ("scale", "change")} for name in names},
+        "verdict": {name: judge(check, name) for name in names},
+    }
+    write_document(json, document)
+    if out is not None:
+        _write(out, "coordcheck", coordinate_figure(check), document)
+    _show_check(console(), document)
+
+
+def transfer(
+    preset: Preset = None,
+    *,
+    data: Path,
+    out: Path,
+    widths: tuple[int, ...] = (32, 64, 128),
+    learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+    steps: int = 250,
+    seeds: int = 3,
+    batch_size: int = 2,
+    seq_len: int = 128,
+    parameterization: Which = "both",
+    set: Overrides = (),
+    json: JsonFile = None,
+) -> None:
+    """Sweep the learning rate at several widths, in the standard parameterization and muP: does the best one stay?
+
+    Example: isoflop model transfer --data data/sotu --out transfer
+
+    Args:
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config; by default 3 layers with heads of
+            16 features. Heads keep their size, all else grows in proportion.
+        data: A folder made by `isoflop data prepare`.
+        out: The folder for the runs, transfer.png and transfer.json; the same command again resumes.
+        widths: d_model of the models; muP's base is the smallest.
+        learning_rates: The grid, the same at every width.
+        steps: Updates of each run: 5 % warm-up, then cosine to 0.
+        seeds: Runs per setting.
+        batch_size: Rows per step.
+        seq_len: Tokens per row.
+        parameterization: Compare both, or check one.
+        set: Other fields of model, training or hyperparameters, such as optimizer=muon.
+        json: Also write every number to this file.
+    """
+    from experiments.commands.options import console, split_overrides, write_document
+    from experiments.transfer import learning_rate_transfer, transfer_figure
+    from train import HParams, TrainConfig
+    from train.data import load_manifest
+
+    manifest = load_manifest(data)
+    config, train_config, hparams = split_overrides(
+        set,
+        _model(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,), max_seq_len=seq_len),
+        TrainConfig(batch_size=batch_size, seq_len=seq_len),
+        HParams(warmup_steps=max(1, steps // 20), final_fraction=0.0),
+    )
+    document = learning_rate_transfer(
+        config,
+        widths,
+        learning_rates,
+        train_config=train_config,
+        base=hparams,
+        steps=steps,
+        seeds=range(seeds),
+        data=data,
+        folder=out,
+        parameterizations=_parameterizations(parameterization),
+    )
+    write_document(json, document)
+    _write(out, "transfer", transfer_figure(document), document)
+    _show_transfer(console(), document)
+
+
+def _parameterizations(which: Which) -> "tuple[Parameterization, ...]":
+    return ("standard", "mup") if which == "both" else (which,)
+
+
+def _model(preset: str | None) -> "ModelConfig":
+    from experiments.commands.options import read_config
+    from experiments.coordcheck import DEFAULT
+
+    return DEFAULT if preset is None else read_config(preset)
+
+
+def _model_and_batch(preset: str | None, set: tuple[str, ...], data: Path | None) -> tuple["ModelConfig", Any]:
+    from experiments.commands.options import parse_overrides
+
+    config = _model(preset)
+    if data is None:
+        return config.replace(**parse_overrides(set)), None
+    from train.data import Loader, load_manifest
+
+    config = config.replace(vocab_size=load_manifest(data).vocab_size).replace(**parse_overrides(set))
+    return config, Loader(data, batch_size=4, seq_len=min(32, config.max_seq_len), seed=0).batch(0)
+
+
+def _write(folder: Path, name: str, figure: "Figure", document: dict[str, Any]) -> None:
+    from experiments.commands.options import output, write_document
+
+    with output(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    write_document(folder / f"{name}.json", document)
+
+
+def _show_check(out: Any, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from experiments.coordcheck import HOLDS, TITLES, at_the_end
+
+    sizes, noun = document["sizes"], "d_model" if document["axis"] == "width" else "layers"
+    for name, growth in document["growth"].items():
+        rows = [row for row in document["table"] if row["parameterization"] == name]
+        table = Table(title=f"{TITLES[name]}: change since the start", title_justify="left")
+        table.add_column(noun)
+        for heading in (*map(str, sizes), "growth", "growth of\nactivations"):
+            table.add_column(heading, justify="right")
+        for place, factor in growth["change"].items():
+            values = [f"{at_the_end(row, 'change')[place]:.3g}" for row in rows]
+            table.add_row(place, *values, f"×{factor:.2f}", f"×{growth['scale'][place]:.2f}")
+        out.print(table)
+        found = document["verdict"][name]
+        what = f"{found['place']} changes ×{found['growth']:.2f} from {noun} {sizes[0]} to {sizes[-1]}"
+        words = f"keeps its size within a factor {HOLDS:g}" if found["holds"] else "does not keep its size"
+        out.print(f"{TITLES[name]}: {words}; most: {what}.", highlight=False, style="bold")
+        out.print()
+    lines = "Root mean squares after the last step, means over seeds. Judged on the change: activations hide behind"
+    out.print(f"{lines} what initialisation put there.", highlight=False, style="dim")
+
+
+def _show_transfer(out: Any, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from experiments.coordcheck import TITLES
+
+    rates = document["learning_rates"]
+    for name, spread in document["spread"].items():
+        table = Table(title=f"{TITLES[name]}: validation loss (nats per token)", title_justify="left")
+        for heading in ("width", *(f"{rate:.3g}" for rate in rates), "± seeds", "best", "per seed"):
+            table.add_column(heading, justify="right")
+        for cell in (cell for cell in document["cells"] if cell["parameterization"] == name):
+            losses = ["diverged" if row["mean"] is None else f"{row['mean']:.3f}" for row in cell["settings"]]
+            noise = "" if cell["seed_noise"] is None else f"{cell['seed_noise']:.3f}"
+            best = "" if cell["winner"] is None else f"{cell['winner']['setting']['learning_rate']:.3g}"
+            seeds = " ".join("edge" if rate is None else f"{rate:.3g}" for rate in cell["optimum_per_seed"])
+            table.add_row(str(cell["width"]), *losses, noise, best, seeds)
+        out.print(table)
+        moved = "no width has one" if spread is None else f"moves by a factor {spread:.3g} over the widths"
+        out.print(f"{TITLES[name]}: the best rate {moved}.", highlight=False, style="bold")
+        out.print()
