@@ -27,6 +27,7 @@ Quantity = Literal["scale", "change"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
 TITLES: dict[Parameterization, str] = {"standard": "Standard parameterization", "mup": "muP"}
 HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
+COMPILING = 1e8  # FLOPs per token of a model that takes as long to run as any takes to compile, for the time left
 DEFAULT = ModelConfig(
     vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False, scan_layers=False
 )
@@ -62,7 +63,7 @@ def coordinate_check(
     train_config = TrainConfig(batch_size=rows, seq_len=seq_len, optimizer=optimizer, schedule="constant")
     base = HParams(learning_rate=learning_rate, weight_decay=0.0, clip_norm=0.0)
     models = [(name, size, resize(config, axis, size, sizes[0], name)) for name in parameterizations for size in sizes]
-    costs = [accounting.flops_per_token(made, seq_len) for *_, made in models]
+    costs = [accounting.flops_per_token(made, seq_len) + COMPILING for *_, made in models]
     table = []
     for (name, size, made), cost in zip(models, costs, strict=True):
         runs = []
@@ -223,7 +224,7 @@ def coordinate_figure(check: dict[str, Any]) -> Figure:
             factors = growth(check, name, quantity)
             most = max(factors, key=lambda place: abs(math.log(factors[place])) if factors[place] else math.inf)
             axes.set_title(TITLES[name] if quantity == "scale" else "")
-            note(axes, f"{most}: ×{factors[most]:.2g}")
+            note(axes, f"most: {most}, ×{factors[most]:.2g}")
         log_axis(line[0].yaxis, min(seen), max(seen))
         line[0].set_ylabel(label)
     for axes in panels[-1]:

@@ -30,7 +30,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """metadata: arrays of numbers are NumPy arrays, arrays of strings are lists. big_endian: the numbers' byte order."""
+    """metadata: arrays of numbers are NumPy arrays, arrays of strings are lists. big_endian: the byte order."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]

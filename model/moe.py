@@ -93,7 +93,7 @@ class Router(nn.Module):
         """x @ weight; products in bfloat16, as accelerators prefer for float32 too, would change choices."""
         experts, bias = self.experts, None
         if self.is_initializing():
-            init = initializer(self.config, "hidden", x.shape[-1])
+            init = initializer(self.config, "router", x.shape[-1])
             weight = self.param("weight", init, (x.shape[-1], experts.count), jnp.float32)
             if experts.selection_bias:
                 bias = self.param("selection_bias", nn.initializers.zeros, (experts.count,))
@@ -169,7 +169,7 @@ class ExpertFeedForward(nn.Module):
         if experts.shared_d_ff:
             shared = FeedForward(config, experts.shared_d_ff, name="shared")(x)
             if experts.shared_gate:
-                shared = shared * jax.nn.sigmoid(Linear(config, 1, "hidden", name="shared_gate")(x))
+                shared = shared * jax.nn.sigmoid(Linear(config, 1, "router", name="shared_gate")(x))
             y = y + shared
         dropped = jnp.sum(flat_real[:, None] & ~taken) / jnp.maximum(flat_real.sum() * experts.top_k, 1)
         return y, {**losses(routing, logits, flat_real), "dropped": dropped}

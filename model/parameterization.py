@@ -9,10 +9,15 @@ muP (Yang et al. 2022, "Tensor Programs V", table 8): w = d_model / base_d_model
 (tables, vectors) starts and learns as at the base width; hidden matrices learn 1/w as fast under Adam; the readout
 starts at zero and is multiplied by 1/w. What is tuned at the base width then holds at every width. Widen by more
 heads of one size: then 1/√head_dim is already muP's scale of scores. `scale_embedding` and `scale_logits` take
-their √ of base_d_model.
+their √ of base_d_model. A router is a readout too, of few outputs from many inputs, but at zero it would send every
+token to the same experts: it starts at 1/√w of a hidden matrix's scale.
 
 Depth (Dey et al. 2025, "CompleteP", α = 1): l = num_layers / base_num_layers. Every residual branch is multiplied by
-1/l, and the shrinking by √(2·layers) stops at the base depth; Adam's rates stay, SGD's grow by l.
+1/l, and the shrinking by √(2·layers) stops at the base depth; Adam's rates stay, SGD's grow by l inside the layers.
+
+Muon's updates have singular values near 0.2 · √max(fan_in, fan_out), so that their entries are of Adam's size (Liu et
+al. 2025); what a matrix changes in its output keeps its size where they do not grow with width (Yang et al. 2023, "A
+Spectral Condition for Feature Learning"): 1/√w.
 
 Weight decay is decoupled from all of this: each step takes learning_rate · weight_decay · w off every matrix, without
 its role's multiplier, so that the time over which a matrix forgets is the same at every width.
@@ -34,8 +39,8 @@ class Scale(NamedTuple):
 
     d_model: int  # under muP the base width
     num_layers: int  # under depth scaling the base depth
-    w: float  # width over base width; 1 in the standard parameterization
-    l: float  # depth over base depth; 1 without depth scaling
+    width: float  # w: over the base width; 1 in the standard parameterization
+    depth: float  # l: over the base depth; 1 without depth scaling
 
 
 class Role(NamedTuple):
@@ -45,21 +50,30 @@ class Role(NamedTuple):
     output: Callable[[Scale], float]
     adam: Callable[[Scale], float]
     sgd: Callable[[Scale], float]
-    muon: Callable[[Scale], float]  # tables, vectors and the readout are left to Adam
+    muon: Callable[[Scale], float]  # all but hidden and residual matrices are left to Adam
     decay: bool
 
 
 _one = lambda s: 1.0
+_w = lambda s: s.width
+_per_w = lambda s: 1 / s.width
+_per_root_w = lambda s: s.width**-0.5
+_l = lambda s: s.depth
+_per_l = lambda s: 1 / s.depth
+_l_w = lambda s: s.depth * s.width
+_l_per_w = lambda s: s.depth / s.width
 _by_fan_in = lambda fan_in, s: fan_in**-0.5
+_by_fan_in_and_depth = lambda fan_in, s: (2 * fan_in * s.num_layers) ** -0.5
 # fmt: off
 TABLE: dict[str, Role] = {
-    #                  std at the start                                         output             Adam               SGD                Muon   decay
-    "embedding": Role(lambda fan_in, s: s.d_model**-0.5,                        _one,              _one,              lambda s: s.w,     _one,  True),
-    "position":  Role(lambda fan_in, s: 0.02,                                   _one,              _one,              lambda s: s.w,     _one,  False),
-    "hidden":    Role(_by_fan_in,                                               _one,              lambda s: 1 / s.w, lambda s: s.l,     _one,  True),
-    "residual":  Role(lambda fan_in, s: (2 * fan_in * s.num_layers) ** -0.5,    lambda s: 1 / s.l, lambda s: 1 / s.w, lambda s: s.l,     _one,  True),
-    "head":      Role(_by_fan_in,                                               lambda s: 1 / s.w, _one,              lambda s: s.w,     _one,  True),
-    "vector":    Role(lambda fan_in, s: 0.0,                                    _one,              _one,              lambda s: s.w*s.l, _one,  False),
+    #                  std at the start                             output   Adam    SGD       Muon         decay
+    "embedding": Role(lambda fan_in, s: s.d_model**-0.5,            _one,   _one,   _w,       _one,        True),
+    "position":  Role(lambda fan_in, s: 0.02,                       _one,   _one,   _w,       _one,        False),
+    "hidden":    Role(_by_fan_in,                                   _one,   _per_w, _l,       _per_root_w, True),
+    "residual":  Role(_by_fan_in_and_depth,                         _per_l, _per_w, _l,       _per_root_w, True),
+    "router":    Role(lambda fan_in, s: (fan_in * s.width) ** -0.5, _one,   _per_w, _l_per_w, _per_w,      True),
+    "head":      Role(_by_fan_in,                                   _per_w, _one,   _w,       _one,        True),
+    "vector":    Role(lambda fan_in, s: 0.0,                        _one,   _one,   _l_w,     _one,        False),
 }
 # fmt: on
 
@@ -70,8 +84,8 @@ def scale_of(config: ModelConfig) -> Scale:
     return Scale(
         d_model=base_width or config.d_model,
         num_layers=config.base_num_layers or config.num_layers,
-        w=config.d_model / (base_width or config.d_model),
-        l=config.num_layers / (config.base_num_layers or config.num_layers),
+        width=config.d_model / (base_width or config.d_model),
+        depth=config.num_layers / (config.base_num_layers or config.num_layers),
     )
 
 
@@ -89,9 +103,17 @@ def output_multiplier(config: ModelConfig, role: str) -> float:
 
 def rate_multipliers(config: ModelConfig, params: Any, family: Family) -> Any:
     """The tree of learning-rate multipliers for an optimizer of this family."""
-    scale = scale_of(config)
-    rate = lambda path: getattr(TABLE[role_of(path)], family)(scale)
+    rate = lambda path: getattr(TABLE[role_of(path)], family)(_scale_at(config, path))
     return jax.tree_util.tree_map_with_path(lambda path, _: float(rate(names_of(path))), params)
+
+
+def _scale_at(config: ModelConfig, path: tuple[str, ...]) -> Scale:
+    """Depth changes nothing outside the layers, nor width a vector over the vocabulary or the features of a head."""
+    scale = scale_of(config)
+    of_a_head = path[-2:-1] in (("query_norm",), ("key_norm",)) and config.latent is None
+    if of_a_head or path[-2:] == ("head", "bias"):
+        scale = scale._replace(width=1.0)
+    return scale if "layers" in path else scale._replace(depth=1.0)
 
 
 # Which row a parameter of the public tree belongs to, by its last name, or else by the last two.
@@ -101,16 +123,15 @@ _BY_PAIR: dict[tuple[str, str], str] = {
     ("embedding", "positions"): "position",
     ("embedding", "types"): "position",
     ("relative_bias", "table"): "position",
-    **{
-        (name, "weight"): "hidden"
-        for name in ("query", "key", "value", "up", "gate", "router", "shared_gate", "pooler", "transform")
-    },
+    **{(name, "weight"): "hidden" for name in ("query", "key", "value", "up", "gate", "pooler", "transform")},
     **{(name, "weight"): "hidden" for name in ("query_down", "query_up", "key_value_down", "key_value_up")},
     ("experts", "up"): "hidden",
     ("experts", "gate"): "hidden",
     ("experts", "down"): "residual",
     ("output", "weight"): "residual",
     ("down", "weight"): "residual",
+    ("router", "weight"): "router",
+    ("shared_gate", "weight"): "router",
     ("head", "weight"): "head",
 }
 

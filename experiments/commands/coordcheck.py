@@ -94,7 +94,7 @@ def transfer(
     data: Path,
     out: Path,
     widths: tuple[int, ...] = (32, 64, 128),
-    learning_rates: tuple[float, ...] = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16),
+    learning_rates: tuple[float, ...] = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
     steps: int = 250,
     seeds: int = 3,
     batch_size: int = 2,
@@ -179,7 +179,7 @@ def _write(folder: Path, name: str, figure: "Figure", document: dict[str, Any]) 
 
     with output(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=110)
+        figure.savefig(folder / f"{name}.png", dpi=100)
     write_document(folder / f"{name}.json", document)
 
 

@@ -10,7 +10,7 @@ from model.errors import InputError
 Raw = dict[str, Any]
 """A config.json."""
 MOST = 100_000
-"""No model has more layers, or more of anything that is counted one by one: a broken number must not fill the memory."""
+"""No model has more layers, or more of anything that is counted one by one: a broken number must not fill memory."""
 
 
 class Entry(Protocol):
@@ -254,6 +254,8 @@ class Windows:
         raw: Raw = {"sliding_window": config.sliding_window}
         if self.switched:
             raw["use_sliding_window"] = config.sliding_window is not None
+        elif raw["sliding_window"] is None and self.listed:
+            raw["sliding_window"] = self.default  # Transformers wants one even where no layer uses it
         if self.listed:
             raw["layer_types"] = layer_types(config)
             raw["max_window_layers"] = (raw["layer_types"] + [SLIDING]).index(SLIDING)

@@ -126,10 +126,14 @@ def _tie_as_the_tensors_are(
     config: ModelConfig, family: Family, tensors: TensorFolder, names: dict[str, str]
 ) -> ModelConfig:
     """A file may hold a head that its configuration says is tied: then the values decide."""
+    shapes = shapes_of(config)
+    if not config.tie_embeddings or config.head == "none" or _HEAD in shapes:
+        return config
     untied = config.replace(tie_embeddings=False)
-    found = {part.leaf: step.name for step in steps(family.rows, untied, shapes_of(untied)) for part in step.parts}
+    with_head = {**shapes, _HEAD: shapes[_TABLE][::-1]}
+    found = {part.leaf: step.name for step in steps(family.rows, untied, with_head) for part in step.parts}
     table, head = names.get(found[_TABLE]), names.get(found.get(_HEAD, ""))
-    if not config.tie_embeddings or head is None or table is None or _HEAD in shapes_of(config):
+    if head is None or table is None:
         return config
     same = tensors.shapes[table] == tensors.shapes[head] and np.array_equal(tensors.read(table), tensors.read(head))
     return config if same else untied

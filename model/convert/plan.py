@@ -51,8 +51,8 @@ def shapes_of(config: ModelConfig) -> Shapes:
 
     Raises InputError on sizes that no model has.
     """
-    layers, experts = config.num_layers + config.num_encoder_layers, config.experts
-    counts = {"layers": layers, "features of a head": config.head_dim}
+    layers, experts = config.num_layers, config.experts
+    counts = {"layers": max(layers, config.num_encoder_layers), "features of a head": config.head_dim}
     counts["experts in its layers"] = layers * experts.count if experts is not None else 0
     for name, count in counts.items():
         if count > MOST:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from model.errors import InputError
-from model.tokenizer.base import Conventions, Tokenizer
 from model.gguf_header import read_gguf_header
+from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6

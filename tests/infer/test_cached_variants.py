@@ -72,6 +72,19 @@ def test_a_full_row_gets_nan_and_nothing_is_written(decoder, random_params):
         np.testing.assert_array_equal(old[0], new[0])
 
 
+def test_padding_past_the_table_of_positions(random_params):
+    """A chunk's padding may stand where no learned position is; a ring's chunk is seen before it is written."""
+    config = ModelConfig(32, 16, 1, 2, position="learned", sliding_window=4, max_seq_len=CAPACITY)
+    params, tokens = random_params(config), tokens_of(2, CAPACITY)
+    expected = whole(config, params, tokens)
+    cache, start = init_cache(config, 2, CAPACITY), CAPACITY - 3
+    _, cache = prefill(config, params, tokens[:, :start], np.full(2, start, np.int32), cache)
+    chunk = np.concatenate([tokens[:, start:], tokens[:, :3]], axis=1)
+    logits, cache = prefill(config, params, chunk, np.array([2, 3], np.int32), cache)
+    np.testing.assert_allclose(logits[0], expected[0, start + 1], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[1], expected[1, start + 2], rtol=0, atol=1e-4)
+
+
 def test_the_cache_is_as_large_as_the_books_say(variant):
     """A window's layer holds the window, latent attention its vectors, an encoder-decoder both sides."""
     if variant.stack == "encoder":

@@ -13,8 +13,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import InputError
-from model.tokenizer import load_tokenizer
 from model.gguf_header import read_gguf_header
+from model.tokenizer import load_tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import InputError, ModelConfig, forward, init, sentence_embedding
+from model import Experts, InputError, Latent, ModelConfig, RopeScaling, encode, forward, init, sentence_embedding
 from model.layout import groups, layer_kinds, places
 from model.parameterization import names_of
 
@@ -117,6 +117,105 @@ def test_scan_is_the_loop_and_every_parameter_gets_a_gradient(variant, random_pa
             assert (np.abs(np.asarray(grad)).reshape(layers, -1).max(axis=1) > 1e-9).all(), name
 
 
+def test_experts_report_in_the_order_of_their_layers(random_params):
+    """Also where one round of the scan holds several expert layers, and where no layer has any."""
+    config = ModelConfig(
+        32, 16, 5, 2, experts=Experts(4, 1, 8, dense_layers=(1,)), sliding_window=4, layer_pattern=("local", "global")
+    )
+    params, tokens = random_params(config), tokens_of(2, SEQ)
+    reports = jax.jit(lambda config, params: forward(config, params, tokens).auxiliary, static_argnums=0)
+    use, looped = (reports(config.replace(scan_layers=flag), params)["expert_use"] for flag in (True, False))
+    assert use.shape == (4, 4)
+    assert len(np.unique(use, axis=0)) == 4, "layers differ"
+    np.testing.assert_array_equal(use, looped)
+    dense = config.replace(num_layers=2, experts=config.experts.replace(dense_layers=(0, 1)))
+    assert reports(dense, random_params(dense)) == {}
+
+
+def test_dropout_of_every_stack(random_params):
+    """The loop draws the scan's masks; rate 0 is none; an encoder draws other masks than its decoder."""
+    config = ModelConfig(
+        32, 16, 3, 2, stack="encoder-decoder", position="none", sliding_window=4, layer_pattern=("local", "global")
+    )
+    params, tokens = random_params(config), tokens_of(2, SEQ)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def dropped(config, rate):
+        key = jax.random.key(1)
+        return forward(config, params, tokens, encoder_tokens=tokens, dropout_rate=rate, dropout_key=key).logits
+
+    rate, none = jnp.float32(0.4), run(config, params, tokens, {"encoder_tokens": tokens})
+    scanned = dropped(config, rate)
+    np.testing.assert_allclose(scanned, dropped(config.replace(scan_layers=False), rate), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(dropped(config, jnp.float32(0)), none, rtol=2e-4, atol=2e-5)
+    assert np.abs(scanned - none).max() > 0.1
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_what_stands_in_padding_does_not_matter(position, random_params):
+    """Not even ids that no table has, in values and in gradients."""
+    config = ModelConfig(
+        32, 16, 2, 2, stack="encoder", position=position, num_token_types=2, embedding_norm=True, max_seq_len=16
+    )
+    params, tokens, real = random_params(config), tokens_of(2, SEQ), jnp.arange(SEQ)[None] < 6
+
+    def loss(params, tokens, types, positions):
+        inputs = {"token_types": types, "positions": positions, "segment_ids": jnp.tile(real, (2, 1)).astype(jnp.int32)}
+        return jnp.sum(jnp.where(real[..., None], forward(config, params, tokens, **inputs).logits, 0) ** 2)
+
+    graded = jax.jit(jax.value_and_grad(loss))
+    positions = jnp.tile(jnp.arange(SEQ), (2, 1))
+    inputs = (tokens, tokens % 2, positions)
+    spoilt = (jnp.where(real, value, 99) for value in inputs)
+    for a, b in zip(*map(jax.tree.leaves, (graded(params, *inputs), graded(params, *spoilt))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_base": None},
+        {"rope_base": float("inf")},
+        {"norm_epsilon": [1]},
+        {"rope_fraction": 1.5},
+        {"eos_token_ids": None},
+        {"eos_token_ids": ["a"]},
+        {"eos_token_ids": [1.5]},
+        {"decoder_start_token_id": None},
+        {"layer_pattern": None},
+        {"num_token_types": True},
+        {"relative_buckets": 1, "position": "relative"},
+        {"relative_buckets": 3, "position": "relative", "stack": "encoder"},
+        {"attention_sinks": True, "latent": Latent(4, 3, 2, 4)},
+    ],
+    ids=lambda fields: "-".join(f"{name}={value}" for name, value in fields.items())[:40],
+)
+def test_impossible_fields_are_said_in_a_sentence_with_their_name(fields):
+    with pytest.raises(InputError, match=next(iter(fields))):
+        ModelConfig(32, 16, 2, 4, **fields)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        (RopeScaling, {"kind": "linear", "factor": "8"}),
+        (RopeScaling, {"factor": None, "kind": "linear"}),
+        (RopeScaling, {"low_frequency_factor": 4.0, "kind": "llama3", "factor": 2.0, "original_max_seq_len": 8}),
+        (RopeScaling, {"beta_fast": 0.0, "kind": "yarn", "factor": 2.0, "original_max_seq_len": 8}),
+        (Latent, {"q_rank": 0, "kv_rank": 4, "nope_dim": 3, "rope_dim": 2, "v_dim": 4}),
+        (Experts, {"dense_layers": 3, "count": 4, "top_k": 1, "d_ff": 8}),
+        (Experts, {"dense_layers": ["a"], "count": 4, "top_k": 1, "d_ff": 8}),
+        (Experts, {"capacity_factor": "a", "count": 4, "top_k": 1, "d_ff": 8}),
+        (Experts, {"scale": None, "count": 4, "top_k": 1, "d_ff": 8}),
+        (Experts, {"shared_gate": True, "count": 4, "top_k": 1, "d_ff": 8}),
+    ],
+)
+def test_impossible_parts_are_said_in_a_sentence(part, fields):
+    name = "factor" if fields.get("kind") == "linear" else next(iter(fields))
+    with pytest.raises(InputError, match=f"{part.__name__}.{name}"):
+        part.from_dict(fields)
+
+
 def test_layers_stand_where_the_layout_says(variant):
     """Stacks hold every layer once, in order; groups run every layer once, in order."""
     shapes = jax.eval_shape(functools.partial(init, variant), jax.random.key(0))
@@ -173,6 +272,8 @@ def test_inputs_that_do_not_belong_are_refused(random_params):
         forward(decoder, random_params(decoder), tokens, token_types=tokens)
     with pytest.raises(InputError, match="encoder's sequence of 17"):
         forward(both, random_params(both), tokens, encoder_tokens=tokens_of(1, 17))
+    with pytest.raises(InputError, match="encoder's sequence of 17"):
+        encode(both, random_params(both), tokens_of(1, 17))
 
 
 def test_depth_does_not_grow_the_program():

@@ -118,10 +118,13 @@ def _every_sixth_global(raw: Raw, layers: int) -> list[str]:
 
 _GEMMA3_HEADS = Heads(
     {
-        **decoder_heads("Gemma3").classes,
+        "Gemma3ForCausalLM": {"head": "language-model"},
         "Gemma3TextForSequenceClassification": {"head": "classifier"},
         "Gemma3TextModel": {"head": "none"},
+        # those with a vision tower, which are read and not written
         "Gemma3ForConditionalGeneration": {"head": "language-model"},
+        "Gemma3ForSequenceClassification": {"head": "classifier"},
+        "Gemma3Model": {"head": "none"},
     }
 )
 GEMMA3 = Family(

@@ -1,0 +1,101 @@
+"""Our logits are Transformers' logits.
+
+The folders in tests/fixtures/hf hold random models of every family with the logits that Transformers gave for them.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from model import forward
+from model.convert import load_hf, save_hf
+from model.convert.families import FAMILIES
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
+MAKE = FIXTURES.parent / "make_hf.py"
+NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+
+
+def outputs(config, params, given):
+    """Logits (without a head: final hidden states) at the real tokens of a fixture."""
+    inputs = {"segment_ids": given["mask"], "token_types": given.get("token_types")}
+    if "encoder_tokens" in given:
+        inputs |= {"encoder_tokens": given["encoder_tokens"], "encoder_segment_ids": given["encoder_mask"]}
+    inputs = {name: value.astype(np.int32) for name, value in inputs.items() if value is not None}
+    config = config.replace(scan_layers=config.num_layers > 4)  # whichever compiles faster
+    bare = config.head == "none"
+    run = jax.jit(functools.partial(forward, config, outputs=("final_hidden",) if bare else ()))
+    out = run(params, given["tokens"].astype(np.int32), **inputs)
+    return at_tokens(np.asarray(out.final_hidden if bare else out.logits), given)
+
+
+def at_tokens(logits, given):
+    return logits[given["mask"].astype(bool)] if logits.ndim == 3 else logits
+
+
+def error(config, params, given):
+    """The largest difference from the fixture's logits, in their standard deviations."""
+    expected = at_tokens(given["logits"], given)
+    return np.abs(outputs(config, params, given) - expected).max() / expected.std()
+
+
+def expected_of(folder):
+    return dict(np.load(folder / "expected.npz"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name, hf):
+    config, params = hf(name)
+    assert error(config, params, expected_of(FIXTURES / name)) < 1e-4
+
+
+def test_every_family_has_a_fixture():
+    types = {json.loads((FIXTURES / name / "config.json").read_text())["model_type"] for name in NAMES}
+    assert types == set(FAMILIES)
+
+
+def test_a_sentence_encoder_without_pooler(copy, tmp_path, assert_same):
+    bare = lambda tensors: {key: value for key, value in tensors.items() if "pooler" not in key}
+    config, params = load_hf(copy("bert", tensors=bare))
+    assert not config.pooler
+    assert "pooler" not in params
+    assert error(config, params, expected_of(FIXTURES / "bert")) < 1e-4
+    save_hf(config, params, tmp_path / "saved")
+    assert_same((config, params), load_hf(tmp_path / "saved"))
+
+
+@pytest.mark.long
+def test_transformers_makes_and_takes_fresh_models(tmp_path):
+    """Set ISOFLOP_TRANSFORMERS_PYTHON to an interpreter that has torch and transformers."""
+    python = os.environ.get("ISOFLOP_TRANSFORMERS_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch, transformers"], capture_output=True).returncode:
+        pytest.skip(f"{python} has no torch and transformers; set ISOFLOP_TRANSFORMERS_PYTHON")
+    seed = str(int.from_bytes(os.urandom(3)))
+    made, saved = tmp_path / "made", tmp_path / "saved"
+    run = lambda *arguments: subprocess.run([python, str(MAKE), *arguments], capture_output=True, text=True)
+    done = run("--out", str(made), "--seed", seed)
+    assert done.returncode == 0, done.stderr
+    errors = {}
+    for folder in sorted(made.iterdir()):
+        config, params = load_hf(folder)
+        errors[folder.name] = error(config, params, expected_of(folder))
+        save_hf(config, params, saved / folder.name)
+        shutil.copy(folder / "expected.npz", saved / folder.name)
+    assert len(errors) == len(NAMES)
+    assert max(errors.values()) < 1e-4, (seed, errors)
+    done = run("--check", str(saved))
+    assert done.returncode == 0, done.stderr
+    for folder in sorted(saved.iterdir()):
+        given, actual = expected_of(folder), np.load(folder / "actual.npz")["logits"]
+        expected = at_tokens(given["logits"], given)
+        assert json.loads((folder / "report.json").read_text()) == {}, folder.name
+        assert np.abs(at_tokens(actual, given) - expected).max() < 1e-5 * expected.std(), (seed, folder.name)
