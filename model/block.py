@@ -40,13 +40,12 @@ class Block(nn.Module):
         config = self.config
         cached = {} if cache is None else dict(cache)
         reports: dict[str, Array] = {}
+        weights: list[Array] = []
 
         def attention(x: Array) -> Array:
-            nonlocal weights
             module = LatentAttention if config.latent is not None else Attention
-            y, kept, weights = module(config, name="attention")(
-                x, context, cached.get("self"), dropout and dropout.at(0)
-            )
+            y, kept, seen = module(config, name="attention")(x, context, cached.get("self"), dropout and dropout.at(0))
+            weights.append(seen)
             if kept is not None:
                 cached["self"] = kept
             return y
@@ -66,12 +65,11 @@ class Block(nn.Module):
             reports.update(report)
             return y
 
-        weights: Array
         x = self._add_branch("attention", attention, x, dropout and dropout.at(1))
         if self.kind.cross:
             x = self._add_branch("cross_attention", cross_attention, x, dropout and dropout.at(4))
         x = self._add_branch("feed_forward", feed_forward, x, dropout and dropout.at(2))
-        return x, None if cache is None else cached, weights, reports
+        return x, None if cache is None else cached, weights[0], reports
 
     def _add_branch(self, name: str, branch: Callable[[Array], Array], x: Array, dropout: Dropout | None) -> Array:
         config = self.config

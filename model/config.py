@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal, get_args
 
 from model.errors import InputError, UnknownNameError
-from model.parts import Experts, Latent, RopeScaling
+from model.parts import Experts, Latent, Part, RopeScaling
 
 Stack = Literal["decoder", "encoder", "encoder-decoder"]
 Position = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
@@ -27,14 +27,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "parameterization": get_args(Parameterization),
     "compute_dtype": get_args(DType),
 }
-_COUNTS = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
+_COUNTS: tuple[str, ...] = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
 _COUNTS += ("num_encoder_layers", "sliding_window", "base_d_model", "base_num_layers", "num_labels")
 _COUNTS += ("relative_buckets", "relative_max_distance")
-_POSITIVE = ("norm_epsilon", "rope_base", "local_rope_base", "rope_fraction", "attention_scale")
+_POSITIVE: tuple[str, ...] = ("norm_epsilon", "rope_base", "local_rope_base", "rope_fraction", "attention_scale")
 _POSITIVE += ("attention_softcap", "final_softcap")
 _BIASES = ("norm_bias", "attention_bias", "attention_output_bias")
 _DERIVED = ("num_kv_heads", "head_dim", "d_ff", "num_encoder_layers", "final_norm", *_BIASES)
-_PARTS = {"rope_scaling": RopeScaling, "latent": Latent, "experts": Experts}
+_PARTS: dict[str, type[Part]] = {"rope_scaling": RopeScaling, "latent": Latent, "experts": Experts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back to an equal config."""
-        plain = lambda value: dataclasses.asdict(value) if isinstance(value, tuple(_PARTS.values())) else value
+        plain = lambda value: value.to_dict() if isinstance(value, Part) else value
         return {name: plain(getattr(self, name)) for name in _FIELDS}
 
     @classmethod

@@ -15,9 +15,13 @@ Dispatch = Literal["dropless", "capacity"]
 class Part:
     """Reading and writing plain values, with sentences where they are wrong."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `dataclasses.asdict`'s output. Raises InputError on an unknown, missing or impossible field."""
+        """Read `to_dict`'s output. Raises InputError on an unknown, missing or impossible field."""
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in values:
             if name not in fields:

@@ -77,7 +77,7 @@ def alibi_bias(
 ) -> Float[Array, "rows heads seq key"]:
     """Minus slope times distance (Press et al. 2022, section 3)."""
     distance = jnp.abs(queries[:, :, None] - keys[:, None, :]).astype(jnp.float32)
-    return -alibi_slopes(num_heads)[None, :, None, None] * distance[:, None]
+    return distance[:, None] * -alibi_slopes(num_heads)[None, :, None, None]
 
 
 def relative_bias(
