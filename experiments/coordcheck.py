@@ -63,6 +63,9 @@ def coordinate_check(
     train_config = TrainConfig(batch_size=rows, seq_len=seq_len, optimizer=optimizer, schedule="constant")
     base = HParams(learning_rate=learning_rate, weight_decay=0.0, clip_norm=0.0)
     models = [(name, size, resize(config, axis, size, sizes[0], name)) for name in parameterizations for size in sizes]
+    # What a random readout starts with shrinks by design under muP, and would hide what it learns.
+    zero = not config.tie_embeddings
+    models = [(name, size, made.replace(zero_readout=zero and name == "mup")) for name, size, made in models]
     costs = [accounting.flops_per_token(made, seq_len) + COMPILING for *_, made in models]
     table = []
     for (name, size, made), cost in zip(models, costs, strict=True):

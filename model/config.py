@@ -27,7 +27,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "parameterization": get_args(Parameterization),
     "compute_dtype": get_args(DType),
 }
-_COUNTS: tuple[str, ...] = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len")
+_COUNTS: tuple[str, ...] = (
+    "vocab_size",
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "max_seq_len",
+)
 _COUNTS += ("num_encoder_layers", "sliding_window", "base_d_model", "base_num_layers", "num_labels")
 _COUNTS += ("relative_buckets", "relative_max_distance")
 _POSITIVE: tuple[str, ...] = ("norm_epsilon", "rope_base", "local_rope_base", "rope_fraction", "attention_scale")
@@ -97,6 +106,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     head: Head = "language-model"
     head_bias: bool = False
+    zero_readout: bool = False  # an untied head starts at zero
     scale_logits: bool = False  # by 1/√d_model, as a tied T5 does
     final_softcap: float | None = None
     pooler: bool = False  # a dense layer with tanh over the first token, as BERT has

@@ -7,10 +7,11 @@ it then makes logits of unit variance. At GPT-2's 0.02 a narrow model first has 
 
 muP (Yang et al. 2022, "Tensor Programs V", table 8): w = d_model / base_d_model. Everything whose fan-in is finite
 (tables, vectors) starts and learns as at the base width; hidden matrices learn 1/w as fast under Adam; the readout
-starts at zero and is multiplied by 1/w. What is tuned at the base width then holds at every width. Widen by more
-heads of one size: then 1/√head_dim is already muP's scale of scores. `scale_embedding` and `scale_logits` take
-their √ of base_d_model. A router is a readout too, of few outputs from many inputs, but at zero it would send every
-token to the same experts: it starts at 1/√w of a hidden matrix's scale.
+is multiplied by 1/w. What is tuned at the base width then holds at every width. Widen by more heads of one size: then
+1/√head_dim is already muP's scale of scores. `scale_embedding` and `scale_logits` take their √ of base_d_model. A
+router is a readout too, of few outputs from many inputs: it starts at 1/√w of a hidden matrix's scale. The logits that
+a random readout starts with shrink as 1/√w; `zero_readout` starts all widths alike, which shows the rest more clearly
+(the coordinate check does so), but trains worse (docs/LOG.md).
 
 Depth (Dey et al. 2025, "CompleteP", α = 1): l = num_layers / base_num_layers. Every residual branch is multiplied by
 1/l, and the shrinking by √(2·layers) stops at the base depth; Adam's rates stay, SGD's grow by l inside the layers.
@@ -72,7 +73,7 @@ TABLE: dict[str, Role] = {
     "hidden":    Role(_by_fan_in,                                   _one,   _per_w, _l,       _per_root_w, True),
     "residual":  Role(_by_fan_in_and_depth,                         _per_l, _per_w, _l,       _per_root_w, True),
     "router":    Role(lambda fan_in, s: (fan_in * s.width) ** -0.5, _one,   _per_w, _l_per_w, _per_w,      True),
-    "head":      Role(_by_fan_in,                                   _per_w, _one,   _w,       _one,        True),
+    "head":      Role(lambda fan_in, s: (fan_in / s.width) ** -0.5, _per_w, _one,   _w,       _one,        True),
     "vector":    Role(lambda fan_in, s: 0.0,                        _one,   _one,   _l_w,     _one,        False),
 }
 # fmt: on
@@ -90,8 +91,8 @@ def scale_of(config: ModelConfig) -> Scale:
 
 
 def initializer(config: ModelConfig, role: str, fan_in: int) -> nn.initializers.Initializer:
-    """Normal with the standard deviation of the role's row; under muP the readout starts at zero."""
-    if role == "head" and config.parameterization == "mup":
+    """Normal with the standard deviation of the role's row; a readout at zero if the config says so."""
+    if role == "head" and config.zero_readout:
         return nn.initializers.zeros
     return nn.initializers.normal(TABLE[role].std(fan_in, scale_of(config)))
 

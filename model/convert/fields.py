@@ -236,7 +236,10 @@ class Windows:
     def read(self, raw: Raw) -> dict[str, Any]:
         """`sliding_window` and `layer_pattern`."""
         layers, window = raw["num_hidden_layers"], raw.get("sliding_window", self.default)
-        if self.switched and not raw.get("use_sliding_window", False):
+        switch = raw.get("use_sliding_window")
+        if switch is not None and not isinstance(switch, bool):
+            raise InputError(f"use_sliding_window={switch!r} must be true or false")
+        if self.switched and not switch:
             window = None
         types = raw.get("layer_types") or self.types(raw, layers)
         if len(types) != layers or set(types) - {SLIDING, FULL}:

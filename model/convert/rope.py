@@ -37,6 +37,13 @@ def read_scaling(parameters: Raw, raw: Raw, kinds: tuple[str, ...]) -> RopeScali
     if kind not in kinds:
         known = " or ".join(("default", *kinds))
         raise InputError(f"rope type {kind!r} is not supported for this model_type; isoflop reads {known}")
+    for key in _KEYS_OF[kind]:
+        value = parameters.get(key)
+        if value is not None and (
+            not isinstance(value, (int, float)) or isinstance(value, bool) != (key == "truncate")
+        ):
+            wanted = "true or false" if key == "truncate" else "a number"
+            raise InputError(f"{key}={value!r} of the rotary positions must be {wanted}")
     values = {_KEYS[key][0]: parameters.get(key) for key in _KEYS_OF[kind]}
     values |= {ours: default for ours, default in _KEYS.values() if ours in values and values[ours] is None}
     if "original_max_seq_len" in values:
@@ -67,6 +74,13 @@ def write_scaling(scaling: RopeScaling | None) -> Raw:
     return {"rope_type": scaling.kind} | {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
 
+def _object(raw: Raw, key: str) -> Raw:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{key}={value!r} must be an object or null")
+    return value or {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """One rotary base for all layers. `fraction`: the family may turn only the first part of a head."""
@@ -77,7 +91,7 @@ class Rope:
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`rope_base`, `rope_scaling` and `rope_fraction`."""
-        parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        parameters = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
         if any(isinstance(value, dict) for value in parameters.values()):
             raise InputError("rope_parameters that differ between layer types are not supported for this model_type")
         fraction = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
@@ -110,9 +124,9 @@ class RopePerReach:
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`rope_base`, `rope_scaling` and `local_rope_base`."""
-        nested = raw.get("rope_parameters") or {}
-        whole = {**(nested.get(FULL) or {}), **(raw.get("rope_scaling") or {})}
-        local = nested.get(SLIDING) or {}
+        nested = _object(raw, "rope_parameters")
+        whole = {**_object(nested, FULL), **_object(raw, "rope_scaling")}
+        local = _object(nested, SLIDING)
         if local.get("rope_type", "default") != "default":
             raise InputError(
                 f"rope type {local['rope_type']!r} of {SLIDING} layers is not supported; it must be default"

@@ -60,6 +60,16 @@ def test_every_preset_has_a_model_type(name):
     assert raw["model_type"] == family.model_type
 
 
+def test_what_transformers_wants_of_a_gemma(hf):
+    """The classes of its text part, and a window even where no layer has one."""
+    config, _ = hf("gemma3")
+    for head, name in {"classifier": "Gemma3TextForSequenceClassification", "none": "Gemma3TextModel"}.items():
+        _, raw = huggingface._choose_family(config.replace(head=head, sliding_window=None), "gemma3_text")
+        assert raw["architectures"] == [name]
+        assert raw["sliding_window"] == 4096
+        assert set(raw["layer_types"]) == {"full_attention"}
+
+
 def test_equal_functions_are_saved_alike(tmp_path):
     config = ModelConfig(
         vocab_size=32,

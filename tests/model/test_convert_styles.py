@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from model.convert import load_hf, save_hf
+from model.convert.families import FAMILIES
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
@@ -121,6 +122,19 @@ OLD_STYLES = {
 @pytest.mark.parametrize("name", OLD_STYLES)
 def test_older_configurations_mean_the_same(name, copy, hf, assert_same):
     assert_same(load_hf(copy(name, OLD_STYLES[name])), hf(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("gemma3", {"attn_logit_softcapping": 2.0}), ("deepseek_v2", {"norm_topk_prob": True})]
+)
+def test_keys_that_transformers_does_not_look_at(name, change, copy, assert_same, hf):
+    assert_same(load_hf(copy(name, change)), hf(name))
+
+
+def test_logits_of_classifiers_are_not_capped():
+    raw = json.loads((FIXTURES / "gemma2" / "config.json").read_text())
+    assert FAMILIES["gemma2"].read(raw).final_softcap == 3.0
+    assert FAMILIES["gemma2"].read(raw | {"architectures": ["Gemma2ForSequenceClassification"]}).final_softcap is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-llama3", "bert-masked", "bert-classifier", "gemma3"])
