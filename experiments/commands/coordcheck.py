@@ -128,7 +128,7 @@ def transfer(
     from train.data import load_manifest
 
     manifest = load_manifest(data)
-    # A head of its own starts at zero under muP, which delays narrow models in runs as short as these (docs/LOG.md).
+    # Tied, as in the study's family.
     model = _model(preset) if preset is not None else _model(preset).replace(tie_embeddings=True)
     config, train_config, hparams = split_overrides(
         set,

@@ -28,8 +28,8 @@ def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     gpt2. mesh: split the parameters over it. Tensors are read one at a time. eos_token_ids is the file's
     tokenizer.ggml.eos_token_id, and its end-of-turn token where it has one.
 
-    Raises InputError on a file that is missing, cut off or no GGUF, on other architectures and on what they have that
-    isoflop does not, and on tensors that are missing, unknown or of a wrong shape.
+    Raises InputError on a file that is missing, cut off, big-endian or no GGUF, on other architectures and on what they
+    have that isoflop does not, and on tensors that are missing, unknown or of a wrong shape.
     """
     file = Path(file)
     if dtype not in DTYPES:
