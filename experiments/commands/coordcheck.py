@@ -109,7 +109,7 @@ def transfer(
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config; by default 3 layers with heads of
-            16 features and a tied head. Heads keep their size, all else grows in proportion.
+            16 features. Heads keep their size, all else grows in proportion.
         data: A folder made by `isoflop data prepare`.
         out: The folder for the runs, transfer.png and transfer.json; the same command again resumes.
         widths: d_model of the models; muP's base is the smallest.
@@ -128,11 +128,9 @@ def transfer(
     from train.data import load_manifest
 
     manifest = load_manifest(data)
-    # Tied, as in the study's family.
-    model = _model(preset) if preset is not None else _model(preset).replace(tie_embeddings=True)
     config, train_config, hparams = split_overrides(
         set,
-        model.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,), max_seq_len=seq_len),
+        _model(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,), max_seq_len=seq_len),
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
         HParams(warmup_steps=max(1, steps // 20), final_fraction=0.0),
     )
