@@ -204,6 +204,11 @@ def _show_check(out: Any, document: dict[str, Any]) -> None:
         words = f"keeps its size within a factor {HOLDS:g}" if found["holds"] else "does not keep its size"
         out.print(f"{TITLES[name]}: {words}; most: {what}.", highlight=False, style="bold")
         out.print()
+    if document["config"]["tie_embeddings"] and "mup" in document["verdict"]:
+        text = (
+            "Logits through a tied table are not judged under muP: what they start with shrinks as 1/√width by design."
+        )
+        out.print(text, highlight=False, style="dim")
     lines = "Root mean squares after the last step, means over seeds. Judged on the change: activations hide behind"
     out.print(f"{lines} what initialisation put there.", highlight=False, style="dim")
 
