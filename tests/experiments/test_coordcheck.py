@@ -67,6 +67,7 @@ def test_growth_and_verdict_of_a_known_table(check):
     assert judge(known, "standard") == {"holds": True, "place": "layer 1 of 2", "growth": pytest.approx(1.5)}
 
 
+@pytest.mark.long
 def test_mup_keeps_what_standard_does_not():
     check = coordinate_check(SMALL, (16, 256), steps=3, learning_rate=0.01, seeds=(0,))
     assert judge(check, "mup")["holds"]
@@ -136,6 +137,7 @@ def test_a_wrong_call_is_one_sentence(isoflop, arguments, word):
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_transfer_sweeps_every_width_and_finds_the_best_rate(data, tmp_path):
     arguments = {
         "train_config": TrainConfig(batch_size=2, seq_len=8),

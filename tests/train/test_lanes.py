@@ -72,6 +72,7 @@ def test_lane_equals_its_solo_run(eight, data, tmp_path, lane):
     assert abs(validation / solo.validation_loss - 1) <= max(1e-5, 10 * control)
 
 
+@pytest.mark.long
 def test_vmapped_lanes_equal_lanes_in_turn(eight, data, tmp_path, monkeypatch):
     """What accelerators do: side by side."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
