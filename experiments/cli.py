@@ -35,6 +35,7 @@ COMMANDS: Tree = {
     "study": study.study,
     "data": ("Make and look into data folders.", {"prepare": data.prepare, "inspect": data.inspect}),
     "train": train.train,
+    "cool": train.cool,
     "generate": generate.generate,
     "eval": evaluate.evaluate,
     "sweep": ("Train many settings side by side.", {"plan": sweep.plan, "run": sweep.run}),

@@ -12,6 +12,7 @@ from model.dropout import Dropout
 from model.linear import Linear
 from model.norm import Normalize
 from model.position import rotate
+from model.sharding import constrain
 
 Entry = tuple[Array, ...]
 """What a layer's cache holds of one attention: see `model.cache.LayerCache`."""
@@ -141,6 +142,9 @@ def attend(
     softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head beside the keys that
     takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
     """
+    query = constrain(query, "batch", "heads", "sequence", None)
+    key = constrain(key, "batch", "kv_heads", None, None)  # every query sees the whole row
+    value = constrain(value, "batch", "kv_heads", None, None)
     batch, heads, seq, head_dim = query.shape
     kv_heads = key.shape[1]
     # Folding the group into the query axis makes every variant one batched product over KV heads.

@@ -16,6 +16,7 @@ from model.layout import LayerKind
 from model.moe import ExpertFeedForward
 from model.norm import Normalize
 from model.parameterization import output_multiplier
+from model.sharding import constrain
 
 
 class Block(nn.Module):
@@ -80,4 +81,5 @@ class Block(nn.Module):
         y = y if dropout is None else dropout(y)
         multiplier = output_multiplier(config, "residual")
         x = x + (y if multiplier == 1 else multiplier * y)
+        x = constrain(x, "batch", "sequence", None)
         return normalize(f"{name}_norm")(x) if config.norm_placement == "post" else x

@@ -4,16 +4,20 @@ A choice is one (token, expert) pair. Choices are numbered choice-major, all tok
 ones, so that first choices have priority where an expert's capacity runs out (GShard, section 2.2). Each gets a slot,
 a row of a buffer that is cut into blocks of one expert each: one block of `capacity` rows for every expert, or, where
 nothing may be dropped, as many small blocks as the expert needs.
+
+On a mesh that splits the experts, a device's blocks are those of its own experts: tokens travel, matrices stay.
 """
 
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.grouped import Form, batched_product, form_for_backend, loop_product, ragged_product
+from model.sharding import constrain, parts_of
 
 LARGEST_BLOCK = 128  # rows; more gains no speed and pads more
 
@@ -58,19 +62,22 @@ def plan_capacity(choices: Sorted, capacity: int) -> Plan:
     return _plan(choices, first_row, jnp.arange(count), capacity)
 
 
-def plan_blocks(choices: Sorted, size: int) -> Plan:
+def plan_blocks(choices: Sorted, size: int, parts: int = 1, most: int | None = None) -> Plan:
     """As many blocks of `size` rows for every expert as its choices fill, the last in part; nobody is left out.
 
+    parts: equal runs of experts, with as many blocks each. most: choices that one part can get (None: all).
     Σ ceil(n_e / size) over at most min(experts, choices) experts that have any, with Σ n_e = choices, bounds the
     number of blocks.
     """
-    count, total = choices.start.shape[0] - 1, choices.order.shape[0]
-    blocks = (total + min(count, total) * (size - 1)) // size
-    blocks_of_expert = -(-jnp.diff(choices.start) // size)
-    end = jnp.cumsum(blocks_of_expert)
-    expert = jnp.searchsorted(end, jnp.arange(blocks), side="right")
-    expert = jnp.minimum(expert, count - 1)  # spare blocks stay empty
-    return _plan(choices, size * (end - blocks_of_expert), expert, size)
+    count, most = choices.start.shape[0] - 1, choices.order.shape[0] if most is None else most
+    experts = count // parts
+    blocks = (most + min(experts, most) * (size - 1)) // size
+    blocks_of_expert = -(-jnp.diff(choices.start).reshape(parts, experts) // size)
+    end = jnp.cumsum(blocks_of_expert, axis=1)
+    expert = jax.vmap(lambda end: jnp.searchsorted(end, jnp.arange(blocks), side="right"))(end)
+    expert = jnp.minimum(expert, experts - 1) + experts * jnp.arange(parts)[:, None]  # spare blocks stay empty
+    first_block = blocks * jnp.arange(parts)[:, None] + end - blocks_of_expert
+    return _plan(choices, size * first_block.reshape(-1), expert.reshape(-1), size)
 
 
 def _plan(choices: Sorted, first_row: Array, expert: Array, size: int) -> Plan:
@@ -115,16 +122,16 @@ def through_experts(
     """What every chosen expert makes of its token, and whether it took it.
 
     feed_forward(rows, product) applies the experts, each to its rows, by product(rows, weights [count, d_in, d_out]).
-    capacity_factor: None drops nothing. form: of the products where nothing is dropped; None: the backend's. A choice
-    that was dropped, or is of a padding token, gives zeros; x must be finite there.
+    capacity_factor: None drops nothing. form: of the products where nothing is dropped and no mesh splits the experts;
+    None: the backend's. A choice that was dropped, or is of a padding token, gives zeros; x must be finite there.
     """
     tokens, top_k = chosen.shape
-    total = tokens * top_k
+    total, parts = tokens * top_k, parts_of("experts", count)
     choices = sort_choices(chosen, real, count)
     back = lambda by_choice: jnp.swapaxes(by_choice.reshape(top_k, tokens, *by_choice.shape[1:]), 0, 1)
     form = form or form_for_backend()
 
-    if capacity_factor is None and form == "ragged":
+    if capacity_factor is None and form == "ragged" and parts == 1:
         # Padding joins the last expert: its rows must belong to some group.
         sizes = jnp.diff(choices.start.at[-1].set(total)).astype(jnp.int32)
         y = feed_forward(x[choices.order % tokens], lambda rows, weights: ragged_product(rows, weights, sizes))
@@ -134,11 +141,29 @@ def through_experts(
     if capacity_factor is not None:
         plan = plan_capacity(choices, capacity_of(total, tokens, count, capacity_factor))
         product = lambda rows, weights: rows @ weights.astype(rows.dtype)
+    elif parts > 1:
+        plan = plan_blocks(choices, block_size(total, count), parts, tokens * min(top_k, count // parts))
+        product = lambda rows, weights: _product_by_part(rows, weights, plan.expert, parts)
     else:
         plan = plan_blocks(choices, block_size(total, count))
         by_block = loop_product if form == "loop" else batched_product
         product = lambda rows, weights: by_block(rows, weights, plan.expert)
     token = jnp.where(plan.source < total, plan.source % tokens, tokens)
-    y = feed_forward(x.at[token].get(mode="fill", fill_value=0), product)
+    names = ("experts" if parts > 1 else None, "rows", None)
+    rows = constrain(x.at[token].get(mode="fill", fill_value=0), *names)
+    y = constrain(feed_forward(rows, product), *names)
     y = y.reshape(-1, y.shape[-1]).at[plan.slot].get(mode="fill", fill_value=0)
     return back(y), back(plan.slot < plan.source.size)
+
+
+def _product_by_part(
+    rows: Float[Array, "blocks size d_in"],
+    weights: Float[Array, "count d_in d_out"],
+    expert: Int[Array, " blocks"],
+    parts: int,
+) -> Float[Array, "blocks size d_out"]:
+    """`batched_product` of every part of the blocks with its own part of the matrices."""
+    by_part = lambda array: array.reshape(parts, -1, *array.shape[1:])
+    own = by_part(expert) % (weights.shape[0] // parts)
+    y = jax.vmap(batched_product)(by_part(rows), by_part(weights), own)
+    return y.reshape(*rows.shape[:-1], -1)

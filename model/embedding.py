@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.norm import Normalize
 from model.parameterization import initializer, scale_of
 from model.position import sinusoidal
+from model.sharding import constrain
 
 
 class Embedding(nn.Module):
@@ -32,7 +33,7 @@ class Embedding(nn.Module):
         table = lambda name, role, rows: self.param(
             name, initializer(config, role, config.d_model), (rows, config.d_model)
         )
-        x = jnp.take(table("tokens", "embedding", config.vocab_size), tokens, axis=0)
+        x = jnp.take(constrain(table("tokens", "embedding", config.vocab_size), "vocab", None), tokens, axis=0)
         if config.scale_embedding:
             x = x * scale_of(config).d_model ** 0.5
         if config.position == "learned":
@@ -44,5 +45,5 @@ class Embedding(nn.Module):
             x = x + jnp.take(table("types", "position", config.num_token_types), types, axis=0)
         if real is not None:  # what a table does not have is NaN, and would stay so where attention weighs it with 0
             x = jnp.where(real[..., None], x, 0)
-        x = x.astype(config.compute_dtype)
+        x = constrain(x.astype(config.compute_dtype), "batch", "sequence", None)
         return Normalize(config, name="norm")(x) if config.embedding_norm else x

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from model.config import ModelConfig
 from model.linear import Linear
+from model.sharding import constrain
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -34,4 +35,5 @@ class FeedForward(nn.Module):
             hidden = activation(gate) * hidden
         else:
             hidden = activation(hidden)
+        hidden = constrain(hidden, "batch", "sequence", "hidden")
         return Linear(config, config.d_model, "residual", config.use_bias, name="down")(hidden)

@@ -13,6 +13,7 @@ from model.feedforward import ACTIVATIONS
 from model.linear import Linear, matmul
 from model.norm import Normalize
 from model.parameterization import output_multiplier, scale_of
+from model.sharding import constrain
 
 Pooling = Literal["mean", "first", "last", "pooler"]
 
@@ -63,7 +64,7 @@ def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array,
     multiplier = output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
     x = x if multiplier == 1 else x * multiplier
     logits = matmul(x, own["weight"]) if "weight" in own else x @ params["embedding"]["tokens"].astype(x.dtype).T
-    logits = logits.astype(jnp.float32)
+    logits = constrain(logits.astype(jnp.float32), *("batch", "sequence")[: logits.ndim - 1], "vocab")
     if config.head_bias:
         logits = logits + own["bias"].astype(jnp.float32)
     if config.final_softcap is not None:

@@ -13,6 +13,7 @@ from model.feedforward import ACTIVATIONS, FeedForward
 from model.linear import Linear, matmul
 from model.parameterization import initializer
 from model.parts import Experts
+from model.sharding import constrain
 
 
 class Routing(NamedTuple):
@@ -149,6 +150,9 @@ class ExpertFeedForward(nn.Module):
         logits, bias = Router(config, experts, name="router")(flat)
         routing = route(experts, logits, bias)
         weights = ExpertWeights(config, experts, name="experts")()
+        # What fsdp splits is gathered here once, not for every block.
+        axes = {name: (None, "hidden") if name != "down" else ("hidden", None) for name in weights}
+        weights = {name: constrain(weight, "experts", *axes[name]) for name, weight in weights.items()}
         activation = ACTIVATIONS[config.activation]
 
         def feed_forward(rows, product):

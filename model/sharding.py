@@ -1,32 +1,138 @@
-"""Which array axis goes onto which mesh axis. For now one axis, "data": rows are split, parameters repeated."""
+"""Logical axis names → mesh axes: one table of rules, one of the axes of every parameter, and nothing else decides.
+
+XLA inserts the communication (GSPMD, Xu et al. 2021). "data" splits rows and repeats the state. "fsdp" splits rows and
+the state too, whose weights are gathered where they are used (ZeRO stage 3, Rajbhandari et al. 2020). "tensor" splits
+heads, hidden features and the vocabulary (Megatron-LM, Shoeybi et al. 2019), "expert" rows and experts (GShard,
+Lepikhin et al. 2021), "sequence" the tokens of a row: queries stay where their tokens are, keys and values are
+gathered. A split of features may cut through a head; that costs communication, never correctness.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.errors import InputError
+from model.errors import InputError, UnknownNameError
+from model.parameterization import names_of
+
+# From the outermost to the innermost: what talks most has the nearest neighbours.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # of activations
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("sequence",),
+    "rows": ("data", "fsdp", "sequence"),  # of tokens on their way through experts
+    # of weights and activations
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+    # of weights
+    "embed": ("fsdp",),
+    # of what counts trees: not even fsdp splits these
+    "layers": (),
+    "lanes": (),
+}
+_SMALL = 2**10  # elements; less than that of an unknown leaf is not worth splitting
+
+Axes = tuple[str | None, ...]
+# The logical axes of a parameter of the public tree, without those of layers and lanes, by its last two names, …
+_BY_PAIR: dict[tuple[str, str], Axes] = {
+    ("embedding", "tokens"): ("vocab", "embed"),
+    ("embedding", "positions"): (None, "embed"),
+    ("embedding", "types"): (None, "embed"),
+    ("relative_bias", "table"): (None, "heads"),
+    ("query", "weight"): ("embed", "heads"),
+    ("key", "weight"): ("embed", "kv_heads"),
+    ("value", "weight"): ("embed", "kv_heads"),
+    ("output", "weight"): ("heads", "embed"),
+    ("query", "bias"): ("heads",),
+    ("key", "bias"): ("kv_heads",),
+    ("value", "bias"): ("kv_heads",),
+    ("query_down", "weight"): ("embed", None),
+    ("query_up", "weight"): (None, "heads"),
+    ("key_value_down", "weight"): ("embed", None),
+    ("key_value_up", "weight"): (None, "heads"),
+    ("query_down", "bias"): (None,),
+    ("key_value_down", "bias"): (None,),
+    ("query_norm", "scale"): (None,),
+    ("key_norm", "scale"): (None,),
+    ("key_value_norm", "scale"): (None,),
+    ("up", "weight"): ("embed", "hidden"),
+    ("gate", "weight"): ("embed", "hidden"),
+    ("down", "weight"): ("hidden", "embed"),
+    ("up", "bias"): ("hidden",),
+    ("gate", "bias"): ("hidden",),
+    ("router", "weight"): ("embed", None),
+    ("shared_gate", "weight"): ("embed", None),
+    ("experts", "up"): ("experts", "embed", "hidden"),
+    ("experts", "gate"): ("experts", "embed", "hidden"),
+    ("experts", "down"): ("experts", "hidden", "embed"),
+    ("transform", "weight"): ("embed", None),
+    ("pooler", "weight"): ("embed", None),
+    ("head", "weight"): ("embed", "vocab"),
+    ("head", "bias"): ("vocab",),
+}
+# … or else by its last name.
+_BY_NAME: dict[str, Axes] = {
+    "scale": ("embed",),
+    "bias": ("embed",),
+    "sinks": ("heads",),
+    "selection_bias": (None,),
+}
 
 
 def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
-    """A mesh over the first devices, e.g. {"data": 8}; None: all devices on "data"."""
+    """A mesh of all AXES over the first devices of all processes, e.g. {"data": 2, "fsdp": 4}; the others have size 1.
+
+    None: all devices on "data". Raises InputError for an unknown axis, and a size that the devices do not give.
+    """
     devices = jax.devices()
-    axes = axes or {"data": len(devices)}
-    if set(axes) != {"data"}:
-        raise InputError(f"mesh axes {sorted(axes)} are not known; give data=N")
-    size = math.prod(axes.values())
-    if not 1 <= size <= len(devices):
+    sizes = _sizes(axes or {"data": len(devices)})
+    size = math.prod(sizes)
+    if size > len(devices):
         raise InputError(f"a mesh of {size} devices was asked for; there are {len(devices)}")
-    return Mesh(np.array(devices[:size]).reshape(tuple(axes.values())), tuple(axes))
+    if size < len(devices) and jax.process_count() > 1:
+        raise InputError(
+            f"a mesh of {size} devices leaves some of {jax.process_count()} processes idle; use all {len(devices)}"
+        )
+    return Mesh(np.array(devices[:size]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
+    """The same without devices: for shapes and books of machines that are not here."""
+    return AbstractMesh(_sizes(axes), AXES)
+
+
+def _sizes(axes: dict[str, int]) -> tuple[int, ...]:
+    for name, size in axes.items():
+        if name not in AXES:
+            raise UnknownNameError("mesh axis", name, AXES)
+        if size < 1:
+            raise InputError(f"mesh axis {name}={size} must be at least 1")
+    return tuple(axes.get(name, 1) for name in AXES)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=8`."""
-    try:
-        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise InputError(f"--mesh {text!r} is not of the form data=8") from None
+    """Read `data=2,fsdp=4`."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = (word.strip() for word in part.partition("="))
+        if not equals:
+            raise InputError(f"--mesh {text!r} is not of the form data=2,fsdp=4")
+        if name not in AXES:
+            raise UnknownNameError("mesh axis", name, AXES)
+        if name in axes:
+            raise InputError(f"--mesh {text!r} names {name} twice")
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise InputError(f"--mesh {text!r}: {name}={size} must be a whole number of at least 1")
+        axes[name] = int(size)
+    return axes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -39,15 +145,120 @@ def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
-def weight_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool = False) -> NamedSharding:
-    """Split one axis of a weight over the data axis, for models that do not fit on one device.
+def batch_sharding(mesh: Mesh, lanes: bool = False) -> NamedSharding:
+    """Of tokens [batch, seq] and all that comes with them; lanes: [lanes, batch, seq].
 
-    stacked: the first axis counts layers. It is never split, nor is an axis of experts: a weight's last two axes are
-    its inputs and outputs, and of these the larger that the mesh divides is split. Vectors are repeated.
+    The axes must divide the batch: see `check_batch`.
     """
-    matrix = range(len(shape))[int(stacked) :][-2:]
-    size = mesh.shape["data"]
-    axes = [axis for axis in matrix if shape[axis] % size == 0] if len(matrix) == 2 else []
-    if not axes or size == 1:
-        return replicated(mesh)
-    return over_rows(mesh, max(axes, key=lambda axis: shape[axis]))
+    names = ("lanes", "batch", "sequence") if lanes else ("batch", "sequence")
+    return NamedSharding(mesh, _spec([RULES[name] for name in names]))
+
+
+def check_batch(mesh: Mesh, batch_size: int, seq_len: int) -> None:
+    """Raise InputError unless the mesh divides a batch evenly."""
+    for field, length, name in (("batch_size", batch_size, "batch"), ("seq_len", seq_len, "sequence")):
+        parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
+        if length % parts:
+            by = " · ".join(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+            raise InputError(f"{field}={length} does not divide over {parts} devices ({by}); make it a multiple")
+
+
+def parameter_axes(path: tuple[str, ...]) -> Axes:
+    """The logical axes of the parameter at `path` in the public tree, those of layers and lanes left out."""
+    axes = _BY_PAIR.get(path[-2:]) or _BY_NAME.get(path[-1])  # type: ignore[arg-type]
+    if axes is None:
+        raise KeyError(f"parameter {'/'.join(path)} has no axes in model/sharding.py")
+    return axes
+
+
+def spec_for(
+    mesh: Mesh | AbstractMesh, path: tuple[str, ...], shape: tuple[int, ...], lanes: bool = False
+) -> PartitionSpec:
+    """How the parameter at `path` of the public tree is split, or what mirrors it in an optimizer's state.
+
+    A mesh axis that does not divide its dimension is left out there; "fsdp" then goes to the largest one that it does
+    divide, so that the state really shrinks by it. A leaf of another rank than the parameter (the factored moments of
+    Adafactor) has nothing but that. lanes: the first axis counts them.
+    """
+    stacking = ["lanes"] * lanes + ["layers"] * _is_stacked(path)
+    names = (*stacking, *parameter_axes(path))
+    if len(names) != len(shape):
+        return _spec_of_unknown(mesh, shape, len(stacking))
+    return _spec(_with_fsdp(mesh, shape, _divided(mesh, names, shape), len(stacking)))
+
+
+def shardings(mesh: Mesh, tree: Any, lanes: bool = False) -> Any:
+    """A NamedSharding for every leaf (array or shape) of parameters, optimizer states, or whole training states.
+
+    Leaves under the path of a parameter go by `spec_for`. Of others fsdp splits the large ones; the rest is repeated.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # Parameters stand in dicts; counters, keys and the like are attributes of states.
+        if path and isinstance(path[-1], jax.tree_util.DictKey):
+            return NamedSharding(mesh, spec_for(mesh, names_of(path), leaf.shape, lanes))
+        return NamedSharding(mesh, _spec_of_unknown(mesh, leaf.shape, int(lanes)))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(x: Any, *names: str | None) -> Any:
+    """x, split by its logical axes while a program is traced under `jax.set_mesh`; without a mesh x itself.
+
+    None: not split. A mesh axis that does not divide its dimension is left out. Works under vmap, scan and remat.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Of a mesh whose axes are not ours, or not the compiler's to arrange, somebody else has taken care.
+    if mesh.size == 1 or not set(AXES) & set(mesh.auto_axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(_divided(mesh, names, x.shape)))
+
+
+def parts_of(name: str, length: int) -> int:
+    """Into how many parts `constrain` splits a logical axis of this length."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _divided(mesh, (name,), (length,))[0])
+
+
+def _is_stacked(path: tuple[str, ...]) -> bool:
+    """Whether the first axis counts layers: not where layers were unstacked into a tuple."""
+    return "layers" in path and not path[path.index("layers") + 1].isdigit()
+
+
+def _divided(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes of every dimension, without those that do not divide it."""
+    found = []
+    sizes: Mapping[str, int] = {axis: mesh.shape[axis] for axis in mesh.auto_axes}
+    for name, length in zip(names, shape, strict=True):
+        kept: list[str] = []
+        for axis in () if name is None else RULES[name]:
+            if sizes.get(axis, 1) > 1 and length % sizes[axis] == 0:
+                kept.append(axis)
+                length //= sizes[axis]
+        found.append(tuple(kept))
+    return found
+
+
+def _with_fsdp(
+    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: list[tuple[str, ...]], stacking: int
+) -> list[tuple[str, ...]]:
+    """The same with "fsdp" on the dimension of which a device has most, if it stands nowhere yet."""
+    size = mesh.shape.get("fsdp", 1)
+    if size == 1 or any("fsdp" in of_one for of_one in axes):
+        return axes
+    held = [length // math.prod(mesh.shape[a] for a in of_one) for length, of_one in zip(shape, axes, strict=True)]
+    free = [index for index in range(stacking, len(shape)) if held[index] % size == 0]
+    if not free:
+        return axes
+    best = max(free, key=lambda index: held[index])
+    return [(*of_one, "fsdp") if index == best else of_one for index, of_one in enumerate(axes)]
+
+
+def _spec_of_unknown(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], stacking: int) -> PartitionSpec:
+    if math.prod(shape) < _SMALL:
+        return PartitionSpec()
+    return _spec(_with_fsdp(mesh, shape, [()] * len(shape), stacking))
+
+
+def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(of_one if len(of_one) > 1 else of_one[0] if of_one else None for of_one in axes))

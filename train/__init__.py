@@ -1,14 +1,19 @@
 """How parameters are found: pure steps, and the shell that runs them."""
 
+from train.branch import cooldown
 from train.config import HParams, TrainConfig
 from train.loop import population, train
+from train.phases import Phase, standard_phases
 from train.run import load_run
+from train.shell import Shell
 from train.state import TrainState, init_state
 from train.step import eval_step, train_step
-from train.trial import Result, Shell
+from train.trial import Result
 
 __all__ = [
     "TrainConfig",
+    "Phase",
+    "standard_phases",
     "HParams",
     "TrainState",
     "init_state",
@@ -16,6 +21,7 @@ __all__ = [
     "eval_step",
     "train",
     "population",
+    "cooldown",
     "Result",
     "Shell",
     "load_run",

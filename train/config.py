@@ -3,24 +3,89 @@
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
 import numpy as np
 
 from model.errors import InputError, UnknownNameError
+from model.parts import Part
 
-Schedule = Literal["constant", "linear", "cosine", "wsd"]
-Optimizer = Literal["adamw", "sgd", "muon"]
+Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
+Optimizer = Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
+RateShape = Literal["constant", "linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase(Part):
+    """A stretch of a run by its tokens, with data, shapes and learning rates of its own (`train/phases.py`).
+
+    batch_sizes: in order, each for an equal share of the tokens; empty: the TrainConfig's. seq_len None: the
+    TrainConfig's. mixture: (source, weight) pairs, the weights relative; empty: the first source alone. rate: how the
+    factor of the peak goes from where the phase before it ended (0 at the start of the run) to `final`; "constant":
+    `final` throughout. rope_base: the model's from this phase on; None: as it was.
+    """
+
+    name: str
+    tokens: int
+    batch_sizes: tuple[int, ...] = ()
+    seq_len: int | None = None
+    mixture: tuple[tuple[str, float], ...] = ()
+    rate: RateShape = "constant"
+    final: float = 1.0
+    rope_base: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"Phase.name={self.name!r} must be a word")
+        sizes = self.batch_sizes
+        if not isinstance(sizes, (list, tuple)) or not all(type(size) is int and size >= 1 for size in sizes):
+            raise InputError(f"phase {self.name!r}: batch_sizes={sizes!r} must be a list of whole numbers, at least 1")
+        object.__setattr__(self, "batch_sizes", tuple(sizes))
+        object.__setattr__(self, "mixture", self._weights())
+        if self.tokens < max(1, len(sizes)):
+            raise InputError(f"phase {self.name!r}: tokens={self.tokens} must be at least {max(1, len(sizes))}")
+        if self.seq_len == 0:
+            raise InputError(f"phase {self.name!r}: seq_len=0 must be at least 1")
+        if self.rope_base == 0:
+            raise InputError(f"phase {self.name!r}: rope_base=0 must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, lists where the fields are tuples."""
+        mixture = [list(pair) for pair in self.mixture]
+        return {**super().to_dict(), "batch_sizes": list(self.batch_sizes), "mixture": mixture}
+
+    def _weights(self) -> tuple[tuple[str, float], ...]:
+        given: Any = self.mixture.items() if isinstance(self.mixture, dict) else self.mixture
+        try:
+            pairs = tuple((str(name), float(weight)) for name, weight in given)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"phase {self.name!r}: mixture={self.mixture!r} must be pairs of a source's name and its weight"
+            ) from None
+        for name, weight in pairs:
+            if not 0 < weight < math.inf:
+                raise InputError(f"phase {self.name!r}: the weight {weight} of {name!r} must be a positive number")
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise InputError(f"phase {self.name!r}: a source stands twice in the mixture {self.mixture!r}")
+        return pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The static half: shapes and the choice of program.
 
-    batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. dropout: whether dropout
-    is compiled in at all.
-    segment_documents: whether packed documents attend only to themselves.
+    batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. schedule: see
+    `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether packed documents
+    attend only to themselves. accumulate: equal cuts of a batch, one after the other, whose gradients are added.
+    loss_chunks: cuts of the sequence in which the head and the loss are computed. norms: whether the metrics hold the
+    norms of every group of parameters.
+    max_skipped: consecutive steps that are not finite after which a run is diverged. spike_sigma: a loss more than so
+    many standard deviations above the mean of the last `spike_window` losses rolls the run back, at most
+    `max_rollbacks` times; 0: never.
+    phases: what the run goes through (`train/phases.py`), in place of `schedule`; empty: one shape throughout.
     """
 
     batch_size: int = 8
@@ -29,15 +94,39 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     dropout: bool = False
     segment_documents: bool = False
+    accumulate: int = 1
+    loss_chunks: int = 1
+    norms: bool = True
+    max_skipped: int = 10
+    spike_sigma: float = 0.0
+    spike_window: int = 100
+    max_rollbacks: int = 3
+    phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_len"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
         for name, choices in (("schedule", get_args(Schedule)), ("optimizer", get_args(Optimizer))):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)
+        if isinstance(self.spike_sigma, bool) or not 0 <= self.spike_sigma < math.inf:
+            raise InputError(f"spike_sigma={self.spike_sigma!r} must be a number, at least 0")
+        if not isinstance(self.phases, (list, tuple)):
+            raise InputError(f"phases={self.phases!r} must be a list of phases")
+        phases = (phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases)
+        object.__setattr__(self, "phases", tuple(phases))
+        self._check_cuts()
+
+    def _check_cuts(self) -> None:
+        """Every batch and every row of the run can be cut as asked."""
+        batch_sizes = [self.batch_size, *(size for phase in self.phases for size in phase.batch_sizes)]
+        seq_lens = [self.seq_len, *(phase.seq_len for phase in self.phases if phase.seq_len)]
+        for name, shape, sizes in (("accumulate", "batch_size", batch_sizes), ("loss_chunks", "seq_len", seq_lens)):
+            for size in sizes:
+                if size % getattr(self, name):
+                    raise InputError(f"{name}={getattr(self, name)} does not divide {shape}={size}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,18 +140,33 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "phases": [phase.to_dict() for phase in self.phases]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one."""
+        _refuse_unknown("TrainConfig field", values, cls.__dataclass_fields__)
+        return cls(**values)
+
+
+_LEAST = {
+    **dict.fromkeys(("batch_size", "seq_len", "accumulate", "loss_chunks", "max_skipped"), 1),
+    "spike_window": 2,  # one loss has no standard deviation
+    "max_rollbacks": 0,
+}
 
 
 @jax.tree_util.register_pytree_node_class
 class HParams:
     """The traced half: every leaf a strong float32 or int32 scalar, so that no weak type doubles a compile.
 
-    learning_rate: the schedule's peak. weight_decay: decoupled, times the learning rate; matrices only.
-    beta1, beta2, epsilon: Adam's; beta1 is also the momentum of "sgd" and "muon".
-    warmup_steps: linear from 0. total_steps: the schedule's horizon; 0: the steps that `train` is asked for.
-    decay_fraction: the last part of a "wsd" schedule, falling linearly. final_fraction: rate at the horizon
-    over the peak. clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
+    learning_rate: the schedule's peak. weight_decay: of matrices only; decoupled, times the learning rate ("adam":
+    added to the gradient). beta1, beta2, epsilon: Adam's; both betas are also Lion's, beta1 the momentum of "sgd" and
+    "muon"; "adafactor" has none of them.
+    warmup_steps: linear from 0; where it is 0, warmup_fraction of total_steps. total_steps: the schedule's horizon;
+    0: the steps that `train` is asked for. decay_steps: the last part of a "wsd" schedule, falling linearly; where it
+    is 0, decay_fraction of total_steps. final_fraction: rate at the horizon over the peak.
+    clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
     dropout_rate: used where TrainConfig.dropout is on. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data.
@@ -75,8 +179,10 @@ class HParams:
         "beta2": 0.95,
         "epsilon": 1e-8,
         "warmup_steps": 0,
+        "warmup_fraction": 0.0,
         "total_steps": 0,
         "decay_fraction": 0.2,
+        "decay_steps": 0,
         "final_fraction": 0.1,
         "clip_norm": 1.0,
         "z_loss": 0.0,
@@ -94,8 +200,10 @@ class HParams:
     beta2: Any
     epsilon: Any
     warmup_steps: Any
+    warmup_fraction: Any
     total_steps: Any
     decay_fraction: Any
+    decay_steps: Any
     final_fraction: Any
     clip_norm: Any
     z_loss: Any
@@ -159,8 +267,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "beta2": (0, 1, "in [0, 1)"),
     "epsilon": (0, np.inf, "at least 0"),
     "warmup_steps": (0, 2**31, "at least 0"),
+    "warmup_fraction": (0, 1 + 1e-9, "in [0, 1]"),
     "total_steps": (0, 2**31, "at least 0"),
     "decay_fraction": (0, 1 + 1e-9, "in [0, 1]"),
+    "decay_steps": (0, 2**31, "at least 0"),
     "final_fraction": (0, 1 + 1e-9, "in [0, 1]"),
     "clip_norm": (0, np.inf, "at least 0"),
     "z_loss": (0, np.inf, "at least 0"),

@@ -1,7 +1,7 @@
 """K trials as lanes of one compiled program. A solo run is the program with one lane.
 
 A lane has its own hyperparameters, seed and data; all it shares with its neighbours is the compilation. A lane
-that is not active (past its horizon), or that went non-finite once, is handed on without touching a bit.
+that is not active (past its horizon), or that skipped too many steps in a row, is handed on without touching a bit.
 """
 
 import dataclasses
@@ -13,60 +13,56 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig
-from model.sharding import over_rows, replicated
+from model.sharding import batch_sharding, check_batch, replicated, shardings
 from train.config import HParams, TrainConfig
+from train.memory import Memory
 from train.objective import Batch
+from train.phases import Stage
 from train.state import TrainState, init_state
 from train.step import Metrics, eval_step, keep_if, metric_names, train_step
 
 LaneMetrics = dict[str, Float[Array, " lanes"]]
 
 
-@struct.dataclass
-class Lanes:
-    """Stacked states [lanes, …]. alive, bool [lanes]: whether a lane's every step so far was finite."""
-
-    state: TrainState
-    alive: Any
-
-
-def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> Lanes:
-    """Fresh lanes; the leaves of `hparams` are [lanes]."""
-    state = _over_lanes(functools.partial(init_state, config, train_config), hparams)
-    return Lanes(state=state, alive=jnp.ones(hparams.seed.shape, bool))
+def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> TrainState:
+    """Fresh lanes, stacked [lanes, …]; the leaves of `hparams` are [lanes]."""
+    return _over_lanes(functools.partial(init_state, config, train_config), hparams)
 
 
 def step_lanes(
     config: ModelConfig,
     train_config: TrainConfig,
-    lanes: Lanes,
+    state: TrainState,
     batch: Batch,
     hparams: HParams,
     active: Bool[Array, " lanes"],
-) -> tuple[Lanes, LaneMetrics]:
-    """One `train_step` of every lane that is active and alive; every metric is [lanes]."""
+) -> tuple[TrainState, LaneMetrics]:
+    """One `train_step` of every lane that is active and has not diverged; every metric is [lanes]."""
 
-    def one(lane: Lanes, batch: Batch, hparams: HParams, active: Array) -> tuple[Lanes, Metrics]:
-        new, metrics = train_step(config, train_config, lane.state, batch, hparams)
-        still_alive = lane.alive & (~active | (metrics["finite"] > 0))
-        return Lanes(state=keep_if(active & lane.alive, new, lane.state), alive=still_alive), metrics
+    def one(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
+        new, metrics = train_step(config, train_config, state, batch, hparams)
+        return keep_if(active & _alive(train_config, state), new, state), metrics
 
-    def one_if_active(lane: Lanes, batch: Batch, hparams: HParams, active: Array) -> tuple[Lanes, Metrics]:
-        nothing = {name: jnp.zeros(()) for name in metric_names(config)}
-        skip = lambda lane, *_: (lane, nothing)
-        return jax.lax.cond(active & lane.alive, one, skip, lane, batch, hparams, active)
+    def one_if_active(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
+        nothing = {name: jnp.zeros(()) for name in metric_names(config, train_config)}
+        skip = lambda state, *_: (state, nothing)
+        step = lambda state, batch, hparams: train_step(config, train_config, state, batch, hparams)
+        return jax.lax.cond(active & _alive(train_config, state), step, skip, state, batch, hparams)
 
-    return _over_lanes(one, lanes, batch, hparams, active, in_turn=one_if_active)
+    return _over_lanes(one, state, batch, hparams, active, in_turn=one_if_active)
 
 
-def evaluate_lane(config: ModelConfig, lanes: Lanes, index: Int[Array, ""], batch: Batch) -> Float[Array, "2"]:
+def _alive(train_config: TrainConfig, state: TrainState) -> Bool[Array, ""]:
+    return state.skipped_in_a_row < train_config.max_skipped
+
+
+def evaluate_lane(config: ModelConfig, state: TrainState, index: Int[Array, ""], batch: Batch) -> Float[Array, "2"]:
     """(summed nats, unmasked tokens) of one lane on one batch."""
-    params = jax.tree.map(lambda leaf: leaf[index], lanes.state.params)
+    params = jax.tree.map(lambda leaf: leaf[index], state.params)
     metrics = eval_step(config, params, batch)
     return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
 
@@ -89,64 +85,127 @@ def _over_lanes(function: Callable, *arguments: Any, in_turn: Callable | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Executables for one static shape; being compiled ahead, they can never recompile unseen."""
+    """Executables for one static shape; being compiled ahead, they can never recompile unseen.
 
-    init: Callable[[HParams], Lanes]
-    step: Callable[[Lanes, Batch, HParams, Any], tuple[Lanes, LaneMetrics]]
-    evaluate: Callable[[Lanes, Any, Batch], Any]
+    take(state, index) is a copy of one lane, put(state, index, lane) the lanes with one replaced. lane: its shapes and
+    shardings.
+    """
+
+    init: Callable[[HParams], TrainState]
+    step: Callable[[TrainState, Batch, HParams, Any], tuple[TrainState, LaneMetrics]]
+    evaluate: Callable[[TrainState, Any, Batch], Any]
+    take: Callable[[TrainState, Any], TrainState]
+    put: Callable[[TrainState, Any, TrainState], TrainState]
+    lane: TrainState
     compile_seconds: float
+    memory: Memory
 
 
-# Initialisation runs once, so its compile time counts for more than its speed; the numbers are the same.
+# What runs once or rarely: compile time counts for more than speed; the numbers are the same.
 _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 @functools.lru_cache(maxsize=64)
-def compile_program(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> Program:
-    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process."""
-    start = time.perf_counter()
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    everywhere, rows = replicated(mesh), over_rows(mesh, axis=1)
-    batch = {name: jax.ShapeDtypeStruct((lanes, *shape), dtype) for name, shape, dtype in _batch_spec(train_config)}
-    one_batch = {name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for name, leaf in batch.items()}
-    one_batch["loss_mask"] = jax.ShapeDtypeStruct(one_batch["tokens"].shape, jnp.float32)
-    hparams = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes,), leaf.dtype), HParams())
-    active = jax.ShapeDtypeStruct((lanes,), bool)
-    index = jax.ShapeDtypeStruct((), jnp.int32)
+def compile_program(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, stage: Stage | None = None
+) -> Program:
+    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process.
 
-    init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=everywhere)
-    step = jax.jit(
-        functools.partial(step_lanes, config, train_config),
-        in_shardings=(everywhere, rows, everywhere, everywhere),
-        out_shardings=everywhere,
-        donate_argnums=0,
+    stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
+    shapes. None: a run of one shape.
+    """
+    start = time.perf_counter()
+    if stage is not None and stage.rope_base is not None:
+        config = config.replace(rope_base=stage.rope_base)
+    step, memory = _compile_step(
+        config,
+        train_config,
+        lanes,
+        mesh,
+        stage.batch_size if stage else train_config.batch_size,
+        stage.seq_len if stage else train_config.seq_len,
     )
-    evaluate = jax.jit(
-        functools.partial(evaluate_lane, config),
-        in_shardings=(everywhere, everywhere, over_rows(mesh)),
-        out_shardings=everywhere,
-    )
-    state = jax.eval_shape(init, hparams)
-    return Program(
-        init=init.lower(hparams).compile(compiler_options=_RUN_ONCE if on_cpu else None),
-        step=step.lower(state, batch, hparams, active).compile(),
-        evaluate=evaluate.lower(state, index, one_batch).compile(),
-        compile_seconds=time.perf_counter() - start,
-    )
+    rest = _compile_rest(config, train_config, lanes, mesh)
+    return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
 
 
 def compiled_programs() -> int:
-    """How many programs this process has compiled: one per static shape and lane count."""
-    return compile_program.cache_info().misses
+    """How many training steps this process has compiled: one per static shape and lane count."""
+    return _compile_step.cache_info().misses
 
 
-def _batch_spec(train_config: TrainConfig) -> list[tuple[str, tuple[int, int], Any]]:
+@functools.lru_cache(maxsize=64)
+def _compile_step(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, batch_size: int, seq_len: int
+) -> tuple[Callable, Memory]:
+    check_batch(mesh, batch_size // train_config.accumulate, seq_len)
+    state, split = _state(config, train_config, lanes, mesh)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh, lanes=True)
+    shape = (lanes, batch_size, seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
+    active = jax.ShapeDtypeStruct((lanes,), bool)
+    step = jax.jit(
+        functools.partial(step_lanes, config, train_config),
+        in_shardings=(split, rows, everywhere, everywhere),
+        out_shardings=(split, everywhere),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, batch, _hparams(lanes), active).compile()
+    return compiled, Memory.of(compiled)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> dict[str, Any]:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    state, split = _state(config, train_config, lanes, mesh)
+    lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
+    split_lane = shardings(mesh, lane)
+    lane = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), lane, split_lane)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh)
     shape = (train_config.batch_size, train_config.seq_len)
-    spec: list[tuple[str, tuple[int, int], Any]] = [("tokens", shape, np.int32), ("targets", shape, np.int32)]
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=split)
+    evaluate = jax.jit(
+        functools.partial(evaluate_lane, config), in_shardings=(split, everywhere, rows), out_shardings=everywhere
+    )
+    take = jax.jit(
+        lambda state, index: jax.tree.map(lambda leaf: leaf[index], state),
+        in_shardings=(split, everywhere),
+        out_shardings=split_lane,
+    )
+    put = jax.jit(
+        lambda state, index, lane: jax.tree.map(lambda leaf, own: leaf.at[index].set(own), state, lane),
+        in_shardings=(split, everywhere, split_lane),
+        out_shardings=split,
+        donate_argnums=0,
+    )
+    options = _RUN_ONCE if on_cpu else None
+    with jax.set_mesh(mesh):
+        return {
+            "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
+            "evaluate": evaluate.lower(state, index, batch).compile(),
+            "take": take.lower(state, index).compile(compiler_options=options),
+            "put": put,
+            "lane": lane,
+        }
+
+
+def _hparams(lanes: int) -> HParams:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes,), leaf.dtype), HParams())
+
+
+def _state(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> tuple[TrainState, Any]:
+    """Shapes of the stacked state, and how it is split."""
+    state = jax.eval_shape(functools.partial(init_lanes, config, train_config), _hparams(lanes))
+    return state, shardings(mesh, state, lanes=True)
+
+
+def batch_spec(train_config: TrainConfig) -> dict[str, Any]:
+    """What a batch of text holds, each [batch, seq], and its dtype."""
+    spec: dict[str, Any] = {"tokens": np.int32, "targets": np.int32}
     if train_config.segment_documents:
-        spec += [
-            ("segment_ids", shape, np.int32),
-            ("positions", shape, np.int32),
-            ("loss_mask", shape, np.float32),
-        ]
+        spec |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.float32}
     return spec

@@ -1,15 +1,18 @@
 """The shell around the pure step: data in, metrics and checkpoints out, and nothing lost on a kill.
 
-The loop never waits for the device: it dispatches step t, then handles the metrics of step t − 1.
+The loop never waits for the device: it dispatches step t, then handles the metrics of step t − 1. With several
+processes all of them run it; they take the same decisions because they take them from the same numbers.
 """
 
+import logging
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,11 +20,25 @@ import numpy as np
 from model import ModelConfig
 from model.errors import InputError
 from model.sharding import make_mesh
+from train.agreement import CHECKPOINT, STOP, Agreement
+from train.branch import Branch
 from train.config import HParams, TrainConfig, stack_hparams
-from train.data import load_manifest, validation_batches
-from train.lanes import Lanes, Program, compile_program
+from train.data import validation_batches
+from train.feed import Feed
+from train.hosts import is_writer
+from train.lanes import Program, batch_spec, compile_program
+from train.memory import device_memory
+from train.microbatch import choose_cuts
+from train.peak import peak_flops_per_second
+from train.phases import Stage
 from train.progress import progress_bar
-from train.trial import Result, Shell, Trial
+from train.shell import Shell
+from train.state import TrainState
+from train.trial import Data, Result, Trial
+
+logger = logging.getLogger("isoflop")
+Folder = str | Path
+_PROFILED = range(5, 10)  # the steps of a process that a trace shows
 
 
 def train(
@@ -29,17 +46,22 @@ def train(
     train_config: TrainConfig,
     hparams: HParams,
     *,
-    data: str | Path,
-    run: str | Path,
+    data: Folder | Mapping[str, Folder],
+    run: Folder,
     steps: int | None = None,
     shell: Shell = Shell(),
+    branch: Branch | None = None,
 ) -> Result:
     """Train until `steps` updates are made (None: the schedule's horizon). The same call again resumes the run.
 
-    Raises InputError on bad input, before anything is written, and KeyboardInterrupt after Ctrl-C or SIGTERM,
-    once the state is saved.
+    data: a prepared folder, or several by the names that mixtures use, the first for validation too. branch: where it
+    leaves another run (`train.branch`). Raises InputError on bad input, before anything is written, and
+    KeyboardInterrupt after Ctrl-C or SIGTERM, once the state is saved.
     """
-    return population(config, train_config, [hparams], data=data, runs=[run], steps=steps, shell=shell)[0]
+    branches = None if branch is None else [branch]
+    return population(
+        config, train_config, [hparams], data=data, runs=[run], steps=steps, shell=shell, branches=branches
+    )[0]
 
 
 def population(
@@ -47,33 +69,36 @@ def population(
     train_config: TrainConfig,
     hparams: Sequence[HParams],
     *,
-    data: str | Path,
-    runs: Sequence[str | Path],
+    data: Folder | Mapping[str, Folder],
+    runs: Sequence[Folder],
     steps: int | None = None,
     shell: Shell = Shell(),
+    branches: Sequence[Branch] | None = None,
 ) -> list[Result]:
     """Train one lane per entry of `hparams`, all in one compiled program, each with a run directory of its own.
 
     A lane ends at its own horizon (`hparams.total_steps`, or `steps`) and is frozen from there on; one that goes
-    non-finite ends as "diverged" and changes no bit of its neighbours. Raises as `train` does.
+    non-finite for `max_skipped` steps ends as "diverged" and changes no bit of its neighbours. Raises as `train` does.
     """
     _check(config, train_config, hparams, runs)
-    manifest = load_manifest(data)
-    if manifest.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the data's vocabulary of {manifest.vocab_size} exceeds the model's vocab_size={config.vocab_size}"
-        )
+    opened = Data.open(data)
+    for name, source in opened.sources.items():
+        if source.manifest.vocab_size > config.vocab_size:
+            raise InputError(
+                f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
+                f"vocab_size={config.vocab_size}"
+            )
     mesh = make_mesh(shell.mesh)
-    if train_config.batch_size % mesh.size:
-        raise InputError(f"batch_size={train_config.batch_size} does not divide over {mesh.size} devices")
+    train_config = choose_cuts(config, train_config, len(hparams), mesh, shell)
     with ExitStack() as stack:
         lanes = []
-        for values, folder in zip(hparams, runs, strict=True):
-            lanes.append(Trial(config, train_config, values, Path(folder), data, manifest.hash, steps, shell))
+        for number, (values, folder) in enumerate(zip(hparams, runs, strict=True)):
+            branch = branches[number] if branches else None
+            lanes.append(Trial(config, train_config, values, Path(folder), opened, steps, shell, branch))
             stack.callback(lanes[-1].close)
         if not all(lane.ended for lane in lanes):
             try:
-                _Loop(config, train_config, lanes, data, mesh, shell).run()
+                _Loop(config, train_config, lanes, opened.first, mesh, shell).run(stack)
             except Exception:
                 for lane in lanes:
                     lane.fail()
@@ -81,12 +106,23 @@ def population(
         return [lane.result() for lane in lanes]
 
 
+class _Step(NamedTuple):
+    """A step under way. taken: (number of the lane, its life, the step's number) of every lane that takes it."""
+
+    taken: list[tuple[int, int, int]]
+    metrics: Any
+    evaluated: dict[int, list[Any]]
+    timing: dict[str, float]
+
+
 class _Loop:
     """One population on its way; made once, run once."""
 
-    def __init__(self, config, train_config, lanes: list[Trial], data, mesh, shell: Shell):
-        self.lanes, self.shell = lanes, shell
-        self.program: Program = compile_program(config, train_config, len(lanes), mesh)
+    def __init__(self, config, train_config: TrainConfig, lanes: list[Trial], data: Folder, mesh, shell: Shell):
+        self.config, self.train_config, self.lanes, self.mesh, self.shell = config, train_config, lanes, mesh, shell
+        self.stage: Stage | None = None
+        self.compile_seconds = 0.0
+        self._enter(min((lane.stage for lane in lanes), key=lambda stage: stage.index))
         self.hparams = stack_hparams([lane.hparams for lane in lanes])
         self.validation = validation_batches(
             data,
@@ -95,124 +131,188 @@ class _Loop:
             max_tokens=shell.evaluate_tokens,
             segment_documents=train_config.segment_documents,
         )
+        self.feed = Feed(mesh, lanes, batch_spec(train_config))
+        self.agreement = Agreement(mesh)
+        self.peak = peak_flops_per_second(config.compute_dtype)[0] * mesh.size
         self.state = self._start()
-        self.pending: tuple[list[tuple[int, Trial, int]], Any, dict[int, list[Any]]] | None = None
+        self.pending: _Step | None = None
+        self.dispatched = self.saved_after = 0
         self.clock = self.saved_at = time.perf_counter()
 
-    def run(self) -> None:
-        remaining = sum(lane.stop - lane.step for lane in self.lanes if lane.active)
+    def run(self, stack: ExitStack) -> None:
+        stack.callback(self.feed.close)
         for lane in self.lanes:  # killed between its last checkpoint and the note that it is finished
             if not lane.ended and not lane.active:
                 lane.end("finished", self._compile_share())
+        remaining = sum(lane.stop - lane.step for lane in self.lanes if lane.active)
         with _interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
-            self._save([lane for lane in self.lanes if lane.active and lane.step == 0])
+            self._save([lane for lane in self.lanes if lane.active and not lane.checkpoints.steps()])
             self.clock = time.perf_counter()
-            while any(lane.active for lane in self.lanes) and not interrupted():
-                advance(self._step(), self._note())
+            while any(lane.active for lane in self.lanes) and not self.agreement.has(STOP):
+                advance(self._step(interrupted), self._note())
             self._handle_pending()
             stopped = [lane for lane in self.lanes if lane.active]
             self._save(stopped)
             for lane in stopped:
                 lane.checkpoints.wait()
                 lane.end("interrupted", self._compile_share())
-            if interrupted():  # also when it came during the last step: the caller must not go on with the next run
+            if interrupted() or self.agreement.has(STOP):  # also in the last step: the caller must not go on
                 raise KeyboardInterrupt
 
-    def _step(self) -> int:
-        """Dispatch one step of every active lane; how many there were."""
-        active = np.array([lane.active for lane in self.lanes])
-        rows = [lane.loader.batch(lane.step) for lane in self.lanes]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    def _step(self, interrupted: Callable[[], bool]) -> int:
+        """Dispatch one step of every lane that is active and in the earliest stage; how many there were."""
+        self._enter(min((lane.stage for lane in self.lanes if lane.active), key=lambda stage: stage.index))
+        request, begin = self._request(), time.perf_counter()
+        batch = self.feed.take(request, self.stage)
+        ready = time.perf_counter()
+        active = np.isin(np.arange(len(self.lanes)), [number for number, _ in request])
+        self._trace()
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
-        stepped = []
-        for index, lane in enumerate(self.lanes):
-            if active[index]:
-                lane.step += 1
-                stepped.append((index, lane, lane.step))
-        evaluated = {index: self._evaluate(index) for index, lane, step in stepped if self._evaluation_due(lane)}
+        self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
+        for number, _ in request:
+            self.lanes[number].step += 1
+        if upcoming := self._request():
+            self.feed.prepare(upcoming, self.stage)
+        timing = {"data_seconds": ready - begin, "dispatch_seconds": time.perf_counter() - ready}
+        taken = [(number, self.lanes[number].lives, step + 1) for number, step in request]
+        evaluated = {n: self._evaluate(n) for n, *_ in taken if self._evaluation_due(self.lanes[n])}
         self._handle_pending()
-        self.pending = (stepped, metrics, evaluated)
-        finished = [lane for _, lane, step in stepped if step == lane.stop]
-        due = [lane for _, lane, _ in stepped if self._checkpoint_due(lane)]
+        self.pending = _Step(taken, metrics, evaluated, timing)
+        self.dispatched += 1
+        lanes = [self.lanes[number] for number, life, _ in taken if self.lanes[number].lives == life]
+        finished = [lane for lane in lanes if lane.step == lane.stop]
+        due = [lane for lane in lanes if self._checkpoint_due(lane)]
         if finished or due:
             self._handle_pending()
-            self._save([lane for lane in {*finished, *due} if not lane.ended])
-            self.saved_at = time.perf_counter()
+            self._save([lane for lane in lanes if lane in [*finished, *due] and not lane.ended])
+            self.saved_at, self.saved_after = time.perf_counter(), self.dispatched
             for lane in finished:
-                if not lane.ended:
+                if not lane.ended and lane.step == lane.stop:
                     lane.checkpoints.wait()
                     lane.end("finished", self._compile_share())
             self.clock = time.perf_counter()
-        return len(stepped)
+        return len(taken)
+
+    def _enter(self, stage: Stage) -> None:
+        """Have the program of a stage; nothing where it is the one under way."""
+        if self.stage is not None and stage.index == self.stage.index:
+            return
+        if self.stage is not None:
+            self._handle_pending()
+        self.stage = stage
+        self.program: Program = compile_program(self.config, self.train_config, len(self.lanes), self.mesh, stage)
+        self.compile_seconds += self.program.compile_seconds
+        if self.shell.announce and is_writer():
+            self._announce(stage)
+        self.clock = time.perf_counter()
+
+    def _announce(self, stage: Stage) -> None:
+        """The memory that the program needs, against what there is."""
+        limit = self.shell.memory or device_memory(self.mesh.local_devices[0])
+        memory, cuts = self.program.memory, self.train_config.accumulate
+        cut = f" in {cuts} cuts" if cuts > 1 else ""
+        print(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{cut}", file=sys.stderr)
+        if not memory.fits(limit):
+            logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")
+
+    def _request(self) -> tuple[tuple[int, int], ...]:
+        """Who takes part in the next step of this stage, and with which of its steps."""
+        assert self.stage is not None
+        here = lambda lane: lane.active and lane.stage.index == self.stage.index
+        return tuple((number, lane.step) for number, lane in enumerate(self.lanes) if here(lane))
 
     def _handle_pending(self) -> None:
         """Write the metrics of the step before the one under way; this is where the loop may wait."""
         if self.pending is None:
             return
-        (stepped, metrics, evaluated), self.pending = self.pending, None
+        (taken, metrics, evaluated, timing), self.pending = self.pending, None
+        begin = time.perf_counter()
         metrics, evaluated = jax.device_get((metrics, evaluated))
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        for index, lane, step in stepped:
-            if lane.ended:
-                continue  # it diverged a step ago; this step was not taken
-            values = {name: float(value[index]) for name, value in metrics.items()}
-            if not values["finite"]:
+        timing |= {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin}
+        work = [self.lanes[number].flops_of_step(step) for number, _, step in taken]
+        timing["mfu"] = sum(work) / seconds / self.peak
+        for number, life, step in taken:
+            lane = self.lanes[number]
+            if lane.ended or lane.lives != life:
+                continue  # it diverged, or was put back, a step ago: this step does not count
+            values = {name: float(value[number]) for name, value in metrics.items()}
+            if values["skipped_in_a_row"] >= self.train_config.max_skipped:
                 self._diverge(lane, step)
-                continue
-            if index in evaluated:
-                nats, tokens = np.array(evaluated[index], np.float64).sum(axis=0).tolist()
-                values["validation_loss"] = nats / tokens
-            lane.write(step, values, seconds)
+            elif lane.is_spike(values["loss"]):
+                self._roll_back(number, lane, step, values["loss"])
+            else:
+                if number in evaluated:
+                    nats, tokens = np.array(evaluated[number], np.float64).sum(axis=0).tolist()
+                    values["validation_loss"] = nats / tokens
+                per_second = lane.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
+                lane.write(step, values, timing | {"tokens_per_second": per_second})
 
     def _diverge(self, lane: Trial, step: int) -> None:
-        lane.step = step - 1
+        lane.step = step
         lane.checkpoints.wait()
         lane.end("diverged", self._compile_share())
+
+    def _roll_back(self, number: int, lane: Trial, step: int, loss: float) -> None:
+        lane.checkpoints.wait()
+        if not lane.roll_back(step, loss):
+            self._diverge(lane, step)
+            return
+        back = lane.rollbacks[-1]
+        said = "%s: loss %.4g at step %d is a spike; back to step %d, past that data"
+        logger.warning(said, lane.run.folder, loss, step, lane.step)
+        state = lane.checkpoints.restore(back["to"], self.program.lane)
+        self.state = self.program.put(self.state, np.int32(number), state)
 
     def _evaluation_due(self, lane: Trial) -> bool:
         every = self.shell.evaluate_every
         return lane.step == lane.stop or (every > 0 and lane.step % every == 0)
 
     def _checkpoint_due(self, lane: Trial) -> bool:
-        every = self.shell.checkpoint_every
-        if every > 0 and lane.step % every == 0:
-            return True
+        shell = self.shell
+        by_step = any(every > 0 and lane.step % every == 0 for every in (shell.checkpoint_every, shell.keep_every))
+        # Of several processes' wishes some are heard after they were met.
+        by_time = self.agreement.has(CHECKPOINT) and self.dispatched > self.saved_after + 2
+        return by_step or lane.step in shell.keep_steps or by_time
+
+    def _is_time_to_save(self) -> bool:
         return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
 
-    def _evaluate(self, index: int) -> list[Any]:
-        return [self.program.evaluate(self.state, np.int32(index), batch) for batch in self.validation]
+    def _evaluate(self, number: int) -> list[Any]:
+        return [self.program.evaluate(self.state, np.int32(number), batch) for batch in self.validation]
 
-    def _start(self) -> Lanes:
-        fresh = self.program.init(self.hparams)
-        like = jax.eval_shape(lambda lanes: jax.tree.map(lambda leaf: leaf[0], lanes.state), fresh)
-        restored = [lane.resume(like) for lane in self.lanes]
-        if all(state is None for state in restored):
-            return fresh
-        host = jax.device_get(fresh.state)
-        solo = [
-            jax.tree.map(lambda leaf, index=index: leaf[index], host) if state is None else state
-            for index, state in enumerate(restored)
-        ]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *solo)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh.state)
-        return fresh.replace(state=jax.device_put(stacked, shardings))  # type: ignore[attr-defined]
+    def _start(self) -> TrainState:
+        state = self.program.init(self.hparams)
+        for number, lane in enumerate(self.lanes):
+            restored = lane.resume(self.program.lane)
+            if restored is not None:
+                state = self.program.put(state, np.int32(number), restored)
+        return state
 
     def _save(self, lanes: list[Trial]) -> None:
-        if not lanes:
+        for lane in lanes:
+            if lane.log is not None:
+                lane.log.flush()
+            score = lane.last.get("validation_loss") if lane.last.get("step") == lane.step else None
+            state = self.program.take(self.state, np.int32(self.lanes.index(lane)))
+            lane.checkpoints.save(lane.step, state, score)
+
+    def _trace(self) -> None:
+        """Begin and end the profiler's trace, of a few steps after the first ones."""
+        if not self.shell.profile:
             return
-        host = jax.device_get(self.state.state)
-        for index, lane in enumerate(self.lanes):
-            if lane in lanes:
-                if lane.log is not None:
-                    lane.log.flush()
-                lane.checkpoints.save(lane.step, jax.tree.map(lambda leaf, index=index: leaf[index].copy(), host))
+        if self.dispatched == _PROFILED.start:
+            jax.profiler.start_trace(str(self.lanes[0].run.folder / "profile"))
+        elif self.dispatched == _PROFILED.stop:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
 
     def _compile_share(self) -> float:
-        return self.program.compile_seconds / len(self.lanes)
+        return self.compile_seconds / len(self.lanes)
 
     def _note(self) -> str:
-        losses = [lane.last["loss"] for lane in self.lanes if lane.last]
+        losses = [lane.last["loss"] for lane in self.lanes if lane.last.get("loss") is not None]
         return f"loss {min(losses):.3f}" if losses else ""
 
 

@@ -4,45 +4,81 @@ import json
 from pathlib import Path
 from typing import Any
 
+from model.errors import InputError
 from train.files import write_atomically
+from train.hosts import is_writer
 
-TIMING_FIELDS = ("seconds", "tokens_per_second")
+TIMING_FIELDS = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "step_seconds",
+    "data_seconds",
+    "dispatch_seconds",
+    "device_seconds",
+)
 """The only fields that may differ between a resumed run and an uninterrupted one."""
 
 
 class MetricsLog:
-    """Appends lines for steps after `step`; what an earlier process wrote past `step` is cut off first."""
+    """Appends lines for steps after `step`; what an earlier process wrote past `step` is cut off first.
 
-    def __init__(self, folder: Path, step: int, tensorboard_every: int):
-        self._path = folder / "metrics.jsonl"
-        _truncate(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 – lives as long as the run
+    wandb: a Weights & Biases project that gets the same numbers. Of several processes the first writes.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard_every: int, wandb: str | None = None):
         self._folder, self._step, self._every = folder, step, tensorboard_every
-        self._tensorboard: Any = None
+        self._file = self._tensorboard = self._wandb = None  # type: Any
+        if not is_writer():
+            return
+        path = folder / "metrics.jsonl"
+        _truncate(path, step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 – lives as long as the run
+        if wandb is not None:
+            self._wandb = _open_wandb(wandb, folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step; every `tensorboard_every` steps, and with every evaluation, to TensorBoard too."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
-        if record["step"] % self._every == 0 or "validation_loss" in record:
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        step = numbers.pop("step")
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if step % self._every == 0 or "validation_loss" in record:
             if self._tensorboard is None:
                 from tensorboardX import SummaryWriter
 
                 self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(name, value, record["step"])
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Hand everything to the operating system: called before a checkpoint that relies on it."""
-        self._file.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.flush()
 
     def close(self) -> None:
         """Flush and let go of the files."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(project: str, folder: Path) -> Any:
+    """A Weights & Biases run of the folder's name, which goes on when the folder's run does."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("Weights & Biases is not installed: pip install 'isoflop[wandb]'") from None
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return wandb.init(
+        project=project, name=folder.name, id=record["run_id"], resume="allow", dir=folder, config=record["identity"]
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The loss: what is reported and what is differentiated."""
+"""The loss: what is reported and what is differentiated, in sums that add up over the cuts of a batch."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from model import ModelConfig, Params, forward
+from model import ModelConfig, Params, forward, head
 from train.config import HParams
 
 Batch = dict[str, Any]
 """tokens and targets int32 [batch, seq]; optionally loss_mask, segment_ids, positions, token_types, all [batch, seq];
 for an encoder-decoder encoder_tokens and optionally encoder_segment_ids [batch, source]."""
 _INPUTS = ("positions", "segment_ids", "token_types", "encoder_tokens", "encoder_segment_ids")
+EXPERT_METRICS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "expert_dropped")
 
 
 def cross_entropy(
@@ -23,45 +24,76 @@ def cross_entropy(
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
-def loss_and_metrics(
+def count_tokens(batch: Batch) -> Float[Array, ""]:
+    """Tokens that the loss is a mean over, at least 1."""
+    mask = batch.get("loss_mask")
+    size = float(batch["targets"].size)
+    return jnp.float32(size) if mask is None else jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1)
+
+
+def loss_and_sums(
     config: ModelConfig,
     params: Params,
     batch: Batch,
     hparams: HParams | None = None,
     key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """`total_loss` and {"loss", "total_loss", "loss_tokens"}, with experts also EXPERT_METRICS.
+    *,
+    chunks: int = 1,
+    count: Float[Array, ""] | None = None,
+    cuts: int = 1,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What one cut of a batch adds to `total_loss`, and to what `finish` makes the metrics of.
 
-    loss: cross-entropy in nats, the mean over unmasked tokens. total_loss adds z_loss · mean(log Z)²
-    (PaLM, section 5) and the losses of the experts' routers. key: dropout is on when given.
+    count: the tokens of the whole batch (None: of this one, which is then all of it); cuts: how many there are. The
+    sums over the cuts are the whole batch's, but for the balance loss of experts, which is a mean of the cuts' own.
+    key: dropout is on when given. chunks: the head and the loss in so many cuts of the sequence, which never hold the
+    logits of more than one.
     """
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    rate = None if hparams is None else hparams.dropout_rate
     out = forward(
-        config,
-        params,
-        batch["tokens"],
-        **{name: batch[name] for name in _INPUTS if name in batch},
-        dropout_rate=None if hparams is None else hparams.dropout_rate,
-        dropout_key=key,
+        config, params, batch["tokens"], **inputs, dropout_rate=rate, dropout_key=key, outputs=("final_hidden",)
     )
-    assert out.logits is not None
-    nats, log_z = cross_entropy(out.logits, batch["targets"])
+    count = count_tokens(batch) if count is None else count
     mask = batch.get("loss_mask")
-    mask = jnp.ones_like(nats) if mask is None else mask.astype(jnp.float32)
-    count = jnp.sum(mask)
-    mean = lambda values: jnp.sum(values * mask) / jnp.maximum(count, 1)
-    loss = mean(nats)
-    total = loss if hparams is None else loss + hparams.z_loss * mean(jnp.square(log_z))
-    experts = _expert_metrics(out.auxiliary) if out.auxiliary else {}
+    mask = None if mask is None else mask.astype(jnp.float32)
+    nats, z = _summed(config, params, out.final_hidden, batch["targets"], mask, hparams is not None, chunks)
+    loss = nats / count
+    total = loss if hparams is None else loss + hparams.z_loss * z / count
+    experts = {name: value / cuts for name, value in out.auxiliary.items()}
     if experts and hparams is not None:
         total += hparams.balance_loss * experts["balance_loss"] + hparams.router_z_loss * experts["router_z_loss"]
-    return total, {"loss": loss, "total_loss": total, "loss_tokens": count} | experts
+    tokens = jnp.float32(batch["targets"].size) if mask is None else jnp.sum(mask)
+    return total, {"loss": loss, "total_loss": total, "loss_tokens": tokens} | experts
 
 
-EXPERT_METRICS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "expert_dropped")
+def finish(sums: dict[str, Array]) -> dict[str, Float[Array, ""]]:
+    """Metrics of a whole batch: {"loss", "total_loss", "loss_tokens"}, with experts also EXPERT_METRICS.
+
+    loss: cross-entropy in nats, the mean over unmasked tokens. total_loss adds z_loss · mean(log Z)² (PaLM, section 5)
+    and the losses of the experts' routers. Loads: 1 is an even share, of the busiest and the idlest expert of all
+    layers.
+    """
+    metrics = {name: sums[name] for name in ("loss", "total_loss", "loss_tokens")}
+    if "expert_use" not in sums:
+        return metrics
+    load = sums["expert_use"] * sums["expert_use"].shape[-1]
+    values = (sums["balance_loss"], sums["router_z_loss"], load.max(), load.min(), sums["dropped"])
+    return metrics | dict(zip(EXPERT_METRICS, values, strict=True))
 
 
-def _expert_metrics(auxiliary: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-    """Losses and loads of the experts: load 1 is an even share, of the busiest and the idlest expert of all layers."""
-    load = auxiliary["expert_use"] * auxiliary["expert_use"].shape[-1]
-    values = (auxiliary["balance_loss"], auxiliary["router_z_loss"], load.max(), load.min(), auxiliary["dropped"])
-    return dict(zip(EXPERT_METRICS, values, strict=True))
+def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Array, Array]:
+    """Σ nats and Σ (log Z)² over the unmasked tokens."""
+
+    def sums(hidden, targets, mask):
+        nats, log_z = cross_entropy(head(config, params, hidden), targets)
+        weigh = lambda values: jnp.sum(values if mask is None else values * mask)
+        return weigh(nats), weigh(jnp.square(log_z)) if wants_z else jnp.zeros(())
+
+    if chunks == 1:
+        return sums(hidden, targets, mask)
+    # A chunk takes every so-manieth token, so that it is as evenly spread over a sequence axis as the whole.
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
+    parts = jax.tree.map(cut, (hidden, targets, mask))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*part)), None)
+    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), parts)[0]

@@ -11,7 +11,13 @@ from model import ModelConfig, Params
 from model.parameterization import Family, decays, names_of, rate_multipliers, role_of
 from train.config import HParams, Optimizer, TrainConfig
 
-FAMILIES: dict[Optimizer, Family] = {"adamw": "adam", "sgd": "sgd", "muon": "muon"}
+# Which column of the table of roles scales an optimizer's rates. Lion's and Adafactor's updates have entries of one
+# size whatever the gradient's is, as Adam's have, so they scale with width as Adam's do.
+FAMILIES: dict[Optimizer, Family] = {
+    **dict.fromkeys(("adamw", "adam", "adafactor", "lion"), "adam"),
+    "sgd": "sgd",
+    "muon": "muon",
+}
 MUON_RMS = 0.2  # of an update's entries, about Adam's: one learning rate and decay for both (Liu et al. 2025, eq. 4)
 ORTHOGONALIZED = ("hidden", "residual")  # the roles that Muon is for; tables, vectors and the readout are Adam's
 
@@ -20,22 +26,27 @@ def make_optimizer(config: ModelConfig, train_config: TrainConfig, hparams: HPar
     """The update before the learning rate: a direction by name, each role at its own multiple of the rate
     (`model.parameterization`), decay on matrices only and at the plain rate (Loshchilov and Hutter 2019).
 
-    "adamw"; "sgd", with momentum beta1; "muon" (Jordan et al. 2024), with momentum beta1, and Adam where it does not
-    apply.
+    "adamw"; "adam" (Kingma and Ba 2015), whose decay is added to the gradient instead; "sgd", with momentum beta1;
+    "adafactor" (Shazeer and Stern 2018), see below; "lion" (Chen et al. 2023), the sign of beta1's mean with a
+    momentum of beta2; "muon" (Jordan et al. 2024), with momentum beta1, and Adam where it does not apply.
     """
     adam = optax.scale_by_adam(b1=hparams.beta1, b2=hparams.beta2, eps=hparams.epsilon)
+    decay = optax.add_decayed_weights(hparams.weight_decay, mask=decay_mask)
+    by_role = scale_by_role(config, FAMILIES[train_config.optimizer])
     match train_config.optimizer:
         case "adamw":
             direction = adam
+        case "adam":
+            return optax.chain(decay, adam, by_role)
         case "sgd":
             direction = optax.trace(decay=hparams.beta1)
+        case "adafactor":
+            direction = _adafactor()
+        case "lion":
+            direction = optax.scale_by_lion(b1=hparams.beta1, b2=hparams.beta2)
         case "muon":
             direction = optax.partition({"muon": _muon(hparams), "adam": adam}, _muon_or_adam)
-    return optax.chain(
-        direction,
-        scale_by_role(config, FAMILIES[train_config.optimizer]),
-        optax.add_decayed_weights(hparams.weight_decay, mask=decay_mask),
-    )
+    return optax.chain(direction, by_role, decay)
 
 
 def scale_by_role(config: ModelConfig, family: Family) -> optax.GradientTransformation:
@@ -57,6 +68,42 @@ def clip_by_norm(grads: Params, norm: Float[Array, ""], clip_norm: Float[Array, 
     """Scale so that the global norm is at most `clip_norm`; 0 does nothing (Pascanu et al. 2013)."""
     factor = jnp.where(clip_norm > 0, jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), 1.0)
     return jax.tree.map(lambda grad: grad * factor, grads)
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Shazeer and Stern 2018 (algorithms 4 and 5) without momentum and relative steps: the second moment as its row and
+    column means where both axes have 128 or more, the decay 1 − t^−0.8, every matrix's update cut to an RMS of 1.
+    """
+    return _each_alone(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+
+
+def _each_alone(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation of every single matrix or vector of a stack, as though each were a parameter of its own.
+
+    Optax takes a leaf for one parameter: of [layers, d_in, d_out] it would factor the two longest axes, which may be
+    the layers, and cut all layers by one RMS. The state keeps Optax's form, with trees like the parameters' in it.
+    """
+
+    def mapped(path: tuple[Any, ...], leaf: Any, function: Any) -> Any:
+        own_axes = 1 if role_of(names_of(path)) == "vector" else 2
+        for _ in range(leaf.ndim - own_axes):
+            function = jax.vmap(function)
+        return function
+
+    def init(params: Params) -> Any:
+        one = lambda path, leaf: mapped(path, leaf, transform.init)(leaf)
+        states = jax.tree_util.tree_map_with_path(one, params)
+        return jax.tree.transpose(jax.tree.structure(params), None, states)
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        outer = jax.tree.structure(params)
+        inner = jax.tree.structure(jax.eval_shape(transform.init, jnp.zeros(1)))
+        one = lambda path, leaf, *rest: mapped(path, leaf, transform.update)(leaf, *rest)
+        states = jax.tree.transpose(inner, outer, state)
+        pairs = jax.tree_util.tree_map_with_path(one, updates, states, params)
+        return jax.tree.transpose(outer, None, pairs)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _muon(hparams: HParams) -> optax.GradientTransformation:

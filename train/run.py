@@ -17,10 +17,13 @@ from model.errors import InputError
 from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
 from train.files import write_json
+from train.hosts import agree, is_writer
 from train.schedule import uses_horizon
 from train.state import init_state
 
 SCHEMA_VERSION = 1
+ROUNDING_ONLY = ("accumulate", "loss_chunks", "norms")
+"""Fields of the TrainConfig that may differ when a run is resumed: they change no number but by rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,18 +33,22 @@ class Identity:
     config: ModelConfig
     train_config: TrainConfig
     hparams: HParams
-    data_hash: str
+    data_hash: str | dict[str, str]
+    branch: dict[str, Any] | None = None  # which run it leaves, and after how many steps
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; the horizon only where the schedule reads it."""
-        hparams = self.hparams.to_dict()
-        if not uses_horizon(self.train_config.schedule):
+        """Plain values; the horizon only where the schedule reads it, and nothing that changes rounding alone."""
+        hparams, train_config = self.hparams.to_dict(), self.train_config.to_dict()
+        for name in ROUNDING_ONLY:
+            del train_config[name]
+        if not uses_horizon(self.train_config, self.hparams):
             del hparams["total_steps"]
         return {
             "config": json.loads(json.dumps(self.config.to_dict())),
-            "train_config": self.train_config.to_dict(),
+            "train_config": train_config,
             "hparams": hparams,
             "data": self.data_hash,
+            **({"branch": self.branch} if self.branch else {}),
         }
 
     @property
@@ -51,21 +58,28 @@ class Identity:
 
 
 class Run:
-    """An open run directory. One process at a time: a second one is refused."""
+    """An open run directory. One program at a time: a second one is refused. Of several processes the first writes."""
 
     def __init__(self, folder: Path, identity: Identity):
         self.folder, self.identity = Path(folder), identity
-        self.record = self._read_or_make()
-        self._lock = self._take_lock()
+        self._lock: Any = None
+        self.record: dict[str, Any] = agree(self._open)
 
     def update(self, **fields: Any) -> None:
         """Change fields of `run.json`, atomically."""
         self.record |= fields
-        write_json(self.folder / "run.json", self.record)
+        if is_writer():
+            write_json(self.folder / "run.json", self.record)
 
     def close(self) -> None:
-        """Let another process open it."""
-        self._lock.close()
+        """Let another program open it."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _open(self) -> dict[str, Any]:
+        record = self._read_or_make()
+        self._lock = self._take_lock()
+        return record
 
     def _read_or_make(self) -> dict[str, Any]:
         path, identity = self.folder / "run.json", self.identity
@@ -95,6 +109,7 @@ class Run:
             "step": 0,
             "seconds": 0.0,
             "compile_seconds": 0.0,
+            "rollbacks": [],
             "result": None,
         }
         write_json(path, record)
@@ -128,9 +143,9 @@ def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
     """(config, parameters of the newest intact checkpoint). Raises InputError if there is none."""
     record = read_record(folder)
     config = ModelConfig.from_dict(record["identity"]["config"])
-    train_config = TrainConfig(**record["identity"]["train_config"])
+    train_config = TrainConfig.from_dict(record["identity"]["train_config"])
     like = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
-    found = Checkpoints(Path(folder)).restore_newest(like)
+    found = Checkpoints(Path(folder), read_only=True).restore_newest(like)
     if found is None:
         raise InputError(f"{folder} has no intact checkpoint; train it first")
     return config, jax.tree.map(jax.numpy.asarray, found[1].params)

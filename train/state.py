@@ -15,14 +15,17 @@ from train.optimizer import make_optimizer
 
 @struct.dataclass
 class TrainState:
-    """step: updates made, int32 []. optimizer: Optax's state. rng: the raw key of dropout, uint32 [words]; the key of a
-    step is folded from it. Leaves are Any because JAX also fills the tree with shapes, shardings and stacked lanes.
+    """step: batches seen, int32 []. optimizer: Optax's state. rng: the raw key of dropout, uint32 [words]; the key of a
+    step is folded from it. skipped, skipped_in_a_row: steps that were not finite and changed nothing, in all and up to
+    now, int32 []. Leaves are Any because JAX also fills the tree with shapes, shardings and stacked lanes.
     """
 
     step: Any
     params: Params
     optimizer: Any
     rng: Any
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def init_state(
@@ -40,4 +43,6 @@ def init_state(
         params=params,
         optimizer=make_optimizer(config, train_config, hparams).init(params),
         rng=jax.random.key_data(step_key),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
     )

@@ -1,26 +1,31 @@
 """One training step and one evaluation step: pure functions, to be jitted, vmapped and sharded as one likes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from model import ModelConfig, Params
 from model.layout import layer_kinds
 from train.config import HParams, TrainConfig
-from train.objective import EXPERT_METRICS, Batch, loss_and_metrics
+from train.norms import groups_of, norms_by_group, total_norm
+from train.objective import EXPERT_METRICS, Batch, count_tokens, finish, loss_and_sums
 from train.optimizer import clip_by_norm, make_optimizer
-from train.schedule import learning_rate
+from train.schedule import rate
 from train.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-_METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "learning_rate", "finite")
+_METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "update_norm", "learning_rate")
+_METRICS += ("finite", "skipped", "skipped_in_a_row")
+_NORMS = ("grad_norm", "param_norm", "update_norm")
 
 
-def metric_names(config: ModelConfig) -> tuple[str, ...]:
+def metric_names(config: ModelConfig, train_config: TrainConfig) -> tuple[str, ...]:
     """What `train_step` measures."""
-    has_experts = any(kind.experts for kind in layer_kinds(config))
-    return (*_METRICS, *EXPERT_METRICS) if has_experts else _METRICS
+    experts = EXPERT_METRICS if any(kind.experts for kind in layer_kinds(config)) else ()
+    norms = [f"{name}/{group}" for name in _NORMS for group in groups_of(config)] if train_config.norms else []
+    return (*_METRICS, *experts, *norms)
 
 
 def train_step(
@@ -28,41 +33,92 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
-    metrics: loss, total_loss (nats per unmasked token), grad_norm (before clipping), param_norm (after the
-    update), learning_rate, loss_tokens, finite, and EXPERT_METRICS of a mixture of experts. Where the loss, the
-    gradient or the new parameters are not finite, `finite` is 0 and the state is handed back as it came: the last
-    good one.
+    metrics: loss, total_loss (nats per unmasked token), grad_norm (before clipping), param_norm (after the update),
+    update_norm (of what was subtracted), each also by group where `train_config.norms` says so, learning_rate,
+    loss_tokens, finite, skipped and skipped_in_a_row, and EXPERT_METRICS of a mixture of experts. Where the loss, the
+    gradient or the new parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters
+    and optimizer are handed back as they came.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
-    gradient = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
-    (_, metrics), grads = gradient(config, state.params, batch, hparams, key)
-    grad_norm = optax.tree.norm(grads)
-    rate = learning_rate(train_config.schedule, hparams, state.step)
+    grads, metrics = gradients(config, train_config, state.params, batch, hparams, key)
+    grad_norms = norms_by_group(grads)
+    grad_norm = total_norm(grad_norms)
+    learning_rate = rate(train_config, hparams, state.step)
     optimizer = make_optimizer(config, train_config, hparams)
     updates, optimizer_state = optimizer.update(
         clip_by_norm(grads, grad_norm, hparams.clip_norm), state.optimizer, state.params
     )
-    params = jax.tree.map(lambda param, update: param - rate * update, state.params, updates)
-    param_norm = optax.tree.norm(params)
+    updates = jax.tree.map(lambda update: learning_rate * update, updates)
+    params = jax.tree.map(jnp.subtract, state.params, updates)
+    param_norms, update_norms = norms_by_group(params), norms_by_group(updates)
+    param_norm = total_norm(param_norms)
     finite = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
-    new = state.replace(step=state.step + 1, params=params, optimizer=optimizer_state)  # type: ignore[attr-defined]
+    skipped = 1 - finite.astype(jnp.int32)
+    new = TrainState(
+        step=state.step + 1,
+        params=keep_if(finite, params, state.params),
+        optimizer=keep_if(finite, optimizer_state, state.optimizer),
+        rng=state.rng,
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    )
     metrics |= {
         "grad_norm": grad_norm,
         "param_norm": param_norm,
-        "learning_rate": rate,
+        "update_norm": total_norm(update_norms),
+        "learning_rate": learning_rate,
         "finite": finite.astype(jnp.float32),
+        "skipped": new.skipped.astype(jnp.float32),
+        "skipped_in_a_row": new.skipped_in_a_row.astype(jnp.float32),
     }
-    return keep_if(finite, new, state), metrics
+    if train_config.norms:
+        for name, norms in zip(_NORMS, (grad_norms, param_norms, update_norms), strict=True):
+            metrics |= {f"{name}/{group}": norm for group, norm in norms.items()}
+    return new, metrics
+
+
+def gradients(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    params: Params,
+    batch: Batch,
+    hparams: HParams,
+    key: Array | None = None,
+) -> tuple[Params, Metrics]:
+    """The gradient of `total_loss` over the whole batch, and its metrics, in `accumulate` cuts.
+
+    The result does not depend on the number of cuts, but for rounding, the experts' balance loss and dropout.
+    """
+    cuts = train_config.accumulate
+    loss = functools.partial(loss_and_sums, config, chunks=train_config.loss_chunks)
+    if cuts == 1:
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, hparams, key)
+        return grads, finish(sums)
+    count = count_tokens(batch)
+    # A cut takes every so-manieth row, so that it is as evenly spread over the devices as the whole batch.
+    cut = lambda x: jnp.swapaxes(x.reshape(-1, cuts, *x.shape[1:]), 0, 1)
+
+    def one(index: Array, part: Batch) -> tuple[dict[str, Array], Params]:
+        own_key = None if key is None else jax.random.fold_in(key, index)
+        differentiate = jax.value_and_grad(functools.partial(loss, count=count, cuts=cuts), has_aux=True)
+        (_, sums), grads = differentiate(params, part, hparams, own_key)
+        return sums, grads
+
+    parts = (jnp.arange(cuts), jax.tree.map(cut, batch))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)
+    (sums, grads), _ = jax.lax.scan(add, zeros, parts)
+    return grads, finish(sums)
 
 
 def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
     """{"loss", "loss_tokens"} of one batch, without dropout; no expert drops a token."""
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    _, metrics = loss_and_metrics(config, params, batch)
-    return {"loss": metrics["loss"], "loss_tokens": metrics["loss_tokens"]}
+    _, sums = loss_and_sums(config, params, batch)
+    return {"loss": sums["loss"], "loss_tokens": sums["loss_tokens"]}
 
 
-def keep_if(condition: Array, new: TrainState, old: TrainState) -> TrainState:
-    """`new` where the condition holds, else `old`, without touching a bit of it."""
+def keep_if(condition: Array, new, old):
+    """The tree `new` where the condition holds, else `old`, without touching a bit of it."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,17 +1,27 @@
 """A trial: the host's side of one lane, and what a caller says and is told of it."""
 
+import collections
 import dataclasses
+import math
+import statistics
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from model import Params, accounting
+from model import ModelConfig, Params, accounting
 from model.errors import InputError
+from train.branch import Branch
 from train.checkpoint import Checkpoints
-from train.data import Loader
+from train.config import HParams, TrainConfig
+from train.data.mixture import PhasedLoader
+from train.data.shards import TokenShards
+from train.hosts import agree
 from train.metrics import MetricsLog, read_metrics
+from train.phases import Plan, Stage
 from train.run import Identity, Run, load_run
 from train.schedule import uses_horizon
+from train.shell import Shell
 from train.step import metric_names
 
 
@@ -22,7 +32,9 @@ class Result:
     status: finished, diverged or interrupted. loss: training cross-entropy of the last step, nats per token.
     validation_loss: on the fixed validation tokens at the run's end (None unless finished). epochs: passes over
     the training data; above 1 tokens were repeated. flops_6nd and flops_exact: of the whole run, by convention
-    (see model/accounting.py). seconds: training time without compilation, over all restarts.
+    (see model/accounting.py), the trunk's part of a branch included; branch_step: the steps of that part, which the
+    trunk has been charged for. skipped: steps that were not finite. seconds: training time without compilation, over
+    all restarts.
     """
 
     run: Path
@@ -37,6 +49,9 @@ class Result:
     validation_loss: float | None
     seconds: float
     compile_seconds: float
+    skipped: int = 0
+    rollbacks: int = 0
+    branch_step: int = 0
 
     @property
     def params(self) -> Params:
@@ -45,49 +60,88 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
-    """What a run does beside training; none of it changes a loss.
+class Data:
+    """Where a run's tokens come from. folders: by the names that mixtures use, the first for validation too."""
 
-    evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
-    same ones each time. checkpoint_every: steps; 0: by time alone. mesh: axes as in {"data": 8}; None: all devices.
-    """
+    folders: dict[str, str]
+    sources: dict[str, TokenShards]
 
-    evaluate_every: int = 0
-    evaluate_tokens: int = 65_536
-    checkpoint_every: int = 0
-    checkpoint_seconds: float = 60.0
-    keep_checkpoints: int = 2
-    mesh: dict[str, int] | None = None
-    description: str = "training"
+    @classmethod
+    def open(cls, data: str | Path | Mapping[str, str | Path]) -> "Data":
+        """A prepared folder, or several by name."""
+        given = data if isinstance(data, Mapping) else {"data": data}
+        if not given:
+            raise InputError("a run needs at least one source of data")
+        folders = {name: str(Path(folder).resolve()) for name, folder in given.items()}
+        return cls(folders, {name: TokenShards(folder, "train") for name, folder in folders.items()})
+
+    @property
+    def first(self) -> str:
+        """The folder of the first source."""
+        return next(iter(self.folders.values()))
+
+    @property
+    def hash(self) -> str | dict[str, str]:
+        """What names the data, wherever it lies."""
+        hashes = {name: shards.manifest.hash for name, shards in self.sources.items()}
+        return hashes if len(hashes) > 1 else next(iter(hashes.values()))
+
+    @property
+    def place(self) -> str | dict[str, str]:
+        """What a run notes of it."""
+        return self.folders if len(self.folders) > 1 else self.first
 
 
 class Trial:
     """The host's side of one lane: its run directory, its data order, its place."""
 
-    def __init__(self, config, train_config, hparams, folder, data, data_hash, steps, shell):
-        if steps is None:
-            steps = int(hparams.total_steps)
-        if steps < 1:
-            raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
-        if uses_horizon(train_config.schedule) and hparams.total_steps == 0:
-            hparams = hparams.replace(total_steps=steps)
-        self.config, self.train_config, self.hparams, self.stop = config, train_config, hparams, steps
-        self.loader = Loader(
-            data,
-            batch_size=train_config.batch_size,
-            seq_len=train_config.seq_len,
-            seed=int(hparams.seed),
-            segment_documents=train_config.segment_documents,
+    def __init__(
+        self,
+        config: ModelConfig,
+        train_config: TrainConfig,
+        hparams: HParams,
+        folder: Path,
+        data: Data,
+        steps: int | None,
+        shell: Shell,
+        branch: Branch | None = None,
+    ):
+        if train_config.phases:
+            self.plan = Plan.of(train_config)
+            self.stop = Plan.of(train_config, steps).total_steps if steps is None else steps
+        else:
+            self.stop = int(hparams.total_steps) if steps is None else steps
+            if self.stop < 1:
+                raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
+            self.plan = Plan.of(train_config, self.stop)
+        if not 1 <= self.stop <= self.plan.total_steps:
+            raise InputError(f"steps={steps} must lie between 1 and the {self.plan.total_steps} of the run's phases")
+        if uses_horizon(train_config, hparams) and hparams.total_steps == 0:
+            hparams = hparams.replace(total_steps=self.stop)
+        self.config, self.train_config, self.hparams, self.branch = config, train_config, hparams, branch
+        self.loader = PhasedLoader(
+            data.sources, self.plan, seed=int(hparams.seed), segment_documents=train_config.segment_documents
         )
-        self.run = Run(folder, Identity(config, train_config, hparams, data_hash))
-        if self.run.record.get("data") != str(Path(data).resolve()):
-            self.run.update(data=str(Path(data).resolve()))
-        self.checkpoints = Checkpoints(folder, keep=shell.keep_checkpoints)
+        first = next(iter(data.sources.values())).manifest.splits
+        self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}
+        self.run = Run(folder, Identity(config, train_config, hparams, data.hash, branch and branch.identity))
+        if self.run.record.get("data") != data.place:
+            self.run.update(data=data.place)
+        self.checkpoints = Checkpoints(
+            folder,
+            keep=shell.keep_checkpoints,
+            keep_every=shell.keep_every,
+            keep_best=shell.keep_best,
+            keep_steps=shell.keep_steps,
+        )
+        self.shell = shell
         self.log: MetricsLog | None = None
         self.step = self.run.record["step"] if self.ended else 0
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
+        self.lives = 0  # how often it was put back: what was dispatched in an earlier life is not recorded
+        self._losses: collections.deque[float] = collections.deque(maxlen=train_config.spike_window)
 
     @property
     def ended(self) -> bool:
@@ -97,63 +151,144 @@ class Trial:
 
     @property
     def active(self) -> bool:
-        """Whether the next step is this trial's too."""
+        """Whether it has steps to go."""
         return not self.ended and self.step < self.stop
+
+    @property
+    def stage(self) -> Stage:
+        """What its next step is like."""
+        return self.plan.stage(min(self.step, self.plan.total_steps - 1))
+
+    def batch(self, step: int, rows: slice) -> Any:
+        """Its batch of update number `step`, past what rollbacks have skipped."""
+        skipped = [back["skipped_rows"] for back in self.rollbacks if back["to"] <= step]
+        return self.loader.batch(step, rows, skipped_rows=skipped[-1] if skipped else 0)
+
+    @property
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Each from which recorded step to which, for which loss, and the rows of data skipped since the start."""
+        return self.run.record["rollbacks"]
 
     def resume(self, like: Any) -> Any | None:
         """The newest intact state, or None for a fresh start; the record is cut to it."""
+        if self.rollbacks and not self.rollbacks[-1]["done"]:
+            self._finish_rollback()
         found = self.checkpoints.restore_newest(like)
+        if found is None and self.branch is not None:
+            found = self.branch.step, Checkpoints(self.branch.trunk).restore(self.branch.step, like)
         if not self.ended:
             self.step = 0 if found is None else found[0]
-            self._recall()
-            self.log = MetricsLog(self.run.folder, self.step, tensorboard_every=max(1, self.stop // 100))
+            self._open_log()
             self.run.update(status="running")
         return None if found is None else found[1]
 
-    def _recall(self) -> None:
-        """What the record said at the step from which the run goes on."""
-        for record in read_metrics(self.run.folder):
-            if record["step"] == self.step:
-                self.seconds = record["seconds"]
-                self.last = record
-                self.validation_loss = record.get("validation_loss")
+    def _open_log(self) -> None:
+        """What the record said at the step from which the run goes on, and the log from there."""
+        if self.log is not None:
+            self.log.close()
+        before = [record for record in agree(read_metrics, self.run.folder) if record["step"] <= self.step]
+        if before and before[-1]["step"] == self.step:
+            self.last = before[-1]
+            self.seconds = self.last["seconds"]
+            known = [record["validation_loss"] for record in before if "validation_loss" in record]
+            self.validation_loss = known[-1] if known else None
+        self._losses.clear()
+        self._losses.extend(record["loss"] for record in before if record["loss"] is not None)
+        self.log = MetricsLog(
+            self.run.folder, self.step, tensorboard_every=max(1, self.stop // 100), wandb=self.shell.wandb
+        )
 
-    def write(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Append one step to the record."""
+    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
+        """Append one step to the record. timing: `seconds` of this step, and what else was timed."""
         assert self.log is not None
-        self.seconds += seconds
-        self.last = {"step": step, **self.books(step)} | {
-            name: metrics[name] for name in metric_names(self.config) if name not in ("loss_tokens", "finite")
-        }
+        self.seconds += timing["seconds"]
+        known = {name: _finite(metrics[name]) for name in metric_names(self.config, self.train_config)}
+        for name in ("loss_tokens", "finite", "skipped_in_a_row"):
+            del known[name]
+        known["skipped"] = int(metrics["skipped"])
+        known |= self._bits(known["loss"], "train", "")
         if "validation_loss" in metrics:
-            self.last["validation_loss"] = self.validation_loss = metrics["validation_loss"]
-        timing = {
-            "seconds": self.seconds,
-            "tokens_per_second": self.train_config.tokens_per_step / max(seconds, 1e-9),
-        }
-        self.log.write(self.last | timing)
+            known["validation_loss"] = self.validation_loss = metrics["validation_loss"]
+            known |= self._bits(self.validation_loss, "validation", "validation_")
+        rollbacks = {"rollbacks": len(self.rollbacks)} if self.rollbacks else {}
+        self.last = {"step": step, **self.books(step)} | known | rollbacks
+        stage = self.plan.stage(step - 1)
+        if self.train_config.phases:
+            self.last |= {"phase": stage.phase, "batch_size": stage.batch_size, "seq_len": stage.seq_len}
+        self.log.write(self.last | timing | {"seconds": self.seconds})
+        if known["loss"] is not None:
+            self._losses.append(known["loss"])
+
+    def _bits(self, nats: float | None, split: str, prefix: str) -> dict[str, float | None]:
+        """Perplexity, and bits per byte by the split's mean of bytes per token."""
+        if nats is None:
+            return {f"{prefix}perplexity": None, f"{prefix}bits_per_byte": None}
+        bits = nats / math.log(2) / self.bytes_per_token[split]
+        return {f"{prefix}perplexity": math.exp(min(nats, 700)), f"{prefix}bits_per_byte": bits}
 
     def books(self, step: int) -> dict[str, float]:
         """Tokens, epochs and FLOPs up to a step."""
-        tokens = step * self.train_config.tokens_per_step
-        per_token = lambda convention: accounting.flops_per_token(self.config, self.train_config.seq_len, convention)
+        flops = {"6N": 0.0, "exact": 0.0}
+        for stage in self.plan.stages:
+            steps = min(max(step - stage.first_step, 0), stage.steps)
+            for convention in flops:
+                per_token = accounting.flops_per_token(self.config, stage.seq_len, convention)
+                flops[convention] += steps * stage.tokens_per_step * per_token
         return {
-            "tokens": tokens,
+            "tokens": self.plan.tokens(step),
             "epoch": self.loader.epoch(step),
-            "flops_6nd": tokens * per_token("6N"),
-            "flops_exact": tokens * per_token("exact"),
+            "flops_6nd": flops["6N"],
+            "flops_exact": flops["exact"],
         }
+
+    def flops_of_step(self, step: int) -> float:
+        """Exact FLOPs of one update, the `step`-th."""
+        stage = self.plan.stage(step - 1)
+        return stage.tokens_per_step * accounting.flops_per_token(self.config, stage.seq_len, "exact")
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss is out of line with those before it, by the policy of the TrainConfig."""
+        sigma, window = self.train_config.spike_sigma, self.train_config.spike_window
+        if sigma <= 0 or len(self._losses) < window or not math.isfinite(loss):
+            return False
+        return loss > statistics.fmean(self._losses) + sigma * statistics.pstdev(self._losses)
+
+    def roll_back(self, step: int, loss: float) -> bool:
+        """Go back to the newest checkpoint before the step whose loss spiked, past the data since; False: too often.
+
+        Noted in `run.json` before anything is removed, so that a kill in between loses nothing.
+        """
+        earlier = [saved for saved in self.checkpoints.steps() if saved < step]
+        if not earlier or len(self.rollbacks) >= self.train_config.max_rollbacks:
+            return False
+        to, before = earlier[-1], self.rollbacks[-1]["skipped_rows"] if self.rollbacks else 0
+        rows = sum(self.plan.stage(index).batch_size for index in range(to, step))
+        back = {"at": step, "to": to, "loss": loss, "skipped_rows": before + rows, "done": False}
+        self.run.update(rollbacks=[*self.rollbacks, back])
+        self._finish_rollback()
+        self.step = to
+        self.lives += 1
+        self._open_log()
+        return True
+
+    def _finish_rollback(self) -> None:
+        *before, back = self.rollbacks
+        self.checkpoints.discard_after(back["to"])
+        self.run.update(rollbacks=[*before, back | {"done": True}])
 
     def end(self, status: str, compile_seconds: float) -> None:
         """Note how it went."""
         assert self.log is not None
         self.log.flush()
-        self.run.update(status=status, step=self.step, seconds=self.seconds)
         self.run.update(
+            status=status,
+            step=self.step,
+            seconds=self.seconds,
             compile_seconds=self.run.record["compile_seconds"] + compile_seconds,
             result={
                 "loss": self.last.get("loss"),
                 "validation_loss": self.validation_loss if status == "finished" else None,
+                "skipped": self.last.get("skipped", 0),
             },
         )
 
@@ -177,6 +312,8 @@ class Trial:
             flops_exact=books["flops_exact"],
             seconds=record["seconds"],
             compile_seconds=record["compile_seconds"],
+            rollbacks=len(self.rollbacks),
+            branch_step=self.branch.step if self.branch else 0,
             **record["result"],
         )
 
@@ -188,3 +325,8 @@ class Trial:
             if self.log is not None:
                 self.log.close()
             self.run.close()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,10 +1,16 @@
 """`isoflop bench`: how fast a model runs here."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from model import ModelConfig
+    from train import TrainConfig
 
 
 def train(
@@ -15,9 +21,14 @@ def train(
     seq_len: int = 128,
     lanes: tuple[int, ...] = (1,),
     seconds: float = 5.0,
+    against: Literal["torch"] | None = None,
+    rounds: int = 7,
     json: JsonFile = None,
 ) -> None:
     """Tokens per second and FLOP/s of the training step, alone and with several lanes side by side.
+
+    With --against torch: in turns with the same step of a PyTorch model of the same shape, weights and data, run by
+    the Python that ISOFLOP_TORCH_PYTHON names (default: this one).
 
     Example: isoflop bench train study-128 --lanes 1 4 --json train.json
 
@@ -27,7 +38,9 @@ def train(
         batch_size: Rows per step and lane.
         seq_len: Tokens per row.
         lanes: Trials per program, each measured.
-        seconds: Measuring time per number of lanes.
+        seconds: Measuring time per number of lanes; not read with --against.
+        against: Whom to compare with.
+        rounds: With --against, turns of about a second that each contender gets.
         json: Also write every number to this file.
     """
     from rich.table import Table
@@ -39,6 +52,11 @@ def train(
 
     config = read_config(preset, set)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
+    if against is not None:
+        if lanes != (1,):
+            raise InputError("--against compares one lane with one model: leave --lanes out")
+        _train_against_torch(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), rounds, json)
+        return
     rows = [
         measure_step(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), count, seconds) for count in lanes
     ]
@@ -67,6 +85,66 @@ def train(
             f"{row['compile_seconds']:.1f}",
         )
     console().print(table)
+
+
+def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rounds: int, json: Path | None) -> None:
+    import os
+    import shlex
+    import sys
+
+    from rich.table import Table
+
+    from experiments.commands.options import console, write_document
+    from experiments.peers.train_bench import bench_against_torch
+    from train.run import describe_device, versions
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU both must find memory
+    result = bench_against_torch(config, train_config, rounds=rounds)
+    write_document(
+        json,
+        {
+            "command": shlex.join(["isoflop", *sys.argv[1:]]),
+            "device": describe_device(),
+            "versions": versions() | {"torch": result["torch_version"]},
+            "config": config.to_dict(),
+            **result,
+        },
+    )
+    table = Table(title=f"medians of {rounds} rounds in turns (slowest … fastest)", title_justify="left")
+    for name in (
+        "step of",
+        "tokens/s",
+        "slowest … fastest",
+        "isoflop over this",
+        "at best",
+        "FLOP/s (exact)",
+        "compile s",
+    ):
+        table.add_column(name, justify="left" if name == "step of" else "right")
+    for row in result["contenders"]:
+        ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
+        table.add_row(
+            row["name"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second_slowest']:,.0f} … {row['tokens_per_second_fastest']:,.0f}",
+            "" if row["name"] == "isoflop" else "{:.2f} ({:.2f} … {:.2f})".format(*ratio),
+            "" if row["name"] == "isoflop" else f"{row['isoflop_over_this_at_best']:.2f}",
+            f"{row['flops_exact_per_second']:.3g}",
+            f"{row['compile_seconds']:.1f}",
+        )
+    console().print(table)
+    cores = f" on {result['torch_threads']} threads" if describe_device()["platform"] == "cpu" else ""
+    console().print(
+        f"Compared: whole training steps (forward, backward, clipping, AdamW) in {config.compute_dtype} of "
+        f"{result['parameters']:,} parameters on {train_config.batch_size} × {train_config.seq_len} tokens, with "
+        f"PyTorch {result['torch_version']}{cores}; same weights, data and losses "
+        f"(within {result['loss_difference']:.0e})."
+    )
+    if result["load_average"] > 0.5:
+        console().print(
+            f"Other programs were running (load average {result['load_average']:.1f}). They slow PyTorch most, whose "
+            "threads wait for one another at every operation: repeat it on a quiet machine."
+        )
 
 
 def decode(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands import model_tables
+from experiments.commands import model_mesh, model_tables
 from experiments.commands.options import JsonFile, Overrides
 from model.errors import InputError
 
@@ -60,6 +60,7 @@ def show(
     seq_len: int | None = None,
     batch: int = 1,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    mesh: str | None = None,
     json: JsonFile = None,
 ) -> None:
     """Parameters by group, FLOPs per token and memory of one architecture; no array is made.
@@ -72,9 +73,11 @@ def show(
         seq_len: Length of the rows that FLOPs and memory are counted for; the context by default.
         batch: Rows that the cache is counted for.
         dtype: Precision of weights and cache in serving.
+        mesh: Also show what each device of such a mesh holds in training, e.g. data=2,fsdp=4; it need not exist.
         json: Also write the numbers to this file.
     """
     from experiments.commands.options import console, read_config, write_document
+    from model.sharding import parse_mesh
 
     config = read_config(preset, set)
     seq_len = config.max_seq_len if seq_len is None else seq_len
@@ -85,7 +88,8 @@ def show(
             f"--seq-len {seq_len} exceeds the context; give at most {config.max_seq_len}, "
             f"or --set max_seq_len={seq_len} too"
         )
-    document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config)}
+    held = None if mesh is None else model_mesh.holdings(config, parse_mesh(mesh))
+    document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config), "mesh": held}
     write_document(json, document)
     out = console()
     out.print(f"{preset}: {model_tables.describe(config)}", highlight=False, markup=False, style="bold")
@@ -100,6 +104,10 @@ def show(
         out.print(note, highlight=False, style="dim")
     out.print()
     out.print(model_tables.memory_table(document))
+    if held is not None:
+        out.print()
+        out.print(model_mesh.mesh_table(held))
+        out.print(model_mesh.MESH_NOTE, highlight=False, style="dim")
 
 
 def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def preset_table(rows: list[dict[str, Any]]) -> "Table":
     """A line per architecture, in 80 columns; our own stand before the released models."""
     headers = ("name", "layers", "d_model", "heads", "KV\nheads", "con-\ntext", "vocab-\nulary", "para-\nmeters")
-    table = _table(*headers, "active", "cache /\ntoken", padding=0)
+    table = new_table(*headers, "active", "cache /\ntoken", padding=0)
     last_own = max(index for index, row in enumerate(rows) if not row["source"])
     for index, row in enumerate(rows):
         encoder_layers, cache = row["encoder_layers"], row["cache_bytes_per_token"]
@@ -27,7 +27,7 @@ def preset_table(rows: list[dict[str, Any]]) -> "Table":
             f"{row['vocabulary']:,}",
             _readable(row["parameters"]),
             _readable(row["active"]) if row["active"] != row["parameters"] else "",
-            _readable_bytes(cache) if cache else "none",
+            readable_bytes(cache) if cache else "none",
             end_section=index == last_own,
         )
     return table
@@ -79,7 +79,7 @@ def parameter_table(document: dict[str, Any]) -> "Table":
     """By group, their sum, and the published count."""
     counts = document["parameters"]
     total = counts["total"]
-    table = _table("parameters", "", "share")
+    table = new_table("parameters", "", "share")
     rank = {part: position for position, part in enumerate(_ORDER)}
     groups = sorted(counts["by_group"].items(), key=lambda item: rank.get(item[0].split("/")[0], len(rank)))
     for name, count in groups:
@@ -98,7 +98,7 @@ def parameter_table(document: dict[str, Any]) -> "Table":
 
 def flops_table(document: dict[str, Any]) -> "Table":
     """By product, their sum, and what 6N says."""
-    table = _table(f"FLOPs per token at {document['seq_len']:,} tokens", "forward", "training", "share")
+    table = new_table(f"FLOPs per token at {document['seq_len']:,} tokens", "forward", "training", "share")
     products = document["forward_flops_exact_by_product"]
     exact = sum(products.values())
     for name, flops in products.items():
@@ -124,20 +124,21 @@ def flops_notes(config: "ModelConfig") -> list[str]:
 
 def memory_table(document: dict[str, Any]) -> "Table":
     """Of training and of serving."""
-    table = _table("memory", "bytes", "")
+    table = new_table("memory", "bytes", "")
     rows = f"{document['batch']:,} × {document['seq_len']:,} tokens"
     for title, held in (
         ("training in float32, without activations", document["training_bytes"]),
         (f"serving {rows} in {document['dtype']}", document["serving_bytes"]),
     ):
         total = sum(held.values())
-        table.add_row(title, f"{total:,}", _readable_bytes(total), style="bold")
+        table.add_row(title, f"{total:,}", readable_bytes(total), style="bold")
         for name, size in held.items():
-            table.add_row(f"  {name}", f"{size:,}", _readable_bytes(size))
+            table.add_row(f"  {name}", f"{size:,}", readable_bytes(size))
     return table
 
 
-def _table(*columns: str, padding: int = 1) -> "Table":
+def new_table(*columns: str, padding: int = 1) -> "Table":
+    """An empty one, the first column to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
 
@@ -160,7 +161,7 @@ def _readable(count: float) -> str:
     return _in_units(count, 1000, ("", "k", "M", "B", "T"))
 
 
-def _readable_bytes(size: float) -> str:
+def readable_bytes(size: float) -> str:
     """Three digits: 1.25 GiB."""
     return _in_units(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 

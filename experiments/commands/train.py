@@ -1,85 +1,278 @@
-"""`isoflop train`: one run."""
+"""`isoflop train` and `isoflop cool`: one run, and the branches of one."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
 
+if TYPE_CHECKING:
+    from train import Result, TrainConfig
+    from train.phases import Phase
+
 
 def train(
     preset: tyro.conf.Positional[str],
     *,
-    data: Path,
+    data: tuple[str, ...],
     out: Path,
-    steps: int,
+    steps: int | None = None,
     seed: int = 0,
     learning_rate: float = 3e-3,
     batch_size: int = 8,
     seq_len: int = 128,
     set: Overrides = (),
+    phases: Path | None = None,
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    mesh: str | None = None,
+    microbatch: str | None = None,
     evaluate_every: int = 0,
     evaluate_tokens: int = 65_536,
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 60.0,
-    mesh: str | None = None,
+    keep_checkpoints: int = 2,
+    keep_every: int = 0,
+    keep_best: bool = False,
+    keep_steps: tuple[int, ...] = (),
+    wandb: str | None = None,
+    profile: bool = False,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     json: JsonFile = None,
 ) -> None:
     """Train one model; the same command again resumes it.
 
-    Example: isoflop train study-32 --data data/sotu --out runs/first --steps 500 --set schedule=wsd beta2=0.99
+    Examples:
+      isoflop train study-32 --data data/sotu --out runs/first --steps 500 --set schedule=wsd beta2=0.99
+      isoflop train gpt2-small --data web=data/web good=data/good --out runs/big --phases phases.json --mesh fsdp=8
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config.
-        data: A folder made by `isoflop data prepare`.
+        data: A folder made by `isoflop data prepare`, or several as NAME=FOLDER, whose names the mixtures of phases
+            use; the first is also validated on.
         out: The run directory.
-        steps: Updates to make; also the horizon of the schedule unless total_steps is set.
+        steps: Updates to make; also the horizon of the schedule unless total_steps is set. With --phases: all of them.
         seed: Of parameters, dropout and data order.
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
         seq_len: Tokens per row.
-        set: Any other model, training or hyperparameter field, such as num_layers=4 schedule=constant weight_decay=0.
+        set: Any other model, training or hyperparameter field, such as num_layers=4 schedule=constant optimizer=muon.
+        phases: A JSON file with the list of phases: warm-up, bulk, annealing, long context (see docs/phases.json).
+        precision: Of products and activations; parameters, softmax, norms and loss are float32. auto: bfloat16 on GPUs
+            and TPUs, float32 on CPUs.
+        mesh: Devices to train on, such as data=2,fsdp=4 (also tensor, expert, sequence); all on data by default.
+        microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
         evaluate_tokens: Tokens of the validation split, the same each time.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
-        mesh: Devices to train on, such as data=8; all by default.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_every: Checkpoints of every so-manieth step are made, and stay.
+        keep_best: The checkpoint with the lowest validation loss stays too.
+        keep_steps: Checkpoints of these steps are made, and stay (for `isoflop cool`).
+        wandb: A Weights & Biases project that gets the metrics too.
+        profile: Write a trace of five steps to OUT/profile, for TensorBoard or Perfetto.
+        distributed: One of several processes of one run, which Slurm or the TPU pod tells of each other.
+        coordinator: HOST:PORT of process 0, where nobody else tells it; with --num-processes and --process-id.
+        num_processes: Processes of this run.
+        process_id: The number of this one.
         json: Also write the result to this file.
     """
-    import dataclasses
-
-    from experiments.commands.options import read_config, split_overrides, write_document
+    from experiments.commands.options import read_config, split_overrides
+    from model.errors import InputError
     from model.sharding import parse_mesh
     from train import HParams, Shell, TrainConfig
     from train import train as run_training
     from train.data import load_manifest
+    from train.hosts import initialize
 
-    manifest = load_manifest(data)
+    if distributed or coordinator is not None:
+        initialize(coordinator, num_processes, process_id)
+    folders = _folders(data)
+    manifest = load_manifest(next(iter(folders.values())))
     config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
-    config, train_config, hparams = split_overrides(
-        set,
-        config,
-        TrainConfig(batch_size=batch_size, seq_len=seq_len),
-        HParams(learning_rate=learning_rate, seed=seed, warmup_steps=max(1, steps // 20)),
-    )
+    base = TrainConfig(batch_size=batch_size, seq_len=seq_len, phases=_read_phases(phases) if phases else ())
+    if steps is None and not base.phases:
+        raise InputError("give --steps, or --phases")
+    warmup = {} if steps is None else {"warmup_steps": max(1, steps // 20)}
+    hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
+    config, train_config, hparams = split_overrides(set, config.replace(compute_dtype=_dtype(precision)), base, hparams)
     shell = Shell(
         evaluate_every=evaluate_every,
         evaluate_tokens=evaluate_tokens,
         checkpoint_every=checkpoint_every,
         checkpoint_seconds=checkpoint_seconds,
+        keep_checkpoints=keep_checkpoints,
+        keep_every=keep_every,
+        keep_best=keep_best,
+        keep_steps=keep_steps,
         mesh=parse_mesh(mesh) if mesh else None,
+        microbatch=microbatch,
+        announce=True,
+        wandb=wandb,
+        profile=profile,
         description=f"training {preset}",
     )
-    result = run_training(config, train_config, hparams, data=data, run=out, steps=steps, shell=shell)
+    if train_config.phases:
+        _show_plan(train_config)
+    result = run_training(config, train_config, hparams, data=folders, run=out, steps=steps, shell=shell)
+    _tell(result, json)
+
+
+def cool(
+    trunk: tyro.conf.Positional[Path],
+    *,
+    at: tuple[int, ...],
+    out: Path,
+    decay_fraction: float = 0.2,
+    decay_steps: int | None = None,
+    final_fraction: float = 0.0,
+    mesh: str | None = None,
+    evaluate_tokens: int = 65_536,
+    json: JsonFile = None,
+) -> None:
+    """Branch off a run at a constant rate and cool down, once per step in --at: a loss for each number of tokens.
+
+    The trunk must have checkpoints of these steps: train it with --set schedule=constant and --keep-every or -steps.
+    Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the trunk's.
+
+    Example: isoflop cool runs/trunk --at 1000 2000 4000 --out runs/cooled
+
+    Args:
+        trunk: The run directory to leave.
+        at: After how many of its steps; one branch each.
+        out: A folder that gets one run directory per branch, named after its step.
+        decay_fraction: Steps of the cool-down over those of the trunk's part.
+        decay_steps: Steps of the cool-down, instead of a fraction.
+        final_fraction: The rate at the end over the peak.
+        mesh: As for `isoflop train`.
+        evaluate_tokens: Tokens of the validation split, the same each time.
+        json: Also write the results to this file.
+    """
+    from experiments.commands.options import write_document
+    from model.sharding import parse_mesh
+    from train import Shell, cooldown
+    from train import train as run_training
+
+    results = []
+    for step in at:
+        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction)
+        shell = Shell(
+            evaluate_tokens=evaluate_tokens,
+            mesh=parse_mesh(mesh) if mesh else None,
+            description=f"cooling down from step {step}",
+        )
+        result = run_training(
+            plan.config,
+            plan.train_config,
+            plan.hparams,
+            data=plan.data,
+            run=out / f"from-{step}",
+            steps=plan.steps,
+            shell=shell,
+            branch=plan.branch,
+        )
+        results.append(_tell(result, None))
+    write_document(json, {"branches": results})
+
+
+def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
+    """The result in one sentence, and as a document."""
+    import dataclasses
+
+    from experiments.commands.options import write_document
+    from train.hosts import is_writer
+
+    own = 1 - result.branch_step / result.steps if result.steps else 1
     values = dataclasses.asdict(result) | {
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-        "flops_6nd_per_second": result.flops_6nd / max(result.seconds, 1e-9),
-        "flops_exact_per_second": result.flops_exact / max(result.seconds, 1e-9),
+        "tokens_per_second": own * result.tokens / max(result.seconds, 1e-9),
+        "flops_6nd_per_second": own * result.flops_6nd / max(result.seconds, 1e-9),
+        "flops_exact_per_second": own * result.flops_exact / max(result.seconds, 1e-9),
     }
+    if not is_writer():
+        return values
     write_document(json, values)
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f}"
+    trouble = [
+        f"{count} {name}"
+        for name, count in (("skipped steps", result.skipped), ("rollbacks", result.rollbacks))
+        if count
+    ]
     print(
-        f"{out}: {result.status} after {result.steps:,} steps, {result.tokens:,} tokens ({result.epochs:.2f} epochs); "
-        f"validation loss {loss} nats per token; {values['tokens_per_second']:,.0f} tokens/s, "
-        f"{values['flops_6nd_per_second']:.3g} FLOP/s (6ND)"
+        f"{result.run}: {result.status} after {result.steps:,} steps, {result.tokens:,} tokens "
+        f"({result.epochs:.2f} epochs); validation loss {loss} nats per token; "
+        f"{values['tokens_per_second']:,.0f} tokens/s, {values['flops_6nd_per_second']:.3g} FLOP/s (6ND)"
+        + "".join(f"; {text}" for text in trouble)
     )
+    return values
+
+
+def _folders(data: tuple[str, ...]) -> dict[str, Path]:
+    """One folder, or NAME=FOLDER several times."""
+    from model.errors import InputError
+
+    if len(data) == 1 and "=" not in data[0]:
+        return {"data": Path(data[0])}
+    folders = {}
+    for text in data:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise InputError(f"--data {text!r}: with several sources each is NAME=FOLDER")
+        if name in folders:
+            raise InputError(f"--data names {name!r} twice")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _read_phases(path: Path) -> "tuple[Phase, ...]":
+    """A JSON list of phases."""
+    import json
+
+    from model.errors import InputError
+    from train.phases import Phase
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a list of phases: {error}") from None
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values) or not values:
+        raise InputError(f"{path} is not a JSON list of phases, each an object of fields")
+    return tuple(Phase.from_dict(value) for value in values)
+
+
+def _dtype(precision: str) -> Any:
+    import jax
+
+    if precision != "auto":
+        return precision
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _show_plan(train_config: "TrainConfig") -> None:
+    """The phases as a table, on stderr like all that is said under way."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from train.hosts import is_writer
+    from train.phases import Plan, describe
+
+    if not is_writer():
+        return
+    table = Table(title="the plan", title_justify="left")
+    for name in ("phase", "steps", "tokens", "batch", "seq_len", "rate over peak", "mixture", "rope_base"):
+        table.add_column(name, justify="left" if name in ("phase", "mixture") else "right")
+    for row in describe(Plan.of(train_config)):
+        table.add_row(
+            row["phase"],
+            f"{row['first_step']:,} … {row['last_step']:,}",
+            f"{row['tokens_before']:,} … {row['tokens_after']:,}",
+            str(row["batch_size"]),
+            str(row["seq_len"]),
+            f"{row['rate_first']:.3g} … {row['rate_last']:.3g}",
+            ", ".join(f"{name} {weight:g}" for name, weight in row["mixture"].items()) or "the first source",
+            "as before" if row["rope_base"] is None else f"{row['rope_base']:g}",
+        )
+    Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140).print(table)

@@ -32,7 +32,7 @@ def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     """Read a Hugging Face model: config.json with model.safetensors or shards and their index.
 
     dtype: of the parameters, "float32" or "bfloat16", whatever the files hold; `config.compute_dtype` stays float32.
-    mesh: split them over it (`model.sharding.weight_sharding`). eos_token_ids come from generation_config.json, or
+    mesh: split them over it (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or
     else from config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
 
     A tied head that the files hold all the same must equal the token table; one that does not makes the model untied.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from model.convert.plan import Leaf, Part, Shapes, Step
-from model.sharding import weight_sharding
+from model.sharding import spec_for
 
 
 class Places:
@@ -58,7 +58,7 @@ class Places:
     def _sharding(self, leaf: Leaf) -> NamedSharding | None:
         if self.mesh is None:
             return None
-        return weight_sharding(self.mesh, self.shapes[leaf], stacked="layers" in leaf)
+        return NamedSharding(self.mesh, spec_for(self.mesh, leaf, self.shapes[leaf]))
 
 
 def _cut(tensor: np.ndarray, start: int, stop: int, axis: int) -> np.ndarray:

@@ -1,8 +1,17 @@
-"""The data floor: from raw text to batches. NumPy only, no JAX."""
+"""The data floor: from raw text to batches, as NumPy arrays."""
 
 from train.data.loader import Loader, batches_in_order, validation_batches
 from train.data.manifest import load_manifest
+from train.data.mixture import PhasedLoader
 from train.data.prepare import prepare
 from train.data.sources import open_source
 
-__all__ = ["prepare", "load_manifest", "Loader", "batches_in_order", "validation_batches", "open_source"]
+__all__ = [
+    "prepare",
+    "load_manifest",
+    "Loader",
+    "PhasedLoader",
+    "batches_in_order",
+    "validation_batches",
+    "open_source",
+]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 from model.errors import InputError
 from train.data.permutation import permute
@@ -30,13 +30,12 @@ class Loader:
         segment_documents: bool = False,
         eos_id: int | None = None,
     ):
-        if not 0 <= seed < 2**64:
-            raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
-        self.shards = _open(data, "train", batch_size, seq_len)
+        check_seed(seed)
+        self.shards = open_split(data, "train", batch_size, seq_len)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.segment_documents = segment_documents
         self.eos_id = self.shards.eos_id if eos_id is None else eos_id
-        self.windows_per_epoch = (len(self.shards) - 1) // seq_len
+        self.windows_per_epoch = windows_per_epoch(self.shards, seq_len)
         self.tokens_per_epoch = self.windows_per_epoch * seq_len
 
     def batch(self, step: int) -> Batch:
@@ -47,15 +46,34 @@ class Loader:
         """
         if step < 0:
             raise InputError(f"step={step} must not be negative")
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        epoch, place = np.divmod(index, self.windows_per_epoch)
-        window = permute(place, self.windows_per_epoch, self.seed, epoch)
-        batch = _split(self.shards.windows(window * self.seq_len, self.seq_len + 1))
-        return batch | segments(batch["tokens"], self.eos_id) if self.segment_documents else batch
+        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        windows = draw(self.shards, rows, self.seq_len, self.seed)
+        return as_batch(windows, self.eos_id if self.segment_documents else None)
 
     def epoch(self, step: int) -> float:
         """Epochs completed when the step begins."""
         return step * self.batch_size / self.windows_per_epoch
+
+
+def draw(
+    shards: TokenShards, rows: Int64[np.ndarray, " rows"], seq_len: int, seed: int
+) -> Int32[np.ndarray, "rows window"]:
+    """The windows of seq_len + 1 tokens that stand at these places of the endless order: all of them once per epoch."""
+    size = windows_per_epoch(shards, seq_len)
+    epoch, place = np.divmod(rows, size)
+    return shards.windows(permute(place, size, seed, epoch) * seq_len, seq_len + 1)
+
+
+def windows_per_epoch(shards: TokenShards, seq_len: int) -> int:
+    """Windows of `seq_len` predictions that there are."""
+    return (len(shards) - 1) // seq_len
+
+
+def as_batch(windows: Int32[np.ndarray, "batch window"], eos_id: int | None) -> Batch:
+    """`tokens` and `targets`, and with the end token also what `segments` makes of them."""
+    tokens, targets = (np.ascontiguousarray(part) for part in (windows[:, :-1], windows[:, 1:]))
+    batch = {"tokens": tokens, "targets": targets}
+    return batch if eos_id is None else batch | segments(tokens, eos_id)
 
 
 def validation_batches(
@@ -71,7 +89,7 @@ def validation_batches(
     The same tokens are predicted whatever batch_size and seq_len are. Every batch has the same shape and a
     `loss_mask` (float32): what is left over in the last batch is padded with mask 0 (and segment id 0).
     """
-    shards = _open(data, "validation", batch_size, seq_len)
+    shards = open_split(data, "validation", batch_size, seq_len)
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens} must be at least 1")
     available = len(shards) - 1
@@ -116,17 +134,20 @@ def segments(tokens: Int32[np.ndarray, "batch seq"], eos_id: int) -> Batch:
     }
 
 
-def _split(windows: Int32[np.ndarray, "batch window"]) -> Batch:
-    return {"tokens": np.ascontiguousarray(windows[:, :-1]), "targets": np.ascontiguousarray(windows[:, 1:])}
-
-
 def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]) -> np.ndarray:
     result = np.zeros(shape, flat.dtype)
     result.reshape(-1)[: len(flat)] = flat
     return result
 
 
-def _open(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that the permutation does not take."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
+
+
+def open_split(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
+    """The split's tokens. Raises InputError where they do not fill one row."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")

@@ -1,0 +1,174 @@
+"""Our training step beside the same step of PyTorch, in turns on one machine."""
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
+from model import ModelConfig, Params, accounting
+from model.errors import InputError
+from model.sharding import make_mesh
+from train import HParams, TrainConfig
+from train.config import stack_hparams
+from train.lanes import compile_program
+
+Turn = Callable[[int], tuple[float, list[float]]]
+"""Make so many steps on fresh random tokens: (seconds of all together, the loss of each)."""
+
+MODES = ("eager", "compile")
+WARM_UP_STEPS = 3
+TURN_SECONDS = 1.0
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+
+
+def bench_against_torch(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    *,
+    rounds: int = 7,
+    steps_per_round: int | None = None,
+    modes: tuple[str, ...] = MODES,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Tokens per second of our step and of PyTorch's, measured in turns that never overlap.
+
+    Both start from our weights, see the same tokens and use the same optimizer at a constant rate; their losses over
+    the warm-up steps must agree. steps_per_round: of every contender; None: as many as fill about a second. threads:
+    PyTorch's on a CPU; None: all cores, as XLA uses. load_average: of the minute before it began; beside other
+    programs the medians say little, for PyTorch's threads wait for one another at every operation. compile_seconds
+    are short where a library finds its compile cache filled. Raises InputError where PyTorch is not installed or the
+    model has no twin.
+    """
+    check_has_twin(config, train_config)
+    if rounds < 1:
+        raise InputError(f"rounds={rounds} must be at least 1")
+    require_torch()
+    load_average = os.getloadavg()[0]
+    train_config = train_config.replace(schedule="constant")
+    if threads is None and jax.default_backend() == "cpu":
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hparams = HParams()
+    ours = Ours(config, train_config, hparams)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isoflop-twin-")))
+        np.savez(folder / "weights.npz", **twin_weights(config, ours.params()))  # type: ignore[arg-type]
+        turns: dict[str, Turn] = {"isoflop": ours.run}
+        ready: dict[str, dict[str, Any]] = {}
+        for mode in modes:  # one after the other: each compiles alone
+            spec = twin_spec(config, train_config, hparams, mode, folder / "weights.npz", threads)
+            twin = stack.enter_context(Twin(spec, folder / f"{mode}.log"))
+            ready[mode], turns[f"torch {mode}"] = twin.ready, twin.run
+        parameters = {"isoflop": ours.parameters} | {f"torch {mode}": ready[mode]["parameters"] for mode in modes}
+        if len(set(parameters.values())) > 1:
+            raise RuntimeError(f"the models differ: parameters are {parameters}")
+        steps, loss_difference = _warm_up(turns, LOSS_TOLERANCE[config.compute_dtype])
+        if steps_per_round is not None:
+            steps = dict.fromkeys(steps, steps_per_round)
+        speeds = measure_rounds(turns, steps, rounds, train_config.tokens_per_step)
+    flops = {name: accounting.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
+    compile_seconds = {"isoflop": ours.compile_seconds} | {f"torch {m}": ready[m]["compile_seconds"] for m in modes}
+    return {
+        "parameters": ours.parameters,
+        "train_config": train_config.to_dict(),
+        "hparams": hparams.to_dict(),
+        "loss_difference": loss_difference,
+        "load_average": load_average,
+        "torch_version": ready[modes[0]]["torch"] if modes else None,
+        "torch_threads": ready[modes[0]]["threads"] if modes else None,
+        "contenders": [
+            summarize(name, speeds, flops) | {"steps_per_round": steps[name], "compile_seconds": compile_seconds[name]}
+            for name in turns
+        ],
+    }
+
+
+class Ours:
+    """Our step as the training loop drives it: donated state, batches from the host, no wait between steps."""
+
+    def __init__(self, config: ModelConfig, train_config: TrainConfig, hparams: HParams):
+        self.config, self.train_config, self.hparams = config, train_config, stack_hparams([hparams])
+        self.program = compile_program(config, train_config, 1, make_mesh({"data": 1}))  # the twin has one device
+        self.compile_seconds = self.program.compile_seconds
+        self.parameters = accounting.parameters(config).total
+        self.random = np.random.default_rng(int(hparams.seed))
+        self.state = self.program.init(self.hparams)
+
+    def params(self) -> Params:
+        """The parameters as they are now, on the host."""
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[0], self.state.params)
+
+    def run(self, count: int) -> tuple[float, list[float]]:
+        """A `Turn`."""
+        shape = (count, 1, self.train_config.batch_size, self.train_config.seq_len + 1)
+        rows = self.random.integers(0, self.config.vocab_size, shape)
+        tokens, targets = (np.ascontiguousarray(part, np.int32) for part in (rows[..., :-1], rows[..., 1:]))
+        active, losses = np.ones(1, bool), []
+        start = time.perf_counter()
+        for index in range(count):
+            batch = {"tokens": tokens[index], "targets": targets[index]}
+            self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
+            losses.append(metrics["loss"])
+        jax.block_until_ready((self.state, losses))
+        return time.perf_counter() - start, [float(loss[0]) for loss in losses]
+
+
+def _warm_up(turns: Mapping[str, Turn], tolerance: float) -> tuple[dict[str, int], float]:
+    """(steps that fill a turn, the largest relative difference between the losses of the first steps)."""
+    losses = {name: turn(WARM_UP_STEPS)[1] for name, turn in turns.items()}
+    reference = np.array(losses["isoflop"])
+    difference = max(float(np.max(np.abs(np.array(other) / reference - 1))) for other in losses.values())
+    if not difference < tolerance:
+        raise RuntimeError(f"the contenders do not train alike: their first losses are {losses}")
+    return {name: _steps_that_fill_a_turn(turn) for name, turn in turns.items()}, difference
+
+
+def _steps_that_fill_a_turn(turn: Turn) -> int:
+    count = WARM_UP_STEPS
+    while (seconds := turn(count)[0]) < TURN_SECONDS / 4:  # a longer look at fast steps
+        count *= 2
+    return max(1, round(TURN_SECONDS * count / seconds))
+
+
+def measure_rounds(
+    turns: Mapping[str, Turn], steps: Mapping[str, int], rounds: int, tokens_per_step: int
+) -> dict[str, list[float]]:
+    """Tokens per second of every contender in every round; who begins changes from round to round."""
+    names = list(turns)
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            seconds, _ = turns[name](steps[name])
+            speeds[name].append(tokens_per_step * steps[name] / seconds)
+    return speeds
+
+
+def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Mapping[str, float]) -> dict[str, Any]:
+    """Median, slowest and fastest round; our speed over this contender's, round by round and of the fastest rounds.
+
+    The fastest are those that other programs disturbed least.
+    """
+    own = speeds[name]
+    ratios = [ours / theirs for ours, theirs in zip(speeds["isoflop"], own, strict=True)]
+    median = statistics.median(own)
+    return {
+        "name": name,
+        "tokens_per_second": median,
+        "tokens_per_second_slowest": min(own),
+        "tokens_per_second_fastest": max(own),
+        "tokens_per_second_by_round": own,
+        "isoflop_over_this": statistics.median(ratios),
+        "isoflop_over_this_lowest": min(ratios),
+        "isoflop_over_this_highest": max(ratios),
+        "isoflop_over_this_at_best": max(speeds["isoflop"]) / max(own),
+        "flops_6nd_per_second": flops_per_token["6N"] * median,
+        "flops_exact_per_second": flops_per_token["exact"] * median,
+    }

@@ -1,0 +1,178 @@
+"""PyTorch's side of a comparison: which models it can be, its weights, and the child process that trains it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+from model import ModelConfig, Params
+from model.errors import InputError
+from train import HParams, TrainConfig
+
+TWIN = Path(__file__).with_name("torch_twin.py")
+GRACE_SECONDS = 5.0
+_OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
+
+# What the twin can be: these fields may have any value, these some; every other field must stay at its default.
+_ANY = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
+_ANY |= {"rope_base", "attention_scale", "norm", "norm_epsilon", "gated", "use_bias", "norm_bias", "attention_bias"}
+_ANY |= {"attention_output_bias", "tie_embeddings", "compute_dtype"}
+# These change nothing in the step of a model whose other fields are as below.
+_ANY |= {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
+_ANY |= {"num_labels", "base_d_model", "zero_readout", "scan_layers", "eos_token_ids", "decoder_start_token_id"}
+_SOME: dict[str, tuple[Any, ...]] = {
+    "position": ("rotary", "learned"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "final_norm": (True,),
+}
+
+
+def check_has_twin(config: ModelConfig, train_config: TrainConfig) -> None:
+    """Raises InputError for a model or a step that the PyTorch side does not have."""
+    default = ModelConfig(vocab_size=2, d_model=2, num_layers=1, num_heads=1).to_dict()
+    for name, value in config.to_dict().items():
+        allowed = _SOME.get(name, (default[name],))
+        if name not in _ANY and value not in allowed:
+            words = " or ".join(repr(choice) for choice in allowed)
+            raise InputError(f"{name}={value!r} has no twin in PyTorch to compare with; it must be {words}")
+    wanted = TrainConfig(batch_size=train_config.batch_size, seq_len=train_config.seq_len)
+    for name, value in train_config.replace(schedule=wanted.schedule).to_dict().items():
+        if value != wanted.to_dict()[name]:
+            raise InputError(f"{name}={value!r} has no twin in PyTorch; it must be {wanted.to_dict()[name]!r}")
+    if train_config.seq_len > config.max_seq_len:
+        raise InputError(f"seq_len={train_config.seq_len} exceeds max_seq_len={config.max_seq_len}")
+
+
+class Twin:
+    """The PyTorch program as a child process; leaving the context ends it, by an exception at once.
+
+    log: a file for what it writes to its standard error.
+    """
+
+    def __init__(self, spec: dict[str, Any], log: Path):
+        self.mode, self.log = spec["mode"], log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [torch_python(), str(TWIN), json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
+            )
+        self.ready: dict[str, Any] = {}
+
+    def __enter__(self) -> "Twin":
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.close(0)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(GRACE_SECONDS if kind is None else 0)
+
+    def run(self, count: int) -> tuple[float, list[float]]:
+        """Make so many steps: (seconds of all together, the loss of each)."""
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says why
+            print(f"run {count}", file=_open(self.process.stdin), flush=True)
+        answer = self._answer()
+        return answer["seconds"], answer["losses"]
+
+    def close(self, grace_seconds: float) -> None:
+        """End the child by the end of its input; past the grace by force, with the compilers that it started."""
+        with contextlib.suppress(BrokenPipeError):
+            _open(self.process.stdin).close()
+        try:
+            self.process.wait(timeout=grace_seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own group: it was started as a session's leader
+            self.process.wait()
+        _open(self.process.stdout).close()
+
+    def _answer(self) -> dict[str, Any]:
+        line = _open(self.process.stdout).readline()
+        if not line:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+            raise InputError(f"PyTorch ({self.mode}) failed: {lines[-1] if lines else 'it said nothing'}")
+        return json.loads(line)
+
+
+def torch_python() -> str:
+    """The Python that runs the twin: ISOFLOP_TORCH_PYTHON, or else this one."""
+    return os.environ.get("ISOFLOP_TORCH_PYTHON") or sys.executable
+
+
+def require_torch() -> None:
+    """Raises InputError if that Python has no torch."""
+    python, look = torch_python(), "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))"
+    try:
+        found = subprocess.run([python, "-c", look], capture_output=True).returncode == 0
+    except OSError:
+        found = False
+    if not found:
+        raise InputError(
+            f"{python} has no torch: install isoflop[peers], or name a Python that has it in ISOFLOP_TORCH_PYTHON"
+        )
+
+
+def twin_spec(
+    config: ModelConfig, train_config: TrainConfig, hparams: HParams, mode: str, weights: Path, threads: int | None
+) -> dict[str, Any]:
+    """What `torch_twin.py` is told."""
+    values = hparams.to_dict()
+    return {
+        "model": config.to_dict(),
+        "optimizer": {name: values[name] for name in _OPTIMIZER},
+        "batch_size": train_config.batch_size,
+        "seq_len": train_config.seq_len,
+        "mode": mode,
+        "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
+        "dtype": config.compute_dtype,
+        "threads": threads,
+        "seed": values["seed"],
+        "weights": str(weights),
+    }
+
+
+def twin_weights(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
+    """Our parameters under the twin's names, matrices (out, in), joined where the twin has one matrix for several."""
+    tokens = params["embedding"]["tokens"]
+    weights = {"tokens.weight": tokens, **_norm("final_norm", params["final_norm"])}
+    weights["head.weight"] = tokens if config.tie_embeddings else params["head"]["weight"].T
+    if config.position == "learned":
+        weights["positions.weight"] = params["embedding"]["positions"]
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"]["dense"])
+        attention, feed_forward, at = layer["attention"], layer["feed_forward"], f"layers.{index}"
+        weights |= _norm(f"{at}.attention_norm", layer["attention_norm"])
+        weights |= _norm(f"{at}.feed_forward_norm", layer["feed_forward_norm"])
+        weights |= _linear(f"{at}.attention.qkv", *(attention[name] for name in ("query", "key", "value")))
+        weights |= _linear(f"{at}.attention.output", attention["output"])
+        ups = ("gate", "up") if config.gated else ("up",)
+        weights |= _linear(f"{at}.feed_forward.up", *(feed_forward[name] for name in ups))
+        weights |= _linear(f"{at}.feed_forward.down", feed_forward["down"])
+    return weights
+
+
+def _norm(name: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{name}.{ {'scale': 'weight'}.get(key, key) }": leaf for key, leaf in leaves.items()}
+
+
+def _linear(name: str, *parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    joined = {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
+    return {f"{name}.{key}": leaf.T for key, leaf in joined.items()}
+
+
+def _open(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

@@ -1,0 +1,60 @@
+"""Training on eight devices by several meshes. Arguments: model, steps, meshes. Prints JSON: see `main`."""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+
+from model import Experts, ModelConfig
+from model.sharding import batch_sharding, make_mesh, parse_mesh, replicated, shardings
+from train import HParams, TrainConfig, init_state, train_step
+
+DENSE = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=8, d_ff=64, max_seq_len=16)
+EXPERTS = Experts(count=8, top_k=2, d_ff=32)
+MODELS = {
+    "dense": DENSE,
+    "experts": DENSE.replace(experts=EXPERTS),
+    "capacity": DENSE.replace(experts=EXPERTS.replace(dispatch="capacity", capacity_factor=1.0)),
+}
+TRAIN = TrainConfig(batch_size=8, seq_len=16, norms=False)
+HPARAMS = HParams(learning_rate=3e-3, total_steps=100)
+
+
+def batches(steps):
+    """Rows that count on from a random token: soon learnt."""
+    random = np.random.default_rng(0)
+    for _ in range(steps):
+        rows = (random.integers(0, 64, (8, 1)) + np.arange(17)) % 64
+        yield {"tokens": rows[:, :-1].astype(np.int32), "targets": rows[:, 1:].astype(np.int32)}
+
+
+def train_on(config, state, mesh, steps):
+    """(losses, share of the state's bytes that the first device holds) of training from `state` on."""
+    of_state = shardings(mesh, state)
+    step = jax.jit(
+        functools.partial(train_step, config, TRAIN),
+        in_shardings=(of_state, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(of_state, replicated(mesh)),
+    )
+    losses = []
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, of_state)  # from the host's arrays it would be compiled twice
+        for batch in batches(steps):
+            state, metrics = step(state, batch, HPARAMS)
+            losses.append(metrics["loss"])
+    leaves = jax.tree.leaves(state)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    return [float(loss) for loss in losses], held / sum(leaf.nbytes for leaf in leaves)
+
+
+def main(model, steps, *meshes):
+    """Print {mesh: [losses, share of the state on the first device]}; the mesh "data=1" is one device."""
+    config = MODELS[model]
+    state = jax.device_get(jax.jit(functools.partial(init_state, config, TRAIN, HPARAMS))())
+    print(json.dumps({mesh: train_on(config, state, make_mesh(parse_mesh(mesh)), int(steps)) for mesh in meshes}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

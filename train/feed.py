@@ -1,0 +1,62 @@
+"""Batches that lie on the devices before they are asked for: made and sent by a thread while the step before runs."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from model.sharding import batch_sharding
+from train.objective import Batch
+from train.phases import Stage
+from train.trial import Trial
+
+Request = tuple[tuple[int, int], ...]
+"""(number of the lane, its step) of every lane that takes part."""
+
+
+class Feed:
+    """Batches [lanes, batch, seq] over a mesh; every process makes only the rows that its own devices hold."""
+
+    def __init__(self, mesh: Mesh, lanes: Sequence[Trial], names: dict[str, Any]):
+        self._sharding, self._lanes, self._names = batch_sharding(mesh, lanes=True), lanes, names
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[Request, Future[Batch]] | None = None
+
+    def prepare(self, request: Request, stage: Stage) -> None:
+        """Begin with what will be asked for next."""
+        self._ahead = (request, self._thread.submit(self._make, request, stage))
+
+    def take(self, request: Request, stage: Stage) -> Batch:
+        """The batch of a request: the prepared one, or, where something came between, another."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == request:
+            return ahead[1].result()
+        return self._make(request, stage)
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, request: Request, stage: Stage) -> Batch:
+        shape = (len(self._lanes), stage.batch_size, stage.seq_len)
+        where = self._sharding.addressable_devices_indices_map(shape).values()
+        spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
+        first, end = min(span[0] for span in spans), max(span[1] for span in spans)
+        local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
+        for number, step in request:
+            for name, values in self._lanes[number].batch(step, slice(first, end)).items():
+                local[name][number] = values
+        if (first, end) == (0, stage.batch_size):
+            return jax.device_put(local, self._sharding)
+        return {name: self._from_rows(shape, values, first) for name, values in local.items()}
+
+    def _from_rows(self, shape: tuple[int, ...], values: np.ndarray, first: int) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(shape[1])
+            return values[index[0], start - first : stop - first, index[2]]
+
+        callback: Callable[[Any], np.ndarray] = part
+        return jax.make_array_from_callback(shape, self._sharding, callback)

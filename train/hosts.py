@@ -1,0 +1,94 @@
+"""What the processes of one run need from each other; with one process nothing is ever sent.
+
+Every process runs the same program, so each function here must be called by all of them in the same order. Process 0
+is the writer: it alone makes logs, records and decisions about files. The others ask it, through `agree`.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from model.errors import InputError
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the processes of one run; call it before anything else of JAX.
+
+    coordinator: host:port of process 0. What is None is found by JAX itself, which knows Slurm, Open MPI and TPU pods.
+    Raises InputError where something is missing and cannot be found, or contradicts itself.
+    """
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise InputError(
+            f"coordinator={coordinator!r} names no port; write it as HOST:PORT, the same for all processes"
+        )
+    if num_processes is not None and num_processes < 1:
+        raise InputError(f"num_processes={num_processes} is not a count of processes; it must be at least 1")
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        raise InputError(f"process_id={process_id} must be from 0 to num_processes - 1 = {(num_processes or 1) - 1}")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by CPUs only
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:
+        raise InputError(
+            f"the processes of this run cannot be found ({error}); give the coordinator as HOST:PORT, the number of "
+            "processes and the number of this one, or start them by Slurm or mpirun"
+        ) from None
+
+
+def is_writer() -> bool:
+    """Whether this process writes logs and records: process 0."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Until every process has come here; a process that comes to a barrier of another name raises."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` gives in process 0, in all processes; also a barrier for them.
+
+    The function is called there only. With several processes its value travels as JSON, so a tuple becomes a list.
+    What it raises is raised in all of them with the same text: an InputError as such, an OSError with its errno, and
+    anything else, outside process 0, as a RuntimeError.
+    """
+    if jax.process_count() == 1:
+        return function(*args)
+    message, failure = b"", None
+    if is_writer():
+        try:
+            message = json.dumps({"value": function(*args)}).encode()
+        except Exception as error:  # raised below, once the others know
+            failure, message = error, json.dumps(_described(error)).encode()
+    answer = json.loads(_broadcast(message))
+    if failure is not None:
+        raise failure
+    if "value" not in answer:
+        raise _remade(answer)
+    return answer["value"]
+
+
+def _broadcast(message: bytes) -> bytes:
+    """Process 0's bytes; the length goes first, and is rounded up so that few programs are compiled."""
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(message), np.int32)))
+    padded = np.zeros(max(256, 1 << (length - 1).bit_length()), np.uint8)
+    if is_writer():
+        padded[:length] = np.frombuffer(message, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)[:length].tobytes()
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    if isinstance(error, OSError) and error.errno is not None:
+        filename = None if error.filename is None else str(error.filename)
+        return {"kind": "OSError", "arguments": [error.errno, error.strerror, filename]}
+    return {"kind": "InputError" if isinstance(error, InputError) else "RuntimeError", "arguments": [str(error)]}
+
+
+def _remade(answer: dict[str, Any]) -> Exception:
+    kinds = {"OSError": OSError, "InputError": InputError, "RuntimeError": RuntimeError}
+    return kinds[answer["kind"]](*answer["arguments"])

@@ -1,0 +1,63 @@
+"""What a compiled step needs of a device's memory, by XLA's own analysis, and what the device has."""
+
+import dataclasses
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to fragments
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. state: arguments and results, donated ones once; temporary: all that lies between."""
+
+    state: int
+    temporary: int
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Memory":
+        """Of a compiled program; zero where the backend does not tell."""
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            return cls(0, 0)
+        state = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return cls(state, analysis.temp_size_in_bytes)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.temporary
+
+    def fits(self, limit: int) -> bool:
+        """Whether a device of `limit` bytes holds it."""
+        return self.total <= _USABLE * limit
+
+    def describe(self, limit: int) -> str:
+        """One line for people."""
+        size = lambda count: f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+        return (
+            f"{size(self.total)} of {size(limit)} per device "
+            f"({size(self.state)} state and batch, {size(self.temporary)} temporary)"
+        )
+
+
+def device_memory(device: jax.Device | None = None) -> int:
+    """Bytes that a program may use on a device: of a CPU, what the machine has free now, over its devices."""
+    device = device or jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return _free_memory() // jax.local_device_count()
+
+
+def _free_memory() -> int:
+    """Of this machine; what caches hold is free too, where the kernel says how much that is."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

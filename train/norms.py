@@ -1,0 +1,42 @@
+"""Norms of a tree of parameters, gradients or updates: by the part of the model, and of all of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from model import ModelConfig, Params, init
+from model.parameterization import names_of
+
+
+def group_of(path: tuple[str, ...]) -> str:
+    """The part of the model that the parameter at `path` belongs to."""
+    if "layers" in path:
+        part = path[path.index("layers") + 2]
+        return "norm" if part.endswith("norm") else part
+    if path[0] == "encoder":
+        path = path[1:]
+    return "norm" if path[0].endswith("norm") else path[0]
+
+
+def norms_by_group(tree: Params) -> dict[str, Float[Array, ""]]:
+    """The Euclidean norm of every group, in float32."""
+    squares: dict[str, Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        group = group_of(names_of(path))
+        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return {group: jnp.sqrt(square) for group, square in squares.items()}
+
+
+def total_norm(norms: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    """The norm of the whole tree from those of its groups."""
+    return jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
+
+
+@functools.lru_cache(maxsize=256)
+def groups_of(config: ModelConfig) -> tuple[str, ...]:
+    """The groups that a model has."""
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return tuple(dict.fromkeys(group_of(names_of(path)) for path in paths))
