@@ -62,16 +62,18 @@ def plan_capacity(choices: Sorted, capacity: int) -> Plan:
     return _plan(choices, first_row, jnp.arange(count), capacity)
 
 
-def plan_blocks(choices: Sorted, size: int, parts: int = 1, most: int | None = None) -> Plan:
+def plan_blocks(choices: Sorted, size: int, parts: int = 1, most: int | None = None, multiple: int = 1) -> Plan:
     """As many blocks of `size` rows for every expert as its choices fill, the last in part; nobody is left out.
 
-    parts: equal runs of experts, with as many blocks each. most: choices that one part can get (None: all).
+    parts: equal runs of experts, with as many blocks each, a multiple of `multiple`. most: choices that one part can
+    get (None: all).
     Σ ceil(n_e / size) over at most min(experts, choices) experts that have any, with Σ n_e = choices, bounds the
     number of blocks.
     """
     count, most = choices.start.shape[0] - 1, choices.order.shape[0] if most is None else most
     experts = count // parts
     blocks = (most + min(experts, most) * (size - 1)) // size
+    blocks = -(-blocks // multiple) * multiple
     blocks_of_expert = -(-jnp.diff(choices.start).reshape(parts, experts) // size)
     end = jnp.cumsum(blocks_of_expert, axis=1)
     expert = jax.vmap(lambda end: jnp.searchsorted(end, jnp.arange(blocks), side="right"))(end)
@@ -138,18 +140,21 @@ def through_experts(
         y = jnp.where((choices.expert < count)[:, None], y[choices.place], 0)
         return back(y), jnp.broadcast_to(real[:, None], chosen.shape)
 
+    names: tuple[str | None, ...]
     if capacity_factor is not None:
         plan = plan_capacity(choices, capacity_of(total, tokens, count, capacity_factor))
         product = lambda rows, weights: rows @ weights.astype(rows.dtype)
-    elif parts > 1:
-        plan = plan_blocks(choices, block_size(total, count), parts, tokens * min(top_k, count // parts))
-        product = lambda rows, weights: _product_by_part(rows, weights, plan.expert, parts)
-    else:
+        names = ("experts", "rows", None)
+    elif form == "loop" and parts == 1:
         plan = plan_blocks(choices, block_size(total, count))
-        by_block = loop_product if form == "loop" else batched_product
-        product = lambda rows, weights: by_block(rows, weights, plan.expert)
+        product = lambda rows, weights: loop_product(rows, weights, plan.expert)
+        names = (None, "rows", None)
+    else:
+        most, multiple = tokens * min(top_k, count // parts), parts_of("blocks") // parts
+        plan = plan_blocks(choices, block_size(total, count), parts, most, multiple)
+        product = lambda rows, weights: _product_by_part(rows, weights, plan.expert, parts)
+        names = ("blocks", None, None)
     token = jnp.where(plan.source < total, plan.source % tokens, tokens)
-    names = ("experts" if parts > 1 else None, "rows", None)
     rows = constrain(x.at[token].get(mode="fill", fill_value=0), *names)
     y = constrain(feed_forward(rows, product), *names)
     y = y.reshape(-1, y.shape[-1]).at[plan.slot].get(mode="fill", fill_value=0)
@@ -163,6 +168,8 @@ def _product_by_part(
     parts: int,
 ) -> Float[Array, "blocks size d_out"]:
     """`batched_product` of every part of the blocks with its own part of the matrices."""
+    if parts == 1:
+        return batched_product(rows, weights, expert)
     by_part = lambda array: array.reshape(parts, -1, *array.shape[1:])
     own = by_part(expert) % (weights.shape[0] // parts)
     y = jax.vmap(batched_product)(by_part(rows), by_part(weights), own)

@@ -25,7 +25,8 @@ RULES: dict[str, tuple[str, ...]] = {
     # of activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),
-    "rows": ("data", "fsdp", "sequence"),  # of tokens on their way through experts
+    "rows": ("data", "fsdp", "sequence"),  # of tokens at their expert
+    "blocks": ("expert", "data", "fsdp", "sequence"),  # of such rows, those of one part of the experts after another
     # of weights and activations
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -106,7 +107,7 @@ def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
 
 def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
     """The same without devices: for shapes and books of machines that are not here."""
-    return AbstractMesh(_sizes(axes), AXES)
+    return AbstractMesh(_sizes(axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _sizes(axes: dict[str, int]) -> tuple[int, ...]:
@@ -140,12 +141,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_rows(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Split the array's batch axis, number `axis`, over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-
-
-def batch_sharding(mesh: Mesh, lanes: bool = False) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, lanes: bool = False) -> NamedSharding:
     """Of tokens [batch, seq] and all that comes with them; lanes: [lanes, batch, seq].
 
     The axes must divide the batch: see `check_batch`.
@@ -154,7 +150,7 @@ def batch_sharding(mesh: Mesh, lanes: bool = False) -> NamedSharding:
     return NamedSharding(mesh, _spec([RULES[name] for name in names]))
 
 
-def check_batch(mesh: Mesh, batch_size: int, seq_len: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int) -> None:
     """Raise InputError unless the mesh divides a batch evenly."""
     for field, length, name in (("batch_size", batch_size, "batch"), ("seq_len", seq_len, "sequence")):
         parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES[name])
@@ -183,11 +179,11 @@ def spec_for(
     stacking = ["lanes"] * lanes + ["layers"] * _is_stacked(path)
     names = (*stacking, *parameter_axes(path))
     if len(names) != len(shape):
-        return _spec_of_unknown(mesh, shape, len(stacking))
-    return _spec(_with_fsdp(mesh, shape, _divided(mesh, names, shape), len(stacking)))
+        return _spec_of_unknown(mesh.shape, shape, len(stacking))
+    return _spec(_with_fsdp(mesh.shape, shape, _divided(mesh.shape, names, shape), len(stacking)))
 
 
-def shardings(mesh: Mesh, tree: Any, lanes: bool = False) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, tree: Any, lanes: bool = False) -> Any:
     """A NamedSharding for every leaf (array or shape) of parameters, optimizer states, or whole training states.
 
     Leaves under the path of a parameter go by `spec_for`. Of others fsdp splits the large ones; the rest is repeated.
@@ -197,7 +193,7 @@ def shardings(mesh: Mesh, tree: Any, lanes: bool = False) -> Any:
         # Parameters stand in dicts; counters, keys and the like are attributes of states.
         if path and isinstance(path[-1], jax.tree_util.DictKey):
             return NamedSharding(mesh, spec_for(mesh, names_of(path), leaf.shape, lanes))
-        return NamedSharding(mesh, _spec_of_unknown(mesh, leaf.shape, int(lanes)))
+        return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, int(lanes)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -207,17 +203,23 @@ def constrain(x: Any, *names: str | None) -> Any:
 
     None: not split. A mesh axis that does not divide its dimension is left out. Works under vmap, scan and remat.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # Of a mesh whose axes are not ours, or not the compiler's to arrange, somebody else has taken care.
-    if mesh.size == 1 or not set(AXES) & set(mesh.auto_axes):
+    sizes = _traced_mesh()
+    if math.prod(sizes.values()) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(_divided(mesh, names, x.shape)))
+    return jax.lax.with_sharding_constraint(x, _spec(_divided(sizes, names, x.shape)))
 
 
-def parts_of(name: str, length: int) -> int:
-    """Into how many parts `constrain` splits a logical axis of this length."""
+def parts_of(name: str, length: int | None = None) -> int:
+    """Into how many parts `constrain` splits a logical axis of this length; None: of a length that all divide."""
+    sizes = _traced_mesh()
+    length = math.prod(sizes.values()) if length is None else length
+    return math.prod(sizes[axis] for axis in _divided(sizes, (name,), (length,))[0])
+
+
+def _traced_mesh() -> dict[str, int]:
+    """The axes of the mesh under which is traced, without those that are not ours or not the compiler's to arrange."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in _divided(mesh, (name,), (length,))[0])
+    return {axis: mesh.shape[axis] for axis in AXES if axis in mesh.auto_axes}
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
@@ -225,10 +227,9 @@ def _is_stacked(path: tuple[str, ...]) -> bool:
     return "layers" in path and not path[path.index("layers") + 1].isdigit()
 
 
-def _divided(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _divided(sizes: Mapping[str, int], names: Sequence[str | None], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
     """The mesh axes of every dimension, without those that do not divide it."""
     found = []
-    sizes: Mapping[str, int] = {axis: mesh.shape[axis] for axis in mesh.auto_axes}
     for name, length in zip(names, shape, strict=True):
         kept: list[str] = []
         for axis in () if name is None else RULES[name]:
@@ -240,13 +241,13 @@ def _divided(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: tupl
 
 
 def _with_fsdp(
-    mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axes: list[tuple[str, ...]], stacking: int
+    sizes: Mapping[str, int], shape: tuple[int, ...], axes: list[tuple[str, ...]], stacking: int
 ) -> list[tuple[str, ...]]:
     """The same with "fsdp" on the dimension of which a device has most, if it stands nowhere yet."""
-    size = mesh.shape.get("fsdp", 1)
+    size = sizes.get("fsdp", 1)
     if size == 1 or any("fsdp" in of_one for of_one in axes):
         return axes
-    held = [length // math.prod(mesh.shape[a] for a in of_one) for length, of_one in zip(shape, axes, strict=True)]
+    held = [length // math.prod(sizes[axis] for axis in of_one) for length, of_one in zip(shape, axes, strict=True)]
     free = [index for index in range(stacking, len(shape)) if held[index] % size == 0]
     if not free:
         return axes
@@ -254,10 +255,10 @@ def _with_fsdp(
     return [(*of_one, "fsdp") if index == best else of_one for index, of_one in enumerate(axes)]
 
 
-def _spec_of_unknown(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], stacking: int) -> PartitionSpec:
+def _spec_of_unknown(sizes: Mapping[str, int], shape: tuple[int, ...], stacking: int) -> PartitionSpec:
     if math.prod(shape) < _SMALL:
         return PartitionSpec()
-    return _spec(_with_fsdp(mesh, shape, [()] * len(shape), stacking))
+    return _spec(_with_fsdp(sizes, shape, [()] * len(shape), stacking))
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:

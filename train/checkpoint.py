@@ -10,7 +10,6 @@ All processes of a run must see the same folder; process 0 decides, names and de
 """
 
 import errno
-import json
 import logging
 import os
 import re
@@ -24,8 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from model.errors import InputError
-from train.checksums import CHECKSUMS, checksums, verify
-from train.files import file_sha256, write_json
+from train.checksums import CHECKSUMS, checksums, read_intact, verify
+from train.files import write_json
 from train.hosts import agree, is_writer
 
 _ABOUT = "checkpoint.json"
@@ -73,7 +72,9 @@ class Checkpoints:
         state = jax.tree.map(_savable, state)
         agree(self._make_room, step, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _FILE_OVERHEAD)
         if self._checkpointer is None:
-            self._checkpointer = ocp.StandardCheckpointer()
+            # Lanes are saved at once: without names of their own their processes would meet at each other's barriers.
+            own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=str(self._folder))
+            self._checkpointer = ocp.StandardCheckpointer(multiprocessing_options=own)
         self._checkpointer.save(self._hidden(step, _WRITING) / _STATE, state)
         about = {"step": step, "score": None if score is None else float(score), "leaves": _leaves(state)}
         self._writer = threading.Thread(target=self._finish, args=(step, about), name=f"checkpoint-{step}")
@@ -93,19 +94,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for this process's part, and let go of Orbax's threads."""
-        failure = self._join()
         try:
-            _raise(failure)
+            _raise(self._join())
         finally:
             if self._checkpointer is not None:
                 self._checkpointer.close()
                 self._checkpointer = None
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint on the disk, intact or not, oldest first."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        """Steps with a checkpoint on the disk, intact or not, oldest first.
+
+        As this process sees it: while a save is under way, several processes must ask through `agree`.
+        """
+        return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
 
     def whole_steps(self) -> list[int]:
         """Steps whose checkpoint was finished, oldest first; what it says now is not verified."""
@@ -187,16 +188,8 @@ class Checkpoints:
                 self._delete(step)
 
     def _score(self, step: int) -> float | None:
-        """None if there is none, or its file is damaged."""
-        path = self._path(step)
-        try:
-            expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-            return self._about(step)["score"] if expected[_ABOUT] == file_sha256(path / _ABOUT) else None
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-
-    def _about(self, step: int) -> dict[str, Any]:
-        return json.loads((self._path(step) / _ABOUT).read_text(encoding="utf-8"))
+        about = read_intact(self._path(step), _ABOUT)
+        return None if about is None else about["score"]
 
     def _delete(self, step: int) -> None:
         """Under a hidden name first: half a checkpoint never looks like one."""
@@ -211,15 +204,11 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what a killed process left under hidden names."""
-        if self._read_only or not self._folder.is_dir():
-            return
-        for path in self._folder.glob(".*"):
+        for path in [] if self._read_only else self._folder.glob(".*"):
             found = re.fullmatch(rf"\.(\d+)\.({_WRITING}|{_DELETED}|{_REPLACED})", path.name)
-            if found is None:
-                continue
-            if found[2] == _REPLACED and not self._path(int(found[1])).exists():
+            if found and found[2] == _REPLACED and not self._path(int(found[1])).exists():
                 os.rename(path, self._path(int(found[1])))  # killed before the new one had taken its place
-            else:
+            elif found:
                 shutil.rmtree(path)
 
     def _newest_intact(self, at_most: int | None, leaves: dict[str, str]) -> int | None:
@@ -255,7 +244,7 @@ class Checkpoints:
         self._must_have(step, leaves)
 
     def _must_have(self, step: int, leaves: dict[str, str]) -> None:
-        saved = self._about(step)["leaves"] if (self._path(step) / _ABOUT).is_file() else {}
+        saved = (read_intact(self._path(step), _ABOUT) or {"leaves": {}})["leaves"]
         wrong = [
             f"{name} is {saved.get(name, 'absent')} there and {leaves.get(name, 'absent')} here"
             for name in sorted(saved.keys() | leaves.keys())
@@ -283,7 +272,7 @@ def _leaves(tree: Any) -> dict[str, str]:
 
 
 def _savable(leaf: Any) -> Any:
-    """Orbax takes no NumPy scalar, and no jax.Array that only one of several processes holds: process 0 writes its own."""
+    """Orbax takes no NumPy scalar, and no jax.Array of one process among several: process 0 writes its own."""
     if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return leaf
     return np.asarray(leaf)
@@ -298,7 +287,7 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
 
 def _disk_error(failure: BaseException, folder: Path) -> BaseException:
     """TensorStore puts the error of the operating system into the text of a ValueError; make it an OSError again."""
-    found = re.search(r"\[OS error (\d+)", str(failure))
+    found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(failure))
     if found is None:
         return failure
     error = OSError(int(found[1]), os.strerror(int(found[1])), str(folder))

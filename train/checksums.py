@@ -1,8 +1,10 @@
 """The SHA-256 of every file of a folder, kept beside them in `checksums.json`: one changed bit anywhere is noticed."""
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from train.files import file_sha256, json_text
 
@@ -23,8 +25,8 @@ def verify(folder: Path) -> str | None:
         return f"{CHECKSUMS} is damaged"
     try:
         actual = checksums(folder)
-    except FileNotFoundError as error:
-        return f"its file {error.filename} is missing"
+    except OSError as error:
+        return f"its file {error.filename} cannot be read ({error.strerror})"
     for name in sorted(expected.keys() | actual.keys()):
         if name not in actual:
             return f"its file {name} is missing"
@@ -35,9 +37,19 @@ def verify(folder: Path) -> str | None:
     return None
 
 
+def read_intact(folder: Path, name: str) -> Any | None:
+    """One JSON file of the folder, checked alone; None if it is missing or damaged."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        content = (folder / name).read_bytes()
+        return json.loads(content) if hashlib.sha256(content).hexdigest() == expected[name] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """By the path inside the folder; `checksums.json` itself is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
     with ThreadPoolExecutor(_THREADS) as threads:
         return {
             str(path.relative_to(folder)): digest

@@ -1,34 +1,131 @@
-"""Checkpoints are verified before they are believed."""
+"""Checkpoints are verified before they are believed; which ones stay is a rule that restarts do not bend."""
 
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.errors import InputError
 from train.checkpoint import CHECKSUMS, Checkpoints, verify
 
 STATE = {"weights": np.arange(5000, dtype=np.float32), "step": np.array(3, np.int32)}
+MIXED = {
+    "key": np.array([2**32 - 1, 2**31, 7], np.uint32),
+    "count": np.array(-5, np.int32),
+    "half": np.linspace(-3, 3, 24, dtype=np.float32).astype(jnp.bfloat16).reshape(4, 6),
+    "layers": [np.array([[np.nan, -0.0], [np.inf, 1e-40]], np.float32), {"flag": np.array([True, False])}],
+}
+
+
+def state_of(step):
+    return {**STATE, "step": np.array(step, np.int32)}
+
+
+def save_all(run, steps, scores=None, **rules):
+    checkpoints = Checkpoints(run, **rules)
+    for index, step in enumerate(steps):
+        checkpoints.save(step, state_of(step), score=None if scores is None else scores[index])
+    checkpoints.close()
+    return checkpoints.steps()
+
+
+def assert_same_bits(left, right):
+    """Equal bytes, shapes and dtypes: NaN and −0 too."""
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
 
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (1, 2):
-        checkpoints.save(step, {**STATE, "step": np.array(step, np.int32)})
-    checkpoints.close()
+    save_all(tmp_path, (1, 2))
     return tmp_path
 
 
-def test_round_trip_and_keep(saved):
-    checkpoints = Checkpoints(saved)
-    step, state = checkpoints.restore_newest(STATE)
-    assert step == 2
-    assert state["step"] == 2
-    np.testing.assert_array_equal(state["weights"], STATE["weights"])
-    for step in (3, 4):
-        checkpoints.save(step, STATE)
+@pytest.mark.parametrize("make", [np.copy, jnp.array])
+def test_round_trip_is_bitwise_and_the_state_may_change_at_once(tmp_path, make):
+    """The caller donates the state to its next step right after the save."""
+    checkpoints = Checkpoints(tmp_path)
+    state = jax.tree.map(make, MIXED)
+    checkpoints.save(1, state)
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, np.ndarray):
+            leaf[...] = 0
+        else:
+            leaf.delete()
     checkpoints.close()
-    assert checkpoints.steps() == [3, 4]
+    step, found = Checkpoints(tmp_path).restore_newest(MIXED)
+    assert step == 1
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+    assert_same_bits(found, MIXED)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), MIXED)
+    placed = Checkpoints(tmp_path).restore(1, like)
+    assert all(isinstance(leaf, jax.Array) and leaf.sharding == sharding for leaf in jax.tree.leaves(placed))
+    assert_same_bits(placed, MIXED)
+
+
+def test_which_checkpoints_stay(tmp_path):
+    assert save_all(tmp_path / "newest", range(1, 6), keep=2) == [4, 5]
+    assert save_all(tmp_path / "every", range(1, 8), keep=1, keep_every=3) == [3, 6, 7]
+    assert save_all(tmp_path / "steps", range(1, 6), keep=1, keep_steps=(2, 9)) == [2, 5]
+    assert save_all(tmp_path / "scored", range(1, 5), [3.0, 1.0, float("nan"), 2.0], keep=1, keep_best=True) == [2, 4]
+    assert save_all(tmp_path / "unscored", range(1, 4), keep=1, keep_best=True) == [3]
+    with pytest.raises(InputError, match="keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_scores_and_rules_survive_a_restart(tmp_path):
+    rules = {"keep": 1, "keep_best": True, "keep_every": 4}
+    assert save_all(tmp_path, (3, 4, 5), [1.0, 2.0, 3.0], **rules) == [3, 4, 5]
+    assert save_all(tmp_path, (6, 7), [2.5, 1.5], **rules) == [3, 4, 7]
+    assert save_all(tmp_path, (8, 9), [0.5, 4.0], **rules) == [4, 8, 9]
+    assert Checkpoints(tmp_path).whole_steps() == [4, 8, 9]
+
+
+def test_a_step_saved_again_is_replaced_and_an_earlier_one_stays(saved):
+    """After a rollback the newest checkpoint is not the one just saved."""
+    checkpoints = Checkpoints(saved, keep=1)
+    checkpoints.save(2, state_of(20))
+    checkpoints.wait()
+    assert checkpoints.restore(2, STATE)["step"] == 20
+    checkpoints.save(1, state_of(10))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.restore_newest(STATE, at_most=1)[1]["step"] == 10
+
+
+def test_discard_after(tmp_path):
+    save_all(tmp_path, (1, 2, 3, 4), keep=4)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.discard_after(2)
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.restore_newest(STATE)[0] == 2
+    with pytest.raises(InputError, match="no checkpoint of step 4; the steps there are: 1, 2"):
+        checkpoints.restore(4, STATE)
+
+
+def test_what_a_kill_leaves_is_removed_and_what_it_replaced_comes_back(saved):
+    folder = saved / "checkpoints"
+    for name in (".3.writing", ".1.deleted", ".2.replaced"):
+        shutil.copytree(folder / "1", folder / name)
+    (folder / "2").rename(folder / ".9.replaced")
+    before = sorted(folder.iterdir())
+    assert Checkpoints(saved, read_only=True).restore_newest(STATE)[0] == 1
+    assert sorted(folder.iterdir()) == before
+    Checkpoints(saved).restore_newest(STATE)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "9"]
 
 
 def files(folder):
@@ -38,38 +135,74 @@ def files(folder):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_to_any_file_is_noticed_and_costs_that_checkpoint_only(saved, damage, caplog):
     newest = saved / "checkpoints" / "2"
-    for path in files(newest):
+    assert {"checkpoint.json", CHECKSUMS} < {path.name for path in files(newest)}
+    for place, path in enumerate(files(newest)):
         content = path.read_bytes()
         if damage == "flip":
             changed = bytearray(content)
-            changed[len(content) // 2] ^= 16
+            changed[place * 7919 % len(content)] ^= 1 << place % 8
             path.write_bytes(bytes(changed))
         elif damage == "truncate":
             path.write_bytes(content[:-1])
         else:
             path.unlink()
         assert verify(newest) is not None, path
+        with pytest.raises(InputError, match="steps there are: 1, 2"):
+            Checkpoints(saved).restore(2, STATE)
+        with caplog.at_level(logging.WARNING, "isoflop"):
+            step, state = Checkpoints(saved).restore_newest(STATE)
+        assert (step, state["step"]) == (1, 1), path
+        assert str(newest) in caplog.text
+        assert not newest.exists()
+        shutil.move(saved / "damaged" / "2", newest)
         path.write_bytes(content)
         assert verify(newest) is None
-    victim = files(newest)[0]
-    victim.write_bytes(b"")
-    step, state = Checkpoints(saved).restore_newest(STATE)
-    assert step == 1
-    assert state["step"] == 1
-    assert str(newest) in caplog.text
-    assert not newest.exists()
 
 
-def test_unfinished_checkpoint_is_skipped(saved):
+def test_a_reader_changes_nothing(saved):
     (saved / "checkpoints" / "2" / CHECKSUMS).unlink()
-    assert Checkpoints(saved).restore_newest(STATE)[0] == 1
+    assert Checkpoints(saved, read_only=True).restore_newest(STATE)[0] == 1
+    assert Checkpoints(saved).steps() == [1, 2]
+    assert Checkpoints(saved).whole_steps() == [1]
+
+
+def test_a_reader_follows_a_run_that_goes_on(saved, monkeypatch):
+    """While the reader verifies the newest, its writer replaces all that the reader had seen."""
+    folder = saved / "checkpoints"
+
+    def slow(path):
+        if path.name == "2":
+            shutil.rmtree(folder / "2")
+            (folder / "1").rename(folder / "3")
+        return verify(path)
+
+    monkeypatch.setattr("train.checkpoint.verify", slow)
+    assert Checkpoints(saved, read_only=True).restore_newest(STATE)[0] == 3
 
 
 def test_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path).restore_newest(STATE) is None
+    assert Checkpoints(tmp_path).steps() == []
 
 
-def test_failed_save_is_raised(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({**STATE, "skipped": np.zeros(3)}, r"skipped is absent there and float64\[3\] here"),
+        ({"step": STATE["step"]}, r"weights is float32\[5000\] there and absent here"),
+        ({**STATE, "weights": np.zeros((2, 3), np.float32)}, r"float32\[5000\] there and float32\[2,3\] here"),
+        ({**STATE, "step": np.zeros((), np.uint32)}, r"int32\[\] there and uint32\[\] here"),
+        ({str(name): np.zeros(1) for name in range(9)}, "and 8 more leaves differ"),
+    ],
+)
+def test_other_leaves_are_refused_and_nothing_is_called_damaged(saved, like, message):
+    for restore in (Checkpoints(saved).restore_newest, lambda like: Checkpoints(saved).restore(1, like)):
+        with pytest.raises(InputError, match=message):
+            restore(like)
+    assert Checkpoints(saved).restore_newest(STATE)[0] == 2
+
+
+def test_failed_save_is_raised_and_the_next_one_works(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, STATE)
     checkpoints.wait()
@@ -77,12 +210,15 @@ def test_failed_save_is_raised(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.checkpoint.write_json", full)
-    checkpoints.save(2, STATE)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.write_json", full)
+        checkpoints.save(2, STATE)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    checkpoints.save(3, STATE)
     checkpoints.close()
-    assert Checkpoints(tmp_path).restore_newest(STATE)[0] == 1
+    assert checkpoints.steps() == [1, 3]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(saved, monkeypatch):
@@ -92,3 +228,62 @@ def test_a_full_disk_is_noticed_before_anything_is_written(saved, monkeypatch):
         checkpoints.save(3, STATE)
     checkpoints.close()
     assert Checkpoints(saved).restore_newest(STATE)[0] == 2
+
+
+SHAPES = {"table": (16, 32), "bias": (32,), "count": ()}
+
+
+def values():
+    random = np.random.default_rng(0)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def shapes_on(mesh, table, bias):
+    specs = {"table": jax.P(*table), "bias": jax.P(*bias), "count": jax.P()}
+    place = lambda name: jax.NamedSharding(mesh, specs[name])
+    return {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place(name)) for name, shape in SHAPES.items()}
+
+
+def on_eight_devices(run):
+    """Save sharded, restore on another mesh; then a disk that refuses in the middle of a write."""
+    like = shapes_on(jax.make_mesh((8,), ("data",)), ("data",), ("data",))
+    state = {name: jax.device_put(value, like[name].sharding) for name, value in values().items()}
+    checkpoints = Checkpoints(run)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    other = shapes_on(jax.make_mesh((4, 2), ("data", "model")), ("model", "data"), (("data", "model"),))
+    found = checkpoints.restore(1, other)
+    assert all(found[name].sharding == other[name].sharding for name in SHAPES)
+    assert_same_bits(found, values())
+
+    large = {"large": np.random.default_rng(1).integers(0, 2**32, 2**20, np.uint32)}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, unlimited[1]))
+    checkpoints.save(2, large)
+    with pytest.raises(OSError, match=f"File too large: '{run}/checkpoints'") as refused:
+        checkpoints.wait()
+    assert refused.value.errno == errno.EFBIG
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    checkpoints.save(3, large)
+    checkpoints.close()
+    assert_same_bits(checkpoints.restore(3, large), large)
+    print(json.dumps(checkpoints.steps()))
+
+
+@pytest.mark.slow
+def test_a_sharded_state_comes_back_on_any_mesh_and_a_failed_write_costs_nothing_else(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, __file__, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [1, 3]
+    alone = shapes_on(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), ("data",), ())
+    assert_same_bits(Checkpoints(tmp_path).restore(1, alone), values())
+    step, found = Checkpoints(tmp_path).restore_newest(values(), at_most=2)
+    assert step == 1
+    assert_same_bits(found, values())
+
+
+if __name__ == "__main__":
+    on_eight_devices(Path(sys.argv[1]))
