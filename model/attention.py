@@ -9,7 +9,7 @@ from model.cache import append
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
-from model.linear import Linear
+from model.linear import Linear, side_by_side
 from model.norm import Normalize
 from model.position import rotate
 from model.sharding import constrain
@@ -35,9 +35,9 @@ class Attention(nn.Module):
     ) -> Mixed:
         """Causal or not, windowed or not: as the context's mask says."""
         config = self.config
-        query = project(config, "query", config.num_heads)(x)
-        key = project(config, "key", config.num_kv_heads)(x)
-        value = project(config, "value", config.num_kv_heads)(x)
+        heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
+        made = side_by_side(x, *(projection(config, name, count) for name, count in heads.items()))
+        query, key, value = (split_heads(x, count) for x, count in zip(made, heads.values(), strict=True))
         if config.qk_norm:
             query = Normalize(config, "rmsnorm", name="query_norm")(query)
             key = Normalize(config, "rmsnorm", name="key_norm")(key)
@@ -78,9 +78,11 @@ class CrossAttention(nn.Module):
     ) -> Mixed:
         """Keys and values come from `context.encoder`, and without one from the cache."""
         config = self.config
-        query = project(config, "query", config.num_heads)(x)
+        query = split_heads(projection(config, "query", config.num_heads)(x), config.num_heads)
         if context.encoder is not None:
-            made = [project(config, name, config.num_kv_heads)(context.encoder) for name in ("key", "value")]
+            kv_heads = config.num_kv_heads
+            made = side_by_side(context.encoder, *(projection(config, name, kv_heads) for name in ("key", "value")))
+            made = [split_heads(x, kv_heads) for x in made]
             if cache is None:
                 key, value = made
             else:
@@ -96,10 +98,9 @@ class CrossAttention(nn.Module):
         return merge(config, mixed), cache, weights
 
 
-def project(config: ModelConfig, name: str, heads: int):
-    """x [batch, seq, d_model] → [batch, heads, seq, head_dim] through the matrix `name`."""
-    linear = Linear(config, heads * config.head_dim, "hidden", config.attention_bias, name=name)
-    return lambda x: split_heads(linear(x), heads)
+def projection(config: ModelConfig, name: str, heads: int) -> Linear:
+    """The matrix `name` from the residual stream to `heads` heads side by side."""
+    return Linear(config, heads * config.head_dim, "hidden", config.attention_bias, name=name)
 
 
 def merge(config: ModelConfig, mixed: Float[Array, "batch heads seq head_dim"]) -> Float[Array, "batch seq d_model"]:
@@ -161,9 +162,8 @@ def attend(
     else:
         beside = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
-    weights = jnp.where(mask.any(axis=-1)[:, None, :, None], weights, 0.0)
-    if dropout is not None:
-        weights = dropout(weights)
+    weights = weights if dropout is None else dropout(weights)
     grouped = weights.astype(value.dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
-    mixed = jnp.einsum("bkqt,bkth->bkqh", grouped, value)
-    return mixed.reshape(batch, heads, seq, value.shape[-1]), weights
+    mixed = jnp.einsum("bkqt,bkth->bkqh", grouped, value).reshape(batch, heads, seq, value.shape[-1])
+    sees = mask.any(axis=-1)[:, None, :, None]  # the softmax of no scores at all is an even one
+    return jnp.where(sees, mixed, 0), jnp.where(sees, weights, 0.0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
-from model.linear import Linear
+from model.linear import Linear, side_by_side
 from model.sharding import constrain
 
 ACTIVATIONS = {
@@ -29,11 +29,11 @@ class FeedForward(nn.Module):
         """Each position alone."""
         config, width = self.config, self.width or self.config.d_ff
         activation = ACTIVATIONS[config.activation]
-        hidden = Linear(config, width, "hidden", config.use_bias, name="up")(x)
+        into = lambda name: Linear(config, width, "hidden", config.use_bias, name=name)
         if config.gated:
-            gate = Linear(config, width, "hidden", config.use_bias, name="gate")(x)
+            hidden, gate = side_by_side(x, into("up"), into("gate"))
             hidden = activation(gate) * hidden
         else:
-            hidden = activation(hidden)
+            hidden = activation(into("up")(x))
         hidden = constrain(hidden, "batch", "sequence", "hidden")
         return Linear(config, config.d_model, "residual", config.use_bias, name="down")(hidden)

@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
 from model.parameterization import initializer
+from model.sharding import parts_of
 
 
 @struct.dataclass
@@ -46,7 +48,34 @@ class Linear(nn.Module):
         y = matmul(x, weight)
         return y if bias is None else y + bias.astype(y.dtype)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is there, as a plain array."""
+        return not self.is_initializing() and not isinstance(self.get_variable("params", "weight"), Transposed)
+
+    def bias(self) -> Float[Array, " d_out"]:
+        """The bias; raises where there is none."""
+        return self.get_variable("params", "bias")
+
     def matrix(self) -> Float[Array, "d_in d_out"]:
         """The weight as a plain array, for products that take it apart."""
         weight = self.get_variable("params", "weight")
         return weight.weight.T if isinstance(weight, Transposed) else weight
+
+
+_FEW_ROWS = 64  # of a product for which joining the matrices, a copy of them, would cost more than it saves
+
+
+def side_by_side(x: Float[Array, "*batch d_in"], *linears: Linear) -> list[Float[Array, "*batch d_out"]]:
+    """What every Linear makes of x: one product with all matrices side by side, where they are plain and x is long.
+
+    Not where a mesh splits their columns: joined, they would have to be moved.
+    """
+    joins = x.size // x.shape[-1] >= _FEW_ROWS and parts_of("hidden") == 1 and all(one.is_plain for one in linears)
+    if not joins or len(linears) == 1:
+        return [one(x) for one in linears]
+    y = matmul(x, jnp.concatenate([one.matrix() for one in linears], axis=1))
+    if linears[0].use_bias:
+        y = y + jnp.concatenate([one.bias() for one in linears]).astype(y.dtype)
+    ends = np.cumsum([one.features for one in linears])[:-1]
+    return jnp.split(y, ends, axis=-1)

@@ -10,7 +10,9 @@ from typing import Any
 
 from model import ModelConfig
 from model.errors import InputError
+from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
+from train.hosts import agree
 from train.run import read_record
 
 
@@ -21,6 +23,13 @@ class Branch:
     trunk: Path
     run_id: str
     step: int
+
+    def check(self) -> None:
+        """Raise InputError where the trunk has no checkpoint of that step."""
+        there = agree(Checkpoints(self.trunk, read_only=True).steps)
+        if self.step not in there:
+            steps = ", ".join(map(str, there)) or "none"
+            raise InputError(f"{self.trunk} has no checkpoint of step {self.step}; the steps there are: {steps}")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Feed:
         for number, step in request:
             for name, values in self._lanes[number].batch(step, slice(first, end)).items():
                 local[name][number] = values
-        if (first, end) == (0, stage.batch_size):
+        if self._sharding.is_fully_addressable:
             return jax.device_put(local, self._sharding)
         return {name: self._from_rows(shape, values, first) for name, values in local.items()}
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +19,18 @@ import numpy as np
 
 from model import ModelConfig
 from model.errors import InputError
-from model.sharding import make_mesh
+from model.sharding import check_batch, make_mesh
 from train.agreement import CHECKPOINT, STOP, Agreement
 from train.branch import Branch
 from train.config import HParams, TrainConfig, stack_hparams
 from train.data import validation_batches
 from train.feed import Feed
-from train.hosts import is_writer
+from train.hosts import agree, is_writer
 from train.lanes import Program, batch_spec, compile_program
 from train.memory import device_memory
 from train.microbatch import choose_cuts
 from train.peak import peak_flops_per_second
-from train.phases import Stage
+from train.phases import Plan, Stage
 from train.progress import progress_bar
 from train.shell import Shell
 from train.state import TrainState
@@ -90,6 +90,8 @@ def population(
             )
     mesh = make_mesh(shell.mesh)
     train_config = choose_cuts(config, train_config, len(hparams), mesh, shell)
+    for stage in Plan.of(train_config, None if train_config.phases else 1).stages:
+        check_batch(mesh, stage.batch_size // train_config.accumulate, stage.seq_len)
     with ExitStack() as stack:
         lanes = []
         for number, (values, folder) in enumerate(zip(hparams, runs, strict=True)):
@@ -112,7 +114,6 @@ class _Step(NamedTuple):
     taken: list[tuple[int, int, int]]
     metrics: Any
     evaluated: dict[int, list[Any]]
-    timing: dict[str, float]
 
 
 class _Loop:
@@ -120,9 +121,10 @@ class _Loop:
 
     def __init__(self, config, train_config: TrainConfig, lanes: list[Trial], data: Folder, mesh, shell: Shell):
         self.config, self.train_config, self.lanes, self.mesh, self.shell = config, train_config, lanes, mesh, shell
-        self.stage: Stage | None = None
+        self.pending: _Step | None = None
+        self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
         self.compile_seconds = 0.0
-        self._enter(min((lane.stage for lane in lanes), key=lambda stage: stage.index))
+        self._compile(self._earliest(lanes))
         self.hparams = stack_hparams([lane.hparams for lane in lanes])
         self.validation = validation_batches(
             data,
@@ -135,18 +137,19 @@ class _Loop:
         self.agreement = Agreement(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype)[0] * mesh.size
         self.state = self._start()
-        self.pending: _Step | None = None
         self.dispatched = self.saved_after = 0
+        self.profiling = False
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self, stack: ExitStack) -> None:
         stack.callback(self.feed.close)
+        stack.callback(self._end_trace)
         for lane in self.lanes:  # killed between its last checkpoint and the note that it is finished
             if not lane.ended and not lane.active:
                 lane.end("finished", self._compile_share())
         remaining = sum(lane.stop - lane.step for lane in self.lanes if lane.active)
         with _interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
-            self._save([lane for lane in self.lanes if lane.active and not lane.checkpoints.steps()])
+            self._save([lane for lane in self.lanes if lane.active and not agree(lane.checkpoints.steps)])
             self.clock = time.perf_counter()
             while any(lane.active for lane in self.lanes) and not self.agreement.has(STOP):
                 advance(self._step(interrupted), self._note())
@@ -161,7 +164,7 @@ class _Loop:
 
     def _step(self, interrupted: Callable[[], bool]) -> int:
         """Dispatch one step of every lane that is active and in the earliest stage; how many there were."""
-        self._enter(min((lane.stage for lane in self.lanes if lane.active), key=lambda stage: stage.index))
+        self._enter(self._earliest(lane for lane in self.lanes if lane.active))
         request, begin = self._request(), time.perf_counter()
         batch = self.feed.take(request, self.stage)
         ready = time.perf_counter()
@@ -173,11 +176,12 @@ class _Loop:
             self.lanes[number].step += 1
         if upcoming := self._request():
             self.feed.prepare(upcoming, self.stage)
-        timing = {"data_seconds": ready - begin, "dispatch_seconds": time.perf_counter() - ready}
+        self.spent["data_seconds"] += ready - begin
+        self.spent["dispatch_seconds"] += time.perf_counter() - ready
         taken = [(number, self.lanes[number].lives, step + 1) for number, step in request]
         evaluated = {n: self._evaluate(n) for n, *_ in taken if self._evaluation_due(self.lanes[n])}
         self._handle_pending()
-        self.pending = _Step(taken, metrics, evaluated, timing)
+        self.pending = _Step(taken, metrics, evaluated)
         self.dispatched += 1
         lanes = [self.lanes[number] for number, life, _ in taken if self.lanes[number].lives == life]
         finished = [lane for lane in lanes if lane.step == lane.stop]
@@ -194,11 +198,17 @@ class _Loop:
         return len(taken)
 
     def _enter(self, stage: Stage) -> None:
-        """Have the program of a stage; nothing where it is the one under way."""
-        if self.stage is not None and stage.index == self.stage.index:
-            return
-        if self.stage is not None:
+        """Go on with a stage; nothing where it is the one under way."""
+        if stage.index != self.stage.index:
             self._handle_pending()
+            self._compile(stage)
+
+    def _earliest(self, lanes: Iterable[Trial]) -> Stage:
+        """The stage that is first in the plan, of those that the lanes are in."""
+        return min((lane.stage for lane in lanes), key=lambda stage: stage.index)
+
+    def _compile(self, stage: Stage) -> None:
+        """Have the program of a stage."""
         self.stage = stage
         self.program: Program = compile_program(self.config, self.train_config, len(self.lanes), self.mesh, stage)
         self.compile_seconds += self.program.compile_seconds
@@ -217,7 +227,6 @@ class _Loop:
 
     def _request(self) -> tuple[tuple[int, int], ...]:
         """Who takes part in the next step of this stage, and with which of its steps."""
-        assert self.stage is not None
         here = lambda lane: lane.active and lane.stage.index == self.stage.index
         return tuple((number, lane.step) for number, lane in enumerate(self.lanes) if here(lane))
 
@@ -225,12 +234,13 @@ class _Loop:
         """Write the metrics of the step before the one under way; this is where the loop may wait."""
         if self.pending is None:
             return
-        (taken, metrics, evaluated, timing), self.pending = self.pending, None
+        (taken, metrics, evaluated), self.pending = self.pending, None
         begin = time.perf_counter()
         metrics, evaluated = jax.device_get((metrics, evaluated))
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        timing |= {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin}
+        timing = {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin} | self.spent
+        self.spent = dict.fromkeys(self.spent, 0.0)
         work = [self.lanes[number].flops_of_step(step) for number, _, step in taken]
         timing["mfu"] = sum(work) / seconds / self.peak
         for number, life, step in taken:
@@ -238,16 +248,17 @@ class _Loop:
             if lane.ended or lane.lives != life:
                 continue  # it diverged, or was put back, a step ago: this step does not count
             values = {name: float(value[number]) for name, value in metrics.items()}
-            if values["skipped_in_a_row"] >= self.train_config.max_skipped:
-                self._diverge(lane, step)
-            elif lane.is_spike(values["loss"]):
+            diverged = values["skipped_in_a_row"] >= self.train_config.max_skipped
+            if lane.is_spike(values["loss"]) and not diverged:
                 self._roll_back(number, lane, step, values["loss"])
-            else:
-                if number in evaluated:
-                    nats, tokens = np.array(evaluated[number], np.float64).sum(axis=0).tolist()
-                    values["validation_loss"] = nats / tokens
-                per_second = lane.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
-                lane.write(step, values, timing | {"tokens_per_second": per_second})
+                continue
+            if number in evaluated:
+                nats, tokens = np.array(evaluated[number], np.float64).sum(axis=0).tolist()
+                values["validation_loss"] = nats / tokens
+            per_second = lane.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
+            lane.write(step, values, timing | {"tokens_per_second": per_second})
+            if diverged:
+                self._diverge(lane, step)
 
     def _diverge(self, lane: Trial, step: int) -> None:
         lane.step = step
@@ -270,11 +281,9 @@ class _Loop:
         return lane.step == lane.stop or (every > 0 and lane.step % every == 0)
 
     def _checkpoint_due(self, lane: Trial) -> bool:
-        shell = self.shell
-        by_step = any(every > 0 and lane.step % every == 0 for every in (shell.checkpoint_every, shell.keep_every))
         # Of several processes' wishes some are heard after they were met.
         by_time = self.agreement.has(CHECKPOINT) and self.dispatched > self.saved_after + 2
-        return by_step or lane.step in shell.keep_steps or by_time
+        return by_time or self.shell.plans_checkpoint(lane.step)
 
     def _is_time_to_save(self) -> bool:
         return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
@@ -304,7 +313,13 @@ class _Loop:
             return
         if self.dispatched == _PROFILED.start:
             jax.profiler.start_trace(str(self.lanes[0].run.folder / "profile"))
+            self.profiling = True
         elif self.dispatched == _PROFILED.stop:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self.profiling:
+            self.profiling = False
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
 
@@ -349,7 +364,6 @@ def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HPa
             f"a run trains decoders on plain text, not stack={config.stack!r} with head={config.head!r}; "
             "use train_step with batches of your own"
         )
-    if train_config.seq_len > config.max_seq_len:
-        raise InputError(
-            f"seq_len={train_config.seq_len} is longer than the model's context, max_seq_len={config.max_seq_len}"
-        )
+    longest = max([train_config.seq_len, *(phase.seq_len or 0 for phase in train_config.phases)])
+    if longest > config.max_seq_len:
+        raise InputError(f"seq_len={longest} is longer than the model's context, max_seq_len={config.max_seq_len}")

@@ -6,6 +6,7 @@ from model import ModelConfig
 from model.errors import InputError
 from model.sharding import check_batch
 from train.config import TrainConfig
+from train.hosts import agree
 from train.lanes import compile_program
 from train.memory import device_memory
 from train.phases import Plan, Stage
@@ -23,11 +24,12 @@ def choose_cuts(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
     largest = max(stages, key=lambda stage: stage.tokens_per_step)
     if shell.microbatch != "auto":
-        rows = int(shell.microbatch)
+        given = str(shell.microbatch)
+        rows = int(given) if given.isdecimal() else 0
         if rows < 1 or largest.batch_size % rows:
-            raise InputError(f"microbatch={rows} does not divide the batch of {largest.batch_size} rows")
+            raise InputError(f"microbatch={given} is neither auto nor divides the batch of {largest.batch_size} rows")
         return train_config.replace(accumulate=largest.batch_size // rows)
-    limit = shell.memory or device_memory(mesh.local_devices[0])
+    limit = agree(lambda: shell.memory or device_memory(mesh.local_devices[0]))
     needed = ""
     for cuts in _possible(mesh, stages):
         candidate = train_config.replace(accumulate=cuts)

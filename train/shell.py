@@ -32,3 +32,8 @@ class Shell:
     wandb: str | None = None
     profile: bool = False
     description: str = "training"
+
+    def plans_checkpoint(self, step: int) -> bool:
+        """Whether the step has a checkpoint however long the run takes."""
+        by_step = any(every > 0 and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
+        return by_step or step in self.keep_steps

@@ -16,9 +16,8 @@ from train.schedule import rate
 from train.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-_METRICS = ("loss", "total_loss", "loss_tokens", "grad_norm", "param_norm", "update_norm", "learning_rate")
-_METRICS += ("finite", "skipped", "skipped_in_a_row")
 _NORMS = ("grad_norm", "param_norm", "update_norm")
+_METRICS = ("loss", "total_loss", "loss_tokens", *_NORMS, "learning_rate", "finite", "skipped", "skipped_in_a_row")
 
 
 def metric_names(config: ModelConfig, train_config: TrainConfig) -> tuple[str, ...]:

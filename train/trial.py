@@ -124,7 +124,10 @@ class Trial:
         )
         first = next(iter(data.sources.values())).manifest.splits
         self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}
-        self.run = Run(folder, Identity(config, train_config, hparams, data.hash, branch and branch.identity))
+        left = None if branch is None else branch.identity
+        if branch is not None and not folder.exists():
+            branch.check()
+        self.run = Run(folder, Identity(config, train_config, hparams, data.hash, left))
         if self.run.record.get("data") != data.place:
             self.run.update(data=data.place)
         self.checkpoints = Checkpoints(
@@ -136,7 +139,8 @@ class Trial:
         )
         self.shell = shell
         self.log: MetricsLog | None = None
-        self.step = self.run.record["step"] if self.ended else 0
+        # Where it will go on, unless that checkpoint turns out to be damaged: `resume` knows.
+        self.step = self.run.record["step"] if self.ended else max(agree(self.checkpoints.steps), default=0)
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
@@ -175,7 +179,8 @@ class Trial:
             self._finish_rollback()
         found = self.checkpoints.restore_newest(like)
         if found is None and self.branch is not None:
-            found = self.branch.step, Checkpoints(self.branch.trunk).restore(self.branch.step, like)
+            trunk = Checkpoints(self.branch.trunk, read_only=True)
+            found = self.branch.step, trunk.restore(self.branch.step, like)
         if not self.ended:
             self.step = 0 if found is None else found[0]
             self._open_log()
@@ -208,9 +213,10 @@ class Trial:
         known["skipped"] = int(metrics["skipped"])
         known |= self._bits(known["loss"], "train", "")
         if "validation_loss" in metrics:
-            known["validation_loss"] = self.validation_loss = metrics["validation_loss"]
+            known["validation_loss"] = self.validation_loss = _finite(metrics["validation_loss"])
             known |= self._bits(self.validation_loss, "validation", "validation_")
-        rollbacks = {"rollbacks": len(self.rollbacks)} if self.rollbacks else {}
+        rolled_back = sum(back["to"] < step for back in self.rollbacks)
+        rollbacks = {"rollbacks": rolled_back} if rolled_back else {}
         self.last = {"step": step, **self.books(step)} | known | rollbacks
         stage = self.plan.stage(step - 1)
         if self.train_config.phases:
@@ -228,17 +234,16 @@ class Trial:
 
     def books(self, step: int) -> dict[str, float]:
         """Tokens, epochs and FLOPs up to a step."""
-        flops = {"6N": 0.0, "exact": 0.0}
+        flops_6nd = flops_exact = 0.0
         for stage in self.plan.stages:
-            steps = min(max(step - stage.first_step, 0), stage.steps)
-            for convention in flops:
-                per_token = accounting.flops_per_token(self.config, stage.seq_len, convention)
-                flops[convention] += steps * stage.tokens_per_step * per_token
+            tokens = min(max(step - stage.first_step, 0), stage.steps) * stage.tokens_per_step
+            flops_6nd += tokens * accounting.flops_per_token(self.config, stage.seq_len, "6N")
+            flops_exact += tokens * accounting.flops_per_token(self.config, stage.seq_len, "exact")
         return {
             "tokens": self.plan.tokens(step),
             "epoch": self.loader.epoch(step),
-            "flops_6nd": flops["6N"],
-            "flops_exact": flops["exact"],
+            "flops_6nd": flops_6nd,
+            "flops_exact": flops_exact,
         }
 
     def flops_of_step(self, step: int) -> float:
@@ -256,9 +261,11 @@ class Trial:
     def roll_back(self, step: int, loss: float) -> bool:
         """Go back to the newest checkpoint before the step whose loss spiked, past the data since; False: too often.
 
-        Noted in `run.json` before anything is removed, so that a kill in between loses nothing.
+        Checkpoints at planned steps come first: those that the time or an interruption made differ from one execution
+        to the next. Noted in `run.json` before anything is removed, so that a kill in between loses nothing.
         """
-        earlier = [saved for saved in self.checkpoints.steps() if saved < step]
+        earlier = [saved for saved in agree(self.checkpoints.steps) if saved < step]
+        earlier = [saved for saved in earlier if self.shell.plans_checkpoint(saved)] or earlier
         if not earlier or len(self.rollbacks) >= self.train_config.max_rollbacks:
             return False
         to, before = earlier[-1], self.rollbacks[-1]["skipped_rows"] if self.rollbacks else 0

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from model import ModelConfig
     from model.config import Parameterization
+    from train.config import Optimizer
+else:
+    Optimizer = str  # every command would wait for that import; the TrainConfig refuses a name that is none
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 Preset = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
@@ -26,7 +29,7 @@ def coordcheck(
     depths: tuple[int, ...] = (),
     steps: int = 5,
     learning_rate: float = 3e-3,
-    optimizer: Literal["adamw", "sgd", "muon"] = "adamw",
+    optimizer: Optimizer = "adamw",
     seeds: int = 2,
     parameterization: Which = "both",
     data: Folder = None,
@@ -48,7 +51,7 @@ def coordcheck(
         depths: Layers of the models: these vary instead of the width; under muP branches are scaled with depth.
         steps: Updates of each model.
         learning_rate: Of the smallest model and, before the table's multipliers, of all others; sgd wants about 0.1.
-        optimizer: adamw, sgd or muon.
+        optimizer: Any that `isoflop train` has, such as sgd or muon.
         seeds: Runs of each model; the table has their means.
         parameterization: Compare both, or check one.
         data: A folder made by `isoflop data prepare` to take the batch from; random tokens by default.

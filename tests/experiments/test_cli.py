@@ -10,23 +10,6 @@ import pytest
 from experiments import cli
 
 
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["isoflop", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.fixture
-def isoflop(monkeypatch, capsys):
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
-
-
 def refused(outcome: tuple[int, str, str], *words: str) -> None:
     code, _, error = outcome
     assert code == 2, error

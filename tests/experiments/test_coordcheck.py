@@ -1,14 +1,12 @@
 """`isoflop model coordcheck` and `transfer`: what they measure is what they say."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli
 from experiments.coordcheck import DEFAULT, coordinate_check, growth, judge, places, random_batch, resize
 from experiments.transfer import learning_rate_transfer
 from model import Experts, InputError, forward
@@ -85,23 +83,6 @@ def test_resizing_keeps_heads_and_proportions():
     assert (deep.num_layers, deep.d_model, deep.base_d_model, deep.base_num_layers) == (8, 16, 16, 2)
     with pytest.raises(InputError, match="num_heads"):
         resize(SMALL, "width", 20, 16)
-
-
-@pytest.fixture
-def isoflop(monkeypatch, capsys):
-    """(exit code, stdout, stderr) of the command in this process."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["isoflop", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_the_command_prints_a_verdict_and_writes_everything(isoflop, tmp_path):

@@ -1,29 +1,10 @@
 """`isoflop model list` and `show`: the numbers are those of the books, and a reader finds them."""
 
 import json
-import sys
 
 import pytest
 
-from experiments import cli
 from model import ModelConfig, accounting, presets
-
-
-@pytest.fixture
-def isoflop(monkeypatch, capsys):
-    """(exit code, stdout, stderr) of the command in this process."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["isoflop", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def lines_of(out: str) -> dict[str, str]:

@@ -1,11 +1,9 @@
 """`isoflop model show --mesh`: the bytes are those of the books, cut as the sharding says."""
 
 import json
-import sys
 
 import pytest
 
-from experiments import cli
 from experiments.commands.model_mesh import holdings
 from model import accounting, presets
 from model.sharding import AXES
@@ -39,11 +37,10 @@ def test_fsdp_over_eight_leaves_an_eighth():
     assert held["parameter_bytes_per_device"] <= (1 / 8 + 0.05) * held["parameter_bytes"]
 
 
-def test_the_table_says_how_the_largest_is_split(monkeypatch, capsys, tmp_path):
-    arguments = ["model", "show", "mixtral-8x7b", "--mesh", "fsdp=4,expert=8", "--json", str(tmp_path / "show.json")]
-    monkeypatch.setattr(sys, "argv", ["isoflop", *arguments])
-    cli.main()
-    out = capsys.readouterr().out
+def test_the_table_says_how_the_largest_is_split(isoflop, tmp_path):
+    mesh = ("--mesh", "fsdp=4,expert=8")
+    code, out, error = isoflop("model", "show", "mixtral-8x7b", *mesh, "--json", tmp_path / "show.json")
+    assert code == 0, error
     rows = {line.split("  ")[0]: line for line in out[out.index("training on fsdp=4, expert=8") :].splitlines()}
     assert "32 × 8/expert 8 × " in rows["experts"]
     assert "4,096/fsdp 4" in rows["experts"]

@@ -90,7 +90,7 @@ def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
     """Orbax alone would restore a flipped bit without a word."""
     run = tmp_path / "run"
     kill_after(data, run, 75)
-    whole = [path for path in (run / "checkpoints").iterdir() if (path / CHECKSUMS).exists()]
+    whole = [path for path in (run / "checkpoints").iterdir() if path.name.isdigit() and (path / CHECKSUMS).exists()]
     newest = max(whole, key=lambda path: int(path.name))
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())

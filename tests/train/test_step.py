@@ -12,15 +12,24 @@ import pytest
 
 from model import InputError, ModelConfig, apply, init
 from train import HParams, TrainConfig, eval_step, init_state, train_step
-from train.objective import loss_and_metrics
+from train.objective import finish, loss_and_sums
 from train.optimizer import decay_mask
 from train.schedule import learning_rate
+from train.step import metric_names
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=16)
 LEARNED = CONFIG.replace(
     position="learned", norm="layernorm", use_bias=True, gated=False, activation="gelu_tanh", tie_embeddings=False
 )
 TRAIN = TrainConfig(batch_size=4, seq_len=8, schedule="constant")
+
+
+def loss_and_metrics(config, params, batch, hparams):
+    """What is differentiated, and the metrics, of a whole batch."""
+    total, sums = loss_and_sums(config, params, batch, hparams)
+    return total, finish(sums)
+
+
 step_of = jax.jit(train_step, static_argnums=(0, 1))
 gradient_of = jax.jit(jax.grad(loss_and_metrics, argnums=1, has_aux=True), static_argnums=0)
 
@@ -215,25 +224,41 @@ def test_memorises_one_batch():
 # ---- what must not happen
 
 
-def test_an_overflow_hands_back_the_old_state():
+def assert_skipped(before, after, metrics, in_a_row):
+    """The batch was seen and counted, and changed nothing else."""
+    assert float(metrics["finite"]) == 0
+    assert same_bits(after.params, before.params)
+    assert same_bits(after.optimizer, before.optimizer)
+    assert int(after.step) == int(before.step) + 1
+    assert int(after.skipped) == float(metrics["skipped"]) == int(before.skipped) + 1
+    assert int(after.skipped_in_a_row) == float(metrics["skipped_in_a_row"]) == in_a_row
+
+
+def test_a_step_that_overflows_is_skipped_and_counted():
     state, _ = step_of(CONFIG, TRAIN, start(), random_batch(), HParams())
-    for rate in (1e30, 3e38):
+    for in_a_row, rate in enumerate((1e30, 3e38), start=1):
         new, metrics = step_of(CONFIG, TRAIN, state, random_batch(1), HParams(learning_rate=rate))
-        assert float(metrics["finite"]) == 0
-        assert same_bits(new, state)
+        assert_skipped(state, new, metrics, in_a_row)
+        state = new
     new, metrics = step_of(CONFIG, TRAIN, state, random_batch(1), HParams())
     assert float(metrics["finite"]) == 1
     assert int(new.step) == int(state.step) + 1
+    assert (int(new.skipped), int(new.skipped_in_a_row)) == (2, 0)
     assert not same_bits(new.params, state.params)
 
 
-def test_a_nan_parameter_hands_back_the_old_state():
+def test_so_is_one_of_a_nan_parameter():
     state = start()
     scale = state.params["final_norm"]["scale"].at[0].set(jnp.nan)
     state = state.replace(params={**state.params, "final_norm": {"scale": scale}})
     new, metrics = step_of(CONFIG, TRAIN, state, random_batch(), HParams())
-    assert float(metrics["finite"]) == 0
-    assert same_bits(new, state)
+    assert_skipped(state, new, metrics, 1)
+
+
+def test_metrics_are_those_that_are_named():
+    for train_config in (TRAIN, TRAIN.replace(norms=False)):
+        _, metrics = step_of(CONFIG, train_config, start(CONFIG, train_config), random_batch(), HParams())
+        assert set(metrics) == set(metric_names(CONFIG, train_config))
 
 
 def test_the_seed_decides():

@@ -1,0 +1,95 @@
+"""Cuts of a batch and of a sequence change where the numbers are made, not the numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import Experts, ModelConfig, init
+from train import HParams, TrainConfig
+from train.memory import Memory
+from train.objective import loss_and_sums
+from train.step import gradients
+
+DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, d_ff=24, max_seq_len=16)
+MODELS = {
+    "dense": DENSE,
+    "experts": DENSE.replace(experts=Experts(count=4, top_k=2, d_ff=12, dispatch="dropless")),
+}
+TRAIN = TrainConfig(batch_size=8, seq_len=16)
+# A cut's balance loss is its own: it alone may depend on the cuts.
+HPARAMS = HParams(z_loss=0.1, balance_loss=0.0, router_z_loss=0.1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """The first row has one token that counts, the last one all of them."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 64, (8, 17)).astype(np.int32)
+    mask = (np.arange(16) < np.linspace(1, 16, 8).round()[:, None]).astype(np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def of_cuts(batch, random_params):
+    @functools.cache
+    def compute(name, **cuts):
+        function = jax.jit(functools.partial(gradients, MODELS[name], TRAIN.replace(**cuts)))
+        return jax.device_get(function(random_params(MODELS[name]), batch, HPARAMS))
+
+    return compute
+
+
+def check_equal(one, other):
+    (grads, metrics), (expected_grads, expected) = one, other
+    assert metrics.keys() == expected.keys()
+    for name in expected.keys() - {"balance_loss"}:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for (path, value), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        error, size = np.linalg.norm(value - wanted), np.linalg.norm(wanted)
+        assert error <= 1e-5 * size, f"{jax.tree_util.keystr(path)} is off by {error / size}"
+        assert size > 0, "a gradient of nothing tells nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cuts", [2, 4, 8])
+def test_cuts_of_a_batch_add_up(of_cuts, name, cuts):
+    check_equal(of_cuts(name, accumulate=cuts), of_cuts(name))
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 8])
+def test_chunks_of_a_sequence_add_up(of_cuts, chunks):
+    check_equal(of_cuts("dense", loss_chunks=chunks), of_cuts("dense"))
+
+
+def test_both_together(of_cuts):
+    check_equal(of_cuts("dense", accumulate=2, loss_chunks=4), of_cuts("dense"))
+
+
+def test_a_mean_of_the_cuts_means_would_be_wrong(of_cuts, batch, random_params):
+    """The mask is uneven enough for the tests above to tell."""
+    metrics = jax.jit(lambda params, part: loss_and_sums(DENSE, params, part)[0])
+    halves = [{name: values[cut::2] for name, values in batch.items()} for cut in range(2)]
+    mean = np.mean([metrics(random_params(DENSE), half) for half in halves])
+    assert abs(mean / of_cuts("dense")[1]["loss"] - 1) > 1e-4
+
+
+def test_chunks_need_no_room_for_all_logits():
+    """Compiled only: the logits of 256 tokens over 2¹⁸ words are 256 MiB."""
+    vocab, seq = 2**18, 256
+    config = DENSE.replace(vocab_size=vocab, num_layers=1, max_seq_len=seq)
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+
+    def temporary(chunks):
+        loss = functools.partial(loss_and_sums, config, chunks=chunks)
+        function = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return Memory.of(function.lower(params, {"tokens": tokens, "targets": tokens}, HPARAMS).compile()).temporary
+
+    plain = temporary(1)
+    assert plain > 4 * seq * vocab
+    assert temporary(16) < plain / 4

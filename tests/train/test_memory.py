@@ -1,0 +1,115 @@
+"""What a step needs of a device's memory, and how many cuts make it fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import ModelConfig
+from model.errors import InputError
+from model.sharding import make_mesh
+from train import HParams, Phase, Shell, TrainConfig, train
+from train.lanes import compile_program
+from train.memory import Memory, device_memory
+from train.metrics import read_metrics
+from train.microbatch import choose_cuts
+from train.phases import Plan
+
+CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=64, rope_base=9_005.0)
+TRAIN = TrainConfig(batch_size=16, seq_len=64, norms=False)
+STEPS = 4
+
+
+def of_cuts(cuts):
+    stage = Plan.of(TRAIN, 1).stages[0]
+    return compile_program(CONFIG, TRAIN.replace(accumulate=cuts), 1, make_mesh(None), stage).memory
+
+
+def just_enough_for(cuts):
+    """Bytes of a device that holds so many cuts of the batch, but not half as many."""
+    return int(of_cuts(cuts).total / 0.92) + 1
+
+
+def losses(data, run, train_config=TRAIN, **shell):
+    shell = Shell(evaluate_tokens=256, **shell)
+    train(CONFIG, train_config, HParams(), data=data, run=run, steps=STEPS, shell=shell)
+    return np.array([line["loss"] for line in read_metrics(run)])
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    return losses(data, tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_memory_of_a_program():
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    size = 4 * 256 * 256
+    plain = Memory.of(jax.jit(lambda x: (x + 1, x.sum())).lower(x).compile())
+    assert size * 2 <= plain.state < size * 2 + 1024
+    donated = Memory.of(jax.jit(lambda x: x + 1, donate_argnums=0).lower(x).compile())
+    assert size <= donated.state < size + 1024, "what is donated counts once"
+    chain = Memory.of(jax.jit(lambda x: ((x @ x) @ (x @ x.T)).sum()).lower(x).compile())
+    assert chain.temporary >= 2 * size
+    assert chain.total == chain.state + chain.temporary
+    assert chain.fits(2 * chain.total)
+    assert not chain.fits(chain.total), "the runtime needs some too"
+    assert "MiB per device" in chain.describe(2**30)
+    assert device_memory() > 2**20
+
+
+def test_cuts_need_less():
+    totals = [of_cuts(cuts).total for cuts in (1, 2, 4)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[2] < 0.6 * totals[0]
+    assert len({of_cuts(cuts).state for cuts in (1, 2, 4)}) == 1
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 4])
+def test_auto_takes_as_few_cuts_as_fit(cuts):
+    shell = Shell(microbatch="auto", memory=just_enough_for(cuts))
+    assert choose_cuts(CONFIG, TRAIN, 1, make_mesh(None), shell).accumulate == cuts
+
+
+@pytest.mark.parametrize("shell", [{"microbatch": "auto"}, {"microbatch": 4}, {"microbatch": "4"}])
+def test_a_run_in_cuts_is_the_run(data, tmp_path, whole, shell, capsys):
+    memory = just_enough_for(4)
+    cut = losses(data, tmp_path / "run", memory=memory, announce=True, **shell)
+    np.testing.assert_allclose(cut, whole, rtol=1e-5)
+    said = capsys.readouterr().err
+    assert "for 16 × 64 tokens in 4 cuts" in said
+    assert f"{of_cuts(4).total / 2**20:.1f} MiB of {memory / 2**20:.1f} MiB per device" in said
+
+
+def test_a_run_may_go_on_in_other_cuts(data, tmp_path, whole):
+    """They change rounding alone, so they are no part of what a run is."""
+    train_config = TRAIN.replace(schedule="constant")
+    uncut = losses(data, tmp_path / "uncut", train_config)
+    for steps, microbatch in ((2, 8), (STEPS, 4)):
+        shell = Shell(evaluate_tokens=256, microbatch=microbatch)
+        train(CONFIG, train_config, HParams(), data=data, run=tmp_path / "run", steps=steps, shell=shell)
+    np.testing.assert_allclose([line["loss"] for line in read_metrics(tmp_path / "run")], uncut, rtol=1e-5)
+
+
+def test_phases_are_cut_alike(data):
+    """One number of cuts for all stages, which the smallest batch can be cut into."""
+    phases = (Phase("small", 256, (4,)), Phase("large", 2048, (16,)))
+    train_config = TRAIN.replace(phases=phases)
+    shell = Shell(microbatch="auto", memory=just_enough_for(4))
+    assert choose_cuts(CONFIG, train_config, 1, make_mesh(None), shell).accumulate == 4
+    with pytest.raises(InputError, match="batch_size=4"):
+        choose_cuts(CONFIG, train_config, 1, make_mesh(None), Shell(microbatch=2))
+
+
+@pytest.mark.parametrize(
+    ("shell", "words"),
+    [
+        ({"microbatch": "auto", "memory": 1000}, "one row at a time still needs .* MiB of 0.0 MiB"),
+        ({"microbatch": 3}, "microbatch=3 .* batch of 16 rows"),
+        ({"microbatch": 0}, "microbatch=0 .* batch of 16 rows"),
+        ({"microbatch": "some"}, "microbatch=some is neither auto"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path, shell, words):
+    with pytest.raises(InputError, match=words):
+        losses(data, tmp_path / "run", **shell)
+    assert not (tmp_path / "run").exists()
