@@ -27,6 +27,7 @@ from experiments.commands import (
     sweep,
     train,
 )
+from experiments.process import keep_memory
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
@@ -62,6 +63,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
     _use_compile_cache()
+    keep_memory()
     try:
         tyro.cli(_parser(COMMANDS), prog="isoflop", description=_DESCRIPTION)
     except InputError as error:

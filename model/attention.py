@@ -9,6 +9,7 @@ from model.cache import append
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
+from model.kernels import attend_fused, choose_kernel
 from model.linear import Linear, side_by_side
 from model.norm import Normalize
 from model.position import rotate
@@ -16,14 +17,15 @@ from model.sharding import constrain
 
 Entry = tuple[Array, ...]
 """What a layer's cache holds of one attention: see `model.cache.LayerCache`."""
-Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None, Float[Array, "batch heads seq key"]]
-"""The mixed values, the cache with this chunk in it, and the attention weights (float32)."""
+Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None, Float[Array, "batch heads seq key"] | None]
+"""The mixed values, the cache with this chunk in it, and the attention weights (float32), where they were wanted."""
 
 
 class Attention(nn.Module):
     """MHA (Vaswani et al. 2017), MQA (Shazeer 2019) or GQA (Ainslie et al. 2023), by `num_kv_heads`."""
 
     config: ModelConfig
+    wants_weights: bool = False
 
     @nn.compact
     def __call__(
@@ -49,18 +51,24 @@ class Attention(nn.Module):
         sinks = None
         if config.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (config.num_heads,))
+        scale = config.attention_scale or config.head_dim**-0.5
+        others = (cache, dropout, sinks, context.bias, config.attention_softcap)
+        plain = not self.wants_weights and all(other is None for other in others)
+        kernel = choose_kernel(config, context, query, plain)
+        if kernel != "xla":
+            return merge(config, attend_fused(kernel, query, key, value, context, scale)), None, None
         mixed, weights = attend(
             query,
             key,
             value,
             context.mask,
-            scale=config.attention_scale or config.head_dim**-0.5,
+            scale=scale,
             bias=context.bias,
             softcap=config.attention_softcap,
             sinks=sinks,
             dropout=dropout,
         )
-        return merge(config, mixed), cache, weights
+        return merge(config, mixed), cache, weights if self.wants_weights else None
 
 
 class CrossAttention(nn.Module):

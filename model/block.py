@@ -28,6 +28,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     kind: LayerKind
+    wants_weights: bool = False  # of attention
 
     @nn.compact
     def __call__(
@@ -36,16 +37,18 @@ class Block(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"], dict]:
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"] | None, dict]:
         """The residual stream after this layer, its cache, its attention weights, and what its experts report."""
         config = self.config
         cached = {} if cache is None else dict(cache)
         reports: dict[str, Array] = {}
-        weights: list[Array] = []
+        weights: list[Array | None] = []
 
         def attention(x: Array) -> Array:
             module = LatentAttention if config.latent is not None else Attention
-            y, kept, seen = module(config, name="attention")(x, context, cached.get("self"), dropout and dropout.at(0))
+            y, kept, seen = module(config, self.wants_weights, name="attention")(
+                x, context, cached.get("self"), dropout and dropout.at(0)
+            )
             weights.append(seen)
             if kept is not None:
                 cached["self"] = kept

@@ -16,6 +16,8 @@ Head = Literal["language-model", "masked-language-model", "classifier", "scalar"
 Reach = Literal["local", "global"]
 Parameterization = Literal["standard", "mup"]
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots"]
+AttentionKernel = Literal["auto", "xla", "cudnn", "pallas"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "stack": get_args(Stack),
@@ -26,6 +28,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "head": get_args(Head),
     "parameterization": get_args(Parameterization),
     "compute_dtype": get_args(DType),
+    "remat": get_args(Remat),
+    "attention_kernel": get_args(AttentionKernel),
 }
 _COUNTS: tuple[str, ...] = (
     "vocab_size",
@@ -117,7 +121,11 @@ class ModelConfig:
     base_num_layers: int | None = None  # given: residual branches are scaled with depth, equal to none at this depth
     # how it runs
     scan_layers: bool = True
-    compute_dtype: DType = "float32"
+    compute_dtype: DType = "float32"  # of products and activations; norms, softmax, logits and losses are float32
+    remat: Remat = (
+        "none"  # "full": a layer's backward pass computes it again; "dots": all of it but its matrix products
+    )
+    attention_kernel: AttentionKernel = "auto"  # see model/kernels.py
     # tokens
     eos_token_ids: tuple[int, ...] = ()
     decoder_start_token_id: int = 0  # the first token that an encoder-decoder's decoder is given

@@ -22,6 +22,7 @@ class Context:
     size or more: not written). appended: whether attention sees the cache after this chunk was written into it, or
     (for a window, whose older entries the chunk may overwrite) the cache as it was, followed by the chunk.
     encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
+    segment_ids, causal, window: what the mask of a pass over whole rows was made of, for kernels that make their own.
     """
 
     mask: Bool[Array, "mask_rows seq key"]
@@ -32,6 +33,9 @@ class Context:
     appended: bool = struct.field(pytree_node=False, default=True)
     encoder: Float[Array, "batch source d_model"] | None = None
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None
+    segment_ids: Int[Array, "batch seq"] | None = None
+    causal: bool = struct.field(pytree_node=False, default=True)
+    window: int | None = struct.field(pytree_node=False, default=None)
 
 
 def whole_rows(
@@ -60,6 +64,9 @@ def whole_rows(
             real=None if segment_ids is None else segment_ids > 0,
             encoder=encoder,
             encoder_mask=encoder_mask,
+            segment_ids=segment_ids,
+            causal=kind.causal,
+            window=kind.window,
         )
     return contexts
 
@@ -83,9 +90,9 @@ def with_cache(
         size = cache.capacity if kind.window is None else min(kind.window, cache.capacity)
         slot = jnp.arange(size)[None]
         # The window of a local layer is a ring: position p stands in slot p mod size.
-        newest_first = end[:, None] - 1 if size == cache.capacity or seq == 1 else cache.lengths[:, None] - 1
-        keys = newest_first - (newest_first - slot) % size
         appended = size == cache.capacity or seq == 1
+        newest = (end if appended else cache.lengths)[:, None] - 1
+        keys = newest - (newest - slot) % size
         if not appended:
             keys = jnp.concatenate([keys, jnp.where(written, positions, -1)], axis=1)
         contexts[kind.name] = Context(

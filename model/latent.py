@@ -23,6 +23,7 @@ class LatentAttention(nn.Module):
     """
 
     config: ModelConfig
+    wants_weights: bool = False
 
     @nn.compact
     def __call__(
@@ -71,4 +72,4 @@ class LatentAttention(nn.Module):
             query = jnp.concatenate([jnp.einsum("bhsn,rhn->bhsr", query_nope, key_up), query_rope], axis=-1)
             mixed, weights = score(query, seen, seen)
             mixed = jnp.einsum("bhsr,rhv->bhsv", mixed[..., : latent.kv_rank], value_up)
-        return merge(config, mixed), cache, weights
+        return merge(config, mixed), cache, weights if self.wants_weights else None

@@ -105,6 +105,14 @@ def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
     return Mesh(np.array(devices[:size]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def default_axes(rows: int) -> dict[str, int]:
+    """All devices on "data"; of a CPU's cores as many as divide the rows of every step."""
+    count = len(jax.devices())
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        count = max(size for size in range(1, count + 1) if math.gcd(size, rows) == size)
+    return {"data": count}
+
+
 def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
     """The same without devices: for shapes and books of machines that are not here."""
     return AbstractMesh(_sizes(axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))

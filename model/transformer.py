@@ -27,6 +27,8 @@ An encoder-decoder's encoder is a second stack under "encoder". `model.layout` s
 `infer.prepare` turns "layers" into a tuple with one tree per layer; every function here takes both.
 """
 OUTPUTS = ("final_hidden", "hidden", "attention")
+# What of a layer stays for its backward pass, by the config's `remat`.
+_KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @struct.dataclass
@@ -218,10 +220,17 @@ def _init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
 def _run_layers(config, stack, kinds, x, contexts, dropout, outputs):
     """The residual stream after all layers; per layer what was asked for; of every expert layer its report."""
 
-    def run(kind, tree, x, index):
+    def layer(kind, tree, x, index):
         at_layer = None if dropout is None else dropout.at(index)
-        y, _, weights, report = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], None, at_layer)
-        return y, (y if "hidden" in outputs else None, weights if "attention" in outputs else None, report)
+        y, _, weights, report = Block(config, kind, wants_weights).apply(
+            {"params": tree}, x, contexts[kind.name], None, at_layer
+        )
+        return y, (y if "hidden" in outputs else None, weights if wants_weights else None, report)
+
+    wants_weights = "attention" in outputs
+    run = layer
+    if config.remat != "none":
+        run = jax.checkpoint(layer, static_argnums=0, policy=_KEPT[config.remat], prevent_cse=not config.scan_layers)
 
     kept, first = [], x
     if config.scan_layers and not isinstance(stack["layers"], tuple):

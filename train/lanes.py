@@ -125,7 +125,7 @@ def compile_program(
         stage.batch_size if stage else train_config.batch_size,
         stage.seq_len if stage else train_config.seq_len,
     )
-    rest = _compile_rest(config, train_config, lanes, mesh)
+    rest = _compile_rest(config, train_config.replace(accumulate=1), lanes, mesh)  # cuts are the step's alone
     return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
 
 

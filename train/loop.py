@@ -5,6 +5,7 @@ processes all of them run it; they take the same decisions because they take the
 """
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import numpy as np
 
 from model import ModelConfig
 from model.errors import InputError
-from model.sharding import check_batch, make_mesh
+from model.sharding import check_batch, default_axes, make_mesh
 from train.agreement import CHECKPOINT, STOP, Agreement
 from train.branch import Branch
 from train.config import HParams, TrainConfig, stack_hparams
@@ -88,7 +89,11 @@ def population(
                 f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
                 f"vocab_size={config.vocab_size}"
             )
-    mesh = make_mesh(shell.mesh)
+    batches = {
+        stage.batch_size // train_config.accumulate
+        for stage in Plan.of(train_config, None if train_config.phases else 1).stages
+    }
+    mesh = make_mesh(shell.mesh or default_axes(math.gcd(*batches)))
     train_config = choose_cuts(config, train_config, len(hparams), mesh, shell)
     for stage in Plan.of(train_config, None if train_config.phases else 1).stages:
         check_batch(mesh, stage.batch_size // train_config.accumulate, stage.seq_len)

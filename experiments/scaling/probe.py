@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.scaling.plan import Recipe
 from model import ModelConfig, accounting
-from model.sharding import make_mesh
+from model.sharding import default_axes, make_mesh
 from train import HParams, Shell, TrainConfig, train
 from train.config import stack_hparams
 from train.lanes import Program, compile_program
@@ -75,7 +75,7 @@ def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, sec
 
     Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps.
     """
-    program = compile_program(config, train_config, lanes, make_mesh())
+    program = compile_program(config, train_config, lanes, make_mesh(default_axes(train_config.batch_size)))
     times = _step_times(program, config, train_config, lanes, seconds)
     tokens = lanes * train_config.tokens_per_step
     step = statistics.median(times)

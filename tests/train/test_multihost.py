@@ -1,0 +1,122 @@
+"""Two processes train one run together, die together, and go on as though they had never stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.metrics import TIMING_FIELDS, read_metrics
+
+pytestmark = pytest.mark.slow
+
+CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"
+STEPS = 12
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+DEADLINE = 120
+
+
+def command(data, run, *options):
+    arguments = f"train tiny --data {data} --out {run} --steps {STEPS} --batch-size 4 --seq-len 32"
+    arguments += " --checkpoint-every 4 --evaluate-every 6 --evaluate-tokens 512 --set num_layers=1"
+    return [sys.executable, "-c", CODE, *arguments.split(), *options]
+
+
+class Pair:
+    """Both processes, in a folder each for what they print."""
+
+    def __init__(self, data, run, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        self.logs = [folder / f"process-{number}.log" for number in range(2)]
+        common = ["--mesh", "data=2", "--coordinator", coordinator, "--num-processes", "2", "--process-id"]
+        self.processes = [
+            subprocess.Popen(
+                command(data, run, *common, str(number)), env=ENVIRONMENT, stdout=log.open("w"), stderr=log.open("a")
+            )
+            for number, log in enumerate(self.logs)
+        ]
+
+    def wait(self):
+        """Both exit codes."""
+        try:
+            return [process.wait(DEADLINE) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def until(self, run, steps):
+        """Until so many lines are written."""
+        deadline = time.monotonic() + DEADLINE
+        while len(read_metrics(run)) < steps:
+            assert time.monotonic() < deadline, self.said()
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.002)
+
+    def said(self):
+        return "\n".join(log.read_text() for log in self.logs)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """What one process with one device records."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    subprocess.run(command(data, run), check=True, capture_output=True, env=ENVIRONMENT)
+    return read_metrics(run)
+
+
+def check_record(run, alone):
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, wanted in zip(lines, alone, strict=True):
+        assert line.keys() == wanted.keys()
+        for name in line.keys() - set(TIMING_FIELDS):
+            np.testing.assert_allclose(line[name], wanted[name], rtol=1e-4 if "norm" in name else 1e-5, err_msg=name)
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["step"], record["device"]["count"]) == ("finished", STEPS, 2)
+
+
+def test_both_are_killed_and_go_on(data, alone, tmp_path):
+    run = tmp_path / "run"
+    pair = Pair(data, run, tmp_path)
+    try:
+        pair.until(run, 6)
+    finally:
+        pair.kill()
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    pair = Pair(data, run, tmp_path)
+    assert pair.wait() == [0, 0], pair.said()
+    check_record(run, alone)
+    assert len(list((run / "tensorboard").iterdir())) <= 2, "process 0 of both times, and nobody else"
+    assert "validation loss" in pair.logs[0].read_text()
+    assert "validation loss" not in pair.logs[1].read_text()
+
+
+def test_one_is_told_to_stop(data, alone, tmp_path):
+    """Then both save the same step; it is the second one, which writes nothing, that is told."""
+    run = tmp_path / "run"
+    pair = Pair(data, run, tmp_path)
+    try:
+        pair.until(run, 3)
+        pair.processes[1].send_signal(signal.SIGTERM)
+        assert pair.wait() == [130, 130], pair.said()
+    finally:
+        pair.kill()
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert 3 <= record["step"] < STEPS
+    assert (run / "checkpoints" / str(record["step"])).is_dir()
+    pair = Pair(data, run, tmp_path)
+    assert pair.wait() == [0, 0], pair.said()
+    check_record(run, alone)
