@@ -103,9 +103,12 @@ def _parser(tree: Tree) -> Any:
 
 def _use_compile_cache() -> None:
     """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # an environment variable set by now would come too late
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
+        jax.config.update("jax_compilation_cache_dir", str(home / "isoflop" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _where(error: OSError) -> str:
