@@ -105,7 +105,7 @@ def _use_compile_cache() -> None:
     """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # an environment variable set by now would come too late
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set by now, it would come too late
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "isoflop" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -6,7 +6,8 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.heads import head
 from model.parts import Experts, Latent, RopeScaling
-from model.transformer import Output, Params, apply, encode, forward, init, sentence_embedding
+from model.stack import Params
+from model.transformer import Output, apply, encode, forward, init, sentence_embedding
 
 __all__ = [
     "ModelConfig",

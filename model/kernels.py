@@ -59,7 +59,9 @@ def attend_fused(
     """Scaled dot-product attention as `model.attention.attend`, by a fused kernel; padding gives anything finite."""
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in (query, key, value)),
+            query.swapaxes(1, 2),
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
             mask=None if context.segment_ids is None else context.mask[:, None],
             scale=scale,
             is_causal=context.causal and context.segment_ids is None,

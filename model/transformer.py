@@ -1,4 +1,4 @@
-"""The stacks: tokens → vectors → the same Block, scanned or looped → logits. All functions are pure."""
+"""The whole model: tokens → vectors → its stacks of layers → logits. All functions are pure."""
 
 import functools
 from typing import Any
@@ -16,19 +16,11 @@ from model.dropout import Dropout
 from model.embedding import Embedding
 from model.errors import InputError
 from model.heads import Pooling, classify, head, init_head, pool
-from model.layout import Group, LayerKind, groups, layer_kinds, places_of
+from model.layout import layer_kinds
 from model.norm import Normalize
-from model.parameterization import initializer
+from model.stack import Params, auxiliary_of, init_stack, layer_trees, run_layers
 
-Params = dict[str, Any]
-"""{"embedding": …, "layers": {kind: every leaf stacked over the layers of that kind}, "final_norm": …, "head": …, …}.
-
-An encoder-decoder's encoder is a second stack under "encoder". `model.layout` says which layer is of which kind.
-`infer.prepare` turns "layers" into a tuple with one tree per layer; every function here takes both.
-"""
 OUTPUTS = ("final_hidden", "hidden", "attention")
-# What of a layer stays for its backward pass, by the config's `remat`.
-_KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @struct.dataclass
@@ -54,8 +46,8 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = {"embedding": Embedding(config).init(keys[0], tokens, tokens)["params"]}
     if config.stack == "encoder-decoder":
-        params["encoder"] = _init_stack(config, keys[1], encoder=True)
-    return params | _init_stack(config, keys[2], encoder=False) | init_head(config, keys[3])
+        params["encoder"] = init_stack(config, keys[1], encoder=True)
+    return params | init_stack(config, keys[2], encoder=False) | init_head(config, keys[3])
 
 
 def apply(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"], **inputs: Any) -> Array:
@@ -102,7 +94,7 @@ def forward(
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types, real)
     if dropout is not None:
         x = dropout.at(config.num_layers)(x)
-    x, hidden, attention, reports = _run_layers(config, params, kinds, x, contexts, dropout, outputs)
+    x, hidden, attention, reports = run_layers(config, params, kinds, x, contexts, dropout, outputs)
     final_hidden = _final_norm(config, params, x)
     logits = None
     if outputs != ("final_hidden",) and config.head != "none":
@@ -115,7 +107,7 @@ def forward(
         final_hidden=final_hidden if "final_hidden" in outputs else None,
         hidden=hidden,
         attention=attention,
-        auxiliary=_auxiliary(reports),
+        auxiliary=auxiliary_of(reports),
     )
 
 
@@ -140,7 +132,7 @@ def encode(
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     if dropout is not None:
         x = dropout.at(len(kinds))(x)
-    x, *_ = _run_layers(config, stack, kinds, x, contexts, dropout, ())
+    x, *_ = run_layers(config, stack, kinds, x, contexts, dropout, ())
     return _final_norm(config, stack, x)
 
 
@@ -184,7 +176,7 @@ def forward_cached(
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     layers = []
-    for kind, tree, layer in zip(kinds, _layer_trees(params["layers"], kinds), cache.layers, strict=True):
+    for kind, tree, layer in zip(kinds, layer_trees(params["layers"], kinds), cache.layers, strict=True):
         x, layer, _, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer)
         layers.append(layer)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -196,108 +188,8 @@ def forward_cached(
     return final_hidden, cache
 
 
-def _init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
-    """{"layers", "final_norm", "relative_bias"} of one stack."""
-    kinds = layer_kinds(config, encoder)
-    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
-    one = jnp.zeros((1, 1), jnp.int32)
-    stack: Params = {}
-    if config.position == "relative":
-        make = initializer(config, "position", config.d_model)
-        stack["relative_bias"] = {"table": make(key, (config.relative_buckets, config.num_heads))}
-    source = (x, jnp.ones((1, 1, 1), bool)) if kinds[0].cross else (None, None)
-    contexts = whole_rows(config, stack, kinds, one, None, *source)
-    layers = {}
-    for number, kind in enumerate(dict.fromkeys(kinds)):
-        init_block = lambda key, kind=kind: Block(config, kind).init(key, x, contexts[kind.name])["params"]
-        layers[kind.name] = jax.vmap(init_block)(jax.random.split(jax.random.fold_in(key, number), kinds.count(kind)))
-    stack["layers"] = layers
-    if config.final_norm:
-        stack["final_norm"] = Normalize(config).init(key, x)["params"]
-    return stack
-
-
-def _run_layers(config, stack, kinds, x, contexts, dropout, outputs):
-    """The residual stream after all layers; per layer what was asked for; of every expert layer its report."""
-
-    def layer(kind, tree, x, index):
-        at_layer = None if dropout is None else dropout.at(index)
-        y, _, weights, report = Block(config, kind, wants_weights).apply(
-            {"params": tree}, x, contexts[kind.name], None, at_layer
-        )
-        return y, (y if "hidden" in outputs else None, weights if wants_weights else None, report)
-
-    wants_weights = "attention" in outputs
-    run = layer
-    if config.remat != "none":
-        run = jax.checkpoint(layer, static_argnums=0, policy=_KEPT[config.remat], prevent_cse=not config.scan_layers)
-
-    kept, first = [], x
-    if config.scan_layers and not isinstance(stack["layers"], tuple):
-        for group in groups(kinds):
-            x, one = _scan_group(config, stack["layers"], kinds, group, run, x)
-            kept.append(one)
-    else:
-        trees = _layer_trees(stack["layers"], kinds)
-        for index, (kind, tree) in enumerate(zip(kinds, trees, strict=True)):
-            x, one = run(kind, tree, x, index)
-            kept.append(jax.tree.map(lambda leaf: leaf[None], one))
-    hidden, attention, reports = zip(*kept, strict=True)
-    joined = lambda parts: jnp.concatenate([part for part in parts if part is not None])
-    return (
-        x,
-        joined([first[None], *hidden]) if "hidden" in outputs else None,
-        joined(attention) if "attention" in outputs else None,
-        [report for report in reports if report],
-    )
-
-
-def _scan_group(config, layers, kinds, group: Group, run, x):
-    """One repeating group by `lax.scan`: x after it, and what was kept of its layers, leading axis [layers]."""
-    period = len(group.kinds)
-    xs: dict[str, Any] = {}
-    for kind in dict.fromkeys(group.kinds):
-        before, per_round = kinds[: group.first].count(kind), group.kinds.count(kind)
-        end = before + per_round * group.repeats
-        shape = (group.repeats, per_round)
-        cut = lambda leaf, a=before, b=end, shape=shape: leaf[a:b].reshape(*shape, *leaf.shape[1:])
-        xs[kind.name] = jax.tree.map(cut, layers[kind.name])
-
-    def body(x, round_and_trees):
-        number, trees = round_and_trees
-        kept, seen = [], dict.fromkeys(trees, 0)
-        for offset, kind in enumerate(group.kinds):
-            tree = jax.tree.map(lambda leaf, i=seen[kind.name]: leaf[i], trees[kind.name])
-            seen[kind.name] += 1
-            x, one = run(kind, tree, x, group.first + number * period + offset)
-            kept.append(one)
-        return x, kept
-
-    x, kept = jax.lax.scan(body, x, (jnp.arange(group.repeats), xs))
-    # Back into the order of the layers; a layer without experts has nothing to report.
-    hidden, attention, reports = zip(*kept, strict=True)
-    in_order = lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
-    together = lambda trees: jax.tree.map(in_order, *trees) if trees else {}
-    return x, (together(hidden), together(attention), together([report for report in reports if report]))
-
-
-def _layer_trees(layers: Any, kinds: tuple[LayerKind, ...]):
-    """One tree of parameters per layer, in order."""
-    if isinstance(layers, tuple):
-        return layers
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], layers[name]) for name, i in places_of(kinds)]
-
-
 def _final_norm(config: ModelConfig, stack: Params, x: Array) -> Array:
     return Normalize(config).apply({"params": stack["final_norm"]}, x) if config.final_norm else x
-
-
-def _auxiliary(reports: list[dict[str, Array]]) -> dict[str, Array]:
-    """The reports of all expert layers, each [layers, …], as one."""
-    if not reports:
-        return {}
-    joined = {name: jnp.concatenate([report[name] for report in reports]) for name in reports[0]}
-    return {name: value if name == "expert_use" else jnp.mean(value) for name, value in joined.items()}
 
 
 def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache):

@@ -45,9 +45,10 @@ def train(
 ) -> None:
     """Train one model; the same command again resumes it.
 
-    Examples:
-      isoflop train study-32 --data data/sotu --out runs/first --steps 500 --set schedule=wsd beta2=0.99
-      isoflop train gpt2-small --data web=data/web good=data/good --out runs/big --phases phases.json --mesh fsdp=8
+    Example: isoflop train study-32 --data data/sotu --out runs/first --steps 500 --set schedule=wsd beta2=0.99
+
+    Example: isoflop train gpt2-small --data web=data/web good=data/good --out runs/big --phases phases.json
+    --mesh fsdp=8
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config.

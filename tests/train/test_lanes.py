@@ -12,9 +12,7 @@ import pytest
 
 from model import presets
 from train import HParams, Shell, TrainConfig, init_state, population, train, train_step
-from train import lanes as lanes_module
 from train.data import Loader
-from train.lanes import compiled_programs
 from train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -89,28 +87,6 @@ def test_vmapped_lanes_equal_lanes_in_turn(eight, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     alone = train(config, TRAIN_CONFIG, LANES[2], data=data, run=tmp_path / "solo", steps=20, shell=QUIET)
     assert abs(losses(runs[2])[-1] / alone.loss - 1) <= 1e-5
-
-
-def test_sixteen_learning_rates_trace_the_step_once(data, tmp_path, monkeypatch):
-    traces = []
-
-    def counted(*arguments):
-        traces.append(1)
-        return train_step(*arguments)
-
-    monkeypatch.setattr(lanes_module, "train_step", counted)
-    config = CONFIG.replace(rope_base=9_999.0)  # a static shape that no other test has compiled
-    before = compiled_programs()
-    lanes = [HParams(learning_rate=1e-4 * 1.4**i) for i in range(16)]
-    runs = [tmp_path / str(i) for i in range(16)]
-    population(config, TRAIN_CONFIG, lanes, data=data, runs=runs, steps=3, shell=QUIET)
-    assert compiled_programs() - before == 1
-    assert sum(traces) == 1
-    more = [tmp_path / f"more-{i}" for i in range(16)]
-    lanes = [lane.replace(weight_decay=0.3) for lane in lanes]
-    population(config, TRAIN_CONFIG, lanes, data=data, runs=more, steps=4, shell=QUIET)
-    assert compiled_programs() - before == 1
-    assert sum(traces) == 1
 
 
 def test_diverged_lane_is_frozen_and_changes_no_other_lanes_bits(eight, data, tmp_path):

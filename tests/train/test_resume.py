@@ -18,9 +18,9 @@ STEPS = 120
 CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"
 
 
-def command(data: Path, run: Path) -> list[str]:
+def command(data: Path, run: Path, checkpoint_every: int = 10) -> list[str]:
     arguments = f"train tiny --data {data} --out {run} --steps {STEPS} --batch-size 4 --seq-len 32".split()
-    options = ["--checkpoint-every", "10", "--evaluate-every", "40", "--evaluate-tokens", "512"]
+    options = ["--checkpoint-every", str(checkpoint_every), "--evaluate-every", "40", "--evaluate-tokens", "512"]
     return [sys.executable, "-c", CODE, *arguments, *options]
 
 
@@ -31,15 +31,28 @@ def record(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in read_metrics(run)]
 
 
-def kill_after(data: Path, run: Path, steps: int, number: int = signal.SIGKILL) -> int:
-    """Start the run, kill it when it has written so many lines; its exit code."""
+def kill_after(
+    data: Path,
+    run: Path,
+    steps: int,
+    number: int = signal.SIGKILL,
+    checkpoint_every: int = 10,
+    while_writing: bool = False,
+    delay: float = 0.0,
+) -> int:
+    """Start the run, kill it when it has written so many lines; its exit code.
+
+    while_writing: and then has begun with a checkpoint. delay: seconds that it gets after that.
+    """
     process = subprocess.Popen(
-        command(data, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        command(data, run, checkpoint_every), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     deadline = time.monotonic() + 240
-    while process.poll() is None and len(read_metrics(run)) < steps:
+    is_time = lambda: not while_writing or any((run / "checkpoints").glob(".*.writing"))
+    while process.poll() is None and (len(read_metrics(run)) < steps or not is_time()):
         assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.002)
+        time.sleep(0.0005 if while_writing else 0.002)
+    time.sleep(delay)
     process.send_signal(number)
     return process.wait()
 
@@ -68,12 +81,16 @@ def test_kills_at_two_moments(data, uninterrupted, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_moments(data, uninterrupted, tmp_path, seed):
-    run, random_steps = tmp_path / "run", random.Random(seed)
-    for steps in sorted(random_steps.sample(range(1, STEPS), 5)):
-        kill_after(data, run, steps)
-        time.sleep(0.01 * random_steps.random())
+    """Twenty in four runs; every other one while a checkpoint is being written."""
+    run, draw = tmp_path / "run", random.Random(seed)
+    half_written = 0
+    for number, steps in enumerate(sorted(draw.sample(range(1, STEPS - 15), 5))):
+        while_writing = (number + seed) % 2 == 0
+        kill_after(data, run, steps, checkpoint_every=5, while_writing=while_writing, delay=0.02 * draw.random())
+        half_written += any((run / "checkpoints").glob(".*.writing"))
+    assert half_written > 0
     finish_and_compare(data, run, uninterrupted)
 
 
