@@ -27,7 +27,7 @@ from experiments.commands import (
     sweep,
     train,
 )
-from experiments.process import keep_memory
+from experiments.allocator import keep_memory
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]

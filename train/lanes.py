@@ -60,8 +60,15 @@ def _alive(train_config: TrainConfig, state: TrainState) -> Bool[Array, ""]:
     return state.skipped_in_a_row < train_config.max_skipped
 
 
-def evaluate_lane(config: ModelConfig, state: TrainState, index: Int[Array, ""], batch: Batch) -> Float[Array, "2"]:
-    """(summed nats, unmasked tokens) of one lane on one batch."""
+def evaluate_lane(
+    config: ModelConfig, state: TrainState, index: Int[Array, ""], batch: Batch, before: Float[Array, "2"]
+) -> Float[Array, "2"]:
+    """(summed nats, unmasked tokens) of one lane on one batch.
+
+    before: what the batch before gave. It is not read, but makes the batches wait for one another: collectives of
+    several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
+    """
+    del before
     params = jax.tree.map(lambda leaf: leaf[index], state.params)
     metrics = eval_step(config, params, batch)
     return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
@@ -93,7 +100,7 @@ class Program:
 
     init: Callable[[HParams], TrainState]
     step: Callable[[TrainState, Batch, HParams, Any], tuple[TrainState, LaneMetrics]]
-    evaluate: Callable[[TrainState, Any, Batch], Any]
+    evaluate: Callable[[TrainState, Any, Batch, Any], Any]
     take: Callable[[TrainState, Any], TrainState]
     put: Callable[[TrainState, Any, TrainState], TrainState]
     lane: TrainState
@@ -169,7 +176,10 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
     index = jax.ShapeDtypeStruct((), jnp.int32)
     init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=split)
     evaluate = jax.jit(
-        functools.partial(evaluate_lane, config), in_shardings=(split, everywhere, rows), out_shardings=everywhere
+        functools.partial(evaluate_lane, config),
+        in_shardings=(split, everywhere, rows, everywhere),
+        out_shardings=everywhere,
+        keep_unused=True,
     )
     take = jax.jit(
         lambda state, index: jax.tree.map(lambda leaf: leaf[index], state),
@@ -186,7 +196,7 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
     with jax.set_mesh(mesh):
         return {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
-            "evaluate": evaluate.lower(state, index, batch).compile(),
+            "evaluate": evaluate.lower(state, index, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": put,
             "lane": lane,

@@ -294,7 +294,10 @@ class _Loop:
         return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
 
     def _evaluate(self, number: int) -> list[Any]:
-        return [self.program.evaluate(self.state, np.int32(number), batch) for batch in self.validation]
+        sums: list[Any] = [np.zeros(2, np.float32)]
+        for batch in self.validation:
+            sums.append(self.program.evaluate(self.state, np.int32(number), batch, sums[-1]))
+        return sums[1:]
 
     def _start(self) -> TrainState:
         state = self.program.init(self.hparams)

@@ -46,12 +46,10 @@ def train(
     from rich.table import Table
 
     from experiments.commands.options import console, read_config, write_document
-    from experiments.process import cores_as_devices
     from experiments.scaling.probe import measure_step
     from train import TrainConfig
     from train.run import describe_device, versions
 
-    cores_as_devices()
     config = read_config(preset, set)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
     if against is not None:

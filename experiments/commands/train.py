@@ -83,7 +83,6 @@ def train(
         json: Also write the result to this file.
     """
     from experiments.commands.options import read_config, split_overrides
-    from experiments.process import cores_as_devices
     from model.errors import InputError
     from model.sharding import parse_mesh
     from train import HParams, Shell, TrainConfig
@@ -93,8 +92,6 @@ def train(
 
     if distributed or coordinator is not None:
         initialize(coordinator, num_processes, process_id)
-    else:
-        cores_as_devices()
     folders = _folders(data)
     manifest = load_manifest(next(iter(folders.values())))
     config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
@@ -157,12 +154,10 @@ def cool(
         json: Also write the results to this file.
     """
     from experiments.commands.options import write_document
-    from experiments.process import cores_as_devices
     from model.sharding import parse_mesh
     from train import Shell, cooldown
     from train import train as run_training
 
-    cores_as_devices()
     results = []
     for step in at:
         plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction)

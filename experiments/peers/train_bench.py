@@ -15,7 +15,7 @@ import numpy as np
 from experiments.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
 from model import ModelConfig, Params, accounting
 from model.errors import InputError
-from model.sharding import default_axes, make_mesh
+from model.sharding import make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams
 from train.lanes import compile_program
@@ -95,9 +95,7 @@ class Ours:
 
     def __init__(self, config: ModelConfig, train_config: TrainConfig, hparams: HParams):
         self.config, self.train_config, self.hparams = config, train_config, stack_hparams([hparams])
-        one = {"data": 1}  # of several accelerators: the twin has one
-        axes = default_axes(train_config.batch_size) if jax.default_backend() == "cpu" else one
-        self.program = compile_program(config, train_config, 1, make_mesh(axes))
+        self.program = compile_program(config, train_config, 1, make_mesh({"data": 1}))  # the twin has one device
         self.compile_seconds = self.program.compile_seconds
         self.parameters = accounting.parameters(config).total
         self.random = np.random.default_rng(int(hparams.seed))

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from experiments import cli
+from train.checksums import CHECKSUMS, checksums
+from train.files import write_json
 
 
 def refused(outcome: tuple[int, str, str], *words: str) -> None:
@@ -61,6 +63,15 @@ def test_run_made_with_another_config(isoflop, data, tmp_path):
     call = ("train", "tiny", "--data", data, "--out", tmp_path / "run", *TRAIN)
     assert isoflop(*call)[0] == 0
     refused(isoflop(*call, "--seed", 5), "seed=0 there, 5 here")
+    make_older(tmp_path / "run" / "checkpoints" / "2")
+    refused(isoflop("generate", tmp_path / "run", "--prompt", "x"), "checkpoints/2 is of another version", "there")
+
+
+def make_older(checkpoint):
+    """As earlier versions wrote it: nothing says what it holds, and the state has another name."""
+    (checkpoint / "state").rename(checkpoint / "default")
+    (checkpoint / "checkpoint.json").unlink()
+    write_json(checkpoint / CHECKSUMS, checksums(checkpoint))
 
 
 def test_bad_corpora(isoflop, corpus, tmp_path):

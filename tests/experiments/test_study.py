@@ -17,7 +17,7 @@ SETTINGS = Settings(vocab_size=320, batch_size=4, seq_len=32)
 
 @pytest.fixture(scope="module")
 def small(corpus: Path) -> Settings:
-    return Settings(source=str(corpus), vocab_size=320, batch_size=8, seq_len=32)
+    return Settings(source=str(corpus), vocab_size=320, batch_size=8, seq_len=64)  # few steps for the tokens
 
 
 @pytest.fixture(scope="module")

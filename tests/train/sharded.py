@@ -19,7 +19,7 @@ MODELS = {
     "capacity": DENSE.replace(experts=EXPERTS.replace(dispatch="capacity", capacity_factor=1.0)),
 }
 TRAIN = TrainConfig(batch_size=8, seq_len=16, norms=False)
-HPARAMS = HParams(learning_rate=3e-3, total_steps=100)
+HPARAMS = HParams(learning_rate=1e-2, total_steps=100)
 
 
 def batches(steps):

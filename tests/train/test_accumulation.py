@@ -13,7 +13,7 @@ from train.memory import Memory
 from train.objective import loss_and_sums
 from train.step import gradients
 
-DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=4, d_ff=24, max_seq_len=16)
+DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=4, d_ff=24, max_seq_len=16)
 MODELS = {
     "dense": DENSE,
     "experts": DENSE.replace(experts=Experts(count=4, top_k=2, d_ff=12, dispatch="dropless")),
@@ -81,7 +81,7 @@ def test_a_mean_of_the_cuts_means_would_be_wrong(of_cuts, batch, random_params):
 def test_chunks_need_no_room_for_all_logits():
     """Compiled only: the logits of 256 tokens over 2¹⁸ words are 256 MiB."""
     vocab, seq = 2**18, 256
-    config = DENSE.replace(vocab_size=vocab, num_layers=1, max_seq_len=seq)
+    config = DENSE.replace(vocab_size=vocab, max_seq_len=seq)
     params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
 

@@ -12,6 +12,7 @@ from train import HParams, Shell, TrainConfig, cooldown, init_state, train
 from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
 from train.metrics import TIMING_FIELDS, read_metrics
+from train.run import Identity, Run
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_004.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, schedule="constant", norms=False)
@@ -136,7 +137,7 @@ def test_a_branch_leaves_its_trunk_as_it_was(trunk, tmp_path):
     (trunk / "checkpoints" / ".20.writing").rmdir()
 
 
-def test_where_a_trunk_cannot_be_left(trunk, data, tmp_path):
+def test_where_a_trunk_cannot_be_left(trunk, tmp_path):
     with pytest.raises(InputError, match="no checkpoint of step 7; the steps there are: 6, 10, 14"):
         run_branch(cooldown(trunk, 7, 3), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -149,6 +150,6 @@ def test_where_a_trunk_cannot_be_left(trunk, data, tmp_path):
     for schedule, words in (("cosine", "schedule='cosine'"), ("wsd", r"step 13: .* and 11, where its own cool-down")):
         other = tmp_path / schedule
         train_config = TRAIN.replace(schedule=schedule)
-        train(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS), data=data, run=other, steps=1, shell=SHELL)
+        Run(other, Identity(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS), "data")).close()
         with pytest.raises(InputError, match=words):
             cooldown(other, 13, 3)

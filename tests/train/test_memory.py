@@ -1,5 +1,7 @@
 """What a step needs of a device's memory, and how many cuts make it fit."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +32,9 @@ def just_enough_for(cuts):
     return int(of_cuts(cuts).total / 0.92) + 1
 
 
-def losses(data, run, train_config=TRAIN, **shell):
+def losses(data, run, **shell):
     shell = Shell(evaluate_tokens=256, **shell)
-    train(CONFIG, train_config, HParams(), data=data, run=run, steps=STEPS, shell=shell)
+    train(CONFIG, TRAIN, HParams(), data=data, run=run, steps=STEPS, shell=shell)
     return np.array([line["loss"] for line in read_metrics(run)])
 
 
@@ -82,20 +84,29 @@ def test_a_run_in_cuts_is_the_run(data, tmp_path, whole, shell, capsys):
 
 def test_a_run_may_go_on_in_other_cuts(data, tmp_path, whole):
     """They change rounding alone, so they are no part of what a run is."""
-    train_config = TRAIN.replace(schedule="constant")
-    uncut = losses(data, tmp_path / "uncut", train_config)
     for steps, microbatch in ((2, 8), (STEPS, 4)):
         shell = Shell(evaluate_tokens=256, microbatch=microbatch)
-        train(CONFIG, train_config, HParams(), data=data, run=tmp_path / "run", steps=steps, shell=shell)
-    np.testing.assert_allclose([line["loss"] for line in read_metrics(tmp_path / "run")], uncut, rtol=1e-5)
+        hparams = HParams(total_steps=STEPS)
+        train(CONFIG, TRAIN, hparams, data=data, run=tmp_path / "run", steps=steps, shell=shell)
+    np.testing.assert_allclose([line["loss"] for line in read_metrics(tmp_path / "run")], whole, rtol=1e-5)
 
 
-def test_phases_are_cut_alike(data):
+def test_phases_are_cut_alike(monkeypatch):
     """One number of cuts for all stages, which the smallest batch can be cut into."""
+
+    def compile_nothing(config, train_config, lanes, mesh, stage):
+        assert stage.phase == "large"
+        return SimpleNamespace(memory=Memory(0, 1600 // train_config.accumulate))
+
+    monkeypatch.setattr("train.microbatch.compile_program", compile_nothing)
     phases = (Phase("small", 256, (4,)), Phase("large", 2048, (16,)))
     train_config = TRAIN.replace(phases=phases)
-    shell = Shell(microbatch="auto", memory=just_enough_for(4))
-    assert choose_cuts(CONFIG, train_config, 1, make_mesh(None), shell).accumulate == 4
+    cuts = lambda memory: (
+        choose_cuts(CONFIG, train_config, 1, make_mesh(None), Shell(microbatch="auto", memory=memory)).accumulate
+    )
+    assert [cuts(memory) for memory in (2000, 1000, 500)] == [1, 2, 4]
+    with pytest.raises(InputError, match=r"one row at a time still needs 0\.0 MiB of 0\.0 MiB"):
+        cuts(400)
     with pytest.raises(InputError, match="batch_size=4"):
         choose_cuts(CONFIG, train_config, 1, make_mesh(None), Shell(microbatch=2))
 
@@ -103,13 +114,12 @@ def test_phases_are_cut_alike(data):
 @pytest.mark.parametrize(
     ("shell", "words"),
     [
-        ({"microbatch": "auto", "memory": 1000}, "one row at a time still needs .* MiB of 0.0 MiB"),
         ({"microbatch": 3}, "microbatch=3 .* batch of 16 rows"),
         ({"microbatch": 0}, "microbatch=0 .* batch of 16 rows"),
         ({"microbatch": "some"}, "microbatch=some is neither auto"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(data, tmp_path, shell, words):
+def test_impossible_cuts_are_refused_before_anything_is_written(data, tmp_path, shell, words):
     with pytest.raises(InputError, match=words):
         losses(data, tmp_path / "run", **shell)
     assert not (tmp_path / "run").exists()

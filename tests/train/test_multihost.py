@@ -26,7 +26,6 @@ DEADLINE = 120
 
 
 def command(data, run, *options):
-    """As `alone` trains."""
     arguments = f"train tiny --data {data} --out {run} --steps {STEPS} --batch-size 4 --seq-len 32"
     arguments += " --checkpoint-every 4 --evaluate-every 6 --evaluate-tokens 512 --set num_layers=1"
     return [sys.executable, "-c", CODE, *arguments.split(), *options]
@@ -72,14 +71,19 @@ class Pair:
         return "\n".join(log.read_text() for log in self.logs)
 
 
-@pytest.fixture
-def alone(data, tmp_path):
-    """What one process with one device records."""
+def train_alone(data, run):
+    """By one process with one device, as `command` says."""
     config = presets.get("tiny").replace(vocab_size=320, num_layers=1, eos_token_ids=(load_manifest(data).eos_id,))
     shell = Shell(evaluate_every=6, evaluate_tokens=512)
     train_config = TrainConfig(batch_size=4, seq_len=32)
     hparams = HParams(warmup_steps=1)
-    train(config, train_config, hparams, data=data, run=tmp_path / "alone", steps=STEPS, shell=shell)
+    train(config, train_config, hparams, data=data, run=run, steps=STEPS, shell=shell)
+
+
+@pytest.fixture
+def alone(data, tmp_path):
+    """What one process records."""
+    train_alone(data, tmp_path / "alone")
     return read_metrics(tmp_path / "alone")
 
 
@@ -95,7 +99,10 @@ def check_record(run, alone):
 
 
 def test_two_processes_are_one_run(data, alone, tmp_path):
-    """Killed together, then stopped by a word to the second one, which writes nothing: both save the same step."""
+    """Killed together, then stopped by a word to the second one, which writes nothing: both save the same step.
+
+    What they have saved, one process finishes.
+    """
     run = tmp_path / "run"
     pair = Pair(data, run, tmp_path)
     try:
@@ -117,9 +124,6 @@ def test_two_processes_are_one_run(data, alone, tmp_path):
     assert len(read_metrics(run)) == record["step"]
     assert (run / "checkpoints" / str(record["step"])).is_dir()
 
-    pair = Pair(data, run, tmp_path)
-    assert pair.wait() == [0, 0], pair.said()
+    train_alone(data, run)
     check_record(run, alone)
-    assert "validation loss" in pair.logs[0].read_text()
-    assert "validation loss" not in pair.logs[1].read_text()
-    assert len(list((run / "tensorboard").iterdir())) <= 3, "process 0 of three times, and nobody else"
+    assert len(list((run / "tensorboard").iterdir())) <= 3, "each time one process wrote, and nobody else"

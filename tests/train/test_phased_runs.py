@@ -19,7 +19,7 @@ from train.lanes import compiled_programs
 from train.metrics import TIMING_FIELDS, read_metrics
 from train.phases import Plan, describe, phases_rate
 
-CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=2, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_001.0)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_001.0)
 PHASES = standard_phases(
     2560,
     8,
@@ -32,7 +32,7 @@ PHASES = standard_phases(
     annealing=0.2,
     long_context=0.1,
 )
-TRAIN = TrainConfig(batch_size=8, seq_len=16, phases=PHASES)
+TRAIN = TrainConfig(batch_size=8, seq_len=16, phases=PHASES, norms=False)
 PLAN = Plan.of(TRAIN)
 HPARAMS = HParams(learning_rate=5e-3)
 SHELL = Shell(evaluate_tokens=256, evaluate_every=10, checkpoint_every=3)

@@ -34,7 +34,10 @@ def status(run):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """hparams → those of a run whose z-loss is NaN at some steps; they travel where a dense model has no use for them."""
+    """(config, (first step, count) → hparams of a run whose z-loss is NaN there).
+
+    The two numbers travel in hyperparameters that a dense model has no use for.
+    """
 
     def poisoned_step(config, train_config, state, batch, hparams):
         first, count = hparams.router_z_loss, hparams.balance_loss
@@ -134,14 +137,22 @@ def crash_once(monkeypatch, step):
 GARBAGE = range(10 * ROWS, 11 * ROWS)  # of the eleventh step
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run past the garbage, and what it read."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stream = Stream(patch, GARBAGE)
+        return train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL), stream
+
+
 @pytest.fixture
-def whole(data, tmp_path, monkeypatch):
-    stream = Stream(monkeypatch, GARBAGE)
-    result = train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "whole", steps=STEPS, shell=SHELL)
-    return result, stream
+def garbage(monkeypatch):
+    """For this test too."""
+    Stream(monkeypatch, GARBAGE)
 
 
-def test_a_spike_is_rolled_back_past_its_data(whole, data):
+def test_a_spike_is_rolled_back_past_its_data(whole):
     result, stream = whole
     assert (result.status, result.steps, result.rollbacks) == ("finished", STEPS, 1)
     (back,) = status(result.run)["rollbacks"]
@@ -155,15 +166,8 @@ def test_a_spike_is_rolled_back_past_its_data(whole, data):
     assert [line["tokens"] for line in lines] == [64 * step for step in range(1, STEPS + 1)]
 
 
-def test_without_a_policy_nothing_is_rolled_back(data, tmp_path, monkeypatch):
-    stream = Stream(monkeypatch, GARBAGE)
-    result = train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
-    assert (result.status, result.rollbacks) == ("finished", 0)
-    assert stream.rows[STEPS - 1][-1] == STEPS * ROWS - 1
-
-
-@pytest.mark.parametrize("step", [9, 13, 17])
-def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, data, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", [9, 13])
+def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
         crash_once(patch, step)
         with pytest.raises(RuntimeError, match="crash"):
@@ -173,7 +177,7 @@ def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, data, tmp_path
     assert status(tmp_path / "run")["rollbacks"] == status(whole[0].run)["rollbacks"]
 
 
-def test_an_interruption_before_the_spike_changes_no_bit(whole, data, tmp_path, monkeypatch):
+def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch):
     """What it saved is newer than the checkpoint that the uninterrupted run goes back to."""
     from train.agreement import Agreement
 
@@ -189,7 +193,7 @@ def test_an_interruption_before_the_spike_changes_no_bit(whole, data, tmp_path, 
 
 
 @pytest.mark.parametrize("moment", ["noted", "done"])
-def test_a_kill_during_a_rollback_changes_no_bit(whole, data, tmp_path, monkeypatch, moment):
+def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, moment):
     run = tmp_path / "run"
     finish = Trial._finish_rollback
 
@@ -213,7 +217,7 @@ def test_a_kill_during_a_rollback_changes_no_bit(whole, data, tmp_path, monkeypa
     assert status(run)["rollbacks"] == status(whole[0].run)["rollbacks"]
 
 
-def test_a_damaged_goal_of_a_rollback_costs_one_checkpoint(whole, data, tmp_path, monkeypatch):
+def test_a_damaged_goal_of_a_rollback_costs_one_checkpoint(whole, garbage, data, tmp_path, monkeypatch):
     """The run goes on from the one before, through what it had seen, and passes over the data as it did."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
