@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from experiments.allocator import keep_memory
 from experiments.commands import (
     bench,
     convert,
@@ -27,7 +28,6 @@ from experiments.commands import (
     sweep,
     train,
 )
-from experiments.allocator import keep_memory
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]

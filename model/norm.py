@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm, computed in float32."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +25,7 @@ class Normalize(nn.Module):
         y = x.astype(jnp.float32)
         if norm == "layernorm":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y / jnp.sqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
         y = y * (1 + scale if config.norm_offset else scale)
         if norm == "layernorm" and config.norm_bias:
             y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)

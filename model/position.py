@@ -34,13 +34,15 @@ def rotate(
     Pairs are (i, i + half), as in GPT-NeoX and Llama, or (2i, 2i + 1), as in GPT-J and DeepSeek.
     """
     cos, sin = (table[:, None].astype(x.dtype) for table in tables)
-    turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    if interleaved:
-        first, second = turned[..., ::2], turned[..., 1::2]
-    else:
-        first, second = jnp.split(turned, 2, axis=-1)
-    pair = [first * cos - second * sin, second * cos + first * sin]
-    turned = jnp.stack(pair, axis=-1).reshape(turned.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    # (first, second) → (first · cos − second · sin, second · cos + first · sin): the pair, and the pair the other way
+    # round. Compilers turn the reversal into an index; halves that are put together again cost them a copy.
+    axis = -1 if interleaved else -2
+    pairs = turned.reshape(*x.shape[:-1], *((half, 2) if interleaved else (2, half)))
+    sign = jnp.array([-1, 1], x.dtype).reshape((2,) if interleaved else (2, 1))
+    cos, sin = (jnp.expand_dims(table, axis) for table in (cos, sin))
+    turned = (pairs * cos + jnp.flip(pairs, axis) * (sin * sign)).reshape(turned.shape)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
