@@ -63,7 +63,7 @@ def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array,
         x = Transform(config).apply({"params": own}, x)
     multiplier = output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
     x = x if multiplier == 1 else x * multiplier
-    logits = matmul(x, own["weight"]) if "weight" in own else x @ params["embedding"]["tokens"].astype(x.dtype).T
+    logits = matmul(x, own["weight"] if "weight" in own else params["embedding"]["tokens"].T)
     logits = constrain(logits.astype(jnp.float32), *("batch", "sequence")[: logits.ndim - 1], "vocab")
     if config.head_bias:
         logits = logits + own["bias"].astype(jnp.float32)

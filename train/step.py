@@ -88,26 +88,45 @@ def gradients(
 
     The result does not depend on the number of cuts, but for rounding, the experts' balance loss and dropout.
     """
-    cuts = train_config.accumulate
-    loss = functools.partial(loss_and_sums, config, chunks=train_config.loss_chunks)
-    if cuts == 1:
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, hparams, key)
-        return grads, finish(sums)
+    cuts, halves = train_config.accumulate, _halves(config, batch)
     count = count_tokens(batch)
+    loss = functools.partial(loss_and_sums, config, chunks=train_config.loss_chunks, count=count, cuts=cuts)
     # A cut takes every so-manieth row, so that it is as evenly spread over the devices as the whole batch.
-    cut = lambda x: jnp.swapaxes(x.reshape(-1, cuts, *x.shape[1:]), 0, 1)
+    cut = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
-    def one(index: Array, part: Batch) -> tuple[dict[str, Array], Params]:
-        own_key = None if key is None else jax.random.fold_in(key, index)
-        differentiate = jax.value_and_grad(functools.partial(loss, count=count, cuts=cuts), has_aux=True)
-        (_, sums), grads = differentiate(params, part, hparams, own_key)
+    def one(part: Batch, key: Array | None) -> tuple[dict[str, Array], Params]:
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, hparams, key)
         return sums, grads
 
-    parts = (jnp.arange(cuts), jax.tree.map(cut, batch))
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts)))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)
-    (sums, grads), _ = jax.lax.scan(add, zeros, parts)
+    def one_of_many(index: int | Array, part: Batch) -> tuple[dict[str, Array], Params]:
+        return one(part, None if key is None else jax.random.fold_in(key, index))
+
+    if cuts > 1:
+        parts = (jnp.arange(cuts), jax.tree.map(lambda x: cut(x, cuts), batch))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_of_many, *jax.tree.map(lambda x: x[0], parts)))
+        add = lambda total, part: (jax.tree.map(jnp.add, total, one_of_many(*part)), None)
+        (sums, grads), _ = jax.lax.scan(add, zeros, parts)
+    elif halves > 1:
+        parts = jax.tree.map(lambda x: cut(x, halves), batch)
+        made = [one_of_many(index, jax.tree.map(lambda x, i=index: x[i], parts)) for index in range(halves)]
+        sums, grads = jax.tree.map(lambda *values: sum(values), *made)
+    else:
+        sums, grads = one(batch, key)
     return grads, finish(sums)
+
+
+_WORTH_HALVING = 1024  # tokens in a batch, from which on it pays
+
+
+def _halves(config: ModelConfig, batch: Batch) -> int:
+    """Into how many independent parts of one program a batch is cut: 2 on a CPU, if nothing speaks against it.
+
+    XLA's CPU backend cuts few operations besides large products into threads, but runs operations that do not wait for
+    one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
+    """
+    rows, tokens = batch["tokens"].shape[0], batch["tokens"].size
+    on_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_HALVING and config.experts is None else 1
 
 
 def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
