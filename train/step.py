@@ -53,6 +53,7 @@ def train_step(
     param_norm = total_norm(param_norms)
     finite = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
     skipped = 1 - finite.astype(jnp.int32)
+    # Choosing after the fact reads both states once more, but `lax.cond` copies more than that (docs/LOG.md).
     new = TrainState(
         step=state.step + 1,
         params=keep_if(finite, params, state.params),
