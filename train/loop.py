@@ -6,12 +6,10 @@ processes all of them run it; they take the same decisions because they take the
 
 import logging
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +23,24 @@ from train.agreement import CHECKPOINT, STOP, Agreement
 from train.branch import Branch
 from train.config import HParams, TrainConfig, stack_hparams
 from train.data import validation_batches
+from train.data.folders import Data
 from train.feed import Feed
 from train.hosts import agree, is_writer
+from train.interrupt import interruptible
 from train.lanes import Program, batch_spec, compile_program
 from train.memory import device_memory
 from train.microbatch import choose_cuts
 from train.peak import peak_flops_per_second
 from train.phases import Plan, Stage
 from train.progress import progress_bar
+from train.result import Result
 from train.shell import Shell
 from train.state import TrainState
-from train.trial import Data, Result, Trial
+from train.trace import Trace
+from train.trial import Trial
 
 logger = logging.getLogger("isoflop")
 Folder = str | Path
-_PROFILED = range(5, 10)  # the steps of a process that a trace shows
 
 
 def train(
@@ -143,17 +144,17 @@ class _Loop:
         self.peak = peak_flops_per_second(config.compute_dtype)[0] * mesh.size
         self.state = self._start()
         self.dispatched = self.saved_after = 0
-        self.profiling = False
+        self.trace = Trace(lanes[0].run.folder / "profile" if shell.profile else None)
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self, stack: ExitStack) -> None:
         stack.callback(self.feed.close)
-        stack.callback(self._end_trace)
+        stack.callback(lambda: self.trace.close(self.state))
         for lane in self.lanes:  # killed between its last checkpoint and the note that it is finished
             if not lane.ended and not lane.active:
                 lane.end("finished", self._compile_share())
         remaining = sum(lane.stop - lane.step for lane in self.lanes if lane.active)
-        with _interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
+        with interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
             self._save([lane for lane in self.lanes if lane.active and not agree(lane.checkpoints.steps)])
             self.clock = time.perf_counter()
             while any(lane.active for lane in self.lanes) and not self.agreement.has(STOP):
@@ -174,7 +175,7 @@ class _Loop:
         batch = self.feed.take(request, self.stage)
         ready = time.perf_counter()
         active = np.isin(np.arange(len(self.lanes)), [number for number, _ in request])
-        self._trace()
+        self.trace.step(self.state)
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
         self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
         for number, _ in request:
@@ -315,49 +316,12 @@ class _Loop:
             state = self.program.take(self.state, np.int32(self.lanes.index(lane)))
             lane.checkpoints.save(lane.step, state, score)
 
-    def _trace(self) -> None:
-        """Begin and end the profiler's trace, of a few steps after the first ones."""
-        if not self.shell.profile:
-            return
-        if self.dispatched == _PROFILED.start:
-            jax.profiler.start_trace(str(self.lanes[0].run.folder / "profile"))
-            self.profiling = True
-        elif self.dispatched == _PROFILED.stop:
-            self._end_trace()
-
-    def _end_trace(self) -> None:
-        if self.profiling:
-            self.profiling = False
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-
     def _compile_share(self) -> float:
         return self.compile_seconds / len(self.lanes)
 
     def _note(self) -> str:
         losses = [lane.last["loss"] for lane in self.lanes if lane.last.get("loss") is not None]
         return f"loss {min(losses):.3f}" if losses else ""
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that the step under way is finished and saved."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence) -> None:

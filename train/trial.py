@@ -1,95 +1,27 @@
 """A trial: the host's side of one lane, and what a caller says and is told of it."""
 
 import collections
-import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from model import ModelConfig, Params, accounting
+from model import ModelConfig, accounting
 from model.errors import InputError
 from train.branch import Branch
 from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
+from train.data.folders import Data
 from train.data.mixture import PhasedLoader
-from train.data.shards import TokenShards
 from train.hosts import agree
 from train.metrics import MetricsLog, read_metrics
 from train.phases import Plan, Stage
-from train.run import Identity, Run, load_run
+from train.result import Result
+from train.run import Identity, Run
 from train.schedule import uses_horizon
 from train.shell import Shell
 from train.step import metric_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run went.
-
-    status: finished, diverged or interrupted. loss: training cross-entropy of the last step, nats per token.
-    validation_loss: on the fixed validation tokens at the run's end (None unless finished). epochs: passes over
-    the training data; above 1 tokens were repeated. flops_6nd and flops_exact: of the whole run, by convention
-    (see model/accounting.py), the trunk's part of a branch included; branch_step: the steps of that part, which the
-    trunk has been charged for. skipped: steps that were not finite. seconds: training time without compilation, over
-    all restarts.
-    """
-
-    run: Path
-    status: str
-    steps: int
-    tokens: int
-    epochs: float
-    parameters: int
-    flops_6nd: float
-    flops_exact: float
-    loss: float | None
-    validation_loss: float | None
-    seconds: float
-    compile_seconds: float
-    skipped: int = 0
-    rollbacks: int = 0
-    branch_step: int = 0
-
-    @property
-    def params(self) -> Params:
-        """The parameters of the run's newest checkpoint."""
-        return load_run(self.run)[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Where a run's tokens come from. folders: by the names that mixtures use, the first for validation too."""
-
-    folders: dict[str, str]
-    sources: dict[str, TokenShards]
-
-    @classmethod
-    def open(cls, data: str | Path | Mapping[str, str | Path]) -> "Data":
-        """A prepared folder, or several by name."""
-        given = data if isinstance(data, Mapping) else {"data": data}
-        if not given:
-            raise InputError("a run needs at least one source of data")
-        folders = {name: str(Path(folder).resolve()) for name, folder in given.items()}
-        return cls(folders, {name: TokenShards(folder, "train") for name, folder in folders.items()})
-
-    @property
-    def first(self) -> str:
-        """The folder of the first source."""
-        return next(iter(self.folders.values()))
-
-    @property
-    def hash(self) -> str | dict[str, str]:
-        """What names the data, wherever it lies."""
-        hashes = {name: shards.manifest.hash for name, shards in self.sources.items()}
-        return hashes if len(hashes) > 1 else next(iter(hashes.values()))
-
-    @property
-    def place(self) -> str | dict[str, str]:
-        """What a run notes of it."""
-        return self.folders if len(self.folders) > 1 else self.first
 
 
 class Trial:

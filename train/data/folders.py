@@ -1,0 +1,41 @@
+"""The data folders of a run, by the names that mixtures use."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from model.errors import InputError
+from train.data.shards import TokenShards
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where a run's tokens come from. folders: by the names that mixtures use, the first for validation too."""
+
+    folders: dict[str, str]
+    sources: dict[str, TokenShards]
+
+    @classmethod
+    def open(cls, data: str | Path | Mapping[str, str | Path]) -> "Data":
+        """A prepared folder, or several by name."""
+        given = data if isinstance(data, Mapping) else {"data": data}
+        if not given:
+            raise InputError("a run needs at least one source of data")
+        folders = {name: str(Path(folder).resolve()) for name, folder in given.items()}
+        return cls(folders, {name: TokenShards(folder, "train") for name, folder in folders.items()})
+
+    @property
+    def first(self) -> str:
+        """The folder of the first source."""
+        return next(iter(self.folders.values()))
+
+    @property
+    def hash(self) -> str | dict[str, str]:
+        """What names the data, wherever it lies."""
+        hashes = {name: shards.manifest.hash for name, shards in self.sources.items()}
+        return hashes if len(hashes) > 1 else next(iter(hashes.values()))
+
+    @property
+    def place(self) -> str | dict[str, str]:
+        """What a run notes of it."""
+        return self.folders if len(self.folders) > 1 else self.first
