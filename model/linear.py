@@ -23,7 +23,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight) -> Float[Array, "*batch d_out
     """`x @ weight` for every weight type; the product runs in x's precision."""
     if isinstance(weight, Transposed):
         return jax.lax.dot_general(x, weight.weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    weight = weight.astype(x.dtype)
+    weight = jnp.asarray(weight, x.dtype)
     alone = jax.sharding.get_abstract_mesh().size <= 1  # rows that lie on several devices must not be joined
     if jax.default_backend() != "cpu" or not alone or weight.ndim != 2:
         return x @ weight

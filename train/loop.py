@@ -82,7 +82,7 @@ def population(
     A lane ends at its own horizon (`hparams.total_steps`, or `steps`) and is frozen from there on; one that goes
     non-finite for `max_skipped` steps ends as "diverged" and changes no bit of its neighbours. Raises as `train` does.
     """
-    _check(config, train_config, hparams, runs)
+    _check(config, train_config, hparams, runs, shell)
     opened = Data.open(data)
     for name, source in opened.sources.items():
         if source.manifest.vocab_size > config.vocab_size:
@@ -324,7 +324,9 @@ class _Loop:
         return f"loss {min(losses):.3f}" if losses else ""
 
 
-def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence) -> None:
+def _check(
+    config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence, shell: Shell
+) -> None:
     if not hparams:
         raise InputError("a population needs at least one lane")
     if len(hparams) != len(runs):
@@ -339,3 +341,9 @@ def _check(config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HPa
     longest = max([train_config.seq_len, *(phase.seq_len or 0 for phase in train_config.phases)])
     if longest > config.max_seq_len:
         raise InputError(f"seq_len={longest} is longer than the model's context, max_seq_len={config.max_seq_len}")
+    planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
+    if train_config.spike_sigma > 0 and not planned:
+        raise InputError(
+            f"spike_sigma={train_config.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
+            "must not depend on the clock"
+        )

@@ -85,7 +85,7 @@ def test_so_do_the_others(model, meshes):
     assert_one_device_is_equalled(model, *meshes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
     hparams, shell = HParams(learning_rate=1e-2), Shell(mesh={"data": 1}, evaluate_tokens=512)
     one = train(CONFIG, TRAIN_CONFIG, hparams, data=data, run=tmp_path / "one", steps=10, shell=shell)

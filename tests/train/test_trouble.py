@@ -240,6 +240,7 @@ def test_data_that_stay_bad_are_a_divergence(data, tmp_path, monkeypatch):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.long
 def test_one_lane_goes_back_alone(data, tmp_path, monkeypatch):
     """Its neighbour, whose data are sound, changes no bit."""
     plain = PhasedLoader.batch
