@@ -102,7 +102,7 @@ def test_sigterm_saves_and_resumes(data, uninterrupted, tmp_path):
     finish_and_compare(data, run, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # of every file: test_checkpoint.py
 def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
     """Orbax alone would restore a flipped bit without a word."""
     run = tmp_path / "run"

@@ -22,7 +22,7 @@ from train import HParams, Shell, TrainConfig, init_state, train
 from train.config import Optimizer
 from train.metrics import read_metrics
 
-STEPS = 10
+STEPS = 20
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)  # as in test_run, whose program one device has then
 RUN = """
