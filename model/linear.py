@@ -34,8 +34,8 @@ def matmul(x: Float[Array, "*batch d_in"], weight) -> Float[Array, "*batch d_out
 def _product(x: Array, weight: Array) -> Array:
     """`x @ weight` with a gradient of the weight that transposes the narrower of x and y's gradient.
 
-    A CPU's product wants its left side transposed in memory first, which costs as much as a tenth of the product.
-    Reverse mode only.
+    A CPU's product copies a transposed left side first, which for a wide one takes nearly as long as the product
+    (docs/LOG.md). Reverse mode only.
     """
     return x @ weight
 

@@ -40,7 +40,7 @@ class Trial:
     ):
         if train_config.phases:
             self.plan = Plan.of(train_config)
-            self.stop = Plan.of(train_config, steps).total_steps if steps is None else steps
+            self.stop = self.plan.total_steps if steps is None else steps
         else:
             self.stop = int(hparams.total_steps) if steps is None else steps
             if self.stop < 1:
@@ -150,6 +150,8 @@ class Trial:
         rolled_back = sum(back["to"] < step for back in self.rollbacks)
         rollbacks = {"rollbacks": rolled_back} if rolled_back else {}
         self.last = {"step": step, **self.books(step)} | known | rollbacks
+        if len(self.loader.sources) > 1:
+            self.last |= {f"tokens/{name}": drawn for name, drawn in self.loader.sources_drawn(step).items()}
         stage = self.plan.stage(step - 1)
         if self.train_config.phases:
             self.last |= {"phase": stage.phase, "batch_size": stage.batch_size, "seq_len": stage.seq_len}

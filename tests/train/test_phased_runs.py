@@ -106,6 +106,9 @@ def test_rows_come_from_the_sources_as_mixed(whole, sources):
     assert 75 <= rows["web", 16] <= 87
     assert rows["web", 16] + rows["books", 16] == first + annealing
     assert (rows["web", 32], rows["books", 32]) == (0, long)
+    last = read_metrics(whole[0])[-1]
+    for name in sources:
+        assert last[f"tokens/{name}"] == 16 * rows[name, 16] + 32 * rows[name, 32]
 
 
 def test_one_program_per_shape_and_none_within_a_stage(whole):
