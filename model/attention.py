@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from model.cache import append
+from model.cache import append, fill, slots_of, stored
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
@@ -46,8 +47,7 @@ class Attention(nn.Module):
         if context.rotary is not None:
             query = rotate(query, context.rotary, config.rope_interleaved)
             key = rotate(key, context.rotary, config.rope_interleaved)
-        if cache is not None:
-            (key, value), cache = remember(cache, (key, value), context, query.dtype)
+        keys, values = seen(cache, (key, value), context)
         sinks = None
         if config.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (config.num_heads,))
@@ -59,8 +59,8 @@ class Attention(nn.Module):
             return merge(config, attend_fused(kernel, query, key, value, context, scale)), None, None
         mixed, weights = attend(
             query,
-            key,
-            value,
+            keys,
+            values,
             context.mask,
             scale=scale,
             bias=context.bias,
@@ -68,6 +68,8 @@ class Attention(nn.Module):
             sinks=sinks,
             dropout=dropout,
         )
+        if cache is not None:
+            cache = remember(cache, (key, value), context, mixed)
         return merge(config, mixed), cache, weights if self.wants_weights else None
 
 
@@ -94,15 +96,12 @@ class CrossAttention(nn.Module):
             if cache is None:
                 key, value = made
             else:
-                source = context.encoder.shape[1]
-                cache = tuple(
-                    old.at[:, :, :source].set(new.astype(old.dtype)) for old, new in zip(cache, made, strict=True)
-                )
+                cache = tuple(fill(old, new) for old, new in zip(cache, made, strict=True))
         if cache is not None:
-            key, value = (array.astype(query.dtype) for array in cache)
+            key, value = (stored(entry, query.dtype) for entry in cache)
         assert context.encoder_mask is not None
         scale = config.attention_scale or config.head_dim**-0.5
-        mixed, weights = attend(query, key, value, context.encoder_mask, scale=scale, dropout=dropout)
+        mixed, weights = attend(query, (key,), (value,), context.encoder_mask, scale=scale, dropout=dropout)
         return merge(config, mixed), cache, weights
 
 
@@ -124,20 +123,30 @@ def split_heads(x: Float[Array, "batch seq features"], heads: int) -> Float[Arra
     return x.reshape(batch, seq, heads, features // heads).transpose(0, 2, 1, 3)
 
 
-def remember(cache: Entry, new: Entry, context: Context, dtype: jnp.dtype) -> tuple[Entry, Entry]:
-    """(what attention sees, the cache with `new` in it): see `Context.appended`."""
+def seen(cache: Entry | None, new: Entry, context: Context) -> tuple[tuple[Array, ...], ...]:
+    """What attention sees of every array of an entry: the cache as it was, where there is one, then the chunk."""
+    if cache is None or context.fresh:
+        return tuple((x,) for x in new)
+    return tuple((stored(old, x.dtype), x) for old, x in zip(cache, new, strict=True))
+
+
+def remember(cache: Entry, new: Entry, context: Context, mixed: Float[Array, "batch heads seq _"]) -> Entry:
+    """The cache with the chunk in it. A row whose attention gave an infinity is not written.
+
+    That makes the write wait for the attention, so that compilers see that nobody reads the cache after it and write
+    in place; a copy of the cache would cost as much as reading it.
+    """
+    if context.fresh and new[0].shape[2] <= slots_of(cache[0]):
+        return tuple(fill(old, x) for old, x in zip(cache, new, strict=True))
     assert context.slots is not None
-    appended = tuple(append(old, x, context.slots) for old, x in zip(cache, new, strict=True))
-    if context.appended:
-        return tuple(array.astype(dtype) for array in appended), appended
-    seen = [jnp.concatenate([old.astype(dtype), x], axis=2) for old, x in zip(cache, new, strict=True)]
-    return tuple(seen), appended
+    slots = jnp.where(jnp.isinf(mixed[:, 0, :1, 0]), slots_of(cache[0]), context.slots)
+    return tuple(append(old, x, slots) for old, x in zip(cache, new, strict=True))
 
 
 def attend(
     query: Float[Array, "batch heads seq head_dim"],
-    key: Float[Array, "batch kv_heads key head_dim"],
-    value: Float[Array, "batch kv_heads key value_dim"],
+    keys: tuple[Float[Array, "batch kv_heads _ head_dim"], ...],
+    values: tuple[Float[Array, "batch kv_heads _ value_dim"], ...],
     mask: Bool[Array, "mask_rows seq_or_one key"],
     *,
     scale: float,
@@ -148,17 +157,19 @@ def attend(
 ) -> tuple[Float[Array, "batch heads seq value_dim"], Float[Array, "batch heads seq key"]]:
     """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros.
 
-    softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head beside the keys that
-    takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
+    keys and values come in one or several parts, one after the other along the axis that the mask calls "key": to join
+    them would copy them. softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head
+    beside the keys that takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
     """
     query = constrain(query, "batch", "heads", "sequence", None)
-    key = constrain(key, "batch", "kv_heads", None, None)  # every query sees the whole row
-    value = constrain(value, "batch", "kv_heads", None, None)
+    whole = lambda x: constrain(x, "batch", "kv_heads", None, None)  # every query sees the whole row
+    keys, values = tuple(map(whole, keys)), tuple(map(whole, values))
     batch, heads, seq, head_dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads = keys[0].shape[1]
     # Folding the group into the query axis makes every variant one batched product over KV heads.
     query = query.reshape(batch, kv_heads, heads // kv_heads * seq, head_dim) * scale
-    scores = jnp.einsum("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
+    product = lambda key: jnp.einsum("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([product(key) for key in keys], axis=-1) if len(keys) > 1 else product(keys[0])
     scores = scores.reshape(batch, heads, seq, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -171,7 +182,9 @@ def attend(
         beside = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
     weights = weights if dropout is None else dropout(weights)
-    grouped = weights.astype(value.dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
-    mixed = jnp.einsum("bkqt,bkth->bkqh", grouped, value).reshape(batch, heads, seq, value.shape[-1])
+    grouped = weights.astype(values[0].dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
+    parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
+    mixed = sum(jnp.einsum("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True))
+    mixed = mixed.reshape(batch, heads, seq, values[0].shape[-1])
     sees = mask.any(axis=-1)[:, None, :, None]  # the softmax of no scores at all is an even one
     return jnp.where(sees, mixed, 0), jnp.where(sees, weights, 0.0)

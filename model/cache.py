@@ -4,19 +4,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, UnknownNameError
 from model.layout import layer_kinds
 
-LayerCache = dict[str, tuple[Array, ...]]
+LayerCache = dict[str, tuple[Any, ...]]
 """{"self": what the layer keeps of its own tokens, "cross": of the encoder's (encoder-decoder only)}.
 
 Each is (keys, values), both [batch, kv_heads, slots, head_dim]; of latent attention it is one array
-[batch, 1, slots, kv_rank + rope_dim] that serves as both.
+[batch, 1, slots, kv_rank + rope_dim] that serves as both. In int8 each is a `Quantised`.
 """
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+@struct.dataclass
+class Quantised:
+    """Vectors in int8, each with a scale for every part of its features: |error| ≤ scale / 2.
+
+    parts: how many features share a scale; a latent vector's two halves differ in size.
+    """
+
+    values: Any  # int8 [batch, kv_heads, slots, features]
+    scales: Any  # float32 [batch, kv_heads, slots, parts]
+    parts: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
 
 @struct.dataclass
@@ -24,7 +38,7 @@ class KVCache:
     """What attention has seen: row b holds `lengths[b]` tokens, at positions 0 … lengths[b] − 1.
 
     One entry per layer, each an array of its own: a stacked one would be copied whenever a layer is taken out of it.
-    A sliding-window layer holds only its window, position p in slot p mod window. encoder_lengths: tokens of each
+    A sliding-window layer holds only its window, position p in slot p mod its slots. encoder_lengths: tokens of each
     row's encoder side, for an encoder-decoder. capacity: tokens that a row can hold, static. Leaves are Any because
     JAX also fills the tree with shapes and shardings.
     """
@@ -34,17 +48,28 @@ class KVCache:
     encoder_lengths: Any = None  # int32 [batch] or None
     capacity: int = struct.field(pytree_node=False, default=0)
 
+    def slots_of(self, layer: int) -> int:
+        """Tokens that a layer can hold: the capacity, or fewer under a sliding window."""
+        return slots_of(self.layers[layer]["self"][0])
+
     @property
     def encoder_capacity(self) -> int:
         """Encoder tokens that a row can hold."""
-        return self.layers[0]["cross"][0].shape[2]
+        return slots_of(self.layers[0]["cross"][0])
 
 
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, dtype: str | None = None, encoder_capacity: int | None = None
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    dtype: str | None = None,
+    encoder_capacity: int | None = None,
+    spare: int = 0,
 ) -> KVCache:
-    """An empty cache. dtype None: the compute dtype. encoder_capacity: of an encoder-decoder; None: `capacity`.
+    """An empty cache. dtype: "float32", "bfloat16" or "int8"; None: the compute dtype.
 
+    encoder_capacity: of an encoder-decoder; None: `capacity`. spare: so many of the newest tokens can be taken back
+    (`rewind`); a window's layer keeps as many older ones for it.
     Raises InputError where positions would run out, and for an encoder, which has nothing to remember.
     """
     if config.stack == "encoder":
@@ -55,17 +80,25 @@ def init_cache(
         raise InputError(
             f"capacity={capacity} exceeds max_seq_len={config.max_seq_len}, where the learned positions end"
         )
-    empty = lambda heads, slots, features: jnp.zeros((batch, heads, slots, features), dtype or config.compute_dtype)
+    dtype = dtype or config.compute_dtype
+    if dtype not in CACHE_DTYPES:
+        raise UnknownNameError("cache dtype", str(dtype), CACHE_DTYPES)
 
-    def pair(slots: int) -> tuple[Array, ...]:
+    def empty(heads: int, slots: int, parts: tuple[int, ...]) -> Any:
+        shape = (batch, heads, slots)
+        if dtype != "int8":
+            return jnp.zeros((*shape, sum(parts)), dtype)
+        return Quantised(jnp.zeros((*shape, sum(parts)), jnp.int8), jnp.zeros((*shape, len(parts))), parts)
+
+    def entry(slots: int) -> tuple[Any, ...]:
         if config.latent is not None:
-            return (empty(1, slots, config.latent.kv_rank + config.latent.rope_dim),)
-        return tuple(empty(config.num_kv_heads, slots, config.head_dim) for _ in range(2))
+            return (empty(1, slots, (config.latent.kv_rank, config.latent.rope_dim)),)
+        return tuple(empty(config.num_kv_heads, slots, (config.head_dim,)) for _ in range(2))
 
     layers = []
     for kind in layer_kinds(config):
-        layer = {"self": pair(capacity if kind.window is None else min(kind.window, capacity))}
-        layers.append(layer | {"cross": pair(encoder_capacity or capacity)} if kind.cross else layer)
+        layer = {"self": entry(capacity if kind.window is None else min(kind.window + spare, capacity))}
+        layers.append(layer | {"cross": entry(encoder_capacity or capacity)} if kind.cross else layer)
     lengths = lambda: jnp.zeros(batch, jnp.int32)
     return KVCache(
         layers=tuple(layers),
@@ -75,11 +108,55 @@ def init_cache(
     )
 
 
-def append(
-    cache: Float[Array, "batch kv_heads slots features"],
-    new: Float[Array, "batch kv_heads seq features"],
-    slots: Int[Array, "batch seq"],
-) -> Float[Array, "batch kv_heads slots features"]:
-    """Write `new` at each row's own slots; a slot past the last is not written."""
-    write_row = lambda row, update, slot: row.at[:, slot].set(update.astype(row.dtype), mode="drop")
+def append(cache: Any, new: Float[Array, "batch kv_heads seq features"], slots: Int[Array, "batch seq"]) -> Any:
+    """Write `new` at each row's own slots of an entry's array; a slot past the last is not written."""
+    if isinstance(cache, Quantised):
+        return _quantised(cache, new, lambda old, x: append(old, x, slots))
+    new = new.astype(cache.dtype)
+    if new.shape[2] == 1 and cache.shape[0] <= _FEW_ROWS and jax.default_backend() == "cpu":
+        return _append_in_turn(cache, new, slots[:, 0])
+    write_row = lambda row, update, slot: row.at[:, slot].set(update, mode="drop")
     return jax.vmap(write_row)(cache, new, slots)
+
+
+def fill(cache: Any, new: Float[Array, "batch kv_heads seq features"]) -> Any:
+    """Write `new` at the first slots of an entry's array, of every row."""
+    if isinstance(cache, Quantised):
+        return _quantised(cache, new, fill)
+    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (0, 0, 0, 0))
+
+
+def slots_of(cache: Any) -> int:
+    """Tokens that an entry's array can hold."""
+    return (cache.values if isinstance(cache, Quantised) else cache).shape[2]
+
+
+_FEW_ROWS = 32  # as many updates in turn cost a CPU less than one scatter, which it runs as a loop
+
+
+def _append_in_turn(cache: Array, new: Array, slots: Int[Array, " batch"]) -> Array:
+    last = cache.shape[2] - 1
+    for row in range(cache.shape[0]):
+        at = (row, 0, jnp.minimum(slots[row], last), 0)
+        old = jax.lax.dynamic_slice(cache, at, (1, *new.shape[1:]))
+        cache = jax.lax.dynamic_update_slice(cache, jnp.where(slots[row] <= last, new[row : row + 1], old), at)
+    return cache
+
+
+def stored(cache: Any, dtype: jnp.dtype) -> Float[Array, "batch kv_heads slots features"]:
+    """The vectors of an entry's array, in this precision."""
+    if not isinstance(cache, Quantised):
+        return cache.astype(dtype)
+    scales = [jnp.repeat(cache.scales[..., i : i + 1], size, axis=-1) for i, size in enumerate(cache.parts)]
+    return cache.values.astype(dtype) * jnp.concatenate(scales, axis=-1).astype(dtype)
+
+
+def _quantised(cache: Quantised, new: Array, write: Any) -> Quantised:
+    """`write` of the values and of the scales: symmetric, the largest of each part becomes 127."""
+    pieces = jnp.split(new.astype(jnp.float32), np.cumsum(cache.parts)[:-1], axis=-1)
+    scales = [jnp.max(jnp.abs(piece), axis=-1, keepdims=True) / 127 for piece in pieces]
+    values = [jnp.round(piece / jnp.where(scale > 0, scale, 1)) for piece, scale in zip(pieces, scales, strict=True)]
+    return cache.replace(  # type: ignore[attr-defined]
+        values=write(cache.values, jnp.concatenate(values, axis=-1)),
+        scales=write(cache.scales, jnp.concatenate(scales, axis=-1)),
+    )

@@ -1,6 +1,6 @@
 """What the layers of one pass share: who sees whom, and where everybody stands."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ class Context:
 
     mask: which key each query sees. bias: added to the scores, or None. rotary: tables for this pass's tokens, or
     None. real: False for padding. slots: with a cache, where each token's key and value are written (the cache's
-    size or more: not written). appended: whether attention sees the cache after this chunk was written into it, or
-    (for a window, whose older entries the chunk may overwrite) the cache as it was, followed by the chunk.
+    size or more: not written); keys are then the cache's slots as they were before this chunk, followed by the chunk.
+    fresh: the cache was empty, so that the chunk alone is seen.
     encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
     segment_ids, causal, window: what the mask of a pass over whole rows was made of, for kernels that make their own.
     """
@@ -30,7 +30,7 @@ class Context:
     rotary: RotaryTables | None = None
     real: Bool[Array, "batch seq"] | None = None
     slots: Int[Array, "batch seq"] | None = None
-    appended: bool = struct.field(pytree_node=False, default=True)
+    fresh: bool = struct.field(pytree_node=False, default=False)
     encoder: Float[Array, "batch source d_model"] | None = None
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None
     segment_ids: Int[Array, "batch seq"] | None = None
@@ -74,34 +74,35 @@ def whole_rows(
 def with_cache(
     config: ModelConfig,
     stack: dict[str, Any],
-    kinds: Iterable[LayerKind],
+    kinds: Sequence[LayerKind],
     cache: KVCache,
     real: Bool[Array, "batch seq"],
     encoder: Float[Array, "batch source d_model"] | None = None,
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
+    fresh: bool = False,
 ) -> dict[str, Context]:
-    """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding."""
+    """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding.
+
+    fresh: the cache is known to be empty.
+    """
     seq = real.shape[1]
     positions = cache.lengths[:, None] + jnp.arange(seq)[None]
     written = real & (positions < cache.capacity)
     end = cache.lengths + jnp.sum(written, axis=1)
     contexts = {}
+    chunk = jnp.where(written, positions, -1)
     for kind in set(kinds):
-        size = cache.capacity if kind.window is None else min(kind.window, cache.capacity)
-        slot = jnp.arange(size)[None]
+        size = cache.slots_of(kinds.index(kind))
         # The window of a local layer is a ring: position p stands in slot p mod size.
-        appended = size == cache.capacity or seq == 1
-        newest = (end if appended else cache.lengths)[:, None] - 1
-        keys = newest - (newest - slot) % size
-        if not appended:
-            keys = jnp.concatenate([keys, jnp.where(written, positions, -1)], axis=1)
+        newest = cache.lengths[:, None] - 1
+        keys = chunk if fresh else jnp.concatenate([newest - (newest - jnp.arange(size)[None]) % size, chunk], axis=1)
         contexts[kind.name] = Context(
             mask=(keys >= 0)[:, None, :] & _visible(positions, keys, kind.window),
             bias=_bias(config, stack, kind, positions, keys),
             rotary=_rotary(config, kind, positions),
             real=real,
             slots=jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
-            appended=appended,
+            fresh=fresh,
             encoder=encoder,
             encoder_mask=encoder_mask,
         )

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.attention import Entry, Mixed, attend, merge, remember, split_heads
+from model.attention import Entry, Mixed, attend, merge, remember, seen, split_heads
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
@@ -63,13 +63,14 @@ class LatentAttention(nn.Module):
             key_nope, value = jnp.split(split_heads(up(compressed), heads), [latent.nope_dim], axis=-1)
             key_rope = jnp.broadcast_to(key_rope, (*key_nope.shape[:-1], latent.rope_dim))
             key = jnp.concatenate([key_nope, key_rope], axis=-1)
-            mixed, weights = score(jnp.concatenate([query_nope, query_rope], axis=-1), key, value)
+            mixed, weights = score(jnp.concatenate([query_nope, query_rope], axis=-1), (key,), (value,))
         else:
             matrix = up.matrix().astype(dtype).reshape(latent.kv_rank, heads, -1)
             key_up, value_up = matrix[..., : latent.nope_dim], matrix[..., latent.nope_dim :]
             new = jnp.concatenate([compressed[:, None], key_rope], axis=-1)
-            (seen,), cache = remember(cache, (new,), context, dtype)
+            (keys,) = seen(cache, (new,), context)
             query = jnp.concatenate([jnp.einsum("bhsn,rhn->bhsr", query_nope, key_up), query_rope], axis=-1)
-            mixed, weights = score(query, seen, seen)
+            mixed, weights = score(query, keys, keys)
+            cache = remember(cache, (new,), context, mixed)
             mixed = jnp.einsum("bhsr,rhv->bhsv", mixed[..., : latent.kv_rank], value_up)
         return merge(config, mixed), cache, weights if self.wants_weights else None

@@ -1,52 +1,14 @@
 """One Linear for all projections, and the weight types that it takes."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
 from model.parameterization import initializer
 from model.sharding import parts_of
-
-
-@struct.dataclass
-class Transposed:
-    """A weight stored as (out, in): the layout in which small-batch decode reads fastest on CPU."""
-
-    weight: Float[Array, "d_out d_in"]
-
-
-def matmul(x: Float[Array, "*batch d_in"], weight) -> Float[Array, "*batch d_out"]:
-    """`x @ weight` for every weight type; the product runs in x's precision."""
-    if isinstance(weight, Transposed):
-        return jax.lax.dot_general(x, weight.weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    weight = jnp.asarray(weight, x.dtype)
-    alone = jax.sharding.get_abstract_mesh().size <= 1  # rows that lie on several devices must not be joined
-    if jax.default_backend() != "cpu" or not alone or weight.ndim != 2:
-        return x @ weight
-    return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[-1])
-
-
-@jax.custom_vjp
-def _product(x: Array, weight: Array) -> Array:
-    """`x @ weight` with a gradient of the weight that transposes the narrower of x and y's gradient.
-
-    A CPU's product copies a transposed left side first, which for a wide one takes nearly as long as the product
-    (docs/LOG.md). Reverse mode only.
-    """
-    return x @ weight
-
-
-def _product_back(saved: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    narrow = change.shape[-1] < x.shape[-1]
-    return change @ weight.T, (change.T @ x).T if narrow else x.T @ change
-
-
-_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _product_back)
+from model.weights import Transposed, is_weight, matmul, plain  # noqa: F401 – Transposed is handed on
 
 
 class Linear(nn.Module):
@@ -74,7 +36,7 @@ class Linear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether the weight is there, as a plain array."""
-        return not self.is_initializing() and not isinstance(self.get_variable("params", "weight"), Transposed)
+        return not self.is_initializing() and not is_weight(self.get_variable("params", "weight"))
 
     def bias(self) -> Float[Array, " d_out"]:
         """The bias; raises where there is none."""
@@ -82,8 +44,7 @@ class Linear(nn.Module):
 
     def matrix(self) -> Float[Array, "d_in d_out"]:
         """The weight as a plain array, for products that take it apart."""
-        weight = self.get_variable("params", "weight")
-        return weight.weight.T if isinstance(weight, Transposed) else weight
+        return plain(self.get_variable("params", "weight"))
 
 
 _FEW_ROWS = 64  # of a product for which joining the matrices, a copy of them, would cost more than it saves

@@ -158,11 +158,15 @@ def forward_cached(
     cache: KVCache,
     encoder_tokens: Int[Array, "batch source"] | None = None,
     encoder_lengths: Int[Array, " batch"] | None = None,
-) -> tuple[Float[Array, "batch d_model"], KVCache]:
-    """Append a chunk to the cache: the final hidden state of each row's last token, and the cache.
+    *,
+    fresh: bool = False,
+    every: bool = False,
+) -> tuple[Float[Array, "batch *seq d_model"], KVCache]:
+    """Append a chunk to the cache: the final hidden state of each row's last token (every: of all), and the cache.
 
     tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not written past
     it and its hidden state is NaN. encoder_tokens: encoded, and their keys and values kept for the chunks to come.
+    fresh: the cache is known to be empty, which spares looking at it.
     """
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     encoder = encoder_mask = None
@@ -172,16 +176,18 @@ def forward_cached(
     if sources is not None:
         encoder_mask = (jnp.arange(cache.encoder_capacity)[None] < sources[:, None])[:, None]
     kinds = layer_kinds(config)
-    contexts = with_cache(config, params, kinds, cache, real, encoder, encoder_mask)
+    contexts = with_cache(config, params, kinds, cache, real, encoder, encoder_mask, fresh)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     layers = []
     for kind, tree, layer in zip(kinds, layer_trees(params["layers"], kinds), cache.layers, strict=True):
         x, layer, _, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer)
         layers.append(layer)
-    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    if not every:
+        x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     end = cache.lengths + lengths
-    final_hidden = jnp.where((end > cache.capacity)[:, None], jnp.nan, _final_norm(config, params, last))
+    full = (end > cache.capacity).reshape(-1, *(1,) * (x.ndim - 1))
+    final_hidden = jnp.where(full, jnp.nan, _final_norm(config, params, x))
     cache = cache.replace(  # type: ignore[attr-defined]
         layers=tuple(layers), lengths=jnp.minimum(end, cache.capacity), encoder_lengths=sources
     )

@@ -1,0 +1,202 @@
+"""The forms in which a weight can be stored, and the product with each; rows are outputs: (out, in).
+
+Their fields are Any because JAX also fills such trees with shapes and shardings.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Transposed:
+    """A weight stored as (out, in): the layout in which small-batch decode reads fastest on CPU."""
+
+    weight: Any  # float32 or bfloat16 [out, in]
+
+
+@struct.dataclass
+class Int8:
+    """weight · scale, one scale per output; activations stay as they are."""
+
+    weight: Any  # int8 [out, in]
+    scale: Any  # float32 [out]
+
+
+@struct.dataclass
+class Int8Dynamic:
+    """As `Int8`; activations are rounded to int8 too, with one scale per row of theirs, and summed as int32.
+
+    A row's scale is its own, so that what stands beside it in a batch changes nothing.
+    """
+
+    weight: Any  # int8 [out, in]
+    scale: Any  # float32 [out]
+
+
+@struct.dataclass
+class Int4:
+    """(nibble − 8) · scale, one scale per output and group of neighbouring inputs.
+
+    Two inputs a byte: of each group the first half lies in the low nibbles, the second in the high ones. The last
+    group is padded; d_in says how many inputs there are.
+    """
+
+    packed: Any  # uint8 [out, groups · half a group]
+    scale: Any  # float32 [out, groups]
+    d_in: int = struct.field(pytree_node=False, default=0)
+
+
+TYPES = (Transposed, Int8, Int8Dynamic, Int4)
+
+
+def is_weight(x: Any) -> bool:
+    """Whether x is one of the stored forms; a plain array is not."""
+    return isinstance(x, TYPES)
+
+
+def matmul(x: Float[Array, "*batch d_in"], weight: Any) -> Float[Array, "*batch d_out"]:
+    """`x @ weight` for every stored form, and for a plain array (in, out); the product runs in x's precision."""
+    alone = jax.sharding.get_abstract_mesh().size <= 1  # rows that lie on several devices must not be joined
+    joins = jax.default_backend() == "cpu" and alone
+    if isinstance(weight, Int8Dynamic):
+        return _dynamic_product(x, weight)
+    if is_weight(weight):
+        rows = x.size // max(x.shape[-1], 1)
+        limit = _FEW_ROWS_OF_NIBBLES if isinstance(weight, Int4) else _FEW_ROWS
+        if joins and 0 < rows <= limit and jax.tree.leaves(weight)[0].dtype != x.dtype:
+            y = _product_in_blocks(x.reshape(rows, -1), weight)
+            return y.reshape(*x.shape[:-1], -1)
+        return _product_of_rows(x, weight)
+    weight = jnp.asarray(weight, x.dtype)
+    if not joins or weight.ndim != 2:
+        return x @ weight
+    return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def take_rows(weight: Any, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_in"]:
+    """Rows of a token table in any form, as numbers; NaN for an id outside the table."""
+    take = lambda table: jnp.take(table, ids, axis=0)
+    if isinstance(weight, Transposed):
+        return take(weight.weight)
+    if isinstance(weight, Int8 | Int8Dynamic):  # an integer table has no NaN to give, its scales have
+        return jnp.take(weight.weight, ids, axis=0, mode="clip") * take(weight.scale)[..., None]
+    if isinstance(weight, Int4):
+        packed = jnp.take(weight.packed, ids, axis=0, mode="clip")
+        rows = Int4(
+            packed.reshape(-1, packed.shape[-1]), take(weight.scale).reshape(-1, weight.scale.shape[1]), weight.d_in
+        )
+        return _spread(rows, jnp.float32).reshape(*ids.shape, weight.d_in)
+    return take(weight)
+
+
+def plain(weight: Any) -> Float[Array, "d_in d_out"]:
+    """The weight as a float array (in, out), for products that take it apart."""
+    if isinstance(weight, Transposed):
+        return weight.weight.T
+    if isinstance(weight, Int8 | Int8Dynamic):
+        return (weight.weight * weight.scale[:, None]).T
+    if isinstance(weight, Int4):
+        return _spread(weight, jnp.float32).T
+    return weight
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays in a tree, as they are stored."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# On a CPU the product of few rows with anything but x's own type first widens the whole matrix, at a fraction of the
+# memory's speed (docs/LOG.md). Widened a block at a time, which stays in the core's cache, it is read once as stored.
+_FEW_ROWS, _FEW_ROWS_OF_NIBBLES = 3, 16
+_BLOCK = 2**15  # entries of a block
+
+
+def _product_of_rows(x: Array, weight: Any) -> Array:
+    """The product with a matrix that is stored (out, in), in x's dtype."""
+    if isinstance(weight, Int8):
+        return _contract(x, weight.weight.astype(x.dtype)) * weight.scale.astype(x.dtype)
+    if isinstance(weight, Int4):
+        return _product_of_halves(x, weight)
+    return _contract(x, weight.weight.astype(x.dtype))
+
+
+def _product_of_halves(x: Array, weight: Int4) -> Array:
+    """Low and high nibbles apart, each with the inputs that it belongs to: to join them would be a copy."""
+    groups = weight.scale.shape[1]
+    padded = jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (0, 2 * weight.packed.shape[1] - weight.d_in)))
+    halves = padded.reshape(*x.shape[:-1], groups, 2, -1)
+    scale = weight.scale[..., None].astype(x.dtype)
+    rows = lambda whole: (whole.astype(x.dtype) * scale).reshape(len(whole), -1)
+    inputs = lambda half: halves[..., half, :].reshape(*x.shape[:-1], -1)
+    low, high = _nibbles(weight)
+    return _contract(inputs(0), rows(low)) + _contract(inputs(1), rows(high))
+
+
+def _product_in_blocks(x: Array, weight: Any) -> Array:
+    """As `_product_of_rows`, some outputs after the other; x is [rows, in]. The last block overlaps the one before."""
+    halved = isinstance(weight, Transposed) and weight.weight.dtype == jnp.bfloat16
+    if halved:  # as integers: a loop over bfloat16 is widened as a whole before it starts
+        weight = Transposed(jax.lax.bitcast_convert_type(weight.weight, jnp.uint16))
+    outputs = jax.tree.leaves(weight)[0].shape[0]
+    length = min(outputs, max(8, _BLOCK // x.shape[-1]))
+
+    def block(number, y):
+        first = number * length  # a slice that would end outside starts earlier, where it is read and written alike
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, length), weight)
+        if halved:
+            bits = part.weight.astype(jnp.uint32) << 16
+            part = Transposed(jax.lax.bitcast_convert_type(bits, jnp.float32))
+        return jax.lax.dynamic_update_slice_in_dim(y, _product_of_rows(x, part), first, axis=1)
+
+    return jax.lax.fori_loop(0, -(-outputs // length), block, jnp.zeros((x.shape[0], outputs), x.dtype))
+
+
+def _dynamic_product(x: Array, weight: Int8Dynamic) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    largest = jnp.max(jnp.abs(rows.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest / 127)  # a row that holds NaN keeps it in its scale
+    whole = jnp.round(rows / scale).astype(jnp.int8)
+    if jax.default_backend() == "cpu" and len(rows) == 1:  # the fast product starts at two rows
+        whole = jnp.pad(whole, ((0, 1), (0, 0)))
+    sums = jax.lax.dot_general(whole, weight.weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    y = sums[: len(rows)].astype(jnp.float32) * scale * weight.scale
+    return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _contract(x: Array, weight: Array) -> Array:
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _nibbles(weight: Int4) -> tuple[Array, Array]:
+    """The whole numbers −8 … 7 of each group's first and second half, both int8 [out, groups, half a group]."""
+    packed = weight.packed.reshape(*weight.scale.shape, -1)
+    return (packed & 15).astype(jnp.int8) - 8, (packed >> 4).astype(jnp.int8) - 8
+
+
+def _spread(weight: Int4, dtype: Any) -> Array:
+    whole = jnp.concatenate(_nibbles(weight), axis=-1)
+    values = whole.astype(dtype) * weight.scale[..., None].astype(dtype)
+    return values.reshape(values.shape[0], -1)[:, : weight.d_in]
+
+
+@jax.custom_vjp
+def _product(x: Array, weight: Array) -> Array:
+    """`x @ weight` with a gradient of the weight that transposes the narrower of x and y's gradient.
+
+    A CPU's product copies a transposed left side first, which for a wide one takes nearly as long as the product
+    (docs/LOG.md). Reverse mode only.
+    """
+    return x @ weight
+
+
+def _product_back(saved: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    narrow = change.shape[-1] < x.shape[-1]
+    return change @ weight.T, (change.T @ x).T if narrow else x.T @ change
+
+
+_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _product_back)
