@@ -1,6 +1,6 @@
 """How text comes out: a jitted prefill/decode pair with an explicit cache, and the loop around it."""
 
-from infer.generate import Generated, generate
+from infer.generate import Completion, Generated, generate, stream
 from infer.prepare import prepare
 from infer.sampling import GREEDY, Sampling
 from infer.step import decode_step, prefill
@@ -11,7 +11,9 @@ __all__ = [
     "prefill",
     "decode_step",
     "generate",
+    "stream",
     "Generated",
+    "Completion",
     "prepare",
     "Sampling",
     "GREEDY",

@@ -1,157 +1,217 @@
-"""Whole completions: one prefill, then a loop that stays on the device until every row has stopped."""
+"""Whole completions: prompts into a cache, then calls that stay on the device for many tokens, the next one under way
+while the host reads the last."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from infer.sampling import SamplerState, Sampling, choose
-from infer.step import prefill
-from model import KVCache, ModelConfig, Params, head, init_cache
+from infer.decode import FULL, ROOM, RUNNING, Emitted, Rows, begin, decode
+from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
+from infer.sampling import History, SamplerState, Sampling, row_keys
+from model import ModelConfig, Params
+from model.cache import grow
 from model.errors import InputError
-from model.transformer import forward_cached
+from model.sharding import under_mesh_of
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """The part of a tokenizer that stop strings need."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of these ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """One entry per prompt. tokens: without the stop id. logprobs: of those tokens, under the model.
+    """One entry per completion: those of the first prompt, those of the second, …
 
-    finish_reason: "stop" (a stop id came) or "length".
+    tokens: without the stop id, and up to where a stop string begins. logprobs: of those tokens, under the model.
+    finish_reason: "stop" (a stop id or string came) or "length". top_logprobs: of every token {id: log-probability} of
+    the likeliest ones in its place, where the sampling asks for them.
     """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finish_reason: list[str]
+    top_logprobs: list[list[dict[int, float]]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Completion:
+    """A row as far as the host has read it. finish_reason: None while it goes on."""
+
+    sampling: Sampling
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+
+    def read(self, emitted: Emitted, row: int, tokenizer: Decoder | None) -> None:
+        """Take in what a call made (host arrays) of this row."""
+        if self.finish_reason is not None:
+            return
+        for step in np.flatnonzero(emitted.tokens[row] >= 0):
+            self.tokens.append(int(emitted.tokens[row, step]))
+            self.logprobs.append(float(emitted.logprobs[row, step]))
+            asked = slice(0, self.sampling.logprobs)
+            likeliest = zip(emitted.top_ids[row, step, asked], emitted.top_logprobs[row, step, asked], strict=True)
+            self.top_logprobs.append({int(token): float(logprob) for token, logprob in likeliest})
+            if self.sampling.stop_strings and tokenizer is not None and self._cut(tokenizer):
+                return
+        if emitted.status[row] != RUNNING:
+            self.finish_reason = "length" if emitted.status[row] == FULL else "stop"
+
+    def _cut(self, tokenizer: Decoder) -> bool:
+        """Cut before the first token that reaches into a stop string, if one has come."""
+        text = tokenizer.decode(self.tokens)
+        found = [text.find(stop) for stop in self.sampling.stop_strings]
+        starts = [start for start in found if start >= 0]
+        if not starts:
+            return False
+        while self.tokens and len(tokenizer.decode(self.tokens)) > min(starts):
+            self.tokens.pop()
+        del self.logprobs[len(self.tokens) :], self.top_logprobs[len(self.tokens) :]
+        self.finish_reason = "stop"
+        return True
 
 
 def generate(
     config: ModelConfig,
     params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling = Sampling(),
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
     *,
     max_new_tokens: int = 64,
     key: PRNGKeyArray | None = None,
+    tokenizer: Decoder | None = None,
+    cache_dtype: str | None = None,
 ) -> Generated:
-    """Continue every prompt; prompts may differ in length. key None: `jax.random.key(0)`.
+    """Continue every prompt; prompts may differ in length, and in their sampling where a sequence is given.
 
-    Of an encoder-decoder the prompts are the encoder's, and the decoder starts from `decoder_start_token_id`. Prompt
-    lengths and token counts are rounded up to powers of two inside, so that few programs are ever compiled.
+    key: of all rows whose sampling has no seed; None: `jax.random.key(0)`. tokenizer: needed for stop strings.
+    cache_dtype: see `init_cache`. Of an encoder-decoder the prompts are the encoder's, and the decoder starts from
+    `decoder_start_token_id`. Lengths are rounded up to powers of two inside, so that few programs are ever compiled.
     Raises InputError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
-    _check(config, prompts, max_new_tokens)
-    encoder: dict[str, np.ndarray] = {}
-    encoder_capacity = None
-    if config.stack == "encoder-decoder":
-        sources, source_lengths = _padded(prompts, config.max_seq_len)
-        encoder = {"encoder_tokens": sources, "encoder_lengths": source_lengths}
-        encoder_capacity = sources.shape[1]
-        prompts = [[config.decoder_start_token_id]] * len(prompts)
-    tokens, lengths = _padded(prompts, config.max_seq_len)
-    capacity = min(_bucket(int(lengths.max()) + max_new_tokens), config.max_seq_len)
-    cache = init_cache(config, len(prompts), capacity, encoder_capacity=encoder_capacity)
-    logits, cache = prefill(config, params, tokens, lengths, cache, **encoder)
-    stop_ids = config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
-    state = SamplerState.create(sampling, jax.random.key(0) if key is None else key)
-    chosen, logprobs, counts, stopped = jax.device_get(
-        _decode(
-            config,
-            _bucket(max_new_tokens),
-            params,
-            logits,
-            cache,
-            state,
-            jnp.asarray(stop_ids, jnp.int32).reshape(-1),
-            jnp.int32(max_new_tokens),
-        )
-    )
+    rows: list[Completion] = []
+    for completions in stream(
+        config,
+        params,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        tokenizer=tokenizer,
+        cache_dtype=cache_dtype,
+        every=ROOM,
+    ):
+        rows = completions
     return Generated(
-        tokens=[row[:count].tolist() for row, count in zip(chosen, counts, strict=True)],
-        logprobs=[row[:count].tolist() for row, count in zip(logprobs, counts, strict=True)],
-        finish_reason=["stop" if stop else "length" for stop in stopped],
+        tokens=[row.tokens for row in rows],
+        logprobs=[row.logprobs for row in rows],
+        finish_reason=[str(row.finish_reason) for row in rows],
+        top_logprobs=[row.top_logprobs for row in rows],
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(
+def stream(
     config: ModelConfig,
-    room: int,
     params: Params,
-    logits: Array,
-    cache: KVCache,
-    sampler: SamplerState,
-    stop_ids: Int[Array, " stops"],
-    limit: Int[Array, ""],
-):
-    """(tokens [batch, room], logprobs, counts [batch], stopped [batch]): choose, stop or append, until all stop."""
-    batch = logits.shape[0]
-    start = (
-        jnp.int32(0),
-        logits,
-        cache,
-        jnp.zeros((batch, room), jnp.int32),
-        jnp.zeros((batch, room), jnp.float32),
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros(batch, bool),
-    )
+    prompts: Sequence[Prompt],
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    *,
+    max_new_tokens: int = 64,
+    key: PRNGKeyArray | None = None,
+    tokenizer: Decoder | None = None,
+    cache_dtype: str | None = None,
+    every: int = 8,
+) -> Iterator[list[Completion]]:
+    """As `generate`, handing out all completions as far as they are: after the first token, then every few.
 
-    def go_on(carry):
-        step, *_, stopped = carry
-        return (step < limit) & ~jnp.all(stopped)
-
-    def body(carry):
-        step, logits, cache, tokens, logprobs, counts, stopped = carry
-        token, logprob = choose(sampler, logits, step)
-        stopped = stopped | jnp.any(token[:, None] == stop_ids[None], axis=-1)
-        tokens = tokens.at[:, step].set(token)
-        logprobs = logprobs.at[:, step].set(logprob)
-        counts = counts + ~stopped
-        # The last token needs no logits after it; a stopped row is not appended to.
-        appended = jnp.where(stopped | (step + 1 >= limit), 0, 1)
-        hidden, cache = forward_cached(config, params, token[:, None], appended, cache)
-        return step + 1, head(config, params, hidden), cache, tokens, logprobs, counts, stopped
-
-    _, _, _, tokens, logprobs, counts, stopped = jax.lax.while_loop(go_on, body, start)
-    return tokens, logprobs, counts, stopped
+    The list and its completions are the same objects throughout. The device works on the next tokens meanwhile.
+    Raises InputError before anything is computed.
+    """
+    check_prompts(config, prompts, max_new_tokens)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    check_samplings(config, samplings, len(prompts), tokenizer)
+    return _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, min(every, ROOM))
 
 
-def _bucket(length: int) -> int:
-    return 1 << max(3, (length - 1).bit_length())
+def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, every):
+    with under_mesh_of(params):
+        logits, cache = read_prompts(
+            config, params, prompts, copies=[one.n for one in samplings], cache_dtype=cache_dtype
+        )
+        if config.stack == "encoder-decoder":
+            prompts = [[config.decoder_start_token_id]] * len(prompts)
+        pairs = [(prompt, one) for prompt, one in zip(prompts, samplings, strict=True) for _ in range(one.n)]
+        prompts, samplings = (list(column) for column in zip(*pairs, strict=True))
+        rows, coming = begin(start_rows(config, prompts, samplings, cache, max_new_tokens, key), logits)
+    completions = [Completion(one) for one in samplings]
+    filled = max(map(len, prompts))  # of the cache, which does not hold the newest token
+    left = max_new_tokens - 1
+    while True:
+        upcoming = None
+        if left:
+            halt = np.array([one.finish_reason is not None for one in completions])
+            with under_mesh_of(params):
+                if filled == rows.cache.capacity:
+                    rows = rows.replace(cache=grow(config, rows.cache, capacity_for(config, filled + 1)))
+                steps = min(every, left, rows.cache.capacity - filled)
+                rows, upcoming = decode(config, params, rows, np.int32(steps), halt)
+            filled, left = filled + steps, left - steps
+        emitted = jax.device_get(coming)
+        for row, completion in enumerate(completions):
+            completion.read(emitted, row, tokenizer)
+        yield completions
+        if upcoming is None or all(one.finish_reason for one in completions):
+            return
+        coming = upcoming
 
 
-def _padded(prompts: Sequence[Sequence[int]], limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [batch, bucket] right-padded with 0, lengths [batch])."""
+def start_rows(
+    config: ModelConfig,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    cache: Any,
+    max_new_tokens: int,
+    key: PRNGKeyArray | None = None,
+) -> Rows:
+    """Rows whose prompts stand in the cache, before their first token."""
+    batch = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), min(_bucket(int(lengths.max())), limit)), np.int32)
+    tokens = np.zeros((batch, bucket(int(lengths.max()) + max_new_tokens, 64)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return tokens, lengths
+    stops = [config.eos_token_ids if one.stop_ids is None else one.stop_ids for one in samplings]
+    stop_ids = np.full((batch, bucket(max(map(len, stops)), 8)), -1, np.int32)
+    for row, ids in zip(stop_ids, stops, strict=True):
+        row[: len(ids)] = ids
+    keys = row_keys(samplings, jax.random.key(0) if key is None else key)
+    zeros = jnp.zeros(batch, jnp.int32)
+    return Rows(
+        token=zeros,
+        cache=cache,
+        history=History(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths)),
+        sampler=SamplerState.create(samplings, keys, config.vocab_size),
+        stop_ids=jnp.asarray(stop_ids),
+        limits=zeros + max_new_tokens,
+        status=zeros + RUNNING,
+    )
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if config.head != "language-model" or config.stack == "encoder":
-        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} does not generate text")
-    if not prompts:
-        raise InputError("there is no prompt to continue")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    for number, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise InputError(f"prompt {number} is empty; give it at least one token, such as the end-of-text token")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
-            raise InputError(f"prompt {number} has the id {wrong}, outside the vocabulary of {config.vocab_size}")
-    longest = max(len(prompt) for prompt in prompts)
-    if config.stack == "encoder-decoder":
-        if longest > config.max_seq_len:
-            raise InputError(f"a prompt of {longest} tokens does not fit the encoder, max_seq_len={config.max_seq_len}")
-        longest = 1
-    if longest + max_new_tokens > config.max_seq_len:
-        raise InputError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context, "
-            f"max_seq_len={config.max_seq_len}"
-        )
+def check_samplings(
+    config: ModelConfig, samplings: Sequence[Sampling], prompts: int, tokenizer: Decoder | None
+) -> None:
+    """Raise InputError unless there is one sampling per prompt, and a tokenizer where stop strings need one."""
+    if len(samplings) != prompts:
+        raise InputError(f"{len(samplings)} samplings were given for {prompts} prompts; give one, or one for each")
+    for one in samplings:
+        if one.stop_strings and tokenizer is None:
+            raise InputError(f"stop_strings={one.stop_strings!r} need the tokenizer; give generate(…, tokenizer=…)")

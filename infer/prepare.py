@@ -1,46 +1,116 @@
 """Training parameters → the layout and precision that decode wants. Leaves are rewritten, nothing else changes."""
 
-from typing import Literal, get_args
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infer.quantize import make
 from model import ModelConfig, Params
 from model.errors import UnknownNameError
 from model.layout import places
-from model.linear import Transposed
 from model.parameterization import names_of, role_of
+from model.sharding import spec_for
+from model.weights import Int4, Transposed, is_weight
 
-Weights = Literal["float32", "bfloat16"]
+Weights = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
+
+# Matrices with one input, in the order in which their module takes the product's columns apart: see
+# `model.linear.side_by_side`.
+_TOGETHER = {
+    "attention": ("query", "key", "value"),
+    "cross_attention": ("key", "value"),
+    "feed_forward": ("up", "gate"),
+    "shared": ("up", "gate"),
+}
+_TAKEN_APART = "key_value_up"  # by latent attention, head by head: it stays a plain matrix
 
 
-def prepare(config: ModelConfig, params: Params, weights: Weights = "float32") -> Params:
-    """One tree per layer with every matrix stored (out, in), in the given precision. Do it once per model.
+def prepare(config: ModelConfig, params: Params, weights: Weights = "float32", mesh: Mesh | None = None) -> Params:
+    """One tree per layer, every matrix stored (out, in) in the given precision, those of one input joined. Do it once.
 
-    A layer taken out of a stack is copied before every small product; separate arrays in this layout are read
-    once. Vectors (norm scales, biases) stay float32.
+    A layer taken out of a stack is copied before every small product; separate arrays in this layout are read once.
+    Vectors (norm scales, biases) and routers stay float32. Experts' matrices and tables that are only looked up are
+    stored in bfloat16 where the weights are smaller than float32. What was prepared before is left as it is.
+    mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
+    Raises UnknownNameError for a weight type that there is not.
     """
     if weights not in get_args(Weights):
         raise UnknownNameError("weight type", weights, get_args(Weights))
+    joins = mesh is None or mesh.shape.get("tensor", 1) == 1
+    plain = "float32" if weights == "float32" else "bfloat16"
+    tied = config.tie_embeddings and config.head in ("language-model", "masked-language-model")
 
-    def leaf(path, value):
-        if isinstance(value, Transposed):
-            return Transposed(value.weight.astype(weights))
-        if role_of(names_of(path)) == "vector":
+    def matrix(names: tuple[str, ...], value: Any) -> Any:
+        if is_weight(value):
             return value
-        value = value.astype(weights)
-        return Transposed(jnp.asarray(value.T)) if path[-1].key == "weight" else value
+        role = role_of(names)
+        if role == "vector":
+            return value
+        if role == "embedding" and tied:
+            return make(jnp.asarray(value), weights)
+        if role == "router":
+            return Transposed(jnp.asarray(value, jnp.float32).T)
+        if names[-1] == "weight" and names[-2] != _TAKEN_APART:
+            return make(jnp.asarray(value).T, weights)
+        return jnp.asarray(value, plain)
 
-    prepared = lambda value: isinstance(value, Transposed)
-    rewrite = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=prepared))
+    @functools.partial(jax.jit, static_argnums=1)
+    def rewrite(tree: Params, prefix: tuple[str, ...]) -> Params:
+        tree = _joined(tree, prefix[-1:]) if joins else tree
+        return jax.tree_util.tree_map_with_path(
+            lambda path, value: matrix((*prefix, *names_of(path)), value), tree, is_leaf=is_weight
+        )
 
-    def stack(params: Params, encoder: bool) -> Params:
-        rest = {name: tree for name, tree in params.items() if name not in ("layers", "encoder")}
+    def placed(tree: Params, prefix: tuple[str, ...]) -> Params:
+        tree = rewrite(tree, prefix)
+        return tree if mesh is None else _sharded(mesh, tree, prefix)
+
+    def stack(params: Params, prefix: tuple[str, ...]) -> Params:
         layers = params["layers"]
         if not isinstance(layers, tuple):
-            take = lambda name, i: jax.tree.map(lambda leaf: leaf[i], layers[name])
-            layers = tuple(take(name, i) for name, i in places(config, encoder))
-        return {**rewrite(rest), "layers": tuple(rewrite(layer) for layer in layers)}
+            take = lambda name, i: jax.tree.map(lambda leaf: leaf[i], params["layers"][name])
+            layers = (take(name, i) for name, i in places(config, bool(prefix)))
+        rest = {name: tree for name, tree in params.items() if name not in ("layers", "encoder")}
+        made = {name: placed(tree, (*prefix, name)) for name, tree in rest.items()}
+        return made | {"layers": tuple(placed(layer, (*prefix, "layers", "0")) for layer in layers)}
 
-    made = stack(params, encoder=False)
-    return made | {"encoder": stack(params["encoder"], encoder=True)} if "encoder" in params else made
+    made = stack(params, ())
+    return made | {"encoder": stack(params["encoder"], ("encoder",))} if "encoder" in params else made
+
+
+def _joined(tree: Any, name: tuple[str, ...] = ()) -> Any:
+    """The tree with matrices (and biases) of one input side by side under the first one's name."""
+    if not isinstance(tree, Mapping):
+        return tree
+    tree = {key: _joined(value, (key,)) for key, value in tree.items()}
+    names = _TOGETHER.get(*name) if name else None
+    if names is None or not all(part in tree for part in names) or is_weight(tree[names[0]]["weight"]):
+        return tree
+    first = {leaf: jnp.concatenate([tree[part][leaf] for part in names], axis=-1) for leaf in tree[names[0]]}
+    return {key: value for key, value in tree.items() if key not in names} | {names[0]: first}
+
+
+def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
+    """Every leaf where `model.sharding` puts the parameter that it stands for."""
+
+    def one(path: tuple[Any, ...], value: Any) -> Any:
+        names = (*prefix, *names_of(path))
+        if not is_weight(value):
+            return jax.device_put(value, NamedSharding(mesh, spec_for(mesh, names, value.shape)))
+        stored = value.packed if isinstance(value, Int4) else value.weight
+        rows_first = names[-2:] == ("embedding", "tokens")
+        spec = spec_for(mesh, names, stored.shape if rows_first else stored.shape[::-1])
+        spec = (*spec, *(None,) * (2 - len(spec)))
+        outputs, inputs = spec if rows_first else spec[::-1]
+        # A scale belongs to outputs; groups of inputs may not be cut.
+        whole = PartitionSpec(outputs, None if isinstance(value, Int4) else inputs)
+        put = lambda leaf: jax.device_put(
+            leaf, NamedSharding(mesh, whole if leaf is stored else PartitionSpec(outputs))
+        )
+        return jax.tree.map(put, value)
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_weight)

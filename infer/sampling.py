@@ -1,85 +1,294 @@
-"""How the next token is chosen. All settings are traced: changing one compiles nothing."""
+"""How the next token is chosen. Every setting is traced and a row's own: changing one compiles nothing."""
 
 import dataclasses
 import functools
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from infer.selection import argmax, draw, first_to_reach, ordered, total
 from model.errors import InputError
+
+MOST_LOGPROBS = 20
+# Settings are clipped to this size: larger ones would choose no differently, but make infinities meet.
+_LARGEST = 1e15
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 is greedy. top_k: keep the k likeliest; 0: all. top_p: keep the smallest set with at least this
-    probability (Holtzman et al. 2020), after top_k. stop_ids: None means the config's `eos_token_ids`.
+    """How one prompt is continued. What changes the logits comes in this order: logit_bias, repetition_penalty,
+    presence_penalty and frequency_penalty, temperature, top_k, top_p, min_p. Raises InputError on a bad setting.
+
+    temperature: 0 takes the token of the largest biased and penalised logit, the first among equals.
+    top_k: exactly the k likeliest stay, the first among equals; 0: all.
+    top_p: of what top_k left, renormalised, the smallest set with at least this probability stays (Holtzman et al.
+        2020, section 3.1).
+    min_p: tokens at least this times as probable as the likeliest stay (Nguyen et al. 2024). The likeliest is never
+        cut, so this reads the same before and after top_k and top_p.
+    repetition_penalty: positive logits of all tokens of prompt and output are divided by it, negative ones multiplied
+        (Keskar et al. 2019, section 4.1).
+    presence_penalty, frequency_penalty: subtracted from the logits of the output's tokens, once and as often as each
+        occurs, as in OpenAI's API.
+    logit_bias: {id: what is added to its logit}, −inf to ban it; kept as sorted pairs.
+    stop_ids: None means the config's `eos_token_ids`.
+    stop_strings: need a tokenizer.
+    n: samples per prompt.
+    logprobs: of how many of the likeliest tokens the log-probabilities are given, at most MOST_LOGPROBS.
+    seed: of a row's draws; None: from `generate`'s key and the row's number.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     stop_ids: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature={self.temperature} must not be negative; 0 is greedy")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        def real(name: str, holds, wish: str) -> None:
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and math.isfinite(value) and holds(value)):
+                raise InputError(f"{name}={value!r} must be {wish}")
+
+        def whole(name: str, low: int, high: float, wish: str) -> None:
+            value = getattr(self, name)
+            if not (isinstance(value, int | np.integer) and low <= value <= high):
+                raise InputError(f"{name}={value!r} must be {wish}")
+
+        real("temperature", lambda value: value >= 0, "a finite number from 0 on; 0 is greedy")
+        real("top_p", lambda value: 0 < value <= 1, "a number in (0, 1]; 1 keeps every token")
+        real("min_p", lambda value: 0 <= value <= 1, "a number in [0, 1]; 0 keeps every token")
+        real("repetition_penalty", lambda value: value > 0, "a finite number above 0; 1 changes nothing")
+        real("presence_penalty", lambda value: True, "a finite number; 0 changes nothing")
+        real("frequency_penalty", lambda value: True, "a finite number; 0 changes nothing")
+        whole("top_k", 0, math.inf, "a whole number from 0 on; 0 keeps every token")
+        whole("n", 1, math.inf, "a whole number from 1 on")
+        whole("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0 … {MOST_LOGPROBS}")
+        if self.seed is not None:
+            whole("seed", 0, 2**32 - 1, "a whole number in 0 … 2**32 − 1, or None")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        if self.stop_ids is not None:
+            object.__setattr__(self, "stop_ids", _token_ids(self.stop_ids))
+        strings = self.stop_strings
+        listed = isinstance(strings, Sequence) and not isinstance(strings, str)
+        if not listed or not all(isinstance(text, str) and text for text in strings):
+            raise InputError(f"stop_strings={strings!r} must be a tuple of strings that are not empty")
+        object.__setattr__(self, "stop_strings", tuple(strings))
+
+
+def _bias_pairs(given: Any) -> tuple[tuple[int, float], ...]:
+    wish = f"logit_bias={given!r} must map every id to one number below infinity; −inf bans a token"
+    try:
+        pairs = [(token, float(bias)) for token, bias in (given.items() if isinstance(given, Mapping) else given)]
+    except (TypeError, ValueError) as error:
+        raise InputError(wish) from error
+    if any(math.isnan(bias) or bias == math.inf for _, bias in pairs) or len(dict(pairs)) < len(pairs):
+        raise InputError(wish)
+    _token_ids([token for token, _ in pairs], "logit_bias")
+    return tuple(sorted((int(token), bias) for token, bias in pairs))
+
+
+def _token_ids(given: Any, name: str = "stop_ids") -> tuple[int, ...]:
+    good = lambda token: isinstance(token, int | np.integer) and token >= 0
+    if not isinstance(given, Sequence | np.ndarray) or not all(good(token) for token in given):
+        raise InputError(f"{name}={given!r} must hold token ids, whole numbers from 0 on")
+    return tuple(int(token) for token in given)
 
 
 GREEDY = Sampling(temperature=0.0)
 
 
 @struct.dataclass
-class SamplerState:
-    """The traced settings and the key; the key of a step is folded from it."""
+class History:
+    """What penalties read: row b's prompt, then its output, in `tokens[b, :lengths[b]]`; what lies beyond is ignored.
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    key: PRNGKeyArray
+    Leaves are Any because JAX also fills the tree with shapes and axes.
+    """
+
+    tokens: Any  # int32 [batch, room]
+    prompt_lengths: Any  # int32 [batch]
+    lengths: Any  # int32 [batch]: prompt and output so far
+
+
+@struct.dataclass
+class SamplerState:
+    """The settings of every row, traced. Leaves are Any because JAX also fills the tree with shapes and axes."""
+
+    temperature: Any  # float32 [batch], as all penalties, top_p and min_p
+    top_p: Any
+    min_p: Any
+    repetition_penalty: Any
+    presence_penalty: Any
+    frequency_penalty: Any
+    top_k: Any  # int32 [batch]
+    logprobs: Any  # int32 [batch]
+    biased: Any  # bool [batch]: whether the row's bias has any entry
+    bias: Any  # float32 [batch, vocab]
+    keys: Any  # PRNG keys [batch]
 
     @classmethod
-    def create(cls, sampling: Sampling, key: PRNGKeyArray) -> "SamplerState":
-        """Strongly typed scalars of the settings."""
+    def create(
+        cls, samplings: Sequence[Sampling], keys: Key[Array, " batch"] | PRNGKeyArray, vocab_size: int
+    ) -> "SamplerState":
+        """One row per sampling; a row with a seed gets that seed's key in place of its entry of `keys`.
+
+        Raises InputError if a logit_bias names an id outside the vocabulary.
+        """
+
+        def real(name: str, low: float = -_LARGEST) -> Array:
+            return jnp.asarray(np.clip([getattr(row, name) for row in samplings], low, _LARGEST), jnp.float32)
+
+        def whole(name: str, most: int) -> Array:
+            return jnp.asarray([min(getattr(row, name), most) for row in samplings], jnp.int32)
+
+        tiny = float(np.finfo(np.float32).tiny)  # the least number that no device takes for 0
+        temperature = real("temperature")
         return cls(
-            temperature=jnp.float32(sampling.temperature),
-            top_k=jnp.int32(sampling.top_k),
-            top_p=jnp.float32(sampling.top_p),
-            key=key,
+            temperature=jnp.where(temperature < tiny, 0.0, temperature),
+            top_p=real("top_p", tiny),
+            min_p=real("min_p"),
+            repetition_penalty=real("repetition_penalty", 1 / _LARGEST),
+            presence_penalty=real("presence_penalty"),
+            frequency_penalty=real("frequency_penalty"),
+            top_k=whole("top_k", vocab_size),
+            logprobs=whole("logprobs", MOST_LOGPROBS),
+            biased=jnp.asarray([bool(row.logit_bias) for row in samplings]),
+            bias=_bias(samplings, vocab_size),
+            keys=_seeded(samplings, keys),
         )
 
 
-def choose(
-    state: SamplerState, logits: Float[Array, "batch vocab"], step: Int[Array, ""]
-) -> tuple[Int[Array, " batch"], Float[Array, " batch"]]:
-    """(token, its log-probability under the model, before temperature and truncation) for every row."""
-    sample = functools.partial(_sample, state, jax.random.fold_in(state.key, step))
-    greedy = lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = jax.lax.cond(state.temperature > 0, sample, greedy, logits)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return token, jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+def row_keys(samplings: Sequence[Sampling], key: PRNGKeyArray) -> Key[Array, " batch"]:
+    """Of every row `fold_in(key, its number)`, or its seed's key."""
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(samplings)))
+    return _seeded(samplings, keys)
+
+
+def _seeded(samplings: Sequence[Sampling], keys: Any) -> Any:
+    if all(row.seed is None for row in samplings):
+        return keys
+    make = functools.partial(jax.random.key, impl=jax.random.key_impl(keys))
+    seeds = jnp.asarray(np.array([row.seed or 0 for row in samplings], np.uint32))
+    return jnp.where(jnp.asarray([row.seed is not None for row in samplings]), jax.vmap(make)(seeds), keys)
+
+
+def _bias(samplings: Sequence[Sampling], vocab_size: int) -> Array:
+    if not any(row.logit_bias for row in samplings):
+        return jnp.zeros((len(samplings), vocab_size), jnp.float32)
+    bias = np.zeros((len(samplings), vocab_size), np.float32)
+    for row, sampling in zip(bias, samplings, strict=True):
+        for token, value in dict(sampling.logit_bias).items():
+            if token >= vocab_size:
+                raise InputError(f"logit_bias names the id {token}, outside the vocabulary of {vocab_size}")
+            row[token] = value if value == -math.inf else np.clip(value, -_LARGEST, _LARGEST)
+    return jnp.asarray(bias)
+
+
+@struct.dataclass
+class Choice:
+    """One token per row. Log-probabilities are the model's: of the raw logits, before every setting.
+
+    top_ids, top_logprobs: the MOST_LOGPROBS likeliest (all of a smaller vocabulary), the likeliest first; zeros unless
+    some row asks for log-probabilities. Leaves are Any because JAX also fills the tree with shapes and axes.
+    """
+
+    token: Any  # int32 [batch]
+    logprob: Any  # float32 [batch]
+    top_ids: Any  # int32 [batch, top]
+    top_logprobs: Any  # float32 [batch, top]
+
+
+def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Choice:
+    """The next token of every row, drawn from `distribution`.
+
+    A row's draw depends on its key and on how many tokens its output has, not on its neighbours. Branches run only
+    if some row needs them: all greedy costs an argmax.
+    """
+    adjusted = adjust(state, logits, history)
+
+    def sample() -> Int[Array, " batch"]:
+        keys = jax.vmap(jax.random.fold_in)(state.keys, history.lengths - history.prompt_lengths)
+        return draw(keys, jnp.exp(truncate(state, adjusted)))
+
+    token = jax.lax.cond(jnp.any(state.temperature > 0), sample, lambda: argmax(adjusted))
+    largest = jnp.max(logits, axis=-1)
+    normaliser = largest + jnp.log(total(jnp.exp(logits - largest[:, None])))
+    top = min(MOST_LOGPROBS, logits.shape[-1])
+
+    def likeliest() -> tuple[Array, Array]:
+        values, ids = jax.lax.top_k(logits, top)
+        return ids.astype(jnp.int32), values - normaliser[:, None]
+
+    nothing = lambda: (jnp.zeros((len(token), top), jnp.int32), jnp.zeros((len(token), top), logits.dtype))
+    top_ids, top_logprobs = jax.lax.cond(jnp.any(state.logprobs > 0), likeliest, nothing)
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normaliser
+    return Choice(token=token, logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
+
+
+def distribution(
+    state: SamplerState, logits: Float[Array, "batch vocab"], history: History
+) -> Float[Array, "batch vocab"]:
+    """The probabilities that `choose` draws from, one-hot at temperature 0; NaN where every token is banned."""
+    weights = jnp.exp(truncate(state, adjust(state, logits, history)))
+    return weights / total(weights)[:, None]
+
+
+def adjust(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Float[Array, "batch vocab"]:
+    """Logits with bias and penalties."""
+    logits = jax.lax.cond(jnp.any(state.biased), lambda: logits + state.bias, lambda: logits)
+    penalised = (state.repetition_penalty != 1) | (state.presence_penalty != 0) | (state.frequency_penalty != 0)
+    return jax.lax.cond(jnp.any(penalised), lambda: _penalise(state, logits, history), lambda: logits)
+
+
+def _penalise(state: SamplerState, logits: Array, history: History) -> Array:
+    place = jnp.arange(history.tokens.shape[1])[None]
+    said = place < history.lengths[:, None]
+    rows = jnp.arange(len(logits))[:, None]
+    count = lambda which: jnp.zeros_like(logits).at[rows, history.tokens].add(which.astype(logits.dtype), mode="drop")
+    occurs, outputs = count(said), count(said & (place >= history.prompt_lengths[:, None]))
+    factor = state.repetition_penalty[:, None]
+    logits = jnp.where(occurs > 0, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    logits -= state.presence_penalty[:, None] * (outputs > 0) + state.frequency_penalty[:, None] * outputs
+    return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
 
 
 def truncate(state: SamplerState, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-    """Logits over the temperature, with −inf where top-k or top-p leaves a token out."""
+    """Adjusted logits over the temperature, the likeliest at 0, with −inf where top_k, top_p or min_p cuts.
+
+    At temperature 0 one token is left.
+    """
     vocab = logits.shape[-1]
-    logits = logits / jnp.maximum(state.temperature, 1e-6)
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    k = jnp.where(state.top_k > 0, state.top_k, vocab)
-    ranked = jnp.where(jnp.arange(vocab)[None] < k, ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # A token stays while what is likelier than it does not fill top_p yet; so the likeliest always stays.
-    ranked = jnp.where((before < state.top_p) | (state.top_p >= 1), ranked, -jnp.inf)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.full_like(logits, -jnp.inf).at[rows, order].set(ranked)
+    order = ordered(logits)
+    best = argmax(logits)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # The difference comes first: then no temperature is small enough to make two infinities.
+    warm = state.temperature[:, None] > 0
+    scaled = (logits - jnp.where(jnp.isfinite(largest), largest, 0)) / jnp.where(warm, state.temperature[:, None], 1)
+    scaled = jnp.where(warm, scaled, jnp.where(jnp.arange(vocab)[None] == best[:, None], 0, -jnp.inf))
 
+    def likeliest(scaled: Array) -> Array:
+        k = jnp.where(state.top_k > 0, state.top_k, vocab).astype(logits.dtype)
+        return jnp.where(first_to_reach(order, jnp.ones_like(logits), k), scaled, -jnp.inf)
 
-def _sample(state: SamplerState, key: PRNGKeyArray, logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
-    return jax.random.categorical(key, truncate(state, logits), axis=-1).astype(jnp.int32)
+    def nucleus(scaled: Array) -> Array:
+        weights = jnp.exp(scaled)
+        kept = first_to_reach(order, weights, state.top_p * total(weights))
+        return jnp.where(kept | (state.top_p >= 1)[:, None], scaled, -jnp.inf)
+
+    scaled = jax.lax.cond(jnp.any(state.top_k > 0), likeliest, lambda scaled: scaled, scaled)
+    scaled = jax.lax.cond(jnp.any(state.top_p < 1), nucleus, lambda scaled: scaled, scaled)
+    return jnp.where(scaled >= jnp.log(state.min_p)[:, None], scaled, -jnp.inf)

@@ -13,7 +13,7 @@ from model import KVCache, ModelConfig, Params, head
 from model.transformer import forward_cached
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="fresh", donate_argnums=4)
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -23,15 +23,29 @@ def prefill(
     *,
     encoder_tokens: Int[Array, "batch source"] | None = None,
     encoder_lengths: Int[Array, " batch"] | None = None,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
 
     tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
     that would run past the capacity gets NaN logits and nothing is written past the end. encoder_tokens: what an
     encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
-    Raises InputError where they do not fit the cache.
+    fresh: the cache is known to be empty, and is not looked at. Raises InputError where they do not fit the cache.
     """
-    hidden, cache = forward_cached(config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths)
+    hidden, cache = forward_cached(config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths, fresh=fresh)
+    return head(config, params, hidden), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def extend(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    cache: KVCache,
+) -> tuple[Float[Array, "batch seq vocab"], KVCache]:
+    """As `prefill`, with the logits after every token of the chunk; those of padding mean nothing."""
+    hidden, cache = forward_cached(config, params, tokens, lengths, cache, every=True)
     return head(config, params, hidden), cache
 
 

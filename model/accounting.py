@@ -7,14 +7,17 @@ target token together with one source token: both sides are rows of the same len
 import collections
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from model import matrices
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layout import LayerKind, layer_kinds
+from model.stack import Params
 
 Convention = Literal["exact", "6N"]
 
@@ -135,17 +138,60 @@ def kv_cache_bytes(
 
     A window's layer holds no more than its window; latent attention holds kv_rank + rope_dim features a token. An
     encoder-decoder holds `encoder_length` source tokens (None: `length`) too, an encoder nothing. dtype None: the
-    compute dtype.
+    compute dtype; "int8": with the float32 scale of every head's key and value, or of a latent vector's two parts.
     """
     if config.stack == "encoder":
         return 0
-    features = 2 * config.num_kv_heads * config.head_dim
+    dtype = dtype or config.compute_dtype
+    features, scales = 2 * config.num_kv_heads * config.head_dim, 2 * config.num_kv_heads
     if config.latent is not None:
-        features = config.latent.kv_rank + config.latent.rope_dim
+        features, scales = config.latent.kv_rank + config.latent.rope_dim, 2
     tokens = sum(length if kind.window is None else min(length, kind.window) for kind in layer_kinds(config))
     if config.stack == "encoder-decoder":
         tokens += config.num_layers * (length if encoder_length is None else encoder_length)
-    return batch * tokens * features * jnp.dtype(dtype or config.compute_dtype).itemsize
+    return batch * tokens * (features * jnp.dtype(dtype).itemsize + (4 * scales if dtype == "int8" else 0))
+
+
+def decode_step_flops(config: ModelConfig, batch: int, length: int) -> int:
+    """Exact FLOPs of decoding one token in each of `batch` rows that then hold `length` tokens, the new one included.
+
+    Every product, as `flops_per_token` counts them: attention over the filled cache alone, of a window's layer over no
+    more than its window. Latent attention is absorbed: every head attends to the latent vectors themselves.
+    """
+    flops = sum(_product(matrix) for matrix in matrices.head_matrices(config))
+    query, value = config.head_dim, config.head_dim
+    if config.latent is not None:
+        query, value = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
+    for kind in layer_kinds(config):
+        seen = length if kind.window is None else min(length, kind.window)
+        flops += sum(_product(matrix) for matrix in matrices.layer_matrices(config, kind))
+        flops += 2 * seen * config.num_heads * (query + value)
+    return batch * flops
+
+
+def decode_step_bytes(
+    config: ModelConfig, params: Params, batch: int, length: int, cache_dtype: str | None = None
+) -> dict[str, float]:
+    """Bytes that decoding one token in each of `batch` rows must read: {"weights", "embedding", "cache"}.
+
+    params: arrays or their shapes; prepared ones count as they are stored. weights: every leaf once, but of the routed
+    experts only as many as `batch` tokens are expected to choose if all are alike: count · (1 − (1 − top_k / count) ^
+    batch). embedding: the rows looked up; a token table that serves as the head stands under weights, whole. cache:
+    `kv_cache_bytes` of `length` tokens a row, as filled.
+    """
+    read = {"weights": 0.0, "embedding": 0.0, "cache": float(kv_cache_bytes(config, batch, length, cache_dtype))}
+    experts, tied = config.experts, "weight" not in params.get("head", {})
+    share = 1.0 if experts is None else 1 - (1 - experts.top_k / experts.count) ** batch
+    for path, leaf in jax.tree_util.tree_leaves_with_path({name: params[name] for name in params if name != "encoder"}):
+        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        size = leaf.size * jnp.dtype(leaf.dtype).itemsize
+        if names[0] == "embedding" and names[1] in ("tokens", "positions", "types"):
+            read["embedding"] += batch * size / leaf.shape[0]
+            read["weights"] += size if names[1] == "tokens" and tied else 0
+        else:
+            routed = ("feed_forward", "experts") in itertools.pairwise(names)  # a stack of layers has that name too
+            read["weights"] += size * (share if routed else 1)
+    return read
 
 
 def parameter_bytes(config: ModelConfig, dtype: str = "float32") -> int:

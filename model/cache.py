@@ -1,5 +1,6 @@
 """The KV cache: an explicit pytree, passed in and handed back."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.layout import layer_kinds
+from model.sharding import constrain
 
 LayerCache = dict[str, tuple[Any, ...]]
 """{"self": what the layer keeps of its own tokens, "cross": of the encoder's (encoder-decoder only)}.
@@ -39,14 +41,15 @@ class KVCache:
 
     One entry per layer, each an array of its own: a stacked one would be copied whenever a layer is taken out of it.
     A sliding-window layer holds only its window, position p in slot p mod its slots. encoder_lengths: tokens of each
-    row's encoder side, for an encoder-decoder. capacity: tokens that a row can hold, static. Leaves are Any because
-    JAX also fills the tree with shapes and shardings.
+    row's encoder side, for an encoder-decoder. capacity: tokens that a row can hold, spare: of them the newest that can
+    be taken back (`rewind`), both static. Leaves are Any because JAX also fills the tree with shapes and shardings.
     """
 
     layers: Any  # tuple[LayerCache, ...]
     lengths: Any  # int32 [batch]
     encoder_lengths: Any = None  # int32 [batch] or None
     capacity: int = struct.field(pytree_node=False, default=0)
+    spare: int = struct.field(pytree_node=False, default=0)
 
     def slots_of(self, layer: int) -> int:
         """Tokens that a layer can hold: the capacity, or fewer under a sliding window."""
@@ -86,9 +89,10 @@ def init_cache(
 
     def empty(heads: int, slots: int, parts: tuple[int, ...]) -> Any:
         shape = (batch, heads, slots)
+        zeros = lambda features, dtype: constrain(jnp.zeros((*shape, features), dtype), "batch", "kv_heads", None, None)
         if dtype != "int8":
-            return jnp.zeros((*shape, sum(parts)), dtype)
-        return Quantised(jnp.zeros((*shape, sum(parts)), jnp.int8), jnp.zeros((*shape, len(parts))), parts)
+            return zeros(sum(parts), dtype)
+        return Quantised(zeros(sum(parts), jnp.int8), zeros(len(parts), jnp.float32), parts)
 
     def entry(slots: int) -> tuple[Any, ...]:
         if config.latent is not None:
@@ -105,7 +109,34 @@ def init_cache(
         lengths=lengths(),
         encoder_lengths=lengths() if config.stack == "encoder-decoder" else None,
         capacity=capacity,
+        spare=spare,
     )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=1)
+def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
+    """The same rows with room for more. A copy, which doubling makes rare; raises InputError as `init_cache` does."""
+    dtype = "int8" if isinstance(cache.layers[0]["self"][0], Quantised) else cache.layers[0]["self"][0].dtype.name
+    sources = cache.encoder_capacity if config.stack == "encoder-decoder" else None
+    larger = init_cache(config, cache.lengths.shape[0], capacity, dtype, sources, cache.spare)
+    # A ring that grows was as long as the capacity, so that no position had wrapped around yet.
+    copy = lambda old, new: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+    return larger.replace(  # type: ignore[attr-defined]
+        layers=jax.tree.map(copy, cache.layers, larger.layers),
+        lengths=cache.lengths,
+        encoder_lengths=cache.encoder_lengths,
+    )
+
+
+@jax.jit
+def take(cache: KVCache, rows: Int[Array, " rows"]) -> KVCache:
+    """These rows, in this order, any of them several times."""
+    return jax.tree.map(lambda leaf: leaf[rows], cache)
+
+
+def rewind(cache: KVCache, lengths: Int[Array, " batch"]) -> KVCache:
+    """The rows as they were when they held `lengths` tokens: at most `spare` fewer where layers have windows."""
+    return cache.replace(lengths=lengths)  # type: ignore[attr-defined]
 
 
 def append(cache: Any, new: Float[Array, "batch kv_heads seq features"], slots: Int[Array, "batch seq"]) -> Any:

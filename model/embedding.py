@@ -9,6 +9,7 @@ from model.norm import Normalize
 from model.parameterization import initializer, scale_of
 from model.position import sinusoidal
 from model.sharding import constrain
+from model.weights import is_weight, take_rows
 
 
 class Embedding(nn.Module):
@@ -33,7 +34,11 @@ class Embedding(nn.Module):
         table = lambda name, role, rows: self.param(
             name, initializer(config, role, config.d_model), (rows, config.d_model)
         )
-        x = jnp.take(constrain(table("tokens", "embedding", config.vocab_size), "vocab", None), tokens, axis=0)
+        # `self.param` checks shapes and so refuses a prepared table: it is called only to initialise.
+        words = self.is_initializing() or self.get_variable("params", "tokens")
+        if not is_weight(words):
+            words = constrain(table("tokens", "embedding", config.vocab_size), "vocab", None)
+        x = take_rows(words, tokens)
         if config.scale_embedding:
             x = x * scale_of(config).d_model ** 0.5
         if config.position == "learned":

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.errors import InputError
 from model.feedforward import ACTIVATIONS
-from model.linear import Linear, matmul
+from model.linear import Linear
 from model.norm import Normalize
 from model.parameterization import output_multiplier, scale_of
 from model.sharding import constrain
+from model.weights import is_weight, matmul
 
 Pooling = Literal["mean", "first", "last", "pooler"]
 
@@ -63,7 +64,8 @@ def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array,
         x = Transform(config).apply({"params": own}, x)
     multiplier = output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
     x = x if multiplier == 1 else x * multiplier
-    logits = matmul(x, own["weight"] if "weight" in own else params["embedding"]["tokens"].T)
+    table = own["weight"] if "weight" in own else params["embedding"]["tokens"]
+    logits = matmul(x, table if "weight" in own or is_weight(table) else table.T)
     logits = constrain(logits.astype(jnp.float32), *("batch", "sequence")[: logits.ndim - 1], "vocab")
     if config.head_bias:
         logits = logits + own["bias"].astype(jnp.float32)

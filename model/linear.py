@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from model.config import ModelConfig
 from model.parameterization import initializer
 from model.sharding import parts_of
-from model.weights import Transposed, is_weight, matmul, plain  # noqa: F401 – Transposed is handed on
+from model.weights import is_weight, matmul, outputs_of, plain
 
 
 class Linear(nn.Module):
@@ -38,6 +38,11 @@ class Linear(nn.Module):
         """Whether the weight is there, as a plain array."""
         return not self.is_initializing() and not is_weight(self.get_variable("params", "weight"))
 
+    @property
+    def holds_others(self) -> bool:
+        """Whether the matrices of others were joined to this one's."""
+        return not self.is_initializing() and outputs_of(self.get_variable("params", "weight")) > self.features
+
     def bias(self) -> Float[Array, " d_out"]:
         """The bias; raises where there is none."""
         return self.get_variable("params", "bias")
@@ -51,15 +56,18 @@ _FEW_ROWS = 64  # of a product for which joining the matrices, a copy of them, w
 
 
 def side_by_side(x: Float[Array, "*batch d_in"], *linears: Linear) -> list[Float[Array, "*batch d_out"]]:
-    """What every Linear makes of x: one product with all matrices side by side, where they are plain and x is long.
+    """What every Linear makes of x: one product with all matrices side by side.
 
-    Not where a mesh splits their columns: joined, they would have to be moved.
+    `infer.prepare` joins them once, under the first one's name. Otherwise they are joined here, where they are plain
+    and x is long; not where a mesh splits their columns, which would then have to be moved.
     """
+    ends = np.cumsum([one.features for one in linears])[:-1]
+    if linears[0].holds_others:
+        return jnp.split(linears[0](x), ends, axis=-1)
     joins = x.size // x.shape[-1] >= _FEW_ROWS and parts_of("hidden") == 1 and all(one.is_plain for one in linears)
     if not joins or len(linears) == 1:
         return [one(x) for one in linears]
     y = matmul(x, jnp.concatenate([one.matrix() for one in linears], axis=1))
     if linears[0].use_bias:
         y = y + jnp.concatenate([one.bias() for one in linears]).astype(y.dtype)
-    ends = np.cumsum([one.features for one in linears])[:-1]
     return jnp.split(y, ends, axis=-1)

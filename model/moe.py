@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import ModelConfig
 from model.dispatch import through_experts
 from model.feedforward import ACTIVATIONS, FeedForward
-from model.linear import Linear, matmul
+from model.linear import Linear
 from model.parameterization import initializer
 from model.parts import Experts
 from model.sharding import constrain
+from model.weights import matmul
 
 
 class Routing(NamedTuple):

@@ -7,6 +7,7 @@ Lepikhin et al. 2021), "sequence" the tokens of a row: queries stay where their 
 gathered. A split of features may cut through a head; that costs communication, never correctness.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,6 +143,15 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"--mesh {text!r}: {name}={size} must be a whole number of at least 1")
         axes[name] = int(size)
     return axes
+
+
+def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
+    """The context in which programs are traced for the mesh over which a tree's arrays lie; none for one device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

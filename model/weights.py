@@ -19,6 +19,16 @@ class Transposed:
 
 
 @struct.dataclass
+class Bits:
+    """A bfloat16 weight as the whole numbers that its bits are.
+
+    A CPU's compiler widens bfloat16 itself as a whole, before any loop and slowly; these it reads as they are stored.
+    """
+
+    weight: Any  # uint16 [out, in]
+
+
+@struct.dataclass
 class Int8:
     """weight · scale, one scale per output; activations stay as they are."""
 
@@ -50,7 +60,7 @@ class Int4:
     d_in: int = struct.field(pytree_node=False, default=0)
 
 
-TYPES = (Transposed, Int8, Int8Dynamic, Int4)
+TYPES = (Transposed, Bits, Int8, Int8Dynamic, Int4)
 
 
 def is_weight(x: Any) -> bool:
@@ -66,10 +76,9 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Any) -> Float[Array, "*batch 
         return _dynamic_product(x, weight)
     if is_weight(weight):
         rows = x.size // max(x.shape[-1], 1)
-        limit = _FEW_ROWS_OF_NIBBLES if isinstance(weight, Int4) else _FEW_ROWS
-        if joins and 0 < rows <= limit and jax.tree.leaves(weight)[0].dtype != x.dtype:
-            y = _product_in_blocks(x.reshape(rows, -1), weight)
-            return y.reshape(*x.shape[:-1], -1)
+        if joins and 0 < rows <= _FEW_ROWS.get(type(weight), 0):
+            y = _product_in_blocks(x.reshape(rows, -1).astype(jnp.float32), weight)
+            return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
         return _product_of_rows(x, weight)
     weight = jnp.asarray(weight, x.dtype)
     if not joins or weight.ndim != 2:
@@ -85,23 +94,25 @@ def take_rows(weight: Any, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_
     if isinstance(weight, Int8 | Int8Dynamic):  # an integer table has no NaN to give, its scales have
         return jnp.take(weight.weight, ids, axis=0, mode="clip") * take(weight.scale)[..., None]
     if isinstance(weight, Int4):
-        packed = jnp.take(weight.packed, ids, axis=0, mode="clip")
-        rows = Int4(
-            packed.reshape(-1, packed.shape[-1]), take(weight.scale).reshape(-1, weight.scale.shape[1]), weight.d_in
-        )
-        return _spread(rows, jnp.float32).reshape(*ids.shape, weight.d_in)
+        flat = ids.reshape(-1)
+        packed = jnp.take(weight.packed, flat, axis=0, mode="clip")
+        rows = Int4(packed, jnp.take(weight.scale, flat, axis=0), weight.d_in)
+        return _widened(rows, jnp.float32).reshape(*ids.shape, weight.d_in)
+    if isinstance(weight, Bits):
+        return jnp.take(jax.lax.bitcast_convert_type(weight.weight, jnp.bfloat16), ids, axis=0)
     return take(weight)
 
 
 def plain(weight: Any) -> Float[Array, "d_in d_out"]:
     """The weight as a float array (in, out), for products that take it apart."""
-    if isinstance(weight, Transposed):
-        return weight.weight.T
-    if isinstance(weight, Int8 | Int8Dynamic):
-        return (weight.weight * weight.scale[:, None]).T
-    if isinstance(weight, Int4):
-        return _spread(weight, jnp.float32).T
-    return weight
+    if not is_weight(weight):
+        return weight
+    return (weight.weight if isinstance(weight, Transposed) else _widened(weight, jnp.float32)).T
+
+
+def outputs_of(weight: Any) -> int:
+    """How many outputs a matrix in any form has."""
+    return jax.tree.leaves(weight)[0].shape[0] if is_weight(weight) else weight.shape[-1]
 
 
 def bytes_of(tree: Any) -> int:
@@ -111,17 +122,30 @@ def bytes_of(tree: Any) -> int:
 
 # On a CPU the product of few rows with anything but x's own type first widens the whole matrix, at a fraction of the
 # memory's speed (docs/LOG.md). Widened a block at a time, which stays in the core's cache, it is read once as stored.
-_FEW_ROWS, _FEW_ROWS_OF_NIBBLES = 3, 16
+_FEW_ROWS = {Int8: 3, Bits: 16, Int4: 16}
 _BLOCK = 2**15  # entries of a block
+
+
+def _product_in_blocks(x: Array, weight: Any) -> Array:
+    """As `_product_of_rows`, some outputs after the other; x is [rows, in]. The last block overlaps the one before."""
+    outputs = outputs_of(weight)
+    length = min(outputs, max(8, _BLOCK // x.shape[-1]))
+
+    def block(number, y):
+        first = number * length  # a slice that would end outside starts earlier, where it is read and written alike
+        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, length), weight)
+        return jax.lax.dynamic_update_slice_in_dim(y, _product_of_rows(x, part), first, axis=1)
+
+    return jax.lax.fori_loop(0, -(-outputs // length), block, jnp.zeros((x.shape[0], outputs), x.dtype))
 
 
 def _product_of_rows(x: Array, weight: Any) -> Array:
     """The product with a matrix that is stored (out, in), in x's dtype."""
-    if isinstance(weight, Int8):
-        return _contract(x, weight.weight.astype(x.dtype)) * weight.scale.astype(x.dtype)
     if isinstance(weight, Int4):
         return _product_of_halves(x, weight)
-    return _contract(x, weight.weight.astype(x.dtype))
+    if isinstance(weight, Int8):
+        return _contract(x, weight.weight.astype(x.dtype)) * weight.scale.astype(x.dtype)
+    return _contract(x, _widened(weight, x.dtype))
 
 
 def _product_of_halves(x: Array, weight: Int4) -> Array:
@@ -134,25 +158,6 @@ def _product_of_halves(x: Array, weight: Int4) -> Array:
     inputs = lambda half: halves[..., half, :].reshape(*x.shape[:-1], -1)
     low, high = _nibbles(weight)
     return _contract(inputs(0), rows(low)) + _contract(inputs(1), rows(high))
-
-
-def _product_in_blocks(x: Array, weight: Any) -> Array:
-    """As `_product_of_rows`, some outputs after the other; x is [rows, in]. The last block overlaps the one before."""
-    halved = isinstance(weight, Transposed) and weight.weight.dtype == jnp.bfloat16
-    if halved:  # as integers: a loop over bfloat16 is widened as a whole before it starts
-        weight = Transposed(jax.lax.bitcast_convert_type(weight.weight, jnp.uint16))
-    outputs = jax.tree.leaves(weight)[0].shape[0]
-    length = min(outputs, max(8, _BLOCK // x.shape[-1]))
-
-    def block(number, y):
-        first = number * length  # a slice that would end outside starts earlier, where it is read and written alike
-        part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, length), weight)
-        if halved:
-            bits = part.weight.astype(jnp.uint32) << 16
-            part = Transposed(jax.lax.bitcast_convert_type(bits, jnp.float32))
-        return jax.lax.dynamic_update_slice_in_dim(y, _product_of_rows(x, part), first, axis=1)
-
-    return jax.lax.fori_loop(0, -(-outputs // length), block, jnp.zeros((x.shape[0], outputs), x.dtype))
 
 
 def _dynamic_product(x: Array, weight: Int8Dynamic) -> Array:
@@ -177,10 +182,17 @@ def _nibbles(weight: Int4) -> tuple[Array, Array]:
     return (packed & 15).astype(jnp.int8) - 8, (packed >> 4).astype(jnp.int8) - 8
 
 
-def _spread(weight: Int4, dtype: Any) -> Array:
-    whole = jnp.concatenate(_nibbles(weight), axis=-1)
-    values = whole.astype(dtype) * weight.scale[..., None].astype(dtype)
-    return values.reshape(values.shape[0], -1)[:, : weight.d_in]
+def _widened(weight: Any, dtype: Any) -> Array:
+    """The numbers that a stored form stands for, [out, in]."""
+    if isinstance(weight, Transposed):
+        return weight.weight.astype(dtype)
+    if isinstance(weight, Bits):
+        return jax.lax.bitcast_convert_type(weight.weight.astype(jnp.uint32) << 16, jnp.float32).astype(dtype)
+    if isinstance(weight, Int4):
+        whole = jnp.concatenate(_nibbles(weight), axis=-1)
+        values = whole.astype(dtype) * weight.scale[..., None].astype(dtype)
+        return values.reshape(values.shape[0], -1)[:, : weight.d_in]
+    return weight.weight.astype(dtype) * weight.scale[:, None].astype(dtype)
 
 
 @jax.custom_vjp

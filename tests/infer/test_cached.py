@@ -127,7 +127,7 @@ def test_prepared_in_bfloat16_is_near(random_params):
     params, tokens = random_params(ROTARY), tokens_of(3, TOTAL)
     prepared = prepare(ROTARY, params, "bfloat16")
     matrices = [leaf for leaf in jax.tree.leaves(prepared) if leaf.ndim == 2]
-    assert {leaf.dtype for leaf in matrices} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype.itemsize for leaf in matrices} == {2}
     exact = np.asarray(whole(ROTARY, params, tokens))
     error = np.abs(whole(ROTARY, prepared, tokens) - exact).max() / exact.std()
     assert 0 < error < 0.1

@@ -1,15 +1,13 @@
 """`generate` says what the model says, token by token, and compiles little."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from infer import GREEDY, Sampling, generate
+from infer.decode import decode
 from model import InputError, ModelConfig, apply
 
-DECODE = sys.modules["infer.generate"]._decode  # `infer.generate` the attribute is the function
 CONFIG = ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=20, position="learned"
 )
@@ -116,9 +114,9 @@ def test_settings_compile_nothing(params):
         generate(CONFIG, params, PROMPTS, Sampling(**settings), max_new_tokens=count).tokens
     )
     run()
-    compiled = DECODE._cache_size()
+    compiled = decode._cache_size()
     outputs = [run(temperature=0.5), run(temperature=0.0), run(top_k=3), run(top_p=0.5), run(count=6)]
-    assert DECODE._cache_size() == compiled
+    assert decode._cache_size() == compiled
     assert len({str(output) for output in outputs}) == len(outputs), "every setting did something"
 
 

@@ -1,0 +1,125 @@
+"""Decoding as many tokens as asked without leaving the device: rows of their own lengths, settings, limits and ends."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from infer.sampling import Choice, History, SamplerState, choose
+from model import KVCache, ModelConfig, Params, head
+from model.transformer import forward_cached
+
+ROOM = 32  # tokens of a row that one call can make
+RUNNING, STOPPED, FULL = 0, 1, 2  # how a row stands: a stop id came, or all tokens that were asked for were made
+
+
+@struct.dataclass
+class Rows:
+    """What decoding carries on. Leaves are Any because JAX also fills the tree with shapes and shardings.
+
+    token: each row's newest, which the cache does not hold yet. history: prompt and output, the newest included.
+    stop_ids: padded with −1. limits: of output tokens. status: RUNNING, STOPPED or FULL; a row that does not run is
+    neither written nor read.
+    """
+
+    token: Any  # int32 [batch]
+    cache: KVCache
+    history: History
+    sampler: SamplerState
+    stop_ids: Any  # int32 [batch, stops]
+    limits: Any  # int32 [batch]
+    status: Any  # int32 [batch]
+
+
+@struct.dataclass
+class Emitted:
+    """Tokens of one call, row by row in order; −1 where a row made none (it had ended, or met a stop id).
+
+    logprobs and the likeliest tokens are the model's: see `infer.sampling.Choice`.
+    """
+
+    tokens: Any  # int32 [batch, room]
+    logprobs: Any  # float32 [batch, room]
+    top_ids: Any  # int32 [batch, room, top]
+    top_logprobs: Any  # float32 [batch, room, top]
+    status: Any  # int32 [batch]: after the call
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def begin(rows: Rows, logits: Float[Array, "batch vocab"]) -> tuple[Rows, Emitted]:
+    """Choose the first token after the prompts, from what `prefill` gave. The rows are donated."""
+    choice = choose(rows.sampler, logits, rows.history)
+    emitted = _nothing(rows, 1, choice.top_ids.shape[1])
+    return _after(rows, rows.cache, choice, emitted, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+    config: ModelConfig,
+    params: Params,
+    rows: Rows,
+    steps: Int[Array, ""],
+    halt: Bool[Array, " batch"],
+) -> tuple[Rows, Emitted]:
+    """Up to `steps` ≤ ROOM tokens more for every row that runs; fewer once none does. The rows are donated.
+
+    halt: rows that are stopped first. The cache must have room: see `model.cache.grow`.
+    """
+    rows = rows.replace(status=jnp.where(halt & (rows.status == RUNNING), STOPPED, rows.status))  # type: ignore
+    top = jax.eval_shape(lambda: choose(rows.sampler, jnp.zeros(rows.sampler.bias.shape), rows.history)).top_ids
+    start = (jnp.int32(0), rows, _nothing(rows, ROOM, top.shape[1]))
+
+    def go_on(carry):
+        step, rows, _ = carry
+        return (step < steps) & jnp.any(rows.status == RUNNING)
+
+    def body(carry):
+        step, rows, emitted = carry
+        running = (rows.status == RUNNING).astype(jnp.int32)
+        hidden, cache = forward_cached(config, params, rows.token[:, None], running, rows.cache)
+        choice = choose(rows.sampler, head(config, params, hidden), rows.history)
+        return step + 1, *_after(rows, cache, choice, emitted, step)
+
+    _, rows, emitted = jax.lax.while_loop(go_on, body, start)
+    return rows, emitted
+
+
+def _after(rows: Rows, cache: KVCache, choice: Choice, emitted: Emitted, step: Array) -> tuple[Rows, Emitted]:
+    """The rows with their new tokens, and these put down under `step`."""
+    history, running = rows.history, rows.status == RUNNING
+    stops = running & jnp.any(choice.token[:, None] == rows.stop_ids, axis=1)
+    made = running & ~stops
+    lengths = history.lengths + made
+    full = made & (lengths - history.prompt_lengths >= rows.limits)
+    status = jnp.where(stops, STOPPED, jnp.where(full, FULL, rows.status))
+    at = jnp.where(made, history.lengths, history.tokens.shape[1])
+    tokens = jax.vmap(lambda row, i, token: row.at[i].set(token, mode="drop"))(history.tokens, at, choice.token)
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), step, 1)
+    emitted = Emitted(
+        tokens=put(emitted.tokens, jnp.where(made, choice.token, -1)),
+        logprobs=put(emitted.logprobs, choice.logprob),
+        top_ids=put(emitted.top_ids, choice.top_ids),
+        top_logprobs=put(emitted.top_logprobs, choice.top_logprobs),
+        status=status,
+    )
+    rows = rows.replace(  # type: ignore[attr-defined]
+        token=jnp.where(made, choice.token, rows.token),
+        cache=cache,
+        history=history.replace(tokens=tokens, lengths=lengths),  # type: ignore[attr-defined]
+        status=status,
+    )
+    return rows, emitted
+
+
+def _nothing(rows: Rows, room: int, top: int) -> Emitted:
+    batch = rows.token.shape[0]
+    return Emitted(
+        tokens=jnp.full((batch, room), -1, jnp.int32),
+        logprobs=jnp.zeros((batch, room)),
+        top_ids=jnp.zeros((batch, room, top), jnp.int32),
+        top_logprobs=jnp.zeros((batch, room, top)),
+        status=rows.status,
+    )

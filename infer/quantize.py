@@ -1,0 +1,104 @@
+"""Weights in fewer bits: round to nearest, with a scale per output or per group of inputs."""
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model.errors import InputError, UnknownNameError
+from model.weights import Bits, Int4, Int8, Int8Dynamic, Transposed
+
+Kind = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
+KINDS: tuple[str, ...] = get_args(Kind)
+GROUP = 32  # inputs that share a scale of int4
+
+_SHRINKINGS = 21  # scales tried per group, from the one of the largest entry down to half of it
+
+
+def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
+    """A stored form of `model.weights` of a matrix (out, in).
+
+    "bfloat16" is `Bits` on a CPU. Raises UnknownNameError on another kind, InputError on weights that are not finite.
+    """
+    match kind:
+        case "float32":
+            return Transposed(weight.astype(jnp.float32))
+        case "bfloat16":
+            halved = weight.astype(jnp.bfloat16)
+            if jax.default_backend() != "cpu":
+                return Transposed(halved)
+            return Bits(jax.lax.bitcast_convert_type(halved, jnp.uint16))
+        case "int8":
+            return quantize_int8(weight)
+        case "int8-dynamic":
+            stored = quantize_int8(weight)
+            return Int8Dynamic(stored.weight, stored.scale)
+        case "int4":
+            return quantize_int4(weight)
+    raise UnknownNameError("weight type", kind, KINDS)
+
+
+def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
+    """The nearest of 255 multiples of a scale per output, so that its largest entry is ±127.
+
+    Raises InputError on a weight that is not finite (outside of jit).
+    """
+    _check_finite(weight)
+    return _int8(weight)
+
+
+def quantize_int4(weight: Float[Array, "d_out d_in"], group: int = GROUP) -> Int4:
+    """The nearest of −8 … 7 times a scale per output and `group` inputs, the scale of the least squared error.
+
+    The scales tried reach from the one that makes the entry of largest size −8 or 7 down to half of it, of either
+    sign: clipping one entry may serve all others. Raises InputError on an odd group and as `quantize_int8`.
+    """
+    if group < 2 or group % 2:
+        raise InputError(f"group={group} must be even and at least 2: two inputs share a byte")
+    _check_finite(weight)
+    return _int4(weight, min(group, 2 * -(-weight.shape[1] // 2)))
+
+
+@jax.jit
+def _int8(weight: Array) -> Int8:
+    weight = weight.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(weight), axis=1)
+    scale = jnp.where(largest > 0, largest / 127, 1)
+    return Int8(jnp.clip(jnp.round(weight / scale[:, None]), -127, 127).astype(jnp.int8), scale)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _int4(weight: Array, group: int) -> Int4:
+    outputs, d_in = weight.shape
+    padded = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, -d_in % group)))
+    grouped = padded.reshape(outputs, -1, group)
+    largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True), axis=-1)
+    largest = jnp.where(largest == 0, 1, largest)
+    factors = jnp.linspace(1, 0.5, _SHRINKINGS)
+    # −8 reaches further than 7: the entry of largest size may be either, and a negative scale swaps them.
+    tried = jnp.concatenate([factors / -8, factors / 7])
+    error = lambda scale: jnp.sum(jnp.square(_whole(grouped, scale) * scale - grouped), axis=-1, keepdims=True)
+
+    def better(number: Int[Array, ""], best: tuple[Array, Array]) -> tuple[Array, Array]:
+        scale = largest * tried[number]
+        found = error(scale)
+        return jnp.where(found < best[1], scale, best[0]), jnp.minimum(found, best[1])
+
+    start = largest * tried[0]
+    scale, _ = jax.lax.fori_loop(1, len(tried), better, (start, error(start)))
+    nibbles = (_whole(grouped, scale) + 8).astype(jnp.uint8)
+    low, high = jnp.split(nibbles, 2, axis=-1)
+    return Int4((low | (high << 4)).reshape(outputs, -1), scale[..., 0], d_in)
+
+
+def _whole(values: Array, scale: Array) -> Array:
+    return jnp.clip(jnp.round(values / scale), -8, 7)
+
+
+def _check_finite(weight: Array) -> None:
+    if not isinstance(weight, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(weight))):
+        raise InputError(
+            f"a weight of shape {list(weight.shape)} has entries that are not finite; it cannot be rounded"
+        )
