@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from infer.sampling import Choice, History, SamplerState, choose
 from model import KVCache, ModelConfig, Params, head
+from model.cache import grow
 from model.transformer import forward_cached
 
 ROOM = 32  # tokens of a row that one call can make
@@ -20,7 +21,8 @@ RUNNING, STOPPED, FULL = 0, 1, 2  # how a row stands: a stop id came, or all tok
 class Rows:
     """What decoding carries on. Leaves are Any because JAX also fills the tree with shapes and shardings.
 
-    token: each row's newest, which the cache does not hold yet. history: prompt and output, the newest included.
+    token: each row's newest, which the cache does not hold yet. history: prompt and output, the newest included, with
+    room for one token more than the cache.
     stop_ids: padded with −1. limits: of output tokens. status: RUNNING, STOPPED or FULL; a row that does not run is
     neither written nor read.
     """
@@ -46,6 +48,13 @@ class Emitted:
     top_ids: Any  # int32 [batch, room, top]
     top_logprobs: Any  # float32 [batch, room, top]
     status: Any  # int32 [batch]: after the call
+
+
+def grow_rows(config: ModelConfig, rows: Rows, capacity: int) -> Rows:
+    """The same rows with room for more tokens, in cache and history."""
+    more = ((0, 0), (0, capacity - rows.cache.capacity))
+    history = rows.history.replace(tokens=jnp.pad(rows.history.tokens, more))  # type: ignore[attr-defined]
+    return rows.replace(cache=grow(config, rows.cache, capacity), history=history)  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.jit, donate_argnums=0)

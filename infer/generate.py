@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from infer.decode import FULL, ROOM, RUNNING, Emitted, Rows, begin, decode
+from infer.decode import FULL, ROOM, RUNNING, Emitted, Rows, begin, decode, grow_rows
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
 from infer.sampling import History, SamplerState, Sampling, row_keys
 from model import ModelConfig, Params
-from model.cache import grow
 from model.errors import InputError
 from model.sharding import under_mesh_of
 
@@ -162,7 +161,7 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
             halt = np.array([one.finish_reason is not None for one in completions])
             with under_mesh_of(params):
                 if filled == rows.cache.capacity:
-                    rows = rows.replace(cache=grow(config, rows.cache, capacity_for(config, filled + 1)))
+                    rows = grow_rows(config, rows, capacity_for(config, filled + 1))
                 steps = min(every, left, rows.cache.capacity - filled)
                 rows, upcoming = decode(config, params, rows, np.int32(steps), halt)
             filled, left = filled + steps, left - steps
@@ -186,7 +185,7 @@ def start_rows(
     """Rows whose prompts stand in the cache, before their first token."""
     batch = len(prompts)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((batch, bucket(int(lengths.max()) + max_new_tokens, 64)), np.int32)
+    tokens = np.zeros((batch, cache.capacity + 1), np.int32)  # the newest token is not in the cache yet
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     stops = [config.eos_token_ids if one.stop_ids is None else one.stop_ids for one in samplings]

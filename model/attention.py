@@ -1,5 +1,7 @@
 """Multi-head attention with grouped key/value heads, to a layer's own tokens or to an encoder's."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from model.norm import Normalize
 from model.position import rotate
 from model.sharding import constrain
 
-Entry = tuple[Array, ...]
+Entry = tuple[Any, ...]
 """What a layer's cache holds of one attention: see `model.cache.LayerCache`."""
 Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None, Float[Array, "batch heads seq key"] | None]
 """The mixed values, the cache with this chunk in it, and the attention weights (float32), where they were wanted."""
@@ -123,14 +125,14 @@ def split_heads(x: Float[Array, "batch seq features"], heads: int) -> Float[Arra
     return x.reshape(batch, seq, heads, features // heads).transpose(0, 2, 1, 3)
 
 
-def seen(cache: Entry | None, new: Entry, context: Context) -> tuple[tuple[Array, ...], ...]:
+def seen(cache: Entry | None, new: tuple[Array, ...], context: Context) -> tuple[tuple[Array, ...], ...]:
     """What attention sees of every array of an entry: the cache as it was, where there is one, then the chunk."""
     if cache is None or context.fresh:
         return tuple((x,) for x in new)
     return tuple((stored(old, x.dtype), x) for old, x in zip(cache, new, strict=True))
 
 
-def remember(cache: Entry, new: Entry, context: Context, mixed: Float[Array, "batch heads seq _"]) -> Entry:
+def remember(cache: Entry, new: tuple[Array, ...], context: Context, mixed: Float[Array, "batch heads seq _"]) -> Entry:
     """The cache with the chunk in it. A row whose attention gave an infinity is not written.
 
     That makes the write wait for the attention, so that compilers see that nobody reads the cache after it and write

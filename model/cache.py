@@ -113,7 +113,7 @@ def init_cache(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def grow(config: ModelConfig, cache: KVCache, capacity: int) -> KVCache:
     """The same rows with room for more. A copy, which doubling makes rare; raises InputError as `init_cache` does."""
     dtype = "int8" if isinstance(cache.layers[0]["self"][0], Quantised) else cache.layers[0]["self"][0].dtype.name

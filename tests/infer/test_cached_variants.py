@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
+from infer.step import extend
 from model import InputError, ModelConfig, accounting, apply
 
 PROMPT, TOTAL, CAPACITY = 8, 13, 14
@@ -35,7 +36,8 @@ def decoded(config, params, tokens, chunks):
     first, start, encoder = np.zeros((len(tokens), config.vocab_size), np.float32), 0, sources(config)[1]
     for chunk in chunks:
         inside = np.clip(LENGTHS - start, 0, chunk)
-        logits, cache = prefill(config, params, prompt[:, start : start + chunk], inside, cache, **encoder)
+        part = prompt[:, start : start + chunk]
+        logits, cache = prefill(config, params, part, inside, cache, fresh=chunk == PROMPT, **encoder)
         first, start, encoder = np.where((inside > 0)[:, None], logits, first), start + chunk, {}
     steps = [first]
     for step in range(TOTAL - PROMPT):
@@ -56,6 +58,33 @@ def test_cached_is_uncached(variant, random_params):
     assert expected.std() > 0.1
     for form, chunks in ((params, (PROMPT,)), (prepare(variant, params), (3, 4, 1))):
         np.testing.assert_allclose(decoded(variant, form, tokens, chunks), expected, rtol=0, atol=1e-4)
+
+
+def test_an_int8_cache_costs_half_a_percent_of_the_loss(decoder, random_params):
+    """In chunks, so that most of what is seen was rounded: keys and values alike, rings, latent vectors."""
+    params, tokens = random_params(decoder), tokens_of(3, 12)
+
+    def loss(dtype):
+        cache = init_cache(decoder, 3, CAPACITY, dtype)
+        parts = []
+        for start in range(0, 12, 3):
+            part, cache = extend(decoder, params, tokens[:, start : start + 3], np.full(3, 3, np.int32), cache)
+            parts.append(part)
+        logprobs = jax.nn.log_softmax(np.concatenate(parts, axis=1)[:, :-1])
+        return -np.mean(np.take_along_axis(np.asarray(logprobs), tokens[:, 1:, None], axis=-1))
+
+    exact, rounded = loss("float32"), loss("int8")
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=5e-3)
+    np.testing.assert_allclose(
+        exact,
+        -np.mean(
+            np.take_along_axis(
+                np.asarray(jax.nn.log_softmax(whole(decoder, params, tokens)[:, :-1])), tokens[:, 1:, None], axis=-1
+            )
+        ),
+        rtol=1e-4,
+    )
 
 
 def test_a_full_row_gets_nan_and_nothing_is_written(decoder, random_params):
@@ -86,13 +115,14 @@ def test_padding_past_the_table_of_positions(random_params):
 
 
 def test_the_cache_is_as_large_as_the_books_say(variant):
-    """A window's layer holds the window, latent attention its vectors, an encoder-decoder both sides."""
+    """A window's layer holds the window, latent attention its vectors, an encoder-decoder both sides; scales count."""
     if variant.stack == "encoder":
         assert accounting.kv_cache_bytes(variant, 2, 10) == 0
         return
-    shapes = jax.eval_shape(functools.partial(init_cache, variant, 2, 10))
-    allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.layers))
-    assert accounting.kv_cache_bytes(variant, 2, 10) == allocated
+    for dtype in (None, "bfloat16", "int8"):
+        shapes = jax.eval_shape(functools.partial(init_cache, variant, 2, 10, dtype))
+        allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.layers))
+        assert accounting.kv_cache_bytes(variant, 2, 10, dtype) == allocated
 
 
 def test_greedy_generation_is_the_argmax_of_the_whole_pass(random_params):

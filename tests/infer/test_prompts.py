@@ -1,0 +1,141 @@
+"""However prompts come in (whole, in chunks, with a shared beginning) and the cache grows, the text is the same."""
+
+import jax
+import numpy as np
+import pytest
+
+from infer import GREEDY, Sampling, generate, prompts, stream
+from infer.decode import decode
+from model import InputError, ModelConfig, apply
+
+CONFIG = ModelConfig(
+    32, 16, 2, 2, num_kv_heads=1, max_seq_len=256, sliding_window=24, layer_pattern=("local", "global")
+)
+whole = jax.jit(apply, static_argnums=0)
+tokens_of = lambda seed, length: np.random.default_rng(seed).integers(0, 32, length).tolist()
+
+
+@pytest.fixture(scope="module")
+def params(random_params):
+    return random_params(CONFIG, seed=5)
+
+
+def is_greedy(params, prompt, made):
+    """Whether every token is the argmax of the whole pass over what stands before it; equals may stand for another."""
+    row = np.zeros((1, CONFIG.max_seq_len), np.int32)
+    row[0, : len(prompt) + len(made)] = [*prompt, *made]
+    logits = np.asarray(whole(CONFIG, params, row))[0, len(prompt) - 1 :][: len(made)]
+    return np.all(logits.max(axis=-1) - logits[np.arange(len(made)), made] < 1e-4)
+
+
+@pytest.mark.slow
+def test_the_cache_grows_past_every_power_of_two(params):
+    prompt = tokens_of(0, 40)
+    made = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=200).tokens[0]
+    assert len(made) == 200
+    assert is_greedy(params, prompt, made)
+
+
+def test_at_most_a_program_for_every_power_of_two(params):
+    """After a long text, a shorter one compiles nothing, whatever its settings."""
+    run = lambda length, count, **settings: generate(
+        CONFIG, params, [tokens_of(1, length)], Sampling(**settings), max_new_tokens=count
+    )
+    run(40, 200)
+    before = decode._cache_size(), prompts.prefill._cache_size()
+    for count, settings in ((1, {}), (24, {"temperature": 0.0}), (199, {"top_p": 0.5, "min_p": 0.01, "seed": 3})):
+        run(33 + count % 7, count, **settings)
+    run(40, 9, repetition_penalty=1.2, frequency_penalty=0.1, logit_bias={3: 1.0}, logprobs=5, stop_ids=(1, 2, 3))
+    assert (decode._cache_size(), prompts.prefill._cache_size()) == before
+
+
+def test_long_prompts_come_in_chunks(params, monkeypatch):
+    """Rows of different lengths, past the windows; a row may end chunks before the others."""
+    rows = [tokens_of(seed, length) for seed, length in ((2, 75), (3, 5), (4, 32))]
+    expected = [generate(CONFIG, params, [row], GREEDY, max_new_tokens=8) for row in rows]
+    monkeypatch.setattr(prompts, "CHUNK", 16)
+    result = generate(CONFIG, params, rows, GREEDY, max_new_tokens=8)
+    assert result.tokens == [one.tokens[0] for one in expected]
+    for logprobs, one in zip(result.logprobs, expected, strict=True):
+        np.testing.assert_allclose(logprobs, one.logprobs[0], atol=1e-4)
+
+
+def test_what_prompts_share_is_read_once(params, monkeypatch):
+    beginning = tokens_of(6, 70)
+    rows = [beginning + tokens_of(seed, length) for seed, length in ((7, 3), (8, 1), (9, 12))] + [beginning]
+    expected = [generate(CONFIG, params, [row], GREEDY, max_new_tokens=6).tokens[0] for row in rows]
+    read = []
+    original = prompts.prefill
+
+    def spy(config, params, tokens, lengths, cache, **others):
+        read.append(int(np.sum(lengths)))
+        return original(config, params, tokens, lengths, cache, **others)
+
+    monkeypatch.setattr(prompts, "prefill", spy)
+    assert generate(CONFIG, params, rows, GREEDY, max_new_tokens=6).tokens == expected
+    assert read == [69, 3 + 1 + 12 + 4], "of every row at least one token is its own"
+
+
+def test_samples_of_one_prompt_share_its_prefill(params):
+    """Each sample draws for itself; with seeds given apart they are those of separate rows."""
+    result = generate(CONFIG, params, [[1, 2, 3], [4]], [Sampling(n=3), Sampling(n=1)], max_new_tokens=12)
+    assert len(result.tokens) == 4
+    assert len({tuple(tokens) for tokens in result.tokens}) == 4
+
+
+def test_every_row_has_its_own_settings(params):
+    rows = [tokens_of(10, 9), tokens_of(11, 4), tokens_of(12, 17)]
+    settings = [
+        GREEDY,
+        Sampling(temperature=0.7, top_k=5, seed=1),
+        Sampling(repetition_penalty=1.5, seed=2, logprobs=3),
+    ]
+    together = generate(CONFIG, params, rows, settings, max_new_tokens=10)
+    for index, (row, one) in enumerate(zip(rows, settings, strict=True)):
+        alone = generate(CONFIG, params, [row], one, max_new_tokens=10)
+        assert together.tokens[index] == alone.tokens[0]
+    assert len(together.top_logprobs[2]) == 10
+    for likeliest in together.top_logprobs[2]:
+        assert len(likeliest) == 3
+        assert list(likeliest.values()) == sorted(likeliest.values(), reverse=True)
+
+
+class Letters:
+    """Token i is letter i, two of them for odd ids."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) * (1 + i % 2) for i in ids)
+
+
+def test_stop_strings_cut_the_text(params):
+    prompt = tokens_of(13, 6)
+    free = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=40)
+    text = Letters().decode(free.tokens[0])
+    stop = text[9:12]
+    cut = generate(
+        CONFIG, params, [prompt], Sampling(0.0, stop_strings=(stop, "??")), max_new_tokens=40, tokenizer=Letters()
+    )
+    assert cut.finish_reason == ["stop"]
+    assert cut.tokens[0] == free.tokens[0][: len(cut.tokens[0])]
+    left = Letters().decode(cut.tokens[0])
+    assert stop not in left
+    assert text.index(stop) - 1 <= len(left) <= text.index(stop), "all whole tokens before it stay"
+    assert len(cut.logprobs[0]) == len(cut.tokens[0])
+    with pytest.raises(InputError, match="tokenizer"):
+        generate(CONFIG, params, [prompt], Sampling(stop_strings=("a",)))
+
+
+def test_streaming_hands_out_the_same_text(params):
+    seen = []
+    prompt = tokens_of(14, 5)
+    for rows in stream(CONFIG, params, [prompt, [3]], GREEDY, max_new_tokens=30, every=4):
+        seen.append([list(row.tokens) for row in rows])
+    expected = generate(CONFIG, params, [prompt, [3]], GREEDY, max_new_tokens=30).tokens
+    assert seen[-1] == expected
+    assert [len(rows[0]) for rows in seen] == [1, 5, 9, 13, 17, 21, 25, 29, 30]
+    assert all(rows[0] == expected[0][: len(rows[0])] for rows in seen)
+
+
+def test_samplings_and_prompts_go_together(params):
+    with pytest.raises(InputError, match="2 samplings were given for 1 prompts"):
+        generate(CONFIG, params, [[1]], [GREEDY, GREEDY])
