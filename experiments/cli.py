@@ -16,6 +16,9 @@ import tyro
 from experiments.allocator import keep_memory
 from experiments.commands import (
     bench,
+    bench_compare,
+    bench_decode,
+    compress,
     convert,
     coordcheck,
     data,
@@ -44,13 +47,17 @@ COMMANDS: Tree = {
         "Plan, train, fit and use scaling laws.",
         {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},
     ),
-    "bench": ("Measure this machine on a model.", {"decode": bench.decode, "train": bench.train}),
+    "bench": (
+        "Measure this machine on a model.",
+        {"decode": bench_decode.decode, "train": bench.train, "compare": bench_compare.compare},
+    ),
     "model": (
         "Look at architectures, convert weights, check how they scale.",
         {
             "list": model.list_presets,
             "show": model.show,
             "convert": convert.convert,
+            "compress": compress.compress,
             "coordcheck": coordcheck.coordcheck,
             "transfer": coordcheck.transfer,
         },

@@ -1,4 +1,4 @@
-"""Open whatever holds a trained model: a run of ours, a Hugging Face folder, a GGUF file."""
+"""Open whatever holds a trained model: a run of ours, a Hugging Face folder, a GGUF file, quantized weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Model:
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
-    """Open a run directory, a folder with config.json and safetensors, or a .gguf file.
+    """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a .gguf file.
 
     tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own. Raises InputError.
     """
@@ -38,6 +38,7 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
 
 def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
     """Only the config and the parameters of what `open_model` opens."""
+    from experiments.quantized import RECORD, load_quantized
     from model.convert import load_gguf, load_hf
     from train import load_run
 
@@ -48,6 +49,8 @@ def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
         return load_gguf(path)
     if (path / "run.json").is_file():
         return load_run(path)
+    if (path / RECORD).is_file():
+        return load_quantized(path)
     if (path / "config.json").is_file():
         return load_hf(path)
     raise InputError(
@@ -68,5 +71,5 @@ def open_tokenizer(path: Path, given: str | Path | None = None) -> "Tokenizer | 
             raise InputError(f"the data folder of {path}, {folder}, is gone; give its tokenizer with --tokenizer")
         return load_tokenizer(folder)
     names = ("tokenizer.json", "tokenizer.model")
-    beside = path.suffix == ".gguf" or any((path / name).is_file() for name in names)
+    beside = path.suffix == ".gguf" or any((path / name).is_file() for name in names) or any(path.glob("*.gguf"))
     return load_tokenizer(path) if beside else None

@@ -155,23 +155,29 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
     completions = [Completion(one) for one in samplings]
     filled = max(map(len, prompts))  # of the cache, which does not hold the newest token
     left = max_new_tokens - 1
-    while True:
-        upcoming = None
-        if left:
-            halt = np.array([one.finish_reason is not None for one in completions])
-            with under_mesh_of(params):
-                if filled == rows.cache.capacity:
-                    rows = grow_rows(config, rows, capacity_for(config, filled + 1))
-                steps = min(every, left, rows.cache.capacity - filled)
-                rows, upcoming = decode(config, params, rows, np.int32(steps), halt)
-            filled, left = filled + steps, left - steps
-        emitted = jax.device_get(coming)
+    going_on = lambda: any(one.finish_reason is None for one in completions)
+
+    def read(emitted: Emitted) -> list[Completion]:
+        emitted = jax.device_get(emitted)
         for row, completion in enumerate(completions):
             completion.read(emitted, row, tokenizer)
-        yield completions
-        if upcoming is None or all(one.finish_reason for one in completions):
-            return
-        coming = upcoming
+        return completions
+
+    yield read(coming)
+    ahead = None  # what the device works on while the host reads what came before
+    while left and going_on():
+        halt = np.array([one.finish_reason is not None for one in completions])
+        with under_mesh_of(params):
+            if filled == rows.cache.capacity:
+                rows = grow_rows(config, rows, capacity_for(config, filled + 1))
+            steps = min(every, left, rows.cache.capacity - filled)
+            rows, coming = decode(config, params, rows, np.int32(steps), halt)
+        filled, left = filled + steps, left - steps
+        if ahead is not None:
+            yield read(ahead)
+        ahead = coming
+    if ahead is not None and going_on():
+        yield read(ahead)
 
 
 def start_rows(

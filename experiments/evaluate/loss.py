@@ -36,17 +36,10 @@ def evaluate(
     documents are encoded with it. bits_per_byte compares models across tokenizers: all nats over all bytes of text,
     the documents' end tokens being predicted too.
     """
-    if config.head != "language-model" or config.stack != "decoder":
-        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text")
-    manifest = load_manifest(data)
     seq_len = seq_len or config.max_seq_len
-    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
-        batches, bytes_per_token = _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)
-    else:
-        if manifest.vocab_size > config.vocab_size:
-            raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")
-        batches = validation_batches(data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
-        bytes_per_token = manifest.splits["validation"].bytes_per_token
+    batches, bytes_per_token = validation_set(
+        config, data, tokenizer=tokenizer, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens
+    )
     nats, tokens = _sums(config, params, batches)
     loss = nats / tokens
     return {
@@ -57,6 +50,27 @@ def evaluate(
         "bytes": round(tokens * bytes_per_token),
         "seq_len": seq_len,
     }
+
+
+def validation_set(
+    config: ModelConfig,
+    data: str | Path,
+    *,
+    tokenizer: Tokenizer | None,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+) -> tuple[list[Batch], float]:
+    """(batches of the validation split in the model's ids, bytes of text per token); as in `evaluate`."""
+    if config.head != "language-model" or config.stack != "decoder":
+        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text")
+    manifest = load_manifest(data)
+    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
+        return _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)
+    if manifest.vocab_size > config.vocab_size:
+        raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")
+    batches = validation_batches(data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
+    return batches, manifest.splits["validation"].bytes_per_token
 
 
 def validation_texts(data: str | Path) -> list[str]:

@@ -1,0 +1,143 @@
+"""`isoflop model compress`: fewer bits, fewer entries or fewer layers, and what that costs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from experiments.commands.options import JsonFile
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.models import Model
+    from model import ModelConfig, Params
+
+Method = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4", "magnitude", "wanda"]
+
+
+def compress(
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="MODEL")]],
+    target: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT")]],
+    *,
+    method: Method = "int8",
+    sparsity: float = 0.5,
+    pattern: Literal["2:4"] | None = None,
+    drop_layers: int = 0,
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+    report: JsonFile = None,
+    seq_len: int = 256,
+    max_tokens: int = 8192,
+    batch_size: int = 8,
+) -> None:
+    """Write a smaller form of a model, which every command opens like the model itself.
+
+    Rounded weights (int8, int4) stay as they are stored, in a folder that isoflop alone reads; all other forms are
+    Hugging Face folders, where zeros take as much room as any number.
+
+    Example: isoflop model compress runs/first small --method int4 --data data/sotu --report compress.json
+
+    Args:
+        source: A run directory, a Hugging Face folder or a GGUF file.
+        target: The folder to make; it appears when it is complete.
+        method: The precision of the weights, or by what score entries of matrices are set to zero.
+        sparsity: Share of each output's inputs that pruning takes.
+        pattern: Prune two of every four neighbouring inputs instead.
+        drop_layers: First remove so many layers, those that change the residual stream least.
+        data: A folder made by `isoflop data prepare`: wanda, --drop-layers and --report read its text.
+        tokenizer: The model's tokenizer, where none stands beside it.
+        report: Compare every form on validation text and write the numbers to this file too.
+        seq_len: Tokens per row of the text.
+        max_tokens: Validation tokens that the report reads.
+        batch_size: Rows per step of the report.
+    """
+    from experiments.commands.options import output, write_document
+    from experiments.compress import copy_tokenizer
+    from experiments.compress import report as measure
+    from experiments.models import open_model
+    from experiments.quantized import KINDS, RECORD, save_quantized
+    from infer import prepare
+    from model.convert import save_hf
+    from model.weights import bytes_of
+
+    if (source / RECORD).is_file():
+        raise InputError(f"{source} is rounded already; give the model that it was made of")
+    if data is None and (report is not None or drop_layers or method == "wanda"):
+        raise InputError("wanda, --drop-layers and --report read text; give a data folder with --data")
+    opened = open_model(source, tokenizer)
+    config, params = _smaller(opened, method, sparsity, pattern, drop_layers, data, seq_len)
+    with output(target):
+        if method in KINDS:
+            params = prepare(config, params, method)  # type: ignore[arg-type]
+            save_quantized(config, params, target, method)
+        else:
+            save_hf(config, params, target)
+        if opened.tokenizer is not None:
+            copy_tokenizer(opened.tokenizer, target)
+    print(f"{target}: {config.num_layers} layers, {bytes_of(params):,} bytes of weights")
+    if report is None:
+        return
+    assert data is not None
+    rows = measure(
+        opened.config,
+        opened.params,
+        data,
+        tokenizer=opened.tokenizer,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+    )
+    write_document(report, {"model": str(source), "seq_len": seq_len, "rows": rows})
+    _print(rows)
+
+
+def _smaller(
+    opened: "Model",
+    method: str,
+    sparsity: float,
+    pattern: str | None,
+    drop: int,
+    data: Path | None,
+    seq_len: int,
+) -> "tuple[ModelConfig, Params]":
+    """The model without the layers and entries that are to go, in a plain precision."""
+    import jax
+
+    from experiments.compress import calibration_tokens
+    from infer.prune import drop_layers, prune
+
+    config, params, calibration = opened.config, opened.params, None
+    if data is not None:
+        seq_len = min(seq_len, config.max_seq_len)
+        calibration = calibration_tokens(config, data, opened.tokenizer, rows=16, seq_len=seq_len)
+    if drop:
+        config, params = drop_layers(config, params, drop, calibration)
+    if method in ("magnitude", "wanda"):
+        params = prune(config, params, method, sparsity, pattern=pattern, calibration=calibration)
+    dtype = "bfloat16" if method == "bfloat16" else "float32"
+    return config, jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from experiments.commands.options import console
+
+    batches = next((list(row["tokens_per_second"]) for row in rows if "reason" not in row), [])
+    table = Table(title="forms of the model; agreement: same likeliest token as the first row", title_justify="left")
+    table.add_column("form")
+    for name in ("bits/byte", "change", "agreement", *(f"tokens/s ({batch})" for batch in batches), "MB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        if "reason" in row:
+            table.add_row(row["form"], row["reason"])
+            continue
+        table.add_row(
+            row["form"],
+            f"{row['bits_per_byte']:.4f}",
+            f"{row['change_percent']:+.2f} %",
+            f"{100 * row['agreement']:.1f} %",
+            *(f"{speed:,.1f}" for speed in row["tokens_per_second"].values()),
+            f"{row['weight_bytes'] / 1e6:,.1f}",
+        )
+    console().print(table)
