@@ -64,6 +64,14 @@ def read_config(preset: str, overrides: tuple[str, ...] = ()) -> "ModelConfig":
     return config.replace(**parse_overrides(overrides)) if overrides else config
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file from the command line holds."""
+    try:
+        return json_module.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+
+
 def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
     """Read `num_layers=4` and the like; values as in JSON, anything else is text."""
     changes = {}

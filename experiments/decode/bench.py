@@ -1,18 +1,22 @@
-"""Prefill and decode throughput over a grid of batch and context."""
+"""The grid of the decode benchmark: every cell measured in its own guard."""
 
-import statistics
-import time
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from infer import decode_step, init_cache, prefill, prepare
-from model import ModelConfig, Params, accounting
-from model.errors import InputError
+from experiments.decode.cells import Cell, check_cell, grid, measure
+from experiments.decode.roofline import step_cost
+from infer import prepare
+from infer.prepare import Weights
+from model import ModelConfig, Params
+from model.cache import CACHE_DTYPES
+from model.errors import InputError, UnknownNameError
 from train.progress import progress_bar
+
+Build = Callable[[int | None], tuple[ModelConfig, Params]]
+"""The model with so many KV heads; None: its own."""
 
 
 def bench_decode(
@@ -25,68 +29,109 @@ def bench_decode(
     repeats: int = 7,
     weights: str = "float32",
 ) -> list[dict[str, Any]]:
-    """One row per (batch, context): medians over `repeats`, with the fastest and slowest beside them.
+    """One row per (batch, context), where the context is the prompt: `run_grid` of these cells. Raises InputError."""
+    cells = grid(batch=batches, prompt=contexts, weights=(weights,))
+    return run_grid(lambda _: (config, params), config, cells, steps=steps, repeats=repeats)
 
-    context: tokens in the prompt. A repeat prefills the whole prompt, then decodes `steps` tokens one after another
-    (greedy, fed back on the device); compile time and the first call are apart. tokens_per_second counts all rows of
-    the batch, per_sequence one row. kv_cache_bytes_filled is at the middle of the decoded stretch.
-    """
-    longest = max(contexts) + steps
-    if longest > config.max_seq_len:
+
+def read_grid(cells: Any, source: str) -> list[Cell]:
+    """The cells of a JSON list of objects with the fields of `Cell`; raises InputError, naming the source."""
+    known = [field.name for field in dataclasses.fields(Cell)]
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise InputError(f'{source} must be a JSON list of cells, such as [{{"batch": 1, "prompt": 32}}]')
+    for cell in cells:
+        for name, value in cell.items():
+            if name not in known:
+                raise UnknownNameError(f"axis in {source}", name, known)
+            wanted = str if name in ("weights", "cache") else int
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise InputError(
+                    f"{source}: {name}={value!r} must be {'a name' if wanted is str else 'a whole number'}"
+                )
+    return [Cell(**cell) for cell in cells]
+
+
+def check_grid(config: ModelConfig, cells: Sequence[Cell], steps: int, repeats: int) -> None:
+    """Raises InputError for a cell that cannot run, before anything is measured."""
+    if config.stack != "decoder" or config.head != "language-model":
         raise InputError(
-            f"context {max(contexts)} and {steps} steps exceed the model's context, max_seq_len={config.max_seq_len}"
+            f"bench decode measures decoder language models; this one has stack={config.stack!r}, head={config.head!r}"
         )
-    prepared = prepare(config, params, weights)  # type: ignore[arg-type]
-    rows = []
-    with progress_bar("decode benchmark", len(batches) * len(contexts)) as advance:
-        for batch in batches:
-            for context in contexts:
-                rows.append(_cell(config, prepared, batch, context, steps, repeats) | {"weights": weights})
-                advance()
+    if not cells:
+        raise InputError("the grid has no cells")
+    if repeats < 1:
+        raise InputError(f"repeats={repeats} must be at least 1")
+    for cell in cells:
+        check_cell(config, cell, steps)
+        if cell.weights not in get_args(Weights):
+            raise UnknownNameError("weight type", cell.weights, get_args(Weights))
+        if cell.cache is not None and cell.cache not in CACHE_DTYPES:
+            raise UnknownNameError("cache dtype", cell.cache, CACHE_DTYPES)
+        if cell.kv_heads is not None and (cell.kv_heads < 1 or config.num_heads % cell.kv_heads):
+            raise InputError(f"kv_heads={cell.kv_heads} must divide num_heads={config.num_heads}")
+
+
+def run_grid(
+    build: Build,
+    config: ModelConfig,
+    cells: Sequence[Cell],
+    *,
+    steps: int,
+    repeats: int,
+    stopped: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per cell, in order: its coordinates, `cells.measure`, its bytes and FLOPs.
+
+    What goes wrong in a cell (no memory, a defect) stands in its row as "error" and ends nothing. On Ctrl-C `stopped`
+    is called, the rows so far are handed back and the rest is left out; without it, KeyboardInterrupt is raised.
+    Raises InputError on a grid that cannot run.
+    """
+    check_grid(config, cells, steps, repeats)
+    models = _Models(build)
+    rows: list[dict[str, Any]] = []
+    with progress_bar("decode benchmark", len(cells)) as advance:
+        for cell in cells:
+            try:
+                rows.append(_row(models, cell, steps, repeats))
+            except KeyboardInterrupt:
+                if stopped is None:
+                    raise
+                stopped()
+                break
+            advance()
     return rows
 
 
-def _compiled() -> int:
-    """Programs of the pair that this process holds."""
-    return sum(function._cache_size() for function in (prefill, decode_step))  # type: ignore[attr-defined]
+def _row(models: "_Models", cell: Cell, steps: int, repeats: int) -> dict[str, Any]:
+    place = dataclasses.asdict(cell) | {"context": cell.depth, "steps": steps, "repeats": repeats}
+    try:
+        config, params = models.get(cell)
+        place |= {"cache": cell.cache or config.compute_dtype, "kv_heads": config.num_kv_heads}
+        return place | measure(config, params, cell, steps, repeats) | step_cost(config, params, cell, steps)
+    except Exception as error:  # a cell may fail in any way: the grid goes on
+        models.forget()
+        words = " ".join(str(error).split())
+        return place | {"error": f"{type(error).__name__}: {words[:500]}"}
 
 
-def _cell(config: ModelConfig, params: Params, batch: int, context: int, steps: int, repeats: int) -> dict[str, Any]:
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context), dtype=np.int32)
-    lengths = np.full(batch, context, np.int32)
-    choose = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+class _Models:
+    """The prepared parameters of the cell at hand; those of other cells are let go, for both may not fit."""
 
-    def once() -> tuple[float, float]:
-        cache = jax.block_until_ready(init_cache(config, batch, context + steps))
-        start = time.perf_counter()
-        logits, cache = prefill(config, params, tokens, lengths, cache)
-        jax.block_until_ready(logits)
-        middle = time.perf_counter()
-        for _ in range(steps):
-            logits, cache = decode_step(config, params, choose(logits), cache)
-        jax.block_until_ready(logits)
-        return middle - start, time.perf_counter() - middle
+    def __init__(self, build: Build):
+        self.build = build
+        self.key: tuple[int | None, str] | None = None
+        self.model: tuple[ModelConfig, Params] | None = None
 
-    start = time.perf_counter()
-    once()
-    first_call = time.perf_counter() - start
-    before = _compiled()
-    times = [once() for _ in range(repeats)]
-    prefill_seconds, decode_seconds = ([time[i] for time in times] for i in (0, 1))
-    rate = lambda seconds: batch * steps / seconds
-    return {
-        "batch": batch,
-        "context": context,
-        "steps": steps,
-        "repeats": repeats,
-        "first_call_seconds": first_call,
-        "recompiles": _compiled() - before,
-        "prefill_tokens_per_second": batch * context / statistics.median(prefill_seconds),
-        "time_to_first_token_seconds": statistics.median(prefill_seconds),
-        "decode_tokens_per_second": rate(statistics.median(decode_seconds)),
-        "decode_tokens_per_second_slowest": rate(max(decode_seconds)),
-        "decode_tokens_per_second_fastest": rate(min(decode_seconds)),
-        "decode_tokens_per_second_per_sequence": rate(statistics.median(decode_seconds)) / batch,
-        "seconds_per_step": statistics.median(decode_seconds) / steps,
-        "kv_cache_bytes_filled": accounting.kv_cache_bytes(config, batch, context + steps // 2),
-    }
+    def get(self, cell: Cell) -> tuple[ModelConfig, Params]:
+        key = (cell.kv_heads, cell.weights)
+        if key != self.key:
+            self.forget()
+            config, params = self.build(cell.kv_heads)
+            prepared = prepare(config, params, cell.weights)  # type: ignore[arg-type]
+            self.key, self.model = key, (config, jax.block_until_ready(prepared))
+        assert self.model is not None
+        return self.model
+
+    def forget(self) -> None:
+        """Let go of the parameters."""
+        self.key = self.model = None

@@ -1,24 +1,21 @@
 """PyTorch's side of a comparison: which models it can be, its weights, and the child process that trains it."""
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.peers.child import Child, python_has
 from model import ModelConfig, Params
 from model.errors import InputError
 from train import HParams, TrainConfig
 
 TWIN = Path(__file__).with_name("torch_twin.py")
-GRACE_SECONDS = 5.0
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 
 # What the twin can be: these fields may have any value, these some; every other field must stay at its default.
@@ -51,60 +48,16 @@ def check_has_twin(config: ModelConfig, train_config: TrainConfig) -> None:
         raise InputError(f"seq_len={train_config.seq_len} exceeds max_seq_len={config.max_seq_len}")
 
 
-class Twin:
-    """The PyTorch program as a child process; leaving the context ends it, by an exception at once.
-
-    log: a file for what it writes to its standard error.
-    """
+class Twin(Child):
+    """The PyTorch program of `torch_twin.py`."""
 
     def __init__(self, spec: dict[str, Any], log: Path):
-        self.mode, self.log = spec["mode"], log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [torch_python(), str(TWIN), json.dumps(spec)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
-            )
-        self.ready: dict[str, Any] = {}
-
-    def __enter__(self) -> "Twin":
-        try:
-            self.ready = self._answer()
-        except BaseException:
-            self.close(0)
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(GRACE_SECONDS if kind is None else 0)
+        super().__init__([torch_python(), str(TWIN), json.dumps(spec)], f"PyTorch ({spec['mode']})", log)
 
     def run(self, count: int) -> tuple[float, list[float]]:
         """Make so many steps: (seconds of all together, the loss of each)."""
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says why
-            print(f"run {count}", file=_open(self.process.stdin), flush=True)
-        answer = self._answer()
+        answer = self.ask(f"run {count}")
         return answer["seconds"], answer["losses"]
-
-    def close(self, grace_seconds: float) -> None:
-        """End the child by the end of its input; past the grace by force, with the compilers that it started."""
-        with contextlib.suppress(BrokenPipeError):
-            _open(self.process.stdin).close()
-        try:
-            self.process.wait(timeout=grace_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own group: it was started as a session's leader
-            self.process.wait()
-        _open(self.process.stdout).close()
-
-    def _answer(self) -> dict[str, Any]:
-        line = _open(self.process.stdout).readline()
-        if not line:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
-            raise InputError(f"PyTorch ({self.mode}) failed: {lines[-1] if lines else 'it said nothing'}")
-        return json.loads(line)
 
 
 def torch_python() -> str:
@@ -114,12 +67,8 @@ def torch_python() -> str:
 
 def require_torch() -> None:
     """Raises InputError if that Python has no torch."""
-    python, look = torch_python(), "import importlib.util as u, sys; sys.exit(not u.find_spec('torch'))"
-    try:
-        found = subprocess.run([python, "-c", look], capture_output=True).returncode == 0
-    except OSError:
-        found = False
-    if not found:
+    python = torch_python()
+    if not python_has(python, "torch"):
         raise InputError(
             f"{python} has no torch: install isoflop[peers], or name a Python that has it in ISOFLOP_TORCH_PYTHON"
         )
@@ -171,8 +120,3 @@ def _norm(name: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _linear(name: str, *parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     joined = {key: np.concatenate([part[key] for part in parts], axis=-1) for key in parts[0]}
     return {f"{name}.{key}": leaf.T for key, leaf in joined.items()}
-
-
-def _open(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream

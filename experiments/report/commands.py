@@ -85,7 +85,7 @@ def _held_out(folder: Path, document: dict[str, Any], winner: dict[str, Any] | N
         listed.append(
             _command(
                 "Decode",
-                f"isoflop bench decode heldout --batch {batches} --context {contexts} --steps {cells[0]['steps']}",
+                f"isoflop bench decode heldout --batch {batches} --prompt {contexts} --steps {cells[0]['steps']}",
             )
         )
     if samples := document.get("samples"):

@@ -198,14 +198,14 @@ def decode_throughput(cells: Sequence[dict[str, Any]]) -> Figure:
     contexts = sorted({cell["context"] for cell in cells})
     batches = sorted({cell["batch"] for cell in cells})
     colours = sequence(len(contexts))
-    for axes, kind in zip(panels, ("prefill", "decode"), strict=True):
+    for axes, kind, speed_of in zip(panels, ("prefill", "decode"), ("", "_aggregate"), strict=True):
         extent = []
         for i, (context, colour) in enumerate(zip(contexts, colours, strict=True)):
             row = sorted((cell for cell in cells if cell["context"] == context), key=lambda cell: cell["batch"])
             # Set apart sideways, so that bars of different contexts do not hide each other.
             shift = 1 + 0.06 * (i - (len(contexts) - 1) / 2)
             x = [cell["batch"] * shift for cell in row]
-            speed = np.array([cell[f"{kind}_tokens_per_second"] for cell in row])
+            speed = np.array([cell[f"{kind}_tokens_per_second{speed_of}"] for cell in row])
             ends = [
                 np.array([cell.get(f"{kind}_tokens_per_second_{end}", middle) for cell, middle in zip(row, speed)])  # noqa: B905
                 for end in ("slowest", "fastest")

@@ -35,7 +35,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """What the template is filled with: the document's parts, never None, and what is derived from them."""
     parts = {name: document.get(name) or {} for name in ("settings", "data", "plan", "sweep", "fit", "totals")}
     parts |= {name: document.get(name) or {} for name in ("prediction", "heldout", "device", "versions")}
-    rows, cells = document.get("ladder") or [], document.get("decode") or []
+    rows, cells = document.get("ladder") or [], _measured(document)
     fit = parts["fit"]
     parametric, isoflop = fit.get("parametric"), fit.get("isoflop")
     source = parts["settings"].get("source", "unknown")
@@ -61,7 +61,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "unfinished": [row for row in rows if row["status"] != "finished"],
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
-        "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second"], default=None),
+        "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second_aggregate"], default=None),
         "order": _best_first(parts["sweep"]),
         "stages": _stages(folder),
         "commands": commands(folder, document),
@@ -73,7 +73,7 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
     fits = _fits(rows)
     parametric, isoflop, refused = fits.parametric, fits.isoflop, fits.refused
     sweep, measured = document.get("sweep") or {}, document.get("heldout") or {}
-    prediction, cells = document.get("prediction") or {}, document.get("decode") or []
+    prediction, cells = document.get("prediction") or {}, _measured(document)
     budgets = sorted({row["budget"] for row in rows})
     usable = [(budget, [row for row in rows if row["budget"] == budget and known(row["loss"])]) for budget in budgets]
     usable = [(budget, members) for budget, members in usable if members]
@@ -229,3 +229,8 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
         note = json.loads(path.read_text(encoding="utf-8"))
         stages.append({"name": path.stem, "seconds": note["seconds"], "compiles": note["compiles"]})
     return sorted(stages, key=lambda stage: -stage["seconds"])
+
+
+def _measured(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of the decode benchmark that did not fail."""
+    return [cell for cell in document.get("decode") or [] if "error" not in cell]

@@ -93,7 +93,7 @@ def made():
         "repeats": 7,
         "prefill_tokens_per_second": 9000.0,
         "time_to_first_token_seconds": 0.01,
-        "decode_tokens_per_second": 43_217.0,
+        "decode_tokens_per_second_aggregate": 43_217.0,
         "decode_tokens_per_second_slowest": 3000.0,
         "decode_tokens_per_second_fastest": 50_000.0,
         "decode_tokens_per_second_per_sequence": 4000.0,

@@ -1,0 +1,81 @@
+"""`isoflop bench compare`: what a change did to the benchmark's numbers."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.commands.options import JsonFile
+from model.errors import InputError
+
+
+def compare(
+    before: tyro.conf.Positional[Path],
+    after: tyro.conf.Positional[Path],
+    *,
+    fail_above: str | None = None,
+    any: bool = False,
+    json: JsonFile = None,
+) -> None:
+    """What changed between two documents of `bench decode --json`, and whether it is more than noise.
+
+    For each cell that both have: the ratio of medians, after over before, with a bootstrap interval of 95 %.
+
+    Example: isoflop bench compare before.json after.json --fail-above 5%
+
+    Args:
+        before: The earlier document.
+        after: The later one.
+        fail_above: Exit with code 1 where something is slower, beyond noise, by more than this, such as 5%.
+        any: Compare documents of different models or devices too.
+        json: Also write every number to this file.
+    """
+    from rich.table import Table
+
+    from experiments.commands.options import console, write_document
+    from experiments.decode.compare import compare as join
+    from experiments.decode.compare import regressions
+    from experiments.decode.render import words_of
+
+    limit = None if fail_above is None else _share(fail_above)
+    result = join(_read_document(before), _read_document(after), anything=any)
+    write_document(json, result)
+    table = Table(title="after over before: below 1 is faster", title_justify="left")
+    for name in ("cell", "metric", "before ms", "after ms", "ratio (95 %)", "verdict"):
+        table.add_column(name, justify="left" if name in ("cell", "metric", "verdict") else "right")
+    for row in result["rows"]:
+        low, high = row["interval_95"]
+        table.add_row(
+            words_of(row),
+            row["metric"].removesuffix("_seconds").replace("_", " "),
+            f"{1e3 * row['before']:.3g}",
+            f"{1e3 * row['after']:.3g}",
+            f"{row['ratio']:.3f} ({low:.3f} … {high:.3f})",
+            row["verdict"],
+        )
+    console().print(table)
+    for row in result["alone"]:
+        print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
+    if limit is not None and (worse := regressions(result["rows"], limit)):
+        print(f"isoflop: {len(worse)} of {len(result['rows'])} numbers are slower by over {limit:.3g}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    from experiments.commands.options import read_json
+
+    document = read_json(file)
+    if not isinstance(document, dict) or not {"cells", "config_hash", "device"} <= set(document):
+        raise InputError(f"{file} is no document of `isoflop bench decode --json`")
+    return document
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10:
+        raise InputError(f"--fail-above {text} must be a share such as 5% or 0.05")
+    return value

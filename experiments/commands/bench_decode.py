@@ -1,0 +1,258 @@
+"""`isoflop bench decode`: how fast a model generates here."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from experiments.commands.options import JsonFile
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.decode.cells import Cell
+    from model import ModelConfig, Params
+
+PlotFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+QUIET = 0.5  # load average beside which a measurement is one of the machine's other work too
+
+
+def decode(
+    model: tyro.conf.Positional[str],
+    *,
+    batch: tuple[int, ...] = (1, 8),
+    prompt: tuple[int, ...] = (32,),
+    context: tuple[int, ...] = (),
+    weights: tuple[str, ...] = ("float32",),
+    cache: tuple[str, ...] = (),
+    kv_heads: tuple[int, ...] = (),
+    grid: JsonFile = None,
+    steps: int = 32,
+    repeats: int = 7,
+    against: tuple[Literal["transformers", "torch", "llama.cpp"], ...] = (),
+    rounds: int = 5,
+    load: tuple[float, ...] = (),
+    requests: int = 32,
+    slots: int = 8,
+    ttft_limit: float | None = None,
+    tpot_limit: float | None = None,
+    seed: int = 0,
+    format: Literal["table", "json", "jsonl", "csv", "md"] = "table",
+    json: JsonFile = None,
+    plot: PlotFile = None,
+) -> None:
+    """Latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
+
+    A cell that fails, for want of memory or otherwise, is a row with its error. Seconds per step are of a loop that
+    never leaves the device; the latency per token with the host waiting for each stands beside it, compile time apart.
+    The machine's ceilings (bytes read per second, FLOP/s of a product) are measured before and after in the same run.
+
+    Example: isoflop bench decode runs/first --batch 1 4 16 --prompt 32 96 --json decode.json --plot decode.svg
+    Example: isoflop bench decode gpt2-small --kv-heads 1 4 12 --cache float32 int8 --context 512
+    Example: isoflop bench decode smollm2.gguf --batch 1 --against transformers torch llama.cpp
+    Example: isoflop bench decode smollm2.gguf --load 1 2 4 --requests 64 --ttft-limit 0.5 --tpot-limit 0.1
+
+    Args:
+        model: A run directory, a Hugging Face folder, a GGUF file, or a preset (random weights).
+        batch: Rows decoded at a time.
+        prompt: Tokens prefilled in each row.
+        context: Tokens in the cache when decoding begins; default: the prompt.
+        weights: How weights are stored, such as float32 or bfloat16.
+        cache: How the cache is stored: float32, bfloat16 or int8; default: the compute precision.
+        kv_heads: Numbers of KV heads, for presets only.
+        grid: A JSON file with a list of cells instead: [{"batch": 1, "prompt": 32, "weights": "bfloat16"}, …].
+        steps: Tokens decoded in each repeat.
+        repeats: Measurements of each cell.
+        against: Programs to compare with, on the same weights in turns; ISOFLOP_TRANSFORMERS_PYTHON,
+            ISOFLOP_TORCH_PYTHON and ISOFLOP_LLAMA_PYTHON name the Python that has them.
+        rounds: With --against, turns that each contender gets.
+        load: Rates in requests per second at which the serving engine is loaded, instead of the grid.
+        requests: With --load, how many requests arrive at each rate.
+        slots: With --load, rows that the engine decodes at a time.
+        ttft_limit: With --load, seconds to the first token within which a request counts as good.
+        tpot_limit: With --load, seconds per further token within which it does.
+        seed: Of random weights, and of the load's arrivals and prompts.
+        format: How the cells are printed.
+        json: Also write every number, with the raw samples, to this file.
+        plot: Also draw throughput against latency, and the roofline: an .svg or .png file.
+    """
+    from experiments.commands.options import output, read_json
+    from experiments.decode.bench import check_grid, read_grid
+    from experiments.decode.cells import grid as combine
+    from experiments.decode.document import describe
+
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise InputError(f"--plot {plot} must end in .svg or .png")
+    config, build, is_random = _open(model, seed)
+    cells = (
+        read_grid(read_json(grid), str(grid))
+        if grid is not None
+        else combine(batch=batch, prompt=prompt, context=context, weights=weights, cache=cache, kv_heads=kv_heads)
+    )
+    check_grid(config, cells, steps, repeats)
+    if not is_random and any(cell.kv_heads is not None for cell in cells):
+        raise InputError(f"kv_heads changes a preset with random weights; {model} has weights of its own")
+    document = describe(config, model, is_random)
+    if load:
+        limits = (ttft_limit, tpot_limit)
+        _load(document, build, cells[0], load, requests, slots, steps, seed, limits, format, json)
+        return
+    interrupted = _measure(document, config, build, cells, steps, repeats)
+    if against and not interrupted:
+        _write(json, document)  # what is measured by now outlives whatever happens to the comparison
+        from experiments.peers.decode_bench import CONVENTION, bench_against
+
+        document["against"] = bench_against(build(None), cells, against, steps=steps, rounds=rounds)
+        document["against_convention"] = CONVENTION
+    _write(json, document)
+    _show(document, format)
+    if plot is not None:
+        from experiments.decode.plots import draw
+
+        with output(plot):
+            draw(document).savefig(plot, dpi=150)
+    if interrupted:
+        print(f"isoflop: stopped after {len(document['cells'])} of {len(cells)} cells", file=sys.stderr)
+        sys.exit(130)
+
+
+def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
+    """(config, how to build it with so many KV heads, whether its weights are random)."""
+    import jax
+
+    from experiments.commands.options import read_config
+    from experiments.models import open_parameters
+    from model import init
+
+    if Path(model).exists() and not model.endswith(".json"):
+        config, params = open_parameters(model)
+        return config, lambda _: (config, params), False
+    config = read_config(model)
+
+    def build(count: int | None) -> "tuple[ModelConfig, Params]":
+        shape = config if count is None else config.replace(num_kv_heads=count)
+        return shape, init(shape, jax.random.key(seed))
+
+    return config, build, True
+
+
+def _measure(
+    document: dict[str, Any], config: "ModelConfig", build: Any, cells: "list[Cell]", steps: int, repeats: int
+) -> bool:
+    """Ceilings and cells into the document; whether Ctrl-C ended it early."""
+    from experiments.decode.bench import run_grid
+    from experiments.decode.probes import best_of, measure_ceilings
+    from experiments.decode.roofline import NOTE, add_shares
+
+    interrupted: list[bool] = []
+    ceilings = measure_ceilings(config.compute_dtype)
+    rows = run_grid(
+        build,
+        config,
+        cells,
+        steps=steps,
+        repeats=repeats,
+        stopped=lambda: interrupted.append(True),
+    )
+    if not interrupted:
+        ceilings = best_of(ceilings, measure_ceilings(config.compute_dtype))
+    add_shares(rows, ceilings)
+    document |= {"ceilings": ceilings.to_dict(), "bytes_convention": NOTE, "cells": rows}
+    return bool(interrupted)
+
+
+def _load(
+    document: dict[str, Any],
+    build: Any,
+    cell: "Cell",
+    rates: tuple[float, ...],
+    requests: int,
+    slots: int,
+    steps: int,
+    seed: int,
+    limits: tuple[float | None, float | None],
+    form: str,
+    json: Path | None,
+) -> None:
+    from experiments.decode.load import bench_load
+    from infer import prepare
+    from infer.engine import Engine
+
+    config, params = build(cell.kv_heads)
+    prepared = prepare(config, params, cell.weights)  # type: ignore[arg-type]
+    capacity = min(2 * cell.prompt + steps, config.max_seq_len)
+    document["load"] = bench_load(
+        lambda: Engine(config, prepared, slots=slots, capacity=capacity),
+        config.vocab_size,
+        rates,
+        requests=requests,
+        prompt=cell.prompt,
+        max_new_tokens=steps,
+        seed=seed,
+        ttft_limit=limits[0],
+        tpot_limit=limits[1],
+    )
+    document |= {"cells": [], "slots": slots, "seed": seed}
+    _write(json, document)
+    _show(document, form)
+
+
+def _write(json: Path | None, document: dict[str, Any]) -> None:
+    from experiments.commands.options import write_document
+
+    write_document(json, document)
+
+
+def _show(document: dict[str, Any], form: str) -> None:
+    from rich.table import Table
+
+    from experiments.commands.options import console
+    from experiments.decode.render import against_table, load_table, render, table_of, words_of
+
+    if form != "table":
+        print(render(document, form))  # type: ignore[arg-type]
+        return
+    tables = (
+        [
+            (
+                "medians; ms/step and rates without, synced with the host waiting for each token",
+                table_of(document["cells"]),
+            )
+        ]
+        if document["cells"]
+        else []
+    )
+    if document.get("against"):
+        tables.append(("medians of rounds in turns; slowest … fastest", against_table(document["against"])))
+    if document.get("load"):
+        tables.append(("requests that arrive at random; medians (p99)", load_table(document["load"])))
+    for title, (header, lines) in tables:
+        table = Table(title=title, title_justify="left")
+        for name in header:
+            table.add_column(name, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        console().print(table)
+    for row in document["cells"] + document.get("against", []) + document.get("load", []):
+        if words := row.get("error") or row.get("note"):
+            print(f"{words_of(row)}: {words}")
+    _say_how(document)
+
+
+def _say_how(document: dict[str, Any]) -> None:
+    if "ceilings" in document:
+        ceilings, own = document["ceilings"], "random" if document["random_weights"] else "its own"
+        print(
+            f"{document['model']} ({own} weights, config {document['config_hash']}) on "
+            f"{document['device']['host']}: reads {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s "
+            f"({ceilings['read_form']}), multiplies {ceilings['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s "
+            f"({ceilings['matmul_dtype']}). Bytes: {document['bytes_convention']}."
+        )
+    if "against" in document:
+        print(f"Compared: {document['against_convention']}.")
+    if document["load_average"] > QUIET:
+        print(
+            f"Other programs were running (load average {document['load_average']:.1f}): these numbers are of what "
+            "they left; repeat it on a quiet machine."
+        )

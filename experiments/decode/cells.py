@@ -1,0 +1,247 @@
+"""Measure one cell of the benchmark: prefill, decode steps one by one, and the loop that stays on the device."""
+
+import dataclasses
+import functools
+import itertools
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from infer import KVCache, decode_step, init_cache, prefill
+from model import ModelConfig, Params, head
+from model.errors import InputError
+from model.transformer import forward_cached
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A place in the grid. prompt: tokens prefilled. context: tokens in the cache when decoding begins.
+
+    weights, cache: how they are stored ("float32", "bfloat16", "int8" …; cache None: the compute dtype). kv_heads:
+    None is the model's own number.
+    """
+
+    batch: int = 1
+    prompt: int = 32
+    context: int | None = None
+    weights: str = "float32"
+    cache: str | None = None
+    kv_heads: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """The context, which is the prompt where none was given."""
+        return self.prompt if self.context is None else self.context
+
+
+def check_cell(config: ModelConfig, cell: Cell, steps: int) -> None:
+    """Raises InputError, in one sentence, for a cell that no model of this shape can run."""
+    for name, value in (("batch", cell.batch), ("prompt", cell.prompt), ("context", cell.depth), ("steps", steps)):
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    for name, value in (("prompt", cell.prompt), ("context", cell.depth)):
+        if value + steps > config.max_seq_len:
+            raise InputError(
+                f"{name} {value} and {steps} steps exceed the model's context, max_seq_len={config.max_seq_len}"
+            )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def decode_loop(
+    config: ModelConfig,
+    room: int,
+    params: Params,
+    token: Int[Array, " batch"],
+    cache: KVCache,
+    steps: Int[Array, ""],
+) -> tuple[Int[Array, "batch room"], KVCache]:
+    """Append `token`, choose the likeliest next one, and so on `steps` times, without a word to the host."""
+
+    def body(step: Any, carry: Any) -> Any:
+        token, tokens, cache = carry
+        hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache)
+        token = choose(head(config, params, hidden))
+        return token, tokens.at[:, step].set(token), cache
+
+    start = (token, jnp.zeros((token.shape[0], room), jnp.int32), cache)
+    _, tokens, cache = jax.lax.fori_loop(0, steps, body, start)
+    return tokens, cache
+
+
+@jax.jit
+def choose(logits: Array) -> Array:
+    """The likeliest token of every row, int32 [batch]."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def measure(config: ModelConfig, params: Params, cell: Cell, steps: int, repeats: int) -> dict[str, Any]:
+    """Medians, tails and raw samples of one cell; params are prepared, and kv_heads and weights already in them.
+
+    A repeat prefills the prompt into a fresh cache and chooses (time_to_first_token); brings the cache to the context
+    by more such chunks, untimed; decodes `steps` tokens with the host waiting for each (time_per_output_token; of it
+    host_seconds until the calls return, device_seconds from there until the token is there); goes back to the context
+    and decodes as many in one call that never leaves the device (seconds_per_step, which all rates are made of). One
+    repeat before is not counted.
+    """
+    check_cell(config, cell, steps)
+    run = _Run(config, params, cell, steps)
+    compile_seconds = run.compile()
+    start = time.perf_counter()
+    run.once()
+    first_run_seconds = time.perf_counter() - start
+    before = COMPILES["programs"]
+    samples: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name, values in run.once().items():
+            samples.setdefault(name, []).extend(values)
+    median = {name: float(np.median(values)) for name, values in samples.items()}
+    tail = lambda name, percent: float(np.percentile(samples[name], percent))
+    first, each, loop = "time_to_first_token_seconds", "time_per_output_token_seconds", "seconds_per_step"
+    return {
+        "steps": steps,
+        "repeats": repeats,
+        first: median[first],
+        f"{first}_p90": tail(first, 90),
+        "prefill_tokens_per_second": cell.batch * cell.prompt / median[first],
+        each: median[each],
+        f"{each}_p90": tail(each, 90),
+        f"{each}_p99": tail(each, 99),
+        "host_seconds_per_step": median["host_seconds_per_step"],
+        "device_seconds_per_step": median["device_seconds_per_step"],
+        loop: median[loop],
+        f"{loop}_p90": tail(loop, 90),
+        "decode_tokens_per_second_aggregate": cell.batch / median[loop],
+        "decode_tokens_per_second_per_sequence": 1 / median[loop],
+        "decode_tokens_per_second_slowest": cell.batch / max(samples[loop]),
+        "decode_tokens_per_second_fastest": cell.batch / min(samples[loop]),
+        **compile_seconds,
+        "first_run_seconds": first_run_seconds,
+        "recompiles": COMPILES["programs"] - before,
+        **peak_memory(),
+        "samples": samples,
+    }
+
+
+class _Run:
+    """The shapes of one cell, and one repeat of it."""
+
+    def __init__(self, config: ModelConfig, params: Params, cell: Cell, steps: int):
+        self.config, self.params, self.cell, self.steps = config, params, cell, steps
+        shape = (cell.batch, cell.prompt)
+        self.tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32))
+        self.token = self.tokens[:, 0]
+
+    def compile(self) -> dict[str, Any]:
+        """Seconds of tracing and compiling each program before it runs; `compiles_from_cache` were on disk already."""
+        loaded, cache = COMPILES["from cache"], self._cache()
+        lengths = jnp.full(self.cell.batch, self.cell.prompt, jnp.int32)
+        programs = {
+            "prefill": lambda: prefill.lower(self.config, self.params, self.tokens, lengths, cache, fresh=True),
+            "decode_step": lambda: decode_step.lower(self.config, self.params, self.token, cache),
+            "decode_loop": lambda: decode_loop.lower(
+                self.config, self.steps, self.params, self.token, cache, jnp.int32(self.steps)
+            ),
+        }
+        seconds = {}
+        for name, lower in programs.items():
+            start = time.perf_counter()
+            lower().compile()
+            seconds[f"compile_seconds_{name}"] = time.perf_counter() - start
+        return seconds | {"compiles_from_cache": COMPILES["from cache"] - loaded}
+
+    def once(self) -> dict[str, list[float]]:
+        """The samples of one repeat."""
+        token, cache, first = self._prefill()
+        token, cache, total, host = self._steps(token, cache)
+        return {
+            "time_to_first_token_seconds": [first],
+            "time_per_output_token_seconds": total,
+            "host_seconds_per_step": host,
+            "device_seconds_per_step": [whole - part for whole, part in zip(total, host, strict=True)],
+            "seconds_per_step": [self._loop(token, cache) / self.steps],
+        }
+
+    def _cache(self) -> KVCache:
+        cell = self.cell
+        capacity = max(cell.prompt, cell.depth) + self.steps
+        return jax.block_until_ready(init_cache(self.config, cell.batch, capacity, dtype=cell.cache))
+
+    def _prefill(self) -> tuple[Array, KVCache, float]:
+        cell, cache = self.cell, self._cache()
+        fill = lambda count: jax.block_until_ready(jnp.full(cell.batch, count, jnp.int32))
+        lengths = fill(cell.prompt)
+        start = time.perf_counter()
+        logits, cache = prefill(self.config, self.params, self.tokens, lengths, cache, fresh=True)
+        token = jax.block_until_ready(choose(logits))
+        seconds = time.perf_counter() - start
+        for done in range(cell.prompt, cell.depth, cell.prompt):
+            lengths = fill(min(cell.prompt, cell.depth - done))
+            logits, cache = prefill(self.config, self.params, self.tokens, lengths, cache)
+        return token, self._at_depth(cache), seconds
+
+    def _steps(self, token: Array, cache: KVCache) -> tuple[Array, KVCache, list[float], list[float]]:
+        total, host = [], []
+        for _ in range(self.steps):
+            start = time.perf_counter()
+            logits, cache = decode_step(self.config, self.params, token, cache)
+            token = choose(logits)
+            returned = time.perf_counter()
+            token.block_until_ready()
+            total.append(time.perf_counter() - start)
+            host.append(returned - start)
+        return token, self._at_depth(cache), total, host
+
+    def _loop(self, token: Array, cache: KVCache) -> float:
+        steps = jax.block_until_ready(jnp.int32(self.steps))
+        start = time.perf_counter()
+        jax.block_until_ready(decode_loop(self.config, self.steps, self.params, token, cache, steps))
+        return time.perf_counter() - start
+
+    def _at_depth(self, cache: KVCache) -> KVCache:
+        """Back to the context: what lies beyond a row's length is neither seen nor read."""
+        lengths = jnp.full(self.cell.batch, self.cell.depth, jnp.int32)
+        return jax.block_until_ready(cache.replace(lengths=lengths))  # type: ignore[attr-defined]
+
+
+COMPILES: Counter[str] = Counter()
+"""Programs that this process compiled or loaded since this module was imported, and how many were loaded."""
+
+
+def _count(event: str, *_: Any, **__: Any) -> None:
+    names = {
+        "/jax/core/compile/backend_compile_duration": "programs",
+        "/jax/compilation_cache/cache_hits": "from cache",
+    }
+    if event in names:
+        COMPILES[names[event]] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+jax.monitoring.register_event_listener(_count)
+
+
+def peak_memory() -> dict[str, Any]:
+    """The most that was ever held until now: of the device where it counts, else of this whole process."""
+    stats: dict[str, int] = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"peak_memory_bytes": stats["peak_bytes_in_use"], "peak_memory_source": "device, since the start"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_bytes": peak, "peak_memory_source": "resident set of the process, since the start"}
+
+
+def grid(**axes: Sequence[Any]) -> list[Cell]:
+    """Every combination of the axes' values; cells with the same model (kv_heads, weights) stand together."""
+    order = ("kv_heads", "weights", "cache", "batch", "prompt", "context")
+    names = [name for name in order if axes.get(name)]
+    return [
+        Cell(**dict(zip(names, values, strict=True))) for values in itertools.product(*(axes[name] for name in names))
+    ]

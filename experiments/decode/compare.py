@@ -1,0 +1,84 @@
+"""Two benchmark documents side by side: which cells became faster, which slower, and which differ by noise alone."""
+
+from typing import Any
+
+import numpy as np
+
+from experiments.decode.render import COORDINATES
+from model.errors import InputError
+
+METRICS = ("seconds_per_step", "time_to_first_token_seconds", "time_per_output_token_seconds")
+BOOTSTRAPS = 2000
+LEVEL = 95
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], *, anything: bool = False) -> dict[str, Any]:
+    """Join the cells by their coordinates; for every metric with raw samples the ratio of medians, after over before.
+
+    interval: bootstrapped from both samples, at 95 %. verdict: "within noise" where it holds 1, or where the change is
+    smaller than the spread (half of the central half of the samples over their median, of the noisier document);
+    otherwise "faster" or "slower". alone: cells that only one document has, or that failed in one.
+    Raises InputError where models or devices differ, unless anything is true, and where no cell is common.
+    """
+    if not anything:
+        _check_alike(before, after)
+    cells = [{_place(row): row for row in document["cells"]} for document in (before, after)]
+    rows, alone = [], []
+    for place in list(dict.fromkeys([*cells[0], *cells[1]])):
+        pair = [by_place.get(place) for by_place in cells]
+        coordinates = dict(zip(COORDINATES, place, strict=True))
+        if any(row is None or "error" in row for row in pair):
+            states = ["missing" if row is None else row.get("error", "measured") for row in pair]
+            alone.append(coordinates | {"before": states[0], "after": states[1]})
+            continue
+        for metric in METRICS:
+            samples = [row["samples"][metric] for row in pair if row and metric in row.get("samples", {})]
+            if len(samples) == 2:
+                rows.append(coordinates | {"metric": metric} | ratio(*samples))
+    if not rows:
+        raise InputError("the two documents have no measured cell in common; run both with the same grid")
+    return {"rows": rows, "alone": alone}
+
+
+def ratio(before: list[float], after: list[float], seed: int = 0) -> dict[str, Any]:
+    """Medians of two samples of seconds, their ratio with its interval and spread, and the verdict."""
+    random = np.random.default_rng(seed)
+    draws = [np.median(random.choice(x, (BOOTSTRAPS, len(x))), axis=1) for x in (before, after)]
+    tail = (100 - LEVEL) / 2
+    low, high = (float(value) for value in np.percentile(draws[1] / draws[0], [tail, 100 - tail]))
+    middle = [float(np.median(x)) for x in (before, after)]
+    spread = max(float(np.subtract(*np.percentile(x, [75, 25]))) / 2 / m for x, m in zip((before, after), middle))  # noqa: B905
+    change = middle[1] / middle[0]
+    noise = low <= 1 <= high or abs(change - 1) < spread
+    return {
+        "before": middle[0],
+        "after": middle[1],
+        "ratio": change,
+        f"interval_{LEVEL}": [low, high],
+        "spread": spread,
+        "samples": [len(before), len(after)],
+        "verdict": "within noise" if noise else "slower" if change > 1 else "faster",
+    }
+
+
+def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Those that are slower, beyond noise, by more than this share."""
+    return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in COORDINATES)
+
+
+def _check_alike(before: dict[str, Any], after: dict[str, Any]) -> None:
+    kind = lambda document: {
+        name: document["device"].get(name) for name in ("platform", "kind", "count", "host", "cores")
+    }
+    for name, values in (
+        ("models (config_hash)", [document["config_hash"] for document in (before, after)]),
+        ("devices", [kind(document) for document in (before, after)]),
+    ):
+        if values[0] != values[1]:
+            raise InputError(
+                f"the documents are of different {name}: {values[0]} and {values[1]}; --any compares anyway"
+            )
