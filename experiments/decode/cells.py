@@ -1,7 +1,6 @@
-"""Measure one cell of the benchmark: prefill, decode steps one by one, and the loop that stays on the device."""
+"""Measure one cell of the benchmark: prefill, decode steps one by one, and the calls that stay on the device."""
 
 import dataclasses
-import functools
 import itertools
 import resource
 import sys
@@ -13,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from infer import KVCache, decode_step, init_cache, prefill
-from model import ModelConfig, Params, head
+from infer import KVCache, Sampling, decode_step, init_cache, prefill
+from infer.decode import ROOM, Rows, decode
+from infer.generate import start_rows
+from infer.prompts import capacity_for
+from model import ModelConfig, Params
 from model.errors import InputError
-from model.transformer import forward_cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,28 +55,6 @@ def check_cell(config: ModelConfig, cell: Cell, steps: int) -> None:
             )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def decode_loop(
-    config: ModelConfig,
-    room: int,
-    params: Params,
-    token: Int[Array, " batch"],
-    cache: KVCache,
-    steps: Int[Array, ""],
-) -> tuple[Int[Array, "batch room"], KVCache]:
-    """Append `token`, choose the likeliest next one, and so on `steps` times, without a word to the host."""
-
-    def body(step: Any, carry: Any) -> Any:
-        token, tokens, cache = carry
-        hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache)
-        token = choose(head(config, params, hidden))
-        return token, tokens.at[:, step].set(token), cache
-
-    start = (token, jnp.zeros((token.shape[0], room), jnp.int32), cache)
-    _, tokens, cache = jax.lax.fori_loop(0, steps, body, start)
-    return tokens, cache
-
-
 @jax.jit
 def choose(logits: Array) -> Array:
     """The likeliest token of every row, int32 [batch]."""
@@ -88,8 +67,8 @@ def measure(config: ModelConfig, params: Params, cell: Cell, steps: int, repeats
     A repeat prefills the prompt into a fresh cache and chooses (time_to_first_token); brings the cache to the context
     by more such chunks, untimed; decodes `steps` tokens with the host waiting for each (time_per_output_token; of it
     host_seconds until the calls return, device_seconds from there until the token is there); goes back to the context
-    and decodes as many in one call that never leaves the device (seconds_per_step, which all rates are made of). One
-    repeat before is not counted.
+    and decodes as many by `infer.decode.decode`, as `generate` does, without a word from the host between the calls
+    (seconds_per_step, which all rates are made of). One repeat before is not counted.
     """
     check_cell(config, cell, steps)
     run = _Run(config, params, cell, steps)
@@ -146,9 +125,7 @@ class _Run:
         programs = {
             "prefill": lambda: prefill.lower(self.config, self.params, self.tokens, lengths, cache, fresh=True),
             "decode_step": lambda: decode_step.lower(self.config, self.params, self.token, cache),
-            "decode_loop": lambda: decode_loop.lower(
-                self.config, self.steps, self.params, self.token, cache, jnp.int32(self.steps)
-            ),
+            "decode": lambda: decode.lower(self.config, self.params, self._rows(self.token, cache), *self._call(1)),
         }
         seconds = {}
         for name, lower in programs.items():
@@ -171,7 +148,7 @@ class _Run:
 
     def _cache(self) -> KVCache:
         cell = self.cell
-        capacity = max(cell.prompt, cell.depth) + self.steps
+        capacity = capacity_for(self.config, max(cell.prompt, cell.depth) + self.steps)
         return jax.block_until_ready(init_cache(self.config, cell.batch, capacity, dtype=cell.cache))
 
     def _prefill(self) -> tuple[Array, KVCache, float]:
@@ -200,10 +177,24 @@ class _Run:
         return token, self._at_depth(cache), total, host
 
     def _loop(self, token: Array, cache: KVCache) -> float:
-        steps = jax.block_until_ready(jnp.int32(self.steps))
+        rows, emitted = self._rows(token, cache), None
+        calls = [self._call(min(ROOM, self.steps - done)) for done in range(0, self.steps, ROOM)]
+        jax.block_until_ready((rows, calls))
         start = time.perf_counter()
-        jax.block_until_ready(decode_loop(self.config, self.steps, self.params, token, cache, steps))
+        for call in calls:
+            rows, emitted = decode(self.config, self.params, rows, *call)
+        jax.block_until_ready(emitted)
         return time.perf_counter() - start
+
+    def _rows(self, token: Array, cache: KVCache) -> Rows:
+        """Greedy rows at the context, as `generate` makes them; what the prompts were does not matter to them."""
+        greedy = Sampling(temperature=0.0, stop_ids=())
+        prompts = [[0] * self.cell.depth] * self.cell.batch
+        rows = start_rows(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
+        return rows.replace(token=token)  # type: ignore[attr-defined]
+
+    def _call(self, steps: int) -> tuple[Array, Array]:
+        return jnp.int32(steps), jnp.zeros(self.cell.batch, bool)
 
     def _at_depth(self, cache: KVCache) -> KVCache:
         """Back to the context: what lies beyond a row's length is neither seen nor read."""

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.decode.cells import Cell, choose, decode_loop
+from experiments.decode.cells import Cell
 from experiments.peers.child import Child, python_has
 from experiments.peers.gguf_out import check_is_llama, write_gguf
-from infer import init_cache, prefill, prepare
+from infer import Sampling, prepare, stream
+from infer.decode import ROOM
 from model import ModelConfig, Params
 from model.convert import save_hf
 from model.errors import InputError
@@ -128,21 +128,18 @@ def _place(cell: Cell, dtype: str, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -> Turn:
-    """Our turn: an empty cache, prefill, and the loop on the device."""
-    batch, prompt = prompts.shape
-    tokens, lengths = jnp.asarray(prompts), jnp.full(batch, prompt, jnp.int32)
+    """Our turn: what `infer.generate` does, told when the first token came."""
+    rows = prompts.tolist()
+    greedy = Sampling(temperature=0.0, stop_ids=())
 
     def turn() -> dict[str, Any]:
         start = time.perf_counter()
-        cache = init_cache(config, batch, prompt + steps)
-        logits, cache = prefill(config, params, tokens, lengths, cache, fresh=True)
-        token = np.asarray(choose(logits))
-        middle = time.perf_counter()
-        rest, _ = decode_loop(config, steps - 1, params, jnp.asarray(token), cache, jnp.int32(steps - 1))
-        rest = np.asarray(rest)
-        end = time.perf_counter()
-        made = np.concatenate([token[:, None], rest], axis=1)
-        return {"first": middle - start, "all": end - start, "tokens": made.tolist()}
+        pieces = stream(config, params, rows, greedy, max_new_tokens=steps, every=ROOM)
+        made = next(pieces)  # the same list throughout
+        first = time.perf_counter() - start
+        for _ in pieces:
+            pass
+        return {"first": first, "all": time.perf_counter() - start, "tokens": [row.tokens for row in made]}
 
     return turn
 

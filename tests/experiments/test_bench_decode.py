@@ -14,12 +14,12 @@ import pytest
 
 import model
 from experiments.decode.bench import bench_decode, check_grid, read_grid, run_grid
-from experiments.decode.cells import Cell, choose, decode_loop, grid, measure
+from experiments.decode.cells import Cell, grid, measure
 from experiments.decode.document import config_hash, describe
 from experiments.decode.probes import Ceilings, best_of, measure_ceilings
 from experiments.decode.render import render
 from experiments.decode.roofline import add_shares, shares, step_cost
-from infer import decode_step, init_cache, prefill, prepare
+from infer import decode_step, init_cache, prepare
 from model import Experts, Latent, ModelConfig, accounting
 from model.errors import InputError
 
@@ -54,7 +54,7 @@ def test_a_failing_cell_is_a_row_and_ends_nothing(rows):
 def test_a_cell_says_how_long_everything_took(rows):
     row, samples = rows[1], rows[1]["samples"]
     assert row["recompiles"] == 0
-    assert all(row[f"compile_seconds_{name}"] > 0 for name in ("prefill", "decode_step", "decode_loop"))
+    assert all(row[f"compile_seconds_{name}"] > 0 for name in ("prefill", "decode_step", "decode"))
     assert {name: len(values) for name, values in samples.items()} == {
         "time_to_first_token_seconds": 2,
         "seconds_per_step": 2,
@@ -70,21 +70,6 @@ def test_a_cell_says_how_long_everything_took(rows):
     assert row["prefill_tokens_per_second"] == pytest.approx(2 * 4 / row["time_to_first_token_seconds"])
     assert row["peak_memory_bytes"] > 0
     assert row["peak_memory_source"]
-
-
-def test_the_loop_on_the_device_makes_the_tokens_of_single_steps(random_params):
-    params = prepare(TINY, random_params(TINY))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 4), dtype=np.int32))
-    start = lambda: prefill(TINY, params, tokens, jnp.full(2, 4, jnp.int32), init_cache(TINY, 2, 9), fresh=True)
-    logits, cache = start()
-    first = token = choose(logits)
-    alone = []
-    for _ in range(3):
-        logits, cache = decode_step(TINY, params, token, cache)
-        token = choose(logits)
-        alone.append(np.asarray(token))
-    made, _ = decode_loop(TINY, 3, params, first, start()[1], jnp.int32(3))
-    assert np.array_equal(made, np.stack(alone, axis=1))
 
 
 def test_ctrl_c_keeps_what_is_done(monkeypatch):
