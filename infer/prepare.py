@@ -104,8 +104,8 @@ def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
         stored = value.packed if isinstance(value, Int4) else value.weight
         rows_first = names[-2:] == ("embedding", "tokens")
         spec = spec_for(mesh, names, stored.shape if rows_first else stored.shape[::-1])
-        spec = (*spec, *(None,) * (2 - len(spec)))
-        outputs, inputs = spec if rows_first else spec[::-1]
+        split = (*spec, None, None)[:2]
+        outputs, inputs = split if rows_first else split[::-1]
         # A scale belongs to outputs; groups of inputs may not be cut.
         whole = PartitionSpec(outputs, None if isinstance(value, Int4) else inputs)
         put = lambda leaf: jax.device_put(

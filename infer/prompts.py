@@ -68,7 +68,8 @@ def _read(config, params, prompts, cache_dtype, spare):
 
 def _shared(prompts: Sequence[Prompt]) -> int:
     """How many tokens all prompts begin with; of each at least one is left."""
-    low, high = np.asarray(min(prompts)), np.asarray(max(prompts))  # in the order of words: the two that differ first
+    words = sorted(map(tuple, prompts))  # in the order of words: the two that differ first
+    low, high = np.array(words[0]), np.array(words[-1])
     fewest = min(map(len, prompts)) - 1
     differ = np.flatnonzero(low[:fewest] != high[:fewest])
     return int(differ[0]) if len(differ) else fewest

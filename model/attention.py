@@ -1,5 +1,6 @@
 """Multi-head attention with grouped key/value heads, to a layer's own tokens or to an encoder's."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -186,7 +187,7 @@ def attend(
     weights = weights if dropout is None else dropout(weights)
     grouped = weights.astype(values[0].dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
     parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
-    mixed = sum(jnp.einsum("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True))
-    mixed = mixed.reshape(batch, heads, seq, values[0].shape[-1])
+    pieces = [jnp.einsum("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
+    mixed = functools.reduce(jnp.add, pieces).reshape(batch, heads, seq, values[0].shape[-1])
     sees = mask.any(axis=-1)[:, None, :, None]  # the softmax of no scores at all is an even one
     return jnp.where(sees, mixed, 0), jnp.where(sees, weights, 0.0)

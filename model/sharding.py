@@ -149,7 +149,7 @@ def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
     """The context in which programs are traced for the mesh over which a tree's arrays lie; none for one device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
             return jax.set_mesh(sharding.mesh)
     return contextlib.nullcontext()
 
