@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.sampling import Choice, History, SamplerState, choose
+from infer.sampling import Choice, History, SamplerState, choose, quiet
 from model import KVCache, ModelConfig, Params, head
 from model.cache import grow
 from model.transformer import forward_cached
@@ -87,9 +87,9 @@ def decode(
 
     def body(carry):
         step, rows, emitted = carry
-        running = (rows.status == RUNNING).astype(jnp.int32)
-        hidden, cache = forward_cached(config, params, rows.token[:, None], running, rows.cache)
-        choice = choose(rows.sampler, head(config, params, hidden), rows.history)
+        running = rows.status == RUNNING
+        hidden, cache = forward_cached(config, params, rows.token[:, None], running.astype(jnp.int32), rows.cache)
+        choice = choose(quiet(rows.sampler, running), head(config, params, hidden), rows.history)
         return step + 1, *_after(rows, cache, choice, emitted, step)
 
     _, rows, emitted = jax.lax.while_loop(go_on, body, start)

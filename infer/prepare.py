@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from infer.quantize import make
+from infer.quantize import make, quantize_experts
 from model import ModelConfig, Params
 from model.errors import UnknownNameError
 from model.layout import places
 from model.parameterization import names_of, role_of
 from model.sharding import spec_for
-from model.weights import Int4, Transposed, is_weight
+from model.weights import Int4, Int8Experts, Transposed, is_weight
 
 Weights = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
 
@@ -33,8 +33,10 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32", m
     """One tree per layer, every matrix stored (out, in) in the given precision, those of one input joined. Do it once.
 
     A layer taken out of a stack is copied before every small product; separate arrays in this layout are read once.
-    Vectors (norm scales, biases) and routers stay float32. Experts' matrices and tables that are only looked up are
-    stored in bfloat16 where the weights are smaller than float32. What was prepared before is left as it is.
+    Vectors (norm scales, biases) and routers stay float32. Tables that are only looked up are stored in bfloat16 where
+    the weights are smaller than float32; the matrix that makes the logits is int8 under int4, which it would suffer
+    from most (docs/LOG.md). Experts' matrices stay stacked, (count, in, out), and are int8 under int8-dynamic and int4
+    too. What was prepared before is left as it is.
     mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
     Raises UnknownNameError for a weight type that there is not.
     """
@@ -42,6 +44,7 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32", m
         raise UnknownNameError("weight type", weights, get_args(Weights))
     joins = mesh is None or mesh.shape.get("tensor", 1) == 1
     plain = "float32" if weights == "float32" else "bfloat16"
+    outside = "int8" if weights == "int4" else weights  # of the layers: the matrix that makes the logits
     tied = config.tie_embeddings and config.head in ("language-model", "masked-language-model")
 
     def matrix(names: tuple[str, ...], value: Any) -> Any:
@@ -51,11 +54,13 @@ def prepare(config: ModelConfig, params: Params, weights: Weights = "float32", m
         if role == "vector":
             return value
         if role == "embedding" and tied:
-            return make(jnp.asarray(value), weights)
+            return make(jnp.asarray(value), outside)
         if role == "router":
             return Transposed(jnp.asarray(value, jnp.float32).T)
         if names[-1] == "weight" and names[-2] != _TAKEN_APART:
-            return make(jnp.asarray(value).T, weights)
+            return make(jnp.asarray(value).T, outside if role == "head" else weights)
+        if names[-2] == "experts" and plain != weights:
+            return quantize_experts(jnp.asarray(value))
         return jnp.asarray(value, plain)
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -101,6 +106,10 @@ def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
         names = (*prefix, *names_of(path))
         if not is_weight(value):
             return jax.device_put(value, NamedSharding(mesh, spec_for(mesh, names, value.shape)))
+        if isinstance(value, Int8Experts):
+            experts, inputs, outputs = spec_for(mesh, names, value.weight.shape)
+            split = Int8Experts(PartitionSpec(experts, inputs, outputs), PartitionSpec(experts, outputs))
+            return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), value, split)
         stored = value.packed if isinstance(value, Int4) else value.weight
         rows_first = names[-2:] == ("embedding", "tokens")
         spec = spec_for(mesh, names, stored.shape if rows_first else stored.shape[::-1])

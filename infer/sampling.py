@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from infer.selection import argmax, draw, first_to_reach, ordered, total
 from model.errors import InputError
@@ -210,6 +210,16 @@ class Choice:
     logprob: Any  # float32 [batch]
     top_ids: Any  # int32 [batch, top]
     top_logprobs: Any  # float32 [batch, top]
+
+
+def quiet(state: SamplerState, running: Bool[Array, " batch"]) -> SamplerState:
+    """The same with plain greedy settings in rows that do not run, so that nobody pays for their branches."""
+    neutral = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "biased": False, "logprobs": 0}
+    neutral |= {"presence_penalty": 0, "frequency_penalty": 0}
+    settings = {name: getattr(state, name) for name in neutral}
+    return state.replace(  # type: ignore[attr-defined]
+        **{name: jnp.where(running, old, jnp.asarray(neutral[name], old.dtype)) for name, old in settings.items()}
+    )
 
 
 def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Choice:

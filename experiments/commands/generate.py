@@ -1,7 +1,7 @@
 """`isoflop generate`: text from a trained model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -10,6 +10,7 @@ from model.errors import InputError
 
 if TYPE_CHECKING:
     from infer import Completion
+    from model import ModelConfig, Params
     from model.tokenizer import Tokenizer
 
 
@@ -35,11 +36,17 @@ def generate(
     weights: Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"] = "float32",
     cache: Literal["float32", "bfloat16", "int8"] | None = None,
     stream: bool = False,
+    draft: Path | None = None,
+    lookup: int = 0,
+    tokens_ahead: int = 4,
+    beams: int = 0,
+    length_penalty: float = 1.0,
     json: JsonFile = None,
 ) -> None:
     """Continue prompts with a trained model, or with --chat answer them.
 
     Example: isoflop generate runs/first --prompt "The people of" "We" --temperature 0.7
+    Example: isoflop generate model.gguf --chat --prompt "Why is the sky blue?" --stream --weights int8
 
     Args:
         model: A run directory, a Hugging Face folder or a GGUF file.
@@ -62,13 +69,18 @@ def generate(
         weights: Precision in which the weights are read.
         cache: Precision of the cache; by default that of the computation.
         stream: Print the text while it is made; of a single prompt.
+        draft: A smaller model of the same vocabulary that proposes tokens; the text follows the same distribution.
+        lookup: Without a draft, propose what followed the last so many tokens when they last came; 0: do not.
+        tokens_ahead: With --draft or --lookup, most tokens proposed at a time.
+        beams: Beam search of this width instead of sampling; --n of the texts that it finds.
+        length_penalty: With --beams, scores are divided by length to this power.
         json: Also write texts, tokens and log-probabilities to this file.
     """
     import jax
 
     from experiments.commands.options import write_document
     from experiments.models import open_model
-    from infer import Sampling, prepare
+    from infer import Sampling, beam_search, generate_speculative, prepare
     from infer import stream as run_generation
 
     sampling = Sampling(
@@ -83,8 +95,10 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
-    if stream and len(prompt) * n > 1:
-        raise InputError("--stream prints one text as it is made: give one --prompt, and no --n")
+    if stream and (len(prompt) * n > 1 or beams or lookup or draft is not None):
+        raise InputError(
+            "--stream prints one text as it is made: give one --prompt, and no --n, --beams, --draft, --lookup"
+        )
     opened = open_model(model, tokenizer)
     words = opened.need_tokenizer()
     if chat:
@@ -94,39 +108,63 @@ def generate(
     else:
         around = opened.config.stack == "encoder-decoder" or words.bos_id is not None
         prompts = [words.encode(text, add_special_tokens=around) or list(words.eos_ids) for text in prompt]
-    rows: list[Completion] = []
-    written = _begin(prompt[0], chat) if stream else ""
-    for rows in run_generation(
-        opened.config,
-        prepare(opened.config, opened.params, weights),
-        prompts,
-        sampling,
-        max_new_tokens=max_new_tokens,
-        key=jax.random.key(seed),
-        tokenizer=words,
-        cache_dtype=cache,
-    ):
-        if stream:
-            written = _go_on(rows[0], words, written)
-    answers = [words.decode(row.tokens) for row in rows]
+    params = prepare(opened.config, opened.params, weights)
+    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache}
+    drawing = common | {"key": jax.random.key(seed), "tokenizer": words}
+    completions: list[dict[str, Any]]
     questions = [text for text in prompt for _ in range(n)]
+    if beams:
+        found = beam_search(opened.config, params, prompts, beams=beams, n=n, length_penalty=length_penalty, **common)
+        questions = [text for text, tokens in zip(prompt, found.tokens, strict=True) for _ in tokens]
+        completions = [
+            {"tokens": tokens, "logprobs": logprobs, "finish_reason": reason, "score": score}
+            for of_prompt in zip(found.tokens, found.logprobs, found.finish_reason, found.scores, strict=True)
+            for tokens, logprobs, reason, score in zip(*of_prompt, strict=True)
+        ]
+    elif draft is not None or lookup:
+        proposer = None if draft is None else _prepared(draft, weights)
+        made = generate_speculative(
+            opened.config,
+            params,
+            prompts,
+            sampling,
+            draft=proposer,
+            lookup=lookup,
+            tokens_ahead=tokens_ahead,
+            **drawing,
+        )
+        columns = (made.tokens, made.logprobs, made.finish_reason, made.top_logprobs, made.drafted, made.accepted)
+        names = ("tokens", "logprobs", "finish_reason", "top_logprobs", "drafted", "accepted")
+        completions = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    else:
+        rows: list[Completion] = []
+        written = _begin(prompt[0], chat) if stream else ""
+        for rows in run_generation(opened.config, params, prompts, sampling, **drawing):
+            if stream:
+                written = _go_on(rows[0], words, written)
+        names = ("tokens", "logprobs", "finish_reason", "top_logprobs")
+        completions = [{name: getattr(row, name) for name in names} for row in rows]
     if stream:
         print("\n")
-    else:
-        for question, answer in zip(questions, answers, strict=True):
+    for question, row in zip(questions, completions, strict=True):
+        answer = words.decode(row["tokens"])
+        if not stream:
             print(f"{question}\n→ {answer.strip()}\n" if chat else f"{question}{answer}\n")
-    completions = [
-        {
-            "prompt": question,
-            "text": answer,
-            "tokens": row.tokens,
-            "logprobs": row.logprobs,
-            "finish_reason": row.finish_reason,
-            **({"top_logprobs": row.top_logprobs} if logprobs else {}),
-        }
-        for question, answer, row in zip(questions, answers, rows, strict=True)
-    ]
+        if not logprobs:
+            row.pop("top_logprobs", None)
+        row |= {"prompt": question, "text": answer}
+    if draft is not None or lookup:
+        drafted, accepted = (sum(row[name] for row in completions) for name in ("drafted", "accepted"))
+        print(f"{accepted} of {drafted} proposed tokens were taken")
     write_document(json, {"completions": completions})
+
+
+def _prepared(path: Path, weights: Any) -> "tuple[ModelConfig, Params]":
+    from experiments.models import open_parameters
+    from infer import prepare
+
+    config, params = open_parameters(path)
+    return config, prepare(config, params, weights)
 
 
 def _begin(prompt: str, chat: bool) -> str:

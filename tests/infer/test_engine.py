@@ -1,0 +1,299 @@
+"""The engine says what `generate` says, whoever else is served and whenever a request comes."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from infer import GREEDY, Sampling, generate
+from infer.engine import Engine
+from model import Experts, InputError, Latent, ModelConfig, accounting
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    max_seq_len=60,
+    position="learned",
+    sliding_window=18,
+    layer_pattern=("local", "global"),
+)
+SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 200, 12
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, ids):
+        return "".join(chr(ord("A") + token) for token in ids)
+
+
+@pytest.fixture(scope="module")
+def params(random_params):
+    return random_params(CONFIG, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(params):
+    """Warm, with a clock that counts how often it was asked."""
+    engine = Engine(
+        CONFIG,
+        params,
+        slots=SLOTS,
+        capacity=1024,
+        steps=4,
+        chunk=CHUNK,
+        tokenizer=Letters(),
+        clock=itertools.count(1.0).__next__,
+    )
+    engine.warm_up()
+    assert engine.idle
+    return engine
+
+
+def random_request(random, number):
+    """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four chunks."""
+    prompt = random.integers(0, 32, random.choice([1, 3, 9, 16, 17, 30, 47])).tolist()
+    maybe = lambda value, other: value if random.random() < 0.3 else other
+    sampling = Sampling(
+        temperature=float(random.choice([0.0, 0.7, 1.3])),
+        top_k=maybe(5, 0),
+        top_p=maybe(0.8, 1.0),
+        min_p=maybe(0.1, 0.0),
+        repetition_penalty=maybe(1.3, 1.0),
+        presence_penalty=maybe(0.4, 0.0),
+        frequency_penalty=maybe(-0.3, 0.0),
+        logit_bias=maybe({3: 1.5, 4: -math.inf}, {}),
+        stop_ids=maybe(tuple(range(number % 8)), ()),
+        stop_strings=maybe(("A", "F"), ()),
+        logprobs=maybe(3, 0),
+        seed=number if random.random() < 0.9 else None,
+    )
+    return prompt, sampling, int(random.integers(1, MOST + 1))
+
+
+def expected(config, params, requests, **options):
+    """(tokens, log-probabilities, finish reason) of every request by `generate`: seeded rows in one batch, because a
+    row does not depend on its neighbours there; rows of the key one by one, as each is row 0 of it."""
+    of = lambda some: generate(
+        config,
+        params,
+        [request.prompt for request in some],
+        [request.sampling for request in some],
+        max_new_tokens=MOST,
+        **options,
+    )
+    seeded = [one for one in requests if one.sampling.seed is not None or one.sampling.temperature == 0]
+    groups = [seeded, *([one] for one in requests if one not in seeded)]
+    found = {}
+    for group in groups:
+        result = of(group)
+        for row, one in enumerate(group):
+            tokens, reason = result.tokens[row], result.finish_reason[row]
+            if len(tokens) >= one.max_new_tokens:  # a shorter output is the beginning of a longer one
+                tokens, reason = tokens[: one.max_new_tokens], "length"
+            found[one] = tokens, result.logprobs[row][: len(tokens)], reason
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(engine):
+    """Requests that came at random between steps, and how many programs were compiled for them."""
+    random = np.random.default_rng(0)
+    compiled, requests = [], []
+    count = lambda name, seconds, **_: compiled.append(name) if name == COMPILE else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for number in range(REQUESTS):
+        requests.append(engine.submit(*random_request(random, number)))
+        for _ in range(random.poisson(0.8)):
+            engine.step()
+    engine.run()
+    programs = len(compiled)
+    jax.jit(lambda x: x + 1)(0)
+    assert len(compiled) > programs, "a compile would have been seen"
+    return requests, programs
+
+
+def test_output_is_that_of_generate(params, served):
+    requests, _ = served
+    wanted = expected(CONFIG, params, requests, tokenizer=Letters())
+    for request in requests:
+        tokens, logprobs, reason = wanted[request]
+        assert (request.tokens, request.finish_reason) == (tokens, reason), request
+        np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
+        assert [len(likeliest) for likeliest in request.top_logprobs] == [request.sampling.logprobs] * len(tokens)
+    reasons = [request.finish_reason for request in requests]
+    assert min(reasons.count("stop"), reasons.count("length")) > REQUESTS / 10
+    assert len({tuple(request.tokens) for request in requests}) > REQUESTS / 2
+
+
+def test_a_warm_engine_compiles_nothing(served):
+    assert served[1] == 0
+
+
+def test_times_are_in_order(served):
+    requests, _ = served
+    for request in requests:
+        times = [request.submitted, request.first_token, *request.token_times, request.finished]
+        assert times == sorted(times)
+        assert len(request.token_times) == len(request.tokens)
+        assert not request.tokens or request.first_token == request.token_times[0]
+    firsts = [request.first_token for request in requests]
+    assert firsts == sorted(firsts), "first come, first served"
+    assert len(set(firsts)) > REQUESTS / 2, "rows are let in one by one"
+
+
+def test_what_step_returns_is_what_changed(engine):
+    requests = [engine.submit([number], GREEDY, 6) for number in range(3)]
+    seen = dict.fromkeys(requests, 0)
+    while not engine.idle:
+        changed = engine.step()
+        assert len(set(changed)) == len(changed)
+        assert set(changed) == {one for one in requests if len(one.tokens) > seen[one]}
+        seen |= {one: len(one.tokens) for one in requests}
+    assert list(seen.values()) == [6] * 3
+    assert engine.step() == []
+
+
+def test_what_a_stop_string_takes_back_has_no_time(engine):
+    """The string is longer than a step, so that tokens were handed out before it was whole."""
+    sampling = Sampling(temperature=0.0, logit_bias={1: 1e6}, stop_ids=(), stop_strings=("B" * 6,))
+    request = engine.submit([2], sampling, 20)
+    assert request in engine.step()
+    assert request.tokens == [1]
+    engine.run()
+    assert (request.tokens, request.token_times, request.finish_reason) == ([], [], "stop")
+
+
+def test_a_long_prompt_does_not_starve_running_rows(engine):
+    running = engine.submit([1], Sampling(stop_ids=()), 40)
+    engine.step()
+    long = engine.submit([2] * 47, GREEDY, 2)
+    counts = []
+    while long.first_token is None:
+        engine.step()
+        counts.append(len(running.tokens))
+    assert len(counts) >= 47 / CHUNK, "one chunk a step"
+    assert np.all(np.diff(counts) == engine.steps), "and a full step of decoding beside each"
+    engine.run()
+
+
+def test_cancelling(engine, params):
+    """Waiting, being read, running, ended: the others notice nothing, and rows are free again."""
+    running, reading, waiting = (engine.submit([7] * length, GREEDY, 12) for length in (3, 47, 5))
+    neighbour = engine.submit([5, 6], Sampling(seed=1), 12)
+    engine.step()
+    assert running.tokens
+    engine.cancel(waiting)
+    for request in (running, reading, waiting):
+        engine.cancel(request)
+    had = list(running.tokens)
+    assert set(engine.step()) - {neighbour} == {running, reading, waiting}
+    engine.run()
+    for request in (running, reading, waiting):
+        assert request.finish_reason == "cancelled"
+        assert request.finished is not None
+    assert (running.tokens, reading.tokens, waiting.tokens) == (had, [], [])
+    assert neighbour.tokens == expected(CONFIG, params, [neighbour])[neighbour][0]
+    engine.cancel(neighbour)
+    assert neighbour.finish_reason == "length", "what has ended stays as it ended"
+    others = [engine.submit([number], Sampling(stop_ids=()), 40) for number in range(SLOTS)]
+    for _ in range(SLOTS):
+        engine.step()
+    assert all(request.tokens and request.finish_reason is None for request in others), "every row is in use again"
+    engine.run()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "count", "message"),
+    [
+        ([], {}, 4, "is empty"),
+        ([1, 32], {}, 4, r"the id 32.*vocabulary of 32"),
+        ([1] * 58, {}, 4, r"58 tokens and 4 new.*do not fit.*60"),
+        ([1], {}, 0, "max_new_tokens=0"),
+        ([1], {"n": 2}, 4, r"n=2 in one request.*seed"),
+        ([1], {"stop_ids": tuple(range(33))}, 4, "33 stop ids.*at most 32"),
+        ([1], {"logit_bias": {32: 1.0}}, 4, "the id 32.*vocabulary of 32"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(engine, prompt, settings, count, message):
+    with pytest.raises(InputError, match=message) as error:
+        engine.submit(prompt, Sampling(**settings), count)
+    assert "\n" not in str(error.value)
+    assert engine.idle
+
+
+def test_memory_decides_how_many_rows_there_are(params):
+    """The capacity is refused by one token less than it has, the cache by one byte less than a row takes."""
+    each = accounting.kv_cache_bytes(CONFIG, 1, 20)
+    engine = Engine(CONFIG, params, slots=9, capacity=20, cache_bytes=4 * each - 1)
+    assert engine.slots == 3
+    cache = engine._rows.cache
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) == 3 * each
+    with pytest.raises(InputError, match=r"capacity=20"):
+        engine.submit([1] * 17, GREEDY, 4)
+    with pytest.raises(InputError, match=r"stop_strings=\('x',\).*tokenizer"):
+        engine.submit([1], Sampling(stop_strings=("x",)), 4)
+    with pytest.raises(InputError, match=rf"cache_bytes={each - 1:,}.*{each:,} bytes"):
+        Engine(CONFIG, params, capacity=20, cache_bytes=each - 1)
+    for name in ("slots", "capacity", "steps", "chunk"):
+        with pytest.raises(InputError, match=f"{name}=0"):
+            Engine(CONFIG, params, **{name: 0})
+    with pytest.raises(InputError, match="steps=33 must be at most 32"):
+        Engine(CONFIG, params, steps=33)
+
+
+ROTARY = CONFIG.replace(position="rotary", num_heads=4, num_kv_heads=2)
+KINDS = {
+    "int8": (ROTARY.replace(attention_sinks=True), "int8", 32),
+    "latent-experts": (
+        ROTARY.replace(
+            num_kv_heads=None,
+            latent=Latent(kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5),
+            experts=Experts(count=4, top_k=2, d_ff=12),
+        ),
+        None,
+        16,
+    ),
+    "encoder-decoder": (
+        CONFIG.replace(
+            stack="encoder-decoder",
+            sliding_window=None,
+            layer_pattern=("global",),
+            num_encoder_layers=1,
+            position="relative",
+            attention_scale=1.0,
+            relative_buckets=8,
+        ),
+        None,
+        16,
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cache(random_params, kind):
+    """Prompts shorter and longer than the ring, in rows that others had before.
+
+    A chunk is all of a prompt where the cache is int8: a later one would read what the earlier ones rounded.
+    """
+    config, cache_dtype, chunk = KINDS[kind]
+    params = random_params(config)
+    engine = Engine(config, params, slots=2, capacity=45, cache_dtype=cache_dtype, steps=5, chunk=chunk)
+    random = np.random.default_rng(1)
+    requests = []
+    for number, length in enumerate([30, 2, 15, 20, 5, 31, 1]):
+        sampling = Sampling(temperature=number % 3 * 0.5, seed=number)
+        requests.append(engine.submit(random.integers(0, 32, length).tolist(), sampling, MOST))
+        engine.step()
+    engine.run()
+    wanted = expected(config, params, requests, cache_dtype=cache_dtype)
+    for request in requests:
+        assert request.tokens == wanted[request][0]
+        np.testing.assert_allclose(request.logprobs, wanted[request][1], atol=1e-4)
