@@ -1,19 +1,30 @@
-"""How text comes out: a jitted prefill/decode pair with an explicit cache, and the loop around it."""
+"""How text comes out: a jitted prefill/decode pair with an explicit cache, and the loops around it."""
 
+from infer.beam import Beams, beam_search
+from infer.engine import Engine
 from infer.generate import Completion, Generated, generate, stream
 from infer.prepare import prepare
+from infer.request import Request
 from infer.sampling import GREEDY, Sampling
-from infer.step import decode_step, prefill
+from infer.speculative import Speculated, generate_speculative
+from infer.step import decode_step, extend, prefill
 from model.cache import KVCache, init_cache
 
 __all__ = [
     "init_cache",
     "prefill",
     "decode_step",
+    "extend",
     "generate",
     "stream",
     "Generated",
     "Completion",
+    "generate_speculative",
+    "Speculated",
+    "beam_search",
+    "Beams",
+    "Engine",
+    "Request",
     "prepare",
     "Sampling",
     "GREEDY",

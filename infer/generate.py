@@ -96,6 +96,7 @@ def generate(
     key: of all rows whose sampling has no seed; None: `jax.random.key(0)`. tokenizer: needed for stop strings.
     cache_dtype: see `init_cache`. Of an encoder-decoder the prompts are the encoder's, and the decoder starts from
     `decoder_start_token_id`. Lengths are rounded up to powers of two inside, so that few programs are ever compiled.
+    params may lie over a mesh, prepared (`prepare(…, mesh=mesh)`) or not: the cache is then split over it too.
     Raises InputError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
     rows: list[Completion] = []

@@ -14,7 +14,7 @@ from model.errors import UnknownNameError
 from model.layout import places
 from model.parameterization import names_of, role_of
 from model.sharding import spec_for
-from model.weights import Int4, Int8Experts, Transposed, is_weight
+from model.weights import Int4, Int8Experts, Transposed, is_weight, outputs_of
 
 Weights = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
 
@@ -107,19 +107,16 @@ def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
         if not is_weight(value):
             return jax.device_put(value, NamedSharding(mesh, spec_for(mesh, names, value.shape)))
         if isinstance(value, Int8Experts):
-            experts, inputs, outputs = spec_for(mesh, names, value.weight.shape)
+            experts, inputs, outputs = (*spec_for(mesh, names, value.weight.shape), None, None, None)[:3]
             split = Int8Experts(PartitionSpec(experts, inputs, outputs), PartitionSpec(experts, outputs))
             return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), value, split)
-        stored = value.packed if isinstance(value, Int4) else value.weight
+        # Of int4 whole groups of inputs are dealt out: their scales go with them.
+        width = (value.scale if isinstance(value, Int4) else value.weight).shape[1]
+        shape = (outputs_of(value), width)
         rows_first = names[-2:] == ("embedding", "tokens")
-        spec = spec_for(mesh, names, stored.shape if rows_first else stored.shape[::-1])
-        split = (*spec, None, None)[:2]
-        outputs, inputs = split if rows_first else split[::-1]
-        # A scale belongs to outputs; groups of inputs may not be cut.
-        whole = PartitionSpec(outputs, None if isinstance(value, Int4) else inputs)
-        put = lambda leaf: jax.device_put(
-            leaf, NamedSharding(mesh, whole if leaf is stored else PartitionSpec(outputs))
-        )
+        axes = (*spec_for(mesh, names, shape if rows_first else shape[::-1]), None, None)[:2]
+        axes = axes if rows_first else axes[::-1]
+        put = lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes[: leaf.ndim])))
         return jax.tree.map(put, value)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_weight)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.errors import InputError, UnknownNameError
-from model.weights import Bits, Int4, Int8, Int8Dynamic, Transposed
+from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed
 
 Kind = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -49,6 +49,12 @@ def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
     return _int8(weight)
 
 
+def quantize_experts(weight: Float[Array, "count d_in d_out"]) -> Int8Experts:
+    """Every expert's matrix as `quantize_int8` rounds it; outputs come last here. Raises InputError as that does."""
+    _check_finite(weight)
+    return _int8_experts(weight)
+
+
 def quantize_int4(weight: Float[Array, "d_out d_in"], group: int = GROUP) -> Int4:
     """The nearest of −8 … 7 times a scale per output and `group` inputs, the scale of the least squared error.
 
@@ -67,6 +73,12 @@ def _int8(weight: Array) -> Int8:
     largest = jnp.max(jnp.abs(weight), axis=1)
     scale = jnp.where(largest > 0, largest / 127, 1)
     return Int8(jnp.clip(jnp.round(weight / scale[:, None]), -127, 127).astype(jnp.int8), scale)
+
+
+@jax.jit
+def _int8_experts(weight: Array) -> Int8Experts:
+    stored = jax.vmap(lambda matrix: _int8(matrix.T))(weight)
+    return Int8Experts(stored.weight.swapaxes(1, 2), stored.scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,6 +1,9 @@
 """The jitted pair: `prefill` takes prompts (or chunks of them) in, `decode_step` takes one token a row.
 
 Both donate their cache: copy it (`jax.tree.map(jnp.copy, cache)`) before a call to branch from it.
+
+Where parameters lie over a mesh, call both, and `init_cache` before them, under `model.sharding.under_mesh_of(params)`:
+rows and heads then stay split as the cache is.
 """
 
 import functools

@@ -72,7 +72,8 @@ def init_cache(
     """An empty cache. dtype: "float32", "bfloat16" or "int8"; None: the compute dtype.
 
     encoder_capacity: of an encoder-decoder; None: `capacity`. spare: so many of the newest tokens can be taken back
-    (`rewind`); a window's layer keeps as many older ones for it.
+    (`rewind`); a window's layer keeps as many older ones for it. Under a mesh (`model.sharding.under_mesh_of`) rows are
+    split over the axes of a batch and heads over "tensor", each as far as it divides them.
     Raises InputError where positions would run out, and for an encoder, which has nothing to remember.
     """
     if config.stack == "encoder":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.grouped import Form, batched_product, form_for_backend, loop_product, ragged_product
+from model.grouped import Form, Matrices, batched_product, form_for_backend, loop_product, own_product, ragged_product
 from model.sharding import constrain, parts_of
 
 LARGEST_BLOCK = 128  # rows; more gains no speed and pads more
@@ -117,7 +117,7 @@ def through_experts(
     chosen: Int[Array, "tokens top_k"],
     real: Bool[Array, " tokens"],
     count: int,
-    feed_forward: Callable[[Array, Callable[[Array, Array], Array]], Array],
+    feed_forward: Callable[[Array, Callable[[Array, Matrices], Array]], Array],
     capacity_factor: float | None = None,
     form: Form | None = None,
 ) -> tuple[Float[Array, "tokens top_k d_model"], Bool[Array, "tokens top_k"]]:
@@ -143,7 +143,7 @@ def through_experts(
     names: tuple[str | None, ...]
     if capacity_factor is not None:
         plan = plan_capacity(choices, capacity_of(total, tokens, count, capacity_factor))
-        product = lambda rows, weights: rows @ weights.astype(rows.dtype)
+        product = own_product
         names = ("experts", "rows", None)
     elif form == "loop" and parts == 1:
         plan = plan_blocks(choices, block_size(total, count))
@@ -163,7 +163,7 @@ def through_experts(
 
 def _product_by_part(
     rows: Float[Array, "blocks size d_in"],
-    weights: Float[Array, "count d_in d_out"],
+    weights: Matrices,
     expert: Int[Array, " blocks"],
     parts: int,
 ) -> Float[Array, "blocks size d_out"]:
@@ -171,6 +171,7 @@ def _product_by_part(
     if parts == 1:
         return batched_product(rows, weights, expert)
     by_part = lambda array: array.reshape(parts, -1, *array.shape[1:])
-    own = by_part(expert) % (weights.shape[0] // parts)
-    y = jax.vmap(batched_product)(by_part(rows), by_part(weights), own)
+    by_part_of_all = jax.tree.map(by_part, weights)
+    own = by_part(expert) % jax.tree.leaves(by_part_of_all)[0].shape[1]
+    y = jax.vmap(batched_product)(by_part(rows), by_part_of_all, own)
     return y.reshape(*rows.shape[:-1], -1)

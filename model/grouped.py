@@ -8,6 +8,9 @@ Three forms of the same product, for three kinds of machine:
   parallel work, and on which jaxlib 0.10 expands a ragged product to one of every row with every matrix.
 - `ragged_product`: `jax.lax.ragged_dot`, rows sorted by group without padding. TPUs have a kernel for it.
 
+All take matrices in int8 too. Those are widened where they are used, a block's or a row's at a time: their scales
+belong to outputs, so that the product can be scaled instead.
+
 Autodiff would give the loop a gradient of all matrices per block, and `ragged_dot` cannot be `vmap`ped after it was
 differentiated. Both therefore bring rules of their own: reverse mode of every order (no forward mode), and lanes of a
 `vmap` that become more groups of one product.
@@ -20,8 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.weights import Int8Experts
+
 Form = Literal["loop", "batched", "ragged"]
 Product = Callable[[Array, Array, Array], Array]
+Matrices = Float[Array, "count d_in d_out"] | Int8Experts
 
 
 def form_for_backend() -> Form:
@@ -33,11 +39,18 @@ def form_for_backend() -> Form:
     return forms.get(jax.default_backend(), "batched")
 
 
+def own_product(rows: Float[Array, "count size d_in"], weights: Matrices) -> Float[Array, "count size d_out"]:
+    """As many blocks as matrices, each times its own, in the rows' precision."""
+    if isinstance(weights, Int8Experts):
+        return rows @ weights.weight.astype(rows.dtype) * weights.scale[:, None].astype(rows.dtype)
+    return rows @ weights.astype(rows.dtype)
+
+
 def batched_product(
-    rows: Float[Array, "blocks size d_in"], weights: Float[Array, "count d_in d_out"], group: Int[Array, " blocks"]
+    rows: Float[Array, "blocks size d_in"], weights: Matrices, group: Int[Array, " blocks"]
 ) -> Float[Array, "blocks size d_out"]:
     """Every block times its group's matrix, in the rows' precision."""
-    return rows @ weights[group].astype(rows.dtype)
+    return own_product(rows, jax.tree.map(lambda leaf: leaf[group], weights))
 
 
 def _with_rules(
@@ -162,14 +175,20 @@ _ragged_with_rules = _with_rules(
 
 
 def loop_product(
-    rows: Float[Array, "blocks size d_in"], weights: Float[Array, "count d_in d_out"], group: Int[Array, " blocks"]
+    rows: Float[Array, "blocks size d_in"], weights: Matrices, group: Int[Array, " blocks"]
 ) -> Float[Array, "blocks size d_out"]:
     """Every block times its group's matrix, in the rows' precision; the matrices' gradient adds up in float32."""
+    if isinstance(weights, Int8Experts):
+        return _loop_with_rules(rows, weights.weight, group) * weights.scale[group][:, None].astype(rows.dtype)
     return _loop_with_rules(rows, weights, group)
 
 
 def ragged_product(
-    rows: Float[Array, "rows d_in"], weights: Float[Array, "count d_in d_out"], sizes: Int[Array, " count"]
+    rows: Float[Array, "rows d_in"], weights: Matrices, sizes: Int[Array, " count"]
 ) -> Float[Array, "rows d_out"]:
     """Rows sorted by group times their group's matrix, as `loop_product`; `sizes` must add up to the number of rows."""
+    if isinstance(weights, Int8Experts):
+        # Whole numbers as they are: to widen them is the kernel's business.
+        y = jax.lax.ragged_dot(rows, weights.weight, sizes, preferred_element_type=rows.dtype)
+        return y * jnp.repeat(weights.scale.astype(y.dtype), sizes, axis=0, total_repeat_length=len(y))
     return _ragged_with_rules(rows, weights, sizes)

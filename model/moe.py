@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import ModelConfig
 from model.dispatch import through_experts
 from model.feedforward import ACTIVATIONS, FeedForward
+from model.grouped import Matrices
 from model.linear import Linear
 from model.parameterization import initializer
 from model.parts import Experts
 from model.sharding import constrain
-from model.weights import matmul
+from model.weights import Int8Experts, matmul
 
 
 class Routing(NamedTuple):
@@ -114,7 +115,7 @@ class ExpertWeights(nn.Module):
     experts: Experts
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
+    def __call__(self) -> dict[str, Matrices]:
         """By name, as they are stored."""
         config, experts = self.config, self.experts
         into, out_of = (experts.count, config.d_model, experts.d_ff), (experts.count, experts.d_ff, config.d_model)
@@ -124,6 +125,14 @@ class ExpertWeights(nn.Module):
         role = lambda name: "residual" if name == "down" else "hidden"
         init = lambda name, shape: initializer(config, role(name), shape[1])
         return {name: self.param(name, init(name, shape), shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _constrained(weight: Matrices, inputs: str | None, outputs: str | None) -> Matrices:
+    if not isinstance(weight, Int8Experts):
+        return constrain(weight, "experts", inputs, outputs)
+    return Int8Experts(
+        constrain(weight.weight, "experts", inputs, outputs), constrain(weight.scale, "experts", outputs)
+    )
 
 
 class ExpertFeedForward(nn.Module):
@@ -153,7 +162,7 @@ class ExpertFeedForward(nn.Module):
         weights = ExpertWeights(config, experts, name="experts")()
         # What fsdp splits is gathered here once, not for every block.
         axes = {name: (None, "hidden") if name != "down" else ("hidden", None) for name in weights}
-        weights = {name: constrain(weight, "experts", *axes[name]) for name, weight in weights.items()}
+        weights = {name: _constrained(weight, *axes[name]) for name, weight in weights.items()}
         activation = ACTIVATIONS[config.activation]
 
         def feed_forward(rows, product):

@@ -1,4 +1,4 @@
-"""The forms in which a weight can be stored, and the product with each; rows are outputs: (out, in).
+"""The forms in which a weight can be stored, and the product with each; rows are outputs: (out, in), but of experts.
 
 Their fields are Any because JAX also fills such trees with shapes and shardings.
 """
@@ -60,8 +60,19 @@ class Int4:
     d_in: int = struct.field(pytree_node=False, default=0)
 
 
+@struct.dataclass
+class Int8Experts:
+    """The stacked matrices of a mixture's experts: weight · scale, one scale per expert and output.
+
+    For the products of `model.grouped` alone. Outputs come last, as these read plain matrices.
+    """
+
+    weight: Any  # int8 [count, in, out]
+    scale: Any  # float32 [count, out]
+
+
 _NAN_BITS = 0x7FC0  # of a bfloat16
-TYPES = (Transposed, Bits, Int8, Int8Dynamic, Int4)
+TYPES = (Transposed, Bits, Int8, Int8Dynamic, Int4, Int8Experts)
 
 
 def is_weight(x: Any) -> bool:
