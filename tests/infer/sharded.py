@@ -35,9 +35,9 @@ def steps(config, params, rows, dtype):
         cache = init_cache(config, rows, 8, dtype)
         empty = split_of(cache)
         made = []
-        for start, fresh in ((0, True), (3, False)):
+        for start in (0, 3):
             inside = np.clip(LENGTHS[:rows] - start, 0, 3)
-            logits, cache = prefill(config, params, TOKENS[:rows, start : start + 3], inside, cache, fresh=fresh)
+            logits, cache = prefill(config, params, TOKENS[:rows, start : start + 3], inside, cache)
             made.append(np.where((inside > 0)[:, None], logits, 0))
         for step in (6, 7):
             logits, cache = decode_step(config, params, TOKENS[:rows, step], cache)
@@ -68,7 +68,8 @@ def beside(model, mesh, weights="float32", rows=4, cache=None, generates=False):
     """One case: {"share", "error"} and {"same"} or {"empty", "filled"}.
 
     weights: None for parameters as they are trained. share: of the bytes of one device's parameters that the mesh's
-    first device holds. error: the largest of logits or log-probabilities. same: whether the tokens are.
+    first device holds. error: the largest, of logits as a share of the largest logit, or of log-probabilities. same:
+    whether the tokens are; texts: how many differ.
     """
     config, params, mesh = MODELS[model], params_of(model), make_mesh(parse_mesh(mesh))
     if weights is None:
@@ -82,7 +83,8 @@ def beside(model, mesh, weights="float32", rows=4, cache=None, generates=False):
         error = max(np.abs(np.subtract(*pair)).max() for pair in zip(logprobs, one[1], strict=True))
         return {"share": share, "error": float(error), "same": tokens == one[0], "texts": len({*map(tuple, tokens)})}
     logits, empty, filled = steps(config, params, rows, cache)
-    return {"share": share, "error": float(np.abs(logits - one[0]).max()), "empty": empty, "filled": filled}
+    error = np.abs(logits - one[0]).max() / np.abs(one[0]).max()
+    return {"share": share, "error": float(error), "empty": empty, "filled": filled}
 
 
 def main(cases):

@@ -58,7 +58,7 @@ def assert_cache_is_split(shapes, axes, case):
 @pytest.mark.slow
 def test_a_mesh_decodes_as_one_device_and_holds_its_part():
     assert_equal_and_split(
-        {"model": "dense", "mesh": "data=2,tensor=2", "weights": "int4"} | GENERATES,
+        {"model": "dense", "mesh": "data=2,tensor=2", "weights": "int4"},
         {"model": "experts", "mesh": "expert=2", "weights": "int8"},
     )
 
@@ -86,10 +86,13 @@ def test_a_mesh_decodes_as_one_device_and_holds_its_part():
             {"model": "experts", "mesh": "expert=2,tensor=2", "weights": "int8"},
         ],
         [{"model": "dense", "mesh": mesh} | GENERATES for mesh in ("data=4", "tensor=2", "fsdp=2")],
-        [{"model": "dense", "mesh": "data=2,tensor=2", "rows": 3} | GENERATES],
+        [
+            {"model": "dense", "mesh": "data=2,tensor=2", "weights": "int4"} | GENERATES,
+            {"model": "dense", "mesh": "data=2,tensor=2", "cache": "int8", "rows": 3} | GENERATES,
+        ],
         [{"model": "experts", "mesh": "expert=2", "weights": "int8"} | GENERATES],
     ],
-    ids=["weights", "trained", "experts", "texts", "three-texts", "texts-of-experts"],
+    ids=["weights", "trained", "experts", "texts", "texts-in-few-bits", "texts-of-experts"],
 )
 def test_so_do_all_meshes_with_all_weights(cases):
     assert_equal_and_split(*cases)
