@@ -142,8 +142,8 @@ def generate(
         for rows in run_generation(opened.config, params, prompts, sampling, **drawing):
             if stream:
                 written = _go_on(rows[0], words, written)
-        names = ("tokens", "logprobs", "finish_reason", "top_logprobs")
-        completions = [{name: getattr(row, name) for name in names} for row in rows]
+        kept = ("tokens", "logprobs", "finish_reason", "top_logprobs")
+        completions = [{name: getattr(row, name) for name in kept} for row in rows]
     if stream:
         print("\n")
     for question, row in zip(questions, completions, strict=True):
