@@ -66,7 +66,7 @@ def test_loss_through_a_cache_is_that_without_one(random_params):
     assert cached_loss(CONFIG, params, TOKENS, "float32") == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_report_compares_forms_and_survives_one_that_fails(data, random_params, monkeypatch):
     import experiments.compress
 

@@ -60,6 +60,7 @@ def test_cached_is_uncached(variant, random_params):
         np.testing.assert_allclose(decoded(variant, form, tokens, chunks), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_an_int8_cache_costs_half_a_percent_of_the_loss(decoder, random_params):
     """In chunks, so that most of what is seen was rounded: keys and values alike, rings, latent vectors."""
     params, tokens = random_params(decoder), tokens_of(3, 12)

@@ -55,7 +55,7 @@ def assert_cache_is_split(shapes, axes, case):
         assert part == [rows_here, heads // axes.get("tensor", 1), *rest], case
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mesh_decodes_as_one_device_and_holds_its_part():
     assert_equal_and_split(
         {"model": "dense", "mesh": "data=2,tensor=2", "weights": "int4"},

@@ -101,7 +101,7 @@ def test_greedy_text_is_the_same_elsewhere(config, source, random_params):
     assert 0 < result.acceptance < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_have_their_own_settings_and_these_compile_nothing(random_params):
     params = random_params(RINGS, seed=3)
     draft = (RINGS, near(params, random_params(RINGS, seed=4)))
