@@ -60,7 +60,10 @@ def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarr
         pruned("wanda 2:4", "wanda", pattern="2:4"),
         *(pruned(f"wanda {share} %", "wanda", sparsity=share / 100) for share in (10, 20, 30, 40, 50)),
         *(
-            as_float(f"{count} layers dropped", lambda count=count: drop_layers(config, params, count, calibration))
+            as_float(
+                f"{count} layer{'s' * (count > 1)} dropped",
+                lambda count=count: drop_layers(config, params, count, calibration),
+            )
             for count in (1, 2, 4)
             if count < config.num_layers
         ),

@@ -1,5 +1,7 @@
 """`isoflop model compress`: fewer bits, fewer entries or fewer layers, and what that costs."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -59,6 +61,7 @@ def compress(
     from infer import prepare
     from model.convert import save_hf
     from model.weights import bytes_of
+    from train.run import describe_device, versions
 
     if (source / RECORD).is_file():
         raise InputError(f"{source} is rounded already; give the model that it was made of")
@@ -87,7 +90,8 @@ def compress(
         seq_len=seq_len,
         max_tokens=max_tokens,
     )
-    write_document(report, {"model": str(source), "seq_len": seq_len, "rows": rows})
+    about = {"command": shlex.join(["isoflop", *sys.argv[1:]]), "device": describe_device(), "versions": versions()}
+    write_document(report, {"model": str(source), **about, "seq_len": seq_len, "max_tokens": max_tokens, "rows": rows})
     _print(rows)
 
 
