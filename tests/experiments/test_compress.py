@@ -27,7 +27,7 @@ def test_rounded_weights_come_back_as_they_were_stored(isoflop, tmp_path):
     assert code == 0
     original, opened = open_model(LLAMA), open_model(tmp_path / "small")
     assert opened.config == original.config
-    assert isinstance(opened.params["head"]["weight"], Int4)
+    assert isinstance(opened.params["layers"][0]["feed_forward"]["down"]["weight"], Int4)
     expected = prepare(original.config, original.params, "int4")
     assert f"{bytes_of(expected):,} bytes" in out
     logits = jax.jit(functools.partial(apply, original.config))

@@ -69,7 +69,7 @@ print(status("VmHWM") - status("VmRSS"), largest, sum(leaf.nbytes for leaf in ja
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a process's memory")
 def test_loading_takes_the_model_and_one_tensor(tmp_path):
     config = presets.get("tiny").replace(

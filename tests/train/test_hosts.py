@@ -151,7 +151,7 @@ def check_restored(found, wanted, sharding):
     assert state["step"] == wanted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -59,6 +59,7 @@ def test_memory_of_a_program():
     assert device_memory() > 2**20
 
 
+@pytest.mark.long
 def test_cuts_need_less():
     totals = [of_cuts(cuts).total for cuts in (1, 2, 4)]
     assert totals == sorted(totals, reverse=True)

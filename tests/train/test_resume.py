@@ -94,7 +94,7 @@ def test_kills_at_random_moments(data, uninterrupted, tmp_path, seed):
     finish_and_compare(data, run, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_saves_and_resumes(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     assert kill_after(data, run, 25, signal.SIGTERM) == 130
