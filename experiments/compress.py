@@ -70,6 +70,9 @@ def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarr
     ]
 
 
+INTERRUPTED = "interrupted"
+
+
 def report(
     config: ModelConfig,
     params: Params,
@@ -85,7 +88,8 @@ def report(
     """One row per form: its bits per byte on validation text, the change in %, how often its likeliest token is that
     of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored too).
 
-    A form that cannot be measured is {"form", "reason"}. only: names of forms besides the first.
+    A form that cannot be measured is {"form", "reason"}; after Ctrl-C, INTERRUPTED, it is the last. only: names of
+    forms besides the first.
     """
     seq_len = min(seq_len, config.max_seq_len)
     batches, bytes_per_token = validation_set(
@@ -116,6 +120,9 @@ def report(
                         "weight_bytes": bytes_of(own_params),
                     }
                 )
+            except KeyboardInterrupt:  # what is measured is kept
+                rows.append({"form": form.name, "reason": INTERRUPTED})
+                break
             except Exception as error:  # one form that fails must not cost the others
                 rows.append({"form": form.name, "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
             advance(note=form.name)

@@ -54,7 +54,7 @@ def compress(
         batch_size: Rows per step of the report.
     """
     from experiments.commands.options import output, write_document
-    from experiments.compress import copy_tokenizer
+    from experiments.compress import INTERRUPTED, copy_tokenizer
     from experiments.compress import report as measure
     from experiments.models import open_model
     from experiments.quantized import KINDS, RECORD, save_quantized
@@ -93,6 +93,8 @@ def compress(
     about = {"command": shlex.join(["isoflop", *sys.argv[1:]]), "device": describe_device(), "versions": versions()}
     write_document(report, {"model": str(source), **about, "seq_len": seq_len, "max_tokens": max_tokens, "rows": rows})
     _print(rows)
+    if rows[-1].get("reason") == INTERRUPTED:
+        sys.exit(130)
 
 
 def _smaller(
