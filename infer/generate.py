@@ -148,10 +148,7 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
         logits, cache = read_prompts(
             config, params, prompts, copies=[one.n for one in samplings], cache_dtype=cache_dtype
         )
-        if config.stack == "encoder-decoder":
-            prompts = [[config.decoder_start_token_id]] * len(prompts)
-        pairs = [(prompt, one) for prompt, one in zip(prompts, samplings, strict=True) for _ in range(one.n)]
-        prompts, samplings = (list(column) for column in zip(*pairs, strict=True))
+        prompts, samplings = one_row_each(config, prompts, samplings)
         rows, coming = begin(start_rows(config, prompts, samplings, cache, max_new_tokens, key), logits)
     completions = [Completion(one) for one in samplings]
     filled = max(map(len, prompts))  # of the cache, which does not hold the newest token
@@ -179,6 +176,16 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
         ahead = coming
     if ahead is not None and going_on():
         yield read(ahead)
+
+
+def one_row_each(
+    config: ModelConfig, prompts: Sequence[Prompt], samplings: Sequence[Sampling]
+) -> tuple[list[Prompt], list[Sampling]]:
+    """What stands before each row's output, and its sampling: n rows per prompt; a seed counts up from row to row."""
+    own = lambda one, i: one if one.seed is None else dataclasses.replace(one, seed=(one.seed + i) % 2**32)
+    before = [[config.decoder_start_token_id]] * len(prompts) if config.stack == "encoder-decoder" else prompts
+    pairs = [(prompt, own(one, i)) for prompt, one in zip(before, samplings, strict=True) for i in range(one.n)]
+    return [prompt for prompt, _ in pairs], [one for _, one in pairs]
 
 
 def start_rows(

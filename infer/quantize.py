@@ -71,7 +71,7 @@ def quantize_int4(weight: Float[Array, "d_out d_in"], group: int = GROUP) -> Int
 def _int8(weight: Array) -> Int8:
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1)
-    scale = jnp.where(largest > 0, largest / 127, 1)
+    scale = jnp.where(largest == 0, 1, largest / 127)  # what is not finite stays so, in its scale
     return Int8(jnp.clip(jnp.round(weight / scale[:, None]), -127, 127).astype(jnp.int8), scale)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin
-from infer.generate import Completion, Decoder, Generated, check_samplings, start_rows
+from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin, grow_rows
+from infer.generate import Completion, Decoder, Generated, check_samplings, one_row_each, start_rows
 from infer.prompts import Prompt, capacity_for, check_prompts, read_prompts
 from infer.proposals import accept, followed, keys_ahead, look_up, probabilities, propose
 from infer.sampling import MOST_LOGPROBS, History, Sampling
@@ -104,10 +104,7 @@ def generate_speculative(
         )
         logits, cache = read(config, params)
         draft_cache = None if draft is None else read(*draft)[1]
-        if config.stack == "encoder-decoder":
-            prompts = [[config.decoder_start_token_id]] * len(prompts)
-        pairs = [(prompt, one) for prompt, one in zip(prompts, samplings, strict=True) for _ in range(one.n)]
-        prompts, samplings = (list(column) for column in zip(*pairs, strict=True))
+        prompts, samplings = one_row_each(config, prompts, samplings)
         rows, first = begin(start_rows(config, prompts, samplings, cache, max_new_tokens, key), logits)
         zeros = jnp.zeros((2, len(prompts)), jnp.int32)
         carried = Carried(rows, draft_cache, zeros[0], zeros[1])
@@ -149,7 +146,7 @@ def _loop(plan, params, draft_params, carried, first, prompts, samplings, max_ne
 
 def _grown(plan: Plan, carried: Carried, length: int) -> Carried:
     rows, cache = carried.rows, carried.draft_cache
-    rows = rows.replace(cache=grow(plan.config, rows.cache, capacity_for(plan.config, length)))  # type: ignore
+    rows = grow_rows(plan.config, rows, capacity_for(plan.config, length))
     if plan.draft is not None and cache.capacity < length:
         cache = grow(plan.draft, cache, capacity_for(plan.draft, length))
     return carried.replace(rows=rows, draft_cache=cache)  # type: ignore[attr-defined]

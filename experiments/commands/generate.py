@@ -99,6 +99,8 @@ def generate(
         raise InputError(
             "--stream prints one text as it is made: give one --prompt, and no --n, --beams, --draft, --lookup"
         )
+    if beams and (stop or logprobs or lookup or draft is not None):
+        raise InputError("--beams goes without --stop, --logprobs, --lookup and --draft: it does not sample")
     opened = open_model(model, tokenizer)
     words = opened.need_tokenizer()
     if chat:

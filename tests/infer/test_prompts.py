@@ -81,6 +81,10 @@ def test_samples_of_one_prompt_share_its_prefill(params):
     result = generate(CONFIG, params, [[1, 2, 3], [4]], [Sampling(n=3), Sampling(n=1)], max_new_tokens=12)
     assert len(result.tokens) == 4
     assert len({tuple(tokens) for tokens in result.tokens}) == 4
+    seeded = generate(CONFIG, params, [[1, 2, 3]], Sampling(n=3, seed=7), max_new_tokens=12).tokens
+    apart = generate(CONFIG, params, [[1, 2, 3]] * 3, [Sampling(seed=7 + i) for i in range(3)], max_new_tokens=12)
+    assert seeded == apart.tokens
+    assert len({tuple(tokens) for tokens in seeded}) == 3
 
 
 def test_every_row_has_its_own_settings(params):

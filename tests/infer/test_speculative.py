@@ -90,6 +90,18 @@ def test_greedy_text_is_the_same(random_params):
     assert 0 < results[2].acceptance < 1
 
 
+@pytest.mark.slow
+def test_what_was_said_is_known_after_the_cache_has_grown(random_params):
+    """Penalties and proposals read the history, which must grow with the cache, from 64 tokens to 128."""
+    config = TINY.replace(max_seq_len=128)
+    params = random_params(config, seed=3)
+    sampling = Sampling(temperature=0.0, frequency_penalty=0.05, stop_ids=())
+    result = generate_speculative(config, params, [[3, 1]], sampling, draft=(config, params), max_new_tokens=120)
+    assert result.acceptance == 1
+    assert result.tokens == generate(config, params, [[3, 1]], sampling, max_new_tokens=120).tokens
+    assert len(set(result.tokens[0][-40:])) > 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("config", "source"), [(LATENT, "draft"), (PAIR, "look-up")], ids=["latent-experts", "pair"])
 def test_greedy_text_is_the_same_elsewhere(config, source, random_params):
