@@ -1,0 +1,70 @@
+"""What the ledger of a sweep says of a trial, and what a policy makes of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from experiments.sweep.trial import Trial
+
+State = Literal["planned", "running", "finished", "pruned", "diverged", "failed"]
+ENDED: tuple[State, ...] = ("finished", "pruned", "diverged")
+"""States in which a trial has its result; a failed one may be tried again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trial as the ledger has it.
+
+    number: in the order in which trials were planned. rungs: validation losses by updates made, up to now. values:
+    of the objectives, once it is finished. facts: what is known of its run (run, steps, tokens, flops_6nd, flops_exact,
+    seconds, loss …); empty before it has run.
+    """
+
+    number: int
+    trial: Trial
+    state: State
+    rungs: Mapping[int, float]
+    values: tuple[float, ...] | None
+    facts: Mapping[str, Any]
+
+    @property
+    def steps_done(self) -> int:
+        """Updates up to its last rung."""
+        return max(self.rungs, default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What is to be done next. ready: ids of planned trials that may go on, and up to which number of updates.
+
+    prune: ids of planned trials that end where they are. add: new trials. A planned trial that is in none of them
+    waits for others.
+    """
+
+    ready: Mapping[str, int]
+    prune: tuple[str, ...] = ()
+    add: tuple[Trial, ...] = ()
+
+
+class Policy(Protocol):
+    """Decides from the ledger alone, and of the same facts always the same: so any worker may ask, at any time."""
+
+    def decide(self, rows: Sequence[Row]) -> Decision:
+        """What is to be done next. rows: all trials, by number."""
+        ...
+
+    def rungs(self, trial: Trial) -> tuple[int, ...]:
+        """The numbers of updates at which a trial may be stopped or left, its end last."""
+        ...
+
+
+class RunAll:
+    """Every trial to its end."""
+
+    def decide(self, rows: Sequence[Row]) -> Decision:
+        """All that are planned are ready."""
+        return Decision({row.trial.id: row.trial.setting.steps for row in rows if row.state == "planned"})
+
+    def rungs(self, trial: Trial) -> tuple[int, ...]:
+        """Its end."""
+        return (trial.setting.steps,)
