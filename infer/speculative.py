@@ -199,32 +199,62 @@ def speculate(
 
 def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Carried) -> tuple[Carried, Emitted]:
     rows, history = carried.rows, carried.rows.history
-    running = rows.status == RUNNING
     left = rows.limits - (history.lengths - history.prompt_lengths)
-    wanted = jnp.where(running, jnp.minimum(plan.ahead, left - 1), 0)
-    draft_cache = carried.draft_cache
-    if plan.draft is None:
-        proposed, found = look_up(history, plan.lookup, plan.ahead)
-        wanted = jnp.where(found, wanted, 0)
-        weights = jax.nn.one_hot(proposed, rows.sampler.bias.shape[1])
-    else:
+    wanted = jnp.where(rows.status == RUNNING, jnp.minimum(plan.ahead, left - 1), 0)
+    if plan.draft is not None:
         assert draft_params is not None
         proposed, weights, draft_cache = propose(
-            plan.draft, draft_params, draft_cache, history, rows.sampler, wanted, plan.ahead
+            plan.draft, draft_params, carried.draft_cache, history, rows.sampler, wanted, plan.ahead
         )
+        carried = carried.replace(draft_cache=draft_cache)  # type: ignore[attr-defined]
+        return _take(plan, params, carried, proposed, weights, wanted)
+    proposed, found = look_up(history, plan.lookup, plan.ahead)
+    wanted = jnp.where(found, wanted, 0)
+
+    def some() -> tuple[Carried, Emitted]:
+        return _take(plan, params, carried, proposed, jax.nn.one_hot(proposed, rows.sampler.bias.shape[1]), wanted)
+
+    def none() -> tuple[Carried, Emitted]:  # nothing to check
+        no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]))
+        alone, made = _take(plan, params, carried, proposed[:, :0], no_weights, wanted)
+        room = lambda leaf, fill: jnp.pad(
+            leaf, ((0, 0), (0, plan.ahead), *[(0, 0)] * (leaf.ndim - 2)), constant_values=fill
+        )
+        return alone, Emitted(
+            room(made.tokens, -1),
+            room(made.logprobs, 0),
+            room(made.top_ids, 0),
+            room(made.top_logprobs, 0),
+            made.status,
+        )
+
+    return jax.lax.cond(jnp.any(wanted > 0), some, none)
+
+
+def _take(
+    plan: Plan,
+    params: Params,
+    carried: Carried,
+    proposed: Int[Array, "batch ahead"],
+    weights: Float[Array, "batch ahead vocab"],
+    wanted: Int[Array, " batch"],
+) -> tuple[Carried, Emitted]:
+    """One pass of the model over the proposals, drawn from `weights`, of which each row wants its first `wanted`."""
+    rows, history = carried.rows, carried.rows.history
+    running, ahead = rows.status == RUNNING, proposed.shape[1]
     chunk = jnp.concatenate([rows.token[:, None], proposed], axis=1)
     lengths = jnp.where(running, wanted + 1, 0)
     hidden, cache = forward_cached(plan.config, params, chunk, lengths, rows.cache, every=True)
     logits = head(plan.config, params, hidden)
     at = followed(history, proposed, wanted).replace(  # type: ignore[attr-defined]
-        lengths=history.lengths[:, None] + jnp.arange(plan.ahead + 1)[None]
+        lengths=history.lengths[:, None] + jnp.arange(ahead + 1)[None]
     )
     target = jax.vmap(probabilities, in_axes=(None, 1, History(None, None, 1)), out_axes=1)(rows.sampler, logits, at)
-    keys = keys_ahead(rows.sampler, history, plan.ahead + 1)
+    keys = keys_ahead(rows.sampler, history, ahead + 1)
     taken, token = accept(keys, target, weights, proposed, wanted)
 
-    place = jnp.arange(plan.ahead + 1)[None]
-    tokens = jnp.where(place < taken[:, None], chunk[:, jnp.minimum(place[0] + 1, plan.ahead)], token[:, None])
+    place = jnp.arange(ahead + 1)[None]
+    tokens = jnp.where(place < taken[:, None], chunk[:, jnp.minimum(place[0] + 1, ahead)], token[:, None])
     stops = jnp.any(tokens[:, :, None] == rows.stop_ids[:, None], axis=-1) & (place <= taken[:, None])
     stopped = running & jnp.any(stops, axis=1)
     count = jnp.where(running, jnp.where(stopped, jnp.argmax(stops, axis=1), taken + 1), 0)
@@ -232,15 +262,12 @@ def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Car
     full = running & ~stopped & (after.lengths - after.prompt_lengths >= rows.limits)
     status = jnp.where(stopped, STOPPED, jnp.where(full, FULL, rows.status))
     held = jnp.where(running, after.lengths - 1, cache.lengths)
+    draft_cache = carried.draft_cache
     if draft_cache is not None:
         draft_cache = rewind(draft_cache, jnp.minimum(draft_cache.lengths, held))
+    last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], 1)[:, 0]
     rows = rows.replace(  # type: ignore[attr-defined]
-        token=jnp.where(
-            count > 0, jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], 1)[:, 0], rows.token
-        ),
-        cache=rewind(cache, held),
-        history=after,
-        status=status,
+        token=jnp.where(count > 0, last, rows.token), cache=rewind(cache, held), history=after, status=status
     )
     carried = carried.replace(  # type: ignore[attr-defined]
         rows=rows,
