@@ -29,6 +29,7 @@ from experiments.commands import (
     scaling,
     study,
     sweep,
+    sweep_replay,
     train,
 )
 from model.errors import InputError
@@ -42,7 +43,16 @@ COMMANDS: Tree = {
     "cool": train.cool,
     "generate": generate.generate,
     "eval": evaluate.evaluate,
-    "sweep": ("Train many settings side by side.", {"plan": sweep.plan, "run": sweep.run}),
+    "sweep": (
+        "Train many settings side by side.",
+        {
+            "run": sweep.run,
+            "resume": sweep.resume,
+            "status": sweep.status,
+            "worker": sweep.worker,
+            "replay": sweep_replay.replay,
+        },
+    ),
     "scaling": (
         "Plan, train, fit and use scaling laws.",
         {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},

@@ -4,7 +4,8 @@ XLA inserts the communication (GSPMD, Xu et al. 2021). "data" splits rows and re
 the state too, whose weights are gathered where they are used (ZeRO stage 3, Rajbhandari et al. 2020). "tensor" splits
 heads, hidden features and the vocabulary (Megatron-LM, Shoeybi et al. 2019), "expert" rows and experts (GShard,
 Lepikhin et al. 2021), "sequence" the tokens of a row: queries stay where their tokens are, keys and values are
-gathered. A split of features may cut through a head; that costs communication, never correctness.
+gathered. "population" splits the lanes of a program that trains many models; each device then runs its own. A split of
+features may cut through a head; that costs communication, never correctness.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from model.errors import InputError, UnknownNameError
 from model.parameterization import names_of
 
 # From the outermost to the innermost: what talks most has the nearest neighbours.
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+AXES = ("population", "data", "fsdp", "expert", "sequence", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # of activations
@@ -38,7 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     # of what counts trees: not even fsdp splits these
     "layers": (),
-    "lanes": (),
+    "lanes": ("population",),
 }
 _SMALL = 2**10  # elements; less than that of an unknown leaf is not worth splitting
 
@@ -164,7 +165,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh, lanes: bool = False) -> NamedShard
 
     The axes must divide the batch: see `check_batch`.
     """
-    names = ("lanes", "batch", "sequence") if lanes else ("batch", "sequence")
+    names = ("lanes",) * lanes + ("batch", "sequence")
     return NamedSharding(mesh, _spec([RULES[name] for name in names]))
 
 
@@ -192,12 +193,12 @@ def spec_for(
 
     A mesh axis that does not divide its dimension is left out there; "fsdp" then goes to the largest one that it does
     divide, so that the state really shrinks by it. A leaf of another rank than the parameter (the factored moments of
-    Adafactor) has nothing but that. lanes: the first axis counts them.
+    Adafactor) has nothing but that. lanes: the first axis counts them, and "population" splits it.
     """
     stacking = ["lanes"] * lanes + ["layers"] * _is_stacked(path)
     names = (*stacking, *parameter_axes(path))
     if len(names) != len(shape):
-        return _spec_of_unknown(mesh.shape, shape, len(stacking))
+        return _spec_of_unknown(mesh.shape, shape, stacking)
     return _spec(_with_fsdp(mesh.shape, shape, _divided(mesh.shape, names, shape), len(stacking)))
 
 
@@ -211,7 +212,7 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any, lanes: bool = False) -> Any:
         # Parameters stand in dicts; counters, keys and the like are attributes of states.
         if path and isinstance(path[-1], jax.tree_util.DictKey):
             return NamedSharding(mesh, spec_for(mesh, names_of(path), leaf.shape, lanes))
-        return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, int(lanes)))
+        return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, ["lanes"] * lanes))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -232,6 +233,11 @@ def parts_of(name: str, length: int | None = None) -> int:
     sizes = _traced_mesh()
     length = math.prod(sizes.values()) if length is None else length
     return math.prod(sizes[axis] for axis in _divided(sizes, (name,), (length,))[0])
+
+
+def parts_of_lanes(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Over how many devices a mesh spreads lanes; None: the mesh under which is traced."""
+    return (_traced_mesh() if mesh is None else mesh.shape).get("population", 1)
 
 
 def _traced_mesh() -> dict[str, int]:
@@ -273,10 +279,12 @@ def _with_fsdp(
     return [(*of_one, "fsdp") if index == best else of_one for index, of_one in enumerate(axes)]
 
 
-def _spec_of_unknown(sizes: Mapping[str, int], shape: tuple[int, ...], stacking: int) -> PartitionSpec:
+def _spec_of_unknown(sizes: Mapping[str, int], shape: tuple[int, ...], stacking: list[str]) -> PartitionSpec:
+    names = [*stacking, *[None] * (len(shape) - len(stacking))]
+    axes = _divided(sizes, names, shape)
     if math.prod(shape) < _SMALL:
-        return PartitionSpec()
-    return _spec(_with_fsdp(sizes, shape, [()] * len(shape), stacking))
+        return _spec(axes) if any(axes) else PartitionSpec()
+    return _spec(_with_fsdp(sizes, shape, axes, len(stacking)))
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:

@@ -2,13 +2,13 @@
 
 from train.branch import cooldown
 from train.config import HParams, TrainConfig
-from train.loop import population, train
 from train.phases import Phase, standard_phases
 from train.result import Result
 from train.run import load_run
 from train.shell import Shell
 from train.state import TrainState, init_state
 from train.step import eval_step, train_step
+from train.training import population, train
 
 __all__ = [
     "TrainConfig",

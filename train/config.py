@@ -169,7 +169,7 @@ class HParams:
     clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
     dropout_rate: used where TrainConfig.dropout is on. init_scale: times every initial matrix.
-    seed: parameters, dropout and the order of the data.
+    seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
     """
 
     DEFAULTS: ClassVar[dict[str, float]] = {
@@ -191,6 +191,7 @@ class HParams:
         "dropout_rate": 0.0,
         "init_scale": 1.0,
         "seed": 0,
+        "data_seed": -1,
     }
     NAMES = tuple(DEFAULTS)
 
@@ -212,6 +213,7 @@ class HParams:
     dropout_rate: Any
     init_scale: Any
     seed: Any
+    data_seed: Any
 
     def __init__(self, **values: float):
         _refuse_unknown("hyperparameter", values, self.DEFAULTS)
@@ -234,6 +236,11 @@ class HParams:
         """A copy with some values changed."""
         _refuse_unknown("hyperparameter", changes, self.DEFAULTS)
         return HParams(**{**self.to_dict(), **changes})
+
+    @property
+    def order_seed(self) -> int:
+        """What decides the order of the data."""
+        return int(self.seed if self.data_seed < 0 else self.data_seed)
 
     def to_dict(self) -> dict[str, float]:
         """Plain numbers for JSON: the shortest decimal that reads back to the same float32."""
@@ -279,6 +286,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "dropout_rate": (0, 1, "in [0, 1)"),
     "init_scale": (0, np.inf, "at least 0"),
     "seed": (0, 2**31, "at least 0"),
+    "data_seed": (-1, 2**31, "at least 0, or -1"),
 }
 
 

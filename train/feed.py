@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,15 +13,27 @@ from train.objective import Batch
 from train.phases import Stage
 from train.trial import Trial
 
-Request = tuple[tuple[int, int], ...]
-"""(number of the lane, its step) of every lane that takes part."""
+
+class Seat(NamedTuple):
+    """A trial that takes part in a step: the lane in which it sits, its number, and which of its steps it is."""
+
+    lane: int
+    trial: int
+    step: int
+
+
+class Request(NamedTuple):
+    """What a step takes: the lanes of the program, and who takes part."""
+
+    lanes: int
+    seats: tuple[Seat, ...]
 
 
 class Feed:
     """Batches [lanes, batch, seq] over a mesh; every process makes only the rows that its own devices hold."""
 
-    def __init__(self, mesh: Mesh, lanes: Sequence[Trial], names: dict[str, Any]):
-        self._sharding, self._lanes, self._names = batch_sharding(mesh, lanes=True), lanes, names
+    def __init__(self, mesh: Mesh, trials: Sequence[Trial], names: dict[str, Any]):
+        self._sharding, self._trials, self._names = batch_sharding(mesh, lanes=True), trials, names
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Request, Future[Batch]] | None = None
 
@@ -41,14 +53,14 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
     def _make(self, request: Request, stage: Stage) -> Batch:
-        shape = (len(self._lanes), stage.batch_size, stage.seq_len)
+        shape = (request.lanes, stage.batch_size, stage.seq_len)
         where = self._sharding.addressable_devices_indices_map(shape).values()
         spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
         first, end = min(span[0] for span in spans), max(span[1] for span in spans)
         local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
-        for number, step in request:
-            for name, values in self._lanes[number].batch(step, slice(first, end)).items():
-                local[name][number] = values
+        for lane, trial, step in request.seats:
+            for name, values in self._trials[trial].batch(step, slice(first, end)).items():
+                local[name][lane] = values
         if self._sharding.is_fully_addressable:
             return jax.device_put(local, self._sharding)
         return {name: self._from_rows(shape, values, first) for name, values in local.items()}

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig
 from model.sharding import batch_sharding, check_batch, replicated, shardings
 from train.config import HParams, TrainConfig
+from train.gather import over_population, pick, replace_lane
 from train.memory import Memory
 from train.objective import Batch
 from train.phases import Stage
@@ -69,8 +70,7 @@ def evaluate_lane(
     several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
     """
     del before
-    params = jax.tree.map(lambda leaf: leaf[index], state.params)
-    metrics = eval_step(config, params, batch)
+    metrics = eval_step(config, pick(state.params, index), batch)
     return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
 
 
@@ -79,15 +79,30 @@ def _over_lanes(function: Callable, *arguments: Any, in_turn: Callable | None = 
 
     An accelerator that small models leave idle runs lanes side by side (vmap). Two CPU cores are busy with one: there
     lanes run in turn within the one program (`in_turn` may then skip a lane that has nothing to do), which at width 24
-    is 1.5 times as fast as vmap. One lane alone runs as written: a solo run pays nothing for lanes.
+    is 1.5 times as fast as vmap. One lane alone runs as written: a solo run pays nothing for lanes. Devices of a
+    population axis do so with their own lanes, each for itself.
     """
+    return over_population(functools.partial(_over_own_lanes, function, in_turn))(*arguments)
+
+
+def _over_own_lanes(function: Callable, in_turn: Callable | None, *arguments: Any) -> Any:
     count = jax.tree.leaves(arguments)[0].shape[0]
     if count == 1:
         result = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
         return jax.tree.map(lambda leaf: leaf[None], result)
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda lane: (in_turn or function)(*lane), arguments)
-    return jax.vmap(function)(*arguments)
+    if side_by_side():
+        return jax.vmap(function)(*arguments)
+    return jax.lax.map(lambda lane: (in_turn or function)(*lane), arguments)
+
+
+def side_by_side() -> bool:
+    """Whether lanes run by vmap, so that one that has ended still costs its work; else in turn, and it is skipped."""
+    return jax.default_backend() != "cpu"
+
+
+def compacts(wanted: bool | None) -> bool:
+    """Whether lanes move to a smaller program once enough have ended (`Shell.compact`)."""
+    return side_by_side() if wanted is None else wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +166,12 @@ def _compile_step(
     shape = (lanes, batch_size, seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
     active = jax.ShapeDtypeStruct((lanes,), bool)
+    # Metrics stay where their lanes are, if this process can read them there.
+    measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
     step = jax.jit(
         functools.partial(step_lanes, config, train_config),
         in_shardings=(split, rows, everywhere, everywhere),
-        out_shardings=(split, everywhere),
+        out_shardings=(split, measured),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
@@ -182,12 +199,12 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
         keep_unused=True,
     )
     take = jax.jit(
-        lambda state, index: jax.tree.map(lambda leaf: leaf[index], state),
+        pick,
         in_shardings=(split, everywhere),
         out_shardings=split_lane,
     )
     put = jax.jit(
-        lambda state, index, lane: jax.tree.map(lambda leaf, own: leaf.at[index].set(own), state, lane),
+        replace_lane,
         in_shardings=(split, everywhere, split_lane),
         out_shardings=split,
         donate_argnums=0,
@@ -198,9 +215,30 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
             "evaluate": evaluate.lower(state, index, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
-            "put": put,
+            "put": _under(mesh, put),
             "lane": lane,
         }
+
+
+def gather_lanes(mesh: Mesh, state: TrainState, sources: Int[np.ndarray, " fewer"]) -> TrainState:
+    """A state of fewer lanes: those of these numbers, in this order."""
+    fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(sources), *leaf.shape[1:]), leaf.dtype), state)
+    take = jax.jit(
+        lambda state, sources: jax.tree.map(lambda leaf: leaf[sources], state),
+        out_shardings=shardings(mesh, fewer, lanes=True),
+    )
+    with jax.set_mesh(mesh):
+        return take(state, sources)
+
+
+def _under(mesh: Mesh, function: Callable) -> Callable:
+    """The function as traced for a mesh, whenever that is."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return run
 
 
 def _hparams(lanes: int) -> HParams:

@@ -43,6 +43,8 @@ class Identity:
             del train_config[name]
         if not uses_horizon(self.train_config, self.hparams):
             del hparams["total_steps"]
+        if hparams["data_seed"] < 0:  # then `seed` says it all, as in runs from before there was another
+            del hparams["data_seed"]
         return {
             "config": json.loads(json.dumps(self.config.to_dict())),
             "train_config": train_config,

@@ -13,8 +13,9 @@ class Shell:
     with the lowest validation loss. mesh: axes as in {"data": 2, "fsdp": 4}; None: all devices on "data".
     microbatch: rows per cut of a batch; "auto": as many as the device's memory holds; None: as the TrainConfig says.
     memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
-    what memory it needs. wandb: a Weights & Biases project. profile: write
-    a trace of a few steps into the run's folder.
+    what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
+    folder. compact: whether lanes move to a program of half as many once that holds all that go on; None: where
+    lanes run side by side, for where they run in turn one that has ended costs nothing.
     """
 
     evaluate_every: int = 0
@@ -31,6 +32,7 @@ class Shell:
     announce: bool = False
     wandb: str | None = None
     profile: bool = False
+    compact: bool | None = None
     description: str = "training"
 
     def plans_checkpoint(self, step: int) -> bool:

@@ -52,7 +52,7 @@ class Trial:
             hparams = hparams.replace(total_steps=self.stop)
         self.config, self.train_config, self.hparams, self.branch = config, train_config, hparams, branch
         self.loader = PhasedLoader(
-            data.sources, self.plan, seed=int(hparams.seed), segment_documents=train_config.segment_documents
+            data.sources, self.plan, seed=hparams.order_seed, segment_documents=train_config.segment_documents
         )
         first = next(iter(data.sources.values())).manifest.splits
         self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}

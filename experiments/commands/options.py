@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from model import ModelConfig
+    from train import HParams, TrainConfig
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")]
@@ -86,27 +87,10 @@ def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
     return changes
 
 
-def split_overrides(overrides: tuple[str, ...], config: Any, train_config: Any, hparams: Any) -> tuple[Any, Any, Any]:
+def split_overrides(
+    overrides: tuple[str, ...], config: "ModelConfig", train_config: "TrainConfig", hparams: "HParams"
+) -> "tuple[ModelConfig, TrainConfig, HParams]":
     """Apply each `name=value` to whichever of model config, train config and hyperparameters has that field."""
-    from model.errors import UnknownNameError
+    from experiments.sweep.overlay import overlay
 
-    parts: list[Any] = [config, train_config, hparams]
-    known = [part.to_dict() for part in parts]
-    for name, value in parse_overrides(overrides).items():
-        for index, fields in enumerate(known):
-            if name in fields:
-                _check_type(name, value, fields[name])
-                parts[index] = parts[index].replace(**{name: value})
-                break
-        else:
-            raise UnknownNameError("setting", name, [name for fields in known for name in fields])
-    return parts[0], parts[1], parts[2]
-
-
-def _check_type(name: str, value: Any, current: Any) -> None:
-    if isinstance(current, bool) != isinstance(value, bool):
-        raise InputError(
-            f"{name}={value!r} must be {'true or false' if isinstance(current, bool) else 'a number or name'}"
-        )
-    if isinstance(current, (int, float)) and not isinstance(value, (int, float)):
-        raise InputError(f"{name}={value!r} must be a number")
+    return overlay(parse_overrides(overrides), config, train_config, hparams)

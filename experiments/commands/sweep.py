@@ -1,147 +1,238 @@
-"""`isoflop sweep`: many settings of traced hyperparameters in one compiled program."""
+"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, side by side in as few programs as there are
+shapes."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile, Overrides
-from model.errors import InputError
+from experiments.commands.options import JsonFile
+from experiments.commands.sweep_options import Options
+
+if TYPE_CHECKING:
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
+
+Launcher = Literal["local", "slurm"]
+_SHOWN = 12
 
 
 def run(
-    preset: tyro.conf.Positional[str],
+    options: Options,
     *,
-    data: Path,
-    out: Path,
-    steps: int,
-    set: Overrides,
-    seeds: int = 2,
-    base: Overrides = (),
-    batch_size: int = 8,
-    seq_len: int = 128,
+    workers: int = 0,
+    launcher: Launcher = "local",
+    slurm_set: tuple[str, ...] = (),
+    heartbeat: int = 15,
+    grace: int = 90,
+    dry_run: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Train the product of some values of hyperparameters, every trial a lane of one program.
+    """Train every trial of a sweep as a lane of one program per static shape; the same command again goes on.
 
     Example: isoflop sweep run study-24 --data data/sotu --out sweeps/lr --steps 200
-    --set learning_rate=logspace:1e-3:1e-1:5 weight_decay=0,0.1 --seeds 2
+    --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
 
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
-        data: A folder made by `isoflop data prepare`.
-        out: The folder for the trials; the same command again resumes them.
-        steps: Updates of each trial.
-        set: Axes: NAME=v1,v2,… or NAME=logspace:LOW:HIGH:COUNT, of hyperparameters (not shapes).
-        seeds: Runs per setting; their spread is the noise of the result.
-        base: Other fields for all trials, such as schedule=wsd num_layers=3.
-        batch_size: Rows per step.
-        seq_len: Tokens per row.
+        workers: So many worker processes instead of this one.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders.
+        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
+        heartbeat: Seconds between a worker's signs of life.
+        grace: Without one for so many seconds, its trials are given to others.
+        dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
     """
-    from experiments.commands.options import read_config, split_overrides, write_document
-    from experiments.sweep.run import run_sweep
-    from train import HParams, TrainConfig
-    from train.data import load_manifest
-    from train.files import write_json
+    from experiments.sweep.checks import check_sweep
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.worker import plan
 
-    axes = parse_axes(set)
-    manifest = load_manifest(data)
-    config, train_config, hparams = split_overrides(
-        base,
-        read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
-        TrainConfig(batch_size=batch_size, seq_len=seq_len),
-        HParams(warmup_steps=max(1, steps // 20)),
-    )
-    summary = run_sweep(config, train_config, hparams, axes, seeds=range(seeds), data=data, folder=out, steps=steps)
-    write_json(out / "sweep.json", summary)
-    write_document(json, summary)
-    show(summary)
+    if dry_run:
+        from experiments.commands.sweep_plan import plan as show_plan
+
+        show_plan(options, json=json)
+        return
+    sweep = options.define()
+    check_sweep(sweep)
+    if sweep.storage is None:
+        sweep.write()
+        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+    else:
+        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+        sweep.write()
+    plan(sweep, ledger)
+    _work(sweep, ledger, workers, launcher, slurm_set, json)
 
 
-def plan(
-    preset: tyro.conf.Positional[str],
+def resume(
+    folder: tyro.conf.Positional[Path],
     *,
-    steps: int,
-    set: Overrides,
-    seeds: int = 2,
-    batch_size: int = 8,
-    seq_len: int = 128,
+    retry_failed: bool = False,
+    workers: int = 0,
+    launcher: Launcher = "local",
+    slurm_set: tuple[str, ...] = (),
+    heartbeat: int = 15,
+    grace: int = 90,
     json: JsonFile = None,
 ) -> None:
-    """What a sweep would run: trials, tokens and FLOPs. Nothing is trained.
+    """Go on with a sweep as it was defined.
 
-    Example: isoflop sweep plan study-24 --steps 200 --set learning_rate=logspace:1e-3:1e-1:5 --seeds 2
+    Example: isoflop sweep resume sweeps/lr --retry-failed
 
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
-        steps: Updates of each trial.
-        set: Axes: NAME=v1,v2,… or NAME=logspace:LOW:HIGH:COUNT, of hyperparameters (not shapes).
-        seeds: Runs per setting.
-        batch_size: Rows per step.
-        seq_len: Tokens per row.
-        json: Also write the plan to this file.
+        folder: The folder of the sweep.
+        retry_failed: Try again what an exception ended.
+        workers: So many worker processes instead of this one.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders.
+        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
+        heartbeat: Seconds between a worker's signs of life.
+        grace: Without one for so many seconds, its trials are given to others.
+        json: Also write the summary to this file.
     """
-    from experiments.commands.options import read_config, write_document
-    from experiments.sweep.run import plan_trials, trial_name
-    from model import accounting
-    from train import HParams
+    from experiments.sweep.checks import check_data
+    from experiments.sweep.worker import plan
 
-    config = read_config(preset)
-    trials = plan_trials(HParams(), parse_axes(set), range(seeds))
-    tokens = steps * batch_size * seq_len
-    flops = len(trials) * tokens * accounting.flops_per_token(config, seq_len, "6N")
-    write_document(json, {"trials": trials, "tokens_per_trial": tokens, "flops_6nd": flops})
-    for trial in trials:
-        print(trial_name(trial))
-    print(f"{len(trials)} trials of {tokens:,} tokens in one compiled program, {flops:.3g} FLOPs (6ND) in all")
+    sweep, ledger = _open(folder, heartbeat, grace)
+    check_data(sweep)
+    plan(sweep, ledger)
+    if retry_failed:
+        print(f"{ledger.retry()} failed trials are planned again", file=sys.stderr)
+    _work(sweep, ledger, workers, launcher, slurm_set, json)
 
 
-def parse_axes(texts: tuple[str, ...]) -> dict[str, list[float]]:
-    """All axes by name; a name that comes twice is refused."""
-    axes: dict[str, list[float]] = {}
-    for name, values in map(parse_axis, texts):
-        if name in axes:
-            raise InputError(f"--set gives {name} twice; give all its values in one axis")
-        axes[name] = values
-    return axes
+def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
+    """How a sweep stands: its cohorts, the best so far with its noise, what is left.
+
+    Example: isoflop sweep status sweeps/lr --watch
+
+    Args:
+        folder: The folder of the sweep.
+        watch: Keep showing it, until the sweep is done.
+        json: Also write it to this file.
+    """
+    from experiments.commands.options import console, write_document
+    from experiments.sweep import live
+
+    sweep, ledger = _open(folder)
+    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+    if watch:
+        live.watch(look)
+    document = look()
+    write_document(json, document)
+    console().print(live.table(document))
 
 
-def parse_axis(text: str) -> tuple[str, list[float]]:
-    """Read `name=1,2,3` or `name=logspace:1e-4:1e-2:5`."""
-    name, equals, values = text.partition("=")
-    try:
-        if not equals:
-            raise ValueError
-        if values.startswith("logspace:"):
-            low, high, count = values.removeprefix("logspace:").split(":")
-            return name, _logspace(float(low), float(high), int(count))
-        return name, [float(value) for value in values.split(",")]
-    except ValueError:
-        raise InputError(f"--set {text!r} is not of the form NAME=v1,v2 or NAME=logspace:LOW:HIGH:COUNT") from None
+def worker(folder: tyro.conf.Positional[Path], *, heartbeat: int = 15, grace: int = 90) -> None:
+    """One worker of a sweep, which is what --workers and --launcher start; any number may run, on any machine.
+
+    Example: isoflop sweep worker sweeps/lr
+
+    Args:
+        folder: The folder of the sweep, as this machine sees it.
+        heartbeat: Seconds between its signs of life.
+        grace: Another worker without one for so many seconds counts as dead.
+    """
+    from experiments.sweep.checks import check_data
+    from experiments.sweep.worker import work
+
+    sweep, ledger = _open(folder, heartbeat, grace)
+    check_data(sweep)
+    work(sweep, ledger)
+    _stop_at_failures(ledger)
 
 
-def _logspace(low: float, high: float, count: int) -> list[float]:
-    if not 0 < low < high or count < 2:
-        raise ValueError
-    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+def _open(folder: Path, heartbeat: int = 15, grace: int = 90) -> "tuple[Sweep, Ledger]":
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
+
+    sweep = Sweep.read(folder)
+    return sweep, Ledger(sweep, interval=heartbeat, grace=grace)
 
 
-def show(summary: dict) -> None:
+def _work(
+    sweep: "Sweep",
+    ledger: "Ledger",
+    workers: int,
+    launcher: Launcher,
+    slurm_set: tuple[str, ...],
+    json: Path | None,
+) -> None:
+    """Work here, or have others work; then say what came of it."""
+    from experiments.sweep import launch, live
+    from experiments.sweep.worker import work
+
+    said: list[str] = []
+    if workers < 1 and launcher == "local":
+        work(sweep, ledger)
+    else:
+        options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
+        started: launch.Workers
+        if launcher == "slurm":
+            started = launch.SlurmWorkers(sweep.folder, max(1, workers), launch.read_settings(slurm_set), options)
+        else:
+            started = launch.LocalWorkers(sweep.folder, workers, options)
+        look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+        said = launch.follow(started, lambda going: live.watch(look, going))
+    summary = _summary(sweep, ledger)
+    _write(sweep, summary, json)
+    show(summary)
+    for sentence in said:
+        print(f"isoflop: {sentence}", file=sys.stderr)
+    _stop_at_failures(ledger)
+    if not summary["standing"]["done"]:
+        print("isoflop: the workers ended before the sweep; `isoflop sweep resume` goes on", file=sys.stderr)
+        sys.exit(1)
+
+
+def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
+    from experiments.sweep.live import standing
+    from experiments.sweep.results import read_results
+    from experiments.sweep.summary import summarize
+
+    results = read_results(sweep.folder)
+    return summarize(results.axes, results.rows) | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
+
+
+def _write(sweep: "Sweep", summary: dict[str, Any], json: Path | None) -> None:
+    from experiments.commands.options import write_document
+    from train.files import write_json
+
+    write_json(sweep.folder / "summary.json", summary)
+    write_document(json, summary)
+
+
+def _stop_at_failures(ledger: "Ledger") -> None:
+    failed = [row for row in ledger.rows() if row.state == "failed"]
+    if failed:
+        print(
+            f"isoflop: {len(failed)} trials failed, the first by {failed[0].facts['reason']}; "
+            "`isoflop sweep resume --retry-failed` tries them again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def show(summary: dict[str, Any]) -> None:
     """Print the settings, best first, and what a reader should beware of."""
     from rich.table import Table
 
     from experiments.commands.options import console
+    from experiments.sweep.scales import text
 
-    out, names = console(), list(summary["axes"])
-    table = Table(title=f"{len(summary['trials'])} trials, {summary['compiles']} compile", title_justify="left")
+    out, names, standing = console(), list(summary["axes"]), summary["standing"]
+    states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
+    table = Table(title=f"{standing['folder']}: {states or 'no trials'}", title_justify="left")
     for name in (*names, "loss", "± seeds", "lost"):
         table.add_column(name, justify="right")
-    order = sorted(summary["settings"], key=lambda row: (row["lost"] > 0, row["mean"] or float("inf")))
-    for row in order[:12]:
+    order = sorted(summary["settings"], key=lambda row: (row["mean"] is None, row["lost"] > 0, row["mean"] or 0))
+    for row in order[:_SHOWN]:
         spread = "" if row["std"] is None else f"{row['std']:.4f}"
-        mean = "diverged" if row["mean"] is None else f"{row['mean']:.4f}"
-        table.add_row(*(f"{row[name]:.4g}" for name in names), mean, spread, str(row["lost"] or ""))
+        mean = ("diverged" if row["lost"] else "–") if row["mean"] is None else f"{row['mean']:.4f}"
+        values = (f"{row[name]:.4g}" if isinstance(row[name], float) else text(row[name]) for name in names)
+        table.add_row(*values, mean, spread, str(row["lost"] or ""))
     out.print(table)
+    if len(order) > _SHOWN:
+        out.print(f"and {len(order) - _SHOWN} more in {standing['folder']}/summary.json", highlight=False)
     if summary["seed_noise"] is not None:
         out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
     equal = (summary["winner"] or {}).get("indistinguishable")

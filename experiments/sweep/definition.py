@@ -1,37 +1,186 @@
-"""What a sweep is: kept in `sweep.json` of its folder, so that any worker on any machine can go on with it."""
+"""Defining a sweep from what a person gives, and going on with the one that a folder holds."""
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from experiments.sweep.overlay import rebase
+from experiments.sweep.record import Request, Sweep
+from experiments.sweep.space import Replicate
+from experiments.sweep.space_file import load_space, load_space_file
 from experiments.sweep.trial import Setting
+from experiments.sweep.trials import check_trial, example_trials, plan_trials, trials_at
+from model import ModelConfig
+from model.errors import InputError, UnknownNameError
+from train import HParams, TrainConfig
+from train.data import load_manifest
+
+__all__ = [
+    "PolicyName",
+    "Request",
+    "Sampler",
+    "Sweep",
+    "define",
+    "load_space_file",
+    "open_sweep",
+    "plan_trials",
+    "trials_at",
+]
+
+Sampler = Literal["all", "random", "quasirandom", "tpe", "gp", "cmaes", "nsga2"]
+PolicyName = Literal["all", "halving", "hyperband", "population"]
+_PROBES = 16  # points of a searched space that are tried before anything runs
+_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens")  # of a sweep, however often it is added to
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """The definition of a sweep.
+def define(
+    preset: Any,
+    *,
+    data: str | Path,
+    folder: str | Path,
+    steps: int | None = None,
+    axes: Sequence[str] = (),
+    space_file: str | Path | None = None,
+    seeds: int | Sequence[int] | None = None,
+    base: Sequence[str] = (),
+    batch_size: int = 8,
+    seq_len: int = 128,
+    objectives: Sequence[str] = ("loss",),
+    sampler: str = "all",
+    trials: int = 0,
+    sampler_seed: int = 0,
+    policy: str = "all",
+    policy_settings: dict[str, Any] | None = None,
+    storage: str | None = None,
+    lanes: int | None = None,
+    evaluate_tokens: int = 65_536,
+) -> Sweep:
+    """A sweep from what a person gives; every trial is checked, nothing is written. Raises InputError.
 
-    folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
-    file. base: what the space varies. data: the prepared folder. axes: `NAME=VALUES` as on the command line; space_file:
-    a Python file in `folder` whose `space` is multiplied with them. seeds: of the replicates of every point.
-    objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
-    name of `experiments.sweep.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
-    "hyperband" or "population", with its settings. storage: an Optuna storage URL; None: SQLite in the folder. lanes:
-    at most so many trials side by side; None: as many as memory holds. evaluate_tokens: of the validation split.
+    preset: a name, a JSON file, or a ModelConfig; it gets the vocabulary of the data. steps: of every trial whose point
+    has no length of its own. base: `NAME=VALUE` of all trials. seeds: how many, or which; None: those of the file's
+    outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another.
     """
+    from experiments.commands.options import parse_overrides, read_config
 
-    folder: Path
-    base: Setting
-    data: Path
-    axes: tuple[str, ...] = ()
-    space_file: str | None = None
-    seeds: tuple[int, ...] = (0,)
-    objectives: tuple[str, ...] = ("loss",)
-    sampler: str = "all"
-    trials: int = 0
-    sampler_seed: int = 0
-    policy: str = "all"
-    policy_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    storage: str | None = None
-    lanes: int | None = None
-    evaluate_tokens: int = 65_536
+    manifest = load_manifest(data)
+    config = preset if isinstance(preset, ModelConfig) else read_config(str(preset))
+    start = Setting(
+        config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
+        TrainConfig(batch_size=batch_size, seq_len=seq_len),
+        HParams(warmup_fraction=0.05),
+        steps or 0,
+    )
+    source = None
+    if space_file is not None:
+        try:
+            source = Path(space_file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"the space {space_file} cannot be read: {error}") from None
+        own = load_space(source, Path(space_file))
+        if isinstance(own, Replicate):
+            if seeds is not None:
+                raise InputError(f"seeds are given twice: by replicate in {space_file}, and by --seeds; give one")
+            seeds = own.seeds
+    sweep = Sweep(
+        folder=Path(folder),
+        base=rebase(start, parse_overrides(tuple(base))),
+        data=Path(data).resolve(),
+        axes=tuple(axes),
+        space_file=None if source is None else f"space-{hashlib.sha256(source.encode()).hexdigest()[:8]}.py",
+        seeds=_seeds(1 if seeds is None else seeds),
+        objectives=tuple(objectives),
+        sampler=sampler,
+        trials=trials,
+        sampler_seed=sampler_seed,
+        policy=policy,
+        policy_settings=dict(policy_settings or {}),
+        storage=storage,
+        lanes=lanes,
+        evaluate_tokens=evaluate_tokens,
+        data_hash=manifest.hash,
+        space_source=source,
+    )
+    _check(sweep, manifest.vocab_size)
+    return sweep
+
+
+def open_sweep(sweep: Sweep) -> Sweep:
+    """The sweep together with what its folder holds; nothing is written.
+
+    Of the same base, data, objectives and policy it takes over the trials that former calls asked for, and the storage
+    where none is given; axes, seeds, sampler, trials, policy settings and lanes are those of the new call. Raises
+    InputError, with the difference, where the folder holds another sweep, or something else.
+    """
+    folder = sweep.folder
+    if not (folder / "sweep.json").exists():
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; a sweep needs a folder of its own")
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and has no sweep.json; choose another folder for the sweep")
+        return sweep
+    there = Sweep.read(folder)
+    differences = _differences(_flat(there.base.to_dict()), _flat(sweep.base.to_dict()))
+    if differences:
+        raise InputError(f"{folder} holds a sweep of another base: {differences}; choose another folder or that base")
+    old, new = ({name: getattr(one, name) for name in _SAME} for one in (there, sweep))
+    differences = _differences(old, new)
+    if differences:
+        raise InputError(f"{folder} holds another sweep: {differences}; choose another folder or that setting")
+    if sweep.storage is not None and sweep.storage != (there.storage or sweep.storage):
+        raise InputError(f"{folder} holds a sweep with storage={there.storage}; its trials are there, leave --storage")
+    if sweep.storage is not None and there.storage is None:
+        raise InputError(f"{folder} holds a sweep whose trials are in its own folder; leave --storage out")
+    earlier = tuple(r for r in (*there.earlier, there.request) if not _covers(sweep.request, r))
+    return dataclasses.replace(sweep, storage=there.storage, earlier=earlier)
+
+
+def _check(sweep: Sweep, vocabulary: int) -> None:
+    for kind, name, known in (("sampler", sweep.sampler, Sampler), ("policy", sweep.policy, PolicyName)):
+        if name not in get_args(known):
+            raise UnknownNameError(kind, name, get_args(known))
+    if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
+        raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
+    if sweep.sampler == "all" and sweep.trials:
+        raise InputError(f"trials={sweep.trials} goes with a sampler, which draws them; give --sampler random or tpe")
+    if sweep.sampler != "all" and sweep.trials < 1:
+        raise InputError(f"the sampler {sweep.sampler} needs --trials: how many points it is to draw")
+    if sweep.lanes is not None and sweep.lanes < 1:
+        raise InputError(f"lanes={sweep.lanes} must be at least 1")
+    if sweep.sampler != "all" and not sweep.space().axes():
+        raise InputError(f"the sampler {sweep.sampler} has nothing to choose; give --set NAME=VALUES or --space FILE")
+    for trial in plan_trials(sweep) if sweep.sampler == "all" else example_trials(sweep, _PROBES):
+        check_trial(trial, vocabulary)
+
+
+def _covers(new: Request, old: Request) -> bool:
+    """Whether the new request has every trial of the old one."""
+    same = dataclasses.replace(old, seeds=new.seeds) == new
+    return same and set(old.seeds) <= set(new.seeds)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields by their own names: those of the four configs are distinct."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in ("config", "train_config", "hparams"):
+            found |= _flat(value)
+        elif isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
+    return ", ".join(f"{name}={there.get(name)} there, {here.get(name)} here" for name in names)
+
+
+def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"a sweep needs at least one seed, each once, not {seeds}")
+    return chosen

@@ -1,113 +1,164 @@
 """What a sweep says, with the seed noise beside it."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from experiments.sweep.scales import edge_of, text
+from experiments.sweep.comparisons import best_of_many, selected_interval
+from experiments.sweep.optimum import NEAR, rate_optimum
+
+Setting = dict[str, Any]
 
 
-def summarize(axes: dict[str, list[float]], trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """The document of a sweep.
+def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, `seed`, `loss`, `state`.
 
-    settings: per setting the mean loss over seeds. seed_noise: the standard deviation of one run over seeds,
-    pooled over the settings near the winner, where it matters. winner: the best mean, its 95 % interval, and the
-    settings that cannot be told apart from it (two-sided t-test at 5 %). warnings: an optimum on the grid's edge,
-    lost runs, a single seed. optimum: a parabola through the mean losses against log learning rate.
+    settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
+    failed or are pending; those never enter a mean. seed_noise: the standard deviation of one run over seeds, pooled
+    over the settings within 0.5 nats of the best, where it matters. winner: the lowest mean, its 95 % interval, which
+    allows for its having been chosen, and the settings that cannot be told apart from it: with the winner they hold the
+    truly best one with 95 % probability (see `experiments.sweep.comparisons`). A setting that lost a run to divergence
+    or of which only a part was pruned is no candidate. optimum: see `experiments.sweep.optimum`; None where it is
+    refused, and optimum_refused says why. warnings: sentences. A row without `state` is finished if it has a loss, and
+    else diverged.
     """
     names = list(axes)
-    groups: dict[tuple[float, ...], list[dict[str, Any]]] = {}
+    settings = group(names, trials)
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "axes": {name: list(values) for name, values in axes.items()},
+        "trials": list(trials),
+        "settings": settings,
+        "counts": _counts(trials),
+        "winner": None,
+        "seed_noise": None,
+        "noise_freedom": 0,
+        "optimum": None,
+        "optimum_refused": None,
+        "warnings": [],
+    }
+    candidates = candidates_of(settings)
+    if not candidates:
+        if any(row["lost"] for row in settings):
+            lost = "every setting lost a run to divergence: no winner; lower the learning rates"
+            document["warnings"].append(lost)
+        else:
+            document["warnings"].append("no setting has finished: no winner yet")
+        return document
+    best = min(candidates, key=lambda row: row["mean"])
+    noise, freedom = pooled_noise(candidates, best["mean"])
+    winner = _winner(names, best, candidates, noise, freedom)
+    found = rate_optimum(names, best, candidates, noise, freedom) if "learning_rate" in names else {}
+    refused = found.get("refused")
+    return document | {
+        "seed_noise": noise,
+        "noise_freedom": freedom,
+        "winner": winner,
+        "optimum": found if found and not refused else None,
+        "optimum_refused": refused,
+        "warnings": _warnings(axes, best, winner, document["counts"], noise),
+    }
+
+
+def state_of(trial: Mapping[str, Any]) -> str:
+    """Its state as the ledger has it; of a row without one, whether it has a loss."""
+    state = trial.get("state")
+    if state is not None:
+        return state
+    return "diverged" if trial["loss"] is None else "finished"
+
+
+def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """One row per setting, in the order in which they come: the mean of its finished seeds, and what befell the rest."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for trial in trials:
-        groups.setdefault(tuple(trial[name] for name in names), []).append(trial)
-    settings: list[dict[str, Any]] = []
+        groups.setdefault(tuple(trial.get(name) for name in names), []).append(trial)
+    settings = []
     for values, members in groups.items():
-        losses = [trial["loss"] for trial in members if trial["loss"] is not None]
+        states = [state_of(trial) for trial in members]
+        losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
         settings.append(
             dict(zip(names, values, strict=True))
             | {
                 "mean": float(np.mean(losses)) if losses else None,
                 "std": float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
                 "seeds": len(losses),
-                "lost": len(members) - len(losses),
+                "lost": states.count("diverged"),
+                "pruned": states.count("pruned"),
+                "failed": states.count("failed"),
+                "pending": states.count("planned") + states.count("running"),
             }
         )
-    document: dict[str, Any] = {
-        "schema_version": 1,
-        "axes": axes,
-        "trials": trials,
-        "settings": settings,
-        "warnings": [],
-    }
-    # A setting that loses a run to divergence is no candidate, however good its other seeds are.
-    candidates = [row for row in settings if row["lost"] == 0]
-    if not candidates:
-        document["warnings"].append("every setting lost a run to divergence: no winner; lower the learning rates")
-        return document | {"winner": None, "seed_noise": None, "optimum": None}
-    best = min(candidates, key=lambda row: row["mean"])
-    noise, freedom = _pooled_noise(candidates, best["mean"])
-    return document | {
-        "seed_noise": noise,
-        "winner": _winner(names, best, candidates, noise, freedom),
-        "optimum": _parabola(names, best, candidates),
-        "warnings": _warnings(axes, best, settings, noise),
-    }
+    return settings
 
 
-def _pooled_noise(candidates: list[dict[str, Any]], best: float) -> tuple[float | None, int]:
-    replicated = sorted((row for row in candidates if row["std"] is not None), key=lambda row: row["mean"])
-    near = [row for row in replicated if row["mean"] < best + 0.5] or replicated
+def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
+    """Settings that may win: with a mean, and with no seed that diverged or was pruned while others went on."""
+    return [row for row in settings if row["seeds"] and not row["lost"] and not row["pruned"]]
+
+
+def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None, int]:
+    """(standard deviation of one run over seeds, its degrees of freedom) of the replicated settings near the best."""
+    replicated = [row for row in settings if row["std"] is not None]
+    near = [row for row in replicated if row["mean"] < best + NEAR] or replicated
     freedom = sum(row["seeds"] - 1 for row in near)
     if freedom == 0:
         return None, 0
     return math.sqrt(sum((row["seeds"] - 1) * row["std"] ** 2 for row in near) / freedom), freedom
 
 
-def _winner(names, best, candidates, noise, freedom) -> dict[str, Any]:
-    setting = {name: best[name] for name in names}
-    if noise is None:
-        return {"setting": setting, "mean": best["mean"], "interval_95": None, "indistinguishable": None}
-    t = float(stats.t.ppf(0.975, freedom))
-    half = t * noise / math.sqrt(best["seeds"])
-    apart = lambda row: t * noise * math.sqrt(1 / row["seeds"] + 1 / best["seeds"])
-    return {
-        "setting": setting,
+def _counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counts = dict.fromkeys(("planned", "running", "finished", "pruned", "diverged", "failed"), 0)
+    for trial in trials:
+        counts[state_of(trial)] += 1
+    return counts
+
+
+def _winner(
+    names: Sequence[str], best: Setting, candidates: Sequence[Setting], noise: float | None, freedom: int
+) -> dict[str, Any]:
+    winner = {
+        "setting": {name: best[name] for name in names},
         "mean": best["mean"],
-        "interval_95": [best["mean"] - half, best["mean"] + half],
+        "seeds": best["seeds"],
+        "candidates": len(candidates),
+        "interval_95": None,
+        "indistinguishable": None,
+    }
+    if noise is None:
+        return winner
+    others = [row for row in candidates if row is not best]
+    critical = best_of_many(len(others), freedom) if others else 0.0
+    reach = lambda row: critical * noise * math.sqrt(1 / row["seeds"] + 1 / best["seeds"])
+    error = noise / math.sqrt(best["seeds"])
+    return winner | {
+        "interval_95": list(selected_interval(best["mean"], error, len(candidates), freedom)),
         "indistinguishable": [
-            {name: row[name] for name in names}
-            for row in candidates
-            if row is not best and row["mean"] - best["mean"] < apart(row)
+            {name: row[name] for name in names} for row in others if row["mean"] - best["mean"] <= reach(row)
         ],
     }
 
 
-def _warnings(axes, best, settings, noise) -> list[str]:
+def _warnings(
+    axes: Mapping[str, Sequence[Any]], best: Setting, winner: Setting, counts: dict[str, int], noise: float | None
+) -> list[str]:
     warnings = []
     for name, values in axes.items():
-        ordered = sorted(values)
-        if len(ordered) > 2 and best[name] in (ordered[0], ordered[-1]):
-            side = "lowest" if best[name] == ordered[0] else "highest"
-            warnings.append(f"the best {name}={best[name]:g} is the {side} of the grid: the optimum may lie beyond it")
-    lost = sum(row["lost"] for row in settings)
-    if lost:
-        warnings.append(f"{lost} of {sum(row['seeds'] + row['lost'] for row in settings)} runs diverged")
+        side = edge_of(values, best[name])
+        if side is not None:
+            value = f"{name}={text(best[name])}"
+            warnings.append(f"the best {value} is the {side} of the grid: the optimum may lie beyond it")
+    equal = len(winner["indistinguishable"] or ())
+    if equal:
+        others = "1 other setting" if equal == 1 else f"{equal} other settings"
+        warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
+    if counts["diverged"]:
+        warnings.append(f"{counts['diverged']} of {sum(counts.values())} runs diverged")
+    if counts["failed"]:
+        warnings.append(f"{counts['failed']} of {sum(counts.values())} runs failed and have no result")
     if noise is None:
         warnings.append("one seed per setting: the noise of the winner is not known")
     return warnings
-
-
-def _parabola(names, best, candidates) -> dict[str, float] | None:
-    """The vertex of loss against log learning rate through the best point and its neighbours, other axes held."""
-    if "learning_rate" not in names:
-        return None
-    others = [name for name in names if name != "learning_rate"]
-    line = [row for row in candidates if all(row[name] == best[name] for name in others) and row["learning_rate"] > 0]
-    line.sort(key=lambda row: row["learning_rate"])
-    index = line.index(best) if best in line else -1
-    if not 0 < index < len(line) - 1:
-        return None
-    near = line[index - 1 : index + 2]
-    c2, c1, c0 = np.polyfit([math.log(row["learning_rate"]) for row in near], [row["mean"] for row in near], 2)
-    if c2 <= 0:
-        return None
-    return {"learning_rate": float(np.exp(-c1 / (2 * c2))), "loss": float(c0 - c1**2 / (4 * c2))}

@@ -1,6 +1,7 @@
 """A trial: one run of a sweep, named by the hash of all that decides it."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any, Self
@@ -52,7 +53,7 @@ class Setting:
             Decode.from_dict(values["decode"]),
         )
 
-    @property
+    @functools.cached_property
     def cohort(self) -> str:
         """The name of its static shape: trials of one cohort are lanes of one program."""
         return _hash({"config": self.config.to_dict(), "train_config": self.train_config.to_dict()})[:8]
@@ -71,7 +72,7 @@ class Trial:
     data: str | dict[str, str]
     parent: tuple[str, int] | None = None
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """The hash of its content: one and the same trial has one id, whoever plans it."""
         setting = self.setting

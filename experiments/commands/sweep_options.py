@@ -1,0 +1,97 @@
+"""What `isoflop sweep run` and `plan` take alike: the definition of a sweep on the command line."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from experiments.commands.options import Overrides
+
+if TYPE_CHECKING:
+    from experiments.sweep.definition import PolicyName, Sampler, Sweep
+else:
+    Sampler = PolicyName = str  # every command would wait for that import; the definition refuses a name that is none
+
+Axes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUES")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """The definition of a sweep."""
+
+    preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
+    """A preset (see `isoflop model list`) or a JSON file of a model config."""
+    data: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """A folder made by `isoflop data prepare`."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """The folder of the sweep. The same command again resumes it; other axes, seeds or trials are added to it."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Updates of each trial, unless an axis says steps, tokens or tokens_per_parameter."""
+    set: Axes = ()
+    """Axes, all combinations of which are tried: NAME=v1,v2,… or NAME=logspace:LOW:HIGH:COUNT, linspace:LOW:HIGH:COUNT,
+    loguniform:LOW:HIGH, uniform:LOW:HIGH, integers:LOW:HIGH; of any field of model, training and hyperparameters."""
+    space: Annotated[Path | None, tyro.conf.arg(metavar="FILE.py")] = None
+    """A Python file that defines `space`, which is multiplied with the axes (see `experiments/sweep/space.py`)."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Runs per setting; their spread is the noise of the result. By default 1, or the file's `replicate`."""
+    base: Overrides = ()
+    """Other fields for all trials, such as schedule=wsd num_layers=3."""
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """Rows per step."""
+    seq_len: Annotated[int, tyro.conf.arg(metavar="N")] = 128
+    """Tokens per row."""
+    objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
+    """What is looked for: loss, and any number of `isoflop bench decode`, such as tokens_per_second."""
+    sampler: Annotated[Sampler, tyro.conf.arg(metavar="NAME")] = "all"
+    """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""
+    trials: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """How many settings a sampler draws, each with all seeds."""
+    sampler_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of the sampler."""
+    policy: Annotated[PolicyName, tyro.conf.arg(metavar="NAME")] = "all"
+    """all: every trial to its end; halving or hyperband: the worse ones are stopped early; population: the worse ones
+    go on from a better one's state, changed a little."""
+    eta: Annotated[float, tyro.conf.arg(metavar="X")] = 3.0
+    """Halving and hyperband: one in so many trials goes on from each rung."""
+    min_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 1 / 9
+    """Halving and hyperband: the first rung, over a trial's tokens."""
+    storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Where workers find each other: postgresql+psycopg://…, journal:FILE; SQLite in the sweep's folder by default."""
+    lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """At most so many trials side by side; by default as many as memory holds."""
+    eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
+    """Tokens of the validation split, the same for all."""
+
+    def define(self) -> "Sweep":
+        """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        from experiments.sweep.definition import define, open_sweep
+
+        rungs = {"eta": self.eta, "min_fraction": self.min_fraction}
+        return open_sweep(
+            define(
+                self.preset,
+                data=self.data,
+                folder=self.out,
+                steps=self.steps,
+                axes=self.set,
+                space_file=self.space,
+                seeds=self.seeds,
+                base=self.base,
+                batch_size=self.batch_size,
+                seq_len=self.seq_len,
+                objectives=self.objective,
+                sampler=self.sampler,
+                trials=self.trials,
+                sampler_seed=self.sampler_seed,
+                policy=self.policy,
+                policy_settings=rungs if self.policy in ("halving", "hyperband") else {},
+                storage=self.storage,
+                lanes=self.lanes,
+                evaluate_tokens=self.eval_tokens,
+            )
+        )
+
+
+Options = Annotated[SweepOptions, tyro.conf.arg(name="")]
+"""As the first argument of a command: its fields are flags without a prefix."""

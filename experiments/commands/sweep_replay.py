@@ -1,0 +1,133 @@
+"""`isoflop sweep replay`: what a search or successive halving would have needed on a sweep that was run in full."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.commands.options import JsonFile
+
+
+def replay(
+    source: tyro.conf.Positional[Path],
+    *,
+    samplers: tuple[str, ...] = ("random", "tpe"),
+    replays: int = 20,
+    trials: int | None = None,
+    batch: int = 1,
+    axes: tuple[str, ...] = (),
+    eta: float = 3,
+    min_fraction: float = 1 / 9,
+    json: JsonFile = None,
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """Search a recorded grid again and again: how many trials until the best region, and until it is named best.
+
+    The best region are the points whose mean is within one standard deviation of one run (over seeds) of the best mean.
+    A trial is answered with the loss of a random seed of its point; nothing is trained. Of a sweep's folder, successive
+    halving is replayed too: the tokens that it would have used, and whether it would have kept the winner.
+
+    Example: isoflop sweep replay sweeps/lr --samplers random tpe gp --replays 20 --json replay.json
+
+    Args:
+        source: A sweep's folder, or a table of its results (CSV, one run a row, with a column loss).
+        samplers: Of random, quasirandom, tpe, gp (needs torch), cmaes.
+        replays: Searches of each sampler, with the seeds 0, 1, …
+        trials: Of each search (default: as many as the grid has points).
+        batch: Trials that are asked for before they are told, as lanes are.
+        axes: The varied columns (default: those that vary and are no result).
+        eta: Of successive halving: one in so many points goes on.
+        min_fraction: Of successive halving: the first rung over the whole of the tokens.
+        json: Also write the numbers to this file.
+        plot: Draw the share of searches that are there, against trials (.svg, .png or .pdf).
+    """
+    from experiments.commands.options import write_document
+    from experiments.sweep.recorded import read_recorded
+    from experiments.sweep.replay import compare_samplers
+    from experiments.sweep.replay_halving import read_curves, replay_halving
+    from model.errors import InputError
+    from train.progress import progress_bar
+
+    if plot is not None and plot.suffix.lower() not in {".svg", ".png", ".pdf"}:
+        raise InputError(f"--plot {plot}: the suffix should be .svg, .png or .pdf")
+    recorded = read_recorded(source, axes)
+    with progress_bar("replay", len(samplers) * replays) as advance:
+        document = compare_samplers(recorded, samplers, replays=replays, budget=trials, batch=batch, advance=advance)
+    document["halving"] = None
+    if recorded.folder is not None:
+        try:
+            document["halving"] = replay_halving(
+                recorded, read_curves(recorded), eta=eta, min_fraction=min_fraction, replays=replays
+            )
+        except InputError as error:
+            document["halving"] = {"refused": str(error)}
+    write_document(json, document)
+    show(document)
+    if plot is not None:
+        _draw(plot, document)
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print what was found."""
+    from rich.table import Table
+
+    from experiments.commands.options import console
+
+    out = console()
+    region, points = len(document["best_region"]), document["points"]
+    out.print(
+        f"best region: {region} of {points} points within {document['seed_noise']:.4f} nats (one run's noise) of "
+        f"{document['best_mean']:.4f} at {_words(document['best'])}",
+        highlight=False,
+    )
+    title = f"trials needed: median (quartiles) of {document['replays']} searches of {document['budget']} trials"
+    table = Table(title=title, title_justify="left")
+    for name in ("sampler", "to try the best region", "to name it best"):
+        table.add_column(name, justify="left" if name == "sampler" else "right")
+    for name, found in document["samplers"].items():
+        table.add_row(name, *(_quartiles(found[f"{kind}_quartiles"], document) for kind in ("first", "settled")))
+    out.print(table)
+    halving = document["halving"]
+    if halving is None:
+        return
+    if "refused" in halving:
+        out.print(f"successive halving: refused: {halving['refused']}", highlight=False)
+        return
+    verdict = "within" if halving["within_noise"] else "outside"
+    chosen = "no point" if halving["chosen"] is None else _words(halving["chosen"])
+    out.print(
+        f"successive halving: {halving['tokens_fraction']:.1%} of the tokens, chooses {chosen}: {verdict} the best "
+        f"region; with one seed a point within it {halving['one_seed']['within_noise']:.0%} of the time",
+        highlight=False,
+    )
+    if halving["rungs"] == "training":
+        out.print("the losses at its rungs are of training: the runs were not validated there", highlight=False)
+
+
+def _quartiles(cuts: list[int | None], document: dict[str, Any]) -> str:
+    low, median, high = (f"> {document['budget']}" if cut is None else str(cut) for cut in cuts)
+    return f"{median} ({low} … {high})"
+
+
+def _words(point: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
+    )
+
+
+def _draw(path: Path, document: dict[str, Any]) -> None:
+    import io
+
+    from experiments.commands.options import output
+    from experiments.report.style import svg
+    from experiments.sweep.replay_plot import reached
+    from train.files import write_atomically
+
+    figure = reached(document)
+    content: str | bytes = svg(figure, "share of searches in the best region against trials")
+    if path.suffix.lower() != ".svg":
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
+        content = buffer.getvalue()
+    with output(path):
+        write_atomically(path, content)

@@ -1,0 +1,48 @@
+"""`isoflop sweep report`: what a sweep has found, as one page and as tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.commands.options import JsonFile
+
+
+def report(
+    folder: tyro.conf.Positional[Path],
+    *,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Write what a sweep has found, finished or not, as one HTML page that needs no network.
+
+    Beside it, in the sweep's folder, every trial as a row of results.csv and results.parquet.
+
+    Example: isoflop sweep report sweeps/lr --json sweeps/lr/report.json
+
+    Args:
+        folder: the folder of the sweep.
+        out: the page (default: report.html in the sweep's folder).
+        json: write every number to this file.
+    """
+    from experiments.commands.options import console, output, write_document
+    from experiments.report.sweep_page import write_sweep_page
+    from experiments.sweep.analysis import analyse
+    from experiments.sweep.results import read_results, write_tables
+    from model.errors import InputError
+
+    results = read_results(folder)
+    if not results.rows:
+        raise InputError(f"{folder} has no trial yet; start it with `isoflop sweep resume {folder}`")
+    with output(folder / "results.csv"):
+        no_parquet = write_tables(results)
+    document = analyse(results)
+    write_document(json, document)
+    page = out or folder / "report.html"
+    with output(page):
+        write_sweep_page(page, results, document, no_parquet)
+    said = console()
+    said.print(document["sentence"], highlight=False)
+    for warning in document["warnings"]:
+        said.print(f"warning: {warning}", style="yellow", highlight=False)
+    said.print(f"{page}", highlight=False)

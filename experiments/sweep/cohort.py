@@ -1,0 +1,112 @@
+"""Cohorts: the trials of one static shape, and how many of them fit side by side."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.sweep.trial import Setting, Trial
+from model import ModelConfig, accounting
+from model.layout import layer_kinds
+from train import HParams, TrainConfig, init_state
+from train.memory import device_memory
+
+_MOST_IN_TURN = 16  # lanes that run one after the other gain nothing by their number but fewer starts
+_MOST_AT_ONCE = 64
+_USABLE = 0.5  # of a device's memory: the prediction is a rough one, and others may want some
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """Trials of one static shape. name: `Setting.cohort`. label: what sets it apart from the sweep's others."""
+
+    name: str
+    label: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model of all its trials."""
+        return self.trials[0].setting.config
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The static half of how all its trials are trained."""
+        return self.trials[0].setting.train_config
+
+
+def group(trials: Iterable[Trial]) -> list[Cohort]:
+    """The cohorts, in the order of their first trials."""
+    members: dict[str, list[Trial]] = {}
+    for trial in trials:
+        members.setdefault(trial.setting.cohort, []).append(trial)
+    labels = _labels([found[0].setting for found in members.values()])
+    return [
+        Cohort(name, label, tuple(found)) for (name, found), label in zip(members.items(), labels, strict=True)
+    ]
+
+
+def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: int | None = None) -> int:
+    """How many lanes `count` trials of one static shape are trained in, the last batch about as full as the others.
+
+    At most `limit`, and what the memory of a device (bytes; None: this one's) is predicted to hold; at least one.
+    """
+    memory = device_memory() if memory is None else memory
+    most = _MOST_IN_TURN if in_turn() else _MOST_AT_ONCE
+    state, temporary = state_bytes(setting), temporary_bytes(setting)
+    once, each = (temporary, state) if in_turn() else (0, state + temporary)
+    fit = max(1, int((_USABLE * memory - once) // each))
+    most = min(most if limit is None else limit, fit)
+    return math.ceil(count / math.ceil(count / most))
+
+
+def in_turn() -> bool:
+    """Whether this machine runs the lanes of a program one after the other (`train/lanes.py`)."""
+    return jax.default_backend() == "cpu"
+
+
+def state_bytes(setting: Setting) -> int:
+    """Of one lane between steps: parameters, the optimizer's state and counters; also what its checkpoint holds."""
+    return _state_bytes(setting.config, setting.train_config)
+
+
+@functools.lru_cache(maxsize=256)
+def _state_bytes(config: ModelConfig, train_config: TrainConfig) -> int:
+    state = jax.eval_shape(functools.partial(init_state, config, train_config), HParams())
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def temporary_bytes(setting: Setting) -> int:
+    """Of one lane within a step, predicted: gradients, updates, and the activations that the backward pass reads.
+
+    Of a layer and token: residuals and norms, queries, keys and values, the scores of whole rows, the feed-forward;
+    once a layer under remat. Of the head the logits, their probabilities and gradients.
+    """
+    config, train_config = setting.config, setting.train_config
+    tokens = train_config.tokens_per_step // train_config.accumulate
+    layer = 6 * config.d_model + 2 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer += 3 * config.num_heads * train_config.seq_len
+    layer += 4 * (config.d_ff if config.experts is None else config.experts.top_k * config.experts.d_ff)
+    layers = len(layer_kinds(config))
+    floats = layer + layers * config.d_model if config.remat == "full" else layers * layer
+    size = jnp.dtype(config.compute_dtype).itemsize
+    logits = 3 * 4 * config.vocab_size / train_config.loss_chunks
+    return int(2 * accounting.parameter_bytes(config) + tokens * (floats * size + logits))
+
+
+def _labels(settings: list[Setting]) -> list[str]:
+    """The fields in which they differ, but those that follow from others."""
+    flat = [{**setting.config.to_dict(), **setting.train_config.to_dict()} for setting in settings]
+    plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
+    names = [name for name in flat[0] if len({fields[name] for fields in plain}) > 1]
+    given = [name for name in names if not all(name in setting.config.derived for setting in settings)]
+    return [", ".join(f"{name}={_short(fields[name])}" for name in given) for fields in flat]
+
+
+def _short(value: Any) -> str:
+    """A part of a model by its values alone."""
+    return "/".join(map(str, value.values())) if isinstance(value, dict) else str(value)

@@ -1,0 +1,64 @@
+"""Learning curves of a sweep's runs, and settings of unlike cost compared at the same cost."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.sweep.summary import candidates_of, group
+
+if TYPE_CHECKING:
+    from experiments.report.figures import Curve
+
+UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
+Read = Callable[[Mapping[str, Any]], "Curve | None"]
+
+
+def chosen(rows: Sequence[dict[str, Any]], limit: int = 60) -> list[dict[str, Any]]:
+    """At most `limit` runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
+    begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
+    order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
+    if len(order) <= limit:
+        return order
+    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, limit)).astype(int))]
+
+
+def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:
+    """Settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
+
+    None where all cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (dearest to cheapest),
+    settings: [{setting, flops_6nd, loss, seeds}] best first}, or {ratio, refused: why}. read: the learning curve of a
+    row. The training loss is smoothed over a tenth of the steps, and interpolated in log FLOPs.
+    """
+    settings = candidates_of(group(names, rows))
+    allowed = {tuple(row[name] for name in names) for row in settings}
+    members: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in names)
+        if key in allowed and row["state"] == "finished" and row["flops_6nd"]:
+            members.setdefault(key, []).append(row)
+    cost = {key: float(np.mean([row["flops_6nd"] for row in group])) for key, group in members.items()}
+    if len(cost) < 2 or max(cost.values()) <= UNEQUAL * min(cost.values()):
+        return None
+    common, ratio = min(cost.values()), max(cost.values()) / min(cost.values())
+    found = []
+    for key, runs in members.items():
+        losses = [loss for row in runs if (loss := _at(read(row), common)) is not None]
+        if losses:
+            found.append(
+                {
+                    "setting": dict(zip(names, key, strict=True)),
+                    "flops_6nd": cost[key],
+                    "loss": float(np.mean(losses)),
+                    "seeds": len(losses),
+                }
+            )
+    if len(found) < len(members):
+        return {"ratio": ratio, "refused": "not every run left a learning curve that reaches the cheapest one's cost"}
+    return {"flops_6nd": common, "ratio": ratio, "settings": sorted(found, key=lambda row: row["loss"])}
+
+
+def _at(curve: "Curve | None", flops: float) -> float | None:
+    if curve is None or curve.flops[-1] < flops / UNEQUAL:
+        return None
+    return float(np.interp(np.log(flops), np.log(curve.flops), curve.loss))

@@ -1,0 +1,140 @@
+"""Starting workers beside this process: several on this machine, or as jobs of a cluster; all are one and the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from model.errors import InputError
+
+_PATIENCE_SECONDS = 120.0
+
+
+class Workers(Protocol):
+    """Workers that were started."""
+
+    def going(self) -> bool:
+        """Whether any of them still works."""
+        ...
+
+    def stop(self) -> None:
+        """Ask them to save, hand back what they hold, and end; wait for it."""
+        ...
+
+    def failures(self) -> list[str]:
+        """What became of those that ended badly, one sentence each."""
+        ...
+
+
+def worker_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
+    """What a worker is: `isoflop sweep worker FOLDER`, by this Python."""
+    return [sys.executable, "-m", "experiments.cli", "sweep", "worker", str(folder.resolve()), *options]
+
+
+class LocalWorkers:
+    """Processes of this machine; what they say goes to `FOLDER/workers/NUMBER.log`."""
+
+    def __init__(self, folder: Path, count: int, options: Sequence[str] = ()):
+        (folder / "workers").mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / "workers" / f"{number}.log" for number in range(1, count + 1)]
+        self.processes = [_start(worker_command(folder, options), log) for log in self.logs]
+
+    def going(self) -> bool:
+        """Whether any of them still works."""
+        return any(process.poll() is None for process in self.processes)
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for one that has not saved its state after two minutes."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + _PATIENCE_SECONDS
+        for process in self.processes:
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def failures(self) -> list[str]:
+        """Of those that ended with another code than 0 and 1, which failed trials give."""
+        return [
+            f"a worker ended with code {process.returncode}; its last words are in {log}"
+            for process, log in zip(self.processes, self.logs, strict=True)
+            if process.poll() not in (None, 0, 1)
+        ]
+
+
+class SlurmWorkers:
+    """Jobs of a Slurm cluster, through submitit. settings: of its `update_parameters`, such as slurm_partition.
+
+    Raises InputError where submitit is not installed, Slurm is not there, or it refuses the job.
+    """
+
+    def __init__(self, folder: Path, count: int, settings: Mapping[str, Any], options: Sequence[str] = ()):
+        try:
+            import submitit
+        except ImportError:
+            raise InputError(
+                "--launcher slurm needs submitit; install the extra: pip install 'isoflop[cluster]'"
+            ) from None
+        self.folder = folder / "workers"
+        try:
+            executor = submitit.SlurmExecutor(folder=self.folder / "%j", python=sys.executable)
+            executor.update_parameters(**{"job_name": f"sweep-{folder.name}", "time": 24 * 60} | dict(settings))
+            work = submitit.helpers.CommandFunction(worker_command(folder, options))
+            with executor.batch():
+                self.jobs = [executor.submit(work) for _ in range(count)]
+        except (RuntimeError, ValueError, TypeError, OSError, submitit.core.utils.FailedJobError) as error:
+            words = " ".join(str(error).split())
+            raise InputError(f"Slurm cannot start the workers: {words}") from None
+
+    def going(self) -> bool:
+        """Whether any of them waits or works."""
+        return any(not job.done() for job in self.jobs)
+
+    def stop(self) -> None:
+        """`scancel`: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
+        for job in self.jobs:
+            job.cancel(check=False)
+
+    def failures(self) -> list[str]:
+        """Of the jobs that ended badly."""
+        ended = [job for job in self.jobs if job.done()]
+        return [f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}" for job in ended if _failed(job)]
+
+
+def follow(workers: Workers, show: Callable[[Callable[[], bool]], None]) -> list[str]:
+    """Show how the sweep stands until the workers are through; Ctrl-C stops them. What went wrong with them."""
+    try:
+        show(workers.going)
+        while workers.going():  # the sweep is done: they see it in a moment
+            time.sleep(0.2)
+    except BaseException:
+        workers.stop()
+        raise
+    return workers.failures()
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` of a launcher; whole numbers are numbers."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--slurm-set {text!r} is not of the form NAME=VALUE, such as partition=gpu or time=240")
+        settings[name] = int(value) if value.isdigit() else value
+    return settings
+
+
+def _start(command: list[str], log: Path) -> subprocess.Popen:
+    # In a session of its own a worker hears of Ctrl-C from its launcher alone.
+    with log.open("ab") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=os.environ)
+
+
+def _failed(job: Any) -> bool:
+    return job.state not in ("COMPLETED", "UNKNOWN") and "CANCELLED" not in job.state

@@ -1,0 +1,178 @@
+"""How a sweep stands: its cohorts, the best so far with its noise, what is left; as a document and as a live table."""
+
+import contextlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from experiments.sweep.objectives import direction
+from experiments.sweep.record import Sweep
+from experiments.sweep.row import ENDED, Row, State
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_RECENT = 32
+"""So many of the newest results tell how fast the sweep is now: it may have rested in between."""
+
+
+def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any]:
+    """How the sweep stands. asked: points drawn by its sampler.
+
+    tokens_expected is what is needed if nothing more is stopped early. seconds_left is by the newest results; None
+    before the first one.
+    """
+    states = Counter(row.state for row in rows)
+    tokens = {row.trial.id: _tokens(sweep, row) for row in rows}
+    expected = sum(_planned_tokens(row) if row.state not in ENDED else tokens[row.trial.id] for row in rows)
+    missing = max(0, sweep.trials - asked) if sweep.sampler != "all" else 0
+    if missing and rows:
+        expected += round(missing * len(sweep.seeds) * statistics.fmean(map(_planned_tokens, rows)))
+    done = sum(tokens.values())
+    return {
+        "folder": str(sweep.folder),
+        "done": not missing and not states["planned"] and not states["running"],
+        "trials": len(rows),
+        "points_to_draw": missing,
+        "states": {state: states[state] for state in get_args(State)},
+        "cohorts": [_cohort(name, rows) for name in dict.fromkeys(row.trial.setting.cohort for row in rows)],
+        "best": best(sweep, rows),
+        "tokens_done": done,
+        "tokens_expected": expected,
+        "seconds_left": _seconds_left(rows, tokens, expected - done),
+        "workers": len({row.facts["worker"] for row in rows if row.state == "running" and "worker" in row.facts}),
+    }
+
+
+def best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The best mean of the first objective over finished replicates, and the noise of one run there."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        point = {name: value for name, value in row.trial.point.items() if name != "seed"}
+        groups.setdefault(json.dumps(point, sort_keys=True), []).append(row)
+    found = []
+    for point, members in groups.items():
+        values = [row.values[0] for row in members if row.state == "finished" and row.values]
+        if values:
+            noise = statistics.stdev(values) if len(values) > 1 else None
+            mean = statistics.fmean(values)
+            found.append({"setting": json.loads(point), "mean": mean, "std": noise, "seeds": len(values)})
+    sign = 1 if direction(sweep.objectives[0]) == "minimize" else -1
+    return min(found, key=lambda row: sign * row["mean"], default=None)
+
+
+def table(document: dict[str, Any]) -> "RenderableType":
+    """The document for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=f"{document['folder']}: {document['trials']} trials", title_justify="left")
+    shown = ("planned", "running", "finished", "pruned", "diverged", "failed")
+    for name in ("cohort", "model", "trials", *shown):
+        out.add_column(name, justify="left" if name in ("cohort", "model") else "right")
+    for row in document["cohorts"]:
+        counts = (str(row["states"][name] or "") for name in shown)
+        out.add_row(row["cohort"], row["shape"], str(row["trials"]), *counts)
+    lines = [
+        f"{document['tokens_done']:,} of at most {document['tokens_expected']:,} tokens"
+        + (f", {_duration(document['seconds_left'])} left" if document["seconds_left"] else "")
+        + (f", {document['points_to_draw']} points yet to be drawn" if document["points_to_draw"] else "")
+    ]
+    if document["best"]:
+        lines.append(f"best so far: {words(document['best'])}")
+    return Group(out, *(Text(line) for line in lines))
+
+
+def words(found: dict[str, Any]) -> str:
+    """The best so far in one line."""
+    setting = " ".join(f"{name}={_value(value)}" for name, value in found["setting"].items()) or "the base"
+    noise = f" ± {found['std']:.4f} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
+    return f"{setting}: {found['mean']:.4f}{noise}"
+
+
+def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True, seconds: float = 2.0) -> None:
+    """Show `look()` until the sweep is done, or nothing is `going` on any more.
+
+    On a terminal the table is live; elsewhere a line is printed when something has changed.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
+        before: Any = None
+        while True:
+            still, document = going(), look()
+            if live is not None:
+                live.update(table(document), refresh=True)
+            elif document["states"] != before:
+                before = document["states"]
+                said = ", ".join(f"{count} {name}" for name, count in before.items() if count)
+                console.print(f"sweep: {said or 'no trials yet'}", highlight=False)
+            if document["done"] or not still:
+                return
+            time.sleep(seconds)
+
+
+def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    members = [row for row in rows if row.trial.setting.cohort == name]
+    setting = members[0].trial.setting
+    config, train_config = setting.config, setting.train_config
+    states = Counter(row.state for row in members)
+    return {
+        "cohort": name,
+        "shape": f"{config.num_layers} × {config.d_model}, {train_config.batch_size} × {train_config.seq_len} tokens",
+        "trials": len(members),
+        "states": {state: states[state] for state in get_args(State)},
+    }
+
+
+def _planned_tokens(row: Row) -> int:
+    return row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step
+
+
+def _tokens(sweep: Sweep, row: Row) -> int:
+    """Seen by a trial up to now, by its record where it is under way."""
+    known = int(row.facts.get("tokens", row.steps_done * row.trial.setting.train_config.tokens_per_step))
+    if row.state != "running":
+        return known
+    return max(known, _recorded_tokens(sweep.folder / "runs" / row.trial.id / "metrics.jsonl"))
+
+
+def _recorded_tokens(path: Path) -> int:
+    """Of the last whole line of a record that may be being written."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            line = file.read().rsplit(b"\n", 2)[-2]
+        return int(json.loads(line)["tokens"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0
+
+
+def _seconds_left(rows: Sequence[Row], tokens: dict[str, int], left: int) -> float | None:
+    timed = [row for row in rows if "ended_at" in row.facts and "claimed_at" in row.facts]
+    recent = sorted(timed, key=lambda row: row.facts["ended_at"])[-_RECENT:]
+    if not recent or left <= 0:
+        return None
+    began = min(row.facts["claimed_at"] for row in recent)
+    # Those that overlap with them took their share of the machine.
+    with_them = [row for row in timed if row.facts["ended_at"] >= began]
+    seconds = max(row.facts["ended_at"] for row in with_them) - began
+    return left * seconds / max(1, sum(tokens[row.trial.id] for row in with_them))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

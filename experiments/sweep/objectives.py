@@ -1,0 +1,98 @@
+"""What a sweep tries to make small or large: the validation loss, and numbers of `isoflop bench decode`."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments.sweep.trial import Setting
+from model.errors import InputError, UnknownNameError
+
+LOSS = "loss"
+DIRECTIONS = {
+    LOSS: "minimize",
+    "tokens_per_second": "maximize",
+    "prefill_tokens_per_second": "maximize",
+    "decode_tokens_per_second_aggregate": "maximize",
+    "decode_tokens_per_second_per_sequence": "maximize",
+    "time_to_first_token_seconds": "minimize",
+    "time_per_output_token_seconds": "minimize",
+    "seconds_per_step": "minimize",
+    "weight_bytes_read_per_step": "minimize",
+    "kv_cache_bytes_filled": "minimize",
+    "bytes_read_per_step_filled": "minimize",
+}
+"""Objectives and which way is better. tokens_per_second: of all sequences, as decode_tokens_per_second_aggregate."""
+_ALIASES = {"tokens_per_second": "decode_tokens_per_second_aggregate"}
+_STEPS, _REPEATS = 16, 5
+
+
+def direction(name: str) -> str:
+    """ "minimize" or "maximize". Raises UnknownNameError."""
+    if name not in DIRECTIONS:
+        raise UnknownNameError("objective", name, DIRECTIONS)
+    return DIRECTIONS[name]
+
+
+def check_speed(setting: Setting, names: tuple[str, ...]) -> None:
+    """Raise InputError where the speed of such a model cannot be measured, before it is trained."""
+    from experiments.decode.bench import check_grid
+
+    if set(names) != {LOSS}:
+        check_grid(setting.config, [_cell(setting)], _STEPS, _REPEATS)
+
+
+def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
+    """The numbers of `isoflop bench decode` for a setting's shape, with random weights: speed asks for no others.
+
+    Measured once per shape and `Decode`, and kept in `folder/speed`, so that all trials of a shape have one value,
+    whichever worker finished them. Raises RuntimeError where the measurement fails.
+    """
+    import jax
+
+    from experiments.decode.bench import run_grid
+    from model import init
+
+    config = setting.config
+    content = {"config": config.to_dict(), "decode": setting.decode.to_dict()}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / "speed" / f"{key}.json"
+    if not path.exists():
+        build = lambda _: (config, init(config, jax.random.key(0)))
+        row = run_grid(build, config, [_cell(setting)], steps=_STEPS, repeats=_REPEATS)[0]
+        if "error" in row:
+            raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")
+        _keep_first(path, {name: value for name, value in row.items() if isinstance(value, (int, float))} | content)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    return measured | {name: measured[own] for name, own in _ALIASES.items()}
+
+
+def values(names: tuple[str, ...], loss: float, speed: dict[str, float]) -> list[float]:
+    """Of every objective. Raises InputError where the benchmark does not give one for this shape."""
+    found = {LOSS: loss} | speed
+    for name in names:
+        if found.get(name) is None:
+            raise InputError(f"the decode benchmark gives no {name} for this model; leave that objective out")
+    return [float(found[name]) for name in names]
+
+
+def _cell(setting: Setting) -> Any:
+    from experiments.decode.cells import Cell
+
+    decode = setting.decode
+    return Cell(batch=decode.batch, prompt=decode.context, weights=decode.weights, cache=decode.cache)
+
+
+def _keep_first(path: Path, content: dict[str, Any]) -> None:
+    """Write it unless another worker was faster."""
+    from train.files import write_json
+
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    write_json(beside, content)
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    finally:
+        beside.unlink()

@@ -1,0 +1,176 @@
+"""The optimum of the learning rate: a parabola through the logarithm, with the interval that the seeds allow."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+NEAR = 0.5  # nats above the best: further up a loss curve is no parabola any more
+NEIGHBOURS = 2  # on either side of the best
+SHAPES = ("d_model", "d_ff", "num_layers", "num_heads", "batch_size", "seq_len")
+
+Setting = dict[str, Any]
+
+
+def log_parabola(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    seeds: Sequence[int],
+    noise: float | None,
+    freedom: int,
+) -> dict[str, Any]:
+    """Weighted least squares of mean losses against log rates: {learning_rate, loss, interval_95, curvature …}.
+
+    seeds: runs behind each mean, the weights. noise: the standard deviation of one run, known to `freedom` degrees of
+    freedom; the scatter around the parabola is pooled with it, and replaces it where it is significantly larger
+    (F test at 5 %), as a parabola is then only roughly the shape. The interval is Fieller's (1954): the rates at which
+    the slope is not significantly different from zero; None where the data does not bound it, and `interval_reason`
+    says why. Where there is no minimum inside the rates: {"refused": reason}.
+    """
+    centre = math.log(rates[int(np.argmin(losses))])
+    x, y, weight = np.log(rates) - centre, np.asarray(losses, float), np.asarray(seeds, float)
+    if len(x) < 3:
+        return {"refused": "fewer than three rates near the best"}
+    design = np.stack([np.ones_like(x), x, x**2], axis=1)
+    covariance = np.linalg.inv(design.T @ (weight[:, None] * design))
+    c0, c1, c2 = covariance @ design.T @ (weight * y)
+    if c2 <= 0:
+        return {"refused": "the losses near the best do not curve upwards"}
+    vertex = -c1 / (2 * c2)
+    if not x.min() <= vertex <= x.max():
+        return {"refused": "the parabola's lowest point lies outside the rates that were tried"}
+    left = len(x) - 3
+    scatter = float(weight @ (y - design @ (c0, c1, c2)) ** 2)
+    variance, known, rough = _variance(noise, freedom, scatter, left)
+    low_high, reason = (None, "one seed and no rate to spare: the noise is not known")
+    if variance is not None:
+        low_high, reason = _fieller(c1, c2, covariance, float(stats.t.ppf(0.975, known)) ** 2 * variance)
+    return {
+        "learning_rate": float(np.exp(vertex + centre)),
+        "loss": float(c0 - c1**2 / (4 * c2)),
+        "interval_95": None if low_high is None else [float(np.exp(end + centre)) for end in low_high],
+        "interval_reason": reason,
+        "coefficients": [float(c0), float(c1), float(c2), centre],
+        "rates": [float(rate) for rate in rates],
+        "rough": rough,
+    }
+
+
+def _variance(noise: float | None, freedom: int, scatter: float, left: int) -> tuple[float | None, int, bool]:
+    """(variance of one run around the parabola, its degrees of freedom, whether the parabola fits only roughly)."""
+    if noise is None:
+        return (scatter / left, left, False) if left else (None, 0, False)
+    if left and noise > 0 and scatter / left / noise**2 > stats.f.ppf(0.95, left, freedom):
+        return scatter / left, left, True
+    return (freedom * noise**2 + scatter) / (freedom + left), freedom + left, False
+
+
+def _fieller(c1: float, c2: float, covariance: np.ndarray, bound: float) -> tuple[tuple[float, float] | None, str]:
+    """All x with (c1 + 2·c2·x)² ≤ bound · its variance, where that is an interval. bound: t² times the variance."""
+    a = 4 * (c2**2 - bound * covariance[2, 2])
+    b = 4 * (c1 * c2 - bound * covariance[1, 2])
+    c = c1**2 - bound * covariance[1, 1]
+    if a <= 0:
+        return None, "the curvature lies inside the noise: no rate in sight is ruled out"
+    half = math.sqrt(max(b**2 - 4 * a * c, 0.0)) / (2 * a)
+    return (-b / (2 * a) - half, -b / (2 * a) + half), ""
+
+
+def rate_optimum(
+    names: Sequence[str], best: Setting, candidates: Sequence[Setting], noise: float | None, freedom: int
+) -> dict[str, Any]:
+    """`log_parabola` through `best` and its neighbours in learning rate, all other axes at the values of `best`.
+
+    Only settings up to 0.5 nats above the best and at most two to either side, but always the next one.
+    """
+    others = [name for name in names if name != "learning_rate"]
+    line = [row for row in candidates if all(row[name] == best[name] for name in others) and _positive(row)]
+    line.sort(key=lambda row: row["learning_rate"])
+    if len(line) < 3:
+        return {"refused": "fewer than three learning rates share the other axes' values"}
+    index = next((i for i, row in enumerate(line) if row is best), -1)
+    if not 0 < index < len(line) - 1:
+        return {"refused": "the best learning rate lies at the edge of those tried"}
+    low, high = index - 1, index + 1
+    while low > max(0, index - NEIGHBOURS) and line[low - 1]["mean"] < best["mean"] + NEAR:
+        low -= 1
+    while high < min(len(line) - 1, index + NEIGHBOURS) and line[high + 1]["mean"] < best["mean"] + NEAR:
+        high += 1
+    near = line[low : high + 1]
+    return log_parabola(
+        [row["learning_rate"] for row in near],
+        [row["mean"] for row in near],
+        [row["seeds"] for row in near],
+        noise,
+        freedom,
+    )
+
+
+def _positive(row: Setting) -> bool:
+    rate = row["learning_rate"]
+    return isinstance(rate, (int, float)) and rate > 0
+
+
+def transfer(
+    names: Sequence[str], candidates: Sequence[Setting], noise: float | None, freedom: int
+) -> dict[str, Any] | None:
+    """The optimum of the learning rate at each size; None where the sweep has no axis of size or none of rates.
+
+    {axis, sizes: [{size, best (setting), mean, optimum or refused}], factor_per_doubling, interval_95}: by how much
+    the optimum moves from one size to the double (1: it transfers, as muP promises; Yang et al. 2022), by least
+    squares of log optimum against log size, weighted by the intervals where every size has one.
+    """
+    axis = next((name for name in SHAPES if name in names and len(_numbers(candidates, name)) > 1), None)
+    if axis is None or "learning_rate" not in names:
+        return None
+    sizes = []
+    for size in _numbers(candidates, axis):
+        members = [row for row in candidates if row[axis] == size]
+        best = min(members, key=lambda row: row["mean"])
+        found = rate_optimum(names, best, members, noise, freedom)
+        refused = found.get("refused")
+        sizes.append(
+            {
+                "size": size,
+                "best": {name: best[name] for name in names},
+                "mean": best["mean"],
+                "optimum": None if refused else found,
+                "refused": refused,
+                "line": _line(names, best, members),
+            }
+        )
+    return {"axis": axis, "sizes": sizes} | _drift(sizes)
+
+
+def _numbers(rows: Sequence[Setting], name: str) -> list[float]:
+    values = {row[name] for row in rows}
+    return sorted(value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _line(names: Sequence[str], best: Setting, members: Sequence[Setting]) -> list[dict[str, float]]:
+    """Mean losses over the rate at this size, other axes held at its best: what the parabola is seen against."""
+    others = [name for name in names if name != "learning_rate"]
+    held = [row for row in members if all(row[name] == best[name] for name in others) and _positive(row)]
+    held.sort(key=lambda row: row["learning_rate"])
+    return [{"learning_rate": row["learning_rate"], "mean": row["mean"]} for row in held]
+
+
+def _drift(sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    found = [row for row in sizes if row["optimum"] is not None]
+    if len(found) < 2:
+        return {"factor_per_doubling": None, "interval_95": None}
+    x = np.log2([row["size"] for row in found])
+    y = np.log2([row["optimum"]["learning_rate"] for row in found])
+    intervals = [row["optimum"]["interval_95"] for row in found]
+    if any(interval is None for interval in intervals):
+        slope = float(np.polyfit(x, y, 1)[0])
+        return {"factor_per_doubling": 2**slope, "interval_95": None}
+    error = np.maximum([np.log2(high / low) / (2 * 1.96) for low, high in intervals], 1e-9)
+    weight = error**-2
+    middle = weight @ x / weight.sum()
+    spread = float(weight @ (x - middle) ** 2)
+    slope = float(weight @ ((x - middle) * y) / spread)
+    half = 1.96 / math.sqrt(spread)
+    return {"factor_per_doubling": 2**slope, "interval_95": [2 ** (slope - half), 2 ** (slope + half)]}

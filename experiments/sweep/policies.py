@@ -1,0 +1,280 @@
+"""Early stopping: which trials of a sweep go on, decided at rungs of equal tokens."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.sweep.row import Decision, Policy, Row, RunAll
+from experiments.sweep.trial import Trial
+from model.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from experiments.sweep.definition import Sweep
+
+POLICIES = ("all", "halving", "hyperband", "population")
+STEADY = ("constant", "inverse_sqrt")
+"""Schedules whose rate at a step does not depend on where the run ends."""
+
+
+def make_policy(sweep: "Sweep") -> Policy:
+    """The policy that a sweep names, with its settings.
+
+    Raises UnknownNameError on a policy or a setting that does not exist, InputError on a setting out of range.
+    """
+    from experiments.sweep.evolve import Population
+
+    if sweep.policy not in POLICIES:
+        raise UnknownNameError("policy", sweep.policy, POLICIES)
+    searched = sweep.sampler != "all"
+    if sweep.policy == "population" and searched:
+        raise InputError(
+            f"--policy population searches by itself and --sampler {sweep.sampler} would too; leave the sampler out, "
+            "and give the first members as values, or by random(space, count) in a space file"
+        )
+    tokens = sweep.base.steps * sweep.base.train_config.tokens_per_step
+    build, known, fixed = {
+        "all": (RunAll, (), {}),
+        "halving": (Halving, _SETTINGS, {"full_tokens": tokens, "waits": not searched}),
+        "hyperband": (Hyperband, _SETTINGS, {"full_tokens": tokens, "waits": not searched}),
+        "population": (Population, ("interval_fraction", "quantile", "resample"), {"seed": sweep.sampler_seed}),
+    }[sweep.policy]
+    for name in sweep.policy_settings:
+        if name not in known:
+            if not known:
+                raise InputError(f"the policy {sweep.policy!r} has no settings; {name}={sweep.policy_settings[name]!r}")
+            raise UnknownNameError(f"setting of the policy {sweep.policy!r}", name, known)
+    return build(**fixed, **sweep.policy_settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+    """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018, section 3) on tokens seen.
+
+    Rungs stand at min_fraction · eta^k of full_tokens (of the trial's own tokens where its schedule knows the end, or
+    full_tokens is 0), so trials of different batch size meet at the same tokens. What is ranked at a rung are points:
+    the replicates of one point stand and fall together, by the mean over their seeds, so that the winner keeps its
+    noise. A point that lost a replicate (diverged, failed) ranks behind all that lost none; ties go by the hash of the
+    point. Of n points that have ever reached a rung, or were lost before it, the best ⌈n/eta⌉ go on and the others are
+    pruned.
+
+    waits: the rung is decided when every point on its way there has reported; otherwise (points that a sampler draws
+    over time) each as it arrives, against those that arrived before it (Li et al. 2020, without waiting for a later
+    promotion). What is in the ledger is final: a pruned point stays pruned, with its seeds of later on; one that has
+    gone on is not called back; points that are added to the sweep later are ranked among all that were there.
+    """
+
+    full_tokens: int
+    eta: float = 3
+    min_fraction: float = 1 / 9
+    waits: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("eta", self.eta, 1, math.inf, "above 1")
+        _check_number("min_fraction", self.min_fraction, 0, 1, "between 0 and 1")
+
+    def gates(self, trial: Trial) -> tuple[int, ...]:
+        """Updates at its rungs before its end."""
+        setting = trial.setting
+        per_step = setting.train_config.tokens_per_step
+        own = setting.steps * per_step
+        full = self.full_tokens if _steady(trial) and self.full_tokens else own
+        levels = (full * self.min_fraction * self.eta**k for k in itertools.count())
+        before = itertools.takewhile(lambda tokens: tokens < own * (1 - 1e-9), levels)
+        return tuple(min(max(1, round(tokens / per_step)), setting.steps) for tokens in before)
+
+    def rungs(self, trial: Trial) -> tuple[int, ...]:
+        """Updates at which it may be pruned, and its end."""
+        return tuple(sorted({*self.gates(trial), trial.setting.steps}))
+
+    def decide(self, rows: Sequence[Row]) -> Decision:
+        """Raises InputError where the trials' losses at equal tokens say nothing of each other's ends."""
+        check_comparable([row.trial for row in rows], self.full_tokens)
+        points = [_Point(members, self.gates(members[0].trial)) for members in by_point(rows).values()]
+        allowed = self._allowed(points)
+        ready, prune = {}, []
+        for point in points:
+            for row in point.rows:
+                if row.state != "planned":
+                    continue
+                if point.pruned or allowed[point.key] is None:
+                    prune.append(row)
+                elif (until := point.target(row, allowed[point.key] or 0)) is not None:
+                    ready[row.trial.id] = until
+        return Decision(ready, tuple(row.trial.id for row in prune))
+
+    def _allowed(self, points: "list[_Point]") -> "dict[str, int | None]":
+        """By point: how many of its rungs it may leave behind; None: it is to be pruned."""
+        allowed: dict[str, int | None] = {point.key: 0 for point in points}
+        pool, unsettled = points, False
+        for level in range(max((len(point.gates) for point in points), default=0)):
+            pool = [point for point in pool if level < len(point.gates)]
+            arrived = [point for point in pool if point.arrived(level)]
+            ranked = sorted(arrived, key=lambda point: point.score(level))
+            best = {point.key for point in ranked[: math.ceil(len(ranked) / self.eta)]}
+            unsettled |= self.waits and any(not point.arrived(level) and not point.absent(level) for point in pool)
+            going = []
+            for point in pool:
+                if point.passed(level) or (point.key in best and not point.pruned and not unsettled):
+                    allowed[point.key] = level + 1
+                    going.append(point)
+                elif point.arrived(level) and not unsettled:
+                    allowed[point.key] = None
+            pool = going
+        return allowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperband:
+    """Hyperband (Li et al. 2018): brackets of successive halving that start at eta^s times the first rung.
+
+    A point's bracket follows from its content alone, by a hash, with the paper's shares (proportional to
+    eta^rungs / (rungs + 1), so that every bracket costs about the same); the last bracket stops nothing.
+    """
+
+    full_tokens: int
+    eta: float = 3
+    min_fraction: float = 1 / 9
+    waits: bool = True
+
+    def __post_init__(self) -> None:
+        self._brackets()
+
+    def rungs(self, trial: Trial) -> tuple[int, ...]:
+        """Updates at which it may be pruned, and its end."""
+        return self._brackets()[self.bracket(trial)].rungs(trial)
+
+    def decide(self, rows: Sequence[Row]) -> Decision:
+        """Every bracket decides alone. Raises InputError where the trials are not comparable."""
+        check_comparable([row.trial for row in rows], self.full_tokens)
+        brackets = self._brackets()
+        members: list[list[Row]] = [[] for _ in brackets]
+        for row in rows:
+            members[self.bracket(row.trial)].append(row)
+        decisions = [bracket.decide(part) for bracket, part in zip(brackets, members, strict=True)]
+        ready = {name: until for decision in decisions for name, until in decision.ready.items()}
+        return Decision(ready, tuple(name for decision in decisions for name in decision.prune))
+
+    def bracket(self, trial: Trial) -> int:
+        """Which of the brackets its point is in; 0 starts at min_fraction."""
+        count = len(self._brackets())
+        shares = [self.eta**rungs / (rungs + 1) for rungs in range(count - 1, -1, -1)]
+        place = hash_fraction(point_key(trial)) * sum(shares)
+        reached = itertools.accumulate(shares)
+        return next((index for index, limit in enumerate(reached) if place < limit), count - 1)
+
+    def _brackets(self) -> list[Policy]:
+        first = Halving(self.full_tokens, self.eta, self.min_fraction, self.waits)
+        count = math.ceil(-math.log(self.min_fraction) / math.log(self.eta) - 1e-9)
+        later = [dataclasses.replace(first, min_fraction=self.min_fraction * self.eta**s) for s in range(1, count)]
+        return [first, *later, RunAll()]
+
+
+class _Point:
+    """The replicates of one point, as the rungs see them."""
+
+    def __init__(self, rows: list[Row], gates: tuple[int, ...]):
+        self.rows, self.gates = rows, gates
+        self.key = point_key(rows[0].trial)
+        self.pruned = any(row.state == "pruned" for row in rows)
+
+    def arrived(self, level: int) -> bool:
+        """Whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
+        if not self.pruned and not all(self._here(row, level) or self._beyond(row, level) for row in self.rows):
+            return False
+        return any(self._loss(row, level) is not None or _lost(row) for row in self.rows)
+
+    def absent(self, level: int) -> bool:
+        """Whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
+        return self.pruned or self.passed(level)
+
+    def passed(self, level: int) -> bool:
+        """Whether a replicate has already gone beyond it."""
+        return any(self._beyond(row, level) for row in self.rows)
+
+    def score(self, level: int) -> tuple[bool, float, str]:
+        """Smaller is better."""
+        losses = [self._loss(row, level) for row in self.rows]
+        found = sorted(loss for loss in losses if loss is not None and math.isfinite(loss))
+        lost = any(loss is None and _lost(row) for loss, row in zip(losses, self.rows, strict=True))
+        lost |= any(loss is not None and not math.isfinite(loss) for loss in losses)
+        mean = math.fsum(found) / len(found) if found else math.inf
+        return lost, mean, hashlib.sha256(self.key.encode()).hexdigest()
+
+    def target(self, row: Row, allowed: int) -> int | None:
+        """Up to where a planned replicate may go; None: it waits."""
+        end = row.trial.setting.steps
+        goals = (*self.gates, end)[: allowed + 1]
+        later = [goal for goal in goals if goal > row.steps_done]
+        if later:
+            return later[0]
+        return end if allowed == len(self.gates) else None
+
+    def _loss(self, row: Row, level: int) -> float | None:
+        return row.rungs.get(self.gates[level])
+
+    def _here(self, row: Row, level: int) -> bool:
+        return self._loss(row, level) is not None or _lost(row)
+
+    def _beyond(self, row: Row, level: int) -> bool:
+        # A row that is running at its rung is not beyond it: it may only not have been handed back yet.
+        return row.state == "finished" or row.steps_done > self.gates[level]
+
+
+def by_point(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The replicates of every point, in an order that does not depend on that of the rows."""
+    points: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.trial.id):
+        points.setdefault(point_key(row.trial), []).append(row)
+    return points
+
+
+def point_key(trial: Trial) -> str:
+    """A trial's point without its seed, which all replicates have in common."""
+    return json.dumps({name: value for name, value in trial.point.items() if name != "seed"}, sort_keys=True)
+
+
+def hash_fraction(text: str) -> float:
+    """A number in [0, 1) that only the text decides."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def check_comparable(trials: Sequence[Trial], full_tokens: int) -> None:
+    """Raise InputError where losses at equal tokens do not say which trial will be ahead in the end.
+
+    A schedule that falls towards the trial's end makes a shorter trial look better at the same tokens; so the ends
+    must agree (to a batch), or the rates must not depend on them. full_tokens: 0 where the sweep has no length.
+    """
+    per_step = [trial.setting.train_config.tokens_per_step for trial in trials]
+    ends = [trial.setting.steps * tokens for trial, tokens in zip(trials, per_step, strict=True)]
+    if not trials or max(ends) - min(ends) <= max(per_step):
+        return
+    between = f"trials that end after {min(ends):,} to {max(ends):,} tokens"
+    if not all(map(_steady, trials)):
+        schedules = {trial.setting.train_config.schedule for trial in trials if not _steady(trial)}
+        raise InputError(
+            f"{between} with schedule={','.join(sorted(schedules))} cannot be compared at rungs in between; give all "
+            "the same number of tokens, or schedule=constant, or --policy all"
+        )
+    if not full_tokens:
+        raise InputError(f"{between} have no common rungs; give --steps: rungs stand at parts of it")
+
+
+def _steady(trial: Trial) -> bool:
+    train_config = trial.setting.train_config
+    return train_config.schedule in STEADY and not train_config.phases
+
+
+def _lost(row: Row) -> bool:
+    return row.state in ("diverged", "failed")
+
+
+_SETTINGS = ("eta", "min_fraction")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, words: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        raise InputError(f"{name}={value!r} must be a number {words}")

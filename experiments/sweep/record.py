@@ -1,0 +1,142 @@
+"""A sweep as its folder keeps it, in `sweep.json`: any worker on any machine can go on with it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from experiments.sweep.space import Replicate, Space, grid, product
+from experiments.sweep.space_file import load_space
+from experiments.sweep.trial import Setting
+from experiments.sweep.values import parse_axes
+from model.errors import InputError
+from train.files import write_atomically, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one call asked for: the trials of a sweep are those of all its calls.
+
+    sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`.
+    """
+
+    axes: tuple[str, ...] = ()
+    space_file: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    sampler: str = "all"
+    space_source: str | None = None
+
+    def space(self, folder: Path) -> Space:
+        """The product of the axes with the file's space, without its seeds. Raises InputError."""
+        axes = parse_axes(self.axes)
+        if "seed" in axes:
+            raise InputError("seed is not an axis: give --seeds, so that they count as replicates")
+        spaces = [grid(**axes)] if axes else []
+        if self.space_source is not None:
+            own = load_space(self.space_source, folder / str(self.space_file))
+            spaces.append(own.space if isinstance(own, Replicate) else own)
+        return product(*spaces) if spaces else grid()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The definition of a sweep.
+
+    folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
+    file. base: what the space varies; steps 0: every point gives its own length. data: the prepared folder, data_hash:
+    of its content. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder` whose `space` is
+    multiplied with them, space_source: its text. seeds: of the replicates of every point.
+    objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
+    name of `experiments.sweep.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
+    "hyperband" or "population", with its settings. storage: an Optuna storage URL; None: SQLite in the folder. lanes:
+    at most so many trials side by side; None: as many as memory holds. evaluate_tokens: of the validation split.
+    earlier: what former calls on the folder asked for; their trials stay part of the sweep.
+    """
+
+    folder: Path
+    base: Setting
+    data: Path
+    axes: tuple[str, ...] = ()
+    space_file: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    objectives: tuple[str, ...] = ("loss",)
+    sampler: str = "all"
+    trials: int = 0
+    sampler_seed: int = 0
+    policy: str = "all"
+    policy_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    storage: str | None = None
+    lanes: int | None = None
+    evaluate_tokens: int = 65_536
+    data_hash: str = ""
+    space_source: str | None = None
+    earlier: tuple[Request, ...] = ()
+
+    @property
+    def request(self) -> Request:
+        """What the newest call asked for."""
+        return Request(self.axes, self.space_file, self.seeds, self.sampler, self.space_source)
+
+    def space(self) -> Space:
+        """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
+        return self.request.space(self.folder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the sources of the spaces stay in their files."""
+        plain = {"schema_version": SCHEMA_VERSION}
+        for field in dataclasses.fields(self):
+            if field.name not in ("folder", "space_source"):
+                plain[field.name] = getattr(self, field.name)
+        return plain | {
+            "base": self.base.to_dict(),
+            "data": str(self.data),
+            "earlier": [{n: v for n, v in dataclasses.asdict(r).items() if n != "space_source"} for r in self.earlier],
+        }
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """What `write` wrote; the data are not looked at. Raises InputError where there is none, or it is damaged."""
+        folder = Path(folder)
+        path = folder / "sweep.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder} is no sweep: it has no sweep.json; begin one with `isoflop sweep run`"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION or "base" not in content:
+            raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
+        del content["schema_version"]
+        try:
+            earlier = [Request(**_tuples(values)) for values in content.pop("earlier")]
+            base, data = Setting.from_dict(content.pop("base")), Path(content.pop("data"))
+            sweep = cls(folder, base, data, **_tuples(content))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} is damaged (missing or wrong: {error})") from None
+        source = _source(folder, sweep.space_file)
+        with_sources = (dataclasses.replace(r, space_source=_source(folder, r.space_file)) for r in earlier)
+        return dataclasses.replace(sweep, space_source=source, earlier=tuple(with_sources))
+
+    def write(self) -> None:
+        """`sweep.json`, after the spaces' files that it names: a kill leaves the old definition or the new one."""
+        for request in (*self.earlier, self.request):
+            if request.space_file is not None and request.space_source is not None:
+                write_atomically(self.folder / request.space_file, request.space_source)
+        write_json(self.folder / "sweep.json", self.to_dict())
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _source(folder: Path, name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} cannot be read, which {folder / 'sweep.json'} needs: {error}") from None

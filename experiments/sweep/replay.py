@@ -1,0 +1,125 @@
+"""Replays of a search on a recorded grid: how many trials each sampler needs, seed after seed, at no training.
+
+The sampler asks for a point of the grid and is told the loss of one of its runs, chosen at random: the noise that a
+search meets. An axis of numbers is asked for by rank, so that its spacing is the grid's; another one by name.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep.recorded import Recorded, is_ordered
+from experiments.sweep.samplers import make_sampler
+from model.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """One search. first: the trial, from 1, that is the first in the best region; settled: that from which on the best
+    point by what was seen (the mean of its answers) lies in it, to the end of the budget. None: it never came to it.
+    """
+
+    first: int | None
+    settled: int | None
+
+
+def replay_search(recorded: Recorded, sampler: str, seed: int, budget: int, batch: int = 1) -> Replay:
+    """One search of `budget` trials, asked for `batch` at a time and then all told. Raises InputError."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    random = np.random.default_rng([seed, 1])
+    region = recorded.best_region
+    seen: dict[tuple[Any, ...], list[float]] = {}
+    visits, recommended = [], []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            study = optuna.create_study(sampler=make_sampler(sampler, seed))
+            while len(visits) < budget:
+                asked = [study.ask() for _ in range(min(batch, budget - len(visits)))]
+                points = [_suggest(trial, recorded.axes) for trial in asked]
+                for trial, point in zip(asked, points, strict=True):
+                    answers = recorded.losses[point]
+                    answer = answers[random.integers(len(answers))]
+                    seen.setdefault(point, []).append(math.inf if answer is None else answer)
+                    if answer is None:
+                        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                    else:
+                        study.tell(trial, answer)
+                    visits.append(point in region)
+                    recommended.append(min(seen, key=lambda known: math.fsum(seen[known]) / len(seen[known])) in region)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    outside = [number for number, good in enumerate(recommended, 1) if not good]
+    settled = outside[-1] + 1 if outside else 1
+    return Replay(visits.index(True) + 1 if any(visits) else None, settled if settled <= budget else None)
+
+
+def compare_samplers(
+    recorded: Recorded,
+    samplers: Sequence[str],
+    *,
+    replays: int = 20,
+    budget: int | None = None,
+    batch: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Replays of each sampler with the seeds 0, 1, …; budget: trials of each (None: as many as the grid has points).
+
+    Numbers of trials with [lower quartile, median, upper quartile] over the replays; null where a replay did not get
+    there. Raises InputError.
+    """
+    budget = len(recorded.losses) if budget is None else budget
+    for name, value in (("replays", replays), ("trials", budget), ("batch", batch)):
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    for sampler in samplers:
+        make_sampler(sampler, 0)  # refused before hours are spent on the others
+    document: dict[str, Any] = {
+        "axes": recorded.axes,
+        "points": len(recorded.losses),
+        "best": recorded.named(recorded.best),
+        "best_mean": recorded.mean(recorded.best),
+        "seed_noise": recorded.seed_noise,
+        "best_region": [recorded.named(point) for point in sorted(recorded.best_region, key=recorded.mean)],
+        "replays": replays,
+        "budget": budget,
+        "batch": batch,
+        "samplers": {},
+    }
+    for sampler in samplers:
+        found = []
+        for seed in range(replays):
+            found.append(replay_search(recorded, sampler, seed, budget, batch))
+            advance()
+        first, settled = [replay.first for replay in found], [replay.settled for replay in found]
+        document["samplers"][sampler] = {
+            "first": first,
+            "first_quartiles": quartiles(first),
+            "settled": settled,
+            "settled_quartiles": quartiles(settled),
+        }
+    return document
+
+
+def quartiles(trials: Sequence[int | None]) -> list[int | None]:
+    """Lower quartile, median and upper quartile, each one of the numbers; those that never came count as largest."""
+    numbers = [math.inf if number is None else number for number in trials]
+    cuts = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
+    return [int(cut) if math.isfinite(cut) else None for cut in cuts]
+
+
+def _suggest(trial: Any, axes: dict[str, list[Any]]) -> tuple[Any, ...]:
+    point = []
+    for name, values in axes.items():
+        if is_ordered(values):
+            point.append(values[trial.suggest_int(name, 0, len(values) - 1)])
+        else:
+            point.append(values[trial.suggest_categorical(name, range(len(values)))])
+    return tuple(point)

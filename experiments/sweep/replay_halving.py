@@ -1,0 +1,122 @@
+"""Replays of successive halving on the recorded curves of a full sweep: its tokens, and whether it keeps the winner."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.sweep.policies import Halving, point_key
+from experiments.sweep.recorded import Recorded
+from experiments.sweep.simulate import play, tokens_used
+from experiments.sweep.trial import Trial
+from model.errors import InputError
+
+NEAR = 0.1
+"""A validation at most so far from a rung, relative to it, counts as the rung's."""
+
+
+class Curve(NamedTuple):
+    """One recorded run. validation: losses by updates, its end among them; training: one a step, smoothed when read."""
+
+    trial: Trial
+    validation: dict[int, float]
+    training: dict[int, float]
+
+    def at(self, step: int) -> float | None:
+        """The loss after `step` updates: a validation near them, or else the training loss of the tenth before them.
+
+        None where the run had diverged by then.
+        """
+        end = self.trial.setting.steps
+        if step >= end:
+            return self.validation.get(end)
+        near = min(self.validation, key=lambda known: abs(known - step), default=None)
+        if near is not None and near < end and abs(near - step) <= NEAR * step:
+            return self.validation[near]
+        before = [loss for known, loss in self.training.items() if 0.9 * step < known <= step or known == step]
+        return math.fsum(before) / len(before) if before else None
+
+
+def replay_halving(
+    recorded: Recorded, curves: Sequence[Curve], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
+) -> dict[str, Any]:
+    """Successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a point.
+
+    tokens_fraction: of the full sweep's. chosen: the point of the best mean among those that it trained to the end;
+    within_noise: whether that is one of the full sweep's best region, excess: by how much its mean over all seeds, in
+    nats per token, is above the best. one_seed: of `replays` halvings, each of which has one random seed of every
+    point. rungs: "validation", or "training" where the loss of training had to stand in for a rung. Raises InputError.
+    """
+    if not curves:
+        raise InputError("successive halving is replayed on the learning curves of a sweep's folder, not on a table")
+    full = max(curve.trial.setting.steps * curve.trial.setting.train_config.tokens_per_step for curve in curves)
+    policy = Halving(full, eta, min_fraction)
+    exact = all(_is_validated(curve, step) for curve in curves for step in policy.gates(curve.trial))
+    points: dict[str, list[Curve]] = {}
+    for curve in curves:
+        points.setdefault(point_key(curve.trial), []).append(curve)
+    drawn = []
+    for replay in range(replays):
+        random = np.random.default_rng([replay, 2])
+        drawn.append([members[random.integers(len(members))] for members in points.values()])
+    once = [_halve(recorded, policy, some) for some in drawn]
+    return {
+        "eta": eta,
+        "min_fraction": min_fraction,
+        "rungs": "validation" if exact else "training",
+        **_halve(recorded, policy, curves),
+        "one_seed": {
+            "replays": replays,
+            "tokens_fraction": float(np.median([one["tokens_fraction"] for one in once])),
+            "within_noise": float(np.mean([one["within_noise"] for one in once])),
+            "excess": [one["excess"] for one in once],
+        },
+    }
+
+
+def read_curves(recorded: Recorded) -> list[Curve]:
+    """The curves of all runs of a sweep's folder; none of a table."""
+    if recorded.folder is None:
+        return []
+    from experiments.sweep.definition import Sweep
+    from experiments.sweep.trials import plan_trials
+    from experiments.sweep.worker import run_folder
+
+    sweep = Sweep.read(recorded.folder)
+    curves = []
+    for trial in plan_trials(sweep):
+        validation, training = {}, {}
+        with (run_folder(sweep, trial) / "metrics.jsonl").open(encoding="utf-8") as file:
+            for record in map(json.loads, file):
+                for found, name in ((validation, "validation_loss"), (training, "loss")):
+                    if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
+                        found[record["step"]] = record[name]
+        curves.append(Curve(trial, validation, training))
+    return curves
+
+
+def _halve(recorded: Recorded, policy: Halving, curves: Sequence[Curve]) -> dict[str, Any]:
+    known = {curve.trial.id: curve for curve in curves}
+    rows = play(policy, [curve.trial for curve in curves], lambda trial, step: known[trial.id].at(step))
+    full = sum(row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step for row in rows)
+    ended: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row.state == "finished" and row.values:
+            ended.setdefault(recorded.point_of(row.trial.point), []).append(row.values[0])
+    result = {"tokens_fraction": sum(map(tokens_used, rows)) / full, "finished": len(ended)}
+    if not ended:
+        return result | {"chosen": None, "within_noise": False, "excess": None}
+    chosen = min(ended, key=lambda point: math.fsum(ended[point]) / len(ended[point]))
+    excess = recorded.mean(chosen) - recorded.mean(recorded.best)
+    return result | {
+        "chosen": recorded.named(chosen),
+        "within_noise": chosen in recorded.best_region,
+        "excess": excess if math.isfinite(excess) else None,
+    }
+
+
+def _is_validated(curve: Curve, step: int) -> bool:
+    end = curve.trial.setting.steps
+    return any(known < end and abs(known - step) <= NEAR * step for known in curve.validation)

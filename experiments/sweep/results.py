@@ -1,0 +1,167 @@
+"""The results of a sweep as a flat table: one row a trial, from the ledger and what the runs told it."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.sweep.row import Row
+from experiments.sweep.scales import distinct, is_number
+from train.files import write_atomically
+
+FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
+CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds since 1970
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a sweep has found up to now.
+
+    rows: flat, by number: id, number, state, cohort, seed, every field of the points (None where a trial lacks it), loss
+    (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
+    planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called
+    NAME_done. axes: fields that vary, by the values tried. followers: fields that vary only together with an axis, by
+    that axis. directions: "minimize" or "maximize", one per objective.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    axes: dict[str, list[Any]]
+    followers: dict[str, str]
+    objectives: tuple[str, ...] = ("loss",)
+    directions: tuple[str, ...] = ("minimize",)
+    policy: str = "all"
+    sampler: str = "all"
+
+    def fact(self, row: Mapping[str, Any], name: str) -> Any:
+        """One of FACTS of a row, None where it is not known."""
+        return row[_column(name, row)]
+
+
+def read_results(folder: str | Path) -> Results:
+    """The results of the sweep in a folder. Raises InputError where it holds none, or its storage is out of reach."""
+    from experiments.sweep.definition import Sweep
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.objectives import direction
+
+    sweep = Sweep.read(folder)
+    return collect(
+        Path(folder),
+        Ledger(sweep).rows(),
+        objectives=sweep.objectives,
+        directions=tuple(direction(name) for name in sweep.objectives),
+        policy=sweep.policy,
+        sampler=sweep.sampler,
+    )
+
+
+def collect(
+    folder: Path,
+    rows: Iterable[Row],
+    *,
+    objectives: tuple[str, ...] = ("loss",),
+    directions: tuple[str, ...] = ("minimize",),
+    policy: str = "all",
+    sampler: str = "all",
+) -> Results:
+    """Results of rows as the ledger has them."""
+    rows = sorted(rows, key=lambda row: row.number)
+    names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
+    flat = [_flat(row, names, objectives) for row in rows]
+    axes, followers = _axes(names, flat)
+    return Results(folder, flat, axes, followers, objectives, directions, policy, sampler)
+
+
+def _flat(row: Row, names: Sequence[str], objectives: Sequence[str]) -> dict[str, Any]:
+    setting, facts = row.trial.setting, row.facts
+    point = row.trial.point
+    last = row.rungs[row.steps_done] if row.rungs else None
+    finished = row.state == "finished"
+    values = dict(zip(objectives, row.values or (), strict=False))
+    loss = values.get("loss", facts.get("loss", last)) if finished else None
+    flat: dict[str, Any] = {
+        "id": row.trial.id,
+        "number": row.number,
+        "state": row.state,
+        "cohort": setting.cohort,
+        "seed": point.get("seed", setting.hparams.seed),
+    }
+    flat |= {name: point.get(name) for name in names}
+    flat |= {"loss": loss, "last_loss": loss if finished else last}
+    flat |= {name: values.get(name) for name in objectives if name != "loss"}
+    tokens_per_step = setting.train_config.tokens_per_step
+    reached = {"steps": row.steps_done, "tokens": row.steps_done * tokens_per_step}
+    for name in FACTS:
+        flat[f"{name}_done" if name in names else name] = facts.get(name, reached.get(name))
+    return flat | {
+        "planned_steps": setting.steps,
+        "planned_tokens": setting.steps * tokens_per_step,
+        "run": facts.get("run", f"runs/{row.trial.id}"),
+        **{name: facts.get(name) for name in CLAIM},
+        "rungs": dict(row.rungs),
+    }
+
+
+def _column(name: str, row: Mapping[str, Any]) -> str:
+    done = f"{name}_done"
+    return done if done in row else name
+
+
+def _axes(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Fields that vary, without those that tell apart no more than an earlier one does (width → heads)."""
+    axes: dict[str, list[Any]] = {}
+    followers: dict[str, str] = {}
+    for name in names:
+        column = [row[name] for row in rows]
+        kinds = len(set(column))
+        if kinds < 2:
+            continue
+        same = lambda other: len({(row[other], row[name]) for row in rows}) == kinds == len({r[other] for r in rows})  # noqa: B023
+        leader = next((other for other in axes if same(other)), None)
+        # In a search every drawn value may stand once: then any two fields would seem to go together.
+        if leader is not None and kinds <= max(2, len({_point(row, names) for row in rows}) // 2):
+            followers[name] = leader
+        else:
+            axes[name] = distinct(column)
+    return axes, followers
+
+
+def _point(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in names)
+
+
+def write_tables(results: Results) -> str | None:
+    """`results.csv` and, where pyarrow is installed, `results.parquet` in the sweep's folder.
+
+    Returns why there is no Parquet, or None.
+    """
+    rows = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
+    columns = list(rows[0]) if rows else ["id"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(results.folder / "results.csv", text.getvalue())
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return "pyarrow is not installed: pip install 'isoflop[parquet]'"
+    table = pyarrow.table({name: _alike([row[name] for row in rows]) for name in columns})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    write_atomically(results.folder / "results.parquet", buffer.getvalue())
+    return None
+
+
+def _alike(values: list[Any]) -> list[Any]:
+    """One type for a column: whole numbers, numbers, truth values, or text."""
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, bool) for value in known) or all(isinstance(value, str) for value in known):
+        return values
+    if all(map(is_number, known)):
+        whole = all(isinstance(value, int) for value in known)
+        return [value if value is None or whole else float(value) for value in values]
+    return [None if value is None else str(value) for value in values]

@@ -1,0 +1,148 @@
+"""The space of a sweep, as a small algebra: what may vary, and together with what.
+
+A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
+another, so that a search may choose them; of a branch only the axes of the side that is taken are asked for. A point is
+a dict of flat fields (`experiments/sweep/overlay.py`). A name that begins with "_" is no field: it is there for
+`derive` to read, and for the report.
+"""
+
+import builtins
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments.sweep.kinds import (
+    Chain,
+    Derived,
+    Drawn,
+    Grid,
+    Point,
+    Product,
+    Replicate,
+    Space,
+    Suggest,
+    merged,
+)
+from experiments.sweep.values import (
+    Distribution,
+    Interval,
+    Values,
+    choice,
+    integers,
+    linspace,
+    logspace,
+    loguniform,
+    uniform,
+)
+from model.errors import InputError
+
+__all__ = [
+    "Distribution",
+    "Interval",
+    "Point",
+    "Replicate",
+    "Space",
+    "Suggest",
+    "Values",
+    "branch",
+    "chain",
+    "choice",
+    "derive",
+    "grid",
+    "integers",
+    "linspace",
+    "loguniform",
+    "logspace",
+    "product",
+    "quasirandom",
+    "random",
+    "replicate",
+    "uniform",
+    "zip",
+]
+
+
+def grid(**axes: Any) -> Space:
+    """Every combination of the axes' values. An axis: a sequence of values, one value, or a distribution.
+
+    The last axis varies fastest. Without axes: one point, the base itself. Names with a dot: `grid(**{"a.b": [1, 2]})`.
+    """
+    return Grid({name: Values.of(values, name) for name, values in axes.items()})
+
+
+def product(*spaces: Space) -> Space:
+    """Every point of each space with every point of the others; the last varies fastest."""
+    if not spaces:
+        raise InputError("a product of no spaces has no points; give at least one space")
+    _disjoint("product", spaces)
+    return Product(spaces)
+
+
+def chain(*spaces: Space) -> Space:
+    """The points of one space after those of another."""
+    if not spaces:
+        raise InputError("a chain of no spaces has no points; give at least one space")
+    return Chain(spaces)
+
+
+def zip(*spaces: Space, **axes: Any) -> Space:
+    """The first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
+    sides = (*spaces, *(grid(**{name: values}) for name, values in axes.items()))
+    if not sides:
+        raise InputError("a zip of no spaces has no points; give at least one space")
+    _disjoint("zip", sides)
+    rows = [side.points() for side in sides]
+    if len({len(side) for side in rows}) > 1:
+        lengths = ", ".join(f"{'/'.join(s.names)}: {len(p)}" for s, p in builtins.zip(sides, rows, strict=True))
+        raise InputError(f"a zip needs sides of equal length, not {lengths}")
+    fixed = lambda point: Grid({name: Values((value,)) for name, value in point.items()})
+    return Chain([fixed(merged(row)) for row in builtins.zip(*rows, strict=True)])
+
+
+def branch(name: str, sides: Mapping[Any, Space]) -> Space:
+    """A choice on which further axes depend: the field `name` has a key of `sides`, with the points of its space."""
+    if not sides:
+        raise InputError(f"the branch {name} has no values")
+    taken = [product(Grid({name: Values((value,))}), side) for value, side in sides.items()]
+    return Chain(taken, Values(tuple(sides)), name)
+
+
+def replicate(space: Space, seeds: int | Sequence[int]) -> Space:
+    """Every point with every seed, seeds varying fastest. seeds: how many, from 0 on, or which."""
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not chosen:
+        raise InputError("replicate needs at least one seed")
+    _disjoint("replicate", (space, grid(seed=chosen)))
+    return Replicate(space, chosen)
+
+
+def derive(space: Space, function: Callable[[Point], Point]) -> Space:
+    """Every point with the fields that `function(point)` gives, which replace fields of the same name."""
+    return Derived(space, function)
+
+
+def random(space: Space, count: int, seed: int = 0) -> Space:
+    """`count` points drawn independently, each once; fewer where the space has no more. More points begin with these.
+
+    The order of a field's axes decides which numbers it gets: the same space and seed give the same points.
+    """
+    return Drawn(space, _positive(count), seed, sobol=False)
+
+
+def quasirandom(space: Space, count: int, seed: int = 0) -> Space:
+    """`count` points of a scrambled Sobol sequence (Owen 1998), which fills the space more evenly than `random`."""
+    return Drawn(space, _positive(count), seed, sobol=True)
+
+
+def _disjoint(what: str, spaces: Sequence[Space]) -> None:
+    seen: set[str] = set()
+    for space in spaces:
+        for name in space.names:
+            if name in seen:
+                raise InputError(f"{name} stands on two sides of a {what}; a field varies in one place")
+        seen.update(space.names)
+
+
+def _positive(count: int) -> int:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"count={count!r} must be a whole number of at least 1: so many points are drawn")
+    return count

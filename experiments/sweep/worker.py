@@ -1,0 +1,280 @@
+"""A worker of a sweep: claims trials, trains them as lanes of one program, and reports, until nothing is left.
+
+Any number of workers, wherever they run, are the same loop over the same ledger. What goes on, and how far, the policy
+decides from the ledger alone; a rung is a run that stops early and is continued later.
+"""
+
+import errno
+import fcntl
+import logging
+import math
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.sweep.ledger import Claim, Ledger
+from experiments.sweep.objectives import LOSS, check_speed, direction, measure_speed, values
+from experiments.sweep.policies import make_policy
+from experiments.sweep.record import Sweep
+from experiments.sweep.row import Row
+from experiments.sweep.trial import Trial
+from experiments.sweep.trials import plan_trials, trials_at
+from train import Result, Shell, population
+from train.branch import Branch
+from train.run import read_record
+
+logger = logging.getLogger("isoflop")
+_BUSY = "is being written by another process"
+_COOLING_SECONDS = 5.0
+
+
+def plan(sweep: Sweep, ledger: Ledger) -> int:
+    """Add the trials that the sweep enumerates to its ledger; how many were new."""
+    return ledger.add(plan_trials(sweep))
+
+
+def work(sweep: Sweep, ledger: Ledger) -> None:
+    """Work until the sweep is done, be it by others.
+
+    An exception of a cohort fails its trials, with the reason in the ledger, and the work goes on with the others.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once what was claimed is saved and handed back.
+    """
+    with _stopped_by_sigterm():
+        _Worker(sweep, ledger).run()
+
+
+class _Worker:
+    """One worker on its way."""
+
+    def __init__(self, sweep: Sweep, ledger: Ledger):
+        self.sweep, self.ledger, self.policy = sweep, ledger, make_policy(sweep)
+        self.lanes: dict[str, int] = {}  # of the cohorts whose program is compiled
+        self.last: str | None = None
+        self.cooling: dict[str, float] = {}  # trials whose run somebody still writes, and until when to leave them
+
+    def run(self) -> None:
+        wait = 1.0
+        while True:
+            self.ledger.recover()
+            rows = self.ledger.rows()
+            decision = self.policy.decide(rows)
+            # What is pruned comes first: a kill between the two must not change what is decided.
+            changed = sum([self.ledger.prune(name) for name in decision.prune])
+            changed += self.ledger.add(decision.add)
+            if changed:
+                continue
+            now = time.monotonic()
+            ready = {n: until for n, until in decision.ready.items() if self.cooling.get(n, 0) <= now}
+            if self._train(rows, ready) or self._ask():
+                wait = 1.0
+                continue
+            states = Counter(row.state for row in rows)
+            if not states["planned"] and not states["running"]:
+                return
+            if not states["running"] and not decision.ready:
+                raise RuntimeError(f"{states['planned']} planned trials wait for nothing: the policy forgot them")
+            time.sleep(wait)
+            wait = min(1.5 * wait, 5.0)
+
+    def _train(self, rows: list[Row], ready: Mapping[str, int]) -> bool:
+        """Claim trials of one cohort and train them; whether there were any."""
+        trials = {row.trial.id: row.trial for row in rows if row.trial.id in ready}
+        sizes = Counter(trial.setting.cohort for trial in trials.values())
+        if not sizes:
+            return False
+        cohort = self.last if self.last in sizes else sizes.most_common(1)[0][0]
+        members = {name: ready[name] for name, trial in trials.items() if trial.setting.cohort == cohort}
+        limit = self._lanes(cohort, rows)
+        claims = self.ledger.claim(members, limit)
+        if not claims:
+            return False
+        self.last = cohort
+        with self.ledger.beat(claims):
+            _Cohort(self, claims, limit).run()
+        return True
+
+    def _lanes(self, cohort: str, rows: list[Row]) -> int:
+        """How many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
+        from experiments.sweep.cohort import lanes_for
+
+        if cohort not in self.lanes:
+            members = [row.trial for row in rows if row.trial.setting.cohort == cohort]
+            drawn = self.sweep.trials * len(self.sweep.seeds) if self.sweep.sampler != "all" else 0
+            self.lanes[cohort] = lanes_for(members[0].setting, max(len(members), drawn), self.sweep.lanes)
+        return self.lanes[cohort]
+
+    def _ask(self) -> bool:
+        """Let the sampler draw as many points as fill the lanes; whether it did."""
+        from experiments.sweep.samplers import make_sampler, suggester
+
+        sweep = self.sweep
+        if sweep.sampler == "all" or self.ledger.asked() >= sweep.trials:
+            return False
+        directions, space = [direction(name) for name in sweep.objectives], sweep.space()
+        lanes = self.lanes.get(self.last or "") or sweep.lanes or 8
+        return bool(
+            self.ledger.ask(
+                max(1, math.ceil(lanes / len(sweep.seeds))),
+                sweep.trials,
+                lambda drawn: make_sampler(sweep.sampler, sweep.sampler_seed, directions, drawn),
+                lambda trial: trials_at(sweep, space.draw(suggester(trial))),
+            )
+        )
+
+    def cool(self, claim: Claim) -> None:
+        """Leave a trial alone for a while."""
+        self.cooling[claim.trial.id] = time.monotonic() + _COOLING_SECONDS
+
+
+class _Cohort:
+    """Claims of one cohort, trained once."""
+
+    def __init__(self, worker: _Worker, claims: list[Claim], limit: int):
+        self.worker, self.sweep, self.ledger = worker, worker.sweep, worker.ledger
+        self.claims, self.limit, self.claimed_at = claims, limit, time.time()
+
+    def run(self) -> None:
+        """Every claim is ended or handed back, whatever happens."""
+        try:
+            self._leave_what_is_being_written()
+            if self.claims:
+                check_speed(self.claims[0].trial.setting, self.sweep.objectives)
+                for claim, result in zip(self.claims, self._train(), strict=True):
+                    self._report(claim, result)
+        except KeyboardInterrupt:
+            self._hand_back(self.claims)
+            raise
+        except Exception as error:
+            if _is_full_disk(error):  # no trial's fault: the same command goes on once there is space
+                self._hand_back(self.claims)
+                raise
+            if _BUSY in str(error):  # a worker that was taken for dead writes its last
+                self._cool(self.claims)
+                return
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            logger.warning("%d trials failed: %s", len(self.claims), words)
+            for claim in self.claims:
+                self.ledger.fail(claim, words)
+
+    def _train(self) -> list[Result]:
+        import jax
+
+        setting = self.claims[0].trial.setting
+        steps = {step for claim in self.claims for step in self.worker.policy.rungs(claim.trial)}
+        shell = Shell(
+            evaluate_tokens=self.sweep.evaluate_tokens,
+            keep_checkpoints=1,
+            keep_steps=tuple(sorted(steps)) if self.sweep.policy == "population" else (),
+            description=f"{len(self.claims)} trials of {self.sweep.folder.name}",
+        )
+        # A lane that has nothing to do costs a CPU nothing, and a further compilation much. On an accelerator it costs
+        # a lane's work.
+        few = 1 << (len(self.claims) - 1).bit_length()
+        return population(
+            setting.config,
+            setting.train_config,
+            [claim.trial.setting.hparams for claim in self.claims],
+            data=self.sweep.data,
+            runs=[run_folder(self.sweep, claim.trial) for claim in self.claims],
+            steps=[claim.until for claim in self.claims],
+            shell=shell,
+            branches=[self._branch(claim.trial) for claim in self.claims],
+            lanes=self.limit if jax.default_backend() == "cpu" else min(few, self.limit),
+        )
+
+    def _branch(self, trial: Trial) -> Branch | None:
+        if trial.parent is None:
+            return None
+        name, step = trial.parent
+        trunk = self.sweep.folder / "runs" / name
+        return Branch(trunk.resolve(), read_record(trunk)["run_id"], step)
+
+    def _report(self, claim: Claim, result: Result) -> None:
+        facts = _facts(result) | {"worker": self.ledger.worker, "claimed_at": self.claimed_at, "ended_at": time.time()}
+        loss = result.validation_loss
+        if result.status == "diverged" or loss is None or not math.isfinite(loss):
+            self.ledger.diverge(claim, facts | {"status": "diverged"})
+        elif not self.ledger.report(claim, claim.until, loss):
+            return
+        elif claim.until < claim.trial.setting.steps:
+            self.ledger.hand_back(claim, facts)
+        else:
+            speed = (
+                {} if set(self.sweep.objectives) == {LOSS} else measure_speed(claim.trial.setting, self.sweep.folder)
+            )
+            measured = {name: speed[name] for name in self.sweep.objectives if name != LOSS}
+            self.ledger.finish(claim, values(self.sweep.objectives, loss, speed), facts | measured)
+
+    def _leave_what_is_being_written(self) -> None:
+        busy = [claim for claim in self.claims if _is_being_written(run_folder(self.sweep, claim.trial))]
+        self.claims = [claim for claim in self.claims if claim not in busy]
+        self._cool(busy)
+
+    def _cool(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            self.worker.cool(claim)
+        self._hand_back(claims)
+
+    def _hand_back(self, claims: list[Claim]) -> None:
+        for claim in claims:
+            self.ledger.hand_back(claim)
+
+
+def run_folder(sweep: Sweep, trial: Trial) -> Path:
+    """The run directory of a trial."""
+    return sweep.folder / "runs" / trial.id
+
+
+def _facts(result: Result) -> dict[str, Any]:
+    return {
+        "run": f"runs/{result.run.name}",
+        "status": result.status,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "flops_6nd": result.flops_6nd,
+        "flops_exact": result.flops_exact,
+        "seconds": result.seconds,
+        "compile_seconds": result.compile_seconds,
+        "loss": result.validation_loss,
+        "training_loss": result.loss,
+        "skipped": result.skipped,
+        "branch_step": result.branch_step,
+    }
+
+
+def _is_full_disk(error: Exception) -> bool:
+    # Orbax and TensorStore wrap the operating system's error in their own.
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _is_being_written(folder: Path) -> bool:
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, also between two trainings."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous: Callable | int | None = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
