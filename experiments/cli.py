@@ -29,7 +29,9 @@ from experiments.commands import (
     scaling,
     study,
     sweep,
+    sweep_plan,
     sweep_replay,
+    sweep_report,
     train,
 )
 from model.errors import InputError
@@ -46,10 +48,12 @@ COMMANDS: Tree = {
     "sweep": (
         "Train many settings side by side.",
         {
+            "plan": sweep_plan.plan,
             "run": sweep.run,
             "resume": sweep.resume,
             "status": sweep.status,
             "worker": sweep.worker,
+            "report": sweep_report.report,
             "replay": sweep_replay.replay,
         },
     ),

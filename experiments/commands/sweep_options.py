@@ -29,8 +29,7 @@ class SweepOptions:
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Updates of each trial, unless an axis says steps, tokens or tokens_per_parameter."""
     set: Axes = ()
-    """Axes, all combinations of which are tried: NAME=v1,v2,… or NAME=logspace:LOW:HIGH:COUNT, linspace:LOW:HIGH:COUNT,
-    loguniform:LOW:HIGH, uniform:LOW:HIGH, integers:LOW:HIGH; of any field of model, training and hyperparameters."""
+    """Axes, in all combinations: NAME=v1,v2 or NAME=logspace:LOW:HIGH:COUNT; to draw: NAME=loguniform:LOW:HIGH."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE.py")] = None
     """A Python file that defines `space`, which is multiplied with the axes (see `experiments/sweep/space.py`)."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -50,8 +49,7 @@ class SweepOptions:
     sampler_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Of the sampler."""
     policy: Annotated[PolicyName, tyro.conf.arg(metavar="NAME")] = "all"
-    """all: every trial to its end; halving or hyperband: the worse ones are stopped early; population: the worse ones
-    go on from a better one's state, changed a little."""
+    """all: every trial to its end; halving, hyperband: the worse stop early; population: they copy the better."""
     eta: Annotated[float, tyro.conf.arg(metavar="X")] = 3.0
     """Halving and hyperband: one in so many trials goes on from each rung."""
     min_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 1 / 9

@@ -80,9 +80,10 @@ def show(document: dict[str, Any]) -> None:
         f"{document['best_mean']:.4f} at {_words(document['best'])}",
         highlight=False,
     )
-    title = f"trials needed: median (quartiles) of {document['replays']} searches of {document['budget']} trials"
-    table = Table(title=title, title_justify="left")
-    for name in ("sampler", "to try the best region", "to name it best"):
+    searches = f"{document['replays']} searches of {document['budget']} trials each"
+    out.print(f"trials until …, median (quartiles) over {searches}", highlight=False)
+    table = Table()
+    for name in ("sampler", "it tries the best region", "it names it best, to the end"):
         table.add_column(name, justify="left" if name == "sampler" else "right")
     for name, found in document["samplers"].items():
         table.add_row(name, *(_quartiles(found[f"{kind}_quartiles"], document) for kind in ("first", "settled")))

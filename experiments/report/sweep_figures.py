@@ -56,14 +56,14 @@ def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
     finished = [trial for trial in document["trials"] if trial["loss"] is not None]
     inside = [trial for trial in finished if trial["loss"] <= top]
     panel.plot(place(inside), [trial["loss"] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)
-    marks = {"transform": panel.get_xaxis_transform(), "clip_on": False}
+    marks = {"transform": panel.get_xaxis_transform()}
     beyond = [trial for trial in finished if trial["loss"] > top]
-    panel.plot(place(beyond), [0.955] * len(beyond), "^", color=MUTED, alpha=0.5, markersize=4, **marks)
+    panel.plot(place(beyond), [0.93] * len(beyond), "^", color=MUTED, alpha=0.5, markersize=4, **marks)
     pruned = [t for t in document["trials"] if t.get("state") == "pruned" and (t.get("last_loss") or math.inf) <= top]
     hollow = {"markerfacecolor": "none", "markeredgewidth": 0.6, "alpha": 0.5, "markersize": 3.5}
     panel.plot(place(pruned), [trial["last_loss"] for trial in pruned], "o", color=MUTED, **hollow)
     lost = [trial for trial in document["trials"] if trial.get("state") == "diverged"]
-    panel.plot(place(lost), [0.985] * len(lost), "x", color=ORANGE, markersize=5, **marks)
+    panel.plot(place(lost), [0.97] * len(lost), "x", color=ORANGE, markersize=5, **marks)
     winner = document["winner"]
     if winner is None:
         return
@@ -140,13 +140,13 @@ def parallel_coordinates(document: Document) -> Figure:
     span = (top - low) or 1.0
     columns.append(np.minimum((np.array(losses) - low) / span, 1.0))
     shown = np.linspace(low, top, 5) if top > low else np.array([low])
-    _coordinate(axes, len(names), "loss", (shown - low) / span, [f"{value:.3f}" for value in shown])
+    _coordinate(axes, len(names), "loss", (shown - low) / span, [f"{value:.3f}" for value in shown], side=1)
     lines = np.stack([np.stack([np.full(len(rows), i), column], 1) for i, column in enumerate(columns)], 1)
     colours, norm = loss_colours(losses)
     alpha = float(np.clip(30 / len(rows), 0.25, 0.8))
     axes.add_collection(LineCollection(list(lines[1:][::-1]), cmap=colours, norm=norm, array=np.array(losses[1:][::-1]), linewidths=0.9, alpha=alpha))  # fmt: skip
     axes.plot(lines[0, :, 0], lines[0, :, 1], color=INK, linewidth=2.0, zorder=5)
-    axes.set(xlim=(-0.45, len(names) + 0.25), ylim=(-0.14, 1.16))
+    axes.set(xlim=(-0.45, len(names) + 0.3), ylim=(-0.14, 1.16))
     return figure
 
 
@@ -157,13 +157,25 @@ def _unit(places: np.ndarray, among: Sequence[Any]) -> np.ndarray:
     return (places - everything.min()) / span if span > 0 else np.where(np.isnan(places), np.nan, 0.5)
 
 
-def _coordinate(axes: Axes, x: float, name: str, places: Sequence[float] | np.ndarray, labels: Sequence[str]) -> None:
+def _coordinate(
+    axes: Axes, x: float, name: str, places: Sequence[float] | np.ndarray, labels: Sequence[str], side: int = -1
+) -> None:
+    """side: of the labels, -1 left, 1 right."""
     axes.plot([x, x], [0, 1], color=MUTED, linewidth=0.9, zorder=4)
     axes.text(x, 1.1, name, ha="center", va="bottom", fontsize=9, fontweight="bold")
     halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     for place, label in zip(places, labels, strict=True):
         axes.plot([x - 0.012, x + 0.012], [place, place], color=MUTED, linewidth=0.9, zorder=4)
-        axes.text(x - 0.03, place, label, ha="right", va="center", fontsize=7.5, zorder=6, bbox=halo)
+        axes.text(
+            x + 0.03 * side,
+            place,
+            label,
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=7.5,
+            zorder=6,
+            bbox=halo,
+        )
 
 
 @styled
@@ -171,7 +183,10 @@ def importance_bars(importance: Mapping[str, Any]) -> Figure:
     """Shares of every axis by each estimator that could be asked, with 95 % whiskers."""
     methods = [
         (label, importance[key], colour)
-        for key, label, colour in (("ped_anova", "PED-ANOVA: to be among the best", BLUE), ("fanova", "fANOVA: variance everywhere", ORANGE))  # fmt: skip
+        for key, label, colour in (
+            ("ped_anova", "PED-ANOVA: to be among the best", BLUE),
+            ("fanova", "fANOVA: variance everywhere", ORANGE),
+        )  # fmt: skip
         if "refused" not in importance[key]
     ]
     names = sorted(methods[0][1], key=lambda name: methods[0][1][name]["share"])

@@ -46,7 +46,9 @@ def _view(results: Results, document: dict[str, Any], no_parquet: str | None) ->
 
 def _axis_in_words(name: str, values: list[Any]) -> dict[str, str]:
     numbers = len(values) > 12
-    said = f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
+    said = (
+        f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
+    )
     return {"name": name, "values": said}
 
 

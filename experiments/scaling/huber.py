@@ -1,6 +1,7 @@
 """A batched Newton solver for the Huber objective of a parametric scaling law.
 
-One call minimises many problems side by side (starts, bootstrap draws), each
+One call minimises many problems side by side (starts, bootstrap draws); `minimise` is of the three terms
+E + A·N^−α + B·D^−β, each problem
 
     f(θ) = Σ_i w_i · Huber_δ( LSE(e, a − α·x_i, b − β·y_i) − l_i )
 
@@ -12,6 +13,7 @@ curvature of the law itself included) and made positive by the absolute values o
 quadratically and "converged" can mean a vanishing gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +22,15 @@ from jaxtyping import Bool, Float, Int
 MAX_ITERATIONS = 400
 GRADIENT_TOLERANCE = 1e-10  # of δ·Σw, the largest gradient that the residuals could make
 
+Derivatives = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Objective [problems], gradient [problems, unknowns] and Hessian [problems, unknowns, unknowns]."""
+
 
 @dataclass(frozen=True)
 class Minimum:
     """Where each problem of a batch ended."""
 
-    theta: Float[np.ndarray, "problems 5"]
+    theta: Float[np.ndarray, "problems unknowns"]
     objective: Float[np.ndarray, "problems"]
     gradient: Float[np.ndarray, "problems"]
     """Largest entry of the projected gradient as a fraction of δ·Σw; `GRADIENT_TOLERANCE` is converged."""
@@ -71,7 +76,7 @@ def _evaluate(theta, weights, x, y, log_loss, delta):
     return objective, gradient, hessian
 
 
-def _blocked(theta, gradient, lower, upper) -> Bool[np.ndarray, "problems 5"]:
+def _blocked(theta, gradient, lower, upper) -> Bool[np.ndarray, "problems unknowns"]:
     """Coordinates at a bound that the gradient pushes outward."""
     return ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
 
@@ -88,18 +93,39 @@ def minimise(
     upper: Float[np.ndarray, "5"],
     max_iterations: int = MAX_ITERATIONS,
 ) -> Minimum:
-    """Minimise every problem from its own start, within the box [lower, upper].
+    """Minimise every problem from its own start, within the box [lower, upper]; see `newton`.
 
-    x and y should be centred and of unit scale, so that one damping fits all five coordinates. A problem
-    leaves the batch when its projected gradient vanishes, or when no step however short lowers its
-    objective any more.
+    x and y should be centred and of unit scale, so that one damping fits all five coordinates.
+    """
+
+    def evaluate(theta: np.ndarray, weights: np.ndarray) -> Derivatives:
+        return _evaluate(theta, weights, x, y, log_loss, delta)
+
+    weights = np.broadcast_to(weights, (len(theta), len(x)))
+    return newton(evaluate, theta, weights, delta=delta, lower=lower, upper=upper, max_iterations=max_iterations)
+
+
+def newton(
+    evaluate: Callable[[np.ndarray, np.ndarray], Derivatives],
+    theta: Float[np.ndarray, "problems unknowns"],
+    weights: Float[np.ndarray, "problems rows"],
+    *,
+    delta: float,
+    lower: Float[np.ndarray, " unknowns"],
+    upper: Float[np.ndarray, " unknowns"],
+    max_iterations: int = MAX_ITERATIONS,
+) -> Minimum:
+    """Minimise the Huber objective of any law; `evaluate(theta, weights)` gives it with its two derivatives.
+
+    A problem leaves the batch when its projected gradient vanishes, or when no step however short lowers
+    its objective any more.
     """
     theta = np.clip(theta, lower, upper)
-    weights = np.broadcast_to(weights, (len(theta), len(x)))
+    identity = np.eye(theta.shape[1])
     result = Minimum(theta.copy(), np.full(len(theta), np.inf), np.full(len(theta), np.inf))
     index: Int[np.ndarray, " active"] = np.arange(len(theta))
     damping = np.full(len(theta), 1e-3)
-    objective, gradient, hessian = _evaluate(theta, weights, x, y, log_loss, delta)
+    objective, gradient, hessian = evaluate(theta, weights)
 
     for iteration in range(max_iterations + 1):
         scale = delta * weights.sum(1)
@@ -129,7 +155,7 @@ def minimise(
         # A blocked coordinate gets a zero gradient and an isolated row, hence a zero step.
         free_gradient = np.where(blocked, 0.0, gradient)
         either = blocked[:, :, None] | blocked[:, None, :]
-        free_hessian = np.where(either, scale[:, None, None] * np.eye(5), hessian)
+        free_hessian = np.where(either, scale[:, None, None] * identity, hessian)
         values, vectors = np.linalg.eigh(free_hessian)
         projected = np.matmul(vectors.transpose(0, 2, 1), free_gradient[:, :, None])[:, :, 0]
         values = np.abs(values)
@@ -137,7 +163,7 @@ def minimise(
         expected = (projected**2 / damped - 0.5 * projected**2 * values / damped**2).sum(1)
         trial = np.clip(theta - np.matmul(vectors, (projected / damped)[:, :, None])[:, :, 0], lower, upper)
 
-        new_objective, new_gradient, new_hessian = _evaluate(trial, weights, x, y, log_loss, delta)
+        new_objective, new_gradient, new_hessian = evaluate(trial, weights)
         new_blocked = _blocked(trial, new_gradient, lower, upper)
         new_steepest = np.abs(np.where(new_blocked, 0.0, new_gradient)).max(1)
         # Near the minimum the objective no longer resolves a step; the gradient still does.

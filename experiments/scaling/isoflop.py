@@ -1,23 +1,37 @@
 """IsoFLOP valleys: the compute-optimal model size at each budget (Hoffmann et al. 2022, approach 2).
 
-At a fixed budget C the loss is a valley in log N. A parabola through each valley gives its minimum, and
-power laws through the minima give N* ∝ C^a and D* ∝ C^b.
+At a fixed budget C the loss is a valley in log N. A curve through each valley gives its minimum, and power
+laws through the minima give N* ∝ C^a and D* ∝ C^b.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from experiments.scaling.budgets import valleys_of, with_shape
 from experiments.scaling.intervals import Intervals, intervals_of, percentile_interval
+from experiments.scaling.skew import common_skew, common_skews
+from experiments.scaling.spline import Spline, choose_smoothing
 from experiments.scaling.table import Table, clean
+from experiments.scaling.valley import (
+    PARABOLA,
+    SAME_BUDGET,
+    Convex,
+    Shape,
+    Valley,
+    group_budgets,
+    rejection,
+    tokens_line,
+)
 from model.errors import InputError
 
-SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
-MINIMUM_SIZES = 3  # of one budget: a parabola
+__all__ = ["SAME_BUDGET", "IsoflopFit", "Method", "Size", "Valley", "fit_isoflop", "group_budgets"]
+
+Method = Literal["parabola", "skewed", "spline"]
 MINIMUM_BUDGETS = 2  # a power law
 MINIMUM_VALID_DRAWS = 20  # fewer draws carry no percentile worth printing
 
@@ -28,117 +42,6 @@ class Size:
 
     params: Any
     tokens: Any
-
-
-@dataclass(frozen=True)
-class Valley:
-    """The runs of one budget and the parabola loss = loss* + curvature·ln²(N/N*) through them."""
-
-    flops: float
-    """FLOPs; the geometric mean of the runs'."""
-    params: Float[np.ndarray, " runs"]
-    tokens: Float[np.ndarray, " runs"]
-    loss: Float[np.ndarray, " runs"]
-    coefficients: Float[np.ndarray, "3"] | None
-    """Of loss = c0 + c1·u + c2·u² with u = ln N − mean(ln N); None with fewer than three sizes."""
-    reason: str | None
-    """Why the valley is rejected, or None."""
-
-    @property
-    def optimum(self) -> dict[str, float]:
-        """{flops, params, tokens, loss, curvature, runs, smallest, largest} of an accepted valley."""
-        assert self.coefficients is not None, "fewer than three sizes: no parabola"
-        vertex, loss, _ = _vertex(self.coefficients)
-        log_params, log_tokens = np.log(self.params), np.log(self.tokens)
-        return {
-            "flops": self.flops,
-            "params": float(np.exp(vertex + log_params.mean())),
-            "tokens": float(np.exp(_line(log_params, log_tokens) @ [1.0, vertex])),
-            "loss": float(loss),
-            "curvature": float(self.coefficients[2]),
-            "runs": len(self.loss),
-            "smallest": float(self.params.min()),
-            "largest": float(self.params.max()),
-        }
-
-    def curve(self, params: Any) -> Any:
-        """The parabola's loss at `params` parameters."""
-        assert self.coefficients is not None, "fewer than three sizes: no parabola"
-        u = np.log(params) - np.log(self.params).mean()
-        return np.polyval(self.coefficients[::-1], u)
-
-
-def _vertex(coefficients):
-    """(u, loss, curvature) of the parabola's extremum, for coefficients [..., 3]."""
-    c0, c1, c2 = np.moveaxis(np.asarray(coefficients), -1, 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return -c1 / (2 * c2), c0 - c1**2 / (4 * c2), c2
-
-
-def _line(log_params: np.ndarray, log_tokens: np.ndarray) -> Float[np.ndarray, "2"]:
-    """log D = c0 + c1·u at one budget; D = C/(6N) makes it exact with c1 = −1, other conventions bend it."""
-    u = log_params - log_params.mean()
-    return np.array([log_tokens.mean(), u @ (log_tokens - log_tokens.mean()) / (u @ u)])
-
-
-def _design(params: np.ndarray) -> Float[np.ndarray, "runs 3"]:
-    u = np.log(params) - np.log(params).mean()
-    return np.stack([np.ones_like(u), u, u**2], axis=1)
-
-
-def _mean_by_size(params: np.ndarray) -> Float[np.ndarray, "sizes runs"]:
-    """Averages the runs of each size; sizes ascend."""
-    member = params[None] == np.unique(params)[:, None]
-    return member / member.sum(1, keepdims=True)
-
-
-def _rejection(params: np.ndarray, loss: np.ndarray, coefficients: np.ndarray) -> tuple[Any, Any, Any]:
-    """For losses [..., runs], yes or no: not convex; lowest loss at an edge; vertex outside the sizes."""
-    vertex, _, curvature = _vertex(coefficients)
-    flat = ~(curvature > 1e-12 * np.abs(coefficients[..., 0]))
-    lowest = (loss @ _mean_by_size(params).T).argmin(-1)
-    edge = (lowest == 0) | (lowest == len(np.unique(params)) - 1)
-    u = np.log(params) - np.log(params).mean()
-    outside = ~((vertex > u.min()) & (vertex < u.max()))
-    return flat, edge, outside
-
-
-def _valley(flops: float, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Valley:
-    sizes = np.unique(params)
-    if len(sizes) < MINIMUM_SIZES:
-        some = f"{len(sizes)} model size{'s' if len(sizes) > 1 else ''}"
-        return Valley(flops, params, tokens, loss, None, f"{some} where a parabola needs {MINIMUM_SIZES}")
-    coefficients = np.linalg.lstsq(_design(params), loss, rcond=None)[0]
-    flat, edge, outside = _rejection(params, loss, coefficients)
-    reason: str | None = None
-    if edge:
-        side = sizes[(_mean_by_size(params) @ loss).argmin()]
-        where, toward = ("smallest", "smaller") if side == sizes[0] else ("largest", "larger")
-        reason = f"the lowest loss is at the {where} size, N={side:.3g}: an edge, so {toward} models are needed"
-    elif flat:
-        reason = "the parabola through the losses is not convex: it has no minimum"
-    elif outside:
-        at = float(np.exp(_vertex(coefficients)[0] + np.log(params).mean()))
-        reason = f"the parabola's minimum, N={at:.3g}, lies outside the sizes {sizes[0]:.3g}…{sizes[-1]:.3g}"
-    return Valley(flops, params, tokens, loss, coefficients, reason)
-
-
-def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " members"]]:
-    """Row numbers by budget, ascending. A run joins while it is within 5 % of the run below it and the
-    group stays within ±5 % of its middle, so that a dense ladder of budgets cannot chain into one.
-    """
-    order = np.argsort(flops, kind="stable")
-    groups: list[list[int]] = []
-    for i in order:
-        if (
-            groups
-            and flops[i] <= SAME_BUDGET * flops[groups[-1][-1]]
-            and flops[i] <= SAME_BUDGET**2 * flops[groups[-1][0]]
-        ):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [np.array(sorted(group)) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -154,6 +57,13 @@ class IsoflopFit:
     bootstraps: int
     seed: int
     dropped: list[dict[str, Any]] = field(repr=False)
+    method: str = "parabola"
+    shape: Shape = PARABOLA
+
+    @property
+    def outliers(self) -> list[dict[str, Any]]:
+        """[{flops, params, tokens, loss, reason}] of runs left out as gross outliers."""
+        return [outlier for valley in self.valleys for outlier in valley.outliers]
 
     @property
     def optima(self) -> list[dict[str, float]]:
@@ -211,38 +121,38 @@ class IsoflopFit:
         The bootstrap resamples *residuals*, not runs: of five runs a tenth of the resamples would hold
         fewer than three sizes, and half of the rest a valley open at one side, so that resampling runs
         mostly measures its own degeneracy. Each draw keeps every budget's sizes and adds, to the fitted
-        parabola, relative residuals drawn with replacement from those of all accepted budgets together (few
-        runs each, many together). Residuals are divided by √(1 − leverage), as a parabola through few
-        points hides most of the noise. What the true valley has of a cubic counts as noise, which widens
-        the intervals.
+        curve, relative residuals drawn with replacement from those of all accepted budgets together (few
+        runs each, many together). Residuals are divided by √(1 − leverage), as a curve through few
+        points hides most of the noise, and each draw multiplies them by √(f/χ²) with f the degrees of freedom
+        left: how large the noise is, is itself uncertain (Student's argument). What the true valley has beyond
+        the curve counts as noise, which widens the intervals.
 
-        Each draw is then treated as the data were: a valley that comes out non-convex, with its lowest size
-        at an edge or with its minimum outside the sizes is left out of that draw's power laws, and a draw
-        with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
-        Measured on 300 simulated ladders of four budgets with five or seven runs each: the 95 % interval of `a`
-        holds the truth in 92 to 93 %, the 80 % one in 80 %.
+        Each draw is then treated as the data were: a skew is found anew; a valley that comes out non-convex,
+        with its lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws,
+        and a draw with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
 
-        Raises `InputError` where no budget has a run more than its parabola needs (nothing tells the
+        Raises `InputError` where no budget has a run more than its curve needs (nothing tells the
         noise), and where nearly every draw broke.
         """
         valleys = self.accepted
         rng = np.random.default_rng(self.seed)
-        residuals = _pooled_residuals(valleys)
+        residuals, freedom = _pooled_residuals(valleys, shared=1 if self.method == "skewed" else 0)
         if not len(residuals):
             raise InputError(
-                "every accepted budget has just three runs, through which a parabola passes exactly: the noise "
-                "of a run, and so an interval, is unknown; add a run to a budget"
+                f"every accepted budget has just three runs, through which a {self.shape.name} passes exactly: the "
+                "noise of a run, and so an interval, is unknown; add a run to a budget"
             )
+        size = np.sqrt(freedom / rng.chisquare(freedom, size=(self.bootstraps, 1)))
+        us = [valley.u for valley in valleys]
+        fitted = [valley.curve(valley.params) for valley in valleys]
+        losses = [f * (1 + size * rng.choice(residuals, size=(self.bootstraps, len(f)))) for f in fitted]
         log_n, log_d = (np.full((self.bootstraps, len(valleys)), np.nan) for _ in range(2))
-        for i, valley in enumerate(valleys):
-            log_params = np.log(valley.params)
-            fitted = valley.curve(valley.params)
-            noise = rng.choice(residuals, size=(self.bootstraps, len(fitted)))
-            loss = fitted * (1 + noise)
-            coefficients = loss @ np.linalg.pinv(_design(valley.params)).T
-            flat, edge, outside = _rejection(valley.params, loss, coefficients)
-            vertex = np.where(flat | edge | outside, np.nan, _vertex(coefficients)[0])
-            level, slope = _line(log_params, np.log(valley.tokens))
+        for i, (vertex, curvature) in enumerate(_minima(self.method, self.shape, us, losses)):
+            params = valleys[i].params
+            flat, edge, outside = rejection(params, losses[i], vertex, curvature)
+            vertex = np.where(flat | edge | outside, np.nan, vertex)
+            log_params = np.log(params)
+            level, slope = tokens_line(log_params, np.log(valleys[i].tokens))
             log_n[:, i], log_d[:, i] = vertex + log_params.mean(), level + slope * vertex
         log_c = np.log([valley.flops for valley in valleys])
         draws = np.concatenate([_power_law(log_c, log_n), _power_law(log_c, log_d)], axis=1)
@@ -255,17 +165,40 @@ class IsoflopFit:
         return draws
 
 
-def _pooled_residuals(valleys: list[Valley]) -> np.ndarray:
-    """Relative residuals of all valleys, corrected for leverage and centred."""
-    pool = []
+def _minima(
+    method: str, shape: Shape, us: list[np.ndarray], losses: list[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
+    if method != "skewed":
+        return [shape.minimum(u, loss)[::2] for u, loss in zip(us, losses, strict=True)]
+    skews = common_skews(us, losses)
+    found = [(np.empty(len(skews)), np.empty(len(skews))) for _ in us]
+    for skew in np.unique(skews):
+        same = skews == skew
+        for u, loss, (vertex, curvature) in zip(us, losses, found, strict=True):
+            vertex[same], _, curvature[same] = Convex(float(skew)).minimum(u, loss[same])
+    return found
+
+
+def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, float]:
+    """Relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
+
+    `shared` coefficients were found from all valleys together.
+    """
+    pool, freedom = [], 0.0
     for valley in valleys:
-        design = _design(valley.params)
-        leverage = np.diag(design @ np.linalg.pinv(design))
-        fitted = valley.curve(valley.params)
-        free = leverage < 1 - 1e-9  # a run that the parabola must pass through tells nothing of the noise
+        u = valley.u
+        operator = valley.shape.operator(u, u)
+        leverage = np.diag(operator)
+        fitted = operator @ valley.loss
+        free = leverage < 1 - 1e-9  # a run that the curve must pass through tells nothing of the noise
         pool.append(((valley.loss - fitted) / fitted)[free] / np.sqrt(1 - leverage[free]))
+        freedom += float((1 - leverage[free]).sum())
     residuals = np.concatenate(pool)
-    return residuals - residuals.mean() if len(residuals) else residuals
+    if not len(residuals):
+        return residuals, 0.0
+    left = max(freedom - shared, 1.0)
+    return (residuals - residuals.mean()) * np.sqrt(freedom / left), left
 
 
 def _power_law(
@@ -284,26 +217,46 @@ def _power_law(
 
 
 def fit_isoflop(
-    *, params: Any, tokens: Any, loss: Any, flops: Any = None, bootstraps: int = 1000, seed: int = 0
+    *,
+    params: Any,
+    tokens: Any,
+    loss: Any,
+    flops: Any = None,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    method: Method = "parabola",
 ) -> IsoflopFit:
-    """Fit a parabola in log N to the losses of each budget, and power laws in C through the minima.
+    """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
     N in parameters, D in tokens, L in nats per token, C in FLOPs (without `flops`: 6·N·D); budgets within 5
     % are one. A valley with fewer than three sizes, with its lowest loss at an edge, without a minimum or
     with the minimum outside its sizes is rejected and listed with the reason. D* is read off each budget's
     own line of log D over log N. Rows that no fit can use are dropped as in `table.clean`; row order does
-    not matter.
+    not matter. Gross outliers are left out by the rule of `outliers.screen_valleys` and listed (`.outliers`).
+
+    method: "parabola"; "skewed", a parabola bent by one skew common to all budgets, for valleys off centre
+    (`skew.py`); "spline", a smoothing spline that assumes no shape (`spline.py`).
 
     Raises `InputError` with the reasons where fewer than two budgets are accepted.
     """
     if bootstraps < 1:
         raise InputError(f"bootstraps={bootstraps} must be at least 1")
+    if method not in get_args(Method):
+        raise InputError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
     table = _sorted(clean(params, tokens, loss, flops))
     budgets = 6 * table.params * table.tokens if table.flops is None else table.flops
-    valleys = [
-        _valley(float(np.exp(np.log(budgets[i]).mean())), table.params[i], table.tokens[i], table.loss[i])
-        for i in group_budgets(budgets)
-    ]
+    valleys = valleys_of(table, budgets)
+    shape: Shape = PARABOLA
+    if method != "parabola":
+        sound = [valley for valley in valleys if valley.reason is None]
+        if sound:
+            us, losses = [valley.u for valley in sound], [valley.loss for valley in sound]
+            shape = (
+                Convex(common_skew(us, losses), "skewed parabola")
+                if method == "skewed"
+                else Spline(choose_smoothing(us, losses))
+            )
+            valleys = [with_shape(valley, shape) for valley in valleys]
     optima = [valley.optimum for valley in valleys if valley.reason is None]
     if len(optima) < MINIMUM_BUDGETS:
         reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
@@ -323,6 +276,8 @@ def fit_isoflop(
         bootstraps=int(bootstraps),
         seed=int(seed),
         dropped=table.dropped,
+        method=method,
+        shape=shape,
     )
 
 

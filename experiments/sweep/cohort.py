@@ -45,9 +45,7 @@ def group(trials: Iterable[Trial]) -> list[Cohort]:
     for trial in trials:
         members.setdefault(trial.setting.cohort, []).append(trial)
     labels = _labels([found[0].setting for found in members.values()])
-    return [
-        Cohort(name, label, tuple(found)) for (name, found), label in zip(members.items(), labels, strict=True)
-    ]
+    return [Cohort(name, label, tuple(found)) for (name, found), label in zip(members.items(), labels, strict=True)]
 
 
 def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: int | None = None) -> int:

@@ -105,7 +105,7 @@ class Chain(Space):
     def __init__(self, spaces: Sequence[Space], labels: Values | None = None, name: str | None = None):
         self._spaces = tuple(spaces)
         self._labels = labels or Values(tuple(range(len(self._spaces))))
-        self._name = name or "|".join(self.names)
+        self._name = name or f"which {'|'.join(self.names)}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -93,8 +93,14 @@ class SlurmWorkers:
             raise InputError(f"Slurm cannot start the workers: {words}") from None
 
     def going(self) -> bool:
-        """Whether any of them waits or works."""
-        return any(not job.done() for job in self.jobs)
+        """Whether any of them waits or works. `squeue` is asked, for accounting is not set up everywhere."""
+        if all(job.paths.result_pickle.exists() for job in self.jobs):
+            return False
+        names = ",".join(job.job_id for job in self.jobs)
+        asked = subprocess.run(["squeue", "--noheader", "--jobs", names], capture_output=True, text=True)
+        if asked.returncode:  # jobs that are gone are unknown to it; a controller that does not answer may come back
+            return "Invalid job id" not in asked.stderr
+        return bool(asked.stdout.strip())
 
     def stop(self) -> None:
         """`scancel`: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
@@ -102,9 +108,12 @@ class SlurmWorkers:
             job.cancel(check=False)
 
     def failures(self) -> list[str]:
-        """Of the jobs that ended badly."""
-        ended = [job for job in self.jobs if job.done()]
-        return [f"job {job.job_id} ended as {job.state}; see {job.paths.stderr}" for job in ended if _failed(job)]
+        """Of the jobs that ended without a word, and of those that ended badly."""
+        return [
+            f"job {job.job_id} ended badly; see {job.paths.stderr}"
+            for job in self.jobs
+            if not job.paths.result_pickle.exists() or job.exception() is not None
+        ]
 
 
 def follow(workers: Workers, show: Callable[[Callable[[], bool]], None]) -> list[str]:
@@ -134,7 +143,3 @@ def _start(command: list[str], log: Path) -> subprocess.Popen:
     # In a session of its own a worker hears of Ctrl-C from its launcher alone.
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=os.environ)
-
-
-def _failed(job: Any) -> bool:
-    return job.state not in ("COMPLETED", "UNKNOWN") and "CANCELLED" not in job.state

@@ -44,7 +44,6 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
         "tokens_done": done,
         "tokens_expected": expected,
         "seconds_left": _seconds_left(rows, tokens, expected - done),
-        "workers": len({row.facts["worker"] for row in rows if row.state == "running" and "worker" in row.facts}),
     }
 
 

@@ -33,7 +33,7 @@ def scale_of(values: Iterable[Any]) -> Scale:
     linear = _unevenness(found)
     if found[0] > 0:
         return "log" if _unevenness(np.log(found)) < linear and found[-1] / found[0] > 1.5 else "linear"
-    return "rank" if len(found) <= MANY and linear > 1 else "linear"
+    return "rank" if len(found) <= MANY and linear > 0.7 else "linear"
 
 
 def _unevenness(values: Sequence[float] | np.ndarray) -> float:
@@ -56,11 +56,11 @@ def positions(values: Sequence[Any], among: Sequence[Any]) -> np.ndarray:
 def edge_of(values: Sequence[Any], value: Any) -> Literal["lowest", "highest"] | None:
     """Whether a value lies at the end of an axis of numbers, so that a better one may lie beyond.
 
-    Of two values one is always at an end, and names have none. Of many that were drawn from an interval, those in the
-    outer twentieth of it count as its end.
+    Of two values one is always at an end, and names have none. Zero is a border, not an end, where nothing lies below
+    it. Of many that were drawn from an interval, those in the outer twentieth of it count as its end.
     """
     found = distinct(values)
-    if value is None or len(found) < 3 or not all(map(is_number, found)):
+    if value is None or len(found) < 3 or not all(map(is_number, found)) or value == found[0] == 0:
         return None
     if len(found) > MANY:
         low, high, place = positions([found[0], found[-1], value], found)

@@ -3,7 +3,12 @@
 A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
 another, so that a search may choose them; of a branch only the axes of the side that is taken are asked for. A point is
 a dict of flat fields (`experiments/sweep/overlay.py`). A name that begins with "_" is no field: it is there for
-`derive` to read, and for the report.
+`derive` to read, and for the report. A file of a sweep ends, for example, in
+
+    space = product(
+        grid(learning_rate=logspace(1e-4, 1e-2, 9), tokens_per_parameter=20),
+        derive(grid(d_model=[64, 128, 256]), lambda point: {"num_heads": point["d_model"] // 32}),
+    )
 """
 
 import builtins

@@ -1,0 +1,82 @@
+"""Gross outliers by rule: runs that no noise of the table's own size explains. Never silently: each is listed."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if noise is normal
+NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more finely
+CUBIC_SIZES = 6  # with as many sizes a valley's own skew is no outlier
+LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
+
+
+def limit(freedom: float) -> float:
+    """How many robust standard deviations off is an outlier.
+
+    A median deviation has about half a standard deviation's degrees of freedom (37 % asymptotically, more in small
+    samples), so that few runs need a larger distance.
+    """
+    return float(stats.t.isf(LEVEL / 2, max(freedom / 2, 1.0)))
+
+
+def robust_scale(values: Float[np.ndarray, " values"]) -> float:
+    """1.4826 times the median absolute value, as if normal and centred; never below the floor."""
+    return max(1.4826 * float(np.median(np.abs(values))), NOISE_FLOOR) if len(values) else NOISE_FLOOR
+
+
+def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass through."""
+    degree = 3 if len(np.unique(u)) >= CUBIC_SIZES else 2
+    q, _ = np.linalg.qr(np.vander(u, degree + 1))
+    fitted = q @ (q.T @ loss)
+    free = 1 - (q**2).sum(1)
+    return np.where(free > 1e-9, (loss - fitted) / np.abs(fitted) / np.sqrt(np.maximum(free, 1e-9)), 0.0)
+
+
+def screen_valleys(
+    valleys: list[tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]],
+) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
+    """Which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be decided.
+
+    One noise serves all budgets. The run farthest off its valley's curve is left out while it is beyond the limit;
+    where that would take more than a third of a budget's runs, or leave no run to disagree with the curve, all are
+    kept and the budget is marked as undecided: something is wrong in it, and nothing says which run.
+    """
+    keep = [np.ones(len(u), bool) for u, _ in valleys]
+    undecided = [False] * len(valleys)
+    worst = [0.0] * len(valleys)
+    while True:
+        residuals = [
+            _studentised(u[k], loss[k]) if len(np.unique(u[k])) >= 4 else np.zeros(0)
+            for (u, loss), k in zip(valleys, keep, strict=True)
+        ]
+        sound = [r for r, doubt in zip(residuals, undecided, strict=True) if not doubt and len(r)]
+        if not sound:
+            return keep, worst, undecided
+        freedom = sum(max(len(r) - (4 if len(r) >= CUBIC_SIZES else 3), 0) for r in sound)
+        scale, bound = robust_scale(np.concatenate(sound)), limit(freedom)
+        sizes = [
+            np.abs(r).max() / scale if len(r) and not d else 0.0 for r, d in zip(residuals, undecided, strict=True)
+        ]
+        i = int(np.argmax(sizes))
+        if sizes[i] <= bound:
+            return keep, worst, undecided
+        worst[i] = max(worst[i], float(sizes[i]))
+        u = valleys[i][0]
+        rest = keep[i].copy()
+        rest[np.flatnonzero(keep[i])[np.abs(residuals[i]).argmax()]] = False
+        if (~rest).sum() > LARGEST_SHARE * len(u) or len(np.unique(u[rest])) < 4:
+            keep[i], undecided[i] = np.ones(len(u), bool), True
+        else:
+            keep[i] = rest
+
+
+def screen_residuals(residuals: Float[np.ndarray, " rows"], unknowns: int) -> Bool[np.ndarray, " rows"]:
+    """Which runs of one law, fitted robustly with so many unknowns, to keep.
+
+    The unknowns make the residuals of the best fit too small, by √(rows / (rows − unknowns)) on average.
+    """
+    count = len(residuals)
+    freedom = max(count - unknowns, 1)
+    scale = robust_scale(residuals * np.sqrt(count / freedom))
+    return np.abs(residuals) <= limit(freedom) * scale

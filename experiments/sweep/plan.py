@@ -1,0 +1,150 @@
+"""What a sweep would run: its cohorts, and what they cost in FLOPs, hours and bytes. Nothing is trained but a probe."""
+
+import dataclasses
+import math
+from typing import Any
+
+from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, state_bytes, temporary_bytes
+from experiments.sweep.policies import hash_fraction, make_policy
+from experiments.sweep.record import Sweep
+from experiments.sweep.simulate import play, tokens_used
+from experiments.sweep.trial import Trial
+from experiments.sweep.trials import example_trials, plan_trials
+from model import accounting
+from model.errors import InputError
+from train.run import read_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of one lane's step: seconds = overhead + exact FLOPs / rate, through one or two measured cohorts."""
+
+    overhead_seconds: float
+    flops_per_second: float
+    compile_seconds: float
+
+    def seconds(self, cohort: Cohort) -> float:
+        """Of one step of one lane."""
+        return self.overhead_seconds + _flops_of_step(cohort) / self.flops_per_second
+
+    def hours(self, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
+        """Of so many tokens trained and validated; a validation is a forward pass alone, a third of its training."""
+        steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
+        return (steps * self.seconds(cohort) + compiles * self.compile_seconds) / 3600
+
+
+def plan_sweep(sweep: Sweep, probe: bool = True, probe_seconds: float = 1.0) -> dict[str, Any]:
+    """The plan as a document.
+
+    cohorts: of each the trials, lanes, compiles, parameters, steps, and sums over its trials: tokens, FLOPs (6ND and
+    exact), bytes of their checkpoints. memory_bytes: predicted, of a device, while it trains. total: the sums.
+    expected: tokens and FLOPs under the sweep's policy, where no trial diverges and the order of losses is by chance.
+    done: trials whose runs have ended already. hours (None without a probe) are those of one worker on this machine for
+    what the policy is expected to train, with validation and compilation; probe: the real step, timed in the cohorts
+    that have the smallest and the largest one. estimated: a sampler has yet to draw; random points stand for its own.
+
+    Raises InputError on a definition that is wrong, and where the policy cannot compare the trials.
+    """
+    drawn = [] if sweep.sampler == "all" else example_trials(sweep, sweep.trials)
+    trials = list({trial.id: trial for trial in [*plan_trials(sweep), *drawn]}.values())
+    if not trials:
+        raise InputError("the sweep has no trials; give --set NAME=VALUES, or --seeds")
+    cohorts = group(trials)
+    used = _expected(sweep, trials)
+    speed = _probe(cohorts, probe_seconds) if probe else None
+    rows = [_row(sweep, cohort, used, speed) for cohort in cohorts]
+    summed = ("trials", "compiles", "tokens", "flops_6nd", "flops_exact", "checkpoint_bytes", "hours")
+    total = {name: None if rows[0][name] is None else sum(row[name] for row in rows) for name in summed}
+    tokens = sum(row["expected_tokens"] for row in rows)
+    return {
+        "folder": str(sweep.folder),
+        "sampler": sweep.sampler,
+        "policy": sweep.policy,
+        "estimated": bool(drawn),
+        "done": sum(_is_done(sweep, trial) for trial in trials),
+        "cohorts": rows,
+        "total": total | {"memory_bytes": max(row["memory_bytes"] for row in rows)},
+        "expected": {
+            "tokens": tokens,
+            "share": tokens / total["tokens"],
+            "flops_6nd": sum(row["expected_tokens"] / row["tokens"] * row["flops_6nd"] for row in rows),
+        },
+        "probe": None if speed is None else dataclasses.asdict(speed),
+    }
+
+
+def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: Speed | None) -> dict[str, Any]:
+    setting, config, train_config = cohort.trials[0].setting, cohort.config, cohort.train_config
+    lanes = lanes_for(setting, len(cohort.trials), sweep.lanes)
+    steps = [trial.setting.steps for trial in cohort.trials]
+    tokens = sum(steps) * train_config.tokens_per_step
+    params = accounting.parameters(config)
+    side_by_side = 1 if in_turn() else lanes
+    # Where lanes run at once, fewer of them are a smaller program; halving their number each time.
+    smaller = 0 if in_turn() or sweep.policy == "all" else int(math.log2(lanes))
+    expected, validations = (sum(column) for column in zip(*(used[trial.id] for trial in cohort.trials), strict=True))
+    return {
+        "cohort": cohort.name,
+        "label": cohort.label,
+        "trials": len(cohort.trials),
+        "lanes": lanes,
+        "compiles": 1 + smaller,
+        "params": params.total,
+        "params_non_embedding": params.non_embedding,
+        "steps": [min(steps), max(steps)],
+        "tokens": tokens,
+        "expected_tokens": expected,
+        "flops_6nd": tokens * accounting.flops_per_token(config, train_config.seq_len, "6N"),
+        "flops_exact": tokens * accounting.flops_per_token(config, train_config.seq_len, "exact"),
+        "state_bytes": state_bytes(setting),
+        "checkpoint_bytes": len(cohort.trials) * state_bytes(setting),
+        "memory_bytes": lanes * state_bytes(setting) + side_by_side * temporary_bytes(setting),
+        "step_seconds": None if speed is None else speed.seconds(cohort),
+        "hours": speed and speed.hours(cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
+    }
+
+
+def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
+    """(tokens, validations) of every trial under the policy; of a population's children at their parents' place."""
+    used = {trial.id: (0, 0) for trial in trials}
+    first: dict[str, str] = {}
+    for row in play(make_policy(sweep), trials, lambda trial, step: hash_fraction(trial.id)):
+        known = row.trial.id if row.trial.parent is None else first[row.trial.parent[0]]
+        first[row.trial.id] = known
+        tokens, validations = used[known]
+        used[known] = tokens + tokens_used(row), validations + len(row.rungs)
+    return used
+
+
+def _probe(cohorts: list[Cohort], seconds: float) -> Speed:
+    """Time the real step in the cohorts of the fewest and the most FLOPs; the others lie between them."""
+    from experiments.scaling.probe import measure_step
+
+    ordered = sorted(cohorts, key=_flops_of_step)
+    chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
+    times, compiled = [], 0.0
+    for cohort in chosen:
+        lanes = 1 if in_turn() else lanes_for(cohort.trials[0].setting, len(cohort.trials))
+        measured = measure_step(cohort.config, cohort.train_config, lanes, seconds)
+        times.append(measured["step_seconds"] / lanes)
+        compiled = max(compiled, measured["compile_seconds"])
+    small, large = _flops_of_step(chosen[0]), _flops_of_step(chosen[-1])
+    if large > small and times[-1] > times[0]:
+        rate = (large - small) / (times[-1] - times[0])
+        overhead = max(0.0, times[0] - small / rate)
+        if overhead > 0:
+            return Speed(overhead, rate, compiled)
+    return Speed(0.0, large / times[-1], compiled)
+
+
+def _flops_of_step(cohort: Cohort) -> float:
+    per_token = accounting.flops_per_token(cohort.config, cohort.train_config.seq_len, "exact")
+    return cohort.train_config.tokens_per_step * per_token
+
+
+def _is_done(sweep: Sweep, trial: Trial) -> bool:
+    folder = sweep.folder / "runs" / trial.id
+    if not (folder / "run.json").exists():
+        return False
+    record = read_record(folder)
+    return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= trial.setting.steps)

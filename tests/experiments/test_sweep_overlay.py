@@ -1,0 +1,131 @@
+"""The overlay of a point on a base: what is given is changed and nothing else, and what cannot be is refused."""
+
+import pytest
+
+from experiments.commands.options import split_overrides
+from experiments.sweep.overlay import apply, rebase
+from experiments.sweep.trial import Decode, Setting, Trial
+from model import Experts, accounting, presets
+from model.errors import InputError, UnknownNameError
+from train import HParams, TrainConfig
+
+CONFIG = presets.get("tiny")
+BASE = Setting(CONFIG, TrainConfig(), HParams(warmup_fraction=0.05), 100)
+
+
+def test_every_field_of_the_three_configs_can_be_varied():
+    plain = Setting(CONFIG, TrainConfig(), HParams(), 100)
+    for part in (plain.config, plain.train_config, plain.hparams):
+        for name, value in part.to_dict().items():
+            assert apply(plain, {name: value}) == apply(plain, {}), name
+    point = {"d_model": 32, "num_heads": 4, "schedule": "wsd", "learning_rate": 1e-2, "decode.batch": 4}
+    setting = apply(BASE, point)
+    assert setting.config == CONFIG.replace(d_model=32, num_heads=4)
+    assert setting.train_config == TrainConfig(schedule="wsd")
+    assert setting.hparams == BASE.hparams.replace(learning_rate=1e-2, total_steps=100)
+    assert setting.decode == Decode(batch=4)
+
+
+def test_fields_of_one_config_change_together():
+    assert apply(BASE, {"num_heads": 3, "d_model": 18}).config.head_dim == 6
+
+
+def test_the_horizon_is_that_of_the_whole_run():
+    assert apply(BASE, {"steps": 7}).hparams.total_steps == 7
+    assert apply(BASE, {"total_steps": 500}).hparams.total_steps == 500
+    constant = apply(BASE, {"schedule": "constant", "warmup_steps": 3})
+    assert constant.hparams.total_steps == 0, "nothing reads it"
+    assert rebase(BASE, {"schedule": "wsd"}).hparams.total_steps == 0, "the base leaves it to the points"
+
+
+def test_lengths_in_tokens():
+    assert apply(BASE, {"tokens": 1e5}).steps == round(1e5 / 1024)
+    assert apply(BASE, {"tokens": 10_000, "batch_size": 4}).steps == round(10_000 / 512)
+    assert apply(BASE, {"tokens": 1}).steps == 1
+    wide = apply(BASE, {"tokens_per_parameter": 20, "d_model": 64})
+    assert wide.steps == round(20 * accounting.parameters(wide.config).total / 1024)
+
+
+def test_one_warmup_replaces_the_other():
+    assert apply(BASE, {"warmup_steps": 0}).hparams.warmup_fraction == 0, "no warm-up at all"
+    assert apply(apply(BASE, {"warmup_steps": 9}), {"warmup_fraction": 0.5}).hparams.warmup_steps == 0
+
+
+def test_names_with_a_dot_reach_into_a_part_or_make_it():
+    given = {"experts.count": 4, "experts.top_k": 2, "experts.d_ff": 16}
+    made = apply(BASE, given)
+    assert made.config.experts == Experts(4, 2, 16)
+    assert apply(made, {"experts.count": 8}).config.experts == Experts(8, 2, 16)
+    assert apply(made, {"experts": None}).config == CONFIG
+    assert apply(BASE, {"experts": {"count": 4, "top_k": 2, "d_ff": 16}}).config == made.config
+
+
+def test_the_same_content_is_the_same_trial_however_it_is_written():
+    ids = {
+        Trial(apply(BASE, point), {}, "data").id
+        for point in ({"weight_decay": 1, "rope_base": 5000}, {"weight_decay": 1.0, "rope_base": 5000.0, "_note": 3})
+    }
+    assert len(ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ({"num_heads": 3}, r"^num_heads=3, seed=1: num_heads=3 does not divide d_model=16"),
+        ({"num_layers": 2.5}, "num_layers=2.5 must be a whole number"),
+        ({"num_layers": True}, "num_layers=True must be a whole number"),
+        ({"num_layers": "two"}, "num_layers='two' must be a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0"),
+        ({"learning_rate": True}, "learning_rate=True must be a number"),
+        ({"learning_rate": None}, "learning_rate=None must be a number"),
+        ({"norms": 1}, "norms=1 must be true or false"),
+        ({"schedule": 3}, "schedule=3 must be text"),
+        ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"tokens": -5}, "tokens=-5 must be positive"),
+        ({"steps": 5, "tokens": 9}, "steps and tokens say the same thing"),
+        ({"experts.count": 4}, "Experts lacks top_k, d_ff"),
+        ({"experts": None, "experts.count": 4}, "experts is given as a whole and as experts.count"),
+        ({"decode.batch": 1.5}, "decode.batch=1.5 must be a whole number"),
+        ({"batch_size": 6, "accumulate": 4}, "accumulate=4 does not divide batch_size=6"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_point(point, message):
+    with pytest.raises(InputError, match=message) as caught:
+        apply(BASE, {**point, "seed": 1})
+    assert "seed=1: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("token_per_parameter", "tokens_per_parameter"),
+        ("experts.cont", "experts.count"),
+        ("decode.contex", "decode.context"),
+        ("derived", "d_model"),
+        ("expert.count", "experts"),
+    ],
+)
+def test_an_unknown_field_names_the_close_one(name, close):
+    with pytest.raises(UnknownNameError, match=f"unknown setting '{name}'; did you mean") as caught:
+        apply(BASE, {name: 1})
+    assert close in str(caught.value) or name == "derived"
+
+
+def test_a_length_is_no_field_of_the_base():
+    with pytest.raises(InputError, match="tokens is no field of the base; give --steps, or --set tokens=5"):
+        rebase(BASE, {"tokens": 5})
+    with pytest.raises(InputError, match="a trial needs a length: give --steps"):
+        apply(Setting(CONFIG, TrainConfig(), HParams(), 0), {})
+
+
+def test_the_command_line_of_one_run_is_the_same_overlay():
+    texts = ("num_layers=3", "schedule=wsd", "beta2=0.99", "experts.count=4", "experts.top_k=2", "experts.d_ff=8")
+    config, train_config, hparams = split_overrides(texts, CONFIG, TrainConfig(), HParams())
+    assert (config.num_layers, config.experts) == (3, Experts(4, 2, 8))
+    assert train_config == TrainConfig(schedule="wsd")
+    assert hparams == HParams(beta2=0.99)
+    with pytest.raises(UnknownNameError, match="'num_layers'"):
+        split_overrides(("num_layer=3",), CONFIG, TrainConfig(), HParams())
