@@ -48,10 +48,7 @@ def ticks(among: Sequence[Any], most: int = 6) -> tuple[list[float], list[str]]:
         shown = listed
     if len(shown) > most and scale != "rank":
         shown = [shown[i] for i in np.unique(np.round(np.linspace(0, len(shown) - 1, most)).astype(int))]
-    if scale == "log":
-        places = np.log10(np.array(shown, float))
-    else:
-        places = positions(shown, among)
+    places = np.log10(np.array(shown, float)) if scale == "log" else positions(shown, among)
     return places.tolist(), tick_labels(shown)
 
 
@@ -68,8 +65,9 @@ def place_axis(axis: Axis, among: Sequence[Any], most: int = 6) -> None:
     pad = 0.07 * (high - low) if high > low else 0.5
     if scale_of(among) == "rank":
         pad = 0.5
-    axis.axes.set(**{f"{axis.axis_name}lim": (low - pad, high + pad)})
-    if axis.axis_name == "x" and sum(map(len, labels)) > 30:
+    horizontal = axis is axis.axes.xaxis
+    axis.axes.set(**{"xlim" if horizontal else "ylim": (low - pad, high + pad)})
+    if horizontal and sum(map(len, labels)) > 30:
         axis.set_tick_params(rotation=25)
 
 

@@ -56,11 +56,11 @@ def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
     finished = [trial for trial in document["trials"] if trial["loss"] is not None]
     inside = [trial for trial in finished if trial["loss"] <= top]
     panel.plot(place(inside), [trial["loss"] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)
-    marks = {"transform": panel.get_xaxis_transform()}
+    marks: dict[str, Any] = {"transform": panel.get_xaxis_transform()}
     beyond = [trial for trial in finished if trial["loss"] > top]
     panel.plot(place(beyond), [0.93] * len(beyond), "^", color=MUTED, alpha=0.5, markersize=4, **marks)
     pruned = [t for t in document["trials"] if t.get("state") == "pruned" and (t.get("last_loss") or math.inf) <= top]
-    hollow = {"markerfacecolor": "none", "markeredgewidth": 0.6, "alpha": 0.5, "markersize": 3.5}
+    hollow: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 0.6, "alpha": 0.5, "markersize": 3.5}
     panel.plot(place(pruned), [trial["last_loss"] for trial in pruned], "o", color=MUTED, **hollow)
     lost = [trial for trial in document["trials"] if trial.get("state") == "diverged"]
     panel.plot(place(lost), [0.97] * len(lost), "x", color=ORANGE, markersize=5, **marks)
@@ -78,7 +78,7 @@ def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
         panel.plot(x, y, "o-", color=BLUE, markersize=4.5, zorder=3)
         if noise is not None and len(x) > 1:
             panel.fill_between(x, y - noise, y + noise, color=BLUE, alpha=0.15, linewidth=0)
-    ring = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.3, "markersize": 11}
+    ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.3, "markersize": 11}
     panel.plot(positions([winner["setting"][name]], among), winner["mean"], "o", zorder=4, **ring)
 
 
@@ -144,7 +144,8 @@ def parallel_coordinates(document: Document) -> Figure:
     lines = np.stack([np.stack([np.full(len(rows), i), column], 1) for i, column in enumerate(columns)], 1)
     colours, norm = loss_colours(losses)
     alpha = float(np.clip(30 / len(rows), 0.25, 0.8))
-    axes.add_collection(LineCollection(list(lines[1:][::-1]), cmap=colours, norm=norm, array=np.array(losses[1:][::-1]), linewidths=0.9, alpha=alpha))  # fmt: skip
+    rest: dict[str, Any] = {"linewidths": 0.9, "alpha": alpha, "array": np.array(losses[1:][::-1])}
+    axes.add_collection(LineCollection(list(lines[1:][::-1]), cmap=colours, norm=norm, **rest))
     axes.plot(lines[0, :, 0], lines[0, :, 1], color=INK, linewidth=2.0, zorder=5)
     axes.set(xlim=(-0.45, len(names) + 0.3), ylim=(-0.14, 1.16))
     return figure
@@ -181,14 +182,11 @@ def _coordinate(
 @styled
 def importance_bars(importance: Mapping[str, Any]) -> Figure:
     """Shares of every axis by each estimator that could be asked, with 95 % whiskers."""
-    methods = [
-        (label, importance[key], colour)
-        for key, label, colour in (
-            ("ped_anova", "PED-ANOVA: to be among the best", BLUE),
-            ("fanova", "fANOVA: variance everywhere", ORANGE),
-        )  # fmt: skip
-        if "refused" not in importance[key]
-    ]
+    listed = (
+        ("ped_anova", "PED-ANOVA: to be among the best", BLUE),
+        ("fanova", "fANOVA: variance everywhere", ORANGE),
+    )
+    methods = [(label, importance[key], colour) for key, label, colour in listed if "refused" not in importance[key]]
     names = sorted(methods[0][1], key=lambda name: methods[0][1][name]["share"])
     figure = new_figure(WIDTH, 0.9 + 0.42 * len(names))
     axes = figure.subplots()
@@ -206,7 +204,7 @@ def importance_bars(importance: Mapping[str, Any]) -> Figure:
     axes.set(xlim=(0, 1.02), xlabel="share of importance")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     return figure
 
 

@@ -129,7 +129,8 @@ def pareto_front(found: Document) -> Figure:
                 face = face if face != "none" else colour
                 x, y = values[here, k], values[here, 0]
                 bars = {"xerr": errors[here, k], "yerr": errors[here, 0], "elinewidth": 0.8}
-                panel.errorbar(x, y, fmt="o", color=colour, markerfacecolor=face, label=label, alpha=0.55 if kind == "behind" else 1, **bars)  # fmt: skip
+                look = {"color": colour, "markerfacecolor": face, "alpha": 0.55 if kind == "behind" else 1}
+                panel.errorbar(x, y, fmt="o", label=label, **look, **bars)
         if len(names) == 2:
             ends = values[place == "front"]
             ends = ends[np.argsort(ends[:, 1])]

@@ -1,18 +1,22 @@
-"""Both fits of one table, and the JSON document that `isoflop scaling fit --json` writes."""
+"""All fits of one table, and the JSON document that `isoflop scaling fit --json` writes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from experiments.scaling.intervals import LEVELS, Intervals
-from experiments.scaling.isoflop import IsoflopFit, fit_isoflop
+from experiments.scaling.isoflop import IsoflopFit, Method, fit_isoflop
+from experiments.scaling.outliers import screen_residuals
 from experiments.scaling.parametric import NAMES, ParametricFit, check_settings, fit_parametric
 from experiments.scaling.table import Table
 from model.errors import InputError
 
 SCHEMA_VERSION = 1
+FEW_ROWS = 20  # four per unknown
+FEW_BUDGETS = 4
+FEW_FREEDOM = 8
 CONVENTION = (
     "L = E + A·N^-alpha + B·D^-beta in nats per token; N parameters and D tokens as the table counts them; "
     "C = {flops} FLOPs; N* ∝ C^a, D* ∝ C^b; parametric a = beta/(alpha+beta); "
@@ -29,6 +33,10 @@ class Fits:
     parametric: ParametricFit | None
     isoflop: IsoflopFit | None
     refused: dict[str, str]
+    parametric_outliers: list[dict[str, Any]] = field(default_factory=list)
+    """[{params, tokens, loss, reason}] of the runs that the parametric fit leaves out."""
+    valleys: dict[str, IsoflopFit] = field(default_factory=dict)
+    """The other ways to find a valley's minimum, "skewed" and "spline"; `refused` knows them as "isoflop.skewed"."""
 
     def document(self, levels: Sequence[int | float] = LEVELS) -> dict[str, Any]:
         """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
@@ -46,20 +54,11 @@ class Fits:
                 "seed": fit.seed,
                 "intervals": _intervals(fit.intervals_at(levels)),
             }
+            parametric |= {"outliers": self.parametric_outliers, "warnings": parametric_warnings(fit)}
         if self.isoflop is not None:
-            iso = self.isoflop
-            refused = "isoflop.intervals" in self.refused
-            isoflop = {
-                "a": iso.a,
-                "b": iso.b,
-                "params_coefficient": iso.params_coefficient,
-                "tokens_coefficient": iso.tokens_coefficient,
-                "optima": iso.optima,
-                "rejected": iso.rejected,
-                "bootstraps": iso.bootstraps,
-                "broken_draws": None if refused else iso.broken_draws,
-                "seed": iso.seed,
-                "intervals": {} if refused else _intervals(iso.intervals_at(levels)),
+            isoflop = self._isoflop(self.isoflop, "isoflop.intervals", levels)
+            isoflop["methods"] = {
+                name: self._isoflop(fit, f"isoflop.{name}.intervals", levels) for name, fit in self.valleys.items()
             }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -68,6 +67,24 @@ class Fits:
             "isoflop": isoflop,
             "dropped": self.table.dropped,
             "refused": self.refused,
+        }
+
+    def _isoflop(self, iso: IsoflopFit, refusal: str, levels: Sequence[int | float]) -> dict[str, Any]:
+        refused = refusal in self.refused
+        return {
+            "a": iso.a,
+            "b": iso.b,
+            "params_coefficient": iso.params_coefficient,
+            "tokens_coefficient": iso.tokens_coefficient,
+            "optima": iso.optima,
+            "rejected": iso.rejected,
+            "bootstraps": iso.bootstraps,
+            "broken_draws": None if refused else iso.broken_draws,
+            "seed": iso.seed,
+            "intervals": {} if refused else _intervals(iso.intervals_at(levels)),
+            "method": iso.method,
+            "outliers": iso.outliers,
+            "warnings": isoflop_warnings(iso),
         }
 
 
@@ -89,32 +106,106 @@ def fit_both(
 ) -> Fits:
     """Both fits with their bootstraps done, calling `advance(number of draws)` as they go."""
     check_settings(delta, bootstraps)
-    parametric = isoflop = None
+    parametric = None
+    outliers: list[dict[str, Any]] = []
     refused = {}
     try:
-        parametric = fit_parametric(
+        parametric, outliers = fit_parametric_screened(
             table.params, table.tokens, table.loss, delta=delta, bootstraps=bootstraps, seed=seed
         )
         parametric.bootstrap(advance or (lambda *_, **__: None))
     except InputError as error:
         refused["parametric"] = str(error)
-    try:
-        isoflop = fit_isoflop(
-            params=table.params,
-            tokens=table.tokens,
-            loss=table.loss,
-            flops=table.flops,
-            bootstraps=bootstraps,
-            seed=seed,
-        )
-    except InputError as error:
-        refused["isoflop"] = str(error)
-    if isoflop is not None:
+    found: dict[str, IsoflopFit] = {}
+    methods: tuple[Method, ...] = ("parabola", "skewed", "spline")
+    for method in methods:
+        key = "isoflop" if method == "parabola" else f"isoflop.{method}"
         try:
-            _ = isoflop.draws
+            found[method] = fit_isoflop(
+                params=table.params,
+                tokens=table.tokens,
+                loss=table.loss,
+                flops=table.flops,
+                bootstraps=bootstraps,
+                seed=seed,
+                method=method,
+            )
         except InputError as error:
-            refused["isoflop.intervals"] = str(error)
-    return Fits(table, parametric, isoflop, refused)
+            refused[key] = str(error)
+            if method == "parabola":  # the others refuse for the same reasons
+                break
+            continue
+        try:
+            _ = found[method].draws
+        except InputError as error:
+            refused[f"{key}.intervals"] = str(error)
+    isoflop = found.pop("parabola", None)
+    return Fits(table, parametric, isoflop, refused, outliers, found)
+
+
+def fit_parametric_screened(
+    params: Any,
+    tokens: Any,
+    loss: Any,
+    *,
+    delta: float | int = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+) -> tuple[ParametricFit, list[dict[str, Any]]]:
+    """`fit_parametric` without gross outliers, and those as [{params, tokens, loss, reason}].
+
+    Huber's loss bounds what an outlier does but does not end it: one wrong run in twenty moves an exponent by half a
+    standard error now and then. Residuals of the robust fit show which runs are wrong (`outliers.screen_residuals`);
+    the law is fitted again without them. Where that cannot be fitted, nothing is left out.
+    """
+    fit = fit_parametric(params, tokens, loss, delta=delta, bootstraps=bootstraps, seed=seed)
+    keep = screen_residuals(fit.residuals, len(NAMES))
+    if keep.all():
+        return fit, []
+    table = fit.table
+    try:
+        again = fit_parametric(
+            table.params[keep], table.tokens[keep], table.loss[keep], delta=delta, bootstraps=bootstraps, seed=seed
+        )
+    except InputError:
+        return fit, []
+    outliers = [
+        {
+            "params": float(table.params[i]),
+            "tokens": float(table.tokens[i]),
+            "loss": float(table.loss[i]),
+            "reason": f"gross outlier: {100 * np.expm1(-fit.residuals[i]):+.1f} % off the law, far beyond the noise",
+        }
+        for i in np.flatnonzero(~keep)
+    ]
+    return replace(again, table=replace(again.table, dropped=table.dropped)), outliers
+
+
+def parametric_warnings(fit: ParametricFit) -> list[str]:
+    """What its numbers should be read with."""
+    found = []
+    if len(fit.table) < FEW_ROWS:
+        found.append(
+            f"{len(fit.table)} runs for five unknowns: intervals from fewer than {FEW_ROWS} miss the truth too often"
+        )
+    if fit.E == 0:
+        found.append("the floor E faded to zero: these runs do not show one")
+    return found
+
+
+def isoflop_warnings(fit: IsoflopFit) -> list[str]:
+    """What its numbers should be read with."""
+    found = []
+    budgets = len(fit.accepted)
+    if budgets < FEW_BUDGETS:
+        found.append(f"{budgets} budgets: a straight line through so few hides how far from straight it is")
+    runs = sum(len(valley.loss) for valley in fit.accepted)
+    if runs - 3 * budgets < FEW_FREEDOM:
+        found.append(
+            f"{runs - 3 * budgets} runs more than the curves of {budgets} budgets use up: too few to know the noise, "
+            "so the intervals are uncertain"
+        )
+    return found
 
 
 def fit_table(

@@ -19,13 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.fit import fit_parametric_screened
+from experiments.scaling.fit import fit_parametric_screened, isoflop_warnings, parametric_warnings
 from experiments.scaling.isoflop import fit_isoflop
 from model.errors import InputError
 
 SCHEMA_VERSION = 1
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28, "a": 0.28 / 0.62, "b": 0.34 / 0.62}
-EXPONENTS = {"parametric": ("alpha", "beta", "a", "b"), "parabola": ("a", "b"), "skewed": ("a", "b"), "spline": ("a", "b")}
+EXPONENTS = {
+    "parametric": ("alpha", "beta", "a", "b"),
+    "parabola": ("a", "b"),
+    "skewed": ("a", "b"),
+    "spline": ("a", "b"),
+}
 OUTLIER_SHARE = 0.05
 CLEAN_TOLERANCE = 1e-4
 BIAS_LIMIT, COVERAGE_LIMITS, SHIFT_LIMIT = 0.2, (0.91, 0.98), 0.5
@@ -39,8 +44,8 @@ class Case:
     """
 
     name: str
-    budgets: int = 5
-    sizes: int = 7
+    budgets: int = 6
+    sizes: int = 9
     noise: float = 0.003
     span: float = 4.0
     drift: float = 0.0
@@ -97,7 +102,9 @@ def trial(case: Case, name: str, seed: int, bootstraps: int) -> dict[str, Any]:
     try:
         fit = estimate(name, table, bootstraps)
         intervals = fit.intervals
-        result: dict[str, Any] = {"warned": bool(fit.warnings)}
+        result: dict[str, Any] = {
+            "warned": bool(parametric_warnings(fit) if name == "parametric" else isoflop_warnings(fit))
+        }
         reference = estimate(name, honest, bootstraps) if case.outliers else None
         errors = {} if reference is None else _standard_errors(reference, name)
     except InputError as error:

@@ -13,7 +13,7 @@ Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
 
 
-def importances(names: Sequence[str], rows: Rows, *, draws: int = 40, seed: int = 0) -> dict[str, Any]:
+def importances(names: Sequence[str], rows: Rows, *, draws: int = 25, seed: int = 0) -> dict[str, Any]:
     """How much each axis matters for the loss: shares that add up to 1, by one estimator after another.
 
     rows: flat; finished ones count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …} or under a name
@@ -43,7 +43,7 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 40, seed: int 
     if len(everywhere) < 2:
         document["fanova"] = {"refused": "fewer than two axes have a value in every trial"}
     else:
-        few = max(8, draws // 4)  # a forest takes many times as long as PED-ANOVA
+        few = min(8, draws)  # a forest takes many times as long as PED-ANOVA
         document["fanova"] = _with_interval(everywhere, finished, distributions, _fanova, few, seed)
     return document
 

@@ -54,12 +54,12 @@ def best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
         point = {name: value for name, value in row.trial.point.items() if name != "seed"}
         groups.setdefault(json.dumps(point, sort_keys=True), []).append(row)
     found = []
-    for point, members in groups.items():
+    for key, members in groups.items():
         values = [row.values[0] for row in members if row.state == "finished" and row.values]
         if values:
             noise = statistics.stdev(values) if len(values) > 1 else None
             mean = statistics.fmean(values)
-            found.append({"setting": json.loads(point), "mean": mean, "std": noise, "seeds": len(values)})
+            found.append({"setting": json.loads(key), "mean": mean, "std": noise, "seeds": len(values)})
     sign = 1 if direction(sweep.objectives[0]) == "minimize" else -1
     return min(found, key=lambda row: sign * row["mean"], default=None)
 

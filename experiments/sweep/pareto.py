@@ -13,7 +13,7 @@ def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, 
     """Which rows no other row dominates: none is at least as low in every objective and lower in one."""
     lower_or_equal = (values[:, None, :] <= values[None, :, :]).all(-1)
     lower = (values[:, None, :] < values[None, :, :]).any(-1)
-    return ~(lower_or_equal & lower).any(0)
+    return np.logical_not((lower_or_equal & lower).any(0))
 
 
 def near_front(
@@ -39,8 +39,9 @@ def pareto(
 ) -> dict[str, Any] | None:
     """The front of the means over seeds of finished trials; None with a single objective or nothing finished.
 
-    {objectives, directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but
-    within the noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero where
+    {objectives, directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated,
+    but within the noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
+    where
     no setting has two seeds.
     """
     groups: dict[tuple[Any, ...], list[list[float]]] = {}

@@ -36,7 +36,8 @@ def replay_search(recorded: Recorded, sampler: str, seed: int, budget: int, batc
     random = np.random.default_rng([seed, 1])
     region = recorded.best_region
     seen: dict[tuple[Any, ...], list[float]] = {}
-    visits, recommended = [], []
+    visits: list[bool] = []
+    recommended: list[bool] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -87,7 +87,8 @@ def read_curves(recorded: Recorded) -> list[Curve]:
     sweep = Sweep.read(recorded.folder)
     curves = []
     for trial in plan_trials(sweep):
-        validation, training = {}, {}
+        validation: dict[int, float] = {}
+        training: dict[int, float] = {}
         with (run_folder(sweep, trial) / "metrics.jsonl").open(encoding="utf-8") as file:
             for record in map(json.loads, file):
                 for found, name in ((validation, "validation_loss"), (training, "loss")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep.row import Row
-from experiments.sweep.scales import distinct, is_number
+from experiments.sweep.scales import MANY, distinct, is_number
 from train.files import write_atomically
 
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
@@ -19,11 +19,11 @@ CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds si
 class Results:
     """What a sweep has found up to now.
 
-    rows: flat, by number: id, number, state, cohort, seed, every field of the points (None where a trial lacks it), loss
-    (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
-    planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called
-    NAME_done. axes: fields that vary, by the values tried. followers: fields that vary only together with an axis, by
-    that axis. directions: "minimize" or "maximize", one per objective.
+    rows: flat, by number: id, number, state, cohort, seed, every field of the points (None where a trial lacks it),
+    loss (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
+    planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is
+    called NAME_done. axes: fields that vary, by the values tried. followers: fields that vary only together with an
+    axis, by that axis. directions: "minimize" or "maximize", one per objective.
     """
 
     folder: Path
@@ -70,7 +70,7 @@ def collect(
     rows = sorted(rows, key=lambda row: row.number)
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
     flat = [_flat(row, names, objectives) for row in rows]
-    axes, followers = _axes(names, flat)
+    axes, followers = _axes(names, flat, searched=sampler != "all")
     return Results(folder, flat, axes, followers, objectives, directions, policy, sampler)
 
 
@@ -109,10 +109,13 @@ def _column(name: str, row: Mapping[str, Any]) -> str:
     return done if done in row else name
 
 
-def _axes(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[Any]], dict[str, str]]:
+def _axes(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, searched: bool
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Fields that vary, without those that tell apart no more than an earlier one does (width → heads)."""
     axes: dict[str, list[Any]] = {}
     followers: dict[str, str] = {}
+    points = len({tuple(row[name] for name in names) for row in rows})
     for name in names:
         column = [row[name] for row in rows]
         kinds = len(set(column))
@@ -120,16 +123,13 @@ def _axes(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> tuple[dict
             continue
         same = lambda other: len({(row[other], row[name]) for row in rows}) == kinds == len({r[other] for r in rows})  # noqa: B023
         leader = next((other for other in axes if same(other)), None)
-        # In a search every drawn value may stand once: then any two fields would seem to go together.
-        if leader is not None and kinds <= max(2, len({_point(row, names) for row in rows}) // 2):
+        # Where values are drawn, each may stand once: then any two fields would seem to go together.
+        most = points // 2 if searched else max(MANY, points // 2)
+        if leader is not None and kinds <= most:
             followers[name] = leader
         else:
             axes[name] = distinct(column)
     return axes, followers
-
-
-def _point(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in names)
 
 
 def write_tables(results: Results) -> str | None:

@@ -101,6 +101,9 @@ def _build(name: str, seed: int, drawn: int) -> "BaseSampler":
                 seed=own, multivariate=True, group=True, constant_liar=True, warn_independent_sampling=False
             )
         if name == "gp":
+            import torch
+
+            torch.set_num_threads(1)  # its matrices are small: threads cost it four times what they gain
             return samplers.GPSampler(seed=own, warn_independent_sampling=False)
         if name == "cmaes":
             return samplers.CmaEsSampler(seed=own, warn_independent_sampling=False)

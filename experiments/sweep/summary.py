@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.scales import edge_of, text
 from experiments.sweep.comparisons import best_of_many, selected_interval
 from experiments.sweep.optimum import NEAR, rate_optimum
+from experiments.sweep.scales import edge_of, text
 
 Setting = dict[str, Any]
 
 
 def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, `seed`, `loss`, `state`.
+    """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, seed, loss and state.
 
     settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
     failed or are pending; those never enter a mean. seed_noise: the standard deviation of one run over seeds, pooled
@@ -72,7 +72,7 @@ def state_of(trial: Mapping[str, Any]) -> str:
 
 
 def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """One row per setting, in the order in which they come: the mean of its finished seeds, and what befell the rest."""
+    """One row per setting, in order of appearance: the mean of its finished seeds, and what befell the rest."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(tuple(trial.get(name) for name in names), []).append(trial)

@@ -87,7 +87,7 @@ class _Worker:
         sizes = Counter(trial.setting.cohort for trial in trials.values())
         if not sizes:
             return False
-        cohort = self.last if self.last in sizes else sizes.most_common(1)[0][0]
+        cohort = self.last if self.last and self.last in sizes else sizes.most_common(1)[0][0]
         members = {name: ready[name] for name, trial in trials.items() if trial.setting.cohort == cohort}
         limit = self._lanes(cohort, rows)
         claims = self.ledger.claim(members, limit)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from experiments.commands.sweep import parse_axes, parse_axis
 from experiments.sweep.run import plan_trials, run_sweep
 from experiments.sweep.summary import summarize
 from model import InputError, presets
@@ -82,18 +81,6 @@ def test_plan_is_the_product_with_seeds():
 def test_bad_plans(axes, seeds, message):
     with pytest.raises(InputError, match=message):
         plan_trials(HParams(), axes, seeds)
-
-
-def test_axes_from_the_shell():
-    assert parse_axis("beta2=0.9,0.99") == ("beta2", [0.9, 0.99])
-    name, values = parse_axis("learning_rate=logspace:1e-4:1e-2:3")
-    assert name == "learning_rate"
-    assert values == pytest.approx([1e-4, 1e-3, 1e-2])
-    for wrong in ("beta2", "beta2=a", "x=logspace:1:2", "x=logspace:2:1:3"):
-        with pytest.raises(InputError, match="is not of the form"):
-            parse_axis(wrong)
-    with pytest.raises(InputError, match="twice"):
-        parse_axes(("beta2=0.9", "beta2=0.8"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Workers killed at random, a database that restarts: every trial is finished once, to the bit as if nothing had been."""
+"""Workers killed at random, a database that restarts: every trial is finished once, to the bit as without them."""
 
 import collections
 import contextlib

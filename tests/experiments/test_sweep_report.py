@@ -1,5 +1,6 @@
 """The sweep's page on recorded sweeps with a known surface: it says what is there, what is not, and fetches nothing."""
 
+import csv
 import html
 import itertools
 import json
@@ -11,7 +12,7 @@ import pytest
 from experiments.report import sweep_page
 from experiments.sweep.analysis import analyse
 from experiments.sweep.overlay import apply
-from experiments.sweep.results import collect, read_results, write_tables
+from experiments.sweep.results import collect, write_tables
 from experiments.sweep.row import Row
 from experiments.sweep.trial import Setting, Trial
 from model import presets
@@ -109,6 +110,90 @@ def test_the_page_of_a_whole_sweep(tmp_path):
     assert text.count("<svg") == 5
     assert len(text) < 3e6
     assert "Still running" not in said
-    assert not re.findall(r"(?:src|href)=\"(?!#)", text)
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)", text)
     assert "@import" not in text
     assert text.count("<script>") == 1
+
+
+@pytest.mark.slow
+def test_the_optimum_of_the_rate_at_each_width(tmp_path, quick):
+    points = product({"d_model": [32, 64, 128], "learning_rate": RATES})
+    moving = lambda point: surface(point, best=4e-3 * 32 / point["d_model"] * 2)
+    two = {"objectives": ("loss", "tokens_per_second"), "directions": ("minimize", "maximize")}
+    results = record(tmp_path, points, loss=moving, **two)
+    document = analyse(results)
+    transfer = document["transfer"]
+    for row, best in zip(transfer["sizes"][:2], (8e-3, 4e-3), strict=False):
+        low, high = row["optimum"]["interval_95"]
+        assert low < best < high < 1.2 * low
+    low, high = transfer["interval_95"]
+    assert low < 0.5 < high, "the optimum halves from one width to the double"
+    costs = document["equal_flops"]
+    assert costs["ratio"] == pytest.approx(16)
+    assert costs["settings"][0]["setting"]["d_model"] == 32, "the wide ones had few steps for the same FLOPs"
+    assert {row["place"] for row in document["pareto"]["settings"]} == {"front", "behind"}
+    said = words(page(results))
+    assert "Does the learning rate transfer?" in said
+    assert "Pareto front" in said
+    assert "times the FLOPs of the cheapest" in said
+
+
+def test_a_sweep_that_is_still_running(tmp_path, quick):
+    states = {1e-3: "pruned", 2e-3: "running", 4e-3: "finished", 8e-3: "finished", 16e-3: "planned"}
+    points = product({"learning_rate": RATES})
+    results = record(tmp_path, points, fate=lambda point: states[point["learning_rate"]], policy="halving")
+    document = analyse(results)
+    by_rate = {row["learning_rate"]: row for row in document["settings"]}
+    assert by_rate[1e-3]["mean"] is None, "a pruned trial enters no mean"
+    assert (by_rate[1e-3]["pruned"], by_rate[2e-3]["pending"]) == (3, 3)
+    assert document["halving"]["share"] == pytest.approx((3 * 20 + 3 * 20 + 6 * STEPS) / (15 * STEPS))
+    said = words(page(results))
+    assert "Still running. 6 of 15 trials" in said
+    assert "3 of 15 trials were pruned" in said
+
+
+def test_nothing_but_divergence(tmp_path, quick):
+    results = record(tmp_path, product({"learning_rate": RATES}), fate=lambda point: "diverged")
+    said = words(page(results))
+    assert "There is no winner: every setting lost a run to divergence." in said
+    assert "those that ended have diverged" in said
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        product({"optimizer": ["adamw", "lion"]}),
+        [{"schedule": "wsd", "decay_fraction": f} for f in (0.1, 0.2)] + [{"schedule": "cosine"}],
+        [{}],
+    ],
+    ids=["names", "conditional", "nothing"],
+)
+def test_axes_of_any_kind(tmp_path, quick, points):
+    results = record(tmp_path, points, seeds=1, curves=False)
+    said = words(page(results))
+    assert "reaches" in said
+    assert "One seed per setting" in said
+
+
+def test_what_follows_an_axis_is_no_axis(tmp_path):
+    points = [{"d_model": width, "num_heads": width // 16} for width in (32, 64, 128)]
+    results = record(tmp_path, points, curves=False)
+    assert list(results.axes) == ["d_model"]
+    assert results.followers == {"num_heads": "d_model"}
+
+
+def test_tables_say_the_same(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    results = record(tmp_path, product({"learning_rate": RATES[:2]}), curves=False)
+    assert write_tables(results) is None
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in table] == [r["loss"] for r in results.rows]
+    assert [row["id"] for row in rows] == [row["id"] for row in table]
+
+
+def test_no_sweep_there(tmp_path, isoflop):
+    code, _, said = isoflop("sweep", "report", tmp_path)
+    assert code == 2
+    assert "no sweep" in said

@@ -5,11 +5,15 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+
+from experiments.sweep.ledger import Ledger
+from experiments.sweep.record import Sweep
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue")
 
@@ -95,8 +99,14 @@ PartitionName=all Nodes={host} Default=YES OverSubscribe=YES MaxTime=INFINITE St
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def isoflop(*arguments):
+    command = [sys.executable, "-m", "experiments.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
 @pytest.mark.long
-def test_workers_on_slurm_finish_a_sweep(slurm, data, tmp_path, isoflop):
+def test_workers_on_slurm_finish_a_sweep(slurm, data, tmp_path):
     storage = f"journal:{tmp_path / 'journal.log'}"
     code, out, err = isoflop(
         *("sweep", "run", "tiny", "--data", data, "--out", tmp_path / "sweep", "--steps", 10, "--seq-len", 32),
@@ -106,16 +116,13 @@ def test_workers_on_slurm_finish_a_sweep(slurm, data, tmp_path, isoflop):
     )
     assert code == 0, err
     assert "8 finished" in out
-    from experiments.sweep.ledger import Ledger
-    from experiments.sweep.record import Sweep
-
     rows = Ledger(Sweep.read(tmp_path / "sweep")).rows()
     assert len(rows) == 8
     assert len({row.facts["worker"] for row in rows}) == 2
 
 
 @pytest.mark.long
-def test_what_slurm_refuses_is_said(slurm, data, tmp_path, isoflop):
+def test_what_slurm_refuses_is_said(slurm, data, tmp_path):
     code, _, err = isoflop(
         *("sweep", "run", "tiny", "--data", data, "--out", tmp_path / "sweep", "--steps", 10, "--seq-len", 32),
         *("--set", "learning_rate=1e-3,1e-2", "--launcher", "slurm", "--slurm-set", "partition=none"),

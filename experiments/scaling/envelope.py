@@ -1,0 +1,238 @@
+"""Approach 1: the envelope of training curves (Hoffmann et al. 2022, section 3.1).
+
+Every run of a size is a curve of loss over compute. At a given compute the run with the lowest smoothed loss says which
+size was best; power laws N* ∝ C^a and D* ∝ C^b go through these. The curves must come from runs whose learning rate is
+not on its way down: a decaying run is worse at half its tokens than a run that was to end there, so that its inner
+points lie above the true envelope. `schedule` is carried into the document for that reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.scaling.curves import SMOOTHING, Curve
+from experiments.scaling.intervals import LEVELS, Intervals, intervals_of
+from model.errors import InputError
+
+MINIMUM_SIZES = 3  # two sizes cross once: a point, not a law
+MINIMUM_CROSSINGS = 2
+FLOP_VALUES = 200  # where the envelope is read; Hoffmann et al. use 1,500
+STEADY = ("constant",)  # schedules whose inner points are as good as ends
+
+
+@dataclass(frozen=True)
+class EnvelopeFit:
+    """Power laws N* = params_coefficient·C^a and D* = tokens_coefficient·C^b through the points where sizes cross."""
+
+    a: float
+    b: float
+    params_coefficient: float
+    tokens_coefficient: float
+    crossings: list[dict[str, float]]
+    """[{flops, params, tokens, loss, smaller, larger}]: where two sizes are equally good, N between."""
+    rejected: list[dict[str, Any]]
+    """[{params, reason}] of the sizes that say nothing of an optimum."""
+    schedules: list[str]
+    bootstraps: int
+    seed: int
+    _curves: list[Curve] = field(repr=False)
+    _grid: Float[np.ndarray, " flops"] = field(repr=False)
+    _losses: Float[np.ndarray, "curves flops"] = field(repr=False)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the exponents should be read with."""
+        decaying = [name for name in self.schedules if name not in STEADY]
+        found = []
+        if decaying:
+            found.append(
+                f"schedule {', '.join(decaying)}: a run whose rate still falls is not at its end, so its inner "
+                "points lie above the true envelope and the exponents are biased (Hoffmann et al. 2022, section 3.1)"
+            )
+        if len(self.crossings) < 3:
+            found.append(f"{len(self.crossings)} crossings: a straight line through two points shows no scatter")
+        return found
+
+    @cached_property
+    def draws(self) -> Float[np.ndarray, "bootstraps 4"]:
+        """(log coefficient, a, log coefficient, b) of runs drawn with replacement; NaN where too few sizes cross."""
+        rng = np.random.default_rng(self.seed)
+        params = np.array([curve.params for curve in self._curves])
+        rows = []
+        for _ in range(self.bootstraps):
+            chosen = np.unique(rng.integers(len(params), size=len(params)))
+            crossings, _ = _crossings(params[chosen], self._grid, self._losses[chosen])
+            rows.append(_laws(crossings) if len(crossings) >= MINIMUM_CROSSINGS else np.full(4, np.nan))
+        draws = np.array(rows)
+        if np.isfinite(draws[:, 1]).sum() < min(20, self.bootstraps):
+            raise InputError(
+                f"nearly every resample of {len(params)} runs kept fewer than {MINIMUM_CROSSINGS} crossings, so no "
+                "interval can be given; add sizes"
+            )
+        return draws
+
+    def intervals_at(self, levels: Sequence[int | float] = LEVELS) -> Intervals:
+        """Percentile intervals of a and b by level in per cent. Raises as `draws` does."""
+        return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]}, levels)
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """`intervals["a"][95] -> (low, high)`."""
+        return self.intervals_at()
+
+    def optimal(self, C: Any) -> tuple[Any, Any]:
+        """(N*, D*) at C FLOPs; arrays are fine."""
+        C = np.asarray(C, np.float64)
+        return (self.params_coefficient * C**self.a)[()], (self.tokens_coefficient * C**self.b)[()]
+
+    def document(self, levels: Sequence[int | float] = LEVELS) -> dict[str, Any]:
+        """Plain values for JSON; intervals are null where too few resamples crossed, with the reason in warnings."""
+        names = (
+            "a",
+            "b",
+            "params_coefficient",
+            "tokens_coefficient",
+            "crossings",
+            "rejected",
+            "schedules",
+            "bootstraps",
+        )
+        document = {name: getattr(self, name) for name in (*names, "seed")} | {"intervals": None}
+        warnings = self.warnings
+        try:
+            document["intervals"] = {
+                name: {f"{level:g}": list(pair) for level, pair in by.items()}
+                for name, by in self.intervals_at(levels).items()
+            }
+        except InputError as error:
+            warnings = [*warnings, str(error)]
+        return document | {
+            "warnings": warnings,
+            "broken_draws": None if document["intervals"] is None else self._broken,
+        }
+
+    @property
+    def _broken(self) -> int:
+        return int(np.isnan(self.draws[:, 1]).sum())
+
+
+def _crossings(
+    params: np.ndarray, grid: Float[np.ndarray, " flops"], losses: Float[np.ndarray, "runs flops"]
+) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Where the envelope passes from a size to the next larger, and which sizes are ever on it.
+
+    Only such points speak of an optimum: between them the best size of the table is not the best size. At a hand-over
+    both are equally good, and for a valley that is symmetric in ln N the optimum is their geometric mean.
+    """
+    sizes = np.unique(params)
+    with np.errstate(invalid="ignore"):  # a size that no run has at some compute: 0/0 is the NaN that says so
+        finite = np.array([np.isfinite(losses[params == size]).sum(0) for size in sizes])
+        total = np.array([np.where(np.isfinite(losses), losses, 0)[params == size].sum(0) for size in sizes])
+        mean = total / finite
+    known = (finite > 0).sum(0) >= 2  # with a single size at this compute there is nothing to choose
+    best = np.where(known, np.where(finite > 0, mean, np.inf).argmin(0), -1)
+    passages: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for i in np.flatnonzero((best[1:] != best[:-1]) & (best[1:] >= 0) & (best[:-1] >= 0)):
+        pair = min(best[i], best[i + 1]), max(best[i], best[i + 1])
+        gap = mean[pair[1], i : i + 2] - mean[pair[0], i : i + 2]
+        # Both sizes must be seen on both sides: a curve that merely ends or begins hands nothing over.
+        if np.isfinite(gap).all() and gap[0] != gap[1]:
+            share = gap[0] / (gap[0] - gap[1])
+            at = np.log(grid[i]) + share * np.log(grid[i + 1] / grid[i])
+            passages.setdefault(pair, []).append((at, mean[pair[0], i] + share * np.diff(mean[pair[0], i : i + 2])[0]))
+    found = []
+    for (small, large), points in sorted(passages.items()):
+        log_flops, loss = np.mean(points, axis=0)  # noise makes neighbours cross more than once
+        flops, size = float(np.exp(log_flops)), float(np.sqrt(sizes[small] * sizes[large]))
+        found.append(
+            {"flops": flops, "params": size, "tokens": flops / 6 / size, "loss": float(loss)}
+            | {"smaller": float(sizes[small]), "larger": float(sizes[large])}
+        )
+    return found, sizes[np.unique(best[best >= 0])]
+
+
+def _laws(crossings: list[dict[str, float]]) -> np.ndarray:
+    log_c = np.log([point["flops"] for point in crossings])
+    laws = [np.polyfit(log_c, np.log([point[name] for point in crossings]), 1)[::-1] for name in ("params", "tokens")]
+    return np.concatenate(laws)
+
+
+def fit_envelope(
+    curves: Sequence[Curve],
+    *,
+    smoothing: float = SMOOTHING,
+    flop_values: int = FLOP_VALUES,
+    bootstraps: int = 1000,
+    seed: int = 0,
+) -> EnvelopeFit:
+    """Approach 1 from training curves of runs at three sizes or more; C = 6·N·D.
+
+    Raises `InputError` where fewer than two pairs of neighbouring sizes cross.
+    """
+    curves = sorted(
+        (usable for curve in curves if (usable := _usable(curve)) is not None), key=lambda c: (c.params, c.name)
+    )
+    params = np.array([curve.params for curve in curves])
+    if len(np.unique(params)) < MINIMUM_SIZES:
+        raise InputError(
+            f"{len(np.unique(params))} model sizes have a training curve; an envelope needs {MINIMUM_SIZES} or more"
+        )
+    spans = [6 * curve.params * curve.tokens[[0, -1]] for curve in curves]
+    grid = np.geomspace(min(s[0] for s in spans), max(s[1] for s in spans), flop_values)
+    losses = np.array(
+        [
+            np.interp(np.log(grid / 6 / c.params), np.log(c.tokens), c.smoothed(smoothing), left=np.nan, right=np.nan)
+            for c in curves
+        ]
+    )
+    crossings, seen = _crossings(params, grid, losses)
+    rejected = [
+        {"params": curve.params, "name": curve.name, "reason": _why_not(curve, curve.params in seen, params)}
+        for curve in curves
+        if not any(curve.params in (point["smaller"], point["larger"]) for point in crossings)
+    ]
+    if len(crossings) < MINIMUM_CROSSINGS:
+        raise InputError(
+            f"{len(crossings)} pair{'' if len(crossings) == 1 else 's'} of neighbouring sizes cross and a power law "
+            f"needs {MINIMUM_CROSSINGS}: train the small sizes longer or add sizes between "
+            f"{params.min():.3g} and {params.max():.3g}"
+        )
+    log_n, a, log_d, b = (float(value) for value in _laws(crossings))
+    schedules = sorted({curve.schedule for curve in curves})
+    return EnvelopeFit(
+        a,
+        b,
+        float(np.exp(log_n)),
+        float(np.exp(log_d)),
+        crossings,
+        rejected,
+        schedules,
+        bootstraps,
+        seed,
+        curves,
+        grid,
+        losses,
+    )
+
+
+def _why_not(curve: Curve, on_envelope: bool, params: np.ndarray) -> str:
+    if not on_envelope:
+        return "never the best size at any compute that two runs share"
+    edge = "smallest" if curve.params == params.min() else "largest" if curve.params == params.max() else None
+    if edge is not None:
+        return (
+            f"the {edge} size is best at the edge of the data, where no neighbour says how good a further size would be"
+        )
+    return "best where its neighbours have no points: the curves do not overlap there"
+
+
+def _usable(curve: Curve) -> Curve | None:
+    good = np.isfinite(curve.loss) & (curve.loss > 0) & (curve.tokens > 0)
+    tokens, first = np.unique(curve.tokens[good], return_index=True)
+    if len(tokens) < 3:
+        return None
+    return Curve(curve.name, curve.params, tokens, curve.loss[good][first], curve.schedule)

@@ -1,0 +1,178 @@
+"""The optimum when the model will also serve: least training plus serving cost at a loss (Sardana & Frankle 2023)."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import brentq
+
+from experiments.scaling.intervals import percentile_interval
+from experiments.scaling.parametric import ParametricFit, optimum
+from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
+from model.errors import InputError
+
+LN_RANGE = 12.0  # how far, in ln N, a serving optimum may lie from the optimum of training alone
+
+
+@dataclass(frozen=True)
+class ServingCost:
+    """What one served token costs as a power law of the model's size: coefficient·N^exponent, in `unit`.
+
+    The default is 2·N FLOPs (Sardana & Frankle 2023, equation 2). A measured cost is in seconds, and then training is
+    too: `training_unit` is what one training FLOP costs in the same unit.
+    """
+
+    coefficient: float = 2.0
+    exponent: float = 1.0
+    unit: str = "FLOPs"
+    training_unit: float = 1.0
+
+    def __call__(self, params: Any) -> Any:
+        """The cost of one token of a model with N parameters."""
+        return self.coefficient * np.asarray(params, np.float64) ** self.exponent
+
+    @classmethod
+    def through(
+        cls, params: Sequence[float], seconds_per_token: Sequence[float], training_flops_per_second: float
+    ) -> "ServingCost":
+        """The power law in N through measured seconds per token; training runs at so many 6ND FLOPs a second.
+
+        One point gives a cost proportional to N, as reading the weights is. Raises `InputError` on values that are not
+        positive.
+        """
+        sizes, seconds = np.asarray(params, np.float64), np.asarray(seconds_per_token, np.float64)
+        for name, values in (
+            ("params", sizes),
+            ("seconds_per_token", seconds),
+            ("training_flops_per_second", np.array([training_flops_per_second])),
+        ):
+            if not len(values) or not (np.isfinite(values) & (values > 0)).all():
+                raise InputError(f"{name}={values.tolist()} must be positive numbers, at least one")
+        exponent = 1.0
+        if len(np.unique(sizes)) > 1:
+            exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+        coefficient = float(np.exp((np.log(seconds) - exponent * np.log(sizes)).mean()))
+        return cls(coefficient, exponent, "seconds", 1 / training_flops_per_second)
+
+    @classmethod
+    def measured(
+        cls, documents: Sequence[str | Path], training_flops_per_second: float, *, batch: int | None = None
+    ) -> "ServingCost":
+        """From the JSON files of `isoflop bench decode`, one per model size.
+
+        `batch` picks the cells (None: the largest). The cost per token of a cell is its seconds
+        per step over its batch; of a size, the median over its contexts and weights.
+        """
+        from model import ModelConfig, accounting
+
+        sizes, costs = [], []
+        for path in map(Path, documents):
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+                config = ModelConfig.from_dict(document["config"])
+                wanted = max(cell["batch"] for cell in document["cells"]) if batch is None else batch
+                cells = [
+                    cell["time_per_output_token_seconds"] / cell["batch"]
+                    for cell in document["cells"]
+                    if cell["batch"] == wanted
+                ]
+            except (OSError, KeyError, ValueError, TypeError) as error:
+                raise InputError(f"{path} is not a document of `isoflop bench decode --json` ({error})") from error
+            if not cells:
+                raise InputError(f"{path} has no cell of batch {wanted}")
+            sizes.append(accounting.parameters(config).total)
+            costs.append(float(np.median(cells)))
+        return cls.through(sizes, costs, training_flops_per_second)
+
+
+def tokens_for_loss(theta: np.ndarray, params: Any, target: float) -> Any:
+    """D at which a model of N parameters reaches the target; inf where it never does."""
+    E, A, B, alpha, beta = theta
+    left = target - E - A * np.asarray(params, np.float64) ** -alpha
+    return np.where(left > 0, (B / np.where(left > 0, left, 1.0)) ** (1 / beta), np.inf)
+
+
+def serving_optimum(
+    fit: ParametricFit,
+    *,
+    served_tokens: float,
+    target: float | None = None,
+    training_flops: float | None = None,
+    cost: ServingCost = ServingCost(),
+    level: int | float = 95,
+) -> dict[str, Any]:
+    """The model of least lifetime cost at a loss: 6·N·D of training plus `served_tokens` times the cost of one token.
+
+    The loss is `target`, or what `training_flops` would reach compute-optimally (Sardana & Frankle 2023, equation 3,
+    with their 2·N·M the default cost). The answer has the same loss by a smaller model trained for longer, the more so
+    the more is served. The interval is over bootstrap draws at the same loss. Raises `InputError` unless exactly one of
+    the two is given.
+    """
+    if (target is None) == (training_flops is None):
+        raise InputError("give either target (a loss) or training_flops (a budget), not both and not neither")
+    if not served_tokens >= 0:
+        raise InputError(f"served_tokens={served_tokens} must not be negative")
+    if target is None:
+        require_positive("training_flops", float(training_flops or 0))
+        target = float(fit.optimal(training_flops).loss)
+    if target <= fit.E:
+        raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no model reaches it")
+    params = _cheapest(fit.theta, target, served_tokens, cost)
+    tokens = float(tokens_for_loss(fit.theta, params, target))
+    alone = compute_for_loss(fit, target, level)
+    draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in fit.draws if target > theta[0]])
+    training = lambda n, d: 6 * n * d * cost.training_unit
+    serving = lambda n: served_tokens * float(cost(n))
+    total, total_alone = (
+        training(params, tokens) + serving(params),
+        training(alone["params"], alone["tokens"]) + serving(alone["params"]),
+    )
+    return {
+        "target": target,
+        "served_tokens": float(served_tokens),
+        "params": params,
+        "tokens": tokens,
+        "flops": 6 * params * tokens,
+        "interval": {"params": [float(bound) for bound in percentile_interval(draws, level)]},
+        "level": level,
+        "unit": cost.unit,
+        "cost_per_token": {"coefficient": cost.coefficient, "exponent": cost.exponent},
+        "training_cost": training(params, tokens),
+        "serving_cost": serving(params),
+        "total_cost": total,
+        "training_optimal": {"params": alone["params"], "tokens": alone["tokens"], "total_cost": total_alone},
+        "saving": 1 - total / total_alone,
+        "extrapolation": extrapolation(fit, params, tokens),
+    }
+
+
+def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: ServingCost) -> float:
+    """N of the least training and serving cost: in ln N the zero of the total's derivative.
+
+    With x = A·N^−α and D from the rest, d ln D / d ln N = −αx / (β·(L − E − x)); a sign change is sought between the
+    smallest model that reaches the loss at all and one e^12 times the training optimum.
+    """
+    E, A, B, alpha, beta = theta
+    start = float(np.log(optimum(theta, math.exp(log_compute(theta, target)))[0]))
+    least = math.log(A / (target - E)) / alpha
+    unit = cost.training_unit
+
+    def slope(log_n: float) -> float:
+        n = math.exp(log_n)
+        share = A * n**-alpha
+        rest = target - E - share
+        training = 6 * n * (B / rest) ** (1 / beta) * unit
+        serving = served_tokens * cost.exponent * float(cost(n))
+        return 1 - alpha * share / (beta * rest) + serving / training
+
+    low, high = least + 1e-9 * max(1.0, abs(least)) + 1e-7, start + LN_RANGE
+    if slope(high) < 0:
+        raise InputError(
+            f"the cost of a served token falls with the size of the model (as N^{cost.exponent:.2g}), so there is no "
+            "optimum; measure sizes further apart"
+        )
+    return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-13))

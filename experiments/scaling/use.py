@@ -1,0 +1,145 @@
+"""What a fit is for: the optimum of a budget, the compute of a target, the loss of a planned run.
+
+Every answer says how far it extrapolates. N in parameters, D in tokens, losses in nats per token, C = 6·N·D FLOPs.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from experiments.scaling.intervals import percentile_interval
+from experiments.scaling.isoflop import IsoflopFit
+from experiments.scaling.parametric import ParametricFit, law, optimum
+from model.errors import InputError
+
+FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
+
+
+def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float) -> dict[str, Any]:
+    """How far (N, D) lies from the runs: compute over the largest fitted, N and D over their ranges, and words.
+
+    `params_times` and `tokens_times` are 1 inside the range, above 1 beyond its top, below 1 beneath its bottom.
+    """
+    if isinstance(fit, ParametricFit):
+        sizes, seen, flops = fit.table.params, fit.table.tokens, 6 * fit.table.params * fit.table.tokens
+    else:
+        sizes, seen = (np.concatenate([getattr(v, name) for v in fit.accepted]) for name in ("params", "tokens"))
+        flops = np.array([v.flops for v in fit.accepted])
+    compute = 6 * params * tokens * _convention(fit)
+    outside = lambda value, values: float(max(value / values.max(), 1.0) * min(value / values.min(), 1.0))
+    times = {"params_times": outside(params, sizes), "tokens_times": outside(tokens, seen)}
+    ratio = float(compute / flops.max())
+    warnings = []
+    if ratio > FAR:
+        warnings.append(f"the compute is {ratio:.3g} times the largest of the fit: far beyond what it has seen")
+    for letter, key, values in (("N", "params_times", sizes), ("D", "tokens_times", seen)):
+        if times[key] != 1.0:
+            value = params if letter == "N" else tokens
+            warnings.append(f"{letter}={value:.3g} lies outside the runs' {values.min():.3g}…{values.max():.3g}")
+    return {"flops_over_largest": ratio, **times, "warnings": warnings}
+
+
+def _convention(fit: ParametricFit | IsoflopFit) -> float:
+    """C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law knows 6·N·D only."""
+    if isinstance(fit, ParametricFit):
+        return 1.0
+    ratios = [np.log(v.flops) - np.log(6 * v.params * v.tokens).mean() for v in fit.accepted]
+    return float(np.exp(np.mean(ratios)))
+
+
+def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | float = 95) -> dict[str, Any]:
+    """Per estimator {params, tokens, loss, intervals, extrapolation} of the compute-optimal run at C FLOPs.
+
+    Only the parametric law speaks of a loss. An interval that the table cannot carry is None.
+    """
+    require_positive("C", C)
+    answers = {}
+    for name, fit in fits.items():
+        best = fit.optimal(C)
+        params, tokens = float(best.params), float(best.tokens)
+        try:
+            intervals: dict[str, Any] | None = {
+                key: [float(bound) for bound in pair] for key, pair in fit.optimal_interval(C, level).items()
+            }
+        except InputError:
+            intervals = None
+        answer: dict[str, Any] = {"flops": float(C), "params": params, "tokens": tokens, "loss": None}
+        if isinstance(fit, ParametricFit) and intervals is not None:
+            answer["loss"] = float(fit.predict(params, tokens))
+            intervals["loss"] = [float(bound) for bound in _optimal_losses(fit, C, level)]
+        answers[name] = answer | {
+            "intervals": intervals,
+            "level": level,
+            "extrapolation": extrapolation(fit, params, tokens),
+        }
+    return answers
+
+
+def _optimal_losses(fit: ParametricFit, C: float, level: int | float) -> tuple[Any, Any]:
+    """Of the law's loss at each draw's own optimum."""
+    params, tokens = optimum(fit.draws, C)
+    losses = [law(theta, n, d) for theta, n, d in zip(fit.draws, params, tokens, strict=True)]
+    return percentile_interval(np.array(losses), level)
+
+
+def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> dict[str, Any]:
+    """{loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
+    require_positive("params", params)
+    require_positive("tokens", tokens)
+    low, high = fit.predict_interval(params, tokens, level)
+    return {
+        "params": float(params),
+        "tokens": float(tokens),
+        "flops": 6.0 * params * tokens,
+        "loss": float(fit.predict(params, tokens)),
+        "interval": [float(low), float(high)],
+        "level": level,
+        "extrapolation": extrapolation(fit, params, tokens),
+    }
+
+
+def log_compute(theta: np.ndarray, target: float) -> float:
+    """ln of the least C = 6ND at which the law reaches the target; +inf where it never does.
+
+    Along the optimum both terms are powers of C, C^(−αβ/(α+β)), in the fixed ratio β : α.
+    """
+    E, _, _, alpha, beta = theta
+    if target <= E:
+        return math.inf
+    rate = alpha * beta / (alpha + beta)
+    at_one = float(law(theta, *optimum(theta, 6.0))) - E  # the reducible loss at C = 6, where ln(C/6) = 0
+    return math.log(6.0) + math.log(at_one / (target - E)) / rate
+
+
+def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95) -> dict[str, Any]:
+    """{flops, params, tokens, interval, extrapolation}: the least compute that reaches a loss.
+
+    An upper bound of None means that some of the interval's laws never reach it. Raises `InputError` for a target at or
+    below the floor E.
+    """
+    require_positive("target", target)
+    if target <= fit.E:
+        raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it")
+    flops = math.exp(log_compute(fit.theta, target))
+    draws = np.array([log_compute(theta, target) for theta in fit.draws])
+    tail = (100 - level) / 2
+    # Order statistics, since interpolation towards an infinite draw would be infinite too early.
+    low, high = np.nanpercentile(draws, [tail, 100 - tail], method="nearest")
+    best = fit.optimal(flops)
+    return {
+        "target": float(target),
+        "flops": flops,
+        "params": float(best.params),
+        "tokens": float(best.tokens),
+        "interval": [float(np.exp(bound)) if np.isfinite(bound) else None for bound in (low, high)],
+        "level": level,
+        "unreachable_share": float(np.isinf(draws).mean()),
+        "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),
+    }
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises `InputError` for zero, negative, infinite and NaN values."""
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name}={value} must be a positive number")

@@ -1,0 +1,131 @@
+"""The use of laws: optima that enumeration confirms, targets, extrapolation, and models that will also serve."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.scaling import fit_isoflop, fit_parametric
+from experiments.scaling.serving import ServingCost, serving_optimum
+from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+from model.errors import InputError
+
+
+def runs(noise=0.0):
+    rng = np.random.default_rng(0)
+    budgets = np.geomspace(1e18, 1e20, 4)
+    best = 0.6 * (budgets / 6) ** 0.45
+    N = (best[:, None] * np.geomspace(1 / 4, 4, 7)).ravel()
+    D = np.repeat(budgets, 7) / 6 / N
+    loss = (1.7 + 400 * N**-0.34 + 410 * D**-0.28) * np.exp(rng.normal(0, noise, len(N)))
+    return {"params": N, "tokens": D, "loss": loss}
+
+
+@pytest.fixture(scope="module")
+def clean_fit():
+    return fit_parametric(**runs(), bootstraps=10)
+
+
+@pytest.fixture(scope="module")
+def noisy_fit():
+    return fit_parametric(**runs(0.003), bootstraps=100)
+
+
+SIZES = np.geomspace(1e6, 1e12, 60_001)
+
+
+@pytest.mark.parametrize("served", [0.0, 1e11, 1e13, 1e15])
+@pytest.mark.parametrize("exponent", [1.0, 0.6])
+def test_serving_optimum_is_the_enumerated_one(clean_fit, served, exponent):
+    cost = ServingCost(2.0, exponent)
+    target = 2.3
+    left = target - 1.7 - 400 * SIZES**-0.34
+    tokens = np.where(left > 0, (410 / np.where(left > 0, left, 1)) ** (1 / 0.28), np.inf)
+    total = 6 * SIZES * tokens + served * cost(SIZES)
+    found = serving_optimum(clean_fit, served_tokens=served, target=target, cost=cost)
+    assert found["params"] == pytest.approx(SIZES[total.argmin()], rel=1e-3)
+    assert found["total_cost"] == pytest.approx(total.min(), rel=1e-6)
+    assert clean_fit.predict(found["params"], found["tokens"]) == pytest.approx(target)
+    assert found["saving"] >= -1e-9
+
+
+def test_the_more_is_served_the_smaller_and_longer_trained_the_model(noisy_fit):
+    answers = [serving_optimum(noisy_fit, served_tokens=m, training_flops=1e20) for m in (0, 1e10, 1e12, 1e14)]
+    sizes, tokens = ([answer[key] for answer in answers] for key in ("params", "tokens"))
+    assert sizes[0] == pytest.approx(noisy_fit.optimal(1e20).params, rel=1e-6)
+    assert sizes == sorted(sizes, reverse=True)
+    assert tokens == sorted(tokens)
+    assert sizes[-1] < 0.7 * sizes[0]
+    low, high = answers[2]["interval"]["params"]
+    assert low < sizes[2] < high
+
+
+def test_a_measured_cost_is_a_power_law_through_its_points(tmp_path, clean_fit):
+    cost = ServingCost.through([1e8, 1e9, 1e10], [1e-3, 4e-3, 1.6e-2], 1e14)
+    assert cost.exponent == pytest.approx(math.log10(4))
+    assert cost(1e9) == pytest.approx(4e-3)
+    assert ServingCost.through([1e9], [4e-3], 1e14)(2e9) == pytest.approx(8e-3)
+    found = serving_optimum(clean_fit, served_tokens=1e12, target=2.3, cost=cost)
+    assert found["unit"] == "seconds"
+    assert found["training_cost"] == pytest.approx(found["flops"] / 1e14)
+
+    from model import accounting, presets
+
+    documents = []
+    for name, seconds in (("tiny", 0.01), ("gpt2-small", 0.08)):
+        cells = [
+            {"batch": 1, "time_per_output_token_seconds": 1},
+            {"batch": 4, "time_per_output_token_seconds": seconds},
+        ]
+        documents.append(tmp_path / f"{name}.json")
+        documents[-1].write_text(json.dumps({"config": presets.get(name).to_dict(), "cells": cells}))
+    measured = ServingCost.measured(documents, 1e12)
+    assert measured(accounting.parameters(presets.get("gpt2-small")).total) == pytest.approx(0.02)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="bench decode"):
+        ServingCost.measured([tmp_path / "other.json"], 1e12)
+    with pytest.raises(InputError, match="positive"):
+        ServingCost.through([1e9], [0.0], 1e14)
+    with pytest.raises(InputError, match="no optimum"):
+        serving_optimum(clean_fit, served_tokens=1e30, target=2.3, cost=ServingCost(1.0, -0.5))
+
+
+def test_compute_for_a_loss_inverts_the_optimum(clean_fit, noisy_fit):
+    for budget in (1e19, 1e22):
+        answer = compute_for_loss(clean_fit, float(clean_fit.optimal(budget).loss))
+        assert answer["flops"] == pytest.approx(budget, rel=1e-6)
+        assert answer["params"] == pytest.approx(clean_fit.optimal(budget).params)
+    answer = compute_for_loss(noisy_fit, 2.2)
+    assert answer["interval"][0] < answer["flops"] < answer["interval"][1]
+    near = compute_for_loss(noisy_fit, noisy_fit.E + 1e-3)
+    assert near["interval"][1] is None
+    assert near["unreachable_share"] > 0.1
+    with pytest.raises(InputError, match="floor"):
+        compute_for_loss(clean_fit, 1.6)
+
+
+def test_answers_state_how_far_they_extrapolate(noisy_fit):
+    iso = fit_isoflop(**runs(0.003), bootstraps=100)
+    answers = optimal({"parametric": noisy_fit, "isoflop": iso}, 3e21)
+    for answer in answers.values():
+        assert answer["extrapolation"]["flops_over_largest"] == pytest.approx(30, rel=0.1)
+        assert "times the largest" in answer["extrapolation"]["warnings"][0]
+        assert answer["intervals"]["params"][0] < answer["params"] < answer["intervals"]["params"][1]
+    assert answers["parametric"]["intervals"]["loss"][0] < answers["parametric"]["loss"]
+    assert answers["isoflop"]["loss"] is None
+    inside = planned_loss(noisy_fit, 3e8, 5e9)
+    assert inside["extrapolation"] | {"flops_over_largest": 0} == {
+        "flops_over_largest": 0,
+        "params_times": 1.0,
+        "tokens_times": 1.0,
+        "warnings": [],
+    }
+    assert inside["interval"][0] < inside["loss"] < inside["interval"][1]
+    outside = planned_loss(noisy_fit, 1e6, 5e9)["extrapolation"]
+    assert outside["params_times"] < 1
+    assert "N=1e+06 lies outside" in outside["warnings"][0]
+    with pytest.raises(InputError, match="exactly|not both"):
+        serving_optimum(noisy_fit, served_tokens=1e9)
+    with pytest.raises(InputError, match="positive"):
+        optimal({"parametric": noisy_fit}, -1.0)

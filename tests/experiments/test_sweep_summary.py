@@ -1,0 +1,105 @@
+"""The sweep's statistics on tables with a known answer."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.sweep.comparisons import best_of_many, largest_of_many, selected_interval
+from experiments.sweep.importance import importances
+from experiments.sweep.optimum import log_parabola
+from experiments.sweep.pareto import front, near_front
+from experiments.sweep.scales import edge_of, scale_of
+from experiments.sweep.summary import summarize
+
+RATES = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
+
+
+def trials(loss, seeds=3, rates=RATES):
+    return [{"learning_rate": rate, "seed": seed, "loss": loss(rate, seed)} for rate in rates for seed in range(seeds)]
+
+
+def bowl(rate, seed, best=4e-3, noise=0.01):
+    shifts = (-1, 0, 1, 0.5, -0.5)
+    return 3 + 0.1 * np.log(rate / best) ** 2 + noise * shifts[seed]
+
+
+def test_critical_values_are_those_of_the_tables():
+    """Dunnett 1955, table 1a (one-sided, 5 %); with one comparison Student's t."""
+    assert [round(best_of_many(k, 10), 2) for k in (1, 2, 3, 4)] == [1.81, 2.15, 2.34, 2.47]
+    assert round(best_of_many(4, 20), 2) == 2.30
+    assert largest_of_many(1, 7) == pytest.approx(stats.t.ppf(0.975, 7), abs=1e-4)
+
+
+def test_the_interval_of_the_chosen_minimum_holds_its_truth():
+    """Twenty settings that are all alike: the lowest mean is biased, its plain t interval misses far too often."""
+    rng, missed, plain = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        means = rng.standard_normal(20) / np.sqrt(3)
+        noise = np.sqrt(rng.chisquare(40) / 40)
+        low, high = selected_interval(means.min(), noise / np.sqrt(3), 20, 40)
+        missed += not low < 0 < high
+        plain += not low < 0 < 2 * means.min() - low
+    assert missed / 400 < 0.05
+    assert plain / 400 > 0.2
+
+
+def test_the_optimum_lies_in_its_interval():
+    rng, held = np.random.default_rng(0), 0
+    x = np.log(np.array(RATES) / 5e-3)
+    for _ in range(300):
+        means = 3 + 0.05 * x**2 + 0.01 * rng.standard_normal(5) / np.sqrt(3)
+        noise = 0.01 * np.sqrt(rng.chisquare(10) / 10)
+        interval = log_parabola(RATES, means, [3] * 5, noise, 10)["interval_95"]
+        held += interval[0] < 5e-3 < interval[1]
+    assert 0.91 < held / 300 < 0.99
+
+
+def test_an_optimum_that_the_noise_hides_has_no_interval():
+    found = log_parabola(RATES, [3.02, 3.01, 3.0, 3.01, 3.02], [2] * 5, 0.5, 5)
+    assert found["interval_95"] is None
+    assert "inside the noise" in found["interval_reason"]
+    assert "curve upwards" in log_parabola(RATES, [3, 3.1, 3.15, 3.1, 3], [2] * 5, 0.01, 5)["refused"]
+
+
+def test_pruned_and_pending_trials_enter_no_mean():
+    rows = [row | {"state": "finished"} for row in trials(bowl)]
+    rows[0] |= {"state": "pruned", "loss": 1.0}
+    rows[3] |= {"state": "running", "loss": None}
+    summary = summarize({"learning_rate": RATES}, rows)
+    assert summary["settings"][0]["mean"] == pytest.approx(np.mean([row["loss"] for row in rows[1:3]]))
+    assert summary["winner"]["setting"] == {"learning_rate": 4e-3}
+    assert summary["winner"]["candidates"] == 4, "part of it was pruned: what is left is a choice"
+    assert summary["counts"]["pruned"] == summary["counts"]["running"] == 1
+
+
+def test_a_winner_inside_the_noise_is_flagged():
+    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, noise=0.2)))
+    assert any("inside the seed noise" in warning for warning in summary["warnings"])
+
+
+def test_edges_are_of_numbers_alone():
+    assert edge_of([1, 2, 3], 3) == "highest"
+    assert edge_of([1, 2], 2) is None
+    assert edge_of(["a", "b", "c"], "c") is None
+    assert edge_of([0.0, 0.1, 0.2], 0.0) is None, "nothing lies below zero"
+    assert edge_of(list(np.linspace(1, 2, 40)), float(np.linspace(1, 2, 40)[1])) == "lowest"
+    assert [scale_of(v) for v in (RATES, [1, 2, 3], [0, 0.01, 0.1], ["a"])] == ["log", "linear", "rank", "rank"]
+
+
+def test_only_what_matters_is_important():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"x1": float(x), "x2": float(y), "x3": str(z), "state": "finished", "loss": 3 + x**2}
+        for x, y, z in zip(rng.uniform(-1, 1, 40), rng.uniform(-1, 1, 40), rng.choice(["a", "b"], 40), strict=True)
+    ]
+    found = importances(["x1", "x2", "x3"], rows, draws=5)
+    assert found["ped_anova"]["x1"]["share"] > 0.7
+    pytest.importorskip("sklearn")
+    assert found["fanova"]["x1"]["share"] > 0.9
+    assert "at least 10" in importances(["x1", "x2"], rows[:9])["ped_anova"]["refused"]
+
+
+def test_front():
+    values = np.array([[1.0, 4.0], [2.0, 2.0], [4.0, 1.0], [2.05, 2.05], [4.0, 4.0]])
+    assert front(values).tolist() == [True, True, True, False, False]
+    assert near_front(values, np.full(values.shape, 0.1)).tolist() == [False, False, False, True, False]

@@ -1,0 +1,185 @@
+"""Workers on tiny models: what comes out of a sweep, however it is stopped, halved, searched or broken."""
+
+import collections
+import dataclasses
+import json
+import math
+
+import pytest
+
+from experiments.sweep import worker as worker_module
+from experiments.sweep.definition import define, open_sweep
+from experiments.sweep.ledger import Ledger
+from experiments.sweep.live import standing
+from experiments.sweep.record import Sweep
+from experiments.sweep.worker import plan, work
+from model import InputError, presets
+from train.lanes import compiled_programs
+
+TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)
+
+
+@pytest.fixture
+def make(data, tmp_path):
+    """A sweep of tiny models, written to its folder."""
+
+    def make(**changes):
+        given = {"axes": ("learning_rate=1e-3,1e-2,3e-2",), "steps": 6, "seeds": 2, "lanes": 2} | changes
+        sweep = define(
+            TINY, data=data, folder=tmp_path / "sweep", batch_size=4, seq_len=32, evaluate_tokens=256, **given
+        )
+        sweep.write()
+        return sweep
+
+    return make
+
+
+def run(sweep):
+    ledger = Ledger(sweep)
+    plan(sweep, ledger)
+    work(sweep, ledger)
+    return ledger
+
+
+def test_a_sweep_is_one_program_and_is_never_run_twice(make):
+    before = compiled_programs()
+    sweep = make()
+    ledger = run(sweep)
+    rows = ledger.rows()
+    assert compiled_programs() - before <= 1  # none, where another test has compiled it
+    assert [row.state for row in rows] == ["finished"] * 6
+    assert all(row.rungs == {6: row.values[0]} and row.facts["loss"] == row.values[0] for row in rows)
+    assert all((sweep.folder / row.facts["run"] / "run.json").exists() for row in rows)
+    document = standing(sweep, rows)
+    assert document["done"]
+    assert document["tokens_done"] == document["tokens_expected"] == 6 * 6 * 4 * 32
+    assert document["best"]["seeds"] == 2
+
+    more = make(seeds=3)  # the last batch is one trial in two lanes
+    again = run(more).rows()
+    assert again[:6] == rows
+    assert len(again) == 9
+    assert compiled_programs() - before <= 1
+    assert standing(more, again)["states"]["finished"] == 9
+
+
+def test_stopped_and_resumed_a_sweep_ends_as_if_it_had_not_been(make, monkeypatch):
+    sweep = make(axes=("learning_rate=1e-3,1e-2",))
+    ledger = Ledger(sweep)
+    plan(sweep, ledger)
+    population = worker_module.population
+
+    def stop(*arguments, **named):
+        monkeypatch.setattr(worker_module, "population", population)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker_module, "population", stop)
+    with pytest.raises(KeyboardInterrupt):
+        work(sweep, ledger)
+    assert {row.state for row in ledger.rows()} == {"planned"}  # handed back
+    work(sweep, Ledger(Sweep.read(sweep.folder)))
+    assert {row.state for row in ledger.rows()} == {"finished"}
+
+
+def test_a_trial_that_fails_ends_nothing_else(make, monkeypatch):
+    sweep = make(axes=("learning_rate=1e-3", "num_layers=1,2"))
+    population = worker_module.population
+
+    def fail(config, *arguments, **named):
+        if config.num_layers == 2:
+            raise RuntimeError("no such\nkernel")
+        return population(config, *arguments, **named)
+
+    monkeypatch.setattr(worker_module, "population", fail)
+    ledger = run(sweep)
+    for row in ledger.rows():
+        assert row.state == ("finished" if row.trial.point["num_layers"] == 1 else "failed")
+        assert row.facts.get("reason") == (None if row.state == "finished" else "RuntimeError: no such kernel")
+
+
+def test_halving_goes_on_from_its_rungs(make):
+    sweep = make(
+        axes=("learning_rate=1e-3,3e-3,1e-2,3e-2",),
+        seeds=1,
+        policy="halving",
+        policy_settings={"eta": 2, "min_fraction": 0.34},
+    )
+    rows = run(sweep).rows()
+    counts = collections.Counter(row.state for row in rows)
+    assert counts["finished"] in (1, 2)
+    assert counts["pruned"] == 4 - counts["finished"]
+    (best, *_) = sorted(rows, key=lambda row: row.rungs[min(row.rungs)])
+    assert best.state == "finished"
+    assert len(best.rungs) > 1
+    record = json.loads((sweep.folder / best.facts["run"] / "run.json").read_text())
+    assert record["step"] == 6
+    assert record["hparams"]["total_steps"] in (0, 6)
+
+
+def test_a_search_fills_the_lanes_until_its_points_are_drawn(make):
+    sweep = make(axes=("learning_rate=loguniform:1e-3:1e-1",), sampler="tpe", trials=3, seeds=1)
+    ledger = run(sweep)
+    rows = ledger.rows()
+    assert [row.state for row in rows] == ["finished"] * 3
+    assert ledger.asked() == 3
+    assert len({row.trial.point["learning_rate"] for row in rows}) == 3
+
+
+@pytest.mark.slow
+def test_members_of_a_population_take_over_a_better_ones_state(make):
+    sweep = make(
+        axes=("learning_rate=1e-6,1e-3,1e-2,3e-2",),
+        seeds=1,
+        policy="population",
+        policy_settings={"interval_fraction": 0.5, "quantile": 0.25},
+        base=("schedule=constant",),
+    )
+    rows = run(sweep).rows()
+    children = [row for row in rows if row.trial.parent]
+    assert len(children) == 1
+    assert children[0].state == "finished"
+    assert children[0].facts["branch_step"] == 3
+    assert collections.Counter(row.state for row in rows) == {"finished": 4, "pruned": 1}
+
+
+@pytest.mark.slow
+def test_speed_is_an_objective_and_is_measured_once_per_shape(make):
+    sweep = make(
+        axes=("learning_rate=1e-3,1e-2",),
+        seeds=1,
+        objectives=("loss", "tokens_per_second"),
+        base=("decode.context=8",),
+    )
+    rows = run(sweep).rows()
+    assert all(len(row.values) == 2 and math.isfinite(row.values[1]) for row in rows)
+    assert len({row.values[1] for row in rows}) == 1
+    assert len(list((sweep.folder / "speed").iterdir())) == 1
+
+
+def test_bad_sweeps_from_the_command_line_start_nothing(isoflop, data, tmp_path):
+    out = tmp_path / "sweep"
+    given = ("sweep", "run", "tiny", "--data", data, "--out", out, "--steps", 2, "--seq-len", 32)
+    axis = ("--set", "learning_rate=1e-3,1e-2")
+    for changes, sentence in [
+        ((*axis, "--objective", "speed"), "unknown objective 'speed'"),
+        ((*axis, "--storage", "postgresql+psycopg://127.0.0.1:1/x"), "cannot be reached"),
+        (("--set", "learning_rat=1"), "did you mean 'learning_rate'"),
+        ((*axis, "--launcher", "slurm", "--slurm-set", "partition"), "is not of the form NAME=VALUE"),
+        (("--set", "learning_rate=loguniform:1e-3:1e-1", "--sampler", "gp", "--trials", "3"), "needs torch"),
+    ]:
+        code, _, err = isoflop(*given, *changes)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert sentence in err
+        assert not (out / "runs").exists()
+    assert isoflop("sweep", "status", tmp_path / "none")[0] == 2
+
+
+def test_other_data_than_the_sweeps_are_refused(make, isoflop):
+    sweep = make()
+    dataclasses.replace(sweep, data_hash="another").write()
+    code, _, err = isoflop("sweep", "resume", sweep.folder)
+    assert code == 2
+    assert "holds other data" in err
+    other = dataclasses.replace(sweep, base=dataclasses.replace(sweep.base, steps=7))
+    with pytest.raises(InputError, match="holds a sweep of another base"):
+        open_sweep(other)
