@@ -36,7 +36,9 @@ def run(
 
     Args:
         workers: So many worker processes instead of this one.
-        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
+            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
+            disks.
         slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
         heartbeat: Seconds between a worker's signs of life.
         grace: Without one for so many seconds, its trials are given to others.
@@ -83,7 +85,9 @@ def resume(
         folder: The folder of the sweep.
         retry_failed: Try again what an exception ended.
         workers: So many worker processes instead of this one.
-        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
+            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
+            disks.
         slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
         heartbeat: Seconds between a worker's signs of life.
         grace: Without one for so many seconds, its trials are given to others.

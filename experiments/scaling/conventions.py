@@ -200,7 +200,7 @@ def _row(
 
 def _at_budgets(
     params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, flops: np.ndarray, budgets: list[Any], fit: Any
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """Runs moved in D, at their N, to the mean compute of their budget; their loss by the law's ratio."""
     target = flops.copy()
     for group in budgets:

@@ -65,6 +65,8 @@ class Form:
     """Rates that may have either sign; the others are positive."""
     frontier: bool = False
     """A law of the best runs of each budget only."""
+    extra_starts: int = 1
+    """Starts of a bootstrap draw, beside the best fit to the table."""
     rates: tuple[str, ...] = field(init=False)
     coefficients: tuple[str, ...] = field(init=False)
 
@@ -119,7 +121,7 @@ class Form:
         return values
 
     def starts(self, features: Features, log_loss: np.ndarray, scale: Scale) -> np.ndarray:
-        """A grid over the positive rates; given them the terms are linear in their coefficients: least squares of L̂/L."""
+        """A grid over the positive rates; given them the law is linear, so coefficients are least squares of L̂/L."""
         grid = itertools.product(*([0.0] if rate in self.signed else START_RATES for rate in self.rates))
         units = np.array([scale.unit[rate] for rate in self.rates])
         return self.with_coefficients(np.array(list(grid)) * units, features, log_loss, scale)

@@ -83,7 +83,10 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
     """Why these runs cannot carry the form's unknowns; None where they can."""
     rows = len(columns["loss"])
     if rows <= len(form.unknowns):
-        return f"{rows} usable runs cannot carry the {len(form.unknowns)} unknowns of {form.name}; at least one more is needed"
+        unknowns = len(form.unknowns)
+        return (
+            f"{rows} usable runs cannot carry the {unknowns} unknowns of {form.name}; {unknowns + 1} or more are needed"
+        )
     for name in form.needs:
         distinct = len(np.unique(columns[name]))
         if name in ("params", "tokens", "flops", "active_params") and distinct < MINIMUM_DISTINCT:
@@ -94,15 +97,19 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
         points = np.log(np.stack([columns["params"], columns["tokens"]]))
         width, length = sorted(np.linalg.svd(points - points.mean(1, keepdims=True), compute_uv=False))
         if width < 0.01 * length:
-            return "all runs lie on one line in (log N, log D), as at a fixed D/N or a single budget; vary them independently"
+            return "all runs lie on one line in (log N, log D), as at a fixed D/N or a single budget; vary both"
     if "unique_tokens" in form.needs and (columns["tokens"] > 1.01 * columns["unique_tokens"]).sum() < 3:
         return f"{form.name} needs at least 3 runs that saw their tokens more than once (tokens above unique_tokens)"
     if "active_params" in form.needs:
         if (columns["active_params"] > columns["params"]).any():
-            return "active_params exceeds params in some runs; params counts all experts, active_params those of one token"
+            return (
+                "active_params exceeds params in some runs; params counts all experts, active_params those of one token"
+            )
         expansions = len(np.unique(np.round(np.log(columns["params"] / columns["active_params"]), 2)))
         if expansions < MINIMUM_DISTINCT:
-            return f"only {expansions} different ratios of total to active parameters; {form.name} needs {MINIMUM_DISTINCT}"
+            return (
+                f"only {expansions} different ratios of total to active parameters; it takes {MINIMUM_DISTINCT} or more"
+            )
     return None
 
 

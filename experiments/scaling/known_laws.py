@@ -50,13 +50,15 @@ class Case:
     span: float = 4.0
     drift: float = 0.0
     outliers: bool = False
+    required: bool = True
+    """Whether the limits must be met; else the numbers are only reported."""
 
 
 CASES = (
     Case("centred"),
     Case("off centre", drift=math.log(1.8)),
     Case("outliers", outliers=True),
-    Case("few", budgets=3, sizes=4),
+    Case("few", budgets=3, sizes=4, required=False),
 )
 CLEAN = (Case("clean", noise=0.0), Case("clean, off centre", noise=0.0, drift=math.log(1.8)))
 
@@ -66,7 +68,7 @@ def law(params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return TRUTH["E"] + TRUTH["A"] * params ** -TRUTH["alpha"] + TRUTH["B"] * tokens ** -TRUTH["beta"]
 
 
-def simulate(case: Case, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def simulate(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(The honest runs, the same with whatever the case adds to them), as columns params, tokens, loss."""
     rng = np.random.default_rng([seed, 7])
     budgets = np.geomspace(1e18, 1e21, case.budgets)
@@ -89,7 +91,7 @@ def simulate(case: Case, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np
     return honest, with_all
 
 
-def estimate(name: str, table: dict[str, np.ndarray], bootstraps: int) -> Any:
+def estimate(name: str, table: dict[str, Any], bootstraps: int) -> Any:
     """One estimator's fit of a table; raises `InputError` where it refuses."""
     if name == "parametric":
         return fit_parametric_screened(**table, bootstraps=bootstraps)[0]
@@ -154,7 +156,7 @@ def summarise(case: Case, name: str, trials: Sequence[dict[str, Any]]) -> dict[s
             summary |= {"shift_median": float(np.median(shifts)), "shift_largest": float(shifts.max())}
             summary["shifted_beyond_limit"] = float((shifts > SHIFT_LIMIT).mean())
             met = met and shifts.max() <= SHIFT_LIMIT
-        row["exponents"][exponent] = summary | {"met": bool(met)}
+        row["exponents"][exponent] = summary | {"met": bool(met), "required": case.required}
     return row
 
 
@@ -169,7 +171,11 @@ def clean_errors() -> list[dict[str, Any]]:
                 key: abs(getattr(fit, key) / TRUTH[key] - 1) for key in (TRUTH if name == "parametric" else ("a", "b"))
             }
             largest = max(errors.values())
-            rows.append({"case": case.name, "estimator": name, "errors": errors, "met": largest < CLEAN_TOLERANCE})
+            rows.append(
+                {"case": case.name, "estimator": name, "errors": errors, "met": largest < CLEAN_TOLERANCE}
+                # A valley of finite width is no parabola, so that drifting windows leave a trace without any noise.
+                | {"required": name == "parametric" or not case.drift}
+            )
     return rows
 
 
@@ -213,7 +219,8 @@ def show(document: dict[str, Any]) -> str:
     """A table for the terminal."""
     lines = [f"{'clean':34} largest relative error"]
     for row in document["clean"]:
-        lines.append(f"{row['case'] + ', ' + row['estimator']:34} {max(row['errors'].values()):.1e}")
+        missed = "" if row["met"] or not row["required"] else "  misses"
+        lines.append(f"{row['case'] + ', ' + row['estimator']:34} {max(row['errors'].values()):.1e}{missed}")
     lines.append(f"{'noisy':34} {'bias/spread':>11} {'coverage':>9} {'shift (worst)':>14} {'refused':>8} {'warned':>7}")
     for row in document["noisy"]:
         for exponent, found in row["exponents"].items():
@@ -221,7 +228,7 @@ def show(document: dict[str, Any]) -> str:
             lines.append(
                 f"{row['case'] + ', ' + row['estimator'] + ', ' + exponent:34} {found['bias_over_spread']:11.2f} "
                 f"{100 * found['coverage_95']:7.1f} % {shift:>14} {row['refused']:8} {row['warned']:7}"
-                + ("" if found["met"] else "  misses")
+                + ("" if found["met"] or not found["required"] else "  misses")
             )
         if not row["exponents"]:
             lines.append(f"{row['case'] + ', ' + row['estimator']:34} {'':36} {row['refused']:8} {row['warned']:7}")

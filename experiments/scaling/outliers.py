@@ -28,9 +28,9 @@ def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass through."""
     degree = 3 if len(np.unique(u)) >= CUBIC_SIZES else 2
     q, _ = np.linalg.qr(np.vander(u, degree + 1))
-    fitted = q @ (q.T @ loss)
+    residual = (loss - q @ (q.T @ loss)) / np.median(loss)  # a wrong run's own fit is no measure of it
     free = 1 - (q**2).sum(1)
-    return np.where(free > 1e-9, (loss - fitted) / np.abs(fitted) / np.sqrt(np.maximum(free, 1e-9)), 0.0)
+    return np.where(free > 1e-9, residual / np.sqrt(np.maximum(free, 1e-9)), 0.0)
 
 
 def screen_valleys(

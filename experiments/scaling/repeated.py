@@ -15,6 +15,7 @@ from experiments.scaling.terms import Terms
 
 START_RATES = (0.1, 0.2, 0.35, 0.5, 0.8)
 START_WORTH = (3.0, 15.0)
+LARGEST_EXCESS = 30.0  # of ln(N/U_N); wild steps go further, no law does
 WORTH = (1e-2, 1e4)  # beyond the upper bound repeats are as good as fresh
 
 
@@ -33,7 +34,7 @@ class _Worth:
 def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
     """φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
     limit = np.exp(rho)
-    z = np.expm1(m) / limit
+    z = np.minimum(np.expm1(m) / limit, 500.0)  # beyond, e^−z is nothing; and nothing overflows
     left = np.exp(-z)
     gain = -limit * np.expm1(-z)
     whole = 1 + gain
@@ -54,14 +55,17 @@ def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
 class RepeatedForm(Form):
     """Three terms in N' and D'; θ = (E, A, B, alpha, beta, R_D[, R_N]) with the R* as logarithms."""
 
+    extra_starts: int = 0  # every start of the grid ended in one minimum, on clean and on noisy tables
     excess: bool = False
     """Whether parameters too can be in excess (N' rather than N)."""
 
     @property
     def unknowns(self) -> tuple[str, ...]:
+        """Coefficients, rates, then the worth of repeats."""
         return super().unknowns + (("R_D", "R_N") if self.excess else ("R_D",))
 
     def terms(self, theta: np.ndarray, features: Features, scale: Scale) -> Terms:
+        """The floor, the term of N (or N') and that of D', with all that depends on θ in them."""
         rows, count = len(features["D"]), theta.shape[1]
         N, D, U = (features[name][None] for name in ("N", "D", "U"))
         shape = (len(theta), count, rows)
@@ -126,7 +130,7 @@ class RepeatedForm(Form):
         tokens = U - scale.centre["D"]
         level = beta * tokens + np.log(alpha) - np.log(beta) + theta[:, 1:2] - theta[:, 2:3]
         m = N - scale.centre["N"] - level / alpha
-        over = (m > 0).astype(np.float64)
+        over = ((m > 0) & (m < LARGEST_EXCESS)).astype(np.float64)
         d_m = np.zeros((len(theta), theta.shape[1], m.shape[1]))
         by_beta = tokens - 1 / beta
         d_m[:, 1], d_m[:, 2] = -over / alpha, over / alpha
@@ -139,15 +143,17 @@ class RepeatedForm(Form):
             (3, 4): over * by_beta / alpha**2 / unit_n / unit_d,
             (4, 4): -over / (beta**2 * alpha) / unit_d**2,
         }
-        return m * over, d_m, second
+        return np.clip(m, 0.0, LARGEST_EXCESS), d_m, second
 
     def bounds(self, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
+        """Rates stay above zero, as U_N divides by them; R* lies in 0.01 … 10,000."""
         lower, upper = super().bounds(scale)
         lower[3:5] = [1e-3 * scale.unit[rate] for rate in self.rates]
         extra = len(self.unknowns) - 5
         return np.append(lower, [np.log(WORTH[0])] * extra), np.append(upper, [np.log(WORTH[1])] * extra)
 
     def natural(self, theta: np.ndarray, scale: Scale) -> np.ndarray:
+        """R* are counts of repetitions."""
         values = super().natural(theta, scale)
         values[:, 5:] = np.exp(theta[:, 5:])
         return values

@@ -31,6 +31,15 @@ class ServingCost:
     unit: str = "FLOPs"
     training_unit: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (self.coefficient > 0 and self.training_unit > 0):
+            raise InputError(f"coefficient={self.coefficient} and training_unit={self.training_unit} must be positive")
+        if not self.exponent >= 0:
+            raise InputError(
+                f"the cost of a served token falls with the size of the model, as N^{self.exponent:.2g}; measure sizes "
+                "further apart"
+            )
+
     def __call__(self, params: Any) -> Any:
         """The cost of one token of a model with N parameters."""
         return self.coefficient * np.asarray(params, np.float64) ** self.exponent
@@ -170,9 +179,4 @@ def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: Serv
         return 1 - alpha * share / (beta * rest) + serving / training
 
     low, high = least + 1e-9 * max(1.0, abs(least)) + 1e-7, start + LN_RANGE
-    if slope(high) < 0:
-        raise InputError(
-            f"the cost of a served token falls with the size of the model (as N^{cost.exponent:.2g}), so there is no "
-            "optimum; measure sizes further apart"
-        )
     return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-13))

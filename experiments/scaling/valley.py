@@ -17,7 +17,10 @@ MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 class Shape(Protocol):
     """A family of curves with three coefficients' worth of freedom or more, and its minimum."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As reasons and messages call it."""
+        ...
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
         """The fitted curve at `at` is this matrix times the losses of runs at `u`."""

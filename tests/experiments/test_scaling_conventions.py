@@ -11,11 +11,14 @@ from model.errors import InputError
 def made(gamma=0.9, noise=0.0):
     """A law in non-embedding N; the total is larger by a power of it, and exact FLOPs per token go as N^gamma."""
     rng = np.random.default_rng(0)
-    budgets = np.geomspace(1e15, 1e18, 5)
-    best = 3 * (budgets / 6) ** 0.45
-    N = (best[:, None] * np.geomspace(1 / 3, 3, 7)).ravel()
+    budgets = np.geomspace(1e18, 1e21, 4)[:, None]  # in 6·N·D of the total
+    # The optimum of A·N^-α + B·D^-β at D ∝ N^-0.8, where the windows stand.
+    best = (budgets / 300) ** (0.28 / (0.34 + 0.8 * 0.28)) * (0.34 * 400 / (0.8 * 0.28 * 410)) ** (
+        1 / (0.34 + 0.8 * 0.28)
+    )
+    N = (best * np.geomspace(1 / 4, 4, 7)).ravel()
     total = 50 * N**0.8
-    D = np.repeat(budgets, 7) / 6 / total * 30
+    D = np.repeat(budgets, 7) / 6 / total
     loss = (1.7 + 400 * N**-0.34 + 410 * D**-0.28) * np.exp(rng.normal(0, noise, len(N)))
     params = {"params_total": total, "params_non_embedding": N}
     return Counts(D, loss, params, {"flops_exact": 9 * N**gamma * D})

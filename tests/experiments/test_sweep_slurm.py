@@ -90,6 +90,11 @@ PartitionName=all Nodes={host} Default=YES OverSubscribe=YES MaxTime=INFINITE St
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(1)
         yield folder
+        deadline = time.monotonic() + 30
+        while subprocess.run(["squeue", "--noheader", "--states=R,CG,PD"], capture_output=True).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        time.sleep(1)  # the steps' keepers take their leave
     finally:
         for process in reversed(processes):  # the key's keeper last: the others take leave of one another
             process.terminate()
