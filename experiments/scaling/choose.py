@@ -139,8 +139,8 @@ def choose(
         if form.name in refused:
             scores.append(Score(form.name, len(form.unknowns), None, {}, {}, {}, {}, None, refused[form.name]))
             continue
-        rms, error = squared[form.name], errors[form.name]
-        mean = {test: _mean(error[test], counts, held[test]) for test in TESTS}
+        rms = squared[form.name]
+        mean = {test: _mean(errors[form.name][test], counts, held[test]) for test in TESTS}
         scores.append(
             Score(
                 form=form.name,

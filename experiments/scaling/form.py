@@ -82,7 +82,7 @@ class Form:
 
     def scale(self, features: Features, log_loss: np.ndarray) -> Scale:
         """The coordinates in which this table's problem is well conditioned."""
-        unit = {}
+        unit: dict[str, float] = {}
         for _, powers in self.parts:
             for rate, feature in powers:
                 unit[rate] = max(unit.get(rate, 1e-9), float(features[feature].std()))

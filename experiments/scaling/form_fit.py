@@ -177,7 +177,9 @@ def fit_form(
 
     A form of the frontier (L(C)) is fitted to the runs that no cheaper run beats, the others being listed as
     dropped. Of noisy runs at nearly equal compute these are the lucky ones, so that the law comes out a little low:
-    give it the optima of the budgets (`fit_isoflop(...).optima`) where there are any. Raises `InputError` where the runs cannot carry the form's unknowns, and says why.
+    give it the optima of the budgets (`fit_isoflop(...).optima`) where there are any.
+
+    Raises `InputError` where the runs cannot carry the form's unknowns, and says why.
     """
     check_settings(delta, bootstraps)
     form = get(name)

@@ -131,6 +131,10 @@ class IsoflopFit:
         with its lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws,
         and a draw with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
 
+        Measured on 400 simulated ladders of six budgets with nine runs each (`known_laws.py`): the 95 % interval of
+        `a` holds the truth in 94 % with windows centred on the optimum and in 93 % with windows that drift across it;
+        with five budgets of seven runs in 94 and 97 %.
+
         Raises `InputError` where no budget has a run more than its curve needs (nothing tells the
         noise), and where nearly every draw broke.
         """

@@ -20,10 +20,12 @@ def test_clean_tables_come_back():
             assert max(row["errors"].values()) < 2e-3, "off centre no symmetric valley is exact"
 
 
-@pytest.mark.parametrize("case", ["centred", "off centre", "outliers"])
-@pytest.mark.parametrize("name", ["parabola", "spline"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "name"), [("off centre", "parabola"), ("outliers", "parabola"), ("outliers", "spline")]
+)
 def test_valleys_are_unbiased_and_cover(case, name):
-    row = summarise(BY_NAME[case], name, [trial(BY_NAME[case], name, seed, 60) for seed in range(15)])
+    row = summarise(BY_NAME[case], name, [trial(BY_NAME[case], name, seed, 60) for seed in range(10)])
     for found in row["exponents"].values():
         assert abs(found["bias_over_spread"]) < 1.0
         assert found["coverage_95"] >= 0.8

@@ -43,6 +43,7 @@ def test_each_convention_has_its_own_exponents():
 
 def test_rows_that_are_not_numbers_are_dropped_and_listed():
     counts = made(noise=0.002)
+    counts = Counts(counts.tokens, counts.loss, {"params_total": counts.params["params_total"]}, {})
     counts.loss[3] = np.nan
     document = conventions(counts, bootstraps=20)
     assert document["dropped"] == [{"row": 4, "reason": "loss is not a positive number"}]

@@ -132,7 +132,7 @@ def test_the_frontier_alone_carries_the_law_in_compute():
 
 
 @pytest.mark.parametrize(
-    "name, spoil, message",
+    ("name", "spoil", "message"),
     [
         ("chinchilla", lambda t: {k: v[:5] for k, v in t.items()}, "5 usable runs cannot carry the 5 unknowns"),
         ("chinchilla", lambda t: t | {"params": np.full(60, 1e9)}, "only 1 different params"),
@@ -165,7 +165,7 @@ def ladder(truth, noise, seed=0, budgets=6, sizes=7):
 
 
 @pytest.mark.parametrize(
-    "truth, forms", [("chinchilla", ("chinchilla", "no-floor", "kaplan")), ("kaplan", ("kaplan", "no-floor"))]
+    ("truth", "forms"), [("chinchilla", ("chinchilla", "no-floor", "kaplan")), ("kaplan", ("kaplan", "no-floor"))]
 )
 def test_the_true_form_is_chosen(truth, forms):
     choice = choose(ladder(truth, 0.002), forms, bootstraps=30)

@@ -55,7 +55,7 @@ def test_an_optimum_at_the_edge_is_left_out_and_listed():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"params": [1e6, 1e7], "best": [0.1, 0.05]}, "2 different sizes"),
         ({"params": [1e6, 1e7, 1e8], "best": [0.1, 0.05, 0.02], "at_edge": [True, False, False]}, "edge of the values"),
