@@ -37,7 +37,7 @@ def learning_rate_transfer(
 ) -> dict[str, Any]:
     """Sweep the same rates at every width, one compiled program each; the same call again resumes.
 
-    "cells" has a sweep's summary (`experiments.sweep.summary`) for every parameterization and width, with
+    "cells" has a sweep's summary (`experiments.sweep.reading.summary`) for every parameterization and width, with
     "optimum_per_seed": the rate at the vertex of a parabola through the best loss and its neighbours, None at the
     grid's edge. "spread": the highest over the lowest best rate of all widths, by the mean over seeds.
     """

@@ -73,6 +73,7 @@ class Loop:
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self, stack: ExitStack) -> None:
+        """Train until every trial has ended; what is to be closed at the end goes onto `stack`."""
         stack.callback(self.feed.close)
         stack.callback(lambda: self.trace.close(self.state))
         for trial in self.trials:  # killed between its last checkpoint and the note that it is finished

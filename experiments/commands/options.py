@@ -91,6 +91,6 @@ def split_overrides(
     overrides: tuple[str, ...], config: "ModelConfig", train_config: "TrainConfig", hparams: "HParams"
 ) -> "tuple[ModelConfig, TrainConfig, HParams]":
     """Apply each `name=value` to whichever of model config, train config and hyperparameters has that field."""
-    from experiments.sweep.overlay import overlay
+    from experiments.sweep.space.overlay import overlay
 
     return overlay(parse_overrides(overrides), config, train_config, hparams)

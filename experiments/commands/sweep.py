@@ -190,8 +190,8 @@ def _work(
 
 def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
     from experiments.sweep.live import standing
-    from experiments.sweep.results import read_results
-    from experiments.sweep.summary import summarize
+    from experiments.sweep.reading.results import read_results
+    from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
     return summarize(results.axes, results.rows) | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
@@ -221,7 +221,7 @@ def show(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     from experiments.commands.options import console
-    from experiments.sweep.scales import text
+    from experiments.sweep.reading.scales import text
 
     out, names, standing = console(), list(summary["axes"]), summary["standing"]
     states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)

@@ -31,7 +31,7 @@ class SweepOptions:
     set: Axes = ()
     """Axes, in all combinations: NAME=v1,v2 or NAME=logspace:LOW:HIGH:COUNT; to draw: NAME=loguniform:LOW:HIGH."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE.py")] = None
-    """A Python file that defines `space`, which is multiplied with the axes (see `experiments/sweep/space.py`)."""
+    """A Python file that defines `space`, which is multiplied with the axes (see `experiments/sweep/space/`)."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Runs per setting; their spread is the noise of the result. By default 1, or the file's `replicate`."""
     base: Overrides = ()

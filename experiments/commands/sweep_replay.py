@@ -42,9 +42,9 @@ def replay(
         plot: Draw the share of searches that are there, against trials (.svg, .png or .pdf).
     """
     from experiments.commands.options import write_document
-    from experiments.sweep.recorded import read_recorded
-    from experiments.sweep.replay import compare_samplers
-    from experiments.sweep.replay_halving import read_curves, replay_halving
+    from experiments.sweep.search.recorded import read_recorded
+    from experiments.sweep.search.replay import compare_samplers
+    from experiments.sweep.search.replay_halving import read_curves, replay_halving
     from model.errors import InputError
     from train.progress import progress_bar
 
@@ -121,7 +121,7 @@ def _draw(path: Path, document: dict[str, Any]) -> None:
 
     from experiments.commands.options import output
     from experiments.report.style import svg
-    from experiments.sweep.replay_plot import reached
+    from experiments.sweep.search.replay_plot import reached
     from train.files import write_atomically
 
     figure = reached(document)

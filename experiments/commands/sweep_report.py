@@ -27,8 +27,8 @@ def report(
     """
     from experiments.commands.options import console, output, write_document
     from experiments.report.sweep_page import write_sweep_page
-    from experiments.sweep.analysis import analyse
-    from experiments.sweep.results import read_results, write_tables
+    from experiments.sweep.reading.analysis import analyse
+    from experiments.sweep.reading.results import read_results, write_tables
     from model.errors import InputError
 
     results = read_results(folder)

@@ -134,7 +134,7 @@ def held_out_curve(
 
 @styled
 def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
-    """Loss over one axis of a sweep (see `experiments.sweep.summary`), a line per value of the others.
+    """Loss over one axis of a sweep (see `experiments.sweep.reading.summary`), a line per value of the others.
 
     Lines are means over seeds, small dots single trials, crosses along the top trials that diverged; the band is
     the winner's mean ± the seed noise of one run.

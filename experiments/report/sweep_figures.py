@@ -1,4 +1,4 @@
-"""Figures of a sweep: its analysis (`experiments.sweep.analysis`) in, a matplotlib Figure out."""
+"""Figures of a sweep: its analysis (`experiments.sweep.reading.analysis`) in, a matplotlib Figure out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.report.figures import TRAINING_LOSS, WIDTH, Curve
 from experiments.report.style import BLUE, GRID, INK, MUTED, ORANGE, log_axis, new_figure, styled
 from experiments.report.sweep_axes import loss_colours, place_axis, readable_top, ticks
-from experiments.sweep.scales import positions, scale_of
+from experiments.sweep.reading.scales import positions, scale_of
 
 LOSS = "validation loss"
 MOST_LINES = 250  # of parallel coordinates

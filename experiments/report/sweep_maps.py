@@ -13,7 +13,7 @@ from matplotlib.tri import Triangulation
 from experiments.report.figures import WIDTH
 from experiments.report.style import BLUE, INK, MUTED, ORANGE, log_axis, new_figure, sequence, styled
 from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
-from experiments.sweep.scales import MANY, distinct, positions, scale_of
+from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 
 LOSS = "validation loss (nats per token)"
 Document = Mapping[str, Any]

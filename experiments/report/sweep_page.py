@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
 from experiments.report.page import inline, render
-from experiments.sweep.curves import UNEQUAL, chosen
-from experiments.sweep.results import Results
-from experiments.sweep.scales import text
+from experiments.sweep.reading.curves import UNEQUAL, chosen
+from experiments.sweep.reading.results import Results
+from experiments.sweep.reading.scales import text
 from train.files import write_atomically
 
 Drawn = dict[str, Any]
@@ -21,7 +21,7 @@ MOST_ROWS = 1000  # of the table of settings
 def write_sweep_page(path: Path, results: Results, document: dict[str, Any], no_parquet: str | None = None) -> None:
     """Write the report of a sweep: self-contained, whole or absent.
 
-    document: `experiments.sweep.analysis.analyse` of the results. no_parquet: why there is no table in Parquet.
+    document: `experiments.sweep.reading.analysis.analyse` of the results. no_parquet: why there is no table in Parquet.
     """
     write_atomically(path, render("sweep.html.jinja", **_view(results, document, no_parquet)))
 

@@ -154,8 +154,8 @@ def fit_parametric_screened(
 ) -> tuple[ParametricFit, list[dict[str, Any]]]:
     """`fit_parametric` without gross outliers, and those as [{params, tokens, loss, reason}].
 
-    Huber's loss bounds what an outlier does but does not end it: one wrong run in twenty moves an exponent by half a
-    standard error now and then. Residuals of the robust fit show which runs are wrong (`outliers.screen_residuals`);
+    Huber's loss bounds what an outlier does but does not end it. Residuals of the robust fit show which runs
+    are wrong (`outliers.screen_residuals`);
     the law is fitted again without them. Where that cannot be fitted, nothing is left out.
     """
     fit = fit_parametric(params, tokens, loss, delta=delta, bootstraps=bootstraps, seed=seed)
@@ -186,7 +186,7 @@ def parametric_warnings(fit: ParametricFit) -> list[str]:
     found = []
     if len(fit.table) < FEW_ROWS:
         found.append(
-            f"{len(fit.table)} runs for five unknowns: intervals from fewer than {FEW_ROWS} miss the truth too often"
+            f"{len(fit.table)} runs for five unknowns: with fewer than {FEW_ROWS} the intervals' coverage is uncertain"
         )
     if fit.E == 0:
         found.append("the floor E faded to zero: these runs do not show one")

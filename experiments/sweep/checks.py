@@ -1,10 +1,10 @@
 """What can be known to be wrong with a sweep before anything of it runs."""
 
 from experiments.sweep.objectives import check_speed, direction
-from experiments.sweep.policies import make_policy
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
-from experiments.sweep.samplers import check_axes, make_sampler
+from experiments.sweep.search.policies import make_policy
+from experiments.sweep.search.samplers import check_axes, make_sampler
 from experiments.sweep.trials import example_trials, plan_trials
 from model.errors import InputError
 from train.data import load_manifest

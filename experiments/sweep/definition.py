@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from experiments.sweep.overlay import rebase
 from experiments.sweep.record import Request, Sweep
 from experiments.sweep.space import Replicate
-from experiments.sweep.space_file import load_space, load_space_file
+from experiments.sweep.space.file import load_space, load_space_file
+from experiments.sweep.space.overlay import rebase
 from experiments.sweep.trial import Setting
 from experiments.sweep.trials import check_trial, example_trials, plan_trials, trials_at
 from model import ModelConfig

@@ -7,7 +7,7 @@ of a category: a value that does not fit what the study has of that name stands 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.sweep.samplers import to_category
+from experiments.sweep.search.samplers import to_category
 
 
 class Known:

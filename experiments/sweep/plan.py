@@ -5,9 +5,9 @@ import math
 from typing import Any
 
 from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, state_bytes, temporary_bytes
-from experiments.sweep.policies import hash_fraction, make_policy
 from experiments.sweep.record import Sweep
-from experiments.sweep.simulate import play, tokens_used
+from experiments.sweep.search.policies import hash_fraction, make_policy
+from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import example_trials, plan_trials
 from model import accounting

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from experiments.sweep.space import Replicate, Space, grid, product
-from experiments.sweep.space_file import load_space
+from experiments.sweep.space.file import load_space
+from experiments.sweep.space.values import parse_axes
 from experiments.sweep.trial import Setting
-from experiments.sweep.values import parse_axes
 from model.errors import InputError
 from train.files import write_atomically, write_json
 
@@ -49,7 +49,7 @@ class Sweep:
     of its content. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder` whose `space` is
     multiplied with them, space_source: its text. seeds: of the replicates of every point.
     objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
-    name of `experiments.sweep.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
+    name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
     "hyperband" or "population", with its settings. storage: an Optuna storage URL; None: SQLite in the folder. lanes:
     at most so many trials side by side; None: as many as memory holds. evaluate_tokens: of the validation split.
     earlier: what former calls on the folder asked for; their trials stay part of the sweep.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.summary import summarize
+from experiments.sweep.reading.summary import summarize
 from model import ModelConfig
 from model.errors import InputError
 from train import HParams, Shell, TrainConfig, population

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.sweep.kinds import describe
-from experiments.sweep.overlay import apply
 from experiments.sweep.record import Sweep
 from experiments.sweep.space import random
+from experiments.sweep.space.kinds import describe
+from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
 from model.errors import InputError
 

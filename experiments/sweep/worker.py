@@ -19,9 +19,9 @@ from typing import Any
 
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import LOSS, check_speed, direction, measure_speed, values
-from experiments.sweep.policies import make_policy
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
+from experiments.sweep.search.policies import make_policy
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
@@ -110,7 +110,7 @@ class _Worker:
 
     def _ask(self) -> bool:
         """Let the sampler draw as many points as fill the lanes; whether it did."""
-        from experiments.sweep.samplers import make_sampler, suggester
+        from experiments.sweep.search.samplers import make_sampler, suggester
 
         sweep = self.sweep
         if sweep.sampler == "all" or self.ledger.asked() >= sweep.trials:

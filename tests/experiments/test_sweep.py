@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import plan_trials, run_sweep
-from experiments.sweep.summary import summarize
 from model import InputError, presets
 from train import HParams, Shell, TrainConfig
 

@@ -10,7 +10,7 @@ import pytest
 from experiments.sweep import ledger as ledger_module
 from experiments.sweep.ledger import DEAD, Ledger
 from experiments.sweep.record import Sweep
-from experiments.sweep.samplers import make_sampler, suggester
+from experiments.sweep.search.samplers import make_sampler, suggester
 from experiments.sweep.trial import Setting
 from experiments.sweep.trials import plan_trials, trials_at
 from model import InputError, ModelConfig

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.commands.options import split_overrides
-from experiments.sweep.overlay import apply, rebase
+from experiments.sweep.space.overlay import apply, rebase
 from experiments.sweep.trial import Decode, Setting, Trial
 from model import Experts, accounting, presets
 from model.errors import InputError, UnknownNameError

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep.definition import Sweep
-from experiments.sweep.evolve import Population
-from experiments.sweep.policies import Halving, Hyperband, hash_fraction, make_policy, point_key
 from experiments.sweep.row import Row, RunAll
-from experiments.sweep.simulate import expected_tokens, play, tokens_used
+from experiments.sweep.search.evolve import Population
+from experiments.sweep.search.policies import Halving, Hyperband, hash_fraction, make_policy, point_key
+from experiments.sweep.search.simulate import expected_tokens, play, tokens_used
 from experiments.sweep.trial import Setting, Trial
 from model import InputError, presets
 from train import HParams, TrainConfig

@@ -10,10 +10,10 @@ import math
 import numpy as np
 import pytest
 
-from experiments.sweep.policies import Halving
-from experiments.sweep.recorded import Recorded, read_recorded
-from experiments.sweep.replay import compare_samplers, quartiles, replay_search
-from experiments.sweep.replay_halving import Curve, replay_halving
+from experiments.sweep.search.policies import Halving
+from experiments.sweep.search.recorded import Recorded, read_recorded
+from experiments.sweep.search.replay import compare_samplers, quartiles, replay_search
+from experiments.sweep.search.replay_halving import Curve, replay_halving
 from experiments.sweep.trial import Setting, Trial
 from model import InputError, presets
 from train import HParams, TrainConfig

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments.report import sweep_page
-from experiments.sweep.analysis import analyse
-from experiments.sweep.overlay import apply
-from experiments.sweep.results import collect, write_tables
+from experiments.sweep.reading.analysis import analyse
+from experiments.sweep.reading.results import collect, write_tables
 from experiments.sweep.row import Row
+from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Setting, Trial
 from model import presets
 from train import HParams, TrainConfig
@@ -95,8 +95,8 @@ def quick(monkeypatch):
     """Figures are made but not turned into SVG, which takes most of the time."""
     monkeypatch.setattr(sweep_page, "inline", lambda figure, label: "[figure]")
     few = lambda *arguments: importances(*arguments, draws=3)
-    from experiments.sweep import analysis
-    from experiments.sweep.importance import importances
+    from experiments.sweep.reading import analysis
+    from experiments.sweep.reading.importance import importances
 
     monkeypatch.setattr(analysis, "importances", few)
 

@@ -6,7 +6,7 @@ import math
 import optuna
 import pytest
 
-from experiments.sweep.samplers import SAMPLERS, check_axes, make_sampler, suggester, to_category, to_optuna
+from experiments.sweep.search.samplers import SAMPLERS, check_axes, make_sampler, suggester, to_category, to_optuna
 from experiments.sweep.space import branch, choice, grid, integers, loguniform, product
 from model import InputError
 

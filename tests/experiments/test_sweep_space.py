@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from experiments.sweep import space as s
-from experiments.sweep.space_file import load_space_file
-from experiments.sweep.values import parse_axes, parse_axis
+from experiments.sweep.space.file import load_space_file
+from experiments.sweep.space.values import parse_axes, parse_axis
 from model.errors import InputError
 
 A, B = s.grid(a=[1, 2, 3]), s.grid(b=["x", "y"], c=True)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.sweep.comparisons import best_of_many, largest_of_many, selected_interval
-from experiments.sweep.importance import importances
-from experiments.sweep.optimum import log_parabola
-from experiments.sweep.pareto import front, near_front
-from experiments.sweep.scales import edge_of, scale_of
-from experiments.sweep.summary import summarize
+from experiments.sweep.reading.comparisons import best_of_many, largest_of_many, selected_interval
+from experiments.sweep.reading.importance import importances
+from experiments.sweep.reading.optimum import log_parabola
+from experiments.sweep.reading.pareto import front, near_front
+from experiments.sweep.reading.scales import edge_of, scale_of
+from experiments.sweep.reading.summary import summarize
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
 

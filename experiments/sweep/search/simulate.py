@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from experiments.sweep.policies import hash_fraction
 from experiments.sweep.row import Policy, Row
+from experiments.sweep.search.policies import hash_fraction
 from experiments.sweep.trial import Trial
 
 

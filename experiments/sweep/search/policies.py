@@ -25,7 +25,7 @@ def make_policy(sweep: "Sweep") -> Policy:
 
     Raises UnknownNameError on a policy or a setting that does not exist, InputError on a setting out of range.
     """
-    from experiments.sweep.evolve import Population
+    from experiments.sweep.search.evolve import Population
 
     if sweep.policy not in POLICIES:
         raise UnknownNameError("policy", sweep.policy, POLICIES)

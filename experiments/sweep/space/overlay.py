@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from experiments.sweep.kinds import describe
+from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Setting
 from model import ModelConfig, accounting
 from model.errors import InputError, UnknownNameError

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.recorded import Recorded, is_ordered
-from experiments.sweep.samplers import make_sampler
+from experiments.sweep.search.recorded import Recorded, is_ordered
+from experiments.sweep.search.samplers import make_sampler
 from model.errors import InputError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.scales import distinct, is_number, scale_of
+from experiments.sweep.reading.scales import distinct, is_number, scale_of
 
 FEWEST = 10  # finished trials
 Rows = Sequence[Mapping[str, Any]]

@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.sweep.curves import equal_flops
-from experiments.sweep.importance import importances
-from experiments.sweep.optimum import transfer
-from experiments.sweep.pareto import pareto
-from experiments.sweep.results import Results
-from experiments.sweep.scales import text
-from experiments.sweep.summary import candidates_of, summarize
+from experiments.sweep.reading.curves import equal_flops
+from experiments.sweep.reading.importance import importances
+from experiments.sweep.reading.optimum import transfer
+from experiments.sweep.reading.pareto import pareto
+from experiments.sweep.reading.results import Results
+from experiments.sweep.reading.scales import text
+from experiments.sweep.reading.summary import candidates_of, summarize
 
 
 def analyse(results: Results) -> dict[str, Any]:
     """`summarize` of the results, and: sentence (the answer), importance, transfer, equal_flops, pareto, halving, cost.
 
     A part that does not apply is None; one that cannot be had holds `refused`, with the reason. Of importances, see
-    `experiments.sweep.importance`; of transfer, `experiments.sweep.optimum`.
+    `experiments.sweep.reading.importance`; of transfer, `experiments.sweep.reading.optimum`.
     """
     from experiments.report.figures import read_curve  # here, as it draws with matplotlib
 

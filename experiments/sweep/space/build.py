@@ -2,7 +2,7 @@
 
 A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
 another, so that a search may choose them; of a branch only the axes of the side that is taken are asked for. A point is
-a dict of flat fields (`experiments/sweep/overlay.py`). A name that begins with "_" is no field: it is there for
+a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins with "_" is no field: it is there for
 `derive` to read, and for the report. A file of a sweep ends, for example, in
 
     space = product(
@@ -15,7 +15,7 @@ import builtins
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.sweep.kinds import (
+from experiments.sweep.space.kinds import (
     Chain,
     Derived,
     Drawn,
@@ -27,7 +27,7 @@ from experiments.sweep.kinds import (
     Suggest,
     merged,
 )
-from experiments.sweep.values import (
+from experiments.sweep.space.values import (
     Distribution,
     Interval,
     Values,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.scales import is_number
-from experiments.sweep.summary import candidates_of, group, pooled_noise
+from experiments.sweep.reading.scales import is_number
+from experiments.sweep.reading.summary import candidates_of, group, pooled_noise
 from model.errors import InputError, UnknownNameError
 
 FACTS = frozenset(
@@ -76,7 +76,7 @@ def read_recorded(path: Path, axes: Sequence[str] = ()) -> Recorded:
 
 
 def _read_folder(folder: Path, axes: Sequence[str]) -> Recorded:
-    from experiments.sweep.results import read_results
+    from experiments.sweep.reading.results import read_results
 
     results = read_results(folder)
     if results.sampler != "all":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.sweep.summary import candidates_of, group
+from experiments.sweep.reading.summary import candidates_of, group
 
 if TYPE_CHECKING:
     from experiments.report.figures import Curve

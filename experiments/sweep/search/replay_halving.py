@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.sweep.policies import Halving, point_key
-from experiments.sweep.recorded import Recorded
-from experiments.sweep.simulate import play, tokens_used
+from experiments.sweep.search.policies import Halving, point_key
+from experiments.sweep.search.recorded import Recorded
+from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
 from model.errors import InputError
 

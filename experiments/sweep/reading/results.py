@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import Row
-from experiments.sweep.scales import MANY, distinct, is_number
 from train.files import write_atomically
 
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.sweep.values import Distribution, Values
+from experiments.sweep.space.values import Distribution, Values
 from model.errors import InputError
 
 __all__ = ["Point", "Replicate", "Space", "Suggest", "describe", "key_of", "merged"]  # the other kinds are one Space
@@ -17,7 +17,7 @@ _MOST_POINTS = 1_000_000
 
 
 class Space:
-    """What a sweep may vary. Made by the functions of `experiments/sweep/space.py`."""
+    """What a sweep may vary. Made by the functions of `experiments/sweep/space/`."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.comparisons import best_of_many, selected_interval
-from experiments.sweep.optimum import NEAR, rate_optimum
-from experiments.sweep.scales import edge_of, text
+from experiments.sweep.reading.comparisons import best_of_many, selected_interval
+from experiments.sweep.reading.optimum import NEAR, rate_optimum
+from experiments.sweep.reading.scales import edge_of, text
 
 Setting = dict[str, Any]
 
@@ -20,10 +20,9 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     failed or are pending; those never enter a mean. seed_noise: the standard deviation of one run over seeds, pooled
     over the settings within 0.5 nats of the best, where it matters. winner: the lowest mean, its 95 % interval, which
     allows for its having been chosen, and the settings that cannot be told apart from it: with the winner they hold the
-    truly best one with 95 % probability (see `experiments.sweep.comparisons`). A setting that lost a run to divergence
-    or of which only a part was pruned is no candidate. optimum: see `experiments.sweep.optimum`; None where it is
-    refused, and optimum_refused says why. warnings: sentences. A row without `state` is finished if it has a loss, and
-    else diverged.
+    truly best one with 95 % probability (see `comparisons.py`). A setting that lost a run to divergence or of which
+    only a part was pruned is no candidate. optimum: see `optimum.py`; None where it is refused, and optimum_refused
+    says why. warnings: sentences. A row without `state` is finished if it has a loss, and else diverged.
     """
     names = list(axes)
     settings = group(names, trials)
