@@ -16,7 +16,7 @@ import jax
 from experiments.decode.bench import bench_decode
 from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
-from experiments.scaling.ladder import row, train_rungs, train_shape, write_table
+from experiments.scaling.ladder import ladder_table, row, train_rungs, train_shape, write_table
 from experiments.scaling.plan import (
     Recipe,
     Rung,
@@ -27,7 +27,6 @@ from experiments.scaling.plan import (
     plan_ladder,
 )
 from experiments.scaling.probe import Probe, probe
-from experiments.scaling.table import clean
 from experiments.sweep.run import run_sweep
 from infer import Sampling, generate, prepare
 from model import accounting
@@ -336,17 +335,6 @@ class _Study:
         return (
             training + trials * self._sweep_steps(recipe, budgets) * step(proxy) + speed.compile_seconds * len(widths)
         )
-
-
-def ladder_table(rows: list[dict[str, Any]]) -> Any:
-    """The rows of a ladder as a table to fit: runs that diverged or repeated their data are dropped, and listed."""
-    nan = float("nan")
-    return clean(
-        [row["params"] for row in rows],
-        [row["tokens"] for row in rows],
-        [nan if row["loss"] is None else row["loss"] for row in rows],
-        repeated=[row["repeated"] for row in rows],
-    )
 
 
 def _prompts(source: str) -> list[str]:

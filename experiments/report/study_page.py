@@ -13,6 +13,7 @@ from experiments.report.commands import commands
 from experiments.report.page import inline, known, render
 from experiments.scaling import plots
 from experiments.scaling.fit import Fits, fit_both
+from experiments.scaling.ladder import ladder_table
 from experiments.scaling.parametric import LARGEST_EXPONENT
 from train.files import write_atomically
 
@@ -165,8 +166,6 @@ def _without_legend(figure: Figure) -> Figure:
 
 def _fits(rows: list[dict[str, Any]]) -> Fits:
     """The document's fits again, now as objects that can be drawn: same table, same seed, same numbers."""
-    from experiments.study import ladder_table  # here, as the study itself imports this page
-
     return fit_both(ladder_table(rows))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.plan import Recipe, Rung
+from experiments.scaling.table import Table, clean
 from train import HParams, Result, Shell, TrainConfig, population
 from train.files import write_atomically
 from train.progress import progress_bar
@@ -75,6 +76,17 @@ def row(rung: Rung, result: Result) -> dict[str, Any]:
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
     }
+
+
+def ladder_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of a ladder as a table to fit: runs that diverged or repeated their data are dropped, and listed."""
+    nan = float("nan")
+    return clean(
+        [row["params"] for row in rows],
+        [row["tokens"] for row in rows],
+        [nan if row["loss"] is None else row["loss"] for row in rows],
+        repeated=[row["repeated"] for row in rows],
+    )
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -55,7 +55,8 @@ def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
 class RepeatedForm(Form):
     """Three terms in N' and D'; θ = (E, A, B, alpha, beta, R_D[, R_N]) with the R* as logarithms."""
 
-    extra_starts: int = 0  # every start of the grid ended in one minimum, on clean and on noisy tables
+    extra_starts: int = 0
+    """Of a bootstrap draw, besides the best fit. With tokens alone all 50 starts of a grid ended in one minimum."""
     excess: bool = False
     """Whether parameters too can be in excess (N' rather than N)."""
 

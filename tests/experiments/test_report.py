@@ -13,7 +13,7 @@ from experiments.report import study_page
 from experiments.report.figures import read_curve
 from experiments.report.page import number
 from experiments.scaling.fit import fit_both
-from experiments.study import ladder_table
+from experiments.scaling.ladder import ladder_table
 from experiments.sweep.reading.summary import summarize
 
 FITS = {}

@@ -204,3 +204,15 @@ def test_other_data_than_the_sweeps_are_refused(make, isoflop):
     other = dataclasses.replace(sweep, base=dataclasses.replace(sweep.base, steps=7))
     with pytest.raises(InputError, match="holds a sweep of another base"):
         open_sweep(other)
+
+
+@pytest.mark.long
+def test_sixty_four_trials_over_two_shapes_compile_two_steps(make):
+    """Halving too: on a CPU the trials that are left run in the same lanes."""
+    grid = ("learning_rate=logspace:1e-3:1e-2:8", "weight_decay=0,0.01,0.1,1", "d_ff=40,44")
+    sweep = make(axes=grid, seeds=1, lanes=16, steps=4, policy="halving", policy_settings={"min_fraction": 0.25})
+    before = compiled_programs()
+    states = collections.Counter(row.state for row in run(sweep).rows())
+    assert compiled_programs() - before == 2
+    assert states["finished"] + states["pruned"] == 64
+    assert states["finished"] == 8  # of 64 the best 22 go on, of those 8

@@ -1,0 +1,12 @@
+"""Does the best learning rate stay where it is as the model widens? One sweep over widths, heads of 16 throughout.
+
+isoflop sweep run study-32 --data data/sotu --out sweeps/mup --space experiments/configs/mup_widths.py --steps 250
+--batch-size 4 --base parameterization=mup base_d_model=32 --seeds 2
+"""
+
+from experiments.sweep.space import derive, grid, logspace
+
+space = derive(
+    grid(d_model=[32, 64, 128], learning_rate=logspace(2.5e-3, 1.6e-1, 7)),
+    lambda point: {"num_heads": point["d_model"] // 16, "d_ff": point["d_model"] * 21 // 8},
+)
