@@ -47,7 +47,7 @@ def ticks(among: Sequence[Any], most: int = 6) -> tuple[list[float], list[str]]:
     else:
         shown = listed
     if len(shown) > most and scale != "rank":
-        shown = [shown[i] for i in np.unique(np.round(np.linspace(0, len(shown) - 1, most)).astype(int))]
+        shown = shown[:: -(-len(shown) // most)]
     places = np.log10(np.array(shown, float)) if scale == "log" else positions(shown, among)
     return places.tolist(), tick_labels(shown)
 
