@@ -46,12 +46,12 @@ def test_a_parameter_that_is_in_no_table_is_an_error():
         spec_for(abstract_mesh({"data": 2}), ("layers", "dense", "new", "thing"), (2, 4, 4))
 
 
-def test_a_mesh_divides_what_it_splits_once_and_never_layers_or_lanes(variant):
+def test_a_mesh_divides_what_it_splits_once_and_never_layers(variant):
     for axes in MESHES:
         mesh = abstract_mesh(axes)
         for path, shape in shapes_of(variant).items():
             plain, lanes = spec_for(mesh, path, shape), spec_for(mesh, path, (30, *shape), lanes=True)
-            assert tuple(lanes) == (None, *plain)
+            assert tuple(lanes) == ("population" if axes.get("population") else None, *plain)
             assert not stacked(path) or plain[0] is None
             used = [axis for entry in plain for axis in axes_of(entry)]
             assert len(used) == len(set(used))

@@ -10,6 +10,8 @@ import numpy as np
 from model import Experts, ModelConfig
 from model.sharding import batch_sharding, make_mesh, parse_mesh, replicated, shardings
 from train import HParams, TrainConfig, init_state, train_step
+from train.config import stack_hparams
+from train.lanes import compile_program
 
 DENSE = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=8, d_ff=64, max_seq_len=16)
 EXPERTS = Experts(count=8, top_k=2, d_ff=32)
@@ -49,8 +51,29 @@ def train_on(config, state, mesh, steps):
     return [float(loss) for loss in losses], held / sum(leaf.nbytes for leaf in leaves)
 
 
+def train_lanes(mesh, steps):
+    """(losses of six lanes, whether their step talks to other devices) of a program of eight lanes."""
+    program = compile_program(DENSE, TRAIN, 8, mesh)
+    hparams = stack_hparams([HPARAMS.replace(learning_rate=2e-3 * (i + 1), seed=i) for i in range(8)])
+    state, active, losses = program.init(hparams), np.arange(8) < 6, []
+    for batch in batches(steps):
+        lanes = {name: np.stack([np.roll(rows, i, axis=0) for i in range(8)]) for name, rows in batch.items()}
+        state, metrics = program.step(state, jax.device_put(lanes, batch_sharding(mesh, lanes=True)), hparams, active)
+        losses.append(np.asarray(metrics["loss"])[:6].tolist())
+    assert not np.asarray(state.step)[6:].any()
+    assert int(program.take(state, np.int32(5)).step) == steps
+    text = program.step.as_text()
+    return losses, any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
 def main(model, steps, *meshes):
-    """Print {mesh: [losses, share of the state on the first device]}; the mesh "data=1" is one device."""
+    """Print {mesh: [losses, share of the state on the first device]}; the mesh "data=1" is one device.
+
+    With the model "lanes": {mesh: what `train_lanes` finds}.
+    """
+    if model == "lanes":
+        print(json.dumps({mesh: train_lanes(make_mesh(parse_mesh(mesh)), int(steps)) for mesh in meshes}))
+        return
     config = MODELS[model]
     state = jax.device_get(jax.jit(functools.partial(init_state, config, TRAIN, HPARAMS))())
     print(json.dumps({mesh: train_on(config, state, make_mesh(parse_mesh(mesh)), int(steps)) for mesh in meshes}))

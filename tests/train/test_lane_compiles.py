@@ -1,5 +1,7 @@
 """A sweep over what is traced compiles one program, and traces the step once."""
 
+import pytest
+
 from model import presets
 from train import HParams, Shell, TrainConfig, population, train_step
 from train import lanes as lanes_module
@@ -30,3 +32,21 @@ def test_sixteen_learning_rates_trace_the_step_once(data, tmp_path, monkeypatch)
     population(config, TRAIN_CONFIG, lanes, data=data, runs=more, steps=4, shell=QUIET)
     assert compiled_programs() - before == 1
     assert sum(traces) == 1
+
+
+@pytest.mark.long
+def test_lanes_that_have_ended_are_compacted_away(data, tmp_path):
+    """What accelerators do; on a CPU a lane that has ended costs nothing."""
+    config = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, rope_base=9_998.0)
+    horizons = [2, 8, 2, 4, 2, 8, 4, 2]
+    lanes = [HParams(learning_rate=1e-3 * (i + 1), seed=i, total_steps=steps) for i, steps in enumerate(horizons)]
+    ends = []
+    for compact, programs in ((False, 1), (True, 2)):  # 8 lanes, then 4 and 2
+        before = compiled_programs()
+        runs = [tmp_path / f"{compact}-{i}" for i in range(8)]
+        shell = Shell(evaluate_tokens=128, compact=compact)
+        ends.append(population(config, TRAIN_CONFIG, lanes, data=data, runs=runs, shell=shell))
+        assert compiled_programs() - before == programs
+    for whole, compacted in zip(*ends, strict=True):
+        assert whole.steps == compacted.steps
+        assert compacted.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)

@@ -10,19 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import presets
+from model import InputError, presets
 from train import HParams, Shell, TrainConfig, init_state, population, train, train_step
 from train.data import Loader
+from train.lanes import compiled_programs
 from train.metrics import read_metrics
+from train.run import Identity
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
-TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, schedule="cosine", max_skipped=2)
-STEPS = 50
+TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, schedule="cosine", dropout=True, max_skipped=2)
+STEPS = 200
 QUIET = Shell(evaluate_tokens=512)
-LANES = [
-    HParams(learning_rate=2e-3 * 1.5**i, weight_decay=0.05 * i, beta2=0.9 + 0.01 * i, warmup_steps=i, seed=i % 3)
+LANES = [  # everything that is traced, at once
+    HParams(
+        learning_rate=2e-3 * 1.4**i,
+        weight_decay=0.05 * i,
+        beta1=0.85 + 0.015 * i,
+        beta2=0.9 + 0.01 * i,
+        clip_norm=0.25 * (i % 4),
+        warmup_steps=3 * i,
+        total_steps=STEPS + 20 * i,
+        dropout_rate=0.02 * i,
+        z_loss=1e-4 * i,
+        init_scale=0.7 + 0.1 * i,
+        seed=i % 3,
+    )
     for i in range(8)
 ]
 
@@ -40,7 +54,6 @@ def jitted():
 @functools.cache
 def solo_losses(hparams: HParams, data: Path, nudge: bool) -> np.ndarray:
     """The pure functions alone, in a loop; with `nudge`, one weight starts one ulp off."""
-    hparams = hparams.replace(total_steps=STEPS)
     init, step = jitted()
     state = init(hparams)
     if nudge:
@@ -87,6 +100,34 @@ def test_vmapped_lanes_equal_lanes_in_turn(eight, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     alone = train(config, TRAIN_CONFIG, LANES[2], data=data, run=tmp_path / "solo", steps=20, shell=QUIET)
     assert abs(losses(runs[2])[-1] / alone.loss - 1) <= 1e-5
+
+
+def test_padding_changes_no_bit(eight, data, tmp_path):
+    runs = [tmp_path / str(i) for i in range(3)]
+    before = compiled_programs()
+    shared = {"data": data, "runs": runs, "steps": [20, 7, 20], "shell": QUIET}
+    results = population(CONFIG, TRAIN_CONFIG, LANES[:3], lanes=8, **shared)
+    assert compiled_programs() == before
+    assert [result.steps for result in results] == [20, 7, 20]
+    for run, whole, steps in zip(runs, eight, (20, 7, 20), strict=False):
+        np.testing.assert_array_equal(losses(run), losses(whole)[:steps])
+    with pytest.raises(InputError, match="lanes=2 is fewer than the 3 trials"):
+        population(CONFIG, TRAIN_CONFIG, LANES[:3], lanes=2, **shared)
+
+
+def test_lanes_of_other_seeds_can_share_the_order_of_the_data(data, tmp_path):
+    lanes = [HParams(learning_rate=0, seed=0, data_seed=0), *[HParams(learning_rate=0, seed=0, data_seed=7)] * 7]
+    lanes[2] = lanes[2].replace(seed=1)
+    runs = [tmp_path / str(i) for i in range(8)]
+    population(CONFIG, TRAIN_CONFIG, lanes, data=data, runs=runs, steps=3, shell=QUIET)
+    own = population(CONFIG, TRAIN_CONFIG, lanes[:1], lanes=8, data=data, runs=[tmp_path / "own"], steps=3, shell=QUIET)
+    assert own[0].loss == losses(runs[0])[-1]
+    assert losses(runs[0])[-1] != losses(runs[1])[-1]  # the same weights on other text
+    assert losses(runs[1])[-1] == losses(runs[3])[-1] != losses(runs[2])[-1]
+    plain, named = (HParams(seed=3), HParams(seed=3, data_seed=3))
+    identities = [Identity(CONFIG, TRAIN_CONFIG, hparams, "hash") for hparams in (plain, named)]
+    assert "data_seed" not in identities[0].to_dict()["hparams"]  # as of runs from before there was such a field
+    assert identities[0].run_id != identities[1].run_id
 
 
 def test_diverged_lane_is_frozen_and_changes_no_other_lanes_bits(eight, data, tmp_path):

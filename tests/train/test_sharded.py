@@ -85,6 +85,19 @@ def test_so_do_the_others(model, meshes):
     assert_one_device_is_equalled(model, *meshes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "meshes",
+    [("population=8",), pytest.param(("population=4,fsdp=2", "population=2,tensor=2"), marks=pytest.mark.long)],
+)
+def test_lanes_over_devices_are_the_lanes_of_one(meshes):
+    found = on_eight_devices(str(Path(__file__).with_name("sharded.py")), "lanes", "10", "data=1", *meshes)
+    one, _ = found.pop("data=1")
+    for mesh, (losses, talks) in found.items():
+        np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=mesh)
+        assert talks == (mesh != "population=8")  # a lane is nobody else's business
+
+
 @pytest.mark.long
 def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
     hparams, shell = HParams(learning_rate=1e-2), Shell(mesh={"data": 1}, evaluate_tokens=512)
