@@ -64,7 +64,8 @@ def train(
         phases: A JSON file with the list of phases: warm-up, bulk, annealing, long context (see docs/phases.json).
         precision: Of products and activations; parameters, softmax, norms and loss are float32. auto: bfloat16 on GPUs
             and TPUs, float32 on CPUs.
-        mesh: Devices to train on, such as data=2,fsdp=4 (also tensor, expert, sequence); all on data by default.
+        mesh: Devices to train on, such as data=2,fsdp=4 (also tensor, expert, sequence,
+            population); all on data by default.
         microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
         evaluate_tokens: Tokens of the validation split, the same each time.

@@ -113,7 +113,7 @@ def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 @pytest.mark.parametrize("lanes", [None, 3])
 def test_fsdp_leaves_an_eighth_of_the_state_of_every_optimizer(optimizer, lanes):
-    """Whatever an optimizer keeps; lanes are never split."""
+    """Whatever an optimizer keeps; fsdp never splits lanes."""
     init = functools.partial(init_state, presets.get("gpt2-small"), TrainConfig(optimizer=optimizer), HParams())
     if lanes is not None:
         init = jax.vmap(lambda _, one=init: one(), axis_size=lanes, in_axes=None)

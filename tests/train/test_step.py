@@ -305,6 +305,7 @@ OTHERS = {
     "dropout_rate": 0.25,
     "init_scale": 0.5,
     "seed": 3,
+    "data_seed": 5,
 }
 
 
@@ -336,6 +337,7 @@ def test_no_hyperparameter_compiles_anything():
         ("beta2", -0.1),
         ("epsilon", -1e-8),
         ("warmup_steps", -1),
+        ("data_seed", -2),
         ("total_steps", 2**31),
         ("warmup_fraction", 1.5),
         ("decay_fraction", 1.5),
