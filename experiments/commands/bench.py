@@ -37,7 +37,7 @@ def train(
         set: Model fields to change, such as scan_layers=true.
         batch_size: Rows per step and lane.
         seq_len: Tokens per row.
-        lanes: Trials per program, each measured.
+        lanes: Trials per program, each measured; with 1 among them, also as ratios to it.
         seconds: Measuring time per number of lanes; not read with --against.
         against: Whom to compare with.
         rounds: With --against, turns of about a second that each contender gets.
@@ -60,13 +60,16 @@ def train(
     rows = [
         measure_step(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), count, seconds) for count in lanes
     ]
-    write_document(
-        json, {"device": describe_device(), "versions": versions(), "config": config.to_dict(), "rows": rows}
-    )
+    alone = [row["tokens_per_second"] for row in rows if row["lanes"] == 1]
+    for row in rows:
+        row["tokens_per_second_over_one_lane"] = row["tokens_per_second"] / alone[0] if alone else None
+    document = {"config": config.to_dict(), "batch_size": batch_size, "seq_len": seq_len, "rows": rows}
+    write_document(json, {"device": describe_device(), "versions": versions()} | document)
     table = Table(title="medians; tokens and FLOPs of all lanes together", title_justify="left")
     for name in (
         "lanes",
         "tokens/s",
+        "over one lane",
         "slowest … fastest",
         "FLOP/s (6ND)",
         "FLOP/s (exact)",
@@ -78,6 +81,7 @@ def train(
         table.add_row(
             str(row["lanes"]),
             f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second_over_one_lane']:.2f}" if alone else "",
             f"{row['tokens_per_second_slowest']:,.0f} … {row['tokens_per_second_fastest']:,.0f}",
             f"{row['flops_6nd_per_second']:.3g}",
             f"{row['flops_exact_per_second']:.3g}",

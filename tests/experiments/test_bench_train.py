@@ -1,7 +1,11 @@
-"""`isoflop bench train --against torch`: what it refuses, and the arithmetic of its rounds."""
+"""`isoflop bench train`: ratios to one lane; --against torch: what it refuses, and the arithmetic of its rounds."""
 
+import json
+
+import jax
 import pytest
 
+from experiments.commands.bench import train
 from experiments.peers.train_bench import bench_against_torch, measure_rounds, summarize
 from experiments.peers.twin import check_has_twin
 from model import Experts, RopeScaling, presets
@@ -43,6 +47,30 @@ def test_a_model_without_a_twin_is_refused(changes, words):
 def test_a_step_without_a_twin_is_refused(changes, words):
     with pytest.raises(InputError, match=words):
         check_has_twin(TINY, TRAIN.replace(**changes))
+
+
+def test_lanes_are_compared_with_one(tmp_path, monkeypatch):
+    speeds = ("tokens_per_second", "tokens_per_second_slowest", "tokens_per_second_fastest")
+    others = ("flops_6nd_per_second", "flops_exact_per_second", "step_seconds", "compile_seconds")
+
+    def measured(config, train_config, lanes, seconds):
+        return {"lanes": lanes} | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
+
+    monkeypatch.setattr("experiments.scaling.probe.measure_step", measured)
+    for lanes, ratios in (((4, 1, 16), [2, 1, 4]), ((4, 16), [None, None])):
+        train("tiny", lanes=lanes, json=tmp_path / "lanes.json")
+        rows = json.loads((tmp_path / "lanes.json").read_text())["rows"]
+        assert [row["tokens_per_second_over_one_lane"] for row in rows] == ratios
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_sixteen_lanes_of_a_small_model_are_nearly_free(optimised, tmp_path):
+    """One lane of ten million parameters leaves most of a GPU idle."""
+    options = {"batch_size": 8, "seq_len": 128, "lanes": (1, 16), "seconds": 5.0}
+    train("study-256", **options, set=("num_layers=12", "compute_dtype=bfloat16"), json=tmp_path / "lanes.json")
+    rows = json.loads((tmp_path / "lanes.json").read_text())["rows"]
+    assert rows[1]["tokens_per_second_over_one_lane"] >= 6
 
 
 @pytest.mark.parametrize("name", ["study-128", "gpt2-small", "llama3-8b", "tiny"])

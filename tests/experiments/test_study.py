@@ -51,7 +51,7 @@ def told(small: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, document
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_document_has_every_part(told):
     folder, document = told
     assert json.loads((folder / "study.json").read_text()) == json.loads(json.dumps(document))
@@ -65,7 +65,7 @@ def test_document_has_every_part(told):
     assert len(document["samples"]) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prediction_was_written_before_the_run(told):
     folder, document = told
     heldout, prediction = document["heldout"], document["prediction"]
@@ -77,7 +77,7 @@ def test_prediction_was_written_before_the_run(told):
         assert heldout["error"] == pytest.approx(heldout["loss"] - prediction["loss"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_page_and_table(told):
     folder, document = told
     page = (folder / "report.html").read_text()

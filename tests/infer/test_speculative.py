@@ -90,7 +90,7 @@ def test_greedy_text_is_the_same(random_params):
     assert 0 < results[2].acceptance < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_said_is_known_after_the_cache_has_grown(random_params):
     """Penalties and proposals read the history, which must grow with the cache, from 64 tokens to 128."""
     config = TINY.replace(max_seq_len=128)

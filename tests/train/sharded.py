@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -22,6 +23,9 @@ MODELS = {
 }
 TRAIN = TrainConfig(batch_size=8, seq_len=16, norms=False)
 HPARAMS = HParams(learning_rate=1e-2, total_steps=100)
+_GROUPS = (
+    r"(?:replica_groups|source_target_pairs)=(?:\{((?:\{[\d,]+\},?)*)\}|\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?)"
+)
 
 
 def batches(steps):
@@ -52,7 +56,7 @@ def train_on(config, state, mesh, steps):
 
 
 def train_lanes(mesh, steps):
-    """(losses of six lanes, whether their step talks to other devices) of a program of eight lanes."""
+    """(losses of six lanes, groups of devices that their step makes talk) of a program of eight lanes."""
     program = compile_program(DENSE, TRAIN, 8, mesh)
     hparams = stack_hparams([HPARAMS.replace(learning_rate=2e-3 * (i + 1), seed=i) for i in range(8)])
     state, active, losses = program.init(hparams), np.arange(8) < 6, []
@@ -62,8 +66,22 @@ def train_lanes(mesh, steps):
         losses.append(np.asarray(metrics["loss"])[:6].tolist())
     assert not np.asarray(state.step)[6:].any()
     assert int(program.take(state, np.int32(5)).step) == steps
-    text = program.step.as_text()
-    return losses, any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    return losses, groups_that_talk(program.step.as_text(), mesh.size)
+
+
+def groups_that_talk(text, devices):
+    """The numbers of the devices of every collective in a compiled program, written {{0,1},…} or [2,4]<=[8]T(…)."""
+    groups = []
+    for listed, shape, dims, order in re.findall(_GROUPS, text):
+        if shape:
+            numbers = lambda part: [int(number) for number in part.split(",")]
+            every = np.arange(devices).reshape(numbers(dims))
+            groups += (every.transpose(numbers(order)) if order else every).reshape(numbers(shape)).tolist()
+        else:
+            groups += [[int(number) for number in group.split(",")] for group in re.findall(r"\d[\d,]*", listed)] or [
+                list(range(devices))
+            ]
+    return groups
 
 
 def main(model, steps, *meshes):

@@ -1,11 +1,16 @@
 """A sweep over what is traced compiles one program, and traces the step once."""
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 
 from model import presets
 from train import HParams, Shell, TrainConfig, population, train_step
 from train import lanes as lanes_module
 from train.lanes import compiled_programs
+from train.seats import Seats
 
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)
 QUIET = Shell(evaluate_tokens=128)
@@ -32,6 +37,24 @@ def test_sixteen_learning_rates_trace_the_step_once(data, tmp_path, monkeypatch)
     population(config, TRAIN_CONFIG, lanes, data=data, runs=more, steps=4, shell=QUIET)
     assert compiled_programs() - before == 1
     assert sum(traces) == 1
+
+
+def test_whatever_the_order_of_ends_lanes_shrink_at_most_log2_times():
+    random = np.random.default_rng(0)
+    for lanes, multiple in itertools.product((1, 2, 5, 8, 24, 40, 64), (1, 2, 8)):
+        lanes = -(-lanes // multiple) * multiple
+        for trials in {1, lanes // 2 + 1, lanes}:
+            seats, going_on, counts = Seats(lanes, tuple(range(trials))), set(range(trials)), set()
+            while going_on:
+                before, seats = seats, seats.compacted(going_on, multiple)
+                counts.add(seats.lanes)
+                assert going_on <= set(seats.trials)
+                assert len(seats.trials) <= seats.lanes < 2 * len(going_on) + multiple
+                assert not seats.lanes % multiple
+                held = [before.trials[source] for source in seats.sources(before)]
+                assert held[: len(seats.trials)] == list(seats.trials)
+                going_on -= set(random.permutation(list(going_on))[: random.integers(1, 5)].tolist())
+            assert len(counts - {lanes}) <= math.ceil(math.log2(lanes))
 
 
 @pytest.mark.long

@@ -77,7 +77,8 @@ def eight(optimised, data: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     return runs
 
 
-@pytest.mark.parametrize("lane", [3, 7, *(pytest.param(lane, marks=pytest.mark.long) for lane in (0, 1, 2, 4, 5, 6))])
+@pytest.mark.long  # two compilations more
+@pytest.mark.parametrize("lane", range(8))
 def test_lane_equals_its_solo_run(eight, data, tmp_path, lane):
     solo = train(CONFIG, TRAIN_CONFIG, LANES[lane], data=data, run=tmp_path / "run", steps=STEPS, shell=QUIET)
     alone, together = losses(tmp_path / "run"), losses(eight[lane])

@@ -98,6 +98,7 @@ def check_record(run, alone):
     assert (record["status"], record["step"], record["device"]["count"]) == ("finished", STEPS, 2)
 
 
+@pytest.mark.long
 def test_two_processes_are_one_run(data, alone, tmp_path):
     """Killed together, then stopped by a word to the second one, which writes nothing: both save the same step.
 

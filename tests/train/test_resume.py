@@ -72,7 +72,7 @@ def finish_and_compare(data: Path, run: Path, uninterrupted: Path) -> None:
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_at_two_moments(data, uninterrupted, tmp_path):
     run = tmp_path / "run"
     for steps in (7, 63):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from model import presets
-from model.sharding import abstract_mesh, shardings
-from train import HParams, Shell, TrainConfig, init_state, train
+from model.sharding import abstract_mesh, parse_mesh, shardings
+from train import HParams, Shell, TrainConfig, init_state, population, train
 from train.config import Optimizer
 from train.metrics import read_metrics
 
@@ -28,14 +28,15 @@ TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)  # as in test_run, whose pr
 RUN = """
 import json, sys
 from model import ModelConfig
-from train import HParams, Shell, TrainConfig, train
+from train import HParams, Shell, TrainConfig, population
 
-config, train_config, hparams, mesh = map(json.loads, sys.argv[1:5])
+config, train_config, lanes, steps, mesh = map(json.loads, sys.argv[1:6])
 config, train_config = ModelConfig.from_dict(config), TrainConfig.from_dict(train_config)
-shell = Shell(mesh=mesh, evaluate_tokens=512)
-data, run = sys.argv[5:]
-result = train(config, train_config, HParams(**hparams), data=data, run=run, steps=10, shell=shell)
-print(json.dumps(result.validation_loss))
+data, *runs = sys.argv[6:]
+shell = Shell(mesh=mesh, evaluate_tokens=512, compact=True)
+lanes = [HParams(**hparams) for hparams in lanes]
+results = population(config, train_config, lanes, data=data, runs=runs, steps=steps, shell=shell)
+print(json.dumps([result.validation_loss for result in results]))
 """
 
 
@@ -47,6 +48,12 @@ def on_eight_devices(*arguments):
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_on_eight_devices(hparams, steps, mesh, data, runs):
+    """The validation losses of runs on a mesh."""
+    settings = [CONFIG.to_dict(), TRAIN_CONFIG.to_dict(), [lane.to_dict() for lane in hparams], steps, mesh]
+    return on_eight_devices("-c", RUN, *map(json.dumps, settings), str(data), *map(str, runs))
 
 
 def assert_one_device_is_equalled(model, *meshes):
@@ -85,29 +92,43 @@ def test_so_do_the_others(model, meshes):
     assert_one_device_is_equalled(model, *meshes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "meshes",
-    [("population=8",), pytest.param(("population=4,fsdp=2", "population=2,tensor=2"), marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("meshes", [("population=8",), ("population=4,fsdp=2", "population=2,tensor=4")])
 def test_lanes_over_devices_are_the_lanes_of_one(meshes):
     found = on_eight_devices(str(Path(__file__).with_name("sharded.py")), "lanes", "10", "data=1", *meshes)
     one, _ = found.pop("data=1")
-    for mesh, (losses, talks) in found.items():
+    for mesh, (losses, groups) in found.items():
         np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=mesh)
-        assert talks == (mesh != "population=8")  # a lane is nobody else's business
+        per_part = 8 // parse_mesh(mesh)["population"]
+        assert bool(groups) == (per_part > 1)
+        for group in groups:  # a lane is nobody else's business
+            assert len({device // per_part for device in group}) == 1, mesh
 
 
 @pytest.mark.long
 def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
     hparams, shell = HParams(learning_rate=1e-2), Shell(mesh={"data": 1}, evaluate_tokens=512)
     one = train(CONFIG, TRAIN_CONFIG, hparams, data=data, run=tmp_path / "one", steps=10, shell=shell)
-    settings = [part.to_dict() for part in (CONFIG, TRAIN_CONFIG, hparams)] + [{"data": 2, "fsdp": 2, "tensor": 2}]
-    validation_loss = on_eight_devices("-c", RUN, *map(json.dumps, settings), str(data), str(tmp_path / "eight"))
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    (validation_loss,) = run_on_eight_devices([hparams], 10, mesh, data, [tmp_path / "eight"])
     assert validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("eight", "one")]
     assert len(losses[0]) == 10
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.long
+def test_a_population_over_devices_ends_as_on_one(data, tmp_path):
+    """With padding, lanes that end early and are compacted away, evaluation, checkpoints and their return."""
+    steps = [2, 2, 8, 2, 4, 10]
+    lanes = [HParams(learning_rate=2e-3 * (i + 1), seed=i, total_steps=20) for i in range(6)]
+    runs = [[tmp_path / f"{name}-{i}" for i in range(6)] for name in ("one", "eight")]
+    shell, mesh = Shell(mesh={"data": 1}, evaluate_tokens=512), {"population": 4, "fsdp": 2}
+    for more in (0, 2):  # and go on
+        steps = [number + more for number in steps]
+        one = population(CONFIG, TRAIN_CONFIG, lanes, data=data, runs=runs[0], steps=steps, shell=shell)
+        eight = run_on_eight_devices(lanes, steps, mesh, data, runs[1])
+        np.testing.assert_allclose(eight, [result.validation_loss for result in one], rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
