@@ -13,6 +13,7 @@ from experiments.sweep.trial import Setting, Trial
 from model import ModelConfig, accounting
 from model.layout import layer_kinds
 from train import HParams, TrainConfig, init_state
+from train.lanes import side_by_side
 from train.memory import device_memory
 
 _MOST_IN_TURN = 16  # lanes that run one after the other gain nothing by their number but fewer starts
@@ -64,7 +65,7 @@ def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: in
 
 def in_turn() -> bool:
     """Whether this machine runs the lanes of a program one after the other (`train/lanes.py`)."""
-    return jax.default_backend() == "cpu"
+    return not side_by_side()
 
 
 def state_bytes(setting: Setting) -> int:

@@ -26,6 +26,7 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
 from train.branch import Branch
+from train.lanes import side_by_side
 from train.run import read_record
 
 logger = logging.getLogger("isoflop")
@@ -162,8 +163,6 @@ class _Cohort:
                 self.ledger.fail(claim, words)
 
     def _train(self) -> list[Result]:
-        import jax
-
         setting = self.claims[0].trial.setting
         steps = {step for claim in self.claims for step in self.worker.policy.rungs(claim.trial)}
         shell = Shell(
@@ -184,7 +183,7 @@ class _Cohort:
             steps=[claim.until for claim in self.claims],
             shell=shell,
             branches=[self._branch(claim.trial) for claim in self.claims],
-            lanes=self.limit if jax.default_backend() == "cpu" else min(few, self.limit),
+            lanes=min(few, self.limit) if side_by_side() else self.limit,
         )
 
     def _branch(self, trial: Trial) -> Branch | None:
