@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.sharding import batch_sharding
-from train.objective import Batch
+from train.lanes import as_lanes
 from train.phases import Stage
 from train.trial import Trial
 
@@ -30,18 +30,20 @@ class Request(NamedTuple):
 
 
 class Feed:
-    """Batches [lanes, batch, seq] over a mesh; every process makes only the rows that its own devices hold."""
+    """Batches [lanes, batch, seq] over a mesh, or where lanes lie apart each lane's own; every process makes only the
+    rows that its own devices hold."""
 
     def __init__(self, mesh: Mesh, trials: Sequence[Trial], names: dict[str, Any]):
-        self._sharding, self._trials, self._names = batch_sharding(mesh, lanes=True), trials, names
+        self._mesh, self._sharding = mesh, batch_sharding(mesh, lanes=True)
+        self._trials, self._names = trials, names
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[Request, Future[Batch]] | None = None
+        self._ahead: tuple[Request, Future[Any]] | None = None
 
     def prepare(self, request: Request, stage: Stage) -> None:
         """Begin with what will be asked for next."""
         self._ahead = (request, self._thread.submit(self._make, request, stage))
 
-    def take(self, request: Request, stage: Stage) -> Batch:
+    def take(self, request: Request, stage: Stage) -> Any:
         """The batch of a request: the prepared one, or, where something came between, another."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == request:
@@ -52,7 +54,7 @@ class Feed:
         """Let the thread go."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _make(self, request: Request, stage: Stage) -> Batch:
+    def _make(self, request: Request, stage: Stage) -> Any:
         shape = (request.lanes, stage.batch_size, stage.seq_len)
         where = self._sharding.addressable_devices_indices_map(shape).values()
         spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
@@ -62,7 +64,7 @@ class Feed:
             for name, values in self._trials[trial].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if self._sharding.is_fully_addressable:
-            return jax.device_put(local, self._sharding)
+            return jax.device_put(as_lanes(self._mesh, local), self._sharding)
         return {name: self._from_rows(shape, values, first) for name, values in local.items()}
 
     def _from_rows(self, shape: tuple[int, ...], values: np.ndarray, first: int) -> jax.Array:

@@ -2,6 +2,9 @@
 
 A lane has its own hyperparameters, seed and data; all it shares with its neighbours is the compilation. A lane
 that is not active (past its horizon), or that skipped too many steps in a row, is handed on without touching a bit.
+
+An accelerator that small models leave idle runs lanes side by side, stacked and vmapped. The cores of a CPU are busy
+with one: there lanes lie apart, and the program of one lane runs for each in turn (`train/apart.py`).
 """
 
 import dataclasses
@@ -18,15 +21,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig
 from model.sharding import batch_sharding, check_batch, replicated, shardings
+from train.apart import apart, gather, split
 from train.config import HParams, TrainConfig
 from train.gather import over_population, pick, replace_lane
 from train.memory import Memory
 from train.objective import Batch
 from train.phases import Stage
 from train.state import TrainState, init_state
-from train.step import Metrics, eval_step, keep_if, metric_names, train_step
+from train.step import Metrics, eval_step, keep_if, train_step
 
-LaneMetrics = dict[str, Float[Array, " lanes"]]
+Lanes = Any
+"""A TrainState with leaves [lanes, …], or a list of TrainStates of one lane each."""
+LaneMetrics = dict[str, Any]
+"""By name: of every lane its value, an array [lanes] or a list."""
 
 
 def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> TrainState:
@@ -46,19 +53,10 @@ def step_lanes(
 
     def one(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
         new, metrics = train_step(config, train_config, state, batch, hparams)
-        return keep_if(active & _alive(train_config, state), new, state), metrics
+        alive = state.skipped_in_a_row < train_config.max_skipped
+        return keep_if(active & alive, new, state), metrics
 
-    def one_if_active(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
-        nothing = {name: jnp.zeros(()) for name in metric_names(config, train_config)}
-        skip = lambda state, *_: (state, nothing)
-        step = lambda state, batch, hparams: train_step(config, train_config, state, batch, hparams)
-        return jax.lax.cond(active & _alive(train_config, state), step, skip, state, batch, hparams)
-
-    return _over_lanes(one, state, batch, hparams, active, in_turn=one_if_active)
-
-
-def _alive(train_config: TrainConfig, state: TrainState) -> Bool[Array, ""]:
-    return state.skipped_in_a_row < train_config.max_skipped
+    return _over_lanes(one, state, batch, hparams, active)
 
 
 def evaluate_lane(
@@ -74,30 +72,37 @@ def evaluate_lane(
     return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
 
 
-def _over_lanes(function: Callable, *arguments: Any, in_turn: Callable | None = None) -> Any:
+def _over_lanes(function: Callable, *arguments: Any) -> Any:
     """The function on every lane, over the leading axis of all arguments.
 
-    An accelerator that small models leave idle runs lanes side by side (vmap). Two CPU cores are busy with one: there
-    lanes run in turn within the one program (`in_turn` may then skip a lane that has nothing to do), which at width 24
-    is 1.5 times as fast as vmap. One lane alone runs as written: a solo run pays nothing for lanes. Devices of a
-    population axis do so with their own lanes, each for itself.
+    One lane alone runs as written: a solo run pays nothing for lanes. Devices of a population axis do so with their
+    own lanes, each for itself.
     """
-    return over_population(functools.partial(_over_own_lanes, function, in_turn))(*arguments)
+    return over_population(functools.partial(_over_own_lanes, function))(*arguments)
 
 
-def _over_own_lanes(function: Callable, in_turn: Callable | None, *arguments: Any) -> Any:
-    count = jax.tree.leaves(arguments)[0].shape[0]
-    if count == 1:
-        result = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
-        return jax.tree.map(lambda leaf: leaf[None], result)
-    if side_by_side():
+def _over_own_lanes(function: Callable, *arguments: Any) -> Any:
+    if jax.tree.leaves(arguments)[0].shape[0] > 1:
         return jax.vmap(function)(*arguments)
-    return jax.lax.map(lambda lane: (in_turn or function)(*lane), arguments)
+    result = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+    return jax.tree.map(lambda leaf: leaf[None], result)
 
 
 def side_by_side() -> bool:
     """Whether lanes run by vmap, so that one that has ended still costs its work; else in turn, and it is skipped."""
     return jax.default_backend() != "cpu"
+
+
+def lie_apart(mesh: Mesh) -> bool:
+    """Whether several lanes are states of their own. Not over several devices, where programs that are under way at
+    once may wait for one another's collectives for ever."""
+    return not side_by_side() and mesh.size == 1
+
+
+def as_lanes(mesh: Mesh, stacked: Any) -> Any:
+    """A tree with leaves [lanes, …] as a program takes it: itself, or where lanes lie apart a list of their own."""
+    lanes = jax.tree.leaves(stacked)[0].shape[0]
+    return split(stacked, lanes) if lanes > 1 and lie_apart(mesh) else stacked
 
 
 def compacts(wanted: bool | None) -> bool:
@@ -109,15 +114,15 @@ def compacts(wanted: bool | None) -> bool:
 class Program:
     """Executables for one static shape; being compiled ahead, they can never recompile unseen.
 
-    take(state, index) is a copy of one lane, put(state, index, lane) the lanes with one replaced. lane: its shapes and
-    shardings.
+    step(lanes, batches, hyperparameters, active): as `as_lanes` makes them; active is bool [lanes]. take(lanes, index)
+    is a copy of one lane, put(lanes, index, lane) the lanes with one replaced. lane: its shapes and shardings.
     """
 
-    init: Callable[[HParams], TrainState]
-    step: Callable[[TrainState, Batch, HParams, Any], tuple[TrainState, LaneMetrics]]
-    evaluate: Callable[[TrainState, Any, Batch, Any], Any]
-    take: Callable[[TrainState, Any], TrainState]
-    put: Callable[[TrainState, Any, TrainState], TrainState]
+    init: Callable[[HParams], Lanes]
+    step: Callable[[Lanes, Any, Any, Any], tuple[Lanes, LaneMetrics]]
+    evaluate: Callable[[Lanes, Any, Batch, Any], Any]
+    take: Callable[[Lanes, Any], TrainState]
+    put: Callable[[Lanes, Any, TrainState], Lanes]
     lane: TrainState
     compile_seconds: float
     memory: Memory
@@ -131,11 +136,14 @@ _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 def compile_program(
     config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, stage: Stage | None = None
 ) -> Program:
-    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process.
+    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
+    stacked, lane count.
 
     stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
     shapes. None: a run of one shape.
     """
+    if lanes > 1 and lie_apart(mesh):
+        return apart(compile_program(config, train_config, 1, mesh, stage), lanes)
     start = time.perf_counter()
     if stage is not None and stage.rope_base is not None:
         config = config.replace(rope_base=stage.rope_base)
@@ -152,7 +160,7 @@ def compile_program(
 
 
 def compiled_programs() -> int:
-    """How many training steps this process has compiled: one per static shape and lane count."""
+    """How many training steps this process has compiled: one per static shape and number of stacked lanes."""
     return _compile_step.cache_info().misses
 
 
@@ -220,8 +228,10 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
         }
 
 
-def gather_lanes(mesh: Mesh, state: TrainState, sources: Int[np.ndarray, " fewer"]) -> TrainState:
-    """A state of fewer lanes: those of these numbers, in this order."""
+def gather_lanes(mesh: Mesh, state: Lanes, sources: Int[np.ndarray, " fewer"]) -> Lanes:
+    """A state of fewer lanes: those of these numbers, in this order; one that comes twice is padding."""
+    if isinstance(state, list):
+        return gather(state, sources)
     fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(sources), *leaf.shape[1:]), leaf.dtype), state)
     take = jax.jit(
         lambda state, sources: jax.tree.map(lambda leaf: leaf[sources], state),

@@ -22,14 +22,13 @@ from train.data import validation_batches
 from train.feed import Feed, Request, Seat
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.lanes import Program, batch_spec, compacts, compile_program, gather_lanes
+from train.lanes import Lanes, Program, as_lanes, batch_spec, compacts, compile_program, gather_lanes
 from train.memory import device_memory
 from train.peak import peak_flops_per_second
 from train.phases import Stage
 from train.progress import progress_bar
 from train.seats import Seats
 from train.shell import Shell
-from train.state import TrainState
 from train.trace import Trace
 from train.trial import Trial
 
@@ -81,7 +80,8 @@ class Loop:
                 trial.end("finished", self._compile_share())
         remaining = sum(trial.stop - trial.step for trial in self._active())
         with interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
-            self._save([trial for trial in self._active() if not agree(trial.checkpoints.steps)])
+            if self.shell.checkpoint_start:
+                self._save([trial for trial in self._active() if not agree(trial.checkpoints.steps)])
             self.clock = time.perf_counter()
             while self._active() and not self.agreement.has(STOP):
                 advance(self._step(interrupted), self._note())
@@ -153,7 +153,7 @@ class Loop:
         return seats.compacted(going_on, parts_of_lanes(self.mesh))
 
     def _stack_hparams(self) -> HParams:
-        return self.seats.stack([trial.hparams for trial in self.trials])
+        return as_lanes(self.mesh, self.seats.stack([trial.hparams for trial in self.trials]))
 
     def _earliest(self, trials: Iterable[Trial]) -> Stage:
         """The stage that is first in the plan, of those that the trials are in."""
@@ -202,7 +202,7 @@ class Loop:
             trial, step = self.trials[seat.trial], seat.step + 1
             if trial.ended or trial.lives != life:
                 continue  # it diverged, or was put back, a step ago: this step does not count
-            values = {name: float(value[seat.lane]) for name, value in metrics.items()}
+            values = {name: value[seat.lane].item() for name, value in metrics.items()}
             diverged = values["skipped_in_a_row"] >= self.train_config.max_skipped
             if trial.is_spike(values["loss"]) and not diverged:
                 self._roll_back(seat.lane, trial, step, values["loss"])
@@ -249,7 +249,7 @@ class Loop:
             sums.append(self.program.evaluate(self.state, np.int32(lane), batch, sums[-1]))
         return sums[1:]
 
-    def _start(self) -> TrainState:
+    def _start(self) -> Lanes:
         state = self.program.init(self.hparams)
         for lane, number in enumerate(self.seats.trials):
             restored = self.trials[number].resume(self.program.lane)

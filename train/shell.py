@@ -10,7 +10,8 @@ class Shell:
     evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
     same ones each time. checkpoint_every: steps; 0: by time alone. Of the checkpoints the newest `keep_checkpoints`
     stay, those of every `keep_every`-th step, those of `keep_steps` (which are then made), and with keep_best the one
-    with the lowest validation loss. mesh: axes as in {"data": 2, "fsdp": 4}; None: all devices on "data".
+    with the lowest validation loss. checkpoint_start: save a fresh run before its first step, so that one that diverges
+    early still has parameters to look at. mesh: axes as in {"data": 2, "fsdp": 4}; None: all devices on "data".
     microbatch: rows per cut of a batch; "auto": as many as the device's memory holds; None: as the TrainConfig says.
     memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
     what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
@@ -26,6 +27,7 @@ class Shell:
     keep_every: int = 0
     keep_best: bool = False
     keep_steps: tuple[int, ...] = ()
+    checkpoint_start: bool = True
     mesh: dict[str, int] | None = None
     microbatch: int | str | None = None
     memory: int | None = None

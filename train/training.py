@@ -11,6 +11,7 @@ from model.sharding import check_batch, default_axes, make_mesh, parts_of_lanes
 from train.branch import Branch
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
+from train.lanes import lie_apart
 from train.loop import Loop
 from train.microbatch import choose_cuts
 from train.phases import Plan
@@ -82,6 +83,8 @@ def population(
         for stage in Plan.of(train_config, None if train_config.phases else 1).stages
     }
     mesh = make_mesh(shell.mesh or default_axes(math.gcd(*batches)))
+    if lie_apart(mesh):
+        lanes = len(hparams)  # lanes are no part of the program, so that nothing is to be filled up
     lanes = -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
     train_config = choose_cuts(config, train_config, lanes, mesh, shell)
     for stage in Plan.of(train_config, None if train_config.phases else 1).stages:
@@ -119,6 +122,17 @@ def _check(
         raise InputError(f"{len(hparams)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):
         raise InputError("two lanes have the same run folder; every lane needs its own")
+    check_trainable(config, train_config)
+    planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
+    if train_config.spike_sigma > 0 and not planned:
+        raise InputError(
+            f"spike_sigma={train_config.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
+            "must not depend on the clock"
+        )
+
+
+def check_trainable(config: ModelConfig, train_config: TrainConfig) -> None:
+    """Raise InputError on a model that a run cannot train on plain text, or not in rows of this length."""
     if config.stack != "decoder" or config.head != "language-model":
         raise InputError(
             f"a run trains decoders on plain text, not stack={config.stack!r} with head={config.head!r}; "
@@ -127,9 +141,3 @@ def _check(
     longest = max([train_config.seq_len, *(phase.seq_len or 0 for phase in train_config.phases)])
     if longest > config.max_seq_len:
         raise InputError(f"seq_len={longest} is longer than the model's context, max_seq_len={config.max_seq_len}")
-    planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
-    if train_config.spike_sigma > 0 and not planned:
-        raise InputError(
-            f"spike_sigma={train_config.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
-            "must not depend on the clock"
-        )

@@ -10,6 +10,7 @@ from experiments.sweep.space.kinds import describe
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
 from model.errors import InputError
+from train.training import check_trainable
 
 
 def plan_trials(sweep: Sweep) -> list[Trial]:
@@ -47,16 +48,12 @@ def example_trials(sweep: Sweep, count: int) -> list[Trial]:
 
 def check_trial(trial: Trial, vocabulary: int) -> None:
     """Raise InputError on what `population` would refuse, before anything runs. vocabulary: of the data."""
-    config, train_config = trial.setting.config, trial.setting.train_config
-    if config.stack != "decoder" or config.head != "language-model":
-        raise InputError(f"{describe(trial.point)}: a sweep trains decoders, not {config.stack!r} with {config.head!r}")
+    config = trial.setting.config
+    try:
+        check_trainable(config, trial.setting.train_config)
+    except InputError as error:
+        raise InputError(f"{describe(trial.point)}: {error}") from None
     if config.vocab_size < vocabulary:
         raise InputError(
             f"{describe(trial.point)}: vocab_size={config.vocab_size} is less than that of the data, {vocabulary}"
-        )
-    longest = max([train_config.seq_len, *(phase.seq_len or 0 for phase in train_config.phases)])
-    if longest > config.max_seq_len:
-        raise InputError(
-            f"{describe(trial.point)}: seq_len={longest} is longer than the model's context, "
-            f"max_seq_len={config.max_seq_len}"
         )

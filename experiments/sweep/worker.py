@@ -26,7 +26,6 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
 from train.branch import Branch
-from train.lanes import side_by_side
 from train.run import read_record
 
 logger = logging.getLogger("isoflop")
@@ -168,11 +167,11 @@ class _Cohort:
         shell = Shell(
             evaluate_tokens=self.sweep.evaluate_tokens,
             keep_checkpoints=1,
+            checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
             keep_steps=tuple(sorted(steps)) if self.sweep.policy == "population" else (),
             description=f"{len(self.claims)} trials of {self.sweep.folder.name}",
         )
-        # A lane that has nothing to do costs a CPU nothing, and a further compilation much. On an accelerator it costs
-        # a lane's work.
+        # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()
         return population(
             setting.config,
@@ -183,7 +182,7 @@ class _Cohort:
             steps=[claim.until for claim in self.claims],
             shell=shell,
             branches=[self._branch(claim.trial) for claim in self.claims],
-            lanes=min(few, self.limit) if side_by_side() else self.limit,
+            lanes=min(few, self.limit),
         )
 
     def _branch(self, trial: Trial) -> Branch | None:

@@ -120,7 +120,7 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
         ({"axes": ["seed=1,2"]}, "seed is not an axis: give --seeds"),
         ({"axes": ["seq_len=128"]}, "seq_len=128 is longer than the model's context, max_seq_len=64"),
         ({"axes": ["vocab_size=100"]}, "vocab_size=100 is less than that of the data, 320"),
-        ({"axes": ["stack=encoder"]}, "a sweep trains decoders, not 'encoder'"),
+        ({"axes": ["stack=encoder"]}, "a run trains decoders on plain text, not stack='encoder'"),
         ({"axes": ["learning_rate=loguniform:1e-4:1e-2"]}, "or search it with a sampler"),
         ({"seeds": 0}, "at least one seed"),
         ({"steps": None}, "a trial needs a length"),

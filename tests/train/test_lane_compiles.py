@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,18 +59,20 @@ def test_whatever_the_order_of_ends_lanes_shrink_at_most_log2_times():
 
 
 @pytest.mark.long
-def test_lanes_that_have_ended_are_compacted_away(data, tmp_path):
-    """What accelerators do; on a CPU a lane that has ended costs nothing."""
-    config = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, rope_base=9_998.0)
+@pytest.mark.parametrize(("backend", "programs"), [("gpu", (1, 2)), ("cpu", (1, 0))])  # 8 lanes, then 4 and 2
+def test_lanes_that_have_ended_are_compacted_away(data, tmp_path, monkeypatch, backend, programs):
+    """What accelerators do; on a CPU a lane that has ended costs nothing, and each is the program of one."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, rope_base=9_990.0 + sum(programs))
     horizons = [2, 8, 2, 4, 2, 8, 4, 2]
     lanes = [HParams(learning_rate=1e-3 * (i + 1), seed=i, total_steps=steps) for i, steps in enumerate(horizons)]
     ends = []
-    for compact, programs in ((False, 1), (True, 2)):  # 8 lanes, then 4 and 2
+    for compact, expected in zip((False, True), programs, strict=True):
         before = compiled_programs()
         runs = [tmp_path / f"{compact}-{i}" for i in range(8)]
         shell = Shell(evaluate_tokens=128, compact=compact)
         ends.append(population(config, TRAIN_CONFIG, lanes, data=data, runs=runs, shell=shell))
-        assert compiled_programs() - before == programs
+        assert compiled_programs() - before == expected
     for whole, compacted in zip(*ends, strict=True):
         assert whole.steps == compacted.steps
         assert compacted.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)

@@ -92,18 +92,34 @@ def test_lane_equals_its_solo_run(eight, data, tmp_path, lane):
 
 
 @pytest.mark.long
-def test_vmapped_lanes_equal_lanes_in_turn(eight, data, tmp_path, monkeypatch):
-    """What accelerators do: side by side."""
+def test_lanes_side_by_side_change_no_bit_of_each_other(data, tmp_path, monkeypatch):
+    """What accelerators do: stacked and vmapped. One that overflows, one that ends, and padding leave the others be."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = CONFIG.replace(norm_epsilon=1.1e-5)  # another static shape, so that nothing compiled is used again
-    runs = [tmp_path / str(i) for i in range(4)]
-    population(config, TRAIN_CONFIG, LANES[:4], data=data, runs=runs[:4], steps=20, shell=QUIET)
+    before = compiled_programs()
+
+    def run(name, hparams, **arguments):
+        runs = [tmp_path / f"{name}-{i}" for i in range(len(hparams))]
+        shell = Shell(evaluate_tokens=128, compact=False)
+        results = population(config, TRAIN_CONFIG, hparams, data=data, runs=runs, shell=shell, **arguments)
+        return results, [losses(folder) for folder in runs]
+
+    _, whole = run("whole", LANES[:4], steps=20)
+    wild = [LANES[0], LANES[1].replace(learning_rate=1e30, clip_norm=0), *LANES[2:4]]
+    results, others = run("wild", wild, steps=[20, 20, 7, 20])
+    padded, fewer = run("padded", LANES[:3], steps=20, lanes=4)
     monkeypatch.undo()
+    assert compiled_programs() - before == 1
+    assert [result.status for result in results] == ["finished", "diverged", "finished", "finished"]
+    for lane, steps in ((0, 20), (2, 7), (3, 20)):
+        np.testing.assert_array_equal(others[lane], whole[lane][:steps])
+    for lane in range(3):
+        np.testing.assert_array_equal(fewer[lane], whole[lane])
     alone = train(config, TRAIN_CONFIG, LANES[2], data=data, run=tmp_path / "solo", steps=20, shell=QUIET)
-    assert abs(losses(runs[2])[-1] / alone.loss - 1) <= 1e-5
+    assert abs(padded[2].loss / alone.loss - 1) <= 1e-5
 
 
-def test_padding_changes_no_bit(eight, data, tmp_path):
+def test_fewer_lanes_change_no_bit(eight, data, tmp_path):
     runs = [tmp_path / str(i) for i in range(3)]
     before = compiled_programs()
     shared = {"data": data, "runs": runs, "steps": [20, 7, 20], "shell": QUIET}
