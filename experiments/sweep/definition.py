@@ -153,6 +153,10 @@ def _check(sweep: Sweep, vocabulary: int) -> None:
         raise InputError(f"the sampler {sweep.sampler} has nothing to choose; give --set NAME=VALUES or --space FILE")
     for trial in plan_trials(sweep) if sweep.sampler == "all" else example_trials(sweep, _PROBES):
         check_trial(trial, vocabulary)
+        if trial.parent is not None and sweep.policy != "all":
+            raise InputError(
+                f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
+            )
 
 
 def _covers(new: Request, old: Request) -> bool:

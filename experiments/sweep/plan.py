@@ -77,7 +77,8 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     setting, config, train_config = cohort.trials[0].setting, cohort.config, cohort.train_config
     lanes = lanes_for(setting, len(cohort.trials), sweep.lanes)
     steps = [trial.setting.steps for trial in cohort.trials]
-    tokens = sum(steps) * train_config.tokens_per_step
+    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
+    tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
     side_by_side = 1 if in_turn() else lanes
     # Where lanes run at once, fewer of them are a smaller program; halving their number each time.

@@ -59,11 +59,19 @@ class Policy(Protocol):
 
 
 class RunAll:
-    """Every trial to its end."""
+    """Every trial to its end. One that leaves another's run waits for its end, and is pruned if that diverged."""
 
     def decide(self, rows: Sequence[Row]) -> Decision:
-        """All that are planned are ready."""
-        return Decision({row.trial.id: row.trial.setting.steps for row in rows if row.state == "planned"})
+        """All that are planned, and wait for no other, are ready."""
+        states = {row.trial.id: row.state for row in rows}
+        ready, prune = {}, []
+        for row in rows:
+            trunk = "finished" if row.trial.parent is None else states[row.trial.parent[0]]
+            if row.state == "planned" and trunk in ("diverged", "pruned"):
+                prune.append(row.trial.id)
+            elif row.state == "planned" and trunk == "finished":
+                ready[row.trial.id] = row.trial.setting.steps
+        return Decision(ready, tuple(prune))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
         """Its end."""

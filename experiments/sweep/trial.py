@@ -63,8 +63,9 @@ class Setting:
 class Trial:
     """A setting with the data, and what the axes of its sweep say of it.
 
-    point: the varied fields and their values, "seed" among them. data: the hash of the data. parent: of a member of a
-    population that goes on from another's state: that trial's id and the update after which it leaves it.
+    point: the varied fields and their values, "seed" among them. data: the hash of the data. parent: of a branch, or
+    of a member of a population that goes on from another's state: that trial's id and the update after which it
+    leaves it.
     """
 
     setting: Setting

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.sweep.branches import with_trunks
 from experiments.sweep.record import Sweep
 from experiments.sweep.space import random
 from experiments.sweep.space.kinds import describe
@@ -24,7 +25,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
             for point in request.space(sweep.folder).points():
                 for trial in trials_at(sweep, point, request.seeds):
                     found.setdefault(trial.id, trial)
-    return list(found.values())
+    return with_trunks(list(found.values()))
 
 
 def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None = None) -> list[Trial]:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.branches import leaves
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import LOSS, check_speed, direction, measure_speed, values
 from experiments.sweep.record import Sweep
@@ -77,6 +78,8 @@ class _Worker:
             if not states["planned"] and not states["running"]:
                 return
             if not states["running"] and not decision.ready:
+                if states["failed"]:  # what waits for those waits until they are tried again
+                    return
                 raise RuntimeError(f"{states['planned']} planned trials wait for nothing: the policy forgot them")
             time.sleep(wait)
             wait = min(1.5 * wait, 5.0)
@@ -95,7 +98,7 @@ class _Worker:
             return False
         self.last = cohort
         with self.ledger.beat(claims):
-            _Cohort(self, claims, limit).run()
+            _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members))).run()
         return True
 
     def _lanes(self, cohort: str, rows: list[Row]) -> int:
@@ -134,8 +137,8 @@ class _Worker:
 class _Cohort:
     """Claims of one cohort, trained once."""
 
-    def __init__(self, worker: _Worker, claims: list[Claim], limit: int):
-        self.worker, self.sweep, self.ledger = worker, worker.sweep, worker.ledger
+    def __init__(self, worker: _Worker, claims: list[Claim], limit: int, left_at: set[int]):
+        self.worker, self.sweep, self.ledger, self.left_at = worker, worker.sweep, worker.ledger, left_at
         self.claims, self.limit, self.claimed_at = claims, limit, time.time()
 
     def run(self) -> None:
@@ -163,12 +166,14 @@ class _Cohort:
 
     def _train(self) -> list[Result]:
         setting = self.claims[0].trial.setting
-        steps = {step for claim in self.claims for step in self.worker.policy.rungs(claim.trial)}
+        steps = self.left_at
+        if self.sweep.policy == "population":
+            steps = steps.union(*(self.worker.policy.rungs(claim.trial) for claim in self.claims))
         shell = Shell(
             evaluate_tokens=self.sweep.evaluate_tokens,
             keep_checkpoints=1,
             checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
-            keep_steps=tuple(sorted(steps)) if self.sweep.policy == "population" else (),
+            keep_steps=tuple(sorted(steps)),
             description=f"{len(self.claims)} trials of {self.sweep.folder.name}",
         )
         # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
