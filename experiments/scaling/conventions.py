@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.scaling.columns import number, require
 from experiments.scaling.isoflop import fit_isoflop
 from experiments.scaling.parametric import fit_parametric
-from experiments.scaling.table import _number, _records, _require
+from experiments.scaling.table import _records
 from experiments.scaling.valley import group_budgets
 from model import ModelConfig, accounting
 from model.errors import InputError
@@ -104,8 +105,8 @@ def read_counts(path: str | Path, *, tokens: str = "tokens", loss: str = "loss")
     if not records:
         raise InputError(f"{path} has no rows")
     present = list(dict.fromkeys(key for _, record in records for key in record))
-    _require(path, [tokens, loss], present)
-    column = lambda name: np.array([_number(path, row, name, record.get(name)) for row, record in records])
+    require(path, [tokens, loss], present)
+    column = lambda name: np.array([number(path, row, name, record.get(name)) for row, record in records])
     return Counts(
         column(tokens),
         column(loss),

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.table import _number, _records, _require
+from experiments.scaling.columns import number, require
+from experiments.scaling.table import _records
 from model.errors import InputError
 
 SMOOTHING = 0.05  # width of the smoothing kernel in ln D
@@ -53,10 +54,10 @@ def curves_of_table(
     records = _records(path)
     if not records:
         raise InputError(f"{path} has no rows")
-    _require(path, [run, params, tokens, loss], list(dict.fromkeys(key for _, record in records for key in record)))
+    require(path, [run, params, tokens, loss], list(dict.fromkeys(key for _, record in records for key in record)))
     groups: dict[str, list[tuple[float, ...]]] = {}
     for row, record in records:
-        values = tuple(_number(path, row, name, record.get(name)) for name in (params, tokens, loss))
+        values = tuple(number(path, row, name, record.get(name)) for name in (params, tokens, loss))
         groups.setdefault(str(record.get(run)), []).append(values)
     curves = []
     for name, points in groups.items():

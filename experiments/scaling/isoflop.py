@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from experiments.scaling.budgets import valleys_of, with_shape
 from experiments.scaling.intervals import Intervals, intervals_of, percentile_interval
-from experiments.scaling.skew import common_skew, common_skews
+from experiments.scaling.skew import common_skew, skewed_minima
 from experiments.scaling.spline import Spline, choose_smoothing
 from experiments.scaling.table import Table, clean
 from experiments.scaling.valley import (
@@ -173,15 +173,9 @@ def _minima(
     method: str, shape: Shape, us: list[np.ndarray], losses: list[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
-    if method != "skewed":
-        return [shape.minimum(u, loss)[::2] for u, loss in zip(us, losses, strict=True)]
-    skews = common_skews(us, losses)
-    found = [(np.empty(len(skews)), np.empty(len(skews))) for _ in us]
-    for skew in np.unique(skews):
-        same = skews == skew
-        for u, loss, (vertex, curvature) in zip(us, losses, found, strict=True):
-            vertex[same], _, curvature[same] = Convex(float(skew)).minimum(u, loss[same])
-    return found
+    if method == "skewed":
+        return skewed_minima(us, losses)
+    return [shape.minimum(u, loss)[::2] for u, loss in zip(us, losses, strict=True)]
 
 
 def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, float]:

@@ -30,6 +30,8 @@ class ServingCost:
     exponent: float = 1.0
     unit: str = "FLOPs"
     training_unit: float = 1.0
+    measured_params: tuple[float, ...] = ()
+    """Sizes that were measured, ascending."""
 
     def __post_init__(self) -> None:
         if not (self.coefficient > 0 and self.training_unit > 0):
@@ -65,7 +67,8 @@ class ServingCost:
         if len(np.unique(sizes)) > 1:
             exponent = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
         coefficient = float(np.exp((np.log(seconds) - exponent * np.log(sizes)).mean()))
-        return cls(coefficient, exponent, "seconds", 1 / training_flops_per_second)
+        measured = tuple(sorted(set(sizes.tolist())))
+        return cls(coefficient, exponent, "seconds", 1 / training_flops_per_second, measured)
 
     @classmethod
     def measured(
@@ -74,28 +77,63 @@ class ServingCost:
         """From the JSON files of `isoflop bench decode`, one per model size.
 
         `batch` picks the cells (None: the largest). The cost per token of a cell is its seconds
-        per step over its batch; of a size, the median over its contexts and weights.
+        per step over its batch; of a size, the median over its contexts and weights. Cells that failed, or that changed
+        the number of KV heads, are left out.
         """
         from model import ModelConfig, accounting
 
         sizes, costs = [], []
         for path in map(Path, documents):
+            document = _document(path, "isoflop bench decode --json", ("config", "cells"))
             try:
-                document = json.loads(path.read_text(encoding="utf-8"))
                 config = ModelConfig.from_dict(document["config"])
-                wanted = max(cell["batch"] for cell in document["cells"]) if batch is None else batch
                 cells = [
-                    cell["time_per_output_token_seconds"] / cell["batch"]
+                    cell
                     for cell in document["cells"]
-                    if cell["batch"] == wanted
+                    if "error" not in cell and cell.get("kv_heads") in (None, config.num_kv_heads)
                 ]
-            except (OSError, KeyError, ValueError, TypeError) as error:
+                wanted = max((cell["batch"] for cell in cells), default=0) if batch is None else batch
+                seconds = [
+                    cell["time_per_output_token_seconds"] / cell["batch"] for cell in cells if cell["batch"] == wanted
+                ]
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise InputError(f"{path} is not a document of `isoflop bench decode --json` ({error})") from error
-            if not cells:
-                raise InputError(f"{path} has no cell of batch {wanted}")
+            if not seconds:
+                raise InputError(f"{path} has no measured cell{f' of batch {wanted}' if wanted else ''}")
             sizes.append(accounting.parameters(config).total)
-            costs.append(float(np.median(cells)))
+            costs.append(float(np.median(seconds)))
         return cls.through(sizes, costs, training_flops_per_second)
+
+
+def training_rate(path: str | Path) -> float:
+    """FLOPs a second (6·N·D) of one training run, from the JSON file of `isoflop bench train`.
+
+    The row of one lane counts (where there is none: the fastest); of a comparison, isoflop's own. Raises `InputError`
+    for another file.
+    """
+    document = _document(path, "isoflop bench train --json", ())
+    try:
+        if "contenders" in document:
+            rows = [row for row in document["contenders"] if row["name"] == "isoflop"]
+        else:
+            rows = [row for row in document["rows"] if row["lanes"] == 1] or document["rows"]
+        return max(float(row["flops_6nd_per_second"]) for row in rows)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a document of `isoflop bench train --json` ({error})") from error
+
+
+def _document(path: str | Path, command: str, needs: Sequence[str]) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not a document of `{command}`: it is no JSON ({error})") from error
+    missing = [name for name in needs if not isinstance(document, dict) or name not in document]
+    if missing or not isinstance(document, dict):
+        raise InputError(f"{path} is not a document of `{command}`: it has no {' and no '.join(map(repr, missing))}")
+    return document
 
 
 def tokens_for_loss(theta: np.ndarray, params: Any, target: float) -> Any:
@@ -133,7 +171,9 @@ def serving_optimum(
     params = _cheapest(fit.theta, target, served_tokens, cost)
     tokens = float(tokens_for_loss(fit.theta, params, target))
     alone = compute_for_loss(fit, target, level)
-    draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in fit.draws if target > theta[0]])
+    reaching = [theta for theta in fit.draws if target > theta[0]]
+    draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])
+    trained = np.array([tokens_for_loss(theta, n, target) for theta, n in zip(reaching, draws, strict=True)])
     training = lambda n, d: 6 * n * d * cost.training_unit
     serving = lambda n: served_tokens * float(cost(n))
     total, total_alone = (
@@ -146,10 +186,18 @@ def serving_optimum(
         "params": params,
         "tokens": tokens,
         "flops": 6 * params * tokens,
-        "interval": {"params": [float(bound) for bound in percentile_interval(draws, level)]},
+        "interval": {
+            name: [float(bound) for bound in percentile_interval(values, level)]
+            for name, values in (("params", draws), ("tokens", trained))
+        },
+        "unreachable_share": 1 - len(reaching) / len(fit.draws),
         "level": level,
         "unit": cost.unit,
-        "cost_per_token": {"coefficient": cost.coefficient, "exponent": cost.exponent},
+        "cost_per_token": {
+            "coefficient": cost.coefficient,
+            "exponent": cost.exponent,
+            "measured_params": list(cost.measured_params),
+        },
         "training_cost": training(params, tokens),
         "serving_cost": serving(params),
         "total_cost": total,

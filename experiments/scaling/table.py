@@ -1,15 +1,15 @@
 """A table of runs: read from CSV, JSONL or Parquet, cleaned by rule.
 
 One row is one finished run: parameters N (count), training tokens D (count), final validation loss L (nats
-per token) and optionally its compute C (FLOPs). What cannot enter a fit is dropped by a stated rule and
-listed; what suggests that the file is not what its reader thinks (a missing column, text among numbers) is
-an error.
+per token) and optionally its compute C (FLOPs), unique tokens and active parameters. What cannot enter a fit is
+dropped by a stated rule and listed; what suggests that the file is not what its reader thinks (a missing column,
+text among numbers) is an error.
 """
 
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.scaling.columns import find_column, number, require, truth
 from model.errors import InputError
 
 REPEATED = "repeated"  # a boolean-like column of this name marks runs that saw their data more than once
+HELD_OUT = "held_out"  # and one of this name the runs that a law is to be tested on
+ROLES = ("params", "tokens", "loss", "flops", "unique_tokens", "active_params")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Table:
     loss: Float[np.ndarray, " rows"]
     flops: Float[np.ndarray, " rows"] | None = None
     dropped: list[dict[str, Any]] = field(default_factory=list)
+    unique_tokens: Float[np.ndarray, " rows"] | None = None
+    """Tokens before the first repeat; of runs that saw everything once, `tokens`."""
+    active_params: Float[np.ndarray, " rows"] | None = None
+    """Parameters that one token uses; `params` then counts all experts."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """By role, the column of the file that was read."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -42,26 +51,32 @@ def clean(
     loss: Any,
     flops: Any = None,
     *,
-    names: Sequence[str] = ("params", "tokens", "loss", "flops"),
+    unique_tokens: Any = None,
+    active_params: Any = None,
+    names: Mapping[str, str] | None = None,
     repeated: Sequence[bool] | None = None,
+    held_out: Sequence[bool] | None = None,
     rows: Sequence[int] | None = None,
 ) -> Table:
-    """Drop, in this order: repeated data, non-finite numbers, non-positive numbers, exact duplicates.
+    """Drop, in this order: repeated data, held-out runs, non-finite and non-positive numbers, exact duplicates.
 
-    A duplicate agrees with an earlier row in every column used, to the last bit. Raises `InputError` where
-    the columns are not one-dimensional numbers of one length.
+    A duplicate agrees with an earlier row in every column used, to the last bit. `names` says what the columns are
+    called in messages, `rows` how the rows are numbered. Raises `InputError` where the columns are not one-dimensional
+    numbers of one length.
     """
+    given = dict(zip(ROLES, (params, tokens, loss, flops, unique_tokens, active_params), strict=True))
+    called = dict(zip(ROLES, ROLES, strict=True)) | dict(names or {})
     columns = {}
-    for name, values in zip(names, (params, tokens, loss, flops), strict=True):
+    for role, values in given.items():
         if values is None:
             continue
         try:
-            columns[name] = np.asarray(values, dtype=np.float64)
+            columns[role] = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"{name} must be numbers: {error}") from error
-        if columns[name].ndim != 1:
-            raise InputError(f"{name} must be one-dimensional, got shape {columns[name].shape}")
-    lengths = {name: len(values) for name, values in columns.items()}
+            raise InputError(f"{called[role]} must be numbers: {error}") from error
+        if columns[role].ndim != 1:
+            raise InputError(f"{called[role]} must be one-dimensional, got shape {columns[role].shape}")
+    lengths = {called[role]: len(values) for role, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"columns differ in length: {', '.join(f'{k} has {v}' for k, v in lengths.items())}")
 
@@ -70,23 +85,24 @@ def clean(
     dropped: list[dict[str, Any]] = []
     seen: dict[tuple[float, ...], int] = {}
     for i in range(count):
-        number = rows[i] if rows is not None else i + 1
-        values = {name: float(column[i]) for name, column in columns.items()}
+        row = rows[i] if rows is not None else i + 1
+        values = {called[role]: float(column[i]) for role, column in columns.items()}
         reason = None
         if repeated is not None and repeated[i]:
             reason = "repeated data (epochs > 1)"
+        elif held_out is not None and held_out[i]:
+            reason = "held out"
         elif bad := [name for name, value in values.items() if not math.isfinite(value)]:
             reason = f"{bad[0]} is not finite ({values[bad[0]]})"
         elif bad := [name for name, value in values.items() if value <= 0]:
             reason = f"{bad[0]} is not positive ({values[bad[0]]:g})"
-        elif (first := seen.setdefault(tuple(values.values()), number)) != number:
+        elif (first := seen.setdefault(tuple(values.values()), row)) != row:
             reason = f"exact duplicate of row {first}"
         if reason is None:
             kept.append(i)
         else:
-            dropped.append({"row": number, "reason": reason})
-    arrays = [column[kept] for column in columns.values()]
-    return Table(arrays[0], arrays[1], arrays[2], arrays[3] if flops is not None else None, dropped)
+            dropped.append({"row": row, "reason": reason})
+    return Table(**{role: column[kept] for role, column in columns.items()}, dropped=dropped, columns=dict(names or {}))
 
 
 def read_table(
@@ -96,76 +112,38 @@ def read_table(
     tokens: str = "tokens",
     loss: str = "loss",
     flops: str | None = None,
+    unique_tokens: str | None = None,
+    active_params: str | None = None,
     keep_repeated: bool = False,
+    keep_held_out: bool = False,
 ) -> Table:
     """Read and clean a table of runs; the format follows the suffix (.csv .tsv .jsonl .ndjson .parquet).
 
-    `params`, `tokens`, `loss` and `flops` name the columns. Rows whose `repeated` column is true are
+    `params`, `tokens`, `loss`, `flops`, `unique_tokens` and `active_params` name the columns; where one of the first
+    four is left at its own name and absent, a column that others call so stands in for it (`columns.ALIASES`), and
+    `Table.columns` says which. Counts may be written as 70M or 1.4T. Rows whose `repeated` column is true are
     dropped unless `keep_repeated`: a second pass over data is worth less than fresh tokens, and a law in D
-    does not know that. Raises `InputError` for a file that is missing, unreadable, empty or malformed, for
-    a missing column, and for text in a numeric column.
+    does not know that. Rows whose `held_out` column is true are dropped unless `keep_held_out`. Raises `InputError`
+    for a file that is missing, unreadable, empty or malformed, for a missing column, and for text in a numeric column.
     """
     path = Path(path)
     records = _records(path)
     if not records:
         raise InputError(f"{path} has no rows")
-    names = [params, tokens, loss] + ([flops] if flops is not None else [])
     present = list(dict.fromkeys(key for _, record in records for key in record))
-    _require(path, names, present)
-    columns = [[_number(path, row, name, record.get(name)) for row, record in records] for name in names]
-    repeated = None
-    if REPEATED in present and not keep_repeated:
-        repeated = [_truth(path, row, record.get(REPEATED)) for row, record in records]
-    return clean(
-        columns[0],
-        columns[1],
-        columns[2],
-        columns[3] if flops is not None else None,
-        names=(params, tokens, loss, flops or "flops"),
-        repeated=repeated,
-        rows=[row for row, _ in records],
-    )
-
-
-def _require(path: Path, names: list[str], present: list[str]) -> None:
-    import difflib
-
-    missing = [name for name in names if name not in present]
-    if not missing:
-        return
-    hints = []
-    lowered = {column.lower(): column for column in present}
-    for name in missing:
-        close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
-        hints += [f"{lowered[match]!r} for {name!r}" for match in close]
-    hint = f"; close names: {', '.join(hints)}" if hints else ""
-    raise InputError(
-        f"{path} has no column {' or '.join(repr(name) for name in missing)}; "
-        f"its columns are {', '.join(repr(column) for column in present)}{hint}"
-    )
-
-
-def _number(path: Path, row: int, name: str, value: Any) -> float:
-    """NaN for what is empty (dropped later by rule); an error for what was never a number."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return math.nan
-    if not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise InputError(f"{path}, row {row}: column {name!r} should be a number but holds {value!r}")
-
-
-def _truth(path: Path, row: int, value: Any) -> bool:
-    if value is None:
-        return False
-    text = str(value).strip().lower()
-    if text in {"true", "1", "1.0", "yes", "y"}:
-        return True
-    if text in {"false", "0", "0.0", "no", "n", "", "nan", "none"}:
-        return False
-    raise InputError(f"{path}, row {row}: column {REPEATED!r} should be true or false but holds {value!r}")
+    wanted = dict(zip(ROLES, (params, tokens, loss, flops, unique_tokens, active_params), strict=True))
+    names = {role: find_column(path, role, name, present) for role, name in wanted.items() if name is not None}
+    require(path, names.values(), present)
+    columns: dict[str, Any] = {
+        role: [number(path, row, name, record.get(name), count=role != "loss") for row, record in records]
+        for role, name in names.items()
+    }
+    marks = {
+        mark: [truth(path, row, mark, record.get(mark)) for row, record in records]
+        for mark, keep in ((REPEATED, keep_repeated), (HELD_OUT, keep_held_out))
+        if mark in present and not keep
+    }
+    return clean(**columns, **marks, names=names, rows=[row for row, _ in records])
 
 
 def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -40,6 +40,26 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
     return {"flops_over_largest": ratio, **times, "warnings": warnings}
 
 
+def is_far(extrapolated: dict[str, Any]) -> bool:
+    """Whether an answer's compute is more than `FAR` times the largest of the fit."""
+    return extrapolated["flops_over_largest"] > FAR
+
+
+def in_words(extrapolated: dict[str, Any]) -> str:
+    """What `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
+    ratio = extrapolated["flops_over_largest"]
+    warnings = list(extrapolated["warnings"])
+    times = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+    if is_far(extrapolated):
+        warnings.pop(0)  # the same in other words
+        words = [f"FAR: {times} times the largest compute of the fit, beyond what it can vouch for"]
+    elif ratio > 1 + 1e-9:
+        words = [f"{times} times the largest compute of the fit"]
+    else:
+        words = [f"within the compute of the fit ({ratio:.2g} of its largest)"]
+    return "; ".join(words + warnings)
+
+
 def _convention(fit: ParametricFit | IsoflopFit) -> float:
     """C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law knows 6·N·D only."""
     if isinstance(fit, ParametricFit):

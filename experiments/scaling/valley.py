@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
+STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to noise
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 
 
@@ -47,9 +48,7 @@ class Convex:
 
     def basis(self, u: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at 3"]:
         """1, u and the bent square."""
-        t = self.skew
-        bent = u**2 if abs(t) < 1e-4 else 2 * (np.expm1(t * u) - t * u) / t**2
-        return np.stack([np.ones_like(u), u, bent], axis=1)
+        return bent_bases(u, np.asarray(self.skew))
 
     def coefficients(
         self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]
@@ -63,19 +62,41 @@ class Convex:
 
     def minimum(self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]) -> tuple[Any, Any, Any]:
         """In closed form, without limits: the vertex may lie outside the runs."""
-        c0, c1, c2 = np.moveaxis(self.coefficients(u, loss), -1, 0)
-        t = self.skew
-        with np.errstate(divide="ignore", invalid="ignore"):
-            c2 = np.where(np.abs(c2) > 1e-12 * np.abs(c0), c2, np.nan)  # a straight line
-            ratio = c1 / (2 * c2)
-            if abs(t) < 1e-4:
-                return -ratio, c0 - c1**2 / (4 * c2), c2
-            vertex = np.log1p(-t * ratio) / t
-            bent = 2 * (np.expm1(t * vertex) - t * vertex) / t**2
-            return vertex, c0 + c1 * vertex + c2 * bent, c2 * np.exp(t * vertex)
+        return bent_minimum(self.coefficients(u, loss), np.asarray(self.skew))
 
 
 PARABOLA = Convex()
+
+
+def _bent_square(u: np.ndarray, skew: np.ndarray) -> np.ndarray:
+    """(e^{tu} − 1 − tu)·2/t², or u² where t is too small to divide by."""
+    straight = np.abs(skew) < STRAIGHT
+    t = np.where(straight, 1.0, skew)
+    return np.where(straight, u**2, 2 * (np.expm1(t * u) - t * u) / t**2)
+
+
+def bent_bases(u: Float[np.ndarray, " at"], skews: Float[np.ndarray, "*skews"]) -> Float[np.ndarray, "*skews at 3"]:
+    """1, u and the bent square of `Convex`, for many skews at once."""
+    bent = _bent_square(u, skews[..., None])
+    return np.stack([np.broadcast_to(u**0, bent.shape), np.broadcast_to(u, bent.shape), bent], axis=-1)
+
+
+def bent_minimum(
+    coefficients: Float[np.ndarray, "*draws 3"], skews: Float[np.ndarray, "#*draws"]
+) -> tuple[Any, Any, Any]:
+    """(u*, loss, curvature) of `Convex` curves, each with its own skew; u* is NaN where there is none."""
+    c0, c1, c2 = np.moveaxis(coefficients, -1, 0)
+    straight = np.abs(skews) < STRAIGHT
+    t = np.where(straight, 1.0, skews)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        c2 = np.where(np.abs(c2) > 1e-12 * np.abs(c0), c2, np.nan)  # a straight line
+        ratio = c1 / (2 * c2)
+        vertex = np.where(straight, -ratio, np.log1p(-t * ratio) / t)
+        return (
+            vertex,
+            c0 + c1 * vertex + c2 * _bent_square(vertex, skews),
+            c2 * np.where(straight, 1.0, np.exp(t * vertex)),
+        )
 
 
 @dataclass(frozen=True)

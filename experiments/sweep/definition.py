@@ -43,6 +43,7 @@ def define(
     steps: int | None = None,
     axes: Sequence[str] = (),
     space_file: str | Path | None = None,
+    space_source: str | None = None,
     seeds: int | Sequence[int] | None = None,
     base: Sequence[str] = (),
     batch_size: int = 8,
@@ -60,8 +61,9 @@ def define(
     """A sweep from what a person gives; every trial is checked, nothing is written. Raises InputError.
 
     preset: a name, a JSON file, or a ModelConfig; it gets the vocabulary of the data. steps: of every trial whose point
-    has no length of its own. base: `NAME=VALUE` of all trials. seeds: how many, or which; None: those of the file's
-    outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another.
+    has no length of its own. space_file: a Python file; space_source: in its place, the text of one. base:
+    `NAME=VALUE` of all trials. seeds: how many, or which; None: those of the file's outermost `replicate`, or one.
+    Warm-up is 5 % of the steps unless the base gives another.
     """
     from experiments.commands.options import parse_overrides, read_config
 
@@ -73,13 +75,14 @@ def define(
         HParams(warmup_fraction=0.05),
         steps or 0,
     )
-    source = None
+    source = space_source
     if space_file is not None:
         try:
             source = Path(space_file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"the space {space_file} cannot be read: {error}") from None
-        own = load_space(source, Path(space_file))
+    if source is not None:
+        own = load_space(source, Path(space_file or "space.py"))
         if isinstance(own, Replicate):
             if seeds is not None:
                 raise InputError(f"seeds are given twice: by replicate in {space_file}, and by --seeds; give one")

@@ -58,6 +58,69 @@ def test_columns_are_selectable(tmp_path):
     np.testing.assert_array_equal(table.flops, [row[3] for row in rows])
 
 
+def test_usual_names_stand_in_for_ours_where_one_alone_does(tmp_path):
+    path = write(tmp_path / "runs.csv", csv_text(header="Model Size,training_tokens,val_loss"))
+    table = read_table(path)
+    np.testing.assert_array_equal(table.loss, [row[2] for row in ROWS])
+    assert table.columns == {"params": "Model Size", "tokens": "training_tokens", "loss": "val_loss"}
+    both = write(tmp_path / "both.csv", csv_text([(*row, 1) for row in ROWS], "N,model_size,tokens,loss"))
+    with pytest.raises(InputError, match="'N' as well as 'model_size' could be it; name one with --params"):
+        read_table(both)
+    assert read_table(both, params="N", tokens="tokens", loss="loss").columns["params"] == "N"
+    compute = write(tmp_path / "compute.csv", csv_text(header="N,C,ppl"))
+    with pytest.raises(InputError, match=r"no column 'tokens' or 'loss'.*not worked out from FLOPs.*in nats"):
+        read_table(compute)
+
+
+def test_counts_may_have_suffixes_and_no_commas(tmp_path):
+    path = write(tmp_path / "runs.csv", "params,tokens,loss\n70M,1.4B,3.5\n1.2e9,2T,2\n500K,64k,4\n")
+    table = read_table(path)
+    np.testing.assert_allclose(table.params, [7e7, 1.2e9, 5e5])
+    np.testing.assert_allclose(table.tokens, [1.4e9, 2e12, 6.4e4])
+    for cell in ('"1,000"', '"1,5"', "7M2", "3G"):
+        bad = write(tmp_path / "bad.csv", f"params,tokens,loss\n1e6,{cell},3\n")
+        message = "without commas" if "," in cell else "should be a number"
+        with pytest.raises(InputError, match=f"row 1: column 'tokens'.*{message}"):
+            read_table(bad)
+    with pytest.raises(InputError, match="'loss' should be a number but holds '3K'"):
+        read_table(write(tmp_path / "loss.csv", "params,tokens,loss\n1e6,1e7,3K\n"))
+
+
+def test_unique_tokens_and_active_params_reach_their_forms(tmp_path):
+    """From a file to the law of repeated data and to the law of experts."""
+    from experiments.scaling.form_fit import fit_form
+
+    rng = np.random.default_rng(0)
+    U = np.exp(rng.uniform(np.log(1e7), np.log(1e9), 60))
+    D, N, G = (
+        U * np.exp(rng.uniform(0, 4, 60)),
+        np.exp(rng.uniform(np.log(1e6), np.log(1e9), 60)),
+        rng.choice([1, 4, 16], 60),
+    )
+    fresh = U * (1 + 15 * (1 - np.exp(-(D / U - 1) / 15)))
+    loss = 1.8 + 25 / N**0.3 + 60 / fresh**0.3
+    rows = zip(N * G, N, D, U, loss, ["true"] * 60, strict=True)
+    path = write(tmp_path / "runs.csv", csv_text(rows, "params,active_params,tokens,unique_tokens,loss,repeated"))
+    named = {"unique_tokens": "unique_tokens", "active_params": "active_params"}
+    table = read_table(path, params="active_params", unique_tokens="unique_tokens", keep_repeated=True)
+    fit = fit_form("repeated-data", table, bootstraps=1)
+    assert fit.values["R_D"] == pytest.approx(15, rel=1e-3)
+    with pytest.raises(InputError, match="needs a column 'active_params'"):
+        fit_form("experts", table, bootstraps=1)
+    experts = read_table(path, **named, keep_repeated=True)
+    np.testing.assert_allclose(experts.params / experts.active_params, G)
+    assert len(fit_form("experts", experts, bootstraps=1).rows) == 60
+    assert len(read_table(path, **named).loss) == 0, "repeated rows are dropped unless kept"
+
+
+def test_held_out_rows_are_kept_for_whoever_asks(tmp_path):
+    path = write(
+        tmp_path / "runs.csv", csv_text([(*row, i == 1) for i, row in enumerate(ROWS)], "params,tokens,loss,held_out")
+    )
+    assert read_table(path).dropped == [{"row": 2, "reason": "held out"}]
+    assert len(read_table(path, keep_held_out=True)) == 3
+
+
 def test_unusable_rows_are_dropped_by_rule_and_listed(tmp_path):
     bad = [
         ("1e5,2e6,nan,", "not finite"),
@@ -86,7 +149,7 @@ def test_unusable_rows_are_dropped_by_rule_and_listed(tmp_path):
         ("blank.csv", "\n \n", "is empty"),
         ("header.csv", "params,tokens,loss\n", "no rows"),
         ("text.csv", csv_text([*ROWS, (1e5, 2e6, "diverged")]), r"row 4: column 'loss'.*'diverged'"),
-        ("missing.csv", csv_text(header="Params,tokenz,loss"), r"no column 'params' or 'tokens'.*'tokenz' for"),
+        ("missing.csv", csv_text(header="Parms,tokenz,loss"), r"no column 'params' or 'tokens'.*'tokenz' for"),
         ("ragged.csv", csv_text() + "1,2\n", "row 4: 2 cells where the header has 3"),
         ("twice.csv", csv_text(header="params,params,loss"), "more than once"),
         ("broken.jsonl", '{"params": 1}\n{oops', "row 2: not valid JSON"),

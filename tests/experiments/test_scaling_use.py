@@ -8,7 +8,7 @@ import pytest
 
 from experiments.scaling import fit_isoflop, fit_parametric
 from experiments.scaling.serving import ServingCost, serving_optimum
-from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+from experiments.scaling.use import compute_for_loss, in_words, is_far, optimal, planned_loss
 from model.errors import InputError
 
 
@@ -129,3 +129,43 @@ def test_answers_state_how_far_they_extrapolate(noisy_fit):
         serving_optimum(noisy_fit, served_tokens=1e9)
     with pytest.raises(InputError, match="positive"):
         optimal({"parametric": noisy_fit}, -1.0)
+
+
+def test_optimum_of_a_budget_is_the_enumerated_one(clean_fit):
+    """Every (N, D) of a grid that a budget pays for, for a law whose constants are known."""
+    for budget in (1e18, 1e20, 1e23):
+        loss = 1.7 + 400 * SIZES**-0.34 + 410 * (budget / 6 / SIZES) ** -0.28
+        best = optimal({"parametric": clean_fit}, budget)["parametric"]
+        step = SIZES[1] / SIZES[0]
+        assert 1 / step < best["params"] / SIZES[loss.argmin()] < step
+        assert 6 * best["params"] * best["tokens"] == pytest.approx(budget)
+        assert best["loss"] == pytest.approx(loss.min(), rel=1e-8)
+
+
+@pytest.mark.parametrize("cost", [ServingCost(), ServingCost(1e-11, 0.8, "seconds", 1e-14)], ids=["flops", "seconds"])
+def test_lifetime_optimum_of_a_grid_in_both_directions(clean_fit, cost):
+    """No pair of a grid over N and D reaches the loss for less, and N falls as more is served, from the optimum of
+    training alone on."""
+    target = float(clean_fit.optimal(1e20).loss)
+    N, D = np.meshgrid(np.geomspace(3e7, 3e10, 1500), np.geomspace(1e9, 1e13, 1500), indexing="ij")
+    reached = target >= 1.7 + 400 * N**-0.34 + 410 * D**-0.28
+    chosen = []
+    for served in (0.0, 1e10, 1e12, 1e13):
+        total = np.where(reached, 6 * N * D * cost.training_unit + served * cost(N), np.inf)
+        found = serving_optimum(clean_fit, served_tokens=served, target=target, cost=cost)
+        best = np.unravel_index(total.argmin(), total.shape)
+        assert total.min() * 0.98 < found["total_cost"] <= total.min()
+        assert found["params"] == pytest.approx(N[best], rel=0.1)
+        assert found["tokens"] == pytest.approx(D[best], rel=0.1)
+        chosen.append(found["params"])
+    assert chosen[0] == pytest.approx(clean_fit.optimal(1e20).params, rel=1e-4)
+    assert chosen == sorted(chosen, reverse=True)
+
+
+def test_a_distance_in_words_flags_what_is_far(noisy_fit):
+    near, beyond, far = (optimal({"p": noisy_fit}, c)["p"]["extrapolation"] for c in (5e19, 5e20, 1e23))
+    assert [is_far(distance) for distance in (near, beyond, far)] == [False, False, True]
+    assert in_words(near) == "within the compute of the fit (0.5 of its largest)"
+    assert in_words(beyond).startswith("5 times the largest compute of the fit")
+    assert in_words(far).startswith("FAR: 1,000 times the largest compute")
+    assert "lies outside the runs'" in in_words(far)

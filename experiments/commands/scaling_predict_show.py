@@ -1,0 +1,135 @@
+"""What `isoflop scaling predict` prints."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from experiments.scaling.fit import Fits
+    from experiments.scaling.serving import ServingCost
+
+NAMES = {"parametric": "parametric law", "isoflop": "IsoFLOP, parabola"}
+
+
+def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "ServingCost | None") -> None:
+    """Every answer of the command's document with its interval and its distance from the runs."""
+    if fits.parametric is not None:
+        law = fits.parametric
+        left_out = [
+            (len(document["dropped"]), "rows dropped"),
+            (len(document["parametric_outliers"]), "gross outliers"),
+        ]
+        counts = [f"{document['rows']} runs"] + [f"{count} {what}" for count, what in left_out if count]
+        console.print(
+            f"{', '.join(counts)}; L = {law.E:.4g} + {law.A:.4g}·N^-{law.alpha:.4g} + {law.B:.4g}·D^-{law.beta:.4g}",
+            highlight=False,
+        )
+    for answer in document["optimal"]:
+        _show_optimal(console, answer, document["level"])
+    for answer in document["compute_for_loss"]:
+        low, high = answer["interval"]
+        _say(
+            console,
+            f"Loss {answer['target']:g} takes {answer['flops']:.4g} FLOPs ({document['level']:g} %: {_bound(low)} … "
+            f"{_bound(high)}): N {answer['params']:.4g}, D {answer['tokens']:.4g}",
+            answer["extrapolation"],
+        )
+        if answer["unreachable_share"]:
+            share = 100 * answer["unreachable_share"]
+            console.print(f"  {share:.2g} % of the bootstrap's laws never reach it", highlight=False)
+    for answer in document["planned"]:
+        low, high = answer["interval"]
+        _say(
+            console,
+            f"N {answer['params']:.4g} on D {answer['tokens']:.4g} ({answer['flops']:.4g} FLOPs): loss "
+            f"{answer['loss']:.4f} nats per token ({document['level']:g} % of such runs: {low:.4f} … {high:.4f})",
+            answer["extrapolation"],
+        )
+    for answer in document["serving"]:
+        _show_serving(console, answer)
+    if cost is not None:
+        console.print(_price(cost), highlight=False)
+    for name, reason in fits.refused.items():
+        console.print(f"[bold]{name} refused:[/bold] {reason}", highlight=False)
+
+
+def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
+    from rich.table import Table
+
+    flops = next(iter(answer.values()))["flops"]
+    table = Table(title=f"Compute-optimal run of {flops:.4g} FLOPs", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("N*", f"{level:g} %", "D*", f"{level:g} %", "D*/N*", "loss", f"{level:g} %"):
+        table.add_column(name, justify="right")
+    for name, one in answer.items():
+        intervals = one["intervals"] or {}
+        cells = []
+        for key in ("params", "tokens", "loss"):
+            digits = ".4f" if key == "loss" else ".4g"
+            cells.append("" if one[key] is None else f"{one[key]:{digits}}")
+            cells.append(" … ".join(f"{bound:{digits}}" for bound in intervals[key]) if key in intervals else "")
+            if key == "tokens":
+                cells.append(f"{one['tokens'] / one['params']:.3g}")
+        table.add_row(NAMES.get(name, name.replace("isoflop.", "IsoFLOP, ")), *cells)
+    console.print(table)
+    _show_distance(console, next(iter(answer.values()))["extrapolation"])
+
+
+def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
+    alone, spread = answer["training_optimal"], answer["interval"]
+    low, high = spread["params"]
+    hours = answer["unit"] == "seconds"
+    amount = lambda value: f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
+    _say(
+        console,
+        f"Serving {answer['served_tokens']:.4g} tokens at loss {answer['target']:.4f}: N {answer['params']:.4g} "
+        f"({answer['level']:g} %: {low:.4g} … {high:.4g}) on D {answer['tokens']:.4g}, {answer['flops']:.4g} FLOPs of "
+        "training",
+        answer["extrapolation"],
+    )
+    console.print(
+        f"  in all {amount(answer['total_cost'])} ({amount(answer['training_cost'])} training, "
+        f"{amount(answer['serving_cost'])} serving); N {alone['params']:.4g}, best for training alone, would take "
+        f"{amount(alone['total_cost'])}: {100 * answer['saving']:.3g} % saved",
+        highlight=False,
+    )
+    measured = answer["cost_per_token"]["measured_params"]
+    if measured and not measured[0] <= answer["params"] <= measured[-1]:
+        console.print(
+            f"  what serving costs at this N is extrapolated from measurements at {_sizes(measured)}", highlight=False
+        )
+
+
+def _price(cost: "ServingCost") -> str:
+    """How serving was priced."""
+    if cost.unit == "FLOPs":
+        return (
+            "A served token is taken to cost 2·N FLOPs, as no measurement was given; decoding reads every weight for "
+            "few operations, so that in time it costs more: measure it and give --decode and --train."
+        )
+    return (
+        f"A served token takes {cost.coefficient:.3g}·N^{cost.exponent:.3g} seconds by measurements at "
+        f"{_sizes(cost.measured_params)} (tables counted), training {1 / cost.training_unit:.4g} FLOPs a second at "
+        "every size; hours are of the device measured."
+    )
+
+
+def _sizes(measured: "Sequence[float]") -> str:
+    return "N = " + ", ".join(f"{size:.3g}" for size in measured)
+
+
+def _say(console: "Console", words: str, extrapolated: dict[str, Any]) -> None:
+    console.print(words, highlight=False)
+    _show_distance(console, extrapolated)
+
+
+def _show_distance(console: "Console", extrapolated: dict[str, Any]) -> None:
+    from experiments.scaling.use import in_words, is_far
+
+    console.print(f"  {in_words(extrapolated)}", style="bold red" if is_far(extrapolated) else None, highlight=False)
+
+
+def _bound(value: float | None) -> str:
+    return "never" if value is None else f"{value:.4g}"

@@ -1,0 +1,101 @@
+"""Which column of someone's table is which, and the numbers in it."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+
+ALIASES = {
+    "params": ("params", "n", "n_params", "num_params", "model_size", "parameters", "num_parameters"),
+    "tokens": ("tokens", "d", "n_tokens", "num_tokens", "training_tokens", "train_tokens"),
+    "loss": ("loss", "val_loss", "validation_loss", "final_loss", "eval_loss"),
+    "flops": ("flops", "c", "compute", "training_flops", "training_flop"),
+}
+"""What others call a column of ours, compared without case, and with spaces, dots and dashes as underscores."""
+
+SUFFIXES = {"K": 1e3, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
+    """The column for a role of `ALIASES`: as wanted, or where that is only the default and absent, its one alias.
+
+    A wanted name that is absent comes back as it is, for `require` to refuse. Raises `InputError` where two aliases
+    could be meant.
+    """
+    if wanted in present or wanted != role:
+        return wanted
+    found = [column for column in present if _plain(column) in ALIASES.get(role, ())]
+    if len(found) > 1:
+        raise InputError(
+            f"{path} has no column {role!r}, and {' as well as '.join(map(repr, found))} could be it; "
+            f"name one with --{role}"
+        )
+    return found[0] if found else wanted
+
+
+def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
+    """Raises `InputError` for columns that the table lacks, with those it has and the closest of them."""
+    import difflib
+
+    missing = [name for name in names if name not in present]
+    if not missing:
+        return
+    hints = []
+    lowered = {column.lower(): column for column in present}
+    for name in missing:
+        close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+        hints += [f"{lowered[match]!r} for {name!r}" for match in close]
+    hint = f"; close names: {', '.join(hints)}" if hints else ""
+    plain = {_plain(column) for column in present}
+    if "tokens" in missing and plain & set(ALIASES["flops"]):
+        hint += "; tokens are not worked out from FLOPs: add a column with D = C/(6·N) if that is what C means"
+    if "loss" in missing and plain & {"perplexity", "ppl", "bpb", "bits_per_byte"}:
+        hint += "; a loss is in nats per token, such as the logarithm of the perplexity"
+    raise InputError(
+        f"{path} has no column {' or '.join(repr(name) for name in missing)}; "
+        f"its columns are {', '.join(repr(column) for column in present)}{hint}"
+    )
+
+
+def number(path: Path, row: int, name: str, value: Any, *, count: bool = False) -> float:
+    """NaN for what is empty (dropped later by rule); an error for what was never a number.
+
+    A `count` may be written as 70M or 1.4T.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    if not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    place = f"{path}, row {row}: column {name!r}"
+    if isinstance(value, str):
+        text = value.strip()
+        if count and text[-1] in SUFFIXES:
+            try:
+                return float(text[:-1]) * SUFFIXES[text[-1]]
+            except ValueError:
+                pass
+        if re.fullmatch(r"[-+]?\d+(,\d+)+(\.\d*)?", text):
+            raise InputError(f"{place} holds {value!r}: write numbers without commas, such as 1000 or 1.5")
+    raise InputError(f"{place} should be a number but holds {value!r}")
+
+
+def truth(path: Path, row: int, name: str, value: Any) -> bool:
+    """A yes or no, however written; empty is no."""
+    if value is None:
+        return False
+    text = str(value).strip().lower()
+    if text in {"true", "1", "1.0", "yes", "y"}:
+        return True
+    if text in {"false", "0", "0.0", "no", "n", "", "nan", "none"}:
+        return False
+    raise InputError(f"{path}, row {row}: column {name!r} should be true or false but holds {value!r}")
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\s.\-]+", "_", column.strip()).lower()

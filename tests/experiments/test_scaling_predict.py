@@ -1,0 +1,178 @@
+"""`isoflop scaling predict`: its answers, what they are made of, and the sentences for bad questions."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tyro
+
+from experiments.commands.scaling_options import TableOptions
+from experiments.commands.scaling_predict import predict
+from experiments.scaling import fit_parametric
+from experiments.scaling.serving import ServingCost, serving_optimum, training_rate
+from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+from model import presets
+from model.errors import InputError
+
+DRAWS = 40
+
+
+def columns():
+    rng = np.random.default_rng(0)
+    budgets = np.geomspace(1e18, 1e20, 4)
+    N = (0.6 * (budgets[:, None] / 6) ** 0.45 * np.geomspace(1 / 4, 4, 7)).ravel()
+    D = np.repeat(budgets, 7) / 6 / N
+    return N, D, (1.7 + 400 * N**-0.34 + 410 * D**-0.28) * np.exp(rng.normal(0, 0.003, len(N)))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("predict") / "runs.csv"
+    rows = "".join(f"{n!r},{d!r},{loss!r}\n" for n, d, loss in zip(*map(np.ndarray.tolist, columns()), strict=True))
+    path.write_text("params,tokens,loss\n" + rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def law():
+    return fit_parametric(*columns(), bootstraps=DRAWS)
+
+
+def asked(table, tmp_path, *arguments, **settings):
+    """The document of one call."""
+    out = tmp_path / "answer.json"
+    predict(table, *arguments, bootstraps=DRAWS, json=out, **settings)
+    return json.loads(out.read_text())
+
+
+def bench(path, name, seconds, **more):
+    cells = [
+        {"batch": 1, "kv_heads": None, "time_per_output_token_seconds": 1.0},
+        {"batch": 8, "kv_heads": None, "time_per_output_token_seconds": seconds},
+        {"batch": 64, "kv_heads": None, "error": "out of memory"},
+    ]
+    path.write_text(json.dumps({"config": presets.get(name).to_dict(), "cells": cells} | more))
+    return path
+
+
+def test_every_question_in_one_call(table, law, tmp_path, capsys):
+    document = asked(
+        table, tmp_path, flops=(1e19, 1e22), target_loss=(2.3,), params=1e9, tokens=2e10, serve_tokens=1e12, level=80
+    )
+    assert document["level"] == 80
+    best = document["optimal"]
+    assert [next(iter(answer.values()))["flops"] for answer in best] == [1e19, 1e22]
+    assert best[1]["parametric"] == optimal({"parametric": law}, 1e22, 80)["parametric"]
+    assert {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"} <= set(best[0])
+    assert document["compute_for_loss"] == [compute_for_loss(law, 2.3, 80)]
+    assert document["planned"] == [planned_loss(law, 1e9, 2e10, 80)]
+    served = [serving_optimum(law, served_tokens=1e12, level=80, **goal) for goal in _goals()]
+    assert [{key: answer[key] for key in served[0]} for answer in document["serving"]] == served
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert printed.count("FAR: ") == 4
+    assert "within the compute of the fit" in printed
+    assert "2·N FLOPs, as no measurement was given" in printed
+
+
+def _goals():
+    return [{"training_flops": 1e19}, {"training_flops": 1e22}, {"target": 2.3}]
+
+
+def test_measured_costs_come_from_bench_files(table, tmp_path, capsys):
+    files = (bench(tmp_path / "s.json", "gpt2-small", 0.004), bench(tmp_path / "l.json", "gpt2-large", 0.02))
+    train = tmp_path / "train.json"
+    rows = [{"lanes": 4, "flops_6nd_per_second": 9e14}, {"lanes": 1, "flops_6nd_per_second": 5e14}]
+    train.write_text(json.dumps({"rows": rows}))
+    document = asked(table, tmp_path, flops=(1e20,), serve_tokens=1e13, decode=files, train=train)
+    (answer,) = document["serving"]
+    cost = ServingCost.measured(files, 5e14)
+    assert answer["unit"] == "seconds"
+    assert answer["training_cost"] == pytest.approx(6 * answer["params"] * answer["tokens"] / 5e14)
+    assert answer["serving_cost"] == pytest.approx(1e13 * cost(answer["params"]))
+    assert float(cost(cost.measured_params[0])) == pytest.approx(0.004 / 8)
+    assert "hours" in capsys.readouterr().out
+    same = asked(table, tmp_path, flops=(1e20,), serve_tokens=1e13, decode=files, train_rate=5e14)
+    assert same["serving"] == document["serving"]
+    train.write_text(json.dumps({"contenders": [{"name": "isoflop", "flops_6nd_per_second": 3e12}, {"name": "torch"}]}))
+    assert training_rate(train) == 3e12
+
+
+def test_a_study_folder_leaves_out_what_is_held_out(table, tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    lines = table.read_text().splitlines()
+    rows = [line + f",{index >= 22}" for index, line in enumerate(lines[1:], start=1)]
+    (study / "runs.csv").write_text("\n".join([lines[0] + ",held_out", *rows]))
+    question = {"params": 1e9, "tokens": 2e10}
+    fitted, every = asked(study, tmp_path, **question), asked(study, tmp_path, all_runs=True, **question)
+    assert (fitted["rows"], every["rows"]) == (21, 28)
+    assert every["planned"] == asked(table, tmp_path, **question)["planned"]
+    assert fitted["planned"][0]["extrapolation"]["flops_over_largest"] > 2
+
+
+def test_the_command_line_knows_columns_by_other_names(table, tmp_path, capsys):
+    other = tmp_path / "other.csv"
+    other.write_text(table.read_text().replace("params,tokens,loss", "N,Training Tokens,val"))
+    arguments = [str(other), "--columns.loss", "val", "--params", "1e9", "--tokens", "2e10", "--bootstraps", "20"]
+    tyro.cli(predict, args=arguments)
+    captured = capsys.readouterr()
+    assert "taking the column 'N' for params, 'Training Tokens' for tokens" in captured.err
+    assert "loss 2.5" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing is asked"),
+        ({"params": 1e9}, "takes both --params and --tokens"),
+        ({"flops": (-1e20,)}, r"--flops=-1e\+20 must be a positive number"),
+        ({"target_loss": (float("nan"),)}, "--target-loss=nan must be a positive number"),
+        ({"target_loss": (1.0,)}, "at or below the law's floor E=1"),
+        ({"flops": (1e20,), "level": 100}, "--level=100 must lie between"),
+        ({"serve_tokens": 1e12}, "nothing is asked"),
+        ({"params": 1e9, "tokens": 1e10, "serve_tokens": 1e12}, "add --flops or --target-loss"),
+        ({"flops": (1e20,), "serve_tokens": -1.0}, "--serve-tokens=-1.0 must be a number that is not negative"),
+        ({"flops": (1e20,), "train_rate": 1e14}, "add --serve-tokens"),
+        ({"flops": (1e20,), "serve_tokens": 1e12, "train_rate": 1e14}, "go with --decode"),
+        ({"flops": (1e20,), "serve_tokens": 1e12, "decode": ("good",)}, "add --train or --train-rate"),
+        ({"flops": (1e20,), "serve_tokens": 1e12, "decode": ("absent",), "train_rate": 1e14}, "cannot read .*absent"),
+        ({"flops": (1e20,), "serve_tokens": 1e12, "decode": ("other",), "train_rate": 1e14}, "it has no 'cells'"),
+        ({"flops": (1e20,), "serve_tokens": 1e12, "decode": ("good",), "train": "good"}, "bench train --json"),
+        (
+            {"flops": (1e20,), "serve_tokens": 1e12, "decode": ("good",), "train_rate": 1e14, "batch": 3},
+            "no measured cell of batch 3",
+        ),
+    ],
+)
+def test_bad_questions_get_one_sentence(table, tmp_path, settings, message):
+    bench(tmp_path / "good", "gpt2-small", 0.004)
+    (tmp_path / "other").write_text(json.dumps({"config": {}}))
+    if "decode" in settings:
+        settings = settings | {"decode": tuple(tmp_path / name for name in settings["decode"])}
+    if "train" in settings:
+        settings = settings | {"train": tmp_path / settings["train"]}
+    with pytest.raises(InputError) as error:
+        predict(table, bootstraps=5, **settings)
+    assert re.search(message, str(error.value))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_tables_get_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        predict(tmp_path / "absent", flops=(1e20,))
+    with pytest.raises(InputError, match=r"folder without runs\.csv"):
+        predict(tmp_path, flops=(1e20,))
+    (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e7,3.0\n")
+    with pytest.raises(InputError, match=r"carries no law: 1 usable runs cannot"):
+        predict(tmp_path / "one.csv", flops=(1e20,))
+
+
+def test_options_hand_every_column_on(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("params,active,D,U,final_loss,repeated\n8B,1B,1.4T,200B,2.1,true\n4B,1B,20B,20B,2.6,false\n")
+    options = TableOptions(unique_tokens="U", active_params="active", keep_repeated=True)
+    table = options.read(path)
+    np.testing.assert_array_equal(table.tokens, [1.4e12, 2e10])
+    np.testing.assert_array_equal(table.unique_tokens, [2e11, 2e10])
+    np.testing.assert_array_equal(table.active_params, [1e9, 1e9])
