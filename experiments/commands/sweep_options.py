@@ -54,8 +54,15 @@ class SweepOptions:
     """Halving and hyperband: one in so many trials goes on from each rung."""
     min_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 1 / 9
     """Halving and hyperband: the first rung, over a trial's tokens."""
+    interval_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 0.1
+    """Population: how often members are exchanged, over a trial's steps."""
+    quantile: Annotated[float, tyro.conf.arg(metavar="X")] = 0.2
+    """Population: the share that leaves, and of the best that take their places."""
+    resample: Annotated[float, tyro.conf.arg(metavar="X")] = 0.25
+    """Population: how often a copy draws a value anew instead of perturbing it."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """Where workers find each other: postgresql+psycopg://…, journal:FILE; SQLite in the sweep's folder by default."""
+    """Where workers find each other: postgresql+psycopg://… (a password is not written down: see PGPASSWORD),
+    journal:FILE; SQLite in the sweep's folder by default."""
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most so many trials side by side; by default as many as memory holds."""
     eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
@@ -64,8 +71,13 @@ class SweepOptions:
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.sweep.definition import define, open_sweep
+        from experiments.sweep.storage import without_password
 
-        rungs = {"eta": self.eta, "min_fraction": self.min_fraction}
+        settings = {
+            "halving": ("eta", "min_fraction"),
+            "hyperband": ("eta", "min_fraction"),
+            "population": ("interval_fraction", "quantile", "resample"),
+        }.get(self.policy, ())
         return open_sweep(
             define(
                 self.preset,
@@ -83,8 +95,8 @@ class SweepOptions:
                 trials=self.trials,
                 sampler_seed=self.sampler_seed,
                 policy=self.policy,
-                policy_settings=rungs if self.policy in ("halving", "hyperband") else {},
-                storage=self.storage,
+                policy_settings={name: getattr(self, name) for name in settings},
+                storage=None if self.storage is None else without_password(self.storage),
                 lanes=self.lanes,
                 evaluate_tokens=self.eval_tokens,
             )

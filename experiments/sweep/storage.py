@@ -4,6 +4,7 @@ Optuna has heartbeats for databases only; for a journal file a trial's own attri
 """
 
 import logging
+import os
 import random
 import time
 import warnings
@@ -121,6 +122,23 @@ def shown(url: str) -> str:
     from sqlalchemy.engine import make_url
 
     return make_url(url).render_as_string(hide_password=True)
+
+
+def without_password(url: str) -> str:
+    """A PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
+
+    Workers that this process starts have it from there; others need it set, or a ~/.pgpass.
+    """
+    if not url.startswith("postgresql"):
+        return url
+    from sqlalchemy.engine import URL, make_url
+
+    whole = make_url(url)
+    if whole.password is None:
+        return url
+    os.environ["PGPASSWORD"] = str(whole.password)
+    bare = URL.create(whole.drivername, whole.username, None, whole.host, whole.port, whole.database, whole.query)
+    return bare.render_as_string()
 
 
 def _open_journal(path: str) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 
@@ -11,6 +12,7 @@ from experiments.sweep import ledger as ledger_module
 from experiments.sweep.ledger import DEAD, Ledger
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.samplers import make_sampler, suggester
+from experiments.sweep.storage import without_password
 from experiments.sweep.trial import Setting
 from experiments.sweep.trials import plan_trials, trials_at
 from model import InputError, ModelConfig
@@ -254,6 +256,14 @@ def test_a_storage_that_cannot_be_opened(tmp_path, storage, sentence):
         Ledger(Sweep(tmp_path, BASE, tmp_path, storage=storage))
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
+
+
+def test_a_password_is_not_written_down(monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", "before")
+    assert without_password("postgresql+psycopg://me:sec%40ret@host/db") == "postgresql+psycopg://me@host/db"
+    assert os.environ["PGPASSWORD"] == "sec@ret", "it is where the database's library looks for it"
+    for url in ("postgresql://me@host/db", "journal:a:b@c", "sqlite:///ledger.db"):
+        assert without_password(url) == url
 
 
 def test_other_objectives_in_one_storage_are_refused(tmp_path):
