@@ -24,9 +24,12 @@ from experiments.commands import (
     data,
     evaluate,
     generate,
-    ladder,
     model,
     scaling,
+    scaling_plan,
+    scaling_predict,
+    scaling_report,
+    scaling_run,
     study,
     sweep,
     sweep_plan,
@@ -59,7 +62,13 @@ COMMANDS: Tree = {
     ),
     "scaling": (
         "Plan, train, fit and use scaling laws.",
-        {"plan": ladder.plan, "run": ladder.run, "fit": scaling.fit, "predict": ladder.predict},
+        {
+            "plan": scaling_plan.plan,
+            "run": scaling_run.run,
+            "fit": scaling.fit,
+            "predict": scaling_predict.predict,
+            "report": scaling_report.report,
+        },
     ),
     "bench": (
         "Measure this machine on a model.",

@@ -6,97 +6,126 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from experiments.commands.options import JsonFile
+from experiments.commands.scaling_options import BY_NAME, Columns
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from experiments.scaling.analysis import Analysis
     from experiments.scaling.fit import Fits
+
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")]
 
 
 def fit(
     table: tyro.conf.Positional[Path],
     *,
-    params: str = "params",
-    tokens: str = "tokens",
-    loss: str = "loss",
-    flops: str | None = None,
+    columns: Columns = BY_NAME,
+    curves: File = None,
+    forms: Names = (),
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
-    keep_repeated: bool = False,
     json: JsonFile = None,
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    report: File = None,
+    tables: Folder = None,
+    plot: File = None,
 ) -> None:
     """Fit scaling laws to anyone's table of runs, with confidence intervals.
 
-    Two estimators side by side: the parametric law L = E + A·N^-alpha + B·D^-beta, and IsoFLOP valleys with
-    power laws N* ∝ C^a, D* ∝ C^b through their minima. One that the table cannot carry is refused with the
-    reason.
+    Every estimator that the table can carry, side by side: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
+    valleys by parabola, skewed parabola and spline, and with --curves the envelope of training curves; which form of
+    law the held-out error prefers; and, where the table has other counts of N and C, the exponents under each. One that
+    the table cannot carry is refused with the reason.
 
-    Example: isoflop scaling fit runs.csv --params N --tokens D --loss val_loss --json fit.json --plot
-    fit.svg
+    Example: isoflop scaling fit runs.csv --params N --tokens D --loss val_loss --report page.html --json fit.json
 
     Args:
-        table: runs, one a row: .csv, .tsv, .jsonl or .parquet.
-        params: column of model sizes N, in parameters.
-        tokens: column of training tokens D.
-        loss: column of final validation losses, in nats per token.
-        flops: column of training FLOPs that groups runs into budgets (default: 6·N·D, grouped within 5 %).
-        delta: where Huber's loss turns from quadratic to linear, in natural-log loss.
-        bootstraps: bootstrap draws behind the intervals.
-        seed: of the bootstrap.
-        keep_repeated: keep rows whose column `repeated` is true (data seen more than once).
-        json: write every number to this file.
-        plot: draw the valleys, N*(C) and D*(C) to this file (.svg, .png or .pdf).
+        table: Runs, one a row: .csv, .tsv, .jsonl or .parquet; or a study's folder.
+        curves: Training curves of the same runs, a table of run, params, tokens, loss, for approach 1.
+        forms: Forms of law to choose between by held-out error (default: chinchilla, shared-exponent, no-floor,
+            kaplan).
+        delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
+        bootstraps: Resamples behind the intervals.
+        seed: Of the resamples.
+        json: Write every number to this file.
+        report: Write a page with figures to this file (.html), which needs no network.
+        tables: Write fitted runs, optima, draws, forms and conventions as CSV into this folder.
+        plot: Draw the valleys, N*(C) and D*(C) to this file (.svg, .png or .pdf).
     """
     from rich.console import Console
 
-    from experiments.commands.options import console, write_document
-    from experiments.scaling.fit import fit_both
-    from experiments.scaling.table import read_table
+    from experiments.commands.options import console, output, write_document
+    from experiments.commands.scaling_report import counts_beside
+    from experiments.scaling.analysis import analyse
+    from experiments.scaling.choose import SIMPLE_FORMS
+    from experiments.scaling.curves import curves_of_table
     from model.errors import InputError
     from train.progress import progress_bar
 
     if plot is not None and plot.suffix.lower() not in {".svg", ".png", ".pdf"}:
         raise InputError(f"--plot {plot}: the suffix should be .svg, .png or .pdf")
-    runs = read_table(table, params=params, tokens=tokens, loss=loss, flops=flops, keep_repeated=keep_repeated)
+    runs = columns.read(table)
+    file = table / "runs.csv" if table.is_dir() else table
     with progress_bar("bootstrap", bootstraps) as advance:
-        fits = fit_both(runs, delta=delta, bootstraps=bootstraps, seed=seed, advance=advance)
-    document = fits.document()
-    write_document(json, document)
-    _show(console(), fits)
+        analysis = analyse(
+            runs,
+            counts=counts_beside(file, runs),
+            curves=[] if curves is None else curves_of_table(curves),
+            forms=forms or SIMPLE_FORMS,
+            delta=delta,
+            bootstraps=bootstraps,
+            seed=seed,
+            advance=advance,
+        )
+    write_document(json, analysis.document())
+    show(console(), analysis)
+    if tables is not None:
+        from experiments.scaling.tables import write_tables
+
+        with output(tables):
+            write_tables(tables, analysis)
+    if report is not None:
+        from experiments.report.scaling_page import write_scaling_page
+
+        with output(report):
+            write_scaling_page(report, analysis, table.name, None if tables is None else str(tables))
     if plot is not None:
-        if fits.isoflop is None and fits.parametric is None:
+        if analysis.fits.isoflop is None and analysis.fits.parametric is None:
             Console(stderr=True).print(f"nothing to draw: {plot} is not written")
         else:
-            _write_plot(plot, fits)
+            _write_plot(plot, analysis.fits)
 
 
-def _show(console: "Console", fits: "Fits") -> None:
-    """A compact account: both estimators, the optima, and whatever did not enter."""
+def show(console: "Console", analysis: "Analysis") -> None:
+    """A compact account: every estimator, the optima, whatever did not enter, and what to beware of."""
     from rich.table import Table
 
+    from experiments.report.scaling_page import NAMES
+    from experiments.scaling.table import HELD_OUT_REASON
+
+    fits = analysis.fits
     table = Table(title=f"{len(fits.table)} runs", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("parametric", "95 % interval", "IsoFLOP", "95 % interval"):
+    table.add_column("N* ∝ C^a, D* ∝ C^b")
+    for name in ("a", "95 % interval", "b", "95 % interval"):
         table.add_column(name, justify="right")
-    parametric = fits.parametric.intervals if fits.parametric is not None else {}
-    iso_known = fits.isoflop is not None and "isoflop.intervals" not in fits.refused
-    isoflop = fits.isoflop.intervals if fits.isoflop is not None and iso_known else {}
-    for name in ("E", "A", "B", "alpha", "beta", "a", "b"):
+    for row in analysis.exponents:
         cells = []
-        for result, intervals in ((fits.parametric, parametric), (fits.isoflop, isoflop)):
-            value = getattr(result, name, None)
-            cells.append("" if value is None else f"{value:.4g}")
-            cells.append(f"{intervals[name][95][0]:.4g} … {intervals[name][95][1]:.4g}" if name in intervals else "")
-        table.add_row(name, *cells)
+        for name in ("a", "b"):
+            pair = row["intervals"] and row["intervals"][name]
+            cells += [f"{row[name]:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
+        table.add_row(NAMES[row["estimator"]], *cells)
     console.print(table)
     if fits.parametric is not None:
         fit = fits.parametric
         console.print(
-            f"Parametric: objective {fit.objective:.6g} (sum of Huber at delta={fit.delta:g}); "
-            f"{fit.starts_at_best} of {fit.starts} starts reached it.",
+            f"L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
+            f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
+            f"{fit.starts} starts.",
             highlight=False,
+            soft_wrap=True,
         )
     if fits.isoflop is not None:
         optima = Table(title="Valley minima", title_justify="left", title_style="bold")
@@ -110,9 +139,15 @@ def _show(console: "Console", fits: "Fits") -> None:
             "rejected budget",
             [(f"{r['flops']:.4g} FLOPs", r["reason"]) for r in fits.isoflop.rejected],
         )
-    _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in fits.table.dropped])
-    for name, reason in fits.refused.items():
-        console.print(f"[bold]{name} refused:[/bold] {reason}", highlight=False)
+    kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
+    if kept_back:
+        console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
+    others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
+    _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
+    for name, reason in analysis.refused.items():
+        console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
+    for row in analysis.warnings:
+        console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
 
 
 def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: int = 10) -> None:

@@ -1,10 +1,14 @@
 """`isoflop scaling run`: a scaling study, from its definition to the test of what it predicts."""
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from experiments.commands.options import JsonFile
 from experiments.commands.scaling_plan import Definition, Folder
+
+if TYPE_CHECKING:
+    from experiments.scaling.design import Design
 
 
 def run(
@@ -40,17 +44,21 @@ def run(
     from experiments.commands.options import write_document
     from experiments.commands.scaling_plan import plan, read_design
     from experiments.commands.scaling_report import write_report
-    from experiments.scaling.run import run_study
+    from experiments.scaling.run import UnfinishedError, run_study
 
     if dry_run:
         plan(design, data=data, budgets=budgets, hours=hours, branches=branches, json=json)
         return
     asked = _with_budgets(read_design(design, budgets=budgets, hours=hours, branches=branches), data, out)
-    run_study(asked, data, out, workers)
+    try:
+        run_study(asked, data, out, workers)
+    except UnfinishedError as error:
+        print(f"isoflop: {error}", file=sys.stderr)
+        sys.exit(1)
     write_document(json, write_report(out))
 
 
-def _with_budgets(design: Any, data: Path, out: Path) -> Any:
+def _with_budgets(design: "Design", data: Path, out: Path) -> "Design":
     """A design in hours with the budgets that fit into them: those of a study that is under way stay."""
     from experiments.scaling.cost import plan_study
     from experiments.scaling.run import read_study

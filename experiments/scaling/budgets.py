@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.outliers import screen_valleys
+from experiments.scaling.outliers import screen_surface, screen_valleys
 from experiments.scaling.table import Table
 from experiments.scaling.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
 
@@ -16,8 +16,15 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley
     """Every budget's valley with its parabola, without gross outliers."""
     groups = group_budgets(budgets)
     log_params = [np.log(table.params[group]) for group in groups]
+    together = screen_surface(
+        np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
+        np.concatenate(log_params),
+        np.concatenate([np.full(len(group), np.log(budgets[group]).mean()) for group in groups]),
+        np.concatenate([table.loss[group] for group in groups]),
+    )
     keeps, distances, undecided = screen_valleys(
-        [(log - log.mean(), table.loss[group]) for log, group in zip(log_params, groups, strict=True)]
+        [(log - log.mean(), table.loss[group]) for log, group in zip(log_params, groups, strict=True)],
+        np.split(together, np.cumsum([len(group) for group in groups])[:-1]),
     )
     valleys = []
     for group, keep, distance, doubt in zip(groups, keeps, distances, undecided, strict=True):

@@ -6,7 +6,7 @@ exponents. Small models feel it most, as most of them is table.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,12 @@ def counts_of_runs(folders: Sequence[str | Path]) -> Counts:
     return counts_of(configs, lengths.pop(), tokens, losses)
 
 
-def read_counts(path: str | Path, *, tokens: str = "tokens", loss: str = "loss") -> Counts:
-    """From a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out."""
+def read_counts(
+    path: str | Path, *, tokens: str = "tokens", loss: str = "loss", rows: Collection[int] | None = None
+) -> Counts:
+    """From a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out. rows: by number."""
     path = Path(path)
-    records = _records(path)
+    records = [(row, record) for row, record in _records(path) if rows is None or row in rows]
     if not records:
         raise InputError(f"{path} has no rows")
     present = list(dict.fromkeys(key for _, record in records for key in record))

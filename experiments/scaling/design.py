@@ -29,8 +29,8 @@ class Law(Part):
     """
 
     value: float
-    centre: dict[str, float] = dataclasses.field(default_factory=dict)
-    exponents: dict[str, float] = dataclasses.field(default_factory=dict)
+    centre: dict[str, float]
+    exponents: dict[str, float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +135,14 @@ class Design(Part):
             return cls.from_dict(values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict`'s output; what is not there has its default. Raises InputError on an unknown key."""
+        for name in values:
+            if name not in cls.__dataclass_fields__:
+                raise UnknownNameError("key of a design", name, cls.__dataclass_fields__)
+        return cls(**values)
 
     def with_budgets(self, budgets: tuple[float, ...]) -> Self:
         """The same study of these budgets, in place of hours."""

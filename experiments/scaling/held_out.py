@@ -20,7 +20,9 @@ SCHEMA_VERSION = 1
 LEVEL = 95
 
 
-def predict(folder: Path, rungs: Sequence[Rung], say: Callable[[str], None] = print) -> dict[str, Any]:
+def predict(
+    folder: Path, rungs: Sequence[Rung], say: Callable[[str], None] = print, bootstraps: int = 1000
+) -> dict[str, Any]:
     """Write prediction.json of rungs that are not run, from runs.csv; one that is there stays as it is.
 
     Per run the parametric law's loss with its interval; per budget each estimator's N*, D* with intervals, and the
@@ -34,7 +36,7 @@ def predict(folder: Path, rungs: Sequence[Rung], say: Callable[[str], None] = pr
     if (folder / "held_out" / "sweep.json").exists():
         raise InputError(f"{folder} has held-out runs, but {path.name} is gone: what is written now predicts nothing")
     say(f"[2/3] prediction of {len(rungs)} runs that are not made yet: {path}")
-    fits = fit_both(read_table(folder / "runs.csv"))
+    fits = fit_both(read_table(folder / "runs.csv"), bootstraps=bootstraps)
     document = {
         "schema_version": SCHEMA_VERSION,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -108,7 +110,8 @@ def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> 
     if reason is not None:
         return {"refused": reason}
     flops = float(np.exp(np.log(6 * params * tokens).mean()))
-    best = Valley(flops, params, tokens, loss, None, None).optimum
+    curve = PARABOLA.coefficients(np.log(params) - np.log(params).mean(), loss)
+    best = Valley(flops, params, tokens, loss, curve, None).optimum
     against = {}
     for name, optimum in predicted.items():
         low, high = (optimum["intervals"] or {}).get("params", (None, None))

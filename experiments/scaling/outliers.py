@@ -1,13 +1,19 @@
 """Gross outliers by rule: runs that no noise of the table's own size explains. Never silently: each is listed."""
 
+from typing import Any
+
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
+from scipy.optimize import linprog
 
 LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if noise is normal
 NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more finely
 CUBIC_SIZES = 6  # with as many sizes a valley's own skew is no outlier
 LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
+SURFACE_DEGREE = 3
+RUNS_PER_TERM = 2  # of the surface; fewer leave too little to tell a wrong run from a bent surface
+ROUNDS = 30
 
 
 def limit(freedom: float) -> float:
@@ -35,14 +41,18 @@ def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 def screen_valleys(
     valleys: list[tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]],
+    first: list[Bool[np.ndarray, " runs"]],
 ) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
     """Which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be decided.
 
-    One noise serves all budgets. The run farthest off its valley's curve is left out while it is beyond the limit;
+    `first` are the runs that `screen_surface` keeps. One noise serves all budgets. The run farthest off its valley's curve is left out while it is beyond the limit;
     where that would take more than a third of a budget's runs, or leave no run to disagree with the curve, all are
     kept and the budget is marked as undecided: something is wrong in it, and nothing says which run.
     """
-    keep = [np.ones(len(u), bool) for u, _ in valleys]
+    keep = [
+        kept if len(np.unique(u[kept])) >= 4 else np.ones(len(u), bool)
+        for (u, _), kept in zip(valleys, first, strict=True)
+    ]
     undecided = [False] * len(valleys)
     worst = [0.0] * len(valleys)
     while True:
@@ -80,3 +90,57 @@ def screen_residuals(residuals: Float[np.ndarray, " rows"], unknowns: int) -> Bo
     freedom = max(count - unknowns, 1)
     scale = robust_scale(residuals * np.sqrt(count / freedom))
     return np.abs(residuals) <= limit(freedom) * scale
+
+
+def screen_surface(
+    budget: Int[np.ndarray, " runs"], log_n: Float[np.ndarray, " runs"], log_c: Float[np.ndarray, " runs"], loss: Any
+) -> Bool[np.ndarray, " runs"]:
+    """Which runs to keep by what all valleys say together; everything where they are too few to say anything.
+
+    One valley alone cannot tell which of its outer runs is wrong: a curve with an edge of its own follows it there.
+    But valleys change slowly with the budget. ln L is a cubic in ln N and ln C, with a level of its own for each
+    budget (so that a budget which is shifted as a whole condemns no run). It is fitted by least absolute residuals,
+    which outliers cannot pull, and then by least squares to the runs within the limit, until those no longer change
+    (hard rejection, as in the one-step M-estimators of Rousseeuw & Leroy 1987, "Robust Regression and Outlier
+    Detection", chapter 4). Budgets of which more than a third would go keep all: they disagree with the others
+    rather than with themselves.
+    """
+    n, c = ((x - x.mean()) / max(float(x.std()), 1e-12) for x in (log_n, log_c))
+    powers = [(i, j) for i in range(1, SURFACE_DEGREE + 1) for j in range(SURFACE_DEGREE + 1 - i)]
+    members = budget[:, None] == np.unique(budget)
+    columns = np.concatenate([members, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
+    basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
+    basis = basis[:, sizes > 1e-9 * sizes[0]]
+    keep = np.ones(len(n), bool)
+    terms = basis.shape[1]
+    if len(n) < RUNS_PER_TERM * terms:
+        return keep
+    y = np.log(loss)
+    residuals = np.abs(y - basis @ _least_absolute(basis, y))
+    # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
+    scale = robust_scale(np.sort(residuals)[terms:])
+    keep = residuals <= limit(len(n) - terms) * scale
+    for _ in range(ROUNDS):
+        inverse = np.linalg.pinv(basis[keep])
+        residuals = np.abs(y - basis @ (inverse @ y[keep]))
+        leverage = ((basis @ inverse) ** 2).sum(1)
+        # A run that took part bends the surface towards itself; one that did not is predicted with an error.
+        residuals /= np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
+        again = residuals <= limit(max(keep.sum() - terms, 1)) * robust_scale(residuals[keep])
+        if np.array_equal(again, keep):
+            break
+        keep = again
+    lost = members.T @ ~keep
+    sound = lost <= LARGEST_SHARE * members.sum(0)
+    return keep | ~(members @ sound)
+
+
+def _least_absolute(basis: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The coefficients of least Σ|y − basis·c|, as a linear program in c and the two signs of each residual."""
+    runs, terms = basis.shape
+    cost = np.concatenate([np.zeros(terms), np.ones(2 * runs)])
+    equal = np.concatenate([basis, np.eye(runs), -np.eye(runs)], axis=1)
+    bounds = [(None, None)] * terms + [(0, None)] * (2 * runs)
+    return linprog(cost, A_eq=equal, b_eq=y - y.mean(), bounds=bounds, method="highs").x[:terms] + basis.T @ (
+        np.full(runs, y.mean())
+    )

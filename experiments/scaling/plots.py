@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from experiments.report.style import (
     BLUE,
     INK,
     MUTED,
     ORANGE,
-    amount,
     log_axis,
     new_figure,
     note,
@@ -158,20 +158,23 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
 
 @styled
 def residuals(fit: ParametricFit) -> Figure:
-    """Relative residuals over N and over D: a law of the right form leaves no trend."""
-    figure = new_figure(8.5, 3.4)
-    axes = figure.subplots(1, 2, sharey=True)
+    """Relative residuals over N, D and C: a law of the right form leaves no trend."""
+    figure = new_figure(8.5, 3.2)
+    axes = figure.subplots(1, 3, sharey=True)
     percent = -100 * fit.residuals  # measured above the law is positive
     pairs = (
         (PARAMS, fit.table.params, fit.table.tokens, "D"),
         (TOKENS, fit.table.tokens, fit.table.params, "N"),
+        (FLOPS, 6 * fit.table.params * fit.table.tokens, fit.table.params, "N"),
     )
     for axis, (label, values, other, letter) in zip(axes, pairs, strict=True):
         axis.axhline(0, color=MUTED, linewidth=0.9)
         colour = np.log(other)
         axis.scatter(values, percent, c=colour, cmap="viridis", s=18, vmax=colour.max() + 0.18 * np.ptp(colour))
-        log_axis(axis.xaxis, values.min(), values.max())
+        log_axis(axis.xaxis, values.min(), values.max(), powers=label == FLOPS)
+        if label == FLOPS:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=4))
         axis.set_xlabel(label)
-        note(axis, f"darker: smaller {letter} ({amount(other.min())}…{amount(other.max())})")
+        note(axis, f"darker: smaller {letter}")
     axes[0].set(ylabel=r"$\ln L - \ln \hat{L}$ (%)", title="Residuals")
     return figure

@@ -41,17 +41,15 @@ class UnfinishedError(Exception):
 def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> None:
     """Run a study, or go on with the one in `folder`; no run is made twice.
 
-    design: of hours, it gets its budgets from the time of the real step, once: a study that goes on keeps them.
-    workers: so many processes instead of this one. Raises InputError where the folder holds another study or something
-    else, UnfinishedError where runs failed, and KeyboardInterrupt once what runs is saved.
+    design: with budgets (`cost.plan_study` makes them of hours). workers: so many processes instead of this one. Raises
+    InputError where the folder holds another study or something else, UnfinishedError where runs failed, and
+    KeyboardInterrupt once what runs is saved.
     """
-    folder, data_hash = Path(folder), load_manifest(data).hash
-    settled = _settled(folder, design, data, data_hash)
-    rungs = rungs_of(settled, data)
+    folder, rungs = Path(folder), rungs_of(design, data)
+    _check_folder(folder, design)
     fitted, tested = ([rung for rung in rungs if rung.held_out is kind] for kind in (False, True))
-    sweeps = [sweep_of(settled, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
-    written = {"schema_version": SCHEMA_VERSION, "data": data_hash}
-    write_json(folder / "design.json", written | {"asked": design.to_dict(), "design": settled.to_dict()})
+    sweeps = [sweep_of(design, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
+    write_json(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
     _say(f"[1/{3 if tested else 1}] {len(fitted)} runs of {len({rung.budget for rung in fitted})} budgets")
     rows = _train(sweeps[0], fitted, workers)
     _write_tables(folder, rows)
@@ -61,6 +59,14 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
         rows += _train(sweeps[1], tested, workers)
         _write_tables(folder, rows)
         compare(folder, rows)
+
+
+def read_study(folder: Path) -> Design | None:
+    """The design of the study that the folder holds, if it holds one."""
+    from experiments.commands.options import read_json
+
+    path = folder / "design.json"
+    return Design.from_dict(read_json(path)["design"]) if path.exists() else None
 
 
 def rungs_of(design: Design, data: str | Path) -> list[Rung]:
@@ -79,7 +85,9 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
         folder=folder,
         space_source=_space(rungs),
         # A rung's warm-up is its own, in steps; none is none.
-        base=[f"{name}={json.dumps(value)}" for name, value in ({"warmup_fraction": 0.0} | design.shared_fields).items()],
+        base=[
+            f"{name}={json.dumps(value)}" for name, value in ({"warmup_fraction": 0.0} | design.shared_fields).items()
+        ],
         seq_len=design.seq_len,
         evaluate_tokens=design.evaluate_tokens,
     )
@@ -119,9 +127,7 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
     if left:
         reason = next((f" ({row.facts['reason']})" for row in left if "reason" in row.facts), "")
         retry = f"`isoflop sweep resume {sweep.folder} --retry-failed` tries them again, then " if reason else ""
-        raise UnfinishedError(
-            f"{len(left)} of {len(rungs)} runs did not end{reason}; {retry}the same command goes on"
-        )
+        raise UnfinishedError(f"{len(left)} of {len(rungs)} runs did not end{reason}; {retry}the same command goes on")
     return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
 
 
@@ -161,25 +167,17 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def _settled(folder: Path, design: Design, data: str | Path, data_hash: Any) -> Design:
-    """The design with its budgets: those of the study in the folder, if it is the same one, else those of its hours."""
-    from experiments.commands.options import read_json
-    from experiments.scaling.cost import plan_study
-
-    path = folder / "design.json"
-    if path.exists():
-        there = read_json(path)
-        differences = design.differences(Design.from_dict(there["asked"]))
-        if there["data"] != data_hash:
-            differences = ", ".join(filter(None, [differences, "other data"]))
+def _check_folder(folder: Path, design: Design) -> None:
+    """Raise InputError unless the folder is empty, or holds this study; of other data, its sweep says so."""
+    there = read_study(folder)
+    if there is not None:
+        differences = design.differences(there)
         if differences:
             raise InputError(f"{folder} holds a study that differs: {differences}; choose another --out")
-        return Design.from_dict(there["design"])
-    if folder.exists() and not folder.is_dir():
+    elif folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; a study needs a folder of its own")
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no study; choose another --out")
-    return plan_study(design, data).design if design.hours else design
 
 
 def _say(text: str) -> None:

@@ -22,6 +22,7 @@ from model.errors import InputError
 
 REPEATED = "repeated"  # a boolean-like column of this name marks runs that saw their data more than once
 HELD_OUT = "held_out"  # and one of this name the runs that a law is to be tested on
+HELD_OUT_REASON = "held out"
 ROLES = ("params", "tokens", "loss", "flops", "unique_tokens", "active_params")
 
 
@@ -40,6 +41,8 @@ class Table:
     """Parameters that one token uses; `params` then counts all experts."""
     columns: dict[str, str] = field(default_factory=dict)
     """By role, the column of the file that was read."""
+    rows: list[int] = field(default_factory=list)
+    """The numbers of the rows that are left."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -91,7 +94,7 @@ def clean(
         if repeated is not None and repeated[i]:
             reason = "repeated data (epochs > 1)"
         elif held_out is not None and held_out[i]:
-            reason = "held out"
+            reason = HELD_OUT_REASON
         elif bad := [name for name, value in values.items() if not math.isfinite(value)]:
             reason = f"{bad[0]} is not finite ({values[bad[0]]})"
         elif bad := [name for name, value in values.items() if value <= 0]:
@@ -102,7 +105,9 @@ def clean(
             kept.append(i)
         else:
             dropped.append({"row": row, "reason": reason})
-    return Table(**{role: column[kept] for role, column in columns.items()}, dropped=dropped, columns=dict(names or {}))
+    left = {role: column[kept] for role, column in columns.items()}
+    numbers = [rows[i] if rows is not None else i + 1 for i in kept]
+    return Table(**left, dropped=dropped, columns=dict(names or {}), rows=numbers)
 
 
 def read_table(
@@ -144,6 +149,11 @@ def read_table(
         if mark in present and not keep
     }
     return clean(**columns, **marks, names=names, rows=[row for row, _ in records])
+
+
+def read_header(path: str | Path) -> list[str]:
+    """The names of a table's columns. Raises as `read_table` does."""
+    return list(dict.fromkeys(key for _, record in _records(Path(path)) for key in record))
 
 
 def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:

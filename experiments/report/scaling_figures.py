@@ -1,0 +1,132 @@
+"""Figures of a page of scaling laws that `experiments.scaling.plots` has not: contours, clouds, and held-out runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report.style import BLUE, INK, MUTED, ORANGE, PALETTE, log_axis, new_figure, sequence, styled
+from experiments.scaling.isoflop import IsoflopFit
+from experiments.scaling.parametric import ParametricFit
+from experiments.scaling.plots import FLOPS, PARAMS, TOKENS
+
+WIDTH = 8.5
+
+
+@styled
+def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None) -> Figure:
+    """The law's loss over N and D, runs as dots of the same scale, and the compute-optimal path."""
+    figure = new_figure(WIDTH, 5.0)
+    axes = figure.subplots()
+    table = fit.table
+    sizes = np.geomspace(table.params.min() / 1.5, table.params.max() * 1.5, 160)
+    tokens = np.geomspace(table.tokens.min() / 1.5, table.tokens.max() * 1.5, 160)
+    loss = fit.predict(sizes[None], tokens[:, None])
+    low, high = float(min(loss.min(), table.loss.min())), float(np.quantile(loss, 0.98))
+    levels = np.linspace(low, high, 15)
+    shared: dict[str, Any] = {"cmap": "viridis_r", "vmin": low, "vmax": high}
+    axes.contourf(sizes, tokens, loss, levels=levels, alpha=0.35, extend="both", **shared)
+    lines = axes.contour(sizes, tokens, loss, levels=levels[1::2], linewidths=0.7, **shared)
+    axes.clabel(lines, fontsize=7, fmt="%.2f")
+    dots = axes.scatter(
+        table.params, table.tokens, c=table.loss, s=26, edgecolors=INK, linewidths=0.6, zorder=3, **shared
+    )
+    flops = 6 * table.params * table.tokens
+    budgets = np.geomspace(0.3 * flops.min(), 3 * flops.max(), 100)
+    best = fit.optimal(budgets)
+    axes.plot(best.params, best.tokens, color=ORANGE, label="compute-optimal, parametric")
+    if isoflop is not None:
+        found = [[optimum[name] for optimum in isoflop.optima] for name in ("params", "tokens")]
+        axes.plot(*found, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
+    log_axis(axes.xaxis, sizes[0], sizes[-1], margin=0)
+    log_axis(axes.yaxis, tokens[0], tokens[-1], margin=0)
+    axes.grid(False)
+    figure.colorbar(dots, ax=axes, label="loss (nats per token)")
+    axes.set(xlabel=PARAMS, ylabel=TOKENS, title="Loss over N and D")
+    axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
+    return figure
+
+
+@styled
+def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> Figure:
+    """Bootstrap draws: alpha against beta of the law, and the distribution of a of every estimator."""
+    figure = new_figure(WIDTH, 3.8)
+    count = 2 if parametric is not None else 1
+    panels = np.atleast_1d(figure.subplots(1, count))
+    shares: dict[str, np.ndarray] = {}
+    if parametric is not None:
+        alpha, beta = parametric.draws[:, 3], parametric.draws[:, 4]
+        inside = _within(alpha) & _within(beta)
+        panels[0].plot(alpha[inside], beta[inside], ".", color=BLUE, markersize=3, alpha=0.4)
+        panels[0].plot(parametric.alpha, parametric.beta, "D", color=ORANGE, markeredgecolor=INK, label="the fit")
+        panels[0].set(xlabel="alpha, of N", ylabel="beta, of D", title="Resampled exponents of the law")
+        panels[0].legend()
+        shares["parametric"] = beta / (alpha + beta)
+    shares |= {name: fit.draws[:, 1] for name, fit in valleys.items()}
+    axes = panels[-1]
+    for place, draws in enumerate(shares.values()):
+        draws = draws[np.isfinite(draws)]
+        if not len(draws):
+            continue
+        draws = draws[_within(draws)]
+        parts = axes.violinplot([draws], positions=[place], orientation="horizontal", widths=0.8, showextrema=False)
+        for body in parts["bodies"]:
+            body.set(facecolor=PALETTE[place % len(PALETTE)], alpha=0.5)
+        low, middle, high = np.percentile(draws, [2.5, 50, 97.5])
+        axes.plot([low, high], [place, place], color=INK, linewidth=1)
+        axes.plot(middle, place, "o", color=INK, markersize=4)
+    axes.set_yticks(range(len(shares)), shares)
+    axes.invert_yaxis()
+    axes.set(xlabel="a, of N* ∝ C^a", title="Resampled a, with 95 % intervals")
+    return figure
+
+
+@styled
+def held_out(runs: Sequence[dict[str, Any]]) -> Figure:
+    """Predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval, measured}."""
+    figure = new_figure(WIDTH, 4.0)
+    left, right = figure.subplots(1, 2)
+    known = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
+    params = np.array([run["params"] for run in known])
+    predicted, measured = (np.array([run[name] for run in known]) for name in ("loss", "measured"))
+    low, high = np.array([run["interval"] for run in known]).T
+    order = np.argsort(params)
+    left.fill_between(params[order], low[order], high[order], color=ORANGE, alpha=0.15, linewidth=0)
+    left.plot(params[order], predicted[order], "--", color=ORANGE, label="predicted, with its 95 % interval")
+    left.plot(params, measured, "o", color=BLUE, markeredgecolor=INK, label="measured afterwards")
+    log_axis(left.xaxis, params.min(), params.max())
+    left.set(xlabel=PARAMS, ylabel="validation loss (nats per token)", title="Held-out runs")
+    left.legend()
+    error = 100 * (measured / predicted - 1)
+    bars = 100 * np.stack([1 - low / predicted, high / predicted - 1])
+    right.axhline(0, color=MUTED, linewidth=0.9)
+    right.errorbar(
+        params, np.zeros(len(known)), yerr=np.maximum(bars, 0), fmt="none", ecolor=ORANGE, capsize=4, alpha=0.7
+    )
+    right.plot(params, error, "o", color=BLUE, markeredgecolor=INK)
+    log_axis(right.xaxis, params.min(), params.max())
+    right.set(xlabel=PARAMS, ylabel="measured over predicted, less 1 (%)", title="Error of the prediction")
+    return figure
+
+
+@styled
+def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Figure:
+    """The runs themselves, for a table in which no valley was found: loss over compute, coloured by size."""
+    figure = new_figure(WIDTH, 3.8)
+    axes = figure.subplots()
+    flops = 6 * params * tokens
+    sizes = np.unique(params)
+    for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
+        here = np.flatnonzero(params == size)
+        here = here[np.argsort(flops[here])]
+        axes.plot(flops[here], loss[here], "o-", color=colour, markersize=4, linewidth=0.8)
+    log_axis(axes.xaxis, flops.min(), flops.max(), powers=True)
+    axes.set(xlabel=FLOPS, ylabel="loss (nats per token)", title="All runs; a line joins those of one size")
+    return figure
+
+
+def _within(draws: np.ndarray) -> np.ndarray:
+    """Without the few far draws that would squeeze all others into a corner."""
+    low, high = np.nanpercentile(draws, [0.5, 99.5])
+    return (draws >= low) & (draws <= high)

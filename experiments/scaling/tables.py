@@ -1,0 +1,69 @@
+"""The numbers of an analysis as CSV tables, for whoever would rather plot them otherwise."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.scaling.analysis import Analysis
+from train.files import write_atomically
+
+
+def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
+    """fitted.csv (runs and what the law says of them), optima, exponents, draws, forms, conventions, held_out.
+
+    Those that the analysis has not are not written. Returns the files.
+    """
+    fits = analysis.fits
+    found: dict[str, list[dict[str, Any]]] = {"exponents": [_flat(row) for row in analysis.exponents]}
+    if fits.parametric is not None:
+        fit = fits.parametric
+        names = ("params", "tokens", "loss", "predicted", "residual")
+        columns = (*(getattr(fit.table, n) for n in names[:3]), fit.predict(fit.table.params, fit.table.tokens))
+        found["fitted"] = [dict(zip(names, row, strict=True)) for row in _rows(*columns, -fit.residuals)]
+        found["draws"] = [dict(zip(("E", "A", "B", "alpha", "beta"), row, strict=True)) for row in fit.draws.tolist()]
+    valleys = {"parabola": fits.isoflop} | dict(fits.valleys)
+    found["optima"] = [
+        {"method": name} | optimum for name, fit in valleys.items() if fit is not None for optimum in fit.optima
+    ]
+    if analysis.choice is not None:
+        found["forms"] = [_flat(row) for row in analysis.choice.document()["scores"]]
+    if analysis.conventions is not None:
+        found["conventions"] = [_flat(row) for row in analysis.conventions["rows"]]
+    if analysis.held_out is not None:
+        found["held_out"] = [_flat(run) for run in analysis.held_out["runs"]]
+    paths = []
+    for name, rows in found.items():
+        if rows:
+            paths.append(folder / f"{name}.csv")
+            write_csv(paths[-1], rows)
+    return paths
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows under the union of their names; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots; a pair becomes .low and .high."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)) and len(value) == 2:
+            found |= {f"{prefix}{name}.low": value[0], f"{prefix}{name}.high": value[1]}
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _rows(*columns: np.ndarray) -> Iterable[tuple[float, ...]]:
+    return zip(*(column.tolist() for column in columns), strict=True)

@@ -1,0 +1,122 @@
+"""The whole analysis of a table, its page and its tables; and what a table is refused for."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments.report.scaling_page import write_scaling_page
+from experiments.scaling.analysis import analyse
+from experiments.scaling.known_laws import CASES, TRUTH, law, simulate
+from experiments.scaling.table import clean
+from experiments.scaling.tables import write_tables
+
+SECTIONS = ("exponents", "valleys", "optimal", "contours", "residuals", "draws", "forms", "held-out", "conventions")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Simulated runs of one law: columns params, tokens, loss."""
+    return simulate(CASES[0], 0)[0]
+
+
+@pytest.fixture(scope="module")
+def analysis(runs):
+    test = {"name": "b7", "params": 1e9, "tokens": 2e10, "repeated": False, "loss": 2.5, "interval": [2.4, 2.6]}
+    test |= {"measured": 2.55, "error": 0.05, "relative_error": 0.02, "inside": True}
+    optimum = {"params": 1e9, "tokens": 2e10, "loss": 2.5, "intervals": None}
+    budget = {"flops": 1.2e20, "optima": {"parametric": optimum}, "measured": {"refused": "one model size"}}
+    held_out = {"written": "2026-01-02T03:04:05Z", "runs": [test], "budgets": [budget], "inside": 1}
+    return analyse(clean(**runs), held_out=held_out | {"mean_relative_error": 0.02}, bootstraps=20)
+
+
+def test_every_estimator_stands_side_by_side(analysis):
+    rows = {row["estimator"]: row for row in analysis.exponents}
+    assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"}
+    for row in rows.values():
+        assert row["a"] + row["b"] == pytest.approx(1, abs=1e-6)
+        assert row["a"] == pytest.approx(TRUTH["a"], abs=0.05)
+        assert row["intervals"]["a"][0] < row["a"] < row["intervals"]["a"][1]
+    document = json.loads(json.dumps(analysis.document(), allow_nan=False))
+    for name in ("schema_version", "convention", "parametric", "isoflop", "dropped", "refused"):
+        assert name in document, "what a program reads stays where it was"
+    assert document["forms"]["scores"][0]["form"] == "chinchilla"
+    assert document["envelope"] is None, "no curves were given, which is no refusal"
+    assert "envelope" not in document["refused"]
+
+
+def test_the_page_shows_all_of_it_and_fetches_nothing(analysis, tmp_path):
+    write_scaling_page(tmp_path / "page.html", analysis, "a <table>")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for section in SECTIONS:
+        assert f'id="{section}"' in page
+    assert page.count("<svg") == 6
+    assert "Not shown" not in page
+    assert "a &lt;table&gt;" in page
+    assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
+
+
+def test_what_cannot_be_shown_is_said(tmp_path):
+    rng = np.random.default_rng(0)
+    params, tokens = np.exp(rng.uniform(np.log(1e6), np.log(1e9), 40)), np.exp(rng.uniform(18, 25, 40))
+    scattered = clean(params, tokens, law(params, tokens) * np.exp(rng.normal(0, 0.003, 40)))
+    analysis = analyse(scattered, bootstraps=5, forms=())
+    assert "isoflop" in analysis.refused
+    write_scaling_page(tmp_path / "page.html", analysis, "scattered runs")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "refused.</b>" in page
+    assert "No valley was found" in page
+
+
+def test_estimators_that_do_not_meet_are_said_to(analysis):
+    from dataclasses import replace
+
+    rows = [row for row in analysis.exponents if row["estimator"] == "isoflop"]
+    assert not [warning for warning in analysis.warnings if warning["about"] == "estimators"]
+    other = replace(analysis.fits.isoflop, a=rows[0]["a"] + 0.3)
+    other.__dict__["draws"] = analysis.fits.isoflop.draws + np.array([0, 0.3, 0, -0.3])
+    apart = replace(analysis, fits=replace(analysis.fits, isoflop=other))
+    texts = [warning["text"] for warning in apart.warnings if warning["about"] == "estimators"]
+    assert texts
+    assert "intervals do not meet" in texts[0]
+
+
+def test_the_same_numbers_as_tables(analysis, tmp_path):
+    names = {path.stem for path in write_tables(tmp_path, analysis)}
+    assert names == {"exponents", "fitted", "draws", "optima", "forms", "held_out"}
+    with open(tmp_path / "fitted.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(analysis.fits.parametric.table)
+    row = {name: float(value) for name, value in rows[3].items()}
+    assert np.log(row["loss"] / row["predicted"]) == pytest.approx(row["residual"], abs=1e-12)
+
+
+GOOD = "N,D,val_loss\n" + "".join(
+    f"{n},{d},{2 + 400 * n**-0.34 + 400 * d**-0.28}\n" for n in (1e6, 3e6) for d in (1e8,)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "is empty"),
+        ("N,D\n1,2\n", "has no column 'loss'"),
+        (GOOD.replace("1000000.0", "many"), "should be a number but holds 'many'"),
+        ("N,D,loss\n1e6,1e8,-2.0\n", "1 rows were dropped, such as row 1: loss is not positive (-2)"),
+        ("N,D,loss\n1e6,1e8,2.0\n", "parametric: "),
+        ("N,D,loss\n" + 6 * "1e6,1e8,2.0\n", "parametric: "),
+        (GOOD, "parametric: "),
+        ("N,D,loss\n" + "".join(f"1e6,{d}e8,{3 - d / 10}\n" for d in range(1, 9)), "parametric: "),
+    ],
+    ids=["empty", "no column", "text", "negative", "one row", "identical rows", "two rows", "one size"],
+)
+def test_a_table_that_carries_nothing_is_refused_in_one_sentence(isoflop, tmp_path, text, sentence):
+    file = tmp_path / "runs.csv"
+    file.write_text(text)
+    code, _, said = isoflop("scaling", "fit", file, "--bootstraps", 5, "--report", tmp_path / "page.html")
+    assert code == 2
+    assert sentence in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "page.html").exists()
