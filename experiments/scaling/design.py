@@ -16,7 +16,16 @@ from train import HParams, TrainConfig
 from train.config import Schedule
 
 _SIZES = ("d_model", "params", "tokens", "flops")
-_DECIDED = ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len")
+_DECIDED: tuple[str, ...] = (
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "vocab_size",
+    "max_seq_len",
+)
 _DECIDED += ("batch_size", "seq_len", "schedule", "phases", "learning_rate", "total_steps", "seed")
 _DECIDED += ("warmup_steps", "warmup_fraction", "decay_steps", "decay_fraction", "final_fraction")
 
