@@ -94,3 +94,19 @@ def split_overrides(
     from experiments.sweep.space.overlay import overlay
 
     return overlay(parse_overrides(overrides), config, train_config, hparams)
+
+
+def bytes_in_words(count: float) -> str:
+    """3.1 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
+
+
+def hours_in_words(hours: float | None) -> str:
+    """52 s, 12 min, 3.4 h; a dash where they are not known."""
+    if hours is None:
+        return "–"
+    seconds = 3600 * hours
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -70,8 +70,7 @@ def show_plan(document: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from experiments.commands.options import console
-    from experiments.commands.sweep_plan import _size, _time
+    from experiments.commands.options import bytes_in_words, console, hours_in_words
 
     out = console()
     table = Table(title=summary(document)[0], title_justify="left", box=SIMPLE_HEAD)
@@ -93,8 +92,8 @@ def show_plan(document: dict[str, Any]) -> None:
             f"{row['flops_6nd']:.2e}",
             f"{row['flops_exact']:.2e}",
             f"{row['learning_rate']:.2g}",
-            _time(row["hours"]),
-            _size(row["memory_bytes"]),
+            hours_in_words(row["hours"]),
+            bytes_in_words(row["memory_bytes"]),
             _remarks(row),
             end_section=after is None or after["budget"] != row["budget"],
         )
@@ -112,22 +111,22 @@ def _remarks(row: dict[str, Any]) -> str:
 
 def summary(document: dict[str, Any]) -> list[str]:
     """The plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
-    from experiments.commands.sweep_plan import _size, _time
+    from experiments.commands.options import bytes_in_words, hours_in_words
 
     total, design, alone = document["total"], document["design"], document["without_branches"]
     budgets, held_out = len(design["budgets"]), design["held_out"]
     costs = [
         f"{total['runs']} runs in {total['compiles']} static shapes, each compiled once",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND), {total['flops_exact']:.3g} (exact)",
-        f"{_size(total['checkpoint_bytes'])} of checkpoints",
-        f"{_time(total['hours'])} with one worker here" if total["hours"] is not None else "",
+        f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
+        f"{hours_in_words(total['hours'])} with one worker here" if total["hours"] is not None else "",
     ]
     held = {0: "none", 1: "the largest"}.get(held_out, f"the largest {held_out}")
     lines = [f"{budgets} budgets, {held} held out"]
     lines.append("; ".join(part for part in costs if part))
     if alone is not None:
         saved = alone["saved"]
-        hours = "" if alone["hours"] is None else f", {_time(alone['hours'])}"
+        hours = "" if alone["hours"] is None else f", {hours_in_words(alone['hours'])}"
         lines.append(
             f"without branches: {alone['flops_6nd']:.3g} FLOPs (6ND){hours}; branches save {saved['flops_6nd']:.0%} of "
             f"the FLOPs, {saved['flops_6nd_fitted']:.0%} of those of the fitted budgets"

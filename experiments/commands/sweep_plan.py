@@ -33,7 +33,7 @@ def show_plan(document: dict[str, Any]) -> None:
     """The cohorts as a table, and all of it in one line."""
     from rich.table import Table
 
-    from experiments.commands.options import console
+    from experiments.commands.options import bytes_in_words, console, hours_in_words
 
     out = console()
     table = Table(title=_shapes(document), title_justify="left")
@@ -53,9 +53,9 @@ def show_plan(document: dict[str, Any]) -> None:
             f"{row['tokens']:.3g}",
             f"{row['flops_6nd']:.3g}",
             f"{row['flops_exact']:.3g}",
-            _size(row["checkpoint_bytes"]),
-            _size(row["memory_bytes"]),
-            _time(row["hours"]),
+            bytes_in_words(row["checkpoint_bytes"]),
+            bytes_in_words(row["memory_bytes"]),
+            hours_in_words(row["hours"]),
         )
     out.print(table)
     out.print(summary(document), highlight=False, soft_wrap=True)
@@ -63,6 +63,8 @@ def show_plan(document: dict[str, Any]) -> None:
 
 def summary(document: dict[str, Any]) -> str:
     """The plan in one line."""
+    from experiments.commands.options import bytes_in_words, hours_in_words
+
     total, expected = document["total"], document["expected"]
     about = "about " if document["estimated"] else ""
     parts = [
@@ -71,8 +73,8 @@ def summary(document: dict[str, Any]) -> str:
         f"at most {total['compiles']} compiles",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND)",
         f"of which {document['policy']} is expected to spend {expected['share']:.0%}" if expected["share"] < 1 else "",
-        f"{_size(total['checkpoint_bytes'])} of checkpoints",
-        f"{_time(total['hours'])} with one worker here" if total["hours"] is not None else "",
+        f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
+        f"{hours_in_words(total['hours'])} with one worker here" if total["hours"] is not None else "",
     ]
     return "; ".join(part for part in parts if part)
 
@@ -80,17 +82,3 @@ def summary(document: dict[str, Any]) -> str:
 def _shapes(document: dict[str, Any]) -> str:
     count = len(document["cohorts"])
     return f"{count} static shape{'s' if count > 1 else ''}"
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 2**10:.0f} KiB"
-
-
-def _time(hours: float | None) -> str:
-    if hours is None:
-        return "–"
-    seconds = 3600 * hours
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
