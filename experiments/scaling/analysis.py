@@ -12,7 +12,7 @@ from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric
 from experiments.scaling.table import Table
 from model.errors import InputError
 
-_FEWER = 200  # resamples behind the choice between forms and the table of conventions, which fit many times as often
+_FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from experiments.scaling.columns import number, require
 from experiments.scaling.isoflop import fit_isoflop
-from experiments.scaling.parametric import fit_parametric
+from experiments.scaling.parametric import ParametricFit, fit_parametric
 from experiments.scaling.table import _records
 from experiments.scaling.valley import group_budgets
 from model import ModelConfig, accounting
@@ -130,11 +130,14 @@ def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict
     first = next(iter(counts.params))
     budgets = group_budgets(6 * counts.params[first] * counts.tokens)
     rows = []
+    laws: dict[bytes, Any] = {}  # by the column: without a head of its own two conventions of N are one
     for name, params in counts.params.items():
         computes = {"6·N·D": 6 * params * counts.tokens, **counts.flops}
         for label, flops in computes.items():
+            law = laws.get(params.tobytes()) or _law(params, counts.tokens, counts.loss, bootstraps, seed)
+            laws[params.tobytes()] = law
             row: dict[str, Any] = {"params": name, "flops": label}
-            row |= _row(params, counts.tokens, counts.loss, flops, label, budgets, bootstraps, seed)
+            row |= _row(params, counts.tokens, counts.loss, flops, label, budgets, law, bootstraps, seed)
             rows.append(row)
     spread = {}
     for estimator in ("parametric", "isoflop"):
@@ -161,6 +164,16 @@ def _usable(counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
     return Counts(counts.tokens[~bad], counts.loss[~bad], params, flops), dropped
 
 
+def _law(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, bootstraps: int, seed: int) -> ParametricFit | str:
+    """The parametric law with its resamples, or why it was refused."""
+    try:
+        fit = fit_parametric(params, tokens, loss, bootstraps=bootstraps, seed=seed)
+        _ = fit.draws
+    except InputError as error:
+        return str(error)
+    return fit
+
+
 def _row(
     params: np.ndarray,
     tokens: np.ndarray,
@@ -168,6 +181,7 @@ def _row(
     flops: np.ndarray,
     label: str,
     budgets: list[Any],
+    law: ParametricFit | str,
     bootstraps: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -176,8 +190,10 @@ def _row(
     if label != "6·N·D":
         rate = float(np.polyfit(np.log(params), np.log(flops / tokens), 1)[0])
     fit = None
-    try:
-        fit = fit_parametric(params, tokens, loss, bootstraps=bootstraps, seed=seed)
+    if isinstance(law, str):
+        row["refused"]["parametric"] = law
+    else:
+        fit = law
         alpha, beta = fit.draws[:, 3], fit.draws[:, 4]
         shares = np.stack([beta, alpha]) / (rate * beta + alpha)
         low, high = np.nanpercentile(shares, [2.5, 97.5], axis=1)
@@ -189,8 +205,6 @@ def _row(
             "flops_per_token_exponent": rate,
             "intervals": {key: {"95": [float(low[i]), float(high[i])]} for i, key in enumerate(("a", "b"))},
         }
-    except InputError as error:
-        row["refused"]["parametric"] = str(error)
     try:
         columns = _at_budgets(params, tokens, loss, flops, budgets, fit)
         iso = fit_isoflop(**columns, bootstraps=bootstraps, seed=seed)
