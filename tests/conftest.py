@@ -100,6 +100,43 @@ def _variants():
     }
 
 
+# Where one process takes whole files, the last one that starts bounds the end: these go first, others as they come.
+_LONGEST = (
+    "test_cached_variants",
+    "test_variants",
+    "test_lanes",
+    "test_moe",
+    "test_convert_logits",
+    "test_cached",
+    "test_scaling_published",
+    "test_step",
+    "test_sharded",
+    "test_engine",
+    "test_prompts",
+    "test_cli",
+    "test_sweep_worker",
+    "test_trouble",
+    "test_accounting",
+    "test_phased_runs",
+    "test_coordcheck",
+    "test_accumulation",
+    "test_branch",
+    "test_lane_compiles",
+)
+
+
+def pytest_configure(config: pytest.Config):
+    """Left to itself, pytest-xdist starts the files of few tests last; those are often the longest."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """The longest files first; within a file nothing moves."""
+    rank = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc):
     """`variant`: every config above; `decoder`: those of decoders."""
     for name in {"variant", "decoder"} & set(metafunc.fixturenames):

@@ -217,7 +217,7 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
         out_shardings=split,
         donate_argnums=0,
     )
-    options = _RUN_ONCE if on_cpu else None
+    options = _RUN_ONCE if on_cpu and not jax.config.read("jax_disable_most_optimizations") else None
     with jax.set_mesh(mesh):
         return {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),

@@ -37,11 +37,12 @@ def test_numbers_are_those_of_training_by_hand(check):
     train_config = TrainConfig(batch_size=4, seq_len=8, schedule="constant")
     hparams = HParams(learning_rate=0.01, weight_decay=0.0, clip_norm=0.0, seed=1)
     batch = random_batch(SMALL)
-    state = start = init_state(made, train_config, hparams)
+    state = start = jax.jit(init_state, static_argnums=(0, 1))(made, train_config, hparams)
     for _ in range(2):
         state, _ = jax.jit(train_step, static_argnums=(0, 1))(made, train_config, state, batch, hparams)
     tokens = jnp.asarray(batch["tokens"])
-    before, after = (forward(made, s.params, tokens, outputs=("hidden",)) for s in (start, state))
+    outputs = jax.jit(lambda params: forward(made, params, tokens, outputs=("hidden",)))
+    before, after = outputs(start.params), outputs(state.params)
     row = check["table"][3]
     size = lambda array: float(np.sqrt(np.mean(np.square(array))))
     assert row["scale"][1][2][1] == pytest.approx(size(after.hidden[1]), rel=1e-4)

@@ -26,23 +26,23 @@ OPTIONS = {
 }
 
 
-def pairs_of(choice):
-    return set(itertools.combinations(sorted(choice.items()), 2))
+def parts_of(choice, size):
+    return set(itertools.combinations(sorted(choice.items()), size))
 
 
-def covering_set():
-    """Combinations in which every pair of option values occurs, each the one that covers most new pairs."""
+def covering_set(size):
+    """Combinations in which all values of every `size` options meet, each the one that covers most that is new."""
     everything = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
-    missing = set().union(*map(pairs_of, everything))
+    missing = set().union(*(parts_of(choice, size) for choice in everything))
     chosen = []
     while missing:
-        best = max(everything, key=lambda choice: len(pairs_of(choice) & missing))
+        best = max(everything, key=lambda choice: len(parts_of(choice, size) & missing))
         chosen.append(best)
-        missing -= pairs_of(best)
+        missing -= parts_of(best, size)
     return chosen
 
 
-COVERING = covering_set()
+VALUES, PAIRS = covering_set(1), covering_set(2)
 as_config = lambda choice: ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=4, d_ff=24, max_seq_len=16, **choice
 )
@@ -85,16 +85,18 @@ def expected(config, params, tokens, lengths):
     return np.stack([logits[row, n - 1 : n + TOTAL - PROMPT] for row, n in enumerate(lengths)])
 
 
-def test_the_covering_set_covers():
-    seen = set().union(*map(pairs_of, COVERING))
+def test_the_covering_sets_cover():
+    seen = set().union(*(parts_of(choice, 2) for choice in PAIRS))
     for (a, values_of_a), (b, values_of_b) in itertools.combinations(sorted(OPTIONS.items()), 2):
         for pair in itertools.product(values_of_a, values_of_b):
             assert ((a, pair[0]), (b, pair[1])) in seen
-    assert len(COVERING) <= 24
+    assert len(PAIRS) <= 24
+    for name, values in OPTIONS.items():
+        assert {choice[name] for choice in VALUES} == set(values)
+    assert len(VALUES) == max(map(len, OPTIONS.values()))
 
 
-@pytest.mark.parametrize("choice", COVERING, ids=lambda choice: "-".join(map(str, choice.values())))
-def test_cached_is_uncached(choice, random_params):
+def check_cached_is_uncached(choice, random_params):
     """Rows of different lengths in one batch: every row's logits are those of `apply` on it alone."""
     config = as_config(choice)
     params, tokens = random_params(config), tokens_of(3, TOTAL)
@@ -103,6 +105,21 @@ def test_cached_is_uncached(choice, random_params):
     )
 
 
+in_words = lambda choice: "-".join(map(str, choice.values()))
+
+
+@pytest.mark.parametrize("choice", VALUES, ids=in_words)
+def test_cached_is_uncached_with_every_option(choice, random_params):
+    check_cached_is_uncached(choice, random_params)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("choice", PAIRS, ids=in_words)
+def test_cached_is_uncached_with_every_two_options(choice, random_params):
+    check_cached_is_uncached(choice, random_params)
+
+
+@pytest.mark.long  # of every architecture: test_cached_variants.py
 @pytest.mark.parametrize("config", [ROTARY, LEARNED], ids=["rotary", "learned"])
 def test_a_prompt_may_come_in_chunks(config, random_params):
     """A chunk of 4 and one of 2; a row of 3 tokens has nothing in the second."""
@@ -114,11 +131,9 @@ def test_a_prompt_may_come_in_chunks(config, random_params):
 
 @pytest.mark.parametrize("config", [ROTARY, LEARNED], ids=["rotary", "learned"])
 def test_prepared_parameters_are_the_plain_ones(config, random_params):
+    """In a whole pass; with a cache: test_cached_variants.py."""
     params, tokens = random_params(config), tokens_of(3, TOTAL)
     prepared = prepare(config, params, "float32")
-    np.testing.assert_allclose(
-        run(config, prepared, tokens, LENGTHS), run(config, params, tokens, LENGTHS), rtol=0, atol=1e-4
-    )
     np.testing.assert_allclose(whole(config, prepared, tokens), whole(config, params, tokens), rtol=0, atol=1e-4)
     assert jax.tree.structure(prepare(config, prepared)) == jax.tree.structure(prepared), "preparing twice is once"
 
@@ -135,8 +150,9 @@ def test_prepared_in_bfloat16_is_near(random_params):
         prepare(ROTARY, params, "bfloat61")
 
 
-@pytest.mark.parametrize("config", [ROTARY, LEARNED.replace(max_seq_len=CAPACITY)], ids=["rotary", "learned"])
-def test_a_full_row_gets_nan_and_nothing_is_written(config, random_params):
+def test_a_full_row_gets_nan_and_nothing_is_written(random_params):
+    """Here where the table of positions ends with the cache; of every architecture: test_cached_variants.py."""
+    config = LEARNED.replace(max_seq_len=CAPACITY)
     params, tokens = random_params(config), tokens_of(2, CAPACITY + 2)
     lengths = np.array([CAPACITY, 4], np.int32)
     logits, cache = prefill(config, params, tokens[:, :CAPACITY], lengths, init_cache(config, 2, CAPACITY))

@@ -46,18 +46,30 @@ def decoded(config, params, tokens, chunks):
     return np.stack(steps, axis=1)
 
 
+def uncached(config, params, tokens):
+    """The same logits from the whole pass."""
+    logits = np.asarray(whole(config, params, tokens, **sources(config)[0]))
+    return np.stack([logits[row, n - 1 : n + TOTAL - PROMPT] for row, n in enumerate(LENGTHS)])
+
+
 def test_cached_is_uncached(variant, random_params):
-    """Rows of different lengths, past every window, in one chunk and in three, plain and prepared parameters."""
+    """Rows of different lengths, past every window, in one chunk and in two, plain and prepared parameters."""
     if variant.stack == "encoder":
         with pytest.raises(InputError, match="no cache"):
             init_cache(variant, 1, 4)
         return
     params, tokens = random_params(variant), tokens_of(3, TOTAL)
-    logits = np.asarray(whole(variant, params, tokens, **sources(variant)[0]))
-    expected = np.stack([logits[row, n - 1 : n + TOTAL - PROMPT] for row, n in enumerate(LENGTHS)])
+    expected = uncached(variant, params, tokens)
     assert expected.std() > 0.1
-    for form, chunks in ((params, (PROMPT,)), (prepare(variant, params), (3, 4, 1))):
+    for form, chunks in ((params, (PROMPT,)), (prepare(variant, params), (4, 4))):
         np.testing.assert_allclose(decoded(variant, form, tokens, chunks), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long  # two compilations more of every architecture
+def test_chunks_may_be_uneven(decoder, random_params):
+    params, tokens = random_params(decoder), tokens_of(3, TOTAL)
+    expected = uncached(decoder, params, tokens)
+    np.testing.assert_allclose(decoded(decoder, params, tokens, (3, 4, 1)), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.long
@@ -90,14 +102,17 @@ def test_an_int8_cache_costs_half_a_percent_of_the_loss(decoder, random_params):
 
 def test_a_full_row_gets_nan_and_nothing_is_written(decoder, random_params):
     """Of a ring, too: the oldest entry of the window stays."""
-    config = decoder.replace(num_layers=2)
-    params, tokens = random_params(config), tokens_of(2, 8)
-    _, cache = prefill(config, params, tokens[:, :6], np.array([6, 2], np.int32), init_cache(config, 2, 6))
-    before = jax.device_get(cache.layers)
-    logits, cache = decode_step(config, params, tokens[:, 6], cache)
+    params, tokens = random_params(decoder), tokens_of(3, TOTAL)
+    cache = init_cache(decoder, 3, CAPACITY, encoder_capacity=9)
+    _, cache = prefill(decoder, params, tokens[:, :PROMPT], LENGTHS, cache, fresh=True)
+    for step in range(CAPACITY - PROMPT):
+        logits, cache = decode_step(decoder, params, tokens[:, step], cache)
+    assert np.isfinite(logits).all(), "full to the brim is not too full"
+    before, lengths = jax.device_get((cache.layers, cache.lengths))
+    logits, cache = decode_step(decoder, params, tokens[:, 0], cache)
     assert np.isnan(logits[0]).all()
-    assert np.isfinite(logits[1]).all()
-    np.testing.assert_array_equal(cache.lengths, [6, 3])
+    assert np.isfinite(logits[1:]).all()
+    np.testing.assert_array_equal(cache.lengths, lengths + np.array([0, 1, 1]))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.layers), strict=True):
         np.testing.assert_array_equal(old[0], new[0])
 

@@ -37,6 +37,7 @@ MIXED = [
     Sampling(temperature=0.7, logit_bias={2: 3.0}, stop_ids=(2,), seed=2),
 ]
 whole, distributed = jax.jit(apply, static_argnums=0), jax.jit(distribution)
+looked_up = jax.jit(look_up, static_argnums=(1, 2))
 
 
 def near(params, other):
@@ -157,7 +158,7 @@ def test_rows_have_their_own_settings_and_these_compile_nothing(random_params):
 def test_what_followed_last_time_is_proposed(count):
     random, ahead, room = np.random.default_rng(count), 4, 64
     tokens, lengths = random.integers(0, 3, (40, room)).astype(np.int32), random.integers(1, 40, 40).astype(np.int32)
-    proposed, found = look_up(History(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths)), count, ahead)
+    proposed, found = looked_up(History(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths)), count, ahead)
     for row, length, proposal, was in zip(tokens.tolist(), lengths, proposed.tolist(), found, strict=True):
         said = row[:length]
         ends = [end for end in range(count, length) if said[end - count : end] == said[length - count :]]

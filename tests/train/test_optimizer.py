@@ -47,7 +47,7 @@ def updates_of(name, hparams, shapes=SHAPES, config=CONFIG, steps=2):
 
 def check(name, hparams, by_hand, shapes=SHAPES):
     """by_hand(gradients, parameter, decays, stacked axes) → the updates of one leaf in float64."""
-    made = updates_of(name, hparams, shapes)
+    made = jax.jit(functools.partial(updates_of, name, shapes=shapes))(hparams)
     params, grads = draw(shapes, 0), [draw(shapes, 1 + step, 10.0**step) for step in range(len(made))]
     for index, (path, param) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         is_vector = path[-1].key == "scale"

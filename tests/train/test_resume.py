@@ -121,6 +121,7 @@ def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
     assert record(run) == record(uninterrupted)
 
 
+@pytest.mark.long  # in one process: test_run.py
 def test_finished_run_is_not_trained_again(data, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
     done = subprocess.run(command(data, uninterrupted), capture_output=True, env=ENVIRONMENT, text=True)

@@ -38,6 +38,15 @@ def test_record(finished, data):
     assert params["embedding"]["tokens"].shape == (320, 16)
 
 
+def test_a_finished_run_is_not_trained_again(finished, data):
+    kept = lambda: {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in finished.rglob("metrics.jsonl")}
+    before = kept()
+    result = go(data, finished)
+    assert (result.status, result.steps) == ("finished", 4)
+    assert result.validation_loss == read_record(finished)["result"]["validation_loss"]
+    assert kept() == before
+
+
 def test_another_configuration_is_refused_with_the_difference(finished, data):
     before = (finished / "run.json").read_bytes()
     with pytest.raises(InputError, match=r"learning_rate=0\.003 there, 0\.01 here"):

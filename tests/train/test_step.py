@@ -22,6 +22,7 @@ LEARNED = CONFIG.replace(
     position="learned", norm="layernorm", use_bias=True, gated=False, activation="gelu_tanh", tie_embeddings=False
 )
 TRAIN = TrainConfig(batch_size=4, seq_len=8, schedule="constant")
+DROPPING = TRAIN.replace(schedule="wsd", dropout=True)
 
 
 def loss_and_metrics(config, params, batch, hparams):
@@ -31,17 +32,13 @@ def loss_and_metrics(config, params, batch, hparams):
 
 
 step_of = jax.jit(train_step, static_argnums=(0, 1))
+init_of = jax.jit(init_state, static_argnums=(0, 1))
 gradient_of = jax.jit(jax.grad(loss_and_metrics, argnums=1, has_aux=True), static_argnums=0)
-
-
-def freshly_jitted(function):
-    """With a cache of its own: jit keeps one per function."""
-    return jax.jit(lambda *arguments: function(*arguments), static_argnums=(0, 1))
 
 
 @functools.cache
 def start(config=CONFIG, train_config=TRAIN):
-    return jax.jit(init_state, static_argnums=(0, 1))(config, train_config, HParams(seed=1))
+    return init_of(config, train_config, HParams(seed=1))
 
 
 def random_batch(seed=0):
@@ -263,23 +260,19 @@ def test_metrics_are_those_that_are_named():
 
 def test_the_seed_decides():
     batch = random_batch()
-    make = freshly_jitted(init_state)
-    dropping = TRAIN.replace(dropout=True)
-    states = [make(CONFIG, dropping, HParams(seed=seed)) for seed in (7, 7, 8)]
+    states = [init_of(CONFIG, DROPPING, HParams(seed=seed)) for seed in (7, 7, 8)]
     assert same_bits(states[0], states[1])
     assert not same_bits(states[0].params, states[2].params)
     hparams = HParams(dropout_rate=0.5)
-    runs = [step_of(CONFIG, dropping, state, batch, hparams) for state in states[:2]]
+    runs = [step_of(CONFIG, DROPPING, state, batch, hparams) for state in states[:2]]
     assert same_bits(runs[0], runs[1])
     same_params = states[0].replace(step=jnp.int32(1))
-    other = step_of(CONFIG, dropping, same_params, batch, hparams)[1]
+    other = step_of(CONFIG, DROPPING, same_params, batch, hparams)[1]
     assert float(other["loss"]) != float(runs[0][1]["loss"]), "every step drops others"
-    assert make._cache_size() == 1
 
 
 def test_init_scale_multiplies_matrices_only():
-    make = jax.jit(init_state, static_argnums=(0, 1))
-    one, two = (make(LEARNED, TRAIN, HParams(init_scale=scale)).params for scale in (1.0, 2.0))
+    one, two = (init_of(LEARNED, TRAIN, HParams(init_scale=scale)).params for scale in (1.0, 2.0))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal((1 if path[-1].key in ("scale", "bias") else 2) * a, b)
 
@@ -310,17 +303,17 @@ OTHERS = {
 
 
 def test_no_hyperparameter_compiles_anything():
-    train_config = TRAIN.replace(schedule="wsd", dropout=True)
-    step, make = freshly_jitted(train_step), freshly_jitted(init_state)
     assert set(OTHERS) == set(HParams.NAMES)
-    state, batch = make(CONFIG, train_config, HParams()), random_batch()
+    state, batch = init_of(CONFIG, DROPPING, HParams()), random_batch()
+    state, _ = step_of(CONFIG, DROPPING, state, batch, HParams())
+    compiled = step_of._cache_size(), init_of._cache_size()
     for hparams in (HParams(), *(HParams(**{name: value}) for name, value in OTHERS.items())):
-        make(CONFIG, train_config, hparams)
-        state, _ = step(CONFIG, train_config, state, batch, hparams)
+        init_of(CONFIG, DROPPING, hparams)
+        state, _ = step_of(CONFIG, DROPPING, state, batch, hparams)
         for leaf in jax.tree.leaves(hparams):
             assert not jax.typeof(leaf).weak_type
             assert leaf.dtype in (np.float32, np.int32)
-    assert step._cache_size() == make._cache_size() == 1
+    assert (step_of._cache_size(), init_of._cache_size()) == compiled
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state)), (
         "the state stays strong, or a step would recompile"
     )
