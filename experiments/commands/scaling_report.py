@@ -83,6 +83,8 @@ def counts_beside(path: Path, table: "Table") -> "Counts | None":
 
 def _curves(folder: Path) -> "list[Curve]":
     from experiments.scaling.curves import curves_of_table
+    from experiments.scaling.run import read_study
 
-    path = folder / "curves.csv"
-    return curves_of_table(path) if path.exists() else []
+    path, design = folder / "curves.csv", read_study(folder)
+    schedule = "unknown" if design is None else design.run_schedule
+    return curves_of_table(path, schedule=schedule) if path.exists() else []

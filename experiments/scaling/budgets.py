@@ -15,6 +15,8 @@ TOO_FEW = "too few to say which is wrong"
 def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley]:
     """Every budget's valley with its parabola, without gross outliers."""
     groups = group_budgets(budgets)
+    if not groups:
+        return []
     log_params = [np.log(table.params[group]) for group in groups]
     together = screen_surface(
         np.repeat(np.arange(len(groups)), [len(group) for group in groups]),

@@ -230,7 +230,7 @@ def fit_isoflop(
     % are one. A valley with fewer than three sizes, with its lowest loss at an edge, without a minimum or
     with the minimum outside its sizes is rejected and listed with the reason. D* is read off each budget's
     own line of log D over log N. Rows that no fit can use are dropped as in `table.clean`; row order does
-    not matter. Gross outliers are left out by the rule of `outliers.screen_valleys` and listed (`.outliers`).
+    not matter. Gross outliers are left out by the rules of `outliers.py` and listed (`.outliers`).
 
     method: "parabola"; "skewed", a parabola bent by one skew common to all budgets, for valleys off centre
     (`skew.py`); "spline", a smoothing spline that assumes no shape (`spline.py`).

@@ -71,7 +71,7 @@ def trial(case: Case, name: str, seed: int, bootstraps: int, memory: dict[Any, A
         # The same estimate to the last bit is of the same runs, and so are its intervals.
         same = all(getattr(fit, exponent) == getattr(reference, exponent) for exponent in EXPONENTS[name])
         intervals = (reference if same else fit).intervals
-        errors = _standard_errors(reference, name)
+        errors = _standard_errors(reference, name) if case.outliers else {}
     except InputError as error:
         return {"refused": str(error)}
     result: dict[str, Any] = {
@@ -144,32 +144,53 @@ def clean_errors() -> list[dict[str, Any]]:
     return rows
 
 
-def _job(arguments: tuple[str, int, int]) -> tuple[str, list[dict[str, Any]]]:
+def _job(arguments: tuple[str, int, int]) -> list[dict[str, Any]]:
     """Every case of one seed, by one estimator."""
     name, seed, bootstraps = arguments
     memory: dict[Any, Any] = {}
-    return name, [trial(case, name, seed, bootstraps, memory) for case in CASES]
+    return [trial(case, name, seed, bootstraps, memory) for case in CASES]
 
 
 def study(
-    seeds: int, bootstraps: int = 200, processes: int = 1, advance: Callable[..., None] | None = None
+    seeds: int,
+    bootstraps: int = 200,
+    processes: int = 1,
+    ledger: Path | None = None,
+    advance: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The whole document; `advance()` is called after every estimator of every seed."""
+    """The whole document; `advance()` is called after every estimator of every seed.
+
+    What is done is kept in the `ledger`, one line of JSON per estimator and seed, and is not done again.
+    """
+    done: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    if ledger is not None and ledger.exists():
+        for line in ledger.read_text(encoding="utf-8").splitlines():
+            *job, trials = json.loads(line)
+            done[tuple(job)] = trials
     jobs = [(name, seed, bootstraps) for seed in range(seeds) for name in EXPONENTS]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {(case.name, name): [] for case in CASES for name in EXPONENTS}
+    left = [job for job in jobs if job not in done]
 
     def collect(results: Any) -> None:
-        for name, trials in results:
-            for case, one in zip(CASES, trials, strict=True):
-                found[case.name, name].append(one)
+        for job, trials in zip(left, results, strict=True):
+            done[job] = trials
+            if ledger is not None:
+                with ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([*job, trials]) + "\n")
             if advance is not None:
                 advance()
 
+    if advance is not None and len(left) < len(jobs):
+        advance(len(jobs) - len(left))
     if processes == 1:
-        collect(map(_job, jobs))
+        collect(map(_job, left))
     else:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            collect(pool.imap(_job, jobs, chunksize=4))
+            collect(pool.imap(_job, left, chunksize=4))
+    found = {
+        (case.name, name): [done[name, seed, bootstraps][i] for seed in range(seeds)]
+        for i, case in enumerate(CASES)
+        for name in EXPONENTS
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "law": TRUTH,
@@ -216,9 +237,10 @@ def main() -> None:
     parser.add_argument("--bootstraps", type=int, default=200, help="resamples behind each interval")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None, help="write the document to this file")
+    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to go on after a stop")
     options = parser.parse_args()
     with progress_bar("known laws", options.seeds * len(EXPONENTS)) as advance:
-        document = study(options.seeds, options.bootstraps, options.processes, advance)
+        document = study(options.seeds, options.bootstraps, options.processes, options.ledger, advance)
     print(show(document))
     if options.json is not None:
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ class Case:
 CASES = (
     Case("centred"),
     Case("off centre", drift=math.log(1.8)),
-    Case("added", outliers="added"),
+    Case("outliers", outliers="added"),
     Case("replaced", outliers="replaced"),
     Case("mild", outliers="mild", required=False),
     Case("low", outliers="low", required=False),

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy import sparse, stats
 from scipy.optimize import linprog
 
 LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if noise is normal
@@ -12,6 +12,7 @@ NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more fine
 CUBIC_SIZES = 6  # with as many sizes a valley's own skew is no outlier
 LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
 SURFACE_DEGREE = 3
+SURFACE_FLOOR = 5e-3  # relative; the surface follows published laws to 5e-4 over three decades, not to the last digit
 RUNS_PER_TERM = 2  # of the surface; fewer leave too little to tell a wrong run from a bent surface
 ROUNDS = 30
 
@@ -45,9 +46,10 @@ def screen_valleys(
 ) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
     """Which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be decided.
 
-    `first` are the runs that `screen_surface` keeps. One noise serves all budgets. The run farthest off its valley's curve is left out while it is beyond the limit;
-    where that would take more than a third of a budget's runs, or leave no run to disagree with the curve, all are
-    kept and the budget is marked as undecided: something is wrong in it, and nothing says which run.
+    `first` are the runs that `screen_surface` keeps. One noise serves all budgets. The run farthest off its valley's
+    curve is left out while it is beyond the limit; where that would take more than a third of a budget's runs, or
+    leave no run to disagree with the curve, all are kept and the budget is marked as undecided: something is wrong
+    in it, and nothing says which run.
     """
     keep = [
         kept if len(np.unique(u[kept])) >= 4 else np.ones(len(u), bool)
@@ -105,9 +107,12 @@ def screen_surface(
     Detection", chapter 4). Budgets of which more than a third would go keep all: they disagree with the others
     rather than with themselves.
     """
+    names = np.unique(budget)
+    if len(budget) < RUNS_PER_TERM * (len(names) + 1):
+        return np.ones(len(budget), bool)
     n, c = ((x - x.mean()) / max(float(x.std()), 1e-12) for x in (log_n, log_c))
     powers = [(i, j) for i in range(1, SURFACE_DEGREE + 1) for j in range(SURFACE_DEGREE + 1 - i)]
-    members = budget[:, None] == np.unique(budget)
+    members = budget[:, None] == names
     columns = np.concatenate([members, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
     basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
     basis = basis[:, sizes > 1e-9 * sizes[0]]
@@ -119,14 +124,15 @@ def screen_surface(
     residuals = np.abs(y - basis @ _least_absolute(basis, y))
     # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
     scale = robust_scale(np.sort(residuals)[terms:])
-    keep = residuals <= limit(len(n) - terms) * scale
+    keep = residuals <= max(limit(len(n) - terms) * scale, SURFACE_FLOOR)
     for _ in range(ROUNDS):
         inverse = np.linalg.pinv(basis[keep])
         residuals = np.abs(y - basis @ (inverse @ y[keep]))
         leverage = ((basis @ inverse) ** 2).sum(1)
         # A run that took part bends the surface towards itself; one that did not is predicted with an error.
         residuals /= np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
-        again = residuals <= limit(max(keep.sum() - terms, 1)) * robust_scale(residuals[keep])
+        bound = limit(max(int(keep.sum()) - terms, 1)) * robust_scale(residuals[keep])
+        again = residuals <= max(bound, SURFACE_FLOOR)
         if np.array_equal(again, keep):
             break
         keep = again
@@ -139,7 +145,8 @@ def _least_absolute(basis: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The coefficients of least Σ|y − basis·c|, as a linear program in c and the two signs of each residual."""
     runs, terms = basis.shape
     cost = np.concatenate([np.zeros(terms), np.ones(2 * runs)])
-    equal = np.concatenate([basis, np.eye(runs), -np.eye(runs)], axis=1)
+    signs = sparse.eye_array(runs)
+    equal = sparse.hstack([sparse.csc_array(basis), signs, -signs], format="csc")
     bounds = [(None, None)] * terms + [(0, None)] * (2 * runs)
     return linprog(cost, A_eq=equal, b_eq=y - y.mean(), bounds=bounds, method="highs").x[:terms] + basis.T @ (
         np.full(runs, y.mean())

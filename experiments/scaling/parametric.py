@@ -118,8 +118,10 @@ class ParametricFit:
     def intervals(self) -> Intervals:
         """`intervals["a"][95] -> (low, high)` for E, A, B, alpha, beta, a, b; percentiles of the bootstrap.
 
-        Measured on 100 simulated tables of 60 runs with 1 % noise: the 95 % intervals hold the truth in 96 to 98 % of
-        tables, the 80 % ones in 81 to 90 %. They are a little wide, as those of medians are.
+        Measured on 350 simulated ladders of six budgets with nine runs each (`known_laws.py`): the 95 % interval of
+        alpha holds the truth in 97 %, of beta in 94 %, of a in 96 %. Basic intervals (the same percentiles, mirrored
+        at the estimate) hold it in 92, 88 and 90 %. Of fewer runs the percentiles are a little wide, as those of
+        medians are.
         """
         return self.intervals_at()
 

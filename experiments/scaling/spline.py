@@ -86,7 +86,7 @@ def _smoothers(
     """`Spline(smoothing).operator(u, u)` of many smoothings at once.
 
     With Q the directions that no parabola takes, the spline leaves λ·Q·(Qᵀ·G·Q + λ)⁻¹·Qᵀ of the losses (Wahba 1990,
-    equation 1.3.20), which one eigendecomposition gives for every λ.
+    section 1.3), which one eigendecomposition gives for every λ.
     """
     origin = u.min()
     free = np.linalg.qr(np.vander(u, 3), mode="complete")[0][:, 3:]

@@ -62,7 +62,7 @@ def test_the_published_objective_comes_back_but_not_its_optimum():
     assert np.exp(elsewhere.x[0]) > 2 * PUBLISHED["R_D"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_law_of_repeated_data_agrees_with_another_optimiser():
     runs = published_runs()
     fit = fit_form("repeated-data", {name: runs[name] for name in ("params", "tokens", "unique_tokens", "loss")})
@@ -104,7 +104,9 @@ TABLES = awkward_tables()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", [name if i == 0 else pytest.param(name, marks=pytest.mark.long) for i, name in enumerate(TABLES)]
+)
 def test_the_parametric_optimum_is_what_scipy_finds(name):
     """L-BFGS-B from 8 starts, then the simplex, on the objective as it is stated."""
     N, D, L = TABLES[name]
