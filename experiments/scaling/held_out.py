@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.scaling.choose import choose
 from experiments.scaling.fit import Fits, fit_both
+from experiments.scaling.form_fit import FormFit
 from experiments.scaling.rungs import Rung
 from experiments.scaling.table import read_table
 from experiments.scaling.use import optimal, planned_loss
@@ -25,8 +27,8 @@ def predict(
 ) -> dict[str, Any]:
     """Write prediction.json of rungs that are not run, from runs.csv; one that is there stays as it is.
 
-    Per run the parametric law's loss with its interval; per budget each estimator's N*, D* with intervals, and the
-    parametric loss there.
+    Per run the parametric law's loss with its interval, and that by every form of law; which form the held-out error
+    within the fitted budgets prefers; per budget each estimator's N*, D* with intervals, and the parametric loss there.
     """
     path = folder / "prediction.json"
     if path.exists():
@@ -36,12 +38,20 @@ def predict(
     if (folder / "held_out" / "sweep.json").exists():
         raise InputError(f"{folder} has held-out runs, but {path.name} is gone: what is written now predicts nothing")
     say(f"[2/3] prediction of {len(rungs)} runs that are not made yet: {path}")
-    fits = fit_both(read_table(folder / "runs.csv"), bootstraps=bootstraps)
+    table = read_table(folder / "runs.csv")
+    fits = fit_both(table, bootstraps=bootstraps)
+    try:
+        choice = choose(table, bootstraps=min(bootstraps, 100))
+        forms = {"winner": choice.winner, "told_apart": choice.told_apart, "reason": choice.reason}
+        laws = choice.fits
+    except InputError as error:
+        forms, laws = {"refused": str(error)}, {}
     document = {
         "schema_version": SCHEMA_VERSION,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "level": LEVEL,
-        "runs": [_of_run(fits, rung) for rung in rungs],
+        "runs": [_of_run(fits, laws, rung) for rung in rungs],
+        "forms": forms,
         "budgets": [_of_budget(fits, flops) for flops in dict.fromkeys(rung.budget_flops for rung in rungs)],
         "refused": fits.refused,
     }
@@ -71,18 +81,34 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_relative_error": float(errors.mean()) if len(errors) else None,
         "largest_relative_error": float(np.abs(errors).max()) if len(errors) else None,
         "inside": sum(bool(run["inside"]) for run in runs),
+        "forms": said.get("forms", {}),
+        "errors_by_form": _by_form(runs),
     }
     write_json(folder / "held_out.json", document)
     return document
 
 
-def _of_run(fits: Fits, rung: Rung) -> dict[str, Any]:
+def _of_run(fits: Fits, laws: Mapping[str, FormFit], rung: Rung) -> dict[str, Any]:
     run = {"name": rung.name, "params": rung.params, "tokens": rung.tokens, "flops": rung.flops_6nd}
     run |= {"repeated": rung.repeated, "loss": None, "interval": None}
     if fits.parametric is not None:
         answer = planned_loss(fits.parametric, rung.params, rung.tokens, LEVEL)
         run |= {"loss": answer["loss"], "interval": answer["interval"]}
-    return run
+    by_form = {name: float(law.predict(params=rung.params, tokens=rung.tokens)) for name, law in laws.items()}
+    return run | {"by_form": by_form}
+
+
+def _by_form(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """{form: {mean, rms}} of measured over predicted, less 1."""
+    tested = [run for run in runs if run["measured"] is not None]
+    errors: dict[str, list[float]] = {}
+    for run in tested:
+        for name, loss in run.get("by_form", {}).items():
+            errors.setdefault(name, []).append(run["measured"] / loss - 1)
+    return {
+        name: {"mean": float(np.mean(found)), "rms": float(np.sqrt(np.mean(np.square(found))))}
+        for name, found in errors.items()
+    }
 
 
 def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:

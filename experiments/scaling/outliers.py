@@ -11,9 +11,8 @@ LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if
 NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more finely
 CUBIC_SIZES = 6  # with as many sizes a valley's own skew is no outlier
 LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
-SURFACE_DEGREE = 3
+SURFACE_DEGREES = ((5, 4), (4, 4), (3, 2))  # (degree, runs per term that it takes), the first that the runs can bear
 SURFACE_FLOOR = 5e-3  # relative; the surface follows published laws to 5e-4 over three decades, not to the last digit
-RUNS_PER_TERM = 2  # of the surface; fewer leave too little to tell a wrong run from a bent surface
 ROUNDS = 30
 
 
@@ -100,31 +99,33 @@ def screen_surface(
     """Which runs to keep by what all valleys say together; everything where they are too few to say anything.
 
     One valley alone cannot tell which of its outer runs is wrong: a curve with an edge of its own follows it there.
-    But valleys change slowly with the budget. ln L is a cubic in ln N and ln C, with a level of its own for each
-    budget (so that a budget which is shifted as a whole condemns no run). It is fitted by least absolute residuals,
-    which outliers cannot pull, and then by least squares to the runs within the limit, until those no longer change
-    (hard rejection, as in the one-step M-estimators of Rousseeuw & Leroy 1987, "Robust Regression and Outlier
-    Detection", chapter 4). Budgets of which more than a third would go keep all: they disagree with the others
-    rather than with themselves.
+    But valleys change slowly with the budget: ln L is taken for a polynomial in ln N and ln C, of third degree or of
+    more where there are runs to bear it, with a level of its own for each budget, so that a budget which is shifted
+    as a whole condemns no run. It is fitted by least absolute residuals, which outliers cannot pull, and then by
+    least squares to the runs within the limit, until those no longer change (reweighted least squares, in the manner
+    of Rousseeuw & Leroy 1987, "Robust Regression and Outlier Detection"). Budgets of which more than a third would go
+    keep all: they disagree with the others rather than with themselves.
     """
-    names = np.unique(budget)
-    if len(budget) < RUNS_PER_TERM * (len(names) + 1):
-        return np.ones(len(budget), bool)
+    names, place, count = np.unique(budget, return_inverse=True, return_counts=True)
+    keep = np.ones(len(budget), bool)
+    bearable = [
+        degree
+        for degree, runs_per_term in SURFACE_DEGREES
+        if len(budget) >= runs_per_term * (len(names) + degree * (degree + 1) // 2)
+    ]
+    if not bearable:
+        return keep
     n, c = ((x - x.mean()) / max(float(x.std()), 1e-12) for x in (log_n, log_c))
-    powers = [(i, j) for i in range(1, SURFACE_DEGREE + 1) for j in range(SURFACE_DEGREE + 1 - i)]
-    members = budget[:, None] == names
-    columns = np.concatenate([members, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
+    powers = [(i, j) for i in range(1, bearable[0] + 1) for j in range(bearable[0] + 1 - i)]
+    columns = np.concatenate([budget[:, None] == names, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
     basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
     basis = basis[:, sizes > 1e-9 * sizes[0]]
-    keep = np.ones(len(n), bool)
     terms = basis.shape[1]
-    if len(n) < RUNS_PER_TERM * terms:
-        return keep
     y = np.log(loss)
     residuals = np.abs(y - basis @ _least_absolute(basis, y))
     # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
     scale = robust_scale(np.sort(residuals)[terms:])
-    keep = residuals <= max(limit(len(n) - terms) * scale, SURFACE_FLOOR)
+    keep = residuals <= max(limit(len(keep) - terms) * scale, SURFACE_FLOOR)
     for _ in range(ROUNDS):
         inverse = np.linalg.pinv(basis[keep])
         residuals = np.abs(y - basis @ (inverse @ y[keep]))
@@ -136,9 +137,8 @@ def screen_surface(
         if np.array_equal(again, keep):
             break
         keep = again
-    lost = members.T @ ~keep
-    sound = lost <= LARGEST_SHARE * members.sum(0)
-    return keep | ~(members @ sound)
+    lost = np.bincount(place, weights=~keep)
+    return keep | (lost > LARGEST_SHARE * count)[place]
 
 
 def _least_absolute(basis: np.ndarray, y: np.ndarray) -> np.ndarray:
