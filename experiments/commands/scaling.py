@@ -101,6 +101,8 @@ def fit(
 
 def show(console: "Console", analysis: "Analysis") -> None:
     """A compact account: every estimator, the optima, whatever did not enter, and what to beware of."""
+    from collections import Counter
+
     from rich.table import Table
 
     from experiments.report.scaling_page import NAMES
@@ -144,6 +146,10 @@ def show(console: "Console", analysis: "Analysis") -> None:
         console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
     others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
     _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
+    outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
+    for name, count in outliers.items():
+        runs = "run that is a gross outlier" if count == 1 else "runs that are gross outliers"
+        console.print(f"{NAMES[name]}: without {count} {runs}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
     for row in analysis.warnings:

@@ -28,7 +28,7 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None) -> Figure:
     shared: dict[str, Any] = {"cmap": "viridis_r", "vmin": low, "vmax": high}
     axes.contourf(sizes, tokens, loss, levels=levels, alpha=0.35, extend="both", **shared)
     lines = axes.contour(sizes, tokens, loss, levels=levels[1::2], linewidths=0.7, **shared)
-    axes.clabel(lines, fontsize=7, fmt="%.2f")
+    axes.clabel(lines, fontsize=7, fmt="%.2f", colors=INK)
     dots = axes.scatter(
         table.params, table.tokens, c=table.loss, s=26, edgecolors=INK, linewidths=0.6, zorder=3, **shared
     )

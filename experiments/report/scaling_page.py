@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 
 from experiments.report import scaling_figures
 from experiments.report.page import inline, render
+from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import Analysis
+from experiments.scaling.isoflop import IsoflopFit
 from train.files import write_atomically
 
 NAMES = {
@@ -50,8 +52,10 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "formulas": {} if analysis.choice is None else _formulas(analysis),
         "conventions": document["conventions"],
         "held_out": document["held_out"],
-        "dropped": document["dropped"],
-        "outliers": _outliers(document),
+        "rejected": [] if document["isoflop"] is None else _rejected(document["isoflop"]["rejected"]),
+        "left_out": _left_out(analysis),
+        "smooth": _equal(analysis.valleys.get("parabola"), analysis.valleys.get("spline")),
+        "estimator_names": NAMES | {name: NAMES[f"isoflop.{name}"] for name in ("skewed", "spline")},
         "figures": _figures(analysis),
     }
 
@@ -59,19 +63,19 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
 def _figures(analysis: Analysis) -> dict[str, Drawn]:
     fits, table = analysis.fits, analysis.fits.table
     parametric, isoflop = fits.parametric, fits.isoflop
-    valleys = {"valleys, parabola": isoflop} if isoflop is not None and "isoflop.intervals" not in fits.refused else {}
-    valleys |= {
-        f"valleys, {name}": fit for name, fit in fits.valleys.items() if f"isoflop.{name}.intervals" not in fits.refused
-    }
+    valleys = {f"valleys, {name}": fit for name, fit in analysis.valleys.items()}
+    others = dict(fits.valleys) | ({} if analysis.envelope is None else {"envelope": analysis.envelope})
     no_law = f"The parametric law was refused: {fits.refused.get('parametric')}."
     no_law_or = None if parametric is not None else no_law
     runs = [] if analysis.held_out is None else analysis.held_out["runs"]
+    budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
+    minima = [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
     tested = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     neither = "Both estimators were refused." if parametric is None and isoflop is None else None
     drawn = {
         "optimal": _draw(
             "Compute-optimal parameters and tokens over compute",
-            lambda: plots.compute_optimal(isoflop, parametric),
+            lambda: plots.compute_optimal(isoflop, parametric, others, minima),
             neither,
         ),
         "contours": _draw("Loss over N and D", lambda: scaling_figures.contours(_some(parametric), isoflop), no_law_or),
@@ -123,11 +127,42 @@ def _formulas(analysis: Analysis) -> dict[str, str]:
     return {score.form: get(score.form).formula for score in analysis.choice.scores} if analysis.choice else {}
 
 
-def _outliers(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each estimator, by its name."""
-    found = []
-    if document["parametric"] is not None:
-        found += [row | {"estimator": NAMES["parametric"]} for row in document["parametric"]["outliers"]]
-    if document["isoflop"] is not None:
-        found += [row | {"estimator": NAMES["isoflop"]} for row in document["isoflop"]["outliers"]]
-    return found
+def _equal(one: IsoflopFit | None, other: IsoflopFit | None) -> bool:
+    return one is not None and other is not None and bool(np.isclose(one.a, other.a, rtol=1e-6))
+
+
+def _rejected(budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """[{flops, reason}] with the budgets of one reason together, in the order of the first."""
+    together: dict[str, list[float]] = {}
+    for budget in budgets:
+        together.setdefault(budget["reason"], []).append(budget["flops"])
+    return [{"flops": flops, "reason": reason} for reason, flops in together.items()]
+
+
+def _left_out(analysis: Analysis) -> list[dict[str, str]]:
+    """[{run, of, reason}]: rows dropped for one reason together; of an outlier, all estimators that left it out."""
+    dropped: dict[str, list[int]] = {}
+    outliers: dict[tuple[str, str], list[str]] = {}
+    for row in analysis.left_out:
+        if row["estimator"] == "all":
+            dropped.setdefault(row["reason"], []).append(row["row"])
+        else:
+            run = f"N {amount(row['params'])}, D {amount(row['tokens'])}, loss {row['loss']:.4g}"
+            run = run if row["row"] is None else f"row {row['row']}: {run}"
+            outliers.setdefault((run, row["reason"]), []).append(NAMES[row["estimator"]])
+    found = [
+        {"run": f"row{'s' if len(rows) > 1 else ''} {_spans(rows)}", "of": "all", "reason": reason}
+        for reason, rows in dropped.items()
+    ]
+    return found + [{"run": run, "of": "; ".join(names), "reason": reason} for (run, reason), names in outliers.items()]
+
+
+def _spans(rows: list[int]) -> str:
+    """3, 7–9."""
+    spans: list[list[int]] = []
+    for row in sorted(rows):
+        if spans and row == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], row]
+        else:
+            spans.append([row])
+    return ", ".join("–".join(map(str, span)) for span in spans)

@@ -1,19 +1,26 @@
 """All that a table of runs says of its scaling laws: every estimator, a choice of form, and what to beware of."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from experiments.scaling.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.conventions import Counts, conventions
 from experiments.scaling.curves import Curve
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric_warnings
+from experiments.scaling.isoflop import IsoflopFit
+from experiments.scaling.parametric import ParametricFit
 from experiments.scaling.table import Table
+from experiments.scaling.valley import group_budgets
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
+HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,43 @@ class Analysis:
         return found
 
     @property
+    def valleys(self) -> dict[str, IsoflopFit]:
+        """By method ("parabola", "skewed", "spline"), those that have resamples."""
+        names = {"isoflop": self.fits.isoflop} | {f"isoflop.{name}": fit for name, fit in self.fits.valleys.items()}
+        return {
+            fit.method: fit
+            for name, fit in names.items()
+            if fit is not None and f"{name}.intervals" not in self.refused
+        }
+
+    @property
+    def left_out(self) -> list[dict[str, Any]]:
+        """[{row, params, tokens, loss, estimator, reason}]: rows that no estimator saw, which have no numbers here, and
+        what single ones took for gross outliers.
+        """
+        fits, table = self.fits, self.fits.table
+        unknown = {"params": None, "tokens": None, "loss": None, "estimator": "all"}
+        found = [{"row": drop["row"]} | unknown | {"reason": drop["reason"]} for drop in table.dropped]
+        runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
+        rows = dict(zip(runs, table.rows, strict=True))
+        outliers = {"parametric": fits.parametric_outliers}
+        outliers |= {"isoflop": fits.isoflop.outliers} if fits.isoflop is not None else {}
+        outliers |= {f"isoflop.{name}": fit.outliers for name, fit in fits.valleys.items()}
+        for estimator, runs_out in outliers.items():
+            for run in runs_out:
+                numbers = {name: run[name] for name in ("params", "tokens", "loss")}
+                row = {"row": rows.get(tuple(numbers.values()))} | numbers
+                found.append(row | {"estimator": estimator, "reason": run["reason"]})
+        return found
+
+    @property
     def warnings(self) -> list[dict[str, str]]:
         """[{about, text}] of what the numbers should be read with."""
         found: list[tuple[str, str]] = []
         fits = self.fits
         if fits.parametric is not None:
             found += [("parametric", text) for text in parametric_warnings(fits.parametric)]
+            found += [("parametric", text) for text in _outside(fits.parametric)]
         if fits.isoflop is not None:
             found += [("isoflop", text) for text in isoflop_warnings(fits.isoflop)]
         if self.envelope is not None:
@@ -86,11 +124,15 @@ class Analysis:
                     )
         return apart
 
+    def _laws(self) -> dict[str, Any]:
+        fits = {} if self.choice is None else self.choice.fits
+        return {name: fit.document() for name, fit in fits.items()}
+
     def document(self) -> dict[str, Any]:
         """Plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
         return self.fits.document() | {
             "envelope": None if self.envelope is None else self.envelope.document(),
-            "forms": None if self.choice is None else self.choice.document(),
+            "forms": None if self.choice is None else self.choice.document() | {"fits": self._laws()},
             "conventions": self.conventions,
             "held_out": self.held_out,
             "warnings": self.warnings,
@@ -116,8 +158,9 @@ def analyse(
     choose between, none to skip that. Raises InputError where no estimator answers.
     """
     if not len(table):
-        first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if table.dropped else ""
-        raise InputError(f"no run is left to fit; {len(table.dropped)} rows were dropped{first}")
+        count = len(table.dropped)
+        first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
+        raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
     fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=advance)
     refused = dict(fits.refused)
 
@@ -137,11 +180,50 @@ def analyse(
     return Analysis(
         fits,
         envelope,
-        attempt("forms", bool(forms), lambda: choose(table, forms, delta=delta, bootstraps=few, seed=seed)),
-        attempt("conventions", counts is not None, lambda: conventions(counts, bootstraps=few, seed=seed)),  # type: ignore[arg-type]
+        attempt("forms", bool(forms), lambda: _choose(fits, forms, delta=delta, bootstraps=few, seed=seed)),
+        attempt("conventions", counts is not None, lambda: _conventions(counts, few, seed)),  # type: ignore[arg-type]
         held_out,
         refused,
     )
+
+
+def _choose(fits: Fits, forms: Sequence[str], **settings: Any) -> Choice:
+    """Between forms, on the runs that the parametric law is fitted to: gross outliers would decide a mean square.
+
+    As many of the largest budgets are held out as make a tenth of the runs: one run's error says little of a form.
+    """
+    table = fits.table
+    out = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
+    runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
+    keep = np.array([run not in out for run in runs])
+    kept = {column.name: getattr(table, column.name) for column in dataclasses.fields(table)}
+    kept = {name: values[keep] for name, values in kept.items() if isinstance(values, np.ndarray)}
+    flops = kept["flops"] if "flops" in kept else 6 * kept["params"] * kept["tokens"]
+    sizes = [len(group) for group in group_budgets(flops)]
+    hold_out = 1
+    if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` makes its own groups
+        enough = np.cumsum(sizes[::-1]) >= HELD_OUT_SHARE * len(flops)
+        hold_out = min(int(enough.argmax()) + 1, max(len(sizes) - 2, 1))
+    return choose(kept, forms, hold_out=hold_out, **settings)
+
+
+def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:
+    return conventions(counts, bootstraps=bootstraps, seed=seed) | {"bootstraps": bootstraps}
+
+
+def _outside(fit: ParametricFit) -> list[str]:
+    """Where the law puts the optimum of the smallest or largest compute beyond every run's N or D."""
+    found = []
+    flops = 6 * fit.table.params * fit.table.tokens
+    for which, budget in (("smallest", float(flops.min())), ("largest", float(flops.max()))):
+        best = fit.optimal(budget)
+        for letter, value, seen in (("N", best.params, fit.table.params), ("D", best.tokens, fit.table.tokens)):
+            if not seen.min() <= value <= seen.max():
+                found.append(
+                    f"at the {which} compute, {budget:.3g} FLOPs, the optimum {letter}* = {value:.3g} lies outside the "
+                    f"runs' {seen.min():.3g} … {seen.max():.3g}: it is extrapolated"
+                )
+    return found
 
 
 def _exponents(name: str, fit: Any, intervals: Any, runs: int) -> dict[str, Any]:

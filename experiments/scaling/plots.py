@@ -1,9 +1,12 @@
 """Figures of a scaling study: fits in, a matplotlib Figure out; nothing is shown or saved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -12,6 +15,7 @@ from experiments.report.style import (
     INK,
     MUTED,
     ORANGE,
+    PALETTE,
     log_axis,
     new_figure,
     note,
@@ -25,6 +29,9 @@ LOSS = "validation loss (nats per token)"
 PARAMS = "parameters N"
 TOKENS = "training tokens D"
 FLOPS = "compute C (FLOPs)"
+WIDE = 60.0  # largest over smallest compute, from where a panel has no room for 3×10^n between the powers of ten
+MANY_VALLEYS = 12  # more of them are told apart by a scale of colours, not by name
+FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey 1977, "Exploratory Data Analysis", section 2D)
 
 
 def _flops(value: float) -> str:
@@ -34,7 +41,14 @@ def _flops(value: float) -> str:
 
 def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
     valleys = [valley for valley in valleys if valley.coefficients is not None]
-    for valley, colour in zip(valleys, sequence(len(valleys)), strict=True):
+    flops = [valley.flops for valley in valleys]
+    many = len(valleys) > MANY_VALLEYS
+    colours = sequence(len(valleys))
+    if many:
+        scale = ScalarMappable(LogNorm(min(flops), max(flops)), ListedColormap(sequence(256)))
+        colours = list(scale.to_rgba(np.array(flops)))
+        axes.figure.colorbar(scale, ax=axes, label=FLOPS)
+    for valley, colour in zip(valleys, colours, strict=True):
         accepted = valley.reason is None
         axes.plot(valley.params, valley.loss, "o", color=colour, markersize=4, alpha=1 if accepted else 0.5)
         grid = np.geomspace(valley.params.min() / 1.1, valley.params.max() * 1.1, 200)
@@ -47,12 +61,31 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
     if valleys:
         sizes = np.concatenate([valley.params for valley in valleys])
         log_axis(axes.xaxis, sizes.min(), sizes.max())
+        _leave_far_losses_out(axes, np.concatenate([valley.loss for valley in valleys]))
     axes.set(xlabel=PARAMS, ylabel=LOSS, title="IsoFLOP valleys")
-    axes.legend(title=FLOPS, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if not many:
+        axes.legend(title=FLOPS, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _draw_optimal(axes: Any, name: str, isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> None:
-    """N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands."""
+def _leave_far_losses_out(axes: Any, losses: np.ndarray) -> None:
+    """End the axis below losses that would press all others flat, and say how many they are."""
+    lower, upper = np.percentile(losses, [25, 75])
+    far = losses > upper + FAR_OUT * (upper - lower)
+    if far.any() and not far.all():
+        bottom, top = losses[~far].min(), losses[~far].max()
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+        note(axes, f"{far.sum()} run{'s' if far.sum() > 1 else ''} above, up to {losses.max():.3g}")
+
+
+def _draw_optimal(
+    axes: Any,
+    name: str,
+    isoflop: IsoflopFit | None,
+    parametric: ParametricFit | None,
+    others: Mapping[str, Any] = MappingProxyType({}),
+    measured: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands, the others' lines."""
     if isoflop is not None:
         budgets = np.array([optimum["flops"] for optimum in isoflop.optima])
         points = np.array([optimum[name] for optimum in isoflop.optima])
@@ -60,9 +93,15 @@ def _draw_optimal(axes: Any, name: str, isoflop: IsoflopFit | None, parametric: 
         assert parametric is not None
         budgets = 6 * parametric.table.params * parametric.table.tokens
         points = np.array([])
-    grid = np.geomspace(budgets.min() / 2, budgets.max() * 2, 100)
+    budgets = np.array(budgets)
+    tested = np.array([best["flops"] for best in measured])
+    grid = np.geomspace(budgets.min() / 2, 2 * max(budgets.max(), *tested, 0), 100)
     exponent = "a" if name == "params" else "b"
     seen = [points]
+    for (label, fit), colour in zip(others.items(), PALETTE[2:], strict=False):
+        line = getattr(fit, f"{name}_coefficient") * grid ** getattr(fit, exponent)
+        axes.plot(grid, line, ":", color=colour, label=f"{label}: $C^{{\\,{getattr(fit, exponent):.3f}}}$")
+        seen.append(line)
     for fit, colour, label, style in (
         (parametric, ORANGE, "parametric", "--"),
         (isoflop, BLUE, "IsoFLOP", "-"),
@@ -80,6 +119,10 @@ def _draw_optimal(axes: Any, name: str, isoflop: IsoflopFit | None, parametric: 
         axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
     if len(points):
         axes.plot(budgets, points, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
+    if len(tested):
+        found = np.array([best[name] for best in measured])
+        axes.plot(tested, found, "*", color=INK, markersize=10, zorder=5, label="held-out minimum")
+        seen.append(found)
     log_axis(axes.xaxis, grid.min(), grid.max(), powers=True, margin=0.02)
     values = np.concatenate(seen)
     log_axis(axes.yaxis, values.min(), values.max())
@@ -97,12 +140,21 @@ def valleys(isoflop: IsoflopFit) -> Figure:
 
 
 @styled
-def compute_optimal(isoflop: IsoflopFit | None, parametric: ParametricFit | None = None) -> Figure:
-    """N*(C) and D*(C) side by side; at least one fit is needed."""
+def compute_optimal(
+    isoflop: IsoflopFit | None,
+    parametric: ParametricFit | None = None,
+    others: Mapping[str, Any] = MappingProxyType({}),
+    measured: Sequence[Mapping[str, float]] = (),
+) -> Figure:
+    """N*(C) and D*(C) side by side; at least one of the first two fits is needed.
+
+    others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
+    budgets that no fit has seen.
+    """
     figure = new_figure(8.5, 3.8)
     left, right = figure.subplots(1, 2)
-    _draw_optimal(left, "params", isoflop, parametric)
-    _draw_optimal(right, "tokens", isoflop, parametric)
+    _draw_optimal(left, "params", isoflop, parametric, others, measured)
+    _draw_optimal(right, "tokens", isoflop, parametric, others, measured)
     return figure
 
 
@@ -173,7 +225,8 @@ def residuals(fit: ParametricFit) -> Figure:
         axis.scatter(values, percent, c=colour, cmap="viridis", s=18, vmax=colour.max() + 0.18 * np.ptp(colour))
         log_axis(axis.xaxis, values.min(), values.max(), powers=label == FLOPS)
         if label == FLOPS:
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=4))
+            wide = values.max() > WIDE * values.min()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=4))
         axis.set_xlabel(label)
         note(axis, f"darker: smaller {letter}")
     axes[0].set(ylabel=r"$\ln L - \ln \hat{L}$ (%)", title="Residuals")

@@ -13,7 +13,8 @@ from train.files import write_atomically
 
 
 def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
-    """fitted.csv (runs and what the law says of them), optima, exponents, draws, forms, conventions, held_out.
+    """fitted.csv (runs and what the law says of them), left_out (which, of what, and why), optima, exponents, draws (of
+    the law) and valley_draws, forms, form_values, conventions, held_out.
 
     Those that the analysis has not are not written. Returns the files.
     """
@@ -29,8 +30,19 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
     found["optima"] = [
         {"method": name} | optimum for name, fit in valleys.items() if fit is not None for optimum in fit.optima
     ]
+    found["valley_draws"] = [
+        {"method": name, "a": row[1], "b": row[3]}
+        for name, fit in analysis.valleys.items()
+        for row in fit.draws.tolist()
+    ]
+    found["left_out"] = analysis.left_out
     if analysis.choice is not None:
         found["forms"] = [_flat(row) for row in analysis.choice.document()["scores"]]
+        found["form_values"] = [
+            _flat({"form": name, "unknown": unknown, "value": fit.values[unknown]} | {"interval_95": by[95]})
+            for name, fit in analysis.choice.fits.items()
+            for unknown, by in fit.intervals.items()
+        ]
     if analysis.conventions is not None:
         found["conventions"] = [_flat(row) for row in analysis.conventions["rows"]]
     if analysis.held_out is not None:

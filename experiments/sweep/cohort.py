@@ -16,7 +16,7 @@ from train import HParams, TrainConfig, init_state
 from train.lanes import side_by_side
 from train.memory import device_memory
 
-_MOST_IN_TURN = 16  # lanes that run one after the other gain nothing by their number but fewer starts
+_MOST_IN_TURN = 1  # of lanes that run one after the other each would push the others' state out of the cache
 _MOST_AT_ONCE = 64
 _USABLE = 0.5  # of a device's memory: the prediction is a rough one, and others may want some
 
@@ -52,14 +52,15 @@ def group(trials: Iterable[Trial]) -> list[Cohort]:
 def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: int | None = None) -> int:
     """How many lanes `count` trials of one static shape are trained in, the last batch about as full as the others.
 
-    At most `limit`, and what the memory of a device (bytes; None: this one's) is predicted to hold; at least one.
+    At most `limit` (None: one where lanes run in turn), and what the memory of a device (bytes; None: this one's) is
+    predicted to hold; at least one.
     """
     memory = device_memory() if memory is None else memory
     most = _MOST_IN_TURN if in_turn() else _MOST_AT_ONCE
     state, temporary = state_bytes(setting), temporary_bytes(setting)
     once, each = (temporary, state) if in_turn() else (0, state + temporary)
     fit = max(1, int((_USABLE * memory - once) // each))
-    most = min(most if limit is None else limit, fit)
+    most = min(limit or most, fit)
     return math.ceil(count / math.ceil(count / most))
 
 

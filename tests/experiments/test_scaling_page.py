@@ -86,12 +86,57 @@ def test_estimators_that_do_not_meet_are_said_to(analysis):
 
 def test_the_same_numbers_as_tables(analysis, tmp_path):
     names = {path.stem for path in write_tables(tmp_path, analysis)}
-    assert names == {"exponents", "fitted", "draws", "optima", "forms", "held_out"}
+    assert names == {*("exponents", "fitted", "draws", "valley_draws", "optima", "forms", "form_values", "held_out")}
     with open(tmp_path / "fitted.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(analysis.fits.parametric.table)
     row = {name: float(value) for name, value in rows[3].items()}
     assert np.log(row["loss"] / row["predicted"]) == pytest.approx(row["residual"], abs=1e-12)
+
+
+def test_gross_outliers_are_named_and_decide_nothing(runs):
+    spoiled = {name: values.copy() for name, values in runs.items()}
+    spoiled["loss"][[7, 50]] *= (1.3, 1.5)  # the second in the budget that the choice of form holds out
+    spoiled["loss"][11] = np.nan
+    analysis = analyse(clean(**spoiled), bootstraps=5, forms=("chinchilla", "no-floor"))
+    rows = {(row["row"], row["estimator"]) for row in analysis.left_out}
+    assert {(12, "all"), (8, "parametric"), (51, "parametric"), (8, "isoflop"), (51, "isoflop")} <= rows
+    chosen = analysis.document()["forms"]
+    assert chosen["winner"] == "chinchilla"
+    assert chosen["held_out"]["runs"] == len(analysis.fits.parametric.table)
+    assert chosen["fits"]["chinchilla"]["values"]["alpha"] == pytest.approx(analysis.fits.parametric.alpha, rel=1e-3)
+
+
+def test_an_optimum_beyond_every_run_is_warned_of(analysis):
+    from dataclasses import replace
+
+    fit = analysis.fits.parametric
+    assert not [row for row in analysis.warnings if "lies outside" in row["text"]]
+    small = fit.table.params < np.median(fit.table.params) / 3
+    table = clean(fit.table.params[small], fit.table.tokens[small], fit.table.loss[small])
+    beyond = replace(analysis, fits=replace(analysis.fits, parametric=replace(fit, table=table)))
+    texts = [row["text"] for row in beyond.warnings if row["about"] == "parametric"]
+    assert any("at the largest compute" in text and "N* = " in text for text in texts)
+
+
+@pytest.mark.slow
+def test_a_folder_of_runs_gets_its_page(isoflop, runs, tmp_path):
+    """Also without a design beside the runs: other counts of N are found by name, and held-out rows stay out."""
+    with open(tmp_path / "runs.csv", "w", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("params", "tokens", "loss", "held_out", "params_total", "params_non_embedding"))
+        last = len(runs["loss"]) - 3
+        for i, (n, d, loss) in enumerate(zip(*runs.values(), strict=True)):
+            writer.writerow((n, d, loss, i >= last, n, n - 0.1 * n**0.5))
+    code, said, _ = isoflop("scaling", "report", tmp_path, "--bootstraps", 5)
+    assert code == 0
+    assert "3 held-out rows did not enter" in said
+    document = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert len(document["conventions"]["rows"]) == 2
+    assert document["held_out"] is None
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"rows {last + 1}–{last + 3}" in page
+    assert (tmp_path / "tables" / "conventions.csv").exists()
 
 
 GOOD = "N,D,val_loss\n" + "".join(
@@ -105,7 +150,7 @@ GOOD = "N,D,val_loss\n" + "".join(
         ("", "is empty"),
         ("N,D\n1,2\n", "has no column 'loss'"),
         (GOOD.replace("1000000.0", "many"), "should be a number but holds 'many'"),
-        ("N,D,loss\n1e6,1e8,-2.0\n", "1 rows were dropped, such as row 1: loss is not positive (-2)"),
+        ("N,D,loss\n1e6,1e8,-2.0\n", "1 row was dropped, such as row 1: loss is not positive (-2)"),
         ("N,D,loss\n1e6,1e8,2.0\n", "parametric: "),
         ("N,D,loss\n" + 6 * "1e6,1e8,2.0\n", "parametric: "),
         (GOOD, "parametric: "),

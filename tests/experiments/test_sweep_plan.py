@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from experiments.sweep.cohort import group, lanes_for, state_bytes, temporary_bytes
@@ -142,16 +143,18 @@ def test_bad_definitions(sweep, tmp_path, changes, message):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_lanes_hold_what_memory_holds(sweep):
+def test_lanes_hold_what_memory_holds(sweep, monkeypatch):
     setting = plan_trials(sweep())[0].setting
-    assert lanes_for(setting, 3) == 3
-    assert lanes_for(setting, 32, memory=10**12) == 16
-    assert lanes_for(setting, 20, memory=10**12) == 10, "two batches of ten, not sixteen and four"
-    assert lanes_for(setting, 20, limit=3) == 3
+    assert lanes_for(setting, 3) == 1, "in turn, one at a time stays in the cache"
+    assert lanes_for(setting, 20, limit=3) == 3, "unless it is asked for"
+    state, temporary = state_bytes(setting), temporary_bytes(setting)
+    assert lanes_for(setting, 6, limit=9, memory=2 * (temporary + 5 * state)) == 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lanes_for(setting, 32, memory=10**12) == 32
+    assert lanes_for(setting, 80, memory=10**12) == 40, "two batches of forty, not sixty-four and sixteen"
     assert lanes_for(setting, 20, memory=1) == 1
-    room = 2 * (temporary_bytes(setting) + 5 * state_bytes(setting))
-    assert lanes_for(setting, 5, memory=room) == 5
-    assert lanes_for(setting, 6, memory=room) == 3
+    assert lanes_for(setting, 5, memory=2 * 5 * (temporary + state)) == 5
+    assert lanes_for(setting, 6, memory=2 * 5 * (temporary + state)) == 3
     # AdamW: parameters and two moments, and a few counters
     floats = 3 * accounting.parameters(setting.config).total
     assert 4 * floats < state_bytes(setting) < 4 * floats + 64
