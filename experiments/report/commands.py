@@ -29,20 +29,30 @@ def commands(folder: Path, document: dict[str, Any]) -> list[Command]:
     if document.get("sweep"):
         listed.append(_sweep(document["sweep"], shape))
     if winner is not None and plan:
-        budgets = " ".join(repr(budget) for budget in plan["budgets"])
-        ladder = (
-            f"--data data --flops {budgets} --learning-rate {winner['setting']['learning_rate']:g} "
-            f"--proxy-d-model {plan['proxy_d_model']} {shape}"
-        )
-        rest = f"--out ladder --beta2 {winner['setting'].get('beta2', 0.95):g} --seed {settings['seed']}"
+        file = f"cat > ladder.toml <<'END'\n{_design(settings, plan, winner['setting'])}END\n"
         listed += [
-            _command("What the ladder would train", f"isoflop scaling plan {ladder}"),
-            _command("Ladder", f"isoflop scaling run {ladder} {rest}"),
+            _command(
+                "What a ladder of these budgets would train", "isoflop scaling plan ladder.toml --data data", file
+            ),
+            _command("Ladder", "isoflop scaling run ladder.toml --data data --out ladder"),
             _command("Fit", "isoflop scaling fit ladder/runs.csv --json fit.json --plot fit.svg"),
         ]
     if document.get("heldout"):
         listed += _held_out(folder, document, winner, shape)
     return listed
+
+
+def _design(settings: dict[str, Any], plan: dict[str, Any], winner: dict[str, Any]) -> str:
+    """The definition of a study of the same budgets and recipe (`experiments/scaling/design.py`)."""
+    return f"""base = "study-32"
+budgets = {json.dumps(plan["budgets"])}
+held_out = 0
+batch_size = {settings["batch_size"]}
+seq_len = {settings["seq_len"]}
+learning_rate = {{ value = {winner["learning_rate"]!r}, centre = {{ d_model = {plan["proxy_d_model"]} }}, exponents = {{ d_model = -1 }} }}
+family = {{ ff_ratio = 2.6667 }}
+set = {{ weight_decay = 0.1, beta2 = {winner.get("beta2", 0.95)!r} }}
+"""  # noqa: E501 – a table of TOML stands on one line
 
 
 def _sweep(sweep: dict[str, Any], shape: str) -> Command:

@@ -5,8 +5,6 @@ which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.c
 that were predicted) and held_out.json.
 """
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ import numpy as np
 from experiments.scaling.design import Design
 from experiments.scaling.held_out import compare, predict
 from experiments.scaling.rungs import Rung, plan_rungs
+from experiments.scaling.tables import write_csv
 from experiments.sweep import launch, live
 from experiments.sweep.definition import define, open_sweep
 from experiments.sweep.ledger import Ledger
@@ -26,7 +25,7 @@ from experiments.sweep.row import ENDED, Row
 from experiments.sweep.worker import plan, run_folder, work
 from model.errors import InputError
 from train.data import Loader, load_manifest
-from train.files import write_atomically, write_json
+from train.files import write_json
 from train.metrics import read_metrics
 
 SCHEMA_VERSION = 1
@@ -147,7 +146,7 @@ def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
 
 def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
-    _write_csv(folder / "runs.csv", rows)
+    write_csv(folder / "runs.csv", rows)
     points = []
     for row in rows:
         if row["loss"] is None or row["trunk"] is not None or row["held_out"]:
@@ -156,15 +155,7 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), _POINTS)).round().astype(int))
         fixed = {"run": row["name"], "params": row["params"]}
         points += [fixed | {"tokens": records[i]["tokens"], "loss": records[i]["loss"]} for i in chosen]
-    _write_csv(folder / "curves.csv", points)
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
+    write_csv(folder / "curves.csv", points)
 
 
 def _check_folder(folder: Path, design: Design) -> None:

@@ -5,13 +5,16 @@ import functools
 import html.parser
 import json
 import re
+import tomllib
 
 import numpy as np
 import pytest
 
 from experiments.report import study_page
+from experiments.report.commands import commands
 from experiments.report.figures import read_curve
 from experiments.report.page import number
+from experiments.scaling.design import Design
 from experiments.scaling.fit import fit_both
 from experiments.scaling.ladder import ladder_table
 from experiments.sweep.reading.summary import summarize
@@ -335,3 +338,13 @@ def test_curves_are_thinned_not_bent(tmp_path):
 )
 def test_numbers_as_people_write_them(value, text):
     assert number(value) == text
+
+
+def test_the_commands_of_the_ladder_are_a_study_that_can_be_read(document, tmp_path):
+    text = "\n".join(command["text"] for command in commands(tmp_path, document))
+    design = text.partition("cat > ladder.toml <<'END'\n")[2].partition("END\n")[0]
+    read = Design.from_dict(tomllib.loads(design))
+    assert list(read.budgets) == document["plan"]["budgets"]
+    assert read.batch_size == document["settings"]["batch_size"]
+    assert read.learning_rate.value == document["sweep"]["winner"]["setting"]["learning_rate"]
+    assert "isoflop scaling run ladder.toml --data data --out ladder" in text

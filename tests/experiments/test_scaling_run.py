@@ -11,6 +11,7 @@ from experiments.scaling import run as study
 from experiments.scaling.design import Design
 from experiments.scaling.held_out import compare, predict
 from experiments.scaling.run import read_study, run_study, rungs_of, sweep_of
+from experiments.scaling.tables import write_csv
 from experiments.sweep.trials import plan_trials
 from model.errors import InputError
 from train.lanes import compiled_programs
@@ -122,7 +123,7 @@ def test_a_prediction_is_compared_with_what_came(design, data, tmp_path):
     law = lambda rung: 1.5 + 20 * rung.params**-0.3 + 30 * rung.tokens**-0.3
     rows = [rung.to_dict() | {"loss": law(rung)} for rung in rungs]
     fitted, tested = ([row for row in rows if row["held_out"] is kind] for kind in (False, True))
-    study._write_csv(tmp_path / "runs.csv", fitted)
+    write_csv(tmp_path / "runs.csv", fitted)
     said = predict(tmp_path, [rung for rung in rungs if rung.held_out], lambda text: None, bootstraps=20)
     assert predict(tmp_path, rungs, lambda text: None) == said
     tested[0]["loss"] = None
