@@ -14,29 +14,18 @@ from typing import Annotated, Any, Union
 import tyro
 
 from experiments.allocator import keep_memory
-from experiments.commands import (
-    bench,
-    bench_compare,
-    bench_decode,
-    compress,
-    convert,
-    coordcheck,
-    data,
-    evaluate,
-    generate,
-    model,
-    scaling,
-    scaling_plan,
-    scaling_predict,
-    scaling_report,
-    scaling_run,
-    study,
-    sweep,
-    sweep_plan,
-    sweep_replay,
-    sweep_report,
-    train,
-)
+from experiments.commands import data, evaluate, generate, study, train
+from experiments.commands.bench import compare, decode
+from experiments.commands.bench import train as bench_train
+from experiments.commands.models import compress, convert, coordcheck, show
+from experiments.commands.scaling import fit, predict
+from experiments.commands.scaling import plan as scaling_plan
+from experiments.commands.scaling import report as scaling_report
+from experiments.commands.scaling import run as scaling_run
+from experiments.commands.sweep import plan as sweep_plan
+from experiments.commands.sweep import replay
+from experiments.commands.sweep import report as sweep_report
+from experiments.commands.sweep import run as sweep_run
 from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
@@ -52,12 +41,12 @@ COMMANDS: Tree = {
         "Train many settings side by side.",
         {
             "plan": sweep_plan.plan,
-            "run": sweep.run,
-            "resume": sweep.resume,
-            "status": sweep.status,
-            "worker": sweep.worker,
+            "run": sweep_run.run,
+            "resume": sweep_run.resume,
+            "status": sweep_run.status,
+            "worker": sweep_run.worker,
             "report": sweep_report.report,
-            "replay": sweep_replay.replay,
+            "replay": replay.replay,
         },
     ),
     "scaling": (
@@ -65,20 +54,20 @@ COMMANDS: Tree = {
         {
             "plan": scaling_plan.plan,
             "run": scaling_run.run,
-            "fit": scaling.fit,
-            "predict": scaling_predict.predict,
+            "fit": fit.fit,
+            "predict": predict.predict,
             "report": scaling_report.report,
         },
     ),
     "bench": (
         "Measure this machine on a model.",
-        {"decode": bench_decode.decode, "train": bench.train, "compare": bench_compare.compare},
+        {"decode": decode.decode, "train": bench_train.train, "compare": compare.compare},
     ),
     "model": (
         "Look at architectures, convert weights, check how they scale.",
         {
-            "list": model.list_presets,
-            "show": model.show,
+            "list": show.list_presets,
+            "show": show.show,
             "convert": convert.convert,
             "compress": compress.compress,
             "coordcheck": coordcheck.coordcheck,

@@ -43,7 +43,7 @@ def commands(folder: Path, document: dict[str, Any]) -> list[Command]:
 
 
 def _design(settings: dict[str, Any], plan: dict[str, Any], winner: dict[str, Any]) -> str:
-    """The definition of a study of the same budgets and recipe (`experiments/scaling/design.py`)."""
+    """The definition of a study of the same budgets and recipe (`experiments/scaling/study/design.py`)."""
     return f"""base = "study-32"
 budgets = {json.dumps(plan["budgets"])}
 held_out = 0

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report.style import BLUE, INK, MUTED, ORANGE, PALETTE, log_axis, new_figure, sequence, styled
-from experiments.scaling.isoflop import IsoflopFit
-from experiments.scaling.parametric import ParametricFit
+from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.plots import FLOPS, PARAMS, TOKENS
+from experiments.scaling.valleys.isoflop import IsoflopFit
 
 WIDTH = 8.5
 

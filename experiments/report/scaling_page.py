@@ -12,7 +12,7 @@ from experiments.report.page import inline, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import Analysis
-from experiments.scaling.isoflop import IsoflopFit
+from experiments.scaling.valleys.isoflop import IsoflopFit
 from train.files import write_atomically
 
 NAMES = {
@@ -122,7 +122,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _formulas(analysis: Analysis) -> dict[str, str]:
-    from experiments.scaling.forms import get
+    from experiments.scaling.forms.registry import get
 
     return {score.form: get(score.form).formula for score in analysis.choice.scores} if analysis.choice else {}
 

@@ -14,7 +14,7 @@ from experiments.report.page import inline, known, render
 from experiments.scaling import plots
 from experiments.scaling.fit import Fits, fit_both
 from experiments.scaling.ladder import ladder_table
-from experiments.scaling.parametric import LARGEST_EXPONENT
+from experiments.scaling.law.parametric import LARGEST_EXPONENT
 from train.files import write_atomically
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.choose import SIMPLE_FORMS, Choice, choose
-from experiments.scaling.conventions import Counts, conventions
-from experiments.scaling.curves import Curve
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric_warnings
-from experiments.scaling.isoflop import IsoflopFit
-from experiments.scaling.parametric import ParametricFit
-from experiments.scaling.table import Table
-from experiments.scaling.valley import group_budgets
+from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
+from experiments.scaling.law.parametric import ParametricFit
+from experiments.scaling.rows.conventions import Counts, conventions
+from experiments.scaling.rows.curves import Curve
+from experiments.scaling.rows.table import Table
+from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often

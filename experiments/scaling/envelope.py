@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.curves import SMOOTHING, Curve
-from experiments.scaling.intervals import LEVELS, Intervals, intervals_of
+from experiments.scaling.law.intervals import LEVELS, Intervals, intervals_of
+from experiments.scaling.rows.curves import SMOOTHING, Curve
 from model.errors import InputError
 
 MINIMUM_SIZES = 3  # two sizes cross once: a point, not a law

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.intervals import LEVELS, Intervals
-from experiments.scaling.isoflop import IsoflopFit, Method, fit_isoflop
-from experiments.scaling.outliers import screen_residuals
-from experiments.scaling.parametric import NAMES, ParametricFit, check_settings, fit_parametric
-from experiments.scaling.table import Table
+from experiments.scaling.law.intervals import LEVELS, Intervals
+from experiments.scaling.law.outliers import screen_residuals
+from experiments.scaling.law.parametric import NAMES, ParametricFit, check_settings, fit_parametric
+from experiments.scaling.rows.table import Table
+from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
 from model.errors import InputError
 
 SCHEMA_VERSION = 1

@@ -11,8 +11,8 @@ beside them: outliers of a few per cent, losses too low, a budget that is wrong 
 Clean tables must come back to 1e-4 relative. Off centre the parabola cannot: a law's valley has a third derivative at
 its minimum, (β − α) times the second, so that the vertex of a parabola through a window off the minimum moves towards
 the gentler wall, however many runs there are and however small their noise; where windows drift with the budget, so
-does the bias, and the exponent with it (`skew.py`, `spline.py`). One skew for all budgets removes the cubic term but
-not the next. The spline assumes no shape and must meet the limit there too.
+does the bias, and the exponent with it (`valleys/skew.py`, `valleys/spline.py`). One skew for all budgets removes the
+cubic term but not the next. The spline assumes no shape and must meet the limit there too.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.fit import fit_parametric_screened, isoflop_warnings, parametric_warnings
-from experiments.scaling.isoflop import fit_isoflop
 from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
+from experiments.scaling.valleys.isoflop import fit_isoflop
 from model.errors import InputError
 
 SCHEMA_VERSION = 1

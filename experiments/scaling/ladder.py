@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.scaling.plan import Recipe, Rung
-from experiments.scaling.table import Table, clean
+from experiments.scaling.rows.table import Table, clean
 from train import HParams, Result, Shell, TrainConfig, population
 from train.files import write_atomically
 from train.progress import progress_bar

@@ -22,8 +22,8 @@ from experiments.report.style import (
     sequence,
     styled,
 )
-from experiments.scaling.isoflop import IsoflopFit, Valley
-from experiments.scaling.parametric import ParametricFit
+from experiments.scaling.law.parametric import ParametricFit
+from experiments.scaling.valleys.isoflop import IsoflopFit, Valley
 
 LOSS = "validation loss (nats per token)"
 PARAMS = "parameters N"

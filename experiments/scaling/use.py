@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.intervals import percentile_interval
-from experiments.scaling.isoflop import IsoflopFit
-from experiments.scaling.parametric import ParametricFit, law, optimum
+from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.law.parametric import ParametricFit, law, optimum
+from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
 
 FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from experiments.commands.bench import train
+from experiments.commands.bench.train import train
 from experiments.peers.train_bench import bench_against_torch, measure_rounds, summarize
 from experiments.peers.twin import check_has_twin
 from model import Experts, RopeScaling, presets

@@ -6,7 +6,7 @@ import pytest
 from experiments.scaling import fit_isoflop, known_laws
 from experiments.scaling.fit import fit_both
 from experiments.scaling.known_laws import CASES, TRUTH, clean_errors, estimate, simulate, study, summarise, trial
-from experiments.scaling.table import clean
+from experiments.scaling.rows.table import clean
 from model.errors import InputError
 
 BY_NAME = {case.name: case for case in CASES}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.commands.model_mesh import holdings
+from experiments.commands.models.holdings import holdings
 from model import accounting, presets
 from model.sharding import AXES
 

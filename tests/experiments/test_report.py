@@ -14,9 +14,9 @@ from experiments.report import study_page
 from experiments.report.commands import commands
 from experiments.report.figures import read_curve
 from experiments.report.page import number
-from experiments.scaling.design import Design
 from experiments.scaling.fit import fit_both
 from experiments.scaling.ladder import ladder_table
+from experiments.scaling.study.design import Design
 from experiments.sweep.reading.summary import summarize
 
 FITS = {}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.scaling.conventions import Counts, conventions, count, counts_of, read_counts
+from experiments.scaling.rows.conventions import Counts, conventions, count, counts_of, read_counts
 from model import accounting, presets
 from model.errors import InputError
 

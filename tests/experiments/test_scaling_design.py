@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from experiments.commands.scaling_plan import plan, show_plan
-from experiments.scaling import cost
-from experiments.scaling.conventions import FLOPS, PARAMS, count
-from experiments.scaling.design import Design, Law
-from experiments.scaling.family import Family
-from experiments.scaling.rungs import expected_optimum, plan_rungs, shapes
+from experiments.commands.scaling.plan import plan, show_plan
+from experiments.scaling.rows.conventions import FLOPS, PARAMS, count
+from experiments.scaling.study import cost
+from experiments.scaling.study.design import Design, Law
+from experiments.scaling.study.family import Family
+from experiments.scaling.study.rungs import expected_optimum, plan_rungs, shapes
 from model import accounting
 from model.errors import InputError
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.scaling.curves import Curve, curves_of_runs, curves_of_table
 from experiments.scaling.envelope import fit_envelope
+from experiments.scaling.rows.curves import Curve, curves_of_runs, curves_of_table
 from model.errors import InputError
 
 A = 0.28 / 0.62

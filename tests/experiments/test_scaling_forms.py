@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.scaling import fit_parametric
-from experiments.scaling.choose import choose
-from experiments.scaling.form_fit import Problem, fit_form
-from experiments.scaling.forms import get, names
-from experiments.scaling.terms import evaluate
+from experiments.scaling.forms.choose import choose
+from experiments.scaling.forms.fit import Problem, fit_form
+from experiments.scaling.forms.registry import get, names
+from experiments.scaling.forms.terms import evaluate
 from model.errors import InputError, UnknownNameError
 
 HOFFMANN = {"E": 1.82, "A": 482.0, "B": 2085.0, "alpha": 0.348, "beta": 0.366}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling import fit_isoflop
-from experiments.scaling.isoflop import group_budgets
+from experiments.scaling.valleys.isoflop import group_budgets
 from model.errors import InputError
 
 BUDGETS = np.geomspace(1e15, 1e18, 4)

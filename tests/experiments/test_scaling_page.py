@@ -10,8 +10,8 @@ import pytest
 from experiments.report.scaling_page import write_scaling_page
 from experiments.scaling.analysis import analyse
 from experiments.scaling.known_laws import CASES, TRUTH, simulate
-from experiments.scaling.table import clean
-from experiments.scaling.tables import write_tables
+from experiments.scaling.rows.table import clean
+from experiments.scaling.rows.tables import write_tables
 
 SECTIONS = ("exponents", "valleys", "optimal", "contours", "residuals", "draws", "forms", "held-out", "conventions")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tyro
 
-from experiments.commands.scaling_options import TableOptions
-from experiments.commands.scaling_predict import predict
+from experiments.commands.scaling.options import TableOptions
+from experiments.commands.scaling.predict import predict
 from experiments.scaling import fit_parametric
 from experiments.scaling.serving import ServingCost, serving_optimum, training_rate
 from experiments.scaling.use import compute_for_loss, optimal, planned_loss

@@ -7,8 +7,8 @@ import pytest
 from scipy.optimize import minimize
 
 from experiments.scaling import fit_parametric
-from experiments.scaling.form_fit import fit_form
-from experiments.scaling.table import read_table
+from experiments.scaling.forms.fit import fit_form
+from experiments.scaling.rows.table import read_table
 
 TABLE = Path(__file__).parents[1] / "fixtures" / "scaling" / "muennighoff2023_c4.csv"
 FIXED = {"E": np.exp(0.6254804), "A": np.exp(6.255414), "B": np.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.scaling.rates import fit_rate
+from experiments.scaling.forms.rates import fit_rate
 from model.errors import InputError
 
 SIZES = np.geomspace(1e6, 1e9, 7)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.scaling import run as study
-from experiments.scaling.design import Design
-from experiments.scaling.held_out import compare, predict
-from experiments.scaling.run import read_study, run_study, rungs_of, sweep_of
-from experiments.scaling.tables import write_csv
+from experiments.scaling.rows.tables import write_csv
+from experiments.scaling.study import run as study
+from experiments.scaling.study.design import Design
+from experiments.scaling.study.held_out import compare, predict
+from experiments.scaling.study.run import read_study, run_study, rungs_of, sweep_of
 from experiments.sweep.trials import plan_trials
 from model.errors import InputError
 from train.lanes import compiled_programs

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling.fit import fit_table
-from experiments.scaling.table import clean, read_table
+from experiments.scaling.rows.table import clean, read_table
 from model.errors import InputError
 
 ROWS = [(1e5, 2e6, 3.5), (2e5, 4e6, 3.25), (4e5, 8e6, 3.0)]
@@ -88,7 +88,7 @@ def test_counts_may_have_suffixes_and_no_commas(tmp_path):
 
 def test_unique_tokens_and_active_params_reach_their_forms(tmp_path):
     """From a file to the law of repeated data and to the law of experts."""
-    from experiments.scaling.form_fit import fit_form
+    from experiments.scaling.forms.fit import fit_form
 
     rng = np.random.default_rng(0)
     U = np.exp(rng.uniform(np.log(1e7), np.log(1e9), 60))
@@ -215,7 +215,7 @@ def test_a_refused_estimator_is_null_with_its_reason():
 
 
 def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
-    from experiments.commands.scaling import fit
+    from experiments.commands.scaling.fit import fit
 
     table = law_table()
     path = write(tmp_path / "runs.csv", csv_text(zip(table.params, table.tokens, table.loss, strict=True)))

@@ -1,0 +1,151 @@
+"""`isoflop model`: the architectures and their books."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from experiments.commands.models import holdings, tables
+from experiments.commands.options import JsonFile, Overrides
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from model import ModelConfig
+
+
+def list_presets(*, json: JsonFile = None) -> None:
+    """All presets in a table: first our own, then released models.
+
+    Example: isoflop model list
+
+    Args:
+        json: Also write the table to this file, with exact numbers and the published counts.
+    """
+    from experiments.commands.options import console, write_document
+    from model import presets
+
+    rows = [_summary(name) for name in presets.names()]
+    write_document(json, {"presets": rows})
+    out = console()
+    out.print(tables.preset_table(rows))
+    out.print(tables.PRESET_NOTE, highlight=False, style="dim")
+
+
+def _summary(name: str) -> dict[str, Any]:
+    from model import accounting, presets
+
+    preset = presets.lookup(name)
+    config, counts = preset.config, accounting.parameters(preset.config)
+    return {
+        "name": name,
+        "layers": config.num_layers,
+        "encoder_layers": config.num_encoder_layers if config.stack == "encoder-decoder" else 0,
+        "d_model": config.d_model,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "context": config.max_seq_len,
+        "vocabulary": config.vocab_size,
+        "parameters": counts.total,
+        "active": counts.active,
+        "cache_bytes_per_token": accounting.kv_cache_bytes(config, 1, 1, "bfloat16"),
+        "cache_bytes_of_context": accounting.kv_cache_bytes(config, 1, config.max_seq_len, "bfloat16"),
+        "released_parameters": preset.released_parameters,
+        "source": preset.source,
+    }
+
+
+def show(
+    preset: tyro.conf.Positional[str],
+    *,
+    set: Overrides = (),
+    seq_len: int | None = None,
+    batch: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    mesh: str | None = None,
+    json: JsonFile = None,
+) -> None:
+    """Parameters by group, FLOPs per token and memory of one architecture; no array is made.
+
+    Example: isoflop model show llama3-8b --set num_layers=24 --seq-len 4096 --batch 8
+
+    Args:
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        set: Fields to change, such as num_layers=4.
+        seq_len: Length of the rows that FLOPs and memory are counted for; the context by default.
+        batch: Rows that the cache is counted for.
+        dtype: Precision of weights and cache in serving.
+        mesh: Also show what each device of such a mesh holds in training, e.g. data=2,fsdp=4; it need not exist.
+        json: Also write the numbers to this file.
+    """
+    from experiments.commands.options import console, read_config, write_document
+    from model.sharding import parse_mesh
+
+    config = read_config(preset, set)
+    seq_len = config.max_seq_len if seq_len is None else seq_len
+    if batch < 1 or seq_len < 1:
+        raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
+    if seq_len > config.max_seq_len:
+        raise InputError(
+            f"--seq-len {seq_len} exceeds the context; give at most {config.max_seq_len}, "
+            f"or --set max_seq_len={seq_len} too"
+        )
+    held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
+    document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config), "mesh": held}
+    write_document(json, document)
+    out = console()
+    out.print(f"{preset}: {tables.describe(config)}", highlight=False, markup=False, style="bold")
+    out.print(tables.fields(config), highlight=False, markup=False, style="dim")
+    out.print()
+    out.print(tables.parameter_table(document))
+    if document["published"] is not None:
+        out.print(f"Published: {document['published']['source']}.", highlight=False, style="dim")
+    out.print()
+    out.print(tables.flops_table(document))
+    for note in tables.flops_notes(config):
+        out.print(note, highlight=False, style="dim")
+    out.print()
+    out.print(tables.memory_table(document))
+    if held is not None:
+        out.print()
+        out.print(holdings.mesh_table(held))
+        out.print(holdings.MESH_NOTE, highlight=False, style="dim")
+
+
+def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[str, Any]:
+    from model import accounting
+
+    counts = accounting.parameters(config)
+    flops: dict[str, float] = {
+        f"{mode} FLOPs per token ({convention})": accounting.flops_per_token(config, seq_len, convention, training)
+        for mode, training in (("training", True), ("forward", False))
+        for convention in ("6N", "exact")
+    }
+    return {
+        "config": config.to_dict(),
+        "parameters": {
+            "total": counts.total,
+            "embedding": counts.embedding,
+            "non_embedding": counts.non_embedding,
+            "active": counts.active,
+            "by_group": counts.by_group,
+        },
+        "seq_len": seq_len,
+        "batch": batch,
+        "dtype": dtype,
+        "flops_per_token": flops,
+        "forward_flops_exact_by_product": accounting.forward_flops_by_product(config, seq_len),
+        "kv_cache_bytes": accounting.kv_cache_bytes(config, batch, seq_len, dtype),
+        "training_bytes": accounting.training_bytes(config),
+        "serving_bytes": accounting.serving_bytes(config, batch, seq_len, dtype),
+    }
+
+
+def _published(name: str, config: "ModelConfig") -> dict[str, Any] | None:
+    """The count of the released model, where `config` still is its architecture; of our own presets nothing."""
+    from model import presets
+
+    if name not in presets.names() or presets.get(name) != config:
+        return None
+    preset = presets.lookup(name)
+    if preset.released_parameters is None:
+        return {"parameters": None, "source": "nowhere: an architecture of our own, not a released model"}
+    return {"parameters": preset.released_parameters, "source": preset.source}

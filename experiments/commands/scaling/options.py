@@ -1,0 +1,64 @@
+"""What the commands that read a table of runs take alike: which column is which.
+
+`isoflop scaling fit` has these flags bare (`--params COL`); `predict`, whose --params and --tokens are a planned run's,
+under a prefix (`--columns.params COL`).
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.scaling.rows.table import Table
+
+Column = Annotated[str, tyro.conf.arg(metavar="COLUMN")]
+OptionalColumn = Annotated[str | None, tyro.conf.arg(metavar="COLUMN")]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptions:
+    """Which column of the table is which; those left alone are found by their usual names."""
+
+    params: Column = "params"
+    """Model sizes N, in parameters."""
+    tokens: Column = "tokens"
+    """Training tokens D."""
+    loss: Column = "loss"
+    """Final validation losses, in nats per token."""
+    flops: OptionalColumn = None
+    """Training FLOPs that group runs into budgets (default: 6·N·D, grouped within 5 %)."""
+    unique_tokens: OptionalColumn = None
+    """Tokens before the first repeat, for the laws of repeated data."""
+    active_params: OptionalColumn = None
+    """Parameters that one token uses, for the law of experts; params then counts all of them."""
+    keep_repeated: bool = False
+    """Keep rows whose column `repeated` is true (data seen more than once)."""
+
+    def read(self, path: Path, *, keep_held_out: bool = False) -> "Table":
+        """The table, or a study folder's runs.csv. A column found by another name than the default is told of."""
+        from experiments.scaling.rows.table import read_table
+
+        if path.is_dir():
+            if not (path / "runs.csv").is_file():
+                raise InputError(f"{path} is a folder without runs.csv: name a table, or a folder of `scaling run`")
+            path = path / "runs.csv"
+        names = dataclasses.asdict(self)
+        table = read_table(path, **names, keep_held_out=keep_held_out)
+        stand_ins = [(role, column) for role, column in table.columns.items() if column != names[role]]
+        if stand_ins:
+            found = ", ".join(f"{column!r} for {role}" for role, column in stand_ins)
+            print(f"{path}: taking the column {found}", file=sys.stderr)
+        return table
+
+
+BY_NAME = TableOptions()
+"""Every column by its usual name: the default of a command."""
+Columns = Annotated[TableOptions, tyro.conf.arg(name="")]
+"""The flags bare: --params COLUMN."""
+PrefixedColumns = Annotated[TableOptions, tyro.conf.arg(name="columns")]
+"""The flags as --columns.params COLUMN."""

@@ -1,0 +1,201 @@
+"""`isoflop scaling predict`: what the laws of a table say of runs that were not made."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from experiments.commands.options import JsonFile
+from experiments.commands.scaling.options import BY_NAME, PrefixedColumns
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.scaling.fit import Fits
+    from experiments.scaling.rows.table import Table
+    from experiments.scaling.serving import ServingCost
+
+Flops = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOPS")]
+Losses = Annotated[tuple[float, ...], tyro.conf.arg(metavar="NATS")]
+Files = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")]
+OptionalFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+
+
+def predict(
+    table: tyro.conf.Positional[Path],
+    *,
+    flops: Flops = (),
+    target_loss: Losses = (),
+    params: float | None = None,
+    tokens: float | None = None,
+    serve_tokens: float | None = None,
+    decode: Files = (),
+    batch: int | None = None,
+    train: OptionalFile = None,
+    train_rate: float | None = None,
+    level: float = 95,
+    delta: float = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    all_runs: bool = False,
+    columns: PrefixedColumns = BY_NAME,
+    json: JsonFile = None,
+) -> None:
+    """From a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
+
+    Every answer has its interval and says how far it lies from the runs. With --serve-tokens also the model that costs
+    least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+
+    Example: isoflop scaling predict runs.csv --flops 1e21 1e22 --target-loss 2.1
+    Example: isoflop scaling predict study --params 1e9 --tokens 2e10
+    Example: isoflop scaling predict runs.csv --flops 1e21 --serve-tokens 1e12 --decode 1b.json 8b.json --train t.json
+
+    Args:
+        table: Runs, one a row (.csv, .tsv, .jsonl or .parquet), or the folder of a study.
+        flops: Budgets C = 6·N·D (IsoFLOP: as --columns.flops counts): optimal N, D and loss by each estimator.
+        target_loss: Losses in nats per token: the least compute that reaches each.
+        params: N of a planned run; give tokens too.
+        tokens: D of a planned run.
+        serve_tokens: Tokens that the model is to generate in its life, with --flops or --target-loss.
+        decode: What a served token costs: files of `isoflop bench decode --json`, one per model size. By default 2·N.
+        batch: The batch of those cells that counts (default: the largest).
+        train: What training costs: a file of `isoflop bench train --json`.
+        train_rate: Instead: training's FLOPs (6·N·D) a second.
+        level: Of the intervals, in per cent.
+        delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
+        bootstraps: Draws behind the intervals.
+        seed: Of the bootstrap.
+        all_runs: Also fit the runs whose column `held_out` is true.
+        columns: Which column of the table is which.
+        json: Also write every number to this file.
+    """
+    from experiments.commands.options import console, write_document
+    from experiments.commands.scaling.answers import show
+
+    _check(flops, target_loss, params, tokens, serve_tokens, level)
+    cost = _cost(serve_tokens, decode, batch, train, train_rate)
+    runs = columns.read(table, keep_held_out=all_runs)
+    fits = _fit(table, runs, bool(flops), delta, bootstraps, seed)
+    document = _answers(fits, flops, target_loss, params, tokens, serve_tokens, cost, level)
+    document |= {"rows": len(runs), "level": level, "refused": fits.refused, "dropped": runs.dropped}
+    document["parametric_outliers"] = fits.parametric_outliers
+    write_document(json, document)
+    show(console(), document, fits, cost)
+
+
+def _check(
+    flops: tuple[float, ...],
+    target_loss: tuple[float, ...],
+    params: float | None,
+    tokens: float | None,
+    serve_tokens: float | None,
+    level: float,
+) -> None:
+    from experiments.scaling.use import require_positive
+
+    if not flops and not target_loss and params is None and tokens is None:
+        raise InputError("nothing is asked: give --flops, --target-loss, or --params with --tokens")
+    if (params is None) != (tokens is None):
+        raise InputError("a planned run takes both --params and --tokens")
+    for name, values in (
+        ("--flops", flops),
+        ("--target-loss", target_loss),
+        ("--params", (params,)),
+        ("--tokens", (tokens,)),
+    ):
+        for value in values:
+            if value is not None:
+                require_positive(name, value)
+    if serve_tokens is not None:
+        if not flops and not target_loss:
+            raise InputError("--serve-tokens asks for a model at a loss: add --flops or --target-loss")
+        if not 0 <= serve_tokens < float("inf"):
+            raise InputError(f"--serve-tokens={serve_tokens} must be a number that is not negative")
+    if not 0 < level < 100:
+        raise InputError(f"--level={level:g} must lie between 0 and 100 per cent")
+
+
+def _cost(
+    serve_tokens: float | None,
+    decode: tuple[Path, ...],
+    batch: int | None,
+    train: Path | None,
+    train_rate: float | None,
+) -> "ServingCost | None":
+    """What serving costs; None where nothing is served."""
+    from experiments.scaling.serving import ServingCost, training_rate
+    from experiments.scaling.use import require_positive
+
+    if serve_tokens is None:
+        if decode or train is not None or train_rate is not None or batch is not None:
+            raise InputError("--decode, --batch, --train and --train-rate price a served model: add --serve-tokens")
+        return None
+    if train is not None and train_rate is not None:
+        raise InputError("give either --train or --train-rate, not both")
+    rate = training_rate(train) if train is not None else train_rate
+    if not decode:
+        if rate is not None or batch is not None:
+            raise InputError(
+                "--train, --train-rate and --batch go with --decode: seconds of training need seconds of serving"
+            )
+        return ServingCost()
+    if rate is None:
+        raise InputError("--decode gives seconds of serving: add --train or --train-rate for those of training")
+    require_positive("--train-rate", rate)
+    return ServingCost.measured(decode, rate, batch=batch)
+
+
+def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int) -> "Fits":
+    """Every estimator where a budget is asked for, else the one that speaks of losses."""
+    from experiments.scaling.fit import Fits, fit_both, fit_parametric_screened
+    from train.progress import progress_bar
+
+    settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
+    with progress_bar("bootstrap", bootstraps) as advance:
+        if budgets:
+            fits = fit_both(runs, **settings, advance=advance)
+        else:
+            try:
+                law, outliers = fit_parametric_screened(runs.params, runs.tokens, runs.loss, **settings)
+            except InputError as error:
+                raise InputError(f"{path} carries no law: {error}") from error
+            law.bootstrap(advance)
+            fits = Fits(runs, law, None, {}, outliers)
+    if fits.parametric is None and fits.isoflop is None:
+        raise InputError(f"{path} carries no law: {fits.refused['parametric']}")
+    return fits
+
+
+def _answers(
+    fits: "Fits",
+    flops: tuple[float, ...],
+    target_loss: tuple[float, ...],
+    params: float | None,
+    tokens: float | None,
+    serve_tokens: float | None,
+    cost: "ServingCost | None",
+    level: float,
+) -> dict[str, Any]:
+    """Every question's answer, by kind."""
+    from experiments.scaling.serving import serving_optimum
+    from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+
+    law = fits.parametric
+    if law is None and (target_loss or params is not None or cost is not None):
+        raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
+    estimators = {"parametric": law, "isoflop": fits.isoflop} | {
+        f"isoflop.{name}": fit for name, fit in fits.valleys.items()
+    }
+    known = {name: fit for name, fit in estimators.items() if fit is not None}
+    found: dict[str, Any] = {"optimal": [optimal(known, budget, level) for budget in flops]}
+    found |= {"compute_for_loss": [], "planned": [], "serving": []}
+    if law is None:
+        return found
+    found["compute_for_loss"] = [compute_for_loss(law, target, level) for target in target_loss]
+    if params is not None and tokens is not None:
+        found["planned"] = [planned_loss(law, params, tokens, level)]
+    if cost is not None and serve_tokens is not None:
+        goals = [{"training_flops": budget} for budget in flops] + [{"target": target} for target in target_loss]
+        found["serving"] = [
+            goal | serving_optimum(law, served_tokens=serve_tokens, cost=cost, level=level, **goal) for goal in goals
+        ]
+    return found

@@ -1,0 +1,90 @@
+"""`isoflop scaling report`: the laws of a study that `isoflop scaling run` has made, as a page."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from experiments.commands.options import JsonFile
+
+if TYPE_CHECKING:
+    from experiments.scaling.rows.conventions import Counts
+    from experiments.scaling.rows.curves import Curve
+    from experiments.scaling.rows.table import Table
+
+Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+
+
+def report(folder: Study, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0, json: JsonFile = None) -> None:
+    """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
+
+    Example: isoflop scaling report studies/sotu
+
+    Args:
+        folder: A study's folder, or one with a runs.csv of the same columns.
+        delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
+        bootstraps: Resamples behind the intervals.
+        seed: Of the resamples.
+        json: Also write the document to this file.
+    """
+    from experiments.commands.options import write_document
+
+    write_document(json, write_report(folder, delta=delta, bootstraps=bootstraps, seed=seed))
+
+
+def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Write report.html, scaling.json and tables/ of a study's folder, say what came out; returns the document.
+
+    Raises InputError where there are no runs, or none of the estimators answers.
+    """
+    from experiments.commands.options import console, read_json
+    from experiments.commands.scaling.fit import show
+    from experiments.commands.scaling.options import TableOptions
+    from experiments.report.scaling_page import write_scaling_page
+    from experiments.scaling.analysis import analyse
+    from experiments.scaling.rows.tables import write_tables
+    from train.files import write_json
+    from train.progress import progress_bar
+
+    table = TableOptions().read(folder)
+    held_out = folder / "held_out.json"
+    with progress_bar("bootstrap", bootstraps) as advance:
+        analysis = analyse(
+            table,
+            counts=counts_beside(folder / "runs.csv", table),
+            curves=_curves(folder),
+            held_out=read_json(held_out) if held_out.exists() else None,
+            delta=delta,
+            bootstraps=bootstraps,
+            seed=seed,
+            advance=advance,
+        )
+    document = analysis.document()
+    write_json(folder / "scaling.json", document)
+    write_tables(folder / "tables", analysis)
+    write_scaling_page(
+        folder / "report.html", analysis, folder.resolve().name, "scaling.json and tables/ beside this page"
+    )
+    show(console(), analysis)
+    console().print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return document
+
+
+def counts_beside(path: Path, table: "Table") -> "Counts | None":
+    """The conventions that a file has beside the N and C of its table, for the same rows; None where it has none."""
+    from experiments.scaling.rows.conventions import FLOPS, PARAMS, read_counts
+    from experiments.scaling.rows.table import read_header
+
+    present = read_header(path)
+    if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
+        return None
+    return read_counts(path, tokens=table.columns["tokens"], loss=table.columns["loss"], rows=set(table.rows))
+
+
+def _curves(folder: Path) -> "list[Curve]":
+    from experiments.scaling.rows.curves import curves_of_table
+    from experiments.scaling.study.run import read_study
+
+    path, design = folder / "curves.csv", read_study(folder)
+    schedule = "unknown" if design is None else design.run_schedule
+    return curves_of_table(path, schedule=schedule) if path.exists() else []

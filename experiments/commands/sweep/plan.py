@@ -1,0 +1,84 @@
+"""`isoflop sweep plan`: what a sweep would run, and what it costs and needs, before anything runs."""
+
+from typing import Any
+
+from experiments.commands.options import JsonFile
+from experiments.commands.sweep.options import Options
+
+
+def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None:
+    """What a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
+
+    Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written.
+
+    Example: isoflop sweep plan study-24 --data data/sotu --out sweeps/lr --steps 200
+    --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
+
+    Args:
+        probe: Time the training step of the smallest and the largest shape; without it no hours are said.
+        json: Also write the plan to this file.
+    """
+    from experiments.commands.options import write_document
+    from experiments.sweep.checks import check_sweep
+    from experiments.sweep.plan import plan_sweep
+
+    sweep = options.define()
+    check_sweep(sweep)
+    document = plan_sweep(sweep, probe)
+    write_document(json, document)
+    show_plan(document)
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """The cohorts as a table, and all of it in one line."""
+    from rich.table import Table
+
+    from experiments.commands.options import bytes_in_words, console, hours_in_words
+
+    out = console()
+    table = Table(title=_shapes(document), title_justify="left")
+    table.add_column("shape", overflow="fold")
+    names = ("trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)", "checkpoints")
+    for name in (*names, "memory", "time"):
+        table.add_column(name, justify="right")
+    for row in document["cohorts"]:
+        low, high = row["steps"]
+        table.add_row(
+            row["label"] or "all",
+            str(row["trials"]),
+            str(row["lanes"]),
+            str(row["compiles"]),
+            f"{row['params']:,}",
+            f"{low:,}" if low == high else f"{low:,} … {high:,}",
+            f"{row['tokens']:.3g}",
+            f"{row['flops_6nd']:.3g}",
+            f"{row['flops_exact']:.3g}",
+            bytes_in_words(row["checkpoint_bytes"]),
+            bytes_in_words(row["memory_bytes"]),
+            hours_in_words(row["hours"]),
+        )
+    out.print(table)
+    out.print(summary(document), highlight=False, soft_wrap=True)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The plan in one line."""
+    from experiments.commands.options import bytes_in_words, hours_in_words
+
+    total, expected = document["total"], document["expected"]
+    about = "about " if document["estimated"] else ""
+    parts = [
+        f"{about}{total['trials']} trials in {_shapes(document)}",
+        f"{document['done']} of them done" if document["done"] else "",
+        f"at most {total['compiles']} compiles",
+        f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND)",
+        f"of which {document['policy']} is expected to spend {expected['share']:.0%}" if expected["share"] < 1 else "",
+        f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
+        f"{hours_in_words(total['hours'])} with one worker here" if total["hours"] is not None else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _shapes(document: dict[str, Any]) -> str:
+    count = len(document["cohorts"])
+    return f"{count} static shape{'s' if count > 1 else ''}"

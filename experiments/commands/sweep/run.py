@@ -1,0 +1,246 @@
+"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, side by side in as few programs as there are
+shapes."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from experiments.commands.options import JsonFile
+from experiments.commands.sweep.options import Options
+
+if TYPE_CHECKING:
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
+
+Launcher = Literal["local", "slurm"]
+_SHOWN = 12
+
+
+def run(
+    options: Options,
+    *,
+    workers: int = 0,
+    launcher: Launcher = "local",
+    slurm_set: tuple[str, ...] = (),
+    heartbeat: int = 15,
+    grace: int = 90,
+    dry_run: bool = False,
+    json: JsonFile = None,
+) -> None:
+    """Train every trial of a sweep as a lane of one program per static shape; the same command again goes on.
+
+    Example: isoflop sweep run study-24 --data data/sotu --out sweeps/lr --steps 200
+    --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
+
+    Args:
+        workers: So many worker processes instead of this one.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
+            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
+            disks.
+        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
+        heartbeat: Seconds between a worker's signs of life.
+        grace: Without one for so many seconds, its trials are given to others.
+        dry_run: Say what would run, what it costs and needs, and stop.
+        json: Also write the summary to this file.
+    """
+    from experiments.sweep.checks import check_sweep
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.worker import plan
+
+    if dry_run:
+        from experiments.commands.sweep.plan import plan as show_plan
+
+        show_plan(options, json=json)
+        return
+    sweep = options.define()
+    check_sweep(sweep)
+    if sweep.storage is None:
+        sweep.write()
+        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+    else:
+        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+        sweep.write()
+    plan(sweep, ledger)
+    _work(sweep, ledger, workers, launcher, slurm_set, json)
+
+
+def resume(
+    folder: tyro.conf.Positional[Path],
+    *,
+    retry_failed: bool = False,
+    workers: int = 0,
+    launcher: Launcher = "local",
+    slurm_set: tuple[str, ...] = (),
+    heartbeat: int = 15,
+    grace: int = 90,
+    json: JsonFile = None,
+) -> None:
+    """Go on with a sweep as it was defined.
+
+    Example: isoflop sweep resume sweeps/lr --retry-failed
+
+    Args:
+        folder: The folder of the sweep.
+        retry_failed: Try again what an exception ended.
+        workers: So many worker processes instead of this one.
+        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
+            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
+            disks.
+        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
+        heartbeat: Seconds between a worker's signs of life.
+        grace: Without one for so many seconds, its trials are given to others.
+        json: Also write the summary to this file.
+    """
+    from experiments.sweep.checks import check_data
+    from experiments.sweep.worker import plan
+
+    sweep, ledger = _open(folder, heartbeat, grace)
+    check_data(sweep)
+    plan(sweep, ledger)
+    if retry_failed:
+        print(f"{ledger.retry()} failed trials are planned again", file=sys.stderr)
+    _work(sweep, ledger, workers, launcher, slurm_set, json)
+
+
+def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
+    """How a sweep stands: its cohorts, the best so far with its noise, what is left.
+
+    Example: isoflop sweep status sweeps/lr --watch
+
+    Args:
+        folder: The folder of the sweep.
+        watch: Keep showing it, until the sweep is done.
+        json: Also write it to this file.
+    """
+    from experiments.commands.options import console, write_document
+    from experiments.sweep import live
+
+    sweep, ledger = _open(folder)
+    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+    if watch:
+        live.watch(look)
+    document = look()
+    write_document(json, document)
+    console().print(live.table(document))
+
+
+def worker(folder: tyro.conf.Positional[Path], *, heartbeat: int = 15, grace: int = 90) -> None:
+    """One worker of a sweep, which is what --workers and --launcher start; any number may run, on any machine.
+
+    Example: isoflop sweep worker sweeps/lr
+
+    Args:
+        folder: The folder of the sweep, as this machine sees it.
+        heartbeat: Seconds between its signs of life.
+        grace: Another worker without one for so many seconds counts as dead.
+    """
+    from experiments.sweep.checks import check_data
+    from experiments.sweep.worker import work
+
+    sweep, ledger = _open(folder, heartbeat, grace)
+    check_data(sweep)
+    work(sweep, ledger)
+    _stop_at_failures(ledger)
+
+
+def _open(folder: Path, heartbeat: int = 15, grace: int = 90) -> "tuple[Sweep, Ledger]":
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
+
+    sweep = Sweep.read(folder)
+    return sweep, Ledger(sweep, interval=heartbeat, grace=grace)
+
+
+def _work(
+    sweep: "Sweep",
+    ledger: "Ledger",
+    workers: int,
+    launcher: Launcher,
+    slurm_set: tuple[str, ...],
+    json: Path | None,
+) -> None:
+    """Work here, or have others work; then say what came of it."""
+    from experiments.sweep import launch, live
+    from experiments.sweep.worker import work
+
+    said: list[str] = []
+    if workers < 1 and launcher == "local":
+        work(sweep, ledger)
+    else:
+        options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
+        started: launch.Workers
+        if launcher == "slurm":
+            started = launch.SlurmWorkers(sweep.folder, max(1, workers), launch.read_settings(slurm_set), options)
+        else:
+            started = launch.LocalWorkers(sweep.folder, workers, options)
+        look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+        said = launch.follow(started, lambda going: live.watch(look, going))
+    summary = _summary(sweep, ledger)
+    _write(sweep, summary, json)
+    show(summary)
+    for sentence in said:
+        print(f"isoflop: {sentence}", file=sys.stderr)
+    _stop_at_failures(ledger)
+    if not summary["standing"]["done"]:
+        print("isoflop: the workers ended before the sweep; `isoflop sweep resume` goes on", file=sys.stderr)
+        sys.exit(1)
+
+
+def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
+    from experiments.sweep.live import standing
+    from experiments.sweep.reading.results import read_results
+    from experiments.sweep.reading.summary import summarize
+
+    results = read_results(sweep.folder)
+    return summarize(results.axes, results.rows) | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
+
+
+def _write(sweep: "Sweep", summary: dict[str, Any], json: Path | None) -> None:
+    from experiments.commands.options import write_document
+    from train.files import write_json
+
+    write_json(sweep.folder / "summary.json", summary)
+    write_document(json, summary)
+
+
+def _stop_at_failures(ledger: "Ledger") -> None:
+    failed = [row for row in ledger.rows() if row.state == "failed"]
+    if failed:
+        print(
+            f"isoflop: {len(failed)} trials failed, the first by {failed[0].facts['reason']}; "
+            "`isoflop sweep resume --retry-failed` tries them again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the settings, best first, and what a reader should beware of."""
+    from rich.table import Table
+
+    from experiments.commands.options import console
+    from experiments.sweep.reading.scales import text
+
+    out, names, standing = console(), list(summary["axes"]), summary["standing"]
+    states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
+    table = Table(title=f"{standing['folder']}: {states or 'no trials'}", title_justify="left")
+    for name in (*names, "loss", "± seeds", "lost"):
+        table.add_column(name, justify="right")
+    order = sorted(summary["settings"], key=lambda row: (row["mean"] is None, row["lost"] > 0, row["mean"] or 0))
+    for row in order[:_SHOWN]:
+        spread = "" if row["std"] is None else f"{row['std']:.4f}"
+        mean = ("diverged" if row["lost"] else "–") if row["mean"] is None else f"{row['mean']:.4f}"
+        values = (f"{row[name]:.4g}" if isinstance(row[name], float) else text(row[name]) for name in names)
+        table.add_row(*values, mean, spread, str(row["lost"] or ""))
+    out.print(table)
+    if len(order) > _SHOWN:
+        out.print(f"and {len(order) - _SHOWN} more in {standing['folder']}/summary.json", highlight=False)
+    if summary["seed_noise"] is not None:
+        out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
+    equal = (summary["winner"] or {}).get("indistinguishable")
+    if equal:
+        out.print(f"{len(equal)} other settings cannot be told apart from the winner", highlight=False)
+    for warning in summary["warnings"]:
+        out.print(f"warning: {warning}", style="yellow", highlight=False)

@@ -1,0 +1,1 @@
+"""Other forms of law, and the choice between them."""

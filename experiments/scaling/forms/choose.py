@@ -1,0 +1,210 @@
+"""The choice between forms of law by the error on runs that they have not seen, not by the fit.
+
+Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held
+out in turn (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held out,
+all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that interval
+excludes zero; of forms that cannot be told apart the one with the fewest unknowns is taken.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from experiments.scaling.forms.fit import FormFit, fit_rows
+from experiments.scaling.forms.registry import get
+from experiments.scaling.forms.rows import COLUMNS, draw_counts, frontier, reason_against, usable
+from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.rows.table import Table
+from experiments.scaling.valleys.valley import group_budgets
+from model.errors import InputError
+
+SIMPLE_FORMS = ("chinchilla", "shared-exponent", "no-floor", "kaplan")
+TESTS = ("extrapolation", "folds")
+MINIMUM_BUDGETS = 3
+LEVEL = 95
+
+
+@dataclass(frozen=True)
+class Score:
+    """One form's record; errors are of log L̂ − log L on held-out runs, so 0.01 is one per cent of the loss."""
+
+    form: str
+    unknowns: int
+    objective: float | None
+    """Σ Huber_δ of the fit to all runs; None where the form was refused."""
+    rms: dict[str, float]
+    """By test ("extrapolation", "folds")."""
+    rms_interval: dict[str, tuple[float, float]]
+    mean_error: dict[str, float]
+    """Signed: positive where the form predicts too high a loss."""
+    mean_error_interval: dict[str, tuple[float, float]]
+    excess: tuple[float, float] | None
+    """Interval of this form's RMS less the best form's, in the deciding test."""
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form to use, and why."""
+
+    winner: str
+    best: str
+    """The lowest held-out error; the winner is simpler where the two cannot be told apart."""
+    told_apart: bool
+    """Whether every other form is worse beyond noise."""
+    reason: str
+    decided_by: str
+    scores: list[Score]
+    held_out: dict[str, Any]
+    bootstraps: int
+    seed: int
+    fits: dict[str, FormFit]
+
+    def document(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        plain = {name: getattr(self, name) for name in ("winner", "best", "told_apart", "reason", "decided_by")}
+        scores = [asdict(score) for score in self.scores]
+        for score in scores:
+            for name in ("rms_interval", "mean_error_interval"):
+                score[name] = {test: list(pair) for test, pair in score[name].items()}
+            score["excess"] = None if score["excess"] is None else list(score["excess"])
+        rest = {"level": LEVEL, "held_out": self.held_out, "bootstraps": self.bootstraps, "seed": self.seed}
+        return plain | {"scores": scores} | rest
+
+
+def choose(
+    table: Table | Mapping[str, Any],
+    forms: Sequence[str] = SIMPLE_FORMS,
+    *,
+    hold_out: int = 1,
+    folds: int = 5,
+    decide_by: str = "extrapolation",
+    delta: float | int = 1e-3,
+    bootstraps: int = 200,
+    seed: int = 0,
+) -> Choice:
+    """Choose between `forms` on one set of rows: those usable by all of them.
+
+    Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
+    into `folds` groups of equal count by compute. `hold_out` counts the largest budgets held out in the
+    extrapolation test, `folds` the groups of neighbouring budgets in the other. Raises `InputError` for forms of the
+    frontier among others, fewer than three budgets, or where no form can be fitted without the held-out runs.
+    """
+    if decide_by not in TESTS:
+        raise InputError(f"decide_by={decide_by!r} must be one of {', '.join(TESTS)}")
+    if len(set(forms)) < 2:
+        raise InputError(f"a choice needs at least two different forms, got {list(forms)}")
+    known = [get(name) for name in dict.fromkeys(forms)]
+    if len({form.frontier for form in known}) > 1:
+        raise InputError("forms in C alone hold on the frontier only and cannot be compared with forms in N and D")
+    needs = [name for name in COLUMNS[:-1] if any(name in form.needs for form in known)]
+    rows = usable(table, [*needs, *([] if "flops" in needs else ["flops"])])
+    if known[0].frontier:
+        rows = frontier(rows)
+    group = _groups(rows.columns["flops"], folds)
+    count = int(group.max()) + 1
+    if count < MINIMUM_BUDGETS:
+        raise InputError(f"{count} budgets are too few to hold any out; at least {MINIMUM_BUDGETS} are needed")
+    if not 1 <= hold_out <= count - 2:
+        raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {count} budgets")
+    fold = group * min(folds, count) // count
+    held = {
+        "extrapolation": (group >= count - hold_out)[None],
+        "folds": fold == np.arange(fold.max() + 1)[:, None],
+    }
+
+    rng = np.random.default_rng(seed)
+    widest = max(known, key=lambda form: len(form.unknowns))
+    counts = np.concatenate([np.ones((1, len(rows))), draw_counts(widest, rows.columns, rng, bootstraps)])
+    fits, errors, refused = {}, {}, {}
+    for form in known:
+        try:
+            for mask in held["extrapolation"]:
+                if reason := reason_against(form, {name: values[~mask] for name, values in rows.columns.items()}):
+                    raise InputError(f"without the held-out runs {reason}")
+            fits[form.name] = fit_rows(form, rows, delta=delta, bootstraps=bootstraps, seed=seed)
+            errors[form.name] = {test: _errors(fits[form.name], held[test], counts) for test in TESTS}
+        except InputError as error:
+            refused[form.name] = str(error)
+    if not fits:
+        raise InputError(f"no form can be judged: {'; '.join(f'{name}: {why}' for name, why in refused.items())}")
+
+    squared = {name: {test: _rms(errors[name][test], counts, held[test]) for test in TESTS} for name in fits}
+    best = min(fits, key=lambda name: squared[name][decide_by][0])
+    scores = []
+    for form in known:
+        if form.name in refused:
+            scores.append(Score(form.name, len(form.unknowns), None, {}, {}, {}, {}, None, refused[form.name]))
+            continue
+        rms = squared[form.name]
+        mean = {test: _mean(errors[form.name][test], counts, held[test]) for test in TESTS}
+        scores.append(
+            Score(
+                form=form.name,
+                unknowns=len(form.unknowns),
+                objective=fits[form.name].objective,
+                rms={test: float(rms[test][0]) for test in TESTS},
+                rms_interval={test: _interval(rms[test]) for test in TESTS},
+                mean_error={test: float(mean[test][0]) for test in TESTS},
+                mean_error_interval={test: _interval(mean[test]) for test in TESTS},
+                excess=_interval(rms[decide_by] - squared[best][decide_by]),
+            )
+        )
+    rivals = [s for s in scores if s.form != best and s.excess is not None and not s.excess[0] > 0]
+    tied = [s for s in scores if s in rivals or s.form == best]
+    winner = min(tied, key=lambda score: (score.unknowns, score.rms[decide_by])).form
+    if rivals:
+        apart = ", ".join(score.form for score in tied)
+        reason = f"{apart} cannot be told apart by the {decide_by} error; {winner} is the simplest of them"
+    else:
+        reason = f"{winner} has the lowest {decide_by} error, and every other form is worse beyond noise"
+    budgets = np.array([rows.columns["flops"][group == i].mean() for i in range(count)])
+    held_out = {
+        "extrapolation": {"flops": budgets[count - hold_out :].tolist(), "runs": int(held["extrapolation"].sum())},
+        "folds": len(held["folds"]),
+        "budgets": count,
+        "runs": len(rows),
+    }
+    return Choice(winner, best, not rivals, reason, decide_by, scores, held_out, bootstraps, seed, fits)
+
+
+def _groups(flops: Float[np.ndarray, " rows"], folds: int) -> np.ndarray:
+    """Each run's budget, numbered upward; scattered runs fall into `folds` groups of equal count."""
+    groups = group_budgets(flops)
+    number = np.empty(len(flops), np.int64)
+    if len(groups) > len(flops) / 2:
+        number[np.argsort(flops, kind="stable")] = np.arange(len(flops)) * folds // len(flops)
+    else:
+        for i, members in enumerate(groups):
+            number[members] = i
+    return number
+
+
+def _errors(
+    fit: FormFit, held: Bool[np.ndarray, "tests rows"], counts: Float[np.ndarray, "draws rows"]
+) -> Float[np.ndarray, "tests draws rows"]:
+    """log L̂ − log L of all runs by the form refitted to each draw without each set of held-out runs."""
+    weights = (counts[None] * ~held[:, None]).reshape(-1, counts.shape[1])
+    theta = fit.problem.refit(fit.scaled, weights)
+    predicted = fit.problem.log_prediction(theta, fit.rows.columns)
+    return (predicted - fit.problem.log_loss).reshape(len(held), *counts.shape)
+
+
+def _mean(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.ndarray, " draws"]:
+    """The mean over held-out runs, each as often as it was drawn; NaN for a draw without any."""
+    weights = counts[None] * held[:, None]
+    with np.errstate(invalid="ignore"):
+        return (weights * errors).sum((0, 2)) / weights.sum((0, 2))
+
+
+def _rms(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.ndarray, " draws"]:
+    return np.sqrt(_mean(errors**2, counts, held))
+
+
+def _interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """Of the bootstrap draws; the first entry is the table itself."""
+    low, high = percentile_interval(draws[1:], LEVEL)
+    return float(low), float(high)

@@ -1,0 +1,233 @@
+"""One set of runs under every convention of N and C: how far the choice alone moves the exponents.
+
+Kaplan et al. 2020 leave embeddings out of N and C, Hoffmann et al. 2022 count them; Porian et al. 2024 (arXiv
+2406.19146) and Pearce & Song 2024 (arXiv 2406.12907) show that this explains most of the distance between their
+exponents. Small models feel it most, as most of them is table.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.scaling.law.parametric import ParametricFit, fit_parametric
+from experiments.scaling.rows.columns import number, require
+from experiments.scaling.rows.table import _records
+from experiments.scaling.valleys.isoflop import fit_isoflop
+from experiments.scaling.valleys.valley import group_budgets
+from model import ModelConfig, accounting
+from model.errors import InputError
+
+PARAMS = {
+    "params_total": "every parameter, the embedding table once",
+    "params_non_embedding": "without the tables of tokens and positions; an untied head counts",
+    "params_without_head": "without tables and without the head's matrix",
+}
+FLOPS = {
+    "flops_exact": "every product, attention's scores and mix included",
+    "flops_without_attention": "every product but attention's scores and mix",
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Runs with the columns that are known of `PARAMS` (counts) and `FLOPS` (of the whole run), by name."""
+
+    tokens: Float[np.ndarray, " rows"]
+    loss: Float[np.ndarray, " rows"]
+    params: Mapping[str, Float[np.ndarray, " rows"]]
+    flops: Mapping[str, Float[np.ndarray, " rows"]]
+
+    def __post_init__(self) -> None:
+        if not self.params:
+            raise InputError(f"a table of conventions needs at least one column of {', '.join(PARAMS)}")
+
+
+def count(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """Every column of `PARAMS`, and of `FLOPS` per training token, of one model."""
+    counted = accounting.parameters(config)
+    head = sum(size for name, size in counted.by_group.items() if name == "head" or name.startswith("head/"))
+    products = accounting.forward_flops_by_product(config, seq_len)
+    pairwise = sum(value for name, value in products.items() if name.endswith((" scores", " mix")))
+    exact = accounting.flops_per_token(config, seq_len)
+    return {
+        "params_total": counted.total,
+        "params_non_embedding": counted.non_embedding,
+        "params_without_head": counted.non_embedding - head,
+        "flops_exact": exact,
+        "flops_without_attention": exact - 3 * pairwise,
+    }
+
+
+def counts_of(configs: Sequence[ModelConfig], seq_len: int, tokens: Sequence[float], loss: Sequence[float]) -> Counts:
+    """From the runs' configs: every convention."""
+    seen = np.asarray(tokens, np.float64)
+    columns = [count(config, seq_len) for config in configs]
+    return Counts(
+        seen,
+        np.asarray(loss, np.float64),
+        {name: np.array([column[name] for column in columns], np.float64) for name in PARAMS},
+        {name: np.array([column[name] for column in columns]) * seen for name in FLOPS},
+    )
+
+
+def counts_of_runs(folders: Sequence[str | Path]) -> Counts:
+    """From run directories; the loss is the last validation loss of each, which must have one."""
+    configs, tokens, losses, lengths = [], [], [], set()
+    for folder in map(Path, folders):
+        try:
+            identity = json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            scored = [point for line in lines if line.strip() and "validation_loss" in (point := json.loads(line))]
+            configs.append(ModelConfig.from_dict(identity["config"]))
+            lengths.add(int(identity["train_config"]["seq_len"]))
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{folder} is no run directory with run.json and metrics.jsonl ({error})") from error
+        if not scored:
+            raise InputError(f"{folder} has no validation loss in metrics.jsonl")
+        tokens.append(float(scored[-1]["tokens"]))
+        losses.append(float(scored[-1]["validation_loss"]))
+    if len(lengths) != 1:
+        raise InputError(
+            f"the runs' sequence lengths differ ({sorted(lengths)}); their exact FLOPs are not of one kind"
+        )
+    return counts_of(configs, lengths.pop(), tokens, losses)
+
+
+def read_counts(
+    path: str | Path, *, tokens: str = "tokens", loss: str = "loss", rows: Collection[int] | None = None
+) -> Counts:
+    """From a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out. rows: by number."""
+    path = Path(path)
+    records = [(row, record) for row, record in _records(path) if rows is None or row in rows]
+    if not records:
+        raise InputError(f"{path} has no rows")
+    present = list(dict.fromkeys(key for _, record in records for key in record))
+    require(path, [tokens, loss], present)
+    column = lambda name: np.array([number(path, row, name, record.get(name)) for row, record in records])
+    return Counts(
+        column(tokens),
+        column(loss),
+        {name: column(name) for name in PARAMS if name in present},
+        {name: column(name) for name in FLOPS if name in present},
+    )
+
+
+def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict[str, Any]:
+    """The document: {rows, spread, dropped, conventions}; a row is one pair of N and C with each estimator's a and b.
+
+    The parametric law is fitted in each N; under another C than 6·N·D its optimum follows from how FLOPs per token grow
+    with N, as N^γ through the runs: a = β/(γβ + α). The budgets of the IsoFLOP valleys are those of the first N, as
+    the runs were planned; under another C each run's loss is first moved along its law to its budget's mean
+    compute, since only at one compute is there a valley. `spread` is the largest minus the smallest a and b per
+    estimator: what the choice alone does. A refused estimator is null with its reason.
+    """
+    counts, dropped = _usable(counts)
+    first = next(iter(counts.params))
+    budgets = group_budgets(6 * counts.params[first] * counts.tokens)
+    rows = []
+    laws: dict[bytes, Any] = {}  # by the column: without a head of its own two conventions of N are one
+    for name, params in counts.params.items():
+        computes = {"6·N·D": 6 * params * counts.tokens, **counts.flops}
+        for label, flops in computes.items():
+            law = laws.get(params.tobytes()) or _law(params, counts.tokens, counts.loss, bootstraps, seed)
+            laws[params.tobytes()] = law
+            row: dict[str, Any] = {"params": name, "flops": label}
+            row |= _row(params, counts.tokens, counts.loss, flops, label, budgets, law, bootstraps, seed)
+            rows.append(row)
+    spread = {}
+    for estimator in ("parametric", "isoflop"):
+        found = [row[estimator] for row in rows if row[estimator] is not None]
+        spread[estimator] = (
+            {key: max(one[key] for one in found) - min(one[key] for one in found) for key in ("a", "b")}
+            if found
+            else None
+        )
+    described = {**PARAMS, "6·N·D": "six per parameter of this row's N and token", **FLOPS}
+    return {"rows": rows, "spread": spread, "dropped": dropped, "conventions": described}
+
+
+def _usable(counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
+    """Without the rows that hold anything but positive numbers, which are listed by number from 1."""
+    columns = {"tokens": counts.tokens, "loss": counts.loss, **counts.params, **counts.flops}
+    wrong = {name: ~(np.isfinite(values) & (values > 0)) for name, values in columns.items()}
+    bad = np.any(list(wrong.values()), axis=0)
+    dropped = [
+        {"row": int(i) + 1, "reason": f"{next(name for name in wrong if wrong[name][i])} is not a positive number"}
+        for i in np.flatnonzero(bad)
+    ]
+    params, flops = ({name: v[~bad] for name, v in part.items()} for part in (counts.params, counts.flops))
+    return Counts(counts.tokens[~bad], counts.loss[~bad], params, flops), dropped
+
+
+def _law(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, bootstraps: int, seed: int) -> ParametricFit | str:
+    """The parametric law with its resamples, or why it was refused."""
+    try:
+        fit = fit_parametric(params, tokens, loss, bootstraps=bootstraps, seed=seed)
+        _ = fit.draws
+    except InputError as error:
+        return str(error)
+    return fit
+
+
+def _row(
+    params: np.ndarray,
+    tokens: np.ndarray,
+    loss: np.ndarray,
+    flops: np.ndarray,
+    label: str,
+    budgets: list[Any],
+    law: ParametricFit | str,
+    bootstraps: int,
+    seed: int,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"parametric": None, "isoflop": None, "refused": {}}
+    rate = 1.0  # of FLOPs per token in N; 6·N exactly
+    if label != "6·N·D":
+        rate = float(np.polyfit(np.log(params), np.log(flops / tokens), 1)[0])
+    fit = None
+    if isinstance(law, str):
+        row["refused"]["parametric"] = law
+    else:
+        fit = law
+        alpha, beta = fit.draws[:, 3], fit.draws[:, 4]
+        shares = np.stack([beta, alpha]) / (rate * beta + alpha)
+        low, high = np.nanpercentile(shares, [2.5, 97.5], axis=1)
+        row["parametric"] = {
+            "alpha": fit.alpha,
+            "beta": fit.beta,
+            "a": fit.beta / (rate * fit.beta + fit.alpha),
+            "b": fit.alpha / (rate * fit.beta + fit.alpha),
+            "flops_per_token_exponent": rate,
+            "intervals": {key: {"95": [float(low[i]), float(high[i])]} for i, key in enumerate(("a", "b"))},
+        }
+    try:
+        columns = _at_budgets(params, tokens, loss, flops, budgets, fit)
+        iso = fit_isoflop(**columns, bootstraps=bootstraps, seed=seed)
+        row["isoflop"] = {"a": iso.a, "b": iso.b, "intervals": None}
+        row["isoflop"]["intervals"] = {key: {"95": list(by[95])} for key, by in iso.intervals.items()}
+    except InputError as error:
+        row["refused"]["isoflop" if row["isoflop"] is None else "isoflop.intervals"] = str(error)
+    return row
+
+
+def _at_budgets(
+    params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, flops: np.ndarray, budgets: list[Any], fit: Any
+) -> dict[str, Any]:
+    """Runs moved in D, at their N, to the mean compute of their budget; their loss by the law's ratio."""
+    target = flops.copy()
+    for group in budgets:
+        target[group] = np.exp(np.log(flops[group]).mean())
+    moved = tokens * target / flops
+    apart = np.abs(np.log(target / flops)) > 1e-9
+    if apart.any():
+        if fit is None:
+            raise InputError(
+                "this convention bends the budgets, and without a parametric law losses cannot be moved back"
+            )
+        loss = np.where(apart, loss * fit.predict(params, moved) / fit.predict(params, tokens), loss)
+    return {"params": params, "tokens": moved, "loss": loss, "flops": target}

@@ -1,0 +1,1 @@
+"""A scaling study from its design to the test of its prediction."""

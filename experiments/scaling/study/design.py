@@ -1,0 +1,253 @@
+"""The definition of a scaling study: what is to be trained, and where the optimum is expected. Kept as TOML."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from experiments.scaling.study.family import Family
+from model import ModelConfig
+from model.errors import InputError, UnknownNameError
+from model.parts import Part
+from train import HParams, TrainConfig
+from train.config import Schedule
+
+_SIZES = ("d_model", "params", "tokens", "flops")
+_DECIDED: tuple[str, ...] = (
+    "d_model",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "d_ff",
+    "vocab_size",
+    "max_seq_len",
+)
+_DECIDED += ("batch_size", "seq_len", "schedule", "phases", "learning_rate", "total_steps", "seed")
+_DECIDED += ("warmup_steps", "warmup_fraction", "decay_steps", "decay_fraction", "final_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Law(Part):
+    """value · product over names of (x / centre)^exponent, as `rates.RateFit.document` says one that was fitted.
+
+    Names: d_model; params, N; tokens, D; flops, 6·N·D of the run.
+    """
+
+    value: float
+    centre: dict[str, float]
+    exponents: dict[str, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.value > 0:
+            raise InputError(f"Law.value={self.value!r} must be positive")
+        for part in ("centre", "exponents"):
+            given = getattr(self, part)
+            if not isinstance(given, dict):
+                raise InputError(f"Law.{part}={given!r} must be a table of numbers, such as {{params = 1e5}}")
+            for name, number in given.items():
+                if name not in _SIZES:
+                    raise UnknownNameError(f"size in Law.{part}", name, _SIZES)
+                if not _is_number(number) or (part == "centre" and not number > 0):
+                    what = "a positive number" if part == "centre" else "a number"
+                    raise InputError(f"Law.{part}.{name}={number!r} must be {what}")
+        lacking = sorted(self.exponents.keys() ^ self.centre.keys())
+        if lacking:
+            raise InputError(f"a law needs both centre and exponent of a size; {lacking[0]} has one of them")
+
+    def at(self, sizes: Mapping[str, float]) -> float:
+        """The law's value where sizes by name are as given."""
+        return self.value * math.prod((sizes[name] / self.centre[name]) ** p for name, p in self.exponents.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Design(Part):
+    """The definition of a scaling study; every field is a key of its TOML file, `family`, `set` and laws are tables."""
+
+    base: str = "study-32"
+    """A preset (see `isoflop model list`) or a JSON file of a model config: all that sizes do not change."""
+    budgets: tuple[float, ...] = ()
+    """FLOPs of one run of each budget, 6·N·D with the embedding table in N once, ascending; or else"""
+    hours: float = 0.0
+    """of training on this device for all runs together: the budgets are sized from the time of the real step,"""
+    count: int = 6
+    """so many of them,"""
+    budget_factor: float = 2.0
+    """each so many times the one before."""
+    held_out: int = 1
+    """So many of the largest budgets do not enter the fit; they are predicted before they are run."""
+    sizes: int = 5
+    """Models per budget, at least 4."""
+    size_factor: float = 1.5
+    """N of a size over N of the next smaller one; all budgets take theirs from one series."""
+    tokens_per_parameter: float = 8.0
+    """D/N where the optimum is expected, at the middle budget."""
+    optimum_exponent: float = 0.5
+    """The expected optimum grows as N* ∝ C to this power; a pilot's fit may say another one than a half."""
+    family: Family = dataclasses.field(default_factory=Family)
+    """The shapes of the sizes."""
+    batch_size: int | Law = 2
+    """Rows per step; a law of params, tokens, flops is rounded to a power of two."""
+    seq_len: int = 128
+    """Tokens per row."""
+    learning_rate: float | Law = dataclasses.field(
+        default_factory=lambda: Law(0.02, {"d_model": 32.0}, {"d_model": -1.0})
+    )
+    """The schedule's peak, alike for all or by a law."""
+    warmup_fraction: float = 0.05
+    """Of a run's steps; of the shortest run, where runs share a trunk."""
+    schedule: Schedule = "cosine"
+    """Of runs that share nothing; with branches all are "wsd"."""
+    final_fraction: float = 0.0
+    """Learning rate at the end over the peak."""
+    branches: bool = False
+    """Train one trunk per size and cool it down at every budget's tokens, instead of each run from its start."""
+    decay_fraction: float = 0.2
+    """Of a run's steps, for its cool-down under "wsd"."""
+    seeds: int = 1
+    """Runs of every rung, with seeds from 0 on."""
+    evaluate_tokens: int = 65_536
+    """Of the validation split, for every run's loss."""
+    set: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Other fields of all runs, of the model, TrainConfig or HParams, such as beta2."""
+
+    def __post_init__(self) -> None:
+        _read_tables(self)
+        super().__post_init__()
+        self._check_values()
+        self._check_budgets()
+        for name in self.set:
+            if name in _DECIDED:
+                keys = difflib.get_close_matches(name, self.__dataclass_fields__, n=2, cutoff=0.6) or ["family"]
+                raise InputError(f"set.{name} is not free in a design: it follows from {' and '.join(keys)}")
+        for field in ("learning_rate", "batch_size") if self.branches else ():
+            law = getattr(self, field)
+            moving = [name for name in ("tokens", "flops") if isinstance(law, Law) and law.exponents.get(name)]
+            if moving:
+                raise InputError(
+                    f"with branches all runs of a size leave one trunk, so {field} cannot be a law of {moving[0]}; "
+                    "take d_model or params"
+                )
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The design in a TOML file. Raises InputError, with the path, on anything that is wrong in it."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as the TOML file of a design: {error}") from None
+        try:
+            return cls.from_dict(values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict`'s output; what is not there has its default. Raises InputError on an unknown key."""
+        for name in values:
+            if name not in cls.__dataclass_fields__:
+                raise UnknownNameError("key of a design", name, cls.__dataclass_fields__)
+        return cls(**values)
+
+    def with_budgets(self, budgets: tuple[float, ...]) -> Self:
+        """The same study of these budgets, in place of hours."""
+        return self.replace(budgets=budgets, hours=0.0)
+
+    def differences(self, there: "Design") -> str:
+        """The fields in which another design differs, in words; empty where none does."""
+        one, other = self.to_dict(), there.to_dict()
+        return ", ".join(f"{name}={other[name]} there, {one[name]} here" for name in one if one[name] != other[name])
+
+    def base_config(self, vocab_size: int) -> ModelConfig:
+        """The base with the data's vocabulary and the design's rows. Raises InputError."""
+        from experiments.commands.options import read_config
+
+        config = read_config(self.base).replace(vocab_size=vocab_size, max_seq_len=self.seq_len, eos_token_ids=())
+        return self._overlay(config, TrainConfig())[0]
+
+    def train_config(self, batch_size: int) -> TrainConfig:
+        """The static half of how a rung of so many rows is trained. Raises InputError."""
+        from experiments.commands.options import read_config
+
+        shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
+        return self._overlay(read_config(self.base), shape)[1]
+
+    @property
+    def run_schedule(self) -> Schedule:
+        """The schedule of every run."""
+        return "wsd" if self.branches else self.schedule
+
+    @property
+    def shared_fields(self) -> dict[str, Any]:
+        """What all runs have beyond the base model and the shape of a batch, by field: the base of their sweep."""
+        return {"schedule": self.run_schedule, "final_fraction": self.final_fraction, **self.set}
+
+    def _overlay(self, config: ModelConfig, train_config: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
+        from experiments.sweep.space.overlay import overlay
+
+        return overlay(self.set, config, train_config, HParams())[:2]
+
+    def _check_values(self) -> None:
+        least = {"count": 2, "sizes": 4, "seq_len": 1, "seeds": 1, "evaluate_tokens": 1}
+        for name, smallest in (least | {"budget_factor": 1.1, "size_factor": 1.1}).items():
+            if not getattr(self, name) >= smallest:
+                raise InputError(f"{name}={getattr(self, name)!r} must be at least {smallest}")
+        if self.warmup_fraction + self.decay_fraction >= 1:
+            both = f"warmup_fraction={self.warmup_fraction!r} and decay_fraction={self.decay_fraction!r}"
+            raise InputError(f"{both} must be less than 1 together")
+        if self.final_fraction > 1:
+            raise InputError(f"final_fraction={self.final_fraction!r} must be in [0, 1]")
+        if not self.tokens_per_parameter > 0:
+            raise InputError(f"tokens_per_parameter={self.tokens_per_parameter!r} must be positive")
+        if not 0 < self.optimum_exponent < 1:
+            raise InputError(f"optimum_exponent={self.optimum_exponent!r} must be between 0 and 1")
+        if self.branches and not self.decay_fraction:
+            raise InputError("decay_fraction=0 leaves a branch nothing to cool down in; give, for example, 0.2")
+
+    def _check_budgets(self) -> None:
+        if not self.budgets and not self.hours:
+            raise InputError("a design needs budgets, in FLOPs, or hours to size them from")
+        if self.budgets and self.hours:
+            raise InputError(f"budgets and hours={self.hours:g} both say how long a study is; give one")
+        for budget in self.budgets:
+            if not _is_number(budget) or not budget > 0:
+                raise InputError(f"budgets has {budget!r}, which is no positive number of FLOPs")
+        for low, high in zip(self.budgets, self.budgets[1:], strict=False):
+            if not high >= 1.1 * low:
+                raise InputError(f"budgets must ascend by a factor of at least 1.1; {high:g} follows {low:g}")
+        if self.held_out >= (len(self.budgets) or self.count):
+            raise InputError(
+                f"held_out={self.held_out} leaves none of {len(self.budgets) or self.count} budgets to fit"
+            )
+
+
+def _read_tables(design: Design) -> None:
+    """Plain values, as TOML and JSON give them, become what the fields hold."""
+    put = lambda name, value: object.__setattr__(design, name, value)
+    if not isinstance(design.base, str):
+        raise InputError(f"base={design.base!r} must be a preset's name or a JSON file of a model config")
+    if not isinstance(design.budgets, (list, tuple)):
+        raise InputError(f"budgets={design.budgets!r} must be a list of FLOPs, such as [1e11, 2e11]")
+    put("budgets", tuple(design.budgets))
+    if not isinstance(design.set, dict):
+        raise InputError(f"set={design.set!r} must be a table of fields and their values")
+    if not isinstance(design.family, (dict, Family)):
+        raise InputError(f"family={design.family!r} must be a table, such as {{aspect_ratio = 16}}")
+    if isinstance(design.family, dict):
+        put("family", Family.from_dict(design.family))
+    for name, kind, words in (("learning_rate", (int, float), "positive"), ("batch_size", int, "positive whole")):
+        value = getattr(design, name)
+        if isinstance(value, dict):
+            put(name, Law.from_dict(value))
+        elif not isinstance(value, Law) and not (_is_number(value) and isinstance(value, kind) and value > 0):
+            raise InputError(f"{name}={value!r} must be a {words} number, or the table of a law")
+    if isinstance(design.batch_size, Law) and "d_model" in design.batch_size.exponents:
+        raise InputError("batch_size cannot be a law of d_model; take params, tokens or flops")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,175 @@
+"""Running a scaling study: its runs as sweeps, their table, the prediction before its test, and the test.
+
+A study's folder holds design.json (what was asked for), sweep/ (the runs of the fitted budgets: a sweep like any other,
+which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.csv, prediction.json, held_out/ (the runs
+that were predicted) and held_out.json.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.scaling.rows.tables import write_csv
+from experiments.scaling.study.design import Design
+from experiments.scaling.study.held_out import compare, predict
+from experiments.scaling.study.rungs import Rung, plan_rungs
+from experiments.sweep import launch, live
+from experiments.sweep.definition import define, open_sweep
+from experiments.sweep.ledger import Ledger
+from experiments.sweep.record import Sweep
+from experiments.sweep.row import ENDED, Row
+from experiments.sweep.worker import plan, run_folder, work
+from model.errors import InputError
+from train.data import Loader, load_manifest
+from train.files import write_json
+from train.metrics import read_metrics
+
+SCHEMA_VERSION = 1
+HELD_OUT = "held_out"
+_POINTS = 400  # of a training curve: they are smoothed over more than their distance
+
+
+class UnfinishedError(Exception):
+    """Some runs of a study did not end; the message says which command goes on."""
+
+
+def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> None:
+    """Run a study, or go on with the one in `folder`; no run is made twice.
+
+    design: with budgets (`cost.plan_study` makes them of hours). workers: so many processes instead of this one. Raises
+    InputError where the folder holds another study or something else, UnfinishedError where runs failed, and
+    KeyboardInterrupt once what runs is saved.
+    """
+    folder, rungs = Path(folder), rungs_of(design, data)
+    _check_folder(folder, design)
+    fitted, tested = ([rung for rung in rungs if rung.held_out is kind] for kind in (False, True))
+    sweeps = [sweep_of(design, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
+    write_json(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
+    _say(f"[1/{3 if tested else 1}] {len(fitted)} runs of {len({rung.budget for rung in fitted})} budgets")
+    rows = _train(sweeps[0], fitted, workers)
+    _write_tables(folder, rows)
+    if tested:
+        predict(folder, tested, _say)
+        _say(f"[3/3] {len(tested)} runs that were predicted")
+        rows += _train(sweeps[1], tested, workers)
+        _write_tables(folder, rows)
+        compare(folder, rows)
+
+
+def read_study(folder: Path) -> Design | None:
+    """The design of the study that the folder holds, if it holds one."""
+    from experiments.commands.options import read_json
+
+    path = folder / "design.json"
+    return Design.from_dict(read_json(path)["design"]) if path.exists() else None
+
+
+def rungs_of(design: Design, data: str | Path) -> list[Rung]:
+    """The runs of a design with budgets on these data."""
+    loader = Loader(Path(data), batch_size=1, seq_len=design.seq_len, seed=0)
+    return plan_rungs(design, load_manifest(data).vocab_size, loader.tokens_per_epoch)
+
+
+def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Path) -> Sweep | None:
+    """The sweep that trains these rungs, whose names are the `_name`s of its points; None of none. Writes nothing."""
+    if not rungs:
+        return None
+    sweep = define(
+        design.base_config(load_manifest(data).vocab_size),
+        data=data,
+        folder=folder,
+        space_source=_space(rungs),
+        # A rung's warm-up is its own, in steps; none is none.
+        base=[
+            f"{name}={json.dumps(value)}" for name, value in ({"warmup_fraction": 0.0} | design.shared_fields).items()
+        ],
+        seq_len=design.seq_len,
+        evaluate_tokens=design.evaluate_tokens,
+    )
+    return open_sweep(sweep)
+
+
+def _space(rungs: Sequence[Rung]) -> str:
+    """A space's file: a line per run."""
+    lines = []
+    for rung in rungs:
+        point = {"_name": rung.name, **rung.point, "seed": rung.seed}
+        if rung.trunk is not None:
+            point |= {"_trunk": rung.trunk, "_leave": rung.leave_step}
+        values = ", ".join(f"{json.dumps(name)}: [{value!r}]" for name, value in point.items())
+        lines.append(f"    grid(**{{{values}}}),\n")
+    head = '"""The runs of a scaling study."""\n\nfrom experiments.sweep.space import chain, grid\n\n'
+    return f"{head}space = chain(\n{''.join(lines)})\n"
+
+
+def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dict[str, Any]]:
+    """Train what is not trained yet; a row of the table for every rung, in their order."""
+    if sweep is None:
+        return []
+    sweep.write()
+    ledger = Ledger(sweep)
+    plan(sweep, ledger)
+    if workers:
+        look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+        for sentence in launch.follow(
+            launch.LocalWorkers(sweep.folder, workers), lambda going: live.watch(look, going)
+        ):
+            _say(sentence)
+    else:
+        work(sweep, ledger)
+    by_name = {row.trial.point["_name"]: row for row in ledger.rows()}
+    left = [row for row in by_name.values() if row.state not in ENDED]
+    if left:
+        reason = next((f" ({row.facts['reason']})" for row in left if "reason" in row.facts), "")
+        retry = f"`isoflop sweep resume {sweep.folder} --retry-failed` tries them again, then " if reason else ""
+        raise UnfinishedError(f"{len(left)} of {len(rungs)} runs did not end{reason}; {retry}the same command goes on")
+    return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
+
+
+def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
+    """A line of runs.csv: the rung and what came of it."""
+    planned = rung.to_dict()
+    del planned["seconds"]
+    lost = row.state != "finished"
+    return planned | {
+        "loss": None if lost else row.facts.get("loss"),
+        "training_loss": None if lost else row.facts.get("training_loss"),
+        "status": row.state,
+        "seconds": row.facts.get("seconds"),
+        "run": str(run_folder(sweep, row.trial).relative_to(sweep.folder.parent)),
+    }
+
+
+def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
+    write_csv(folder / "runs.csv", rows)
+    points = []
+    for row in rows:
+        if row["loss"] is None or row["trunk"] is not None or row["held_out"]:
+            continue
+        records = [record for record in read_metrics(folder / row["run"]) if record["loss"] is not None]
+        chosen = np.unique(np.linspace(0, len(records) - 1, min(len(records), _POINTS)).round().astype(int))
+        fixed = {"run": row["name"], "params": row["params"]}
+        points += [fixed | {"tokens": records[i]["tokens"], "loss": records[i]["loss"]} for i in chosen]
+    write_csv(folder / "curves.csv", points)
+
+
+def _check_folder(folder: Path, design: Design) -> None:
+    """Raise InputError unless the folder is empty, or holds this study; of other data, its sweep says so."""
+    there = read_study(folder)
+    if there is not None:
+        differences = design.differences(there)
+        if differences:
+            raise InputError(f"{folder} holds a study that differs: {differences}; choose another --out")
+    elif folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; a study needs a folder of its own")
+    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no study; choose another --out")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

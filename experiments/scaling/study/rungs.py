@@ -1,0 +1,277 @@
+"""The ladder of a design: which sizes are trained on how many tokens, and which runs leave which trunk."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.scaling.plan import largest_smallest_budget
+from experiments.scaling.rows.conventions import count
+from experiments.scaling.study.design import Design, Law
+from model import ModelConfig
+from model.errors import InputError
+from train import HParams
+
+_WALL = 0.75  # in factors of a size: as near to the expected optimum as rounding may bring the outermost sizes
+_LEAST_STEPS = 4
+
+StepSeconds = Callable[[ModelConfig, int], float]
+"""(config, batch size) → seconds of one training step of one run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One run to come.
+
+    budget: index, from 0 for the smallest; budget_flops: what it was to cost. overrides: the fields of its shape.
+    params: N, what a token passes through, the embedding table once; of a dense model it is params_total. The other
+    params and, of the whole run, flops_exact and flops_without_attention: as in `conventions`. flops_6nd: 6·N·D of what
+    is really run. epochs: over the data's tokens. trunk: the name of the run that this one leaves after leave_step
+    updates; None: it starts on its own. decay_steps: of a "wsd" cool-down, else 0. seconds: predicted, of what this run
+    trains itself; None: nothing was timed.
+    """
+
+    name: str
+    budget: int
+    budget_flops: float
+    held_out: bool
+    config: ModelConfig
+    overrides: dict[str, Any]
+    params: int
+    params_total: int
+    params_non_embedding: int
+    params_without_head: int
+    batch_size: int
+    seq_len: int
+    steps: int
+    tokens: int
+    flops_6nd: float
+    flops_exact: float
+    flops_without_attention: float
+    epochs: float
+    learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    seed: int = 0
+    trunk: str | None = None
+    leave_step: int = 0
+    seconds: float | None = None
+
+    @property
+    def d_model(self) -> int:
+        """Its width."""
+        return self.config.d_model
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it sees some tokens more than once."""
+        return self.epochs > 1
+
+    @property
+    def share_trained(self) -> float:
+        """Of its steps, those that it trains itself; the others are its trunk's."""
+        return 1 - self.leave_step / self.steps
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """What sets it apart within its design, by the fields that a sweep varies; the seed is left out."""
+        own = ("batch_size", "steps", "learning_rate", "warmup_steps", "decay_steps")
+        return {**self.overrides, **{name: getattr(self, name) for name in own}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, one level deep; `conventions.read_counts` reads its columns."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["config"], values["overrides"]
+        return {**values, "repeated": self.repeated, **self.overrides}
+
+
+def plan_rungs(
+    design: Design,
+    vocabulary: int,
+    tokens_per_epoch: int,
+    seconds_of: StepSeconds | None = None,
+    compile_seconds: float = 0.0,
+) -> list[Rung]:
+    """Every run of the study, by budget, then by size, then by seed.
+
+    Sizes are taken from one series, `size_factor` apart, through the optimum expected at the middle budget: of each
+    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor
+    = size_factor^(1 / optimum_exponent).
+
+    With branches, the fitted runs of one shape and seed share a trunk: the one of most tokens, whose own cool-down is
+    its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
+    them. Held-out runs leave no trunk and are none: nothing of them is trained before they are
+    predicted.
+
+    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given
+    and no `seconds_of`, or too few.
+    """
+    base = design.base_config(vocabulary)
+    _check_fields(design, base)
+    lay_out = lambda given: _lay_out(given, base, tokens_per_epoch, seconds_of)
+    if not design.hours:
+        return lay_out(design)
+    if seconds_of is None:
+        raise InputError(f"hours={design.hours:g} needs the time of a step on this machine; probe it, or give budgets")
+
+    def sized(smallest: float) -> Design:
+        return design.with_budgets(tuple(smallest * design.budget_factor**i for i in range(design.count)))
+
+    def seconds(smallest: float) -> float:
+        try:
+            rungs = lay_out(sized(smallest))
+        except InputError:
+            return 0.0  # too small to be laid out: certainly cheap
+        return sum(rung.seconds or 0.0 for rung in rungs) + compile_seconds * len(shapes(rungs))
+
+    try:
+        return lay_out(sized(largest_smallest_budget(seconds, 3600 * design.hours)))
+    except InputError as error:
+        raise InputError(f"hours={design.hours:g} are too few on this machine: {error}") from error
+
+
+def shapes(rungs: Sequence[Rung]) -> dict[tuple[ModelConfig, int], list[Rung]]:
+    """The rungs by static shape, (config, batch size): each is compiled once."""
+    found: dict[tuple[ModelConfig, int], list[Rung]] = {}
+    for rung in rungs:
+        found.setdefault((rung.config, rung.batch_size), []).append(rung)
+    return found
+
+
+def expected_optimum(design: Design, budget: float) -> float:
+    """N* at a budget of FLOPs, as a design with budgets expects it."""
+    middle = _middle(design)
+    return math.sqrt(middle / (6 * design.tokens_per_parameter)) * (budget / middle) ** design.optimum_exponent
+
+
+def _middle(design: Design) -> float:
+    return math.sqrt(design.budgets[0] * design.budgets[-1])
+
+
+def _lay_out(design: Design, base: ModelConfig, tokens_per_epoch: int, seconds_of: StepSeconds | None) -> list[Rung]:
+    counts: dict[int, dict[str, float]] = {}
+    rungs = []
+    for index, budget in enumerate(design.budgets):
+        for width in _widths(design, base, budget):
+            if width not in counts:
+                counts[width] = count(design.family.member(base, width), design.seq_len)
+            rungs.append(_rung(design, base, index, width, counts[width], tokens_per_epoch))
+    if design.branches:
+        rungs = _branched(design, rungs)
+    if seconds_of is not None:
+        rungs = [_timed(design, rung, seconds_of) for rung in rungs]
+    return [_seeded(rung, seed, design.seeds) for rung in rungs for seed in range(design.seeds)]
+
+
+def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
+    """As many widths of the series as a budget has sizes, those whose middle is nearest to its optimum."""
+    family, factor = design.family, math.log(design.size_factor)
+    origin, optimum = expected_optimum(design, _middle(design)), expected_optimum(design, budget)
+    centre, reach = round(math.log(optimum / origin) / factor), 2 * design.sizes
+    steps = range(centre - reach, centre + reach + 1)
+    series = list(dict.fromkeys(family.nearest(base, origin * math.exp(factor * step)) for step in steps))
+    off = [math.log(family.params(base, width) / optimum) / factor for width in series]
+    starts = range(len(series) - design.sizes + 1)
+    start = min(starts, key=lambda i: abs(sum(off[i : i + design.sizes])), default=0)
+    chosen = slice(start, start + design.sizes)
+    if len(series) < design.sizes or off[chosen][0] > -_WALL or off[chosen][-1] < _WALL:
+        raise InputError(
+            f"a budget of {budget:.3g} FLOPs is too small: its optimum is expected at {optimum:,.0f} parameters, and "
+            f"the family's sizes near it begin at {family.params(base, series[start]):,}, so that its valley would "
+            "lack a wall; give a larger budget (or more hours), a smaller vocabulary, or a finer step of widths"
+        )
+    return series[chosen]
+
+
+def _rung(
+    design: Design, base: ModelConfig, index: int, width: int, counts: dict[str, float], tokens_per_epoch: int
+) -> Rung:
+    config, budget, params = design.family.member(base, width), design.budgets[index], design.family.params(base, width)
+    sizes = {"d_model": width, "params": params, "tokens": budget / (6 * params), "flops": budget}
+    batch_size = _batch_size(design, sizes)
+    per_step = batch_size * design.seq_len
+    steps = round(budget / (6 * params * per_step))
+    if steps < _LEAST_STEPS:
+        raise InputError(
+            f"a budget of {budget:.3g} FLOPs is too small: it is {steps} steps of {per_step} tokens for a model of "
+            f"{params:,} parameters; give a larger budget (or more hours), or smaller batches"
+        )
+    tokens = steps * per_step
+    return Rung(
+        name=f"b{index + 1}-d{width}",
+        budget=index,
+        budget_flops=budget,
+        held_out=index >= len(design.budgets) - design.held_out,
+        config=config,
+        overrides=design.family.overrides(base, width),
+        params=params,
+        params_total=int(counts["params_total"]),
+        params_non_embedding=int(counts["params_non_embedding"]),
+        params_without_head=int(counts["params_without_head"]),
+        batch_size=batch_size,
+        seq_len=design.seq_len,
+        steps=steps,
+        tokens=tokens,
+        flops_6nd=6.0 * params * tokens,
+        flops_exact=counts["flops_exact"] * tokens,
+        flops_without_attention=counts["flops_without_attention"] * tokens,
+        epochs=tokens / tokens_per_epoch,
+        learning_rate=_learning_rate(design, sizes),
+        warmup_steps=_warmup(design, steps),
+        decay_steps=max(1, round(design.decay_fraction * steps)) if design.run_schedule == "wsd" else 0,
+    )
+
+
+def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
+    """Fitted rungs of one shape leave the longest of them."""
+    branched: dict[str, Rung] = {}
+    for members in shapes([rung for rung in rungs if not rung.held_out]).values():
+        trunk = max(members, key=lambda rung: rung.steps)
+        warmup = _warmup(design, min(rung.steps for rung in members))
+        for rung in members:
+            own = dataclasses.replace(rung, warmup_steps=warmup)
+            if rung is not trunk:
+                own = dataclasses.replace(own, trunk=trunk.name, leave_step=rung.steps - rung.decay_steps)
+                if own.leave_step < max(1, warmup):
+                    raise InputError(
+                        f"{rung.name} would leave its trunk after {own.leave_step} steps, in a warm-up of {warmup}; "
+                        "give smaller warmup_fraction and decay_fraction, or a larger budget"
+                    )
+            branched[rung.name] = own
+    return [branched.get(rung.name, rung) for rung in rungs]
+
+
+def _timed(design: Design, rung: Rung, seconds_of: StepSeconds) -> Rung:
+    """With its own steps and its validation, which is a forward pass alone, a third of training."""
+    steps = rung.steps - rung.leave_step + design.evaluate_tokens / (3 * rung.batch_size * rung.seq_len)
+    return dataclasses.replace(rung, seconds=steps * seconds_of(rung.config, rung.batch_size))
+
+
+def _seeded(rung: Rung, seed: int, seeds: int) -> Rung:
+    if seeds == 1:
+        return rung
+    trunk = None if rung.trunk is None else f"{rung.trunk}-s{seed}"
+    return dataclasses.replace(rung, name=f"{rung.name}-s{seed}", seed=seed, trunk=trunk)
+
+
+def _warmup(design: Design, steps: int) -> int:
+    return max(1, round(design.warmup_fraction * steps)) if design.warmup_fraction else 0
+
+
+def _learning_rate(design: Design, sizes: dict[str, float]) -> float:
+    rate = design.learning_rate
+    return rate.at(sizes) if isinstance(rate, Law) else rate
+
+
+def _batch_size(design: Design, sizes: dict[str, float]) -> int:
+    rows = design.batch_size
+    return 2 ** max(0, round(math.log2(rows.at(sizes)))) if isinstance(rows, Law) else rows
+
+
+def _check_fields(design: Design, base: ModelConfig) -> None:
+    """What is wrong for every rung is said before any is laid out."""
+    from experiments.sweep.space.overlay import rebase
+    from experiments.sweep.trial import Setting
+
+    design.family.member(base, design.family.step(base))
+    rebase(Setting(base, design.train_config(1), HParams(), 0), design.shared_fields)

@@ -1,0 +1,1 @@
+"""Approach 2: valleys of equal compute and their minima."""

@@ -1,0 +1,66 @@
+"""From a table to the valleys of its budgets, gross outliers left out and listed."""
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.scaling.law.outliers import screen_surface, screen_valleys
+from experiments.scaling.rows.table import Table
+from experiments.scaling.valleys.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
+
+TOO_FEW = "too few to say which is wrong"
+
+
+def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley]:
+    """Every budget's valley with its parabola, without gross outliers."""
+    groups = group_budgets(budgets)
+    if not groups:
+        return []
+    log_params = [np.log(table.params[group]) for group in groups]
+    together = screen_surface(
+        np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
+        np.concatenate(log_params),
+        np.concatenate([np.full(len(group), np.log(budgets[group]).mean()) for group in groups]),
+        np.concatenate([table.loss[group] for group in groups]),
+    )
+    keeps, distances, undecided = screen_valleys(
+        [(log - log.mean(), table.loss[group]) for log, group in zip(log_params, groups, strict=True)],
+        np.split(together, np.cumsum([len(group) for group in groups])[:-1]),
+    )
+    valleys = []
+    for group, keep, distance, doubt in zip(groups, keeps, distances, undecided, strict=True):
+        reason = reason_against(table.params[group[keep]], table.loss[group[keep]], PARABOLA)
+        if reason is not None and not keep.all():  # leaving runs out did not save the valley: nothing is left out
+            keep = np.ones(len(group), bool)
+            reason, doubt = reason_against(table.params[group], table.loss[group], PARABOLA), True
+        if reason is None and doubt:
+            reason = (
+                f"its runs lie up to {distance:.0f} times the noise of all budgets off any parabola, and are {TOO_FEW}"
+            )
+        kept = group[keep]
+        params, loss = table.params[kept], table.loss[kept]
+        outliers = [
+            {"flops": float(budgets[i]), "params": float(table.params[i]), "tokens": float(table.tokens[i])}
+            | {
+                "loss": float(table.loss[i]),
+                "reason": "gross outlier: no noise of these runs puts it off its valley so far",
+            }
+            for i in group[~keep]
+        ]
+        sizes = len(np.unique(params))
+        coefficients = PARABOLA.coefficients(_centred(params), loss) if sizes >= MINIMUM_SIZES else None
+        middle = float(np.exp(np.log(budgets[kept]).mean()))
+        valleys.append(Valley(middle, params, table.tokens[kept], loss, coefficients, reason, PARABOLA, outliers))
+    return valleys
+
+
+def _centred(params: np.ndarray) -> np.ndarray:
+    return np.log(params) - np.log(params).mean()
+
+
+def with_shape(valley: Valley, shape: Shape) -> Valley:
+    """The same runs under another curve; a budget that the parabola lost for its runs' sake stays lost."""
+    doubtful = valley.reason is not None and TOO_FEW in valley.reason
+    reason = valley.reason if doubtful else reason_against(valley.params, valley.loss, shape)
+    return replace(valley, shape=shape, reason=reason)

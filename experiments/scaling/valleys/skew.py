@@ -1,0 +1,66 @@
+"""One skew for all valleys: how much steeper their right walls are than their left, found from all budgets together.
+
+Off its minimum a window sees a valley's cubic term, and a parabola's vertex moves towards the gentler wall. Where the
+windows drift with the budget, so does the bias, and the exponents with it. A cubic per budget would cost a degree of
+freedom each; the laws in use give all valleys one skew (`valley.Convex`), which costs one altogether.
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import minimize_scalar
+
+from experiments.scaling.valleys.valley import bent_bases, bent_minimum
+from model.errors import InputError
+
+LARGEST_SKEW = 1.5  # |β − α|; published exponents lie below 1
+GRID = np.linspace(-LARGEST_SKEW, LARGEST_SKEW, 301)
+
+
+def _unexplained(us: list[np.ndarray], losses: list[np.ndarray], skews: np.ndarray) -> np.ndarray:
+    """The sum of squares that the curves of each skew leave, [skews, draws]."""
+    left = np.zeros(())
+    for u, loss in zip(us, losses, strict=True):
+        q, _ = np.linalg.qr(bent_bases(u, skews))
+        centred = loss - loss.mean(-1, keepdims=True)  # constants are in the basis; without them sums keep their digits
+        left = left + (centred**2).sum(-1) - (np.matmul(centred, q) ** 2).sum(-1)
+    return left
+
+
+def common_skews(
+    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+) -> Float[np.ndarray, " draws"]:
+    """The least-squares skew of each draw, to the nearest point of a grid of 0.01."""
+    return GRID[_unexplained(us, losses, GRID).argmin(0)]
+
+
+def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
+    """The least-squares skew of all valleys. Raises `InputError` where no run is left to tell it from a parabola."""
+    freedom = sum(len(np.unique(u)) - 3 for u in us)
+    if freedom < 2:
+        raise InputError(
+            f"a common skew needs two runs more than the parabolas of {len(us)} budgets use up and there "
+            f"{'is' if freedom == 1 else 'are'} {freedom}; add sizes, or use method='parabola'"
+        )
+    curves = [loss[None] for loss in losses]
+    start = float(common_skews(us, curves)[0])
+    step = GRID[1] - GRID[0]
+    found = minimize_scalar(
+        lambda skew: float(_unexplained(us, curves, np.array([skew]))[0, 0]),
+        bounds=(start - step, start + step),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    return float(found.x)
+
+
+def skewed_minima(
+    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+) -> list[tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]]:
+    """(vertex, curvature) of every draw, per valley; each draw has its own common skew."""
+    skews, of_draw = np.unique(common_skews(us, losses), return_inverse=True)
+    found = []
+    for u, loss in zip(us, losses, strict=True):
+        solve = np.linalg.pinv(bent_bases(u, skews))[of_draw]
+        vertex, _, curvature = bent_minimum(np.matmul(solve, loss[:, :, None])[..., 0], skews[of_draw])
+        found.append((vertex, curvature))
+    return found
