@@ -96,7 +96,7 @@ class Analysis:
         found: list[tuple[str, str]] = []
         fits = self.fits
         if fits.parametric is not None:
-            found += [("parametric", text) for text in parametric_warnings(fits.parametric)]
+            found += [("parametric", text) for text in parametric_warnings(fits.parametric, fits.parametric_outliers)]
             found += [("parametric", text) for text in _outside(fits.parametric)]
         if fits.isoflop is not None:
             found += [("isoflop", text) for text in isoflop_warnings(fits.isoflop)]

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.law.intervals import LEVELS, Intervals
-from experiments.scaling.law.outliers import screen_residuals
+from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import NAMES, ParametricFit, check_settings, fit_parametric
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
 from model.errors import InputError
 
 SCHEMA_VERSION = 1
+MANY_OUTLIERS = 0.1  # of the rows
 FEW_ROWS = 20  # four per unknown
 FEW_BUDGETS = 4
 FEW_FREEDOM = 8
@@ -54,7 +55,8 @@ class Fits:
                 "seed": fit.seed,
                 "intervals": _intervals(fit.intervals_at(levels)),
             }
-            parametric |= {"outliers": self.parametric_outliers, "warnings": parametric_warnings(fit)}
+            outliers = self.parametric_outliers
+            parametric |= {"outliers": outliers, "warnings": parametric_warnings(fit, outliers)}
         if self.isoflop is not None:
             isoflop = self._isoflop(self.isoflop, "isoflop.intervals", levels)
             isoflop["methods"] = {
@@ -154,36 +156,47 @@ def fit_parametric_screened(
 ) -> tuple[ParametricFit, list[dict[str, Any]]]:
     """`fit_parametric` without gross outliers, and those as [{params, tokens, loss, reason}].
 
-    Huber's loss bounds what an outlier does but does not end it. Residuals of the robust fit show which runs
-    are wrong (`outliers.screen_residuals`);
-    the law is fitted again without them. Where that cannot be fitted, nothing is left out.
+    Huber's loss bounds what an outlier does but does not end it. Residuals of the robust fit show which runs are wrong
+    (`outliers.screen_residuals`); the law is fitted again without them, and judges all runs anew until its judgement
+    no longer changes, so that it does not depend on how far the outliers bent the first fit. Where that cannot be
+    fitted, nothing is left out.
     """
-    fit = fit_parametric(params, tokens, loss, delta=delta, bootstraps=bootstraps, seed=seed)
-    keep = screen_residuals(fit.residuals, len(NAMES))
-    if keep.all():
-        return fit, []
-    table = fit.table
-    try:
-        again = fit_parametric(
-            table.params[keep], table.tokens[keep], table.loss[keep], delta=delta, bootstraps=bootstraps, seed=seed
-        )
-    except InputError:
-        return fit, []
+    whole = fit = fit_parametric(params, tokens, loss, delta=delta, bootstraps=bootstraps, seed=seed)
+    table = whole.table
+    keep, residuals = np.ones(len(table), bool), whole.residuals
+    for _ in range(ROUNDS):
+        again = screen_residuals(residuals, keep, len(NAMES))
+        if np.array_equal(again, keep):
+            break
+        keep = again
+        try:
+            fit = fit_parametric(
+                table.params[keep], table.tokens[keep], table.loss[keep], delta=delta, bootstraps=bootstraps, seed=seed
+            )
+        except InputError:
+            return whole, []
+        residuals = np.log(fit.predict(table.params, table.tokens)) - np.log(table.loss)
     outliers = [
         {
             "params": float(table.params[i]),
             "tokens": float(table.tokens[i]),
             "loss": float(table.loss[i]),
-            "reason": f"gross outlier: {100 * np.expm1(-fit.residuals[i]):+.1f} % off the law, far beyond the noise",
+            "reason": f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
         }
         for i in np.flatnonzero(~keep)
     ]
-    return replace(again, table=replace(again.table, dropped=table.dropped)), outliers
+    return replace(fit, table=replace(fit.table, dropped=table.dropped)), outliers
 
 
-def parametric_warnings(fit: ParametricFit) -> list[str]:
-    """What its numbers should be read with."""
+def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> list[str]:
+    """What its numbers should be read with, when `outliers` were left out of it."""
     found = []
+    rows = len(fit.table) + len(outliers)
+    if len(outliers) > MANY_OUTLIERS * rows:
+        found.append(
+            f"{len(outliers)} of {rows} runs are left out as outliers: so many speak against the law rather than "
+            "against themselves; another form may hold"
+        )
     if len(fit.table) < FEW_ROWS:
         found.append(
             f"{len(fit.table)} runs for five unknowns: with fewer than {FEW_ROWS} the intervals' coverage is uncertain"

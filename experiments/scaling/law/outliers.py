@@ -82,14 +82,17 @@ def screen_valleys(
             keep[i] = rest
 
 
-def screen_residuals(residuals: Float[np.ndarray, " rows"], unknowns: int) -> Bool[np.ndarray, " rows"]:
-    """Which runs of one law, fitted robustly with so many unknowns, to keep.
+def screen_residuals(
+    residuals: Float[np.ndarray, " rows"], fitted: Bool[np.ndarray, " rows"], unknowns: int
+) -> Bool[np.ndarray, " rows"]:
+    """Which runs to keep, by a law with so many unknowns that was fitted robustly to some of them.
 
-    The unknowns make the residuals of the best fit too small, by √(rows / (rows − unknowns)) on average.
+    The noise is that of the `fitted` runs. The unknowns make the residuals of the best fit too small, by
+    √(rows / (rows − unknowns)) on average.
     """
-    count = len(residuals)
+    count = int(fitted.sum())
     freedom = max(count - unknowns, 1)
-    scale = robust_scale(residuals * np.sqrt(count / freedom))
+    scale = robust_scale(residuals[fitted] * np.sqrt(count / freedom))
     return np.abs(residuals) <= limit(freedom) * scale
 
 
