@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from experiments.allocator import keep_memory
-from experiments.commands import data, evaluate, generate, study, train
+from experiments.commands import data, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, show
@@ -34,6 +34,7 @@ COMMANDS: Tree = {
     "study": study.study,
     "data": ("Make and look into data folders.", {"prepare": data.prepare, "inspect": data.inspect}),
     "train": train.train,
+    "report": report.report,
     "cool": train.cool,
     "generate": generate.generate,
     "eval": evaluate.evaluate,

@@ -6,6 +6,8 @@ the stage is finished, and a stage that is there is not run again. So the study 
 
 import dataclasses
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,39 +15,33 @@ from typing import Any
 
 import jax
 
+from experiments.commands.options import read_json
 from experiments.decode.bench import bench_decode
 from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
-from experiments.scaling.ladder import ladder_table, row, train_rungs, train_shape, write_table
-from experiments.scaling.plan import (
-    Recipe,
-    Rung,
-    budgets_from,
-    expected_optimum,
-    held_out_rung,
-    largest_smallest_budget,
-    plan_ladder,
-)
-from experiments.scaling.probe import Probe, probe
+from experiments.scaling.rows.table import read_table
+from experiments.scaling.study.cost import plan_study
+from experiments.scaling.study.design import Design, Law
+from experiments.scaling.study.family import Family
+from experiments.scaling.study.run import run_study as run_ladder
+from experiments.scaling.study.rungs import expected_optimum
+from experiments.sweep.definition import define
+from experiments.sweep.reading.results import collect
+from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from infer import Sampling, generate, prepare
-from model import accounting
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
-from train import HParams, TrainConfig
-from train.data import Loader, load_manifest
+from train.compile import compiled_programs
 from train.data import prepare as prepare_data
 from train.files import write_json
-from train.lanes import compiled_programs
 from train.run import describe_device, load_run, versions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LEARNING_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
 BETA2 = (0.95, 0.99)  # small batches are said to want a longer memory
-SEEDS = (0, 1)
-BASE = HParams(weight_decay=0.1, final_fraction=0.0)
-BUDGETS = 4
-SHARE_FOR_TRAINING = 0.7  # of the minutes; the rest is data, probe, fits, decode and what the probe leaves out
+WEIGHT_DECAY = 0.1
+LADDER_SHARE = 0.62  # of the minutes; the rest is data, sweep, fits, decode and what the timed step leaves out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +62,8 @@ class Settings:
 def run_study(folder: str | Path, settings: Settings = Settings()) -> dict[str, Any]:
     """Run or go on with the study in `folder`; returns what `study.json` holds.
 
-    Raises InputError on bad input and where the folder belongs to other settings.
+    Raises InputError on bad input and where the folder belongs to other settings, and
+    `experiments.sweep.run.UnfinishedError` where runs failed.
     """
     if settings.batch_size is None:
         settings = dataclasses.replace(settings, batch_size=2 if jax.default_backend() == "cpu" else 64)
@@ -77,11 +74,9 @@ class _Study:
     """The stages in order; each takes what earlier ones found from `self.found`."""
 
     def __init__(self, folder: Path, settings: Settings):
-        assert settings.batch_size is not None
-        self.folder, self.settings, self.batch_size = folder, settings, settings.batch_size
-        self.data = folder / "data"
+        self.folder, self.settings = folder, settings
+        self.data, self.ladder = folder / "data", folder / "ladder"
         self.found: dict[str, Any] = {}
-        self.train_config = TrainConfig(batch_size=self.batch_size, seq_len=settings.seq_len, schedule="cosine")
         _claim(folder, settings)
 
     def run(self) -> dict[str, Any]:
@@ -91,8 +86,7 @@ class _Study:
             "sweep": self._sweep,
             "ladder": self._ladder,
             "fit": self._fit,
-            "prediction": self._prediction,
-            "heldout": self._held_out,
+            "test": self._test,
             "decode": self._decode,
             "samples": self._samples,
         }
@@ -120,126 +114,95 @@ class _Study:
         return prepare_data(self.settings.source, self.data, vocab_size=self.settings.vocab_size).to_json()
 
     def _plan(self) -> dict[str, Any]:
-        """Measure this machine and size the budgets so that everything fits into the minutes."""
-        recipe = self._recipe(proxy_d_model=32, proxy_learning_rate=1e-2)  # the rates do not matter for the cost
-        on_cpu = jax.default_backend() == "cpu"
-        widths = (16, 64) if on_cpu else (64, 512)
-        speed = probe(recipe, self.train_config, widths, data=self.data, folder=self.folder / "probe")
-        seconds = 60 * self.settings.minutes * SHARE_FOR_TRAINING
-        smallest = largest_smallest_budget(lambda budget: self._seconds_of(recipe, speed, budget), seconds)
-        budgets = budgets_from(smallest, BUDGETS)
-        rungs = plan_ladder(recipe, budgets)
+        """Time this machine and size the budgets so that everything fits into the minutes."""
+        made = plan_study(_design(self.settings), self.data)
+        design, base = made.design, made.design.base_config(made.vocab_size)
+        middle = design.family.nearest(base, expected_optimum(design, design.budgets[1]))
+        # The proxy's own length at half of the smallest budget: long enough to rank rates, cheap enough for all trials.
+        per_step = 6 * design.family.params(base, middle) * design.batch_size * design.seq_len
         return {
-            "probe": speed.to_dict(),
-            "budgets": budgets,
-            "proxy_d_model": recipe.width_nearest(expected_optimum(budgets[1])),
-            "sweep_steps": self._sweep_steps(recipe, budgets),
-            "expected_seconds": self._seconds_of(recipe, speed, smallest),
-            "expected_epochs_max": max(rung.epochs for rung in rungs),
+            "design": design.to_dict(),
+            "proxy_d_model": middle,
+            "sweep_steps": max(20, round(design.budgets[0] / 2 / per_step)),
+            "probe": dataclasses.asdict(made.speed),
+            "expected_seconds": 3600 * made.document()["total"]["hours"],
         }
 
     def _sweep(self) -> dict[str, Any]:
-        plan = self.found["plan"]
-        recipe = self._recipe(plan["proxy_d_model"], 1e-2)
-        steps = plan["sweep_steps"]
-        return run_sweep(
-            recipe.config(plan["proxy_d_model"]).replace(eos_token_ids=(self._eos_id,)),
-            self.train_config,
-            BASE.replace(warmup_steps=max(1, round(0.05 * steps))),
-            {"learning_rate": LEARNING_RATES, "beta2": BETA2},
-            seeds=[self.settings.seed + seed for seed in SEEDS],
+        plan, settings = self.found["plan"], self.settings
+        design = Design.from_dict(plan["design"])
+        config = design.family.member(design.base_config(self.found["data"]["vocab_size"]), plan["proxy_d_model"])
+        axes = {"learning_rate": LEARNING_RATES, "beta2": BETA2}
+        sweep = define(
+            config,
             data=self.data,
             folder=self.folder / "sweep",
-            steps=steps,
+            steps=plan["sweep_steps"],
+            axes=[f"{name}={','.join(map(repr, values))}" for name, values in axes.items()],
+            seeds=(settings.seed, settings.seed + 1),
+            base=design.shared_fields,
+            batch_size=settings.batch_size,
+            seq_len=settings.seq_len,
         )
+        results = collect(sweep.folder, run_sweep(sweep))
+        kept = (*axes, "seed", "state", "loss", "run")
+        trials = [{name: row[name] for name in kept} for row in results.rows]
+        return summarize(axes, trials) | {
+            "steps": plan["sweep_steps"],
+            "config": sweep.base.config.to_dict(),
+            "base": design.shared_fields,
+        }
 
     def _ladder(self) -> list[dict[str, Any]]:
-        recipe = self._tuned_recipe()
-        rungs = plan_ladder(recipe, self.found["plan"]["budgets"])
-        rows = train_rungs(
-            recipe,
-            rungs,
-            self._tuned_hparams(),
-            self.train_config,
-            data=self.data,
-            folder=self.folder / "ladder",
-            eos_id=self._eos_id,
-        )
-        write_table(self.folder / "ladder" / "runs.csv", rows)
-        return rows
+        return run_ladder(self._tuned(), self.data, self.ladder)
 
     def _fit(self) -> dict[str, Any]:
-        """Both fits, without the runs that diverged or that saw data twice: those are listed as dropped."""
-        fits = fit_both(self._table())
-        return fits.document()
+        """Both fits, without the runs that diverged, saw data twice or are held out: those are listed as dropped."""
+        return fit_both(read_table(self.ladder / "runs.csv")).document()
 
-    def _prediction(self) -> dict[str, Any]:
-        """Written down before the held-out run is trained."""
-        fits, recipe = fit_both(self._table()), self._tuned_recipe()
-        rungs = plan_ladder(recipe, self.found["plan"]["budgets"])
-        compute = 3 * max(rung.flops for rung in rungs)
-        if fits.isoflop is not None:
-            optimal, source = float(fits.isoflop.optimal(compute).params), "IsoFLOP power law"
-        elif fits.parametric is not None:
-            optimal, source = float(fits.parametric.optimal(compute).params), "parametric law"
-        else:
-            optimal, source = expected_optimum(compute), "the expected tokens per parameter (no law could be fitted)"
-        # A law that points outside anything seen is not followed there: the run must stay trainable.
-        inside = min(max(optimal, min(rung.params for rung in rungs)), 4 * max(rung.params for rung in rungs))
-        rung = held_out_rung(recipe, rungs, inside)
-        prediction = {
-            "rung": rung.to_dict(),
-            "size_from": source,
-            "optimal_params": optimal,
-            "compute_over_largest_fitted": rung.flops / max(rung.flops for rung in rungs),
-            "loss": None,
-            "interval_95": None,
-            "written_before_training": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "refused": fits.refused,
+    def _test(self) -> dict[str, Any]:
+        """Of the budget that was predicted before it was trained: {prediction, heldout} of the run that is nearest to
+        the size that was called optimal there, and all of its runs.
+        """
+        tested = read_json(self.ladder / "held_out.json")
+        rows = {row["name"]: row for row in self.found["ladder"]}
+        optima = tested["budgets"][0]["optima"]
+        source = next((name for name in ("isoflop", "parametric") if name in optima), None)
+        sizes = [run["params"] for run in tested["runs"]]
+        optimal = statistics.median(sizes) if source is None else optima[source]["params"]
+        run = min(tested["runs"], key=lambda run: abs(math.log(run["params"] / optimal)))
+        fitted = max(row["flops_6nd"] for row in rows.values() if not row["held_out"])
+        row, seconds = rows[run["name"]], max(rows[run["name"]]["seconds"] or 0.0, 1e-9)
+        speeds = {f"{name}_per_second": row[name] / seconds for name in ("tokens", "flops_6nd", "flops_exact")}
+        return {
+            "prediction": {
+                "written_before_training": tested["written"],
+                "compute_over_largest_fitted": row["flops_6nd"] / fitted,
+                "size_from": source,
+                "optimal_params": optimal,
+                "loss": run["loss"],
+                "interval_95": run["interval"],
+                "runs": tested["runs"],
+                "mean_relative_error": tested["mean_relative_error"],
+                "inside": tested["inside"],
+                "optimum": tested["budgets"][0]["measured"],
+            },
+            "heldout": row
+            | {name: run[name] for name in ("error", "relative_error")}
+            | {"inside_interval": run["inside"], **speeds},
         }
-        if fits.parametric is not None:
-            low, high = fits.parametric.predict_interval(rung.params, rung.tokens, level=95)
-            prediction |= {
-                "loss": float(fits.parametric.predict(rung.params, rung.tokens)),
-                "interval_95": [float(low), float(high)],
-            }
-        return prediction
-
-    def _held_out(self) -> dict[str, Any]:
-        rung = self._held_out_rung()
-        result = train_shape(
-            self._tuned_recipe(),
-            rung.d_model,
-            [rung],
-            self._tuned_hparams(),
-            self.train_config,
-            data=self.data,
-            folder=self.folder / "heldout",
-            eos_id=self._eos_id,
-        )[0]
-        measured, prediction = row(rung, result), self.found["prediction"]
-        seconds = max(result.seconds, 1e-9)
-        measured |= {
-            "tokens_per_second": result.tokens / seconds,
-            "flops_6nd_per_second": result.flops_6nd / seconds,
-            "flops_exact_per_second": result.flops_exact / seconds,
-        }
-        if measured["loss"] is not None and prediction["loss"] is not None:
-            low, high = prediction["interval_95"]
-            measured |= {
-                "error": measured["loss"] - prediction["loss"],
-                "relative_error": measured["loss"] / prediction["loss"] - 1,
-                "inside_interval": low <= measured["loss"] <= high,
-            }
-        return measured
 
     def _decode(self) -> list[dict[str, Any]]:
-        config, params = load_run(self._held_out_folder())
+        if (model := self._model()) is None:
+            return []
+        config, params = model
         quarter = self.settings.seq_len // 4
         return bench_decode(config, params, batches=(1, 4, 16), contexts=(quarter, 3 * quarter), steps=quarter // 2)
 
     def _samples(self) -> list[dict[str, str]]:
-        config, params = load_run(self._held_out_folder())
+        if (model := self._model()) is None:
+            return []
+        config, params = model
         tokenizer = load_tokenizer(self.data)
         prompts = _prompts(self.settings.source)
         room = self.settings.seq_len // 2
@@ -257,84 +220,60 @@ class _Study:
         ]
 
     def _document(self) -> dict[str, Any]:
+        tuned = self._tuned()
+        assert isinstance(tuned.learning_rate, Law)
+        rate = f"{tuned.learning_rate.value:.3g} · {self.found['plan']['proxy_d_model']}"
         stages = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / "stages").glob("*.json")]
         return {
             "schema_version": SCHEMA_VERSION,
             "settings": dataclasses.asdict(self.settings),
             "device": describe_device(),
             "versions": versions(),
-            "transfer_rule": self._tuned_recipe().rule,
+            "design": tuned.to_dict(),
+            "transfer_rule": f"learning rate = {rate} / d_model; batch and betas as in "
+            f"the sweep; warm-up {tuned.warmup_fraction:.0%} of the steps",
             "totals": {
                 "seconds": sum(stage["seconds"] for stage in stages),
                 "compiles": sum(stage["compiles"] for stage in stages),
             },
-            **self.found,
+            **{name: result for name, result in self.found.items() if name != "test"},
+            **self.found["test"],
         }
 
-    @property
-    def _eos_id(self) -> int:
-        return self.found["data"]["eos_id"]
-
-    def _recipe(self, proxy_d_model: int, proxy_learning_rate: float) -> Recipe:
-        settings = self.settings
-        loader = Loader(self.data, batch_size=self.batch_size, seq_len=settings.seq_len, seed=0)
-        return Recipe(
-            vocab_size=load_manifest(self.data).vocab_size,
-            batch_size=self.batch_size,
-            seq_len=settings.seq_len,
-            tokens_per_epoch=loader.tokens_per_epoch,
-            proxy_d_model=proxy_d_model,
-            proxy_learning_rate=proxy_learning_rate,
-        )
-
-    def _tuned_recipe(self) -> Recipe:
-        """With the vertex of the parabola through the best rate and its neighbours, or else the best rate itself."""
-        best = self.found["sweep"]["optimum"] or self._winner()
-        return self._recipe(self.found["plan"]["proxy_d_model"], best["learning_rate"])
-
-    def _tuned_hparams(self) -> HParams:
-        return BASE.replace(beta2=self._winner()["beta2"], seed=self.settings.seed)
-
-    def _winner(self) -> dict[str, float]:
-        winner = self.found["sweep"]["winner"]
-        if winner is None:
+    def _tuned(self) -> Design:
+        """The design with the sweep's best rate, as 1 / d_model from the proxy's: the vertex of the parabola through
+        the best and its neighbours, or else the best itself (docs/LOG.md)."""
+        sweep = self.found["sweep"]
+        if sweep["winner"] is None:
             raise InputError("the sweep has no winner: every learning rate diverged; nothing can be transferred")
-        return winner["setting"]
+        best = sweep["winner"]["setting"]
+        rate = (sweep["optimum"] or best)["learning_rate"]
+        law = Law(rate, {"d_model": float(self.found["plan"]["proxy_d_model"])}, {"d_model": -1.0})
+        design = Design.from_dict(self.found["plan"]["design"])
+        return design.replace(learning_rate=law, set=design.set | {"beta2": best["beta2"]})
 
-    def _table(self) -> Any:
-        return ladder_table(self.found["ladder"])
+    def _model(self) -> Any:
+        """(config, params) of the run that was the test; None where it diverged."""
+        run = self.found["test"]["heldout"]
+        return None if run["loss"] is None else load_run(self.ladder / run["run"])
 
-    def _held_out_rung(self) -> Rung:
-        values = dict(self.found["prediction"]["rung"])
-        values.pop("repeated")
-        return Rung(**values)
 
-    def _held_out_folder(self) -> Path:
-        return self.folder / "heldout" / self.found["heldout"]["run"]
-
-    def _sweep_steps(self, recipe: Recipe, budgets: list[float]) -> int:
-        """The proxy's own length at half of its budget: long enough to rank rates, cheap enough for 24 trials."""
-        return max(20, recipe.rung(recipe.width_nearest(expected_optimum(budgets[1])), budgets[0] / 2).steps)
-
-    def _seconds_of(self, recipe: Recipe, speed: Probe, smallest: float) -> float:
-        """Predicted training and compile seconds of the whole study."""
-        budgets = budgets_from(smallest, BUDGETS)
-        try:
-            rungs = plan_ladder(recipe, budgets)
-        except InputError:
-            return 0.0  # too small to be planned: certainly cheap
-        largest = 3 * max(rung.flops for rung in rungs)
-        rungs.append(recipe.rung(recipe.width_nearest(expected_optimum(largest)), largest))
-        proxy = recipe.width_nearest(expected_optimum(budgets[1]))
-        trials = len(LEARNING_RATES) * len(BETA2) * len(SEEDS)
-        widths = {rung.d_model for rung in rungs} | {proxy}
-        step = lambda width: speed.step_seconds(
-            accounting.flops_per_token(recipe.config(width), recipe.seq_len) * recipe.batch_size * recipe.seq_len
-        )
-        training = sum(rung.steps * step(rung.d_model) for rung in rungs)
-        return (
-            training + trials * self._sweep_steps(recipe, budgets) * step(proxy) + speed.compile_seconds * len(widths)
-        )
+def _design(settings: Settings) -> Design:
+    """Four budgets to fit and one to predict, of five sizes each; its rate is the sweep's to find."""
+    on_cpu = jax.default_backend() == "cpu"
+    assert settings.batch_size is not None
+    return Design(
+        # Small models have one depth: where it steps from 2 layers to 3, a law through both is wrong (docs/LOG.md).
+        base="study-32",
+        family=Family(ff_ratio=8 / 3) if on_cpu else Family(ff_ratio=8 / 3, aspect_ratio=32.0, head_dim=32),
+        hours=settings.minutes * LADDER_SHARE / 60,
+        count=5,
+        budget_factor=2.25,  # the square of the sizes' factor, so that neighbouring budgets share four of five shapes
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        set={"weight_decay": WEIGHT_DECAY},
+    )
 
 
 def _prompts(source: str) -> list[str]:

@@ -4,6 +4,7 @@ Under muP it should: what is tuned on the narrowest model then serves the wide o
 parameterization it moves down about as 1 / width.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.coordcheck import PARAMETERIZATIONS, TITLES, resize
 from experiments.report.style import INK, log_axis, new_figure, sequence, styled
+from experiments.sweep.definition import define
+from experiments.sweep.reading.results import collect
+from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from model import ModelConfig
 from model.config import Parameterization
 from model.errors import InputError
-from train import HParams, Shell, TrainConfig
+from train import HParams, TrainConfig
 
 
 def learning_rate_transfer(
@@ -45,20 +49,26 @@ def learning_rate_transfer(
     if len(widths) < 2 or len(set(learning_rates)) < 3:
         raise InputError("a transfer needs at least two widths and three learning rates")
     rates = sorted(set(learning_rates))
+    fields = {
+        field.name: getattr(train_config, field.name) for field in dataclasses.fields(train_config)
+    } | base.to_dict()
     cells = []
     for name in parameterizations:
         for width in widths:
-            summary = run_sweep(
+            sweep = define(
                 resize(config, "width", width, widths[0], name),
-                train_config,
-                base,
-                {"learning_rate": rates},
-                seeds=seeds,
                 data=data,
                 folder=Path(folder) / f"{name}-{width}",
                 steps=steps,
-                shell=Shell(description=f"{name} width {width}", evaluate_tokens=evaluate_tokens),
+                axes=[f"learning_rate={','.join(map(repr, rates))}"],
+                seeds=list(seeds),
+                base=fields,
+                batch_size=train_config.batch_size,
+                seq_len=train_config.seq_len,
+                evaluate_tokens=evaluate_tokens,
             )
+            results = collect(sweep.folder, run_sweep(sweep))
+            summary = summarize({"learning_rate": rates}, results.rows)
             cells.append(
                 {"parameterization": name, "width": width}
                 | summary

@@ -1,10 +1,10 @@
 """Every architectural hyperparameter: frozen, hashable, validated when made."""
 
 import dataclasses
-import math
 from typing import Any, Literal, get_args
 
 from model.errors import InputError, UnknownNameError
+from model.fields import check_names, check_types
 from model.parts import Experts, Latent, Part, RopeScaling
 
 Stack = Literal["decoder", "encoder", "encoder-decoder"]
@@ -19,32 +19,6 @@ DType = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "pallas"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "stack": get_args(Stack),
-    "position": get_args(Position),
-    "norm": get_args(Norm),
-    "norm_placement": get_args(NormPlacement),
-    "activation": get_args(Activation),
-    "head": get_args(Head),
-    "parameterization": get_args(Parameterization),
-    "compute_dtype": get_args(DType),
-    "remat": get_args(Remat),
-    "attention_kernel": get_args(AttentionKernel),
-}
-_COUNTS: tuple[str, ...] = (
-    "vocab_size",
-    "d_model",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "d_ff",
-    "max_seq_len",
-)
-_COUNTS += ("num_encoder_layers", "sliding_window", "base_d_model", "base_num_layers", "num_labels")
-_COUNTS += ("relative_buckets", "relative_max_distance")
-_POSITIVE: tuple[str, ...] = ("norm_epsilon", "rope_base", "local_rope_base", "rope_fraction", "attention_scale")
-_POSITIVE += ("attention_softcap", "final_softcap")
 _BIASES = ("norm_bias", "attention_bias", "attention_output_bias")
 _DERIVED = ("num_kv_heads", "head_dim", "d_ff", "num_encoder_layers", "final_norm", *_BIASES)
 _PARTS: dict[str, type[Part]] = {"rope_scaling": RopeScaling, "latent": Latent, "experts": Experts}
@@ -129,7 +103,7 @@ class ModelConfig:
     # tokens
     eos_token_ids: tuple[int, ...] = ()
     decoder_start_token_id: int = 0  # the first token that an encoder-decoder's decoder is given
-    derived: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    derived: tuple[str, ...] = dataclasses.field(default=(), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)
@@ -139,17 +113,16 @@ class ModelConfig:
         for name, part in _PARTS.items():
             if isinstance(getattr(self, name), dict):
                 set_field(name, part.from_dict(getattr(self, name)))
-        self._check_types()
+        check_types(self, _POSITIVE)
+        self._check_layer_pattern()
         self._derive()
         self._check_consistency()
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed; derived fields are derived anew."""
-        for name in changes:
-            if name not in _FIELDS:
-                raise UnknownNameError("ModelConfig field", name, _FIELDS)
+        check_names(type(self), changes, complete=False)
         fresh = {name: None for name in self.derived if name not in changes}
-        return dataclasses.replace(self, **{**fresh, **changes, "derived": ()})
+        return dataclasses.replace(self, **{**fresh, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back to an equal config."""
@@ -159,13 +132,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read `to_dict`'s output. Raises InputError on an unknown or missing field."""
-        for name in values:
-            if name not in _FIELDS:
-                raise UnknownNameError("ModelConfig field", name, _FIELDS)
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        missing = [name for name in missing if name not in values]
-        if missing:
-            raise InputError(f"the model config lacks {', '.join(missing)}")
+        check_names(cls, values, complete=True)
         config = cls(**values)
         for name in _DERIVED:  # a field that is as it would be derived follows its source again
             try:
@@ -210,39 +177,12 @@ class ModelConfig:
             )
         return self.d_model // self.num_heads
 
-    def _check_types(self) -> None:
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is None and (name in _DERIVED or _DEFAULTS[name] is None):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number of at least 1")
-        types = self.num_token_types
-        if not isinstance(types, int) or isinstance(types, bool) or types < 0:
-            raise InputError(f"num_token_types={types!r} must be a whole number of at least 0")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UnknownNameError(name, str(getattr(self, name)), choices)
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is None and _DEFAULTS[name] is None:
-                continue
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise InputError(f"{name}={value!r} must be a positive number")
-        for name, default in _DEFAULTS.items():
-            value = getattr(self, name)
-            if (isinstance(default, bool) and not isinstance(value, bool)) or (
-                name in (*_BIASES, "final_norm") and not isinstance(value, (bool, type(None)))
-            ):
-                raise InputError(f"{name}={value!r} must be true or false")
+    def _check_layer_pattern(self) -> None:
         if not self.layer_pattern:
             raise InputError("layer_pattern is empty; give 'local' and 'global' in the order of the layers")
         for reach in self.layer_pattern:
             if reach not in get_args(Reach):
                 raise UnknownNameError("layer_pattern entry", str(reach), get_args(Reach))
-        for name, part in _PARTS.items():
-            if not isinstance(getattr(self, name), (part, type(None))):
-                raise InputError(f"{name} must be {part.__name__}'s fields or null, not {getattr(self, name)!r}")
 
     def _check_consistency(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -307,5 +247,5 @@ class ModelConfig:
         return self.latent.rope_dim if self.latent is not None else int(self.head_dim * self.rope_fraction)
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "derived")
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.init)
+_POSITIVE = set(_FIELDS) - {"num_token_types", "decoder_start_token_id"}

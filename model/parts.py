@@ -1,10 +1,10 @@
 """The parts that only some architectures have, each a frozen dataclass inside `ModelConfig`."""
 
 import dataclasses
-import math
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self
 
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError
+from model.fields import check_names, check_types
 
 ScalingKind = Literal["linear", "llama3", "yarn"]
 Router = Literal["softmax", "softmax_of_chosen", "sigmoid"]
@@ -13,7 +13,9 @@ Dispatch = Literal["dropless", "capacity"]
 
 
 class Part:
-    """Reading and writing plain values, with sentences where they are wrong."""
+    """Reading and writing plain values, with sentences where they are wrong. POSITIVE: the numbers that may not be 0."""
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -22,13 +24,7 @@ class Part:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read `to_dict`'s output. Raises InputError on an unknown, missing or impossible field."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for name in values:
-            if name not in fields:
-                raise UnknownNameError(f"{cls.__name__} field", name, fields)
-        missing = [n for n, field in fields.items() if field.default is dataclasses.MISSING and n not in values]
-        if missing:
-            raise InputError(f"{cls.__name__} lacks {', '.join(missing)}")
+        check_names(cls, values, complete=True)
         return cls(**values)
 
     def replace(self, **changes: Any) -> Self:
@@ -36,23 +32,7 @@ class Part:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, hint = getattr(self, field.name), hints[field.name]
-            name = f"{type(self).__name__}.{field.name}"
-            if hint in (int, int | None):
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                if not (value is None and hint == (int | None)) and not (whole and value >= 0):
-                    raise InputError(f"{name}={value!r} must be a whole number, at least 0")
-            elif hint in (float, float | None):
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not (value is None and hint == (float | None)) and not (number and 0 <= value < math.inf):
-                    raise InputError(f"{name}={value!r} must be a number, at least 0")
-            elif get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
-                if value not in get_args(hint):
-                    raise UnknownNameError(name, str(value), get_args(hint))
-            elif hint is bool and not isinstance(value, bool):
-                raise InputError(f"{name}={value!r} must be true or false")
+        check_types(self, self.POSITIVE, f"{type(self).__name__}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +80,8 @@ class Latent(Part):
     all heads. nope_dim: features of a head without position. q_rank: the same compression of queries; None: none.
     """
 
+    POSITIVE = ("kv_rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
+
     kv_rank: int
     nope_dim: int
     rope_dim: int
@@ -108,9 +90,6 @@ class Latent(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kv_rank", "nope_dim", "rope_dim", "v_dim", "q_rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"Latent.{name}={getattr(self, name)} must be at least 1")
         if self.rope_dim % 2:
             raise InputError(f"Latent.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
 
@@ -131,6 +110,8 @@ class Experts(Part):
     capacity_factor · tokens · top_k / count tokens of a batch and drops the rest (in passes over whole rows;
     evaluation and decoding are dropless).
     """
+
+    POSITIVE = ("count", "top_k", "d_ff", "groups", "top_groups", "every", "capacity_factor")
 
     count: int
     top_k: int
@@ -156,9 +137,6 @@ class Experts(Part):
         if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
             raise InputError(f"Experts.dense_layers={layers!r} must be a list of layers, counted from 0")
         object.__setattr__(self, "dense_layers", tuple(layers))
-        for name in ("count", "top_k", "d_ff", "groups", "top_groups", "every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Experts.{name}={getattr(self, name)} must be at least 1")
         if self.count % self.groups:
             raise InputError(f"Experts.groups={self.groups} does not divide count={self.count}")
         if self.top_groups > self.groups:
@@ -170,8 +148,6 @@ class Experts(Part):
             )
         if self.shared_gate and not self.shared_d_ff:
             raise InputError("Experts.shared_gate=true needs shared_d_ff, the width of the expert that it weighs")
-        if not self.capacity_factor > 0:
-            raise InputError(f"Experts.capacity_factor={self.capacity_factor} must be positive")
 
     def in_layer(self, index: int) -> bool:
         """Whether layer `index` has experts; the others are dense."""

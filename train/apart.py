@@ -1,23 +1,45 @@
-"""Lanes that lie apart: states of their own, for each of which the program of one lane runs in turn.
+"""Where lanes lie: stacked in one array, or apart as states of their own.
 
-Stacked in one array and mapped over, a lane would be copied out of it and back at every step, which costs a CPU 12 % of
-the step of a million parameters (docs/LOG.md). Apart, a lane is the solo run, bit by bit, and one that has nothing to
-do costs nothing.
+An accelerator that small models leave idle runs lanes side by side, stacked and vmapped. The cores of a CPU are busy
+with one: there the program of one lane runs for each in turn. Stacked, a lane would be copied out of the array and back
+at every step, which costs a CPU 12 % of the step of a million parameters (docs/LOG.md). Apart, a lane is the solo run,
+bit by bit, and one that has nothing to do costs nothing.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from train.memory import Memory
-
-if TYPE_CHECKING:
-    from train.lanes import Program
+from train.program import Program
 
 
-def apart(one: "Program", lanes: int) -> "Program":
+def side_by_side() -> bool:
+    """Whether lanes run by vmap, so that one that has ended still costs its work; else in turn, and it is skipped."""
+    return jax.default_backend() != "cpu"
+
+
+def lie_apart(mesh: Mesh) -> bool:
+    """Whether several lanes are states of their own. Not over several devices, where programs that are under way at
+    once may wait for one another's collectives for ever."""
+    return not side_by_side() and mesh.size == 1
+
+
+def as_lanes(mesh: Mesh, stacked: Any) -> Any:
+    """A tree with leaves [lanes, …] as a program takes it: itself, or where lanes lie apart a list of their own."""
+    lanes = jax.tree.leaves(stacked)[0].shape[0]
+    return split(stacked, lanes) if lanes > 1 and lie_apart(mesh) else stacked
+
+
+def compacts(wanted: bool | None) -> bool:
+    """Whether lanes move to a smaller program once enough have ended (`Shell.compact`)."""
+    return side_by_side() if wanted is None else wanted
+
+
+def apart(one: Program, lanes: int) -> Program:
     """The program of several lanes from that of one."""
 
     def step(states: list, batch: Any, hparams: Any, active: Any) -> tuple[list, dict[str, list]]:

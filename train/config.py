@@ -10,67 +10,10 @@ import jax
 import numpy as np
 
 from model.errors import InputError, UnknownNameError
-from model.parts import Part
+from train.phases import Phase
 
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
-RateShape = Literal["constant", "linear", "cosine"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase(Part):
-    """A stretch of a run by its tokens, with data, shapes and learning rates of its own (`train/phases.py`).
-
-    batch_sizes: in order, each for an equal share of the tokens; empty: the TrainConfig's. seq_len None: the
-    TrainConfig's. mixture: (source, weight) pairs, the weights relative; empty: the first source alone. rate: how the
-    factor of the peak goes from where the phase before it ended (0 at the start of the run) to `final`; "constant":
-    `final` throughout. rope_base: the model's from this phase on; None: as it was.
-    """
-
-    name: str
-    tokens: int
-    batch_sizes: tuple[int, ...] = ()
-    seq_len: int | None = None
-    mixture: tuple[tuple[str, float], ...] = ()
-    rate: RateShape = "constant"
-    final: float = 1.0
-    rope_base: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.name, str) or not self.name:
-            raise InputError(f"Phase.name={self.name!r} must be a word")
-        sizes = self.batch_sizes
-        if not isinstance(sizes, (list, tuple)) or not all(type(size) is int and size >= 1 for size in sizes):
-            raise InputError(f"phase {self.name!r}: batch_sizes={sizes!r} must be a list of whole numbers, at least 1")
-        object.__setattr__(self, "batch_sizes", tuple(sizes))
-        object.__setattr__(self, "mixture", self._weights())
-        if self.tokens < max(1, len(sizes)):
-            raise InputError(f"phase {self.name!r}: tokens={self.tokens} must be at least {max(1, len(sizes))}")
-        if self.seq_len == 0:
-            raise InputError(f"phase {self.name!r}: seq_len=0 must be at least 1")
-        if self.rope_base == 0:
-            raise InputError(f"phase {self.name!r}: rope_base=0 must be positive")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, lists where the fields are tuples."""
-        mixture = [list(pair) for pair in self.mixture]
-        return {**super().to_dict(), "batch_sizes": list(self.batch_sizes), "mixture": mixture}
-
-    def _weights(self) -> tuple[tuple[str, float], ...]:
-        given: Any = self.mixture.items() if isinstance(self.mixture, dict) else self.mixture
-        try:
-            pairs = tuple((str(name), float(weight)) for name, weight in given)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"phase {self.name!r}: mixture={self.mixture!r} must be pairs of a source's name and its weight"
-            ) from None
-        for name, weight in pairs:
-            if not 0 < weight < math.inf:
-                raise InputError(f"phase {self.name!r}: the weight {weight} of {name!r} must be a positive number")
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise InputError(f"phase {self.name!r}: a source stands twice in the mixture {self.mixture!r}")
-        return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +28,7 @@ class TrainConfig:
     max_skipped: consecutive steps that are not finite after which a run is diverged. spike_sigma: a loss more than so
     many standard deviations above the mean of the last `spike_window` losses rolls the run back, at most
     `max_rollbacks` times; 0: never.
-    phases: what the run goes through (`train/phases.py`), in place of `schedule`; empty: one shape throughout.
+    phases: what the run goes through (`train/plan.py`), in place of `schedule`; empty: one shape throughout.
     """
 
     batch_size: int = 8

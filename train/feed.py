@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.sharding import batch_sharding
-from train.lanes import as_lanes
-from train.phases import Stage
+from train.apart import as_lanes
+from train.plan import Stage
 from train.trial import Trial
 
 

@@ -17,15 +17,17 @@ import numpy as np
 
 from model.sharding import parts_of_lanes
 from train.agreement import CHECKPOINT, STOP, Agreement
+from train.apart import as_lanes, compacts
+from train.compile import batch_spec, compile_program, gather_lanes
 from train.config import HParams, TrainConfig
 from train.data import validation_batches
 from train.feed import Feed, Request, Seat
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.lanes import Lanes, Program, as_lanes, batch_spec, compacts, compile_program, gather_lanes
 from train.memory import device_memory
 from train.peak import peak_flops_per_second
-from train.phases import Stage
+from train.plan import Stage
+from train.program import Lanes, Program
 from train.progress import progress_bar
 from train.seats import Seats
 from train.shell import Shell

@@ -5,11 +5,11 @@ from jax.sharding import Mesh
 from model import ModelConfig
 from model.errors import InputError
 from model.sharding import check_batch
+from train.compile import compile_program
 from train.config import TrainConfig
 from train.hosts import agree
-from train.lanes import compile_program
 from train.memory import device_memory
-from train.phases import Plan, Stage
+from train.plan import Plan, Stage
 from train.shell import Shell
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from train.config import HParams, Schedule, TrainConfig
-from train.phases import Plan, phases_rate
+from train.plan import Plan, phases_rate
 
 
 def rate(train_config: TrainConfig, hparams: HParams, step: Int[Array, ""]) -> Float[Array, ""]:

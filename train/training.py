@@ -8,13 +8,13 @@ from pathlib import Path
 from model import ModelConfig
 from model.errors import InputError
 from model.sharding import check_batch, default_axes, make_mesh, parts_of_lanes
+from train.apart import lie_apart
 from train.branch import Branch
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
-from train.lanes import lie_apart
 from train.loop import Loop
 from train.microbatch import choose_cuts
-from train.phases import Plan
+from train.plan import Plan
 from train.result import Result
 from train.shell import Shell
 from train.trial import Trial

@@ -16,7 +16,7 @@ from train.data.folders import Data
 from train.data.mixture import PhasedLoader
 from train.hosts import agree
 from train.metrics import MetricsLog, read_metrics
-from train.phases import Plan, Stage
+from train.plan import Plan, Stage
 from train.result import Result
 from train.run import Identity, Run
 from train.schedule import uses_horizon

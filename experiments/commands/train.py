@@ -259,7 +259,7 @@ def _show_plan(train_config: "TrainConfig") -> None:
     from rich.table import Table
 
     from train.hosts import is_writer
-    from train.phases import Plan, describe
+    from train.plan import Plan, describe
 
     if not is_writer():
         return

@@ -2,18 +2,17 @@
 
 import json
 import shlex
-from pathlib import Path
 from typing import Any
 
+from experiments.scaling.study.design import Design
 from model import ModelConfig, presets
 
 Command = dict[str, str]
 
 
-def commands(folder: Path, document: dict[str, Any]) -> list[Command]:
+def commands(document: dict[str, Any]) -> list[Command]:
     """{what, text} per stage, with the numbers of this study; stages that found nothing are left out."""
-    settings, plan = document["settings"], document.get("plan") or {}
-    winner = (document.get("sweep") or {}).get("winner")
+    settings, found = document["settings"], document.get("sweep") or {}
     shape = f"--batch-size {settings['batch_size']} --seq-len {settings['seq_len']}"
     listed = [
         _command(
@@ -26,68 +25,58 @@ def commands(folder: Path, document: dict[str, Any]) -> list[Command]:
             f"isoflop data prepare {shlex.quote(settings['source'])} --out data --vocab-size {settings['vocab_size']}",
         ),
     ]
-    if document.get("sweep"):
-        listed.append(_sweep(document["sweep"], shape))
-    if winner is not None and plan:
-        file = f"cat > ladder.toml <<'END'\n{_design(settings, plan, winner['setting'])}END\n"
+    if found:
+        listed.append(_sweep(found, shape))
+    if document.get("design"):
+        file = f"cat > ladder.toml <<'END'\n{_toml(document['design'])}END\n"
         listed += [
+            _command("What the ladder trains", "isoflop scaling plan ladder.toml --data data", file),
             _command(
-                "What a ladder of these budgets would train", "isoflop scaling plan ladder.toml --data data", file
+                "Ladder, prediction and held-out runs", "isoflop scaling run ladder.toml --data data --out ladder"
             ),
-            _command("Ladder", "isoflop scaling run ladder.toml --data data --out ladder"),
             _command("Fit", "isoflop scaling fit ladder/runs.csv --json fit.json --plot fit.svg"),
         ]
-    if document.get("heldout"):
-        listed += _held_out(folder, document, winner, shape)
+    if run := document.get("heldout"):
+        listed.append(
+            _command(
+                "What the laws say of the held-out run",
+                f"isoflop scaling predict ladder/runs.csv --params {run['params']} --tokens {run['tokens']}",
+            )
+        )
+        listed += _model_commands(document, f"ladder/{run['run']}")
     return listed
 
 
-def _design(settings: dict[str, Any], plan: dict[str, Any], winner: dict[str, Any]) -> str:
-    """The definition of a study of the same budgets and recipe (`experiments/scaling/study/design.py`)."""
-    return f"""base = "study-32"
-budgets = {json.dumps(plan["budgets"])}
-held_out = 0
-batch_size = {settings["batch_size"]}
-seq_len = {settings["seq_len"]}
-learning_rate = {{ value = {winner["learning_rate"]!r}, centre = {{ d_model = {plan["proxy_d_model"]} }}, exponents = {{ d_model = -1 }} }}
-family = {{ ff_ratio = 2.6667 }}
-set = {{ weight_decay = 0.1, beta2 = {winner.get("beta2", 0.95)!r} }}
-"""  # noqa: E501 – a table of TOML stands on one line
+def _toml(design: dict[str, Any]) -> str:
+    """The definition of a study (`experiments/scaling/study/design.py`), defaults left out."""
+    usual = Design(budgets=(1.0, 2.0)).to_dict()
+    return "".join(
+        f"{name} = {_value(value)}\n" for name, value in design.items() if name == "budgets" or value != usual[name]
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_value(inner)}" for name, inner in value.items()) + " }"
+    return json.dumps(value)
 
 
 def _sweep(sweep: dict[str, Any], shape: str) -> Command:
     axes = " ".join(f"{name}={','.join(f'{value:g}' for value in values)}" for name, values in sweep["axes"].items())
+    base = " ".join(f"{name}={value}" for name, value in sweep["base"].items())
     seeds = len({trial["seed"] for trial in sweep["trials"]})
-    steps = sweep.get("steps", 0)
-    base = f"weight_decay=0.1 final_fraction=0 warmup_steps={max(1, round(0.05 * steps))}"
-    model, file = _model(sweep.get("config"), "proxy.json")
+    model, file = _model(sweep["config"], "proxy.json")
     return _command(
         "Sweep",
-        f"isoflop sweep run {model} --data data --out sweep --steps {steps} --set {axes} --seeds {seeds} "
+        f"isoflop sweep run {model} --data data --out sweep --steps {sweep['steps']} --set {axes} --seeds {seeds} "
         f"--base {base} {shape}",
         file,
     )
 
 
-def _held_out(folder: Path, document: dict[str, Any], winner: dict[str, Any] | None, shape: str) -> list[Command]:
-    settings, run = document["settings"], document["heldout"]
-    record = folder / "heldout" / run["run"] / "run.json"
-    config = json.loads(record.read_text(encoding="utf-8"))["identity"]["config"] if record.exists() else None
-    model, file = _model(config, "heldout.json", f"study-{run['d_model']}")
-    beta2 = 0.95 if winner is None else winner["setting"].get("beta2", 0.95)
-    listed = [
-        _command(
-            "Prediction",
-            f"isoflop scaling predict ladder/runs.csv --params {run['params']} --tokens {run['tokens']}",
-        ),
-        _command(
-            "Held-out run",
-            f"isoflop train {model} --data data --out heldout --steps {run['steps']} --seed {settings['seed']} "
-            f"--learning-rate {run['learning_rate']!r} {shape} "
-            f"--set beta2={beta2:g} final_fraction=0 warmup_steps={run['warmup_steps']}",
-            file,
-        ),
-    ]
+def _model_commands(document: dict[str, Any], run: str) -> list[Command]:
+    """What was done with the held-out model."""
+    settings, listed = document["settings"], []
     if cells := document.get("decode"):
         batches, contexts = (
             " ".join(map(str, sorted({cell[name] for cell in cells}))) for name in ("batch", "context")
@@ -95,7 +84,7 @@ def _held_out(folder: Path, document: dict[str, Any], winner: dict[str, Any] | N
         listed.append(
             _command(
                 "Decode",
-                f"isoflop bench decode heldout --batch {batches} --prompt {contexts} --steps {cells[0]['steps']}",
+                f"isoflop bench decode {run} --batch {batches} --prompt {contexts} --steps {cells[0]['steps']}",
             )
         )
     if samples := document.get("samples"):
@@ -103,7 +92,7 @@ def _held_out(folder: Path, document: dict[str, Any], winner: dict[str, Any] | N
         listed.append(
             _command(
                 "Text",
-                f"isoflop generate heldout --prompt {prompts} --temperature 0.7 --top-p 0.9 "
+                f"isoflop generate {run} --prompt {prompts} --temperature 0.7 --top-p 0.9 "
                 f"--max-new-tokens {settings['seq_len'] // 2} --seed {settings['seed']}",
             )
         )
@@ -114,10 +103,8 @@ def _command(what: str, text: str, before: str = "") -> Command:
     return {"what": what, "text": before + text}
 
 
-def _model(config: dict[str, Any] | None, file: str, name: str = "study-24") -> tuple[str, str]:
+def _model(config: dict[str, Any], file: str) -> tuple[str, str]:
     """This model as a command takes it: a preset where it is one, else a file and the shell text that makes it."""
-    if config is None:
-        return name, ""
     preset = f"study-{config['d_model']}"
     if preset in presets.names():
         ours = {"vocab_size": config["vocab_size"], "eos_token_ids": tuple(config["eos_token_ids"])}

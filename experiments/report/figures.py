@@ -55,12 +55,17 @@ def read_curve(run: Path, points: int = 200) -> Curve | None:
     steps, tokens, flops = (
         np.array([record[name] for record in records[:finite]], np.float64) for name in ("step", "tokens", "flops_6nd")
     )
-    total = np.concatenate([[0.0], np.cumsum(loss[:finite])])
     chosen = np.unique(np.round(np.geomspace(1, finite, points)).astype(int)) - 1
-    low = np.searchsorted(steps, steps[chosen] * (1 - SMOOTHING))
-    high = np.searchsorted(steps, steps[chosen] * (1 + SMOOTHING), side="right")
-    smooth = (total[high] - total[low]) / (high - low)
-    return Curve(steps[chosen], tokens[chosen], flops[chosen], smooth, finite < len(loss))
+    smooth = smoothed(steps, loss[:finite])
+    return Curve(steps[chosen], tokens[chosen], flops[chosen], smooth[chosen], finite < len(loss))
+
+
+def smoothed(at: Float[np.ndarray, " points"], values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
+    """The mean of `values` over the points within ±10 % of each point's own place; `at` rises."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.searchsorted(at, at * (1 - SMOOTHING))
+    high = np.searchsorted(at, at * (1 + SMOOTHING), side="right")
+    return (total[high] - total[low]) / (high - low)
 
 
 @styled

@@ -12,9 +12,9 @@ from experiments.report import figures
 from experiments.report.commands import commands
 from experiments.report.page import inline, known, render
 from experiments.scaling import plots
-from experiments.scaling.fit import Fits, fit_both
-from experiments.scaling.ladder import ladder_table
+from experiments.scaling.fit import fit_both
 from experiments.scaling.law.parametric import LARGEST_EXPONENT
+from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from train.files import write_atomically
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
@@ -36,12 +36,14 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """What the template is filled with: the document's parts, never None, and what is derived from them."""
     parts = {name: document.get(name) or {} for name in ("settings", "data", "plan", "sweep", "fit", "totals")}
     parts |= {name: document.get(name) or {} for name in ("prediction", "heldout", "device", "versions")}
-    rows, cells = document.get("ladder") or [], _measured(document)
+    every, cells = document.get("ladder") or [], _measured(document)
+    rows = [row for row in every if not row["held_out"]]
     fit = parts["fit"]
     parametric, isoflop = fit.get("parametric"), fit.get("isoflop")
     source = parts["settings"].get("source", "unknown")
     return parts | {
         "rows": rows,
+        "budgets": len({row["budget"] for row in rows}),
         "decode": cells,
         "samples": document.get("samples") or [],
         "transfer_rule": document.get("transfer_rule"),
@@ -57,7 +59,9 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         ],
         "undetermined": [] if parametric is None else _undetermined(parametric),
         "left_out": [
-            {"run": rows[entry["row"] - 1]["run"], "reason": entry["reason"]} for entry in fit.get("dropped") or []
+            {"run": every[entry["row"] - 1]["name"], "reason": entry["reason"]}
+            for entry in fit.get("dropped") or []
+            if entry["reason"] != HELD_OUT_REASON
         ],
         "unfinished": [row for row in rows if row["status"] != "finished"],
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
@@ -65,20 +69,23 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second_aggregate"], default=None),
         "order": _best_first(parts["sweep"]),
         "stages": _stages(folder),
-        "commands": commands(folder, document),
+        "commands": commands(document),
         "figures": _figures(folder, document, rows),
     }
 
 
 def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Drawn]:
-    fits = _fits(rows)
+    # The document's fits again, now as objects that can be drawn: same table, same seed, same numbers.
+    fits = fit_both(read_table(folder / "ladder" / "runs.csv"))
     parametric, isoflop, refused = fits.parametric, fits.isoflop, fits.refused
     sweep, measured = document.get("sweep") or {}, document.get("heldout") or {}
     prediction, cells = document.get("prediction") or {}, _measured(document)
-    budgets = sorted({row["budget"] for row in rows})
-    usable = [(budget, [row for row in rows if row["budget"] == budget and known(row["loss"])]) for budget in budgets]
+    by_budget: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_budget.setdefault(row["budget_flops"], []).append(row)
+    usable = [(budget, [row for row in members if known(row["loss"])]) for budget, members in by_budget.items()]
     usable = [(budget, members) for budget, members in usable if members]
-    curves = [(budget, _curves(folder, rows, budget)) for budget in budgets]
+    curves = [(budget, _curves(folder, members)) for budget, members in by_budget.items()]
     curves = [(budget, members) for budget, members in curves if members]
     held_out = _held_out_curve(folder, measured)
     no_valleys = "No run of the ladder has a loss."
@@ -164,18 +171,13 @@ def _without_legend(figure: Figure) -> Figure:
     return figure
 
 
-def _fits(rows: list[dict[str, Any]]) -> Fits:
-    """The document's fits again, now as objects that can be drawn: same table, same seed, same numbers."""
-    return fit_both(ladder_table(rows))
-
-
-def _curves(folder: Path, rows: Sequence[dict[str, Any]], budget: float) -> list[figures.Curve]:
-    read = [figures.read_curve(folder / "ladder" / row["run"]) for row in rows if row["budget"] == budget]
+def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[figures.Curve]:
+    read = [figures.read_curve(folder / "ladder" / row["run"]) for row in rows]
     return [curve for curve in read if curve is not None]
 
 
 def _held_out_curve(folder: Path, measured: dict[str, Any]) -> figures.Curve | None:
-    return figures.read_curve(folder / "heldout" / measured["run"]) if measured else None
+    return figures.read_curve(folder / "ladder" / measured["run"]) if measured else None
 
 
 def _device_name(device: dict[str, Any]) -> str:

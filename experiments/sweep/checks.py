@@ -5,29 +5,70 @@ from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.search.samplers import check_axes, make_sampler
-from experiments.sweep.trials import example_trials, plan_trials
+from experiments.sweep.space.kinds import describe
+from experiments.sweep.trial import Trial
+from experiments.sweep.trials import expected_trials
 from model.errors import InputError
 from train.data import load_manifest
+from train.data.manifest import Manifest
+from train.training import check_trainable
+
+_PROBES = 16  # points of a searched space that stand for those that are drawn
 
 
-def check_data(sweep: Sweep) -> None:
-    """Raise InputError where the data are not (any more) those of the sweep."""
-    found = load_manifest(sweep.data).hash
-    if found != sweep.data_hash:
+def check_data(sweep: Sweep) -> Manifest:
+    """The sweep's data. Raises InputError where the folder does not hold them any more."""
+    manifest = load_manifest(sweep.data)
+    if manifest.hash != sweep.data_hash:
         raise InputError(f"{sweep.data} holds other data than the sweep {sweep.folder} was made for; restore them")
+    return manifest
 
 
 def check_sweep(sweep: Sweep) -> None:
-    """Raise InputError on objectives, a sampler or a policy that cannot do with the sweep's trials; nothing runs."""
-    check_data(sweep)
-    directions = [direction(name) for name in sweep.objectives]
-    if sweep.sampler == "all":
-        trials = plan_trials(sweep)
-    else:
-        check_axes(sweep.sampler, sweep.space().axes())
-        make_sampler(sweep.sampler, sweep.sampler_seed, directions)
-        trials = example_trials(sweep, 4)
+    """Raise InputError on objectives, a sampler, a policy or trials that are wrong or do not go together."""
+    vocabulary = check_data(sweep).vocab_size
+    if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
+        raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
+    if sweep.lanes is not None and sweep.lanes < 1:
+        raise InputError(f"lanes={sweep.lanes} must be at least 1")
+    _check_sampler(sweep)
+    policy = make_policy(sweep)
+    trials = expected_trials(sweep, _PROBES)
+    for trial in trials:
+        _check_trial(trial, vocabulary)
+        if trial.parent is not None and sweep.policy != "all":
+            raise InputError(
+                f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
+            )
     for setting in {trial.setting.cohort: trial.setting for trial in trials}.values():
         check_speed(setting, sweep.objectives)
     # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
-    make_policy(sweep).decide([Row(n, trial, "planned", {}, None, {}) for n, trial in enumerate(trials)])
+    policy.decide([Row(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
+
+
+def _check_sampler(sweep: Sweep) -> None:
+    directions = [direction(name) for name in sweep.objectives]
+    if sweep.sampler == "all":
+        if sweep.trials:
+            raise InputError(
+                f"trials={sweep.trials} goes with a sampler, which draws them; give --sampler random or tpe"
+            )
+        return
+    make_sampler(sweep.sampler, sweep.sampler_seed, directions)
+    if sweep.trials < 1:
+        raise InputError(f"the sampler {sweep.sampler} needs --trials: how many points it is to draw")
+    axes = sweep.space().axes()
+    if not axes:
+        raise InputError(f"the sampler {sweep.sampler} has nothing to choose; give --set NAME=VALUES or --space FILE")
+    check_axes(sweep.sampler, axes)
+
+
+def _check_trial(trial: Trial, vocabulary: int) -> None:
+    """What `population` would refuse."""
+    config = trial.setting.config
+    try:
+        check_trainable(config, trial.setting.train_config)
+        if config.vocab_size < vocabulary:
+            raise InputError(f"vocab_size={config.vocab_size} is less than that of the data, {vocabulary}")
+    except InputError as error:
+        raise InputError(f"{describe(trial.point)}: {error}") from None

@@ -1,42 +1,27 @@
-"""Defining a sweep from what a person gives, and going on with the one that a folder holds."""
+"""Defining a sweep: from what a person gives, together with what its folder holds of it already."""
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from experiments.sweep.checks import check_sweep
 from experiments.sweep.record import Request, Sweep
 from experiments.sweep.space import Replicate
-from experiments.sweep.space.file import load_space, load_space_file
+from experiments.sweep.space.file import load_space
 from experiments.sweep.space.overlay import rebase
 from experiments.sweep.trial import Setting
-from experiments.sweep.trials import check_trial, example_trials, plan_trials, trials_at
 from model import ModelConfig
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError
 from train import HParams, TrainConfig
 from train.data import load_manifest
 
-__all__ = [
-    "PolicyName",
-    "Request",
-    "Sampler",
-    "Sweep",
-    "define",
-    "load_space_file",
-    "open_sweep",
-    "plan_trials",
-    "trials_at",
-]
-
-Sampler = Literal["all", "random", "quasirandom", "tpe", "gp", "cmaes", "nsga2"]
-PolicyName = Literal["all", "halving", "hyperband", "population"]
-_PROBES = 16  # points of a searched space that are tried before anything runs
 _SAME = ("data_hash", "objectives", "policy", "evaluate_tokens")  # of a sweep, however often it is added to
 
 
 def define(
-    preset: Any,
+    config: ModelConfig,
     *,
     data: str | Path,
     folder: str | Path,
@@ -45,7 +30,7 @@ def define(
     space_file: str | Path | None = None,
     space_source: str | None = None,
     seeds: int | Sequence[int] | None = None,
-    base: Sequence[str] = (),
+    base: Mapping[str, Any] = {},
     batch_size: int = 8,
     seq_len: int = 128,
     objectives: Sequence[str] = ("loss",),
@@ -58,17 +43,18 @@ def define(
     lanes: int | None = None,
     evaluate_tokens: int = 65_536,
 ) -> Sweep:
-    """A sweep from what a person gives; every trial is checked, nothing is written. Raises InputError.
+    """A sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is written.
 
-    preset: a name, a JSON file, or a ModelConfig; it gets the vocabulary of the data. steps: of every trial whose point
-    has no length of its own. space_file: a Python file; space_source: in its place, the text of one. base:
-    `NAME=VALUE` of all trials. seeds: how many, or which; None: those of the file's outermost `replicate`, or one.
-    Warm-up is 5 % of the steps unless the base gives another.
+    config: gets the vocabulary of the data. steps: of every trial whose point has no length of its own. space_file: a
+    Python file; space_source: in its place, the text of one. base: fields of all trials. seeds: how many, or which;
+    None: those of the file's outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another.
+
+    From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
+    calls asked for, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
+    those of this call. Raises InputError, with the difference, where it holds another sweep or something else, and on
+    whatever `check_sweep` refuses.
     """
-    from experiments.commands.options import parse_overrides, read_config
-
     manifest = load_manifest(data)
-    config = preset if isinstance(preset, ModelConfig) else read_config(str(preset))
     start = Setting(
         config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
@@ -89,7 +75,7 @@ def define(
             seeds = own.seeds
     sweep = Sweep(
         folder=Path(folder),
-        base=rebase(start, parse_overrides(tuple(base))),
+        base=rebase(start, base),
         data=Path(data).resolve(),
         axes=tuple(axes),
         space_file=None if source is None else f"space-{hashlib.sha256(source.encode()).hexdigest()[:8]}.py",
@@ -106,17 +92,13 @@ def define(
         data_hash=manifest.hash,
         space_source=source,
     )
-    _check(sweep, manifest.vocab_size)
+    sweep = _joined(sweep)
+    check_sweep(sweep)
     return sweep
 
 
-def open_sweep(sweep: Sweep) -> Sweep:
-    """The sweep together with what its folder holds; nothing is written.
-
-    Of the same base, data, objectives and policy it takes over the trials that former calls asked for, and the storage
-    where none is given; axes, seeds, sampler, trials, policy settings and lanes are those of the new call. Raises
-    InputError, with the difference, where the folder holds another sweep, or something else.
-    """
+def _joined(sweep: Sweep) -> Sweep:
+    """The sweep together with what its folder holds."""
     folder = sweep.folder
     if not (folder / "sweep.json").exists():
         if folder.exists() and not folder.is_dir():
@@ -138,28 +120,6 @@ def open_sweep(sweep: Sweep) -> Sweep:
         raise InputError(f"{folder} holds a sweep whose trials are in its own folder; leave --storage out")
     earlier = tuple(r for r in (*there.earlier, there.request) if not _covers(sweep.request, r))
     return dataclasses.replace(sweep, storage=there.storage, earlier=earlier)
-
-
-def _check(sweep: Sweep, vocabulary: int) -> None:
-    for kind, name, known in (("sampler", sweep.sampler, Sampler), ("policy", sweep.policy, PolicyName)):
-        if name not in get_args(known):
-            raise UnknownNameError(kind, name, get_args(known))
-    if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
-        raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
-    if sweep.sampler == "all" and sweep.trials:
-        raise InputError(f"trials={sweep.trials} goes with a sampler, which draws them; give --sampler random or tpe")
-    if sweep.sampler != "all" and sweep.trials < 1:
-        raise InputError(f"the sampler {sweep.sampler} needs --trials: how many points it is to draw")
-    if sweep.lanes is not None and sweep.lanes < 1:
-        raise InputError(f"lanes={sweep.lanes} must be at least 1")
-    if sweep.sampler != "all" and not sweep.space().axes():
-        raise InputError(f"the sampler {sweep.sampler} has nothing to choose; give --set NAME=VALUES or --space FILE")
-    for trial in plan_trials(sweep) if sweep.sampler == "all" else example_trials(sweep, _PROBES):
-        check_trial(trial, vocabulary)
-        if trial.parent is not None and sweep.policy != "all":
-            raise InputError(
-                f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
-            )
 
 
 def _covers(new: Request, old: Request) -> bool:

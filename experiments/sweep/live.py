@@ -51,8 +51,7 @@ def best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The best mean of the first objective over finished replicates, and the noise of one run there."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        point = {name: value for name, value in row.trial.point.items() if name != "seed"}
-        groups.setdefault(json.dumps(point, sort_keys=True), []).append(row)
+        groups.setdefault(row.trial.point_key, []).append(row)
     found = []
     for key, members in groups.items():
         values = [row.values[0] for row in members if row.state == "finished" and row.values]
@@ -94,7 +93,7 @@ def words(found: dict[str, Any]) -> str:
     return f"{setting}: {found['mean']:.4f}{noise}"
 
 
-def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True, seconds: float = 2.0) -> None:
+def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True) -> None:
     """Show `look()` until the sweep is done, or nothing is `going` on any more.
 
     On a terminal the table is live; elsewhere a line is printed when something has changed.
@@ -116,7 +115,7 @@ def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda
                 console.print(f"sweep: {said or 'no trials yet'}", highlight=False)
             if document["done"] or not still:
                 return
-            time.sleep(seconds)
+            time.sleep(2.0)
 
 
 def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def _tokens(sweep: Sweep, row: Row) -> int:
     known = int(row.facts.get("tokens", row.steps_done * row.trial.setting.train_config.tokens_per_step))
     if row.state != "running":
         return known
-    return max(known, _recorded_tokens(sweep.folder / "runs" / row.trial.id / "metrics.jsonl"))
+    return max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
 
 
 def _recorded_tokens(path: Path) -> int:

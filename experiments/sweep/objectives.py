@@ -37,9 +37,9 @@ def direction(name: str) -> str:
 
 def check_speed(setting: Setting, names: tuple[str, ...]) -> None:
     """Raise InputError where the speed of such a model cannot be measured, before it is trained."""
-    from experiments.decode.bench import check_grid
-
     if set(names) != {LOSS}:
+        from experiments.decode.bench import check_grid
+
         check_grid(setting.config, [_cell(setting)], _STEPS, _REPEATS)
 
 
@@ -68,13 +68,16 @@ def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
     return measured | {name: measured[own] for name, own in _ALIASES.items()}
 
 
-def values(names: tuple[str, ...], loss: float, speed: dict[str, float]) -> list[float]:
-    """Of every objective. Raises InputError where the benchmark does not give one for this shape."""
-    found = {LOSS: loss} | speed
+def values(setting: Setting, names: tuple[str, ...], loss: float, folder: Path) -> dict[str, float]:
+    """Of every objective, by its name; the speed as by `measure_speed`, where it is one.
+
+    Raises InputError where the benchmark does not give an objective for this shape.
+    """
+    found = {LOSS: loss} | ({} if set(names) == {LOSS} else measure_speed(setting, folder))
     for name in names:
         if found.get(name) is None:
             raise InputError(f"the decode benchmark gives no {name} for this model; leave that objective out")
-    return [float(found[name]) for name in names]
+    return {name: float(found[name]) for name in names}
 
 
 def _cell(setting: Setting) -> Any:

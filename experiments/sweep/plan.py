@@ -8,32 +8,14 @@ from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, state_by
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.policies import hash_fraction, make_policy
 from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
-from experiments.sweep.trials import example_trials, plan_trials
+from experiments.sweep.trials import expected_trials
 from model import accounting
-from model.errors import InputError
 from train.run import read_record
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Of one lane's step: seconds = overhead + exact FLOPs / rate, through one or two measured cohorts."""
-
-    overhead_seconds: float
-    flops_per_second: float
-    compile_seconds: float
-
-    def seconds(self, cohort: Cohort) -> float:
-        """Of one step of one lane."""
-        return self.overhead_seconds + _flops_of_step(cohort) / self.flops_per_second
-
-    def hours(self, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
-        """Of so many tokens trained and validated; a validation is a forward pass alone, a third of its training."""
-        steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
-        return (steps * self.seconds(cohort) + compiles * self.compile_seconds) / 3600
-
-
-def plan_sweep(sweep: Sweep, probe: bool = True, probe_seconds: float = 1.0) -> dict[str, Any]:
+def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
     """The plan as a document.
 
     cohorts: of each the trials, lanes, compiles, parameters, steps, and sums over its trials: tokens, FLOPs (6ND and
@@ -42,16 +24,12 @@ def plan_sweep(sweep: Sweep, probe: bool = True, probe_seconds: float = 1.0) -> 
     done: trials whose runs have ended already. hours (None without a probe) are those of one worker on this machine for
     what the policy is expected to train, with validation and compilation; probe: the real step, timed in the cohorts
     that have the smallest and the largest one. estimated: a sampler has yet to draw; random points stand for its own.
-
-    Raises InputError on a definition that is wrong, and where the policy cannot compare the trials.
     """
-    drawn = [] if sweep.sampler == "all" else example_trials(sweep, sweep.trials)
-    trials = list({trial.id: trial for trial in [*plan_trials(sweep), *drawn]}.values())
-    if not trials:
-        raise InputError("the sweep has no trials; give --set NAME=VALUES, or --seeds")
+    trials = expected_trials(sweep, sweep.trials)
     cohorts = group(trials)
     used = _expected(sweep, trials)
-    speed = _probe(cohorts, probe_seconds) if probe else None
+    shapes = [(cohort.trials[0].setting, len(cohort.trials)) for cohort in cohorts]
+    speed = time_steps(shapes) if probe else None
     rows = [_row(sweep, cohort, used, speed) for cohort in cohorts]
     summed = ("trials", "compiles", "tokens", "flops_6nd", "flops_exact", "checkpoint_bytes", "hours")
     total = {name: None if rows[0][name] is None else sum(row[name] for row in rows) for name in summed}
@@ -60,7 +38,7 @@ def plan_sweep(sweep: Sweep, probe: bool = True, probe_seconds: float = 1.0) -> 
         "folder": str(sweep.folder),
         "sampler": sweep.sampler,
         "policy": sweep.policy,
-        "estimated": bool(drawn),
+        "estimated": sweep.sampler != "all",
         "done": sum(_is_done(sweep, trial) for trial in trials),
         "cohorts": rows,
         "total": total | {"memory_bytes": max(row["memory_bytes"] for row in rows)},
@@ -100,8 +78,8 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
         "state_bytes": state_bytes(setting),
         "checkpoint_bytes": len(cohort.trials) * state_bytes(setting),
         "memory_bytes": lanes * state_bytes(setting) + side_by_side * temporary_bytes(setting),
-        "step_seconds": None if speed is None else speed.seconds(cohort),
-        "hours": speed and speed.hours(cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
+        "step_seconds": speed and speed.step_seconds(config, train_config),
+        "hours": speed and _hours(speed, cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
     }
 
 
@@ -117,34 +95,15 @@ def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
     return used
 
 
-def _probe(cohorts: list[Cohort], seconds: float) -> Speed:
-    """Time the real step in the cohorts of the fewest and the most FLOPs; the others lie between them."""
-    from experiments.scaling.probe import measure_step
-
-    ordered = sorted(cohorts, key=_flops_of_step)
-    chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
-    times, compiled = [], 0.0
-    for cohort in chosen:
-        lanes = 1 if in_turn() else lanes_for(cohort.trials[0].setting, len(cohort.trials))
-        measured = measure_step(cohort.config, cohort.train_config, lanes, seconds)
-        times.append(measured["step_seconds"] / lanes)
-        compiled = max(compiled, measured["compile_seconds"])
-    small, large = _flops_of_step(chosen[0]), _flops_of_step(chosen[-1])
-    if large > small and times[-1] > times[0]:
-        rate = (large - small) / (times[-1] - times[0])
-        overhead = max(0.0, times[0] - small / rate)
-        if overhead > 0:
-            return Speed(overhead, rate, compiled)
-    return Speed(0.0, large / times[-1], compiled)
-
-
-def _flops_of_step(cohort: Cohort) -> float:
-    per_token = accounting.flops_per_token(cohort.config, cohort.train_config.seq_len, "exact")
-    return cohort.train_config.tokens_per_step * per_token
+def _hours(speed: Speed, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
+    """Of so many tokens trained and validated; a validation is a forward pass alone, a third of its training."""
+    steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
+    seconds = speed.step_seconds(cohort.config, cohort.train_config)
+    return (steps * seconds + compiles * speed.compile_seconds) / 3600
 
 
 def _is_done(sweep: Sweep, trial: Trial) -> bool:
-    folder = sweep.folder / "runs" / trial.id
+    folder = sweep.run_folder(trial)
     if not (folder / "run.json").exists():
         return False
     record = read_record(folder)

@@ -8,7 +8,7 @@ from typing import Any, Self
 from experiments.sweep.space import Replicate, Space, grid, product
 from experiments.sweep.space.file import load_space
 from experiments.sweep.space.values import parse_axes
-from experiments.sweep.trial import Setting
+from experiments.sweep.trial import Setting, Trial
 from model.errors import InputError
 from train.files import write_atomically, write_json
 
@@ -82,6 +82,10 @@ class Sweep:
     def space(self) -> Space:
         """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
         return self.request.space(self.folder)
+
+    def run_folder(self, trial: Trial) -> Path:
+        """The run directory of a trial."""
+        return self.folder / "runs" / trial.id
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the sources of the spaces stay in their files."""

@@ -16,26 +16,24 @@ from model.errors import InputError
 
 logger = logging.getLogger("isoflop")
 BEAT = "beat"
+_PATIENCE_SECONDS = 600.0  # in which a database that went away, as while it restarts, may come back
 
 
 class Storage:
     """The trials of one study, in whatever keeps them.
 
     url: a database's as SQLAlchemy reads it, or `journal:PATH`. directions: "minimize" or "maximize" of each objective.
-    interval: seconds between a worker's heartbeats; grace: without one for so long, it counts as dead. patience: for
-    how many seconds an operation is retried when the database has gone away, as while it restarts. Raises InputError
+    interval: seconds between a worker's heartbeats; grace: without one for so long, it counts as dead. Raises InputError
     where it cannot be opened.
     """
 
-    def __init__(
-        self, url: str, name: str, directions: list[str], *, interval: int = 15, grace: int = 90, patience: float = 600
-    ):
+    def __init__(self, url: str, name: str, directions: list[str], *, interval: int = 15, grace: int = 90):
         import optuna
         from optuna.storages import get_storage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.interval, self.grace, self.patience = interval, grace, patience
+        self.interval, self.grace = interval, grace
         self.database = None if url.startswith("journal:") else _open_database(url, interval, grace)
         self.optuna = get_storage(self.database) if self.database else _open_journal(url.removeprefix("journal:"))
         self.name = name
@@ -52,7 +50,7 @@ class Storage:
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Any:
         """The function's answer, however often the database has to be asked."""
-        wait, until, told = 0.2, time.monotonic() + self.patience, False
+        wait, until, told = 0.2, time.monotonic() + _PATIENCE_SECONDS, False
         while True:
             try:
                 return function(*arguments, **named)
@@ -60,7 +58,9 @@ class Storage:
                 if not _is_transient(error) or time.monotonic() > until:
                     raise
                 if not told and wait > 1:  # a moment's lock is nothing to speak of
-                    logger.warning("the sweep's database does not answer; trying for %.0f minutes", self.patience / 60)
+                    logger.warning(
+                        "the sweep's database does not answer; trying for %.0f minutes", _PATIENCE_SECONDS / 60
+                    )
                     told = True
                 self.forget_session()
                 time.sleep(wait * random.uniform(0.5, 1))

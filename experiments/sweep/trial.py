@@ -82,6 +82,11 @@ class Trial:
         decode = {"decode": setting.decode.to_dict()} if setting.decode != Decode() else {}
         return _hash(identity | {"steps": setting.steps} | decode | parent)[:16]
 
+    @functools.cached_property
+    def point_key(self) -> str:
+        """Its point without the seed, as JSON: what all its replicates have in common."""
+        return json.dumps({name: value for name, value in self.point.items() if name != "seed"}, sort_keys=True)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         parent = list(self.parent) if self.parent else None

@@ -1,4 +1,4 @@
-"""The trials of a sweep: its points with its seeds, each checked before anything runs."""
+"""The trials of a sweep: its points with its seeds."""
 
 import json
 from collections.abc import Sequence
@@ -7,11 +7,8 @@ from typing import Any
 from experiments.sweep.branches import with_trunks
 from experiments.sweep.record import Sweep
 from experiments.sweep.space import random
-from experiments.sweep.space.kinds import describe
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
-from model.errors import InputError
-from train.training import check_trainable
 
 
 def plan_trials(sweep: Sweep) -> list[Trial]:
@@ -42,19 +39,10 @@ def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None =
     return made
 
 
-def example_trials(sweep: Sweep, count: int) -> list[Trial]:
-    """Trials as a search may draw them, for plans and checks: `count` random points of the newest space."""
-    return [trial for point in random(sweep.space(), count).points() for trial in trials_at(sweep, point)]
-
-
-def check_trial(trial: Trial, vocabulary: int) -> None:
-    """Raise InputError on what `population` would refuse, before anything runs. vocabulary: of the data."""
-    config = trial.setting.config
-    try:
-        check_trainable(config, trial.setting.train_config)
-    except InputError as error:
-        raise InputError(f"{describe(trial.point)}: {error}") from None
-    if config.vocab_size < vocabulary:
-        raise InputError(
-            f"{describe(trial.point)}: vocab_size={config.vocab_size} is less than that of the data, {vocabulary}"
-        )
+def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
+    """`plan_trials` and, where a sampler has yet to draw, those of `count` random points in place of its own."""
+    found = plan_trials(sweep)
+    if sweep.sampler != "all":
+        points = random(sweep.space(), count).points()
+        found += [trial for point in points for trial in trials_at(sweep, point)]
+    return list({trial.id: trial for trial in found}.values())

@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.sweep.branches import leaves
 from experiments.sweep.ledger import Claim, Ledger
-from experiments.sweep.objectives import LOSS, check_speed, direction, measure_speed, values
+from experiments.sweep.objectives import check_speed, direction, values
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.policies import make_policy
@@ -183,7 +183,7 @@ class _Cohort:
             setting.train_config,
             [claim.trial.setting.hparams for claim in self.claims],
             data=self.sweep.data,
-            runs=[run_folder(self.sweep, claim.trial) for claim in self.claims],
+            runs=[self.sweep.run_folder(claim.trial) for claim in self.claims],
             steps=[claim.until for claim in self.claims],
             shell=shell,
             branches=[self._branch(claim.trial) for claim in self.claims],
@@ -207,14 +207,11 @@ class _Cohort:
         elif claim.until < claim.trial.setting.steps:
             self.ledger.hand_back(claim, facts)
         else:
-            speed = (
-                {} if set(self.sweep.objectives) == {LOSS} else measure_speed(claim.trial.setting, self.sweep.folder)
-            )
-            measured = {name: speed[name] for name in self.sweep.objectives if name != LOSS}
-            self.ledger.finish(claim, values(self.sweep.objectives, loss, speed), facts | measured)
+            found = values(claim.trial.setting, self.sweep.objectives, loss, self.sweep.folder)
+            self.ledger.finish(claim, list(found.values()), facts | found)
 
     def _leave_what_is_being_written(self) -> None:
-        busy = [claim for claim in self.claims if _is_being_written(run_folder(self.sweep, claim.trial))]
+        busy = [claim for claim in self.claims if _is_being_written(self.sweep.run_folder(claim.trial))]
         self.claims = [claim for claim in self.claims if claim not in busy]
         self._cool(busy)
 
@@ -226,11 +223,6 @@ class _Cohort:
     def _hand_back(self, claims: list[Claim]) -> None:
         for claim in claims:
             self.ledger.hand_back(claim)
-
-
-def run_folder(sweep: Sweep, trial: Trial) -> Path:
-    """The run directory of a trial."""
-    return sweep.folder / "runs" / trial.id
 
 
 def _facts(result: Result) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_lanes_are_compared_with_one(tmp_path, monkeypatch):
     def measured(config, train_config, lanes, seconds):
         return {"lanes": lanes} | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
 
-    monkeypatch.setattr("experiments.scaling.probe.measure_step", measured)
+    monkeypatch.setattr("experiments.sweep.speed.measure_step", measured)
     for lanes, ratios in (((4, 1, 16), [2, 1, 4]), ((4, 16), [None, None])):
         train("tiny", lanes=lanes, json=tmp_path / "lanes.json")
         rows = json.loads((tmp_path / "lanes.json").read_text())["rows"]

@@ -1,7 +1,5 @@
 """The study's page: it says what was found, or why nothing was; it fetches nothing and trusts no text."""
 
-import copy
-import functools
 import html.parser
 import json
 import re
@@ -15,9 +13,11 @@ from experiments.report.commands import commands
 from experiments.report.figures import read_curve
 from experiments.report.page import number
 from experiments.scaling.fit import fit_both
-from experiments.scaling.ladder import ladder_table
+from experiments.scaling.rows.table import read_table
+from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.sweep.reading.summary import summarize
+from model import presets
 
 FITS = {}
 
@@ -38,40 +38,44 @@ def quick(monkeypatch):
 
 
 def ladder():
-    """Five sizes at each of four budgets, on a law whose optimum is 20 tokens per parameter."""
+    """Five sizes at each of four budgets, on a law whose optimum is 20 tokens per parameter; one run is held out."""
     rng = np.random.default_rng(0)
     rows = []
-    for budget in 1e12 * 2.0 ** np.arange(4):
+    for index, budget in enumerate([1e12, 2e12, 4e12, 8e12, 16e12]):
         for factor in np.sqrt(2.0) ** np.arange(-2, 3):
             params = round(np.sqrt(budget / 120) * factor)
             steps = round(budget / (6 * params * 1024))
             loss = 1.7 + 20 * params**-0.35 + 20 * (1024 * steps / 20) ** -0.35
             rows.append(
                 {
+                    "name": f"b{index + 1}-{params}",
+                    "budget": index,
+                    "budget_flops": budget,
+                    "held_out": index == 4,
                     "d_model": 16,
                     "params": params,
                     "steps": steps,
                     "tokens": 1024 * steps,
-                    "flops": 6.0 * params * 1024 * steps,
-                    "budget": budget,
+                    "flops_6nd": 6.0 * params * 1024 * steps,
                     "epochs": 0.5,
                     "learning_rate": 0.01,
-                    "warmup_steps": 5,
                     "repeated": False,
                     "loss": float(loss * np.exp(0.001 * rng.standard_normal())),
-                    "train_loss": float(loss),
                     "status": "finished",
-                    "run": f"d16-steps{steps}",
-                    "flops_exact": 7.0 * params * 1024 * steps,
+                    "run": f"sweep/runs/b{index + 1}-{params}",
                     "seconds": 12.5,
-                    "compile_seconds": 3.0,
                 }
             )
-    return rows
+    return rows[:21]
 
 
-@functools.cache
-def made():
+def fitted(rows, folder):
+    """The document of the fits of these rows, whose table is left in the folder."""
+    write_csv(folder / "ladder" / "runs.csv", rows)
+    return few_draws(read_table(folder / "ladder" / "runs.csv")).document()
+
+
+def made(folder):
     rows = ladder()
     rates, betas = [0.005, 0.01, 0.02, 0.04], [0.95, 0.99]
     trials = [
@@ -89,8 +93,7 @@ def made():
     ]
     trials[-1] |= {"loss": None, "status": "diverged"}
     split = {"documents": 238, "bytes": 1_000_000, "tokens": 400_000, "bytes_per_token": 2.5, "shards": []}
-    rung = {name: rows[-1][name] for name in ("d_model", "params", "steps", "tokens", "flops", "budget", "epochs")}
-    rung |= {"learning_rate": 0.01, "warmup_steps": 9, "repeated": False}
+    predicted = {"loss": 2.3456, "interval": [2.3, 2.4], "measured": 2.3789, "relative_error": 0.0142, "inside": True}
     cell = {
         "steps": 16,
         "repeats": 7,
@@ -119,25 +122,28 @@ def made():
             "files_skipped": 0,
             "bytes_replaced": 7,
         },
-        "plan": {"budgets": sorted({row["budget"] for row in rows}), "proxy_d_model": 16, "sweep_steps": 100},
-        "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials) | {"steps": 100, "compiles": 1},
+        "design": Design(budgets=tuple(sorted({row["budget_flops"] for row in rows})), set={"beta2": 0.99}).to_dict(),
+        "plan": {"proxy_d_model": 16, "sweep_steps": 100},
+        "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials)
+        | {"steps": 100, "config": presets.get("tiny").to_dict(), "base": {"schedule": "cosine"}},
         "ladder": rows,
-        "fit": few_draws(ladder_table(rows)).document(),
+        "fit": fitted(rows, folder),
         "prediction": {
-            "rung": rung,
-            "size_from": "IsoFLOP power law",
+            "size_from": "isoflop",
             "optimal_params": 1e5,
             "compute_over_largest_fitted": 3.0,
             "loss": 2.3456,
             "interval_95": [2.3, 2.4],
             "written_before_training": "2026-01-02T03:04:05Z",
-            "refused": {},
+            "runs": [{name: rows[-1][name] for name in ("name", "params", "tokens")} | predicted],
+            "mean_relative_error": 0.0142,
+            "inside": 1,
+            "optimum": {"refused": "1 run is too few"},
         },
-        "heldout": rung
+        "heldout": rows[-1]
         | {
             "loss": 2.3789,
-            "status": "finished",
-            "run": "d16-held",
+            "run": "held_out/runs/d16-held",
             "seconds": 80.0,
             "error": 0.0333,
             "relative_error": 0.0142,
@@ -151,8 +157,8 @@ def made():
 
 
 @pytest.fixture
-def document():
-    return copy.deepcopy(made())
+def document(tmp_path):
+    return made(tmp_path)
 
 
 def write_metrics(run, losses):
@@ -178,9 +184,9 @@ def words(text):
 def whole(tmp_path_factory):
     """The page of the whole document with real figures, and its folder."""
     folder = tmp_path_factory.mktemp("study")
-    document = copy.deepcopy(made())
+    document = made(folder)
     write_metrics(folder / "ladder" / document["ladder"][0]["run"], np.linspace(7, 3, 50))
-    write_metrics(folder / "heldout" / "d16-held", np.linspace(7, 2.4, 500))
+    write_metrics(folder / "ladder" / document["heldout"]["run"], np.linspace(7, 2.4, 500))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(study_page, "fit_both", few_draws)
         return folder, page(folder, document)
@@ -201,11 +207,11 @@ def test_says_the_key_numbers(whole, document):
         "1 of 16 runs diverged",
     ):
         assert part in said, part
-    for part in ("sweep run study", "scaling run", "scaling fit", "scaling predict", "train study-16", "bench decode"):
+    for part in ("sweep run study", "scaling run", "scaling fit", "scaling predict", "bench decode"):
         assert f"isoflop {part}" in said
     assert text.count("<svg") == 8
     assert len(text) < 3e6
-    assert sorted(path.name for path in folder.iterdir()) == ["heldout", "ladder", "report.html"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ladder", "report.html"]
 
 
 def test_says_that_it_was_outside(tmp_path, document):
@@ -259,7 +265,7 @@ def test_refused_fits(tmp_path, document):
     """Every reason stands in the page; the ladder's losses are still drawn."""
     document["ladder"] = document["ladder"][:4]
     document["ladder"][0] |= {"loss": None, "status": "diverged"}
-    document["fit"] = few_draws(ladder_table(document["ladder"])).document()
+    document["fit"] = fitted(document["ladder"], tmp_path)
     assert document["fit"]["parametric"] is None
     assert document["fit"]["isoflop"] is None
     document["prediction"] |= {"loss": None, "interval_95": None, "refused": document["fit"]["refused"]}
@@ -270,7 +276,7 @@ def test_refused_fits(tmp_path, document):
     assert "1 of 4 budgets" not in said
     assert "No loss was predicted" in said
     assert "Neither estimator found a law" in said
-    assert f"{document['ladder'][0]['run']}: loss is not finite" in said
+    assert f"{document['ladder'][0]['name']}: loss is not finite" in said
 
 
 def test_intervals_refused(tmp_path, document):
@@ -282,7 +288,7 @@ def test_intervals_refused(tmp_path, document):
 
 
 def test_held_out_run_diverged(tmp_path, document):
-    write_metrics(tmp_path / "heldout" / "d16-held", [7.0, 6.0, float("nan")])
+    write_metrics(tmp_path / "ladder" / document["heldout"]["run"], [7.0, 6.0, float("nan")])
     document["heldout"] |= {"loss": None, "status": "diverged"}
     for name in ("error", "relative_error", "inside_interval"):
         del document["heldout"][name]
@@ -301,9 +307,9 @@ def test_a_missing_stage_is_said(tmp_path, document, name):
 def test_one_seed_and_no_winner(tmp_path, document):
     sweep = document["sweep"]
     one = [trial for trial in sweep["trials"] if trial["seed"] == 0]
-    document["sweep"] = summarize(sweep["axes"], one)
+    document["sweep"] |= summarize(sweep["axes"], one)
     assert "one seed per setting" in words(page(tmp_path, document))
-    document["sweep"] = summarize(sweep["axes"], [trial | {"loss": None, "status": "diverged"} for trial in one])
+    document["sweep"] |= summarize(sweep["axes"], [trial | {"loss": None, "status": "diverged"} for trial in one])
     said = words(page(tmp_path, document))
     assert "every setting lost a run to divergence" in said
     assert "No trial has a loss." in said
@@ -340,11 +346,8 @@ def test_numbers_as_people_write_them(value, text):
     assert number(value) == text
 
 
-def test_the_commands_of_the_ladder_are_a_study_that_can_be_read(document, tmp_path):
-    text = "\n".join(command["text"] for command in commands(tmp_path, document))
+def test_the_commands_of_the_ladder_are_a_study_that_can_be_read(document):
+    text = "\n".join(command["text"] for command in commands(document))
     design = text.partition("cat > ladder.toml <<'END'\n")[2].partition("END\n")[0]
-    read = Design.from_dict(tomllib.loads(design))
-    assert list(read.budgets) == document["plan"]["budgets"]
-    assert read.batch_size == document["settings"]["batch_size"]
-    assert read.learning_rate.value == document["sweep"]["winner"]["setting"]["learning_rate"]
+    assert Design.from_dict(tomllib.loads(design)).to_dict() == document["design"]
     assert "isoflop scaling run ladder.toml --data data --out ladder" in text

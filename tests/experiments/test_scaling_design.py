@@ -147,7 +147,7 @@ def machine(monkeypatch):
         flops = train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len)
         return {"step_seconds": lanes * (1e-3 + flops / 1e10), "compile_seconds": 2.0}
 
-    monkeypatch.setattr(cost, "measure_step", measure)
+    monkeypatch.setattr("experiments.sweep.speed.measure_step", measure)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
 from experiments.scaling.study.run import read_study, run_study, rungs_of, sweep_of
 from experiments.sweep.trials import plan_trials
+from experiments.sweep.worker import work
 from model.errors import InputError
-from train.lanes import compiled_programs
+from train.compile import compiled_programs
 
 
 @pytest.fixture
@@ -71,7 +72,6 @@ def test_a_folder_of_something_else_is_refused(design, data, tmp_path):
 @pytest.mark.long
 def test_stopped_and_gone_on_with(design, data, tmp_path, monkeypatch):
     folder, seen = tmp_path / "study", []
-    work = study.work
 
     def stop(sweep, ledger):
         seen.append(sweep.folder.name)
@@ -86,7 +86,7 @@ def test_stopped_and_gone_on_with(design, data, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
         work(sweep, ledger)
 
-    monkeypatch.setattr(study, "work", stop)
+    monkeypatch.setattr("experiments.sweep.run.work", stop)
     monkeypatch.setattr(study, "predict", functools.partial(predict, bootstraps=20))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

@@ -1,19 +1,13 @@
-"""Branches of a sweep: which trial they leave, when they may run, what they cost; and that they are its cool-downs."""
-
-import json
+"""Branches of a sweep: which trial they leave, when they may run, what they cost."""
 
 import pytest
 
-from experiments.sweep.definition import define, plan_trials
-from experiments.sweep.ledger import Ledger
+from experiments.sweep.definition import define
 from experiments.sweep.plan import plan_sweep
 from experiments.sweep.row import Row, RunAll
 from experiments.sweep.search.simulate import play, tokens_used
-from experiments.sweep.worker import plan, work
-from model.errors import InputError
-from train import Shell, train
-from train.branch import cooldown
-from train.lanes import compiled_programs
+from experiments.sweep.trials import plan_trials
+from model import InputError, presets
 
 SPACE = """
 from experiments.sweep.space import chain, grid
@@ -37,8 +31,8 @@ def sweep(data, tmp_path):
             text = text.replace(before, after)
         file = tmp_path / "space.py"
         file.write_text(text)
-        given = {"seq_len": 32, "batch_size": 2, "base": ["schedule=wsd"], "evaluate_tokens": 128, "seeds": 2}
-        return define("tiny", data=data, folder=tmp_path / "sweep", space_file=file, **(given | arguments))
+        given = {"seq_len": 32, "batch_size": 2, "base": {"schedule": "wsd"}, "evaluate_tokens": 128, "seeds": 2}
+        return define(presets.get("tiny"), data=data, folder=tmp_path / "sweep", space_file=file, **(given | arguments))
 
     return make
 
@@ -70,7 +64,7 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
         ([("decay_steps=[4]", "decay_steps=[9]")], {}, "_leave=12 must lie between .* and 11"),
         ([("steps=[10]", "beta2=[0.5], steps=[10]")], {}, "beta2=0.5, but 0.95 in its trunk"),
         ([("steps=[10]", "num_layers=[1], steps=[10]")], {}, "has the model and the TrainConfig of its trunk"),
-        ([], {"base": ["schedule=cosine"]}, "both with schedule=wsd"),
+        ([], {"base": {"schedule": "cosine"}}, "both with schedule=wsd"),
         ([], {"policy": "halving", "steps": 20}, "branches wait for their trunks, which --policy halving may stop"),
         ([('grid(_trunk=["long"], _leave=[8]', 'grid(_name=["b"], _trunk=["long"], _leave=[8]'),
           ('_trunk=["long"], _leave=[12]', '_trunk=["b"], _leave=[12]')], {}, "its trunk 'b' is itself a branch"),
@@ -79,25 +73,3 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
 def test_a_trunk_that_cannot_be_left_so_is_refused(sweep, changes, arguments, message):
     with pytest.raises(InputError, match=message):
         sweep(*changes, **arguments)
-
-
-@pytest.mark.slow
-def test_a_branch_is_the_cooldown_of_its_trunk_and_all_are_one_program(sweep, data, tmp_path):
-    made = sweep(seeds=1)
-    made.write()
-    ledger = Ledger(made)
-    plan(made, ledger)
-    before = compiled_programs()
-    work(made, ledger)
-    assert compiled_programs() - before <= 1
-    rows = {row.trial.setting.steps: row for row in ledger.rows()}
-    assert {row.state for row in rows.values()} == {"finished"}
-    branch, trunk = rows[10], made.folder / "runs" / rows[20].trial.id
-    alone = cooldown(trunk, 8, 2, float(rows[10].trial.setting.hparams.final_fraction))
-    result = train(
-        alone.config, alone.train_config, alone.hparams, data=data, run=tmp_path / "alone", steps=alone.steps,
-        branch=alone.branch, shell=Shell(evaluate_tokens=128),
-    )  # fmt: skip
-    assert result.validation_loss == branch.values[0]
-    assert branch.facts["branch_step"] == 8
-    assert json.loads((made.folder / "sweep.json").read_text())["policy"] == "all"

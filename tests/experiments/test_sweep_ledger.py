@@ -1,6 +1,7 @@
 """The ledger: who may claim what, and that nothing is lost or finished twice, whoever dies when."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import threading
@@ -149,8 +150,6 @@ def test_of_two_attempts_at_one_trial_the_first_counts(sweep):
 
 
 def searched(sweep, **changes):
-    import dataclasses
-
     return dataclasses.replace(
         sweep, axes=("learning_rate=loguniform:1e-4:1e-1",), sampler="random", trials=5, seeds=(0, 1), **changes
     )
@@ -194,8 +193,7 @@ def test_a_search_draws_as_many_points_as_it_should_each_with_its_replicates(swe
 def test_a_search_is_the_same_again(tmp_path):
     points = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        sweep = searched(Sweep(tmp_path / name, BASE, tmp_path))
+        sweep = searched(Sweep(tmp_path, BASE, tmp_path), storage=f"journal:{tmp_path / name}")
         ledger = open_ledger(sweep)
         ask(ledger, sweep, 3), ask(ledger, sweep, 3)
         points.append([row.trial.point for row in ledger.rows()])
@@ -206,7 +204,7 @@ def test_a_search_is_the_same_again(tmp_path):
 
 def test_what_was_being_drawn_by_a_dead_worker_is_drawn_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_ASKED_SECONDS", 0.1)
-    sweep = searched(Sweep(tmp_path, BASE, tmp_path))
+    sweep = searched(Sweep(tmp_path, BASE, tmp_path), storage=f"journal:{tmp_path / 'journal.log'}")
     ledger = open_ledger(sweep)
 
     def die(trial):
@@ -267,6 +265,7 @@ def test_a_password_is_not_written_down(monkeypatch):
 
 
 def test_other_objectives_in_one_storage_are_refused(tmp_path):
-    Ledger(Sweep(tmp_path, BASE, tmp_path))
+    sweep = Sweep(tmp_path, BASE, tmp_path, storage=f"journal:{tmp_path / 'journal.log'}")
+    Ledger(sweep)
     with pytest.raises(InputError, match="other objectives"):
-        Ledger(Sweep(tmp_path, BASE, tmp_path, objectives=("loss", "tokens_per_second")))
+        Ledger(dataclasses.replace(sweep, objectives=("loss", "tokens_per_second")))

@@ -7,10 +7,11 @@ import jax
 import pytest
 
 from experiments.sweep.cohort import group, lanes_for, state_bytes, temporary_bytes
-from experiments.sweep.definition import Sweep, define, open_sweep, plan_trials, trials_at
+from experiments.sweep.definition import define
 from experiments.sweep.plan import plan_sweep
-from model import accounting
-from model.errors import InputError
+from experiments.sweep.record import Sweep
+from experiments.sweep.trials import plan_trials, trials_at
+from model import InputError, accounting, presets
 
 SPACE = """
 from experiments.sweep.space import branch, grid, product, replicate
@@ -25,13 +26,13 @@ def sweep(data, tmp_path):
 
     def make(**changes):
         given = {"data": data, "folder": tmp_path / "sweep", "steps": 20, "seq_len": 32, "batch_size": 4}
-        return define("tiny", **(given | changes))
+        return define(presets.get("tiny"), **(given | changes))
 
     return make
 
 
 def test_trials_are_points_times_seeds(sweep):
-    made = sweep(axes=["learning_rate=1e-3,1e-2", "num_layers=1,2"], seeds=3, base=["beta2=0.9"])
+    made = sweep(axes=["learning_rate=1e-3,1e-2", "num_layers=1,2"], seeds=3, base={"beta2": 0.9})
     trials = plan_trials(made)
     assert [trial.point for trial in trials[:4]] == [
         {"learning_rate": 1e-3, "num_layers": 1, "seed": 0},
@@ -70,27 +71,26 @@ def test_it_is_kept_and_read_back(sweep, tmp_path):
 
 def test_what_is_added_joins_what_was_there(sweep):
     first = sweep(axes=["learning_rate=1e-3,1e-2"], seeds=2)
-    assert open_sweep(first) == first
     first.write()
-    assert open_sweep(first) == first, "the same command again adds nothing"
+    assert sweep(axes=["learning_rate=1e-3,1e-2"], seeds=2) == first, "the same command again adds nothing"
     ids = [trial.id for trial in plan_trials(first)]
-    more_seeds = open_sweep(sweep(axes=["learning_rate=1e-3,1e-2"], seeds=3))
+    more_seeds = sweep(axes=["learning_rate=1e-3,1e-2"], seeds=3)
     assert more_seeds.earlier == (), "it has all of the first one's trials"
     assert set(ids) < {trial.id for trial in plan_trials(more_seeds)}
     more_seeds.write()
-    other_axes = open_sweep(sweep(axes=["learning_rate=1e-2,1e-1"], lanes=2))
+    other_axes = sweep(axes=["learning_rate=1e-2,1e-1"], lanes=2)
     planned = [trial.id for trial in plan_trials(other_axes)]
     assert len(planned) == 2 * 3 + 1, "1e-2 with seed 0 was there"
     assert set(ids) < set(planned)
     other_axes.write()
-    searched = open_sweep(sweep(axes=["learning_rate=loguniform:1e-3:1e-1"], sampler="tpe", trials=5))
+    searched = sweep(axes=["learning_rate=loguniform:1e-3:1e-1"], sampler="tpe", trials=5)
     assert [trial.id for trial in plan_trials(searched)] == planned, "what a sampler draws is not known before"
 
 
 def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
     sweep(storage="journal:there.log").write()
     for changes, message in (
-        ({"base": ["d_model=32"]}, "holds a sweep of another base: d_model=16 there, 32 here"),
+        ({"base": {"d_model": 32}}, "holds a sweep of another base: d_model=16 there, 32 here"),
         ({"batch_size": 8}, "batch_size=4 there, 8 here"),
         ({"steps": 30}, "steps=20 there, 30 here"),
         ({"objectives": ["loss", "tokens_per_second"]}, "objectives="),
@@ -98,17 +98,19 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
         ({"storage": "journal:here.log"}, "storage=journal:there.log"),
     ):
         with pytest.raises(InputError, match=message):
-            open_sweep(sweep(**changes))
-    assert open_sweep(sweep()).storage == "journal:there.log"
-    with pytest.raises(InputError, match=r"data_hash=\w+ there, other here"):
-        open_sweep(dataclasses.replace(sweep(), data_hash="other"))
+            sweep(**changes)
+    assert sweep().storage == "journal:there.log"
+    elsewhere = tmp_path / "elsewhere"
+    dataclasses.replace(sweep(folder=elsewhere), data_hash="other").write()
+    with pytest.raises(InputError, match=r"data_hash=other there, \w+ here"):
+        sweep(folder=elsewhere)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(InputError, match="is not empty and has no"):
-        open_sweep(sweep(folder=tmp_path / "full"))
+        sweep(folder=tmp_path / "full")
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        open_sweep(sweep())
+        sweep()
     with pytest.raises(InputError, match="is no sweep: it has no"):
         Sweep.read(tmp_path / "nowhere")
 
@@ -188,7 +190,7 @@ def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep
         measured.append(config.num_layers)
         return {"step_seconds": lanes * step_seconds(config), "compile_seconds": 3.0}
 
-    monkeypatch.setattr("experiments.scaling.probe.measure_step", measure)
+    monkeypatch.setattr("experiments.sweep.speed.measure_step", measure)
     made = sweep(axes=["learning_rate=logspace:1e-4:1e-2:9", "num_layers=1,2,4"], evaluate_tokens=384)
     plan = plan_sweep(made)
     assert measured == [1, 4]

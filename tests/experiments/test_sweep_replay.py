@@ -64,8 +64,8 @@ def test_a_random_search_finds_the_region_as_fast_as_chance_says(recorded):
 
 @pytest.mark.slow
 def test_a_model_of_the_losses_needs_fewer_trials_than_chance(recorded):
-    found = compare_samplers(recorded, ["random", "tpe"], replays=8, budget=60)["samplers"]
-    mean = {name: np.mean([60 if n is None else n for n in one["first"]]) for name, one in found.items()}
+    found = compare_samplers(recorded, ["random", "tpe"], replays=5, budget=40)["samplers"]
+    mean = {name: np.mean([40 if n is None else n for n in one["first"]]) for name, one in found.items()}
     assert mean["tpe"] < 0.8 * mean["random"]
 
 

@@ -1,6 +1,7 @@
 """The sweep's page on recorded sweeps with a known surface: it says what is there, what is not, and fetches nothing."""
 
 import csv
+import functools
 import html
 import itertools
 import json
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from experiments.report import sweep_page
+from experiments.sweep.reading import analysis
 from experiments.sweep.reading.analysis import analyse
+from experiments.sweep.reading.importance import importances
 from experiments.sweep.reading.results import collect, write_tables
 from experiments.sweep.row import Row
+from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Setting, Trial
 from model import presets
@@ -90,15 +94,16 @@ def page(results):
     return path.read_text(encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """The intervals of importances are test_sweep_summary's."""
+    monkeypatch.setattr(analysis, "importances", functools.partial(importances, draws=2))
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Figures are made but not turned into SVG, which takes most of the time."""
     monkeypatch.setattr(sweep_page, "inline", lambda figure, label: "[figure]")
-    few = lambda *arguments: importances(*arguments, draws=3)
-    from experiments.sweep.reading import analysis
-    from experiments.sweep.reading.importance import importances
-
-    monkeypatch.setattr(analysis, "importances", few)
 
 
 @pytest.mark.slow
@@ -119,8 +124,7 @@ def test_the_page_of_a_whole_sweep(tmp_path):
 def test_the_optimum_of_the_rate_at_each_width(tmp_path, quick):
     points = product({"d_model": [32, 64, 128], "learning_rate": RATES})
     moving = lambda point: surface(point, best=4e-3 * 32 / point["d_model"] * 2)
-    two = {"objectives": ("loss", "tokens_per_second"), "directions": ("minimize", "maximize")}
-    results = record(tmp_path, points, loss=moving, **two)
+    results = record(tmp_path, points, loss=moving, objectives=("loss", "tokens_per_second"))
     document = analyse(results)
     transfer = document["transfer"]
     for row, best in zip(transfer["sizes"][:2], (8e-3, 4e-3), strict=False):
@@ -191,6 +195,7 @@ def test_tables_say_the_same(tmp_path):
     table = parquet.read_table(tmp_path / "results.parquet").to_pylist()
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in table] == [r["loss"] for r in results.rows]
     assert [row["id"] for row in rows] == [row["id"] for row in table]
+    assert read_recorded(tmp_path / "results.csv").axes == results.axes, "what a run took is no axis"
 
 
 def test_no_sweep_there(tmp_path, isoflop):

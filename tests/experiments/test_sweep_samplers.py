@@ -6,7 +6,7 @@ import math
 import optuna
 import pytest
 
-from experiments.sweep.search.samplers import SAMPLERS, check_axes, make_sampler, suggester, to_category, to_optuna
+from experiments.sweep.search.samplers import SAMPLERS, check_axes, make_sampler, suggester, to_category
 from experiments.sweep.space import branch, choice, grid, integers, loguniform, product
 from model import InputError
 
@@ -58,9 +58,15 @@ def test_of_a_branch_only_the_side_that_is_taken_is_asked_for_and_values_come_ba
 
 
 def test_distributions_are_optunas():
-    assert to_optuna(loguniform(1e-4, 1e-1)) == optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
-    assert to_optuna(integers(1, 8)) == optuna.distributions.IntDistribution(1, 8)
-    assert to_optuna(choice("a", None, [1])) == optuna.distributions.CategoricalDistribution(["a", None, "[1]"])
+    study = optuna.create_study(sampler=make_sampler("random", 0))
+    space = grid(rate=loguniform(1e-4, 1e-1), layers=integers(1, 8), norm=choice("a", None, [1]))
+    trial = study.ask()
+    space.draw(suggester(trial))
+    assert trial.distributions == {
+        "rate": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True),
+        "layers": optuna.distributions.IntDistribution(1, 8),
+        "norm": optuna.distributions.CategoricalDistribution(["a", None, "[1]"]),
+    }
     assert to_category({"b": 1, "a": 2}) == '{"a": 2, "b": 1}'
 
 

@@ -1,11 +1,12 @@
 """The algebra of spaces: how many points, which, in which order; and that what cannot be is refused."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from experiments.sweep import space as s
-from experiments.sweep.space.file import load_space_file
+from experiments.sweep.space.file import load_space
 from experiments.sweep.space.values import parse_axes, parse_axis
 from model.errors import InputError
 
@@ -179,9 +180,7 @@ def test_what_cannot_be_is_refused(make, message):
         ("space = 3", "has a int as its `space`"),
     ],
 )
-def test_bad_files(tmp_path, text, message):
-    file = tmp_path / "space.py"
-    file.write_text("from experiments.sweep.space import grid\n" + text)
+def test_bad_files(text, message):
     with pytest.raises(InputError, match=message) as caught:
-        load_space_file(file)
+        load_space("from experiments.sweep.space import grid\n" + text, Path("space.py"))
     assert len(str(caught.value).splitlines()) == 1

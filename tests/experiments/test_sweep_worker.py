@@ -8,25 +8,36 @@ import math
 import pytest
 
 from experiments.sweep import worker as worker_module
-from experiments.sweep.definition import define, open_sweep
+from experiments.sweep.definition import define
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.live import standing
 from experiments.sweep.record import Sweep
 from experiments.sweep.worker import plan, work
-from model import InputError, presets
-from train.lanes import compiled_programs
+from model import presets
+from train import Shell, population
+from train.branch import cooldown
+from train.compile import compiled_programs
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)
+BRANCHES = """
+from experiments.sweep.space import chain, grid
+shared = {"warmup_steps": [1], "learning_rate": [0.01]}
+space = chain(
+    grid(_name=["long"], steps=[6], decay_steps=[2], **shared),
+    grid(_trunk=["long"], _leave=[2], steps=[3], decay_steps=[1], **shared),
+    grid(_trunk=["long"], _leave=[3], steps=[5], decay_steps=[2], **shared),
+)
+"""
 
 
 @pytest.fixture
 def make(data, tmp_path):
-    """A sweep of tiny models, written to its folder."""
+    """A sweep of tiny models, written to its folder; all that are left as they are run one program."""
 
     def make(**changes):
-        given = {"axes": ("learning_rate=1e-3,1e-2",), "steps": 6, "seeds": 2, "lanes": 2} | changes
+        given = {"axes": ("learning_rate=1e-3,1e-2",), "steps": 6, "seeds": 2, "lanes": 2, "base": {"schedule": "wsd"}}
         sweep = define(
-            TINY, data=data, folder=tmp_path / "sweep", batch_size=4, seq_len=32, evaluate_tokens=256, **given
+            TINY, data=data, folder=tmp_path / "sweep", batch_size=4, seq_len=32, evaluate_tokens=256, **given | changes
         )
         sweep.write()
         return sweep
@@ -65,13 +76,13 @@ def test_a_sweep_is_one_program_and_is_never_run_twice(make):
 
 @pytest.mark.slow
 def test_stopped_and_resumed_a_sweep_ends_as_if_it_had_not_been(make, monkeypatch):
-    sweep = make(axes=("learning_rate=1e-3,1e-2",))
+    sweep = make()
     ledger = Ledger(sweep)
     plan(sweep, ledger)
-    population = worker_module.population
+    unbroken = worker_module.population
 
     def stop(*arguments, **named):
-        monkeypatch.setattr(worker_module, "population", population)
+        monkeypatch.setattr(worker_module, "population", unbroken)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(worker_module, "population", stop)
@@ -85,12 +96,12 @@ def test_stopped_and_resumed_a_sweep_ends_as_if_it_had_not_been(make, monkeypatc
 @pytest.mark.slow
 def test_a_trial_that_fails_ends_nothing_else(make, monkeypatch):
     sweep = make(axes=("learning_rate=1e-3", "num_layers=1,2"))
-    population = worker_module.population
+    unbroken = worker_module.population
 
     def fail(config, *arguments, **named):
         if config.num_layers == 2:
             raise RuntimeError("no such\nkernel")
-        return population(config, *arguments, **named)
+        return unbroken(config, *arguments, **named)
 
     monkeypatch.setattr(worker_module, "population", fail)
     ledger = run(sweep)
@@ -119,13 +130,29 @@ def test_halving_goes_on_from_its_rungs(make):
     assert record["hparams"]["total_steps"] in (0, 6)
 
 
-def test_a_search_fills_the_lanes_until_its_points_are_drawn(make):
-    sweep = make(axes=("learning_rate=loguniform:1e-3:1e-1",), sampler="tpe", trials=3, seeds=1)  # a lane is left
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)], ids=["told", "measured"])
+def test_a_search_fills_the_lanes_and_measures_the_speed_of_a_shape_once(make, monkeypatch, real):
+    asked = []
+    if not real:
+        measure = lambda *arguments, **named: asked.append(named) or [{"decode_tokens_per_second_aggregate": 7.0}]
+        monkeypatch.setattr("experiments.decode.bench.run_grid", measure)
+    sweep = make(
+        axes=("learning_rate=loguniform:1e-3:1e-1",),
+        sampler="tpe",
+        trials=3,  # a lane is left
+        seeds=1,
+        objectives=("loss", "tokens_per_second"),
+        base={"schedule": "wsd", "decode.context": 8},
+    )
     ledger = run(sweep)
     rows = ledger.rows()
     assert [row.state for row in rows] == ["finished"] * 3
     assert ledger.asked() == 3
     assert len({row.trial.point["learning_rate"] for row in rows}) == 3
+    assert all(len(row.values) == 2 and math.isfinite(row.values[1]) for row in rows)
+    assert len({row.values[1] for row in rows}) == 1
+    assert real or (len(asked), rows[0].values[1]) == (1, 7.0)
+    assert len(list((sweep.folder / "speed").iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -135,7 +162,6 @@ def test_members_of_a_population_take_over_a_better_ones_state(make):
         seeds=1,
         policy="population",
         policy_settings={"interval_fraction": 0.5, "quantile": 0.25},
-        base=("schedule=constant",),
     )
     rows = run(sweep).rows()
     children = [row for row in rows if row.trial.parent]
@@ -145,18 +171,28 @@ def test_members_of_a_population_take_over_a_better_ones_state(make):
     assert collections.Counter(row.state for row in rows) == {"finished": 4, "pruned": 1}
 
 
-@pytest.mark.slow
-def test_speed_is_an_objective_and_is_measured_once_per_shape(make):
-    sweep = make(
-        axes=("learning_rate=1e-3,1e-2",),
-        seeds=1,
-        objectives=("loss", "tokens_per_second"),
-        base=("decode.context=8",),
-    )
+def test_a_branch_is_the_cooldown_of_its_trunk_and_all_are_one_program(make, data, tmp_path):
+    before = compiled_programs()
+    sweep = make(space_source=BRANCHES, axes=(), steps=None)
     rows = run(sweep).rows()
-    assert all(len(row.values) == 2 and math.isfinite(row.values[1]) for row in rows)
-    assert len({row.values[1] for row in rows}) == 1
-    assert len(list((sweep.folder / "speed").iterdir())) == 1
+    assert compiled_programs() - before <= 1
+    assert [row.state for row in rows] == ["finished"] * 6
+    trunks, branches = rows[:2], [row for row in rows if row.trial.setting.steps == 5]
+    assert [row.facts["branch_step"] for row in branches] == [3, 3]
+    final_fraction = float(trunks[0].trial.setting.hparams.final_fraction)
+    alone = [cooldown(sweep.run_folder(row.trial), 3, 2, final_fraction) for row in trunks]
+    results = population(
+        alone[0].config,
+        alone[0].train_config,
+        [one.hparams for one in alone],
+        data=data,
+        runs=[tmp_path / "alone" / str(number) for number in range(2)],
+        steps=alone[0].steps,
+        branches=[one.branch for one in alone],
+        shell=Shell(evaluate_tokens=256),
+    )
+    assert [result.validation_loss for result in results] == [row.values[0] for row in branches]
+    assert compiled_programs() - before <= 1
 
 
 @pytest.mark.long
@@ -201,9 +237,6 @@ def test_other_data_than_the_sweeps_are_refused(make, isoflop):
     code, _, err = isoflop("sweep", "resume", sweep.folder)
     assert code == 2
     assert "holds other data" in err
-    other = dataclasses.replace(sweep, base=dataclasses.replace(sweep.base, steps=7))
-    with pytest.raises(InputError, match="holds a sweep of another base"):
-        open_sweep(other)
 
 
 @pytest.mark.long

@@ -11,8 +11,8 @@ import numpy as np
 from model import Experts, ModelConfig
 from model.sharding import batch_sharding, make_mesh, parse_mesh, replicated, shardings
 from train import HParams, TrainConfig, init_state, train_step
+from train.compile import compile_program
 from train.config import stack_hparams
-from train.lanes import compile_program
 
 DENSE = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=8, d_ff=64, max_seq_len=16)
 EXPERTS = Experts(count=8, top_k=2, d_ff=32)

@@ -10,7 +10,7 @@ import pytest
 from model import presets
 from train import HParams, Shell, TrainConfig, population, train_step
 from train import lanes as lanes_module
-from train.lanes import compiled_programs
+from train.compile import compiled_programs
 from train.seats import Seats
 
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)

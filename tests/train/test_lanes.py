@@ -12,8 +12,8 @@ import pytest
 
 from model import InputError, presets
 from train import HParams, Shell, TrainConfig, init_state, population, train, train_step
+from train.compile import compiled_programs
 from train.data import Loader
-from train.lanes import compiled_programs
 from train.metrics import read_metrics
 from train.run import Identity
 

@@ -11,11 +11,11 @@ from model import ModelConfig
 from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, Phase, Shell, TrainConfig, train
-from train.lanes import compile_program
+from train.compile import compile_program
 from train.memory import Memory, device_memory
 from train.metrics import read_metrics
 from train.microbatch import choose_cuts
-from train.phases import Plan
+from train.plan import Plan
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=64, rope_base=9_005.0)
 TRAIN = TrainConfig(batch_size=16, seq_len=64, norms=False)

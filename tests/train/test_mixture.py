@@ -8,11 +8,11 @@ import pytest
 
 from model.errors import InputError
 from train import TrainConfig
-from train.config import Phase
 from train.data import Loader, PhasedLoader
 from train.data.mixture import LONGEST_BLOCK, Mixture
 from train.data.shards import TokenShards
-from train.phases import Plan
+from train.phases import Phase
+from train.plan import Plan
 
 WEIGHTS = (
     {"a": 1},

@@ -12,12 +12,12 @@ import pytest
 from model import ModelConfig
 from model.errors import InputError
 from train import HParams, Shell, TrainConfig, standard_phases, train
+from train.compile import compiled_programs
 from train.data import mixture, prepare
 from train.data.mixture import PhasedLoader
 from train.feed import Feed
-from train.lanes import compiled_programs
 from train.metrics import TIMING_FIELDS, read_metrics
-from train.phases import Plan, describe, phases_rate
+from train.plan import Plan, describe, phases_rate
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_001.0)
 PHASES = standard_phases(

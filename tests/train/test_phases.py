@@ -11,8 +11,9 @@ import pytest
 
 from model.errors import InputError
 from train import HParams, TrainConfig
-from train.config import Phase, stack_hparams
-from train.phases import Plan, describe, phases_rate, standard_phases
+from train.config import stack_hparams
+from train.phases import Phase, standard_phases
+from train.plan import Plan, describe, phases_rate
 
 GROWING = (
     Phase("warm-up", 100, batch_sizes=(2,), rate="linear"),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from train import HParams, TrainConfig
-from train.config import Phase, stack_hparams
+from train.config import stack_hparams
+from train.phases import Phase
 from train.schedule import learning_rate, rate, uses_horizon
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")

@@ -10,7 +10,7 @@ from model.errors import InputError, UnknownNameError
 from train.data.loader import Batch, as_batch, check_seed, draw, open_split, windows_per_epoch
 from train.data.permutation import permute
 from train.data.shards import TokenShards
-from train.phases import Plan, Stage
+from train.plan import Plan, Stage
 
 LONGEST_BLOCK = 1000
 _SHORTEST_BLOCK = 100  # the permutation of a few rows costs more than that of a hundred

@@ -46,7 +46,7 @@ def train(
     from rich.table import Table
 
     from experiments.commands.options import console, read_config, write_document
-    from experiments.scaling.probe import measure_step
+    from experiments.sweep.speed import measure_step
     from train import TrainConfig
     from train.run import describe_device, versions
 

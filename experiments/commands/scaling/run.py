@@ -44,7 +44,8 @@ def run(
     from experiments.commands.options import write_document
     from experiments.commands.scaling.plan import plan, read_design
     from experiments.commands.scaling.report import write_report
-    from experiments.scaling.study.run import UnfinishedError, run_study
+    from experiments.scaling.study.run import run_study
+    from experiments.sweep.run import UnfinishedError
 
     if dry_run:
         plan(design, data=data, budgets=budgets, hours=hours, branches=branches, json=json)

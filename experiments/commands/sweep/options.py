@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from experiments.commands.options import Overrides
+from experiments.commands.options import Overrides, parse_overrides, read_config
 
 if TYPE_CHECKING:
-    from experiments.sweep.definition import PolicyName, Sampler, Sweep
-else:
-    Sampler = PolicyName = str  # every command would wait for that import; the definition refuses a name that is none
+    from experiments.sweep.record import Sweep
 
 Axes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUES")]
 
@@ -42,13 +40,13 @@ class SweepOptions:
     """Tokens per row."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
     """What is looked for: loss, and any number of `isoflop bench decode`, such as tokens_per_second."""
-    sampler: Annotated[Sampler, tyro.conf.arg(metavar="NAME")] = "all"
+    sampler: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""
     trials: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """How many settings a sampler draws, each with all seeds."""
     sampler_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Of the sampler."""
-    policy: Annotated[PolicyName, tyro.conf.arg(metavar="NAME")] = "all"
+    policy: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every trial to its end; halving, hyperband: the worse stop early; population: they copy the better."""
     eta: Annotated[float, tyro.conf.arg(metavar="X")] = 3.0
     """Halving and hyperband: one in so many trials goes on from each rung."""
@@ -70,7 +68,7 @@ class SweepOptions:
 
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
-        from experiments.sweep.definition import define, open_sweep
+        from experiments.sweep.definition import define
         from experiments.sweep.storage import without_password
 
         settings = {
@@ -78,28 +76,26 @@ class SweepOptions:
             "hyperband": ("eta", "min_fraction"),
             "population": ("interval_fraction", "quantile", "resample"),
         }.get(self.policy, ())
-        return open_sweep(
-            define(
-                self.preset,
-                data=self.data,
-                folder=self.out,
-                steps=self.steps,
-                axes=self.set,
-                space_file=self.space,
-                seeds=self.seeds,
-                base=self.base,
-                batch_size=self.batch_size,
-                seq_len=self.seq_len,
-                objectives=self.objective,
-                sampler=self.sampler,
-                trials=self.trials,
-                sampler_seed=self.sampler_seed,
-                policy=self.policy,
-                policy_settings={name: getattr(self, name) for name in settings},
-                storage=None if self.storage is None else without_password(self.storage),
-                lanes=self.lanes,
-                evaluate_tokens=self.eval_tokens,
-            )
+        return define(
+            read_config(self.preset),
+            data=self.data,
+            folder=self.out,
+            steps=self.steps,
+            axes=self.set,
+            space_file=self.space,
+            seeds=self.seeds,
+            base=parse_overrides(self.base),
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            objectives=self.objective,
+            sampler=self.sampler,
+            trials=self.trials,
+            sampler_seed=self.sampler_seed,
+            policy=self.policy,
+            policy_settings={name: getattr(self, name) for name in settings},
+            storage=None if self.storage is None else without_password(self.storage),
+            lanes=self.lanes,
+            evaluate_tokens=self.eval_tokens,
         )
 
 

@@ -19,12 +19,9 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document
-    from experiments.sweep.checks import check_sweep
     from experiments.sweep.plan import plan_sweep
 
-    sweep = options.define()
-    check_sweep(sweep)
-    document = plan_sweep(sweep, probe)
+    document = plan_sweep(options.define(), probe)
     write_document(json, document)
     show_plan(document)
 

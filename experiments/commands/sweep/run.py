@@ -45,7 +45,6 @@ def run(
         dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
     """
-    from experiments.sweep.checks import check_sweep
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.worker import plan
 
@@ -55,7 +54,6 @@ def run(
         show_plan(options, json=json)
         return
     sweep = options.define()
-    check_sweep(sweep)
     if sweep.storage is None:
         sweep.write()
         ledger = Ledger(sweep, interval=heartbeat, grace=grace)

@@ -1,19 +1,17 @@
 """What a design costs before anything is trained: its ladder with hours, memory and bytes of checkpoints."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
-from experiments.scaling.probe import Probe, measure_step
 from experiments.scaling.study.design import Design
-from experiments.scaling.study.rungs import Rung, plan_rungs, shapes
+from experiments.scaling.study.rungs import Rung, StepSeconds, plan_rungs, shapes
 from experiments.sweep.cohort import in_turn, lanes_for, state_bytes, temporary_bytes
+from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Setting
 from model import ModelConfig, accounting
 from train import HParams
 from train.data import Loader, load_manifest
-from train.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Plan:
     rungs: list[Rung]
     vocab_size: int
     tokens_per_epoch: int
-    speed: Probe | None
+    speed: Speed | None
 
     def document(self) -> dict[str, Any]:
         """Plain values: {design, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches, probe}.
@@ -57,7 +55,7 @@ class Plan:
                 "memory_bytes": max(row["memory_bytes"] for row in by_shape),
             },
             "without_branches": self._without_branches() if self.design.branches else None,
-            "probe": None if self.speed is None else self.speed.to_dict(),
+            "probe": None if self.speed is None else dataclasses.asdict(self.speed),
         }
 
     def _shape(self, members: list[Rung]) -> dict[str, Any]:
@@ -114,69 +112,33 @@ def plan_study(design: Design, data: str | Path, *, probe: bool = True, probe_se
         None if speed is None else _step_seconds(design, speed),
         0.0 if speed is None else speed.compile_seconds,
     )
-    if not probe:
-        rungs, speed = size(design, None), None
-    elif design.hours:
+    speed = None
+    if probe and design.hours:
         # The sizes follow from the speed, and the speed from the sizes: the first guess is the base and a smaller one.
-        speed = _probe(design, _first_guess(design, manifest.vocab_size), probe_seconds)
-        speed = _probe(design, _extremes(size(design, speed)), probe_seconds)
-        rungs = size(design, speed)
-    else:
-        speed = _probe(design, _extremes(size(design, None)), probe_seconds)
-        rungs = size(design, speed)
+        speed = time_steps(_first_guess(design, manifest.vocab_size), probe_seconds)
+    if probe:
+        speed = time_steps(_shapes(design, size(design, speed)), probe_seconds)
+    rungs = size(design, speed)
     if design.hours:
         design = design.with_budgets(tuple(sorted({rung.budget_flops for rung in rungs})))
     return Plan(design, rungs, manifest.vocab_size, epoch, speed)
 
 
-Shape = tuple[ModelConfig, int, int]
-"""(config, batch size, runs of that shape)."""
+def _shapes(design: Design, rungs: list[Rung]) -> list[tuple[Setting, int]]:
+    return [(_setting(design, config, rows), len(members)) for (config, rows), members in shapes(rungs).items()]
 
 
-def _extremes(rungs: list[Rung]) -> list[Shape]:
-    """The shapes of the fewest and the most FLOPs a step; the others lie between them."""
-    found = [(config, rows, len(members)) for (config, rows), members in shapes(rungs).items()]
-    ordered = sorted(found, key=lambda shape: _flops_of_step(shape[0], shape[1], rungs[0].seq_len))
-    return [ordered[0], ordered[-1]]
-
-
-def _first_guess(design: Design, vocab_size: int) -> list[Shape]:
+def _first_guess(design: Design, vocab_size: int) -> list[tuple[Setting, int]]:
     base = design.base_config(vocab_size)
     params = accounting.parameters(base).active
     rows = design.batch_size if isinstance(design.batch_size, int) else 1
     widths = [design.family.nearest(base, size) for size in (params / 4, params)]
-    return [(design.family.member(base, width), rows, design.count) for width in widths]
+    return [(_setting(design, design.family.member(base, width), rows), design.count) for width in widths]
 
 
-def _probe(design: Design, chosen: list[Shape], seconds: float) -> Probe:
-    """Step time of one run as overhead + exact FLOPs / rate, through two shapes, each in the lanes of its runs."""
-    measured = []
-    with progress_bar("timing the step", len(chosen)) as advance:
-        for config, rows, runs in chosen:
-            setting = _setting(design, config, rows)
-            lanes = 1 if in_turn() else lanes_for(setting, runs)
-            found = measure_step(config, setting.train_config, lanes, seconds)
-            flops = _flops_of_step(config, rows, design.seq_len)
-            own = {"d_model": config.d_model, "step_seconds": found["step_seconds"] / lanes}
-            own |= {"flops_exact_per_step": flops, "compile_seconds": found["compile_seconds"], "lanes": lanes}
-            measured.append(own)
-            advance()
-    small, large = measured
-    work = large["flops_exact_per_step"] - small["flops_exact_per_step"]
-    longer = large["step_seconds"] - small["step_seconds"]
-    rate = work / longer if work > 0 and longer > 0 else math.inf
-    overhead = small["step_seconds"] - small["flops_exact_per_step"] / rate
-    if not 0 < overhead < small["step_seconds"]:  # no line through these two: in proportion to the larger one
-        overhead, rate = 0.0, large["flops_exact_per_step"] / large["step_seconds"]
-    return Probe(overhead, rate, max(row["compile_seconds"] for row in measured), measured)
-
-
-def _step_seconds(design: Design, speed: Probe) -> Any:
-    return lambda config, rows: speed.step_seconds(_flops_of_step(config, rows, design.seq_len))
-
-
-def _flops_of_step(config: ModelConfig, rows: int, seq_len: int) -> float:
-    return rows * seq_len * accounting.flops_per_token(config, seq_len, "exact")
+def _step_seconds(design: Design, speed: Speed) -> StepSeconds:
+    shape = design.train_config(1)
+    return lambda config, rows: speed.step_seconds(config, shape.replace(batch_size=rows))
 
 
 def _setting(design: Design, config: ModelConfig, rows: int) -> Setting:

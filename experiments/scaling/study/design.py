@@ -109,7 +109,9 @@ class Design(Part):
     decay_fraction: float = 0.2
     """Of a run's steps, for its cool-down under "wsd"."""
     seeds: int = 1
-    """Runs of every rung, with seeds from 0 on."""
+    """Runs of every rung,"""
+    seed: int = 0
+    """with seeds from this one on."""
     evaluate_tokens: int = 65_536
     """Of the validation split, for every run's loss."""
     set: dict[str, Any] = dataclasses.field(default_factory=dict)

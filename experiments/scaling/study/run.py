@@ -17,12 +17,10 @@ from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
 from experiments.scaling.study.rungs import Rung, plan_rungs
-from experiments.sweep import launch, live
-from experiments.sweep.definition import define, open_sweep
-from experiments.sweep.ledger import Ledger
+from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import ENDED, Row
-from experiments.sweep.worker import plan, run_folder, work
+from experiments.sweep.row import Row
+from experiments.sweep.run import run_sweep
 from model.errors import InputError
 from train.data import Loader, load_manifest
 from train.files import write_json
@@ -33,16 +31,12 @@ HELD_OUT = "held_out"
 _POINTS = 400  # of a training curve: they are smoothed over more than their distance
 
 
-class UnfinishedError(Exception):
-    """Some runs of a study did not end; the message says which command goes on."""
-
-
-def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> None:
-    """Run a study, or go on with the one in `folder`; no run is made twice.
+def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> list[dict[str, Any]]:
+    """Run a study, or go on with the one in `folder`, no run twice; the rows of its runs.csv.
 
     design: with budgets (`cost.plan_study` makes them of hours). workers: so many processes instead of this one. Raises
-    InputError where the folder holds another study or something else, UnfinishedError where runs failed, and
-    KeyboardInterrupt once what runs is saved.
+    InputError where the folder holds another study or something else, `sweep.run.UnfinishedError` where runs failed,
+    and KeyboardInterrupt once what runs is saved.
     """
     folder, rungs = Path(folder), rungs_of(design, data)
     _check_folder(folder, design)
@@ -58,6 +52,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
         rows += _train(sweeps[1], tested, workers)
         _write_tables(folder, rows)
         compare(folder, rows)
+    return rows
 
 
 def read_study(folder: Path) -> Design | None:
@@ -78,19 +73,16 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
     """The sweep that trains these rungs, whose names are the `_name`s of its points; None of none. Writes nothing."""
     if not rungs:
         return None
-    sweep = define(
+    return define(
         design.base_config(load_manifest(data).vocab_size),
         data=data,
         folder=folder,
         space_source=_space(rungs),
         # A rung's warm-up is its own, in steps; none is none.
-        base=[
-            f"{name}={json.dumps(value)}" for name, value in ({"warmup_fraction": 0.0} | design.shared_fields).items()
-        ],
+        base={"warmup_fraction": 0.0} | design.shared_fields,
         seq_len=design.seq_len,
         evaluate_tokens=design.evaluate_tokens,
     )
-    return open_sweep(sweep)
 
 
 def _space(rungs: Sequence[Rung]) -> str:
@@ -110,23 +102,7 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
     """Train what is not trained yet; a row of the table for every rung, in their order."""
     if sweep is None:
         return []
-    sweep.write()
-    ledger = Ledger(sweep)
-    plan(sweep, ledger)
-    if workers:
-        look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
-        for sentence in launch.follow(
-            launch.LocalWorkers(sweep.folder, workers), lambda going: live.watch(look, going)
-        ):
-            _say(sentence)
-    else:
-        work(sweep, ledger)
-    by_name = {row.trial.point["_name"]: row for row in ledger.rows()}
-    left = [row for row in by_name.values() if row.state not in ENDED]
-    if left:
-        reason = next((f" ({row.facts['reason']})" for row in left if "reason" in row.facts), "")
-        retry = f"`isoflop sweep resume {sweep.folder} --retry-failed` tries them again, then " if reason else ""
-        raise UnfinishedError(f"{len(left)} of {len(rungs)} runs did not end{reason}; {retry}the same command goes on")
+    by_name = {row.trial.point["_name"]: row for row in run_sweep(sweep, workers)}
     return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
 
 
@@ -140,7 +116,7 @@ def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
         "training_loss": None if lost else row.facts.get("training_loss"),
         "status": row.state,
         "seconds": row.facts.get("seconds"),
-        "run": str(run_folder(sweep, row.trial).relative_to(sweep.folder.parent)),
+        "run": str(sweep.run_folder(row.trial).relative_to(sweep.folder.parent)),
     }
 
 

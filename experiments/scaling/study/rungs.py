@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.scaling.plan import largest_smallest_budget
 from experiments.scaling.rows.conventions import count
 from experiments.scaling.study.design import Design, Law
 from model import ModelConfig
@@ -125,7 +124,7 @@ def plan_rungs(
         return sum(rung.seconds or 0.0 for rung in rungs) + compile_seconds * len(shapes(rungs))
 
     try:
-        return lay_out(sized(largest_smallest_budget(seconds, 3600 * design.hours)))
+        return lay_out(sized(_largest(seconds, 3600 * design.hours)))
     except InputError as error:
         raise InputError(f"hours={design.hours:g} are too few on this machine: {error}") from error
 
@@ -144,6 +143,15 @@ def expected_optimum(design: Design, budget: float) -> float:
     return math.sqrt(middle / (6 * design.tokens_per_parameter)) * (budget / middle) ** design.optimum_exponent
 
 
+def _largest(seconds_of: Callable[[float], float], seconds: float) -> float:
+    """The largest budget that takes at most `seconds`, by bisection; `seconds_of` must grow."""
+    low, high = 1e9, 1e20
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if seconds_of(middle) <= seconds else (low, middle)
+    return low
+
+
 def _middle(design: Design) -> float:
     return math.sqrt(design.budgets[0] * design.budgets[-1])
 
@@ -160,7 +168,7 @@ def _lay_out(design: Design, base: ModelConfig, tokens_per_epoch: int, seconds_o
         rungs = _branched(design, rungs)
     if seconds_of is not None:
         rungs = [_timed(design, rung, seconds_of) for rung in rungs]
-    return [_seeded(rung, seed, design.seeds) for rung in rungs for seed in range(design.seeds)]
+    return [_seeded(rung, design, seed) for rung in rungs for seed in range(design.seed, design.seed + design.seeds)]
 
 
 def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
@@ -247,9 +255,9 @@ def _timed(design: Design, rung: Rung, seconds_of: StepSeconds) -> Rung:
     return dataclasses.replace(rung, seconds=steps * seconds_of(rung.config, rung.batch_size))
 
 
-def _seeded(rung: Rung, seed: int, seeds: int) -> Rung:
-    if seeds == 1:
-        return rung
+def _seeded(rung: Rung, design: Design, seed: int) -> Rung:
+    if design.seeds == 1:
+        return dataclasses.replace(rung, seed=seed)
     trunk = None if rung.trunk is None else f"{rung.trunk}-s{seed}"
     return dataclasses.replace(rung, name=f"{rung.name}-s{seed}", seed=seed, trunk=trunk)
 

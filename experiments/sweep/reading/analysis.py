@@ -36,7 +36,7 @@ def analyse(results: Results) -> dict[str, Any]:
         "importance": importances(names, rows),
         "transfer": transfer(names, candidates_of(document["settings"]), noise, freedom),
         "equal_flops": costs,
-        "pareto": pareto(names, rows, results.objectives, results.directions),
+        "pareto": pareto(names, rows, results.objectives),
         "halving": _halving(results),
         "cost": _cost(results),
     }

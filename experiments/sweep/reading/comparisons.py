@@ -7,10 +7,10 @@ from scipy import optimize, stats
 
 
 @functools.cache
-def best_of_many(others: int, freedom: int, level: float = 0.95) -> float:
+def best_of_many(others: int, freedom: int) -> float:
     """By how many standard errors of a difference a mean may exceed the lowest and still belong to the best.
 
-    Settings within it hold the truly best one with probability `level`, however the truth lies (subset selection,
+    Settings within it hold the truly best one with 95 % probability, however the truth lies (subset selection,
     Gupta 1965; multiple comparisons with the best, Hsu 1984). It is Dunnett's one-sided critical value (1955) for
     `others` comparisons with one common mean, equal replicates, and a variance of `freedom` degrees of freedom; for
     one comparison it is Student's t.
@@ -22,12 +22,12 @@ def best_of_many(others: int, freedom: int, level: float = 0.95) -> float:
         inner = (stats.norm.cdf(z[:, None] + np.sqrt(2) * d * scale[None, :]) ** others * weight[:, None]).sum(0)
         return float((inner * density).sum())
 
-    return float(optimize.brentq(lambda d: coverage(d) - level, 0.0, 1000.0, xtol=1e-6))
+    return float(optimize.brentq(lambda d: coverage(d) - 0.95, 0.0, 1000.0, xtol=1e-6))
 
 
 @functools.cache
-def largest_of_many(count: int, freedom: int, level: float = 0.975) -> float:
-    """The quantile of the largest of `count` independent t statistics that share one estimate of the variance.
+def largest_of_many(count: int, freedom: int) -> float:
+    """The 97.5 % quantile of the largest of `count` independent t statistics that share one estimate of the variance.
 
     So many standard errors the lowest of `count` means may lie below its truth: the price of having chosen it.
     """
@@ -36,7 +36,7 @@ def largest_of_many(count: int, freedom: int, level: float = 0.975) -> float:
     def coverage(m: float) -> float:
         return float((stats.norm.cdf(m * scale) ** count * density).sum())
 
-    return float(optimize.brentq(lambda m: coverage(m) - level, -10.0, 1000.0, xtol=1e-6))
+    return float(optimize.brentq(lambda m: coverage(m) - 0.975, -10.0, 1000.0, xtol=1e-6))
 
 
 def selected_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:

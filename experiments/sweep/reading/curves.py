@@ -5,22 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.sweep.reading.summary import candidates_of, group
+from experiments.sweep.reading.summary import by_setting, candidates_of, group
 
 if TYPE_CHECKING:
     from experiments.report.figures import Curve
 
+_MOST = 60  # runs in one figure
 UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
 Read = Callable[[Mapping[str, Any]], "Curve | None"]
 
 
-def chosen(rows: Sequence[dict[str, Any]], limit: int = 60) -> list[dict[str, Any]]:
-    """At most `limit` runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
+def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most sixty runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
     order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
-    if len(order) <= limit:
+    if len(order) <= _MOST:
         return order
-    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, limit)).astype(int))]
+    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, _MOST)).astype(int))]
 
 
 def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:
@@ -30,14 +31,10 @@ def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read
     settings: [{setting, flops_6nd, loss, seeds}] best first}, or {ratio, refused: why}. read: the learning curve of a
     row. The training loss is smoothed over a tenth of the steps, and interpolated in log FLOPs.
     """
-    settings = candidates_of(group(names, rows))
-    allowed = {tuple(row[name] for name in names) for row in settings}
-    members: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in names)
-        if key in allowed and row["state"] == "finished" and row["flops_6nd"]:
-            members.setdefault(key, []).append(row)
-    cost = {key: float(np.mean([row["flops_6nd"] for row in group])) for key, group in members.items()}
+    allowed = by_setting(names, candidates_of(group(names, rows)))
+    ended = [row for row in rows if row["state"] == "finished" and row["flops_6nd"]]
+    members = {key: runs for key, runs in by_setting(names, ended).items() if key in allowed}
+    cost = {key: float(np.mean([row["flops_6nd"] for row in runs])) for key, runs in members.items()}
     if len(cost) < 2 or max(cost.values()) <= UNEQUAL * min(cost.values()):
         return None
     common, ratio = min(cost.values()), max(cost.values()) / min(cost.values())

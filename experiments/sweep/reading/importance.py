@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from experiments.sweep.reading.scales import distinct, is_number, scale_of
+from experiments.sweep.reading.summary import by_setting
 
 FEWEST = 10  # finished trials
 Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
 
 
-def importances(names: Sequence[str], rows: Rows, *, draws: int = 25, seed: int = 0) -> dict[str, Any]:
+def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
     """How much each axis matters for the loss: shares that add up to 1, by one estimator after another.
 
     rows: flat; finished ones count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …} or under a name
@@ -34,7 +35,7 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25, seed: int 
         return {name: {"refused": refused} for name in ("ped_anova", "fanova")}
     distributions = _distributions(names, finished)
     everywhere = [name for name in names if all(row[name] is not None for row in finished)]
-    document: dict[str, Any] = {"ped_anova": _with_interval(names, finished, distributions, _ped_anova, draws, seed)}
+    document: dict[str, Any] = {"ped_anova": _with_interval(names, finished, distributions, _ped_anova, draws)}
     try:
         import sklearn  # noqa: F401 – Optuna's fANOVA imports it when it is used
     except ImportError:
@@ -44,7 +45,7 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25, seed: int 
         document["fanova"] = {"refused": "fewer than two axes have a value in every trial"}
     else:
         few = min(8, draws)  # a forest takes many times as long as PED-ANOVA
-        document["fanova"] = _with_interval(everywhere, finished, distributions, _fanova, few, seed)
+        document["fanova"] = _with_interval(everywhere, finished, distributions, _fanova, few)
     return document
 
 
@@ -62,20 +63,17 @@ def _distributions(names: Sequence[str], rows: Rows) -> dict[str, Any]:
 
 
 def _with_interval(
-    names: Sequence[str], rows: Rows, distributions: Mapping[str, Any], evaluate: Evaluate, draws: int, seed: int
+    names: Sequence[str], rows: Rows, distributions: Mapping[str, Any], evaluate: Evaluate, draws: int
 ) -> dict[str, Any]:
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for row in rows:
-        trial = _frozen(names, row, distributions)
-        groups.setdefault(tuple(row[name] for name in names), []).append(trial)
-    settings = list(groups.values())
-    share = _shares(names, evaluate(_study([trial for group in settings for trial in group]), seed))
-    rng = np.random.default_rng(seed)
+    groups = by_setting(names, rows).values()
+    settings = [[_frozen(names, row, distributions) for row in members] for members in groups]
+    share = _shares(names, evaluate(_study([trial for group in settings for trial in group]), 0))
+    rng = np.random.default_rng(0)
     seen = []
     for draw in range(draws):
         picked = rng.integers(0, len(settings), len(settings))
         trials = [trial for i in picked for trial in settings[i]]
-        seen.append(_shares(names, evaluate(_study(trials), seed + draw + 1)))
+        seen.append(_shares(names, evaluate(_study(trials), draw + 1)))
     low, high = np.percentile([[drawn[name] for name in names] for drawn in seen], [2.5, 97.5], axis=0)
     return {
         name: {"share": share[name], "interval_95": [float(low[i]), float(high[i])]} for i, name in enumerate(names)

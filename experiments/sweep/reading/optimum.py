@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from experiments.sweep.reading.scales import is_number
+
 NEAR = 0.5  # nats above the best: further up a loss curve is no parabola any more
 NEIGHBOURS = 2  # on either side of the best
 SHAPES = ("d_model", "d_ff", "num_layers", "num_heads", "batch_size", "seq_len")
@@ -85,9 +87,7 @@ def rate_optimum(
 
     Only settings up to 0.5 nats above the best and at most two to either side, but always the next one.
     """
-    others = [name for name in names if name != "learning_rate"]
-    line = [row for row in candidates if all(row[name] == best[name] for name in others) and _positive(row)]
-    line.sort(key=lambda row: row["learning_rate"])
+    line = _line(names, best, candidates)
     if len(line) < 3:
         return {"refused": "fewer than three learning rates share the other axes' values"}
     index = next((i for i, row in enumerate(line) if row is best), -1)
@@ -108,9 +108,15 @@ def rate_optimum(
     )
 
 
-def _positive(row: Setting) -> bool:
-    rate = row["learning_rate"]
-    return isinstance(rate, (int, float)) and rate > 0
+def _line(names: Sequence[str], best: Setting, candidates: Sequence[Setting]) -> list[Setting]:
+    """The settings that have all but the rate of `best`, by their rates, as far as these have a logarithm."""
+    others = [name for name in names if name != "learning_rate"]
+    held = [row for row in candidates if all(row[name] == best[name] for name in others)]
+    return sorted((row for row in held if _is_positive(row["learning_rate"])), key=lambda row: row["learning_rate"])
+
+
+def _is_positive(rate: Any) -> bool:
+    return is_number(rate) and rate > 0
 
 
 def transfer(
@@ -138,23 +144,16 @@ def transfer(
                 "mean": best["mean"],
                 "optimum": None if refused else found,
                 "refused": refused,
-                "line": _line(names, best, members),
+                "line": [
+                    {name: row[name] for name in ("learning_rate", "mean")} for row in _line(names, best, members)
+                ],
             }
         )
     return {"axis": axis, "sizes": sizes} | _drift(sizes)
 
 
 def _numbers(rows: Sequence[Setting], name: str) -> list[float]:
-    values = {row[name] for row in rows}
-    return sorted(value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _line(names: Sequence[str], best: Setting, members: Sequence[Setting]) -> list[dict[str, float]]:
-    """Mean losses over the rate at this size, other axes held at its best: what the parabola is seen against."""
-    others = [name for name in names if name != "learning_rate"]
-    held = [row for row in members if all(row[name] == best[name] for name in others) and _positive(row)]
-    held.sort(key=lambda row: row["learning_rate"])
-    return [{"learning_rate": row["learning_rate"], "mean": row["mean"]} for row in held]
+    return sorted({row[name] for row in rows if is_number(row[name])})
 
 
 def _drift(sizes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from experiments.sweep.objectives import direction
+from experiments.sweep.reading.summary import by_setting
+
 NOISES = 2.0  # standard errors of a difference within which two settings count as equal
 
 
@@ -31,37 +34,29 @@ def near_front(
     return ~front(values) & ~dominated_exactly.any(0)
 
 
-def pareto(
-    names: Sequence[str],
-    rows: Sequence[dict[str, Any]],
-    objectives: Sequence[str],
-    directions: Sequence[str],
-) -> dict[str, Any] | None:
+def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
     """The front of the means over seeds of finished trials; None with a single objective or nothing finished.
 
     {objectives, directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated,
     but within the noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
-    where
-    no setting has two seeds.
+    where no setting has two seeds.
     """
-    groups: dict[tuple[Any, ...], list[list[float]]] = {}
-    for row in rows:
-        values = [row[name] for name in objectives]
-        if row["state"] == "finished" and all(value is not None for value in values):
-            groups.setdefault(tuple(row[name] for name in names), []).append(values)
-    if len(objectives) < 2 or not groups:
+    ended = [row for row in rows if row["state"] == "finished" and all(row[name] is not None for name in objectives)]
+    if len(objectives) < 2 or not ended:
         return None
-    runs = [np.array(group, float) for group in groups.values()]
+    settings = by_setting(names, ended)
+    runs = [np.array([[row[name] for name in objectives] for row in members], float) for members in settings.values()]
     means, counts = np.array([group.mean(0) for group in runs]), np.array([len(group) for group in runs])
     freedom = (counts - 1).sum()
     squares = sum(((group - group.mean(0)) ** 2).sum(0) for group in runs)
     noise = np.sqrt(squares / freedom) if freedom else np.zeros(len(objectives))
     errors = noise[None, :] / np.sqrt(counts)[:, None]
-    sign = np.array([1.0 if direction == "minimize" else -1.0 for direction in directions])
+    directions = [direction(name) for name in objectives]
+    sign = np.array([1.0 if way == "minimize" else -1.0 for way in directions])
     best, near = front(means * sign), near_front(means * sign, errors)
     return {
         "objectives": list(objectives),
-        "directions": list(directions),
+        "directions": directions,
         "settings": [
             {
                 "setting": dict(zip(names, point, strict=True)),
@@ -70,6 +65,6 @@ def pareto(
                 "seeds": int(counts[i]),
                 "place": "front" if best[i] else "near" if near[i] else "behind",
             }
-            for i, point in enumerate(groups)
+            for i, point in enumerate(settings)
         ],
     }

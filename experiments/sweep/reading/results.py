@@ -11,6 +11,7 @@ from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import Row
 from train.files import write_atomically
 
+TRIAL = ("id", "number", "state", "cohort", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
 CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds since 1970
 
@@ -23,7 +24,7 @@ class Results:
     loss (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
     planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is
     called NAME_done. axes: fields that vary, by the values tried. followers: fields that vary only together with an
-    axis, by that axis. directions: "minimize" or "maximize", one per objective.
+    axis, by that axis.
     """
 
     folder: Path
@@ -31,7 +32,6 @@ class Results:
     axes: dict[str, list[Any]]
     followers: dict[str, str]
     objectives: tuple[str, ...] = ("loss",)
-    directions: tuple[str, ...] = ("minimize",)
     policy: str = "all"
     sampler: str = "all"
 
@@ -42,19 +42,12 @@ class Results:
 
 def read_results(folder: str | Path) -> Results:
     """The results of the sweep in a folder. Raises InputError where it holds none, or its storage is out of reach."""
-    from experiments.sweep.definition import Sweep
     from experiments.sweep.ledger import Ledger
-    from experiments.sweep.objectives import direction
+    from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
-    return collect(
-        Path(folder),
-        Ledger(sweep).rows(),
-        objectives=sweep.objectives,
-        directions=tuple(direction(name) for name in sweep.objectives),
-        policy=sweep.policy,
-        sampler=sweep.sampler,
-    )
+    rows = Ledger(sweep).rows()
+    return collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
 
 
 def collect(
@@ -62,7 +55,6 @@ def collect(
     rows: Iterable[Row],
     *,
     objectives: tuple[str, ...] = ("loss",),
-    directions: tuple[str, ...] = ("minimize",),
     policy: str = "all",
     sampler: str = "all",
 ) -> Results:
@@ -71,7 +63,7 @@ def collect(
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
     flat = [_flat(row, names, objectives) for row in rows]
     axes, followers = _axes(names, flat, searched=sampler != "all")
-    return Results(folder, flat, axes, followers, objectives, directions, policy, sampler)
+    return Results(folder, flat, axes, followers, objectives, policy, sampler)
 
 
 def _flat(row: Row, names: Sequence[str], objectives: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from experiments.sweep.reading.optimum import NEAR, rate_optimum
 from experiments.sweep.reading.scales import edge_of, text
 
 Setting = dict[str, Any]
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -72,11 +73,8 @@ def state_of(trial: Mapping[str, Any]) -> str:
 
 def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
     """One row per setting, in order of appearance: the mean of its finished seeds, and what befell the rest."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for trial in trials:
-        groups.setdefault(tuple(trial.get(name) for name in names), []).append(trial)
     settings = []
-    for values, members in groups.items():
+    for values, members in by_setting(names, trials).items():
         states = [state_of(trial) for trial in members]
         losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
         settings.append(
@@ -92,6 +90,14 @@ def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Set
             }
         )
     return settings
+
+
+def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows of every setting, by its values in the order of `names`; settings in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 def candidates_of(settings: Iterable[Setting]) -> list[Setting]:

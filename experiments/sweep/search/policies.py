@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    from experiments.sweep.definition import Sweep
+    from experiments.sweep.record import Sweep
 
 POLICIES = ("all", "halving", "hyperband", "population")
 STEADY = ("constant", "inverse_sqrt")
@@ -162,7 +161,7 @@ class Hyperband:
         """Which of the brackets its point is in; 0 starts at min_fraction."""
         count = len(self._brackets())
         shares = [self.eta**rungs / (rungs + 1) for rungs in range(count - 1, -1, -1)]
-        place = hash_fraction(point_key(trial)) * sum(shares)
+        place = hash_fraction(trial.point_key) * sum(shares)
         reached = itertools.accumulate(shares)
         return next((index for index, limit in enumerate(reached) if place < limit), count - 1)
 
@@ -178,7 +177,7 @@ class _Point:
 
     def __init__(self, rows: list[Row], gates: tuple[int, ...]):
         self.rows, self.gates = rows, gates
-        self.key = point_key(rows[0].trial)
+        self.key = rows[0].trial.point_key
         self.pruned = any(row.state == "pruned" for row in rows)
 
     def arrived(self, level: int) -> bool:
@@ -228,13 +227,8 @@ def by_point(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The replicates of every point, in an order that does not depend on that of the rows."""
     points: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.trial.id):
-        points.setdefault(point_key(row.trial), []).append(row)
+        points.setdefault(row.trial.point_key, []).append(row)
     return points
-
-
-def point_key(trial: Trial) -> str:
-    """A trial's point without its seed, which all replicates have in common."""
-    return json.dumps({name: value for name, value in trial.point.items() if name != "seed"}, sort_keys=True)
 
 
 def hash_fraction(text: str) -> float:

@@ -8,18 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.objectives import DIRECTIONS
+from experiments.sweep.reading.results import CLAIM, FACTS, TRIAL, read_results
 from experiments.sweep.reading.scales import is_number
 from experiments.sweep.reading.summary import candidates_of, group, pooled_noise
 from model.errors import InputError, UnknownNameError
 
-FACTS = frozenset(
-    (
-        *("id", "number", "state", "status", "seed", "data_seed", "seeds", "run", "worker", "rungs", "cohort"),
-        *("loss", "last_loss", "mean", "std", "lost", "steps", "planned_steps", "tokens", "planned_tokens"),
-        *("flops_6nd", "flops_exact", "seconds", "compile_seconds", "tokens_per_second"),
-    )
-)
-"""Columns of a table of results that are no axis."""
+_RESULTS = {*TRIAL, *FACTS, *CLAIM, *DIRECTIONS, "last_loss", "status", "data_seed", "seeds", "mean", "std", "lost"}
+"""Columns of a table of results, also of another program's, that are no axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +72,6 @@ def read_recorded(path: Path, axes: Sequence[str] = ()) -> Recorded:
 
 
 def _read_folder(folder: Path, axes: Sequence[str]) -> Recorded:
-    from experiments.sweep.reading.results import read_results
-
     results = read_results(folder)
     if results.sampler != "all":
         raise InputError(f"{folder} was searched by {results.sampler}; a replay needs every point of a grid")
@@ -114,7 +108,9 @@ def _grid(rows: list[dict[str, Any]], axes: Sequence[str], where: str) -> Record
         if name not in rows[0]:
             raise UnknownNameError(f"column of {where}", name, rows[0])
     rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
-    names = list(axes) or [name for name in rows[0] if name not in FACTS and len({row.get(name) for row in rows}) > 1]
+    names = list(axes) or [
+        name for name in rows[0] if name not in _RESULTS and len({row.get(name) for row in rows}) > 1
+    ]
     if not names:
         raise InputError(f"no column of {where} varies; name the axes with --axes")
     values: dict[str, list[Any]] = {}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.sweep.search.policies import Halving, point_key
+from experiments.sweep.search.policies import Halving
 from experiments.sweep.search.recorded import Recorded
 from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
@@ -56,7 +56,7 @@ def replay_halving(
     exact = all(_is_validated(curve, step) for curve in curves for step in policy.gates(curve.trial))
     points: dict[str, list[Curve]] = {}
     for curve in curves:
-        points.setdefault(point_key(curve.trial), []).append(curve)
+        points.setdefault(curve.trial.point_key, []).append(curve)
     drawn = []
     for replay in range(replays):
         random = np.random.default_rng([replay, 2])
@@ -80,16 +80,15 @@ def read_curves(recorded: Recorded) -> list[Curve]:
     """The curves of all runs of a sweep's folder; none of a table."""
     if recorded.folder is None:
         return []
-    from experiments.sweep.definition import Sweep
+    from experiments.sweep.record import Sweep
     from experiments.sweep.trials import plan_trials
-    from experiments.sweep.worker import run_folder
 
     sweep = Sweep.read(recorded.folder)
     curves = []
     for trial in plan_trials(sweep):
         validation: dict[int, float] = {}
         training: dict[int, float] = {}
-        with (run_folder(sweep, trial) / "metrics.jsonl").open(encoding="utf-8") as file:
+        with (sweep.run_folder(trial) / "metrics.jsonl").open(encoding="utf-8") as file:
             for record in map(json.loads, file):
                 for found, name in ((validation, "validation_loss"), (training, "loss")):
                     if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):

@@ -11,7 +11,6 @@ from model.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from optuna import Trial
-    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
 
     from experiments.sweep.space import Distribution
@@ -44,26 +43,12 @@ def check_axes(name: str, axes: "Mapping[str, Distribution]") -> None:
     from experiments.sweep.space import Interval
 
     lists = [axis for axis, distribution in axes.items() if not isinstance(distribution, Interval)]
-    lists = [axis for axis in lists if not axes[axis].fixed]
     if name == "cmaes" and lists:
         raise InputError(f"--sampler cmaes searches intervals; give {lists[0]} as loguniform:LOW:HIGH or take tpe")
 
 
-def to_optuna(distribution: "Distribution") -> "BaseDistribution":
-    """Optuna's distribution of an axis. Values are categories; lists and objects among them are their JSON text."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    from experiments.sweep.space import Interval
-
-    if not isinstance(distribution, Interval):
-        return CategoricalDistribution([to_category(value) for value in distribution.values])
-    if distribution.integer:
-        return IntDistribution(int(distribution.low), int(distribution.high), log=distribution.log)
-    return FloatDistribution(distribution.low, distribution.high, log=distribution.log)
-
-
 def to_category(value: Any) -> bool | int | float | str | None:
-    """A value as Optuna can store it."""
+    """A value as Optuna can store it: lists and objects are their JSON text."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, sort_keys=True)
 
 

@@ -7,18 +7,11 @@ from experiments.sweep.space import Space
 from model.errors import InputError
 
 
-def load_space_file(path: str | Path) -> Space:
-    """The `space` of a file. Raises InputError, with file and line, where it cannot be read, fails, or has none."""
-    path = Path(path)
-    try:
-        source = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"the space {path} cannot be read: {error}") from None
-    return load_space(source, path)
-
-
 def load_space(source: str, path: Path) -> Space:
-    """The same of a file's text. The file must stand alone: the sweep keeps a copy of it."""
+    """The `space` of a file's text, which must stand alone: the sweep keeps a copy of it.
+
+    Raises InputError, with file and line, where it fails or has none.
+    """
     names: dict[str, object] = {"__name__": "space", "__file__": str(path)}
     try:
         exec(compile(source, str(path), "exec"), names)

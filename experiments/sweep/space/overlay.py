@@ -16,7 +16,7 @@ from model import ModelConfig, accounting
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
 from train import HParams, TrainConfig
-from train.phases import Plan
+from train.plan import Plan
 from train.schedule import uses_horizon
 
 LENGTHS = ("steps", "tokens", "tokens_per_parameter")

@@ -1,73 +1,80 @@
-"""How fast this machine trains: the real loop at two sizes, and the step alone for the benchmark."""
+"""How fast this machine trains: the real step on random tokens, and a line through two sizes of it."""
 
 import dataclasses
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.scaling.plan import Recipe
+from experiments.sweep.cohort import in_turn, lanes_for
+from experiments.sweep.trial import Setting
 from model import ModelConfig, accounting
 from model.sharding import default_axes, make_mesh
-from train import HParams, Shell, TrainConfig, train
+from train import HParams, TrainConfig
+from train.compile import compile_program
 from train.config import stack_hparams
-from train.lanes import Program, compile_program
-from train.metrics import read_metrics
+from train.program import Program
 from train.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
-    """Step time as overhead + FLOPs / rate, through two measured sizes (exact FLOPs, seconds)."""
+class Speed:
+    """Of one run's step: seconds = overhead + exact FLOPs / rate, through one or two measured shapes."""
 
     overhead_seconds: float
     flops_per_second: float
     compile_seconds: float
-    measured: list[dict[str, Any]]
+    measured: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def step_seconds(self, flops_exact: float) -> float:
-        """Predicted seconds of a step of that many exact FLOPs."""
-        return self.overhead_seconds + flops_exact / self.flops_per_second
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+    def step_seconds(self, config: ModelConfig, train_config: TrainConfig) -> float:
+        """Predicted seconds of a step of that shape."""
+        return self.overhead_seconds + flops_of_step(config, train_config) / self.flops_per_second
 
 
-def probe(
-    recipe: Recipe, train_config: TrainConfig, widths: tuple[int, int], *, data: Path, folder: Path, steps: int = 300
-) -> Probe:
-    """Measure the real training loop, logs and data order included, at two widths for `steps` steps each."""
+def flops_of_step(config: ModelConfig, train_config: TrainConfig) -> float:
+    """Exact FLOPs of one training step of one run."""
+    return train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len, "exact")
+
+
+def time_steps(shapes: Sequence[tuple[Setting, int]], seconds: float = 1.0) -> Speed:
+    """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others lie between.
+
+    shapes: settings, and how many runs there are of each, which is how many may be side by side.
+    """
+    size = lambda shape: flops_of_step(shape[0].config, shape[0].train_config)
+    ordered = sorted(shapes, key=size)
+    chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     measured = []
-    with progress_bar("probing this machine", len(widths)) as advance:
-        for width in widths:
-            config = recipe.config(width)
-            shell = Shell(evaluate_tokens=train_config.tokens_per_step, description=f"probe, d_model {width}")
-            run = folder / f"d{width}"
-            result = train(config, train_config, HParams(), data=data, run=run, steps=steps, shell=shell)
-            clock = [record["seconds"] for record in read_metrics(run)]
-            warm = len(clock) // 3  # the first steps touch fresh memory
+    with progress_bar("timing the step", len(chosen)) as advance:
+        for setting, runs in chosen:
+            lanes = 1 if in_turn() else lanes_for(setting, runs)
+            found = measure_step(setting.config, setting.train_config, lanes, seconds)
             measured.append(
                 {
-                    "d_model": width,
-                    "step_seconds": (clock[-1] - clock[warm - 1]) / (len(clock) - warm),
-                    "flops_exact_per_step": result.flops_exact / result.steps,
-                    "compile_seconds": result.compile_seconds,
+                    "d_model": setting.config.d_model,
+                    "lanes": lanes,
+                    "step_seconds": found["step_seconds"] / lanes,
+                    "flops_exact_per_step": size((setting, runs)),
+                    "compile_seconds": found["compile_seconds"],
                 }
             )
             advance()
-    small, large = measured
+    return Speed(*_line(measured), max(row["compile_seconds"] for row in measured), measured)
+
+
+def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
+    """(overhead, rate); without overhead where no line goes through the two: in proportion to the larger one."""
+    small, large = measured[0], measured[-1]
     work = large["flops_exact_per_step"] - small["flops_exact_per_step"]
-    rate = work / max(large["step_seconds"] - small["step_seconds"], 1e-9)
-    return Probe(
-        overhead_seconds=max(0.0, small["step_seconds"] - small["flops_exact_per_step"] / rate),
-        flops_per_second=rate,
-        compile_seconds=max(row["compile_seconds"] for row in measured),
-        measured=measured,
-    )
+    longer = large["step_seconds"] - small["step_seconds"]
+    if work > 0 and longer > 0:
+        overhead = small["step_seconds"] - small["flops_exact_per_step"] * longer / work
+        if overhead > 0:
+            return overhead, work / longer
+    return 0.0, large["flops_exact_per_step"] / large["step_seconds"]
 
 
 def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float) -> dict[str, Any]:

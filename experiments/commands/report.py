@@ -1,0 +1,38 @@
+"""`isoflop report`: the curves of runs, as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.commands.options import JsonFile
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Draw runs over one another, finished or not: loss, learning rate, gradient norm and speed, as one HTML page.
+
+    Example: isoflop report runs/first
+
+    Example: isoflop report runs/adamw runs/muon --out compared.html
+
+    Args:
+        runs: the run directories.
+        out: the page (default: report.html in the first run's folder).
+        json: write what each run reached to this file.
+    """
+    from experiments.commands.options import console, output, write_document
+    from experiments.report.run_page import write_run_page
+    from model.errors import InputError
+
+    if not runs:
+        raise InputError("name at least one run, such as: isoflop report runs/first")
+    page = out or runs[0] / "report.html"
+    with output(page):
+        rows = write_run_page(page, runs)
+    write_document(json, {"schema_version": 1, "runs": rows})
+    console().print(f"{page}", highlight=False, soft_wrap=True)

@@ -1,0 +1,121 @@
+"""The page of single runs: their curves over one another, what differs between them, what they reached."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.report.figures import smoothed
+from experiments.report.page import inline, render
+from experiments.report.style import PALETTE, amount, log_axis, new_figure, styled
+from model.errors import InputError
+from train.files import write_atomically
+from train.metrics import read_metrics
+from train.run import read_record
+
+PANELS = (
+    ("loss", "loss (nats per token)"),
+    ("learning_rate", "learning rate"),
+    ("grad_norm", "norm of the gradient"),
+    ("tokens_per_second", "tokens per second"),
+)
+MOST_RUNS = len(PALETTE)
+MOST_POINTS = 1000
+
+
+def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Write the page of these run directories, finished or not; returns the row of each in the page's table.
+
+    Raises `InputError` where a folder is no run, no run has made a step, or there are more than can be told apart.
+    """
+    if len(runs) > MOST_RUNS:
+        raise InputError(
+            f"{len(runs)} runs cannot be told apart in a figure; name at most {MOST_RUNS}, or see isoflop sweep report"
+        )
+    records = [read_record(run) for run in runs]
+    metrics = [read_metrics(run) for run in runs]
+    if not any(metrics):
+        raise InputError(f"{', '.join(map(str, runs))}: no step has been made yet")
+    rows = [
+        _row(run, record, lines, differing)
+        for run, record, lines, differing in zip(runs, records, metrics, _differences(records), strict=True)
+    ]
+    figure = inline(_curves([run.name for run in runs], metrics), "Loss, learning rate, gradient norm and speed")
+    page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
+    write_atomically(path, page)
+    return rows
+
+
+def _row(run: Path, record: dict[str, Any], lines: list[dict[str, Any]], differing: dict[str, Any]) -> dict[str, Any]:
+    last = lines[-1] if lines else {}
+    validated = [line for line in lines if line.get("validation_loss") is not None]
+    speeds = [line["tokens_per_second"] for line in lines[1:] if line.get("tokens_per_second")]
+    return {
+        "run": str(run),
+        "status": record["status"],
+        "device": "{count} × {kind}".format_map(record["device"]),
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
+        "epochs": last.get("epoch"),
+        "flops_6nd": last.get("flops_6nd"),
+        "loss": last.get("loss"),
+        "validation_loss": validated[-1]["validation_loss"] if validated else None,
+        "validation_bits_per_byte": validated[-1].get("validation_bits_per_byte") if validated else None,
+        "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "seconds": record.get("seconds"),
+        "skipped": sum(line.get("skipped", 0) for line in lines),
+        "rollbacks": len(record.get("rollbacks", ())),
+        "differing": differing,
+    }
+
+
+def _differences(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run, the settings in which the runs are not all alike."""
+    flat = [_flatten(record["identity"]) for record in records]
+    names = sorted({name for one in flat for name in one if any(name not in o or o[name] != one[name] for o in flat)})
+    return [{name: one.get(name) for name in names} for one in flat]
+
+
+def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in identity.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+@styled
+def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Figure:
+    """One panel per quantity over tokens, a colour per run; thin: every step, thick: the mean over steps nearby."""
+    figure = new_figure(9.0, 6.4)
+    for axes, (field, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        low, high = np.inf, 0.0
+        for name, lines, colour in zip(names, metrics, PALETTE, strict=False):
+            points = [(line["tokens"], line[field]) for line in lines if line.get(field)]
+            if not points:
+                continue
+            tokens, values = np.array(points, np.float64).T
+            low, high = min(low, tokens[0]), max(high, tokens[-1])
+            shown = np.unique(np.round(np.geomspace(1, len(tokens), MOST_POINTS)).astype(int)) - 1
+            if field == "tokens_per_second":
+                mean = 1 / smoothed(tokens, 1 / values)  # tokens over the seconds that they took
+            elif field == "learning_rate":
+                mean = values
+            else:
+                mean = smoothed(tokens, values)
+                axes.plot(tokens[shown], values[shown], color=colour, linewidth=0.5, alpha=0.3)
+            axes.plot(tokens[shown], mean[shown], color=colour, label=name)
+            if field == "loss":
+                checks = [
+                    (li["tokens"], li["validation_loss"]) for li in lines if li.get("validation_loss") is not None
+                ]
+                axes.plot(*np.array(checks).reshape(-1, 2).T, "o", color=colour, markeredgecolor="white")
+        log_axis(axes.xaxis, low, high, margin=0.03)
+        if field == "grad_norm":
+            axes.set_yscale("log")
+        axes.set(xlabel="tokens", ylabel=label)
+        axes.yaxis.set_major_formatter(lambda value, _: amount(value))
+    if len(names) > 1:
+        figure.axes[0].legend()
+    return figure

@@ -1,0 +1,60 @@
+"""Fields of the frozen dataclasses that describe a model: known, complete and of their types, or else a sentence."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterable
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from model.errors import InputError, UnknownNameError
+
+
+def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
+    """Raise UnknownNameError for a name that is no field of the dataclass; complete: InputError where one is missing."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    given = set()
+    for name in names:
+        if name not in fields:
+            raise UnknownNameError(f"{cls.__name__} field", name, fields)
+        given.add(name)
+    missing = [name for name in fields if fields[name].default is dataclasses.MISSING and name not in given]
+    if complete and missing:
+        raise InputError(f"{cls.__name__} lacks {', '.join(missing)}")
+
+
+def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
+    """Raise InputError unless every field of a dataclass is of its annotated type, or None where that is its default.
+
+    Numbers are finite and at least 0; `positive` names the fields that 0 is too small for. Of tuples and of texts
+    nothing is checked. prefix: before the names of fields in messages.
+    """
+    for name, kind, may_be_null in _kinds(type(made)):
+        value = getattr(made, name)
+        if value is None and may_be_null:
+            continue
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise UnknownNameError(prefix + name, str(value), get_args(kind))
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{prefix}{name}={value!r} must be true or false")
+        elif kind in (int, float):
+            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not (number and 0 <= value < math.inf and not (value == 0 and name in positive)):
+                least = ("of at least 1" if kind is int else "above 0") if name in positive else "of at least 0"
+                raise InputError(f"{prefix}{name}={value!r} must be a {'whole ' * (kind is int)}number {least}")
+        elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
+            raise InputError(f"{prefix}{name} must be {kind.__name__}'s fields or null, not {value!r}")
+
+
+@functools.cache
+def _kinds(cls: type) -> list[tuple[str, Any, bool]]:
+    """Every field's name, its type without None, and whether None is its default."""
+    hints, found = get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        kinds = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
+        # A union of several kinds is its owner's to check.
+        optional = isinstance(hints[field.name], UnionType) and len(kinds) == 1
+        found.append((field.name, kinds[0] if optional else hints[field.name], field.default is None))
+    return found

@@ -1,0 +1,162 @@
+"""A `Program` from a model and a shape: compiled ahead, so that it can never recompile unseen."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from model import ModelConfig
+from model.sharding import batch_sharding, check_batch, replicated, shardings
+from train.apart import apart, gather, lie_apart
+from train.config import HParams, TrainConfig
+from train.lanes import evaluate_lane, init_lanes, pick, replace_lane, step_lanes
+from train.memory import Memory
+from train.plan import Stage
+from train.program import Lanes, Program
+from train.state import TrainState
+
+# What runs once or rarely: compile time counts for more than speed; the numbers are the same.
+_RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
+
+
+@functools.lru_cache(maxsize=64)
+def compile_program(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, stage: Stage | None = None
+) -> Program:
+    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
+    stacked, lane count.
+
+    stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
+    shapes. None: a run of one shape.
+    """
+    if lanes > 1 and lie_apart(mesh):
+        return apart(compile_program(config, train_config, 1, mesh, stage), lanes)
+    start = time.perf_counter()
+    if stage is not None and stage.rope_base is not None:
+        config = config.replace(rope_base=stage.rope_base)
+    step, memory = _compile_step(
+        config,
+        train_config,
+        lanes,
+        mesh,
+        stage.batch_size if stage else train_config.batch_size,
+        stage.seq_len if stage else train_config.seq_len,
+    )
+    rest = _compile_rest(config, train_config.replace(accumulate=1), lanes, mesh)  # cuts are the step's alone
+    return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
+
+
+def compiled_programs() -> int:
+    """How many training steps this process has compiled: one per static shape and number of stacked lanes."""
+    return _compile_step.cache_info().misses
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_step(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, batch_size: int, seq_len: int
+) -> tuple[Callable, Memory]:
+    check_batch(mesh, batch_size // train_config.accumulate, seq_len)
+    state, split = _state(config, train_config, lanes, mesh)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh, lanes=True)
+    shape = (lanes, batch_size, seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
+    active = jax.ShapeDtypeStruct((lanes,), bool)
+    # Metrics stay where their lanes are, if this process can read them there.
+    measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
+    step = jax.jit(
+        functools.partial(step_lanes, config, train_config),
+        in_shardings=(split, rows, everywhere, everywhere),
+        out_shardings=(split, measured),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, batch, _hparams(lanes), active).compile()
+    return compiled, Memory.of(compiled)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> dict[str, Any]:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    state, split = _state(config, train_config, lanes, mesh)
+    lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
+    split_lane = shardings(mesh, lane)
+    lane = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), lane, split_lane)
+    everywhere, rows = replicated(mesh), batch_sharding(mesh)
+    shape = (train_config.batch_size, train_config.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
+    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=split)
+    evaluate = jax.jit(
+        functools.partial(evaluate_lane, config),
+        in_shardings=(split, everywhere, rows, everywhere),
+        out_shardings=everywhere,
+        keep_unused=True,
+    )
+    take = jax.jit(
+        pick,
+        in_shardings=(split, everywhere),
+        out_shardings=split_lane,
+    )
+    put = jax.jit(
+        replace_lane,
+        in_shardings=(split, everywhere, split_lane),
+        out_shardings=split,
+        donate_argnums=0,
+    )
+    options = _RUN_ONCE if on_cpu and not jax.config.read("jax_disable_most_optimizations") else None
+    with jax.set_mesh(mesh):
+        return {
+            "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
+            "evaluate": evaluate.lower(state, index, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile(),
+            "take": take.lower(state, index).compile(compiler_options=options),
+            "put": _under(mesh, put),
+            "lane": lane,
+        }
+
+
+def gather_lanes(mesh: Mesh, state: Lanes, sources: Int[np.ndarray, " fewer"]) -> Lanes:
+    """A state of fewer lanes: those of these numbers, in this order; one that comes twice is padding."""
+    if isinstance(state, list):
+        return gather(state, sources)
+    fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(sources), *leaf.shape[1:]), leaf.dtype), state)
+    take = jax.jit(
+        lambda state, sources: jax.tree.map(lambda leaf: leaf[sources], state),
+        out_shardings=shardings(mesh, fewer, lanes=True),
+    )
+    with jax.set_mesh(mesh):
+        return take(state, sources)
+
+
+def _under(mesh: Mesh, function: Callable) -> Callable:
+    """The function as traced for a mesh, whenever that is."""
+
+    def run(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*arguments)
+
+    return run
+
+
+def _hparams(lanes: int) -> HParams:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes,), leaf.dtype), HParams())
+
+
+def _state(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> tuple[TrainState, Any]:
+    """Shapes of the stacked state, and how it is split."""
+    state = jax.eval_shape(functools.partial(init_lanes, config, train_config), _hparams(lanes))
+    return state, shardings(mesh, state, lanes=True)
+
+
+def batch_spec(train_config: TrainConfig) -> dict[str, Any]:
+    """What a batch of text holds, each [batch, seq], and its dtype."""
+    spec: dict[str, Any] = {"tokens": np.int32, "targets": np.int32}
+    if train_config.segment_documents:
+        spec |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.float32}
+    return spec
