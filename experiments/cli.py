@@ -1,20 +1,23 @@
 """The `isoflop` command: a tree of typed functions, and what its exit codes mean.
 
-0: success. 2: a wrong call or input, said in one sentence. 1: a failure. 130: stopped by Ctrl-C.
+0: success. 2: a wrong call or input, said in one sentence. 1: a failure. 130: stopped by Ctrl-C. A command imports what
+it needs when it runs: help and wrong calls do not wait for JAX.
 """
 
 import errno
+import functools
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from experiments.allocator import keep_memory
-from experiments.commands import data, evaluate, generate, report, study, train
+from experiments.commands import data, doctor, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, show
@@ -26,9 +29,23 @@ from experiments.commands.sweep import plan as sweep_plan
 from experiments.commands.sweep import replay
 from experiments.commands.sweep import report as sweep_report
 from experiments.commands.sweep import run as sweep_run
-from model.errors import InputError
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
+
+
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> None:
+    """Print the script with which a shell completes commands and flags at the tab key.
+
+    Example: isoflop completion bash > ~/.local/share/bash-completion/completions/isoflop
+
+    fish reads ~/.config/fish/completions/isoflop.fish, zsh a file _isoflop in a folder of $fpath. For this shell alone:
+    source <(isoflop completion bash)
+
+    Args:
+        shell: bash, zsh or fish.
+    """
+    tyro.cli(_parser(COMMANDS), prog="isoflop", args=["--tyro-write-completion", shell, "-"], config=_CONFIG)
+
 
 COMMANDS: Tree = {
     "study": study.study,
@@ -75,6 +92,8 @@ COMMANDS: Tree = {
             "transfer": coordcheck.transfer,
         },
     ),
+    "doctor": doctor.doctor,
+    "completion": completion,
 }
 
 
@@ -84,21 +103,23 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
     _use_compile_cache()
     keep_memory()
+    program, called, arguments = _called(sys.argv[1:])
     try:
-        tyro.cli(_parser(COMMANDS), prog="isoflop", description=_DESCRIPTION)
-    except InputError as error:
-        _stop(f"isoflop: {error}", 2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _stop(f"isoflop: no space left on the disk{_where(error)}; free some and run the same command again", 2)
+        if isinstance(called, tuple):
+            tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=_CONFIG)
+        else:
+            tyro.cli(_without_none(called), prog=program, args=arguments, config=_CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except Exception as error:
+        from model.errors import InputError
+
+        if isinstance(error, InputError):
+            _stop(f"isoflop: {error}", 2)
         # Orbax and TensorStore wrap the operating system's error in their own.
-        if "No space left on device" not in str(error):
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
             raise
-        _stop("isoflop: no space left on the disk; free some and run the same command again", 2)
+        _stop(f"isoflop: no space left on the disk{_where(error)}; free some and run the same command again", 2)
 
 
 _DESCRIPTION = """Language-model research in JAX: sweeps, scaling laws, decode throughput.
@@ -107,32 +128,59 @@ Start with `isoflop study`: a whole scaling-law study on real text in minutes. E
 """
 
 
+# Help is shorter: no flag that leaves another one off, no {None} among values, positional arguments by their names.
+_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+
+
+def _without_none(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, whose help names no default where there is none: the flag's own words say what holds then."""
+    hint = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in ("None", "") else f"(default: {default})")
+    quiet = functools.wraps(command)(lambda *arguments, **flags: command(*arguments, **flags))
+    quiet.__annotations__ = {
+        parameter.name: Annotated[parameter.annotation, hint]
+        if parameter.default in (None, ())
+        else parameter.annotation
+        for parameter in inspect.signature(command).parameters.values()
+    }
+    return quiet
+
+
+def _called(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
+    """(what the first words name, the command or group of them that it is, the words that are left)."""
+    called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
+    words, left = ["isoflop"], list(arguments)
+    while isinstance(called, tuple) and left and left[0] in called[1]:
+        called = called[1][left[0]]
+        words.append(left.pop(0))
+    return " ".join(words), called, left
+
+
 def _parser(tree: Tree) -> Any:
+    """Of a group: each command with the first sentence of its description; all of it stands in its own help."""
     commands = []
     for name, entry in tree.items():
         if isinstance(entry, tuple):
-            description, below = entry
-            subcommand = tyro.conf.subcommand(
-                name=name, constructor=_parser(below), description=description, prefix_name=False
-            )
+            description, constructor = entry[0], _parser(entry[1])
         else:
-            subcommand = tyro.conf.subcommand(name=name, constructor=entry, prefix_name=False)
+            description, constructor = (inspect.getdoc(entry) or "").partition("\n\n")[0], entry
+        subcommand = tyro.conf.subcommand(
+            name=name, constructor=constructor, description=description, prefix_name=False
+        )
         commands.append(Annotated[Any, subcommand])
     return Union[tuple(commands)]  # noqa: UP007 – made of a list
 
 
 def _use_compile_cache() -> None:
     """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set by now, it would come too late
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads when it is imported, later
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "isoflop" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-def _where(error: OSError) -> str:
-    return f" at {error.filename}" if error.filename else ""
+def _where(error: Exception) -> str:
+    file = getattr(error, "filename", None)
+    return f" at {file}" if file else ""
 
 
 def _stop(message: str, code: int) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from experiments.commands.options import read_json
 from experiments.decode.bench import bench_decode
+from experiments.inputs import read_json
 from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table

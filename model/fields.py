@@ -11,7 +11,7 @@ from model.errors import InputError, UnknownNameError
 
 
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
-    """Raise UnknownNameError for a name that is no field of the dataclass; complete: InputError where one is missing."""
+    """Raise UnknownNameError for a name that is no field of a dataclass; complete: InputError where one is missing."""
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     given = set()
     for name in names:

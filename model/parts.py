@@ -13,7 +13,7 @@ Dispatch = Literal["dropless", "capacity"]
 
 
 class Part:
-    """Reading and writing plain values, with sentences where they are wrong. POSITIVE: the numbers that may not be 0."""
+    """Reading and writing plain values, with sentences where they are wrong. POSITIVE: numbers that may not be 0."""
 
     POSITIVE: ClassVar[tuple[str, ...]] = ()
 

@@ -3,8 +3,7 @@
 from train.branch import cooldown
 from train.config import HParams, TrainConfig
 from train.phases import Phase, standard_phases
-from train.result import Result
-from train.run import load_run
+from train.run import Result, load_run
 from train.shell import Shell
 from train.state import TrainState, init_state
 from train.step import eval_step, train_step

@@ -48,7 +48,13 @@ def compile_program(
         stage.batch_size if stage else train_config.batch_size,
         stage.seq_len if stage else train_config.seq_len,
     )
-    rest = _compile_rest(config, train_config.replace(accumulate=1), lanes, mesh)  # cuts are the step's alone
+    shapes = TrainConfig(  # schedule, phases and cuts are the step's alone
+        batch_size=train_config.batch_size,
+        seq_len=train_config.seq_len,
+        optimizer=train_config.optimizer,
+        segment_documents=train_config.segment_documents,
+    )
+    rest = _compile_rest(config, shapes, lanes, mesh)
     return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
 
 
@@ -99,17 +105,8 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
         out_shardings=everywhere,
         keep_unused=True,
     )
-    take = jax.jit(
-        pick,
-        in_shardings=(split, everywhere),
-        out_shardings=split_lane,
-    )
-    put = jax.jit(
-        replace_lane,
-        in_shardings=(split, everywhere, split_lane),
-        out_shardings=split,
-        donate_argnums=0,
-    )
+    take = jax.jit(pick, in_shardings=(split, everywhere), out_shardings=split_lane)
+    put = jax.jit(replace_lane, in_shardings=(split, everywhere, split_lane), out_shardings=split, donate_argnums=0)
     options = _RUN_ONCE if on_cpu and not jax.config.read("jax_disable_most_optimizations") else None
     with jax.set_mesh(mesh):
         return {

@@ -211,24 +211,10 @@ def stack_hparams(hparams: list[HParams]) -> HParams:
 
 
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "learning_rate": (0, np.inf, "at least 0"),
-    "weight_decay": (0, np.inf, "at least 0"),
-    "beta1": (0, 1, "in [0, 1)"),
-    "beta2": (0, 1, "in [0, 1)"),
-    "epsilon": (0, np.inf, "at least 0"),
-    "warmup_steps": (0, 2**31, "at least 0"),
-    "warmup_fraction": (0, 1 + 1e-9, "in [0, 1]"),
-    "total_steps": (0, 2**31, "at least 0"),
-    "decay_fraction": (0, 1 + 1e-9, "in [0, 1]"),
-    "decay_steps": (0, 2**31, "at least 0"),
-    "final_fraction": (0, 1 + 1e-9, "in [0, 1]"),
-    "clip_norm": (0, np.inf, "at least 0"),
-    "z_loss": (0, np.inf, "at least 0"),
-    "balance_loss": (0, np.inf, "at least 0"),
-    "router_z_loss": (0, np.inf, "at least 0"),
-    "dropout_rate": (0, 1, "in [0, 1)"),
-    "init_scale": (0, np.inf, "at least 0"),
-    "seed": (0, 2**31, "at least 0"),
+    **dict.fromkeys(HParams.NAMES, (0, np.inf, "at least 0")),
+    **dict.fromkeys(("beta1", "beta2", "dropout_rate"), (0, 1, "in [0, 1)")),
+    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction"), (0, 1 + 1e-9, "in [0, 1]")),
+    **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "seed"), (0, 2**31, "at least 0")),
     "data_seed": (-1, 2**31, "at least 0, or -1"),
 }
 

@@ -44,12 +44,6 @@ def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Until every process has come here; a process that comes to a barrier of another name raises."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def agree(function: Callable[..., Any], *args: Any) -> Any:
     """What `function(*args)` gives in process 0, in all processes; also a barrier for them.
 

@@ -67,7 +67,7 @@ class Loop:
         )
         self.feed = Feed(mesh, trials, batch_spec(train_config))
         self.agreement = Agreement(mesh)
-        self.peak = peak_flops_per_second(config.compute_dtype)[0] * mesh.size
+        self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
         self.state = self._start()
         self.dispatched = self.saved_after = 0
         self.trace = Trace(trials[0].run.folder / "profile" if shell.profile else None)

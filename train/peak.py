@@ -31,23 +31,23 @@ PEAKS = {
 }
 
 
-def peak_flops_per_second(dtype: str) -> tuple[float, str]:
-    """(FLOP/s of one device, "table" or "measured"): the table for bfloat16 on a known device, else a measurement."""
+def peak_flops_per_second(dtype: str) -> float:
+    """FLOP/s of one device: the table's for bfloat16 on a known device, else a measurement."""
     kind = jax.devices()[0].device_kind
     known = [name for name in PEAKS if kind.startswith(name)]
     if dtype == "bfloat16" and known:
-        return PEAKS[max(known, key=len)], "table"
-    return measured_peak(dtype), "measured"
+        return PEAKS[max(known, key=len)]
+    return measured_peak(dtype)
 
 
 @functools.lru_cache(maxsize=4)
-def measured_peak(dtype: str, seconds: float = 0.3) -> float:
+def measured_peak(dtype: str) -> float:
     """FLOP/s of the best of several square matrix products, large enough for the device to be busy."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + seconds
+    best, end = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < end:
         start = time.perf_counter()
         product(x).block_until_ready()

@@ -6,9 +6,11 @@ stages: stretches of steps of one shape, for which one program is compiled.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -80,7 +82,7 @@ class Plan:
         """
         if not train_config.phases:
             if steps is None or steps < 1:
-                raise InputError(f"steps={steps} must be at least 1 for a run without phases")
+                raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
             return cls((Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len),))
         plan = cls(tuple(_stages(train_config)))
         if steps is not None and not 1 <= steps <= plan.total_steps:
@@ -176,8 +178,8 @@ def describe(plan: Plan) -> list[dict[str, Any]]:
     rate_first and rate_last: the factor of the peak at the stage's first and last update; a run without phases takes
     its factor from the schedule instead.
     """
-    first = _factor(plan, jnp.array([stage.first_step for stage in plan.stages])).tolist()
-    last = _factor(plan, jnp.array([stage.last_step for stage in plan.stages])).tolist()
+    ends = jnp.array([[stage.first_step, stage.last_step] for stage in plan.stages])
+    rates = jax.jit(functools.partial(_factor, plan))(ends).tolist()
     return [
         {
             "phase": stage.phase,
@@ -188,8 +190,8 @@ def describe(plan: Plan) -> list[dict[str, Any]]:
             "batch_size": stage.batch_size,
             "seq_len": stage.seq_len,
             "mixture": dict(stage.mixture),
-            "rate_first": first[stage.index],
-            "rate_last": last[stage.index],
+            "rate_first": rates[stage.index][0],
+            "rate_last": rates[stage.index][1],
             "rope_base": stage.rope_base,
         }
         for stage in plan.stages

@@ -9,7 +9,7 @@ Advance = Callable[..., None]
 
 
 @contextmanager
-def progress_bar(description: str, total: float, *, completed: float = 0) -> Iterator[Advance]:
+def progress_bar(description: str, total: float) -> Iterator[Advance]:
     """Show a bar until the block ends; the block calls `advance(amount=1, note="")`.
 
     On a terminal the bar is live; elsewhere (a log file, a pipe) a line is printed at most every tenth of
@@ -20,7 +20,7 @@ def progress_bar(description: str, total: float, *, completed: float = 0) -> Ite
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _plain_lines(description, total, completed)
+        yield _plain_lines(description, total)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -32,13 +32,13 @@ def progress_bar(description: str, total: float, *, completed: float = 0) -> Ite
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=False, refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, completed=int(completed), note="")
+        task = bar.add_task(description, total=total, note="")
         yield lambda amount=1, note="": bar.update(task, advance=amount, note=note)
 
 
-def _plain_lines(description: str, total: float, completed: float) -> Advance:
+def _plain_lines(description: str, total: float) -> Advance:
     start = printed_at = time.perf_counter()
-    done, printed = completed, int(10 * completed / total) if total else 0
+    done, printed = 0.0, 0
 
     def advance(amount: float = 1, note: str = "") -> None:
         nonlocal done, printed, printed_at
@@ -46,7 +46,7 @@ def _plain_lines(description: str, total: float, completed: float) -> Advance:
         now, tenth = time.perf_counter(), int(10 * done / total) if total else 10
         if tenth > printed and now - printed_at > 5:
             printed, printed_at = tenth, now
-            left = (now - start) * (total - done) / max(done - completed, 1e-9)
+            left = (now - start) * (total - done) / max(done, 1e-9)
             print(
                 f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)",
                 file=sys.stderr,

@@ -15,7 +15,7 @@ from train.data.folders import Data
 from train.loop import Loop
 from train.microbatch import choose_cuts
 from train.plan import Plan
-from train.result import Result
+from train.run import Result
 from train.shell import Shell
 from train.trial import Trial
 
@@ -78,16 +78,14 @@ def population(
                 f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
                 f"vocab_size={config.vocab_size}"
             )
-    batches = {
-        stage.batch_size // train_config.accumulate
-        for stage in Plan.of(train_config, None if train_config.phases else 1).stages
-    }
-    mesh = make_mesh(shell.mesh or default_axes(math.gcd(*batches)))
+    stages = Plan.of(train_config, None if train_config.phases else 1).stages
+    rows = math.gcd(*(stage.batch_size // train_config.accumulate for stage in stages))
+    mesh = make_mesh(shell.mesh or default_axes(rows))
     if lie_apart(mesh):
         lanes = len(hparams)  # lanes are no part of the program, so that nothing is to be filled up
     lanes = -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
     train_config = choose_cuts(config, train_config, lanes, mesh, shell)
-    for stage in Plan.of(train_config, None if train_config.phases else 1).stages:
+    for stage in stages:
         check_batch(mesh, stage.batch_size // train_config.accumulate, stage.seq_len)
     with ExitStack() as stack:
         trials = []

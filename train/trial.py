@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from model import ModelConfig, accounting
-from model.errors import InputError
 from train.branch import Branch
 from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
@@ -17,8 +16,7 @@ from train.data.mixture import PhasedLoader
 from train.hosts import agree
 from train.metrics import MetricsLog, read_metrics
 from train.plan import Plan, Stage
-from train.result import Result
-from train.run import Identity, Run
+from train.run import Identity, Result, Run
 from train.schedule import uses_horizon
 from train.shell import Shell
 from train.step import metric_names
@@ -38,16 +36,10 @@ class Trial:
         shell: Shell,
         branch: Branch | None = None,
     ):
-        if train_config.phases:
-            self.plan = Plan.of(train_config)
-            self.stop = self.plan.total_steps if steps is None else steps
-        else:
-            self.stop = int(hparams.total_steps) if steps is None else steps
-            if self.stop < 1:
-                raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
-            self.plan = Plan.of(train_config, self.stop)
-        if not 1 <= self.stop <= self.plan.total_steps:
-            raise InputError(f"steps={steps} must lie between 1 and the {self.plan.total_steps} of the run's phases")
+        if steps is None and not train_config.phases:
+            steps = int(hparams.total_steps)
+        self.plan = Plan.of(train_config, steps)
+        self.stop = self.plan.total_steps if steps is None else steps
         if uses_horizon(train_config, hparams) and hparams.total_steps == 0:
             hparams = hparams.replace(total_steps=self.stop)
         self.config, self.train_config, self.hparams, self.branch = config, train_config, hparams, branch

@@ -77,9 +77,8 @@ def inspect(
         json: Also write the result as JSON to this file.
     """
     import numpy as np
-    from rich.table import Table
 
-    from experiments.commands.options import console, write_document
+    from experiments.commands.options import console, new_table, write_document
     from model.errors import InputError
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
@@ -99,22 +98,14 @@ def inspect(
 
     content = shards.manifest.to_json()
     out = console()
-    summary = Table(title=f"{folder} (checksums verified)", show_header=False)
-    for name in (
-        "source",
-        "hash",
-        "vocab_size",
-        "eos_id",
-        "duplicates_dropped",
-        "empty_skipped",
-        "bytes_replaced",
-    ):
-        summary.add_row(name, str(content[name]))
-    splits = Table("split", "documents", "bytes", "tokens", "bytes per token", "shards")
+    for name in ("source", "hash", "vocab_size", "eos_id", "duplicates_dropped", "empty_skipped", "bytes_replaced"):
+        out.print(f"{name}: {content[name]}", highlight=False, markup=False, soft_wrap=True)
+    columns = ("split", "documents", "bytes", "tokens", "bytes per token", "shards")
+    splits = new_table(*columns, title=f"{folder} (checksums verified)")
     for name, part in shards.manifest.splits.items():
         numbers = (part.documents, part.bytes, part.tokens)
         splits.add_row(name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards)))
-    out.print(summary, splits)
+    out.print(splits)
     for row in decoded:
         out.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
     write_document(json, {"folder": str(folder), "split": split, "manifest": content, "rows": decoded})

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from experiments.commands.options import JsonFile
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from infer import Completion
@@ -46,6 +45,7 @@ def generate(
     """Continue prompts with a trained model, or with --chat answer them.
 
     Example: isoflop generate runs/first --prompt "The people of" "We" --temperature 0.7
+
     Example: isoflop generate model.gguf --chat --prompt "Why is the sky blue?" --stream --weights int8
 
     Args:
@@ -82,6 +82,7 @@ def generate(
     from experiments.models import open_model
     from infer import Sampling, beam_search, generate_speculative, prepare
     from infer import stream as run_generation
+    from model.errors import InputError
 
     sampling = Sampling(
         temperature=temperature,

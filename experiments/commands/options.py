@@ -1,7 +1,6 @@
-"""What several commands share: reading a model, hyperparameters and JSON files from the command line."""
+"""What several commands share: kinds of flags, the console, files that are written, numbers in words."""
 
 import errno
-import json as json_module
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from model.errors import InputError
-
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
-
-    from model import ModelConfig
-    from train import HParams, TrainConfig
+    from rich.table import Table
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")]
+PlotFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
+_FIGURES = (".svg", ".png", ".pdf")
 
 
 def console() -> "Console":
@@ -26,6 +24,28 @@ def console() -> "Console":
     from rich.console import Console
 
     return Console() if Console().is_terminal else Console(width=160)
+
+
+def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Table":
+    """An empty table: words in the first column to the left, numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, padding, 0, 0)}
+    table = Table(title=title, title_justify="left", title_style="bold", **look)  # type: ignore[arg-type]
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=index > 0)
+    return table
+
+
+def origin() -> dict[str, Any]:
+    """What a document of measurements says of how it was made: the command, the device, versions."""
+    import shlex
+    import sys
+
+    from train.run import describe_device, versions
+
+    return {"command": shlex.join(["isoflop", *sys.argv[1:]]), "device": describe_device(), "versions": versions()}
 
 
 def write_document(path: Path | None, document: dict[str, Any]) -> None:
@@ -40,6 +60,8 @@ def write_document(path: Path | None, document: dict[str, Any]) -> None:
 @contextmanager
 def output(path: Path) -> Iterator[None]:
     """Around writing to a path from the command line: where it cannot be written, one sentence says so."""
+    from model.errors import InputError
+
     try:
         yield
     except OSError as error:
@@ -48,60 +70,46 @@ def output(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def read_config(preset: str, overrides: tuple[str, ...] = ()) -> "ModelConfig":
-    """A preset's name or a JSON file of a config, with `name=value` changes."""
-    from model import ModelConfig, presets
+def check_plot(path: Path | None) -> None:
+    """Raise InputError unless a figure can be written to a file of that suffix, before anything is computed."""
+    from model.errors import InputError
 
-    if preset.endswith(".json"):
-        try:
-            values = json_module.loads(Path(preset).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{preset} cannot be read as a model config: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{preset} is not a JSON object of model fields")
-        config = ModelConfig.from_dict(values)
+    if path is not None and path.suffix.lower() not in _FIGURES:
+        raise InputError(f"--plot {path}: the suffix should be one of {', '.join(_FIGURES)}")
+
+
+def write_plot(path: Path, figure: "Figure", label: str) -> None:
+    """Write `--plot FILE`, whole or not at all; label: of the SVG, for readers who cannot see it."""
+    import io
+
+    from experiments.report.style import svg
+    from train.files import write_atomically
+
+    suffix, buffer = path.suffix.lower(), io.BytesIO()
+    if suffix == ".svg":
+        buffer.write(svg(figure, label).encode())
     else:
-        config = presets.get(preset)
-    return config.replace(**parse_overrides(overrides)) if overrides else config
+        figure.savefig(buffer, format=suffix[1:], dpi=150)
+    with output(path):
+        write_atomically(path, buffer.getvalue())
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file from the command line holds."""
-    try:
-        return json_module.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+def count_in_words(count: float) -> str:
+    """Three digits: 6.74B."""
+    return _in_units(count, 1000, ("", "k", "M", "B", "T"))
 
 
-def parse_overrides(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Read `num_layers=4` and the like; values as in JSON, anything else is text."""
-    changes = {}
-    for text in overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"{text!r} is not of the form name=value")
-        try:
-            changes[name] = json_module.loads(value)
-        except ValueError:
-            changes[name] = value
-    return changes
+def bytes_in_words(size: float) -> str:
+    """Three digits: 1.25 GiB."""
+    return _in_units(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
-def split_overrides(
-    overrides: tuple[str, ...], config: "ModelConfig", train_config: "TrainConfig", hparams: "HParams"
-) -> "tuple[ModelConfig, TrainConfig, HParams]":
-    """Apply each `name=value` to whichever of model config, train config and hyperparameters has that field."""
-    from experiments.sweep.space.overlay import overlay
-
-    return overlay(parse_overrides(overrides), config, train_config, hparams)
-
-
-def bytes_in_words(count: float) -> str:
-    """3.1 MiB."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 2**10:.0f} KiB"
+def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
+    index = 0
+    while value >= base - 0.5 and index + 1 < len(units):
+        value, index = value / base, index + 1
+    decimals = 0 if index == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f}{units[index]}"
 
 
 def hours_in_words(hours: float | None) -> str:

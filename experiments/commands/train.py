@@ -72,7 +72,7 @@ def train(
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
-        keep_every: Checkpoints of every so-manieth step are made, and stay.
+        keep_every: A checkpoint is made every so many steps, and stays; 0: none.
         keep_best: The checkpoint with the lowest validation loss stays too.
         keep_steps: Checkpoints of these steps are made, and stay (for `isoflop cool`).
         wandb: A Weights & Biases project that gets the metrics too.
@@ -83,7 +83,8 @@ def train(
         process_id: The number of this one.
         json: Also write the result to this file.
     """
-    from experiments.commands.options import read_config, split_overrides
+    from experiments.inputs import read_changes, read_config
+    from experiments.sweep.space.overlay import overlay
     from model.errors import InputError
     from model.sharding import parse_mesh
     from train import HParams, Shell, TrainConfig
@@ -101,7 +102,9 @@ def train(
         raise InputError("give --steps, or --phases")
     warmup = {} if steps is None else {"warmup_steps": max(1, steps // 20)}
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
-    config, train_config, hparams = split_overrides(set, config.replace(compute_dtype=_dtype(precision)), base, hparams)
+    config, train_config, hparams = overlay(
+        read_changes(set), config.replace(compute_dtype=_dtype(precision)), base, hparams
+    )
     shell = Shell(
         evaluate_every=evaluate_every,
         evaluate_tokens=evaluate_tokens,
@@ -138,7 +141,7 @@ def cool(
 ) -> None:
     """Branch off a run at a constant rate and cool down, once per step in --at: a loss for each number of tokens.
 
-    The trunk must have checkpoints of these steps: train it with --set schedule=constant and --keep-every or -steps.
+    The trunk must have checkpoints of these steps: train it with --set schedule=constant and --keep-every or --keep-steps.
     Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the trunk's.
 
     Example: isoflop cool runs/trunk --at 1000 2000 4000 --out runs/cooled
@@ -150,7 +153,7 @@ def cool(
         decay_fraction: Steps of the cool-down over those of the trunk's part.
         decay_steps: Steps of the cool-down, instead of a fraction.
         final_fraction: The rate at the end over the peak.
-        mesh: As for `isoflop train`.
+        mesh: Devices to train on, such as data=2,fsdp=4; all on data by default.
         evaluate_tokens: Tokens of the validation split, the same each time.
         json: Also write the results to this file.
     """
@@ -256,16 +259,15 @@ def _dtype(precision: str) -> Any:
 def _show_plan(train_config: "TrainConfig") -> None:
     """The phases as a table, on stderr like all that is said under way."""
     from rich.console import Console
-    from rich.table import Table
 
+    from experiments.commands.options import new_table
     from train.hosts import is_writer
     from train.plan import Plan, describe
 
     if not is_writer():
         return
-    table = Table(title="the plan", title_justify="left")
-    for name in ("phase", "steps", "tokens", "batch", "seq_len", "rate over peak", "mixture", "rope_base"):
-        table.add_column(name, justify="left" if name in ("phase", "mixture") else "right")
+    names = ("phase", "steps", "tokens", "batch", "seq_len", "rate over peak", "mixture", "rope_base")
+    table = new_table(*names, title="the plan")
     for row in describe(Plan.of(train_config)):
         table.add_row(
             row["phase"],

@@ -13,7 +13,7 @@ from experiments.report.commands import commands
 from experiments.report.page import inline, known, render
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
-from experiments.scaling.law.parametric import LARGEST_EXPONENT
+from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from train.files import write_atomically
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.intervals import LEVELS, Intervals, intervals_of
-from experiments.scaling.rows.curves import SMOOTHING, Curve
+from experiments.scaling.law.intervals import Intervals, intervals_of
+from experiments.scaling.rows.curves import Curve
 from model.errors import InputError
 
 MINIMUM_SIZES = 3  # two sizes cross once: a point, not a law
@@ -75,21 +75,12 @@ class EnvelopeFit:
             )
         return draws
 
-    def intervals_at(self, levels: Sequence[int | float] = LEVELS) -> Intervals:
-        """Percentile intervals of a and b by level in per cent. Raises as `draws` does."""
-        return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]}, levels)
-
     @cached_property
     def intervals(self) -> Intervals:
-        """`intervals["a"][95] -> (low, high)`."""
-        return self.intervals_at()
+        """`intervals["a"][95] -> (low, high)` for a and b, percentiles of the draws. Raises as `draws` does."""
+        return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
-    def optimal(self, C: Any) -> tuple[Any, Any]:
-        """(N*, D*) at C FLOPs; arrays are fine."""
-        C = np.asarray(C, np.float64)
-        return (self.params_coefficient * C**self.a)[()], (self.tokens_coefficient * C**self.b)[()]
-
-    def document(self, levels: Sequence[int | float] = LEVELS) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """Plain values for JSON; intervals are null where too few resamples crossed, with the reason in warnings."""
         names = (
             "a",
@@ -105,19 +96,12 @@ class EnvelopeFit:
         warnings = self.warnings
         try:
             document["intervals"] = {
-                name: {f"{level:g}": list(pair) for level, pair in by.items()}
-                for name, by in self.intervals_at(levels).items()
+                name: {f"{level:g}": list(pair) for level, pair in by.items()} for name, by in self.intervals.items()
             }
         except InputError as error:
             warnings = [*warnings, str(error)]
-        return document | {
-            "warnings": warnings,
-            "broken_draws": None if document["intervals"] is None else self._broken,
-        }
-
-    @property
-    def _broken(self) -> int:
-        return int(np.isnan(self.draws[:, 1]).sum())
+        broken = None if document["intervals"] is None else int(np.isnan(self.draws[:, 1]).sum())
+        return document | {"warnings": warnings, "broken_draws": broken}
 
 
 def _crossings(
@@ -164,8 +148,6 @@ def _laws(crossings: list[dict[str, float]]) -> np.ndarray:
 def fit_envelope(
     curves: Sequence[Curve],
     *,
-    smoothing: float = SMOOTHING,
-    flop_values: int = FLOP_VALUES,
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> EnvelopeFit:
@@ -182,10 +164,10 @@ def fit_envelope(
             f"{len(np.unique(params))} model sizes have a training curve; an envelope needs {MINIMUM_SIZES} or more"
         )
     spans = [6 * curve.params * curve.tokens[[0, -1]] for curve in curves]
-    grid = np.geomspace(min(s[0] for s in spans), max(s[1] for s in spans), flop_values)
+    grid = np.geomspace(min(s[0] for s in spans), max(s[1] for s in spans), FLOP_VALUES)
     losses = np.array(
         [
-            np.interp(np.log(grid / 6 / c.params), np.log(c.tokens), c.smoothed(smoothing), left=np.nan, right=np.nan)
+            np.interp(np.log(grid / 6 / c.params), np.log(c.tokens), c.smoothed(), left=np.nan, right=np.nan)
             for c in curves
         ]
     )

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.law.intervals import LEVELS, Intervals
+from experiments.scaling.law.intervals import Intervals
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
-from experiments.scaling.law.parametric import NAMES, ParametricFit, check_settings, fit_parametric
+from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
+from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
 from model.errors import InputError
@@ -39,7 +40,7 @@ class Fits:
     valleys: dict[str, IsoflopFit] = field(default_factory=dict)
     """The other ways to find a valley's minimum, "skewed" and "spline"; `refused` knows them as "isoflop.skewed"."""
 
-    def document(self, levels: Sequence[int | float] = LEVELS) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
         flops = "6·N·D" if self.table.flops is None else "the table's"
         parametric = isoflop = None
@@ -53,14 +54,14 @@ class Fits:
                 "rows": len(fit.table),
                 "bootstraps": fit.bootstraps,
                 "seed": fit.seed,
-                "intervals": _intervals(fit.intervals_at(levels)),
+                "intervals": _intervals(fit.intervals),
             }
             outliers = self.parametric_outliers
             parametric |= {"outliers": outliers, "warnings": parametric_warnings(fit, outliers)}
         if self.isoflop is not None:
-            isoflop = self._isoflop(self.isoflop, "isoflop.intervals", levels)
+            isoflop = self._isoflop(self.isoflop, "isoflop.intervals")
             isoflop["methods"] = {
-                name: self._isoflop(fit, f"isoflop.{name}.intervals", levels) for name, fit in self.valleys.items()
+                name: self._isoflop(fit, f"isoflop.{name}.intervals") for name, fit in self.valleys.items()
             }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -71,7 +72,7 @@ class Fits:
             "refused": self.refused,
         }
 
-    def _isoflop(self, iso: IsoflopFit, refusal: str, levels: Sequence[int | float]) -> dict[str, Any]:
+    def _isoflop(self, iso: IsoflopFit, refusal: str) -> dict[str, Any]:
         refused = refusal in self.refused
         return {
             "a": iso.a,
@@ -83,7 +84,7 @@ class Fits:
             "bootstraps": iso.bootstraps,
             "broken_draws": None if refused else iso.broken_draws,
             "seed": iso.seed,
-            "intervals": {} if refused else _intervals(iso.intervals_at(levels)),
+            "intervals": {} if refused else _intervals(iso.intervals),
             "method": iso.method,
             "outliers": iso.outliers,
             "warnings": isoflop_warnings(iso),
@@ -219,15 +220,3 @@ def isoflop_warnings(fit: IsoflopFit) -> list[str]:
             "so the intervals are uncertain"
         )
     return found
-
-
-def fit_table(
-    table: Table,
-    *,
-    delta: float | int = 1e-3,
-    bootstraps: int = 1000,
-    seed: int = 0,
-    levels: Sequence[int | float] = LEVELS,
-) -> dict[str, Any]:
-    """Fit a table of runs both ways and return the JSON document; see `Fits.document`."""
-    return fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed).document(levels)

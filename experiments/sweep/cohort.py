@@ -65,7 +65,7 @@ def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: in
 
 
 def in_turn() -> bool:
-    """Whether this machine runs the lanes of a program one after the other (`train/lanes.py`)."""
+    """Whether this machine runs the lanes of a program one after the other (`train/apart.py`)."""
     return not side_by_side()
 
 
@@ -96,6 +96,11 @@ def temporary_bytes(setting: Setting) -> int:
     size = jnp.dtype(config.compute_dtype).itemsize
     logits = 3 * 4 * config.vocab_size / train_config.loss_chunks
     return int(2 * accounting.parameter_bytes(config) + tokens * (floats * size + logits))
+
+
+def memory_bytes(setting: Setting, lanes: int) -> int:
+    """Of a device, predicted, while it trains so many lanes: their states, and what steps need that run at once."""
+    return lanes * state_bytes(setting) + (1 if in_turn() else lanes) * temporary_bytes(setting)
 
 
 def _labels(settings: list[Setting]) -> list[str]:

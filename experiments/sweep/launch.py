@@ -128,17 +128,6 @@ def follow(workers: Workers, show: Callable[[Callable[[], bool]], None]) -> list
     return workers.failures()
 
 
-def read_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` of a launcher; whole numbers are numbers."""
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise InputError(f"--slurm-set {text!r} is not of the form NAME=VALUE, such as partition=gpu or time=240")
-        settings[name] = int(value) if value.isdigit() else value
-    return settings
-
-
 def _start(command: list[str], log: Path) -> subprocess.Popen:
     # In a session of its own a worker hears of Ctrl-C from its launcher alone.
     with log.open("ab") as out:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from experiments.sweep.objectives import direction
+from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
 
@@ -40,14 +41,14 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
         "points_to_draw": missing,
         "states": {state: states[state] for state in get_args(State)},
         "cohorts": [_cohort(name, rows) for name in dict.fromkeys(row.trial.setting.cohort for row in rows)],
-        "best": best(sweep, rows),
+        "best": _best(sweep, rows),
         "tokens_done": done,
         "tokens_expected": expected,
         "seconds_left": _seconds_left(rows, tokens, expected - done),
     }
 
 
-def best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
+def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The best mean of the first objective over finished replicates, and the noise of one run there."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -82,13 +83,13 @@ def table(document: dict[str, Any]) -> "RenderableType":
         + (f", {document['points_to_draw']} points yet to be drawn" if document["points_to_draw"] else "")
     ]
     if document["best"]:
-        lines.append(f"best so far: {words(document['best'])}")
+        lines.append(f"best so far: {_words(document['best'])}")
     return Group(out, *(Text(line) for line in lines))
 
 
-def words(found: dict[str, Any]) -> str:
+def _words(found: dict[str, Any]) -> str:
     """The best so far in one line."""
-    setting = " ".join(f"{name}={_value(value)}" for name, value in found["setting"].items()) or "the base"
+    setting = setting_text(found["setting"]) or "the base"
     noise = f" ± {found['std']:.4f} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
     return f"{setting}: {found['mean']:.4f}{noise}"
 
@@ -170,7 +171,3 @@ def _seconds_left(rows: Sequence[Row], tokens: dict[str, int], left: int) -> flo
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
-
-
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, state_bytes, temporary_bytes
+from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, memory_bytes, state_bytes
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.policies import hash_fraction, make_policy
 from experiments.sweep.search.simulate import play, tokens_used
@@ -58,7 +58,6 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
-    side_by_side = 1 if in_turn() else lanes
     # Where lanes run at once, fewer of them are a smaller program; halving their number each time.
     smaller = 0 if in_turn() or sweep.policy == "all" else int(math.log2(lanes))
     expected, validations = (sum(column) for column in zip(*(used[trial.id] for trial in cohort.trials), strict=True))
@@ -77,7 +76,7 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
         "flops_exact": tokens * accounting.flops_per_token(config, train_config.seq_len, "exact"),
         "state_bytes": state_bytes(setting),
         "checkpoint_bytes": len(cohort.trials) * state_bytes(setting),
-        "memory_bytes": lanes * state_bytes(setting) + side_by_side * temporary_bytes(setting),
+        "memory_bytes": memory_bytes(setting, lanes),
         "step_seconds": speed and speed.step_seconds(config, train_config),
         "hours": speed and _hours(speed, cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
     }

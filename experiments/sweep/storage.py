@@ -23,8 +23,8 @@ class Storage:
     """The trials of one study, in whatever keeps them.
 
     url: a database's as SQLAlchemy reads it, or `journal:PATH`. directions: "minimize" or "maximize" of each objective.
-    interval: seconds between a worker's heartbeats; grace: without one for so long, it counts as dead. Raises InputError
-    where it cannot be opened.
+    interval: seconds between a worker's heartbeats; grace: without one for so long, it counts as dead.
+    Raises InputError where it cannot be opened.
     """
 
     def __init__(self, url: str, name: str, directions: list[str], *, interval: int = 15, grace: int = 90):

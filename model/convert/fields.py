@@ -207,6 +207,26 @@ def decoder_heads(prefix: str, language_model: str = "ForCausalLM") -> Heads:
     )
 
 
+def decoder_shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length: int) -> tuple[Entry, ...]:
+    """The keys that Llama and what came after it have in common, with a class's defaults."""
+    return (
+        Field("vocab_size", "vocab_size", vocab),
+        Field("d_model", "hidden_size", d_model),
+        Field("d_ff", "intermediate_size", d_ff),
+        Field("num_layers", "num_hidden_layers", layers),
+        Field("num_heads", "num_attention_heads", heads),
+        Field("max_seq_len", "max_position_embeddings", length),
+        Always(position="rotary", norm="rmsnorm", gated=True),
+        Written(bos_token_id=None, pad_token_id=None),
+    )
+
+
+ATTENTION_BIASES = (
+    Field("attention_bias", "attention_bias", False),
+    Field("attention_output_bias", "attention_bias", False),
+)
+
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

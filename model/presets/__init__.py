@@ -3,7 +3,6 @@
 from model.config import ModelConfig
 from model.errors import UnknownNameError
 from model.presets import classic, deepseek, gemma, llama, ours, qwen
-from model.presets.ours import STUDY_WIDTHS, study_family
 from model.presets.preset import Preset
 
 _PRESETS: dict[str, Preset] = (
@@ -28,4 +27,4 @@ def lookup(name: str) -> Preset:
     return _PRESETS[name]
 
 
-__all__ = ["Preset", "STUDY_WIDTHS", "get", "lookup", "names", "study_family"]
+__all__ = ["Preset", "get", "lookup", "names"]

@@ -4,10 +4,10 @@ from model.config import ModelConfig
 from model.parts import Experts
 from model.presets.preset import Preset
 
-STUDY_WIDTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
+_STUDY_WIDTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 
 
-def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128) -> ModelConfig:
+def _study(d_model: int) -> ModelConfig:
     """Llama-like (RMSNorm, rotary, SwiGLU, tied head), its shape by one rule; d_model is a multiple of 4.
 
     A layer per 24 features (of wide models per 48) but at least 3, and heads of about 32 but at least 2: below width 84
@@ -16,12 +16,12 @@ def study_family(d_model: int, *, vocab_size: int = 1024, max_seq_len: int = 128
     """
     heads = [count for count in range(2, d_model) if d_model % (2 * count) == 0]  # of an even size, for rotary
     return ModelConfig(
-        vocab_size=vocab_size,
+        vocab_size=1024,
         d_model=d_model,
         num_layers=max(3, round(d_model / 24)) if d_model < 256 else max(11, round(d_model / 48)),
         num_heads=min(heads, key=lambda count: abs(d_model / count - 32)),
         d_ff=4 * round(2 * d_model / 3),
-        max_seq_len=max_seq_len,
+        max_seq_len=128,
         scan_layers=d_model >= 256,
     )
 
@@ -62,6 +62,6 @@ _FLASH_MOE = ModelConfig(
 
 PRESETS = {
     "tiny": Preset(_TINY),
-    **{f"study-{width}": Preset(study_family(width)) for width in STUDY_WIDTHS},
+    **{f"study-{width}": Preset(_study(width)) for width in _STUDY_WIDTHS},
     "flash-moe": Preset(_FLASH_MOE),
 }

@@ -125,7 +125,7 @@ def made(folder):
         "design": Design(budgets=tuple(sorted({row["budget_flops"] for row in rows})), set={"beta2": 0.99}).to_dict(),
         "plan": {"proxy_d_model": 16, "sweep_steps": 100},
         "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials)
-        | {"steps": 100, "config": presets.get("tiny").to_dict(), "base": {"schedule": "cosine"}},
+        | {"steps": 100, "config": presets.get("study-24").to_dict(), "base": {"schedule": "cosine"}},
         "ladder": rows,
         "fit": fitted(rows, folder),
         "prediction": {

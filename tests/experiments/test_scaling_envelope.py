@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling.envelope import fit_envelope
-from experiments.scaling.rows.curves import Curve, curves_of_runs, curves_of_table
+from experiments.scaling.rows.curves import Curve, curves_of_table
 from model.errors import InputError
 
 A = 0.28 / 0.62
@@ -30,8 +30,7 @@ def test_exponents_come_back():
     assert fit.b == pytest.approx(1 - A, rel=2e-3)
     assert len(fit.crossings) == 8
     assert fit.warnings == []
-    params, tokens = fit.optimal(1e20)
-    assert 6 * params * tokens == pytest.approx(1e20)
+    assert 6 * fit.params_coefficient * fit.tokens_coefficient == pytest.approx(1)
 
 
 def test_noise_is_smoothed_and_intervals_hold_the_truth():
@@ -46,7 +45,7 @@ def test_noise_is_smoothed_and_intervals_hold_the_truth():
 def test_smoothing_keeps_a_straight_line():
     tokens = np.geomspace(1e6, 1e9, 50)
     curve = Curve("line", 1.0, tokens, 5 - 0.1 * np.log(tokens))
-    np.testing.assert_allclose(curve.smoothed(0.3), curve.loss, rtol=1e-9)
+    np.testing.assert_allclose(curve.smoothed(), curve.loss, rtol=1e-9)
 
 
 def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warned_of():
@@ -63,7 +62,7 @@ def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warn
         fit_envelope([Curve(c.name, c.params, c.tokens, c.loss + 10 * i) for i, c in enumerate(made)])
 
 
-def test_curves_are_read_from_tables_and_run_directories(tmp_path):
+def test_curves_are_read_from_tables(tmp_path):
     made = curves(points=5)[:2]
     lines = ["run,params,tokens,loss"]
     lines += [f"{c.name},{c.params},{d},{value}" for c in made for d, value in zip(c.tokens, c.loss, strict=True)]
@@ -75,16 +74,3 @@ def test_curves_are_read_from_tables_and_run_directories(tmp_path):
     table.write_text("\n".join([*lines, "run0,7,1,1"]))
     with pytest.raises(InputError, match="different values"):
         curves_of_table(table)
-
-    from model import accounting, presets
-
-    config = presets.get("tiny")
-    (tmp_path / "run.json").write_text(
-        json.dumps({"identity": {"config": config.to_dict(), "train_config": {"schedule": "wsd"}}})
-    )
-    (tmp_path / "metrics.jsonl").write_text('{"tokens": 8, "loss": 3.5}\n{"tokens": 16, "loss": 3.0}\n')
-    (curve,) = curves_of_runs([tmp_path])
-    assert (curve.params, curve.schedule) == (accounting.parameters(config).total, "wsd")
-    np.testing.assert_array_equal(curve.loss, [3.5, 3.0])
-    with pytest.raises(InputError, match="no run directory"):
-        curves_of_runs([tmp_path / "none"])

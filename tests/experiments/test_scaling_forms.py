@@ -8,7 +8,7 @@ import pytest
 from experiments.scaling import fit_parametric
 from experiments.scaling.forms.choose import choose
 from experiments.scaling.forms.fit import Problem, fit_form
-from experiments.scaling.forms.registry import get, names
+from experiments.scaling.forms.registry import FORMS, get
 from experiments.scaling.forms.terms import evaluate
 from model.errors import InputError, UnknownNameError
 
@@ -66,7 +66,7 @@ def table(name, rows=60, noise=0.0, seed=0):
 
 
 def test_every_form_is_tested():
-    assert set(names()) == set(TRUTHS)
+    assert set(FORMS) == set(TRUTHS)
 
 
 @pytest.mark.parametrize("name", TRUTHS)

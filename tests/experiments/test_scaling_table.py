@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments.scaling.fit import fit_table
+from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import clean, read_table
 from model.errors import InputError
 
@@ -184,7 +184,7 @@ def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_the_json_contract():
-    document = fit_table(law_table(), bootstraps=50)
+    document = fit_both(law_table(), bootstraps=50).document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["schema_version"] == 1
     assert set(document) >= {"convention", "parametric", "isoflop", "dropped", "refused"}
@@ -205,13 +205,13 @@ def test_the_json_contract():
 def test_a_refused_estimator_is_null_with_its_reason():
     table = law_table()
     one_budget = clean(table.params[:6], table.tokens[:6], table.loss[:6])
-    document = fit_table(one_budget, bootstraps=20)
+    document = fit_both(one_budget, bootstraps=20).document()
     assert document["parametric"] is None
     assert document["isoflop"] is None
     assert "one line" in document["refused"]["parametric"]
     assert "budgets" in document["refused"]["isoflop"]
     with pytest.raises(InputError, match="delta"):
-        fit_table(table, delta=-1)
+        fit_both(table, delta=-1)
 
 
 def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
@@ -236,7 +236,6 @@ def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
 def test_every_figure_draws():
     from experiments.report.style import svg
     from experiments.scaling import plots
-    from experiments.scaling.fit import fit_both
 
     fits = fit_both(law_table(), bootstraps=20)
     figures = [

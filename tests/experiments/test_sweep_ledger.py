@@ -30,6 +30,10 @@ def sweep(request, tmp_path):
     return Sweep(tmp_path, BASE, tmp_path, axes=axes, storage=storage)
 
 
+# Of the ledger's own logic, with no worker against another; test_sweep_worker is on SQLite.
+logic = pytest.mark.parametrize("sweep", ["journal", pytest.param("sqlite", marks=pytest.mark.long)], indirect=True)
+
+
 def open_ledger(sweep, name="worker"):
     ledger = Ledger(sweep, interval=1, grace=1, worker=name)
     ledger.storage.interval = 0.2  # Optuna wants whole seconds
@@ -44,6 +48,7 @@ def states(ledger):
     return sorted(row.state for row in ledger.rows())
 
 
+@logic
 def test_trials_are_there_once_whoever_adds_them(sweep):
     first, second = open_ledger(sweep, "a"), open_ledger(sweep, "b")
     assert first.add(plan_trials(sweep)) == 6
@@ -69,6 +74,7 @@ def test_two_workers_never_hold_one_trial(sweep):
     assert sorted(held) == sorted(wanted)
 
 
+@logic
 def test_a_trial_takes_its_way(sweep):
     ledger = open_ledger(sweep)
     ledger.add(plan_trials(sweep))
@@ -118,6 +124,7 @@ def test_the_trials_of_a_dead_worker_go_on_with_what_they_reported(sweep):
     assert states(alive) == ["finished"] * 2 + ["planned"] * 4
 
 
+@logic
 def test_whoever_dies_between_ending_and_planning_again_loses_nothing(sweep, monkeypatch):
     ledger = open_ledger(sweep)
     ledger.add(plan_trials(sweep))
@@ -130,6 +137,7 @@ def test_whoever_dies_between_ending_and_planning_again_loses_nothing(sweep, mon
     assert [c.trial.id for c in ledger.claim({claim.trial.id: 10}, 1)] == [claim.trial.id]
 
 
+@logic
 def test_of_two_attempts_at_one_trial_the_first_counts(sweep):
     first, second = open_ledger(sweep, "a"), open_ledger(sweep, "b")
     trials = plan_trials(sweep)[:2]

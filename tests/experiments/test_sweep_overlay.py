@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.commands.options import split_overrides
-from experiments.sweep.space.overlay import apply, rebase
+from experiments.inputs import read_changes
+from experiments.sweep.space.overlay import apply, overlay, rebase
 from experiments.sweep.trial import Decode, Setting, Trial
 from model import Experts, accounting, presets
 from model.errors import InputError, UnknownNameError
@@ -123,9 +123,9 @@ def test_a_length_is_no_field_of_the_base():
 
 def test_the_command_line_of_one_run_is_the_same_overlay():
     texts = ("num_layers=3", "schedule=wsd", "beta2=0.99", "experts.count=4", "experts.top_k=2", "experts.d_ff=8")
-    config, train_config, hparams = split_overrides(texts, CONFIG, TrainConfig(), HParams())
+    config, train_config, hparams = overlay(read_changes(texts), CONFIG, TrainConfig(), HParams())
     assert (config.num_layers, config.experts) == (3, Experts(4, 2, 8))
     assert train_config == TrainConfig(schedule="wsd")
     assert hparams == HParams(beta2=0.99)
     with pytest.raises(UnknownNameError, match="'num_layers'"):
-        split_overrides(("num_layer=3",), CONFIG, TrainConfig(), HParams())
+        overlay({"num_layer": 3}, CONFIG, TrainConfig(), HParams())

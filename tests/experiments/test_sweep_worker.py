@@ -221,7 +221,7 @@ def test_bad_sweeps_from_the_command_line_start_nothing(isoflop, data, tmp_path)
         ((*axis, "--objective", "speed"), "unknown objective 'speed'"),
         ((*axis, "--storage", "journal:/proc/none/x"), "cannot be opened"),
         (("--set", "learning_rat=1"), "did you mean 'learning_rate'"),
-        ((*axis, "--launcher", "slurm", "--slurm-set", "partition"), "is not of the form NAME=VALUE"),
+        ((*axis, "--launcher", "slurm", "--slurm-set", "partition"), "'partition' is not of the form name=value"),
         (("--set", "learning_rate=loguniform:1e-3:1e-1", "--sampler", "nsga3"), "unknown sampler 'nsga3'"),
     ]:
         code, _, err = isoflop(*given, *changes)

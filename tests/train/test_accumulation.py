@@ -55,19 +55,17 @@ def check_equal(one, other):
         assert size > 0, "a gradient of nothing tells nothing"
 
 
+@pytest.mark.parametrize("cuts", [4, pytest.param(2, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("cuts", [2, 8])
 def test_cuts_of_a_batch_add_up(of_cuts, name, cuts):
     check_equal(of_cuts(name, accumulate=cuts), of_cuts(name))
 
 
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_chunks_of_a_sequence_add_up(of_cuts, chunks):
-    check_equal(of_cuts("dense", loss_chunks=chunks), of_cuts("dense"))
-
-
-def test_both_together(of_cuts):
-    check_equal(of_cuts("dense", accumulate=4, loss_chunks=4), of_cuts("dense"))
+@pytest.mark.parametrize(
+    ("cuts", "chunks"), [(1, 2), (4, 8), *(pytest.param(*both, marks=pytest.mark.long) for both in ((1, 8), (4, 4)))]
+)
+def test_chunks_of_a_sequence_add_up(of_cuts, cuts, chunks):
+    check_equal(of_cuts("dense", accumulate=cuts, loss_chunks=chunks), of_cuts("dense"))
 
 
 def test_a_mean_of_the_cuts_means_would_be_wrong(of_cuts, batch, random_params):

@@ -11,7 +11,6 @@ from model.errors import InputError
 from train import HParams, Shell, TrainConfig, cooldown, init_state, train
 from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
-from train.metrics import TIMING_FIELDS, read_metrics
 from train.run import Identity, Run
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_004.0)
@@ -20,10 +19,6 @@ HPARAMS = HParams(learning_rate=0.01, warmup_steps=4)
 STEPS, TOKENS = 14, 4 * 16
 TRUNK_SHELL = Shell(evaluate_tokens=64, keep_steps=(6, 10), keep_checkpoints=1)
 SHELL = Shell(evaluate_tokens=64, checkpoint_every=2)
-
-
-def record(run):
-    return [{name: value for name, value in line.items() if name not in TIMING_FIELDS} for line in read_metrics(run)]
 
 
 def run_branch(plan, run, shell=SHELL):
@@ -68,7 +63,7 @@ def branches(trunk, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [6, 10])
-def test_up_to_its_step_a_branch_is_the_trunk(branches, trunk, step):
+def test_up_to_its_step_a_branch_is_the_trunk(branches, trunk, step, record):
     _, result, seen = branches[step]
     like = jax.eval_shape(lambda: init_state(CONFIG, TRAIN, HPARAMS))
     own, other = (Checkpoints(run, read_only=True).restore(step, like) for run in (result.run, trunk))
@@ -80,7 +75,7 @@ def test_up_to_its_step_a_branch_is_the_trunk(branches, trunk, step):
 
 
 @pytest.mark.parametrize(("step", "decay_steps", "final"), [(6, 5, 0.0), (10, 4, 0.0)])
-def test_the_rate_falls_linearly(branches, step, decay_steps, final):
+def test_the_rate_falls_linearly(branches, step, decay_steps, final, record):
     lines = record(branches[step][1].run)
     assert [line["step"] for line in lines] == list(range(step + 1, step + decay_steps + 1))
     wanted = 0.01 * (1 - np.arange(decay_steps) / decay_steps)
@@ -88,7 +83,7 @@ def test_the_rate_falls_linearly(branches, step, decay_steps, final):
 
 
 @pytest.mark.parametrize("step", [6, 10])
-def test_its_books_have_the_trunk_in_them(branches, step):
+def test_its_books_have_the_trunk_in_them(branches, step, record):
     plan, result, _ = branches[step]
     assert (result.status, result.steps, result.branch_step) == ("finished", plan.steps, step)
     assert result.tokens == plan.steps * TOKENS
@@ -102,28 +97,19 @@ def test_the_same_branch_of_another_step_is_another_run(branches, trunk):
         run_branch(cooldown(trunk, 10, 5), branches[6][1].run)
 
 
-def test_an_interrupted_branch_goes_on_without_its_trunk(branches, trunk, tmp_path, monkeypatch):
-    plan, result, _ = branches[6]
-    copy, plain = tmp_path / "trunk", PhasedLoader.batch
+def test_an_interrupted_branch_goes_on_without_its_trunk(branches, trunk, tmp_path, crash, record):
+    _, result, _ = branches[6]
+    copy = tmp_path / "trunk"
     shutil.copytree(trunk, copy)
-    plan = cooldown(copy, 6, 5)
-
-    def batch(self, number, *arguments, **options):
-        if number == 9:
-            raise RuntimeError("crash")
-        return plain(self, number, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PhasedLoader, "batch", batch)
-        with pytest.raises(RuntimeError, match="crash"):
-            run_branch(plan, tmp_path / "run")
+    with crash(9):
+        run_branch(cooldown(copy, 6, 5), tmp_path / "run")
     shutil.rmtree(copy / "checkpoints")
     again = run_branch(cooldown(copy, 6, 5), tmp_path / "run")
     assert again.status == "finished"
     assert record(tmp_path / "run") == record(result.run)
 
 
-def test_a_final_fraction_is_where_it_ends(trunk, tmp_path):
+def test_a_final_fraction_is_where_it_ends(trunk, tmp_path, record):
     result = run_branch(cooldown(trunk, 10, 2, final_fraction=0.5), tmp_path / "run")
     rates = [line["learning_rate"] for line in record(result.run)]
     np.testing.assert_allclose(rates, [0.01, 0.0075], rtol=1e-5)

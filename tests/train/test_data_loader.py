@@ -54,11 +54,12 @@ def test_permutation_is_a_bijection(size):
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 13])
 def test_permutation_is_uniform(size):
-    draws = 1000
-    index = np.arange(size)
+    """Over the epochs of several seeds."""
+    epochs, seeds = 100, 10
+    draws, index = epochs * seeds, np.tile(np.arange(size), epochs)
     counts = np.zeros((size, size))
-    for seed in range(draws):
-        counts[index, permute(index, size, seed, np.zeros(size, np.int64))] += 1
+    for seed in range(seeds):
+        np.add.at(counts, (index, permute(index, size, seed, np.repeat(np.arange(epochs), size))), 1)
     chi_squared = ((counts - draws / size) ** 2).sum() / (draws / size)
     degrees = (size - 1) ** 2
     assert abs(chi_squared - degrees) < 5 * np.sqrt(2 * degrees)

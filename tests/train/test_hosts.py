@@ -13,10 +13,11 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax.experimental.multihost_utils import sync_global_devices
 
 from model.errors import InputError
 from train.checkpoint import Checkpoints
-from train.hosts import agree, barrier, initialize, is_writer
+from train.hosts import agree, initialize, is_writer
 
 TABLE = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
 
@@ -28,7 +29,6 @@ def state_at(step):
 def test_one_process_needs_nobody(monkeypatch):
     monkeypatch.setattr("train.hosts.multihost_utils", None)
     assert is_writer()
-    barrier("nobody else")
     assert agree(lambda *values: values, 1, 2) == (1, 2)
     with pytest.raises(ZeroDivisionError):
         agree(lambda: 1 / 0)
@@ -61,7 +61,7 @@ def check_agreement():
     assert is_writer() == (me == 0)
     assert agree(lambda: {"from": me, "text": "ä" * 300, "none": None}) == {"from": 0, "text": "ä" * 300, "none": None}
     assert agree(list) == []
-    barrier("between")
+    sync_global_devices("between")
     with pytest.raises(InputError, match=r"^steps=0 is too few, says 0$"):
         agree(refuse, InputError(f"steps=0 is too few, says {me}"))
     with pytest.raises(OSError, match="No space left on device: '/disk'") as refused:
@@ -84,7 +84,7 @@ def check_checkpoints(run):
         checkpoints.save(step, state)
     checkpoints.wait()
     assert checkpoints.steps() == [3, 4, 5]
-    barrier("listed")
+    sync_global_devices("listed")
 
     checkpoints.discard_after(4)
     assert checkpoints.steps() == [3, 4]
@@ -94,13 +94,13 @@ def check_checkpoints(run):
     other = jax.NamedSharding(mesh, jax.P(None, ("model", "data")))
     like = state_at(0) | {"table": jax.ShapeDtypeStruct(TABLE.shape, TABLE.dtype, sharding=other)}
     check_restored(checkpoints.restore_newest(like), 4, other)
-    barrier("all have read it")
+    sync_global_devices("all have read it")
     if is_writer():
         largest = max((run / "checkpoints" / "4").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
         content = bytearray(largest.read_bytes())
         content[len(content) // 2] ^= 1
         largest.write_bytes(content)
-    barrier("damaged")
+    sync_global_devices("damaged")
     check_restored(checkpoints.restore_newest(like), 3, other)
 
     with (

@@ -65,16 +65,11 @@ def test_growth_takes_equal_shares_of_the_tokens():
         assert abs(stage.tokens - 1001 / 3) < stage.tokens_per_step + 1
 
 
-def test_tokens_and_steps_are_inverse():
+def test_tokens_are_counted_stage_by_stage():
     for _, plan in random_plans():
         seen = [plan.tokens(step) for step in range(plan.total_steps + 3)]
         counted = np.cumsum([0, *(plan.stage(step).tokens_per_step for step in range(plan.total_steps + 2))])
         assert seen == counted.tolist()
-        for tokens in range(0, seen[-1] + 1, 3):
-            step = plan.step_at(tokens)
-            assert plan.tokens(step) >= tokens
-            assert step == 0 or plan.tokens(step - 1) < tokens
-        assert [plan.step_at(tokens) for tokens in seen] == list(range(len(seen)))
 
 
 def test_without_phases_a_run_is_one_stage():
@@ -109,9 +104,7 @@ def test_the_rate_runs_through_the_phases():
         last = max(stage.last_step for stage in plan.stages if stage.phase == name)
         assert made[last] == pytest.approx(0.01 * factor, abs=1e-8)
     assert made[-3:] == [made[-1]] * 3, "and stays past the end"
-    lanes = jax.vmap(lambda hparams, step: phases_rate(plan, hparams, step))(
-        stack_hparams([hparams, hparams.replace(learning_rate=0.02)]), jnp.array([3, 9])
-    )
+    lanes = jax.jit(jax.vmap(rate))(stack_hparams([hparams, hparams.replace(learning_rate=0.02)]), jnp.array([3, 9]))
     np.testing.assert_allclose(lanes, [made[3], 2 * made[9]], rtol=1e-6)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from train.checkpoint import CHECKSUMS
-from train.metrics import TIMING_FIELDS, read_metrics
+from train.metrics import read_metrics
 
 STEPS = 120
 CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"
@@ -25,10 +25,6 @@ def command(data: Path, run: Path, checkpoint_every: int = 10) -> list[str]:
 
 
 ENVIRONMENT = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # as users compile
-
-
-def record(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING_FIELDS} for line in read_metrics(run)]
 
 
 def kill_after(
@@ -64,25 +60,32 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def finish_and_compare(data: Path, run: Path, uninterrupted: Path) -> None:
-    done = subprocess.run(command(data, run), capture_output=True, env=ENVIRONMENT, text=True)
-    assert done.returncode == 0, done.stderr
-    assert record(run) == record(uninterrupted)
-    assert [line["step"] for line in record(run)] == list(range(1, STEPS + 1))
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+@pytest.fixture
+def finish_and_compare(data, uninterrupted, record):
+    """run → as it is after one more call: the one that was not interrupted. What that call said."""
+
+    def finish(run):
+        done = subprocess.run(command(data, run), capture_output=True, env=ENVIRONMENT, text=True)
+        assert done.returncode == 0, done.stderr
+        assert record(run) == record(uninterrupted)
+        assert [line["step"] for line in record(run)] == list(range(1, STEPS + 1))
+        assert json.loads((run / "run.json").read_text())["status"] == "finished"
+        return done.stderr
+
+    return finish
 
 
 @pytest.mark.long
-def test_kills_at_two_moments(data, uninterrupted, tmp_path):
+def test_kills_at_two_moments(data, finish_and_compare, tmp_path):
     run = tmp_path / "run"
     for steps in (7, 63):
         kill_after(data, run, steps)
-    finish_and_compare(data, run, uninterrupted)
+    finish_and_compare(run)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
-def test_kills_at_random_moments(data, uninterrupted, tmp_path, seed):
+def test_kills_at_random_moments(data, finish_and_compare, tmp_path, seed):
     """Twenty in four runs; every other one while a checkpoint is being written."""
     run, draw = tmp_path / "run", random.Random(seed)
     half_written = 0
@@ -91,19 +94,19 @@ def test_kills_at_random_moments(data, uninterrupted, tmp_path, seed):
         kill_after(data, run, steps, checkpoint_every=5, while_writing=while_writing, delay=0.02 * draw.random())
         half_written += any((run / "checkpoints").glob(".*.writing"))
     assert half_written > 0
-    finish_and_compare(data, run, uninterrupted)
+    finish_and_compare(run)
 
 
 @pytest.mark.long
-def test_sigterm_saves_and_resumes(data, uninterrupted, tmp_path):
+def test_sigterm_saves_and_resumes(data, finish_and_compare, tmp_path):
     run = tmp_path / "run"
     assert kill_after(data, run, 25, signal.SIGTERM) == 130
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
-    finish_and_compare(data, run, uninterrupted)
+    finish_and_compare(run)
 
 
 @pytest.mark.long  # of every file: test_checkpoint.py
-def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
+def test_a_flipped_bit_costs_one_checkpoint(data, finish_and_compare, tmp_path):
     """Orbax alone would restore a flipped bit without a word."""
     run = tmp_path / "run"
     kill_after(data, run, 75)
@@ -113,18 +116,7 @@ def test_a_flipped_bit_costs_one_checkpoint(data, uninterrupted, tmp_path):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    done = subprocess.run(command(data, run), capture_output=True, env=ENVIRONMENT, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"checkpoint {newest.absolute()} is not used" in done.stderr
-    assert "checksum differs" in done.stderr
+    said = finish_and_compare(run)
+    assert f"checkpoint {newest.absolute()} is not used" in said
+    assert "checksum differs" in said
     assert (run / "damaged" / newest.name).is_dir()
-    assert record(run) == record(uninterrupted)
-
-
-@pytest.mark.long  # in one process: test_run.py
-def test_finished_run_is_not_trained_again(data, uninterrupted):
-    before = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
-    done = subprocess.run(command(data, uninterrupted), capture_output=True, env=ENVIRONMENT, text=True)
-    assert done.returncode == 0
-    after = (uninterrupted / "metrics.jsonl").read_bytes(), os.stat(uninterrupted / "metrics.jsonl").st_mtime_ns
-    assert before == after

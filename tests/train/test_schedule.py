@@ -18,8 +18,12 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 
 def rates(schedule, steps, **values):
     """[len(steps)] rates."""
-    over_steps = jax.vmap(functools.partial(learning_rate, schedule), in_axes=(None, 0))
-    return np.asarray(over_steps(HParams(learning_rate=0.01, **values), jnp.array(steps)))
+    return np.asarray(over_steps(schedule)(HParams(learning_rate=0.01, **values), jnp.array(steps)))
+
+
+@functools.cache
+def over_steps(schedule):
+    return jax.jit(jax.vmap(functools.partial(learning_rate, schedule), in_axes=(None, 0)))
 
 
 def test_inverse_sqrt_falls_with_the_root_of_the_step():
@@ -61,9 +65,9 @@ def test_lanes_have_schedules_of_their_own(schedule):
     ]
     one = functools.partial(learning_rate, schedule)
     steps = jnp.array([11, 37])
-    together = jax.vmap(one)(stack_hparams(lanes), steps)
+    together = jax.jit(jax.vmap(one))(stack_hparams(lanes), steps)
     for index, hparams in enumerate(lanes):
-        np.testing.assert_allclose(together[index], one(hparams, steps[index]), rtol=1e-6)
+        np.testing.assert_allclose(together[index], jax.jit(one)(hparams, steps[index]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -79,9 +83,10 @@ def test_phases_come_before_the_schedule():
     phases = (Phase("up", 32, rate="linear"), Phase("down", 64, rate="linear", final=0.0))
     train_config = TrainConfig(batch_size=1, seq_len=8, schedule="cosine", phases=phases)
     hparams = HParams(learning_rate=1.0, total_steps=5, warmup_steps=100)
-    made = [float(rate(train_config, hparams, jnp.int32(step))) for step in range(13)]
+    of_config = jax.jit(rate, static_argnums=0)
+    made = [float(of_config(train_config, hparams, jnp.int32(step))) for step in range(13)]
     np.testing.assert_allclose(made[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
     np.testing.assert_allclose(made[4:], [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0], atol=1e-6)
     assert not uses_horizon(train_config, hparams)
-    plain = train_config.replace(phases=())
-    assert float(rate(plain, hparams, jnp.int32(3))) == float(learning_rate("cosine", hparams, jnp.int32(3)))
+    plain = of_config(train_config.replace(phases=()), hparams, jnp.int32(3))
+    assert float(plain) == float(jax.jit(learning_rate, static_argnums=0)("cosine", hparams, jnp.int32(3)))

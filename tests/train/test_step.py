@@ -17,7 +17,7 @@ from train.optimizer import decay_mask
 from train.schedule import learning_rate
 from train.step import metric_names
 
-CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=16)
+CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, max_seq_len=16)
 LEARNED = CONFIG.replace(
     position="learned", norm="layernorm", use_bias=True, gated=False, activation="gelu_tanh", tie_embeddings=False
 )

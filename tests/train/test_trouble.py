@@ -12,34 +12,37 @@ from train import HParams, Shell, TrainConfig, init_state, population, train
 from train import lanes as lanes_module
 from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
-from train.metrics import TIMING_FIELDS, read_metrics
 from train.step import train_step
 from train.trial import Trial
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_002.0)
 STEPS, ROWS = 20, 4
-TRAIN = TrainConfig(batch_size=ROWS, seq_len=16, schedule="constant", max_skipped=3, norms=False)
-WATCHFUL = TRAIN.replace(spike_sigma=6.0, spike_window=6, max_rollbacks=2)
+TRAIN = TrainConfig(
+    batch_size=ROWS,
+    seq_len=16,
+    schedule="constant",
+    max_skipped=3,
+    spike_sigma=6.0,
+    spike_window=6,
+    max_rollbacks=2,
+    norms=False,
+)
 HPARAMS = HParams(learning_rate=0.1, balance_loss=0, router_z_loss=0)
 SHELL = Shell(evaluate_tokens=64, checkpoint_every=4)
-
-
-def record(run):
-    return [{name: value for name, value in line.items() if name not in TIMING_FIELDS} for line in read_metrics(run)]
 
 
 def status(run):
     return json.loads((run / "run.json").read_text())
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """(config, (first step, count) → hparams of a run whose z-loss is NaN there).
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_step():
+    """For all tests here a step whose z-loss is NaN where `poisoned` hyperparameters say so.
 
-    The two numbers travel in hyperparameters that a dense model has no use for.
+    The two numbers travel in those that a dense model has no use for.
     """
 
-    def poisoned_step(config, train_config, state, batch, hparams):
+    def step(config, train_config, state, batch, hparams):
         first, count = hparams.router_z_loss, hparams.balance_loss
         bad = (state.step >= first) & (state.step < first + count)
         values = {name: getattr(hparams, name) for name in HParams.NAMES}
@@ -47,28 +50,31 @@ def poison(monkeypatch):
         hparams = HParams.tree_unflatten(None, [values[name] for name in HParams.NAMES])
         return train_step(config, train_config, state, batch, hparams)
 
-    monkeypatch.setattr(lanes_module, "train_step", poisoned_step)
-    # Compiled programs are kept by their configuration: this one is of these tests alone.
-    config = CONFIG.replace(rope_base=9_003.0)
-    return config, lambda first, count: HPARAMS.replace(router_z_loss=first, balance_loss=count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes_module, "train_step", step)
+        yield
 
 
-def state_at(config, run, step):
-    like = jax.eval_shape(lambda: init_state(config, TRAIN, HPARAMS))
+def poisoned(first, count):
+    """In so many steps from the first one on."""
+    return HPARAMS.replace(router_z_loss=first, balance_loss=count)
+
+
+def state_at(run, step):
+    like = jax.eval_shape(lambda: init_state(CONFIG, TRAIN, HPARAMS))
     return Checkpoints(run, read_only=True).restore(step, like)
 
 
-def test_a_step_that_is_not_finite_is_skipped(poison, data, tmp_path):
-    config, at = poison
+def test_a_step_that_is_not_finite_is_skipped(data, tmp_path, record):
     shell = Shell(evaluate_tokens=64, keep_steps=(5, 6, 7))
-    result = train(config, TRAIN, at(5, 1), data=data, run=tmp_path / "run", steps=12, shell=shell)
+    result = train(CONFIG, TRAIN, poisoned(5, 1), data=data, run=tmp_path / "run", steps=12, shell=shell)
     assert (result.status, result.steps, result.skipped) == ("finished", 12, 1)
     lines = record(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0] * 5 + [1] * 7
     assert [line["total_loss"] is None for line in lines] == [number == 5 for number in range(12)]
     assert [line["grad_norm"] is None for line in lines] == [number == 5 for number in range(12)]
     assert all(line["loss"] for line in lines)
-    before, skipped, after = (state_at(config, tmp_path / "run", step) for step in (5, 6, 7))
+    before, skipped, after = (state_at(tmp_path / "run", step) for step in (5, 6, 7))
     for name in ("params", "optimizer"):
         assert_equal(getattr(before, name), getattr(skipped, name))
     tokens = [state.params["embedding"]["tokens"] for state in (skipped, after)]
@@ -77,11 +83,10 @@ def test_a_step_that_is_not_finite_is_skipped(poison, data, tmp_path):
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (7, 1, 0)
 
 
-def test_too_many_in_a_row_are_a_divergence(poison, data, tmp_path):
-    config, at = poison
-    lanes = [at(0, 0), at(5, 2), at(5, 99)]
+def test_too_many_in_a_row_are_a_divergence(data, tmp_path, record):
+    lanes = [poisoned(0, 0), poisoned(5, 2), poisoned(5, 99)]
     runs = [tmp_path / str(number) for number in range(3)]
-    results = population(config, TRAIN, lanes, data=data, runs=runs, steps=12, shell=SHELL)
+    results = population(CONFIG, TRAIN, lanes, data=data, runs=runs, steps=12, shell=SHELL)
     assert [result.status for result in results] == ["finished", "finished", "diverged"]
     assert [result.skipped for result in results] == [0, 2, 3]
     assert [result.steps for result in results] == [12, 12, 8]
@@ -89,18 +94,15 @@ def test_too_many_in_a_row_are_a_divergence(poison, data, tmp_path):
     for leaf in jax.tree.leaves(results[2].params):
         assert np.isfinite(leaf).all()
     assert len(record(runs[2])) == results[2].steps
-    again = population(config, TRAIN, lanes, data=data, runs=runs, steps=12, shell=SHELL)
+    again = population(CONFIG, TRAIN, lanes, data=data, runs=runs, steps=12, shell=SHELL)
     assert [result.status for result in again] == ["finished", "finished", "diverged"]
 
 
-def test_a_kill_between_two_skipped_steps_loses_no_count(poison, data, tmp_path, monkeypatch):
-    config, at = poison
+def test_a_kill_between_two_skipped_steps_loses_no_count(data, tmp_path, crash):
     shell = Shell(evaluate_tokens=64, checkpoint_every=1)
-    with monkeypatch.context() as patch:
-        crash_once(patch, step=7)
-        with pytest.raises(RuntimeError, match="crash"):
-            train(config, TRAIN, at(5, 99), data=data, run=tmp_path / "run", steps=12, shell=shell)
-    result = train(config, TRAIN, at(5, 99), data=data, run=tmp_path / "run", steps=12, shell=shell)
+    with crash(7):
+        train(CONFIG, TRAIN, poisoned(5, 99), data=data, run=tmp_path / "run", steps=12, shell=shell)
+    result = train(CONFIG, TRAIN, poisoned(5, 99), data=data, run=tmp_path / "run", steps=12, shell=shell)
     assert (result.status, result.steps, result.skipped) == ("diverged", 8, 3)
 
 
@@ -122,18 +124,6 @@ class Stream:
         monkeypatch.setattr(PhasedLoader, "batch", batch)
 
 
-def crash_once(monkeypatch, step):
-    plain, crashed = PhasedLoader.batch, []
-
-    def batch(self, number, *arguments, **options):
-        if number == step and not crashed:
-            crashed.append(step)
-            raise RuntimeError("crash")
-        return plain(self, number, *arguments, **options)
-
-    monkeypatch.setattr(PhasedLoader, "batch", batch)
-
-
 GARBAGE = range(10 * ROWS, 11 * ROWS)  # of the eleventh step
 
 
@@ -143,7 +133,7 @@ def whole(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stream = Stream(patch, GARBAGE)
-        return train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL), stream
+        return train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL), stream
 
 
 @pytest.fixture
@@ -152,7 +142,7 @@ def garbage(monkeypatch):
     Stream(monkeypatch, GARBAGE)
 
 
-def test_a_spike_is_rolled_back_past_its_data(whole):
+def test_a_spike_is_rolled_back_past_its_data(whole, record):
     result, stream = whole
     assert (result.status, result.steps, result.rollbacks) == ("finished", STEPS, 1)
     (back,) = status(result.run)["rollbacks"]
@@ -167,17 +157,15 @@ def test_a_spike_is_rolled_back_past_its_data(whole):
 
 
 @pytest.mark.parametrize("step", [9, 13])
-def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, step):
-    with monkeypatch.context() as patch:
-        crash_once(patch, step)
-        with pytest.raises(RuntimeError, match="crash"):
-            train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
-    train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, step, record, crash):
+    with crash(step):
+        train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+    train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert record(tmp_path / "run") == record(whole[0].run)
     assert status(tmp_path / "run")["rollbacks"] == status(whole[0].run)["rollbacks"]
 
 
-def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch):
+def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, record):
     """What it saved is newer than the checkpoint that the uninterrupted run goes back to."""
     from train.agreement import Agreement
 
@@ -186,14 +174,14 @@ def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, t
         patch.setattr(Agreement, "has", lambda self, wish: wish == 1 and len(asked) >= 10)
         patch.setattr(Agreement, "ask", lambda self, wish: asked.append(wish))
         with pytest.raises(KeyboardInterrupt):
-            train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+            train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert Checkpoints(tmp_path / "run").steps() == [8, 10]
-    train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+    train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert record(tmp_path / "run") == record(whole[0].run)
 
 
 @pytest.mark.parametrize("moment", ["noted", "done"])
-def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, moment):
+def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, moment, record):
     run = tmp_path / "run"
     finish = Trial._finish_rollback
 
@@ -205,33 +193,31 @@ def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(Trial, "_finish_rollback", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
+            train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
     assert [back["done"] for back in status(run)["rollbacks"]] == [moment == "done"]
     assert len(record(run)) == 10, "the record is not cut yet"
     if moment == "noted":  # a checkpoint that the rollback has yet to remove
         checkpoints = Checkpoints(run)
-        checkpoints.save(9, state_at(CONFIG, run, 8))
+        checkpoints.save(9, state_at(run, 8))
         checkpoints.close()
-    train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
+    train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
     assert record(run) == record(whole[0].run)
     assert status(run)["rollbacks"] == status(whole[0].run)["rollbacks"]
 
 
-def test_a_damaged_goal_of_a_rollback_costs_one_checkpoint(whole, garbage, data, tmp_path, monkeypatch):
+def test_a_damaged_goal_of_a_rollback_costs_one_checkpoint(whole, garbage, data, tmp_path, record, crash):
     """The run goes on from the one before, through what it had seen, and passes over the data as it did."""
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        crash_once(patch, 13)
-        with pytest.raises(RuntimeError, match="crash"):
-            train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
+    with crash(13):
+        train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
     (run / "checkpoints" / "8" / "checkpoint.json").write_text("{}")
-    train(CONFIG, WATCHFUL, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
+    train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
     assert record(run) == record(whole[0].run)
 
 
-def test_data_that_stay_bad_are_a_divergence(data, tmp_path, monkeypatch):
+def test_data_that_stay_bad_are_a_divergence(data, tmp_path, monkeypatch, record):
     Stream(monkeypatch, range(10 * ROWS, 10**6))
-    result = train(CONFIG, WATCHFUL, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+    result = train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert (result.status, result.rollbacks) == ("diverged", 2)
     assert [back["at"] for back in status(tmp_path / "run")["rollbacks"]] == [11, 9]
     assert result.steps == 9
@@ -241,7 +227,7 @@ def test_data_that_stay_bad_are_a_divergence(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_one_lane_goes_back_alone(data, tmp_path, monkeypatch):
+def test_one_lane_goes_back_alone(data, tmp_path, monkeypatch, record):
     """Its neighbour, whose data are sound, changes no bit."""
     plain = PhasedLoader.batch
 
@@ -254,10 +240,10 @@ def test_one_lane_goes_back_alone(data, tmp_path, monkeypatch):
     monkeypatch.setattr(PhasedLoader, "batch", batch)
     lanes = [HPARAMS, HPARAMS.replace(seed=1)]
     runs = [[tmp_path / f"{name}-{number}" for number in range(2)] for name in ("with", "without")]
-    results = population(CONFIG, WATCHFUL, lanes, data=data, runs=runs[0], steps=STEPS, shell=SHELL)
+    results = population(CONFIG, TRAIN, lanes, data=data, runs=runs[0], steps=STEPS, shell=SHELL)
     assert [(result.status, result.rollbacks) for result in results] == [("finished", 0), ("finished", 1)]
     monkeypatch.undo()
-    population(CONFIG, WATCHFUL, lanes, data=data, runs=runs[1], steps=STEPS, shell=SHELL)
+    population(CONFIG, TRAIN, lanes, data=data, runs=runs[1], steps=STEPS, shell=SHELL)
     assert record(runs[0][0]) == record(runs[1][0])
     assert record(runs[0][1])[:8] == record(runs[1][1])[:8]
 

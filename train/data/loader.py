@@ -28,13 +28,11 @@ class Loader:
         seq_len: int,
         seed: int,
         segment_documents: bool = False,
-        eos_id: int | None = None,
     ):
         check_seed(seed)
         self.shards = open_split(data, "train", batch_size, seq_len)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.segment_documents = segment_documents
-        self.eos_id = self.shards.eos_id if eos_id is None else eos_id
         self.windows_per_epoch = windows_per_epoch(self.shards, seq_len)
         self.tokens_per_epoch = self.windows_per_epoch * seq_len
 
@@ -48,7 +46,7 @@ class Loader:
             raise InputError(f"step={step} must not be negative")
         rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         windows = draw(self.shards, rows, self.seq_len, self.seed)
-        return as_batch(windows, self.eos_id if self.segment_documents else None)
+        return as_batch(windows, self.shards.eos_id if self.segment_documents else None)
 
     def epoch(self, step: int) -> float:
         """Epochs completed when the step begins."""

@@ -40,7 +40,7 @@ class Source:
 
     def _reset(self) -> None:
         self.done: float = 0
-        self.documents = self.bytes = self.bytes_replaced = self.empty_skipped = self.files_skipped = 0
+        self.documents = self.bytes_replaced = self.empty_skipped = self.files_skipped = 0
 
     def __iter__(self) -> Iterator[Document]:
         self._reset()
@@ -49,7 +49,6 @@ class Source:
                 self.empty_skipped += 1
                 continue
             self.documents += 1
-            self.bytes += len(document.text.encode())
             yield document
         if self.documents == 0:
             raise InputError(

@@ -20,19 +20,17 @@ _PASSAGE = 4096
 # at line ends, nothing is skipped and no piece holds them: they are encoded as bytes, a newline as one token.
 _CUTS = "\0\t\n\r\u2581\u2585"
 _COVERAGE = 0.9995
+_KEY = bytes(16)  # of the hashes by which a sample is drawn
 
 
 class TextSample:
-    """At most `limit` bytes of the passages added: those with the smallest seeded hashes.
+    """At most `limit` bytes of the passages added: those with the smallest hashes.
 
     The same whatever the order of the texts, in one reading and bounded memory.
     """
 
-    def __init__(self, limit: int = 32 * 2**20, seed: int = 0):
-        if limit < 1:
-            raise InputError(f"sample_bytes={limit} must be at least 1")
+    def __init__(self, limit: int = 32 * 2**20):
         self._limit, self._size = limit, 0
-        self._key = seed.to_bytes(16, "little", signed=True)
         self._heap: list[tuple[int, bytes]] = []
         self._bound = 2**64
 
@@ -40,7 +38,7 @@ class TextSample:
         """Offer a text to the sample."""
         for start in range(0, len(text), _PASSAGE):
             passage = text[start : start + _PASSAGE].encode("utf-8", "replace")
-            rank = int.from_bytes(hashlib.blake2b(passage, digest_size=8, key=self._key).digest())
+            rank = int.from_bytes(hashlib.blake2b(passage, digest_size=8, key=_KEY).digest())
             if rank >= self._bound:
                 continue
             heapq.heappush(self._heap, (-rank, passage))
@@ -54,9 +52,7 @@ class TextSample:
         return (passage.decode() for _, passage in sorted(self._heap, reverse=True))
 
 
-def train_tokenizer(
-    texts: Iterable[str], out: str | Path, *, vocab_size: int, sample_bytes: int = 32 * 2**20, seed: int = 0
-) -> Path:
+def train_tokenizer(texts: Iterable[str], out: str | Path, *, vocab_size: int) -> Path:
     """Train on a sample of the texts and write a `.model` file, whose path is handed back.
 
     BPE with byte fallback, digits one by one, no normalisation, no prefix, so that decoding gives the
@@ -71,7 +67,7 @@ def train_tokenizer(
         out = out.with_name(out.name + ".model")
     sample = texts
     if not isinstance(texts, TextSample):
-        sample = TextSample(sample_bytes, seed)
+        sample = TextSample()
         for text in texts:
             sample.add(text)
     model = _train_model(list(sample), vocab_size)

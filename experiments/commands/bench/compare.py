@@ -7,7 +7,6 @@ from typing import Any
 import tyro
 
 from experiments.commands.options import JsonFile
-from model.errors import InputError
 
 
 def compare(
@@ -31,9 +30,7 @@ def compare(
         any: Compare documents of different models or devices too.
         json: Also write every number to this file.
     """
-    from rich.table import Table
-
-    from experiments.commands.options import console, write_document
+    from experiments.commands.options import console, new_table, write_document
     from experiments.decode.compare import compare as join
     from experiments.decode.compare import regressions
     from experiments.decode.render import words_of
@@ -41,9 +38,8 @@ def compare(
     limit = None if fail_above is None else _share(fail_above)
     result = join(_read_document(before), _read_document(after), anything=any)
     write_document(json, result)
-    table = Table(title="after over before: below 1 is faster", title_justify="left")
-    for name in ("cell", "metric", "before ms", "after ms", "ratio (95 %)", "verdict"):
-        table.add_column(name, justify="left" if name in ("cell", "metric", "verdict") else "right")
+    names = ("cell", "metric", "before ms", "after ms", "ratio (95 %)", "verdict")
+    table = new_table(*names, title="after over before: below 1 is faster")
     for row in result["rows"]:
         low, high = row["interval_95"]
         table.add_row(
@@ -63,7 +59,8 @@ def compare(
 
 
 def _read_document(file: Path) -> dict[str, Any]:
-    from experiments.commands.options import read_json
+    from experiments.inputs import read_json
+    from model.errors import InputError
 
     document = read_json(file)
     if not isinstance(document, dict) or not {"cells", "config_hash", "device"} <= set(document):
@@ -72,6 +69,8 @@ def _read_document(file: Path) -> dict[str, Any]:
 
 
 def _share(text: str) -> float:
+    from model.errors import InputError
+
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

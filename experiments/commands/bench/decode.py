@@ -3,18 +3,16 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile
-from model.errors import InputError
+from experiments.commands.options import JsonFile, PlotFile
 
 if TYPE_CHECKING:
     from experiments.decode.cells import Cell
     from model import ModelConfig, Params
 
-PlotFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 QUIET = 0.5  # load average beside which a measurement is one of the machine's other work too
 
 
@@ -49,17 +47,20 @@ def decode(
     The machine's ceilings (bytes read per second, FLOP/s of a product) are measured before and after in the same run.
 
     Example: isoflop bench decode runs/first --batch 1 4 16 --prompt 32 96 --json decode.json --plot decode.svg
+
     Example: isoflop bench decode gpt2-small --kv-heads 1 4 12 --cache float32 int8 --context 512
+
     Example: isoflop bench decode smollm2.gguf --batch 1 --against transformers torch llama.cpp
+
     Example: isoflop bench decode smollm2.gguf --load 1 2 4 --requests 64 --ttft-limit 0.5 --tpot-limit 0.1
 
     Args:
         model: A run directory, a Hugging Face folder, a GGUF file, or a preset (random weights).
         batch: Rows decoded at a time.
         prompt: Tokens prefilled in each row.
-        context: Tokens in the cache when decoding begins; default: the prompt.
+        context: Tokens in the cache when decoding begins; by default the prompt.
         weights: How weights are stored, such as float32 or bfloat16.
-        cache: How the cache is stored: float32, bfloat16 or int8; default: the compute precision.
+        cache: How the cache is stored: float32, bfloat16 or int8; by default the compute precision.
         kv_heads: Numbers of KV heads, for presets only.
         grid: A JSON file with a list of cells instead: [{"batch": 1, "prompt": 32, "weights": "bfloat16"}, …].
         steps: Tokens decoded in each repeat.
@@ -75,15 +76,16 @@ def decode(
         seed: Of random weights, and of the load's arrivals and prompts.
         format: How the cells are printed.
         json: Also write every number, with the raw samples, to this file.
-        plot: Also draw throughput against latency, and the roofline: an .svg or .png file.
+        plot: Also draw throughput against latency, and the roofline (.svg, .png or .pdf).
     """
-    from experiments.commands.options import output, read_json
+    from experiments.commands.options import check_plot, write_plot
     from experiments.decode.bench import check_grid, read_grid
     from experiments.decode.cells import grid as combine
     from experiments.decode.document import describe
+    from experiments.inputs import read_json
+    from model.errors import InputError
 
-    if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise InputError(f"--plot {plot} must end in .svg or .png")
+    check_plot(plot)
     config, build, is_random = _open(model, seed)
     cells = (
         read_grid(read_json(grid), str(grid))
@@ -100,18 +102,17 @@ def decode(
         return
     interrupted = _measure(document, config, build, cells, steps, repeats)
     if against and not interrupted:
-        _write(json, document)  # what is measured by now outlives whatever happens to the comparison
+        write_document(json, document)  # what is measured by now outlives whatever happens to the comparison
         from experiments.peers.decode_bench import CONVENTION, bench_against
 
         document["against"] = bench_against(build(None), cells, against, steps=steps, rounds=rounds)
         document["against_convention"] = CONVENTION
-    _write(json, document)
+    write_document(json, document)
     _show(document, format)
     if plot is not None:
         from experiments.decode.plots import draw
 
-        with output(plot):
-            draw(document).savefig(plot, dpi=150)
+        write_plot(plot, draw(document), "throughput against speed, and the roofline of a decode step")
     if interrupted:
         print(f"isoflop: stopped after {len(document['cells'])} of {len(cells)} cells", file=sys.stderr)
         sys.exit(130)
@@ -121,7 +122,7 @@ def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], t
     """(config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
-    from experiments.commands.options import read_config
+    from experiments.inputs import read_config
     from experiments.models import open_parameters
     from model import init
 
@@ -194,20 +195,12 @@ def _load(
         tpot_limit=limits[1],
     )
     document |= {"cells": [], "slots": slots, "seed": seed}
-    _write(json, document)
+    write_document(json, document)
     _show(document, form)
 
 
-def _write(json: Path | None, document: dict[str, Any]) -> None:
-    from experiments.commands.options import write_document
-
-    write_document(json, document)
-
-
 def _show(document: dict[str, Any], form: str) -> None:
-    from rich.table import Table
-
-    from experiments.commands.options import console
+    from experiments.commands.options import console, new_table
     from experiments.decode.render import against_table, load_table, render, table_of, words_of
 
     if form != "table":
@@ -228,9 +221,7 @@ def _show(document: dict[str, Any], form: str) -> None:
     if document.get("load"):
         tables.append(("requests that arrive at random; medians (p99)", load_table(document["load"])))
     for title, (header, lines) in tables:
-        table = Table(title=title, title_justify="left")
-        for name in header:
-            table.add_column(name, justify="right")
+        table = new_table(*header, title=title)
         for line in lines:
             table.add_row(*line)
         console().print(table)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from model import ModelConfig
@@ -43,12 +42,11 @@ def train(
         rounds: With --against, turns of about a second that each contender gets.
         json: Also write every number to this file.
     """
-    from rich.table import Table
-
-    from experiments.commands.options import console, read_config, write_document
+    from experiments.commands.options import console, new_table, origin, write_document
+    from experiments.inputs import read_config
     from experiments.sweep.speed import measure_step
+    from model.errors import InputError
     from train import TrainConfig
-    from train.run import describe_device, versions
 
     config = read_config(preset, set)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
@@ -64,19 +62,9 @@ def train(
     for row in rows:
         row["tokens_per_second_over_one_lane"] = row["tokens_per_second"] / alone[0] if alone else None
     document = {"config": config.to_dict(), "batch_size": batch_size, "seq_len": seq_len, "rows": rows}
-    write_document(json, {"device": describe_device(), "versions": versions()} | document)
-    table = Table(title="medians; tokens and FLOPs of all lanes together", title_justify="left")
-    for name in (
-        "lanes",
-        "tokens/s",
-        "over one lane",
-        "slowest … fastest",
-        "FLOP/s (6ND)",
-        "FLOP/s (exact)",
-        "ms per step",
-        "compile s",
-    ):
-        table.add_column(name, justify="right")
+    write_document(json, origin() | document)
+    names = ("lanes", "tokens/s", "over one lane", "slowest … fastest", "FLOP/s (6ND)", "FLOP/s (exact)")
+    table = new_table(*names, "ms per step", "compile s", title="medians; tokens and FLOPs of all lanes together")
     for row in rows:
         table.add_row(
             str(row["lanes"]),
@@ -93,38 +81,17 @@ def train(
 
 def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rounds: int, json: Path | None) -> None:
     import os
-    import shlex
-    import sys
 
-    from rich.table import Table
-
-    from experiments.commands.options import console, write_document
+    from experiments.commands.options import console, new_table, origin, write_document
     from experiments.peers.train_bench import bench_against_torch
-    from train.run import describe_device, versions
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU both must find memory
     result = bench_against_torch(config, train_config, rounds=rounds)
-    write_document(
-        json,
-        {
-            "command": shlex.join(["isoflop", *sys.argv[1:]]),
-            "device": describe_device(),
-            "versions": versions() | {"torch": result["torch_version"]},
-            "config": config.to_dict(),
-            **result,
-        },
-    )
-    table = Table(title=f"medians of {rounds} rounds in turns (slowest … fastest)", title_justify="left")
-    for name in (
-        "step of",
-        "tokens/s",
-        "slowest … fastest",
-        "isoflop over this",
-        "at best",
-        "FLOP/s (exact)",
-        "compile s",
-    ):
-        table.add_column(name, justify="left" if name == "step of" else "right")
+    about = origin()
+    about["versions"] |= {"torch": result["torch_version"]}
+    write_document(json, about | {"config": config.to_dict()} | result)
+    names = ("step of", "tokens/s", "slowest … fastest", "isoflop over this", "at best", "FLOP/s (exact)", "compile s")
+    table = new_table(*names, title=f"medians of {rounds} rounds in turns (slowest … fastest)")
     for row in result["contenders"]:
         ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
         table.add_row(
@@ -137,7 +104,7 @@ def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rou
             f"{row['compile_seconds']:.1f}",
         )
     console().print(table)
-    cores = f" on {result['torch_threads']} threads" if describe_device()["platform"] == "cpu" else ""
+    cores = f" on {result['torch_threads']} threads" if about["device"]["platform"] == "cpu" else ""
     console().print(
         f"Compared: whole training steps (forward, backward, clipping, AdamW) in {config.compute_dtype} of "
         f"{result['parameters']:,} parameters on {train_config.batch_size} × {train_config.seq_len} tokens, with "

@@ -1,6 +1,5 @@
 """`isoflop model compress`: fewer bits, fewer entries or fewer layers, and what that costs."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from experiments.commands.options import JsonFile
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from experiments.models import Model
@@ -53,15 +51,15 @@ def compress(
         max_tokens: Validation tokens that the report reads.
         batch_size: Rows per step of the report.
     """
-    from experiments.commands.options import output, write_document
+    from experiments.commands.options import origin, output, write_document
     from experiments.compress import INTERRUPTED, copy_tokenizer
     from experiments.compress import report as measure
     from experiments.models import open_model
     from experiments.quantized import KINDS, RECORD, save_quantized
     from infer import prepare
     from model.convert import save_hf
+    from model.errors import InputError
     from model.weights import bytes_of
-    from train.run import describe_device, versions
 
     if (source / RECORD).is_file():
         raise InputError(f"{source} is rounded already; give the model that it was made of")
@@ -90,8 +88,8 @@ def compress(
         seq_len=seq_len,
         max_tokens=max_tokens,
     )
-    about = {"command": shlex.join(["isoflop", *sys.argv[1:]]), "device": describe_device(), "versions": versions()}
-    write_document(report, {"model": str(source), **about, "seq_len": seq_len, "max_tokens": max_tokens, "rows": rows})
+    read = {"seq_len": seq_len, "max_tokens": max_tokens}
+    write_document(report, {"model": str(source)} | origin() | read | {"rows": rows})
     _print(rows)
     if rows[-1].get("reason") == INTERRUPTED:
         sys.exit(130)
@@ -125,15 +123,11 @@ def _smaller(
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    from experiments.commands.options import console
+    from experiments.commands.options import console, new_table
 
     batches = next((list(row["tokens_per_second"]) for row in rows if "reason" not in row), [])
-    table = Table(title="forms of the model; agreement: same likeliest token as the first row", title_justify="left")
-    table.add_column("form")
-    for name in ("bits/byte", "change", "agreement", *(f"tokens/s ({batch})" for batch in batches), "MB"):
-        table.add_column(name, justify="right")
+    names = ("form", "bits/byte", "change", "agreement", *(f"tokens/s ({batch})" for batch in batches), "MB")
+    table = new_table(*names, title="forms of the model; agreement: same likeliest token as the first row")
     for row in rows:
         if "reason" in row:
             table.add_row(row["form"], row["reason"])

@@ -5,8 +5,6 @@ from typing import Literal
 
 import tyro
 
-from model.errors import InputError
-
 
 def convert(
     source: tyro.conf.Positional[Path],
@@ -28,6 +26,7 @@ def convert(
     from model import accounting
     from model.convert import convert as write
     from model.convert import load_hf, save_hf
+    from model.errors import InputError
 
     if (source / "run.json").is_file():
         from train import load_run

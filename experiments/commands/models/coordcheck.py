@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +60,7 @@ def coordcheck(
     """
     from experiments.commands.options import console, write_document
     from experiments.coordcheck import coordinate_check, coordinate_figure, growth, judge
+    from model.errors import InputError
     from train.progress import progress_bar
 
     for name, value in (("--steps", steps), ("--seeds", seeds)):
@@ -125,14 +125,16 @@ def transfer(
         set: Other fields of model, training or hyperparameters, such as optimizer=muon.
         json: Also write every number to this file.
     """
-    from experiments.commands.options import console, split_overrides, write_document
+    from experiments.commands.options import console, write_document
+    from experiments.inputs import read_changes
+    from experiments.sweep.space.overlay import overlay
     from experiments.transfer import learning_rate_transfer, transfer_figure
     from train import HParams, TrainConfig
     from train.data import load_manifest
 
     manifest = load_manifest(data)
-    config, train_config, hparams = split_overrides(
-        set,
+    config, train_config, hparams = overlay(
+        read_changes(set),
         _model(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,), max_seq_len=seq_len),
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
         HParams(warmup_steps=max(1, steps // 20), final_fraction=0.0),
@@ -159,21 +161,21 @@ def _parameterizations(which: Which) -> "tuple[Parameterization, ...]":
 
 
 def _model(preset: str | None) -> "ModelConfig":
-    from experiments.commands.options import read_config
     from experiments.coordcheck import DEFAULT
+    from experiments.inputs import read_config
 
     return DEFAULT if preset is None else read_config(preset)
 
 
 def _model_and_batch(preset: str | None, set: tuple[str, ...], data: Path | None) -> tuple["ModelConfig", Any]:
-    from experiments.commands.options import parse_overrides
+    from experiments.inputs import read_changes
+    from experiments.sweep.space.overlay import overlay_model
+    from train.data import Loader, load_manifest
 
     config = _model(preset)
     if data is None:
-        return config.replace(**parse_overrides(set)), None
-    from train.data import Loader, load_manifest
-
-    config = config.replace(vocab_size=load_manifest(data).vocab_size).replace(**parse_overrides(set))
+        return overlay_model(read_changes(set), config), None
+    config = overlay_model(read_changes(set), config.replace(vocab_size=load_manifest(data).vocab_size))
     return config, Loader(data, batch_size=4, seq_len=min(32, config.max_seq_len), seed=0).batch(0)
 
 
@@ -187,17 +189,14 @@ def _write(folder: Path, name: str, figure: "Figure", document: dict[str, Any]) 
 
 
 def _show_check(out: Any, document: dict[str, Any]) -> None:
-    from rich.table import Table
-
+    from experiments.commands.options import new_table
     from experiments.coordcheck import HOLDS, TITLES, at_the_end
 
     sizes, noun = document["sizes"], "d_model" if document["axis"] == "width" else "layers"
     for name, growth in document["growth"].items():
         rows = [row for row in document["table"] if row["parameterization"] == name]
-        table = Table(title=f"{TITLES[name]}: change since the start", title_justify="left")
-        table.add_column(noun)
-        for heading in (*map(str, sizes), "growth", "growth of\nactivations"):
-            table.add_column(heading, justify="right")
+        headings = (noun, *map(str, sizes), "growth", "growth of\nactivations")
+        table = new_table(*headings, title=f"{TITLES[name]}: change since the start")
         for place, factor in growth["change"].items():
             values = [f"{at_the_end(row, 'change')[place]:.3g}" for row in rows]
             table.add_row(place, *values, f"×{factor:.2f}", f"×{growth['scale'][place]:.2f}")
@@ -217,15 +216,13 @@ def _show_check(out: Any, document: dict[str, Any]) -> None:
 
 
 def _show_transfer(out: Any, document: dict[str, Any]) -> None:
-    from rich.table import Table
-
+    from experiments.commands.options import new_table
     from experiments.coordcheck import TITLES
 
     rates = document["learning_rates"]
     for name, spread in document["spread"].items():
-        table = Table(title=f"{TITLES[name]}: validation loss (nats per token)", title_justify="left")
-        for heading in ("width", *(f"{rate:.3g}" for rate in rates), "± seeds", "best", "per seed"):
-            table.add_column(heading, justify="right")
+        headings = ("width", *(f"{rate:.3g}" for rate in rates), "± seeds", "best", "per seed")
+        table = new_table(*headings, title=f"{TITLES[name]}: validation loss (nats per token)")
         for cell in (cell for cell in document["cells"] if cell["parameterization"] == name):
             losses = ["diverged" if row["mean"] is None else f"{row['mean']:.3f}" for row in cell["settings"]]
             noise = "" if cell["seed_noise"] is None else f"{cell['seed_noise']:.3f}"

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.models.tables import new_table, readable_bytes
+from experiments.commands.options import bytes_in_words, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +98,7 @@ def _numbers(held: dict[str, Any]) -> tuple[str, ...]:
     parameters = held["parameter_bytes_per_device"]
     with_adam = parameters + held["adam_bytes_per_device"]
     sizes = (held["parameter_bytes"], parameters, with_adam)
-    return (*map(readable_bytes, sizes), f"{held['copies']:.3g}")
+    return (*map(bytes_in_words, sizes), f"{held['copies']:.3g}")
 
 
 def _split(shape: list[int], split: list[list[str]], axes: dict[str, int]) -> str:

@@ -6,7 +6,6 @@ import tyro
 
 from experiments.commands.models import holdings, tables
 from experiments.commands.options import JsonFile, Overrides
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from model import ModelConfig
@@ -76,7 +75,9 @@ def show(
         mesh: Also show what each device of such a mesh holds in training, e.g. data=2,fsdp=4; it need not exist.
         json: Also write the numbers to this file.
     """
-    from experiments.commands.options import console, read_config, write_document
+    from experiments.commands.options import console, write_document
+    from experiments.inputs import read_config
+    from model.errors import InputError
     from model.sharding import parse_mesh
 
     config = read_config(preset, set)

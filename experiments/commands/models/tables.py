@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from experiments.commands.options import bytes_in_words, count_in_words, new_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -25,9 +27,9 @@ def preset_table(rows: list[dict[str, Any]]) -> "Table":
             str(row["kv_heads"]),
             _context(row["context"]),
             f"{row['vocabulary']:,}",
-            _readable(row["parameters"]),
-            _readable(row["active"]) if row["active"] != row["parameters"] else "",
-            readable_bytes(cache) if cache else "none",
+            count_in_words(row["parameters"]),
+            count_in_words(row["active"]) if row["active"] != row["parameters"] else "",
+            bytes_in_words(cache) if cache else "none",
             end_section=index == last_own,
         )
     return table
@@ -85,7 +87,7 @@ def parameter_table(document: dict[str, Any]) -> "Table":
     for name, count in groups:
         table.add_row(name, f"{count:,}", f"{count / total:.1%}")
     table.add_section()
-    table.add_row("total", f"{total:,}", _readable(total), style="bold")
+    table.add_row("total", f"{total:,}", count_in_words(total), style="bold")
     table.add_row("without embedding tables", f"{counts['non_embedding']:,}", f"{counts['non_embedding'] / total:.1%}")
     if counts["active"] != total:
         table.add_row("active per token", f"{counts['active']:,}", f"{counts['active'] / total:.1%}")
@@ -131,20 +133,9 @@ def memory_table(document: dict[str, Any]) -> "Table":
         (f"serving {rows} in {document['dtype']}", document["serving_bytes"]),
     ):
         total = sum(held.values())
-        table.add_row(title, f"{total:,}", readable_bytes(total), style="bold")
+        table.add_row(title, f"{total:,}", bytes_in_words(total), style="bold")
         for name, size in held.items():
-            table.add_row(f"  {name}", f"{size:,}", readable_bytes(size))
-    return table
-
-
-def new_table(*columns: str, padding: int = 1) -> "Table":
-    """An empty one, the first column to the left, numbers to the right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, padding, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+            table.add_row(f"  {name}", f"{size:,}", bytes_in_words(size))
     return table
 
 
@@ -154,21 +145,3 @@ def _context(length: int) -> str:
         if length % size == 0:
             return f"{length // size}{unit}"
     return str(length)
-
-
-def _readable(count: float) -> str:
-    """Three digits: 6.74B."""
-    return _in_units(count, 1000, ("", "k", "M", "B", "T"))
-
-
-def readable_bytes(size: float) -> str:
-    """Three digits: 1.25 GiB."""
-    return _in_units(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
-    index = 0
-    while value >= base - 0.5 and index + 1 < len(units):
-        value, index = value / base, index + 1
-    decimals = 0 if index == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f}{units[index]}"

@@ -56,13 +56,12 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
 
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
-    from rich.table import Table
+    from experiments.commands.options import new_table
 
     flops = next(iter(answer.values()))["flops"]
-    table = Table(title=f"Compute-optimal run of {flops:.4g} FLOPs", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("N*", f"{level:g} %", "D*", f"{level:g} %", "D*/N*", "loss", f"{level:g} %"):
-        table.add_column(name, justify="right")
+    sure = f"{level:g} %"
+    names = ("", "N*", sure, "D*", sure, "D*/N*", "loss", sure)
+    table = new_table(*names, title=f"Compute-optimal run of {flops:.4g} FLOPs")
     for name, one in answer.items():
         intervals = one["intervals"] or {}
         cells = []

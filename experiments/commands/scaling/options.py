@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from model.errors import InputError
-
 if TYPE_CHECKING:
     from experiments.scaling.rows.table import Table
 
@@ -31,7 +29,7 @@ class TableOptions:
     loss: Column = "loss"
     """Final validation losses, in nats per token."""
     flops: OptionalColumn = None
-    """Training FLOPs that group runs into budgets (default: 6·N·D, grouped within 5 %)."""
+    """Training FLOPs that group runs into budgets; by default 6·N·D, grouped within 5 %."""
     unique_tokens: OptionalColumn = None
     """Tokens before the first repeat, for the laws of repeated data."""
     active_params: OptionalColumn = None
@@ -42,6 +40,7 @@ class TableOptions:
     def read(self, path: Path, *, keep_held_out: bool = False) -> "Table":
         """The table, or a study folder's runs.csv. A column found by another name than the default is told of."""
         from experiments.scaling.rows.table import read_table
+        from model.errors import InputError
 
         if path.is_dir():
             if not (path / "runs.csv").is_file():

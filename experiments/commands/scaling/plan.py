@@ -34,7 +34,7 @@ def plan(
         design: The study's definition (see `experiments/scaling/study/design.py` for its keys).
         data: A folder made by `isoflop data prepare`.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
-        hours: Of training on this machine, for all runs together, instead of the definition's budgets or hours.
+        hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
         branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
         probe: Time the training step of the smallest and the largest model; without it no hours are said.
         json: Also write the plan to this file.
@@ -67,25 +67,19 @@ def read_design(
 
 def show_plan(document: dict[str, Any]) -> None:
     """Every run as a row, and all of it in a few lines."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    from experiments.commands.options import bytes_in_words, console, hours_in_words
+    from experiments.commands.options import bytes_in_words, console, count_in_words, hours_in_words, new_table
 
     out = console()
-    table = Table(title=summary(document)[0], title_justify="left", box=SIMPLE_HEAD)
     names = ("run", "d_model", "layers", "N", "non-emb.", "D", "D/N", "epochs", "steps", "6ND", "exact", "rate")
-    for name in (*names, "time", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    table = new_table(*names, "time", "memory", "", title=summary(document)[0])
     for row, after in zip(document["rungs"], [*document["rungs"][1:], None], strict=True):
         table.add_row(
             row["name"],
             str(row["d_model"]),
             str(row["num_layers"]),
-            _count(row["params"]),
-            _count(row["params_non_embedding"]),
-            _count(row["tokens"]),
+            count_in_words(row["params"]),
+            count_in_words(row["params_non_embedding"]),
+            count_in_words(row["tokens"]),
             f"{row['tokens'] / row['params']:.3g}",
             f"{row['epochs']:.2f}",
             f"{row['steps']:,}",
@@ -137,10 +131,3 @@ def summary(document: dict[str, Any]) -> list[str]:
             f"{document['tokens_per_epoch']:,} tokens); such runs do not enter a fit"
         )
     return lines
-
-
-def _count(number: float) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:.0f}"

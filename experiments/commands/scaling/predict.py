@@ -7,7 +7,6 @@ import tyro
 
 from experiments.commands.options import JsonFile
 from experiments.commands.scaling.options import BY_NAME, PrefixedColumns
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from experiments.scaling.fit import Fits
@@ -46,7 +45,9 @@ def predict(
     least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
 
     Example: isoflop scaling predict runs.csv --flops 1e21 1e22 --target-loss 2.1
+
     Example: isoflop scaling predict study --params 1e9 --tokens 2e10
+
     Example: isoflop scaling predict runs.csv --flops 1e21 --serve-tokens 1e12 --decode 1b.json 8b.json --train t.json
 
     Args:
@@ -57,7 +58,7 @@ def predict(
         tokens: D of a planned run.
         serve_tokens: Tokens that the model is to generate in its life, with --flops or --target-loss.
         decode: What a served token costs: files of `isoflop bench decode --json`, one per model size. By default 2·N.
-        batch: The batch of those cells that counts (default: the largest).
+        batch: The batch of those cells that counts; by default the largest.
         train: What training costs: a file of `isoflop bench train --json`.
         train_rate: Instead: training's FLOPs (6·N·D) a second.
         level: Of the intervals, in per cent.
@@ -91,6 +92,7 @@ def _check(
     level: float,
 ) -> None:
     from experiments.scaling.use import require_positive
+    from model.errors import InputError
 
     if not flops and not target_loss and params is None and tokens is None:
         raise InputError("nothing is asked: give --flops, --target-loss, or --params with --tokens")
@@ -124,6 +126,7 @@ def _cost(
     """What serving costs; None where nothing is served."""
     from experiments.scaling.serving import ServingCost, training_rate
     from experiments.scaling.use import require_positive
+    from model.errors import InputError
 
     if serve_tokens is None:
         if decode or train is not None or train_rate is not None or batch is not None:
@@ -147,6 +150,7 @@ def _cost(
 def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int) -> "Fits":
     """Every estimator where a budget is asked for, else the one that speaks of losses."""
     from experiments.scaling.fit import Fits, fit_both, fit_parametric_screened
+    from model.errors import InputError
     from train.progress import progress_bar
 
     settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
@@ -178,6 +182,7 @@ def _answers(
     """Every question's answer, by kind."""
     from experiments.scaling.serving import serving_optimum
     from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+    from model.errors import InputError
 
     law = fits.parametric
     if law is None and (target_loss or params is not None or cost is not None):

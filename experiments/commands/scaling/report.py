@@ -8,9 +8,7 @@ import tyro
 from experiments.commands.options import JsonFile
 
 if TYPE_CHECKING:
-    from experiments.scaling.rows.conventions import Counts
     from experiments.scaling.rows.curves import Curve
-    from experiments.scaling.rows.table import Table
 
 Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 
@@ -37,11 +35,13 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
 
     Raises InputError where there are no runs, or none of the estimators answers.
     """
-    from experiments.commands.options import console, read_json
-    from experiments.commands.scaling.fit import show
+    from experiments.commands.options import console
+    from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
+    from experiments.inputs import read_json
     from experiments.report.scaling_page import write_scaling_page
     from experiments.scaling.analysis import analyse
+    from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from train.files import write_json
     from train.progress import progress_bar
@@ -68,17 +68,6 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
     show(console(), analysis)
     console().print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
     return document
-
-
-def counts_beside(path: Path, table: "Table") -> "Counts | None":
-    """The conventions that a file has beside the N and C of its table, for the same rows; None where it has none."""
-    from experiments.scaling.rows.conventions import FLOPS, PARAMS, read_counts
-    from experiments.scaling.rows.table import read_header
-
-    present = read_header(path)
-    if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
-        return None
-    return read_counts(path, tokens=table.columns["tokens"], loss=table.columns["loss"], rows=set(table.rows))
 
 
 def _curves(folder: Path) -> "list[Curve]":

@@ -35,7 +35,7 @@ def run(
         data: A folder made by `isoflop data prepare`.
         out: The study's folder.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
-        hours: Of training on this machine, for all runs together, instead of the definition's budgets or hours.
+        hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
         branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
         workers: So many worker processes instead of this one.
         dry_run: Say what would run and what it costs, and stop.

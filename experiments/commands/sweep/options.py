@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from experiments.commands.options import Overrides, parse_overrides, read_config
+from experiments.commands.options import Overrides
 
 if TYPE_CHECKING:
     from experiments.sweep.record import Sweep
@@ -68,6 +68,7 @@ class SweepOptions:
 
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        from experiments.inputs import read_changes, read_config
         from experiments.sweep.definition import define
         from experiments.sweep.storage import without_password
 
@@ -84,7 +85,7 @@ class SweepOptions:
             axes=self.set,
             space_file=self.space,
             seeds=self.seeds,
-            base=parse_overrides(self.base),
+            base=read_changes(self.base),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             objectives=self.objective,
@@ -101,3 +102,24 @@ class SweepOptions:
 
 Options = Annotated[SweepOptions, tyro.conf.arg(name="")]
 """As the first argument of a command: its fields are flags without a prefix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerOptions:
+    """Who does the work of a sweep."""
+
+    workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """So many worker processes instead of this one."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on several machines
+    need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network disks."""
+    slurm_set: Overrides = ()
+    """Of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1."""
+    heartbeat: Annotated[int, tyro.conf.arg(metavar="SECONDS")] = 15
+    """Between a worker's signs of life."""
+    grace: Annotated[int, tyro.conf.arg(metavar="SECONDS")] = 90
+    """Without a sign of life for so long, a worker's trials are given to others."""
+
+
+Workers = Annotated[WorkerOptions, tyro.conf.arg(name="")]
+ONE_WORKER = WorkerOptions()

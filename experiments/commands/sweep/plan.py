@@ -28,16 +28,11 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
 
 def show_plan(document: dict[str, Any]) -> None:
     """The cohorts as a table, and all of it in one line."""
-    from rich.table import Table
-
-    from experiments.commands.options import bytes_in_words, console, hours_in_words
+    from experiments.commands.options import bytes_in_words, console, hours_in_words, new_table
 
     out = console()
-    table = Table(title=_shapes(document), title_justify="left")
-    table.add_column("shape", overflow="fold")
-    names = ("trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)", "checkpoints")
-    for name in (*names, "memory", "time"):
-        table.add_column(name, justify="right")
+    names = ("shape", "trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)")
+    table = new_table(*names, "checkpoints", "memory", "time", title=_shapes(document))
     for row in document["cohorts"]:
         low, high = row["steps"]
         table.add_row(

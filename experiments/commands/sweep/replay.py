@@ -1,11 +1,11 @@
 """`isoflop sweep replay`: what a search or successive halving would have needed on a sweep that was run in full."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import JsonFile, PlotFile
 
 
 def replay(
@@ -19,7 +19,7 @@ def replay(
     eta: float = 3,
     min_fraction: float = 1 / 9,
     json: JsonFile = None,
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    plot: PlotFile = None,
 ) -> None:
     """Search a recorded grid again and again: how many trials until the best region, and until it is named best.
 
@@ -33,23 +33,22 @@ def replay(
         source: A sweep's folder, or a table of its results (CSV, one run a row, with a column loss).
         samplers: Of random, quasirandom, tpe, gp (needs torch), cmaes.
         replays: Searches of each sampler, with the seeds 0, 1, …
-        trials: Of each search (default: as many as the grid has points).
+        trials: Trials of each search; by default as many as the grid has points.
         batch: Trials that are asked for before they are told, as lanes are.
-        axes: The varied columns (default: those that vary and are no result).
+        axes: The varied columns; by default those that vary and are no result.
         eta: Of successive halving: one in so many points goes on.
         min_fraction: Of successive halving: the first rung over the whole of the tokens.
         json: Also write the numbers to this file.
         plot: Draw the share of searches that are there, against trials (.svg, .png or .pdf).
     """
-    from experiments.commands.options import write_document
+    from experiments.commands.options import check_plot, write_document, write_plot
     from experiments.sweep.search.recorded import read_recorded
     from experiments.sweep.search.replay import compare_samplers
     from experiments.sweep.search.replay_halving import read_curves, replay_halving
     from model.errors import InputError
     from train.progress import progress_bar
 
-    if plot is not None and plot.suffix.lower() not in {".svg", ".png", ".pdf"}:
-        raise InputError(f"--plot {plot}: the suffix should be .svg, .png or .pdf")
+    check_plot(plot)
     recorded = read_recorded(source, axes)
     with progress_bar("replay", len(samplers) * replays) as advance:
         document = compare_samplers(recorded, samplers, replays=replays, budget=trials, batch=batch, advance=advance)
@@ -64,14 +63,14 @@ def replay(
     write_document(json, document)
     show(document)
     if plot is not None:
-        _draw(plot, document)
+        from experiments.sweep.search.replay_plot import reached
+
+        write_plot(plot, reached(document), "share of searches in the best region against trials")
 
 
 def show(document: dict[str, Any]) -> None:
     """Print what was found."""
-    from rich.table import Table
-
-    from experiments.commands.options import console
+    from experiments.commands.options import console, new_table
 
     out = console()
     region, points = len(document["best_region"]), document["points"]
@@ -82,9 +81,7 @@ def show(document: dict[str, Any]) -> None:
     )
     searches = f"{document['replays']} searches of {document['budget']} trials each"
     out.print(f"trials until …, median (quartiles) over {searches}", highlight=False)
-    table = Table()
-    for name in ("sampler", "it tries the best region", "it names it best, to the end"):
-        table.add_column(name, justify="left" if name == "sampler" else "right")
+    table = new_table("sampler", "it tries the best region", "it names it best, to the end")
     for name, found in document["samplers"].items():
         table.add_row(name, *(_quartiles(found[f"{kind}_quartiles"], document) for kind in ("first", "settled")))
     out.print(table)
@@ -114,21 +111,3 @@ def _words(point: dict[str, Any]) -> str:
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items()
     )
-
-
-def _draw(path: Path, document: dict[str, Any]) -> None:
-    import io
-
-    from experiments.commands.options import output
-    from experiments.report.style import svg
-    from experiments.sweep.search.replay_plot import reached
-    from train.files import write_atomically
-
-    figure = reached(document)
-    content: str | bytes = svg(figure, "share of searches in the best region against trials")
-    if path.suffix.lower() != ".svg":
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=150)
-        content = buffer.getvalue()
-    with output(path):
-        write_atomically(path, content)

@@ -21,9 +21,9 @@ def report(
     Example: isoflop sweep report sweeps/lr --json sweeps/lr/report.json
 
     Args:
-        folder: the folder of the sweep.
-        out: the page (default: report.html in the sweep's folder).
-        json: write every number to this file.
+        folder: The folder of the sweep.
+        out: The page; by default report.html in the sweep's folder.
+        json: Also write every number to this file.
     """
     from experiments.commands.options import console, output, write_document
     from experiments.report.sweep_page import write_sweep_page

@@ -3,29 +3,24 @@ shapes."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from experiments.commands.options import JsonFile
-from experiments.commands.sweep.options import Options
+from experiments.commands.sweep.options import ONE_WORKER, Options, WorkerOptions, Workers
 
 if TYPE_CHECKING:
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.record import Sweep
 
-Launcher = Literal["local", "slurm"]
 _SHOWN = 12
 
 
 def run(
     options: Options,
     *,
-    workers: int = 0,
-    launcher: Launcher = "local",
-    slurm_set: tuple[str, ...] = (),
-    heartbeat: int = 15,
-    grace: int = 90,
+    workers: Workers = ONE_WORKER,
     dry_run: bool = False,
     json: JsonFile = None,
 ) -> None:
@@ -35,13 +30,6 @@ def run(
     --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
 
     Args:
-        workers: So many worker processes instead of this one.
-        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
-            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
-            disks.
-        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
-        heartbeat: Seconds between a worker's signs of life.
-        grace: Without one for so many seconds, its trials are given to others.
         dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
     """
@@ -56,23 +44,19 @@ def run(
     sweep = options.define()
     if sweep.storage is None:
         sweep.write()
-        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+        ledger = Ledger(sweep, interval=workers.heartbeat, grace=workers.grace)
     else:
-        ledger = Ledger(sweep, interval=heartbeat, grace=grace)
+        ledger = Ledger(sweep, interval=workers.heartbeat, grace=workers.grace)
         sweep.write()
     plan(sweep, ledger)
-    _work(sweep, ledger, workers, launcher, slurm_set, json)
+    _work(sweep, ledger, workers, json)
 
 
 def resume(
     folder: tyro.conf.Positional[Path],
     *,
     retry_failed: bool = False,
-    workers: int = 0,
-    launcher: Launcher = "local",
-    slurm_set: tuple[str, ...] = (),
-    heartbeat: int = 15,
-    grace: int = 90,
+    workers: Workers = ONE_WORKER,
     json: JsonFile = None,
 ) -> None:
     """Go on with a sweep as it was defined.
@@ -82,24 +66,17 @@ def resume(
     Args:
         folder: The folder of the sweep.
         retry_failed: Try again what an exception ended.
-        workers: So many worker processes instead of this one.
-        launcher: Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on
-            several machines need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network
-            disks.
-        slurm_set: NAME=VALUE of submitit's Slurm parameters, such as partition=gpu time=240 gpus_per_node=1.
-        heartbeat: Seconds between a worker's signs of life.
-        grace: Without one for so many seconds, its trials are given to others.
         json: Also write the summary to this file.
     """
     from experiments.sweep.checks import check_data
     from experiments.sweep.worker import plan
 
-    sweep, ledger = _open(folder, heartbeat, grace)
+    sweep, ledger = _open(folder, workers.heartbeat, workers.grace)
     check_data(sweep)
     plan(sweep, ledger)
     if retry_failed:
         print(f"{ledger.retry()} failed trials are planned again", file=sys.stderr)
-    _work(sweep, ledger, workers, launcher, slurm_set, json)
+    _work(sweep, ledger, workers, json)
 
 
 def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
@@ -132,7 +109,7 @@ def worker(folder: tyro.conf.Positional[Path], *, heartbeat: int = 15, grace: in
     Args:
         folder: The folder of the sweep, as this machine sees it.
         heartbeat: Seconds between its signs of life.
-        grace: Another worker without one for so many seconds counts as dead.
+        grace: Seconds without one after which another worker counts as dead.
     """
     from experiments.sweep.checks import check_data
     from experiments.sweep.worker import work
@@ -151,28 +128,22 @@ def _open(folder: Path, heartbeat: int = 15, grace: int = 90) -> "tuple[Sweep, L
     return sweep, Ledger(sweep, interval=heartbeat, grace=grace)
 
 
-def _work(
-    sweep: "Sweep",
-    ledger: "Ledger",
-    workers: int,
-    launcher: Launcher,
-    slurm_set: tuple[str, ...],
-    json: Path | None,
-) -> None:
+def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
     """Work here, or have others work; then say what came of it."""
+    from experiments.inputs import read_changes
     from experiments.sweep import launch, live
     from experiments.sweep.worker import work
 
     said: list[str] = []
-    if workers < 1 and launcher == "local":
+    if asked.workers < 1 and asked.launcher == "local":
         work(sweep, ledger)
     else:
         options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
         started: launch.Workers
-        if launcher == "slurm":
-            started = launch.SlurmWorkers(sweep.folder, max(1, workers), launch.read_settings(slurm_set), options)
+        if asked.launcher == "slurm":
+            started = launch.SlurmWorkers(sweep.folder, max(1, asked.workers), read_changes(asked.slurm_set), options)
         else:
-            started = launch.LocalWorkers(sweep.folder, workers, options)
+            started = launch.LocalWorkers(sweep.folder, asked.workers, options)
         look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
         said = launch.follow(started, lambda going: live.watch(look, going))
     summary = _summary(sweep, ledger)
@@ -216,16 +187,12 @@ def _stop_at_failures(ledger: "Ledger") -> None:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the settings, best first, and what a reader should beware of."""
-    from rich.table import Table
-
-    from experiments.commands.options import console
+    from experiments.commands.options import console, new_table
     from experiments.sweep.reading.scales import text
 
     out, names, standing = console(), list(summary["axes"]), summary["standing"]
     states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
-    table = Table(title=f"{standing['folder']}: {states or 'no trials'}", title_justify="left")
-    for name in (*names, "loss", "± seeds", "lost"):
-        table.add_column(name, justify="right")
+    table = new_table(*names, "loss", "± seeds", "lost", title=f"{standing['folder']}: {states or 'no trials'}")
     order = sorted(summary["settings"], key=lambda row: (row["mean"] is None, row["lost"] > 0, row["mean"] or 0))
     for row in order[:_SHOWN]:
         spread = "" if row["std"] is None else f"{row['std']:.4f}"

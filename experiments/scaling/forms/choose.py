@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from experiments.scaling.forms.fit import FormFit, fit_rows
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import COLUMNS, draw_counts, frontier, reason_against, usable
+from experiments.scaling.forms.rows import COLUMNS, frontier, reason_against, resample, usable
 from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.valley import group_budgets
@@ -23,6 +23,8 @@ from model.errors import InputError
 
 SIMPLE_FORMS = ("chinchilla", "shared-exponent", "no-floor", "kaplan")
 TESTS = ("extrapolation", "folds")
+DECIDING = "extrapolation"
+FOLDS = 5
 MINIMUM_BUDGETS = 3
 LEVEL = 95
 
@@ -80,8 +82,6 @@ def choose(
     forms: Sequence[str] = SIMPLE_FORMS,
     *,
     hold_out: int = 1,
-    folds: int = 5,
-    decide_by: str = "extrapolation",
     delta: float | int = 1e-3,
     bootstraps: int = 200,
     seed: int = 0,
@@ -89,12 +89,10 @@ def choose(
     """Choose between `forms` on one set of rows: those usable by all of them.
 
     Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
-    into `folds` groups of equal count by compute. `hold_out` counts the largest budgets held out in the
-    extrapolation test, `folds` the groups of neighbouring budgets in the other. Raises `InputError` for forms of the
-    frontier among others, fewer than three budgets, or where no form can be fitted without the held-out runs.
+    into FOLDS groups of equal count by compute. `hold_out` counts the largest budgets held out in the extrapolation
+    test, which decides; the other holds out each of FOLDS groups of neighbouring budgets. Raises `InputError` for forms
+    of the frontier among others, fewer than three budgets, or where no form can be fitted without the held-out runs.
     """
-    if decide_by not in TESTS:
-        raise InputError(f"decide_by={decide_by!r} must be one of {', '.join(TESTS)}")
     if len(set(forms)) < 2:
         raise InputError(f"a choice needs at least two different forms, got {list(forms)}")
     known = [get(name) for name in dict.fromkeys(forms)]
@@ -104,13 +102,13 @@ def choose(
     rows = usable(table, [*needs, *([] if "flops" in needs else ["flops"])])
     if known[0].frontier:
         rows = frontier(rows)
-    group = _groups(rows.columns["flops"], folds)
+    group = _groups(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
         raise InputError(f"{count} budgets are too few to hold any out; at least {MINIMUM_BUDGETS} are needed")
     if not 1 <= hold_out <= count - 2:
         raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {count} budgets")
-    fold = group * min(folds, count) // count
+    fold = group * min(FOLDS, count) // count
     held = {
         "extrapolation": (group >= count - hold_out)[None],
         "folds": fold == np.arange(fold.max() + 1)[:, None],
@@ -118,7 +116,7 @@ def choose(
 
     rng = np.random.default_rng(seed)
     widest = max(known, key=lambda form: len(form.unknowns))
-    counts = np.concatenate([np.ones((1, len(rows))), draw_counts(widest, rows.columns, rng, bootstraps)])
+    counts = np.concatenate([np.ones((1, len(rows))), resample(widest, rows.columns, rng, bootstraps)])
     fits, errors, refused = {}, {}, {}
     for form in known:
         try:
@@ -133,7 +131,7 @@ def choose(
         raise InputError(f"no form can be judged: {'; '.join(f'{name}: {why}' for name, why in refused.items())}")
 
     squared = {name: {test: _rms(errors[name][test], counts, held[test]) for test in TESTS} for name in fits}
-    best = min(fits, key=lambda name: squared[name][decide_by][0])
+    best = min(fits, key=lambda name: squared[name][DECIDING][0])
     scores = []
     for form in known:
         if form.name in refused:
@@ -150,17 +148,17 @@ def choose(
                 rms_interval={test: _interval(rms[test]) for test in TESTS},
                 mean_error={test: float(mean[test][0]) for test in TESTS},
                 mean_error_interval={test: _interval(mean[test]) for test in TESTS},
-                excess=_interval(rms[decide_by] - squared[best][decide_by]),
+                excess=_interval(rms[DECIDING] - squared[best][DECIDING]),
             )
         )
     rivals = [s for s in scores if s.form != best and s.excess is not None and not s.excess[0] > 0]
     tied = [s for s in scores if s in rivals or s.form == best]
-    winner = min(tied, key=lambda score: (score.unknowns, score.rms[decide_by])).form
+    winner = min(tied, key=lambda score: (score.unknowns, score.rms[DECIDING])).form
     if rivals:
         apart = ", ".join(score.form for score in tied)
-        reason = f"{apart} cannot be told apart by the {decide_by} error; {winner} is the simplest of them"
+        reason = f"{apart} cannot be told apart by the {DECIDING} error; {winner} is the simplest of them"
     else:
-        reason = f"{winner} has the lowest {decide_by} error, and every other form is worse beyond noise"
+        reason = f"{winner} has the lowest {DECIDING} error, and every other form is worse beyond noise"
     budgets = np.array([rows.columns["flops"][group == i].mean() for i in range(count)])
     held_out = {
         "extrapolation": {"flops": budgets[count - hold_out :].tolist(), "runs": int(held["extrapolation"].sum())},
@@ -168,15 +166,15 @@ def choose(
         "budgets": count,
         "runs": len(rows),
     }
-    return Choice(winner, best, not rivals, reason, decide_by, scores, held_out, bootstraps, seed, fits)
+    return Choice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 
 
-def _groups(flops: Float[np.ndarray, " rows"], folds: int) -> np.ndarray:
-    """Each run's budget, numbered upward; scattered runs fall into `folds` groups of equal count."""
+def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
+    """Each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
     groups = group_budgets(flops)
     number = np.empty(len(flops), np.int64)
     if len(groups) > len(flops) / 2:
-        number[np.argsort(flops, kind="stable")] = np.arange(len(flops)) * folds // len(flops)
+        number[np.argsort(flops, kind="stable")] = np.arange(len(flops)) * FOLDS // len(flops)
     else:
         for i, members in enumerate(groups):
             number[members] = i

@@ -4,7 +4,7 @@ The objective is that of the parametric fit, Σ Huber_δ over natural-log residu
 gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved side by side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,16 +14,15 @@ from jaxtyping import Float
 
 from experiments.scaling.forms.form import LARGEST_RATE, Features, Form, Scale, features_of
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import Rows, draw_counts, frontier, reason_against, usable
+from experiments.scaling.forms.rows import Rows, frontier, reason_against, resample, usable
 from experiments.scaling.forms.terms import evaluate
-from experiments.scaling.law.huber import Minimum, huber, newton
-from experiments.scaling.law.intervals import LEVELS, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.huber import Minimum, best_of, newton
+from experiments.scaling.law.intervals import Intervals, intervals_of
 from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
 
 _BLOCK_ELEMENTS = 10_000  # rows × problems solved at once: the fastest of 3k, 10k and 40k measured
-SAME_OBJECTIVE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -102,43 +101,29 @@ class FormFit:
         return self.problem.log_prediction(self.scaled[None], self.rows.columns)[0] - self.problem.log_loss
 
     @cached_property
-    def scaled_draws(self) -> Float[np.ndarray, "draws unknowns"]:
-        """Refits to tables of runs drawn with replacement, solved on first use."""
-        rng = np.random.default_rng(self.seed)
-        counts = draw_counts(self.form, self.rows.columns, rng, self.bootstraps)
-        return self.problem.refit(self.scaled, counts)
-
-    @property
     def draws(self) -> Float[np.ndarray, "draws unknowns"]:
-        """The unknowns of each bootstrap draw, in the order of `form.unknowns`."""
-        return self.form.natural(self.scaled_draws, self.problem.scale)
+        """The unknowns, in the order of `form.unknowns`, refitted to tables of runs drawn with replacement; solved on
+        first use.
+        """
+        rng = np.random.default_rng(self.seed)
+        counts = resample(self.form, self.rows.columns, rng, self.bootstraps)
+        return self.form.natural(self.problem.refit(self.scaled, counts), self.problem.scale)
 
     @cached_property
     def intervals(self) -> Intervals:
         """`intervals["alpha"][95] -> (low, high)` for every unknown; percentiles of the bootstrap."""
-        return intervals_of(dict(zip(self.form.unknowns, self.draws.T, strict=True)), LEVELS)
+        return intervals_of(dict(zip(self.form.unknowns, self.draws.T, strict=True)))
 
     def predict(self, **columns: Any) -> Any:
         """The loss of runs given by the form's columns (`params=`, `tokens=` …); arrays broadcast."""
-        arrays, shape = self._broadcast(columns)
-        return np.exp(self.problem.log_prediction(self.scaled[None], arrays))[0].reshape(shape)[()]
-
-    def predict_interval(self, level: int | float = 95, **columns: Any) -> tuple[Any, Any]:
-        """The law's own uncertainty at those runs (not the scatter of single runs about it), by bootstrap."""
-        arrays, shape = self._broadcast(columns)
-        losses = np.exp(self.problem.log_prediction(self.scaled_draws, arrays))
-        low, high = percentile_interval(losses, level)
-        return low.reshape(shape)[()], high.reshape(shape)[()]
-
-    def _broadcast(self, columns: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         if set(columns) != set(self.form.needs):
             raise InputError(f"{self.form.name} predicts from {', '.join(self.form.needs)}; got {', '.join(columns)}")
         arrays = np.broadcast_arrays(*(np.asarray(values, np.float64) for values in columns.values()))
-        return {name: array.ravel() for name, array in zip(columns, arrays, strict=True)}, arrays[0].shape
+        flat = {name: array.ravel() for name, array in zip(columns, arrays, strict=True)}
+        return np.exp(self.problem.log_prediction(self.scaled[None], flat))[0].reshape(arrays[0].shape)[()]
 
-    def document(self, levels: Sequence[int | float] = LEVELS) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; a bound that is not finite is null."""
-        draws = dict(zip(self.form.unknowns, self.draws.T, strict=True))
         return {
             "form": self.form.name,
             "formula": self.form.formula,
@@ -154,7 +139,7 @@ class FormFit:
             "seed": self.seed,
             "intervals": {
                 name: {f"{level:g}": [_finite(bound) for bound in pair] for level, pair in by.items()}
-                for name, by in intervals_of(draws, levels).items()
+                for name, by in self.intervals.items()
             },
             "dropped": self.rows.dropped,
         }
@@ -193,11 +178,7 @@ def fit_rows(form: Form, rows: Rows, *, delta: float | int, bootstraps: int, see
         raise InputError(reason)
     problem = Problem.of(form, rows.columns, float(delta))
     end = problem.minimise(problem.grid)
-    # The absolute part is the objective of residuals of 1e-7, which decides on tables without noise.
-    tolerance = SAME_OBJECTIVE * end.objective.min() + len(rows) * float(huber(np.array(1e-7), delta))
-    at_best = end.objective <= end.objective.min() + tolerance
-    # Of equals the one that is closest to stationary.
-    chosen = np.flatnonzero(at_best)[end.gradient[at_best].argmin()]
+    chosen, at_best = best_of(end.objective, end.gradient, len(rows), delta)
     best = end.theta[chosen]
     values = dict(zip(form.unknowns, map(float, form.natural(best[None], problem.scale)[0]), strict=True))
     for rate in form.rates:
@@ -212,7 +193,7 @@ def fit_rows(form: Form, rows: Rows, *, delta: float | int, bootstraps: int, see
         objective=float(end.objective[chosen]),
         gradient=float(end.gradient[chosen]),
         starts=len(problem.grid),
-        starts_at_best=int(at_best.sum()),
+        starts_at_best=at_best,
         bootstraps=int(bootstraps),
         seed=int(seed),
         rows=rows,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.intervals import LEVELS, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
 from model.errors import InputError
 
 MINIMUM_SIZES = 3
@@ -63,7 +63,7 @@ class RateFit:
         """`intervals["params"][95] -> (low, high)` for the exponents and `value`."""
         named = {"value": np.exp(self.draws[:, 0])}
         named |= {name: self.draws[:, i] for i, name in enumerate(self.exponents, start=1)}
-        return intervals_of(named, LEVELS)
+        return intervals_of(named)
 
     def predict(self, params: float, tokens: float | None = None) -> float:
         """y* at N parameters (and D tokens, where the law has them)."""

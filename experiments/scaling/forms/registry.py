@@ -113,11 +113,6 @@ _ALL = (
 FORMS: dict[str, Form] = {form.name: form for form in _ALL}
 
 
-def names() -> list[str]:
-    """Every form's name."""
-    return list(FORMS)
-
-
 def get(name: str) -> Form:
     """A form by name. Raises `UnknownNameError` with the close ones."""
     if name not in FORMS:

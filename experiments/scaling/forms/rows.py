@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.forms.form import Form
-from experiments.scaling.law.parametric import MINIMUM_DISTINCT
+from experiments.scaling.law.intervals import MINIMUM_DISTINCT, draw_counts
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
 
@@ -113,25 +113,9 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def draw_counts(
+def resample(
     form: Form, columns: Mapping[str, np.ndarray], rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """How often each run is drawn in `count` tables of runs drawn with replacement.
-
-    Tables that could not carry a fit (fewer different runs than unknowns, fewer than three different sizes, tokens
-    or budgets) are drawn again.
-    """
-    rows = len(columns["loss"])
-    same = [
-        (columns[name][:, None] == np.unique(columns[name])).astype(np.float64)
-        for name in form.needs
-        if name in ("params", "tokens", "flops")
-    ]
-    kept: list[np.ndarray] = []
-    while sum(map(len, kept)) < count:
-        counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
-        enough = (counts > 0).sum(1) >= len(form.unknowns)
-        for membership in same:
-            enough &= ((counts @ membership) > 0).sum(1) >= MINIMUM_DISTINCT
-        kept.append(counts[enough])
-    return np.concatenate(kept)[:count]
+    """How often each run is drawn in `count` tables of runs drawn with replacement, each of which can carry the form."""
+    varied = [columns[name] for name in form.needs if name in ("params", "tokens", "flops")]
+    return draw_counts(varied, len(form.unknowns), rng, count)

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 MAX_ITERATIONS = 400
+SAME_OBJECTIVE = 1e-6
 GRADIENT_TOLERANCE = 1e-10  # of δ·Σw, the largest gradient that the residuals could make
 
 Derivatives = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -177,3 +178,13 @@ def newton(
         gradient = np.where(accepted[:, None], new_gradient, gradient)
         hessian = np.where(accepted[:, None, None], new_hessian, hessian)
     return result
+
+
+def best_of(
+    objective: Float[np.ndarray, " starts"], gradient: Float[np.ndarray, " starts"], rows: int, delta: float
+) -> tuple[int, int]:
+    """(the start whose end is taken, how many ended as low): of equal minima the one that is closest to stationary."""
+    # The absolute part is the objective of residuals of 1e-7, which decides on tables without noise.
+    tolerance = SAME_OBJECTIVE * objective.min() + rows * float(huber(np.array(1e-7), delta))
+    lowest = objective <= objective.min() + tolerance
+    return int(np.flatnonzero(lowest)[gradient[lowest].argmin()]), int(lowest.sum())

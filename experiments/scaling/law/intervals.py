@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 LEVELS = (80, 95)
+MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
 
 Intervals = dict[str, dict[int | float, tuple[float, float]]]
 
@@ -17,11 +19,31 @@ def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any
     return low, high
 
 
-def intervals_of(draws: Mapping[str, np.ndarray], levels: Sequence[int | float] = LEVELS) -> Intervals:
-    """`intervals["a"][95] -> (low, high)` from one array of draws per name; levels in per cent."""
+def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
+    """`intervals["a"][95] -> (low, high)` from one array of draws per name; LEVELS in per cent."""
     return {
         name: {
-            level: (float(low), float(high)) for level in levels for low, high in [percentile_interval(values, level)]
+            level: (float(low), float(high)) for level in LEVELS for low, high in [percentile_interval(values, level)]
         }
         for name, values in draws.items()
     }
+
+
+def draw_counts(
+    columns: Sequence[np.ndarray], least: int, rng: np.random.Generator, count: int
+) -> Float[np.ndarray, "draws rows"]:
+    """How often each run is drawn in `count` tables of runs drawn with replacement.
+
+    Tables of fewer than `least` different runs, or of fewer than MINIMUM_DISTINCT values in one of the columns, carry
+    no fit and are drawn again.
+    """
+    rows = len(columns[0])
+    same = [(values[:, None] == np.unique(values)).astype(np.float64) for values in columns]
+    kept: list[np.ndarray] = []
+    while sum(map(len, kept)) < count:
+        counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
+        enough = (counts > 0).sum(1) >= least
+        for membership in same:
+            enough &= ((counts @ membership) > 0).sum(1) >= MINIMUM_DISTINCT
+        kept.append(counts[enough])
+    return np.concatenate(kept)[:count]

@@ -3,29 +3,24 @@
 The objective is the *sum* over runs of Huber_δ(log L̂ − log L). Besiroglu et al. 2024 (arXiv 2404.10102)
 showed why it matters to sum and to converge: averaged, the objective is so small that an optimiser's
 default tolerance ends far from the minimum. Here every start runs until its gradient vanishes
-(`experiments/scaling/huber.py`).
+(`huber.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import nnls
 
-from experiments.scaling.law.huber import huber, log_law, minimise
-from experiments.scaling.law.intervals import LEVELS, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.huber import best_of, log_law
+from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
 from experiments.scaling.rows.table import Table, clean
 from model.errors import InputError
 
 MINIMUM_ROWS = 6  # five unknowns and one row to disagree with them
-MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
-START_EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
-LARGEST_EXPONENT = 10.0
-NAMES = ("E", "A", "B", "alpha", "beta")
-_BLOCK_ELEMENTS = 60_000  # rows × problems solved at once: the fastest of 15k…240k measured
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class ParametricFit:
     seed: int
     table: Table = field(repr=False)
     """The runs that entered, and those that did not (`.dropped`)."""
-    _problem: "_Problem" = field(repr=False)
+    _problem: Problem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
 
     @property
@@ -122,15 +117,11 @@ class ParametricFit:
         alpha holds the truth in 96 %, of beta in 94 %, of a in 96 %; with three budgets of four runs each in 98 to
         99 %. On 350 of them basic intervals (the same percentiles, mirrored at the estimate) hold it in 92, 88, 90 %.
         """
-        return self.intervals_at()
-
-    def intervals_at(self, levels: Sequence[int | float] = LEVELS) -> Intervals:
-        """The same at any levels in per cent."""
         draws = dict(zip(NAMES, self.draws.T, strict=True))
         with np.errstate(invalid="ignore"):
             draws["a"] = draws["beta"] / (draws["alpha"] + draws["beta"])
             draws["b"] = draws["alpha"] / (draws["alpha"] + draws["beta"])
-        return intervals_of(draws, levels)
+        return intervals_of(draws)
 
     def predict(self, N: Any, D: Any) -> Any:
         """The loss in nats per token at N parameters and D tokens; arrays broadcast."""
@@ -172,117 +163,6 @@ class ParametricFit:
         return {"params": percentile_interval(params, level), "tokens": percentile_interval(tokens, level)}
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """The runs in the solver's coordinates: x and y are log N and log D, centred and of unit spread."""
-
-    x: Float[np.ndarray, " rows"]
-    y: Float[np.ndarray, " rows"]
-    log_loss: Float[np.ndarray, " rows"]
-    centre: tuple[float, float]
-    spread: tuple[float, float]
-    delta: float
-
-    @classmethod
-    def of(cls, table: Table, delta: float) -> "_Problem":
-        log_n, log_d = np.log(table.params), np.log(table.tokens)
-        centre, spread = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
-        x, y = (log_n - centre[0]) / spread[0], (log_d - centre[1]) / spread[1]
-        return cls(x, y, np.log(table.loss), centre, spread, delta)
-
-    @property
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The box for θ: a term may fade to e^−30 of the smallest loss (E = 0), exponents lie in 0…10."""
-        floor, ceiling = self.log_loss.min() - 30, self.log_loss.max() + 30
-        steepest = [LARGEST_EXPONENT * spread for spread in self.spread]
-        return np.array([floor] * 3 + [0, 0]), np.array([ceiling] * 3 + steepest)
-
-    def starts(self) -> Float[np.ndarray, "starts 5"]:
-        """A grid over (α, β); given both the law is linear, so E, A and B start at their least-squares
-        values.
-
-        Relative errors are small, so that least squares of L̂/L − 1 stands for least squares of log L̂ −
-        log L.
-        """
-        weight = np.exp(-self.log_loss)[:, None]
-        thetas = []
-        for alpha in START_EXPONENTS:
-            for beta in START_EXPONENTS:
-                rates = alpha * self.spread[0], beta * self.spread[1]
-                terms = [np.ones_like(self.x), np.exp(-rates[0] * self.x), np.exp(-rates[1] * self.y)]
-                linear, _ = nnls(np.stack(terms, 1) * weight, np.ones(len(self.x)))
-                # A term that least squares switches off starts small instead: from −∞ nothing returns.
-                thetas.append([*np.log(np.maximum(linear, 1e-3 * np.exp(self.log_loss.min()))), *rates])
-        return np.array(thetas)
-
-    def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None):
-        """(θ, objective, gradient) of every problem's minimum; without weights every run counts once."""
-        lower, upper = self.bounds
-        rows = len(self.x)
-        block = max(1, _BLOCK_ELEMENTS // rows)
-        parts = []
-        for i in range(0, len(theta), block):
-            weight = np.ones((1, rows)) if weights is None else weights[i : i + block]
-            parts.append(
-                minimise(
-                    theta[i : i + block],
-                    weight,
-                    self.x,
-                    self.y,
-                    self.log_loss,
-                    delta=self.delta,
-                    lower=lower,
-                    upper=upper,
-                )
-            )
-        return tuple(np.concatenate([getattr(p, key) for p in parts]) for key in ("theta", "objective", "gradient"))
-
-    def natural(self, theta: Float[np.ndarray, "problems 5"]) -> Float[np.ndarray, "problems 5"]:
-        """(E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
-        alpha, beta = theta[:, 3] / self.spread[0], theta[:, 4] / self.spread[1]
-        E = np.where(theta[:, 0] <= self.bounds[0][0] + 1.0, 0.0, np.exp(theta[:, 0]))
-        A = np.exp(theta[:, 1] + alpha * self.centre[0])
-        B = np.exp(theta[:, 2] + beta * self.centre[1])
-        return np.stack([E, A, B, alpha, beta], axis=1)
-
-    def bootstrap(
-        self, best: np.ndarray, count: int, seed: int, advance: Callable[..., None] | None
-    ) -> Float[np.ndarray, "draws 5"]:
-        """Refit `count` tables of runs drawn with replacement.
-
-        A draw is a vector of counts, so all draws share one set of rows. Draws that could not carry a fit
-        (fewer than five different runs, or three different N or D) are drawn again. Every draw starts from
-        the best fit and from the middle of the starting grid; its lower minimum counts. (Measured: on
-        tables of 25 and 240 runs the best of six far-apart starts was lower in fewer than 1 draw in 200.)
-        """
-        rng = np.random.default_rng(seed)
-        weights = self._draw_counts(rng, count)
-        grid = self.starts()
-        starts = np.stack([best, grid[len(grid) // 2]])
-        block = max(1, _BLOCK_ELEMENTS // len(self.x) // len(starts))
-        draws = []
-        for i in range(0, count, block):
-            part = weights[i : i + block]
-            theta, objective, _ = self.minimise(np.tile(starts, (len(part), 1)), np.repeat(part, len(starts), axis=0))
-            lowest = objective.reshape(len(part), len(starts)).argmin(1)
-            draws.append(theta.reshape(len(part), len(starts), 5)[np.arange(len(part)), lowest])
-            if advance is not None:
-                advance(len(part))
-        return self.natural(np.concatenate(draws))
-
-    def _draw_counts(self, rng: np.random.Generator, count: int) -> Float[np.ndarray, "draws rows"]:
-        rows = len(self.x)
-        same = [(values[:, None] == np.unique(values)[None]).astype(np.float64) for values in (self.x, self.y)]
-        kept: list[np.ndarray] = []
-        while sum(map(len, kept)) < count:
-            counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
-            usable = (counts > 0).sum(1) >= len(NAMES)
-            for membership in same:
-                usable &= ((counts @ membership) > 0).sum(1) >= MINIMUM_DISTINCT
-            kept.append(counts[usable])
-        return np.concatenate(kept)[:count]
-
-
 def fit_parametric(
     params: Any, tokens: Any, loss: Any, *, delta: float | int = 1e-3, bootstraps: int = 1000, seed: int = 0
 ) -> ParametricFit:
@@ -300,16 +180,10 @@ def fit_parametric(
     order = np.lexsort((table.loss, table.tokens, table.params))
     table = Table(table.params[order], table.tokens[order], table.loss[order], None, table.dropped)
     _check(table)
-    problem = _Problem.of(table, float(delta))
+    problem = Problem.of(table, float(delta))
     starts = problem.starts()
     theta, objective, gradient = problem.minimise(starts)
-    best = theta[objective.argmin()]
-    lowest = objective.min()
-    # The absolute part is the objective of residuals of 1e-7, which decides on tables without noise.
-    tolerance = 1e-6 * lowest + len(table) * float(huber(np.array(1e-7), delta))
-    at_best = objective <= lowest + tolerance
-    # Of equals keep the one that is closest to stationary.
-    chosen = np.flatnonzero(at_best)[gradient[at_best].argmin()]
+    chosen, at_best = best_of(objective, gradient, len(table), delta)
     best = theta[chosen]
     E, A, B, alpha, beta = (float(value) for value in problem.natural(best[None])[0])
     _check_terms(problem, best, alpha, beta)
@@ -322,7 +196,7 @@ def fit_parametric(
         objective=float(objective[chosen]),
         gradient=float(gradient[chosen]),
         starts=len(starts),
-        starts_at_best=int(at_best.sum()),
+        starts_at_best=at_best,
         delta=float(delta),
         bootstraps=int(bootstraps),
         seed=int(seed),
@@ -366,7 +240,7 @@ def _check(table: Table) -> None:
         )
 
 
-def _check_terms(problem: _Problem, theta: np.ndarray, alpha: float, beta: float) -> None:
+def _check_terms(problem: Problem, theta: np.ndarray, alpha: float, beta: float) -> None:
     """Refuse a fit in which N or D plays no part: its exponent would be noise."""
     _, (_, share_n, share_d) = log_law(theta[None], problem.x, problem.y)
     for letter, name, exponent, share in (("N", "alpha", alpha, share_n), ("D", "beta", beta, share_d)):

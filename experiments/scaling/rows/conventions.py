@@ -5,8 +5,7 @@ Kaplan et al. 2020 leave embeddings out of N and C, Hoffmann et al. 2022 count t
 exponents. Small models feel it most, as most of them is table.
 """
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jaxtyping import Float
 
 from experiments.scaling.law.parametric import ParametricFit, fit_parametric
 from experiments.scaling.rows.columns import number, require
-from experiments.scaling.rows.table import _records
+from experiments.scaling.rows.table import Table, _records, read_header
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model import ModelConfig, accounting
@@ -63,41 +62,6 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, float]:
     }
 
 
-def counts_of(configs: Sequence[ModelConfig], seq_len: int, tokens: Sequence[float], loss: Sequence[float]) -> Counts:
-    """From the runs' configs: every convention."""
-    seen = np.asarray(tokens, np.float64)
-    columns = [count(config, seq_len) for config in configs]
-    return Counts(
-        seen,
-        np.asarray(loss, np.float64),
-        {name: np.array([column[name] for column in columns], np.float64) for name in PARAMS},
-        {name: np.array([column[name] for column in columns]) * seen for name in FLOPS},
-    )
-
-
-def counts_of_runs(folders: Sequence[str | Path]) -> Counts:
-    """From run directories; the loss is the last validation loss of each, which must have one."""
-    configs, tokens, losses, lengths = [], [], [], set()
-    for folder in map(Path, folders):
-        try:
-            identity = json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            scored = [point for line in lines if line.strip() and "validation_loss" in (point := json.loads(line))]
-            configs.append(ModelConfig.from_dict(identity["config"]))
-            lengths.add(int(identity["train_config"]["seq_len"]))
-        except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{folder} is no run directory with run.json and metrics.jsonl ({error})") from error
-        if not scored:
-            raise InputError(f"{folder} has no validation loss in metrics.jsonl")
-        tokens.append(float(scored[-1]["tokens"]))
-        losses.append(float(scored[-1]["validation_loss"]))
-    if len(lengths) != 1:
-        raise InputError(
-            f"the runs' sequence lengths differ ({sorted(lengths)}); their exact FLOPs are not of one kind"
-        )
-    return counts_of(configs, lengths.pop(), tokens, losses)
-
-
 def read_counts(
     path: str | Path, *, tokens: str = "tokens", loss: str = "loss", rows: Collection[int] | None = None
 ) -> Counts:
@@ -115,6 +79,14 @@ def read_counts(
         {name: column(name) for name in PARAMS if name in present},
         {name: column(name) for name in FLOPS if name in present},
     )
+
+
+def counts_beside(path: str | Path, table: Table) -> Counts | None:
+    """What `read_counts` finds in a table's own file, for the rows that are in the table; None where it has no choice."""
+    present = read_header(path)
+    if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
+        return None
+    return read_counts(path, tokens=table.columns["tokens"], loss=table.columns["loss"], rows=set(table.rows))
 
 
 def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict[str, Any]:

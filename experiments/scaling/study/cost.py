@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.rungs import Rung, StepSeconds, plan_rungs, shapes
-from experiments.sweep.cohort import in_turn, lanes_for, state_bytes, temporary_bytes
+from experiments.sweep.cohort import lanes_for, memory_bytes, state_bytes
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Setting
 from model import ModelConfig, accounting
@@ -70,7 +70,7 @@ class Plan:
             "lanes": lanes,
             "state_bytes": state,
             "checkpoint_bytes": state * sum(1 if rung.trunk is None else 2 for rung in members),
-            "memory_bytes": lanes * state + (1 if in_turn() else lanes) * temporary_bytes(setting),
+            "memory_bytes": memory_bytes(setting, lanes),
         }
 
     def _total(self, rungs: list[Rung]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
 
 def read_study(folder: Path) -> Design | None:
     """The design of the study that the folder holds, if it holds one."""
-    from experiments.commands.options import read_json
+    from experiments.inputs import read_json
 
     path = folder / "design.json"
     return Design.from_dict(read_json(path)["design"]) if path.exists() else None

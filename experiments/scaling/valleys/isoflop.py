@@ -4,7 +4,6 @@ At a fixed budget C the loss is a valley in log N. A curve through each valley g
 laws through the minima give N* ∝ C^a and D* ∝ C^b.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -93,11 +92,7 @@ class IsoflopFit:
     @cached_property
     def intervals(self) -> Intervals:
         """`intervals["a"][95] -> (low, high)` for a and b at 80 and 95 %. Raises as `draws` does."""
-        return self.intervals_at()
-
-    def intervals_at(self, levels: Sequence[int | float] = (80, 95)) -> Intervals:
-        """The same at any levels in per cent."""
-        return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]}, levels)
+        return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def optimal_interval(self, C: Any, level: int | float = 95) -> dict[str, tuple[Any, Any]]:
         """`{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""

@@ -1,6 +1,5 @@
 """All that a sweep's results say, as one document: what the report shows and `--json` writes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from experiments.sweep.reading.curves import equal_flops
@@ -8,7 +7,7 @@ from experiments.sweep.reading.importance import importances
 from experiments.sweep.reading.optimum import transfer
 from experiments.sweep.reading.pareto import pareto
 from experiments.sweep.reading.results import Results
-from experiments.sweep.reading.scales import text
+from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.reading.summary import candidates_of, summarize
 
 
@@ -40,11 +39,6 @@ def analyse(results: Results) -> dict[str, Any]:
         "halving": _halving(results),
         "cost": _cost(results),
     }
-
-
-def setting_text(setting: Mapping[str, Any]) -> str:
-    """A setting in a line: learning_rate=0.004, num_layers=2."""
-    return ", ".join(f"{name}={text(value)}" for name, value in setting.items() if value is not None)
 
 
 def _sentence(document: dict[str, Any]) -> str:

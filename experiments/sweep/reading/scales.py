@@ -1,6 +1,6 @@
 """What the values of an axis are: numbers on a line, on a logarithmic line, or mere names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -76,3 +76,8 @@ def text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """A setting in a line: learning_rate=0.004, num_layers=2."""
+    return ", ".join(f"{name}={text(value)}" for name, value in setting.items() if value is not None)

@@ -1,6 +1,5 @@
 """Replays of successive halving on the recorded curves of a full sweep: its tokens, and whether it keeps the winner."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from experiments.sweep.search.recorded import Recorded
 from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
 from model.errors import InputError
+from train.metrics import read_metrics
 
 NEAR = 0.1
 """A validation at most so far from a rung, relative to it, counts as the rung's."""
@@ -88,11 +88,10 @@ def read_curves(recorded: Recorded) -> list[Curve]:
     for trial in plan_trials(sweep):
         validation: dict[int, float] = {}
         training: dict[int, float] = {}
-        with (sweep.run_folder(trial) / "metrics.jsonl").open(encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                for found, name in ((validation, "validation_loss"), (training, "loss")):
-                    if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
-                        found[record["step"]] = record[name]
+        for record in read_metrics(sweep.run_folder(trial)):
+            for found, name in ((validation, "validation_loss"), (training, "loss")):
+                if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
+                    found[record["step"]] = record[name]
         curves.append(Curve(trial, validation, training))
     return curves
 

@@ -134,11 +134,30 @@ class Chain(Space):
         return itertools.chain.from_iterable(space.points() for space in self._spaces)
 
 
-class Replicate(Space):
+class _Within(Space):
+    """A space with the axes of another."""
+
+    def __init__(self, space: Space):
+        self.space = space
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.space.names
+
+    @property
+    def size(self) -> int:
+        return self.space.size
+
+    def axes(self) -> dict[str, Distribution]:
+        return self.space.axes()
+
+
+class Replicate(_Within):
     """A space and its seeds; `experiments/sweep/definition.py` takes the outermost one's as the sweep's."""
 
     def __init__(self, space: Space, seeds: tuple[int, ...]):
-        self.space, self.seeds = space, seeds
+        super().__init__(space)
+        self.seeds = seeds
         self._all = Product((space, Grid({"seed": Values(seeds)})))
 
     @property
@@ -151,10 +170,6 @@ class Replicate(Space):
         """Points times seeds."""
         return self._all.size
 
-    def axes(self) -> dict[str, Distribution]:
-        """Those of the space."""
-        return self.space.axes()
-
     def draw(self, suggest: Suggest) -> Point:
         """Refused: a seed is nothing to search for."""
         raise InputError("a search draws no seeds: put replicate outermost, or give --seeds")
@@ -163,28 +178,18 @@ class Replicate(Space):
         return self._all._points()
 
 
-class Derived(Space):
+class Derived(_Within):
     """The points of a space with further fields, each computed from the point."""
 
     def __init__(self, space: Space, function: Callable[[Point], Point]):
-        self._space, self._function = space, function
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._space.names
-
-    @property
-    def size(self) -> int:
-        return self._space.size
-
-    def axes(self) -> dict[str, Distribution]:
-        return self._space.axes()
+        super().__init__(space)
+        self._function = function
 
     def draw(self, suggest: Suggest) -> Point:
-        return self._with(self._space.draw(suggest))
+        return self._with(self.space.draw(suggest))
 
     def _points(self) -> Iterable[Point]:
-        return map(self._with, self._space.points())
+        return map(self._with, self.space.points())
 
     def _with(self, point: Point) -> Point:
         try:
@@ -196,27 +201,21 @@ class Derived(Space):
             raise InputError(f"the fields derived from {describe(point)} cannot be computed ({problem})") from error
 
 
-class Drawn(Space):
+class Drawn(_Within):
     """Some points of a space: independent ones, or those of a Sobol sequence."""
 
     _TRIES = 100  # draws per point that is asked for, after which a space counts as exhausted
 
     def __init__(self, space: Space, count: int, seed: int, sobol: bool):
-        self._space, self._count, self._seed, self._sobol = space, count, seed, sobol
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._space.names
+        super().__init__(space)
+        self._count, self._seed, self._sobol = count, seed, sobol
 
     @property
     def size(self) -> int:
         return self._count
 
-    def axes(self) -> dict[str, Distribution]:
-        return self._space.axes()
-
     def draw(self, suggest: Suggest) -> Point:
-        return self._space.draw(suggest)
+        return self.space.draw(suggest)
 
     def _points(self) -> Iterable[Point]:
         found: dict[str, Point] = {}
@@ -228,19 +227,19 @@ class Drawn(Space):
         return found.values()
 
     def _point_at(self, units: Mapping[str, float]) -> Point:
-        return self._space.draw(lambda name, axis: axis.at(units[name]))
+        return self.space.draw(lambda name, axis: axis.at(units[name]))
 
     def _independent_rows(self) -> Iterable[dict[str, float]]:
         import numpy as np
 
-        names, generator = list(self._space.axes()), np.random.default_rng(self._seed)
+        names, generator = list(self.space.axes()), np.random.default_rng(self._seed)
         for _ in range(self._TRIES * self._count):
             yield dict(zip(names, generator.random(len(names)).tolist(), strict=True))
 
     def _sobol_rows(self) -> Iterable[dict[str, float]]:
         from scipy.stats import qmc
 
-        names = list(self._space.axes())
+        names = list(self.space.axes())
         if not names:
             yield {}
             return

@@ -56,7 +56,7 @@ def rebase(base: Setting, changes: Mapping[str, Any]) -> Setting:
     for name in LENGTHS:
         if name in others:
             raise InputError(f"{name} is no field of the base; give --steps, or --set {name}={others[name]}")
-    _check_names(others, LENGTHS)
+    _check_names(others, [*_fields(), *LENGTHS])
     config, train_config, hparams = overlay(others, base.config, base.train_config, base.hparams)
     decode = _replace_part("decode", Decode, base.decode, {_below(name): value for name, value in speed.items()})
     return Setting(config, train_config, hparams, base.steps, decode)
@@ -69,33 +69,34 @@ def overlay(
 
     Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Raises InputError.
     """
-    _check_names(changes)
-    of_model: dict[str, Any] = {}
-    of_train: dict[str, Any] = {}
-    of_hparams: dict[str, Any] = {}
+    _check_names(changes, _fields())
+    of_train = {name: _typed(name, value, kind) for name, value, kind in _taken(changes, _kinds(TrainConfig))}
+    of_hparams = {name: _typed(name, value, kind) for name, value, kind in _taken(changes, _hparams_kinds())}
+    of_model = {name: value for name, value in changes.items() if name not in of_train and name not in of_hparams}
+    warmups = [name for name in _WARMUPS if name in of_hparams]
+    if len(warmups) == 1:
+        of_hparams |= {name: 0 for name in _WARMUPS if name not in warmups}
+    return (
+        overlay_model(of_model, config),
+        train_config.replace(**of_train) if of_train else train_config,
+        hparams.replace(**of_hparams) if of_hparams else hparams,
+    )
+
+
+def overlay_model(changes: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Each change in the model's config, all at once, those inside its parts among them. Raises InputError."""
+    _check_names(changes, list(_kinds(ModelConfig)))
+    made = {name: _typed(name, value, kind) for name, value, kind in _taken(changes, _kinds(ModelConfig))}
     inside: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         part, dot, below = name.partition(".")
         if dot:
             inside.setdefault(part, {})[below] = value
-        elif name in _kinds(ModelConfig):
-            of_model[name] = _typed(name, value, _kinds(ModelConfig)[name])
-        elif name in _kinds(TrainConfig):
-            of_train[name] = _typed(name, value, _kinds(TrainConfig)[name])
-        else:
-            of_hparams[name] = _typed(name, value, int if isinstance(HParams.DEFAULTS[name], int) else float)
     for part, fields in inside.items():
-        if part in of_model:
+        if part in made:
             raise InputError(f"{part} is given as a whole and as {part}.{next(iter(fields))}; give one of them")
-        of_model[part] = _replace_part(part, _parts()[part], getattr(config, part), fields)
-    warmups = [name for name in _WARMUPS if name in of_hparams]
-    if len(warmups) == 1:
-        of_hparams |= {name: 0 for name in _WARMUPS if name not in warmups}
-    return (
-        config.replace(**of_model) if of_model else config,
-        train_config.replace(**of_train) if of_train else train_config,
-        hparams.replace(**of_hparams) if of_hparams else hparams,
-    )
+        made[part] = _replace_part(part, _parts()[part], getattr(config, part), fields)
+    return config.replace(**made) if made else config
 
 
 def _steps(config: ModelConfig, train_config: TrainConfig, lengths: dict[str, Any], steps: int) -> int:
@@ -121,9 +122,19 @@ def _steps(config: ModelConfig, train_config: TrainConfig, lengths: dict[str, An
     return steps
 
 
-def _check_names(changes: Mapping[str, Any], others: Sequence[str] = ()) -> None:
-    """others: names that may have been meant, too."""
-    known = [*_kinds(ModelConfig), *_kinds(TrainConfig), *HParams.DEFAULTS, *others]
+def _fields() -> list[str]:
+    return [*_kinds(ModelConfig), *_kinds(TrainConfig), *HParams.DEFAULTS]
+
+
+def _hparams_kinds() -> dict[str, Any]:
+    return {name: int if isinstance(value, int) else float for name, value in HParams.DEFAULTS.items()}
+
+
+def _taken(changes: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, value, kinds[name]) for name, value in changes.items() if name in kinds]
+
+
+def _check_names(changes: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in changes:
         part, dot, below = name.partition(".")
         if part in _parts() and dot:

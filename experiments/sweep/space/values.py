@@ -1,12 +1,11 @@
 """The values that one field of a sweep may take: some values, or an interval."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, ClassVar
 
+from experiments.inputs import read_value
 from model.errors import InputError, UnknownNameError
 
 
@@ -169,27 +168,13 @@ def parse_axes(texts: Sequence[str]) -> dict[str, Distribution]:
 def _values(name: str, text: str) -> list[Any]:
     if not text:
         return []
-    whole = _json(f"[{text}]")  # lists and objects hold commas of their own
-    values = whole if isinstance(whole, list) else [_word(part) for part in text.split(",")]
+    whole = read_value(f"[{text}]")  # lists and objects hold commas of their own
+    values = whole if isinstance(whole, list) else [read_value(part) for part in text.split(",")]
     if "" in values:
         raise InputError(f"the axis {name} has an empty value: {text!r}")
     return values
 
 
-def _word(text: str) -> Any:
-    """A value as in JSON; anything else is text."""
-    value = _json(text)
-    return text if value is None and text != "null" else value
-
-
-def _json(text: str) -> Any:
-    with suppress(ValueError):
-        return json.loads(text)
-    with suppress(ValueError):  # .5 and 1. are numbers to a person
-        return float(text) if text[:1] in tuple("+-.0123456789") else None
-    return None
-
-
 def _number(text: str) -> float | None:
-    value = _json(text)
+    value = read_value(text)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

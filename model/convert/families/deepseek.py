@@ -5,7 +5,18 @@ from typing import Any
 from model.config import ModelConfig
 from model.convert.families.llama import EXPERTS, FEED_FORWARD, NORMS, layers
 from model.convert.family import Family
-from model.convert.fields import Activation, Always, Field, Only, Raw, Stops, Written, decoder_heads
+from model.convert.fields import (
+    ATTENTION_BIASES,
+    Activation,
+    Always,
+    Field,
+    Only,
+    Raw,
+    Stops,
+    Written,
+    decoder_heads,
+    decoder_shape,
+)
 from model.convert.rope import Rope
 from model.convert.rows import linear, norm, table
 from model.errors import InputError
@@ -15,22 +26,14 @@ from model.parts import Experts, Latent
 def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length: int):
     """The keys that both share, with a class's defaults."""
     return (
-        Field("vocab_size", "vocab_size", vocab),
-        Field("d_model", "hidden_size", d_model),
-        Field("d_ff", "intermediate_size", d_ff),
-        Field("num_layers", "num_hidden_layers", layers),
-        Field("num_heads", "num_attention_heads", heads),
-        Field("max_seq_len", "max_position_embeddings", length),
+        *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("tie_embeddings", "tie_word_embeddings", False),
-        Always(position="rotary", norm="rmsnorm", gated=True),
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("attention_bias", "attention_bias", False),
-        Field("attention_output_bias", "attention_bias", False),
+        *ATTENTION_BIASES,
         Only("moe_layer_freq", 1),
         Activation("hidden_act", "silu"),
         Rope(),
         _LatentSizes(),
-        Written(bos_token_id=None, pad_token_id=None),
     )
 
 

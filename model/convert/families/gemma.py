@@ -4,6 +4,7 @@ from model.config import ModelConfig
 from model.convert.families.llama import ATTENTION, FEED_FORWARD, NORMS, layers
 from model.convert.family import Family
 from model.convert.fields import (
+    ATTENTION_BIASES,
     FULL,
     SLIDING,
     Activation,
@@ -16,6 +17,7 @@ from model.convert.fields import (
     Windows,
     Written,
     decoder_heads,
+    decoder_shape,
 )
 from model.convert.rope import Rope, RopePerReach
 from model.convert.rows import norm
@@ -24,21 +26,14 @@ from model.convert.rows import norm
 def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int, length: int):
     """The keys that all of them share, with a class's defaults."""
     return (
-        Field("vocab_size", "vocab_size", vocab),
-        Field("d_model", "hidden_size", d_model),
-        Field("d_ff", "intermediate_size", d_ff),
-        Field("num_layers", "num_hidden_layers", layers),
-        Field("num_heads", "num_attention_heads", heads),
+        *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("num_kv_heads", "num_key_value_heads", kv_heads),
         Field("head_dim", "head_dim", 256),
-        Field("max_seq_len", "max_position_embeddings", length),
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("attention_bias", "attention_bias", False),
-        Field("attention_output_bias", "attention_bias", False),
+        *ATTENTION_BIASES,
         Field("tie_embeddings", "tie_word_embeddings", True),
-        Always(position="rotary", norm="rmsnorm", norm_offset=True, scale_embedding=True, gated=True),
+        Always(norm_offset=True, scale_embedding=True),
         Only("use_bidirectional_attention", None, False),
-        Written(bos_token_id=None, pad_token_id=None),
         Stops(1),
     )
 

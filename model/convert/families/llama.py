@@ -4,25 +4,44 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.convert.family import Family
-from model.convert.fields import FULL, SLIDING, Activation, Always, Field, Raw, Stops, Windows, Written, decoder_heads
+from model.convert.fields import (
+    ATTENTION_BIASES,
+    FULL,
+    SLIDING,
+    Activation,
+    Always,
+    Field,
+    Raw,
+    Stops,
+    Windows,
+    decoder_heads,
+    decoder_shape,
+)
 from model.convert.rope import Rope
 from model.convert.rows import DECODER_HEADS, experts, fused_experts, linear, norm, table, within
 from model.parts import Experts
 
 
-def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int | None, length: int):
+def _shape(
+    vocab: int,
+    d_model: int,
+    d_ff: int,
+    layers: int,
+    heads: int,
+    kv_heads: int | None,
+    length: int,
+    *,
+    epsilon: float = 1e-6,
+    head_dim: int | None = None,
+):
     """The keys that all of them share, with a class's defaults."""
     return (
-        Field("vocab_size", "vocab_size", vocab),
-        Field("d_model", "hidden_size", d_model),
-        Field("d_ff", "intermediate_size", d_ff),
-        Field("num_layers", "num_hidden_layers", layers),
-        Field("num_heads", "num_attention_heads", heads),
+        *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("num_kv_heads", "num_key_value_heads", kv_heads),
-        Field("max_seq_len", "max_position_embeddings", length),
-        Always(position="rotary", norm="rmsnorm", gated=True),
+        Field("head_dim", "head_dim", head_dim),
+        Field("norm_epsilon", "rms_norm_eps", epsilon),
+        Field("tie_embeddings", "tie_word_embeddings", False),
         Activation("hidden_act", "silu"),
-        Written(bos_token_id=None, pad_token_id=None),
     )
 
 
@@ -58,12 +77,8 @@ LLAMA = Family(
     (
         decoder_heads("Llama"),
         *_shape(32_000, 4096, 11_008, 32, 32, None, 2048),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("attention_bias", "attention_bias", False),
-        Field("attention_output_bias", "attention_bias", False),
+        *ATTENTION_BIASES,
         Field("use_bias", "mlp_bias", False),
-        Field("tie_embeddings", "tie_word_embeddings", False),
         Rope(),
         Stops(2),
     ),
@@ -75,9 +90,6 @@ MISTRAL = Family(
     (
         decoder_heads("Mistral"),
         *_shape(32_000, 4096, 14_336, 32, 32, 8, 131_072),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("tie_embeddings", "tie_word_embeddings", False),
         Windows(4096),
         Rope(),
         Stops(2),
@@ -103,10 +115,7 @@ MIXTRAL = Family(
     "mixtral",
     (
         decoder_heads("Mixtral"),
-        *_shape(32_000, 4096, 14_336, 32, 32, 8, 131_072),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-5),
-        Field("tie_embeddings", "tie_word_embeddings", False),
+        *_shape(32_000, 4096, 14_336, 32, 32, 8, 131_072, epsilon=1e-5),
         _MixtralExperts(),
         Windows(None),
         Rope(1_000_000.0),
@@ -134,10 +143,7 @@ QWEN2 = Family(
     (
         decoder_heads("Qwen2"),
         *_shape(151_936, 4096, 22_016, 32, 32, 32, 32_768),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
         Always(attention_bias=True, attention_output_bias=False),
-        Field("tie_embeddings", "tie_word_embeddings", False),
         Windows(4096, _beyond_max_window_layers, listed=True, switched=True),
         Rope(),
         Stops(None),
@@ -149,12 +155,8 @@ QWEN3 = Family(
     "qwen3",
     (
         decoder_heads("Qwen3"),
-        *_shape(151_936, 4096, 22_016, 32, 32, 32, 32_768),
-        Field("head_dim", "head_dim", 128),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("attention_bias", "attention_bias", False),
-        Field("attention_output_bias", "attention_bias", False),
-        Field("tie_embeddings", "tie_word_embeddings", False),
+        *_shape(151_936, 4096, 22_016, 32, 32, 32, 32_768, head_dim=128),
+        *ATTENTION_BIASES,
         Always(qk_norm=True),
         Windows(4096, _beyond_max_window_layers, listed=True, switched=True),
         Rope(),
@@ -201,11 +203,7 @@ QWEN3_MOE = Family(
     (
         decoder_heads("Qwen3Moe"),
         *_shape(151_936, 2048, 6144, 24, 32, 4, 32_768),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-6),
-        Field("attention_bias", "attention_bias", False),
-        Field("attention_output_bias", "attention_bias", False),
-        Field("tie_embeddings", "tie_word_embeddings", False),
+        *ATTENTION_BIASES,
         Always(qk_norm=True),
         _QwenExperts(),
         Windows(4096, switched=True),
@@ -219,10 +217,7 @@ PHI3 = Family(
     "phi3",
     (
         decoder_heads("Phi3"),
-        *_shape(32_064, 3072, 8192, 32, 32, None, 4096),
-        Field("head_dim", "head_dim", None),
-        Field("norm_epsilon", "rms_norm_eps", 1e-5),
-        Field("tie_embeddings", "tie_word_embeddings", False),
+        *_shape(32_064, 3072, 8192, 32, 32, None, 4096, epsilon=1e-5),
         Windows(None),
         Rope(kinds=(), fraction=True),
         Stops(32_000),

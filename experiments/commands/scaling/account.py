@@ -1,0 +1,70 @@
+"""What the commands print of an analysis of scaling laws."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from experiments.scaling.analysis import Analysis
+
+
+def show(console: "Console", analysis: "Analysis") -> None:
+    """A compact account: every estimator, the optima, whatever did not enter, and what to beware of."""
+    from collections import Counter
+
+    from experiments.commands.options import new_table
+    from experiments.report.scaling_page import NAMES
+    from experiments.scaling.rows.table import HELD_OUT_REASON
+
+    fits = analysis.fits
+    names = ("N* ∝ C^a, D* ∝ C^b", "a", "95 % interval", "b", "95 % interval")
+    table = new_table(*names, title=f"{len(fits.table)} runs")
+    for row in analysis.exponents:
+        cells = []
+        for name in ("a", "b"):
+            pair = row["intervals"] and row["intervals"][name]
+            cells += [f"{row[name]:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
+        table.add_row(NAMES[row["estimator"]], *cells)
+    console.print(table)
+    if fits.parametric is not None:
+        fit = fits.parametric
+        console.print(
+            f"L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
+            f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
+            f"{fit.starts} starts.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if fits.isoflop is not None:
+        optima = new_table("C (FLOPs)", "N*", "D*", "loss", title="Valley minima")
+        for best in fits.isoflop.optima:
+            optima.add_row(*(f"{best[key]:.4g}" for key in ("flops", "params", "tokens", "loss")))
+        console.print(optima)
+        _list(
+            console,
+            "rejected budget",
+            [(f"{r['flops']:.4g} FLOPs", r["reason"]) for r in fits.isoflop.rejected],
+        )
+    kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
+    if kept_back:
+        console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
+    others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
+    _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
+    outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
+    for name, count in outliers.items():
+        runs = "run that is a gross outlier" if count == 1 else "runs that are gross outliers"
+        console.print(f"{NAMES[name]}: without {count} {runs}.", highlight=False)
+    for name, reason in analysis.refused.items():
+        console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
+    for row in analysis.warnings:
+        console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
+
+
+def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: int = 10) -> None:
+    if not items:
+        return
+    console.print(f"{len(items)} {what}{'s' if len(items) > 1 else ''}:", highlight=False)
+    for where, reason in items[:limit]:
+        console.print(f"  {where}: {reason}", highlight=False, markup=False)
+    if len(items) > limit:
+        console.print(f"  … and {len(items) - limit} more (all in --json)", highlight=False, markup=False)

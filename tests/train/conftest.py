@@ -1,0 +1,39 @@
+"""Shared by the tests of training: what a run recorded, and a program that ends in the middle of one."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from train.data import PhasedLoader
+from train.metrics import TIMING_FIELDS, read_metrics
+
+
+@pytest.fixture(scope="session")
+def record():
+    """run → its lines, without what may differ between equal runs."""
+
+    def without_times(line):
+        return {name: value for name, value in line.items() if name not in TIMING_FIELDS}
+
+    return lambda run: [without_times(line) for line in read_metrics(run)]
+
+
+@pytest.fixture
+def crash():
+    """step → a context in which asking for the data of that step ends the program."""
+
+    @contextmanager
+    def at(step):
+        plain = PhasedLoader.batch
+
+        def batch(self, number, *arguments, **options):
+            if number == step:
+                raise RuntimeError(f"crash at {step}")
+            return plain(self, number, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PhasedLoader, "batch", batch)
+            with pytest.raises(RuntimeError, match=f"crash at {step}"):
+                yield
+
+    return at
