@@ -5,7 +5,6 @@ it needs when it runs: help and wrong calls do not wait for JAX.
 """
 
 import errno
-import functools
 import inspect
 import logging
 import os
@@ -108,7 +107,7 @@ def main() -> None:
         if isinstance(called, tuple):
             tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=_CONFIG)
         else:
-            tyro.cli(_without_none(called), prog=program, args=arguments, config=_CONFIG)
+            tyro.cli(called, prog=program, args=arguments, config=_CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except Exception as error:
@@ -116,6 +115,10 @@ def main() -> None:
 
         if isinstance(error, InputError):
             _stop(f"isoflop: {error}", 2)
+        from experiments.sweep.run import UnfinishedError
+
+        if isinstance(error, UnfinishedError):
+            _stop(f"isoflop: {error}", 1)
         # Orbax and TensorStore wrap the operating system's error in their own.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
             raise
@@ -130,19 +133,6 @@ Start with `isoflop study`: a whole scaling-law study on real text in minutes. E
 
 # Help is shorter: no flag that leaves another one off, no {None} among values, positional arguments by their names.
 _CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-
-
-def _without_none(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command, whose help names no default where there is none: the flag's own words say what holds then."""
-    hint = tyro.conf.arg(help_behavior_hint=lambda default: "" if default in ("None", "") else f"(default: {default})")
-    quiet = functools.wraps(command)(lambda *arguments, **flags: command(*arguments, **flags))
-    quiet.__annotations__ = {
-        parameter.name: Annotated[parameter.annotation, hint]
-        if parameter.default in (None, ())
-        else parameter.annotation
-        for parameter in inspect.signature(command).parameters.values()
-    }
-    return quiet
 
 
 def _called(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from experiments.report.style import MUTED, ORANGE, log_axis, new_figure, note, sequence, styled
+from experiments.report.style import MUTED, ORANGE, WIDTH, log_axis, new_figure, note, sequence, styled
 from model import ModelConfig, Params, accounting, forward
 from model.config import Parameterization
 from model.errors import InputError
@@ -212,7 +212,7 @@ def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str
 def coordinate_figure(check: dict[str, Any]) -> Figure:
     """Size of the activations, and of what training added to them, over width or depth; a line per place."""
     names = list(dict.fromkeys(row["parameterization"] for row in check["table"]))
-    figure = new_figure(9.0, 6.2)
+    figure = new_figure(WIDTH, 6.2)
     panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)
     quantities: dict[Quantity, str] = {"scale": "activations (RMS)", "change": "change since the start (RMS)"}
     for line, (quantity, label) in zip(panels, quantities.items(), strict=True):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.coordcheck import PARAMETERIZATIONS, TITLES, resize
-from experiments.report.style import INK, log_axis, new_figure, sequence, styled
+from experiments.report.style import INK, WIDTH, log_axis, new_figure, sequence, styled
 from experiments.sweep.definition import define
 from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.summary import summarize
@@ -111,7 +111,7 @@ def transfer_figure(document: dict[str, Any]) -> Figure:
     Lines are means over seeds, small dots single runs.
     """
     names = list(document["spread"])
-    figure = new_figure(9.0, 3.9)
+    figure = new_figure(WIDTH, 3.9)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     colours = sequence(len(document["widths"]))
     rates = document["learning_rates"]

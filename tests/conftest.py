@@ -36,15 +36,23 @@ def _variants():
     experts = Experts(count=4, top_k=2, d_ff=12)
     latent = Latent(kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5)
     return {
-        "partial-interleaved": base.replace(rope_fraction=0.5, rope_interleaved=True, activation="relu_squared"),
-        "llama3-scaling": base.replace(rope_scaling=RopeScaling("llama3", 8.0, original_max_seq_len=8)),
-        "linear-scaling": base.replace(rope_scaling=RopeScaling("linear", 2.0), attention_scale=0.3),
-        "no-positions": base.replace(position="none"),
+        "partial-interleaved": base.replace(
+            rope_fraction=0.5,
+            rope_interleaved=True,
+            rope_scaling=RopeScaling("linear", 2.0),
+            attention_scale=0.3,
+            activation="relu_squared",
+        ),
         "alibi": plain.replace(position="alibi", num_heads=6, num_kv_heads=3, head_dim=4, embedding_norm=True),
         "post-norm": plain.replace(position="learned", norm_placement="post", activation="gelu_tanh"),
         "relative-window": base.replace(position="relative", sliding_window=3, relative_buckets=8),
         "sinks-local-global": base.replace(
-            attention_sinks=True, sliding_window=4, layer_pattern=("local", "global"), num_layers=5, attention_bias=True
+            position="none",
+            attention_sinks=True,
+            sliding_window=4,
+            layer_pattern=("local", "global"),
+            num_layers=5,
+            attention_bias=True,
         ),
         "gemma": base.replace(
             num_layers=4,
@@ -54,6 +62,7 @@ def _variants():
             sliding_window=4,
             layer_pattern=("local", "local", "global"),
             local_rope_base=500.0,
+            rope_scaling=RopeScaling("llama3", 8.0, original_max_seq_len=8),
             scale_embedding=True,
             attention_softcap=4.0,
             final_softcap=3.0,
@@ -78,7 +87,13 @@ def _variants():
                 scale=2.5,
             ),
         ),
-        "mup-deep": base.replace(parameterization="mup", base_d_model=4, base_num_layers=1, tie_embeddings=False),
+        "mup-deep": base.replace(
+            position="sinusoidal",
+            parameterization="mup",
+            base_d_model=4,
+            base_num_layers=1,
+            tie_embeddings=False,
+        ),
         "encoder-decoder": base.replace(
             stack="encoder-decoder",
             num_encoder_layers=3,

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import JsonFile, bytes_in_words
 
 ENABLES = {
-    "study": "isoflop study, and data prepare sotu",
+    "study": "isoflop study, data prepare sotu",
     "parquet": "data prepare FILE.parquet, tables in Parquet",
     "hub": "data prepare hf:OWNER/NAME",
     "wandb": "train --wandb PROJECT",
@@ -20,12 +20,14 @@ ENABLES = {
     "peers": "bench decode and bench train with --against, in this Python",
     "test": "make test",
 }
-"""What the packages of each extra of pyproject.toml are for."""
+"""What each extra of pyproject.toml is for; its packages are read from the installation."""
 SIDE = 1024  # of the matrices whose product is the check
+Found = tuple[dict[str, Any], str]
+"""For the document, and in words."""
 
 
 def doctor(*, json: JsonFile = None) -> None:
-    """Tell what is here: versions, devices and whether they compute, memory, compile cache, optional packages.
+    """Tell what is here: versions, memory, devices and whether they compute, the compile cache, optional packages.
 
     Whatever is missing or broken is told, never a failure.
 
@@ -36,26 +38,26 @@ def doctor(*, json: JsonFile = None) -> None:
     """
     from experiments.commands.options import console, write_document
 
-    packages = _packages()
-    document = {
-        "versions": {"python": sys.version.split()[0]} | packages.pop(""),
-        "host": _told(_host),
-        "devices": _told(_devices),
-        "check": _told(_check),
-        "compile_cache": _told(_compile_cache),
-        "extras": {name: {"enables": ENABLES.get(name, ""), "packages": held} for name, held in packages.items()},
-    }
-    write_document(json, document)
-    for line in _lines(document):
+    looks = {"host": _host, "devices": _devices, "check": _check, "compile_cache": _compile_cache}
+    packages, found = _packages(), {name: _told(look) for name, look in looks.items()}
+    versions = {"python": sys.version.split()[0]} | packages.pop("")
+    parts: dict[str, Any] = {"versions": versions} | {name: part for name, (part, _) in found.items()}
+    extras = {name: {"enables": ENABLES.get(name, ""), "packages": held} for name, held in packages.items()}
+    write_document(json, parts | {"extras": extras})
+    lines = ["versions: " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in versions.items())]
+    lines += [f"{name.replace('_', ' ')}: {words}" for name, (_, words) in found.items()]
+    lines += [f"extra {name} ({ENABLES.get(name, '')}): {_state(name, held)}" for name, held in packages.items()]
+    for line in lines:
         console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _told(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _told(look: Callable[[], Found]) -> Found:
     """What was found, or the error that says why nothing was: an installation may be broken anywhere."""
     try:
         return look()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        words = f"{type(error).__name__}: {error}"
+        return {"error": words}, words
 
 
 def _packages() -> dict[str, dict[str, str | None]]:
@@ -70,33 +72,38 @@ def _packages() -> dict[str, dict[str, str | None]]:
             return None
 
     found: dict[str, dict[str, str | None]] = {"": {name: version_of(name) for name in ("isoflop", "jaxlib")}}
-    try:
-        needed = requires("isoflop") or []
-    except PackageNotFoundError:  # run from a folder, without having been installed
-        needed = []
-    for requirement in needed:
+    for requirement in (requires("isoflop") or []) if found[""]["isoflop"] else []:
         extra = re.search(r"""extra == ['"]([\w-]+)['"]""", requirement)
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         found.setdefault(extra[1] if extra else "", {})[name] = version_of(name)
     return found
 
 
-def _host() -> dict[str, Any]:
+def _state(extra: str, packages: dict[str, str | None]) -> str:
+    missing = [name for name, version in packages.items() if version is None]
+    return f"missing {', '.join(missing)}; pip install 'isoflop[{extra}]'" if missing else "installed"
+
+
+def _host() -> Found:
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = (page * os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    return {"cores": os.cpu_count(), "memory_bytes": total, "memory_bytes_free": free}
+    cores = os.cpu_count()
+    words = f"{cores} cores, {bytes_in_words(free)} of {bytes_in_words(total)} of memory free"
+    return {"cores": cores, "memory_bytes": total, "memory_bytes_free": free}, words
 
 
-def _devices() -> dict[str, Any]:
+def _devices() -> Found:
     import jax
 
     from train.run import describe_device
 
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return describe_device() | {"memory_bytes": limits}
+    device = describe_device()
+    limits = [(local.memory_stats() or {}).get("bytes_limit") for local in jax.local_devices()]
+    memory = "".join(f", {words} of memory each" for words in {bytes_in_words(limit) for limit in limits if limit})
+    return device | {"memory_bytes": limits}, f"{device['count']} × {device['kind']} ({device['platform']}){memory}"
 
 
-def _check() -> dict[str, Any]:
+def _check() -> Found:
     """Compile and run a product whose result is known."""
     import time
 
@@ -107,66 +114,23 @@ def _check() -> dict[str, Any]:
     start = time.perf_counter()
     product = jax.jit(jnp.matmul).lower(ones, ones).compile()
     compiled = time.perf_counter()
-    result = product(ones, ones).block_until_ready()
-    first = time.perf_counter()
+    right = bool((product(ones, ones) == SIDE).all())
+    again = time.perf_counter()
     product(ones, ones).block_until_ready()
-    seconds = time.perf_counter() - first
-    return {
-        "right": bool((result == SIDE).all()),
-        "compile_seconds": compiled - start,
-        "seconds": seconds,
-        "flops_per_second": 2 * SIDE**3 / seconds,
-    }
+    seconds = time.perf_counter() - again
+    words = (
+        f"a product of {SIDE} × {SIDE} float32 is {'right' if right else 'WRONG'}; compiled in "
+        f"{compiled - start:.2f} s, run in {seconds:.4f} s ({2 * SIDE**3 / seconds:.3g} FLOP/s)"
+    )
+    return {"right": right, "compile_seconds": compiled - start, "seconds": seconds}, words
 
 
-def _compile_cache() -> dict[str, Any]:
+def _compile_cache() -> Found:
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir
-    files = [file for file in Path(folder).rglob("*") if file.is_file()] if folder else []
-    return {"folder": folder, "entries": len(files), "bytes": sum(file.stat().st_size for file in files)}
-
-
-def _lines(document: dict[str, Any]) -> list[str]:
-    versions = [f"{name} {version or 'MISSING'}" for name, version in document["versions"].items()]
-    parts = {"host": _host_line, "devices": _devices_line, "check": _check_line, "compile_cache": _cache_line}
-    lines = [f"versions: {', '.join(versions)}"]
-    for name, write in parts.items():
-        found = document[name]
-        lines.append(f"{name.replace('_', ' ')}: {found.get('error') or write(found)}")
-    for name, extra in document["extras"].items():
-        missing = [package for package, version in extra["packages"].items() if version is None]
-        state = f"missing {', '.join(missing)}: pip install 'isoflop[{name}]'" if missing else "installed"
-        lines.append(f"extra {name} ({extra['enables']}): {state}")
-    return lines
-
-
-def _host_line(host: dict[str, Any]) -> str:
-    from experiments.commands.options import bytes_in_words
-
-    free, total = bytes_in_words(host["memory_bytes_free"]), bytes_in_words(host["memory_bytes"])
-    return f"{host['cores']} cores, {free} of {total} of memory free"
-
-
-def _devices_line(devices: dict[str, Any]) -> str:
-    from experiments.commands.options import bytes_in_words
-
-    limits = {bytes_in_words(limit) for limit in devices["memory_bytes"] if limit}
-    memory = f", {' or '.join(sorted(limits))} of memory each" if limits else ""
-    return f"{devices['count']} × {devices['kind']} ({devices['platform']}){memory}"
-
-
-def _check_line(check: dict[str, Any]) -> str:
-    return (
-        f"a {SIDE} × {SIDE} product is {'right' if check['right'] else 'WRONG'}; compiled in "
-        f"{check['compile_seconds']:.2f} s, run in {check['seconds']:.4f} s ({check['flops_per_second']:.3g} FLOP/s)"
-    )
-
-
-def _cache_line(cache: dict[str, Any]) -> str:
-    from experiments.commands.options import bytes_in_words
-
-    if not cache["folder"]:
-        return "off: every process compiles anew"
-    size = bytes_in_words(cache["bytes"])
-    return f"{cache['folder']}, {cache['entries']:,} files, {size}; rm -r {shlex.quote(cache['folder'])} clears it"
+    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not folder:
+        return {"folder": None}, "off: every process compiles anew"
+    sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+    words = f"{folder}, {len(sizes):,} files, {bytes_in_words(sum(sizes))}; to clear it: rm -r {shlex.quote(folder)}"
+    return {"folder": folder, "files": len(sizes), "bytes": sum(sizes)}, words

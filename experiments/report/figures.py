@@ -16,6 +16,7 @@ from experiments.report.style import (
     MUTED,
     ORANGE,
     PALETTE,
+    WIDTH,
     log_axis,
     new_figure,
     power_of_ten,
@@ -24,7 +25,6 @@ from experiments.report.style import (
 )
 from train.metrics import read_metrics
 
-WIDTH = 9.0  # inches, as wide as a page's column: text then has the same size in every figure
 SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
 TRAINING_LOSS = "training loss (nats per token)"
 VALIDATION_LOSS = "validation loss (nats per token)"

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.report import style
 
 DASH = "–"
+Drawn = dict[str, Any]
+"""{"svg": a figure for a template, "reason": why there is none}; one of them is None."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,6 +33,14 @@ def render(template: str, **values: Any) -> str:
 def inline(figure: Figure, label: str) -> Markup:
     """The figure as SVG for a page; `label` is for readers who cannot see it."""
     return Markup(style.svg(figure, label))
+
+
+def drawn(label: str, draw: Callable[[], Figure], reason: str | None = None) -> Drawn:
+    """A figure for the page, or the sentence that says why there is none, where it is given."""
+    if reason is not None:
+        return {"svg": None, "reason": reason}
+    with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
+        return {"svg": inline(draw(), label), "reason": None}
 
 
 def known(value: Any) -> bool:

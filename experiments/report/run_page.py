@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.report.figures import smoothed
 from experiments.report.page import inline, render
-from experiments.report.style import PALETTE, amount, log_axis, new_figure, styled
+from experiments.report.style import PALETTE, WIDTH, amount, log_axis, new_figure, styled
 from model.errors import InputError
 from train.files import write_atomically
 from train.metrics import read_metrics
@@ -79,7 +79,7 @@ def _differences(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in identity.items():
         found |= value if isinstance(value, dict) else {name: value}
     return found
@@ -88,7 +88,7 @@ def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
 @styled
 def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Figure:
     """One panel per quantity over tokens, a colour per run; thin: every step, thick: the mean over steps nearby."""
-    figure = new_figure(9.0, 6.4)
+    figure = new_figure(WIDTH, 6.4)
     for axes, (field, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         low, high = np.inf, 0.0
         for name, lines, colour in zip(names, metrics, PALETTE, strict=False):

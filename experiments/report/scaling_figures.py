@@ -6,12 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.style import BLUE, INK, MUTED, ORANGE, PALETTE, log_axis, new_figure, sequence, styled
+from experiments.report.style import BLUE, INK, MUTED, ORANGE, PALETTE, WIDTH, log_axis, new_figure, sequence, styled
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.plots import FLOPS, PARAMS, TOKENS
 from experiments.scaling.valleys.isoflop import IsoflopFit
-
-WIDTH = 8.5
 
 
 @styled

@@ -1,14 +1,12 @@
 """The page of a table's scaling laws: every estimator, how sure it is, and what it was tested on."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.report import scaling_figures
-from experiments.report.page import inline, render
+from experiments.report.page import Drawn, drawn, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import Analysis
@@ -23,7 +21,6 @@ NAMES = {
     "envelope": "envelope of training curves",
 }
 """Estimators as the page calls them."""
-Drawn = dict[str, Any]
 
 
 def write_scaling_page(path: Path, analysis: Analysis, title: str, tables: str | None = None) -> None:
@@ -62,7 +59,7 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
 
 def _figures(analysis: Analysis) -> dict[str, Drawn]:
     fits, table = analysis.fits, analysis.fits.table
-    parametric, isoflop = fits.parametric, fits.isoflop
+    isoflop, parametric = fits.isoflop, cast(Any, fits.parametric)  # drawn only where it is there
     valleys = {f"valleys, {name}": fit for name, fit in analysis.valleys.items()}
     others = dict(fits.valleys) | ({} if analysis.envelope is None else {"envelope": analysis.envelope})
     no_law = f"The parametric law was refused: {fits.refused.get('parametric')}."
@@ -72,49 +69,33 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
     minima = [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
     tested = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     neither = "Both estimators were refused." if parametric is None and isoflop is None else None
-    drawn = {
-        "optimal": _draw(
+    found = {
+        "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
             lambda: plots.compute_optimal(isoflop, parametric, others, minima),
             neither,
         ),
-        "contours": _draw("Loss over N and D", lambda: scaling_figures.contours(_some(parametric), isoflop), no_law_or),
-        "residuals": _draw("Residuals over N, D and C", lambda: plots.residuals(_some(parametric)), no_law_or),
-        "clouds": _draw(
+        "contours": drawn("Loss over N and D", lambda: scaling_figures.contours(parametric, isoflop), no_law_or),
+        "residuals": drawn("Residuals over N, D and C", lambda: plots.residuals(parametric), no_law_or),
+        "clouds": drawn(
             "Bootstrap draws of the exponents",
             lambda: scaling_figures.clouds(parametric, valleys),
             None if parametric is not None or valleys else "No estimator has an interval.",
         ),
-        "held_out": _draw(
+        "held_out": drawn(
             "Held-out runs and their predictions",
             lambda: scaling_figures.held_out(tested),
             None if tested else "No held-out run has both a prediction and a loss.",
         ),
     }
     if isoflop is not None:
-        drawn["valleys"] = _draw("Loss over parameters for each budget", lambda: plots.valleys(isoflop), None)
+        found["valleys"] = drawn("Loss over parameters for each budget", lambda: plots.valleys(isoflop))
     else:
-        drawn["valleys"] = _draw(
+        found["valleys"] = drawn(
             "Loss over compute, by size",
             lambda: scaling_figures.losses(table.params, table.tokens, table.loss),
-            None,
         )
-    return drawn
-
-
-def _draw(label: str, draw: Callable[[], Figure], reason: str | None) -> Drawn:
-    """The figure for the page, or the reason why there is none."""
-    if reason is not None:
-        return {"svg": None, "reason": reason}
-    with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
-        figure = draw()
-    figure.set_size_inches(scaling_figures.WIDTH, figure.get_figheight())
-    return {"svg": inline(figure, label), "reason": None}
-
-
-def _some(fit: Any) -> Any:
-    assert fit is not None
-    return fit
+    return found
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

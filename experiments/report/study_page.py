@@ -1,16 +1,13 @@
 """The study's report: `study.json` and the runs' loss curves as one page."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from experiments.report import figures
 from experiments.report.commands import commands
-from experiments.report.page import inline, known, render
+from experiments.report.page import Drawn, drawn, known, render
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
@@ -21,7 +18,6 @@ SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standar
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
 WIDE_EXPONENT = 0.5  # an exponent lies between 0 and 1: a 95 % interval wider than this says little
 WIDE_PREDICTION = 0.1  # of the predicted loss: falling into a wider interval is a weak test
-Drawn = dict[str, Any]
 
 
 def write_study_page(folder: Path, document: dict[str, Any]) -> None:
@@ -91,23 +87,23 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
     no_valleys = "No run of the ladder has a loss."
     no_law = f"The parametric law was refused: {refused.get('parametric', 'no reason was given')}."
 
-    drawn = {
-        "sweep": _draw(
+    found = {
+        "sweep": drawn(
             "Validation loss over learning rate",
             lambda: figures.sweep_curve(sweep),
             None if any(known(setting["mean"]) for setting in sweep.get("settings", ())) else "No trial has a loss.",
         ),
-        "curves": _draw(
+        "curves": drawn(
             "Training loss of every run of the ladder over compute",
             lambda: figures.loss_curves(curves),
             None if curves else "The runs' metrics.jsonl files are not beside this study.",
         ),
-        "optimal": _draw(
+        "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
             lambda: plots.compute_optimal(isoflop, parametric),
             "Both estimators were refused, so there is no N*(C)." if parametric is None and isoflop is None else None,
         ),
-        "held_out": _draw(
+        "held_out": drawn(
             "Loss of the held-out run over tokens with the predicted interval",
             lambda: figures.held_out_curve(
                 held_out,
@@ -118,57 +114,30 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
             ),
             None if measured and (held_out or known(measured["loss"])) else "The held-out run left no loss to draw.",
         ),
-        "decode": _draw(
+        "decode": drawn(
             "Prefill and decode throughput over batch size",
             lambda: figures.decode_throughput(cells),
             None if cells else "Decoding was not measured.",
         ),
     }
     if isoflop is not None:
-        drawn["valleys"] = _draw("Loss over parameters for each budget", lambda: plots.valleys(isoflop), None, 4.2)
+        found["valleys"] = drawn("Loss over parameters for each budget", lambda: plots.valleys(isoflop))
     else:
-        drawn["valleys"] = _draw(
+        found["valleys"] = drawn(
             "Loss over parameters for each budget",
             lambda: figures.losses_by_size(usable),
             None if usable else no_valleys,
         )
     if parametric is None:
-        drawn |= {name: {"svg": None, "reason": no_law} for name in ("measured", "residuals")}
+        found |= {name: {"svg": None, "reason": no_law} for name in ("measured", "residuals")}
     else:
         held = [measured] if known(measured.get("loss")) else []
-        drawn["measured"] = _draw(
+        found["measured"] = drawn(
             "Measured over predicted loss",
-            lambda: _without_legend(plots.measured_predicted(parametric, held)),
-            None,
-            4.6,
-            5.0,
+            lambda: plots.measured_predicted(parametric, held),
         )
-        drawn["residuals"] = _draw("Residuals over N and D", lambda: plots.residuals(parametric), None, 3.4)
-    return drawn
-
-
-def _draw(
-    label: str,
-    draw: Callable[[], Figure],
-    reason: str | None,
-    height: float | None = None,
-    width: float = figures.WIDTH,
-) -> Drawn:
-    """The figure for the page at the page's width, or the reason why there is none."""
-    if reason is not None:
-        return {"svg": None, "reason": reason}
-    with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
-        figure = draw()
-    figure.set_size_inches(width, height or figure.get_figheight())
-    return {"svg": inline(figure, label), "reason": None}
-
-
-def _without_legend(figure: Figure) -> Figure:
-    """For a figure whose caption beside it says the same without covering points."""
-    for axes in figure.axes:
-        if (legend := axes.get_legend()) is not None:
-            legend.remove()
-    return figure
+        found["residuals"] = drawn("Residuals over N and D", lambda: plots.residuals(parametric))
+    return found
 
 
 def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[figures.Curve]:

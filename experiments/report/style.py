@@ -21,6 +21,7 @@ INK = "#222222"
 MUTED = "#767676"
 GRID = "#e6e6e6"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+WIDTH = 9.0  # inches, as wide as a page's column: text then has the same size in every figure
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 """Okabe & Ito 2008, told apart under every common colour blindness; for categories."""
 

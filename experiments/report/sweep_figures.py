@@ -10,8 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from experiments.report.figures import TRAINING_LOSS, WIDTH, Curve
-from experiments.report.style import BLUE, GRID, INK, MUTED, ORANGE, log_axis, new_figure, styled
+from experiments.report.figures import TRAINING_LOSS, Curve
+from experiments.report.style import BLUE, GRID, INK, MUTED, ORANGE, WIDTH, log_axis, new_figure, styled
 from experiments.report.sweep_axes import loss_colours, place_axis, readable_top, ticks
 from experiments.sweep.reading.scales import positions, scale_of
 

@@ -10,8 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
 
-from experiments.report.figures import WIDTH
-from experiments.report.style import BLUE, INK, MUTED, ORANGE, log_axis, new_figure, sequence, styled
+from experiments.report.style import BLUE, INK, MUTED, ORANGE, WIDTH, log_axis, new_figure, sequence, styled
 from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
 from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 

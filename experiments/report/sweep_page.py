@@ -1,20 +1,16 @@
 """The page of a sweep: its analysis and the runs' learning curves, in one file that needs no network."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
-from experiments.report.page import inline, render
+from experiments.report.page import Drawn, drawn, render
 from experiments.sweep.reading.curves import UNEQUAL, chosen
 from experiments.sweep.reading.results import Results
 from experiments.sweep.reading.scales import text
 from train.files import write_atomically
 
-Drawn = dict[str, Any]
 MOST_ROWS = 1000  # of the table of settings
 
 
@@ -65,38 +61,34 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
     few = None if len(names) > 1 else "It takes two axes."
     curves = _curves(results)
     refused = document["importance"]["ped_anova"].get("refused")
-    drawn = {
-        "axes": _draw("Loss against each axis", lambda: sweep_figures.axis_panels(document), no_loss or no_axes),
-        "curves": _draw(
+    found = {
+        "axes": drawn("Loss against each axis", lambda: sweep_figures.axis_panels(document), no_loss or no_axes),
+        "curves": drawn(
             "Training loss of runs over tokens",
             lambda: sweep_figures.learning_curves(curves, _costs_differ(results)),
             None if curves else "No run has left a learning curve beside this sweep.",
         ),
-        "parallel": _draw(
+        "parallel": drawn(
             "Settings as lines through their values",
             lambda: sweep_figures.parallel_coordinates(document),
             no_loss or no_axes,
         ),
-        "importance": _draw(
+        "importance": drawn(
             "Importance of each axis",
             lambda: sweep_figures.importance_bars(document["importance"]),
             None if refused is None else f"Importances were refused: {refused}.",
         ),
-        "pairs": _draw("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few),
+        "pairs": drawn("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few),
     }
     if document["pareto"] is not None:
-        drawn["pareto"] = _draw("Pareto front", lambda: sweep_maps.pareto_front(document["pareto"]), None)
+        found["pareto"] = drawn("Pareto front", lambda: sweep_maps.pareto_front(document["pareto"]))
     if document["transfer"] is not None:
-        drawn["transfer"] = _draw(
+        found["transfer"] = drawn(
             "Optimum of the learning rate at each size",
             lambda: sweep_maps.rate_transfer(document["transfer"]),
             None if any(row["line"] for row in document["transfer"]["sizes"]) else "No size has a loss.",
         )
-    return drawn
-
-
-def _draw(label: str, draw: Callable[[], Figure], reason: str | None) -> Drawn:
-    return {"svg": None, "reason": reason} if reason else {"svg": inline(draw(), label), "reason": None}
+    return found
 
 
 def _curves(results: Results) -> list[tuple[dict[str, Any], Curve]]:

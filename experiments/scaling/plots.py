@@ -16,6 +16,7 @@ from experiments.report.style import (
     MUTED,
     ORANGE,
     PALETTE,
+    WIDTH,
     log_axis,
     new_figure,
     note,
@@ -134,7 +135,7 @@ def _draw_optimal(
 @styled
 def valleys(isoflop: IsoflopFit) -> Figure:
     """Loss over N for each budget, with its parabola and minimum; rejected budgets dashed and pale."""
-    figure = new_figure(7.0, 4.2)
+    figure = new_figure(WIDTH, 4.2)
     _draw_valleys(figure.subplots(), isoflop.valleys)
     return figure
 
@@ -151,7 +152,7 @@ def compute_optimal(
     others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
     budgets that no fit has seen.
     """
-    figure = new_figure(8.5, 3.8)
+    figure = new_figure(WIDTH, 3.8)
     left, right = figure.subplots(1, 2)
     _draw_optimal(left, "params", isoflop, parametric, others, measured)
     _draw_optimal(right, "tokens", isoflop, parametric, others, measured)
@@ -161,7 +162,7 @@ def compute_optimal(
 @styled
 def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Figure:
     """Valleys, N*(C) and D*(C) in one figure, as `isoflop scaling fit --plot` writes; one fit is enough."""
-    figure = new_figure(9.0, 7.4 if isoflop is not None else 3.8)
+    figure = new_figure(WIDTH, 7.4 if isoflop is not None else 3.8)
     if isoflop is not None:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1))
         _draw_valleys(figure.add_subplot(grid[0, :]), isoflop.valleys)
@@ -175,14 +176,14 @@ def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Fi
 
 @styled
 def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95) -> Figure:
-    """Measured over predicted loss; `held_out` are runs {params, tokens, loss} that the fit has not seen."""
+    """Measured over predicted loss: dots the fitted runs, stars `held_out` ones {params, tokens, loss} with intervals."""
     figure = new_figure(5.0, 4.6)
     axes = figure.subplots()
     table = fit.table
     predicted = fit.predict(table.params, table.tokens)
     everything = [predicted, table.loss]
-    axes.plot(predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4, label=f"{len(table)} runs fitted")
-    for i, run in enumerate(held_out):
+    axes.plot(predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4)
+    for run in held_out:
         centre = float(fit.predict(run["params"], run["tokens"]))
         low, high = fit.predict_interval(run["params"], run["tokens"], level)
         axes.errorbar(
@@ -195,7 +196,6 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
             markeredgecolor=INK,
             capsize=4,
             zorder=4,
-            label=None if i else f"held out, with the {level:g} % interval of its prediction",
         )
         everything.append(np.array([low, high, run["loss"]]))
     values = np.concatenate(everything)
@@ -204,14 +204,13 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
     axes.set(xlim=span, ylim=span, xlabel="predicted loss (nats per token)", ylabel="measured " + LOSS)
     axes.set_title("Measured and predicted")
     axes.set_aspect("equal")
-    axes.legend(loc="upper left")
     return figure
 
 
 @styled
 def residuals(fit: ParametricFit) -> Figure:
     """Relative residuals over N, D and C: a law of the right form leaves no trend."""
-    figure = new_figure(8.5, 3.2)
+    figure = new_figure(WIDTH, 3.4)
     axes = figure.subplots(1, 3, sharey=True)
     percent = -100 * fit.residuals  # measured above the law is positive
     pairs = (

@@ -45,7 +45,7 @@ class Step:
         return -2 if self.row.transposed else -1
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def shapes_of(config: ModelConfig) -> Shapes:
     """The shape of every leaf of the configuration's parameters; no array is made.
 

@@ -1,13 +1,17 @@
 """Every wrong call is one clear sentence on stderr and exit code 2, with nothing half-written."""
 
 import errno
+import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from experiments import cli
+from experiments.commands import doctor
 from train.checksums import CHECKSUMS, checksums
 from train.files import write_json
 
@@ -21,10 +25,24 @@ def refused(outcome: tuple[int, str, str], *words: str) -> None:
         assert word in error
 
 
-TRAIN = ("--steps", 2, "--batch-size", 2, "--seq-len", 16, "--evaluate-tokens", 64)
+TRAIN = ("--steps", 8, "--batch-size", 4, "--seq-len", 32, "--evaluate-tokens", 8192)
+
+
+@pytest.fixture(scope="module")
+def trained(isoflop, data, tmp_path_factory):
+    """A run, the call that made it, and what it wrote with --json."""
+    folder = tmp_path_factory.mktemp("trained")
+    call = ("train", "tiny", "--data", data, "--out", folder / "run", *TRAIN)
+    code, _, error = isoflop(*call, "--json", folder / "train.json")
+    assert code == 0, error
+    return folder / "run", call, json.loads((folder / "train.json").read_text())
 
 
 def test_help_at_every_level(isoflop):
+    code, out, _ = isoflop("--help")
+    assert code == 0
+    assert "Example" not in out, "the list of commands has a sentence of each"
+
     def visit(tree, path=()):
         for name, entry in tree.items():
             code, out, _ = isoflop(*path, name, "--help")
@@ -59,12 +77,12 @@ def test_sequence_longer_than_the_context(isoflop, data, tmp_path):
     refused(isoflop(*call), "seq_len=65", "max_seq_len=64")
 
 
-def test_run_made_with_another_config(isoflop, data, tmp_path):
-    call = ("train", "tiny", "--data", data, "--out", tmp_path / "run", *TRAIN)
-    assert isoflop(*call)[0] == 0
+def test_run_made_with_another_config(isoflop, trained, tmp_path):
+    run, call, _ = trained
     refused(isoflop(*call, "--seed", 5), "seed=0 there, 5 here")
-    make_older(tmp_path / "run" / "checkpoints" / "2")
-    refused(isoflop("generate", tmp_path / "run", "--prompt", "x"), "checkpoints/2 is of another version", "there")
+    shutil.copytree(run, tmp_path / "run")
+    make_older(tmp_path / "run" / "checkpoints" / "8")
+    refused(isoflop("generate", tmp_path / "run", "--prompt", "x"), "checkpoints/8 is of another version", "there")
 
 
 def make_older(checkpoint):
@@ -130,29 +148,26 @@ def test_a_bug_is_not_dressed_up_as_bad_input(isoflop, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_life_of_a_model(isoflop, data, tmp_path):
+def test_life_of_a_model(isoflop, trained, data, tmp_path):
     """train → eval → generate → bench, each with its numbers as JSON."""
-    out = tmp_path / "run"
-    call = ("train", "tiny", "--data", data, "--out", out, "--steps", 30, "--batch-size", 4, "--seq-len", 32)
-    assert isoflop(*call, "--json", tmp_path / "train.json")[0] == 0
-    trained = json.loads((tmp_path / "train.json").read_text())
-    code, text, _ = isoflop("eval", out, "--data", data, "--seq-len", 32, "--json", tmp_path / "eval.json")
+    run, _, result = trained
+    code, text, _ = isoflop("eval", run, "--data", data, "--seq-len", 32, "--json", tmp_path / "eval.json")
     assert code == 0
     evaluated = json.loads((tmp_path / "eval.json").read_text())
     assert "bits per byte" in text
     assert evaluated["tokens"] > 1000
-    assert evaluated["loss"] == pytest.approx(trained["validation_loss"], rel=0.05)  # not the same share of the split
+    assert evaluated["loss"] == pytest.approx(result["validation_loss"], rel=0.05)  # not the same share of the split
     prompts = ("--prompt", "The people of", "We")
-    code, text, _ = isoflop("generate", out, *prompts, "--max-new-tokens", 8, "--json", tmp_path / "text.json")
+    code, text, _ = isoflop("generate", run, *prompts, "--max-new-tokens", 4, "--json", tmp_path / "text.json")
     assert code == 0
     assert "The people of" in text
     assert len(json.loads((tmp_path / "text.json").read_text())["completions"]) == 2
-    grid = ("--batch", 1, 2, "--context", 8, "--steps", 4, "--repeats", 2)
-    assert isoflop("bench", "decode", out, *grid, "--json", tmp_path / "bench.json")[0] == 0
-    cells = json.loads((tmp_path / "bench.json").read_text())["cells"]
-    assert [(cell["batch"], cell["context"]) for cell in cells] == [(1, 8), (2, 8)]
-    assert all(cell["recompiles"] == 0 and cell["decode_tokens_per_second_aggregate"] > 0 for cell in cells)
-    refused(isoflop("bench", "decode", out, "--context", 64), "max_seq_len=64")
+    grid = ("--batch", 2, "--context", 8, "--steps", 4, "--repeats", 2)
+    assert isoflop("bench", "decode", run, *grid, "--json", tmp_path / "bench.json")[0] == 0
+    (cell,) = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    assert (cell["batch"], cell["context"], cell["recompiles"]) == (2, 8, 0)
+    assert cell["decode_tokens_per_second_aggregate"] > 0
+    refused(isoflop("bench", "decode", run, "--context", 64), "max_seq_len=64")
     refused(isoflop("generate", tmp_path, "--prompt", "x"), "is no model")
 
 
@@ -165,8 +180,41 @@ def test_models_are_shown(isoflop, tmp_path):
     assert "gpt2-small" in out
 
 
-def test_importing_the_floors_pulls_in_nothing_heavy():
-    heavy = {"matplotlib", "tyro", "sentencepiece", "pandas", "torch", "optuna", "grain", "train"}
-    code = f"import sys, model, infer; print(sorted({heavy} & set(sys.modules)))"
+def test_help_waits_for_nothing_heavy_and_floors_pull_in_nothing_optional():
+    code = """
+import sys
+from experiments import cli
+print(sorted({"jax", "numpy", "model", "rich", "matplotlib"} & set(sys.modules)))
+import model, infer
+print(sorted({"matplotlib", "sentencepiece", "pandas", "torch", "optuna", "grain", "train"} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.split("\n")[:2] == ["[]", "[]"]
+
+
+def test_the_doctor_tells_what_is_missing_and_what_it_is_for(isoflop, monkeypatch, tmp_path):
+    def broken():
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(doctor, "_devices", broken)
+    code, text, _ = isoflop("doctor", "--json", tmp_path / "doctor.json")
+    assert code == 0
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert found["devices"] == {"error": "RuntimeError: no driver"}
+    assert "RuntimeError: no driver" in text
+    assert found["check"]["right"]
+    assert found["versions"]["jax"] == importlib.metadata.version("jax")
+    assert found["extras"]["test"]["packages"]["pytest"] == pytest.__version__
+    assert {name: extra["enables"] for name, extra in found["extras"].items()} == doctor.ENABLES
+    for extra in found["extras"].values():
+        for package in (name for name, version in extra["packages"].items() if version is None):
+            assert re.search(rf"missing .*{package}", text)
+
+
+def test_a_shell_completes_commands_and_flags(isoflop, tmp_path):
+    (tmp_path / "isoflop.bash").write_text(isoflop("completion", "bash")[1])
+    ask = 'source isoflop.bash; COMP_WORDS=({words}); COMP_CWORD={place}; _tyro_isoflop; echo "${{COMPREPLY[@]}}"'
+    for words, found in (("isoflop sweep re", "replay report resume"), ("isoflop train --keep-b", "--keep-best")):
+        call = ["bash", "-c", ask.format(words=words, place=words.count(" "))]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == found.split(), done.stderr

@@ -17,11 +17,13 @@ SMALL = DEFAULT.replace(d_model=16, num_heads=2, num_layers=2, vocab_size=32, ma
 
 @pytest.fixture(scope="module")
 def check():
-    return coordinate_check(SMALL, (32, 8), steps=2, learning_rate=0.01, seeds=(0, 1))
+    return coordinate_check(SMALL, (32, 8), steps=2, learning_rate=0.01, seeds=(0, 1), parameterizations=("mup",))
 
 
-def test_a_row_for_every_size_and_parameterization(check):
-    assert [(row["parameterization"], row["size"]) for row in check["table"]] == [
+def test_a_row_for_every_size_and_parameterization(check, monkeypatch):
+    monkeypatch.setattr("experiments.coordcheck.trajectory", lambda *_: {"scale": 0, "change": 0, "loss": 0})
+    rows = coordinate_check(SMALL, (32, 8), steps=2)["table"]
+    assert [(row["parameterization"], row["size"]) for row in rows] == [
         ("standard", 8), ("standard", 32), ("mup", 8), ("mup", 32),
     ]  # fmt: skip
     for row in check["table"]:
@@ -37,13 +39,16 @@ def test_numbers_are_those_of_training_by_hand(check):
     train_config = TrainConfig(batch_size=4, seq_len=8, schedule="constant")
     hparams = HParams(learning_rate=0.01, weight_decay=0.0, clip_norm=0.0, seed=1)
     batch = random_batch(SMALL)
-    state = start = jax.jit(init_state, static_argnums=(0, 1))(made, train_config, hparams)
-    for _ in range(2):
-        state, _ = jax.jit(train_step, static_argnums=(0, 1))(made, train_config, state, batch, hparams)
+    state = jax.jit(init_state, static_argnums=(0, 1))(made, train_config, hparams)
+    params = jax.tree.map(jnp.copy, state.params)
+    for _ in range(2):  # donated as there, so that it is one program
+        state, _ = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)(
+            made, train_config, state, batch, hparams
+        )
     tokens = jnp.asarray(batch["tokens"])
     outputs = jax.jit(lambda params: forward(made, params, tokens, outputs=("hidden",)))
-    before, after = outputs(start.params), outputs(state.params)
-    row = check["table"][3]
+    before, after = outputs(params), outputs(state.params)
+    row = check["table"][1]
     size = lambda array: float(np.sqrt(np.mean(np.square(array))))
     assert row["scale"][1][2][1] == pytest.approx(size(after.hidden[1]), rel=1e-4)
     assert row["change"][1][2][2] == pytest.approx(size(after.hidden[2] - before.hidden[2]), rel=1e-4)

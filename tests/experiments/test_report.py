@@ -34,7 +34,7 @@ def few_draws(table):
 def quick(monkeypatch):
     """Figures are made but not turned into SVG, which takes most of the time."""
     monkeypatch.setattr(study_page, "fit_both", few_draws)
-    monkeypatch.setattr(study_page, "inline", lambda figure, label: "[figure]")
+    monkeypatch.setattr("experiments.report.page.inline", lambda figure, label: "[figure]")
 
 
 def ladder():
@@ -84,14 +84,14 @@ def made(folder):
             "beta2": beta,
             "seed": seed,
             "run": "r",
-            "status": "finished",
+            "state": "finished",
             "loss": 5 + np.log(rate / 0.013) ** 2 / 10 + 0.01 * seed + beta / 10,
         }
         for rate in rates
         for beta in betas
         for seed in (0, 1)
     ]
-    trials[-1] |= {"loss": None, "status": "diverged"}
+    trials[-1] |= {"loss": None, "state": "diverged"}
     split = {"documents": 238, "bytes": 1_000_000, "tokens": 400_000, "bytes_per_token": 2.5, "shards": []}
     predicted = {"loss": 2.3456, "interval": [2.3, 2.4], "measured": 2.3789, "relative_error": 0.0142, "inside": True}
     cell = {
@@ -309,7 +309,7 @@ def test_one_seed_and_no_winner(tmp_path, document):
     one = [trial for trial in sweep["trials"] if trial["seed"] == 0]
     document["sweep"] |= summarize(sweep["axes"], one)
     assert "one seed per setting" in words(page(tmp_path, document))
-    document["sweep"] |= summarize(sweep["axes"], [trial | {"loss": None, "status": "diverged"} for trial in one])
+    document["sweep"] |= summarize(sweep["axes"], [trial | {"loss": None, "state": "diverged"} for trial in one])
     said = words(page(tmp_path, document))
     assert "every setting lost a run to divergence" in said
     assert "No trial has a loss." in said

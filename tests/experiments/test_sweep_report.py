@@ -103,7 +103,7 @@ def few_draws(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Figures are made but not turned into SVG, which takes most of the time."""
-    monkeypatch.setattr(sweep_page, "inline", lambda figure, label: "[figure]")
+    monkeypatch.setattr("experiments.report.page.inline", lambda figure, label: "[figure]")
 
 
 @pytest.mark.slow

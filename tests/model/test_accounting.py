@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,6 @@ PLAIN = ModelConfig(
 GATED = ModelConfig(
     vocab_size=1024, d_model=192, num_layers=2, num_heads=6, num_kv_heads=2, max_seq_len=256, scan_layers=False
 )
-
-
 BERT = PLAIN.replace(
     stack="encoder",
     norm_placement="post",
@@ -56,7 +53,9 @@ T5 = ModelConfig(
     scan_layers=False,
 )
 LATENT = GATED.replace(num_kv_heads=None, latent=Latent(kv_rank=40, nope_dim=32, rope_dim=16, v_dim=24))
-LATENT_QUERY = GATED.replace(num_kv_heads=None, latent=Latent(40, 32, 16, 24, q_rank=56), tie_embeddings=False)
+LATENT_QUERY = GATED.replace(
+    num_layers=1, num_kv_heads=None, latent=Latent(40, 32, 16, 24, q_rank=56), tie_embeddings=False
+)
 WINDOWS = GATED.replace(num_layers=3, sliding_window=32, layer_pattern=("local", "local", "global"), qk_norm=True)
 # At a capacity factor of 1 the experts' batches have as many rows as there are choices: padding is not booked.
 EXPERTS = GATED.replace(
@@ -71,18 +70,10 @@ EXPERTS = GATED.replace(
         capacity_factor=1.0,
     )
 )
-CLASSIFIER = BERT.replace(head="classifier", num_labels=5, pooler=True)
-SCALAR = PLAIN.replace(head="scalar")
-HEADLESS = BERT.replace(head="none", pooler=True)
+CLASSIFIER = BERT.replace(num_layers=1, head="classifier", num_labels=5, pooler=True)
+SCALAR = PLAIN.replace(num_layers=1, head="scalar")
+HEADLESS = BERT.replace(num_layers=1, head="none", pooler=True)
 ALL = [PLAIN, GATED, BERT, T5, LATENT, LATENT_QUERY, WINDOWS, EXPERTS, CLASSIFIER, SCALAR, HEADLESS]
-
-
-def test_gpt2_small_has_the_published_count():
-    """124,439,808: the parameters of OpenAI's 124M model and of Hugging Face's `openai-community/gpt2`."""
-    books = accounting.parameters(presets.get("gpt2-small"))
-    assert books.total == 124_439_808
-    assert books.embedding == (50_257 + 1024) * 768
-    assert books.non_embedding == books.active - books.embedding == 85_056_000
 
 
 def group_of(path):
@@ -123,11 +114,11 @@ ODD = [
     BERT.replace(tie_embeddings=False, pooler=True, norm_placement="pre"),
     CLASSIFIER.replace(pooler=False, head_bias=False, num_token_types=0),
 ]
-PRESETS = ["tiny", "flash-moe", "gpt1", "bert-base", "gpt2-small", "t5-small", "llama3.2-1b", "mistral-7b"]
-PRESETS += ["mixtral-8x7b", "qwen2-0.5b", "qwen3-30b-a3b", "gemma3-270m", "deepseek-v2-lite"]
+PRESETS = {name: presets.get(name) for name in presets.names() if not name.startswith("study-")}
+REPEATED = [pytest.param(config, marks=pytest.mark.long, id=name) for name, config in PRESETS.items()]
 
 
-@pytest.mark.parametrize("config", [*ALL, *ODD, *map(presets.get, PRESETS)])
+@pytest.mark.parametrize("config", [*ALL, *ODD, PRESETS["flash-moe"], PRESETS["t5-small"], *REPEATED])
 def test_the_books_are_those_of_the_arrays(config):
     """Parameters are counted without tracing `init`, which takes a second; every group of every kind must agree."""
     books = accounting.parameters(config)
@@ -228,7 +219,7 @@ def programs(config, batch, seq):
     return {False: run, True: jax.value_and_grad(loss)}, (params, inputs)
 
 
-CASES = [(config, 2, 128) for config in ALL] + [(PLAIN, 1, 256), (GATED, 1, 256), (T5, 1, 192), (LATENT, 1, 256)]
+CASES = [(config, 2, 64) for config in ALL] + [(T5, 1, 96)]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -244,15 +235,17 @@ def test_exact_counts_every_product(config, batch, seq, training):
     assert products == pytest.approx(ours, rel=1e-12 if config.experts is None else 1e-4)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("config", "batch", "seq", "excess"),
+    ("config", "batch", "seq", "excess", "training"),
     [
-        (PLAIN, 2, 128, 0.025),
-        (GATED, 1, 256, 0.02),
-        (BERT, 2, 128, 0.025),
-        (T5, 2, 128, 0.025),
-        (LATENT, 1, 256, 0.025),
+        (PLAIN, 2, 128, 0.025, False),
+        (PLAIN, 2, 128, 0.025, True),
+        (GATED, 1, 256, 0.02, True),
+        (T5, 2, 128, 0.025, True),
+        pytest.param(GATED, 1, 256, 0.02, False, marks=pytest.mark.long),
+        pytest.param(BERT, 2, 128, 0.025, True, marks=pytest.mark.long),
+        pytest.param(T5, 2, 128, 0.025, False, marks=pytest.mark.long),
+        pytest.param(LATENT, 1, 256, 0.025, True, marks=pytest.mark.long),
     ],
 )
 def test_xla_counts_the_products_and_the_elementwise_work(config, batch, seq, excess, training):
@@ -286,11 +279,6 @@ def test_an_encoder_keeps_no_cache():
     assert accounting.serving_bytes(BERT, 3, 40, "float32") == {"weights": accounting.parameter_bytes(BERT), "cache": 0}
 
 
-def test_latent_attention_caches_the_published_size():
-    """DeepSeek-V2, section 2.1.4: kv_rank + rope_dim elements per token and layer, for V2-Lite 512 + 64."""
-    assert accounting.kv_cache_bytes(presets.get("deepseek-v2-lite"), 1, 1000, "bfloat16") == 27 * 1000 * 576 * 2
-
-
 def test_training_takes_sixteen_bytes_per_parameter():
     """Parameters, gradients and two moments of four bytes each (Rajbhandari et al. 2020, section 3.1, in float32)."""
     assert sum(accounting.training_bytes(GATED).values()) == 16 * accounting.parameters(GATED).total
@@ -310,19 +298,3 @@ def test_routed_experts_count_as_often_as_a_token_passes_them():
     )
     assert active(4, 8) - active(2, 8) == 2 * 3 * 192 * 64
     assert active(2, 16) - active(2, 8) == 8 * 192  # the router's
-
-
-def test_a_model_of_530_billion_is_booked_at_once():
-    config = presets.get("mt-nlg-530b")
-    accounting.parameters.cache_clear()
-    start = time.perf_counter()
-    accounting.parameters(config)
-    training = accounting.flops_per_token(config, 2048, "exact")
-    cache = accounting.kv_cache_bytes(config, 8, 2048, "bfloat16")
-    seconds = time.perf_counter() - start
-    assert seconds < 2
-    # Narayanan et al. 2021, section 3, without recomputation: 72 s l h² (1 + s/6h + V/12lh) per sequence of s.
-    layers, width, seq = 105, 20_480, 2048
-    expected = 72 * layers * width**2 * (1 + seq / (6 * width) + 51_200 / (12 * layers * width))
-    assert training == pytest.approx(expected, rel=1e-12)
-    assert cache == 2 * layers * 8 * seq * width * 2

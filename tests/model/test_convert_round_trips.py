@@ -1,4 +1,4 @@
-"""What is saved is what was loaded, in every precision, sharded or not, tied or not, and nothing is half written."""
+"""What is saved is what was loaded, in every precision, in shards or not, and nothing is half written."""
 
 import json
 import shutil
@@ -14,16 +14,6 @@ from model import Experts, InputError, ModelConfig, init, presets
 from model.convert import convert, huggingface, load_hf, save_hf
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
-NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_loading_what_was_saved_gives_the_same_model(name, tmp_path, hf, assert_same):
-    loaded = hf(name)
-    save_hf(*loaded, tmp_path / "saved")
-    assert_same(loaded, load_hf(tmp_path / "saved"))
-    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved["architectures"] == json.loads((FIXTURES / name / "config.json").read_text())["architectures"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])  # stored as float32, float16 and bfloat16

@@ -71,6 +71,13 @@ def corpus():
     return [" ".join(generator.choices(WORDS, k=20)) for _ in range(200)]
 
 
+def finish(writer):
+    """Write what a file without tensors holds."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 def write(path, tokens, types, *, model="gpt2", pre=None, merges=None, scores=None, endianess=None, **more):
     """A GGUF file of a tokenizer and no tensors; `more` are keys below tokenizer.ggml."""
     writer = gguf.GGUFWriter(path, "llama", endianess=endianess or gguf.GGUFEndian.LITTLE)
@@ -88,9 +95,7 @@ def write(path, tokens, types, *, model="gpt2", pre=None, merges=None, scores=No
     for key, value in more.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, bytes: writer.add_array}[type(value)]
         add(f"tokenizer.ggml.{key}", list(value) if isinstance(value, bytes) else value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -321,10 +326,7 @@ def test_bad_files(tmp_path, gpt2):
 
     write(file, ["a"], [NORMAL], model="rwkv")
     refused("is of the kind 'rwkv'; known are gpt2, llama, t5")
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(gguf.GGUFWriter(file, "llama"))
     refused("holds no tokenizer")
     write_bpe(file, gpt2, pre="mystery")
     refused("pre-tokenizer 'mystery' is unknown; known are .*gpt-2.*llama-bpe.*qwen2.*smollm")

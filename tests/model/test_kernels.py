@@ -1,5 +1,7 @@
 """Every way to compute attention gives what plain XLA gives; and what is kept for the backward pass changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from model import InputError, ModelConfig, forward, init
 
-CONFIG = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=64)
+CONFIG = ModelConfig(vocab_size=32, d_model=32, num_layers=4, num_heads=4, num_kv_heads=2, max_seq_len=64)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 64)), jnp.int32)
 SEGMENTS = jnp.asarray(np.repeat([[1, 2, 2, 3], [1, 1, 2, 0]], 16, axis=1), jnp.int32)
 
@@ -18,8 +20,13 @@ def loss(config, params, segment_ids):
     return jnp.mean(jnp.square(logits) * real)
 
 
-def value_and_gradient(config, params, segment_ids):
-    return jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)(config, params, segment_ids)
+@functools.cache
+def value_and_gradient(config, whole=True):
+    """(The loss and its gradient, bytes of temporary memory) of whole rows or of packed ones; compiled once."""
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    segment_ids = None if whole else SEGMENTS
+    program = jax.jit(jax.value_and_grad(lambda params: loss(config, params, segment_ids))).lower(shapes).compile()
+    return program, program.memory_analysis().temp_size_in_bytes
 
 
 def assert_same(one, other, tolerance=2e-5):
@@ -27,27 +34,25 @@ def assert_same(one, other, tolerance=2e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * float(jnp.abs(b).max()), rtol=0)
 
 
-@pytest.fixture(scope="module")
-def params():
-    return init(CONFIG, jax.random.key(0))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["whole", "segments"])
-def test_pallas_equals_xla(params, segment_ids):
-    plain = value_and_gradient(CONFIG.replace(attention_kernel="xla"), params, segment_ids)
-    assert_same(value_and_gradient(CONFIG.replace(attention_kernel="pallas"), params, segment_ids), plain)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "segments"])
+def test_pallas_equals_xla(whole, random_params):
+    params = random_params(CONFIG)
+    plain, _ = value_and_gradient(CONFIG, whole)
+    fused, _ = value_and_gradient(CONFIG.replace(attention_kernel="pallas"), whole)
+    assert_same(fused(params), plain(params))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["whole", "segments"])
-def test_cudnn_equals_xla(segment_ids, window):
-    config = CONFIG.replace(compute_dtype="bfloat16", sliding_window=window)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "segments"])
+def test_cudnn_equals_xla(whole, window):
+    config = CONFIG.replace(num_layers=2, compute_dtype="bfloat16", sliding_window=window)
     params = init(config, jax.random.key(0))
-    plain = value_and_gradient(config.replace(attention_kernel="xla"), params, segment_ids)
-    assert_same(value_and_gradient(config.replace(attention_kernel="cudnn"), params, segment_ids), plain, 3e-2)
+    plain, _ = value_and_gradient(config.replace(attention_kernel="xla"), whole)
+    fused, _ = value_and_gradient(config.replace(attention_kernel="cudnn"), whole)
+    assert_same(fused(params), plain(params), 3e-2)
 
 
 @pytest.mark.parametrize(
@@ -64,24 +69,20 @@ def test_what_cannot_be_is_said(change, message):
         jax.eval_shape(lambda: forward(config, init(config.replace(attention_kernel="xla"), jax.random.key(0)), TOKENS))
 
 
-def test_weights_softcap_and_the_like_take_xla(params):
+def test_weights_softcap_and_the_like_take_xla(random_params):
     config = CONFIG.replace(attention_kernel="pallas")
-    assert forward(config, params, TOKENS, outputs=("attention",)).attention.shape == (2, 2, 4, 64, 64)
+    run = functools.partial(forward, config, outputs=("attention",))
+    assert jax.eval_shape(run, random_params(CONFIG), TOKENS).attention.shape == (4, 2, 4, 64, 64)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_no_number(params, remat, scan_layers):
-    config = CONFIG.replace(scan_layers=scan_layers)
-    assert_same(value_and_gradient(config.replace(remat=remat), params, None), value_and_gradient(config, params, None))
+@pytest.mark.parametrize(("scan_layers", "remat"), [(True, "full"), (True, "dots"), (False, "dots")])
+def test_remat_changes_no_number(remat, scan_layers, random_params):
+    config, params = CONFIG.replace(scan_layers=scan_layers), random_params(CONFIG)
+    (plain, _), (saving, _) = value_and_gradient(config), value_and_gradient(config.replace(remat=remat))
+    assert_same(saving(params), plain(params))
 
 
 def test_remat_keeps_less():
-    """In float32 at 8 layers: a layer's activations need not outlive it."""
-    config = CONFIG.replace(num_layers=8)
-    params = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    temporary = {}
-    for remat in ("none", "dots", "full"):
-        step = jax.jit(jax.grad(loss, argnums=1), static_argnums=0).lower(config.replace(remat=remat), params, None)
-        temporary[remat] = step.compile().memory_analysis().temp_size_in_bytes
+    """In float32: a layer's activations need not outlive it."""
+    temporary = {remat: value_and_gradient(CONFIG.replace(remat=remat))[1] for remat in ("none", "dots", "full")}
     assert temporary["full"] < temporary["dots"] < temporary["none"]

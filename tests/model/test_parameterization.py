@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model import Experts, ModelConfig, apply, init
-from model.parameterization import names_of, output_multiplier, rate_multipliers, role_of
+from model.parameterization import initializer, names_of, output_multiplier, rate_multipliers, role_of
 from train import HParams, TrainConfig
 from train.optimizer import ORTHOGONALIZED, make_optimizer
 
@@ -46,8 +46,8 @@ def test_mup_at_its_base_is_standard():
     for family in ("adam", "sgd", "muon"):
         assert set(rates(at_base, family).values()) == {1.0}
     params = init(STANDARD, key)
-    tokens = jnp.arange(16).reshape(2, 8)
-    np.testing.assert_array_equal(apply(STANDARD, params, tokens), apply(at_base, params, tokens))
+    tokens, run = jnp.arange(16).reshape(2, 8), jax.jit(apply, static_argnums=0)
+    np.testing.assert_array_equal(run(STANDARD, params, tokens), run(at_base, params, tokens))
 
 
 def test_standard_learns_at_one_rate():
@@ -55,6 +55,7 @@ def test_standard_learns_at_one_rate():
         assert set(rates(STANDARD, family).values()) == {1.0}
 
 
+QUICK = {("deep", "adamw"), ("mup", "sgd"), ("deep", "muon")}
 LAYER = "layers/dense/"
 # w = 4 and l = 2.
 EXPECTED = {
@@ -82,7 +83,7 @@ def test_learning_rates_by_hand(family):
 def test_a_router_is_a_readout_that_does_not_start_at_zero():
     assert rates(EXPERTS, "adam")["layers/experts/feed_forward/router/weight"] == 1 / 4
     assert rates(EXPERTS, "sgd")["layers/experts/feed_forward/shared_gate/weight"] == 1 / 4
-    weight = by_path(init(EXPERTS, jax.random.key(0)))["layers/experts/feed_forward/router/weight"]
+    weight = initializer(EXPERTS, "router", 32)(jax.random.key(0), (32, 4))
     assert np.asarray(weight).std() == pytest.approx((32 * 4) ** -0.5, rel=0.1)
 
 
@@ -101,8 +102,14 @@ def test_scales_at_the_start_depend_on_what_the_table_says():
     assert std(LAYER + "attention/output/weight") == pytest.approx((2 * 2 * 128) ** -0.5, rel=0.05), "base depth"
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("config", [STANDARD, MUP, DEEP], ids=["standard", "mup", "deep"])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        pytest.param(config, name, marks=[] if (width, name) in QUICK else pytest.mark.long, id=f"{width}-{name}")
+        for width, config in {"standard": STANDARD, "mup": MUP, "deep": DEEP}.items()
+        for name in ("adamw", "sgd", "muon")
+    ],
+)
 def test_decay_is_the_same_at_every_width(name, config):
     """With no gradient a step takes learning_rate · weight_decay off every matrix, and nothing off vectors."""
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes(config))
@@ -114,9 +121,11 @@ def test_decay_is_the_same_at_every_width(name, config):
         np.testing.assert_array_equal(update, 0.0 if role == "vector" else 0.25, err_msg=path)
 
 
-def one_update(config, name, params, grads):
+@functools.cache
+def update_of(config, name):
+    """One update from a fresh state, of given parameters by given gradients: compiled once."""
     optimizer = make_optimizer(config, TrainConfig(optimizer=name), HParams(weight_decay=0.0, beta1=0.5, epsilon=1e-12))
-    return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
+    return jax.jit(lambda params, grads: optimizer.update(grads, optimizer.init(params), params)[0])
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +139,7 @@ def gradients():
 def test_updates_are_multiplied_by_the_table(gradients, name, family):
     config, grads = gradients
     standard = config.replace(parameterization="standard")
-    plain, scaled = (by_path(one_update(made, name, grads, grads)) for made in (standard, config))
+    plain, scaled = (by_path(update_of(made, name)(grads, grads)) for made in (standard, config))
     for path, rate in rates(config, family).items():
         np.testing.assert_allclose(scaled[path], rate * plain[path], rtol=1e-6, err_msg=path)
 
@@ -138,11 +147,11 @@ def test_updates_are_multiplied_by_the_table(gradients, name, family):
 def test_sgd_is_momentum(gradients):
     config, grads = gradients
     optimizer = make_optimizer(STANDARD, TrainConfig(optimizer="sgd"), HParams(weight_decay=0.0, beta1=0.5))
-    state = optimizer.init(grads)
+    state, update = optimizer.init(grads), jax.jit(optimizer.update)
     for factor in (1.0, 1.5, 1.75):
-        updates, state = optimizer.update(grads, state, grads)
-        for update, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
-            np.testing.assert_allclose(update, factor * grad, rtol=1e-5)
+        updates, state = update(grads, state, grads)
+        for made, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(made, factor * grad, rtol=1e-5)
     assert config.parameterization == "mup"
 
 
@@ -160,7 +169,7 @@ def test_muon_orthogonalises_every_matrix_on_its_own(gradients):
         return (sizes * (left * np.linspace(1, 0.2, values.shape[-1])) @ right).astype(np.float32)
 
     grads = jax.tree.map(conditioned, grads)
-    made, adam = (by_path(one_update(config, name, grads, grads)) for name in ("muon", "adamw"))
+    made, adam = (by_path(update_of(config, name)(grads, grads)) for name in ("muon", "adamw"))
     seen = 0
     for path, update in made.items():
         if role_of(tuple(path.split("/"))) not in ORTHOGONALIZED:

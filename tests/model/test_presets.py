@@ -1,5 +1,7 @@
 """Presets of released models have the released parameters: by the published count, and by hand from the shapes."""
 
+import time
+
 import pytest
 
 from model import accounting, presets
@@ -168,3 +170,32 @@ def test_an_unknown_preset_lists_the_close_ones():
         presets.get("llama-2-70b")
     with pytest.raises(KeyError, match="mixtral-8x7b"):
         presets.lookup("mixtral-7b")
+
+
+def test_gpt2_small_has_the_published_count():
+    """124,439,808: the parameters of OpenAI's 124M model and of Hugging Face's `openai-community/gpt2`."""
+    books = accounting.parameters(presets.get("gpt2-small"))
+    assert books.total == 124_439_808
+    assert books.embedding == (50_257 + 1024) * 768
+    assert books.non_embedding == books.active - books.embedding == 85_056_000
+
+
+def test_latent_attention_caches_the_published_size():
+    """DeepSeek-V2, section 2.1.4: kv_rank + rope_dim elements per token and layer, for V2-Lite 512 + 64."""
+    assert accounting.kv_cache_bytes(presets.get("deepseek-v2-lite"), 1, 1000, "bfloat16") == 27 * 1000 * 576 * 2
+
+
+def test_a_model_of_530_billion_is_booked_at_once():
+    config = presets.get("mt-nlg-530b")
+    accounting.parameters.cache_clear()
+    start = time.perf_counter()
+    accounting.parameters(config)
+    training = accounting.flops_per_token(config, 2048, "exact")
+    cache = accounting.kv_cache_bytes(config, 8, 2048, "bfloat16")
+    seconds = time.perf_counter() - start
+    assert seconds < 2
+    # Narayanan et al. 2021, section 3, without recomputation: 72 s l h² (1 + s/6h + V/12lh) per sequence of s.
+    layers, width, seq = 105, 20_480, 2048
+    expected = 72 * layers * width**2 * (1 + seq / (6 * width) + 51_200 / (12 * layers * width))
+    assert training == pytest.approx(expected, rel=1e-12)
+    assert cache == 2 * layers * 8 * seq * width * 2

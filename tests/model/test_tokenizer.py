@@ -11,20 +11,7 @@ from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.data.tokenizer_training import MIN_VOCAB_SIZE, TextSample, train_tokenizer
 
-WORDS = [
-    "the",
-    "people",
-    "of",
-    "this nation",
-    "and",
-    "their",
-    "government",
-    "1234",
-    "été",
-    "日本",
-    "",
-    "glad",
-]
+WORDS = ["the", "people", "of", "this nation", "and", "their", "government", "1234", "été", "日本", "", "glad"]
 
 
 def corpus(documents=200, seed=0):

@@ -1,5 +1,9 @@
-"""Shared by the tests of training: what a run recorded, and a program that ends in the middle of one."""
+"""Shared by the tests of training: what a run recorded, a program that ends in the middle of one, many devices."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -37,3 +41,18 @@ def crash():
                 yield
 
     return at
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices():
+    """Arguments of Python → the JSON that a process with eight CPU devices prints last."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+
+    def run(*arguments):
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

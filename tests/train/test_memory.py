@@ -17,8 +17,8 @@ from train.metrics import read_metrics
 from train.microbatch import choose_cuts
 from train.plan import Plan
 
-CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=64, rope_base=9_005.0)
-TRAIN = TrainConfig(batch_size=16, seq_len=64, norms=False)
+CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_005.0)
+TRAIN = TrainConfig(batch_size=16, seq_len=32, norms=False)
 STEPS = 4
 
 
@@ -79,7 +79,7 @@ def test_a_run_in_cuts_is_the_run(data, tmp_path, whole, shell, capsys):
     cut = losses(data, tmp_path / "run", memory=memory, announce=True, **shell)
     np.testing.assert_allclose(cut, whole, rtol=1e-5)
     said = capsys.readouterr().err
-    assert "for 16 × 64 tokens in 4 cuts" in said
+    assert "for 16 × 32 tokens in 4 cuts" in said
     assert f"{of_cuts(4).total / 2**20:.1f} MiB of {memory / 2**20:.1f} MiB per device" in said
 
 

@@ -14,6 +14,7 @@ from train import HParams, Shell, TrainConfig, train
 from train.data import load_manifest
 from train.metrics import TIMING_FIELDS, read_metrics
 from train.norms import groups_of
+from train.trace import Trace
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_006.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16)
@@ -152,12 +153,18 @@ def test_without_weights_and_biases_it_is_said(data, tmp_path, monkeypatch):
         train(CONFIG, TRAIN, HParams(), data=data, run=tmp_path, steps=STEPS, shell=Shell(wandb="a project"))
 
 
-@pytest.mark.parametrize("steps", [STEPS, 7])
-def test_a_trace_is_written(run, data, tmp_path, steps):
+def test_a_trace_is_written(run):
+    assert list((run[0] / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(12, ["begun", "ended"]), (7, ["begun", "ended"]), (4, [])])
+def test_a_trace_that_is_begun_is_ended_once(monkeypatch, tmp_path, steps, wanted):
     """Also where the run ends within it."""
-    folder = run[0]
-    if steps != STEPS:
-        folder = tmp_path
-        shell = Shell(evaluate_tokens=128, profile=True)
-        train(CONFIG, TRAIN, HParams(), data=data, run=folder, steps=steps, shell=shell)
-    assert list((folder / "profile").rglob("*.xplane.pb"))
+    happened = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: happened.append("begun"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: happened.append("ended"))
+    trace = Trace(tmp_path)
+    for _ in range(steps):
+        trace.step(None)
+    trace.close(None)
+    assert happened == wanted

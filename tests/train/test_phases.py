@@ -207,7 +207,7 @@ def test_steps_fit_the_plan():
 
 
 def test_the_example_in_the_docs_is_a_plan():
-    phases = json.loads((Path(__file__).parents[2] / "docs" / "phases.json").read_text(encoding="utf-8"))
+    phases = json.loads((Path(__file__).parents[2] / "experiments/configs/phases.json").read_text(encoding="utf-8"))
     plan = Plan.of(TrainConfig(phases=phases))
     assert [stage.batch_size for stage in plan.stages] == [2, 2, 4, 8, 8, 4]
     assert plan.stages[-1].rope_base == 40_000

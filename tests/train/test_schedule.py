@@ -1,4 +1,4 @@
-"""Schedules against their closed forms; `tests/train/test_step.py` has those of the plain ones."""
+"""Schedules are their formulas, end where they say, and compile nothing."""
 
 import functools
 import math
@@ -24,6 +24,37 @@ def rates(schedule, steps, **values):
 @functools.cache
 def over_steps(schedule):
     return jax.jit(jax.vmap(functools.partial(learning_rate, schedule), in_axes=(None, 0)))
+
+
+def by_hand(schedule, step, peak, warmup, total, decay_fraction, final):
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
+    if schedule == "constant":
+        return peak * warm
+    if schedule == "linear":
+        return peak * warm * ((1 - progress) + final * progress)
+    if schedule == "cosine":
+        return peak * warm * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
+    decay_start = total * (1 - decay_fraction)
+    falling = min(max((step - decay_start) / (total - decay_start), 0.0), 1.0)
+    return peak * warm * (1 - falling + final * falling)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_schedules_are_their_formulas(schedule):
+    steps = (0, 1, 9, 10, 11, 39, 41, 45, 50, 79, 80, 81, 99, 100, 1000)
+    compiled = over_steps(schedule)._cache_size()
+    for warmup, total, final in ((0, 100, 0.1), (10, 100, 0.0), (40, 50, 0.5)):
+        values = {"warmup_steps": warmup, "total_steps": total, "final_fraction": final, "decay_fraction": 0.2}
+        expected = [by_hand(schedule, step, 0.01, warmup, total, 0.2, final) for step in steps]
+        np.testing.assert_allclose(rates(schedule, steps, **values), expected, rtol=1e-5, atol=1e-9)
+    assert over_steps(schedule)._cache_size() == compiled + 1
+
+
+def test_schedules_end_where_they_say():
+    for schedule in ("linear", "cosine", "wsd"):
+        made = rates(schedule, (9, 100, 5000), total_steps=100, warmup_steps=10, final_fraction=0.1)
+        np.testing.assert_allclose(made, [0.01, 0.001, 0.001], rtol=1e-5)
 
 
 def test_inverse_sqrt_falls_with_the_root_of_the_step():

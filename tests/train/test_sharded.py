@@ -6,9 +6,6 @@ The training itself runs in processes with eight CPU devices (sharded.py); here 
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -22,9 +19,8 @@ from train import HParams, Shell, TrainConfig, init_state, population, train
 from train.config import Optimizer
 from train.metrics import read_metrics
 
-STEPS = 20
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
-TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)  # as in test_run, whose program one device has then
+TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, norms=False)
 RUN = """
 import json, sys
 from model import ModelConfig
@@ -38,41 +34,41 @@ lanes = [HParams(**hparams) for hparams in lanes]
 results = population(config, train_config, lanes, data=data, runs=runs, steps=steps, shell=shell)
 print(json.dumps([result.validation_loss for result in results]))
 """
-
-
+SCRIPT = Path(__file__).with_name("sharded.py")
 ALONE = ("data=8", "fsdp=8", "tensor=8", "sequence=8")
 
 
-def on_eight_devices(*arguments):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_on_eight_devices(hparams, steps, mesh, data, runs):
+@pytest.fixture
+def population_on_eight_devices(on_eight_devices, data):
     """The validation losses of runs on a mesh."""
-    settings = [CONFIG.to_dict(), TRAIN_CONFIG.to_dict(), [lane.to_dict() for lane in hparams], steps, mesh]
-    return on_eight_devices("-c", RUN, *map(json.dumps, settings), str(data), *map(str, runs))
+
+    def run(hparams, steps, mesh, runs):
+        settings = [CONFIG.to_dict(), TRAIN_CONFIG.to_dict(), [lane.to_dict() for lane in hparams], steps, mesh]
+        return on_eight_devices("-c", RUN, *map(json.dumps, settings), data, *runs)
+
+    return run
 
 
-def assert_one_device_is_equalled(model, *meshes):
-    script = Path(__file__).with_name("sharded.py")
-    found = on_eight_devices(str(script), model, str(STEPS), "data=1", *meshes)
-    one, _ = found.pop("data=1")
-    assert len(one) == STEPS
-    assert one[-1] < one[0] / 2  # it learns: losses of steps that change nothing would agree too
-    assert set(found) == set(meshes)
-    for mesh, (losses, share) in found.items():
-        np.testing.assert_allclose(losses, one, rtol=1e-4, err_msg=mesh)
-        if mesh == "fsdp=8":
-            assert share <= 1 / 8 + 0.05
+@pytest.fixture
+def assert_one_device_is_equalled(on_eight_devices):
+    def check(model, *meshes, steps=20):
+        found = on_eight_devices(SCRIPT, model, steps, "data=1", *meshes)
+        one, _ = found.pop("data=1")
+        assert len(one) == steps
+        assert one[-1] < one[0] / 2  # it learns: losses of steps that change nothing would agree too
+        assert set(found) == set(meshes)
+        for mesh, (losses, share) in found.items():
+            np.testing.assert_allclose(losses, one, rtol=1e-4, err_msg=mesh)
+            if mesh == "fsdp=8":
+                assert share <= 1 / 8 + 0.05
+
+    return check
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_losses_of_one_device():
-    """With the run below every axis is there once."""
-    assert_one_device_is_equalled("experts", "fsdp=2,expert=2,sequence=2")
+def test_a_mesh_gives_the_losses_of_one_device(assert_one_device_is_equalled):
+    """Axes over which only some of the devices agree; the others, and each alone, take longer."""
+    assert_one_device_is_equalled("experts", "fsdp=2,expert=2,sequence=2", steps=10)
 
 
 @pytest.mark.long
@@ -88,14 +84,14 @@ def test_a_mesh_gives_the_losses_of_one_device():
     ],
     ids=["dense", "experts", "capacity"],
 )
-def test_so_do_the_others(model, meshes):
+def test_so_do_the_others(assert_one_device_is_equalled, model, meshes):
     assert_one_device_is_equalled(model, *meshes)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("meshes", [("population=8",), ("population=4,fsdp=2", "population=2,tensor=4")])
-def test_lanes_over_devices_are_the_lanes_of_one(meshes):
-    found = on_eight_devices(str(Path(__file__).with_name("sharded.py")), "lanes", "10", "data=1", *meshes)
+def test_lanes_over_devices_are_the_lanes_of_one(on_eight_devices, meshes):
+    found = on_eight_devices(SCRIPT, "lanes", 10, "data=1", *meshes)
     one, _ = found.pop("data=1")
     for mesh, (losses, groups) in found.items():
         np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=mesh)
@@ -106,11 +102,11 @@ def test_lanes_over_devices_are_the_lanes_of_one(meshes):
 
 
 @pytest.mark.long
-def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
+def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path, population_on_eight_devices):
     hparams, shell = HParams(learning_rate=1e-2), Shell(mesh={"data": 1}, evaluate_tokens=512)
     one = train(CONFIG, TRAIN_CONFIG, hparams, data=data, run=tmp_path / "one", steps=10, shell=shell)
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    (validation_loss,) = run_on_eight_devices([hparams], 10, mesh, data, [tmp_path / "eight"])
+    (validation_loss,) = population_on_eight_devices([hparams], 10, mesh, [tmp_path / "eight"])
     assert validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("eight", "one")]
     assert len(losses[0]) == 10
@@ -118,7 +114,7 @@ def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path):
 
 
 @pytest.mark.long
-def test_a_population_over_devices_ends_as_on_one(data, tmp_path):
+def test_a_population_over_devices_ends_as_on_one(data, tmp_path, population_on_eight_devices):
     """With padding, lanes that end early and are compacted away, evaluation, checkpoints and their return."""
     steps = [2, 2, 8, 2, 4, 10]
     lanes = [HParams(learning_rate=2e-3 * (i + 1), seed=i, total_steps=20) for i in range(6)]
@@ -127,7 +123,7 @@ def test_a_population_over_devices_ends_as_on_one(data, tmp_path):
     for more in (0, 2):  # and go on
         steps = [number + more for number in steps]
         one = population(CONFIG, TRAIN_CONFIG, lanes, data=data, runs=runs[0], steps=steps, shell=shell)
-        eight = run_on_eight_devices(lanes, steps, mesh, data, runs[1])
+        eight = population_on_eight_devices(lanes, steps, mesh, runs[1])
         np.testing.assert_allclose(eight, [result.validation_loss for result in one], rtol=1e-5)
 
 

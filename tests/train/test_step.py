@@ -1,7 +1,6 @@
 """A training step is the textbook's: schedules, AdamW, clipping, loss, and hyperparameters that compile nothing."""
 
 import functools
-import json
 import math
 
 import jax
@@ -10,18 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from model import InputError, ModelConfig, apply, init
+from model import ModelConfig, apply, init
 from train import HParams, TrainConfig, eval_step, init_state, train_step
 from train.objective import finish, loss_and_sums
 from train.optimizer import decay_mask
-from train.schedule import learning_rate
 from train.step import metric_names
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, max_seq_len=16)
 LEARNED = CONFIG.replace(
     position="learned", norm="layernorm", use_bias=True, gated=False, activation="gelu_tanh", tie_embeddings=False
 )
-TRAIN = TrainConfig(batch_size=4, seq_len=8, schedule="constant")
+TRAIN = TrainConfig(batch_size=4, seq_len=8, schedule="constant", norms=False)
 DROPPING = TRAIN.replace(schedule="wsd", dropout=True)
 
 
@@ -53,43 +51,6 @@ def leaves_of(tree):
 
 def same_bits(a, b):
     return all(x.tobytes() == y.tobytes() for x, y in zip(leaves_of(a), leaves_of(b), strict=True))
-
-
-# ---- schedules
-
-
-def by_hand(schedule, step, peak, warmup, total, decay_fraction, final):
-    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    progress = min(max((step - warmup) / (total - warmup), 0.0), 1.0)
-    if schedule == "constant":
-        return peak * warm
-    if schedule == "linear":
-        return peak * warm * ((1 - progress) + final * progress)
-    if schedule == "cosine":
-        return peak * warm * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
-    decay_start = total * (1 - decay_fraction)
-    falling = min(max((step - decay_start) / (total - decay_start), 0.0), 1.0)
-    return peak * warm * (1 - falling + final * falling)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
-def test_schedules_are_their_formulas(schedule):
-    rate = jax.jit(functools.partial(learning_rate, schedule))
-    for warmup, total, final in ((0, 100, 0.1), (10, 100, 0.0), (40, 50, 0.5)):
-        values = {"warmup_steps": warmup, "total_steps": total, "final_fraction": final, "decay_fraction": 0.2}
-        hparams = HParams(learning_rate=0.01, **values)
-        for step in (0, 1, 9, 10, 11, 39, 41, 45, 50, 79, 80, 81, 99, 100, 1000):
-            expected = by_hand(schedule, step, 0.01, warmup, total, 0.2, final)
-            assert float(rate(hparams, jnp.int32(step))) == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    assert rate._cache_size() == 1
-
-
-def test_schedules_end_where_they_say():
-    hparams = HParams(learning_rate=1.0, total_steps=100, warmup_steps=10, final_fraction=0.1)
-    for schedule in ("linear", "cosine", "wsd"):
-        assert float(learning_rate(schedule, hparams, jnp.int32(9))) == pytest.approx(1.0, rel=1e-5)
-        for step in (100, 5000):
-            assert float(learning_rate(schedule, hparams, jnp.int32(step))) == pytest.approx(0.1, rel=1e-5)
 
 
 # ---- the update
@@ -127,7 +88,8 @@ def test_a_step_is_optax_adamw():
     """The same, against Optax's own chain of clipping, AdamW and a schedule."""
     train_config = TRAIN.replace(schedule="cosine")
     hparams = HParams(learning_rate=0.02, weight_decay=0.1, warmup_steps=2, total_steps=6, epsilon=1e-4, clip_norm=0.7)
-    rates = [by_hand("cosine", step, 0.02, 2, 6, 0.2, 0.1) for step in range(8)]
+    falling = (0.1 + 0.9 * (1 + math.cos(math.pi * min(step / 4, 1))) / 2 for step in range(6))
+    rates = [0.01, 0.02, *(0.02 * factor for factor in falling)]
     mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("weight", "tokens"), params)
     adamw = optax.adamw(lambda count: jnp.array(rates)[count], 0.9, 0.95, 1e-4, weight_decay=0.1, mask=mask)
     optimizer = optax.chain(optax.clip_by_global_norm(0.7), adamw)
@@ -253,8 +215,9 @@ def test_so_is_one_of_a_nan_parameter():
 
 
 def test_metrics_are_those_that_are_named():
-    for train_config in (TRAIN, TRAIN.replace(norms=False)):
-        _, metrics = step_of(CONFIG, train_config, start(CONFIG, train_config), random_batch(), HParams())
+    for train_config in (TRAIN, TRAIN.replace(norms=True)):
+        step = functools.partial(train_step, CONFIG, train_config)
+        _, metrics = jax.eval_shape(step, start(), random_batch(), HParams())
         assert set(metrics) == set(metric_names(CONFIG, train_config))
 
 
@@ -317,83 +280,3 @@ def test_no_hyperparameter_compiles_anything():
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state)), (
         "the state stays strong, or a step would recompile"
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("learning_rate", -1e-3),
-        ("learning_rate", math.nan),
-        ("learning_rate", math.inf),
-        ("weight_decay", -0.1),
-        ("beta1", 1.0),
-        ("beta2", -0.1),
-        ("epsilon", -1e-8),
-        ("warmup_steps", -1),
-        ("data_seed", -2),
-        ("total_steps", 2**31),
-        ("warmup_fraction", 1.5),
-        ("decay_fraction", 1.5),
-        ("decay_steps", -1),
-        ("final_fraction", -0.1),
-        ("clip_norm", -1),
-        ("z_loss", -1e-4),
-        ("dropout_rate", 1.0),
-        ("init_scale", -1.0),
-        ("seed", -1),
-    ],
-)
-def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(InputError, match=name):
-        HParams(**{name: value})
-    with pytest.raises(InputError, match=name):
-        HParams().replace(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("warmup_steps", 2.5), ("seed", 0.5), ("learning_rate", 1e39), ("beta1", 1 - 1e-12), ("dropout_rate", 1 - 1e-12)],
-)
-def test_no_value_silently_becomes_another(name, value):
-    """2 steps for 2.5, an infinite rate for 1e39, a beta of exactly 1."""
-    with pytest.raises(InputError, match=name):
-        HParams(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("call", "close"),
-    [
-        (lambda: HParams(learning_rat=0.1), "learning_rate"),
-        (lambda: HParams().replace(weight_deca=0.1), "weight_decay"),
-        (lambda: TrainConfig().replace(batchsize=4), "batch_size"),
-        (lambda: TrainConfig(schedule="cosin"), "cosine"),
-    ],
-)
-def test_unknown_names_list_the_close_ones(call, close):
-    with pytest.raises(KeyError, match=close):
-        call()
-
-
-def test_hparams_round_trip_to_the_bit():
-    random = np.random.default_rng(0)
-    for _ in range(200):
-        rate = np.float32(10 ** random.uniform(-38, 3))
-        hparams = HParams(learning_rate=rate, beta1=random.uniform(), seed=int(random.integers(2**31)))
-        again = HParams(**json.loads(json.dumps(hparams.to_dict())))
-        assert same_bits(again, hparams)
-        assert again == hparams
-        assert hash(again) == hash(hparams)
-        assert same_bits(hparams.replace(), hparams)
-        assert again.learning_rate == rate
-    changed = HParams().replace(learning_rate=0.5)
-    assert changed != HParams()
-    assert changed.replace(learning_rate=HParams().learning_rate) == HParams()
-    with pytest.raises(AttributeError):
-        changed.learning_rate = 1.0
-
-
-def test_train_config_round_trips_and_refuses():
-    assert TrainConfig(**json.loads(json.dumps(TRAIN.to_dict()))) == TRAIN
-    for name, value in (("batch_size", 0), ("seq_len", 1.5), ("batch_size", True)):
-        with pytest.raises(InputError, match=name):
-            TrainConfig(**{name: value})

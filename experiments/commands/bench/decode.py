@@ -78,7 +78,7 @@ def decode(
         json: Also write every number, with the raw samples, to this file.
         plot: Also draw throughput against latency, and the roofline (.svg, .png or .pdf).
     """
-    from experiments.commands.options import check_plot, write_plot
+    from experiments.commands.options import check_plot, write_document, write_plot
     from experiments.decode.bench import check_grid, read_grid
     from experiments.decode.cells import grid as combine
     from experiments.decode.document import describe
@@ -176,6 +176,7 @@ def _load(
     form: str,
     json: Path | None,
 ) -> None:
+    from experiments.commands.options import write_document
     from experiments.decode.load import bench_load
     from infer import prepare
     from infer.engine import Engine

@@ -1,6 +1,5 @@
 """`isoflop scaling run`: a scaling study, from its definition to the test of what it predicts."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +44,12 @@ def run(
     from experiments.commands.scaling.plan import plan, read_design
     from experiments.commands.scaling.report import write_report
     from experiments.scaling.study.run import run_study
-    from experiments.sweep.run import UnfinishedError
 
     if dry_run:
         plan(design, data=data, budgets=budgets, hours=hours, branches=branches, json=json)
         return
     asked = _with_budgets(read_design(design, budgets=budgets, hours=hours, branches=branches), data, out)
-    try:
-        run_study(asked, data, out, workers)
-    except UnfinishedError as error:
-        print(f"isoflop: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_study(asked, data, out, workers)
     write_document(json, write_report(out))
 
 

@@ -116,6 +116,6 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
 def resample(
     form: Form, columns: Mapping[str, np.ndarray], rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """How often each run is drawn in `count` tables of runs drawn with replacement, each of which can carry the form."""
+    """`draw_counts` of the columns that the form wants to see vary."""
     varied = [columns[name] for name in form.needs if name in ("params", "tokens", "flops")]
     return draw_counts(varied, len(form.unknowns), rng, count)

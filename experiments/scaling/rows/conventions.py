@@ -82,7 +82,7 @@ def read_counts(
 
 
 def counts_beside(path: str | Path, table: Table) -> Counts | None:
-    """What `read_counts` finds in a table's own file, for the rows that are in the table; None where it has no choice."""
+    """What `read_counts` finds in a table's own file, for the rows of the table; None where it has no choice."""
     present = read_header(path)
     if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
         return None

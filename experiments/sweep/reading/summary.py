@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
 from experiments.sweep.reading.comparisons import best_of_many, selected_interval
 from experiments.sweep.reading.optimum import NEAR, rate_optimum
 from experiments.sweep.reading.scales import edge_of, text
+from experiments.sweep.row import State
 
 Setting = dict[str, Any]
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -23,7 +24,7 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     allows for its having been chosen, and the settings that cannot be told apart from it: with the winner they hold the
     truly best one with 95 % probability (see `comparisons.py`). A setting that lost a run to divergence or of which
     only a part was pruned is no candidate. optimum: see `optimum.py`; None where it is refused, and optimum_refused
-    says why. warnings: sentences. A row without `state` is finished if it has a loss, and else diverged.
+    says why. warnings: sentences.
     """
     names = list(axes)
     settings = group(names, trials)
@@ -63,19 +64,11 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     }
 
 
-def state_of(trial: Mapping[str, Any]) -> str:
-    """Its state as the ledger has it; of a row without one, whether it has a loss."""
-    state = trial.get("state")
-    if state is not None:
-        return state
-    return "diverged" if trial["loss"] is None else "finished"
-
-
 def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
     """One row per setting, in order of appearance: the mean of its finished seeds, and what befell the rest."""
     settings = []
     for values, members in by_setting(names, trials).items():
-        states = [state_of(trial) for trial in members]
+        states = [trial["state"] for trial in members]
         losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
         settings.append(
             dict(zip(names, values, strict=True))
@@ -116,10 +109,8 @@ def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None
 
 
 def _counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    counts = dict.fromkeys(("planned", "running", "finished", "pruned", "diverged", "failed"), 0)
-    for trial in trials:
-        counts[state_of(trial)] += 1
-    return counts
+    states = [trial["state"] for trial in trials]
+    return {state: states.count(state) for state in get_args(State)}
 
 
 def _winner(

@@ -41,7 +41,11 @@ class Recorded:
     @property
     def seed_noise(self) -> float:
         """Standard deviation of one run over seeds, pooled near the best as in the sweep's report; 0 with one seed."""
-        rows = [self.named(point) | {"loss": loss} for point, losses in self.losses.items() for loss in losses]
+        rows = [
+            self.named(point) | {"loss": loss, "state": "diverged" if loss is None else "finished"}
+            for point, losses in self.losses.items()
+            for loss in losses
+        ]
         noise, _ = pooled_noise(candidates_of(group(list(self.axes), rows)), self.mean(self.best))
         return noise or 0.0
 

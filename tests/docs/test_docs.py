@@ -1,0 +1,155 @@
+"""README.md and docs/ hold: links resolve, command lines parse, and every block of code runs as it stands.
+
+A block whose first line is a comment with the name of a file is written to that file. One behind `<!-- not run: why -->`
+is not run; its command lines are only parsed. The blocks of a page run in order in a folder of the page's own, which is
+laid out like a clone; where the page patches the code, it is a copy of one.
+"""
+
+import functools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tyro
+
+from experiments import cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")]
+QUICK = ("isoflop model list", "isoflop model show", "isoflop completion", "isoflop doctor")
+"""Commands in a page's text that are run, too."""
+_BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+_FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
+_FLOORS = ("model", "train", "infer", "experiments", "tests", "pyproject.toml", "docs")
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+class Block(NamedTuple):
+    """A fenced block; file: where it is written to; why: it is not run."""
+
+    language: str
+    text: str
+    file: str | None
+    why: str | None
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        file = _FILE.match(found["text"])
+        line = text.count("\n", 0, found.start("text")) + 1
+        yield Block(found["language"], found["text"], file[1] if file else None, found["why"], line)
+
+
+def spoken(page: Path) -> list[list[str]]:
+    """The `isoflop …` in a page's text; one that begins with … goes on where the last whole command ended."""
+    commands: list[list[str]] = []
+    whole: list[str] = []
+    for code in re.findall(r"`((?:isoflop|…) [^`]+)`", _BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        words = shlex.split(code)
+        if words[0] == "…":
+            words = [*whole, *words[1:]]
+        elif cli._called(words[1:])[2]:
+            whole = words
+        commands.append(words)
+    return commands
+
+
+def typed(block: Block) -> Iterator[list[str]]:
+    """The `isoflop …` of a block of shell, without what redirects, joins or precedes them."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        command: list[str] = []
+        for word in [*words, ";"]:
+            if word.strip("();<>|&"):
+                command.append(word)
+                continue
+            if "isoflop" in command:
+                yield command[command.index("isoflop") :]
+            command = []
+
+
+def parse(words: list[str]) -> None:
+    """Fail unless the command line is one of `isoflop`'s; of a command's bare name, whether there is such a one."""
+    program, called, left = cli._called(words[1:])
+    if isinstance(called, tuple):
+        assert not left, f"{program} has no {left[0]}"
+        return
+    if left:
+        stub = functools.wraps(called)(lambda *_, **__: None)
+        tyro.cli(stub, prog=program, args=left, config=cli._CONFIG)
+
+
+@pages
+def test_every_command_line_parses(page, capsys):
+    lines = [words for block in blocks(page) if block.language == "sh" for words in typed(block)]
+    for words in [*lines, *spoken(page)]:
+        try:
+            parse(words)
+        except SystemExit:
+            pytest.fail(f"{page.name}: {shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+@pages
+def test_every_link_and_picture_is_there(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert not [name for name in targets if "://" not in name and not (page.parent / name).exists()]
+
+
+def test_every_page_is_linked_from_the_readme():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """One folder of data for all pages: to prepare it a second time does nothing."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.long
+@pages
+def test_every_block_runs(page, tmp_path, monkeypatch, prepared):
+    found = list(blocks(page))
+    if not any(block.language for block in found):
+        pytest.skip("the page has no code")
+    patches = any(block.language == "diff" for block in found)
+    for name in _FLOORS:
+        if patches and (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").symlink_to(prepared)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if patches:
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names: dict[str, object] = {}
+    for block in found:
+        if block.why:
+            continue
+        if block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+        elif block.language == "sh":
+            _shell(block.text, f"{page.name}, line {block.line}")
+        elif block.language == "python":
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+    for words in spoken(page):
+        if shlex.join(words).startswith(QUICK):
+            _shell(shlex.join(words), page.name)
+
+
+def _shell(script: str, where: str) -> None:
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{where}:\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
