@@ -100,6 +100,7 @@ _LEAST = {
 
 
 @jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class HParams:
     """The traced half: every leaf a strong float32 or int32 scalar, so that no weak type doubles a compile.
 
@@ -115,56 +116,33 @@ class HParams:
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
     """
 
-    DEFAULTS: ClassVar[dict[str, float]] = {
-        "learning_rate": 3e-3,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "epsilon": 1e-8,
-        "warmup_steps": 0,
-        "warmup_fraction": 0.0,
-        "total_steps": 0,
-        "decay_fraction": 0.2,
-        "decay_steps": 0,
-        "final_fraction": 0.1,
-        "clip_norm": 1.0,
-        "z_loss": 0.0,
-        "balance_loss": 0.01,
-        "router_z_loss": 0.001,
-        "dropout_rate": 0.0,
-        "init_scale": 1.0,
-        "seed": 0,
-        "data_seed": -1,
-    }
-    NAMES = tuple(DEFAULTS)
+    learning_rate: Any = 3e-3
+    weight_decay: Any = 0.1
+    beta1: Any = 0.9
+    beta2: Any = 0.95
+    epsilon: Any = 1e-8
+    warmup_steps: Any = 0
+    warmup_fraction: Any = 0.0
+    total_steps: Any = 0
+    decay_fraction: Any = 0.2
+    decay_steps: Any = 0
+    final_fraction: Any = 0.1
+    clip_norm: Any = 1.0
+    z_loss: Any = 0.0
+    balance_loss: Any = 0.01
+    router_z_loss: Any = 0.001
+    dropout_rate: Any = 0.0
+    init_scale: Any = 1.0
+    seed: Any = 0
+    data_seed: Any = -1
 
-    learning_rate: Any
-    weight_decay: Any
-    beta1: Any
-    beta2: Any
-    epsilon: Any
-    warmup_steps: Any
-    warmup_fraction: Any
-    total_steps: Any
-    decay_fraction: Any
-    decay_steps: Any
-    final_fraction: Any
-    clip_norm: Any
-    z_loss: Any
-    balance_loss: Any
-    router_z_loss: Any
-    dropout_rate: Any
-    init_scale: Any
-    seed: Any
-    data_seed: Any
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    NAMES: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **values: float):
         _refuse_unknown("hyperparameter", values, self.DEFAULTS)
         for name, default in self.DEFAULTS.items():
             object.__setattr__(self, name, _strong(name, values.get(name, default), isinstance(default, int)))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise dataclasses.FrozenInstanceError(f"HParams is frozen; use replace({name}=…)")
 
     def __repr__(self) -> str:
         return "HParams(" + ", ".join(f"{name}={getattr(self, name)}" for name in self.NAMES) + ")"
@@ -203,6 +181,10 @@ class HParams:
         for name, leaf in zip(cls.NAMES, leaves, strict=True):
             object.__setattr__(new, name, leaf)
         return new
+
+
+HParams.DEFAULTS = {field.name: field.default for field in dataclasses.fields(HParams)}
+HParams.NAMES = tuple(HParams.DEFAULTS)
 
 
 def stack_hparams(hparams: list[HParams]) -> HParams:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from model import ModelConfig
 from model.sharding import parts_of_lanes
 from train.agreement import CHECKPOINT, STOP, Agreement
 from train.apart import as_lanes, compacts
@@ -49,7 +51,14 @@ class Loop:
     """One population on its way; made once, run once."""
 
     def __init__(
-        self, config, train_config: TrainConfig, trials: list[Trial], lanes: int, data: str | Path, mesh, shell: Shell
+        self,
+        config: ModelConfig,
+        train_config: TrainConfig,
+        trials: list[Trial],
+        lanes: int,
+        data: str | Path,
+        mesh: Mesh,
+        shell: Shell,
     ):
         self.config, self.train_config, self.trials, self.mesh, self.shell = config, train_config, trials, mesh, shell
         self.seats = self._compacted(Seats(lanes, tuple(range(len(trials)))))

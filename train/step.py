@@ -1,10 +1,11 @@
 """One training step and one evaluation step: pure functions, to be jitted, vmapped and sharded as one likes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from model import ModelConfig, Params
 from model.layout import layer_kinds
@@ -138,6 +139,6 @@ def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
     return {"loss": sums["loss"], "loss_tokens": sums["loss_tokens"]}
 
 
-def keep_if(condition: Array, new, old):
+def keep_if(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """The tree `new` where the condition holds, else `old`, without touching a bit of it."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -98,10 +98,11 @@ def inspect(
 
     content = shards.manifest.to_json()
     out = console()
+    out.print(f"{folder} (checksums verified)", highlight=False, markup=False, soft_wrap=True, style="bold")
     for name in ("source", "hash", "vocab_size", "eos_id", "duplicates_dropped", "empty_skipped", "bytes_replaced"):
         out.print(f"{name}: {content[name]}", highlight=False, markup=False, soft_wrap=True)
     columns = ("split", "documents", "bytes", "tokens", "bytes per token", "shards")
-    splits = new_table(*columns, title=f"{folder} (checksums verified)")
+    splits = new_table(*columns)
     for name, part in shards.manifest.splits.items():
         numbers = (part.documents, part.bytes, part.tokens)
         splits.add_row(name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards)))

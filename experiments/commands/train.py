@@ -61,7 +61,7 @@ def train(
         batch_size: Rows per step.
         seq_len: Tokens per row.
         set: Any other model, training or hyperparameter field, such as num_layers=4 schedule=constant optimizer=muon.
-        phases: A JSON file with the list of phases: warm-up, bulk, annealing, long context (see experiments/configs/phases.json).
+        phases: A JSON file with the list of phases, such as experiments/configs/phases.json.
         precision: Of products and activations; parameters, softmax, norms and loss are float32. auto: bfloat16 on GPUs
             and TPUs, float32 on CPUs.
         mesh: Devices to train on, such as data=2,fsdp=4 (also tensor, expert, sequence,

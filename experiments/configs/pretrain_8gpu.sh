@@ -14,5 +14,5 @@ test -d data/good || isoflop data prepare good.jsonl --out data/good --tokenizer
 isoflop train llama3.2-1b --data web=data/web good=data/good --out runs/1b \
   --phases experiments/configs/pretrain_8gpu_phases.json --batch-size 256 --seq-len 4096 --learning-rate 6e-4 \
   --mesh fsdp=8 --microbatch auto \
-  --set max_seq_len=4096 rope_scaling=null remat=dots loss_chunks=8 beta2=0.95 weight_decay=0.1 clip_norm=1.0 spike_sigma=6 \
+  --set max_seq_len=4096 rope_scaling=null remat=dots loss_chunks=8 spike_sigma=6 \
   --evaluate-every 1000 --checkpoint-seconds 900 --keep-every 5000

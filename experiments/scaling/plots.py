@@ -176,7 +176,7 @@ def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Fi
 
 @styled
 def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95) -> Figure:
-    """Measured over predicted loss: dots the fitted runs, stars `held_out` ones {params, tokens, loss} with intervals."""
+    """Measured over predicted loss: dots are the fitted runs, stars `held_out` ones {params, tokens, loss}."""
     figure = new_figure(5.0, 4.6)
     axes = figure.subplots()
     table = fit.table

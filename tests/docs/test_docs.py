@@ -22,7 +22,9 @@ import tyro
 from experiments import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")]
+CONFIGS = ROOT / "experiments/configs"
+PAGES = [ROOT / "README.md", CONFIGS / "README.md"]
+PAGES += sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")
 QUICK = ("isoflop model list", "isoflop model show", "isoflop completion", "isoflop doctor")
 """Commands in a page's text that are run, too."""
 _BLOCK = re.compile(
@@ -30,7 +32,7 @@ _BLOCK = re.compile(
 )
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
 _FLOORS = ("model", "train", "infer", "experiments", "tests", "pyproject.toml", "docs")
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 
 
 class Block(NamedTuple):
@@ -56,7 +58,7 @@ def spoken(page: Path) -> list[list[str]]:
     commands: list[list[str]] = []
     whole: list[str] = []
     for code in re.findall(r"`((?:isoflop|…) [^`]+)`", _BLOCK.sub("", page.read_text(encoding="utf-8"))):
-        words = shlex.split(code)
+        words = [word for number, word in enumerate(shlex.split(code)) if word != "…" or number == 0]
         if words[0] == "…":
             words = [*whole, *words[1:]]
         elif cli._called(words[1:])[2]:
@@ -109,7 +111,7 @@ def test_every_link_and_picture_is_there(page):
 
 def test_every_page_is_linked_from_the_readme():
     readme = PAGES[0].read_text(encoding="utf-8")
-    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme]
+    assert not [page for page in PAGES[1:] if f"({page.relative_to(ROOT)})" not in readme]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
-"""Shared by the tests of the experiments: the command line, called in this process."""
+"""Shared by the tests of the experiments: the command line, called in this process; pages of reports."""
 
 import contextlib
+import html
 import io
+import json
+import re
 import sys
 
 import pytest
@@ -23,3 +26,34 @@ def isoflop():
         return code, out.getvalue(), err.getvalue()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def words():
+    """page → what a reader sees of it, with plain spaces."""
+
+    def visible(page: str) -> str:
+        page = re.sub(r"<(style|svg|script).*?</\1>", " ", page, flags=re.DOTALL)
+        return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", page)))
+
+    return visible
+
+
+@pytest.fixture
+def no_svg(monkeypatch):
+    """Figures are made but not turned into SVG, which takes most of the time."""
+    monkeypatch.setattr("experiments.report.page.inline", lambda figure, label: "[figure]")
+
+
+@pytest.fixture(scope="session")
+def write_metrics():
+    """Leave a run's learning curve in its folder: 1024 tokens and 1e8 FLOPs a step."""
+
+    def write(run, losses):
+        run.mkdir(parents=True)
+        with (run / "metrics.jsonl").open("w") as file:
+            for step, loss in enumerate(losses, start=1):
+                line = {"step": step, "tokens": 1024 * step, "flops_6nd": 1e8 * step, "loss": loss}
+                file.write(json.dumps(line) + "\n")
+
+    return write

@@ -240,7 +240,7 @@ def test_the_command_refuses_in_one_sentence(isoflop, tmp_path):
         (("no-such-preset",), "no-such-preset"),
         (("tiny", "--batch", 0), "batch=0"),
         (("tiny", "--prompt", 60), "max_seq_len=64"),
-        (("tiny", "--plot", "x.pdf"), "must end in .svg or .png"),
+        (("tiny", "--plot", "x.gif"), "the suffix should be one of .svg, .png, .pdf"),
         (("tiny", "--grid", cells), "unknown axis"),
     ):
         cells.write_text('[{"bach": 1}]')

@@ -103,7 +103,7 @@ def test_order_and_duplicates_do_not_matter():
     assert len(again.dropped) == 1
 
 
-@pytest.mark.parametrize("sizes", [5, 7])
+@pytest.mark.parametrize("sizes", [5, pytest.param(7, marks=pytest.mark.long)])
 def test_intervals_cover_the_truth(sizes):
     """A hundred noisy ladders, also with only five runs a budget, where resampling runs would degenerate."""
     inside = {80: 0, 95: 0}

@@ -58,7 +58,7 @@ def test_the_page_shows_all_of_it_and_fetches_nothing(analysis, tmp_path):
     assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
 
 
-def test_what_cannot_be_shown_is_said(tmp_path):
+def test_what_cannot_be_shown_is_said(no_svg, tmp_path):
     rng = np.random.default_rng(0)
     params, tokens = np.exp(rng.uniform(np.log(1e6), np.log(1e9), 40)), np.exp(rng.uniform(18, 25, 40))
     loss = TRUTH["E"] + TRUTH["A"] * params ** -TRUTH["alpha"] + TRUTH["B"] * tokens ** -TRUTH["beta"]
@@ -120,7 +120,7 @@ def test_an_optimum_beyond_every_run_is_warned_of(analysis):
 
 
 @pytest.mark.slow
-def test_a_folder_of_runs_gets_its_page(isoflop, runs, tmp_path):
+def test_a_folder_of_runs_gets_its_page(isoflop, no_svg, runs, tmp_path):
     """Also without a design beside the runs: other counts of N are found by name, and held-out rows stay out."""
     with open(tmp_path / "runs.csv", "w", encoding="utf-8") as file:
         writer = csv.writer(file)

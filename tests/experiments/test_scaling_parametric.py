@@ -43,7 +43,7 @@ def test_recovers_a_clean_law(name):
     assert fit.a + fit.b == pytest.approx(1)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["frontier", "tiny"])
 def test_no_independent_optimiser_gets_lower(name, seed):
     """Nelder–Mead knows no gradients, so the kinks that stop L-BFGS early do not stop it."""
@@ -94,12 +94,13 @@ def test_duplicates_and_unusable_rows_are_dropped_and_listed():
     assert "duplicate" in dirty.table.dropped[0]["reason"]
 
 
-def test_intervals_cover_the_truth():
-    """Twenty noisy tables: 95 % intervals should miss rarely, 80 % ones more often, and neither always nor never."""
+@pytest.mark.parametrize("tables", [12, pytest.param(20, marks=pytest.mark.long)])
+def test_intervals_cover_the_truth(tables):
+    """Noisy tables: 95 % intervals should miss rarely, 80 % ones more often, and neither always nor never."""
     inside = {80: 0, 95: 0}
     names = ("E", "alpha", "beta", "a")
     new = {80: 0, 95: 0}
-    for seed in range(20):
+    for seed in range(tables):
         truth, N, D, loss = runs("frontier", 60, noise=0.01, seed=seed)
         truth = truth | {"a": truth["beta"] / (truth["alpha"] + truth["beta"])}
         fit = fit_parametric(N, D, loss, bootstraps=100, seed=seed)
@@ -111,10 +112,10 @@ def test_intervals_cover_the_truth():
             inside[level] += sum(fit.intervals[k][level][0] <= truth[k] <= fit.intervals[k][level][1] for k in names)
             low, high = fit.predict_interval(*at, level)
             new[level] += low <= measured <= high
-    assert 0.87 <= inside[95] / 80 <= 1
-    assert 0.68 <= inside[80] / 80 <= 0.97
-    assert new[95] >= 17
-    assert 12 <= new[80] <= 20
+    assert 0.87 <= inside[95] / (4 * tables) <= 1
+    assert 0.68 <= inside[80] / (4 * tables) <= 0.97
+    assert new[95] >= 0.85 * tables
+    assert 0.6 * tables <= new[80] <= tables
 
 
 def test_intervals_are_reproducible_lazy_and_nested():

@@ -183,8 +183,13 @@ def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
         read_table(write(tmp_path / "runs.parquet", "x"))
 
 
-def test_the_json_contract():
-    document = fit_both(law_table(), bootstraps=50).document()
+@pytest.fixture(scope="module")
+def fits():
+    return fit_both(law_table(), bootstraps=50)
+
+
+def test_the_json_contract(fits):
+    document = fits.document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["schema_version"] == 1
     assert set(document) >= {"convention", "parametric", "isoflop", "dropped", "refused"}
@@ -219,25 +224,25 @@ def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
 
     table = law_table()
     path = write(tmp_path / "runs.csv", csv_text(zip(table.params, table.tokens, table.loss, strict=True)))
-    fit(path, bootstraps=20, json=tmp_path / "fit.json", plot=tmp_path / "fit.svg")
+    few = {"forms": ("chinchilla", "no-floor"), "bootstraps": 5}
+    fit(path, **few, json=tmp_path / "fit.json", plot=tmp_path / "fit.svg")
     assert json.loads((tmp_path / "fit.json").read_text())["parametric"]["starts"] == 49
     first = (tmp_path / "fit.svg").read_text()
     assert first.startswith("<svg ")
     assert "IsoFLOP" in capsys.readouterr().out
-    fit(path, bootstraps=20, plot=tmp_path / "fit.svg")
+    fit(path, **few, plot=tmp_path / "fit.svg")
     assert (tmp_path / "fit.svg").read_text() == first, "the same fit draws the same bytes"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fit.json", "fit.svg", "runs.csv"]
     with pytest.raises(InputError, match="cannot write"):
-        fit(path, bootstraps=20, json=path / "below-a-file" / "fit.json")
+        fit(path, **few, json=path / "below-a-file" / "fit.json")
     with pytest.raises(InputError, match="suffix"):
         fit(path, plot=tmp_path / "fit.gif")
 
 
-def test_every_figure_draws():
+def test_every_figure_draws(fits):
     from experiments.report.style import svg
     from experiments.scaling import plots
 
-    fits = fit_both(law_table(), bootstraps=20)
     figures = [
         plots.valleys(fits.isoflop),
         plots.compute_optimal(fits.isoflop),

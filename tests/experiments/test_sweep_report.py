@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import html
 import itertools
 import json
 import re
@@ -83,11 +82,6 @@ def write_metrics(run, steps, final, per_token, *, diverged, rng):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def words(text):
-    text = re.sub(r"<(style|svg|script).*?</\1>", " ", text, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", text)))
-
-
 def page(results):
     path = results.folder / "report.html"
     sweep_page.write_sweep_page(path, results, analyse(results))
@@ -100,14 +94,8 @@ def few_draws(monkeypatch):
     monkeypatch.setattr(analysis, "importances", functools.partial(importances, draws=2))
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Figures are made but not turned into SVG, which takes most of the time."""
-    monkeypatch.setattr("experiments.report.page.inline", lambda figure, label: "[figure]")
-
-
 @pytest.mark.slow
-def test_the_page_of_a_whole_sweep(tmp_path):
+def test_the_page_of_a_whole_sweep(tmp_path, words):
     text = page(record(tmp_path, product(GRID)))
     said = words(text)
     assert "learning_rate=0.004, weight_decay=0" in said
@@ -121,7 +109,7 @@ def test_the_page_of_a_whole_sweep(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_optimum_of_the_rate_at_each_width(tmp_path, quick):
+def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
     points = product({"d_model": [32, 64, 128], "learning_rate": RATES})
     moving = lambda point: surface(point, best=4e-3 * 32 / point["d_model"] * 2)
     results = record(tmp_path, points, loss=moving, objectives=("loss", "tokens_per_second"))
@@ -142,7 +130,7 @@ def test_the_optimum_of_the_rate_at_each_width(tmp_path, quick):
     assert "times the FLOPs of the cheapest" in said
 
 
-def test_a_sweep_that_is_still_running(tmp_path, quick):
+def test_a_sweep_that_is_still_running(tmp_path, no_svg, words):
     states = {1e-3: "pruned", 2e-3: "running", 4e-3: "finished", 8e-3: "finished", 16e-3: "planned"}
     points = product({"learning_rate": RATES})
     results = record(tmp_path, points, fate=lambda point: states[point["learning_rate"]], policy="halving")
@@ -156,7 +144,7 @@ def test_a_sweep_that_is_still_running(tmp_path, quick):
     assert "3 of 15 trials were pruned" in said
 
 
-def test_nothing_but_divergence(tmp_path, quick):
+def test_nothing_but_divergence(tmp_path, no_svg, words):
     results = record(tmp_path, product({"learning_rate": RATES}), fate=lambda point: "diverged")
     said = words(page(results))
     assert "There is no winner: every setting lost a run to divergence." in said
@@ -172,7 +160,7 @@ def test_nothing_but_divergence(tmp_path, quick):
     ],
     ids=["names", "conditional", "nothing"],
 )
-def test_axes_of_any_kind(tmp_path, quick, points):
+def test_axes_of_any_kind(tmp_path, no_svg, points, words):
     results = record(tmp_path, points, seeds=1, curves=False)
     said = words(page(results))
     assert "reaches" in said

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from model import Experts, InputError, ModelConfig
 from model.convert import convert, load_gguf, load_hf, save_hf
+from model.gguf_header import read_gguf_header
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 
@@ -59,11 +60,15 @@ def write_gguf(folder, file, architecture, extra=None, quantise=None):
         kind = quantise if quantise is not None and value.ndim > 1 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(value, kind) if quantise is not None else value
         writer.add_tensor(f"{ours}.{suffix}", np.ascontiguousarray(data), raw_dtype=kind)
+    finish(writer)
+    return file
+
+
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file
 
 
 def as_llama_cpp_has_them(tensors, config, architecture):
@@ -247,10 +252,7 @@ def test_what_is_not_supported_is_said_in_one_sentence(architecture, extra, says
         writer.add_tensor(f"blk.0.{name}.weight", np.ones(16, np.float32))
     for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
         writer.add_tensor(f"blk.0.{name}.weight", np.ones((16, 16), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(InputError, match=says) as caught:
         load_gguf(file)
     assert "\n" not in str(caught.value)
@@ -262,3 +264,24 @@ def test_rotary_factors_that_no_llama3_scaling_gives_are_refused(tmp_path, monke
     file = write_gguf(FIXTURES / "llama-llama3", tmp_path / "model.gguf", "llama")
     with pytest.raises(InputError, match=r"rope_freqs\.weight does not come from a llama3 scaling"):
         load_gguf(file)
+
+
+def test_metadata_is_what_the_gguf_package_reads(tmp_path):
+    for endianess in gguf.GGUFEndian:
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=endianess)
+        writer.add_float32("x.float", 0.5)
+        writer.add_float64("x.double", -0.25)
+        writer.add_int8("x.byte", -3)
+        writer.add_uint64("x.long", 2**63)
+        writer.add_bool("x.flag", True)
+        writer.add_array("x.numbers", [1, 2, 300])
+        writer.add_array("x.floats", [1.5, 2.5])
+        writer.add_array("x.texts", ["", "é", "日本"])
+        writer.add_tensor("t", np.ones((2, 3), np.float32))
+        finish(writer)
+        metadata = read_gguf_header(tmp_path / "a.gguf").metadata
+        assert metadata.pop("general.architecture") == "llama"
+        fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+        assert {key: np.asarray(value).tolist() for key, value in metadata.items()} == {
+            key: field.contents() for key, field in fields.items() if key.startswith("x.")
+        }

@@ -5,7 +5,6 @@ import json
 import random
 
 import gguf
-import numpy as np
 import pytest
 import tokenizers
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -13,53 +12,21 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import InputError
-from model.gguf_header import read_gguf_header
 from model.tokenizer import load_tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-WORDS = [
-    "the",
-    "people",
-    "of",
-    "nation's",
-    "WE'VE",
-    "1234",
-    "été",
-    "日本",
-    "x1y",
-    "HTTPServer",
-    "\n\n",
-    "\t",
-    "!?",
-    "🙂",
-]
+WORDS = ["the", "people", "of", "nation's", "WE'VE", "1234", "été", "日本", "x1y", "HTTPServer", "!?", "🙂"]
+WORDS += ["\n\n", "\t"]
+SIGNS = ["'s", "'S", "½", "²", "ſ", "<|end|>", "</s>", "$+", "ა", " ", "  ", "\n", "\r\n", "\u00a0", "\u0301", *WORDS]
 CHATML = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
 
 
 def texts(count=300, seed=0):
     generator = random.Random(seed)
-    signs = [
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "'s",
-        "'S",
-        "½",
-        "²",
-        "\u00a0",
-        "ſ",
-        "\u0301",
-        "<|end|>",
-        "</s>",
-        "$+",
-        "ა",
-        *WORDS,
-    ]
     return [
         "".join(
-            generator.choice(signs) if generator.random() < 0.8 else chr(generator.randrange(32, 0xD800))
+            generator.choice(SIGNS) if generator.random() < 0.8 else chr(generator.randrange(32, 0xD800))
             for _ in range(generator.randrange(25))
         )
         for _ in range(count)
@@ -274,30 +241,6 @@ def test_unigram_is_unchanged(tmp_path):
     for text in texts():
         assert tokenizer.encode(text) == original.encode(text)
     assert tokenizer.encode("the", add_special_tokens=True) == [*original.encode("the"), 2]
-
-
-def test_metadata_is_what_the_gguf_package_reads(tmp_path):
-    for endianess in gguf.GGUFEndian:
-        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama", endianess=endianess)
-        writer.add_float32("x.float", 0.5)
-        writer.add_float64("x.double", -0.25)
-        writer.add_int8("x.byte", -3)
-        writer.add_uint64("x.long", 2**63)
-        writer.add_bool("x.flag", True)
-        writer.add_array("x.numbers", [1, 2, 300])
-        writer.add_array("x.floats", [1.5, 2.5])
-        writer.add_array("x.texts", ["", "é", "日本"])
-        writer.add_tensor("t", np.ones((2, 3), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        metadata = read_gguf_header(tmp_path / "a.gguf").metadata
-        assert metadata.pop("general.architecture") == "llama"
-        fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
-        assert {key: np.asarray(value).tolist() for key, value in metadata.items()} == {
-            key: field.contents() for key, field in fields.items() if key.startswith("x.")
-        }
 
 
 def test_bad_files(tmp_path, gpt2):

@@ -78,9 +78,6 @@ def assert_close(left, right, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), left, right)
 
 
-# ---- an independent implementation: one token at a time, float64
-
-
 def silu(z):
     return z / (1 + np.exp(-z))
 
@@ -99,6 +96,7 @@ def reference_gates(experts, logits, bias):
 
 
 def reference(config, params, x):
+    """An independent implementation: one token at a time, float64."""
     experts, params = config.experts, jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
     inner = lambda v, p: silu(v @ p["gate"]) * (v @ p["up"]) if config.gated else silu(v @ p["up"])
     through = lambda v, p: inner(v, p) @ p["down"]
@@ -196,9 +194,6 @@ def test_parameters_start_at_the_scale_of_their_role():
     assert logits.dtype == bias.dtype == jnp.float32
 
 
-# ---- capacity and padding
-
-
 def forced(config, logits_of_experts):
     """Parameters under which every token with a first feature of 1 has these logits."""
     params = params_of(config)
@@ -255,9 +250,6 @@ def test_padding_changes_nothing_for_real_tokens(config):
     y, gradients, report = value_and_gradients(config, params, x, np.zeros((2, 7), bool))  # nothing but padding
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((y, gradients, report)))
     assert report["balance_loss"] == report["router_z_loss"] == report["dropped"] == 0
-
-
-# ---- losses
 
 
 @pytest.mark.parametrize("router", ["softmax", "softmax_of_chosen", "sigmoid"])

@@ -31,23 +31,8 @@ def tokenizer(tmp_path_factory):
 
 def test_any_text_comes_back(tokenizer):
     generator = random.Random(1)
-    hard = [
-        "\u2581",
-        "\u2585",
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t",
-        "\0",
-        "\ufeff",
-        "\u2028",
-        " ⁇ ",
-        "👩‍👩‍👧",
-        "e\u0301",
-        "ﬁ",
-    ]
-    hard += ["<|endoftext|>", "<|pad|>", "<|unknown|>", "<0x41>", "\ufffd", "\x7f", "123", "people"]
+    hard = ["\u2581", "\u2585", " ", "  ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", " ⁇ ", "e\u0301", "ﬁ", "\x7f"]
+    hard += ["👩‍👩‍👧", "<|endoftext|>", "<|pad|>", "<|unknown|>", "<0x41>", "\ufffd", "123", "people"]
     for _ in range(1000):
         text = "".join(
             generator.choice(hard)

@@ -270,7 +270,7 @@ def test_commands(corpus, tmp_path, capsys):
     assert result["schema_version"] == 1
     assert result["manifest"]["hash"] == load_manifest(out).hash
     command.inspect(out, split="validation", rows=2, json=tmp_path / "inspect.json")
-    assert "checksums verified" in capsys.readouterr().out
+    assert "checksums verified" in " ".join(capsys.readouterr().out.split())
     rows = json.loads((tmp_path / "inspect.json").read_text())["rows"]
     assert len(rows) == 2
     assert documents(out, "validation")[0].startswith(rows[0]["text"].split(" ")[0])

@@ -3,7 +3,6 @@
 import hashlib
 import heapq
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from model.errors import InputError
+from train.files import write_atomically
 
 SPECIAL_PIECES = ("<|pad|>", "<|unknown|>", "<|endoftext|>")  # ids 0, 1, 2
 # Every byte, and one learned piece, without which sentencepiece does not train.
@@ -70,13 +70,7 @@ def train_tokenizer(texts: Iterable[str], out: str | Path, *, vocab_size: int) -
         sample = TextSample()
         for text in texts:
             sample.add(text)
-    model = _train_model(list(sample), vocab_size)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(model)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(out, _train_model(list(sample), vocab_size))
     return out
 
 
