@@ -1,4 +1,4 @@
-"""What people hand in as text or small files: values, NAME=VALUE changes, JSON, a model by its name or its config."""
+"""What people hand in as text or small files: values, NAME=VALUE changes, JSON."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from model import ModelConfig, presets
 from model.errors import InputError
 
 
@@ -36,17 +35,3 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
-
-
-def read_config(preset: str, changes: Iterable[str] = ()) -> ModelConfig:
-    """The config of a preset's name or of a JSON file, with NAME=VALUE changes. Raises InputError."""
-    from experiments.sweep.space.overlay import overlay_model
-
-    if preset.endswith(".json"):
-        values = read_json(Path(preset))
-        if not isinstance(values, dict):
-            raise InputError(f"{preset} is not a JSON object of model fields")
-        config = ModelConfig.from_dict(values)
-    else:
-        config = presets.get(preset)
-    return overlay_model(read_changes(changes), config)

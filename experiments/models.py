@@ -1,5 +1,6 @@
-"""Open whatever holds a trained model: a run of ours, a Hugging Face folder, a GGUF file, quantized weights."""
+"""Open whatever holds a model: a preset's name, a config; a run of ours, a Hugging Face folder, a GGUF file."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,22 @@ class Model:
         if self.tokenizer is None:
             raise InputError(f"no tokenizer stands beside {self.path}; give one with --tokenizer")
         return self.tokenizer
+
+
+def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
+    """The config of a preset's name or of a JSON file, with NAME=VALUE changes. Raises InputError."""
+    from experiments.inputs import read_changes, read_json
+    from experiments.sweep.space.overlay import overlay_model
+    from model import ModelConfig, presets
+
+    if preset.endswith(".json"):
+        values = read_json(Path(preset))
+        if not isinstance(values, dict):
+            raise InputError(f"{preset} is not a JSON object of model fields")
+        config = ModelConfig.from_dict(values)
+    else:
+        config = presets.get(preset)
+    return overlay_model(read_changes(changes), config)
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:

@@ -6,8 +6,6 @@ the stage is finished, and a stage that is there is not run again. So the study 
 
 import dataclasses
 import json
-import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.cost import plan_study
 from experiments.scaling.study.design import Design, Law
 from experiments.scaling.study.family import Family
+from experiments.scaling.study.held_out import nearest_to_optimum
 from experiments.scaling.study.run import run_study as run_ladder
 from experiments.scaling.study.rungs import expected_optimum
 from experiments.sweep.definition import define
@@ -74,7 +73,8 @@ class _Study:
     """The stages in order; each takes what earlier ones found from `self.found`."""
 
     def __init__(self, folder: Path, settings: Settings):
-        self.folder, self.settings = folder, settings
+        assert settings.batch_size is not None
+        self.folder, self.settings, self.batch_size = folder, settings, settings.batch_size
         self.data, self.ladder = folder / "data", folder / "ladder"
         self.found: dict[str, Any] = {}
         _claim(folder, settings)
@@ -116,10 +116,11 @@ class _Study:
     def _plan(self) -> dict[str, Any]:
         """Time this machine and size the budgets so that everything fits into the minutes."""
         made = plan_study(_design(self.settings), self.data)
+        assert made.speed is not None
         design, base = made.design, made.design.base_config(made.vocab_size)
         middle = design.family.nearest(base, expected_optimum(design, design.budgets[1]))
         # The proxy's own length at half of the smallest budget: long enough to rank rates, cheap enough for all trials.
-        per_step = 6 * design.family.params(base, middle) * design.batch_size * design.seq_len
+        per_step = 6 * design.family.params(base, middle) * self.batch_size * design.seq_len
         return {
             "design": design.to_dict(),
             "proxy_d_model": middle,
@@ -141,7 +142,7 @@ class _Study:
             axes=[f"{name}={','.join(map(repr, values))}" for name, values in axes.items()],
             seeds=(settings.seed, settings.seed + 1),
             base=design.shared_fields,
-            batch_size=settings.batch_size,
+            batch_size=self.batch_size,
             seq_len=settings.seq_len,
         )
         results = collect(sweep.folder, run_sweep(sweep))
@@ -166,11 +167,7 @@ class _Study:
         """
         tested = read_json(self.ladder / "held_out.json")
         rows = {row["name"]: row for row in self.found["ladder"]}
-        optima = tested["budgets"][0]["optima"]
-        source = next((name for name in ("isoflop", "parametric") if name in optima), None)
-        sizes = [run["params"] for run in tested["runs"]]
-        optimal = statistics.median(sizes) if source is None else optima[source]["params"]
-        run = min(tested["runs"], key=lambda run: abs(math.log(run["params"] / optimal)))
+        run, source, optimal = nearest_to_optimum(tested)
         fitted = max(row["flops_6nd"] for row in rows.values() if not row["held_out"])
         row, seconds = rows[run["name"]], max(rows[run["name"]]["seconds"] or 0.0, 1e-9)
         speeds = {f"{name}_per_second": row[name] / seconds for name in ("tokens", "flops_6nd", "flops_exact")}

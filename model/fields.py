@@ -29,7 +29,7 @@ def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
     Numbers are finite and at least 0; `positive` names the fields that 0 is too small for. Of tuples and of texts
     nothing is checked. prefix: before the names of fields in messages.
     """
-    for name, kind, may_be_null in _kinds(type(made)):
+    for name, kind, may_be_null in _kinds(type(made)):  # type: ignore[arg-type]
         value = getattr(made, name)
         if value is None and may_be_null:
             continue
@@ -45,7 +45,7 @@ def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
                 least = ("of at least 1" if kind is int else "above 0") if name in positive else "of at least 0"
                 raise InputError(f"{prefix}{name}={value!r} must be a {'whole ' * (kind is int)}number {least}")
         elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
-            raise InputError(f"{prefix}{name} must be {kind.__name__}'s fields or null, not {value!r}")
+            raise InputError(f"{prefix}{name} must be {kind.__name__}'s fields or null, not {value!r}")  # type: ignore[union-attr]
 
 
 @functools.cache

@@ -83,7 +83,8 @@ def train(
         process_id: The number of this one.
         json: Also write the result to this file.
     """
-    from experiments.inputs import read_changes, read_config
+    from experiments.inputs import read_changes
+    from experiments.models import read_config
     from experiments.sweep.space.overlay import overlay
     from model.errors import InputError
     from model.sharding import parse_mesh
@@ -141,8 +142,9 @@ def cool(
 ) -> None:
     """Branch off a run at a constant rate and cool down, once per step in --at: a loss for each number of tokens.
 
-    The trunk must have checkpoints of these steps: train it with --set schedule=constant and --keep-every or --keep-steps.
-    Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the trunk's.
+    The trunk must have checkpoints of these steps: train it with --set schedule=constant and with --keep-every or
+    --keep-steps. Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the
+    trunk's.
 
     Example: isoflop cool runs/trunk --at 1000 2000 4000 --out runs/cooled
 

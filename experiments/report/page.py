@@ -43,6 +43,14 @@ def drawn(label: str, draw: Callable[[], Figure], reason: str | None = None) -> 
         return {"svg": inline(draw(), label), "reason": None}
 
 
+def device_name(device: dict[str, Any]) -> str:
+    """What a run was made on: CPU, 8 × NVIDIA H100."""
+    kind, platform = device.get("kind", "unknown"), device.get("platform", "unknown")
+    name = kind.upper() if kind == "cpu" else kind if kind == platform else f"{kind} ({platform})"
+    count = device.get("count", 1)
+    return name if count == 1 else f"{count} × {name}"
+
+
 def known(value: Any) -> bool:
     """Whether a number is there and finite."""
     return value is not None and math.isfinite(value)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report.figures import smoothed
-from experiments.report.page import inline, render
+from experiments.report.page import device_name, inline, render
 from experiments.report.style import PALETTE, WIDTH, amount, log_axis, new_figure, styled
 from model.errors import InputError
 from train.files import write_atomically
@@ -55,7 +55,7 @@ def _row(run: Path, record: dict[str, Any], lines: list[dict[str, Any]], differi
     return {
         "run": str(run),
         "status": record["status"],
-        "device": "{count} × {kind}".format_map(record["device"]),
+        "device": device_name(record["device"]),
         "steps": last.get("step"),
         "tokens": last.get("tokens"),
         "epochs": last.get("epoch"),

@@ -9,18 +9,9 @@ from experiments.report import scaling_figures
 from experiments.report.page import Drawn, drawn, render
 from experiments.report.style import amount
 from experiments.scaling import plots
-from experiments.scaling.analysis import Analysis
+from experiments.scaling.analysis import NAMES, Analysis
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from train.files import write_atomically
-
-NAMES = {
-    "parametric": "parametric law",
-    "isoflop": "IsoFLOP valleys, parabola",
-    "isoflop.skewed": "IsoFLOP valleys, skewed",
-    "isoflop.spline": "IsoFLOP valleys, spline",
-    "envelope": "envelope of training curves",
-}
-"""Estimators as the page calls them."""
 
 
 def write_scaling_page(path: Path, analysis: Analysis, title: str, tables: str | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.report import figures
 from experiments.report.commands import commands
-from experiments.report.page import Drawn, drawn, known, render
+from experiments.report.page import Drawn, device_name, drawn, known, render
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
@@ -44,7 +44,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "samples": document.get("samples") or [],
         "transfer_rule": document.get("transfer_rule"),
         "source_name": SOURCES.get(source, source),
-        "device_name": _device_name(parts["device"]),
+        "device_name": device_name(parts["device"]),
         "parametric": parametric,
         "isoflop": isoflop,
         "refused": fit.get("refused") or {},
@@ -147,13 +147,6 @@ def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[figures.Curve]
 
 def _held_out_curve(folder: Path, measured: dict[str, Any]) -> figures.Curve | None:
     return figures.read_curve(folder / "ladder" / measured["run"]) if measured else None
-
-
-def _device_name(device: dict[str, Any]) -> str:
-    kind, platform = device.get("kind", "unknown"), device.get("platform", "unknown")
-    name = kind.upper() if kind == "cpu" else kind if kind == platform else f"{kind} ({platform})"
-    count = device.get("count", 1)
-    return name if count == 1 else f"{count} × {name}"
 
 
 def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:

@@ -22,6 +22,15 @@ _FEWER = 100  # resamples behind the choice between forms and the table of conve
 _LEVEL = 95
 HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
 
+NAMES = {
+    "parametric": "parametric law",
+    "isoflop": "IsoFLOP valleys, parabola",
+    "isoflop.skewed": "IsoFLOP valleys, skewed",
+    "isoflop.spline": "IsoFLOP valleys, spline",
+    "envelope": "envelope of training curves",
+}
+"""Estimators in words."""
+
 
 @dataclass(frozen=True)
 class Analysis:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import safe_open
 
 from experiments import cli
 from experiments.commands import doctor
@@ -149,7 +150,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(isoflop, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_life_of_a_model(isoflop, trained, data, tmp_path):
-    """train → eval → generate → bench, each with its numbers as JSON."""
+    """train → eval → generate → convert, each with its numbers as JSON; `bench decode` is test_bench_decode's."""
     run, _, result = trained
     code, text, _ = isoflop("eval", run, "--data", data, "--seq-len", 32, "--json", tmp_path / "eval.json")
     assert code == 0
@@ -162,11 +163,9 @@ def test_life_of_a_model(isoflop, trained, data, tmp_path):
     assert code == 0
     assert "The people of" in text
     assert len(json.loads((tmp_path / "text.json").read_text())["completions"]) == 2
-    grid = ("--batch", 2, "--context", 8, "--steps", 4, "--repeats", 2)
-    assert isoflop("bench", "decode", run, *grid, "--json", tmp_path / "bench.json")[0] == 0
-    (cell,) = json.loads((tmp_path / "bench.json").read_text())["cells"]
-    assert (cell["batch"], cell["context"], cell["recompiles"]) == (2, 8, 0)
-    assert cell["decode_tokens_per_second_aggregate"] > 0
+    assert isoflop("model", "convert", run, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    with safe_open(tmp_path / "half" / "model.safetensors", "numpy") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.offset_keys()} == {"BF16"}
     refused(isoflop("bench", "decode", run, "--context", 64), "max_seq_len=64")
     refused(isoflop("generate", tmp_path, "--prompt", "x"), "is no model")
 

@@ -95,6 +95,9 @@ def test_a_part_of_the_config_is_set_from_the_command_line(isoflop, tmp_path):
     made = json.loads((tmp_path / "a.json").read_text())["parameters"]["by_group"]
     assert made["layers/experts"] == 2 * 4 * 3 * 16 * 24
     assert made["layers/router"] == 2 * 4 * 16
+    fields = ("experts.count=4", "experts.top_k=2", "experts.d_ff=24")
+    assert isoflop("model", "show", "tiny", "--set", *fields, "--json", tmp_path / "b.json")[0] == 0
+    assert json.loads((tmp_path / "b.json").read_text())["parameters"]["by_group"] == made
 
 
 def test_a_config_file_is_shown(isoflop, tmp_path):

@@ -94,8 +94,8 @@ def test_folder_says_what_surrounds_a_text_and_how_a_chat_is_written(tmp_path):
 
 
 def test_importing_is_light():
-    heavy = "tokenizers", "gguf", "jinja2", "sentencepiece"
-    program = f"import sys, model, model.tokenizer; print(*set({heavy!r}) & sys.modules.keys())"
+    heavy = "tokenizers", "gguf", "jinja2", "sentencepiece", "safetensors", "torch"
+    program = f"import sys, model.convert, model.tokenizer; print(*set({heavy!r}) & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -95,21 +95,24 @@ def test_scan_is_the_loop_and_every_parameter_gets_a_gradient(variant, random_pa
     params, tokens = random_params(variant), tokens_of(2, SEQ)
     inputs = inputs_of(variant, 2)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(config, params):
+    def passed(config, params):
+        return forward(config, params, tokens, **inputs, outputs=("hidden", "attention"))
+
+    @jax.jit
+    def graded(params):
         def loss(params):
-            out = forward(config, params, tokens, **inputs, outputs=("hidden", "attention"))
+            out = passed(variant, params)
             extra = sum(value for name, value in out.auxiliary.items() if "loss" in name)
             return jnp.mean(jax.nn.logsumexp(out.logits, axis=-1) ** 2) + extra, out
 
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return out, grads
 
-    out, grads = run(variant.replace(scan_layers=True), params)
+    out, grads = graded(params)
     uniform = len(set(layer_kinds(variant))) == 1 and variant.stack != "encoder-decoder"
     if not uniform or variant.position == "rotary":  # as a scan, layers of one kind are all alike: some stand for all
-        looped = run(variant.replace(scan_layers=False), params)
-        for a, b in zip(jax.tree.leaves((out, grads)), jax.tree.leaves(looped), strict=True):
+        looped = jax.jit(passed, static_argnums=0)(variant.replace(scan_layers=False), params)
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(looped), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
     assert out.hidden.shape == (variant.num_layers + 1, 2, SEQ, variant.d_model)
     assert out.attention.shape == (variant.num_layers, 2, variant.num_heads, SEQ, SEQ)
@@ -139,10 +142,9 @@ def test_experts_report_in_the_order_of_their_layers(random_params):
 
 
 def test_dropout_of_every_stack(random_params):
-    """The loop draws the scan's masks; rate 0 is none; an encoder draws other masks than its decoder."""
-    config = ModelConfig(
-        32, 16, 3, 2, stack="encoder-decoder", position="none", sliding_window=4, layer_pattern=("local", "global")
-    )
+    """The loop draws the scan's masks, in rounds of several layers too; rate 0 is none."""
+    windows = {"sliding_window": 4, "layer_pattern": ("local", "global")}
+    config = ModelConfig(32, 16, 4, 2, stack="encoder-decoder", num_encoder_layers=1, position="none", **windows)
     params, tokens = random_params(config), tokens_of(2, SEQ)
 
     @functools.partial(jax.jit, static_argnums=0)

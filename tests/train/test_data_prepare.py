@@ -1,6 +1,7 @@
 """A data folder is made as a whole or not at all, and made again is the same."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from experiments.commands import data as command
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.data import load_manifest, prepare, shards
-from train.data.manifest import verify_checksums
+from train.data.manifest import token_dtype, verify_checksums
 from train.data.shards import ShardWriter, TokenShards
 from train.data.tokenizer_training import train_tokenizer
 
@@ -157,8 +158,6 @@ def test_kill_leaves_no_folder_and_the_next_cleans_up(corpus, prepared, tmp_path
 
 
 def test_two_at_once_are_refused(corpus, tmp_path):
-    import fcntl
-
     busy = tmp_path / ".out.preparing"
     busy.mkdir()
     lock = os.open(busy, os.O_RDONLY)
@@ -249,8 +248,6 @@ def test_damaged_folders_are_named(copy, tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
 def test_shards_are_plain_npy_of_the_smallest_type(tmp_path, vocab_size, dtype):
-    from train.data.manifest import token_dtype
-
     ids = np.arange(vocab_size - 100, vocab_size, dtype=np.int64)
     with ShardWriter(tmp_path, "train", token_dtype(vocab_size), 30) as writer:
         for part in np.split(ids, [1, 1, 50]):

@@ -1,5 +1,6 @@
 """The run directory: what is refused, what is kept."""
 
+import fcntl
 import json
 
 import pytest
@@ -96,8 +97,6 @@ def test_bad_input_writes_nothing(data, tmp_path, change, message):
 
 
 def test_second_process_is_refused(data, tmp_path):
-    import fcntl
-
     go(data, tmp_path / "run")
     with open(tmp_path / "run" / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -10,6 +10,7 @@ import pytest
 from model import ModelConfig
 from train import HParams, Shell, TrainConfig, init_state, population, train
 from train import lanes as lanes_module
+from train.agreement import Agreement
 from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
 from train.step import train_step
@@ -167,8 +168,6 @@ def test_a_crash_before_or_after_a_rollback_changes_no_bit(whole, garbage, data,
 
 def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, record):
     """What it saved is newer than the checkpoint that the uninterrupted run goes back to."""
-    from train.agreement import Agreement
-
     with monkeypatch.context() as patch:
         asked = []
         patch.setattr(Agreement, "has", lambda self, wish: wish == 1 and len(asked) >= 10)

@@ -122,8 +122,7 @@ def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], t
     """(config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
-    from experiments.inputs import read_config
-    from experiments.models import open_parameters
+    from experiments.models import open_parameters, read_config
     from model import init
 
     if Path(model).exists() and not model.endswith(".json"):

@@ -43,7 +43,7 @@ def train(
         json: Also write every number to this file.
     """
     from experiments.commands.options import console, new_table, origin, write_document
-    from experiments.inputs import read_config
+    from experiments.models import read_config
     from experiments.sweep.speed import measure_step
     from model.errors import InputError
     from train import TrainConfig

@@ -162,7 +162,7 @@ def _parameterizations(which: Which) -> "tuple[Parameterization, ...]":
 
 def _model(preset: str | None) -> "ModelConfig":
     from experiments.coordcheck import DEFAULT
-    from experiments.inputs import read_config
+    from experiments.models import read_config
 
     return DEFAULT if preset is None else read_config(preset)
 

@@ -76,7 +76,7 @@ def show(
         json: Also write the numbers to this file.
     """
     from experiments.commands.options import console, write_document
-    from experiments.inputs import read_config
+    from experiments.models import read_config
     from model.errors import InputError
     from model.sharding import parse_mesh
 

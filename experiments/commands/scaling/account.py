@@ -13,7 +13,7 @@ def show(console: "Console", analysis: "Analysis") -> None:
     from collections import Counter
 
     from experiments.commands.options import new_table
-    from experiments.report.scaling_page import NAMES
+    from experiments.scaling.analysis import NAMES
     from experiments.scaling.rows.table import HELD_OUT_REASON
 
     fits = analysis.fits

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from experiments.scaling.fit import Fits
     from experiments.scaling.serving import ServingCost
 
-NAMES = {"parametric": "parametric law", "isoflop": "IsoFLOP, parabola"}
-
 
 def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "ServingCost | None") -> None:
     """Every answer of the command's document with its interval and its distance from the runs."""
@@ -57,6 +55,7 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
     from experiments.commands.options import new_table
+    from experiments.scaling.analysis import NAMES
 
     flops = next(iter(answer.values()))["flops"]
     sure = f"{level:g} %"
@@ -71,7 +70,7 @@ def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> N
             cells.append(" … ".join(f"{bound:{digits}}" for bound in intervals[key]) if key in intervals else "")
             if key == "tokens":
                 cells.append(f"{one['tokens'] / one['params']:.3g}")
-        table.add_row(NAMES.get(name, name.replace("isoflop.", "IsoFLOP, ")), *cells)
+        table.add_row(NAMES[name], *cells)
     console.print(table)
     _show_distance(console, next(iter(answer.values()))["extrapolation"])
 

@@ -68,7 +68,8 @@ class SweepOptions:
 
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
-        from experiments.inputs import read_changes, read_config
+        from experiments.inputs import read_changes
+        from experiments.models import read_config
         from experiments.sweep.definition import define
         from experiments.sweep.storage import without_password
 

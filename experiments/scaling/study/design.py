@@ -166,14 +166,14 @@ class Design(Part):
 
     def base_config(self, vocab_size: int) -> ModelConfig:
         """The base with the data's vocabulary and the design's rows. Raises InputError."""
-        from experiments.inputs import read_config
+        from experiments.models import read_config
 
         config = read_config(self.base).replace(vocab_size=vocab_size, max_seq_len=self.seq_len, eos_token_ids=())
         return self._overlay(config, TrainConfig())[0]
 
     def train_config(self, batch_size: int) -> TrainConfig:
         """The static half of how a rung of so many rows is trained. Raises InputError."""
-        from experiments.inputs import read_config
+        from experiments.models import read_config
 
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
         return self._overlay(read_config(self.base), shape)[1]

@@ -88,6 +88,16 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def nearest_to_optimum(tested: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, float]:
+    """(run, estimator, its N*): of the first budget in a `compare` document the run whose size is nearest to what was
+    called optimal there, by the valleys if they spoke, else by the law; without either the middle size.
+    """
+    optima, sizes = tested["budgets"][0]["optima"], sorted(run["params"] for run in tested["runs"])
+    estimator = next((name for name in ("isoflop", "parametric") if name in optima), None)
+    best = sizes[len(sizes) // 2] if estimator is None else optima[estimator]["params"]
+    return min(tested["runs"], key=lambda run: abs(np.log(run["params"] / best))), estimator, best
+
+
 def _of_run(fits: Fits, laws: Mapping[str, FormFit], rung: Rung) -> dict[str, Any]:
     run = {"name": rung.name, "params": rung.params, "tokens": rung.tokens, "flops": rung.flops_6nd}
     run |= {"repeated": rung.repeated, "loss": None, "interval": None}

@@ -1,0 +1,38 @@
+"""What is converted can be used by itself: its tokenizer goes along."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments.commands.models.convert import convert
+from experiments.models import open_model
+from model import presets
+from model.convert import save_hf
+
+
+@pytest.fixture
+def model(random_params):
+    config = presets.get("tiny").replace(vocab_size=320)
+    return config, random_params(config)
+
+
+def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkeypatch):
+    config, params = model
+    monkeypatch.setattr("train.load_run", lambda folder: (config, params))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"schema_version": 1, "data": str(data)}))
+    convert(run, tmp_path / "hf")
+    found = open_model(tmp_path / "hf")
+    text = "The people of the United States"
+    assert found.need_tokenizer().encode(text) == open_model(tmp_path / "hf", data).need_tokenizer().encode(text)
+    np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
+
+
+def test_a_folder_keeps_its_tokenizer(model, data, tmp_path):
+    save_hf(*model, tmp_path / "one")
+    shutil.copy(data / "tokenizer.model", tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
