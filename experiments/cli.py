@@ -43,7 +43,7 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> N
     Args:
         shell: bash, zsh or fish.
     """
-    tyro.cli(_parser(COMMANDS), prog="isoflop", args=["--tyro-write-completion", shell, "-"], config=_CONFIG)
+    tyro.cli(_parser(COMMANDS), prog="isoflop", args=["--tyro-write-completion", shell, "-"], config=CONFIG)
 
 
 COMMANDS: Tree = {
@@ -102,12 +102,12 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
     _use_compile_cache()
     keep_memory()
-    program, called, arguments = _called(sys.argv[1:])
+    program, called, arguments = find(sys.argv[1:])
     try:
         if isinstance(called, tuple):
-            tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=_CONFIG)
+            tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=CONFIG)
         else:
-            tyro.cli(called, prog=program, args=arguments, config=_CONFIG)
+            tyro.cli(called, prog=program, args=arguments, config=CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except Exception as error:
@@ -132,10 +132,10 @@ Start with `isoflop study`: a whole scaling-law study on real text in minutes. E
 
 
 # Help is shorter: no flag that leaves another one off, no {None} among values, positional arguments by their names.
-_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 
 
-def _called(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
+def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
     """(what the first words name, the command or group of them that it is, the words that are left)."""
     called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
     words, left = ["isoflop"], list(arguments)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from infer.prune import drop_layers, prune
 from infer.step import decode_step
 from model import ModelConfig, Params, apply
 from model.errors import InputError
-from model.gguf_header import read_gguf_header
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import bytes_of
 from train.data.loader import Batch
@@ -30,10 +28,6 @@ from train.files import file_sha256
 from train.progress import progress_bar
 
 _STEPS, _ROUNDS = 32, 3  # decode steps per timing, and timings of which the median counts
-_TOKENIZER_FILES = (
-    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template*",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +123,6 @@ def report(
     return rows
 
 
-def cached_loss(
-    config: ModelConfig, params: Params, tokens: Int[Array | np.ndarray, "batch seq"], dtype: str | None = None
-) -> float:
-    """Nats per token of rows read one token at a time through a KV cache of this dtype; each row's first is given."""
-    nats, _ = _score_cached(config, params, jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), dtype=dtype)
-    return float(jnp.mean(nats))
-
-
 def decode_speed(config: ModelConfig, params: Params, batch: int, cache_dtype: str | None = None) -> float:
     """Tokens per second of all rows together: the median of short greedy runs that stay on the device."""
     steps = min(_STEPS, config.max_seq_len)
@@ -174,19 +160,6 @@ def calibration_tokens(
     if rows == 0:
         raise InputError(f"{data} has fewer than {seq_len} training tokens; give a smaller --seq-len")
     return ids[: rows * seq_len].reshape(rows, seq_len)
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Put a model's tokenizer beside its weights; of a GGUF file what stands before the weights."""
-    if tokenizer.path.suffix == ".gguf":
-        header = read_gguf_header(tokenizer.path)
-        start = min((tensor.start for tensor in header.tensors.values()), default=None)
-        with tokenizer.path.open("rb") as source:
-            (folder / "tokenizer.gguf").write_bytes(source.read(start))
-        return
-    for file in {file for pattern in _TOKENIZER_FILES for file in tokenizer.path.parent.glob(pattern)}:
-        if file.is_file() and file.parent.resolve() != folder.resolve():
-            shutil.copy2(file, folder / file.name)
 
 
 def _quality(

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from model import ModelConfig, Params
     from model.tokenizer import Tokenizer
 
+_TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template*",
+)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -90,3 +95,20 @@ def open_tokenizer(path: Path, given: str | Path | None = None) -> "Tokenizer | 
     names = ("tokenizer.json", "tokenizer.model")
     beside = path.suffix == ".gguf" or any((path / name).is_file() for name in names) or any(path.glob("*.gguf"))
     return load_tokenizer(path) if beside else None
+
+
+def copy_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Put a model's tokenizer beside its weights; of a GGUF file what stands before the weights."""
+    import shutil
+
+    from model.gguf_header import read_gguf_header
+
+    if tokenizer.path.suffix == ".gguf":
+        header = read_gguf_header(tokenizer.path)
+        start = min((tensor.start for tensor in header.tensors.values()), default=None)
+        with tokenizer.path.open("rb") as source:
+            (folder / "tokenizer.gguf").write_bytes(source.read(start))
+        return
+    for file in {file for pattern in _TOKENIZER_FILES for file in tokenizer.path.parent.glob(pattern)}:
+        if file.is_file() and file.parent.resolve() != folder.resolve():
+            shutil.copy2(file, folder / file.name)

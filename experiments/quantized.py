@@ -19,7 +19,7 @@ from model.errors import InputError
 from train.files import write_json
 
 RECORD, TENSORS = "quantized.json", "model.safetensors"
-KINDS = ("int8", "int8-dynamic", "int4")
+ROUNDED = ("int8", "int8-dynamic", "int4")
 
 
 def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weights: str) -> None:

@@ -35,8 +35,7 @@ class Beams:
     finish_reason: list[list[str]]
 
 
-@struct.dataclass
-class Hypotheses:
+class Hypotheses(struct.PyTreeNode):
     """Outputs and what they weigh; log-probability and score −inf where there is none. Leaves are Any because JAX also
     fills the tree with shapes and shardings."""
 
@@ -47,8 +46,7 @@ class Hypotheses:
     stopped: Any  # bool [prompts, beams]: a stop id ended it
 
 
-@struct.dataclass
-class Search:
+class Search(struct.PyTreeNode):
     """What the search carries on; leaves as in `Hypotheses`, traced settings among them."""
 
     running: Hypotheses  # the best first; their scores are −inf when a prompt's search has ended
@@ -137,7 +135,7 @@ def _none(prompts: int, beams: int, room: int) -> Hypotheses:
 def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, Bool[Array, ""]]:
     """The first token of every output. All beams of a prompt are the same yet, so that one of them counts."""
     scores = jnp.where(jnp.arange(search.running.scores.shape[1]) == 0, 0.0, search.running.scores)
-    search = search.replace(running=search.running.replace(scores=scores))  # type: ignore[attr-defined]
+    search = search.replace(running=search.running.replace(scores=scores))
     search = _advance(search, logits)
     return search, _runs(search)
 
@@ -186,7 +184,7 @@ def _advance(search: Search, logits: Float[Array, "rows vocab"]) -> Search:
     ended = jnp.where(ended >= worst, ended, -jnp.inf)
     stops = jnp.maximum(stop_ids, 0)[index % len(stop_ids)]
     stopped = _extended(old, logprobs, index // len(stop_ids), stops, ended, search.step)
-    stopped = stopped.replace(stopped=jnp.ones((prompts, beams), bool))  # type: ignore[attr-defined]
+    stopped = stopped.replace(stopped=jnp.ones((prompts, beams), bool))
 
     length = (search.step + 1).astype(jnp.float32)
     normalised = lambda sums, length: sums / length**search.length_penalty
@@ -194,7 +192,7 @@ def _advance(search: Search, logits: Float[Array, "rows vocab"]) -> Search:
     candidates = [
         search.finished,
         stopped.replace(scores=normalised(stopped.scores, length)),
-        running.replace(scores=jnp.where(last, normalised(running.scores, length), -jnp.inf)),  # type: ignore
+        running.replace(scores=jnp.where(last, normalised(running.scores, length), -jnp.inf)),
     ]
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *candidates)
     _, index = jax.lax.top_k(together.scores, beams)
@@ -205,11 +203,11 @@ def _advance(search: Search, logits: Float[Array, "rows vocab"]) -> Search:
     worst = finished.scores[:, -1]
     at_once = (search.patience == PATIENCE.index(True)) & (worst > -jnp.inf)
     over = last | at_once | (hope <= worst)
-    running = running.replace(scores=jnp.where(over[:, None], -jnp.inf, running.scores))  # type: ignore[attr-defined]
+    running = running.replace(scores=jnp.where(over[:, None], -jnp.inf, running.scores))
     cache = search.cache
     if beams > 1:
         cache = take(cache, (parent + beams * jnp.arange(prompts)[:, None]).reshape(-1))
-    return search.replace(running=running, finished=finished, cache=cache, step=search.step + 1)  # type: ignore
+    return search.replace(running=running, finished=finished, cache=cache, step=search.step + 1)
 
 
 def _extended(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from infer.sampling import Choice, History, SamplerState, choose, quiet
+from infer.sampler import Choice, History, SamplerState, choose, quiet
+from infer.sampling import MOST_LOGPROBS
 from model import KVCache, ModelConfig, Params, head
 from model.cache import grow
 from model.transformer import forward_cached
@@ -17,8 +18,7 @@ ROOM = 32  # tokens of a row that one call can make
 RUNNING, STOPPED, FULL = 0, 1, 2  # how a row stands: a stop id came, or all tokens that were asked for were made
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """What decoding carries on. Leaves are Any because JAX also fills the tree with shapes and shardings.
 
     token: each row's newest, which the cache does not hold yet. history: prompt and output, the newest included, with
@@ -36,11 +36,10 @@ class Rows:
     status: Any  # int32 [batch]
 
 
-@struct.dataclass
-class Emitted:
+class Emitted(struct.PyTreeNode):
     """Tokens of one call, row by row in order; −1 where a row made none (it had ended, or met a stop id).
 
-    logprobs and the likeliest tokens are the model's: see `infer.sampling.Choice`.
+    logprobs and the likeliest tokens are the model's: see `infer.sampler.Choice`.
     """
 
     tokens: Any  # int32 [batch, room]
@@ -53,16 +52,15 @@ class Emitted:
 def grow_rows(config: ModelConfig, rows: Rows, capacity: int) -> Rows:
     """The same rows with room for more tokens, in cache and history."""
     more = ((0, 0), (0, capacity - rows.cache.capacity))
-    history = rows.history.replace(tokens=jnp.pad(rows.history.tokens, more))  # type: ignore[attr-defined]
-    return rows.replace(cache=grow(config, rows.cache, capacity), history=history)  # type: ignore[attr-defined]
+    history = rows.history.replace(tokens=jnp.pad(rows.history.tokens, more))
+    return rows.replace(cache=grow(config, rows.cache, capacity), history=history)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def begin(rows: Rows, logits: Float[Array, "batch vocab"]) -> tuple[Rows, Emitted]:
     """Choose the first token after the prompts, from what `prefill` gave. The rows are donated."""
     choice = choose(rows.sampler, logits, rows.history)
-    emitted = _nothing(rows, 1, choice.top_ids.shape[1])
-    return _after(rows, rows.cache, choice, emitted, jnp.int32(0))
+    return _after(rows, rows.cache, choice, nothing_yet(rows, 1), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -77,9 +75,7 @@ def decode(
 
     halt: rows that are stopped first. The cache must have room: see `model.cache.grow`.
     """
-    rows = rows.replace(status=jnp.where(halt & (rows.status == RUNNING), STOPPED, rows.status))  # type: ignore
-    top = jax.eval_shape(lambda: choose(rows.sampler, jnp.zeros(rows.sampler.bias.shape), rows.history)).top_ids
-    start = (jnp.int32(0), rows, _nothing(rows, ROOM, top.shape[1]))
+    rows = halted(rows, halt)
 
     def go_on(carry):
         step, rows, _ = carry
@@ -92,7 +88,7 @@ def decode(
         choice = choose(quiet(rows.sampler, running), head(config, params, hidden), rows.history)
         return step + 1, *_after(rows, cache, choice, emitted, step)
 
-    _, rows, emitted = jax.lax.while_loop(go_on, body, start)
+    _, rows, emitted = jax.lax.while_loop(go_on, body, (jnp.int32(0), rows, nothing_yet(rows, ROOM)))
     return rows, emitted
 
 
@@ -114,17 +110,25 @@ def _after(rows: Rows, cache: KVCache, choice: Choice, emitted: Emitted, step: A
         top_logprobs=put(emitted.top_logprobs, choice.top_logprobs),
         status=status,
     )
-    rows = rows.replace(  # type: ignore[attr-defined]
+    rows = rows.replace(
         token=jnp.where(made, choice.token, rows.token),
         cache=cache,
-        history=history.replace(tokens=tokens, lengths=lengths),  # type: ignore[attr-defined]
+        history=history.replace(tokens=tokens, lengths=lengths),
         status=status,
     )
     return rows, emitted
 
 
-def _nothing(rows: Rows, room: int, top: int) -> Emitted:
-    batch = rows.token.shape[0]
+def halted(rows: Rows, halt: Bool[Array, " batch"]) -> Rows:
+    """The same, those rows stopped if they ran."""
+    stopped = jnp.where(halt & (rows.status == RUNNING), STOPPED, rows.status)
+    return rows.replace(status=stopped)
+
+
+def nothing_yet(rows: Rows, room: int) -> Emitted:
+    """What a call has made before its first token, with room for so many of each row."""
+    batch, vocab = rows.sampler.bias.shape
+    top = min(MOST_LOGPROBS, vocab)
     return Emitted(
         tokens=jnp.full((batch, room), -1, jnp.int32),
         logprobs=jnp.zeros((batch, room)),

@@ -14,7 +14,8 @@ from infer.decode import ROOM, RUNNING, STOPPED, Emitted, Rows, begin, decode
 from infer.generate import Decoder
 from infer.prompts import SMALLEST_CHUNK, Prompt, bucket, check_generates, check_prompts
 from infer.request import Reading, Request
-from infer.sampling import GREEDY, History, SamplerState, Sampling, row_keys
+from infer.sampler import History, SamplerState, row_keys
+from infer.sampling import GREEDY, Sampling
 from infer.step import prefill
 from model import KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes

@@ -3,7 +3,7 @@ while the host reads the last."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jaxtyping import PRNGKeyArray
 
 from infer.decode import FULL, ROOM, RUNNING, Emitted, Rows, begin, decode, grow_rows
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
-from infer.sampling import History, SamplerState, Sampling, row_keys
+from infer.sampler import History, SamplerState, row_keys
+from infer.sampling import Sampling
 from model import ModelConfig, Params
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -39,6 +40,12 @@ class Generated:
     logprobs: list[list[float]]
     finish_reason: list[str]
     top_logprobs: list[list[dict[int, float]]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: "Sequence[Completion]", **more: Any) -> Self:
+        """The fields of completions that have ended, and what else a subclass has."""
+        names = ("tokens", "logprobs", "finish_reason", "top_logprobs")
+        return cls(**{name: [getattr(row, name) for row in rows] for name in names}, **more)
 
 
 @dataclasses.dataclass
@@ -99,8 +106,7 @@ def generate(
     params may lie over a mesh, prepared (`prepare(…, mesh=mesh)`) or not: the cache is then split over it too.
     Raises InputError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
-    rows: list[Completion] = []
-    for completions in stream(
+    *_, rows = stream(
         config,
         params,
         prompts,
@@ -110,14 +116,8 @@ def generate(
         tokenizer=tokenizer,
         cache_dtype=cache_dtype,
         every=ROOM,
-    ):
-        rows = completions
-    return Generated(
-        tokens=[row.tokens for row in rows],
-        logprobs=[row.logprobs for row in rows],
-        finish_reason=[str(row.finish_reason) for row in rows],
-        top_logprobs=[row.top_logprobs for row in rows],
     )
+    return Generated.of(rows)
 
 
 def stream(
@@ -138,8 +138,7 @@ def stream(
     Raises InputError before anything is computed.
     """
     check_prompts(config, prompts, max_new_tokens)
-    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-    check_samplings(config, samplings, len(prompts), tokenizer)
+    samplings = one_sampling_each(sampling, len(prompts), tokenizer)
     return _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, min(every, ROOM))
 
 
@@ -219,12 +218,15 @@ def start_rows(
     )
 
 
-def check_samplings(
-    config: ModelConfig, samplings: Sequence[Sampling], prompts: int, tokenizer: Decoder | None
-) -> None:
-    """Raise InputError unless there is one sampling per prompt, and a tokenizer where stop strings need one."""
+def one_sampling_each(
+    sampling: Sampling | Sequence[Sampling], prompts: int, tokenizer: Decoder | None
+) -> list[Sampling]:
+    """The sampling of every prompt. Raises InputError on another number of them, and where stop strings lack a
+    tokenizer."""
+    samplings = [sampling] * prompts if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != prompts:
         raise InputError(f"{len(samplings)} samplings were given for {prompts} prompts; give one, or one for each")
     for one in samplings:
         if one.stop_strings and tokenizer is None:
             raise InputError(f"stop_strings={one.stop_strings!r} need the tokenizer; give generate(…, tokenizer=…)")
+    return samplings

@@ -2,21 +2,19 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from infer.quantize import make, quantize_experts
+from infer.quantize import KINDS, make, quantize_experts
 from model import ModelConfig, Params
 from model.errors import UnknownNameError
 from model.layout import places
 from model.parameterization import names_of, role_of
 from model.sharding import spec_for
 from model.weights import Int4, Int8Experts, Transposed, is_weight, outputs_of
-
-Weights = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
 
 # Matrices with one input, in the order in which their module takes the product's columns apart: see
 # `model.linear.side_by_side`.
@@ -29,19 +27,20 @@ _TOGETHER = {
 _TAKEN_APART = "key_value_up"  # by latent attention, head by head: it stays a plain matrix
 
 
-def prepare(config: ModelConfig, params: Params, weights: Weights = "float32", mesh: Mesh | None = None) -> Params:
-    """One tree per layer, every matrix stored (out, in) in the given precision, those of one input joined. Do it once.
+def prepare(config: ModelConfig, params: Params, weights: str = "float32", mesh: Mesh | None = None) -> Params:
+    """One tree per layer, every matrix stored (out, in), those of one input joined. Do it once.
 
     A layer taken out of a stack is copied before every small product; separate arrays in this layout are read once.
     Vectors (norm scales, biases) and routers stay float32. Tables that are only looked up are stored in bfloat16 where
     the weights are smaller than float32; the matrix that makes the logits is int8 under int4, which it would suffer
     from most (docs/LOG.md). Experts' matrices stay stacked, (count, in, out), and are int8 under int8-dynamic and int4
     too. What was prepared before is left as it is.
+    weights: of `infer.quantize.KINDS`.
     mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
     Raises UnknownNameError for a weight type that there is not.
     """
-    if weights not in get_args(Weights):
-        raise UnknownNameError("weight type", weights, get_args(Weights))
+    if weights not in KINDS:
+        raise UnknownNameError("weight type", weights, KINDS)
     joins = mesh is None or mesh.shape.get("tensor", 1) == 1
     plain = "float32" if weights == "float32" else "bfloat16"
     outside = "int8" if weights == "int4" else weights  # of the layers: the matrix that makes the logits

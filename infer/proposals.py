@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from infer.sampling import History, SamplerState, distribution
+from infer.sampler import History, SamplerState, distribution
 from infer.selection import draw
 from model import KVCache, ModelConfig, Params, head
 from model.transformer import forward_cached
@@ -44,7 +44,7 @@ def propose(
     keys = keys_ahead(sampler, history, ahead)
 
     def choose(hidden: Array, tokens: Array, place: Array | int) -> tuple[Array, Array, Array]:
-        now = history.replace(tokens=tokens, lengths=history.lengths + place)  # type: ignore[attr-defined]
+        now = history.replace(tokens=tokens, lengths=history.lengths + place)
         weights = probabilities(sampler, head(config, params, hidden), now)
         token = draw(jax.vmap(lambda row: jax.random.fold_in(row[place], 0))(keys), weights)
         return token, followed(now, token[:, None], jnp.where(place < wanted, 1, 0)).tokens, weights
@@ -99,7 +99,7 @@ def accept(
 def probabilities(
     sampler: SamplerState, logits: Float[Array, "batch vocab"], history: History
 ) -> Float[Array, "batch vocab"]:
-    """As `infer.sampling.distribution`, but 0 where every token is banned: then none is taken, and id 0 is drawn."""
+    """As `infer.sampler.distribution`, but 0 where every token is banned: then none is taken, and id 0 is drawn."""
     return jnp.nan_to_num(distribution(sampler, logits, history))
 
 
@@ -115,4 +115,4 @@ def followed(history: History, tokens: Int[Array, "batch count"], counts: Int[Ar
     place = jnp.arange(tokens.shape[1])
     write = lambda row, new, at, count: row.at[jnp.where(place < count, at + place, row.shape[0])].set(new, mode="drop")
     written = jax.vmap(write)(history.tokens, tokens, history.lengths, counts)
-    return history.replace(tokens=written, lengths=history.lengths + counts)  # type: ignore[attr-defined]
+    return history.replace(tokens=written, lengths=history.lengths + counts)

@@ -1,7 +1,7 @@
 """Weights in fewer bits: round to nearest, with a scale per output or per group of inputs."""
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Int
 from model.errors import InputError, UnknownNameError
 from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed
 
-Kind = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4"]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")
 GROUP = 32  # inputs that share a scale of int4
 
 _SHRINKINGS = 21  # scales tried per group, from the one of the largest entry down to half of it

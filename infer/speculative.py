@@ -12,11 +12,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin, grow_rows
-from infer.generate import Completion, Decoder, Generated, check_samplings, one_row_each, start_rows
+from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin, grow_rows, halted, nothing_yet
+from infer.generate import Completion, Decoder, Generated, one_row_each, one_sampling_each, start_rows
 from infer.prompts import Prompt, capacity_for, check_prompts, read_prompts
 from infer.proposals import accept, followed, keys_ahead, look_up, probabilities, propose
-from infer.sampling import MOST_LOGPROBS, History, Sampling
+from infer.sampler import History, describe
+from infer.sampling import Sampling
 from model import ModelConfig, Params, head
 from model.cache import grow, rewind
 from model.errors import InputError
@@ -50,8 +51,7 @@ class Plan:
     ahead: int
 
 
-@struct.dataclass
-class Carried:
+class Carried(struct.PyTreeNode):
     """What rounds carry on. Leaves are Any because JAX also fills the tree with shapes and shardings.
 
     A running row's cache holds its history but for the newest token; the draft's may lack one more.
@@ -89,8 +89,7 @@ def generate_speculative(
     Raises InputError as `generate` does, and on a draft that cannot follow the model.
     """
     check_prompts(config, prompts, max_new_tokens)
-    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-    check_samplings(config, samplings, len(prompts), tokenizer)
+    samplings = one_sampling_each(sampling, len(prompts), tokenizer)
     draft_config, draft_params = (None, None) if draft is None else draft
     plan = Plan(config, draft_config, lookup if draft is None else 0, tokens_ahead)
     _check(plan, prompts, max_new_tokens)
@@ -134,14 +133,7 @@ def _loop(plan, params, draft_params, carried, first, prompts, samplings, max_ne
             break
         filled = min(int(held.max()) + rounds * (plan.ahead + 1), end)
         coming = upcoming
-    return Speculated(
-        tokens=[one.tokens for one in completions],
-        logprobs=[one.logprobs for one in completions],
-        finish_reason=[str(one.finish_reason) for one in completions],
-        top_logprobs=[one.top_logprobs for one in completions],
-        drafted=drafted.tolist(),
-        accepted=accepted.tolist(),
-    )
+    return Speculated.of(completions, drafted=drafted.tolist(), accepted=accepted.tolist())
 
 
 def _grown(plan: Plan, carried: Carried, length: int) -> Carried:
@@ -149,7 +141,7 @@ def _grown(plan: Plan, carried: Carried, length: int) -> Carried:
     rows = grow_rows(plan.config, rows, capacity_for(plan.config, length))
     if plan.draft is not None and cache.capacity < length:
         cache = grow(plan.draft, cache, capacity_for(plan.draft, length))
-    return carried.replace(rows=rows, draft_cache=cache)  # type: ignore[attr-defined]
+    return carried.replace(rows=rows, draft_cache=cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -167,19 +159,8 @@ def speculate(
     many were drafted and accepted so far. The cache must have room for `rounds` · (ahead + 1) tokens, or for each row's
     limit; `carried` is donated.
     """
-    rows = carried.rows
-    carried = carried.replace(  # type: ignore[attr-defined]
-        rows=rows.replace(status=jnp.where(halt & (rows.status == RUNNING), STOPPED, rows.status))  # type: ignore
-    )
-    batch, vocab = rows.sampler.bias.shape
-    room, top = ROUNDS * (plan.ahead + 1), min(MOST_LOGPROBS, vocab)
-    emitted = Emitted(
-        tokens=jnp.full((batch, room), -1, jnp.int32),
-        logprobs=jnp.zeros((batch, room)),
-        top_ids=jnp.zeros((batch, room, top), jnp.int32),
-        top_logprobs=jnp.zeros((batch, room, top)),
-        status=carried.rows.status,
-    )
+    carried = carried.replace(rows=halted(carried.rows, halt))
+    emitted = nothing_yet(carried.rows, ROUNDS * (plan.ahead + 1))
 
     def go_on(carry):
         number, carried, _ = carry
@@ -188,13 +169,16 @@ def speculate(
     def body(carry):
         number, carried, emitted = carry
         carried, made = _round(plan, params, draft_params, carried)
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, number * (plan.ahead + 1), 1)
-        names = ("tokens", "logprobs", "top_ids", "top_logprobs")
-        parts = {name: put(getattr(emitted, name), getattr(made, name)) for name in names}
-        return number + 1, carried, Emitted(**parts, status=made.status)
+        return number + 1, carried, _put(emitted, made, number * (plan.ahead + 1))
 
     _, carried, emitted = jax.lax.while_loop(go_on, body, (jnp.int32(0), carried, emitted))
     return carried, (emitted, carried.rows.cache.lengths, carried.drafted, carried.accepted)
+
+
+def _put(emitted: Emitted, made: Emitted, place: Int[Array, ""] | int) -> Emitted:
+    """What was made, put down from this place on; the status is the newest."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, 1) if new.ndim > 1 else new
+    return jax.tree.map(put, emitted, made)
 
 
 def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Carried) -> tuple[Carried, Emitted]:
@@ -206,7 +190,7 @@ def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Car
         proposed, weights, draft_cache = propose(
             plan.draft, draft_params, carried.draft_cache, history, rows.sampler, wanted, plan.ahead
         )
-        carried = carried.replace(draft_cache=draft_cache)  # type: ignore[attr-defined]
+        carried = carried.replace(draft_cache=draft_cache)
         return _take(plan, params, carried, proposed, weights, wanted)
     proposed, found = look_up(history, plan.lookup, plan.ahead)
     wanted = jnp.where(found, wanted, 0)
@@ -217,16 +201,7 @@ def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Car
     def none() -> tuple[Carried, Emitted]:  # nothing to check
         no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]))
         alone, made = _take(plan, params, carried, proposed[:, :0], no_weights, wanted)
-        room = lambda leaf, fill: jnp.pad(
-            leaf, ((0, 0), (0, plan.ahead), *[(0, 0)] * (leaf.ndim - 2)), constant_values=fill
-        )
-        return alone, Emitted(
-            room(made.tokens, -1),
-            room(made.logprobs, 0),
-            room(made.top_ids, 0),
-            room(made.top_logprobs, 0),
-            made.status,
-        )
+        return alone, _put(nothing_yet(rows, plan.ahead + 1), made, 0)
 
     return jax.lax.cond(jnp.any(wanted > 0), some, none)
 
@@ -246,9 +221,7 @@ def _take(
     lengths = jnp.where(running, wanted + 1, 0)
     hidden, cache = forward_cached(plan.config, params, chunk, lengths, rows.cache, every=True)
     logits = head(plan.config, params, hidden)
-    at = followed(history, proposed, wanted).replace(  # type: ignore[attr-defined]
-        lengths=history.lengths[:, None] + jnp.arange(ahead + 1)[None]
-    )
+    at = followed(history, proposed, wanted).replace(lengths=history.lengths[:, None] + jnp.arange(ahead + 1)[None])
     target = jax.vmap(probabilities, in_axes=(None, 1, History(None, None, 1)), out_axes=1)(rows.sampler, logits, at)
     keys = keys_ahead(rows.sampler, history, ahead + 1)
     taken, token = accept(keys, target, weights, proposed, wanted)
@@ -266,10 +239,10 @@ def _take(
     if draft_cache is not None:
         draft_cache = rewind(draft_cache, jnp.minimum(draft_cache.lengths, held))
     last = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], 1)[:, 0]
-    rows = rows.replace(  # type: ignore[attr-defined]
+    rows = rows.replace(
         token=jnp.where(count > 0, last, rows.token), cache=rewind(cache, held), history=after, status=status
     )
-    carried = carried.replace(  # type: ignore[attr-defined]
+    carried = carried.replace(
         rows=rows,
         draft_cache=draft_cache,
         drafted=carried.drafted + wanted,
@@ -279,18 +252,11 @@ def _take(
 
 
 def _described(rows: Rows, logits: Float[Array, "batch room vocab"], tokens: Int[Array, "batch room"]) -> Emitted:
-    """These tokens with what the model gave them and the likeliest in their places, as `infer.sampling.Choice` does."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    top = min(MOST_LOGPROBS, logits.shape[-1])
-
-    def likeliest() -> tuple[Array, Array]:
-        values, ids = jax.lax.top_k(logits, top)
-        return ids.astype(jnp.int32), values - normaliser[..., None]
-
-    nothing = lambda: (jnp.zeros((*tokens.shape, top), jnp.int32), jnp.zeros((*tokens.shape, top)))
-    top_ids, top_logprobs = jax.lax.cond(jnp.any(rows.sampler.logprobs > 0), likeliest, nothing)
-    of_tokens = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
-    return Emitted(tokens, of_tokens - normaliser, top_ids, top_logprobs, rows.status)
+    """As `infer.sampler.describe`, of several tokens of every row."""
+    asked = jnp.any(rows.sampler.logprobs > 0)
+    flat = describe(asked, logits.reshape(-1, logits.shape[-1]), jnp.maximum(tokens, 0).reshape(-1))
+    made = jax.tree.map(lambda leaf: leaf.reshape(*tokens.shape, *leaf.shape[1:]), flat)
+    return Emitted(tokens, made.logprob, made.top_ids, made.top_logprobs, rows.status)
 
 
 def _check(plan: Plan, prompts: Sequence[Prompt], max_new_tokens: int) -> None:

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
 from experiments.decode.cells import Cell, check_cell, grid, measure
 from experiments.decode.roofline import step_cost
 from infer import prepare
-from infer.prepare import Weights
+from infer.quantize import KINDS
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
 from model.errors import InputError, UnknownNameError
@@ -63,8 +63,8 @@ def check_grid(config: ModelConfig, cells: Sequence[Cell], steps: int, repeats: 
         raise InputError(f"repeats={repeats} must be at least 1")
     for cell in cells:
         check_cell(config, cell, steps)
-        if cell.weights not in get_args(Weights):
-            raise UnknownNameError("weight type", cell.weights, get_args(Weights))
+        if cell.weights not in KINDS:
+            raise UnknownNameError("weight type", cell.weights, KINDS)
         if cell.cache is not None and cell.cache not in CACHE_DTYPES:
             raise UnknownNameError("cache dtype", cell.cache, CACHE_DTYPES)
         if cell.kv_heads is not None and (cell.kv_heads < 1 or config.num_heads % cell.kv_heads):
@@ -127,7 +127,7 @@ class _Models:
         if key != self.key:
             self.forget()
             config, params = self.build(cell.kv_heads)
-            prepared = prepare(config, params, cell.weights)  # type: ignore[arg-type]
+            prepared = prepare(config, params, cell.weights)
             self.key, self.model = key, (config, jax.block_until_ready(prepared))
         assert self.model is not None
         return self.model

@@ -191,7 +191,7 @@ class _Run:
         greedy = Sampling(temperature=0.0, stop_ids=())
         prompts = [[0] * self.cell.depth] * self.cell.batch
         rows = start_rows(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
-        return rows.replace(token=token)  # type: ignore[attr-defined]
+        return rows.replace(token=token)
 
     def _call(self, steps: int) -> tuple[Array, Array]:
         return jnp.int32(steps), jnp.zeros(self.cell.batch, bool)

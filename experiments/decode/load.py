@@ -2,31 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from infer import GREEDY, Sampling
+from infer import GREEDY, Engine, Request, Sampling
 from model.errors import InputError
-
-
-class Request(Protocol):
-    """What `submit` hands back. Times are of the clock that the load is driven by; None: not yet."""
-
-    tokens: Sequence[int]
-    first_token: float | None
-    finished: float | None
-    token_times: Sequence[float]
-
-
-class Serves(Protocol):
-    """Continuous batching, one step at a time."""
-
-    def submit(self, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int) -> Any:
-        """Queue a request."""
-
-    def step(self) -> Any:
-        """Advance whatever runs, and let waiting requests in."""
 
 
 def arrivals(rate: float, requests: int, seed: int) -> list[float]:
@@ -37,7 +18,7 @@ def arrivals(rate: float, requests: int, seed: int) -> list[float]:
 
 
 def drive(
-    engine: Serves,
+    engine: Engine,
     prompts: Sequence[Sequence[int]],
     at: Sequence[float],
     *,
@@ -53,7 +34,7 @@ def drive(
     """
     start = clock()
     due = [start + seconds for seconds in at]
-    requests: list[Any] = []
+    requests: list[Request] = []
     while len(requests) < len(due) or any(request.finished is None for request in requests):
         while len(requests) < len(due) and due[len(requests)] <= clock():
             requests.append(engine.submit(prompts[len(requests)], sampling, max_new_tokens))
@@ -105,7 +86,7 @@ def summarize(
 
 
 def bench_load(
-    make_engine: Callable[[], Serves],
+    make_engine: Callable[[], Engine],
     vocab_size: int,
     rates: Sequence[float],
     *,

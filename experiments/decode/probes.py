@@ -61,6 +61,11 @@ def buffer_bytes() -> int:
     return min(max(8 * max(caches), 1 << 28), 1 << 31)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _reads(size: int) -> dict[str, Callable[[], Any]]:
     """Ways to read `size` bytes once: decode can be no faster than the best of them."""
     table, vector = jnp.ones((size // (4 * COLUMNS), COLUMNS), jnp.float32), jnp.ones(COLUMNS, jnp.float32)
@@ -71,9 +76,8 @@ def _reads(size: int) -> dict[str, Callable[[], Any]]:
         "XLA largest of every row": lambda: largest(table).block_until_ready(),
     }
     if jax.default_backend() == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        pool = ThreadPoolExecutor(cores)  # NumPy's reductions let go of the interpreter's lock
-        parts = np.array_split(np.asarray(table).reshape(-1), cores)
+        pool = ThreadPoolExecutor(cores())  # NumPy's reductions let go of the interpreter's lock
+        parts = np.array_split(np.asarray(table).reshape(-1), cores())
         reads["NumPy sum, a thread per core"] = lambda: list(pool.map(np.sum, parts))
     return reads
 

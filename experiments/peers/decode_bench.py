@@ -16,8 +16,10 @@ import jax
 import numpy as np
 
 from experiments.decode.cells import Cell
+from experiments.decode.probes import cores
 from experiments.peers.child import Child, python_has
 from experiments.peers.gguf_out import check_is_llama, write_gguf
+from experiments.peers.turns import in_turns, middle_and_ends
 from infer import Sampling, prepare, stream
 from infer.decode import ROOM
 from model import ModelConfig, Params
@@ -58,7 +60,7 @@ def bench_against(
             with contextlib.ExitStack() as children:
                 peers = {name: _start(children, name, config, params, dtype, folder) for name in names}
                 shape = config.replace(compute_dtype=dtype)
-                prepared = prepare(shape, params, dtype)  # type: ignore[arg-type]
+                prepared = prepare(shape, params, dtype)
                 for batch, prompt in dict.fromkeys((c.batch, c.prompt) for c in cells if c.weights == dtype):
                     cell = Cell(batch, prompt, weights=dtype)
                     try:
@@ -86,7 +88,7 @@ def _start(
             "path": str(path),
             "dtype": dtype,
             "device": "cpu" if jax.default_backend() == "cpu" else "cuda",
-            "threads": _cores() if jax.default_backend() == "cpu" else None,
+            "threads": cores() if jax.default_backend() == "cpu" else None,
         }
         child = Child([_python(name), str(PEER), json.dumps(spec)], name, folder / f"{name}-{dtype}.log")
         return stack.enter_context(child)
@@ -145,18 +147,15 @@ def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -
 
 
 def take_turns(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """(every contender's answers, why those stopped that did); who begins changes from round to round."""
-    names = list(turns)
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """(every contender's answers, why those stopped that did)."""
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     failed: dict[str, str] = {}
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            if name not in failed:
-                try:
-                    answers[name].append(turns[name]())
-                except InputError as error:
-                    failed[name] = str(error)
+    for name in in_turns(list(turns), rounds):
+        if name not in failed:
+            try:
+                answers[name].append(turns[name]())
+            except InputError as error:
+                failed[name] = str(error)
     return answers, failed
 
 
@@ -179,9 +178,7 @@ def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, 
         "samples": {"time_to_first_token_seconds": first.tolist(), "seconds_per_step": step.tolist()},
     }
     for of, ratios in (("decode", step / our_step), ("first_token", first / our_first)):
-        key = f"isoflop_over_this_{of}"
-        row |= {key: float(np.median(ratios)), f"{key}_lowest": float(ratios.min())}
-        row[f"{key}_highest"] = float(ratios.max())
+        row |= middle_and_ends(f"isoflop_over_this_{of}", ratios.tolist())
     return row
 
 
@@ -200,10 +197,6 @@ def _asked(peer: Child, told: dict[str, Any]) -> dict[str, Any]:
 
 def _python(name: str) -> str:
     return os.environ.get(PEERS[name][1]) or sys.executable
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(config: ModelConfig, cells: Sequence[Cell], names: Sequence[str], steps: int, rounds: int) -> None:

@@ -6,16 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.peers.kin import check_fields
 from model import ModelConfig, Params
-from model.errors import InputError
 
-# Fields of the shape may have any value, and these too; every other one must be as it is by default.
-_ANY = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
-_ANY |= {"rope_base", "norm_epsilon", "tie_embeddings", "attention_bias", "attention_output_bias", "compute_dtype"}
-# These change nothing in the logits of a model whose other fields are as they must be.
-_ANY |= {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
-_ANY |= {"num_labels", "base_d_model", "zero_readout", "scan_layers", "eos_token_ids", "decoder_start_token_id"}
-_ANY |= {"remat", "attention_kernel", "norm_bias"}
+_FREE = {"rope_base", "norm_epsilon", "tie_embeddings", "attention_bias", "attention_output_bias"}
+_FREE |= {"compute_dtype", "remat", "attention_kernel", "norm_bias"}
 _PARTS = {
     "attn_q": "attention/query",
     "attn_k": "attention/key",
@@ -29,10 +24,7 @@ _PARTS = {
 
 def check_is_llama(config: ModelConfig) -> None:
     """Raises InputError, with the field, for an architecture that llama.cpp's "llama" is not."""
-    default = ModelConfig(vocab_size=2, d_model=2, num_layers=1, num_heads=1).to_dict()
-    for name, value in config.to_dict().items():
-        if name not in _ANY and value != default[name]:
-            raise InputError(f"{name}={value!r} is no llama: llama.cpp is compared on models of llama's kind only")
+    check_fields(config, _FREE, "is no llama, on which alone llama.cpp is compared")
 
 
 def write_gguf(config: ModelConfig, params: Params, file: Path) -> None:

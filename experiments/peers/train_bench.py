@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.decode.probes import cores
+from experiments.peers.turns import in_turns, middle_and_ends
 from experiments.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
 from model import ModelConfig, Params, accounting
 from model.errors import InputError
@@ -54,7 +56,7 @@ def bench_against_torch(
     load_average = os.getloadavg()[0]
     train_config = train_config.replace(schedule="constant")
     if threads is None and jax.default_backend() == "cpu":
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = cores()
     hparams = HParams()
     ours = Ours(config, train_config, hparams)
     with contextlib.ExitStack() as stack:
@@ -140,14 +142,11 @@ def _steps_that_fill_a_turn(turn: Turn) -> int:
 def measure_rounds(
     turns: Mapping[str, Turn], steps: Mapping[str, int], rounds: int, tokens_per_step: int
 ) -> dict[str, list[float]]:
-    """Tokens per second of every contender in every round; who begins changes from round to round."""
-    names = list(turns)
-    speeds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            seconds, _ = turns[name](steps[name])
-            speeds[name].append(tokens_per_step * steps[name] / seconds)
+    """Tokens per second of every contender in every round."""
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    for name in in_turns(list(turns), rounds):
+        seconds, _ = turns[name](steps[name])
+        speeds[name].append(tokens_per_step * steps[name] / seconds)
     return speeds
 
 
@@ -165,9 +164,7 @@ def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Map
         "tokens_per_second_slowest": min(own),
         "tokens_per_second_fastest": max(own),
         "tokens_per_second_by_round": own,
-        "isoflop_over_this": statistics.median(ratios),
-        "isoflop_over_this_lowest": min(ratios),
-        "isoflop_over_this_highest": max(ratios),
+        **middle_and_ends("isoflop_over_this", ratios),
         "isoflop_over_this_at_best": max(speeds["isoflop"]) / max(own),
         "flops_6nd_per_second": flops_per_token["6N"] * median,
         "flops_exact_per_second": flops_per_token["exact"] * median,

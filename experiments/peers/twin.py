@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments.peers.child import Child, python_has
+from experiments.peers.kin import check_fields
 from model import ModelConfig, Params
 from model.errors import InputError
 from train import HParams, TrainConfig
@@ -18,13 +19,9 @@ from train import HParams, TrainConfig
 TWIN = Path(__file__).with_name("torch_twin.py")
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 
-# What the twin can be: these fields may have any value, these some; every other field must stay at its default.
-_ANY = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
-_ANY |= {"rope_base", "attention_scale", "norm", "norm_epsilon", "gated", "use_bias", "norm_bias", "attention_bias"}
-_ANY |= {"attention_output_bias", "tie_embeddings", "compute_dtype"}
-# These change nothing in the step of a model whose other fields are as below.
-_ANY |= {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
-_ANY |= {"num_labels", "base_d_model", "zero_readout", "scan_layers", "eos_token_ids", "decoder_start_token_id"}
+# What the twin can be, beside its shape.
+_FREE = {"rope_base", "attention_scale", "norm", "norm_epsilon", "gated", "use_bias", "norm_bias", "attention_bias"}
+_FREE |= {"attention_output_bias", "tie_embeddings", "compute_dtype"}
 _SOME: dict[str, tuple[Any, ...]] = {
     "position": ("rotary", "learned"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
@@ -34,12 +31,7 @@ _SOME: dict[str, tuple[Any, ...]] = {
 
 def check_has_twin(config: ModelConfig, train_config: TrainConfig) -> None:
     """Raises InputError for a model or a step that the PyTorch side does not have."""
-    default = ModelConfig(vocab_size=2, d_model=2, num_layers=1, num_heads=1).to_dict()
-    for name, value in config.to_dict().items():
-        allowed = _SOME.get(name, (default[name],))
-        if name not in _ANY and value not in allowed:
-            words = " or ".join(repr(choice) for choice in allowed)
-            raise InputError(f"{name}={value!r} has no twin in PyTorch to compare with; it must be {words}")
+    check_fields(config, _FREE, "has no twin in PyTorch to compare with", _SOME)
     wanted = TrainConfig(batch_size=train_config.batch_size, seq_len=train_config.seq_len)
     for name, value in train_config.replace(schedule=wanted.schedule).to_dict().items():
         if value != wanted.to_dict()[name]:

@@ -1,15 +1,13 @@
 """README.md and docs/ hold: links resolve, command lines parse, and every block of code runs as it stands.
 
 A block whose first line is a comment with a file's name is written to that file. One behind `<!-- not run: why -->` is
-not run; its command lines are only parsed. The blocks of a page run in order in a folder of the page's own, which is
-laid out like a clone; where the page patches the code, it is a copy of one.
+not run; its command lines are only parsed. The blocks of a page run in order in a copy of the code of the page's own.
 """
 
 import functools
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +29,7 @@ _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
-_FLOORS = ("model", "train", "infer", "experiments", "tests", "pyproject.toml", "docs")
+_CLONE = ("model", "train", "infer", "experiments", "tests", "pyproject.toml", "docs")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 
 
@@ -42,17 +40,15 @@ class Block(NamedTuple):
     text: str
     file: str | None
     why: str | None
-    line: int
 
 
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".sh":
-        yield Block("sh", text, None, "an example of something larger", 1)
+        yield Block("sh", text, None, "an example of something larger")
     for found in _BLOCK.finditer(text):
         file = _FILE.match(found["text"])
-        line = text.count("\n", 0, found.start("text")) + 1
-        yield Block(found["language"], found["text"], file[1] if file else None, found["why"], line)
+        yield Block(found["language"], found["text"], file[1] if file else None, found["why"])
 
 
 def spoken(page: Path) -> list[list[str]]:
@@ -65,7 +61,7 @@ def spoken(page: Path) -> list[list[str]]:
             words = [*whole, *words[1:]]
         elif "…" in words:  # the command is meant, whatever its arguments
             words = words[: words.index("…")]
-        elif cli._called(words[1:])[2]:
+        elif cli.find(words[1:])[2]:
             whole = words
         commands.append(words)
     return commands
@@ -88,13 +84,13 @@ def typed(block: Block) -> Iterator[list[str]]:
 
 def parse(words: list[str]) -> None:
     """Fail unless the command line is one of `isoflop`'s; of a command's bare name, whether there is such a one."""
-    program, called, left = cli._called(words[1:])
+    program, called, left = cli.find(words[1:])
     if isinstance(called, tuple):
         assert not left, f"{program} has no {left[0]}"
         return
     if left:
         stub = functools.wraps(called)(lambda *_, **__: None)
-        tyro.cli(stub, prog=program, args=left, config=cli._CONFIG)
+        tyro.cli(stub, prog=program, args=left, config=cli.CONFIG)
 
 
 @pages
@@ -128,33 +124,26 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.mark.long
 @pages
 def test_every_block_runs(page, tmp_path, monkeypatch, prepared):
-    found = list(blocks(page))
-    patches = any(block.language == "diff" for block in found)
-    for name in _FLOORS:
-        if patches and (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run(["cp", "-r", *(ROOT / name for name in _CLONE), tmp_path], check=True)
     (tmp_path / "data").symlink_to(prepared)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if patches:
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     names: dict[str, object] = {}
-    for block in found:
+    for block in blocks(page):
         if block.why:
             continue
         if block.file:
             Path(block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "sh":
-            _shell(block.text, f"{page.name}, line {block.line}")
+            _shell(block.text)
         elif block.language == "python":
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+            exec(compile(block.text, page.name, "exec"), names)
     for words in spoken(page):
         if shlex.join(words).startswith(QUICK):
-            _shell(shlex.join(words), page.name)
+            _shell(shlex.join(words))
 
 
-def _shell(script: str, where: str) -> None:
+def _shell(script: str) -> None:
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{where}:\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -164,6 +164,7 @@ def test_life_of_a_model(isoflop, trained, data, tmp_path):
     assert "The people of" in text
     assert len(json.loads((tmp_path / "text.json").read_text())["completions"]) == 2
     assert isoflop("model", "convert", run, tmp_path / "half", "--dtype", "bfloat16")[0] == 0
+    assert (tmp_path / "half" / "tokenizer.model").is_file()
     with safe_open(tmp_path / "half" / "model.safetensors", "numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.offset_keys()} == {"BF16"}
     refused(isoflop("bench", "decode", run, "--context", 64), "max_seq_len=64")

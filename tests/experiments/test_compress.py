@@ -95,7 +95,7 @@ def test_the_report_compares_forms_and_survives_one_that_fails(data, random_para
 def test_the_tokenizer_of_a_gguf_file_goes_along_without_the_weights(tmp_path):
     import gguf
 
-    from experiments.compress import copy_tokenizer
+    from experiments.models import copy_tokenizer
     from model.tokenizer import load_tokenizer
 
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from infer.sampling import MOST_LOGPROBS, History, SamplerState, Sampling, choose, distribution, row_keys, truncate
+from infer.sampler import History, SamplerState, choose, distribution, row_keys, truncate
+from infer.sampling import MOST_LOGPROBS, Sampling
 from model.errors import InputError
 
 VOCAB, ROWS, DRAWS = 16, 24, 50_000  # few batch sizes: programs are what costs

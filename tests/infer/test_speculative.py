@@ -15,7 +15,7 @@ from infer.decode import begin
 from infer.generate import start_rows
 from infer.proposals import accept, look_up
 from infer.prune import drop_layers
-from infer.sampling import History, SamplerState, distribution, row_keys
+from infer.sampler import History, SamplerState, distribution, row_keys
 from infer.speculative import Carried, Plan, generate_speculative, speculate
 from model import Experts, InputError, Latent, ModelConfig, apply
 from model.cache import take

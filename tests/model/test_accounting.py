@@ -38,8 +38,8 @@ BERT = PLAIN.replace(
 T5 = ModelConfig(
     vocab_size=1024,
     d_model=128,
-    num_layers=2,
-    num_encoder_layers=3,
+    num_layers=1,
+    num_encoder_layers=2,
     num_heads=4,
     head_dim=48,
     d_ff=320,
@@ -219,7 +219,7 @@ def programs(config, batch, seq):
     return {False: run, True: jax.value_and_grad(loss)}, (params, inputs)
 
 
-CASES = [(config, 2, 64) for config in ALL] + [(T5, 1, 96)]
+CASES = [(config, 2, 64) for config in ALL] + [(PLAIN, 1, 96)]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -241,7 +241,7 @@ def test_exact_counts_every_product(config, batch, seq, training):
         (PLAIN, 2, 128, 0.025, False),
         (PLAIN, 2, 128, 0.025, True),
         (GATED, 1, 256, 0.02, True),
-        (T5, 2, 128, 0.025, True),
+        pytest.param(T5, 2, 128, 0.025, True, marks=pytest.mark.long),
         pytest.param(GATED, 1, 256, 0.02, False, marks=pytest.mark.long),
         pytest.param(BERT, 2, 128, 0.025, True, marks=pytest.mark.long),
         pytest.param(T5, 2, 128, 0.025, False, marks=pytest.mark.long),

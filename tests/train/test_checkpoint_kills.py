@@ -42,9 +42,10 @@ def kill_and_look(run, kills):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == b"saving\n"
-            time.sleep(random.uniform(0.3, 1.3))
+            begun = [int(child.stdout.readline()) for _ in range(2)]  # the first of them is whole by now
+            time.sleep(random.uniform(0, 1))
             child.send_signal(signal.SIGKILL)
-            begun = [int(line) for line in child.stdout.read().split()]
+            begun += [int(line) for line in child.stdout.read().split()]
         inside += any(path.name.startswith(".") for path in (run / "checkpoints").iterdir())
         checkpoints = Checkpoints(run)
         found = checkpoints.restore_newest(LIKE)

@@ -181,7 +181,7 @@ def _load(
     from infer.engine import Engine
 
     config, params = build(cell.kv_heads)
-    prepared = prepare(config, params, cell.weights)  # type: ignore[arg-type]
+    prepared = prepare(config, params, cell.weights)
     capacity = min(2 * cell.prompt + steps, config.max_seq_len)
     document["load"] = bench_load(
         lambda: Engine(config, prepared, slots=slots, capacity=capacity),

@@ -52,10 +52,10 @@ def compress(
         batch_size: Rows per step of the report.
     """
     from experiments.commands.options import origin, output, write_document
-    from experiments.compress import INTERRUPTED, copy_tokenizer
+    from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
-    from experiments.models import open_model
-    from experiments.quantized import KINDS, RECORD, save_quantized
+    from experiments.models import copy_tokenizer, open_model
+    from experiments.quantized import RECORD, ROUNDED, save_quantized
     from infer import prepare
     from model.convert import save_hf
     from model.errors import InputError
@@ -68,8 +68,8 @@ def compress(
     opened = open_model(source, tokenizer)
     config, params = _smaller(opened, method, sparsity, pattern, drop_layers, data, seq_len)
     with output(target):
-        if method in KINDS:
-            params = prepare(config, params, method)  # type: ignore[arg-type]
+        if method in ROUNDED:
+            params = prepare(config, params, method)
             save_quantized(config, params, target, method)
         else:
             save_hf(config, params, target)

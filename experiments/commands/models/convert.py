@@ -1,18 +1,10 @@
 """`isoflop model convert`: other people's weights as a Hugging Face folder."""
 
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def convert(
@@ -24,7 +16,7 @@ def convert(
 ) -> None:
     """Write a run, a GGUF file or a Hugging Face folder as a Hugging Face folder that Transformers loads.
 
-    The tokenizer's files go along; a GGUF file has none, so give that file as --tokenizer later.
+    Its tokenizer goes along.
 
     Example: isoflop model convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
@@ -36,6 +28,7 @@ def convert(
     """
     import jax
 
+    from experiments.models import copy_tokenizer, open_tokenizer
     from model import accounting
     from model.convert import convert as write
     from model.convert import load_hf, save_hf
@@ -52,15 +45,7 @@ def convert(
         config = load_hf(target)[0]
     else:
         raise InputError(f"there is no model at {source}; give a run directory, a .gguf file or a Hugging Face folder")
-    _copy_tokenizer(source, target)
+    with suppress(InputError):  # weights are worth having where the tokenizer's folder is gone
+        if (tokenizer := open_tokenizer(source)) is not None:
+            copy_tokenizer(tokenizer, target)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    from train.run import read_record
-
-    if (source / "run.json").is_file():  # the tokenizer of a run stands with its data
-        source = Path(read_record(source).get("data") or source)
-    for name in _TOKENIZER:
-        if (source / name).is_file() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)

@@ -79,11 +79,13 @@ def fit(
 
         with output(tables):
             write_tables(tables, analysis)
+        print(tables)
     if report is not None:
         from experiments.report.scaling_page import write_scaling_page
 
         with output(report):
             write_scaling_page(report, analysis, table.name, None if tables is None else str(tables))
+        print(report)
     if plot is not None:
         if analysis.fits.isoflop is None and analysis.fits.parametric is None:
             print(f"nothing to draw: {plot} is not written", file=sys.stderr)
@@ -92,3 +94,4 @@ def fit(
 
             figure = overview(analysis.fits.isoflop, analysis.fits.parametric)
             write_plot(plot, figure, "IsoFLOP valleys and compute-optimal sizes")
+            print(plot)
