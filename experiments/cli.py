@@ -110,6 +110,9 @@ def main() -> None:
             tyro.cli(called, prog=program, args=arguments, config=CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
+    except BrokenPipeError:  # the reader of what is printed has left, such as `head`; nothing can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         from model.errors import InputError
 

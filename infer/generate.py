@@ -3,7 +3,7 @@ while the host reads the last."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,6 @@ class Generated:
     logprobs: list[list[float]]
     finish_reason: list[str]
     top_logprobs: list[list[dict[int, float]]] = dataclasses.field(default_factory=list)
-
-    @classmethod
-    def of(cls, rows: "Sequence[Completion]", **more: Any) -> Self:
-        """The fields of completions that have ended, and what else a subclass has."""
-        names = ("tokens", "logprobs", "finish_reason", "top_logprobs")
-        return cls(**{name: [getattr(row, name) for row in rows] for name in names}, **more)
 
 
 @dataclasses.dataclass
@@ -117,7 +111,13 @@ def generate(
         cache_dtype=cache_dtype,
         every=ROOM,
     )
-    return Generated.of(rows)
+    return Generated(**columns(rows))
+
+
+def columns(rows: Sequence[Completion]) -> dict[str, Any]:
+    """The fields of `Generated`, from completions that have ended."""
+    names = [field.name for field in dataclasses.fields(Generated)]
+    return {name: [getattr(row, name) for row in rows] for name in names}
 
 
 def stream(

@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin, grow_rows, halted, nothing_yet
-from infer.generate import Completion, Decoder, Generated, one_row_each, one_sampling_each, start_rows
+from infer.generate import Completion, Decoder, Generated, columns, one_row_each, one_sampling_each, start_rows
 from infer.prompts import Prompt, capacity_for, check_prompts, read_prompts
 from infer.proposals import accept, followed, keys_ahead, look_up, probabilities, propose
 from infer.sampler import History, describe
@@ -133,7 +133,7 @@ def _loop(plan, params, draft_params, carried, first, prompts, samplings, max_ne
             break
         filled = min(int(held.max()) + rounds * (plan.ahead + 1), end)
         coming = upcoming
-    return Speculated.of(completions, drafted=drafted.tolist(), accepted=accepted.tolist())
+    return Speculated(**columns(completions), drafted=drafted.tolist(), accepted=accepted.tolist())
 
 
 def _grown(plan: Plan, carried: Carried, length: int) -> Carried:

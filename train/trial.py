@@ -3,6 +3,7 @@
 import collections
 import math
 import statistics
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
-from train.hosts import agree
+from train.hosts import agree, is_writer
 from train.metrics import MetricsLog, read_metrics
 from train.plan import Plan, Stage
 from train.run import Identity, Result, Run
@@ -107,6 +108,9 @@ class Trial:
             found = self.branch.step, trunk.restore(self.branch.step, like)
         if not self.ended:
             self.step = 0 if found is None else found[0]
+            if self.shell.announce and is_writer() and self.run.record["status"] != "planned":
+                where = f"going on from step {self.step:,}" if found else "no checkpoint was made yet: starting anew"
+                print(f"{self.run.folder}: {where}", file=sys.stderr)
             self._open_log()
             self.run.update(status="running")
         return None if found is None else found[1]

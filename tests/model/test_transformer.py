@@ -12,19 +12,7 @@ from model.dropout import Dropout
 
 SEQ = 12
 ROTARY = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=16)
-LEARNED = ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=2,
-    num_heads=2,
-    max_seq_len=16,
-    position="learned",
-    norm="layernorm",
-    activation="gelu_tanh",
-    gated=False,
-    use_bias=True,
-    tie_embeddings=False,
-)
+LEARNED = ROTARY.replace(position="learned", norm="layernorm", gated=False, use_bias=True, tie_embeddings=False)
 
 
 def random_tokens(*shape, seed=1):
