@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.compress import cached_loss, report
+from experiments.compress import _score_cached, report
 from experiments.models import open_model
 from infer import prepare
 from model import ModelConfig, apply
@@ -63,7 +63,8 @@ def test_loss_through_a_cache_is_that_without_one(random_params):
     logits = np.asarray(apply(CONFIG, params, jnp.asarray(TOKENS)))[:, :-1]
     chosen = np.take_along_axis(logits, TOKENS[:, 1:, None], axis=-1)[..., 0]
     expected = (np.log(np.exp(logits).sum(axis=-1)) - chosen).mean()
-    assert cached_loss(CONFIG, params, TOKENS, "float32") == pytest.approx(expected, abs=1e-4)
+    nats, _ = _score_cached(CONFIG, params, jnp.asarray(TOKENS[:, :-1]), jnp.asarray(TOKENS[:, 1:]), dtype="float32")
+    assert float(nats.mean()) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.long
