@@ -90,7 +90,7 @@ for line in sys.stdin:
     told = json.loads(line)
     if told["do"] == "cell":
         tokens, steps = told["tokens"], told["steps"]
-        answer = {"error": "ValueError: one row only"} if len(tokens) > 1 else {"seconds": 1.0, "note": "as it is"}
+        answer = {"error": "ValueError: too long"} if len(tokens[0]) > 4 else {"seconds": 1.0, "note": "as it is"}
     else:
         answer = {"first": 1e3, "all": 2e3, "tokens": [tokens[0][:1] * steps]}
     print(json.dumps(answer), flush=True)
@@ -103,16 +103,16 @@ def test_a_program_that_cannot_run_a_cell_is_a_row_and_the_others_are_compared(r
     monkeypatch.setattr(decode_bench, "PEER", program)
     monkeypatch.setattr(decode_bench, "PEERS", {"torch": ("json", "ISOFLOP_TORCH_PYTHON")})
     monkeypatch.delenv("ISOFLOP_TORCH_PYTHON", raising=False)
-    rows = bench_against((TINY, random_params(TINY)), [Cell(1, 4), Cell(2, 4)], ["torch"], steps=3, rounds=2)
-    assert [(row["batch"], row["contender"]) for row in rows] == [
-        (1, "isoflop"),
-        (1, "torch"),
-        (2, "isoflop"),
-        (2, "torch"),
+    rows = bench_against((TINY, random_params(TINY)), [Cell(1, 4), Cell(1, 5)], ["torch"], steps=3, rounds=2)
+    assert [(row["prompt"], row["contender"]) for row in rows] == [
+        (4, "isoflop"),
+        (4, "torch"),
+        (5, "isoflop"),
+        (5, "torch"),
     ]
     assert rows[1]["echo"] == "1"
     assert rows[1]["seconds_per_step"] == 500
     assert rows[1]["isoflop_over_this_decode"] > 1
     assert (rows[0]["tokens"], rows[0]["tokens_equal"]) == (3, 3)
-    assert rows[3]["error"] == "ValueError: one row only"
+    assert rows[3]["error"] == "ValueError: too long"
     assert rows[2]["seconds_per_step"] > 0

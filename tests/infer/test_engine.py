@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     sliding_window=18,
     layer_pattern=("local", "global"),
 )
-SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 200, 12
+SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 100, 12
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -72,7 +72,7 @@ def random_request(random, number):
         stop_ids=maybe(tuple(range(number % 8)), ()),
         stop_strings=maybe(("A", "F"), ()),
         logprobs=maybe(3, 0),
-        seed=number if random.random() < 0.9 else None,
+        seed=None if len(prompt) < CHUNK and random.random() < 0.2 else number,
     )
     return prompt, sampling, int(random.integers(1, MOST + 1))
 

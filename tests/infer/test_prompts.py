@@ -11,7 +11,7 @@ from model import InputError, ModelConfig, apply
 CONFIG = ModelConfig(
     32, 16, 2, 2, num_kv_heads=1, max_seq_len=256, sliding_window=24, layer_pattern=("local", "global")
 )
-whole = jax.jit(apply, static_argnums=0)
+log_probabilities = jax.jit(lambda *inputs: jax.nn.log_softmax(apply(*inputs)), static_argnums=0)
 tokens_of = lambda seed, length: np.random.default_rng(seed).integers(0, 32, length).tolist()
 
 
@@ -20,20 +20,23 @@ def params(random_params):
     return random_params(CONFIG, seed=5)
 
 
-def is_greedy(params, prompt, made):
-    """Whether every token is the argmax of the whole pass over what stands before it; equals may stand for another."""
-    row = np.zeros((1, CONFIG.max_seq_len), np.int32)
-    row[0, : len(prompt) + len(made)] = [*prompt, *made]
-    logits = np.asarray(whole(CONFIG, params, row))[0, len(prompt) - 1 :][: len(made)]
-    return np.all(logits.max(axis=-1) - logits[np.arange(len(made)), made] < 1e-4)
+def check_greedy(params, prompts, result):
+    """Every token is the argmax of the whole pass over what stands before it (equals may stand for another) and has
+    its log-probability."""
+    for prompt, made, logprobs in zip(prompts, result.tokens, result.logprobs, strict=True):
+        row = np.zeros((1, CONFIG.max_seq_len), np.int32)
+        row[0, : len(prompt) + len(made)] = [*prompt, *made]
+        after = np.asarray(log_probabilities(CONFIG, params, row))[0, len(prompt) - 1 :][: len(made)]
+        np.testing.assert_allclose(after[np.arange(len(made)), made], after.max(axis=-1), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logprobs, after.max(axis=-1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_the_cache_grows_past_every_power_of_two(params):
     prompt = tokens_of(0, 40)
-    made = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=200).tokens[0]
-    assert len(made) == 200
-    assert is_greedy(params, prompt, made)
+    result = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=200)
+    assert len(result.tokens[0]) == 200
+    check_greedy(params, [prompt], result)
 
 
 def test_at_most_a_program_for_every_power_of_two(params):
@@ -51,19 +54,14 @@ def test_at_most_a_program_for_every_power_of_two(params):
 
 def test_long_prompts_come_in_chunks(params, monkeypatch):
     """Rows of different lengths, past the windows; a row may end chunks before the others."""
-    rows = [tokens_of(seed, length) for seed, length in ((2, 75), (3, 5), (4, 32))]
-    expected = [generate(CONFIG, params, [row], GREEDY, max_new_tokens=8) for row in rows]
+    rows = [tokens_of(seed, length) for seed, length in ((2, 75), (3, 5), (4, 32), (5, 16))]
     monkeypatch.setattr(prompts, "CHUNK", 16)
-    result = generate(CONFIG, params, rows, GREEDY, max_new_tokens=8)
-    assert result.tokens == [one.tokens[0] for one in expected]
-    for logprobs, one in zip(result.logprobs, expected, strict=True):
-        np.testing.assert_allclose(logprobs, one.logprobs[0], atol=1e-4)
+    check_greedy(params, rows, generate(CONFIG, params, rows, GREEDY, max_new_tokens=8))
 
 
 def test_what_prompts_share_is_read_once(params, monkeypatch):
     beginning = tokens_of(6, 70)
     rows = [beginning + tokens_of(seed, length) for seed, length in ((7, 3), (8, 1), (9, 12))] + [beginning]
-    expected = [generate(CONFIG, params, [row], GREEDY, max_new_tokens=6).tokens[0] for row in rows]
     read = []
     original = prompts.prefill
 
@@ -72,7 +70,7 @@ def test_what_prompts_share_is_read_once(params, monkeypatch):
         return original(config, params, tokens, lengths, cache, **others)
 
     monkeypatch.setattr(prompts, "prefill", spy)
-    assert generate(CONFIG, params, rows, GREEDY, max_new_tokens=6).tokens == expected
+    check_greedy(params, rows, generate(CONFIG, params, rows, GREEDY, max_new_tokens=6))
     assert read == [69, 3 + 1 + 12 + 4], "of every row at least one token is its own"
 
 
@@ -81,18 +79,19 @@ def test_samples_of_one_prompt_share_its_prefill(params):
     result = generate(CONFIG, params, [[1, 2, 3], [4]], [Sampling(n=3), Sampling(n=1)], max_new_tokens=12)
     assert len(result.tokens) == 4
     assert len({tuple(tokens) for tokens in result.tokens}) == 4
-    seeded = generate(CONFIG, params, [[1, 2, 3]], Sampling(n=3, seed=7), max_new_tokens=12).tokens
-    apart = generate(CONFIG, params, [[1, 2, 3]] * 3, [Sampling(seed=7 + i) for i in range(3)], max_new_tokens=12)
+    seeded = generate(CONFIG, params, [[1, 2, 3]], Sampling(n=4, seed=7), max_new_tokens=12).tokens
+    apart = generate(CONFIG, params, [[1, 2, 3]] * 4, [Sampling(seed=7 + i) for i in range(4)], max_new_tokens=12)
     assert seeded == apart.tokens
-    assert len({tuple(tokens) for tokens in seeded}) == 3
+    assert len({tuple(tokens) for tokens in seeded}) == 4
 
 
 def test_every_row_has_its_own_settings(params):
-    rows = [tokens_of(10, 9), tokens_of(11, 4), tokens_of(12, 17)]
+    rows = [tokens_of(10, 9), tokens_of(11, 4), tokens_of(12, 16), [7]]
     settings = [
         GREEDY,
         Sampling(temperature=0.7, top_k=5, seed=1),
         Sampling(repetition_penalty=1.5, seed=2, logprobs=3),
+        Sampling(logit_bias={7: 5.0}, seed=3),
     ]
     together = generate(CONFIG, params, rows, settings, max_new_tokens=10)
     for index, (row, one) in enumerate(zip(rows, settings, strict=True)):
@@ -130,11 +129,10 @@ def test_stop_strings_cut_the_text(params):
 
 
 def test_streaming_hands_out_the_same_text(params):
-    seen = []
-    prompt = tokens_of(14, 5)
-    for rows in stream(CONFIG, params, [prompt, [3]], GREEDY, max_new_tokens=30, every=4):
-        seen.append([list(row.tokens) for row in rows])
-    expected = generate(CONFIG, params, [prompt, [3]], GREEDY, max_new_tokens=30).tokens
+    seen, rows = [], [tokens_of(14, 5), [3], [4, 5], [6]]
+    for completions in stream(CONFIG, params, rows, GREEDY, max_new_tokens=30, every=4):
+        seen.append([list(one.tokens) for one in completions])
+    expected = generate(CONFIG, params, rows, GREEDY, max_new_tokens=30).tokens
     assert seen[-1] == expected
     assert [len(rows[0]) for rows in seen] == [1, 5, 9, 13, 17, 21, 25, 29, 30]
     assert all(rows[0] == expected[0][: len(rows[0])] for rows in seen)

@@ -48,15 +48,26 @@ def test_wanda_weighs_entries_by_the_norm_of_their_inputs():
     """Two outputs of four inputs by hand: input 2 is loud, so that its small weights outweigh larger ones."""
     from infer.prune import _kept
 
-    weight = jnp.array([[0.5, -2.0], [1.0, 0.1], [-0.2, 0.3], [0.9, 0.4]])
-    norms = jnp.array([1.0, 1.0, 10.0, 0.5])
-    kept = _kept(jnp.abs(weight) * norms[:, None], 0.5, None)
+    weight = np.array([[0.5, -2.0], [1.0, 0.1], [-0.2, 0.3], [0.9, 0.4]])
+    loudness = np.array([1.0, 1.0, 10.0, 0.5])
+    kept = _kept(jnp.asarray(np.abs(weight) * loudness[:, None]), 0.5, None)
     np.testing.assert_array_equal(kept, [[False, True], [True, False], [True, True], [False, False]])
 
 
-def test_wanda_of_a_model_is_its_definition(random_params):
+@pytest.fixture(scope="module")
+def norms(random_params):
+    """Of the inputs of every matrix of CONFIG."""
+    return input_norms(CONFIG, random_params(CONFIG), jnp.asarray(TOKENS))
+
+
+@pytest.fixture
+def norms_known(norms, monkeypatch):
+    """Every call for norms compiles; here once is enough."""
+    monkeypatch.setattr("infer.prune.input_norms", lambda config, params, tokens: norms)
+
+
+def test_wanda_of_a_model_is_its_definition(random_params, norms):
     params = random_params(CONFIG)
-    norms = input_norms(CONFIG, params, jnp.asarray(TOKENS))
     score = np.abs(params["layers"]["dense"]["feed_forward"]["down"]["weight"])
     score = score * np.asarray(norms["layers", "dense", "feed_forward", "down"])[..., None]
     kept = (
@@ -69,12 +80,11 @@ def test_wanda_of_a_model_is_its_definition(random_params):
     assert (np.where(kept, 0, score).max(axis=1) <= np.where(kept, score, np.inf).min(axis=1)).all()
 
 
-def test_the_first_layers_norms_are_those_of_the_normalised_embeddings(random_params):
+def test_the_first_layers_norms_are_those_of_the_normalised_embeddings(random_params, norms):
     params = random_params(CONFIG)
     x = np.asarray(params["embedding"]["tokens"])[TOKENS].reshape(-1, CONFIG.d_model)
     x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_epsilon)
     x = x * np.asarray(params["layers"]["dense"]["attention_norm"]["scale"])[0]
-    norms = input_norms(CONFIG, params, jnp.asarray(TOKENS))
     for name in ("query", "key", "value"):
         np.testing.assert_allclose(norms["layers", "dense", "attention", name][0], np.linalg.norm(x, axis=0), rtol=1e-4)
 
@@ -90,7 +100,7 @@ def test_every_matrix_of_every_architecture_has_its_norms(variant, random_params
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_two_of_every_four_neighbours_go(method, random_params):
+def test_two_of_every_four_neighbours_go(method, random_params, norms_known):
     pruned = prune(CONFIG, random_params(CONFIG), method, pattern="2:4", calibration=TOKENS)
     for weight in matrices(pruned).values():
         layers, d_in, d_out = weight.shape

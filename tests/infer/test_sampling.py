@@ -259,6 +259,7 @@ def test_samplings_are_hashable_and_equal_by_value():
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"top_k": -1},
+        {"top_p": math.nan},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": -0.1},

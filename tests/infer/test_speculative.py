@@ -84,7 +84,6 @@ def test_greedy_text_is_the_same(random_params):
     results = [itself, run(RINGS, params, draft=(RINGS, other)), run(RINGS, params, lookup=1)]
     assert itself.acceptance == 1
     assert itself.drafted == [14] * 3, "one token from the prompt, then four rounds of four, and three"
-    assert generate(RINGS, params, PROMPTS, GREEDY, max_new_tokens=NEW).tokens == itself.tokens
     for result in results:
         check_greedy(RINGS, params, result)
     assert 0 < results[1].acceptance < 1
