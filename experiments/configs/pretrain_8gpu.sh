@@ -2,10 +2,12 @@
 # mixture that becomes better towards the end, batches that double, and a rate that falls linearly over the last 3B tokens.
 #   bash experiments/configs/pretrain_8gpu.sh
 #
-# What it costs, by the books (`isoflop model show llama3.2-1b --seq-len 4096 --mesh fsdp=8 --set max_seq_len=4096
-# vocab_size=32768 eos_token_ids=2 rope_scaling=null`): 6.24e9 FLOPs a token (6N), 7.85e9 exact, so 1.26e20 (6ND) and
-# 1.59e20 in all; 1.45 GiB of parameters and moments on each device, and half a GiB of gradients; activations come on top, which
-# --microbatch auto fits into what is left, and the first line of the run says how much that is. A checkpoint: 11.6 GiB.
+# What it costs, by the books:
+#   isoflop model show llama3.2-1b --seq-len 4096 --mesh fsdp=8 \
+#     --set max_seq_len=4096 vocab_size=32768 eos_token_ids=2 rope_scaling=null
+# 6.24e9 FLOPs a token (6N), 7.85e9 exact, so 1.26e20 (6ND) and 1.59e20 in all; 1.45 GiB of parameters and moments on each
+# device, and half a GiB of gradients; activations come on top, which --microbatch auto fits into what is left, and the first
+# line of the run says how much that is. A checkpoint: 11.6 GiB.
 set -euo pipefail
 
 test -d data/web || isoflop data prepare web.jsonl --out data/web --vocab-size 32768

@@ -66,6 +66,8 @@ def compress(
     if data is None and (report is not None or drop_layers or method == "wanda"):
         raise InputError("wanda, --drop-layers and --report read text; give a data folder with --data")
     opened = open_model(source, tokenizer)
+    if data is not None:
+        opened.need_tokenizer()
     config, params = _smaller(opened, method, sparsity, pattern, drop_layers, data, seq_len)
     with output(target):
         if method in ROUNDED:
