@@ -54,16 +54,14 @@ def quantize_experts(weight: Float[Array, "count d_in d_out"]) -> Int8Experts:
     return _int8_experts(weight)
 
 
-def quantize_int4(weight: Float[Array, "d_out d_in"], group: int = GROUP) -> Int4:
-    """The nearest of −8 … 7 times a scale per output and `group` inputs, the scale of the least squared error.
+def quantize_int4(weight: Float[Array, "d_out d_in"]) -> Int4:
+    """The nearest of −8 … 7 times a scale per output and GROUP inputs, the scale of the least squared error.
 
     The scales tried reach from the one that makes the entry of largest size −8 or 7 down to half of it, of either
-    sign: clipping one entry may serve all others. Raises InputError on an odd group and as `quantize_int8`.
+    sign: clipping one entry may serve all others. Raises InputError as `quantize_int8`.
     """
-    if group < 2 or group % 2:
-        raise InputError(f"group={group} must be even and at least 2: two inputs share a byte")
     _check_finite(weight)
-    return _int4(weight, min(group, 2 * -(-weight.shape[1] // 2)))
+    return _int4(weight, min(GROUP, 2 * -(-weight.shape[1] // 2)))
 
 
 @jax.jit

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from infer import GREEDY, Engine, Request, Sampling
+from infer import GREEDY, Engine, Request
 from model.errors import InputError
 
 
@@ -23,7 +23,6 @@ def drive(
     at: Sequence[float],
     *,
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def drive(
     requests: list[Request] = []
     while len(requests) < len(due) or any(request.finished is None for request in requests):
         while len(requests) < len(due) and due[len(requests)] <= clock():
-            requests.append(engine.submit(prompts[len(requests)], sampling, max_new_tokens))
+            requests.append(engine.submit(prompts[len(requests)], GREEDY, max_new_tokens))
         if any(request.finished is None for request in requests):
             engine.step()
         elif len(requests) < len(due):
@@ -99,7 +98,7 @@ def bench_load(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """One row per rate, each on a fresh engine that has seen every prompt before; errors stand in the row.
+    """One row per rate, each on a fresh engine that is warm; errors stand in the row.
 
     Prompts are random, of half to one and a half times `prompt` tokens; the seed decides them and the arrivals.
     """
@@ -111,7 +110,7 @@ def bench_load(
         prompts = [random.integers(0, vocab_size, length).tolist() for length in lengths]
         try:
             engine = make_engine()
-            drive(engine, prompts, [0.0] * requests, max_new_tokens=2, clock=clock, sleep=sleep)  # compiles
+            engine.warm_up(lengths.tolist())
             run = drive(engine, prompts, at, max_new_tokens=max_new_tokens, clock=clock, sleep=sleep)
             rows.append(summarize(run, rate=rate, ttft_limit=ttft_limit, tpot_limit=tpot_limit))
         except Exception as error:  # one rate may overload the memory: the others are still measured

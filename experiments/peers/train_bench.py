@@ -38,16 +38,14 @@ def bench_against_torch(
     rounds: int = 7,
     steps_per_round: int | None = None,
     modes: tuple[str, ...] = MODES,
-    threads: int | None = None,
 ) -> dict[str, Any]:
     """Tokens per second of our step and of PyTorch's, measured in turns that never overlap.
 
     Both start from our weights, see the same tokens and use the same optimizer at a constant rate; their losses over
-    the warm-up steps must agree. steps_per_round: of every contender; None: as many as fill about a second. threads:
-    PyTorch's on a CPU; None: all cores, as XLA uses. load_average: of the minute before it began; beside other
-    programs the medians say little, for PyTorch's threads wait for one another at every operation. compile_seconds
-    are short where a library finds its compile cache filled. Raises InputError where PyTorch is not installed or the
-    model has no twin.
+    the warm-up steps must agree. On a CPU PyTorch has all cores, as XLA has. steps_per_round: of every contender; None:
+    as many as fill about a second. load_average: of the minute before it began; beside other programs the medians say
+    little, for PyTorch's threads wait for one another at every operation. compile_seconds are short where a library
+    finds its compile cache filled. Raises InputError where PyTorch is not installed or the model has no twin.
     """
     check_has_twin(config, train_config)
     if rounds < 1:
@@ -55,8 +53,7 @@ def bench_against_torch(
     require_torch()
     load_average = os.getloadavg()[0]
     train_config = train_config.replace(schedule="constant")
-    if threads is None and jax.default_backend() == "cpu":
-        threads = cores()
+    threads = cores() if jax.default_backend() == "cpu" else None
     hparams = HParams()
     ours = Ours(config, train_config, hparams)
     with contextlib.ExitStack() as stack:

@@ -42,6 +42,9 @@ class Engine:
         self.requests.append(Request(max_new_tokens, self.clock()))
         return self.requests[-1]
 
+    def warm_up(self, prompt_lengths) -> None:
+        assert min(prompt_lengths) > 0
+
     def step(self) -> None:
         self.clock.sleep(1.0)
         for request in [one for one in self.requests if one.finished is None][: self.slots]:

@@ -59,12 +59,12 @@ def test_text_is_asked_for_where_it_is_needed(isoflop, tmp_path):
 
 
 def test_loss_through_a_cache_is_that_without_one(random_params):
-    params = random_params(CONFIG)
-    logits = np.asarray(apply(CONFIG, params, jnp.asarray(TOKENS)))[:, :-1]
-    chosen = np.take_along_axis(logits, TOKENS[:, 1:, None], axis=-1)[..., 0]
-    expected = (np.log(np.exp(logits).sum(axis=-1)) - chosen).mean()
-    nats, _ = _score_cached(CONFIG, params, jnp.asarray(TOKENS[:, :-1]), jnp.asarray(TOKENS[:, 1:]), dtype="float32")
-    assert float(nats.mean()) == pytest.approx(expected, abs=1e-4)
+    params, inputs, targets = random_params(CONFIG), TOKENS[:, :-1], TOKENS[:, 1:]
+    logits = np.asarray(jax.jit(apply, static_argnums=0)(CONFIG, params, inputs))
+    nats, likeliest = _score_cached(CONFIG, params, inputs, targets, dtype="float32")
+    chosen = np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(nats, np.log(np.exp(logits).sum(axis=-1)) - chosen, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(likeliest, logits.argmax(axis=-1))
 
 
 @pytest.mark.long

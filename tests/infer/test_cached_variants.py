@@ -9,6 +9,7 @@ import pytest
 from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
 from infer.step import extend
 from model import InputError, ModelConfig, accounting, apply
+from model.layout import layer_kinds
 
 PROMPT, TOTAL, CAPACITY = 8, 13, 14
 LENGTHS = np.array([8, 3, 1], np.int32)
@@ -52,16 +53,29 @@ def uncached(config, params, tokens):
     return np.stack([logits[row, n - 1 : n + TOTAL - PROMPT] for row, n in enumerate(LENGTHS)])
 
 
-def test_cached_is_uncached(variant, random_params):
+def shortest(config):
+    """The first layers that have one of every kind, at least two."""
+    kinds = layer_kinds(config)
+    count = next(count for count in range(2, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
+    return config.replace(num_layers=count, num_encoder_layers=min(config.num_encoder_layers, 2))
+
+
+@pytest.fixture(scope="module")
+def prepared(random_params):
+    """config → its parameters, prepared."""
+    return functools.cache(lambda config: prepare(config, random_params(config)))
+
+
+def test_cached_is_uncached(variant, random_params, prepared):
     """Rows of different lengths, past every window, in two chunks, with prepared parameters."""
     if variant.stack == "encoder":
         with pytest.raises(InputError, match="no cache"):
             init_cache(variant, 1, 4)
         return
-    params, tokens = random_params(variant), tokens_of(3, TOTAL)
-    expected = uncached(variant, params, tokens)
+    config, tokens = shortest(variant), tokens_of(3, TOTAL)
+    expected = uncached(config, random_params(config), tokens)
     assert expected.std() > 0.1
-    np.testing.assert_allclose(decoded(variant, prepare(variant, params), tokens, (4, 4)), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(decoded(config, prepared(config), tokens, (4, 4)), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.long  # of few architectures: test_cached.py
@@ -103,18 +117,18 @@ def test_an_int8_cache_costs_half_a_percent_of_the_loss(decoder, random_params):
     )
 
 
-def test_a_full_row_gets_nan_and_nothing_is_written(decoder, random_params):
+def test_a_full_row_gets_nan_and_nothing_is_written(decoder, prepared):
     """Of a ring, too: the oldest entry of the window stays."""
-    params, tokens = prepare(decoder, random_params(decoder)), tokens_of(3, TOTAL)
-    cache = init_cache(decoder, 3, CAPACITY, encoder_capacity=9)
+    config, tokens = shortest(decoder), tokens_of(3, TOTAL)
+    params, cache = prepared(config), init_cache(config, 3, CAPACITY, encoder_capacity=9)
     for start in (0, 4):
         inside = np.clip(LENGTHS - start, 0, 4)
-        _, cache = prefill(decoder, params, tokens[:, start : start + 4], inside, cache)
+        _, cache = prefill(config, params, tokens[:, start : start + 4], inside, cache)
     for step in range(CAPACITY - PROMPT):
-        logits, cache = decode_step(decoder, params, tokens[:, step], cache)
+        logits, cache = decode_step(config, params, tokens[:, step], cache)
     assert np.isfinite(logits).all(), "full to the brim is not too full"
     before, lengths = jax.device_get((cache.layers, cache.lengths))
-    logits, cache = decode_step(decoder, params, tokens[:, 0], cache)
+    logits, cache = decode_step(config, params, tokens[:, 0], cache)
     assert np.isnan(logits[0]).all()
     assert np.isfinite(logits[1:]).all()
     np.testing.assert_array_equal(cache.lengths, lengths + np.array([0, 1, 1]))

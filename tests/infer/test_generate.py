@@ -77,18 +77,17 @@ def test_max_new_tokens(params, by_hand, count):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(params, by_hand):
-    for row, prompt in enumerate(PROMPTS):
-        assert generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=NEW).tokens == [by_hand[row][0]]
+    """Alone: test_prompts.py."""
     reordered = generate(CONFIG, params, PROMPTS[::-1], GREEDY, max_new_tokens=NEW)
     assert reordered.tokens == [tokens for tokens, _ in by_hand[::-1]]
 
 
 def test_the_context_can_be_filled_to_its_end(params):
     """20 tokens is no power of two: the padding inside may not reach past the position table."""
-    prompt = [1] * 18
-    tokens = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=2).tokens[0]
-    first = int(log_probabilities(params, prompt).argmax())
-    assert tokens == [first, int(log_probabilities(params, [*prompt, first]).argmax())]
+    prompts = [[row] * 18 for row in range(3)]
+    for prompt, made in zip(prompts, generate(CONFIG, params, prompts, GREEDY, max_new_tokens=2).tokens, strict=True):
+        first = int(log_probabilities(params, prompt).argmax())
+        assert made == [first, int(log_probabilities(params, [*prompt, first]).argmax())]
 
 
 def test_the_key_decides(params):

@@ -16,7 +16,7 @@ from model.grouped import batched_product, loop_product
 from model.weights import Int8Experts, bytes_of
 
 COUNT, D_MODEL, D_FF = 4, 8, 12
-CONFIG = ModelConfig(32, 16, 2, 2, max_seq_len=16, experts=Experts(COUNT, 2, D_FF, first_layer=1))
+CONFIG = ModelConfig(32, 16, 1, 2, max_seq_len=16, experts=Experts(COUNT, 2, D_FF))
 _random = np.random.default_rng(0)
 UP = _random.normal(size=(COUNT, D_MODEL, D_FF)).astype(np.float32)
 DOWN = _random.normal(size=(COUNT, D_FF, D_MODEL)).astype(np.float32)
@@ -69,7 +69,7 @@ def test_prepared_experts_take_a_byte_an_entry(weights):
     """And decode reads as many of them as are chosen."""
     shapes = jax.eval_shape(functools.partial(init, CONFIG), jax.random.key(0))
     tree = lambda weights: jax.eval_shape(functools.partial(prepare, CONFIG, weights=weights), shapes)
-    made = tree(weights)["layers"][1]["feed_forward"]["experts"]
+    made = tree(weights)["layers"][0]["feed_forward"]["experts"]
     assert all(isinstance(stored, Int8Experts) for stored in made.values())
     assert bytes_of(made) == COUNT * (3 * 16 * D_FF + 4 * (2 * D_FF + 16))
     read = lambda batch: accounting.decode_step_bytes(CONFIG, tree(weights), batch, 4)["weights"]

@@ -9,7 +9,7 @@ from infer.decode import decode
 from model import InputError, ModelConfig, apply
 
 CONFIG = ModelConfig(
-    32, 16, 2, 2, num_kv_heads=1, max_seq_len=256, sliding_window=24, layer_pattern=("local", "global")
+    32, 16, 2, 2, num_kv_heads=1, max_seq_len=128, sliding_window=24, layer_pattern=("local", "global")
 )
 log_probabilities = jax.jit(lambda *inputs: jax.nn.log_softmax(apply(*inputs)), static_argnums=0)
 tokens_of = lambda seed, length: np.random.default_rng(seed).integers(0, 32, length).tolist()
@@ -32,10 +32,10 @@ def check_greedy(params, prompts, result):
 
 
 @pytest.mark.slow
-def test_the_cache_grows_past_every_power_of_two(params):
+def test_the_cache_grows_past_a_power_of_two(params):
     prompt = tokens_of(0, 40)
-    result = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=200)
-    assert len(result.tokens[0]) == 200
+    result = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=80)
+    assert len(result.tokens[0]) == 80
     check_greedy(params, [prompt], result)
 
 
@@ -44,9 +44,9 @@ def test_at_most_a_program_for_every_power_of_two(params):
     run = lambda length, count, **settings: generate(
         CONFIG, params, [tokens_of(1, length)], Sampling(**settings), max_new_tokens=count
     )
-    run(40, 200)
+    run(40, 80)
     before = decode._cache_size(), prompts.prefill._cache_size()
-    for count, settings in ((1, {}), (24, {"temperature": 0.0}), (199, {"top_p": 0.5, "min_p": 0.01, "seed": 3})):
+    for count, settings in ((1, {}), (24, {"temperature": 0.0}), (79, {"top_p": 0.5, "min_p": 0.01, "seed": 3})):
         run(33 + count % 7, count, **settings)
     run(40, 9, repetition_penalty=1.2, frequency_penalty=0.1, logit_bias={3: 1.0}, logprobs=5, stop_ids=(1, 2, 3))
     assert (decode._cache_size(), prompts.prefill._cache_size()) == before
