@@ -42,10 +42,18 @@ class Form:
 def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]) -> list[Form]:
     """Every form that the report compares; the first is what the others are compared with."""
     stored = lambda kind: Form(kind, lambda: (config, prepare(config, params, kind)))
-    as_float = lambda name, make: Form(name, lambda: (lambda made: (made[0], prepare(*made)))(make()))
-    pruned = lambda name, method, **how: as_float(
-        name, lambda: (config, prune(config, params, method, calibration=calibration, **how))
-    )
+
+    def pruned(name: str, method: str, **how: Any) -> Form:
+        smaller = lambda: prune(config, params, method, calibration=calibration, **how)
+        return Form(name, lambda: (config, prepare(config, smaller())))
+
+    def shorter(count: int) -> Form:
+        def make() -> tuple[ModelConfig, Params]:
+            few, rest = drop_layers(config, params, count, calibration)
+            return few, prepare(few, rest)
+
+        return Form(f"{count} layer{'s' * (count > 1)} dropped", make)
+
     return [
         *(stored(kind) for kind in ("float32", "bfloat16", "int8", "int8-dynamic", "int4")),
         Form("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
@@ -53,14 +61,7 @@ def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarr
         pruned("magnitude 2:4", "magnitude", pattern="2:4"),
         pruned("wanda 2:4", "wanda", pattern="2:4"),
         *(pruned(f"wanda {share} %", "wanda", sparsity=share / 100) for share in (10, 20, 30, 40, 50)),
-        *(
-            as_float(
-                f"{count} layer{'s' * (count > 1)} dropped",
-                lambda count=count: drop_layers(config, params, count, calibration),
-            )
-            for count in (1, 2, 4)
-            if count < config.num_layers
-        ),
+        *(shorter(count) for count in (1, 2, 4) if count < config.num_layers),
     ]
 
 

@@ -7,14 +7,13 @@ from infer.prepare import prepare
 from infer.request import Request
 from infer.sampling import GREEDY, Sampling
 from infer.speculative import Speculated, generate_speculative
-from infer.step import decode_step, extend, prefill
+from infer.step import decode_step, prefill
 from model.cache import KVCache, init_cache
 
 __all__ = [
     "init_cache",
     "prefill",
     "decode_step",
-    "extend",
     "generate",
     "stream",
     "Generated",

@@ -60,20 +60,22 @@ def prune(
             return value
         if pattern is not None and value.shape[-2] % 4:
             raise InputError(f"{'/'.join(names)} has {value.shape[-2]} inputs, which the pattern 2:4 does not divide")
-        score = jnp.abs(value)
+        score = np.abs(np.asarray(value, np.float32))
         if method == "wanda" and _EXPERTS not in names[-2:]:
-            score = score * norms[names[:-1]][..., None]
+            score = score * np.asarray(norms[names[:-1]])[..., None]
         return jnp.where(_kept(score, sparsity, pattern), value, 0)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _kept(score: Float[Array, "*stack d_in d_out"], sparsity: float, pattern: str | None) -> Bool[np.ndarray, "..."]:
+def _kept(
+    score: Float[np.ndarray, "*stack d_in d_out"], sparsity: float, pattern: str | None
+) -> Bool[np.ndarray, "..."]:
     """Which entries stay: per output, or per output and four neighbouring inputs; of equals any may go.
 
     On the host: it selects in linear time, where XLA would sort.
     """
-    columns = np.ascontiguousarray(np.swapaxes(np.asarray(score, np.float32), -1, -2))
+    columns = np.ascontiguousarray(np.swapaxes(score, -1, -2))
     d_in = columns.shape[-1]
     grouped = columns.reshape(-1, d_in if pattern is None else 4)
     goes = int(sparsity * d_in + 1e-9) if pattern is None else 2

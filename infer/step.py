@@ -39,19 +39,6 @@ def prefill(
     return head(config, params, hidden), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def extend(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"],
-    cache: KVCache,
-) -> tuple[Float[Array, "batch seq vocab"], KVCache]:
-    """As `prefill`, with the logits after every token of the chunk; those of padding mean nothing."""
-    hidden, cache = forward_cached(config, params, tokens, lengths, cache, every=True)
-    return head(config, params, hidden), cache
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def decode_step(
     config: ModelConfig, params: Params, token: Int[Array, " batch"], cache: KVCache

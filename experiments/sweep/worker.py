@@ -9,6 +9,7 @@ import fcntl
 import logging
 import math
 import signal
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from experiments.sweep.objectives import check_speed, direction, values
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.policies import make_policy
+from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
@@ -174,7 +176,7 @@ class _Cohort:
             keep_checkpoints=1,
             checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
             keep_steps=tuple(sorted(steps)),
-            description=f"{len(self.claims)} trials of {self.sweep.folder.name}",
+            description=f"{self.sweep.folder.name}: {self._words()}",
         )
         # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()
@@ -189,6 +191,11 @@ class _Cohort:
             branches=[self._branch(claim.trial) for claim in self.claims],
             lanes=min(few, self.limit),
         )
+
+    def _words(self) -> str:
+        if len(self.claims) > 1:
+            return f"{len(self.claims)} trials"
+        return textwrap.shorten(describe(self.claims[0].trial.point), 60, placeholder=" …")
 
     def _branch(self, trial: Trial) -> Branch | None:
         if trial.parent is None:

@@ -1,11 +1,9 @@
 """`isoflop model compress`: what it writes opens as the model it was made of, and the report measures what it says."""
 
-import functools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,8 +28,7 @@ def test_rounded_weights_come_back_as_they_were_stored(isoflop, tmp_path):
     assert isinstance(opened.params["layers"][0]["feed_forward"]["down"]["weight"], Int4)
     expected = prepare(original.config, original.params, "int4")
     assert f"{bytes_of(expected):,} bytes" in out
-    logits = jax.jit(functools.partial(apply, original.config))
-    np.testing.assert_array_equal(logits(opened.params, jnp.asarray(TOKENS)), logits(expected, jnp.asarray(TOKENS)))
+    jax.tree.map(np.testing.assert_array_equal, opened.params, expected)
     code, _, err = isoflop("model", "compress", tmp_path / "small", tmp_path / "again")
     assert code == 2
     assert "rounded already" in err

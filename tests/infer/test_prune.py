@@ -50,7 +50,7 @@ def test_wanda_weighs_entries_by_the_norm_of_their_inputs():
 
     weight = np.array([[0.5, -2.0], [1.0, 0.1], [-0.2, 0.3], [0.9, 0.4]])
     loudness = np.array([1.0, 1.0, 10.0, 0.5])
-    kept = _kept(jnp.asarray(np.abs(weight) * loudness[:, None]), 0.5, None)
+    kept = _kept(np.abs(weight) * loudness[:, None], 0.5, None)
     np.testing.assert_array_equal(kept, [[False, True], [True, False], [True, True], [False, False]])
 
 
@@ -121,7 +121,7 @@ def test_a_dropped_layer_is_as_if_it_had_never_been(decoder, random_params):
     assert jax.tree.map(jnp.shape, rest) == jax.tree.map(lambda leaf: leaf.shape, shapes)
 
 
-def test_the_remaining_layers_compute_what_they_computed(random_params):
+def test_the_remaining_layers_compute_what_they_computed(random_params, monkeypatch):
     params = random_params(CONFIG)
     config, rest = drop_layers(CONFIG, params, [1])
     silent = jax.tree.map(np.copy, params)
@@ -132,6 +132,7 @@ def test_the_remaining_layers_compute_what_they_computed(random_params):
     np.testing.assert_allclose(run(config, rest, TOKENS), run(CONFIG, silent, TOKENS), atol=1e-5)
     influence = block_influence(CONFIG, silent, jnp.asarray(TOKENS))
     assert abs(influence[1]) < 1e-6 < min(influence[0], influence[2])
+    monkeypatch.setattr("infer.prune.block_influence", lambda *_: influence)  # it compiles at every call
     chosen, _ = drop_layers(CONFIG, silent, 1, calibration=TOKENS)
     assert chosen == config
 
