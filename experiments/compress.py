@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 from experiments.evaluate.loss import validation_set
 from infer import init_cache, prepare
 from infer.prune import drop_layers, prune
+from infer.quantize import KINDS
 from infer.step import decode_step
 from model import ModelConfig, Params, apply
 from model.errors import InputError
@@ -55,7 +56,7 @@ def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarr
         return Form(f"{count} layer{'s' * (count > 1)} dropped", make)
 
     return [
-        *(stored(kind) for kind in ("float32", "bfloat16", "int8", "int8-dynamic", "int4")),
+        *(stored(kind) for kind in KINDS),
         Form("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
         pruned("magnitude 50 %", "magnitude", sparsity=0.5),
         pruned("magnitude 2:4", "magnitude", pattern="2:4"),

@@ -26,7 +26,8 @@ def drive(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Submit each prompt once its time has come, step the engine until all are finished: {"arrived", "requests"}.
+    """Submit each prompt once its time has come, to be continued greedily, and step the engine until all are finished:
+    {"arrived", "requests"}.
 
     arrived: on the clock, when each request was due, not when a busy engine let the driver submit it: the wait for the
     step at hand is part of what its sender sees (coordinated omission would hide it).
