@@ -1,32 +1,44 @@
 """Two benchmark documents side by side: which cells became faster, which slower, and which differ by noise alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.decode.render import COORDINATES
-from model.errors import InputError
+from model.errors import InputError, UnknownNameError
 
 METRICS = ("seconds_per_step", "time_to_first_token_seconds", "time_per_output_token_seconds")
 BOOTSTRAPS = 2000
 LEVEL = 95
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], *, anything: bool = False) -> dict[str, Any]:
-    """Join the cells by their coordinates; for every metric with raw samples the ratio of medians, after over before.
+def compare(
+    before: dict[str, Any], after: dict[str, Any], *, across: Sequence[str] = (), anything: bool = False
+) -> dict[str, Any]:
+    """Join the cells by their coordinates, but those that are compared `across`.
 
-    interval: bootstrapped from both samples, at 95 %. verdict: "within noise" where it holds 1, or where the change is
-    smaller than the spread (half of the central half of the samples over their median, of the noisier document);
-    otherwise "faster" or "slower". alone: cells that only one document has, or that failed in one.
-    Raises InputError where models or devices differ, unless anything is true, and where no cell is common.
+    For every metric with raw samples the ratio of medians, after over before. interval: bootstrapped from both samples,
+    at 95 %. verdict: "within noise" where it holds 1, or where the change is smaller than the spread (half of the
+    central half of the samples over their median, of the noisier document); otherwise "faster" or "slower". alone:
+    cells that only one document has, or that failed in one.
+
+    Raises InputError where models or devices differ, unless anything is true, where no cell is common, and where
+    `across` makes two cells of a document one.
     """
     if not anything:
         _check_alike(before, after)
-    cells = [{_place(row): row for row in document["cells"]} for document in (before, after)]
+    for name in across:
+        if name not in COORDINATES:
+            raise UnknownNameError("coordinate", name, COORDINATES)
+    names = [name for name in COORDINATES if name not in across]
+    cells = [{tuple(row.get(name) for name in names): row for row in doc["cells"]} for doc in (before, after)]
+    if any(len(by_place) < len(doc["cells"]) for by_place, doc in zip(cells, (before, after), strict=True)):
+        raise InputError(f"a document has several cells that differ in {', '.join(across)} alone; measure them apart")
     rows, alone = [], []
     for place in list(dict.fromkeys([*cells[0], *cells[1]])):
         pair = [by_place.get(place) for by_place in cells]
-        coordinates = dict(zip(COORDINATES, place, strict=True))
+        coordinates = dict(zip(names, place, strict=True))
         if any(row is None or "error" in row for row in pair):
             states = ["missing" if row is None else row.get("error", "measured") for row in pair]
             alone.append(coordinates | {"before": states[0], "after": states[1]})
@@ -36,7 +48,11 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, anything: bool = F
             if len(samples) == 2:
                 rows.append(coordinates | {"metric": metric} | ratio(*samples))
     if not rows:
-        raise InputError("the two documents have no measured cell in common; run both with the same grid")
+        apart = [name for name in names if not _values(before, name) & _values(after, name)]
+        message = "the two documents have no measured cell in common; run both with the same grid"
+        if apart:
+            message += f", or compare what differs: --across {' '.join(apart)}"
+        raise InputError(message)
     return {"rows": rows, "alone": alone}
 
 
@@ -66,8 +82,8 @@ def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]
     return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
 
 
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in COORDINATES)
+def _values(document: dict[str, Any], name: str) -> set[Any]:
+    return {row.get(name) for row in document["cells"]}
 
 
 def _check_alike(before: dict[str, Any], after: dict[str, Any]) -> None:

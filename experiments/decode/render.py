@@ -3,10 +3,12 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 Format = Literal["table", "json", "jsonl", "csv", "md"]
+Column = Callable[[dict[str, Any]], str]
+Columns = dict[str, Column]
 
 COORDINATES = ("kv_heads", "weights", "cache", "batch", "prompt", "context", "steps")
 
@@ -21,60 +23,60 @@ def render(document: dict[str, Any], form: Format) -> str:
     if form == "csv":
         return _csv(rows)
     if form == "md":
-        header, lines = table_of(rows) if document["cells"] else load_table(rows)
-        return "\n".join(_bar(line) for line in (header, ["---:"] * len(header), *lines))
+        tables = cell_tables(rows) if document["cells"] else [("", *load_table(rows))]
+        return "\n\n".join(_bars(header, lines) for _, header, lines in tables)
     return ""
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(column names, cells as text): the coordinates that differ or matter, then medians, or the error.
+def cell_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, column names, cells as text) twice, so that they fit a terminal: the loop on the device, the host's wait.
 
-    "ms/step" and the rates are of the loop on the device; "synced ms" is a token's with the host waiting for each,
-    "p99" its tail and "host" its share until the calls return.
+    Each with the coordinates that differ or matter, then medians, or the error.
     """
+    loop = _LOOP | (_ROOFLINE if any("share_of_bound" in row for row in rows) else {})
+    return [
+        ("a step in the loop on the device; medians, slowest … fastest repeat", *_table_of(rows, loop)),
+        ("synced: a token with the host waiting for each, its tail, the host's share", *_table_of(rows, _WAITS)),
+    ]
+
+
+def _table_of(rows: Sequence[dict[str, Any]], columns: Columns) -> tuple[list[str], list[list[str]]]:
     shown = [name for name in COORDINATES if name in ("batch", "context") or len({row[name] for row in rows}) > 1]
-    has_shares = any("share_of_bound" in row for row in rows)
-    header = [
-        *shown,
-        "first ms",
-        "prefill/s",
-        "ms/step",
-        "synced ms",
-        "p99",
-        "host",
-        "tokens/s",
-        "each/s",
-        *(["GB/s", "of read", "of peak", "bound"] if has_shares else []),
-        "compile",
-        "recomp.",
-    ]
-    return header, [[str(row[name]) for name in shown] + _measured(row, len(header) - len(shown)) for row in rows]
+    lines = []
+    for row in rows:
+        cells = [row["error"].split(":")[0]] + [""] * (len(columns) - 1) if "error" in row else None
+        lines.append([str(row[name]) for name in shown] + (cells or [text(row) for text in columns.values()]))
+    return [*shown, *columns], lines
 
 
-def _measured(row: dict[str, Any], columns: int) -> list[str]:
-    if "error" in row:
-        return [row["error"].split(":")[0], *[""] * (columns - 1)]
-    ms = lambda name: f"{1e3 * row[name]:.3g}"
-    each = "time_per_output_token_seconds"
-    values = [
-        ms("time_to_first_token_seconds"),
-        f"{row['prefill_tokens_per_second']:,.0f}",
-        ms("seconds_per_step"),
-        ms(each),
-        ms(f"{each}_p99"),
-        ms("host_seconds_per_step"),
-        f"{row['decode_tokens_per_second_aggregate']:,.1f}",
-        f"{row['decode_tokens_per_second_per_sequence']:,.1f}",
-    ]
-    if "share_of_bound" in row:
-        values += [
-            f"{row['read_bytes_per_second'] / 1e9:.1f}",
-            f"{row['share_of_read_bandwidth']:.0%}",
-            f"{row['share_of_matmul_peak']:.0%}",
-            row["bound"],
-        ]
-    compiling = sum(value for name, value in row.items() if name.startswith("compile_seconds_"))
-    return [*values, f"{compiling:.1f}", str(row["recompiles"])]
+def _ms(name: str) -> Column:
+    return lambda row: f"{1e3 * row[name]:.3g}"
+
+
+def _rate(name: str) -> Column:
+    return lambda row: f"{row[name]:,.1f}" if row[name] < 1000 else f"{row[name]:,.0f}"
+
+
+_SPEED, _TOKEN = "decode_tokens_per_second", "time_per_output_token_seconds"
+_LOOP: Columns = {
+    "ms/step": _ms("seconds_per_step"),
+    "tok/s": _rate(f"{_SPEED}_aggregate"),
+    "slowest … fastest": lambda row: f"{_rate(f'{_SPEED}_slowest')(row)} … {_rate(f'{_SPEED}_fastest')(row)}",
+    "each tok/s": _rate(f"{_SPEED}_per_sequence"),
+}
+_ROOFLINE: Columns = {
+    "MB/step": lambda row: f"{row['bytes_read_per_step_filled'] / 1e6:,.1f}",
+    "of bound": lambda row: f"{row['share_of_bound']:.0%} {row['bound']}",
+}
+_WAITS: Columns = {
+    "first ms": _ms("time_to_first_token_seconds"),
+    "prefill tok/s": lambda row: f"{row['prefill_tokens_per_second']:,.0f}",
+    "synced ms": _ms(_TOKEN),
+    "p99 ms": lambda row: "–" if row["steps"] * row["repeats"] < 100 else _ms(f"{_TOKEN}_p99")(row),
+    "host ms": _ms("host_seconds_per_step"),
+    "compile s": lambda row: f"{sum(row[name] for name in row if name.startswith('compile_seconds_')):.1f}",
+    "recompiles": lambda row: str(row["recompiles"]),
+}
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -86,8 +88,9 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _bar(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+def _bars(header: list[str], lines: list[list[str]]) -> str:
+    bar = lambda cells: "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+    return "\n".join(bar(line) for line in (header, ["---:"] * len(header), *lines))
 
 
 def words_of(row: dict[str, Any]) -> str:
@@ -97,7 +100,7 @@ def words_of(row: dict[str, Any]) -> str:
 
 
 def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """As `table_of`, for rows of `peers.decode_bench`."""
+    """(column names, cells as text) of rows of `peers.decode_bench`."""
     header = [
         "batch",
         "prompt",
@@ -132,7 +135,7 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """As `table_of`, for rows of `load.bench_load`."""
+    """(column names, cells as text) of rows of `load.bench_load`."""
     header = ["requests/s offered", "served", "tok/s", "good/s", "first token s", "between tokens s", "whole s"]
     latencies = ("time_to_first_token_seconds", "inter_token_latency_seconds", "end_to_end_seconds")
     lines = []

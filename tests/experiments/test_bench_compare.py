@@ -70,6 +70,21 @@ def test_cells_are_joined_by_their_coordinates():
     ]
 
 
+def test_documents_that_differ_in_an_axis_are_compared_across_it():
+    after = document(1.1, seed=1)
+    for cell in after["cells"]:
+        cell["weights"] = "int8"
+    with pytest.raises(InputError, match="or compare what differs: --across weights"):
+        compare(document(), after)
+    result = compare(document(), after, across=["weights"])
+    assert [(row["batch"], row["verdict"]) for row in result["rows"]] == [(1, "slower"), (4, "slower")]
+    assert "weights" not in result["rows"][0]
+    with pytest.raises(InputError, match="several cells that differ in weights, batch alone"):
+        compare(document(), after, across=["weights", "batch"])
+    with pytest.raises(InputError, match="did you mean 'weights'"):
+        compare(document(), after, across=["weight"])
+
+
 def test_different_models_or_devices_are_refused():
     other = copy.deepcopy(document())
     other["config_hash"] = "xyz"

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,6 +13,7 @@ def compare(
     before: tyro.conf.Positional[Path],
     after: tyro.conf.Positional[Path],
     *,
+    across: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS")] = (),
     fail_above: str | None = None,
     any: bool = False,
     json: JsonFile = None,
@@ -23,9 +24,12 @@ def compare(
 
     Example: isoflop bench compare before.json after.json --fail-above 5%
 
+    Example: isoflop bench compare float32.json int8.json --across weights
+
     Args:
         before: The earlier document.
         after: The later one.
+        across: Axes in which the two differ on purpose, such as weights or cache.
         fail_above: Exit with code 1 where something is slower, beyond noise, by more than this, such as 5%.
         any: Compare documents of different models or devices too.
         json: Also write every number to this file.
@@ -33,17 +37,19 @@ def compare(
     from experiments.commands.options import console, new_table, write_document
     from experiments.decode.compare import compare as join
     from experiments.decode.compare import regressions
-    from experiments.decode.render import words_of
+    from experiments.decode.render import COORDINATES, words_of
 
     limit = None if fail_above is None else _share(fail_above)
-    result = join(_read_document(before), _read_document(after), anything=any)
+    result = join(_read_document(before), _read_document(after), across=across, anything=any)
     write_document(json, result)
     names = ("cell", "metric", "before ms", "after ms", "ratio (95 %)", "verdict")
-    table = new_table(*names, title="after over before: below 1 is faster")
+    same = {n: row[n] for row in result["rows"][:1] for n in COORDINATES if n in row}
+    same = {n: value for n, value in same.items() if all(row[n] == value for row in result["rows"])}
+    table = new_table(*names, title=f"after over before, below 1 is faster: {words_of(same) or 'all cells'}")
     for row in result["rows"]:
         low, high = row["interval_95"]
         table.add_row(
-            words_of(row),
+            words_of({n: value for n, value in row.items() if n not in same}),
             row["metric"].removesuffix("_seconds").replace("_", " "),
             f"{1e3 * row['before']:.3g}",
             f"{1e3 * row['after']:.3g}",

@@ -122,10 +122,10 @@ def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], t
     """(config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
-    from experiments.models import open_parameters, read_config
+    from experiments.models import is_stored, open_parameters, read_config
     from model import init
 
-    if Path(model).exists() and not model.endswith(".json"):
+    if is_stored(model):
         config, params = open_parameters(model)
         return config, lambda _: (config, params), False
     config = read_config(model)
@@ -201,30 +201,23 @@ def _load(
 
 def _show(document: dict[str, Any], form: str) -> None:
     from experiments.commands.options import console, new_table
-    from experiments.decode.render import against_table, load_table, render, table_of, words_of
+    from experiments.decode.render import against_table, cell_tables, load_table, render, words_of
 
     if form != "table":
         print(render(document, form))  # type: ignore[arg-type]
         return
-    tables = (
-        [
-            (
-                "medians; ms/step and rates without, synced with the host waiting for each token",
-                table_of(document["cells"]),
-            )
-        ]
-        if document["cells"]
-        else []
-    )
+    tables = cell_tables(document["cells"]) if document["cells"] else []
     if document.get("against"):
-        tables.append(("medians of rounds in turns; slowest … fastest", against_table(document["against"])))
+        tables.append(("medians of rounds in turns; slowest … fastest", *against_table(document["against"])))
     if document.get("load"):
-        tables.append(("requests that arrive at random; medians (p99)", load_table(document["load"])))
-    for title, (header, lines) in tables:
-        table = new_table(*header, title=title)
+        tables.append(("requests that arrive at random; medians (p99)", *load_table(document["load"])))
+    out = console()
+    for title, header, lines in tables:
+        table = new_table(*("\n".join(name.rsplit(" ", 1)) for name in header), title=title)  # narrow: many columns
         for line in lines:
             table.add_row(*line)
-        console().print(table)
+        out.print(table)
+        out.print()
     for row in document["cells"] + document.get("against", []) + document.get("load", []):
         if words := row.get("error") or row.get("note"):
             print(f"{words_of(row)}: {words}")
@@ -242,6 +235,11 @@ def _say_how(document: dict[str, Any]) -> None:
         )
     if "against" in document:
         print(f"Compared: {document['against_convention']}.")
+    if any(row.get("share_of_read_bandwidth", 0.0) > 1 for row in document["cells"]):
+        print(
+            "Over 100 % of the memory bound: the weights fit a cache, which is faster than the memory that the ceiling "
+            "is of, or the machine sped up between the two."
+        )
     if document["load_average"] > QUIET:
         print(
             f"Other programs were running (load average {document['load_average']:.1f}): these numbers are of what "
