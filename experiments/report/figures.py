@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from experiments.report.style import (
     BLUE,
     INK,
-    MUTED,
     ORANGE,
-    PALETTE,
     WIDTH,
     log_axis,
     new_figure,
@@ -134,64 +132,6 @@ def held_out_curve(
     log_axis(axes.xaxis, low, tokens, margin=0.03)
     axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title="The held-out run and its prediction")
     axes.legend(loc="upper right")
-    return figure
-
-
-@styled
-def sweep_curve(summary: dict[str, Any], axis: str = "learning_rate") -> Figure:
-    """Loss over one axis of a sweep (see `experiments.sweep.reading.summary`), a line per value of the others.
-
-    Lines are means over seeds, small dots single trials, crosses along the top trials that diverged; the band is
-    the winner's mean ± the seed noise of one run.
-    """
-    figure = new_figure(WIDTH, 4.2)
-    axes = figure.subplots()
-    others = [name for name in summary["axes"] if name != axis]
-    lines: dict[tuple[float, ...], list[dict[str, Any]]] = {}
-    for setting in summary["settings"]:
-        lines.setdefault(tuple(setting[name] for name in others), []).append(setting)
-    colours = PALETTE if len(lines) <= len(PALETTE) else sequence(len(lines))
-    for i, (values, colour) in enumerate(zip(sorted(lines), colours, strict=False)):
-        members = sorted(lines[values], key=lambda setting: setting[axis])
-        known = [(setting[axis], setting["mean"]) for setting in members if setting["mean"] is not None]
-        label = ", ".join(f"{name} = {value:g}" for name, value in zip(others, values, strict=True))
-        if known:
-            axes.plot(*zip(*known, strict=True), "o-", color=colour, label=label or None, zorder=3)
-        trials = [trial for trial in summary["trials"] if tuple(trial[name] for name in others) == values]
-        seen = [(trial[axis], trial["loss"]) for trial in trials if trial["loss"] is not None]
-        if len(seen) > len(known):
-            axes.plot(*zip(*seen, strict=True), ".", color=colour, alpha=0.45, markersize=4)
-        lost = sorted({trial[axis] for trial in trials if trial["loss"] is None})
-        if lost:
-            top = [0.97 - 0.035 * i] * len(lost)  # a row per line, so that crosses do not hide each other
-            axes.plot(lost, top, "x", color=colour, markersize=6, transform=axes.get_xaxis_transform())
-    if any(trial["loss"] is None for trial in summary["trials"]):
-        axes.plot([], [], "x", color=MUTED, markersize=7, label="diverged (at the top edge)")
-    winner, noise = summary["winner"], summary["seed_noise"]
-    if winner is not None:
-        if noise is not None:
-            band = (winner["mean"] - noise, winner["mean"] + noise)
-            axes.axhspan(*band, color=MUTED, alpha=0.13, linewidth=0, label="winner ± seed noise of a run")
-        axes.plot(
-            winner["setting"][axis],
-            winner["mean"],
-            "o",
-            markersize=13,
-            markerfacecolor="none",
-            markeredgecolor=INK,
-            markeredgewidth=1.4,
-            zorder=4,
-            label="winner",
-        )
-    tried = sorted({setting[axis] for setting in summary["settings"]})
-    if tried[0] > 0 and tried[-1] / tried[0] > 4:
-        log_axis(axes.xaxis, tried[0], tried[-1])
-        if len(tried) <= 12:  # then every value tried has its own tick
-            axes.set_xticks(tried)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    name = axis.replace("_", " ")
-    axes.set(xlabel=name, ylabel=VALIDATION_LOSS, title=f"Loss and {name}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

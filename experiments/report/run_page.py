@@ -64,7 +64,7 @@ def _row(run: Path, record: dict[str, Any], lines: list[dict[str, Any]], differi
         "validation_loss": validated[-1]["validation_loss"] if validated else None,
         "validation_bits_per_byte": validated[-1].get("validation_bits_per_byte") if validated else None,
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
-        "seconds": record.get("seconds"),
+        "seconds": last.get("seconds"),
         "skipped": sum(line.get("skipped", 0) for line in lines),
         "rollbacks": len(record.get("rollbacks", ())),
         "differing": differing,

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.report import figures
 from experiments.report.commands import commands
 from experiments.report.page import Drawn, device_name, drawn, known, render
+from experiments.report.sweep_figures import axis_panels
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
@@ -89,8 +90,8 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
 
     found = {
         "sweep": drawn(
-            "Validation loss over learning rate",
-            lambda: figures.sweep_curve(sweep),
+            "Validation loss against each axis of the sweep",
+            lambda: axis_panels(sweep),
             None if any(known(setting["mean"]) for setting in sweep.get("settings", ())) else "No trial has a loss.",
         ),
         "curves": drawn(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
-from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric_warnings
+from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric_warnings, table_warnings
 from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
@@ -21,6 +21,8 @@ from model.errors import InputError
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
 HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
+
+STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventions
 
 NAMES = {
     "parametric": "parametric law",
@@ -102,8 +104,8 @@ class Analysis:
     @property
     def warnings(self) -> list[dict[str, str]]:
         """[{about, text}] of what the numbers should be read with."""
-        found: list[tuple[str, str]] = []
         fits = self.fits
+        found = [("table", text) for text in table_warnings(fits.table)]
         if fits.parametric is not None:
             found += [("parametric", text) for text in parametric_warnings(fits.parametric, fits.parametric_outliers)]
             found += [("parametric", text) for text in _outside(fits.parametric)]
@@ -164,16 +166,20 @@ def analyse(
     """Fit a table by every estimator that it can carry.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, none to skip that. Raises InputError where no estimator answers.
+    choose between, none to skip that. advance(amount, note): told of `STAGES` in all. Raises InputError where no
+    estimator answers.
     """
     if not len(table):
         count = len(table.dropped)
         first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
         raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
-    fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=advance)
+    tell = advance or (lambda *_, **__: None)
+    tell(0, "the law's bootstrap")
+    fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=lambda n: tell(n / bootstraps))
     refused = dict(fits.refused)
 
     def attempt(name: str, wanted: bool, fit: Callable[[], Any]) -> Any:
+        tell(1, name)
         if not wanted:
             return None
         try:

@@ -17,6 +17,9 @@ from model.errors import InputError
 SCHEMA_VERSION = 1
 MANY_OUTLIERS = 0.1  # of the rows
 FEW_ROWS = 20  # four per unknown
+SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that nobody would fit
+FAR_FROM_6ND = 100.0  # times: conventions of N and attention make less than ten
+LARGE_LOSS = 15.0  # nats per token: a guess among 3 million tokens
 FEW_BUDGETS = 4
 FEW_FREEDOM = 8
 CONVENTION = (
@@ -189,6 +192,21 @@ def fit_parametric_screened(
     return replace(fit, table=replace(fit.table, dropped=table.dropped)), outliers
 
 
+def table_warnings(table: Table) -> list[str]:
+    """Where the numbers look like other units than counts and nats."""
+    found = []
+    compute = 6 * table.params * table.tokens
+    if len(table) and compute.max() < SMALL_FLOPS:
+        found.append(f"the largest run has 6·N·D = {compute.max():.3g} FLOPs: are N and D in millions or billions?")
+    if len(table) and table.flops is not None:
+        ratio = float(np.median(table.flops / compute))
+        if not 1 / FAR_FROM_6ND < ratio < FAR_FROM_6ND:
+            found.append(f"C is {ratio:.3g} times 6·N·D: is one of the three in millions or billions?")
+    if len(table) and table.loss.max() > LARGE_LOSS:
+        found.append(f"losses reach {table.loss.max():.3g} nats per token: is it perplexity, or a sum?")
+    return found
+
+
 def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> list[str]:
     """What its numbers should be read with, when `outliers` were left out of it."""
     found = []
@@ -197,6 +215,13 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
         found.append(
             f"{len(outliers)} of {rows} runs are left out as outliers: so many speak against the law rather than "
             "against themselves; another form may hold"
+        )
+    largest = 6 * max(fit.table.params * fit.table.tokens)
+    beyond = [6 * run["params"] * run["tokens"] for run in outliers if 6 * run["params"] * run["tokens"] > largest]
+    if beyond:
+        found.append(
+            f"the law is fitted up to {largest:.3g} FLOPs: {len(beyond)} larger, up to {max(beyond):.3g}, "
+            f"{'are' if len(beyond) > 1 else 'is'} left out as off it, and speak against it there"
         )
     if len(fit.table) < FEW_ROWS:
         found.append(

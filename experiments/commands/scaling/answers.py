@@ -51,6 +51,10 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
         console.print(_price(cost), highlight=False)
     for name, reason in fits.refused.items():
         console.print(f"[bold]{name} refused:[/bold] {reason}", highlight=False)
+    for text in document["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
+    if fits.parametric is not None:
+        console.print("Whether held-out budgets prefer another form of law: `isoflop scaling fit`.", highlight=False)
 
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
@@ -72,7 +76,12 @@ def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> N
                 cells.append(f"{one['tokens'] / one['params']:.3g}")
         table.add_row(NAMES[name], *cells)
     console.print(table)
-    _show_distance(console, next(iter(answer.values()))["extrapolation"])
+    by_reach: dict[str, list[str]] = {}
+    for name, one in answer.items():
+        by_reach.setdefault(f"{one['extrapolation']['flops_over_largest']:.2g}", []).append(name)
+    for members in by_reach.values():  # valleys need whole budgets, so the largest that they saw may be smaller
+        who = "" if len(by_reach) == 1 else " and ".join(NAMES[name] for name in members) + ": "
+        _show_distance(console, answer[members[0]]["extrapolation"], who)
 
 
 def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
@@ -123,10 +132,12 @@ def _say(console: "Console", words: str, extrapolated: dict[str, Any]) -> None:
     _show_distance(console, extrapolated)
 
 
-def _show_distance(console: "Console", extrapolated: dict[str, Any]) -> None:
+def _show_distance(console: "Console", extrapolated: dict[str, Any], who: str = "") -> None:
     from experiments.scaling.use import in_words, is_far
 
-    console.print(f"  {in_words(extrapolated)}", style="bold red" if is_far(extrapolated) else None, highlight=False)
+    console.print(
+        f"  {who}{in_words(extrapolated)}", style="bold red" if is_far(extrapolated) else None, highlight=False
+    )
 
 
 def _bound(value: float | None) -> str:

@@ -52,7 +52,7 @@ def fit(
     """
     from experiments.commands.options import check_plot, console, output, write_document, write_plot
     from experiments.commands.scaling.account import show
-    from experiments.scaling.analysis import analyse
+    from experiments.scaling.analysis import STAGES, analyse
     from experiments.scaling.forms.choose import SIMPLE_FORMS
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.curves import curves_of_table
@@ -61,7 +61,7 @@ def fit(
     check_plot(plot)
     runs = columns.read(table)
     file = table / "runs.csv" if table.is_dir() else table
-    with progress_bar("bootstrap", bootstraps) as advance:
+    with progress_bar("fit", STAGES) as advance:
         analysis = analyse(
             runs,
             counts=counts_beside(file, runs),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Column = Annotated[str, tyro.conf.arg(metavar="COLUMN")]
 OptionalColumn = Annotated[str | None, tyro.conf.arg(metavar="COLUMN")]
+_ONLY_BY_NAME = {"unique_tokens": "the laws of repeated data", "active_params": "the law of experts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TableOptions:
 
     def read(self, path: Path, *, keep_held_out: bool = False) -> "Table":
         """The table, or a study folder's runs.csv. A column found by another name than the default is told of."""
-        from experiments.scaling.rows.table import read_table
+        from experiments.scaling.rows.table import read_header, read_table
         from model.errors import InputError
 
         if path.is_dir():
@@ -52,6 +53,11 @@ class TableOptions:
         if stand_ins:
             found = ", ".join(f"{column!r} for {role}" for role, column in stand_ins)
             print(f"{path}: taking the column {found}", file=sys.stderr)
+        present = read_header(path)
+        for role, laws in _ONLY_BY_NAME.items():
+            if names[role] is None and role in present:
+                flag = f"--{role.replace('_', '-')} {role}"
+                print(f"{path}: the column {role!r} is not used; for {laws} give {flag}", file=sys.stderr)
         return table
 
 

@@ -36,7 +36,7 @@ def plan(
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
         branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
-        probe: Time the training step of the smallest and the largest model; without it no hours are said.
+        probe: Time the training step of the smallest and the largest model; --no-probe does not, and says no hours.
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document
@@ -105,7 +105,8 @@ def _remarks(row: dict[str, Any]) -> str:
 
 def summary(document: dict[str, Any]) -> list[str]:
     """The plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
-    from experiments.commands.options import bytes_in_words, hours_in_words
+    from experiments.commands.options import bytes_in_words
+    from experiments.commands.options import hours_in_words as hours
 
     total, design, alone = document["total"], document["design"], document["without_branches"]
     budgets, held_out = len(design["budgets"]), design["held_out"]
@@ -113,16 +114,18 @@ def summary(document: dict[str, Any]) -> list[str]:
         f"{total['runs']} runs in {total['compiles']} static shapes, each compiled once",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND), {total['flops_exact']:.3g} (exact)",
         f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
-        f"{hours_in_words(total['hours'])} with one worker here" if total["hours"] is not None else "",
+        f"{hours(total['hours'])} with one worker here, {hours(total['compile_hours'])} of it compiling"
+        if total["hours"] is not None
+        else "",
     ]
     held = {0: "none", 1: "the largest"}.get(held_out, f"the largest {held_out}")
     lines = [f"{budgets} budgets, {held} held out"]
     lines.append("; ".join(part for part in costs if part))
     if alone is not None:
         saved = alone["saved"]
-        hours = "" if alone["hours"] is None else f", {hours_in_words(alone['hours'])}"
+        time = "" if alone["hours"] is None else f", {hours(alone['hours'])}"
         lines.append(
-            f"without branches: {alone['flops_6nd']:.3g} FLOPs (6ND){hours}; branches save {saved['flops_6nd']:.0%} of "
+            f"without branches: {alone['flops_6nd']:.3g} FLOPs (6ND){time}; branches save {saved['flops_6nd']:.0%} of "
             f"the FLOPs, {saved['flops_6nd_fitted']:.0%} of those of the fitted budgets"
         )
     if total["repeated"]:

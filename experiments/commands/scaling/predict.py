@@ -71,6 +71,7 @@ def predict(
     """
     from experiments.commands.options import console, write_document
     from experiments.commands.scaling.answers import show
+    from experiments.scaling.fit import parametric_warnings, table_warnings
 
     _check(flops, target_loss, params, tokens, serve_tokens, level)
     cost = _cost(serve_tokens, decode, batch, train, train_rate)
@@ -79,6 +80,9 @@ def predict(
     document = _answers(fits, flops, target_loss, params, tokens, serve_tokens, cost, level)
     document |= {"rows": len(runs), "level": level, "refused": fits.refused, "dropped": runs.dropped}
     document["parametric_outliers"] = fits.parametric_outliers
+    document["warnings"] = table_warnings(runs)
+    if fits.parametric is not None:
+        document["warnings"] += parametric_warnings(fits.parametric, fits.parametric_outliers)
     write_document(json, document)
     show(console(), document, fits, cost)
 

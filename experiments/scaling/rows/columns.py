@@ -31,7 +31,7 @@ def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> s
     if len(found) > 1:
         raise InputError(
             f"{path} has no column {role!r}, and {' as well as '.join(map(repr, found))} could be it; "
-            f"name one with --{role}"
+            f"name one with --{role} (of `predict`: --columns.{role})"
         )
     return found[0] if found else wanted
 
@@ -44,7 +44,8 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
     if not missing:
         return
     hints = []
-    lowered = {column.lower(): column for column in present}
+    taken = {alias for role, aliases in ALIASES.items() if role not in missing for alias in aliases}
+    lowered = {column.lower(): column for column in present if _plain(column) not in taken}
     for name in missing:
         close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
         hints += [f"{lowered[match]!r} for {name!r}" for match in close]

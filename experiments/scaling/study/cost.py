@@ -31,9 +31,10 @@ class Plan:
         """Plain values: {design, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches, probe}.
 
         A rung's flops are those of its law, from the first token on; total counts what is trained, so that a trunk's
-        part is in it once, with validation and compilation in its hours (None without a probe). checkpoint_bytes: of
-        every run's end, and of trunks where they are left. without_branches: the same runs, each from its start, and
-        the share of FLOPs and hours that branches save (of the runs that are not held out, too); None without branches.
+        part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
+        checkpoint_bytes: of every run's end, and of trunks where they are left. without_branches: the same runs, each
+        from its start, and the share of FLOPs and hours that branches save (of the runs that are not held out, too);
+        None without branches.
         """
         by_shape = [self._shape(members) for members in shapes(self.rungs).values()]
         memory = {name: row["memory_bytes"] for row in by_shape for name in row["names"]}
@@ -84,6 +85,7 @@ class Plan:
             "flops_6nd": sum(rung.flops_6nd * rung.share_trained for rung in rungs),
             "flops_exact": sum(rung.flops_exact * rung.share_trained for rung in rungs),
             "hours": None if seconds is None else seconds / 3600,
+            "compile_hours": None if self.speed is None else self.speed.compile_seconds * len(shapes(rungs)) / 3600,
         }
 
     def _without_branches(self) -> dict[str, Any]:
