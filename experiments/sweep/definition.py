@@ -118,8 +118,22 @@ def _joined(sweep: Sweep) -> Sweep:
         raise InputError(f"{folder} holds a sweep with storage={there.storage}; its trials are there, leave --storage")
     if sweep.storage is not None and there.storage is None:
         raise InputError(f"{folder} holds a sweep whose trials are in its own folder; leave --storage out")
-    earlier = tuple(r for r in (*there.earlier, there.request) if not _covers(sweep.request, r))
+    axes, asked = ({name for r in all for name in r.space(folder).names} for all in (_requests(there), [sweep.request]))
+    if axes != asked:
+        raise InputError(
+            f"{folder} holds a sweep over {_listed(axes)}, and this one is over {_listed(asked)}: one setting would "
+            "stand in it under two names; choose another folder, or give every axis a value"
+        )
+    earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
     return dataclasses.replace(sweep, storage=there.storage, earlier=earlier)
+
+
+def _requests(sweep: Sweep) -> tuple[Request, ...]:
+    return (*sweep.earlier, sweep.request)
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "no axis"
 
 
 def _covers(new: Request, old: Request) -> bool:

@@ -18,21 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.branches import leaves
+from experiments.sweep.branches import NAME, leaves
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import check_speed, direction, values
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import ENDED, Row
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
 from train.branch import Branch
-from train.run import read_record
+from train.run import BusyError, read_record
 
 logger = logging.getLogger("isoflop")
-_BUSY = "is being written by another process"
 _COOLING_SECONDS = 5.0
 
 
@@ -99,8 +98,10 @@ class _Worker:
         if not claims:
             return False
         self.last = cohort
+        ended = sum(row.state in ENDED for row in rows)
+        standing = f"{ended} of {len(rows)} done" if len(rows) > len(claims) else ""
         with self.ledger.beat(claims):
-            _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members))).run()
+            _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members)), standing).run()
         return True
 
     def _lanes(self, cohort: str, rows: list[Row]) -> int:
@@ -137,10 +138,11 @@ class _Worker:
 
 
 class _Cohort:
-    """Claims of one cohort, trained once."""
+    """Claims of one cohort, trained once. standing: how far the sweep is, in words."""
 
-    def __init__(self, worker: _Worker, claims: list[Claim], limit: int, left_at: set[int]):
+    def __init__(self, worker: _Worker, claims: list[Claim], limit: int, left_at: set[int], standing: str):
         self.worker, self.sweep, self.ledger, self.left_at = worker, worker.sweep, worker.ledger, left_at
+        self.standing = standing
         self.claims, self.limit, self.claimed_at = claims, limit, time.time()
 
     def run(self) -> None:
@@ -154,13 +156,12 @@ class _Cohort:
         except KeyboardInterrupt:
             self._hand_back(self.claims)
             raise
+        except BusyError:  # a worker that was taken for dead writes its last
+            self._cool(self.claims)
         except Exception as error:
             if _is_full_disk(error):  # no trial's fault: the same command goes on once there is space
                 self._hand_back(self.claims)
                 raise
-            if _BUSY in str(error):  # a worker that was taken for dead writes its last
-                self._cool(self.claims)
-                return
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             logger.warning("%d trials failed: %s", len(self.claims), words)
             for claim in self.claims:
@@ -176,7 +177,7 @@ class _Cohort:
             keep_checkpoints=1,
             checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
             keep_steps=tuple(sorted(steps)),
-            description=f"{self.sweep.folder.name}: {self._words()}",
+            description=": ".join(filter(None, (self.sweep.folder.name, self.standing, self._words()))),
         )
         # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()
@@ -195,7 +196,8 @@ class _Cohort:
     def _words(self) -> str:
         if len(self.claims) > 1:
             return f"{len(self.claims)} trials"
-        return textwrap.shorten(describe(self.claims[0].trial.point), 60, placeholder=" …")
+        point = self.claims[0].trial.point
+        return point[NAME] if NAME in point else textwrap.shorten(describe(point), 60, placeholder=" …")
 
     def _branch(self, trial: Trial) -> Branch | None:
         if trial.parent is None:

@@ -58,6 +58,7 @@ class PostgreSQL:
 
 @pytest.fixture
 def postgresql():
+    pytest.importorskip("psycopg", reason="the extra `cluster` is not installed")
     found = [shutil.which("initdb"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")))]
     programs = [Path(path).parent for path in found if path]
     if not programs:

@@ -27,6 +27,7 @@ def free_port():
 @pytest.fixture
 def slurm(monkeypatch):
     """A controller and one node, with their own key, ports and folders; SLURM_CONF points to them."""
+    pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
     missing = [name for name in PROGRAMS if shutil.which(name, path="/usr/sbin:/usr/bin:" + os.environ["PATH"]) is None]
     if missing or os.geteuid() != 0:
         pytest.skip("no root" if not missing else f"{', '.join(missing)} not installed (Debian's slurm-wlm and munge)")

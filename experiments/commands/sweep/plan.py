@@ -15,7 +15,7 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
     --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
 
     Args:
-        probe: Time the training step of the smallest and the largest shape; without it no hours are said.
+        probe: Time the training step of the smallest and the largest shape; --no-probe does not, and says no hours.
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document

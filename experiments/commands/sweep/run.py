@@ -33,8 +33,7 @@ def run(
         dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
     """
-    from experiments.sweep.ledger import Ledger
-    from experiments.sweep.worker import plan
+    from experiments.sweep.run import begin
 
     if dry_run:
         from experiments.commands.sweep.plan import plan as show_plan
@@ -42,14 +41,7 @@ def run(
         show_plan(options, json=json)
         return
     sweep = options.define()
-    if sweep.storage is None:
-        sweep.write()
-        ledger = Ledger(sweep, interval=workers.heartbeat, grace=workers.grace)
-    else:
-        ledger = Ledger(sweep, interval=workers.heartbeat, grace=workers.grace)
-        sweep.write()
-    plan(sweep, ledger)
-    _work(sweep, ledger, workers, json)
+    _work(sweep, begin(sweep, workers.heartbeat, workers.grace), workers, json)
 
 
 def resume(
@@ -131,24 +123,20 @@ def _open(folder: Path, heartbeat: int = 15, grace: int = 90) -> "tuple[Sweep, L
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
     """Work here, or have others work; then say what came of it."""
     from experiments.inputs import read_changes
-    from experiments.sweep import launch, live
-    from experiments.sweep.worker import work
+    from experiments.sweep import launch
+    from experiments.sweep.run import work_through
 
-    said: list[str] = []
-    if asked.workers < 1 and asked.launcher == "local":
-        work(sweep, ledger)
-    else:
-        options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
-        started: launch.Workers
-        if asked.launcher == "slurm":
-            started = launch.SlurmWorkers(sweep.folder, max(1, asked.workers), read_changes(asked.slurm_set), options)
-        else:
-            started = launch.LocalWorkers(sweep.folder, asked.workers, options)
-        look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
-        said = launch.follow(started, lambda going: live.watch(look, going))
+    started: launch.Workers | None = None
+    options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
+    if asked.launcher == "slurm":
+        started = launch.SlurmWorkers(sweep.folder, max(1, asked.workers), read_changes(asked.slurm_set), options)
+    elif asked.workers > 0:
+        started = launch.LocalWorkers(sweep.folder, asked.workers, options)
+    said = work_through(sweep, ledger, started)
     summary = _summary(sweep, ledger)
     _write(sweep, summary, json)
     show(summary)
+    print(f"`isoflop sweep report {sweep.folder}` draws it", file=sys.stderr)
     for sentence in said:
         print(f"isoflop: {sentence}", file=sys.stderr)
     _stop_at_failures(ledger)
