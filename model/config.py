@@ -225,8 +225,10 @@ class ModelConfig:
         for token in (*self.eos_token_ids, self.decoder_start_token_id):
             whole = isinstance(token, int) and not isinstance(token, bool)
             if not (whole and 0 <= token < self.vocab_size):
-                name = "eos_token_ids has" if token in self.eos_token_ids else "decoder_start_token_id is"
-                raise InputError(f"{name} {token!r}, which is no id of the vocabulary of {self.vocab_size}")
+                name = "eos_token_ids" if token in self.eos_token_ids else "decoder_start_token_id"
+                raise InputError(
+                    f"{name}: {token!r} is no id of the vocabulary of {self.vocab_size}; change {name} with vocab_size"
+                )
 
     def _check_latent(self, latent: Latent) -> None:
         if self.head_dim != latent.nope_dim + latent.rope_dim:

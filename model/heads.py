@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.feedforward import ACTIVATIONS
+from model.feedforward import activation_of
 from model.linear import Linear
 from model.norm import Normalize
 from model.parameterization import output_multiplier, scale_of
@@ -28,7 +28,7 @@ class Transform(nn.Module):
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
         """Each position alone."""
         y = Linear(self.config, self.config.d_model, "hidden", True, name="transform")(x)
-        return Normalize(self.config, name="norm")(ACTIVATIONS[self.config.activation](y))
+        return Normalize(self.config, name="norm")(activation_of(self.config)(y))
 
 
 def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:

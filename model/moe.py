@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 from model.dispatch import through_experts
-from model.feedforward import ACTIVATIONS, FeedForward
+from model.feedforward import FeedForward, activation_of
 from model.grouped import Matrices
 from model.linear import Linear
 from model.parameterization import initializer
@@ -163,7 +163,7 @@ class ExpertFeedForward(nn.Module):
         # What fsdp splits is gathered here once, not for every block.
         axes = {name: (None, "hidden") if name != "down" else ("hidden", None) for name in weights}
         weights = {name: _constrained(weight, *axes[name]) for name, weight in weights.items()}
-        activation = ACTIVATIONS[config.activation]
+        activation = activation_of(config)
 
         def feed_forward(rows, product):
             hidden = product(rows, weights["up"])

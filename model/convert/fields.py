@@ -115,8 +115,13 @@ def activation(name: Any, key: str) -> str:
 
 
 def activation_name(ours: str) -> str:
-    """The first of their names of our activation function."""
-    return next(theirs for theirs, name in _ACTIVATIONS.items() if name == ours)
+    """The first of their names of our activation function. Raises InputError where they have none."""
+    theirs = next((theirs for theirs, name in _ACTIVATIONS.items() if name == ours), None)
+    if theirs is None:
+        raise InputError(
+            f"activation={ours!r} has no name in Hugging Face's configs; model/convert/fields.py lists them"
+        )
+    return theirs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from model import InputError, ModelConfig, presets
+from model import InputError, ModelConfig, feedforward, presets
+from model.feedforward import FeedForward
 
 BASE = {"vocab_size": 64, "d_model": 16, "num_layers": 2, "num_heads": 4}
 
@@ -122,3 +125,10 @@ def test_equal_configs_are_one_key():
 def test_a_config_that_lacks_a_field_says_which():
     with pytest.raises(InputError, match="d_model"):
         ModelConfig.from_dict({name: value for name, value in BASE.items() if name != "d_model"})
+
+
+def test_an_activation_without_a_function_is_told_of(monkeypatch):
+    config = presets.get("tiny")
+    monkeypatch.delitem(feedforward.ACTIVATIONS, config.activation)
+    with pytest.raises(InputError, match="has no function in ACTIVATIONS of model/feedforward"):
+        FeedForward(config).init(jax.random.key(0), jnp.zeros((1, 1, config.d_model)))
