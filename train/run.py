@@ -26,6 +26,10 @@ ROUNDING_ONLY = ("accumulate", "loss_chunks", "norms")
 """Fields of the TrainConfig that may differ when a run is resumed: they change no number but by rounding."""
 
 
+class BusyError(InputError):
+    """Another process writes this run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Identity:
     """All that decides a run's numbers. The versions of libraries and the number of steps are not part of it."""
@@ -123,7 +127,7 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise InputError(f"{self.folder} is being written by another process; wait for it or stop it") from None
+            raise BusyError(f"{self.folder} is being written by another process; wait for it or stop it") from None
         return lock
 
 

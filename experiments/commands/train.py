@@ -55,7 +55,8 @@ def train(
         data: A folder made by `isoflop data prepare`, or several as NAME=FOLDER, whose names the mixtures of phases
             use; the first is also validated on.
         out: The run directory.
-        steps: Updates to make; also the horizon of the schedule unless total_steps is set. With --phases: all of them.
+        steps: Updates to make; also the horizon of the schedule unless total_steps is set, and 20 times its warm-up
+            unless warmup_steps is. With --phases: all of them.
         seed: Of parameters, dropout and data order.
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
@@ -211,7 +212,7 @@ def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
     print(
         f"{result.run}: {result.status} after {result.steps:,} steps, {result.tokens:,} tokens "
         f"({result.epochs:.2f} epochs); validation loss {loss} nats per token; "
-        f"{values['tokens_per_second']:,.0f} tokens/s, {values['flops_6nd_per_second']:.3g} FLOP/s (6ND)"
+        f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
         + "".join(f"; {text}" for text in trouble)
     )
     return values

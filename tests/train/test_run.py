@@ -8,7 +8,7 @@ import pytest
 from model import InputError, presets
 from train import HParams, Shell, TrainConfig, load_run, train
 from train.metrics import MetricsLog, read_metrics
-from train.run import read_record
+from train.run import BusyError, read_record
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, norms=False)
@@ -100,7 +100,7 @@ def test_second_process_is_refused(data, tmp_path):
     go(data, tmp_path / "run")
     with open(tmp_path / "run" / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="being written by another process"):
+        with pytest.raises(BusyError, match="being written by another process"):
             go(data, tmp_path / "run")
 
 

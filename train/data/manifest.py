@@ -100,7 +100,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise InputError(f"no data folder at {folder}; make one with `isoflop data prepare --out {folder}`")
+        raise InputError(f"no data folder at {folder}; make one with `isoflop data prepare SOURCE --out {folder}`")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -39,7 +39,7 @@ def compress(
 
     Args:
         source: A run directory, a Hugging Face folder or a GGUF file.
-        target: The folder to make; it appears when it is complete.
+        target: The folder to make; it appears when it is complete. A model written by isoflop before is replaced.
         method: The precision of the weights, or by what score entries of matrices are set to zero.
         sparsity: Share of each output's inputs that pruning takes.
         pattern: Prune two of every four neighbouring inputs instead.
@@ -77,7 +77,8 @@ def compress(
             save_hf(config, params, target)
         if opened.tokenizer is not None:
             copy_tokenizer(opened.tokenizer, target)
-    print(f"{target}: {config.num_layers} layers, {bytes_of(params):,} bytes of weights")
+    before = f"{opened.config.num_layers} layers, {bytes_of(opened.params):,} bytes as opened"
+    print(f"{target}: {config.num_layers} layers, {bytes_of(params):,} bytes of weights (of {before})")
     if report is None:
         return
     assert data is not None

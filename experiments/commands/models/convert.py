@@ -22,7 +22,7 @@ def convert(
 
     Args:
         source: A run directory, a .gguf file, or a folder with config.json and safetensors.
-        target: The folder to make; it appears when it is complete.
+        target: The folder to make; it appears when it is complete. A model written by isoflop before is replaced.
         dtype: Precision of the weights that are written.
         model_type: The family to write as, such as llama or gpt2, where the config fits several.
     """

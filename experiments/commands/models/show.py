@@ -62,12 +62,15 @@ def show(
     mesh: str | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Parameters by group, FLOPs per token and memory of one architecture; no array is made.
+    """Parameters by group, FLOPs per token and memory of one architecture; of a preset no array is made.
 
     Example: isoflop model show llama3-8b --set num_layers=24 --seq-len 4096 --batch 8
 
+    Example: isoflop model show runs/first
+
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        preset: A preset (see `isoflop model list`), a JSON file of a model config, or what holds a model: a run
+            directory, a Hugging Face folder or a GGUF file.
         set: Fields to change, such as num_layers=4.
         seq_len: Length of the rows that FLOPs and memory are counted for; the context by default.
         batch: Rows that the cache is counted for.
@@ -76,11 +79,14 @@ def show(
         json: Also write the numbers to this file.
     """
     from experiments.commands.options import console, write_document
-    from experiments.models import read_config
+    from experiments.inputs import read_changes
+    from experiments.models import is_stored, open_parameters, read_config
+    from experiments.sweep.space.overlay import overlay_model
     from model.errors import InputError
     from model.sharding import parse_mesh
 
-    config = read_config(preset, set)
+    own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
+    config = overlay_model(read_changes(set), own)
     seq_len = config.max_seq_len if seq_len is None else seq_len
     if batch < 1 or seq_len < 1:
         raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
