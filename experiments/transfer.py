@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.coordcheck import PARAMETERIZATIONS, TITLES, resize
 from experiments.report.style import INK, WIDTH, log_axis, new_figure, sequence, styled
 from experiments.sweep.definition import define
+from experiments.sweep.reading.optimum import log_parabola
 from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
@@ -91,8 +91,8 @@ def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
     if not 0 < best < len(known) - 1:
         return None
     rates, losses = zip(*known[best - 1 : best + 2], strict=True)
-    c2, c1, _ = np.polyfit(np.log(rates), losses, 2)
-    return float(np.exp(-c1 / (2 * c2)))
+    found: float | None = log_parabola(rates, losses, (1, 1, 1), None, 0).get("learning_rate")
+    return found
 
 
 def _spread(cells: list[dict[str, Any]], name: str) -> float | None:

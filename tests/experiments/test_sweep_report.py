@@ -5,11 +5,13 @@ import functools
 import itertools
 import json
 import re
+import tomllib
 
 import numpy as np
 import pytest
 
 from experiments.report import sweep_page
+from experiments.scaling.study.design import Law
 from experiments.sweep.reading import analysis
 from experiments.sweep.reading.analysis import analyse
 from experiments.sweep.reading.importance import importances
@@ -126,6 +128,9 @@ def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
     assert {row["place"] for row in document["pareto"]["settings"]} == {"front", "behind"}
     said = words(page(results))
     assert "Does the learning rate transfer?" in said
+    line = re.search(r"learning_rate = \{.*?\}\}", said)[0]
+    law = Law(**tomllib.loads(line)["learning_rate"])
+    assert law.at({"d_model": 64}) == pytest.approx(4e-3, rel=0.1), "a study takes the line as it is"
     assert "Pareto front" in said
     assert "times the FLOPs of the cheapest" in said
 

@@ -32,7 +32,7 @@ _DECIDED += ("warmup_steps", "warmup_fraction", "decay_steps", "decay_fraction",
 
 @dataclasses.dataclass(frozen=True)
 class Law(Part):
-    """value · product over names of (x / centre)^exponent, as `rates.RateFit.document` says one that was fitted.
+    """value · product over names of (x / centre)^exponent, as the report of a sweep over sizes says it (`size_law`).
 
     Names: d_model; params, N; tokens, D; flops, 6·N·D of the run.
     """

@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 
 from experiments.sweep.reading.scales import is_number
+from experiments.sweep.reading.size_law import fit_size_law
+from model.errors import InputError
 
 NEAR = 0.5  # nats above the best: further up a loss curve is no parabola any more
 NEIGHBOURS = 2  # on either side of the best
@@ -124,9 +126,9 @@ def transfer(
 ) -> dict[str, Any] | None:
     """The optimum of the learning rate at each size; None where the sweep has no axis of size or none of rates.
 
-    {axis, sizes: [{size, best (setting), mean, optimum or refused}], factor_per_doubling, interval_95}: by how much
-    the optimum moves from one size to the double (1: it transfers, as muP promises; Yang et al. 2022), by least
-    squares of log optimum against log size, weighted by the intervals where every size has one.
+    {axis, sizes: [{size, best (setting), mean, optimum or refused}], law, factor_per_doubling, interval_95}: the power
+    law of the optimum in the size (`size_law`), weighted by the intervals where every size has one, and by how much the
+    optimum moves from one size to the double (1: it transfers, as muP promises; Yang et al. 2022).
     """
     axis = next((name for name in SHAPES if name in names and len(_numbers(candidates, name)) > 1), None)
     if axis is None or "learning_rate" not in names:
@@ -149,27 +151,29 @@ def transfer(
                 ],
             }
         )
-    return {"axis": axis, "sizes": sizes} | _drift(sizes)
+    return {"axis": axis, "sizes": sizes} | _law(axis, sizes)
 
 
 def _numbers(rows: Sequence[Setting], name: str) -> list[float]:
     return sorted({row[name] for row in rows if is_number(row[name])})
 
 
-def _drift(sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    found = [row for row in sizes if row["optimum"] is not None]
-    if len(found) < 2:
-        return {"factor_per_doubling": None, "interval_95": None}
-    x = np.log2([row["size"] for row in found])
-    y = np.log2([row["optimum"]["learning_rate"] for row in found])
-    intervals = [row["optimum"]["interval_95"] for row in found]
-    if any(interval is None for interval in intervals):
-        slope = float(np.polyfit(x, y, 1)[0])
-        return {"factor_per_doubling": 2**slope, "interval_95": None}
-    error = np.maximum([np.log2(high / low) / (2 * 1.96) for low, high in intervals], 1e-9)
-    weight = error**-2
-    middle = weight @ x / weight.sum()
-    spread = float(weight @ (x - middle) ** 2)
-    slope = float(weight @ ((x - middle) * y) / spread)
-    half = 1.96 / math.sqrt(spread)
-    return {"factor_per_doubling": 2**slope, "interval_95": [2 ** (slope - half), 2 ** (slope + half)]}
+def _law(axis: str, sizes: list[dict[str, Any]]) -> dict[str, Any]:
+    """{law, factor_per_doubling, interval_95}: None where too few sizes have an optimum."""
+    found = [(row["size"], row["optimum"]) for row in sizes if row["optimum"] is not None]
+    intervals = [optimum["interval_95"] for _, optimum in found]
+    known = None if None in intervals else intervals
+    try:
+        law = fit_size_law(
+            {axis: [size for size, _ in found]},
+            [optimum["learning_rate"] for _, optimum in found],
+            intervals=known,
+        )
+    except InputError as error:
+        return {"law": None, "law_refused": str(error), "factor_per_doubling": None, "interval_95": None}
+    return {
+        "law": law.document(),
+        "law_refused": None,
+        "factor_per_doubling": 2 ** law.exponents[axis],
+        "interval_95": [2**end for end in law.interval(axis)],
+    }
