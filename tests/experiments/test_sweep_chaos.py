@@ -128,12 +128,13 @@ class Workers:
         self.log.close()
 
 
-def torment(sweep, ledger, workers, *, seconds, disturb=None):
-    """Kill until all is done; disturb() once, when a third is."""
+def torment(sweep, ledger, workers, *, every, disturb=None):
+    """Kill whenever so many trials more have finished (from … to, drawn), until all have; disturb() after a third."""
     chance, deadline = random.Random(0), time.monotonic() + 1500
+    due = 0
     try:
         while True:
-            time.sleep(chance.uniform(*seconds))
+            time.sleep(chance.uniform(0.2, 0.6))  # so that a kill falls anywhere within a trial
             states = collections.Counter(row.state for row in ledger.rows())
             if states["finished"] == TRIALS:
                 return
@@ -142,7 +143,9 @@ def torment(sweep, ledger, workers, *, seconds, disturb=None):
             if disturb is not None and states["finished"] >= TRIALS // 3:
                 disturb()
                 disturb = None
-            workers.kill_one(chance)
+            if states["finished"] >= due:
+                workers.kill_one(chance)
+                due = states["finished"] + chance.randint(*every)
     finally:
         workers.stop()
 
@@ -165,7 +168,7 @@ def test_workers_are_killed_and_the_database_restarts(postgresql, data, undistur
         time.sleep(2)
         postgresql.start()
 
-    torment(sweep, ledger, workers, seconds=(3, 8), disturb=restart)
+    torment(sweep, ledger, workers, every=(1, 5), disturb=restart)
     assert workers.killed > 3
     check(ledger, undisturbed)
 
@@ -176,6 +179,6 @@ def test_the_one_worker_of_a_file_is_killed(data, undisturbed, tmp_path):
     ledger = Ledger(sweep, interval=1, grace=3)
     plan(sweep, ledger)
     workers = Workers(sweep.folder, 1)
-    torment(sweep, ledger, workers, seconds=(12, 20))
+    torment(sweep, ledger, workers, every=(3, 9))
     assert workers.killed > 1
     check(ledger, undisturbed)
