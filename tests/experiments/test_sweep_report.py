@@ -135,6 +135,13 @@ def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
     assert "times the FLOPs of the cheapest" in said
 
 
+def test_no_law_where_every_optimum_lies_at_the_edge(tmp_path, no_svg, words):
+    points = product({"d_model": [32, 64], "learning_rate": RATES})
+    results = record(tmp_path, points, loss=lambda point: surface(point, best=1.0))
+    assert analyse(results)["transfer"]["factor_per_doubling"] is None
+    assert "No law of the optimum: 0 different sizes cannot carry a power law" in words(page(results))
+
+
 def test_a_sweep_that_is_still_running(tmp_path, no_svg, words):
     states = {1e-3: "pruned", 2e-3: "running", 4e-3: "finished", 8e-3: "finished", 16e-3: "planned"}
     points = product({"learning_rate": RATES})

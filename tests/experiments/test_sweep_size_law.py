@@ -73,6 +73,7 @@ def test_an_optimum_at_the_edge_is_left_out_and_listed():
 @pytest.mark.parametrize(
     ("sizes", "best", "rest", "message"),
     [
+        ({"params": []}, [], {}, "0 different sizes"),
         ({"params": [1e6, 1e7]}, [0.1, 0.05], {}, "2 different sizes"),
         ({"params": [1e6]}, [0.1], {"intervals": [(0.05, 0.2)]}, "1 different sizes .* at least 2"),
         ({"params": [1e6, 1e7, 1e8]}, [0.1, 0.05, 0.02], {"at_edge": [True, False, False]}, "edge of the values"),

@@ -162,7 +162,7 @@ def _law(axis: str, sizes: list[dict[str, Any]]) -> dict[str, Any]:
     """{law, factor_per_doubling, interval_95}: None where too few sizes have an optimum."""
     found = [(row["size"], row["optimum"]) for row in sizes if row["optimum"] is not None]
     intervals = [optimum["interval_95"] for _, optimum in found]
-    known = None if None in intervals else intervals
+    known = intervals if found and None not in intervals else None
     try:
         law = fit_size_law(
             {axis: [size for size, _ in found]},
