@@ -1,27 +1,21 @@
 """All that a table of runs says of its scaling laws: every estimator, a choice of form, and what to beware of."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
-from experiments.scaling.fit import Fits, fit_both, isoflop_warnings, parametric_warnings, table_warnings
-from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
+from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
+from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import IsoflopFit
-from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
-HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
-
 STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventions
 
 NAMES = {
@@ -195,31 +189,11 @@ def analyse(
     return Analysis(
         fits,
         envelope,
-        attempt("forms", bool(forms), lambda: _choose(fits, forms, delta=delta, bootstraps=few, seed=seed)),
+        attempt("forms", bool(forms), lambda: choose_form(fits, forms, delta=delta, bootstraps=few, seed=seed)),
         attempt("conventions", counts is not None, lambda: _conventions(counts, few, seed)),  # type: ignore[arg-type]
         held_out,
         refused,
     )
-
-
-def _choose(fits: Fits, forms: Sequence[str], **settings: Any) -> Choice:
-    """Between forms, on the runs that the parametric law is fitted to: gross outliers would decide a mean square.
-
-    As many of the largest budgets are held out as make a tenth of the runs: one run's error says little of a form.
-    """
-    table = fits.table
-    out = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
-    runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
-    keep = np.array([run not in out for run in runs])
-    kept = {column.name: getattr(table, column.name) for column in dataclasses.fields(table)}
-    kept = {name: values[keep] for name, values in kept.items() if isinstance(values, np.ndarray)}
-    flops = kept["flops"] if "flops" in kept else 6 * kept["params"] * kept["tokens"]
-    sizes = [len(group) for group in group_budgets(flops)]
-    hold_out = 1
-    if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` makes its own groups
-        enough = np.cumsum(sizes[::-1]) >= HELD_OUT_SHARE * len(flops)
-        hold_out = min(int(enough.argmax()) + 1, max(len(sizes) - 2, 1))
-    return choose(kept, forms, hold_out=hold_out, **settings)
 
 
 def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """All fits of one table, and the JSON document that `isoflop scaling fit --json` writes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
+from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.law.intervals import Intervals
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
+from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -21,6 +23,7 @@ SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that nobody would 
 FAR_FROM_6ND = 100.0  # times: conventions of N and attention make less than ten
 LARGE_LOSS = 15.0  # nats per token: a guess among 3 million tokens
 FEW_BUDGETS = 4
+HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
 FEW_FREEDOM = 8
 CONVENTION = (
     "L = E + A·N^-alpha + B·D^-beta in nats per token; N parameters and D tokens as the table counts them; "
@@ -190,6 +193,27 @@ def fit_parametric_screened(
         for i in np.flatnonzero(~keep)
     ]
     return replace(fit, table=replace(fit.table, dropped=table.dropped)), outliers
+
+
+def choose_form(fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, **settings: Any) -> Choice:
+    """`choose` between forms, on the runs that the parametric law is fitted to: outliers would decide a mean square.
+
+    As many of the largest budgets are held out as make a tenth of the runs: one run's error says little of a form.
+    settings: delta, bootstraps, seed. Raises InputError as `choose` does.
+    """
+    table = fits.table
+    out = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
+    runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
+    keep = np.array([run not in out for run in runs])
+    kept = {column.name: getattr(table, column.name) for column in fields(table)}
+    kept = {name: values[keep] for name, values in kept.items() if isinstance(values, np.ndarray)}
+    flops = kept["flops"] if "flops" in kept else 6 * kept["params"] * kept["tokens"]
+    sizes = [len(group) for group in group_budgets(flops)]
+    hold_out = 1
+    if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` makes its own groups
+        enough = np.cumsum(sizes[::-1]) >= HELD_OUT_SHARE * len(flops)
+        hold_out = min(int(enough.argmax()) + 1, max(len(sizes) - 2, 1))
+    return choose(kept, forms, hold_out=hold_out, **settings)
 
 
 def table_warnings(table: Table) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.scaling.forms.choose import Choice
 from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
@@ -116,6 +117,17 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
         "interval": [float(low), float(high)],
         "level": level,
         "extrapolation": extrapolation(fit, params, tokens),
+    }
+
+
+def planned_by_form(choice: Choice, params: float, tokens: float) -> dict[str, Any]:
+    """{losses by form, winner, told_apart, reason}: how far the forms that were chosen between differ at (N, D).
+
+    An interval is conditional on its form of law; this is what the form itself leaves open.
+    """
+    said = {name: getattr(choice, name) for name in ("winner", "told_apart", "reason")}
+    return said | {
+        "losses": {name: float(fit.predict(params=params, tokens=tokens)) for name, fit in choice.fits.items()}
     }
 
 

@@ -10,6 +10,7 @@ import tyro
 from experiments.commands.scaling.options import TableOptions
 from experiments.commands.scaling.predict import predict
 from experiments.scaling import fit_parametric
+from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.serving import ServingCost, serving_optimum, training_rate
 from experiments.scaling.use import compute_for_loss, optimal, planned_loss
 from model import presets
@@ -66,12 +67,20 @@ def test_every_question_in_one_call(table, law, tmp_path, capsys):
     assert best[1]["parametric"] == optimal({"parametric": law}, 1e22, 80)["parametric"]
     assert {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"} <= set(best[0])
     assert document["compute_for_loss"] == [compute_for_loss(law, 2.3, 80)]
+    forms = document["planned"][0].pop("forms")
     assert document["planned"] == [planned_loss(law, 1e9, 2e10, 80)]
+    assert forms["losses"]["chinchilla"] == pytest.approx(document["planned"][0]["loss"], rel=1e-6)
+    assert forms["losses"]["kaplan"] == pytest.approx(
+        fit_form("kaplan", dict(zip(("params", "tokens", "loss"), columns(), strict=True))).predict(
+            params=1e9, tokens=2e10
+        )
+    )
     served = [serving_optimum(law, served_tokens=1e12, level=80, **goal) for goal in _goals()]
     assert [{key: answer[key] for key in served[0]} for answer in document["serving"]] == served
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert printed.count("FAR: ") == 4
     assert "within the compute of the fit" in printed
+    assert re.search(r"by form of law: chinchilla \d\.\d{4}, .*kaplan \d\.\d{4} on held-out budgets ", printed)
     assert "2·N FLOPs, as no measurement was given" in printed
 
 

@@ -45,6 +45,7 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
             f"{answer['loss']:.4f} nats per token ({document['level']:g} % of such runs: {low:.4f} … {high:.4f})",
             answer["extrapolation"],
         )
+        console.print(_by_form(answer["forms"]), highlight=False)
     for answer in document["serving"]:
         _show_serving(console, answer)
     if cost is not None:
@@ -53,8 +54,15 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
         console.print(f"[bold]{name} refused:[/bold] {reason}", highlight=False)
     for text in document["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
-    if fits.parametric is not None:
+    if fits.parametric is not None and not document["planned"]:
         console.print("Whether held-out budgets prefer another form of law: `isoflop scaling fit`.", highlight=False)
+
+
+def _by_form(forms: dict[str, Any]) -> str:
+    if "refused" in forms:
+        return f"  other forms of law are not compared: {forms['refused']}"
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in forms["losses"].items())
+    return f"  by form of law: {losses}\n  on held-out budgets {forms['reason']}"
 
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:

@@ -41,8 +41,9 @@ def predict(
 ) -> None:
     """From a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
 
-    Every answer has its interval and says how far it lies from the runs. With --serve-tokens also the model that costs
-    least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+    Every answer has its interval and says how far it lies from the runs. A planned run's loss is told by every form of
+    law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the model
+    that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
 
     Example: isoflop scaling predict runs.csv --flops 1e21 1e22 --target-loss 2.1
 
@@ -184,8 +185,9 @@ def _answers(
     level: float,
 ) -> dict[str, Any]:
     """Every question's answer, by kind."""
+    from experiments.scaling.fit import choose_form
     from experiments.scaling.serving import serving_optimum
-    from experiments.scaling.use import compute_for_loss, optimal, planned_loss
+    from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss
     from model.errors import InputError
 
     law = fits.parametric
@@ -201,7 +203,12 @@ def _answers(
         return found
     found["compute_for_loss"] = [compute_for_loss(law, target, level) for target in target_loss]
     if params is not None and tokens is not None:
-        found["planned"] = [planned_loss(law, params, tokens, level)]
+        try:
+            choice = choose_form(fits, delta=law.delta, bootstraps=min(100, law.bootstraps), seed=law.seed)
+            forms = planned_by_form(choice, params, tokens)
+        except InputError as error:
+            forms = {"refused": str(error)}
+        found["planned"] = [planned_loss(law, params, tokens, level) | {"forms": forms}]
     if cost is not None and serve_tokens is not None:
         goals = [{"training_flops": budget} for budget in flops] + [{"target": target} for target in target_loss]
         found["serving"] = [

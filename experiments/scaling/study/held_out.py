@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.fit import Fits, fit_both
-from experiments.scaling.forms.choose import choose
+from experiments.scaling.fit import Fits, choose_form, fit_both
 from experiments.scaling.forms.fit import FormFit
 from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.rungs import Rung
@@ -41,7 +40,7 @@ def predict(
     table = read_table(folder / "runs.csv")
     fits = fit_both(table, bootstraps=bootstraps)
     try:
-        choice = choose(table, bootstraps=min(bootstraps, 100))
+        choice = choose_form(fits, bootstraps=min(bootstraps, 100))
         forms = {"winner": choice.winner, "told_apart": choice.told_apart, "reason": choice.reason}
         laws = choice.fits
     except InputError as error:
