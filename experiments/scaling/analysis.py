@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
-from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice
+from experiments.scaling.forms.choose import Choice, forms_for
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
@@ -151,7 +151,7 @@ def analyse(
     counts: Counts | None = None,
     curves: Sequence[Curve] = (),
     held_out: dict[str, Any] | None = None,
-    forms: Sequence[str] = SIMPLE_FORMS,
+    forms: Sequence[str] | None = None,
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
@@ -160,13 +160,14 @@ def analyse(
     """Fit a table by every estimator that it can carry.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, none to skip that. advance(amount, note): told of `STAGES` in all. Raises InputError where no
-    estimator answers.
+    choose between, by default those of `forms_for`, () to skip that. advance(amount, note): told of `STAGES` in all.
+    Raises InputError where no estimator answers.
     """
     if not len(table):
         count = len(table.dropped)
         first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
         raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
+    forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
     tell(0, "the law's bootstrap")
     fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=lambda n: tell(n / bootstraps))

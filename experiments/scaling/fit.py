@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
+from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.law.intervals import Intervals
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
@@ -195,14 +196,16 @@ def fit_parametric_screened(
     return replace(fit, table=replace(fit.table, dropped=table.dropped)), outliers
 
 
-def choose_form(fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, **settings: Any) -> Choice:
-    """`choose` between forms, on the runs that the parametric law is fitted to: outliers would decide a mean square.
+def choose_form(
+    fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, *, delta: float = 1e-3, bootstraps: int = 100, seed: int = 0
+) -> Choice:
+    """`choose` between forms, without the runs that the best-fitting of them takes for gross outliers.
 
-    As many of the largest budgets are held out as make a tenth of the runs: one run's error says little of a form.
-    settings: delta, bootstraps, seed. Raises InputError as `choose` does.
+    Those would decide a mean square; but what only a wrong form cannot explain (repeated data, say) speaks for the
+    other forms and stays. As many of the largest budgets are held out as make a tenth of the runs: one run's error says
+    little of a form. Raises InputError as `choose` does.
     """
-    table = fits.table
-    out = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
+    table, out = fits.table, _outliers(fits, forms, delta)
     runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
     keep = np.array([run not in out for run in runs])
     kept = {column.name: getattr(table, column.name) for column in fields(table)}
@@ -213,7 +216,26 @@ def choose_form(fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, **settings: Any
     if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` makes its own groups
         enough = np.cumsum(sizes[::-1]) >= HELD_OUT_SHARE * len(flops)
         hold_out = min(int(enough.argmax()) + 1, max(len(sizes) - 2, 1))
-    return choose(kept, forms, hold_out=hold_out, **settings)
+    return choose(kept, forms, hold_out=hold_out, delta=delta, bootstraps=bootstraps, seed=seed)
+
+
+def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float, ...]]:
+    """(params, tokens, loss) of the parametric law's outliers, or those of the form with the lowest objective."""
+    out: set[tuple[float, ...]] = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
+    if not out:
+        return out
+    found = []
+    for name in forms:
+        try:
+            found.append(fit_form(name, fits.table, delta=delta, bootstraps=1))
+        except InputError:  # `choose` refuses it again and says why
+            continue
+    best = min(found, key=lambda fit: fit.objective, default=None)
+    if best is None or best.form.frontier or best.form.name == "chinchilla":
+        return out
+    columns = best.rows.columns
+    keep = screen_residuals(best.residuals, np.ones(len(best.rows), bool), len(best.form.unknowns))
+    return set(zip(*(columns[name][~keep].tolist() for name in ("params", "tokens", "loss")), strict=True))
 
 
 def table_warnings(table: Table) -> list[str]:

@@ -7,6 +7,8 @@ import pytest
 from scipy.optimize import minimize
 
 from experiments.scaling import fit_parametric
+from experiments.scaling.fit import choose_form, fit_both
+from experiments.scaling.forms.choose import SIMPLE_FORMS, forms_for
 from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.rows.table import read_table
 
@@ -136,3 +138,16 @@ def test_the_parametric_optimum_is_what_scipy_finds(name):
     A, B = a + alpha * np.log(N).mean(), b + beta * np.log(D).mean()
     np.testing.assert_allclose([fit.E, fit.alpha, fit.beta], [np.exp(e), alpha, beta], rtol=1e-3)
     np.testing.assert_allclose(np.log([fit.A, fit.B]), [A, B], rtol=1e-3)
+
+
+def test_runs_that_only_the_wrong_law_cannot_explain_stay():
+    fits = fit_both(read_table(TABLE, unique_tokens="unique_tokens"), bootstraps=2)
+    choice = choose_form(fits, ("chinchilla", "repeated-data"), bootstraps=10)
+    assert (choice.winner, choice.told_apart) == ("repeated-data", True)
+    assert len(fits.parametric.table) < choice.held_out["runs"] < len(fits.table)
+
+
+def test_a_column_brings_its_forms_into_the_choice():
+    table = read_table(TABLE, unique_tokens="unique_tokens")
+    assert forms_for(table) == (*SIMPLE_FORMS, "repeated-data", "repeated-data-params")
+    assert forms_for(read_table(TABLE)) == SIMPLE_FORMS

@@ -229,7 +229,9 @@ def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
     assert json.loads((tmp_path / "fit.json").read_text())["parametric"]["starts"] == 49
     first = (tmp_path / "fit.svg").read_text()
     assert first.startswith("<svg ")
-    assert "IsoFLOP" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "IsoFLOP" in said
+    assert re.search(r"by form of law .* chinchilla \d.* no-floor \d.*chinchilla.*: .* with .*alpha 0\.\d", said)
     fit(path, **few, plot=tmp_path / "fit.svg")
     assert (tmp_path / "fit.svg").read_text() == first, "the same fit draws the same bytes"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fit.json", "fit.svg", "runs.csv"]

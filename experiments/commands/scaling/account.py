@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from experiments.scaling.analysis import Analysis
+    from experiments.scaling.forms.choose import Choice
 
 
 def show(console: "Console", analysis: "Analysis") -> None:
@@ -45,6 +46,8 @@ def show(console: "Console", analysis: "Analysis") -> None:
             "rejected budget",
             [(f"{r['flops']:.4g} FLOPs", r["reason"]) for r in fits.isoflop.rejected],
         )
+    if analysis.choice is not None:
+        _forms(console, analysis.choice)
     kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
     if kept_back:
         console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
@@ -58,6 +61,24 @@ def show(console: "Console", analysis: "Analysis") -> None:
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
     for row in analysis.warnings:
         console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
+
+
+def _forms(console: "Console", choice: "Choice") -> None:
+    from experiments.commands.options import new_table
+
+    table = new_table("form", "largest budgets", "95 %", title="Error on held-out runs, by form of law")
+    for score in choice.scores:
+        if score.refused is None:
+            low, high = score.rms_interval[choice.decided_by]
+            cells = (f"{100 * score.rms[choice.decided_by]:.2f} %", f"{100 * low:.2f} … {100 * high:.2f}")
+            table.add_row(score.form, *cells, style="bold" if score.form == choice.winner else None)
+    console.print(table)
+    chosen = choice.fits[choice.winner]
+    values = ", ".join(f"{name} {value:.4g}" for name, value in chosen.values.items())
+    console.print(f"{choice.reason}: {chosen.form.formula} with {values}", highlight=False, soft_wrap=True)
+    for score in choice.scores:
+        if score.refused is not None:
+            console.print(f"{score.form} is not among them: {score.refused}", highlight=False, soft_wrap=True)
 
 
 def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: int = 10) -> None:

@@ -41,7 +41,7 @@ def fit(
         table: Runs, one a row: .csv, .tsv, .jsonl or .parquet; or a study's folder.
         curves: Training curves of the same runs, a table of run, params, tokens, loss, for approach 1.
         forms: Forms of law to choose between by held-out error; by default chinchilla, shared-exponent, no-floor
-            and kaplan.
+            and kaplan; with --unique-tokens also repeated-data and repeated-data-params, with --active-params experts.
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
@@ -53,7 +53,6 @@ def fit(
     from experiments.commands.options import check_plot, console, output, write_document, write_plot
     from experiments.commands.scaling.account import show
     from experiments.scaling.analysis import STAGES, analyse
-    from experiments.scaling.forms.choose import SIMPLE_FORMS
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.curves import curves_of_table
     from train.progress import progress_bar
@@ -66,7 +65,7 @@ def fit(
             runs,
             counts=counts_beside(file, runs),
             curves=[] if curves is None else curves_of_table(curves),
-            forms=forms or SIMPLE_FORMS,
+            forms=forms or None,
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,

@@ -29,6 +29,12 @@ MINIMUM_BUDGETS = 3
 LEVEL = 95
 
 
+def forms_for(table: Table) -> tuple[str, ...]:
+    """What to choose between by default: the simple forms, and those of the table's own columns."""
+    more = () if table.unique_tokens is None else ("repeated-data", "repeated-data-params")
+    return SIMPLE_FORMS + more + (() if table.active_params is None else ("experts",))
+
+
 @dataclass(frozen=True)
 class Score:
     """One form's record; errors are of log L̂ − log L on held-out runs, so 0.01 is one per cent of the loss."""
