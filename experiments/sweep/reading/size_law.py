@@ -162,7 +162,10 @@ def _check(names: Sequence[str], logs: Sequence[np.ndarray], dropped: Sequence[d
         left_out = f" ({len(dropped)} of {rows + len(dropped)} rows left out, the first: {dropped[0]['reason']})"
     distinct = len(np.unique(logs[0]))
     if distinct < needed:
-        raise InputError(f"{distinct} different sizes cannot carry a power law; at least {needed} are needed{left_out}")
+        less = "" if needed < MINIMUM_SIZES else f", or {needed - 1} whose optima all have an interval"
+        raise InputError(
+            f"{distinct} different sizes cannot carry a power law; at least {needed} are needed{less}{left_out}"
+        )
     if rows < needed + len(names) - 1:
         raise InputError(f"{rows} rows cannot carry {len(names) + 1} unknowns; one more is needed{left_out}")
     spread = np.linalg.svd(np.stack([log - log.mean() for log in logs[:-1]]), compute_uv=False)
