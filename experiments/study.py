@@ -180,10 +180,10 @@ class _Study:
                 "loss": run["loss"],
                 "interval_95": run["interval"],
                 "runs": tested["runs"],
-                "mean_relative_error": tested["mean_relative_error"],
-                "inside": tested["inside"],
+                "by_form": run["by_form"],
                 "optimum": tested["budgets"][0]["measured"],
-            },
+            }
+            | {name: tested[name] for name in ("mean_relative_error", "inside", "forms", "errors_by_form")},
             "heldout": row
             | {name: run[name] for name in ("error", "relative_error")}
             | {"inside_interval": run["inside"], **speeds},

@@ -47,5 +47,9 @@ def study(
             f"predicted loss {prediction['loss']:.4f} (95 %: {low:.4f} … {high:.4f}), measured {measured['loss']:.4f}; "
             f"{prediction['compute_over_largest_fitted']:.1f} times the compute of the largest run in the fit"
         )
+        by_form = ", ".join(f"{name} {loss:.4f}" for name, loss in prediction.get("by_form", {}).items())
+        if by_form:
+            forms = prediction["forms"]
+            print(f"by form of law, fitted before: {by_form}; chosen then: {forms['winner']} ({forms['reason']})")
     print(f"{document['totals']['seconds'] / 60:.1f} minutes, {document['totals']['compiles']} compiled shapes")
     print(f"report: {(out / 'report.html').resolve()}")
