@@ -24,8 +24,8 @@ SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that nobody would 
 FAR_FROM_6ND = 100.0  # times: conventions of N and attention make less than ten
 LARGE_LOSS = 15.0  # nats per token: a guess among 3 million tokens
 FEW_BUDGETS = 4
-HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
 FEW_FREEDOM = 8
+HELD_OUT_SHARE = 0.1  # of the runs, by which forms are judged
 CONVENTION = (
     "L = E + A·N^-alpha + B·D^-beta in nats per token; N parameters and D tokens as the table counts them; "
     "C = {flops} FLOPs; N* ∝ C^a, D* ∝ C^b; parametric a = beta/(alpha+beta); "

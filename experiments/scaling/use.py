@@ -121,13 +121,14 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
 
 
 def planned_by_form(choice: Choice, params: float, tokens: float) -> dict[str, Any]:
-    """{losses by form, winner, told_apart, reason}: how far the forms that were chosen between differ at (N, D).
+    """{losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
 
     An interval is conditional on its form of law; this is what the form itself leaves open.
     """
     said = {name: getattr(choice, name) for name in ("winner", "told_apart", "reason")}
     return said | {
-        "losses": {name: float(fit.predict(params=params, tokens=tokens)) for name, fit in choice.fits.items()}
+        "runs": choice.held_out["runs"],
+        "losses": {name: float(fit.predict(params=params, tokens=tokens)) for name, fit in choice.fits.items()},
     }
 
 

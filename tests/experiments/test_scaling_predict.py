@@ -80,7 +80,9 @@ def test_every_question_in_one_call(table, law, tmp_path, capsys):
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert printed.count("FAR: ") == 4
     assert "within the compute of the fit" in printed
-    assert re.search(r"by form of law: chinchilla \d\.\d{4}, .*kaplan \d\.\d{4} on held-out budgets ", printed)
+    assert re.search(
+        r"by form of law, fitted to 28 runs: chinchilla \d\.\d{4}, .*kaplan \d\.\d{4} on held-out budgets ", printed
+    )
     assert "2·N FLOPs, as no measurement was given" in printed
 
 

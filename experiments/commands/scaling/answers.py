@@ -62,7 +62,7 @@ def _by_form(forms: dict[str, Any]) -> str:
     if "refused" in forms:
         return f"  other forms of law are not compared: {forms['refused']}"
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in forms["losses"].items())
-    return f"  by form of law: {losses}\n  on held-out budgets {forms['reason']}"
+    return f"  by form of law, fitted to {forms['runs']} runs: {losses}\n  on held-out budgets {forms['reason']}"
 
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:

@@ -56,8 +56,8 @@ class TableOptions:
         present = read_header(path)
         for role, laws in _ONLY_BY_NAME.items():
             if names[role] is None and role in present:
-                flag = f"--{role.replace('_', '-')} {role}"
-                print(f"{path}: the column {role!r} is not used; for {laws} give {flag}", file=sys.stderr)
+                command = f"isoflop scaling fit {path} --{role.replace('_', '-')} {role}"
+                print(f"{path}: the column {role!r} is not used; for {laws}: `{command}`", file=sys.stderr)
         return table
 
 

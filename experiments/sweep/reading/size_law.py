@@ -78,17 +78,16 @@ def fit_size_law(
     best: Any,
     *,
     intervals: Sequence[tuple[float, float]] | None = None,
-    at_edge: Sequence[bool] | None = None,
 ) -> SizeLaw:
     """Fit the best learning rates or batch sizes `best`, one per row, to the rows' sizes by name.
 
     `intervals` are 95 % intervals of the optima: a row counts by the inverse square of its interval's width in
-    logarithms, and they are the noise, unless the rows scatter significantly wider (χ² test at 5 %). Rows whose optimum
-    lies at an edge of the values tried (`at_edge`) only bound it: they are left out and listed, as are numbers that are
-    not positive. Raises `InputError` for too few sizes or rows, or sizes that move together.
+    logarithms, and they are the noise, unless the rows scatter significantly wider (χ² test at 5 %). An optimum at an
+    edge of the values tried only bounds it: leave it out. Numbers that are not positive are left out and listed. Raises
+    `InputError` for too few sizes or rows, or sizes that move together.
     """
-    columns, width = _columns(sizes, best, intervals, at_edge)
-    kept, dropped = _usable(columns, width, at_edge)
+    columns, width = _columns(sizes, best, intervals)
+    kept, dropped = _usable(columns, width)
     logs = [np.log(column[kept]) for column in columns]
     _check(list(sizes), logs, dropped, needed=MINIMUM_SIZES if width is None else MINIMUM_SIZES - 1)
     features, y = np.stack(logs[:-1], axis=1), logs[-1]
@@ -121,7 +120,7 @@ def _noise(squares: float, left: int, precision: float | None) -> tuple[float, f
 
 
 def _columns(
-    sizes: Mapping[str, Any], best: Any, intervals: Any, at_edge: Sequence[bool] | None
+    sizes: Mapping[str, Any], best: Any, intervals: Any
 ) -> tuple[list[Float[np.ndarray, " rows"]], Float[np.ndarray, "rows 2"] | None]:
     """The sizes and then `best` as float64, and the intervals."""
     try:
@@ -130,21 +129,18 @@ def _columns(
     except (TypeError, ValueError) as error:
         raise InputError(f"sizes, optima and intervals must be numbers: {error}") from error
     count = columns[-1].size
-    shapes = [column.shape for column in columns] + ([] if at_edge is None else [(len(at_edge),)])
-    if any(shape != (count,) for shape in shapes) or (width is not None and width.shape != (count, 2)):
-        raise InputError("sizes, best, at_edge and intervals must have one entry per row (low and high in intervals)")
+    if any(column.shape != (count,) for column in columns) or (width is not None and width.shape != (count, 2)):
+        raise InputError("sizes, best and intervals must have one entry per row (low and high in intervals)")
     return columns, width
 
 
 def _usable(
-    columns: Sequence[np.ndarray], width: np.ndarray | None, at_edge: Sequence[bool] | None
+    columns: Sequence[np.ndarray], width: np.ndarray | None
 ) -> tuple[Bool[np.ndarray, " rows"], list[dict[str, Any]]]:
     """Which rows enter, and why the others do not."""
     kept, dropped = np.zeros(columns[-1].size, bool), []
     for i in range(len(kept)):
-        if at_edge is not None and at_edge[i]:
-            reason = "the optimum is at the edge of the values tried"
-        elif not all(np.isfinite(column[i]) and column[i] > 0 for column in columns):
+        if not all(np.isfinite(column[i]) and column[i] > 0 for column in columns):
             reason = "a number is not positive and finite"
         elif width is not None and not 0 < width[i, 0] < width[i, 1] < np.inf:
             reason = f"its interval {width[i, 0]:g} to {width[i, 1]:g} is not one of positive numbers"
