@@ -210,11 +210,9 @@ class _Study:
             Sampling(temperature=0.7, top_p=0.9),
             max_new_tokens=room,
             key=jax.random.key(self.settings.seed),
+            tokenizer=tokenizer,
         )
-        return [
-            {"prompt": prompt, "text": tokenizer.decode(tokens)}
-            for prompt, tokens in zip(prompts, result.tokens, strict=True)
-        ]
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, result.text or [], strict=True)]
 
     def _document(self) -> dict[str, Any]:
         tuned = self._tuned()

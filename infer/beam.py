@@ -13,7 +13,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from infer.decode import ROOM
-from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
+from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_prompts, read_prompts
+from infer.text import Decoder, continuation_text
 from model import KVCache, ModelConfig, Params, head
 from model.cache import grow, take
 from model.errors import InputError
@@ -26,13 +27,15 @@ class Beams:
     """Of every prompt the n best hypotheses, the best first; fewer only where the model has no more.
 
     tokens: without the stop id. logprobs: of those tokens, under the model. scores: see `beam_search`; the stop id
-    counts in them. finish_reason: "stop" or "length".
+    counts in them. finish_reason: "stop" or "length". text: what the tokens add to the prompt's text; None where no
+    tokenizer was given.
     """
 
     tokens: list[list[list[int]]]
     scores: list[list[float]]
     logprobs: list[list[list[float]]]
     finish_reason: list[list[str]]
+    text: list[list[str]] | None = None
 
 
 class Hypotheses(struct.PyTreeNode):
@@ -73,6 +76,7 @@ def beam_search(
     stop_ids: Sequence[int] | None = None,
     early_stopping: bool | str = False,
     n: int = 1,
+    tokenizer: Decoder | None = None,
     cache_dtype: str | None = None,
 ) -> Beams:
     """Continue every prompt by the outputs of highest score that a beam of this width finds.
@@ -88,7 +92,8 @@ def beam_search(
     "never": when it could not do so at any length to come. With one beam and not "never" this is greedy decoding.
 
     stop_ids: None means the config's `eos_token_ids`. Of an encoder-decoder the prompts are the encoder's. n: how many
-    are handed back. cache_dtype: see `init_cache`. Changing length_penalty, early_stopping or n compiles nothing.
+    are handed back. tokenizer: makes `text`. cache_dtype: see `init_cache`. Changing length_penalty, early_stopping or
+    n compiles nothing.
     Raises InputError on prompts as `generate` does, and on settings that mean nothing.
     """
     check_prompts(config, prompts, max_new_tokens)
@@ -118,7 +123,15 @@ def beam_search(
             if not running:  # of the call before: this one is under way while the host waits for that
                 break
             running, filled, left = upcoming, filled + steps, left - steps
-    return _beams(jax.device_get(search.finished), n)
+    made = _beams(jax.device_get(search.finished), n)
+    if tokenizer is None:
+        return made
+    before = decoder_prompts(config, prompts)
+    text = [
+        [continuation_text(tokenizer, prompt, tokens) for tokens in of_prompt]
+        for prompt, of_prompt in zip(before, made.tokens, strict=True)
+    ]
+    return dataclasses.replace(made, text=text)
 
 
 def _none(prompts: int, beams: int, room: int) -> Hypotheses:

@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from infer.decode import ROOM, RUNNING, STOPPED, Emitted, Rows, begin, decode
-from infer.generate import Decoder
-from infer.prompts import SMALLEST_CHUNK, Prompt, bucket, check_generates, check_prompts
+from infer.generate import words_after
+from infer.prompts import SMALLEST_CHUNK, Prompt, bucket, check_generates, check_prompts, decoder_prompts
 from infer.request import Reading, Request
 from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import GREEDY, Sampling
 from infer.step import prefill
+from infer.text import Decoder
 from model import KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
 from model.errors import InputError
@@ -107,14 +108,16 @@ class Engine:
             raise InputError(f"{len(self._stop_ids(sampling))} stop ids in one request; give at most {MOST_STOP_IDS}")
         if sampling.logit_bias:
             self._sampler(sampling)  # raises for ids outside the vocabulary
-        request = Request(sampling, prompt=prompt, max_new_tokens=max_new_tokens, submitted=self.clock())
+        words = words_after(self.tokenizer, self._decoders(prompt), sampling)
+        request = Request(sampling, words, prompt=prompt, max_new_tokens=max_new_tokens, submitted=self.clock())
         self._waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request where it is; its row is free from the next step on. An ended one stays as it ended."""
         if request.finish_reason is None:
-            request.finish_reason, request.finished = "cancelled", self.clock()
+            request.end("cancelled")
+            request.finished = self.clock()
             self._cancelled.append(request)
 
     @property
@@ -141,7 +144,7 @@ class Engine:
             emitted = jax.device_get(emitted)
             now = self.clock()
             for row, request in enumerate(owners):
-                if request is not None and request.receive(emitted, row, self.tokenizer, now):
+                if request is not None and request.receive(emitted, row, now):
                     changed.append(request)
         self._coming = upcoming
         self._forget_ended()
@@ -254,8 +257,8 @@ class Engine:
         return min(bucket(length, SMALLEST_CHUNK), self.capacity)
 
     def _decoders(self, prompt: Prompt) -> Prompt:
-        """What stands before the output in the decoder."""
-        return [self.config.decoder_start_token_id] if self.config.stack == "encoder-decoder" else prompt
+        """The tokens before the output in the decoder."""
+        return decoder_prompts(self.config, [prompt])[0]
 
     def _stop_ids(self, sampling: Sampling) -> Sequence[int]:
         return self.config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids

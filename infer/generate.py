@@ -3,7 +3,7 @@ while the host reads the last."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,74 +11,79 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from infer.decode import FULL, ROOM, RUNNING, Emitted, Rows, begin, decode, grow_rows
-from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
+from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_prompts, read_prompts
 from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import Sampling
+from infer.text import Decoder, Detokenizer
 from model import ModelConfig, Params
 from model.errors import InputError
 from model.sharding import under_mesh_of
-
-
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of a tokenizer that stop strings need."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of these ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """One entry per completion: those of the first prompt, those of the second, …
 
-    tokens: without the stop id, and up to where a stop string begins. logprobs: of those tokens, under the model.
-    finish_reason: "stop" (a stop id or string came) or "length". top_logprobs: of every token {id: log-probability} of
-    the likeliest ones in its place, where the sampling asks for them.
+    tokens: without the stop id. Where a stop string came, all that `text` is made of, so that the last of them may
+    reach into it. logprobs: of those tokens, under the model. finish_reason: "stop" (a stop id or string came) or
+    "length". top_logprobs: of every token {id: log-probability} of the likeliest ones in its place, where the sampling
+    asks for them. text: what the tokens add to the prompt's text, up to where a stop string begins
+    (`infer.text.Detokenizer`); None where no tokenizer was given.
     """
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finish_reason: list[str]
     top_logprobs: list[list[dict[int, float]]] = dataclasses.field(default_factory=list)
+    text: list[str] | None = None
 
 
 @dataclasses.dataclass
 class Completion:
-    """A row as far as the host has read it. finish_reason: None while it goes on."""
+    """A row as far as the host has read it. finish_reason: None while it goes on.
+
+    words: turns its tokens into text; None without a tokenizer.
+    """
 
     sampling: Sampling
+    words: Detokenizer | None = dataclasses.field(default=None, repr=False, compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
 
-    def read(self, emitted: Emitted, row: int, tokenizer: Decoder | None) -> None:
-        """Take in what a call made (host arrays) of this row."""
+    @property
+    def text(self) -> str | None:
+        """The text so far, without what a coming token may still change; None without a tokenizer."""
+        return None if self.words is None else self.words.text
+
+    def read(self, emitted: Emitted, row: int) -> None:
+        """Take in the tokens that a call made (host arrays) for this row."""
         if self.finish_reason is not None:
             return
+        before, asked = len(self.tokens), slice(0, self.sampling.logprobs)
         for step in np.flatnonzero(emitted.tokens[row] >= 0):
             self.tokens.append(int(emitted.tokens[row, step]))
             self.logprobs.append(float(emitted.logprobs[row, step]))
-            asked = slice(0, self.sampling.logprobs)
             likeliest = zip(emitted.top_ids[row, step, asked], emitted.top_logprobs[row, step, asked], strict=True)
             self.top_logprobs.append({int(token): float(logprob) for token, logprob in likeliest})
-            if self.sampling.stop_strings and tokenizer is not None and self._cut(tokenizer):
-                return
+        if self.words is not None:
+            self.words.push(self.tokens[before:])
+            if self.words.ids_before_stop is not None:
+                return self.end("stop")
         if emitted.status[row] != RUNNING:
-            self.finish_reason = "length" if emitted.status[row] == FULL else "stop"
+            self.end("length" if emitted.status[row] == FULL else "stop")
 
-    def _cut(self, tokenizer: Decoder) -> bool:
-        """Cut before the first token that reaches into a stop string, if one has come."""
-        text = tokenizer.decode(self.tokens)
-        found = [text.find(stop) for stop in self.sampling.stop_strings]
-        starts = [start for start in found if start >= 0]
-        if not starts:
-            return False
-        while self.tokens and len(tokenizer.decode(self.tokens)) > min(starts):
-            self.tokens.pop()
-        del self.logprobs[len(self.tokens) :], self.top_logprobs[len(self.tokens) :]
-        self.finish_reason = "stop"
-        return True
+    def end(self, reason: str) -> None:
+        """Take no more tokens, and drop those that came after a stop string."""
+        self.finish_reason = reason
+        if self.words is None:
+            return
+        self.words.finish()
+        kept = self.words.ids_before_stop
+        if kept is not None:
+            self.finish_reason = "stop"
+            del self.tokens[kept:], self.logprobs[kept:], self.top_logprobs[kept:]
 
 
 def generate(
@@ -94,7 +99,8 @@ def generate(
 ) -> Generated:
     """Continue every prompt; prompts may differ in length, and in their sampling where a sequence is given.
 
-    key: of all rows whose sampling has no seed; None: `jax.random.key(0)`. tokenizer: needed for stop strings.
+    key: of all rows whose sampling has no seed; None: `jax.random.key(0)`. tokenizer: makes `text`, and is needed for
+    stop strings.
     cache_dtype: see `init_cache`. Of an encoder-decoder the prompts are the encoder's, and the decoder starts from
     `decoder_start_token_id`. Lengths are rounded up to powers of two inside, so that few programs are ever compiled.
     params may lie over a mesh, prepared (`prepare(…, mesh=mesh)`) or not: the cache is then split over it too.
@@ -117,7 +123,8 @@ def generate(
 def columns(rows: Sequence[Completion]) -> dict[str, Any]:
     """The fields of `Generated`, from completions that have ended."""
     names = [field.name for field in dataclasses.fields(Generated)]
-    return {name: [getattr(row, name) for row in rows] for name in names}
+    found = {name: [getattr(row, name) for row in rows] for name in names}
+    return found if all(row.words is not None for row in rows) else found | {"text": None}
 
 
 def stream(
@@ -149,7 +156,9 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
         )
         prompts, samplings = one_row_each(config, prompts, samplings)
         rows, coming = begin(start_rows(config, prompts, samplings, cache, max_new_tokens, key), logits)
-    completions = [Completion(one) for one in samplings]
+    completions = [
+        Completion(one, words_after(tokenizer, prompt, one)) for prompt, one in zip(prompts, samplings, strict=True)
+    ]
     filled = max(map(len, prompts))  # of the cache, which does not hold the newest token
     left = max_new_tokens - 1
     going_on = lambda: any(one.finish_reason is None for one in completions)
@@ -157,7 +166,7 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
     def read(emitted: Emitted) -> list[Completion]:
         emitted = jax.device_get(emitted)
         for row, completion in enumerate(completions):
-            completion.read(emitted, row, tokenizer)
+            completion.read(emitted, row)
         return completions
 
     yield read(coming)
@@ -177,13 +186,18 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
         yield read(ahead)
 
 
+def words_after(decoder: Decoder | None, prompt: Prompt, sampling: Sampling) -> Detokenizer | None:
+    """What turns a continuation of this prompt into text; None without a tokenizer."""
+    return None if decoder is None else Detokenizer(decoder, prompt, sampling.stop_strings)
+
+
 def one_row_each(
     config: ModelConfig, prompts: Sequence[Prompt], samplings: Sequence[Sampling]
 ) -> tuple[list[Prompt], list[Sampling]]:
     """What stands before each row's output, and its sampling: n rows per prompt; a seed counts up from row to row."""
     own = lambda one, i: one if one.seed is None else dataclasses.replace(one, seed=(one.seed + i) % 2**32)
-    before = [[config.decoder_start_token_id]] * len(prompts) if config.stack == "encoder-decoder" else prompts
-    pairs = [(prompt, own(one, i)) for prompt, one in zip(before, samplings, strict=True) for i in range(one.n)]
+    before = zip(decoder_prompts(config, prompts), samplings, strict=True)
+    pairs = [(prompt, own(one, i)) for prompt, one in before for i in range(one.n)]
     return [prompt for prompt, _ in pairs], [one for _, one in pairs]
 
 

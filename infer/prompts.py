@@ -114,6 +114,11 @@ def _padded(prompts: Sequence[Prompt], width: int) -> np.ndarray:
     return tokens
 
 
+def decoder_prompts(config: ModelConfig, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The tokens before each output in the decoder: of an encoder-decoder its start token, else the prompts."""
+    return [[config.decoder_start_token_id]] * len(prompts) if config.stack == "encoder-decoder" else prompts
+
+
 def check_prompts(config: ModelConfig, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
     """Raise InputError unless every prompt can be continued by so many tokens."""
     check_generates(config)

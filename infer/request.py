@@ -3,7 +3,7 @@
 import dataclasses
 
 from infer.decode import Emitted
-from infer.generate import Completion, Decoder
+from infer.generate import Completion
 from infer.prompts import Prompt
 from model import KVCache
 
@@ -27,20 +27,24 @@ class Request(Completion):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def receive(self, emitted: Emitted, row: int, tokenizer: Decoder | None, now: float) -> bool:
+    def receive(self, emitted: Emitted, row: int, now: float) -> bool:
         """Take in what a call made (host arrays) of this row; whether that was anything."""
         if self.finish_reason is not None:
             return False
         before = len(self.tokens)
-        self.read(emitted, row, tokenizer)
+        self.read(emitted, row)
         self.token_times += [now] * (len(self.tokens) - len(self.token_times))
-        del self.token_times[len(self.tokens) :]
         if self.finish_reason is not None:
             self.finished = now
         changed = len(self.tokens) != before or self.finish_reason is not None
         if changed and self.first_token is None:
             self.first_token = now
         return changed
+
+    def end(self, reason: str) -> None:
+        """As of any completion; a token that a stop string takes back has no time."""
+        super().end(reason)
+        del self.token_times[len(self.tokens) :]
 
 
 @dataclasses.dataclass

@@ -13,11 +13,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from infer.decode import FULL, RUNNING, STOPPED, Emitted, Rows, begin, grow_rows, halted, nothing_yet
-from infer.generate import Completion, Decoder, Generated, columns, one_row_each, one_sampling_each, start_rows
+from infer.generate import Completion, Generated, columns, one_row_each, one_sampling_each, start_rows, words_after
 from infer.prompts import Prompt, capacity_for, check_prompts, read_prompts
 from infer.proposals import accept, followed, keys_ahead, look_up, probabilities, propose
 from infer.sampler import History, describe
 from infer.sampling import Sampling
+from infer.text import Decoder
 from model import ModelConfig, Params, head
 from model.cache import grow, rewind
 from model.errors import InputError
@@ -112,7 +113,9 @@ def generate_speculative(
 
 def _loop(plan, params, draft_params, carried, first, prompts, samplings, max_new_tokens, tokenizer) -> Speculated:
     """Calls of several rounds, each under way while the host reads the one before."""
-    completions = [Completion(one) for one in samplings]
+    completions = [
+        Completion(one, words_after(tokenizer, prompt, one)) for prompt, one in zip(prompts, samplings, strict=True)
+    ]
     filled = max(map(len, prompts))  # at most so many tokens stand in a row's cache
     end = filled + max_new_tokens - 1
     coming = (first, filled + np.zeros(1, np.int32), carried.drafted + 0, carried.accepted + 0)
@@ -128,7 +131,7 @@ def _loop(plan, params, draft_params, carried, first, prompts, samplings, max_ne
             carried, upcoming = speculate(plan, params, draft_params, carried, np.int32(rounds), halt)
         emitted, held, drafted, accepted = jax.device_get(coming)
         for row, completion in enumerate(completions):
-            completion.read(emitted, row, tokenizer)
+            completion.read(emitted, row)
         if all(one.finish_reason for one in completions):
             break
         filled = min(int(held.max()) + rounds * (plan.ahead + 1), end)

@@ -10,7 +10,6 @@ from experiments.commands.options import JsonFile
 if TYPE_CHECKING:
     from infer import Completion
     from model import ModelConfig, Params
-    from model.tokenizer import Tokenizer
 
 
 def generate(
@@ -113,16 +112,19 @@ def generate(
         prompts = [words.encode(text, add_special_tokens=around) or list(words.eos_ids) for text in prompt]
     params = prepare(opened.config, opened.params, weights)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "cache_dtype": cache}
-    drawing = common | {"key": jax.random.key(seed), "tokenizer": words}
+    common["tokenizer"] = words
+    drawing = common | {"key": jax.random.key(seed)}
     completions: list[dict[str, Any]]
     questions = [text for text in prompt for _ in range(n)]
     if beams:
         found = beam_search(opened.config, params, prompts, beams=beams, n=n, length_penalty=length_penalty, **common)
         questions = [text for text, tokens in zip(prompt, found.tokens, strict=True) for _ in tokens]
+        names: tuple[str, ...] = ("tokens", "logprobs", "finish_reason", "text", "score")
+        fields = (found.tokens, found.logprobs, found.finish_reason, found.text or [], found.scores)
         completions = [
-            {"tokens": tokens, "logprobs": logprobs, "finish_reason": reason, "score": score}
-            for of_prompt in zip(found.tokens, found.logprobs, found.finish_reason, found.scores, strict=True)
-            for tokens, logprobs, reason, score in zip(*of_prompt, strict=True)
+            dict(zip(names, row, strict=True))
+            for of_prompt in zip(*fields, strict=True)
+            for row in zip(*of_prompt, strict=True)
         ]
     elif draft is not None or lookup:
         proposer = None if draft is None else _prepared(draft, weights)
@@ -136,26 +138,30 @@ def generate(
             tokens_ahead=tokens_ahead,
             **drawing,
         )
-        columns = (made.tokens, made.logprobs, made.finish_reason, made.top_logprobs, made.drafted, made.accepted)
-        names = ("tokens", "logprobs", "finish_reason", "top_logprobs", "drafted", "accepted")
+        names = ("tokens", "logprobs", "finish_reason", "text", "top_logprobs", "drafted", "accepted")
+        columns = [getattr(made, name) for name in names]
         completions = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     else:
         rows: list[Completion] = []
-        written = _begin(prompt[0], chat) if stream else ""
+        written = ""
+        if stream:
+            print(f"{prompt[0]}\n→ " if chat else prompt[0], end="", flush=True)
         for rows in run_generation(opened.config, params, prompts, sampling, **drawing):
             if stream:
-                written = _go_on(rows[0], words, written)
-        kept = ("tokens", "logprobs", "finish_reason", "top_logprobs")
+                text = rows[0].text or ""
+                print(text[len(written) :], end="", flush=True)
+                written = text
+        kept = ("tokens", "logprobs", "finish_reason", "text", "top_logprobs")
         completions = [{name: getattr(row, name) for name in kept} for row in rows]
     if stream:
         print("\n")
     for question, row in zip(questions, completions, strict=True):
-        answer = words.decode(row["tokens"])
+        answer = row["text"]
         if not stream:
             print(f"{question}\n→ {answer.strip()}\n" if chat else f"{question}{answer}\n")
         if not logprobs:
             row.pop("top_logprobs", None)
-        row |= {"prompt": question, "text": answer}
+        row["prompt"] = question
     if draft is not None or lookup:
         drafted, accepted = (sum(row[name] for row in completions) for name in ("drafted", "accepted"))
         print(f"{accepted} of {drafted} proposed tokens were taken")
@@ -168,21 +174,3 @@ def _prepared(path: Path, weights: Any) -> "tuple[ModelConfig, Params]":
 
     config, params = open_parameters(path)
     return config, prepare(config, params, weights)
-
-
-def _begin(prompt: str, chat: bool) -> str:
-    print(f"{prompt}\n→ " if chat else prompt, end="", flush=True)
-    return ""
-
-
-def _go_on(row: "Completion", words: "Tokenizer", written: str) -> str:
-    """Print what is new, except what a coming token or a stop string may still change; what has been printed."""
-    text = words.decode(row.tokens)
-    if row.finish_reason is None:
-        held = max((len(stop) - 1 for stop in row.sampling.stop_strings), default=0)
-        text = text.rstrip("\ufffd")  # bytes of a character whose rest is to come
-        text = text[: len(text) - held]
-    if text.startswith(written):
-        print(text[len(written) :], end="", flush=True)
-        return text
-    return written

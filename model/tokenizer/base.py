@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from model.errors import InputError
+from model.tokenizer.control import ChatText
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Conventions:
     chat_template: str | None = None
     template_tokens: Mapping[str, str] = field(default_factory=dict)
     """What a template may name: `bos_token`, `eos_token` … and their texts."""
+    special_names: frozenset[str] = frozenset()
+    """Texts of all tokens that the files call special."""
 
 
 class Tokenizer(ABC):
@@ -71,12 +74,14 @@ class Tokenizer(ABC):
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    ) -> ChatText:
         """The prompt text of a conversation, begin token included: encode it with `special=True`.
 
         A message is {"role": …, "content": …}. `add_generation_prompt` opens the turn that the model is to
-        write; `variables` are whatever else the template knows, such as `tools`. `InputError` where the
-        tokenizer has no chat template, or the template refuses the messages.
+        write; `variables` are whatever else the template knows, such as `tools`. The text remembers what of it
+        came from messages and variables: names of special tokens in them are encoded as the characters they are
+        made of. (A part of it, or a sum with it, is a plain string and remembers nothing.) `InputError` where
+        the tokenizer has no chat template, or the template refuses the messages.
         """
         template = self._conventions.chat_template
         if template is None:
@@ -85,8 +90,20 @@ class Tokenizer(ABC):
             )
         from model.tokenizer.chat import render
 
-        known = {**self._conventions.template_tokens, **variables}
-        return render(template, messages, add_generation_prompt=add_generation_prompt, variables=known, path=self.path)
+        return render(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+            tokens=self._conventions.template_tokens,
+            special=list(self.special_tokens.values()),
+            path=self.path,
+        )
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> Mapping[int, str]:
+        """Ids that give no text, and that come out of a text only with `special=True`, with their names."""
 
     @abstractmethod
     def _encode_batch(

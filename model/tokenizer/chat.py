@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import InputError
+from model.tokenizer.control import ChatText, render_masked
 
 
 def render(
@@ -26,24 +27,37 @@ def render(
     *,
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
+    tokens: Mapping[str, str],
+    special: Sequence[str],
     path: Path,
-) -> str:
-    """The text of a conversation; `path` is the tokenizer's, for errors.
+) -> ChatText:
+    """Render a conversation; the result tells the template's own text from that of messages and variables.
 
-    A template that cannot be parsed, fails, or refuses the messages is an `InputError`.
+    tokens: what the template may name, `bos_token` and others. special: names of all special tokens. path: of the
+    tokenizer, for errors. A template that cannot be parsed, fails, or refuses the messages is an `InputError`.
     """
     if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise InputError('messages must be a list of at least one {"role": "user", "content": "…"}')
     # A key without a value is one that is not there: most templates would write "None".
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    known = {"tools": None, "documents": None, **variables}
+
+    def text(content: Mapping[str, Any]) -> str:
+        known = {"tools": None, "documents": None, **tokens, **content}
+        return _compiled(template).render(add_generation_prompt=add_generation_prompt, **known)
+
     try:
-        return _compiled(template).render(messages=present, add_generation_prompt=add_generation_prompt, **known)
+        rendered = render_masked(text, {**variables, "messages": present}, special)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template of {path} is damaged at line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template can fail in any way that a Python expression can
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the chat template of {path} refuses these messages: {reason}") from error
+    if rendered is None:
+        raise InputError(
+            f"the messages hold names of special tokens that the chat template of {path} would act on;"
+            " take them out of the messages"
+        )
+    return rendered
 
 
 @lru_cache(maxsize=16)

@@ -28,6 +28,7 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
         bos_id=token_id(names["bos_token"]) if "bos_token" in names else None,
         chat_template=_chat_template(folder, config),
         template_tokens=names,
+        special_names=frozenset([*names.values(), *_more_special(config)]),
     )
 
 
@@ -41,6 +42,19 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token` … and their texts: each is given as a text or as an object with its `content`."""
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
+def _more_special(config: dict[str, Any]) -> list[str]:
+    """Special tokens that have no role: the keys are those of Transformers, old and new."""
+    given: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(name)
+        given += value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
+    decoder = config.get("added_tokens_decoder")
+    added = decoder.values() if isinstance(decoder, dict) else []
+    given += [token for token in added if isinstance(token, dict) and token.get("special") is True]
+    texts = [token.get("content") if isinstance(token, dict) else token for token in given]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def _ids(given: Any, vocab_size: int) -> list[int]:

@@ -2,7 +2,9 @@
 
 import copy
 import json
-from collections.abc import Sequence
+import random
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,10 +12,15 @@ import tokenizers
 
 from model.errors import InputError
 from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.control import NONCHARACTERS, ChatText, control_parts, names_pattern
 from model.tokenizer.folder import read_conventions
 
+# Marks that no text holds: noncharacters, drawn anew in each process so that nobody can write them on purpose.
+_draw = random.SystemRandom().choices
 # In front of a special token's name in a vocabulary, it keeps a text from holding that name.
-_UNWRITTEN = "\uffff" * 8
+_UNWRITTEN = "\uffff" + "".join(_draw(NONCHARACTERS, k=16))
+# In front of a special token's name in a text, it lets the name be read as the token.
+_MARK = "\ufffe" + "".join(_draw(NONCHARACTERS, k=16))
 
 
 class ForeignTokenizer(Tokenizer):
@@ -28,6 +35,40 @@ class ForeignTokenizer(Tokenizer):
         self._library = library
 
     @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The added tokens that the file, or those beside it, call special."""
+        added = self._library.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special}
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        return names_pattern(self.special_tokens.values())
+
+    @cached_property
+    def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer that reads special tokens only where a mark stands before their names; and their ids by its own.
+
+        The library cannot read a name in one place and leave it in another.
+        """
+        library, original = copy.deepcopy(self._plain), {}
+        library.encode_special_tokens = True  # a copy forgets it
+        for i, token in self._library.get_added_tokens_decoder().items():
+            if token.special:
+                options = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
+                library.add_tokens([tokenizers.AddedToken(_MARK + token.content, normalized=False, **options)])
+                marked = library.token_to_id(_MARK + token.content)
+                assert marked is not None
+                original[marked] = i
+        return library, original
+
+    def _encode_chat(self, text: ChatText, add_special_tokens: bool) -> list[int]:
+        """Ids of a conversation whose messages hold names of special tokens."""
+        library, original = self._marked
+        parts = [_MARK + part if is_name else part for part, is_name in control_parts(text, self._names)]
+        ids = library.encode("".join(parts), add_special_tokens=add_special_tokens).ids
+        return [original.get(i, i) for i in ids]
+
+    @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         # A second one, where a switch on the first would change what another thread is encoding.
         library = copy.deepcopy(self._library)
@@ -38,6 +79,13 @@ class ForeignTokenizer(Tokenizer):
         self, texts: Sequence[str], threads: int | None, special: bool, add_special_tokens: bool
     ) -> list[list[int]]:
         try:
+            if special and any(isinstance(text, ChatText) and text.masked != text for text in texts):
+                return [
+                    self._encode_chat(text, add_special_tokens)
+                    if isinstance(text, ChatText)
+                    else self._parsing.encode(text, add_special_tokens=add_special_tokens).ids
+                    for text in texts
+                ]
             library = self._parsing if special else self._plain
             if threads == 1:
                 encoded = [library.encode(text, add_special_tokens=add_special_tokens) for text in texts]
@@ -63,8 +111,9 @@ def load_tokenizer_json(file: Path) -> ForeignTokenizer:
         raise InputError(f"{file} is a tokenizer without a single token; take the one that belongs to the model")
     vocab_size = max(library.get_vocab().values()) + 1
     conventions = read_conventions(file.parent, library.token_to_id, vocab_size)
-    # What a configuration names as a special token is one, whether or not tokenizer.json marks it.
-    declare_special(library, [text for text in conventions.template_tokens.values() if library.token_to_id(text)])
+    # What a configuration calls a special token, or an end of text, is one, whether or not tokenizer.json marks it.
+    named = [*sorted(conventions.special_names), *(library.id_to_token(i) for i in conventions.eos_ids)]
+    declare_special(library, [text for text in named if text and library.token_to_id(text) is not None])
     return ForeignTokenizer(library, file, conventions)
 
 

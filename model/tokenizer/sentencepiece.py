@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from model.errors import InputError
 from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.control import control_parts, names_pattern
 from model.tokenizer.folder import read_conventions, read_tokenizer_config
 
 # sentencepiece writes a space as this character inside its pieces: from a text it would come back as a space.
@@ -71,25 +72,22 @@ class SentencepieceTokenizer(Tokenizer):
     def _encode_special(self, text: str, threads: int | None) -> list[int]:
         # The library never reads a control token from a text: the text is cut there. The parts between them
         # are texts of their own, each with the prefix that the model may add, as llama.cpp has it.
-        names = self._control_names
-        if names is None:
-            return self._encode_plain([text], threads)[0]
-        parts = names.split(text)
-        texts = iter(self._encode_plain([part for part in parts[::2] if part], threads))
+        parts = list(control_parts(text, self._names))
+        plain = iter(self._encode_plain([part for part, is_name in parts if not is_name], threads))
         ids: list[int] = []
-        for index, part in enumerate(parts):
-            if index % 2:
-                ids.append(self._processor.piece_to_id(part))
-            elif part:
-                ids += next(texts)
+        for part, is_name in parts:
+            ids += [self._processor.piece_to_id(part)] if is_name else next(plain)
         return ids
 
     @cached_property
-    def _control_names(self) -> re.Pattern[str] | None:
+    def _names(self) -> re.Pattern[str] | None:
+        return names_pattern(self.special_tokens.values())
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The control tokens."""
         ids = range(self.vocab_size)
-        names = [self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)]
-        longest_first = sorted((re.escape(name) for name in names), key=len, reverse=True)
-        return re.compile(f"({'|'.join(longest_first)})") if names else None
+        return {i: self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)}
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -115,6 +113,11 @@ def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
         conventions = replace(conventions, eos_ids=(own_eos,))
     if conventions.bos_id is None and own_bos >= 0:
         conventions = replace(conventions, bos_id=own_bos)
+    # What a configuration calls special, or an end of text, is no word, whatever the vocabulary says.
+    named = {*conventions.eos_ids, *(token_id(text) for text in conventions.special_names)}
+    words = [i for i in named if i is not None and not (processor.is_control(i) or processor.is_unknown(i))]
+    if words:
+        processor = parse_model(with_control_pieces(model, words))
     config = read_tokenizer_config(file.parent)
     begins = config.get("add_bos_token") is True and conventions.bos_id is not None
     ends = config.get("add_eos_token") is True
@@ -125,6 +128,16 @@ def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
         before=(conventions.bos_id,) if begins and conventions.bos_id is not None else (),
         after=conventions.eos_ids[:1] if ends else (),
     )
+
+
+def with_control_pieces(model: bytes, ids: Iterable[int]) -> bytes:
+    """The same serialised model with these pieces as control tokens, which no text gives."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for i in ids:
+        proto.pieces[i].type = proto.SentencePiece.CONTROL
+    return proto.SerializeToString()
 
 
 def parse_model(model: bytes) -> Any:

@@ -78,8 +78,8 @@ def random_request(random, number):
 
 
 def expected(config, params, requests, **options):
-    """(tokens, log-probabilities, finish reason) of every request by `generate`: seeded rows in one batch, because a
-    row does not depend on its neighbours there; rows of the key one by one, as each is row 0 of it."""
+    """(tokens, log-probabilities, finish reason, text) of each request by `generate`: seeded rows in one batch, because
+    a row does not depend on its neighbours there; rows of the key one by one, as each is row 0 of it."""
     of = lambda some: generate(
         config,
         params,
@@ -94,10 +94,11 @@ def expected(config, params, requests, **options):
     for group in groups:
         result = of(group)
         for row, one in enumerate(group):
-            tokens, reason = result.tokens[row], result.finish_reason[row]
+            tokens, reason, text = result.tokens[row], result.finish_reason[row], result.text and result.text[row]
             if len(tokens) >= one.max_new_tokens:  # a shorter output is the beginning of a longer one
                 tokens, reason = tokens[: one.max_new_tokens], "length"
-            found[one] = tokens, result.logprobs[row][: len(tokens)], reason
+                text = text and Letters().decode(tokens)
+            found[one] = tokens, result.logprobs[row][: len(tokens)], reason, text
     return found
 
 
@@ -123,8 +124,8 @@ def test_output_is_that_of_generate(params, served):
     requests, _ = served
     wanted = expected(CONFIG, params, requests, tokenizer=Letters())
     for request in requests:
-        tokens, logprobs, reason = wanted[request]
-        assert (request.tokens, request.finish_reason) == (tokens, reason), request
+        tokens, logprobs, reason, text = wanted[request]
+        assert (request.tokens, request.finish_reason, request.text) == (tokens, reason, text), request
         np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-4)
         assert [len(likeliest) for likeliest in request.top_logprobs] == [request.sampling.logprobs] * len(tokens)
     reasons = [request.finish_reason for request in requests]

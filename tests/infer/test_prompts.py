@@ -111,19 +111,28 @@ class Letters:
 
 
 def test_stop_strings_cut_the_text(params):
-    prompt = tokens_of(13, 6)
-    free = generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=40)
-    text = Letters().decode(free.tokens[0])
-    stop = text[9:12]
-    cut = generate(
-        CONFIG, params, [prompt], Sampling(0.0, stop_strings=(stop, "??")), max_new_tokens=40, tokenizer=Letters()
-    )
-    assert cut.finish_reason == ["stop"]
-    assert cut.tokens[0] == free.tokens[0][: len(cut.tokens[0])]
-    left = Letters().decode(cut.tokens[0])
-    assert stop not in left
-    assert text.index(stop) - 1 <= len(left) <= text.index(stop), "all whole tokens before it stay"
-    assert len(cut.logprobs[0]) == len(cut.tokens[0])
+    """Also inside a token: the tokens are all that the text is made of, as `generate` and `stream` have them."""
+    prompt, letters = tokens_of(13, 6), Letters()
+    free = generate(CONFIG, params, [prompt], Sampling(seed=5), max_new_tokens=40, tokenizer=letters)
+    text = letters.decode(free.tokens[0])
+    assert free.text == [text]
+    inside = 0
+    for start in (4, 9, 10, 11, 12):
+        stop = text[start : start + 3]
+        sampling = Sampling(seed=5, stop_strings=(stop, "??"))
+        cut = generate(CONFIG, params, [prompt], sampling, max_new_tokens=40, tokenizer=letters)
+        assert cut.finish_reason == ["stop"]
+        assert cut.text == [text[: text.index(stop)]]
+        count = len(cut.tokens[0])
+        assert cut.tokens[0] == free.tokens[0][:count]
+        assert letters.decode(cut.tokens[0]).startswith(cut.text[0])
+        assert len(letters.decode(cut.tokens[0][:-1])) < len(cut.text[0])
+        assert cut.logprobs[0] == free.logprobs[0][:count]
+        inside += letters.decode(cut.tokens[0]) != cut.text[0]
+        *_, last = stream(CONFIG, params, [prompt], sampling, max_new_tokens=40, tokenizer=letters, every=3)
+        assert [last[0].text, last[0].tokens] == [cut.text[0], cut.tokens[0]]
+    assert inside, "one of them begins inside a token"
+    assert generate(CONFIG, params, [prompt], GREEDY, max_new_tokens=4).text is None, "no tokenizer, no text"
     with pytest.raises(InputError, match="tokenizer"):
         generate(CONFIG, params, [prompt], Sampling(stop_strings=("a",)))
 

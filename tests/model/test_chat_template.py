@@ -13,92 +13,11 @@ from tokenizers import models, pre_tokenizers
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
 
-CHATML = """{% for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' -}}
-{% endfor %}
-{% if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-LLAMA = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = strftime_now("%Y") %}
-{%- endif %}
-{%- if messages[0].role == "system" %}
-    {%- set opening = messages[0]["content"] | trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set opening = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\n\nYear: " + date_string + "\n\n" }}
-{%- if tools is not none %}
-    {%- for tool in tools %}
-        {{- tool | tojson(indent=4) }}
-        {{- "\n\n" }}
-    {%- endfor %}
-{%- endif %}
-{{- opening + "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- "<|start_header_id|>" + message.role + "<|end_header_id|>\n\n" + message.content | trim + "<|eot_id|>" }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|start_header_id|>assistant<|end_header_id|>\n\n" }}
-{%- endif %}
-"""
-QWEN = """{%- if tools %}
-    {{- '<|im_start|>system\n# Tools\n' }}
-    {%- for tool in tools %}
-        {{- "\n" }}{{ tool | tojson }}
-    {%- endfor %}
-    {{- '<|im_end|>\n' }}
-{%- endif %}
-{%- set found = namespace(last=messages|length - 1, searching=true) %}
-{%- for message in messages[::-1] %}
-    {%- if found.searching and message.role == "user" and message.content is string %}
-        {%- set found.last = messages|length - 1 - loop.index0 %}
-        {%- set found.searching = false %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if message.role == "assistant" and '</think>' in content and loop.index0 < found.last %}
-        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-    {%- endif %}
-    {{- '<|im_start|>' ~ message.role ~ '\n' ~ content ~ '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}"""
-GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
-    {{ raise_exception('System role not supported') }}
-{% endif %}
-{% for message in messages %}
-    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
-    {% endif %}
-    {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
-MISTRAL = """{%- set asked = messages | selectattr("role", "equalto", "user") | list %}
-{{- bos_token }}
-{%- for message in messages if message.role != "system" %}
-    {%- if loop.index > 6 %}{% break %}{% endif %}
-    {%- if not message.content %}{% continue %}{% endif %}
-    {%- if message.role == "user" %}
-        {%- if messages[0].role == "system" and message == asked[-1] %}
-            {{- "[INST] " + messages[0].content + "\n\n" + message.content + "[/INST]" }}
-        {%- else %}
-            {{- "[INST] " + message.content + "[/INST]" }}
-        {%- endif %}
-    {%- else %}
-        {%- generation %}{{ " " + message.content | trim + eos_token }}{% endgeneration %}
-    {%- endif %}
-{%- endfor %}
-"""
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "qwen": QWEN, "gemma": GEMMA, "mistral": MISTRAL}
+TEMPLATES = {
+    file.stem: file.read_text(encoding="utf-8")
+    for file in (Path(__file__).parents[1] / "fixtures/chat").glob("*.jinja")
+}
+CHATML, LLAMA, GEMMA, MISTRAL = (TEMPLATES[name] for name in ("chatml", "llama", "gemma", "mistral"))
 
 USER, ANSWER, THANKS = (
     {"role": "user", "content": " Is 1 < 2 & 'é' a letter? "},
