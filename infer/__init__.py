@@ -8,6 +8,7 @@ from infer.request import Request
 from infer.sampling import GREEDY, Sampling
 from infer.speculative import Speculated, generate_speculative
 from infer.step import decode_step, prefill
+from infer.text import Detokenizer
 from model.cache import KVCache, init_cache
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Beams",
     "Engine",
     "Request",
+    "Detokenizer",
     "prepare",
     "Sampling",
     "GREEDY",

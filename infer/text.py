@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
 LONGEST_UNFINISHED = 3  # bytes, and so ids at most: a UTF-8 character has up to four bytes
 LONG = 32  # ids
+PROMPT_END = 256  # ids of the prompt that are looked at
 
 
 @runtime_checkable
@@ -50,7 +51,7 @@ class Detokenizer:
         # Ids are decoded after a few others, the context, whose own text is known.
         self._context: list[int] = []
         self._context_text = ""
-        self._waiting: list[int] = self._with_token(prompt)  # ids whose text is not complete
+        self._waiting: list[int] = self._with_token(prompt[-PROMPT_END:])  # ids whose text is not complete
         self._tried = 0  # of them, whose text is known to end within a character
         self._given = 0  # characters of their text that were made already
         self._longest_waiting = LONG
