@@ -16,6 +16,7 @@ from infer.decode import ROOM
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
 from model import KVCache, ModelConfig, Params, head
 from model.cache import grow, take
+from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
 from model.transformer import forward_cached
@@ -73,7 +74,7 @@ def beam_search(
     stop_ids: Sequence[int] | None = None,
     early_stopping: bool | str = False,
     n: int = 1,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Beams:
     """Continue every prompt by the outputs of highest score that a beam of this width finds.
 

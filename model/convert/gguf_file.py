@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from model.config import ModelConfig
 from model.convert.gguf_architectures import ARCHITECTURES, Architecture, Metadata
-from model.convert.huggingface import DTYPES
 from model.convert.place import Places
 from model.convert.plan import Step, shapes_of, steps
+from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
 from model.gguf_header import StoredTensor, read_gguf_header
 from model.parts import RopeScaling
@@ -21,8 +21,8 @@ from model.parts import RopeScaling
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
-    """Read a GGUF file; its quantised weights become `dtype`, "float32" or "bfloat16".
+def load_gguf(file: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+    """Read a GGUF file; its quantised weights become `dtype`, float32 or bfloat16.
 
     Architectures: llama (also Mistral's and Mixtral's models), qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, phi3 and
     gpt2. mesh: split the parameters over it. Tensors are read one at a time. eos_token_ids is the file's
@@ -32,8 +32,7 @@ def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     have that isoflop does not, and on tensors that are missing, unknown or of a wrong shape.
     """
     file = Path(file)
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    dtype = dtype_name(dtype, FLOATS)
     values, tensors = _open(file)
     name = values.get("general.architecture")
     if name not in ARCHITECTURES:

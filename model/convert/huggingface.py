@@ -21,17 +21,17 @@ from model.convert.fields import Raw
 from model.convert.place import Places
 from model.convert.plan import Leaf, Step, shapes_of, steps
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
+from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
 
-DTYPES = ("float32", "bfloat16")
 _WRITTEN_BY = {"written_by": "isoflop"}
 _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
 
 
-def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face model: config.json with model.safetensors or shards and their index.
 
-    dtype: of the parameters, "float32" or "bfloat16", whatever the files hold; `config.compute_dtype` stays float32.
+    dtype: of the parameters, float32 or bfloat16, whatever the files hold; `config.compute_dtype` stays float32.
     mesh: split them over it (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or
     else from config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
 
@@ -42,8 +42,7 @@ def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     not have, and on tensors that are missing, unknown or of a wrong shape. Pickles are never read.
     """
     folder = Path(folder)
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    dtype = dtype_name(dtype, FLOATS)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one with a Hugging Face model")
     family, config = _read_config(folder)
@@ -200,7 +199,7 @@ def _check_params(config: ModelConfig, params: dict) -> dict[Leaf, Array]:
         if got != shapes.get(path):
             raise InputError(f"the parameter {'/'.join(path)} has shape {got}; the config asks for {shapes.get(path)}")
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise InputError(f"the parameters are {', '.join(sorted(dtypes))}; save_hf takes all float32 or all bfloat16")
     return leaves
 

@@ -1,0 +1,29 @@
+"""Names of dtypes, whichever way a caller writes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike as DTypeLike
+
+from model.errors import InputError
+
+FLOATS = ("float32", "bfloat16")
+"""The precisions of parameters and of products."""
+
+
+def dtype_name(given: Any, supported: Sequence[str], what: str = "dtype") -> str:
+    """Return the name, one of `supported`, of a dtype given as a name, a JAX or NumPy dtype or a scalar type.
+
+    A supported name need not be a dtype ("int8-dynamic"). Raises InputError, listing what is supported, on all else.
+    """
+    name = given
+    if given is not None and not isinstance(given, str):
+        try:
+            name = jnp.dtype(given).name
+        except TypeError:
+            name = str(given)
+    if name not in supported:
+        listed = ", ".join(repr(one) for one in supported)
+        raise InputError(f"unknown {what} {name!r}; supported are {listed}")
+    return name
