@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model.errors import InputError
@@ -17,7 +18,11 @@ _WHITESPACE_MARK = "\u2581"
 
 
 class SentencepieceTokenizer(Tokenizer):
-    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text."""
+    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text.
+
+    before, after: ids around a text. same: ids that decode as another one does. names: of control tokens, where the
+    processor has other ones.
+    """
 
     def __init__(
         self,
@@ -27,8 +32,11 @@ class SentencepieceTokenizer(Tokenizer):
         *,
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
+        same: Mapping[int, int] = MappingProxyType({}),
+        names: Mapping[int, str] = MappingProxyType({}),
     ):
         super().__init__(path, processor.get_piece_size(), conventions)
+        self._same, self._names = same, names
         self._processor = processor
         self._before, self._after = list(before), list(after)
         self._mark_ids = self._byte_ids(_WHITESPACE_MARK.encode()) if self._is_literal() else None
@@ -79,20 +87,23 @@ class SentencepieceTokenizer(Tokenizer):
         ids: list[int] = []
         for index, part in enumerate(parts):
             if index % 2:
-                ids.append(self._processor.piece_to_id(part))
+                ids.append(self._controls[part])
             elif part:
                 ids += next(texts)
         return ids
 
     @cached_property
     def _control_names(self) -> re.Pattern[str] | None:
-        ids = range(self.vocab_size)
-        names = [self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)]
-        longest_first = sorted((re.escape(name) for name in names), key=len, reverse=True)
-        return re.compile(f"({'|'.join(longest_first)})") if names else None
+        longest_first = sorted((re.escape(name) for name in self._controls), key=len, reverse=True)
+        return re.compile(f"({'|'.join(longest_first)})") if longest_first else None
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
+        ids = [i for i in range(self.vocab_size) if self._processor.is_control(i)]
+        return {self._names.get(i) or self._processor.id_to_piece(i): i for i in ids}
 
     def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        return self._processor.decode([self._same.get(i, i) for i in ids])
 
 
 def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
