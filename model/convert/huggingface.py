@@ -45,6 +45,9 @@ def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
     dtype = dtype_name(dtype, FLOATS)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one with a Hugging Face model")
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json, but {gguf[0].name}; load_gguf reads that file")
     family, config = _read_config(folder)
     tensors = TensorFolder(folder)
     names = {family.base_name(name): name for name in tensors.shapes}
