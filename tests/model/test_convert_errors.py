@@ -18,7 +18,11 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("llama", {"model_type": "llamma"}, "unknown model_type .*'llamma'; did you mean .*'llama'"),
+        (
+            "llama",
+            {"model_type": "gpt_neox"},
+            "model_type='gpt_neox', which isoflop does not have; it reads llama, mistral",
+        ),
         ("llama", {"model_type": ...}, "has no model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config with quant_method='gptq'"),
         ("llama", {"hidden_act": "mish"}, "hidden_act='mish' is not supported"),

@@ -72,6 +72,13 @@ def test_a_head_that_is_not_the_table_makes_the_model_untied(name, copy):
     np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
 
 
+def test_a_t5_with_a_head_of_its_own_does_not_scale_logits(copy):
+    """So have v1.1 and mT5 it, the only ones with such a head."""
+    config, params = load_hf(copy("t5", tensors=lambda all: {**all, "lm_head.weight": 2 * table_of(all)}))
+    assert (config.tie_embeddings, config.scale_logits) == (False, False)
+    np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
+
+
 @pytest.mark.parametrize("bias", ["cls.predictions.decoder.bias", "cls.predictions.bias"])
 def test_an_untied_bert_uses_the_decoders_bias(bias, copy, tmp_path, assert_same):
     def untie(tensors):

@@ -42,6 +42,7 @@ OPENAI_GPT = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
+    harmless=("n_ctx", "n_special", "predict_special_tokens"),
 )
 
 GPT2 = Family(
@@ -66,4 +67,5 @@ GPT2 = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
+    harmless=("n_ctx",),
 )
