@@ -49,7 +49,7 @@ class Metadata:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Raises InputError where a value without default is missing or differs from layer to layer."""
+        """Return a value. Raises InputError where one without default is missing or differs from layer to layer."""
         value = self.every(key, default)
         if value is _REQUIRED:
             raise InputError(f"it has no {self.architecture}.{key}")
@@ -60,7 +60,7 @@ class Metadata:
         return value
 
     def every(self, key: str, default: Any = None) -> Any:
-        """The value as it is: one for each layer is a list."""
+        """Return a value as it is: one for each layer is a list."""
         self._read.add(key)
         value = self.values.get(f"{self.architecture}.{key}", default)
         if isinstance(value, (list, np.ndarray)):
@@ -68,7 +68,7 @@ class Metadata:
         return _rounded(value)
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Raises InputError where the key is there with another value; one for each layer may be any of them."""
+        """Raise InputError where the key has another value than these, in a list for any layer."""
         value = self.every(key)
         if value is None or all(one in allowed for one in (value if isinstance(value, list) else [value])):
             return
@@ -76,7 +76,7 @@ class Metadata:
         raise InputError(f"{self.architecture}.{key}={value!r} is not supported; isoflop reads {wanted}")
 
     def check_rest(self) -> None:
-        """Raises InputError on a key that was not read, unless its value is known to change nothing."""
+        """Raise InputError on a key that was not read, unless its value is known to change nothing."""
         own = [
             key.removeprefix(f"{self.architecture}.") for key in self.values if key.startswith(f"{self.architecture}.")
         ]
@@ -93,7 +93,7 @@ class Metadata:
 
 
 def _rounded(value: Any) -> Any:
-    """Files hold float32: 9.999999747e-06 was 1e-05."""
+    """Return the number that a float32 was written for: 9.999999747e-06 was 1e-05."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
@@ -134,10 +134,10 @@ def _shape(data: Metadata) -> dict[str, Any]:
 def _rotary(
     data: Metadata, *, scaled: bool = False, base: float = 10_000.0, local_base: float | None = None
 ) -> dict[str, Any]:
-    """What all but GPT-2 have: RMSNorm, gates, rotary positions, and grouped heads.
+    """Return what all but GPT-2 have: RMSNorm, gates, rotary positions, and grouped heads.
 
-    Of an architecture, whether or not the file says so: scaled: its embedding is times the root of its width. base: of
-    its rotary positions; local_base: of those in layers with a window, where that is another.
+    The keywords are the architecture's, which files need not repeat. scaled: the embedding is times the root of its
+    width. base: of rotary positions. local_base: of those in layers with a window, where that is another.
     """
     shape = _shape(data)
     width = shape["d_model"]
@@ -176,7 +176,7 @@ def _rotary(
 
 
 def _scaling(data: Metadata) -> RopeScaling | None:
-    """As llama.cpp: linear where no kind is named, the older key where the newer is missing, and 0 for no factor."""
+    """Read the scaling as llama.cpp does: linear where no kind is named, an older key after the newer, 0 for none."""
     kind = data.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise InputError(f"rope.scaling.type={kind!r} is not supported; isoflop reads none, linear and yarn")
@@ -196,9 +196,9 @@ def _scaling(data: Metadata) -> RopeScaling | None:
 
 
 def _windows(data: Metadata, layers: int, *, window: int = 0, period: int = 0) -> dict[str, Any]:
-    """Which layers see only a window; `window` and `period`: the architecture's own, for files that do not say.
+    """Return the window and the layers that have it; the keywords are the architecture's, for files without them.
 
-    The pattern is a number n, the n-th layer of n sees all and with 0 none does, or one value for each layer.
+    The pattern is one value for each layer, or a number n: every n-th layer sees all tokens; with 0 none does.
     """
     window = data.get("attention.sliding_window", window)
     pattern = data.every("attention.sliding_window_pattern", period)
@@ -215,7 +215,7 @@ def _windows(data: Metadata, layers: int, *, window: int = 0, period: int = 0) -
 
 
 def _no_windows(data: Metadata) -> None:
-    """Raises InputError on a window in an architecture whose files do not say which layers have it."""
+    """Raise InputError on a window in an architecture whose files do not say which layers have it."""
     data.every("attention.sliding_window_pattern")
     window, length = data.get("attention.sliding_window", 0), data.get("context_length")
     if 0 < window < length:

@@ -145,7 +145,7 @@ def _read(architecture: Architecture, config: ModelConfig, step: Step, stored: _
 
 
 def _with_factors(config: ModelConfig, factors: Float[np.ndarray, " half"]) -> ModelConfig:
-    """The config with the scaling that the factors come from, beside which the metadata may name none."""
+    """Return the config with the scaling that the factors come from. Raises InputError where it has one already."""
     if factors.shape != (config.rotary_dim // 2,):
         raise InputError(f"{_ROPE_FACTORS} has {factors.size} numbers; it should have {config.rotary_dim // 2}")
     scaling = llama3_scaling(factors, config)

@@ -47,7 +47,7 @@ def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
         raise InputError(f"{folder} is not a folder; give one with a Hugging Face model")
     gguf = sorted(folder.glob("*.gguf"))
     if gguf and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json, but {gguf[0].name}; load_gguf reads that file")
+        raise InputError(f"{folder} has no config.json, but {gguf[0].name}; give the path of that file")
     family, config = _read_config(folder)
     tensors = TensorFolder(folder)
     names = {family.base_name(name): name for name in tensors.shapes}

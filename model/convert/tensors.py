@@ -110,7 +110,7 @@ def _is_file(file: Path) -> bool:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor, as the index says."""
+    """Return the file of every tensor, as the index says."""
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
@@ -130,6 +130,9 @@ def _warn_of_index(folder: Path) -> None:
 
 
 def _refuse(folder: Path) -> None:
+    gguf = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf:
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}, but {gguf[0]}; give the path of that file")
     shards = sorted(file.name for file in folder.glob("model-*.safetensors"))
     if shards:
         raise InputError(f"{folder} holds {shards[0]}, but no {INDEX} to say which shards there are; download it too")

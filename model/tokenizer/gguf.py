@@ -105,10 +105,10 @@ class _Vocabulary:
         return types
 
     def owners(self, *, special_first: bool) -> list[int]:
-        """For each token the one that has its text for a name in the library, which is the token itself for most.
+        """Return for each token the one that has its text as its name in the library: itself, unless texts repeat.
 
-        Of several it is the last user-defined one, else the last that texts are made of; special_first: before these
-        the last special one, as for a text in which special tokens are read.
+        The last user-defined token of a text has it, else the last that texts are made of. special_first: before these
+        the last special one, as in texts in which special tokens are read.
         """
         rank = {_USER_DEFINED: 3, _UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
         best: dict[str, tuple[int, int]] = {}
@@ -117,7 +117,7 @@ class _Vocabulary:
         return [best[token][1] for token in self.tokens]
 
     def names(self, owners: list[int]) -> list[str]:
-        """The library's names of all tokens, each once."""
+        """Return a name in the library for every token, no two alike."""
         return [token if owners[i] == i else f"{_REPEATED}{i}" for i, token in enumerate(self.tokens)]
 
     def conventions(self) -> Conventions:
@@ -158,7 +158,7 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _library(vocabulary: _Vocabulary, names: list[str]) -> Any:
-    """The tokenizer of the `tokenizers` library with these names of the tokens."""
+    """Build the tokenizer of the `tokenizers` library, with these names of the tokens."""
     import tokenizers
     from tokenizers import models, pre_tokenizers, processors
 

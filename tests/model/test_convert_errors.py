@@ -77,6 +77,10 @@ def _only_gguf(folder):
     (folder / "a.gguf").write_bytes(b"GGUF")
 
 
+def _gguf_weights(folder):
+    (folder / "model.safetensors").rename(folder / "a.gguf")
+
+
 def _cut_off(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
@@ -131,7 +135,8 @@ def _write_integers(folder):
             lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
             "neither model.safetensors nor .*, only consolidated.safetensors; isoflop reads models under the names",
         ),
-        (_only_gguf, "has no config.json, but a.gguf; load_gguf reads that file"),
+        (_gguf_weights, r"neither model\.safetensors nor .*, but a\.gguf; give the path of that file"),
+        (_only_gguf, r"has no config\.json, but a\.gguf; give the path of that file"),
         (_index("[" * 100_000), "index.json is not readable JSON"),
         (_index('{"weight_map": ["model.safetensors"]}'), "has no weight_map from tensor names to file names"),
         (_index('{"weight_map": {"lm_head.weight": 1}}'), "has no weight_map from tensor names to file names"),

@@ -243,6 +243,8 @@ def test_an_index_beside_the_whole_file_is_ignored(copy, tmp_path, hf, assert_sa
         assert_same(load_hf(folder), hf("llama"))
         (said,) = [record.getMessage() for record in caplog.records]
         assert said.endswith("model.safetensors.index.json beside it is ignored")
+    save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "consolidated.safetensors")
+    assert_same(load_hf(folder), hf("llama"))
     # An index that names the whole file, as some programs write, is nothing to speak of.
     names = load_file(folder / "model.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
@@ -250,15 +252,6 @@ def test_an_index_beside_the_whole_file_is_ignored(copy, tmp_path, hf, assert_sa
     caplog.clear()
     assert_same(load_hf(folder), hf("llama"))
     assert not caplog.records
-
-
-def test_shards_that_no_index_names_do_not_matter(copy, tmp_path, hf, assert_same):
-    config, params = hf("llama")
-    save_hf(config, params, tmp_path / "shards", shard_bytes=2000)
-    other = {"model.norm.weight": np.ones(16, np.float32)}
-    save_file(other, tmp_path / "shards" / "model-00009-of-00009.safetensors")
-    save_file(other, tmp_path / "shards" / "consolidated.safetensors")
-    assert_same(load_hf(tmp_path / "shards"), hf("llama"))
 
 
 def test_tokens_that_stop_come_from_the_generation_config(copy, tmp_path, hf):

@@ -289,7 +289,7 @@ def test_bad_files(tmp_path, gpt2):
 
 
 def test_byte_level_texts_that_occur_twice(tmp_path):
-    """As in llama.cpp a text becomes the last of its tokens, and each of them decodes to it."""
+    """A text becomes the last of its tokens, as in llama.cpp, and each of them decodes to it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     extra = [("ab", NORMAL), ("<s>", CONTROL), ("<s>", CONTROL), ("<s", NORMAL), ("<s>", NORMAL), ("ab", NORMAL)]
     extra += [("<t>", USER_DEFINED), ("<t>", NORMAL), ("", UNUSED), ("", UNUSED)]
