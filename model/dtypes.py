@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike as DTypeLike
 
-from model.errors import InputError
+from model.errors import UnknownNameError
 
 FLOATS = ("float32", "bfloat16")
 """The precisions of parameters and of products."""
@@ -15,7 +15,7 @@ FLOATS = ("float32", "bfloat16")
 def dtype_name(given: Any, supported: Sequence[str], what: str = "dtype") -> str:
     """Return the name, one of `supported`, of a dtype given as a name, a JAX or NumPy dtype or a scalar type.
 
-    A supported name need not be a dtype ("int8-dynamic"). Raises InputError, listing what is supported, on all else.
+    A supported name need not be a dtype ("int8-dynamic"). Raises UnknownNameError, listing what is supported, on all else.
     """
     name = given
     if given is not None and not isinstance(given, str):
@@ -24,6 +24,5 @@ def dtype_name(given: Any, supported: Sequence[str], what: str = "dtype") -> str
         except TypeError:
             name = str(given)
     if name not in supported:
-        listed = ", ".join(repr(one) for one in supported)
-        raise InputError(f"unknown {what} {name!r}; supported are {listed}")
+        raise UnknownNameError(what, name, supported, guess=False)
     return name
