@@ -15,7 +15,7 @@ FLOATS = ("float32", "bfloat16")
 def dtype_name(given: Any, supported: Sequence[str], what: str = "dtype") -> str:
     """Return the name, one of `supported`, of a dtype given as a name, a JAX or NumPy dtype or a scalar type.
 
-    A supported name need not be a dtype ("int8-dynamic"). Raises UnknownNameError, listing what is supported, on all else.
+    A supported name need not be a dtype ("int8-dynamic"). Raises UnknownNameError, which lists them, on all else.
     """
     name = given
     if given is not None and not isinstance(given, str):

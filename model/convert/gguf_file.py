@@ -14,7 +14,7 @@ from model.convert.gguf_architectures import ARCHITECTURES, Architecture, Metada
 from model.convert.place import Places
 from model.convert.plan import Step, shapes_of, steps
 from model.dtypes import FLOATS, DTypeLike, dtype_name
-from model.errors import InputError
+from model.errors import InputError, UnknownNameError
 from model.gguf_header import StoredTensor
 from model.gguf_parts import read_gguf_parts
 from model.parts import RopeScaling
@@ -39,8 +39,7 @@ def load_gguf(file: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
     if values.get("general.type", "model") != "model":
         raise InputError(f"{file} holds no model: its general.type is {values['general.type']!r}")
     if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(f"{file} has general.architecture={name!r}, which isoflop does not have; it reads {known}")
+        raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES, guess=False)
     architecture = ARCHITECTURES[name]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:

@@ -22,7 +22,7 @@ from model.convert.place import Places
 from model.convert.plan import Leaf, Step, shapes_of, steps
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
 from model.dtypes import FLOATS, DTypeLike, dtype_name
-from model.errors import InputError
+from model.errors import InputError, UnknownNameError
 
 _WRITTEN_BY = {"written_by": "isoflop"}
 _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
@@ -115,10 +115,7 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     if not isinstance(model_type, str):
         raise InputError(f"{folder / 'config.json'} has no model_type; isoflop reads {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
-        raise InputError(
-            f"{folder / 'config.json'} has model_type={model_type!r}, which isoflop does not have; "
-            f"it reads {', '.join(FAMILIES)}"
-        )
+        raise UnknownNameError(f"model_type in {folder / 'config.json'}", model_type, FAMILIES, guess=False)
     try:
         family, config = FAMILIES[model_type], FAMILIES[model_type].read(raw)
         shapes_of(config)  # raises where there can be no such model
@@ -176,7 +173,7 @@ def _is_superfluous(base: str, family: Family, config: ModelConfig) -> bool:
 def _choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, Raw]:
     """The family and its config.json whose reading gives the same function again."""
     if model_type is not None and model_type not in FAMILIES:
-        raise InputError(f"isoflop writes no model_type {model_type!r}; it writes {', '.join(FAMILIES)}")
+        raise UnknownNameError("model_type", model_type, FAMILIES, guess=False)
     closest: tuple[str, list[str]] | None = None
     for family in FAMILIES.values() if model_type is None else (FAMILIES[model_type],):
         raw = family.write(config)

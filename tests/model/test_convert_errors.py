@@ -21,7 +21,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
         (
             "llama",
             {"model_type": "gpt_neox"},
-            "model_type='gpt_neox', which isoflop does not have; it reads llama, mistral",
+            "unknown model_type .*'gpt_neox'; supported are 'llama', 'mistral'",
         ),
         ("llama", {"model_type": ...}, "has no model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config with quant_method='gptq'"),

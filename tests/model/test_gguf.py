@@ -241,7 +241,7 @@ def test_broken_files_are_said_in_one_sentence(spoil, says, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "extra", "says"),
     [
-        ("mamba", {}, "general.architecture='mamba', which isoflop does not have; it reads llama, qwen2"),
+        ("mamba", {}, "unknown architecture in .*'mamba'; supported are 'llama', 'qwen2'"),
         ("llama", {"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
         ("llama", {"expert_count": 4, "expert_used_count": 2}, "lacks the tensor blk.0.ffn_gate_inp.weight"),
         ("llama", {"attention.key_length": 8}, "value.* another size than .* keys"),
