@@ -12,28 +12,28 @@ from model.errors import InputError
 from model.parts import Experts, RopeScaling, Router
 
 _REQUIRED = object()
-_OFF = (0,)
-_UNSCALED = (0, 1)
+_OFF = """
+    expert_shared_count expert_shared_feed_forward_length expert_chunk_feed_forward_length expert_group_scale
+    experts_per_group leading_dense_block_count moe_latent_size nextn_predict_layers n_deepstack_layers pooling_type
+    router_logit_softcapping swiglu_clamp_exp swiglu_clamp_shexp rescale_every_n_layers token_shift_count
+    embedding_length_per_layer_input attention.clamp_kqv attention.max_alibi_bias attention.relative_buckets_count
+    attention.q_lora_rank attention.kv_lora_rank attention.key_length_mla attention.value_length_mla
+    attention.shared_kv_layers attention.temperature_length rope.dimension_sections
+"""
+_SCALES = """
+    residual_scale logit_scale attention.output_scale attention.temperature_scale rope.scaling.alpha
+    expert_group_count expert_group_used_count full_attention_interval moe_every_n_layers interleave_moe_layer_step
+"""
 # Keys of other architectures, with the values that leave the function as it is. llama.cpp takes 0 for a missing scale.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("expert_shared_count", "expert_shared_feed_forward_length", "leading_dense_block_count"), _OFF),
-    **dict.fromkeys(("expert_chunk_feed_forward_length", "expert_group_scale", "experts_per_group"), _OFF),
-    **dict.fromkeys(("moe_latent_size", "nextn_predict_layers", "n_deepstack_layers", "pooling_type"), _OFF),
-    **dict.fromkeys(("router_logit_softcapping", "swiglu_clamp_exp", "swiglu_clamp_shexp"), _OFF),
-    **dict.fromkeys(("rescale_every_n_layers", "token_shift_count", "embedding_length_per_layer_input"), _OFF),
-    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.relative_buckets_count"), _OFF),
-    **dict.fromkeys(("attention.q_lora_rank", "attention.kv_lora_rank", "attention.shared_kv_layers"), _OFF),
-    **dict.fromkeys(("attention.key_length_mla", "attention.value_length_mla"), _OFF),
-    **dict.fromkeys(("attention.temperature_length", "rope.dimension_sections"), _OFF),
-    **dict.fromkeys(("residual_scale", "logit_scale", "attention.output_scale"), _UNSCALED),
-    **dict.fromkeys(("attention.temperature_scale", "rope.scaling.alpha"), _UNSCALED),
-    **dict.fromkeys(("expert_group_count", "expert_group_used_count", "full_attention_interval"), _UNSCALED),
-    **dict.fromkeys(("moe_every_n_layers", "interleave_moe_layer_step"), _UNSCALED),
-    **dict.fromkeys(("use_parallel_residual", "swin_norm"), (False,)),
+    **dict.fromkeys(_OFF.split(), (0,)),
+    **dict.fromkeys(_SCALES.split(), (0, 1)),
+    "use_parallel_residual": (False,),
+    "swin_norm": (False,),
     "attention.causal": (True,),
     "tensor_data_layout": ("Meta AI original pth", "reference"),
 }
-# What they say the tensors' shapes say too, or it is about how the model was made.
+# The tensors' shapes say it too, or it is about how the model was made.
 _SAYS_NOTHING = {"vocab_size", "expert_feed_forward_length", "rope.scaling.finetuned"}
 _ROUTERS: dict[int, Router] = {0: "softmax", 1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}
 

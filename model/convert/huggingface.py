@@ -16,7 +16,7 @@ from jaxtyping import Array
 from model.config import ModelConfig
 from model.convert.canonical import differences
 from model.convert.families import FAMILIES
-from model.convert.family import Family
+from model.convert.family import QUANTISED, Family
 from model.convert.fields import Raw
 from model.convert.place import Places
 from model.convert.plan import Leaf, Step, shapes_of, steps
@@ -106,7 +106,7 @@ def save_hf(
 def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     raw = read_json(folder / "config.json")
     if isinstance(raw.get("text_config"), dict) and raw.get("model_type") == "gemma3":
-        outer = {key: raw[key] for key in ("architectures", "eos_token_id", "quantization_config") if key in raw}
+        outer = {key: raw[key] for key in ("architectures", "eos_token_id", *QUANTISED) if key in raw}
         raw = {**raw["text_config"], **outer, "model_type": "gemma3_text"}
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")

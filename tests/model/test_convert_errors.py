@@ -25,6 +25,11 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
         ),
         ("llama", {"model_type": ...}, "has no model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config with quant_method='gptq'"),
+        (
+            "gemma3",
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization": {"bits": 4}},
+            "quantization with quant_method='unnamed' is not supported",
+        ),
         ("llama", {"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope'"),

@@ -195,7 +195,14 @@ PUBLISHED = {
     "gpt2": ("gpt2", GPT2, {"d_model": 16, "max_seq_len": 16}),
     "distilgpt2": (
         "gpt2",
-        {**GPT2, "_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        {
+            **GPT2,
+            "n_special": 0,
+            "predict_special_tokens": True,
+            "_num_labels": 1,
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        },
         {"num_layers": 2},
     ),
     "openai-gpt": (
