@@ -57,7 +57,7 @@ def is_stored(model: str) -> bool:
 
 
 def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
-    """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a .gguf file.
+    """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a GGUF model.
 
     tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own. Raises InputError.
     """
@@ -69,6 +69,7 @@ def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
     """Only the config and the parameters of what `open_model` opens."""
     from experiments.quantized import RECORD, load_quantized
     from model.convert import load_gguf, load_hf
+    from model.gguf_parts import find_gguf
     from train import load_run
 
     path = Path(path)
@@ -82,6 +83,8 @@ def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
         return load_quantized(path)
     if (path / "config.json").is_file():
         return load_hf(path)
+    if path.is_dir() and (file := find_gguf(path)) is not None:
+        return load_gguf(file)
     raise InputError(
         f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
     )

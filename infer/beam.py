@@ -17,6 +17,7 @@ from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_p
 from infer.text import Decoder, continuation_text
 from model import KVCache, ModelConfig, Params, head
 from model.cache import grow, take
+from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
 from model.transformer import forward_cached
@@ -77,7 +78,7 @@ def beam_search(
     early_stopping: bool | str = False,
     n: int = 1,
     tokenizer: Decoder | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Beams:
     """Continue every prompt by the outputs of highest score that a beam of this width finds.
 

@@ -20,6 +20,8 @@ from infer.step import prefill
 from infer.text import Decoder
 from model import KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
+from model.cache import CACHE_DTYPES
+from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
 from model.sharding import under_mesh_of
 
@@ -43,7 +45,7 @@ class Engine:
         *,
         slots: int = 8,
         capacity: int = 1024,
-        cache_dtype: str | None = None,
+        cache_dtype: DTypeLike | None = None,
         cache_bytes: int | None = None,
         steps: int = 8,
         chunk: int = 256,
@@ -64,6 +66,8 @@ class Engine:
         for name, value in (("slots", slots), ("capacity", capacity), ("steps", steps), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
+        if cache_dtype is not None:
+            cache_dtype = dtype_name(cache_dtype, CACHE_DTYPES, "cache dtype")  # a static argument: one program
         if steps > ROOM:
             raise InputError(f"steps={steps} must be at most {ROOM}")
         self.config, self.params = config, jax.tree.map(jnp.asarray, params)

@@ -16,6 +16,7 @@ from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import Sampling
 from infer.text import Decoder, Detokenizer
 from model import ModelConfig, Params
+from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
 
@@ -95,7 +96,7 @@ def generate(
     max_new_tokens: int = 64,
     key: PRNGKeyArray | None = None,
     tokenizer: Decoder | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Generated:
     """Continue every prompt; prompts may differ in length, and in their sampling where a sequence is given.
 
@@ -136,7 +137,7 @@ def stream(
     max_new_tokens: int = 64,
     key: PRNGKeyArray | None = None,
     tokenizer: Decoder | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
     every: int = 8,
 ) -> Iterator[list[Completion]]:
     """As `generate`, handing out all completions as far as they are: after the first token, then every few.

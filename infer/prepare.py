@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infer.quantize import KINDS, make, quantize_experts
 from model import ModelConfig, Params
-from model.errors import UnknownNameError
+from model.dtypes import DTypeLike, dtype_name
 from model.layout import places
 from model.parameterization import names_of, role_of
 from model.sharding import spec_for
@@ -27,7 +27,7 @@ _TOGETHER = {
 _TAKEN_APART = "key_value_up"  # by latent attention, head by head: it stays a plain matrix
 
 
-def prepare(config: ModelConfig, params: Params, weights: str = "float32", mesh: Mesh | None = None) -> Params:
+def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32", mesh: Mesh | None = None) -> Params:
     """One tree per layer, every matrix stored (out, in), those of one input joined. Do it once.
 
     A layer taken out of a stack is copied before every small product; separate arrays in this layout are read once.
@@ -35,12 +35,11 @@ def prepare(config: ModelConfig, params: Params, weights: str = "float32", mesh:
     the weights are smaller than float32; the matrix that makes the logits is int8 under int4, which it would suffer
     from most (docs/LOG.md). Experts' matrices stay stacked, (count, in, out), and are int8 under int8-dynamic and int4
     too. What was prepared before is left as it is.
-    weights: of `infer.quantize.KINDS`.
+    weights: one of `infer.quantize.KINDS`, or a dtype of that name.
     mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
-    Raises UnknownNameError for a weight type that there is not.
+    Raises InputError for a weight type that there is not.
     """
-    if weights not in KINDS:
-        raise UnknownNameError("weight type", weights, KINDS)
+    weights = dtype_name(weights, KINDS, "weight type")
     joins = mesh is None or mesh.shape.get("tensor", 1) == 1
     plain = "float32" if weights == "float32" else "bfloat16"
     outside = "int8" if weights == "int4" else weights  # of the layers: the matrix that makes the logits

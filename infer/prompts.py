@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from infer.step import prefill
 from model import KVCache, ModelConfig, Params, init_cache
 from model.cache import grow, take
+from model.dtypes import DTypeLike
 from model.errors import InputError
 
 Prompt = Sequence[int]
@@ -34,7 +35,7 @@ def read_prompts(
     prompts: Sequence[Prompt],
     *,
     copies: Sequence[int] | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
     spare: int = 0,
 ) -> tuple[Float[Array, "rows vocab"], KVCache]:
     """Logits after every prompt and the cache that holds them, copies[i] rows of prompt i after one another.

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.errors import InputError, UnknownNameError
+from model.dtypes import dtype_name
+from model.errors import InputError
 from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed
 
 KINDS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")
@@ -19,9 +20,9 @@ _SHRINKINGS = 21  # scales tried per group, from the one of the largest entry do
 def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
     """A stored form of `model.weights` of a matrix (out, in).
 
-    "bfloat16" is `Bits` on a CPU. Raises UnknownNameError on another kind, InputError on weights that are not finite.
+    "bfloat16" is `Bits` on a CPU. Raises InputError on another kind and on weights that are not finite.
     """
-    match kind:
+    match dtype_name(kind, KINDS, "weight type"):
         case "float32":
             return Transposed(weight.astype(jnp.float32))
         case "bfloat16":
@@ -36,7 +37,6 @@ def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
             return Int8Dynamic(stored.weight, stored.scale)
         case "int4":
             return quantize_int4(weight)
-    raise UnknownNameError("weight type", kind, KINDS)
 
 
 def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:

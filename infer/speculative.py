@@ -21,6 +21,7 @@ from infer.sampling import Sampling
 from infer.text import Decoder
 from model import ModelConfig, Params, head
 from model.cache import grow, rewind
+from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
 from model.transformer import forward_cached
@@ -76,7 +77,7 @@ def generate_speculative(
     max_new_tokens: int = 64,
     key: PRNGKeyArray | None = None,
     tokenizer: Decoder | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Speculated:
     """As `generate`, in fewer passes of the model: the same distribution, and at temperature 0 the same tokens.
 

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from model import matrices
 from model.config import ModelConfig
+from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
 from model.layout import LayerKind, layer_kinds
 from model.stack import Params
 
 Convention = Literal["exact", "6N"]
+_STORED = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +134,17 @@ def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str
 
 
 def kv_cache_bytes(
-    config: ModelConfig, batch: int, length: int, dtype: str | None = None, encoder_length: int | None = None
+    config: ModelConfig, batch: int, length: int, dtype: DTypeLike | None = None, encoder_length: int | None = None
 ) -> int:
     """Bytes of keys and values for `length` tokens in each of `batch` rows; give the filled or the allocated length.
 
     A window's layer holds no more than its window; latent attention holds kv_rank + rope_dim features a token. An
     encoder-decoder holds `encoder_length` source tokens (None: `length`) too, an encoder nothing. dtype None: the
-    compute dtype; "int8": with the float32 scale of every head's key and value, or of a latent vector's two parts.
+    compute dtype; int8: with the float32 scale of every head's key and value, or of a latent vector's two parts.
     """
     if config.stack == "encoder":
         return 0
-    dtype = dtype or config.compute_dtype
+    dtype = dtype_name(config.compute_dtype if dtype is None else dtype, _STORED, "cache dtype")
     features, scales = 2 * config.num_kv_heads * config.head_dim, 2 * config.num_kv_heads
     if config.latent is not None:
         features, scales = config.latent.kv_rank + config.latent.rope_dim, 2
@@ -170,7 +172,7 @@ def decode_step_flops(config: ModelConfig, batch: int, length: int) -> int:
 
 
 def decode_step_bytes(
-    config: ModelConfig, params: Params, batch: int, length: int, cache_dtype: str | None = None
+    config: ModelConfig, params: Params, batch: int, length: int, cache_dtype: DTypeLike | None = None
 ) -> dict[str, float]:
     """Bytes that decoding one token in each of `batch` rows must read: {"weights", "embedding", "cache"}.
 
@@ -194,9 +196,9 @@ def decode_step_bytes(
     return read
 
 
-def parameter_bytes(config: ModelConfig, dtype: str = "float32") -> int:
-    """Bytes of all parameters in one precision."""
-    return parameters(config).total * jnp.dtype(dtype).itemsize
+def parameter_bytes(config: ModelConfig, dtype: DTypeLike = "float32") -> int:
+    """Bytes of all parameters in one precision; int8: without scales."""
+    return parameters(config).total * jnp.dtype(dtype_name(dtype, _STORED)).itemsize
 
 
 def training_bytes(config: ModelConfig) -> dict[str, int]:
@@ -205,7 +207,7 @@ def training_bytes(config: ModelConfig) -> dict[str, int]:
     return {"parameters": size, "gradients": size, "Adam moments": 2 * size}
 
 
-def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: str = "bfloat16") -> dict[str, int]:
+def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, int]:
     """What serving holds when `batch` rows are `length` tokens long, weights and cache in one precision."""
     return {
         "weights": parameter_bytes(config, dtype),

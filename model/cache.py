@@ -10,7 +10,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
-from model.errors import InputError, UnknownNameError
+from model.dtypes import DTypeLike, dtype_name
+from model.errors import InputError
 from model.layout import layer_kinds
 from model.sharding import constrain
 
@@ -65,11 +66,11 @@ def init_cache(
     config: ModelConfig,
     batch: int,
     capacity: int,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     encoder_capacity: int | None = None,
     spare: int = 0,
 ) -> KVCache:
-    """An empty cache. dtype: "float32", "bfloat16" or "int8"; None: the compute dtype.
+    """An empty cache. dtype: float32, bfloat16 or int8, as a name or a dtype; None: the compute dtype.
 
     encoder_capacity: of an encoder-decoder; None: `capacity`. spare: so many of the newest tokens can be taken back
     (`rewind`); a window's layer keeps as many older ones for it. Under a mesh (`model.sharding.under_mesh_of`) rows are
@@ -84,9 +85,7 @@ def init_cache(
         raise InputError(
             f"capacity={capacity} exceeds max_seq_len={config.max_seq_len}, where the learned positions end"
         )
-    dtype = dtype or config.compute_dtype
-    if dtype not in CACHE_DTYPES:
-        raise UnknownNameError("cache dtype", str(dtype), CACHE_DTYPES)
+    dtype = dtype_name(config.compute_dtype if dtype is None else dtype, CACHE_DTYPES, "cache dtype")
 
     def empty(heads: int, slots: int, parts: tuple[int, ...]) -> Any:
         shape = (batch, heads, slots)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
+from model.dtypes import FLOATS, dtype_name
 from model.errors import InputError, UnknownNameError
 from model.fields import check_names, check_types
 from model.parts import Experts, Latent, Part, RopeScaling
@@ -113,6 +114,7 @@ class ModelConfig:
         for name, part in _PARTS.items():
             if isinstance(getattr(self, name), dict):
                 set_field(name, part.from_dict(getattr(self, name)))
+        set_field("compute_dtype", dtype_name(self.compute_dtype, FLOATS, "compute_dtype"))  # one hash, however written
         check_types(self, _POSITIVE)
         self._check_layer_pattern()
         self._derive()

@@ -12,12 +12,16 @@ class InputError(ValueError):
 
 
 class UnknownNameError(InputError, KeyError):
-    """A name that is not in a known set; the message lists the close ones."""
+    """A name that is not in a known set; the message lists the close ones, or all where a guess would mislead."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]):
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, guess: bool = True):
         known = list(known)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        super().__init__(f"unknown {kind} {name!r}; did you mean {' or '.join(repr(k) for k in close)}?")
+        if guess:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+            hint = f"did you mean {' or '.join(repr(k) for k in close)}?"
+        else:
+            hint = f"supported are {', '.join(repr(k) for k in known)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])

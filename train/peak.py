@@ -6,6 +6,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from model.dtypes import FLOATS, DTypeLike, dtype_name
+
 # Dense bfloat16 FLOP/s by JAX's `device_kind`, from the vendors' data sheets; the longest name that fits counts.
 PEAKS = {
     "TPU v2": 22.5e12,
@@ -31,8 +33,9 @@ PEAKS = {
 }
 
 
-def peak_flops_per_second(dtype: str) -> float:
+def peak_flops_per_second(dtype: DTypeLike) -> float:
     """FLOP/s of one device: the table's for bfloat16 on a known device, else a measurement."""
+    dtype = dtype_name(dtype, FLOATS)
     kind = jax.devices()[0].device_kind
     known = [name for name in PEAKS if kind.startswith(name)]
     if dtype == "bfloat16" and known:

@@ -12,6 +12,7 @@ from infer import prepare
 from infer.quantize import KINDS
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
+from model.dtypes import dtype_name
 from model.errors import InputError, UnknownNameError
 from train.progress import progress_bar
 
@@ -63,10 +64,9 @@ def check_grid(config: ModelConfig, cells: Sequence[Cell], steps: int, repeats: 
         raise InputError(f"repeats={repeats} must be at least 1")
     for cell in cells:
         check_cell(config, cell, steps)
-        if cell.weights not in KINDS:
-            raise UnknownNameError("weight type", cell.weights, KINDS)
-        if cell.cache is not None and cell.cache not in CACHE_DTYPES:
-            raise UnknownNameError("cache dtype", cell.cache, CACHE_DTYPES)
+        dtype_name(cell.weights, KINDS, "weight type")
+        if cell.cache is not None:
+            dtype_name(cell.cache, CACHE_DTYPES, "cache dtype")
         if cell.kv_heads is not None and (cell.kv_heads < 1 or config.num_heads % cell.kv_heads):
             raise InputError(f"kv_heads={cell.kv_heads} must divide num_heads={config.num_heads}")
 

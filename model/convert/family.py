@@ -10,6 +10,42 @@ from model.convert.fields import MOST, Entry, Field, Raw
 from model.convert.rows import Row
 from model.errors import InputError
 
+# Where a model comes from and how it runs, its training, its tokens, what heads it has, how text is sampled.
+_HARMLESS = """
+    model_type architectures _name_or_path name_or_path _commit_hash transformers_version auto_map written_by
+    unsloth_version unsloth_fixed transformers.js_config is_llama_config
+    torch_dtype dtype use_bfloat16 use_cache pretraining_tp ep_size chunk_size_feed_forward reorder_and_upcast_attn
+    _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled use_flash_attention_2
+    return_dict use_return_dict torchscript tf_legacy_loss output_past output_attentions output_hidden_states
+    output_router_logits output_scores return_dict_in_generate
+
+    initializer_range initializer_factor gradient_checkpointing use_gradient_checkpointing
+    dropout dropout_rate attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob
+    classifier_dropout classifier_dropout_prob resid_pdrop embd_pdrop attn_pdrop residual_dropout embedding_dropout
+    activation_dropout router_jitter_noise router_aux_loss_coef router_z_loss_coef aux_loss_alpha seq_aux
+
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id tokenizer_class prefix
+    model_max_length max_sequence_length seq_length
+
+    is_decoder finetuning_task task_specific_params problem_type num_labels _num_labels id2label label2id
+    sentence_transformers summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens cache_implementation
+"""
+# Keys of other families with the values that change nothing.
+_NEUTRAL: Raw = {
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved"), False),
+    **dict.fromkeys(("use_mrope", "qk_layernorm", "use_qk_norm", "use_parallel_residual", "parallel_attn"), False),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), 1),
+    "is_causal": True,
+    "pruned_heads": {},
+    "alibi": False,
+}
+QUANTISED = ("quantization_config", "quantization", "compression_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
 # Buffers that older files hold and that follow from the configuration.
 _BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\battn\.(masked_)?bias$")
@@ -22,7 +58,7 @@ class Family:
     prefixes: what may stand before the names of the base model's tensors; the first is written. renamed: (pattern,
     replacement) for names of older files. ignored: patterns of tensors that are known and not needed. ignores_beyond:
     tensors of layers beyond the last are not needed either (DeepSeek-V3's multi-token prediction). adapt: what the
-    tensors' names say about the configuration.
+    tensors' names say about the configuration. harmless: keys of published config.json files that do not count.
     """
 
     model_type: str
@@ -33,9 +69,18 @@ class Family:
     ignored: tuple[str, ...] = ()
     ignores_beyond: bool = False
     adapt: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
+    harmless: tuple[str, ...] = ()
 
     def read(self, raw: Raw) -> ModelConfig:
-        """The configuration that a config.json describes. Raises InputError on what is not supported."""
+        """The configuration that a config.json describes.
+
+        Raises InputError on what is not supported, and on keys that are not known: the file may be another family's.
+        """
+        for key in QUANTISED:
+            if raw.get(key):
+                method = raw[key].get("quant_method", "unnamed") if isinstance(raw[key], dict) else raw[key]
+                raise InputError(f"{key} with quant_method={method!r} is not supported; give full weights")
+        self._check_keys(raw)
         values: dict[str, Any] = {}
         fields = [entry for entry in self.entries if isinstance(entry, Field)]
         raw = {**{field.theirs: raw.get(field.spelling or "", field.default) for field in fields}, **raw}
@@ -44,11 +89,6 @@ class Family:
             if value is not None and (type(value) is not int or not 1 <= value <= MOST):
                 raise InputError(f"{key}={value!r} must be a whole number from 1 to {MOST}")
         try:
-            if raw.get("quantization_config"):
-                method = raw["quantization_config"].get("quant_method", "unnamed")
-                raise InputError(
-                    f"quantization_config with quant_method={method!r} is not supported; give full weights"
-                )
             for entry in self.entries:
                 values |= entry.read(raw)
             return ModelConfig.from_dict(values)
@@ -56,6 +96,16 @@ class Family:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
             raise InputError(f"it lacks a value or has one of a wrong type ({error})") from None
+
+    def _check_keys(self, raw: Raw) -> None:
+        known = {*_HARMLESS.split(), *QUANTISED, *self.harmless, *(key for entry in self.entries for key in entry.keys)}
+        says_nothing = lambda key: raw[key] is None or (key in _NEUTRAL and raw[key] == _NEUTRAL[key])
+        unknown = [key for key in raw if key not in known and not says_nothing(key)]
+        if unknown:
+            raise InputError(
+                f"isoflop does not know {', '.join(unknown)} for model_type {self.model_type!r}, which may change what "
+                "the model computes or come from another model_type; take out of config.json what changes nothing"
+            )
 
     def write(self, config: ModelConfig) -> Raw:
         """A config.json. Whether it says all that `config` says is for the caller to check."""

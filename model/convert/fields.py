@@ -16,6 +16,10 @@ MOST = 100_000
 class Entry(Protocol):
     """Both directions of a part of the configuration."""
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of a config.json, those that it only writes among them."""
+
     def read(self, raw: Raw) -> dict[str, Any]:
         """Fields of ModelConfig; `raw` has the defaults of all `Field`s in it.
 
@@ -35,6 +39,11 @@ class Field:
     default: Any
     spelling: str | None = None  # of the same key in older files
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key and its older spelling."""
+        return (self.theirs,) if self.spelling is None else (self.theirs, self.spelling)
+
     def read(self, raw: Raw) -> dict[str, Any]:
         """The value as it is; null stays null, which derives those of our fields that can be derived."""
         return {self.ours: raw[self.theirs]}
@@ -46,6 +55,8 @@ class Field:
 
 class Always:
     """Our fields that every model of the family has alike."""
+
+    keys = ()
 
     def __init__(self, **values: Any):
         self.values = values
@@ -63,7 +74,7 @@ class Written:
     """Keys that are written for Transformers' sake and not read."""
 
     def __init__(self, **values: Any):
-        self.values = values
+        self.values, self.keys = values, tuple(values)
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """Nothing."""
@@ -78,7 +89,7 @@ class Only:
     """One of their keys of which only some values are supported; the first is what a missing key means."""
 
     def __init__(self, theirs: str, *allowed: Any):
-        self.theirs, self.allowed = theirs, allowed
+        self.theirs, self.allowed, self.keys = theirs, allowed, (theirs,)
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """Nothing, or InputError naming key and value."""
@@ -137,6 +148,11 @@ class Activation:
     spellings: tuple[str, ...] = ()
     instead: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All spellings."""
+        return (self.theirs, *self.spellings)
+
     def read(self, raw: Raw) -> dict[str, Any]:
         """`activation`."""
         given = [raw[key] for key in self.spellings if raw.get(key)]
@@ -157,6 +173,7 @@ class Stops:
     """The tokens that end a text; those outside the vocabulary can never come and are left out."""
 
     default: int | None
+    keys = ("eos_token_id",)
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """One id, several, or none."""
@@ -174,6 +191,8 @@ class Stops:
 
 class Heads:
     """Which class of Transformers has which head; the first class is meant where `architectures` is missing."""
+
+    keys = ("architectures", "num_labels", "id2label", "label2id")
 
     def __init__(self, classes: dict[str, dict[str, Any]]):
         self.classes = classes  # their class name → our fields
@@ -257,6 +276,12 @@ class Windows:
     types: Callable[[Raw, int], list[str]] = lambda raw, layers: [SLIDING] * layers
     listed: bool = False
     switched: bool = False  # use_sliding_window, without which there is none
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """A family without a switch knows none: its window is always on."""
+        switch = ("use_sliding_window", "max_window_layers") if self.switched else ()
+        return ("sliding_window", "layer_types", *switch)
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`sliding_window` and `layer_pattern`."""

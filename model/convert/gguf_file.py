@@ -11,39 +11,41 @@ from jaxtyping import Float
 
 from model.config import ModelConfig
 from model.convert.gguf_architectures import ARCHITECTURES, Architecture, Metadata
-from model.convert.huggingface import DTYPES
 from model.convert.place import Places
 from model.convert.plan import Step, shapes_of, steps
+from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
-from model.gguf_header import StoredTensor, read_gguf_header
+from model.gguf_header import StoredTensor
+from model.gguf_parts import read_gguf_parts
 from model.parts import RopeScaling
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def load_gguf(file: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
-    """Read a GGUF file; its quantised weights become `dtype`, "float32" or "bfloat16".
+def load_gguf(file: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+    """Read a GGUF file, or the model in parts that it is a part of; quantised weights become `dtype`.
 
     Architectures: llama (also Mistral's and Mixtral's models), qwen2, qwen3, qwen3moe, gemma, gemma2, gemma3, phi3 and
-    gpt2. mesh: split the parameters over it. Tensors are read one at a time. eos_token_ids is the file's
-    tokenizer.ggml.eos_token_id, and its end-of-turn token where it has one.
+    gpt2. dtype: float32 or bfloat16. mesh: split the parameters over it. Tensors are read one at a time. eos_token_ids
+    is the file's tokenizer.ggml.eos_token_id, and its end-of-turn token where it has one.
 
-    Raises InputError on a file that is missing, cut off, big-endian or no GGUF, on other architectures and on what they
-    have that isoflop does not, and on tensors that are missing, unknown or of a wrong shape.
+    Raises InputError on a file that is missing, cut off, big-endian or no GGUF, on other architectures, on metadata of
+    the architecture that isoflop does not know, and on tensors that are missing, unknown or of a wrong shape.
     """
     file = Path(file)
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    dtype = dtype_name(dtype, FLOATS)
     values, tensors = _open(file)
     name = values.get("general.architecture")
+    if values.get("general.type", "model") != "model":
+        raise InputError(f"{file} holds no model: its general.type is {values['general.type']!r}")
     if name not in ARCHITECTURES:
-        raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES)
+        raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES, guess=False)
     architecture = ARCHITECTURES[name]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
         config = _config(architecture, Metadata(name, values, shapes))
         if _ROPE_FACTORS in tensors:
-            config = config.replace(rope_scaling=llama3_scaling(tensors[_ROPE_FACTORS].read(), config))
+            config = _with_factors(config, tensors[_ROPE_FACTORS].read())
         plan = steps(architecture.rows, config, shapes_of(config), tensors)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
@@ -101,14 +103,17 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """The metadata and the tensors."""
     if not file.is_file():
         raise InputError(f"{file} is not a file; give a GGUF file")
-    header = read_gguf_header(file)
-    if header.big_endian:
-        raise InputError(f"the weights of {file} are big-endian, which is not supported; convert it anew")
-    return header.metadata, {name: _Tensor(file, name, stored) for name, stored in header.tensors.items()}
+    parts = read_gguf_parts(file)
+    for part, header in parts:
+        if header.big_endian:
+            raise InputError(f"the weights of {part} are big-endian, which is not supported; convert it anew")
+    tensors = {name: _Tensor(part, name, stored) for part, header in parts for name, stored in header.tensors.items()}
+    return parts[0][1].metadata, tensors
 
 
 def _config(architecture: Architecture, data: Metadata) -> ModelConfig:
     values = architecture.read(data)
+    data.check_rest()
     stops = [data.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     known = [int(token) for token in stops if token is not None and int(token) < values["vocab_size"]]
     return ModelConfig.from_dict({**values, "eos_token_ids": tuple(dict.fromkeys(known))})
@@ -136,6 +141,16 @@ def _read(architecture: Architecture, config: ModelConfig, step: Step, stored: _
         pairs = tensor.reshape(heads, config.head_dim // 2, 2, *tensor.shape[1:])
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
     return tensor
+
+
+def _with_factors(config: ModelConfig, factors: Float[np.ndarray, " half"]) -> ModelConfig:
+    """Return the config with the scaling that the factors come from. Raises InputError where it has one already."""
+    if factors.shape != (config.rotary_dim // 2,):
+        raise InputError(f"{_ROPE_FACTORS} has {factors.size} numbers; it should have {config.rotary_dim // 2}")
+    scaling = llama3_scaling(factors, config)
+    if scaling is not None and config.rope_scaling is not None:
+        raise InputError(f"it has both {_ROPE_FACTORS} and a rope.scaling.factor, which is not supported")
+    return config if scaling is None else config.replace(rope_scaling=scaling)
 
 
 def llama3_scaling(factors: Float[np.ndarray, " half"], config: ModelConfig) -> RopeScaling | None:

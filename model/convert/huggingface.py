@@ -16,22 +16,22 @@ from jaxtyping import Array
 from model.config import ModelConfig
 from model.convert.canonical import differences
 from model.convert.families import FAMILIES
-from model.convert.family import Family
+from model.convert.family import QUANTISED, Family
 from model.convert.fields import Raw
 from model.convert.place import Places
 from model.convert.plan import Leaf, Step, shapes_of, steps
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
+from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
 
-DTYPES = ("float32", "bfloat16")
 _WRITTEN_BY = {"written_by": "isoflop"}
 _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
 
 
-def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
+def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face model: config.json with model.safetensors or shards and their index.
 
-    dtype: of the parameters, "float32" or "bfloat16", whatever the files hold; `config.compute_dtype` stays float32.
+    dtype: of the parameters, float32 or bfloat16, whatever the files hold; `config.compute_dtype` stays float32.
     mesh: split them over it (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or
     else from config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
 
@@ -42,10 +42,12 @@ def load_hf(folder: str | Path, *, dtype: str = "float32", mesh: Mesh | None = N
     not have, and on tensors that are missing, unknown or of a wrong shape. Pickles are never read.
     """
     folder = Path(folder)
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    dtype = dtype_name(dtype, FLOATS)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give one with a Hugging Face model")
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json, but {gguf[0].name}; give the path of that file")
     family, config = _read_config(folder)
     tensors = TensorFolder(folder)
     names = {family.base_name(name): name for name in tensors.shapes}
@@ -104,7 +106,7 @@ def save_hf(
 def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     raw = read_json(folder / "config.json")
     if isinstance(raw.get("text_config"), dict) and raw.get("model_type") == "gemma3":
-        outer = {key: raw[key] for key in ("architectures", "eos_token_id", "quantization_config") if key in raw}
+        outer = {key: raw[key] for key in ("architectures", "eos_token_id", *QUANTISED) if key in raw}
         raw = {**raw["text_config"], **outer, "model_type": "gemma3_text"}
     if (folder / "generation_config.json").is_file():
         generation = read_json(folder / "generation_config.json")
@@ -113,7 +115,7 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     if not isinstance(model_type, str):
         raise InputError(f"{folder / 'config.json'} has no model_type; isoflop reads {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
-        raise UnknownNameError(f"model_type in {folder / 'config.json'}", model_type, FAMILIES)
+        raise UnknownNameError(f"model_type in {folder / 'config.json'}", model_type, FAMILIES, guess=False)
     try:
         family, config = FAMILIES[model_type], FAMILIES[model_type].read(raw)
         shapes_of(config)  # raises where there can be no such model
@@ -125,11 +127,11 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
 def _tie_as_the_tensors_are(
     config: ModelConfig, family: Family, tensors: TensorFolder, names: dict[str, str]
 ) -> ModelConfig:
-    """A file may hold a head that its configuration says is tied: then the values decide."""
+    """A file may hold a head that its configuration says is tied: then the values decide, and only a tied T5 scales."""
     shapes = shapes_of(config)
     if not config.tie_embeddings or config.head == "none" or _HEAD in shapes:
         return config
-    untied = config.replace(tie_embeddings=False)
+    untied = config.replace(tie_embeddings=False, scale_logits=False)
     with_head = {**shapes, _HEAD: shapes[_TABLE][::-1]}
     found = {part.leaf: step.name for step in steps(family.rows, untied, with_head) for part in step.parts}
     table, head = names.get(found[_TABLE]), names.get(found.get(_HEAD, ""))
@@ -171,7 +173,7 @@ def _is_superfluous(base: str, family: Family, config: ModelConfig) -> bool:
 def _choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, Raw]:
     """The family and its config.json whose reading gives the same function again."""
     if model_type is not None and model_type not in FAMILIES:
-        raise UnknownNameError("model_type", model_type, FAMILIES)
+        raise UnknownNameError("model_type", model_type, FAMILIES, guess=False)
     closest: tuple[str, list[str]] | None = None
     for family in FAMILIES.values() if model_type is None else (FAMILIES[model_type],):
         raw = family.write(config)
@@ -200,7 +202,7 @@ def _check_params(config: ModelConfig, params: dict) -> dict[Leaf, Array]:
         if got != shapes.get(path):
             raise InputError(f"the parameter {'/'.join(path)} has shape {got}; the config asks for {shapes.get(path)}")
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise InputError(f"the parameters are {', '.join(sorted(dtypes))}; save_hf takes all float32 or all bfloat16")
     return leaves
 

@@ -29,14 +29,28 @@ _KEYS_OF = {
 }
 
 
+# Keys of which no kind's frequencies depend, with the only value that is known to change nothing; ...: any.
+_ASIDE = {
+    **dict.fromkeys(("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"), ...),
+    "original_max_position_embeddings": ...,
+    "factor": 1,
+    "extrapolation_factor": 1,
+    "attn_factor": 1,
+}
+
+
 def read_scaling(parameters: Raw, raw: Raw, kinds: tuple[str, ...]) -> RopeScaling | None:
     """The scaling that `parameters` describes. Raises InputError on a kind that is not among `kinds`."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in kinds:
+    if kind not in ("default", *kinds):
         known = " or ".join(("default", *kinds))
         raise InputError(f"rope type {kind!r} is not supported for this model_type; isoflop reads {known}")
+    for key, value in parameters.items():
+        aside = value is None or (key in _ASIDE and _ASIDE[key] in (..., value))
+        if not aside and key not in _KEYS_OF.get(kind, ()):
+            raise InputError(f"{key}={value!r} of the rotary positions is not supported for rope type {kind!r}")
+    if kind == "default":
+        return None
     for key in _KEYS_OF[kind]:
         value = parameters.get(key)
         if value is not None and (
@@ -88,6 +102,7 @@ class Rope:
     theta: float = 10_000.0
     kinds: tuple[str, ...] = ("linear", "llama3", "yarn")
     fraction: bool = False
+    keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`rope_base`, `rope_scaling` and `rope_fraction`."""
@@ -121,16 +136,16 @@ class RopePerReach:
 
     theta: float = 1_000_000.0
     local_theta: float = 10_000.0
+    keys = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
 
     def read(self, raw: Raw) -> dict[str, Any]:
         """`rope_base`, `rope_scaling` and `local_rope_base`."""
         nested = _object(raw, "rope_parameters")
         whole = {**_object(nested, FULL), **_object(raw, "rope_scaling")}
         local = _object(nested, SLIDING)
-        if local.get("rope_type", "default") != "default":
-            raise InputError(
-                f"rope type {local['rope_type']!r} of {SLIDING} layers is not supported; it must be default"
-            )
+        if beside := [key for key in nested if key not in (FULL, SLIDING) and nested[key] is not None]:
+            raise InputError(f"rope_parameters has {', '.join(beside)}; isoflop reads {FULL} and {SLIDING} in it")
+        read_scaling(local, raw, ())  # raises: these layers are not scaled
         return {
             "rope_base": whole.get("rope_theta", raw.get("rope_theta", self.theta)),
             "rope_scaling": read_scaling(whole, raw, tuple(_KEYS_OF)),

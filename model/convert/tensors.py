@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Shaped
 
 from model.errors import InputError
 
+logger = logging.getLogger("isoflop")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2 * 10**9
 _READ = ("F64", "F32", "F16", "BF16")
@@ -30,21 +32,22 @@ def read_json(file: Path) -> dict:
 
 
 class TensorFolder:
-    """The tensors of model.safetensors, or of the shards that its index names, by their names in the files.
+    """The tensors of model.safetensors or, where there is none, of the shards that an index names, by their names.
 
-    Files are read and not mapped, so that no more of them is in memory than the one tensor. Raises InputError on a
-    folder without such files, on a file that is cut off or no safetensors file, and on an index that does not agree
-    with its files.
+    An index beside model.safetensors is ignored, as Transformers does, and a warning says so. Files are read and not
+    mapped, so that no more of them is in memory than the one tensor. Raises InputError on a folder without such files,
+    on a file that is cut off or no safetensors file, and on an index that does not agree with its files.
     """
 
     def __init__(self, folder: Path):
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            self._read_index(folder)
-        elif (folder / SINGLE).is_file():
+        if (folder / SINGLE).is_file():
+            _warn_of_index(folder)
             self._read_header(folder / SINGLE)
+        elif (folder / INDEX).is_file():
+            self._read_index(folder)
         else:
             _refuse(folder)
 
@@ -59,14 +62,16 @@ class TensorFolder:
             return file.get_tensor(name)
 
     def _read_index(self, folder: Path) -> None:
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
-        for name in sorted(set(where.values())):
+        where = _weight_map(folder)
+        files = sorted(set(where.values()))
+        for name in files:
             if Path(name).name != name:
                 raise InputError(f"{folder / INDEX} names {name!r}, which is not a file of its folder")
-            if not _is_file(folder / name):
-                raise InputError(f"{folder / INDEX} names {name!r}, which is not there; download it too")
+        missing = [name for name in files if not _is_file(folder / name)]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(f"{folder / INDEX} names {missing[0]!r}{more}, which is not there; download it too")
+        for name in files:
             self._read_header(folder / name)
         for name, file in where.items():
             if name not in self._files or self._files[name].name != file:
@@ -75,6 +80,11 @@ class TensorFolder:
     def _read_header(self, file: Path) -> None:
         with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # not a dict
+                if name in self._files:
+                    raise InputError(
+                        f"both {self._files[name]} and {file.name} hold the tensor {name}; "
+                        "keep the files of one model in the folder"
+                    )
                 part = tensors.get_slice(name)
                 self._files[name] = file
                 self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
@@ -99,7 +109,39 @@ def _is_file(file: Path) -> bool:
         return False
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the file of every tensor, as the index says."""
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
+    return where
+
+
+def _warn_of_index(folder: Path) -> None:
+    """Say that the index is ignored, unless it names model.safetensors and nothing else."""
+    if not (folder / INDEX).is_file():
+        return
+    try:
+        others = set(_weight_map(folder).values()) != {SINGLE}
+    except InputError:
+        others = True
+    if others:
+        logger.warning("%s is read, as Transformers does; %s beside it is ignored", folder / SINGLE, INDEX)
+
+
 def _refuse(folder: Path) -> None:
+    gguf = sorted(file.name for file in folder.glob("*.gguf"))
+    if gguf:
+        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}, but {gguf[0]}; give the path of that file")
+    shards = sorted(file.name for file in folder.glob("model-*.safetensors"))
+    if shards:
+        raise InputError(f"{folder} holds {shards[0]}, but no {INDEX} to say which shards there are; download it too")
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        raise InputError(
+            f"{folder} has neither {SINGLE} nor {INDEX}, only {', '.join(others)}; isoflop reads models under the "
+            "names that Transformers' save_pretrained(folder) gives them"
+        )
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
     if pickles:
         raise InputError(

@@ -24,14 +24,24 @@ _MARK = "\ufffe" + "".join(_draw(NONCHARACTERS, k=16))
 
 
 class ForeignTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library. Its threads are one, or one per core."""
+    """A tokenizer of the `tokenizers` library. Its threads are one, or one per core.
 
-    def __init__(self, library: tokenizers.Tokenizer, path: Path, conventions: Conventions):
+    plain: for texts in which no special token is read, where `library` with a switch on it would not do.
+    """
+
+    def __init__(
+        self,
+        library: tokenizers.Tokenizer,
+        path: Path,
+        conventions: Conventions,
+        *,
+        plain: tokenizers.Tokenizer | None = None,
+    ):
         super().__init__(path, max(library.get_vocab().values()) + 1, conventions)
         # A file may ask to cut and to fill up what it encodes: sentence encoders' do.
         library.no_padding()
         library.no_truncation()
-        self._plain = _without_special_tokens(library)
+        self._plain = _without_special_tokens(library if plain is None else plain)
         self._library = library
 
     @cached_property

@@ -1,29 +1,41 @@
-"""The tokenizer inside a GGUF file, built anew for the library that such a tokenizer was made with.
+"""The tokenizer inside a GGUF file, rebuilt for the library that such a tokenizer was made with.
 
-The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer".
+The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer". What may be missing, and which
+of several tokens with one text is meant, is as in llama.cpp.
 """
 
+import re
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.errors import InputError
-from model.gguf_header import read_gguf_header
+from model.gguf_parts import read_first_part
 from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPECIAL = (_UNKNOWN, _CONTROL)
 _MODELS = ("gpt2", "llama", "t5")
+_DEFAULT_UNKNOWN = {"llama": 0, "t5": 2}  # llama.cpp's
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+_REPEATED = "\uffff"  # begins the library's name of a token whose text another one has; byte-level texts hold none
 
 
 def load_gguf_tokenizer(file: Path) -> Tokenizer:
     """Load the tokenizer of a GGUF file: byte-level BPE ("gpt2") or sentencepiece ("llama", "t5").
 
     Text is not normalised before it is encoded, except by a "t5" vocabulary's own table: a GGUF file does not
-    say that Qwen's tokenizer.json asks for NFC. Another kind, or missing or damaged metadata, is an `InputError`.
+    say that Qwen's tokenizer.json asks for NFC. Where several tokens have one text, the text becomes the last of them;
+    the name of a special token becomes the last special one. Each of them decodes to its text. Scores that are missing
+    are 0; types that are missing follow from the texts of bytes and the ids of special tokens.
+    Another kind, and metadata that are damaged or lack more than these, are an `InputError`.
     """
-    vocabulary = _Vocabulary(file, read_gguf_header(file).metadata)
+    file, header = read_first_part(file)
+    vocabulary = _Vocabulary(file, header.metadata)
     if vocabulary.model == "gpt2":
         return _byte_level_bpe(vocabulary)
     return _sentencepiece(vocabulary)
@@ -44,8 +56,8 @@ class _Vocabulary:
             )
         # An empty token could be found everywhere.
         self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.get("tokens", list))]
-        if not self.tokens or len(set(self.tokens)) != len(self.tokens):
-            raise InputError(f"{file} is damaged: its tokenizer.ggml.tokens must be a list of different texts")
+        if not all(isinstance(token, str) for token in self.tokens) or not self.tokens:
+            raise InputError(f"{file} is damaged: its tokenizer.ggml.tokens must be a list of texts")
         self.types = self._types()
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
@@ -56,9 +68,9 @@ class _Vocabulary:
             raise InputError(f"{self.file} is damaged: it {what} tokenizer.ggml.{key}")
         return value
 
-    def numbers(self, key: str) -> np.ndarray:
-        """An array with a number for each token."""
-        values = self.get(key, np.ndarray)
+    def numbers(self, key: str, default: np.ndarray) -> np.ndarray:
+        """An array with a number for each token; `default` where the file has none."""
+        values = self.get(key, np.ndarray, default)
         if len(values) < len(self.tokens):
             raise InputError(
                 f"{self.file} is damaged: tokenizer.ggml.{key} has {len(values)} values for {len(self.tokens)} tokens"
@@ -74,14 +86,41 @@ class _Vocabulary:
         return i if i >= 0 else None
 
     def _types(self) -> np.ndarray:
-        types = self.numbers("token_type").copy()
-        if self.model != "gpt2" and not (types == _UNKNOWN).any() and (unknown := self.id("unknown")) is not None:
-            types[unknown] = _UNKNOWN
+        types = self.numbers("token_type", self._types_of_texts()).copy()
+        if self.model != "gpt2":  # sentencepiece has one unknown token
+            declared = self.id("unknown")
+            found = np.flatnonzero(types == _UNKNOWN)
+            unknown = declared if declared is not None else found[0] if found.size else _DEFAULT_UNKNOWN[self.model]
+            types[found] = _CONTROL
+            if unknown < len(types):
+                types[unknown] = _UNKNOWN
         # Some converters take a token that ends a turn for a word; no text may hold it.
         for name in ("bos", "eos", "eot", "eom"):
             if (i := self.id(name)) is not None and types[i] != _UNKNOWN:
                 types[i] = _CONTROL
         return types
+
+    def _types_of_texts(self) -> np.ndarray:
+        types = np.full(len(self.tokens), _NORMAL, np.int32)
+        if self.model != "gpt2":
+            types[[_BYTE_NAME.fullmatch(token) is not None for token in self.tokens]] = _BYTE
+        return types
+
+    def owners(self, *, special_first: bool) -> list[int]:
+        """Return for each token the one that has its text as its name in the library: itself, unless texts repeat.
+
+        The last user-defined token of a text has it, else the last that texts are made of. special_first: before these
+        the last special one, as in texts in which special tokens are read.
+        """
+        rank = {_USER_DEFINED: 3, _UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
+        best: dict[str, tuple[int, int]] = {}
+        for i, (token, kind) in enumerate(zip(self.tokens, self.types.tolist(), strict=True)):
+            best[token] = max(best.get(token, (-1, -1)), (rank.get(kind, 2), i))
+        return [best[token][1] for token in self.tokens]
+
+    def names(self, owners: list[int]) -> list[str]:
+        """Return a name in the library for every token, no two alike."""
+        return [token if owners[i] == i else f"{_REPEATED}{i}" for i, token in enumerate(self.tokens)]
 
     def conventions(self) -> Conventions:
         ends = [self.id(name) for name in ("eos", "eot", "eom")]
@@ -104,16 +143,35 @@ class _Vocabulary:
 
 
 def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors
+    from tokenizers import decoders
 
     from model.tokenizer.foreign import ForeignTokenizer
 
+    class ByteLevelTokenizer(ForeignTokenizer):
+        @cached_property
+        def special_tokens(self) -> Mapping[int, str]:
+            return {i: token for i, token in enumerate(tokens) if hidden[i]}
+
+        def _decode(self, ids: list[int]) -> str:
+            return decoder.decode([tokens[i] for i in ids if not hidden[i]])
+
+    decoder, tokens = decoders.ByteLevel(), vocabulary.tokens
+    hidden = np.isin(vocabulary.types, _SPECIAL).tolist()
+    for_special, for_plain = (vocabulary.owners(special_first=first) for first in (True, False))
+    library = _library(vocabulary, vocabulary.names(for_special))
+    plain = None if for_plain == for_special else _library(vocabulary, vocabulary.names(for_plain))
+    return ByteLevelTokenizer(library, vocabulary.file, vocabulary.conventions(), plain=plain)
+
+
+def _library(vocabulary: _Vocabulary, names: list[str]) -> Any:
+    """Build the tokenizer of the `tokenizers` library, with these names of the tokens."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
     rule = pre_tokenizer(vocabulary.get("pre", str, "default"))
-    tokens, types = vocabulary.tokens, vocabulary.types
     merges = [_pair(merge) for merge in vocabulary.get("merges", list)]
     try:
-        model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=rule.ignore_merges)
+        model = models.BPE({name: i for i, name in enumerate(names)}, merges, ignore_merges=rule.ignore_merges)
     except Exception as error:  # the library raises no narrower class
         raise InputError(f"{vocabulary.file} is damaged: its merges do not fit its tokens: {error}") from error
     library = tokenizers.Tokenizer(model)
@@ -123,16 +181,15 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    library.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
-        texts = [tokens[i] for i in np.flatnonzero(types == kind)]
+        texts = [names[i] for i in np.flatnonzero(vocabulary.types == kind)]
         library.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
     before, after = vocabulary.around(bos=rule.adds_bos, eos=False)
     library.post_processor = processors.TemplateProcessing(
-        single=[*(tokens[i] for i in before), "$A", *(tokens[i] for i in after)],
-        special_tokens=[(tokens[i], i) for i in {*before, *after}],
+        single=[*(names[i] for i in before), "$A", *(names[i] for i in after)],
+        special_tokens=[(names[i], i) for i in {*before, *after}],
     )
-    return ForeignTokenizer(library, vocabulary.file, vocabulary.conventions())
+    return library
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -145,12 +202,17 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     from model.tokenizer.sentencepiece_proto import model_proto
 
     unigram = vocabulary.model == "t5"
-    scores = vocabulary.numbers("scores")
+    scores = vocabulary.numbers("scores", np.zeros(len(vocabulary.tokens), np.float32))
     charsmap = vocabulary.get("precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
+    owners = vocabulary.owners(special_first=False)
+    repeated = np.flatnonzero(owners != np.arange(len(owners))).tolist()
+    types = vocabulary.types.copy()
+    plain = [i for i in repeated if types[i] not in _SPECIAL]
+    types[plain] = _UNUSED
     model = model_proto(
-        zip(vocabulary.tokens, scores.tolist(), vocabulary.types.tolist(), strict=True),
+        zip(vocabulary.names(owners), scores.tolist(), types.tolist(), strict=True),
         unigram=unigram,
-        byte_fallback=bool((vocabulary.types == _BYTE).any()),
+        byte_fallback=bool((types == _BYTE).any()),
         add_dummy_prefix=vocabulary.get("add_space_prefix", bool, not unigram),
         remove_extra_whitespaces=vocabulary.get("remove_extra_whitespaces", bool, False),
         precompiled_charsmap=charsmap.astype(np.uint8).tobytes(),
@@ -162,4 +224,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
             " it needs one unknown token, and all 256 bytes or none"
         )
     before, after = vocabulary.around(bos=not unigram, eos=unigram)
-    return SentencepieceTokenizer(processor, vocabulary.file, vocabulary.conventions(), before=before, after=after)
+    return SentencepieceTokenizer(
+        processor,
+        vocabulary.file,
+        vocabulary.conventions(),
+        before=before,
+        after=after,
+        same={i: owners[i] for i in plain},
+        names={i: vocabulary.tokens[i] for i in repeated if i not in plain},
+    )

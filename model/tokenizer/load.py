@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model.errors import InputError
+from model.gguf_parts import find_gguf
 from model.tokenizer.base import Tokenizer
 
 # The first that is there: where a folder has both, tokenizer.json also knows the tokens that were added later.
@@ -38,10 +39,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        inside = [path / name for name in _NAMES if (path / name).is_file()] or sorted(path.glob("*.gguf"))
-        if not inside:
+        inside = next((path / name for name in _NAMES if (path / name).is_file()), None) or find_gguf(path)
+        if inside is None:
             raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
-        return inside[0]
+        return inside
     if not path.is_file():
         raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
     return path

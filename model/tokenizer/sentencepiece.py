@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model.errors import InputError
@@ -18,7 +19,11 @@ _WHITESPACE_MARK = "\u2581"
 
 
 class SentencepieceTokenizer(Tokenizer):
-    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text."""
+    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text.
+
+    before, after: ids around a text. same: ids that decode as another one does. names: of control tokens, where the
+    processor has other ones.
+    """
 
     def __init__(
         self,
@@ -28,8 +33,11 @@ class SentencepieceTokenizer(Tokenizer):
         *,
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
+        same: Mapping[int, int] = MappingProxyType({}),
+        names: Mapping[int, str] = MappingProxyType({}),
     ):
         super().__init__(path, processor.get_piece_size(), conventions)
+        self._same, self._own_names = same, names
         self._processor = processor
         self._before, self._after = list(before), list(after)
         self._mark_ids = self._byte_ids(_WHITESPACE_MARK.encode()) if self._is_literal() else None
@@ -76,21 +84,25 @@ class SentencepieceTokenizer(Tokenizer):
         plain = iter(self._encode_plain([part for part, is_name in parts if not is_name], threads))
         ids: list[int] = []
         for part, is_name in parts:
-            ids += [self._processor.piece_to_id(part)] if is_name else next(plain)
+            ids += [self._ids_of_names[part]] if is_name else next(plain)
         return ids
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The control tokens."""
+        ids = [i for i in range(self.vocab_size) if self._processor.is_control(i)]
+        return {i: self._own_names.get(i) or self._processor.id_to_piece(i) for i in ids}
+
+    @cached_property
+    def _ids_of_names(self) -> dict[str, int]:
+        return {name: i for i, name in self.special_tokens.items()}  # of several the last
 
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
         return names_pattern(self.special_tokens.values())
 
-    @cached_property
-    def special_tokens(self) -> Mapping[int, str]:
-        """The control tokens."""
-        ids = range(self.vocab_size)
-        return {i: self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)}
-
     def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        return self._processor.decode([self._same.get(i, i) for i in ids])
 
 
 def load_sentencepiece(file: Path) -> SentencepieceTokenizer:

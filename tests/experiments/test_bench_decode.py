@@ -108,7 +108,7 @@ def test_the_grid_is_every_combination_and_keeps_models_together():
         (Cell(1, 15), "prompt 15 and 2 steps exceed the model's context, max_seq_len=16"),
         (Cell(1, 4, 15), "context 15 and 2 steps"),
         (Cell(1, 4, weights="float8"), "unknown weight type 'float8'"),
-        (Cell(1, 4, cache="int9"), "unknown cache dtype 'int9'; did you mean 'int8'"),
+        (Cell(1, 4, cache="int9"), "unknown cache dtype 'int9'; supported are 'float32', 'bfloat16', 'int8'"),
         (Cell(1, 4, kv_heads=3), "kv_heads=3 must divide num_heads=2"),
     ],
 )

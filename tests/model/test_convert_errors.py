@@ -18,9 +18,18 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("llama", {"model_type": "llamma"}, "unknown model_type .*'llamma'; did you mean .*'llama'"),
+        (
+            "llama",
+            {"model_type": "gpt_neox"},
+            "unknown model_type .*'gpt_neox'; supported are 'llama', 'mistral'",
+        ),
         ("llama", {"model_type": ...}, "has no model_type"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config with quant_method='gptq'"),
+        (
+            "gemma3",
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "quantization": {"bits": 4}},
+            "quantization with quant_method='unnamed' is not supported",
+        ),
         ("llama", {"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope'"),
@@ -68,23 +77,40 @@ def _only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def _only_gguf(folder):
+    (folder / "config.json").unlink()
+    (folder / "a.gguf").write_bytes(b"GGUF")
+
+
+def _gguf_weights(folder):
+    (folder / "model.safetensors").rename(folder / "a.gguf")
+
+
 def _cut_off(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
 
 
-def _index_of_absent_file(folder):
-    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def _index_of_absent_tensor(folder):
-    index = {"weight_map": {"lm_head.weigth": "model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def _index(content):
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(content)
+    """The weights under a shard's name, and an index."""
+
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / SHARD)
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return change
+
+
+def _weight_map(**files):
+    return _index(json.dumps({"weight_map": {name.replace("__", "."): file for name, file in files.items()}}))
+
+
+def _tensor_in_two_shards(folder):
+    _weight_map(lm_head__weight=SHARD, model__norm__weight="model-00002-of-00002.safetensors")(folder)
+    shutil.copy(folder / SHARD, folder / "model-00002-of-00002.safetensors")
 
 
 def _write_integers(folder):
@@ -103,13 +129,25 @@ def _write_integers(folder):
         (_only_pickle, "only as pytorch_model.bin, a pickle.*save_pretrained"),
         (_cut_off, "model.safetensors is cut off or not a safetensors file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"hello"), "cut off or not a safetensors file"),
-        (_index_of_absent_file, "names .model-00002-of-00002.safetensors., which is not there"),
+        (_weight_map(a="model-00002-of-00002.safetensors"), "names .model-00002-of-00002.safetensors., which is not"),
+        (_weight_map(a="a", b="b", c="c"), "names 'a' and 2 more, which is not there; download it too"),
+        (_tensor_in_two_shards, "both .*model-00001-of-00002.safetensors and model-00002-of-00002.* hold the tensor"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / SHARD),
+            "holds model-00001.* no .*index.json to",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
+            "neither model.safetensors nor .*, only consolidated.safetensors; isoflop reads models under the names",
+        ),
+        (_gguf_weights, r"neither model\.safetensors nor .*, but a\.gguf; give the path of that file"),
+        (_only_gguf, r"has no config\.json, but a\.gguf; give the path of that file"),
         (_index("[" * 100_000), "index.json is not readable JSON"),
         (_index('{"weight_map": ["model.safetensors"]}'), "has no weight_map from tensor names to file names"),
         (_index('{"weight_map": {"lm_head.weight": 1}}'), "has no weight_map from tensor names to file names"),
         (_index('{"weight_map": {"lm_head.weight": "../copy/model.safetensors"}}'), "is not a file of its folder"),
-        (_index(json.dumps({"weight_map": {"lm_head.weight": "x" * 300}})), "which is not there"),
-        (_index_of_absent_tensor, "holds the tensor lm_head.weigth, but it does not"),
+        (_weight_map(lm_head__weight="x" * 300), "which is not there"),
+        (_weight_map(lm_head__weigth=SHARD), "says that .* holds the tensor lm_head.weigth, but it does not"),
         (_write_integers, "is stored as I8; isoflop reads"),
     ],
 )

@@ -86,7 +86,7 @@ def test_an_architecture_without_model_type_is_refused(tmp_path, hf):
         save_hf(config, params, tmp_path / "saved")
     with pytest.raises(InputError, match="model_type 'gpt2' cannot hold this architecture"):
         save_hf(*hf("llama"), tmp_path / "saved", model_type="gpt2")
-    with pytest.raises(InputError, match="unknown model_type 'lama'"):
+    with pytest.raises(InputError, match="unknown model_type 'lama'; supported are 'llama', 'mistral'"):
         save_hf(*hf("llama"), tmp_path / "saved", model_type="lama")
     assert not (tmp_path / "saved").exists()
 

@@ -4,9 +4,10 @@ import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from model.convert import huggingface, load_hf, save_hf
 from model.convert.families import FAMILIES
@@ -68,6 +69,13 @@ def test_a_superfluous_copy_of_the_tied_table_is_left_out(name, copy, hf, assert
 def test_a_head_that_is_not_the_table_makes_the_model_untied(name, copy):
     config, params = load_hf(copy(name, tensors=lambda all: {**all, "lm_head.weight": 2 * table_of(all)}))
     assert not config.tie_embeddings
+    np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
+
+
+def test_a_t5_with_a_head_of_its_own_does_not_scale_logits(copy):
+    """So have v1.1 and mT5 it, the only ones with such a head."""
+    config, params = load_hf(copy("t5", tensors=lambda all: {**all, "lm_head.weight": 2 * table_of(all)}))
+    assert (config.tie_embeddings, config.scale_logits) == (False, False)
     np.testing.assert_array_equal(params["head"]["weight"], 2 * params["embedding"]["tokens"].T)
 
 
@@ -218,6 +226,32 @@ def test_the_text_part_of_a_multimodal_gemma(prefix, copy, tmp_path, hf, assert_
     config, params = load_hf(folder)
     expected, expected_params = hf("gemma3")
     assert_same((config, params), (expected.replace(eos_token_ids=(2, 5)), expected_params))
+
+
+def test_an_index_beside_the_whole_file_is_ignored(copy, tmp_path, hf, assert_same, caplog):
+    """Transformers reads model.safetensors where there is one, whatever an older index beside it names."""
+    config, params = hf("llama")
+    folder = tmp_path / "both"
+    save_hf(config, jax.tree.map(lambda leaf: 2 * leaf, params), folder, shard_bytes=2000)
+    shards = sorted(file.name for file in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    (folder / "model.safetensors").write_bytes((FIXTURES / "llama" / "model.safetensors").read_bytes())
+    for index in (None, "{", json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}})):
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(index)
+        caplog.clear()
+        assert_same(load_hf(folder), hf("llama"))
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert said.endswith("model.safetensors.index.json beside it is ignored")
+    save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "consolidated.safetensors")
+    assert_same(load_hf(folder), hf("llama"))
+    # An index that names the whole file, as some programs write, is nothing to speak of.
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    caplog.clear()
+    assert_same(load_hf(folder), hf("llama"))
+    assert not caplog.records
 
 
 def test_tokens_that_stop_come_from_the_generation_config(copy, tmp_path, hf):

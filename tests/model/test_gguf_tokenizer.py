@@ -15,7 +15,7 @@ from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 WORDS = ["the", "people", "of", "nation's", "WE'VE", "1234", "été", "日本", "x1y", "HTTPServer", "!?", "🙂"]
 WORDS += ["\n\n", "\t"]
 SIGNS = ["'s", "'S", "½", "²", "ſ", "<|end|>", "</s>", "$+", "ა", " ", "  ", "\n", "\r\n", "\u00a0", "\u0301", *WORDS]
@@ -50,7 +50,8 @@ def write(path, tokens, types, *, model="gpt2", pre=None, merges=None, scores=No
     writer = gguf.GGUFWriter(path, "llama", endianess=endianess or gguf.GGUFEndian.LITTLE)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    if types is not None:
+        writer.add_token_types(types)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
     if merges is not None:
@@ -277,11 +278,92 @@ def test_bad_files(tmp_path, gpt2):
     refused("its merges do not fit its tokens")
     write(file, ["a", "b"], [NORMAL], pre="gpt-2")
     refused("token_type has 1 values for 2 tokens")
-    write(file, ["a", "a"], [NORMAL] * 2, pre="gpt-2")
-    refused("a list of different texts")
     write(file, ["a"], [NORMAL], pre="gpt-2")
     refused(r"lacks tokenizer\.ggml\.merges")
     write(file, ["a"], [NORMAL], pre="gpt-2", eos_token_id=1)
     refused("eos_token_id=1, but it has 1 tokens")
-    write(file, ["a"], [NORMAL], model="llama", scores=[0.0])
+    write(file, ["<unk>", "a"], [2, NORMAL], model="llama", scores=[0.0])
+    refused("scores has 1 values for 2 tokens")
+    write(file, ["<unk>", "<0x00>"], [2, BYTE], model="llama", scores=[0.0, 0.0])
     refused("sentencepiece cannot use its tokens")
+
+
+def test_byte_level_texts_that_occur_twice(tmp_path):
+    """A text becomes the last of its tokens, as in llama.cpp, and each of them decodes to it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    extra = [("ab", NORMAL), ("<s>", CONTROL), ("<s>", CONTROL), ("<s", NORMAL), ("<s>", NORMAL), ("ab", NORMAL)]
+    extra += [("<t>", USER_DEFINED), ("<t>", NORMAL), ("", UNUSED), ("", UNUSED)]
+    ab, control, last_control, _, word, last_ab, turn, word_turn, *empty = range(len(alphabet), len(alphabet) + 10)
+    tokens, types = [*alphabet, *(text for text, _ in extra)], [NORMAL] * len(alphabet) + [kind for _, kind in extra]
+    merges = ["a b", "< s", "<s >"]
+    tokenizer = load_tokenizer(
+        write(tmp_path / "a.gguf", tokens, types, pre="gpt-2", merges=merges, bos_token_id=control)
+    )
+    assert tokenizer.vocab_size == len(tokens)
+    assert tokenizer.encode("ab") == [last_ab]
+    assert tokenizer.decode([ab, last_ab, word, turn, word_turn]) == "abab<s><t><t>"
+    assert tokenizer.decode([control, ab, last_control]) == "ab", "special tokens give nothing"
+    assert tokenizer.encode("<t>") == [turn], "a user-defined token is found before words are cut"
+    # The name of a control token is one only where it is asked for; else the text may hold the word of that name.
+    assert not {control, last_control} & set(tokenizer.encode("<s>ab"))
+    assert tokenizer.encode("<s>ab", special=True) == [last_control, last_ab]
+    assert tokenizer.encode("ab", add_special_tokens=True) == [last_ab]
+    assert not set(empty) & set(tokenizer.encode("a b"))
+    file = write(tmp_path / "b.gguf", tokens, types, pre="llama-bpe", merges=merges, bos_token_id=control)
+    assert load_tokenizer(file).encode("ab", add_special_tokens=True) == [control, last_ab]
+
+
+def sentencepiece_tokens():
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the", "<", "s", ">"]
+    tokens = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    tokens += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    return tokens + [(word, -float(number), NORMAL) for number, word in enumerate(words)]
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_sentencepiece_texts_that_occur_twice(tmp_path, model):
+    old = sentencepiece_tokens()
+    extra = [("▁the", -6.0, NORMAL), ("<s>", 0.0, CONTROL), ("<0x41>", 0.0, BYTE), ("", 0.0, UNUSED), ("", 0.0, UNUSED)]
+    texts_, scores, types = zip(*old, *extra, strict=True)
+    the, last_the, last_control, a = texts_.index("▁the"), len(old), len(old) + 1, len(old) + 2
+    more = {"bos_token_id": 1, "eos_token_id": 2, "add_space_prefix": True}
+    file = write(tmp_path / "a.gguf", list(texts_), list(types), model=model, scores=list(scores), **more)
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.vocab_size == len(texts_)
+    assert tokenizer.encode("the") == [last_the]
+    assert tokenizer.decode([the]) == tokenizer.decode([last_the]) == "the"
+    assert tokenizer.decode([the, last_the, texts_.index("<0x41>"), a]) == "the theAA"
+    assert tokenizer.encode("A")[-1] == a
+    assert tokenizer.decode([1, the, last_control, 2]) == "the"
+    assert tokenizer.encode("<s>the", special=True) == [last_control, last_the]
+    assert not {1, last_control} & set(tokenizer.encode("<s>the"))
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_sentencepiece_without_scores_or_types(tmp_path, model):
+    """llama.cpp takes both as optional: scores are 0; bytes and special tokens are known by their texts and ids."""
+    texts_, scores, types = (list(column) for column in zip(*sentencepiece_tokens(), strict=True))
+    more = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_space_prefix": True}
+    whole = load_tokenizer(write(tmp_path / "whole.gguf", texts_, types, model=model, scores=scores, **more))
+    untyped = load_tokenizer(write(tmp_path / "untyped.gguf", texts_, None, model=model, scores=scores, **more))
+    for text in ("the", "<s>the", "Ah é", "<unk>"):
+        ids = untyped.encode(text, special=True)
+        assert ids == whole.encode(text, special=True)
+        assert untyped.decode(ids) == whole.decode(ids)
+    bare = load_tokenizer(write(tmp_path / "bare.gguf", texts_, None, model=model, **more))
+    assert bare.decode(bare.encode("the Ahé")) == "the Ahé"
+    assert bare.encode("<s>", special=True) == [1]
+    # Without an id of the unknown token it is llama.cpp's: 0 of "llama", 2 of "t5".
+    del more["unknown_token_id"]
+    alone = load_tokenizer(write(tmp_path / "alone.gguf", texts_, None, model=model, **more))
+    assert alone.decode(alone.encode("the Ahé")) == "the Ahé"
+
+
+def test_byte_level_without_types(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end = len(alphabet)
+    file = write(tmp_path / "a.gguf", [*alphabet, "<|end|>", "ab"], None, pre="gpt-2", merges=["a b"], eos_token_id=end)
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.encode("ab<|end|>", special=True) == [end + 1, end]
+    assert end not in tokenizer.encode("ab<|end|>")
+    assert tokenizer.decode([end + 1, end]) == "ab"

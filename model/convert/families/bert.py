@@ -12,6 +12,8 @@ from model.convert.rows import Row, linear, norm, of_head, table, within
 class _Pooler:
     """A bare model that was saved without its pooler says so; Transformers itself has no key for it."""
 
+    keys = ("add_pooling_layer",)
+
     def read(self, raw: Raw) -> dict[str, Any]:
         return {} if raw.get("add_pooling_layer", True) else {"pooler": False}
 
@@ -98,4 +100,9 @@ BERT = Family(
     # The bias under its other name; files of pre-training hold a head and a pooler that others do not use.
     ignored=(r"^cls\.predictions\.(decoder\.)?bias$", r"^cls\.seq_relationship\.", r"^pooler\."),
     adapt=_pooler_if_there,
+    # Of the first releases, and of TinyBERT's.
+    harmless=(
+        *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
+        *("pooler_size_per_head", "pooler_type", "cell", "emb_size", "structure", "pre_trained", "training"),
+    ),
 )

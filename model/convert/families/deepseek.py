@@ -38,7 +38,12 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length:
 
 
 class _LatentSizes:
-    """The ranks and head sizes of latent attention."""
+    """The ranks and head sizes of latent attention; head_dim and qk_head_dim follow from them."""
+
+    keys = (
+        *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads"),
+        *("head_dim", "qk_head_dim"),
+    )
 
     def read(self, raw: Raw) -> dict[str, Any]:
         return {
@@ -80,6 +85,8 @@ def _sizes(experts: Experts) -> Raw:
 class _ExpertsV2:
     """Gates are a softmax over all experts, times a factor; topk_method says whether groups limit the choice."""
 
+    keys = (*_sizes(Experts(1, 1, 1)), "topk_method")
+
     def read(self, raw: Raw) -> dict[str, Any]:
         width, method = raw.get("moe_intermediate_size", 1407), raw.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
@@ -106,6 +113,8 @@ class _ExpertsV2:
 
 class _ExpertsV3:
     """Gates are sigmoids, chosen with a bias among the groups whose two best experts are best."""
+
+    keys = tuple(_sizes(Experts(1, 1, 1)))
 
     def read(self, raw: Raw) -> dict[str, Any]:
         width = raw.get("moe_intermediate_size", 2048)
@@ -172,7 +181,7 @@ DEEPSEEK_V3 = Family(
         Only("scoring_func", "sigmoid"),
         Only("topk_method", "noaux_tc"),
         _ExpertsV3(),
-        Written(num_nextn_predict_layers=0),
+        Written(num_nextn_predict_layers=0, num_mtp_layers=0),
         Stops(1),
     ),
     _ROWS,

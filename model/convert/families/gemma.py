@@ -41,6 +41,8 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_head
 class _Scores:
     """query_pre_attn_scalar, which stands for head_dim in the scores' scale."""
 
+    keys = ("query_pre_attn_scalar",)
+
     def read(self, raw: Raw) -> dict:
         scalar = raw.get("query_pre_attn_scalar", 256)
         return {"attention_scale": None if scalar == raw["head_dim"] else scalar**-0.5}
@@ -52,6 +54,8 @@ class _Scores:
 
 class _FinalCap:
     """The cap on logits. Transformers caps no classifier's."""
+
+    keys = ("final_logit_softcapping",)
 
     def __init__(self, heads: Heads, default: float | None):
         self.heads, self.default = heads, default
@@ -103,6 +107,7 @@ GEMMA2 = Family(
         Rope(),
     ),
     layers(_SANDWICH, ATTENTION, FEED_FORWARD),
+    harmless=("hidden_act", "sliding_window_size", "max_window_layers"),  # Transformers reads others of their kind
 )
 
 
@@ -138,4 +143,5 @@ GEMMA3 = Family(
     layers(_SANDWICH, ATTENTION, FEED_FORWARD),
     prefixes=("model.", "model.language_model.", "language_model.model.", "language_model."),
     ignored=(r"^vision_tower\.", r"^multi_modal_projector\."),
+    harmless=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "max_window_layers"),
 )

@@ -13,6 +13,7 @@ _SHAPE = (
     Always(position="learned", norm="layernorm", gated=False, use_bias=True),
     Written(bos_token_id=None, pad_token_id=None),
 )
+_OLD_KEYS = ("n_ctx", "n_special", "predict_special_tokens")  # of the first files
 _LAYERS = within(
     "layers/{i}/",
     "h.{i}.",
@@ -42,6 +43,7 @@ OPENAI_GPT = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
+    harmless=_OLD_KEYS,
 )
 
 GPT2 = Family(
@@ -66,4 +68,5 @@ GPT2 = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
+    harmless=_OLD_KEYS,
 )

@@ -101,6 +101,8 @@ MISTRAL = Family(
 class _MixtralExperts:
     """Experts in every layer; intermediate_size is theirs."""
 
+    keys = ("num_local_experts", "num_experts_per_tok")
+
     def read(self, raw: Raw) -> dict[str, Any]:
         count, top_k = raw.get("num_local_experts", 8), raw.get("num_experts_per_tok", 2)
         return {"experts": Experts(count, top_k, raw["intermediate_size"])}
@@ -149,6 +151,7 @@ QWEN2 = Family(
         Stops(None),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD),
+    harmless=("dual_chunk_attention_config",),  # for contexts that Transformers reads without it
 )
 
 QWEN3 = Family(
@@ -168,6 +171,11 @@ QWEN3 = Family(
 
 class _QwenExperts:
     """Experts in every decoder_sparse_step-th layer but those in mlp_only_layers."""
+
+    keys = (
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+        *("decoder_sparse_step", "mlp_only_layers"),
+    )
 
     def read(self, raw: Raw) -> dict[str, Any]:
         step = raw.get("decoder_sparse_step", 1)
@@ -228,5 +236,10 @@ PHI3 = Family(
         linear("attention/output", "self_attn.o_proj"),
         linear(("feed_forward/gate", "feed_forward/up"), "mlp.gate_up_proj"),
         linear("feed_forward/down", "mlp.down_proj"),
+    ),
+    # For longrope alone; and what the tensors say too.
+    harmless=(
+        *("original_max_position_embeddings", "full_attn_mod", "interpolate_factor"),
+        *("attention_bias", "mlp_bias", "lm_head_bias"),
     ),
 )

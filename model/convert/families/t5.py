@@ -11,13 +11,19 @@ from model.errors import InputError
 
 
 class _FeedForward:
-    """feed_forward_proj: "relu", "gated-gelu" (which means its tanh form) and so on."""
+    """feed_forward_proj: "relu", "gated-gelu" (which means its tanh form) and so on.
+
+    dense_act_fn and is_gated_act, which Transformers derives from it and writes too, count before it.
+    """
+
+    keys = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
 
     def read(self, raw: Raw) -> dict[str, Any]:
         given = str(raw.get("feed_forward_proj", "relu"))
         name = "gated-gelu_new" if given == "gated-gelu" else given
-        gated = name.startswith("gated-")
-        return {"gated": gated, "activation": activation(name.removeprefix("gated-"), "feed_forward_proj")}
+        gated = raw.get("is_gated_act", name.startswith("gated-"))
+        key = "dense_act_fn" if "dense_act_fn" in raw else "feed_forward_proj"
+        return {"gated": gated, "activation": activation(raw.get("dense_act_fn", name.removeprefix("gated-")), key)}
 
     def write(self, config: ModelConfig) -> Raw:
         name = activation_name(config.activation)
@@ -29,6 +35,8 @@ class _FeedForward:
 class _Layers:
     """num_layers is the encoder's; the decoder has as many unless num_decoder_layers says otherwise."""
 
+    keys = ("num_layers", "num_decoder_layers")
+
     def read(self, raw: Raw) -> dict[str, Any]:
         encoder, decoder = raw.get("num_layers", 6), raw.get("num_decoder_layers")
         return {"num_encoder_layers": encoder, "num_layers": encoder if decoder is None else decoder}
@@ -38,12 +46,24 @@ class _Layers:
 
 
 class _Output:
-    """Transformers 4 scaled the output where the head was tied; 5 has a key for it."""
+    """Transformers 4 scaled the output where the head was tied; 5 has a key for it.
+
+    Without it a file of Transformers 5 is no T5's: an mT5's, which is not scaled, differs from it in nothing else.
+    """
+
+    keys = ("is_encoder_decoder", "tie_word_embeddings", "scale_decoder_outputs")
 
     def read(self, raw: Raw) -> dict[str, Any]:
         if raw.get("is_encoder_decoder", True) is not True:
             raise InputError("is_encoder_decoder=false is not supported for T5; isoflop reads the whole model")
         tied = raw.get("tie_word_embeddings") is not False
+        version = str(raw.get("transformers_version") or "0").split(".")[0]
+        newer = version.isdigit() and int(version) >= 5
+        if newer and raw.get("tie_word_embeddings") and "scale_decoder_outputs" not in raw:
+            raise InputError(
+                "it lacks scale_decoder_outputs, which Transformers 5 writes for T5 and not for another model such as "
+                "mT5; give it as true for T5 v1.0, as false for mT5 and T5 v1.1"
+            )
         return {"tie_embeddings": tied, "scale_logits": raw.get("scale_decoder_outputs", tied)}
 
     def write(self, config: ModelConfig) -> Raw:
