@@ -1,12 +1,18 @@
 """A sweep from its plan to its end, in this process or by workers of this machine."""
 
+import dataclasses
 import logging
+from pathlib import Path
 
 from experiments.sweep import launch, live
+from experiments.sweep.address import check_given, file_of, kept, without_password
+from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.record import Sweep
+from experiments.sweep.record import Sweep, new_id
 from experiments.sweep.row import ENDED, Row
+from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
+from model.errors import InputError
 
 logger = logging.getLogger("isoflop")
 
@@ -17,12 +23,43 @@ class UnfinishedError(Exception):
 
 def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
     """Write the sweep down and plan its trials; its ledger, with `Ledger`'s seconds between signs of life."""
-    if sweep.storage is None:
-        sweep.write()
-    ledger = Ledger(sweep, interval=interval, grace=grace)
-    sweep.write()  # of a database elsewhere: only now, for there may be none
+    if not (sweep.folder / "sweep.json").exists():
+        if sweep.shares_storage:
+            Storage(sweep.address)  # where it is out of reach, nothing is written
+        elif (file := file_of(sweep.address)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        sweep = sweep.write_first()
+    ledger = Ledger(sweep, interval=interval, grace=grace)  # which refuses a copied folder, before that is changed
+    sweep.write()
+    if sweep.id is None:
+        keep_id(sweep.folder, str(ledger.storage.name))
     plan(sweep, ledger)
     return ledger
+
+
+def with_places(sweep: Sweep, data: Path | None = None, storage: str | None = None) -> Sweep:
+    """The sweep with its data or its storage at another place; None: where they were.
+
+    Raises InputError where the storage does not hold the sweep's trials.
+    """
+    if storage is not None:
+        check_given(storage)
+        sweep = with_storage(sweep, kept(without_password(storage), sweep.folder))
+    return sweep if data is None else dataclasses.replace(sweep, data=data.resolve())
+
+
+def separate(sweep: Sweep) -> Sweep:
+    """Make the sweep of a copied folder one of its own: written, with a new id and a study of its own.
+
+    Raises InputError where its storage lies in its folder, so that the copy has one of its own already.
+    """
+    if not sweep.shares_storage:
+        raise InputError(f"{sweep.folder} has a storage of its own in its folder; leave --new-id out")
+    before = study_name(sweep, Storage(sweep.address, read_only=True))
+    sweep = with_id(sweep, new_id(sweep.folder))
+    copy_trials(sweep, Ledger(sweep).storage, before)
+    sweep.write()
+    return sweep
 
 
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:

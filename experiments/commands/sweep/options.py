@@ -70,8 +70,8 @@ class SweepOptions:
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.inputs import read_changes
         from experiments.models import read_config
+        from experiments.sweep.address import without_password
         from experiments.sweep.definition import define
-        from experiments.sweep.storage import without_password
 
         settings = {
             "halving": ("eta", "min_fraction"),

@@ -46,7 +46,7 @@ def read_results(folder: str | Path) -> Results:
     from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
-    rows = Ledger(sweep).rows()
+    rows = Ledger(sweep, read_only=True).rows()
     return collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
 
 
