@@ -33,6 +33,7 @@ from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.compile import compiled_programs
 from train.data import prepare as prepare_data
+from train.data.sources import NAMED
 from train.files import write_json
 from train.run import describe_device, load_run, versions
 
@@ -280,10 +281,20 @@ def _prompts(source: str) -> list[str]:
     return ["The people of the United States", "I recommend to the Congress", "Our relations with"]
 
 
+def _is_place(source: str) -> bool:
+    """Whether a source of text is a file or folder, which may be named by several paths."""
+    return source not in NAMED and not source.startswith("hf:")
+
+
 def _claim(folder: Path, settings: Settings) -> None:
     path, wanted = folder / "settings.json", dataclasses.asdict(settings)
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
+        if _is_place(wanted["source"]) and _is_place(there.get("source", "")) and (folder / "data").exists():
+            # One corpus has many paths: what it holds is compared, if it is still there.
+            if Path(wanted["source"]).exists():
+                prepare_data(wanted["source"], folder / "data", vocab_size=there["vocab_size"])
+            there = there | {"source": wanted["source"]}
         different = [
             f"{name}={there.get(name)} there, {value} here"
             for name, value in wanted.items()

@@ -134,6 +134,7 @@ def cool(
     *,
     at: tuple[int, ...],
     out: Path,
+    data: tuple[str, ...] = (),
     decay_fraction: float = 0.2,
     decay_steps: int | None = None,
     final_fraction: float = 0.0,
@@ -153,6 +154,7 @@ def cool(
         trunk: The run directory to leave.
         at: After how many of its steps; one branch each.
         out: A folder that gets one run directory per branch, named after its step.
+        data: Where the trunk's data lie now, if they were moved; several as NAME=FOLDER.
         decay_fraction: Steps of the cool-down over those of the trunk's part.
         decay_steps: Steps of the cool-down, instead of a fraction.
         final_fraction: The rate at the end over the peak.
@@ -161,13 +163,16 @@ def cool(
         json: Also write the results to this file.
     """
     from experiments.commands.options import write_document
+    from model.errors import InputError
     from model.sharding import parse_mesh
     from train import Shell, cooldown
     from train import train as run_training
 
-    results = []
+    if len(set(at)) < len(at):
+        raise InputError(f"--at {' '.join(map(str, at))} has a step twice; give each once")
+    results, folders = [], _folders(data) if data else None
     for step in at:
-        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction)
+        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
         shell = Shell(
             evaluate_tokens=evaluate_tokens,
             mesh=parse_mesh(mesh) if mesh else None,

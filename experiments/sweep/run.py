@@ -8,7 +8,7 @@ from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
 from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.record import Sweep, new_id
+from experiments.sweep.record import Sweep, locked, new_id
 from experiments.sweep.row import ENDED, Row
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
@@ -30,7 +30,8 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
             file.parent.mkdir(parents=True, exist_ok=True)
         sweep = sweep.write_first()
     ledger = Ledger(sweep, interval=interval, grace=grace)  # which refuses a copied folder, before that is changed
-    sweep.write()
+    with locked(sweep.folder):
+        sweep.write()
     if sweep.id is None:
         keep_id(sweep.folder, str(ledger.storage.name))
     plan(sweep, ledger)
