@@ -63,6 +63,19 @@ def separate(sweep: Sweep) -> Sweep:
     return sweep
 
 
+def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
+    """As many workers as were asked for, but not more than there are trials left, which is then said."""
+    left = sum(row.state not in ENDED for row in ledger.rows())
+    if sweep.sampler != "all":
+        left += max(0, sweep.trials - ledger.asked()) * len(sweep.seeds)
+    most = max(1, left)
+    if asked > most:
+        logger.warning(
+            "isoflop: %d workers are more than the %d trials that are left; %d are started", asked, left, most
+        )
+    return min(asked, most)
+
+
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:
     """Work here, or show how workers that were started get on, until the end; what became of those that ended badly."""
     if started is None:
@@ -79,6 +92,7 @@ def run_sweep(sweep: Sweep, workers: int = 0) -> list[Row]:
     once what runs is saved.
     """
     ledger = begin(sweep)
+    workers = useful_workers(sweep, ledger, workers)
     for sentence in work_through(sweep, ledger, launch.LocalWorkers(sweep.folder, workers) if workers else None):
         logger.warning(sentence)
     rows = ledger.rows()

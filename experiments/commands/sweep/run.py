@@ -137,16 +137,20 @@ def worker(
 
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
     """Work here, or have others work; then say what came of it."""
+    from experiments.commands.options import check_unused
     from experiments.inputs import read_changes
     from experiments.sweep import launch
-    from experiments.sweep.run import work_through
+    from experiments.sweep.run import useful_workers, work_through
 
+    if asked.launcher != "slurm":
+        check_unused("without --launcher slurm", WorkerOptions, slurm_set=asked.slurm_set)
+    count = useful_workers(sweep, ledger, asked.workers)
     started: launch.Workers | None = None
     options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
     if asked.launcher == "slurm":
-        started = launch.SlurmWorkers(sweep.folder, max(1, asked.workers), read_changes(asked.slurm_set), options)
-    elif asked.workers > 0:
-        started = launch.LocalWorkers(sweep.folder, asked.workers, options)
+        started = launch.SlurmWorkers(sweep.folder, max(1, count), read_changes(asked.slurm_set), options)
+    elif count > 0:
+        started = launch.LocalWorkers(sweep.folder, count, options)
     said = work_through(sweep, ledger, started)
     summary = _summary(sweep, ledger)
     _write(sweep, summary, json)
