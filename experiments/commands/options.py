@@ -79,9 +79,10 @@ def say(sentence: str) -> None:
 
 
 def say_fewer_tokens(flag: str, asked: int, manifest: "Manifest") -> None:
-    """Say so where more validation tokens are asked for than there are: all of them are read, and no more."""
+    """Say so where a flag asks for more validation tokens than there are: all of them are read, and no more."""
     there = manifest.splits["validation"].tokens - 1  # the first one is not predicted
-    if asked > there:
+    is_given = any(word.partition("=")[0].replace("_", "-") == flag for word in sys.argv)
+    if is_given and asked > there:
         say(f"{flag} {asked:,} is more than the {there:,} tokens of the validation split; all of those are read")
 
 

@@ -70,7 +70,7 @@ def train(
             population); all on data by default.
         microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
-        evaluate_tokens: Tokens of the validation split, the same each time.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
@@ -166,7 +166,7 @@ def cool(
         decay_steps: Steps of the cool-down, instead of a fraction.
         final_fraction: The rate at the end over the peak.
         mesh: Devices to train on, such as data=2,fsdp=4; all on data by default.
-        evaluate_tokens: Tokens of the validation split, the same each time.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
         json: Also write the results to this file.
     """
     from experiments.commands.options import check_unused, say_fewer_tokens, write_document

@@ -65,7 +65,7 @@ class SweepOptions:
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most so many trials side by side; by default as many as memory holds."""
     eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
-    """Tokens of the validation split, the same for all."""
+    """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
 
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
