@@ -1,6 +1,7 @@
 """A sweep as its folder keeps it, in `sweep.json`: any worker on any machine can go on with it."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -193,8 +194,14 @@ def id_in(folder: Path) -> str | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Around a change to `sweep.json` that depends on what it says: one process at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 – held until the block ends
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"the sweep's folder {folder} cannot be written: {error.strerror}") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

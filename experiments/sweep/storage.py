@@ -4,6 +4,7 @@ Optuna has heartbeats for databases only; for a journal file a trial's own attri
 """
 
 import atexit
+import errno
 import functools
 import logging
 import random
@@ -91,12 +92,17 @@ class Storage:
         return {study.study_name: study._study_id for study in self.call(self.optuna.get_all_studies)}
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Any:
-        """The function's answer, however often the database has to be asked."""
+        """The function's answer, however often the database has to be asked.
+
+        Raises InputError where the file of the database may not be written.
+        """
         wait, until, told = 0.2, time.monotonic() + _PATIENCE_SECONDS, False
         while True:
             try:
                 return function(*arguments, **named)
             except Exception as error:
+                if _is_read_only(error):
+                    raise InputError(f"the storage {shown(self.url)} may not be written by this user") from None
                 if not _is_transient(error) or time.monotonic() > until:
                     raise
                 if not told and wait > 1:  # a moment's lock is nothing to speak of
@@ -282,6 +288,17 @@ def _lock_before_reading(engine: Any) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _is_read_only(error: BaseException | None) -> bool:
+    """Whether the file may not be written, which no waiting changes."""
+    while error is not None:
+        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_transient(error: BaseException | None) -> bool:

@@ -5,12 +5,18 @@ import shutil
 
 import pytest
 
+from experiments.models import open_model
 from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.sweep.definition import define
 from experiments.sweep.run import begin
 from model import presets
+from model.errors import InputError
 from train import HParams, Shell, TrainConfig, train
+from train.branch import cooldown
+from train.data import prepare
+from train.data.folders import data_of
+from train.run import read_record
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)
 
@@ -29,7 +35,7 @@ def made(data, tmp_path_factory):
     config = TINY.replace(vocab_size=320)
     hparams, shell = HParams(learning_rate=0.01), Shell(evaluate_tokens=64)
     train(
-        config, TrainConfig(batch_size=2, seq_len=32), hparams,
+        config, TrainConfig(batch_size=2, seq_len=32, schedule="constant"), hparams,
         data=folder / "data", run=folder / "run", steps=2, shell=shell,
     )  # fmt: skip
     for name, storage in (("own", None), ("shared", f"journal:{folder}/log"), ("file", f"sqlite:///{folder}/all.db")):
@@ -93,3 +99,27 @@ def test_reading_changes_nothing_and_makes_what_was_asked_for(name, made, tmp_pa
     assert files(made) == before
     asked = {word.rpartition("/")[2] for word in call if str(tmp_path) in word}
     assert {path.name for path in tmp_path.iterdir()} == asked
+
+
+def test_a_run_finds_the_data_that_were_moved_with_it(made, data, tmp_path, isoflop):
+    """Apart from them a person says where they are; what lies there is compared with what the run was trained on."""
+    for name in ("data", "run"):
+        shutil.copytree(made / name, tmp_path / "there" / name)
+    record = json.loads((made / "run" / "run.json").read_text())
+    (tmp_path / "there" / "run" / "run.json").write_text(json.dumps(record | {"data": "/gone/data"}))
+    run = tmp_path / "there" / "run"
+    assert data_of(run, read_record(run)) == str(tmp_path / "there" / "data")
+    plan = cooldown(run, 2, 1)
+    assert (plan.data, plan.branch.trunk) == (str(tmp_path / "there" / "data"), run)
+    assert open_model(run).need_tokenizer().vocab_size == 320
+
+    (tmp_path / "there" / "data").rename(tmp_path / "elsewhere")
+    code, _, error = isoflop("cool", run, "--at", 2, "--out", tmp_path / "cooled")
+    assert (code, "no data folder at /gone/data" in error) == (2, True), error
+    assert cooldown(run, 2, 1, data=tmp_path / "elsewhere").data == str(tmp_path / "elsewhere")
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"other words, number {number}, of another corpus. " * 20)
+    prepare(tmp_path / "texts", tmp_path / "other", vocab_size=300, validation_fraction=0.3)
+    with pytest.raises(InputError, match=r"holds other data than .* was trained on; give those with --data"):
+        cooldown(run, 2, 1, data=tmp_path / "other")

@@ -7,9 +7,11 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 
 import pytest
 
+from experiments.sweep import storage
 from experiments.sweep.address import check_given
 from experiments.sweep.checks import check_data
 from experiments.sweep.definition import define
@@ -278,15 +280,30 @@ def test_what_a_killed_writer_left_half_done_is_read_as_it_was_before(make, plac
     assert files(place) == before
 
 
+def test_a_storage_that_may_not_be_written_is_said_at_once(make, place, monkeypatch):
+    """It was taken for a database that is away, and asked again for ten minutes."""
+    make(place / "s", f"sqlite:///{place}/x.db")
+    monkeypatch.setattr("experiments.sweep.storage._PATIENCE_SECONDS", 5.0)
+    shutil.copytree(place / "s", place / "copy")
+    shutil.rmtree(place / "s")  # so that the copy, which was moved, notes its place
+    connect = storage._connect
+    monkeypatch.setattr(storage, "_connect", lambda file, mode: connect(file, "ro"))
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"x\.db may not be written by this user"):
+        Ledger(Sweep.read(place / "copy"))
+    assert time.monotonic() - began < 4
+    assert states(place / "copy") == FOUR
+
+
 def test_reading_what_is_not_there_yet_makes_nothing(plan, place, isoflop):
     sweep = plan(place / "s")
-    for storage in (None, f"journal:{place}/no/x.log", f"sqlite:///{place}/x.db"):
-        dataclasses.replace(sweep, storage=storage).write()
+    for url in (None, f"journal:{place}/no/x.log", f"sqlite:///{place}/x.db"):
+        dataclasses.replace(sweep, storage=url).write()
         before = files(place)
         assert states(place / "s") == []
         code, out, err = isoflop("sweep", "status", place / "s")
         assert (code, "0 trials" in out) == (0, True), err
         assert files(place) == before
-    for storage in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true", "journal:"):
+    for url in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true", "journal:"):
         with pytest.raises(InputError, match=r"sqlite:///FILE|journal:FILE"):
-            check_given(storage)
+            check_given(url)
