@@ -281,19 +281,23 @@ def _prompts(source: str) -> list[str]:
     return ["The people of the United States", "I recommend to the Congress", "Our relations with"]
 
 
-def _is_place(source: str) -> bool:
-    """Whether a source of text is a file or folder, which may be named by several paths."""
-    return source not in NAMED and not source.startswith("hf:")
+def _is_same_corpus(folder: Path, there: dict[str, Any], source: str) -> bool:
+    """Whether a file or folder of text, named by another path than before, holds what the study's data were made of.
+
+    Raises InputError where it holds other documents.
+    """
+    is_place = [name not in NAMED and not name.startswith("hf:") for name in (there.get("source", ""), source)]
+    if not all(is_place) or not (folder / "data").exists() or not Path(source).exists():
+        return False
+    prepare_data(source, folder / "data", vocab_size=there["vocab_size"])
+    return True
 
 
 def _claim(folder: Path, settings: Settings) -> None:
     path, wanted = folder / "settings.json", dataclasses.asdict(settings)
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
-        if _is_place(wanted["source"]) and _is_place(there.get("source", "")) and (folder / "data").exists():
-            # One corpus has many paths: what it holds is compared, if it is still there.
-            if Path(wanted["source"]).exists():
-                prepare_data(wanted["source"], folder / "data", vocab_size=there["vocab_size"])
+        if there.get("source") != wanted["source"] and _is_same_corpus(folder, there, wanted["source"]):
             there = there | {"source": wanted["source"]}
         different = [
             f"{name}={there.get(name)} there, {value} here"
