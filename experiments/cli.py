@@ -28,6 +28,7 @@ from experiments.commands.sweep import plan as sweep_plan
 from experiments.commands.sweep import replay
 from experiments.commands.sweep import report as sweep_report
 from experiments.commands.sweep import run as sweep_run
+from experiments.repeated import each_once
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
 
@@ -107,7 +108,7 @@ def main() -> None:
         if isinstance(called, tuple):
             tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=CONFIG)
         else:
-            tyro.cli(called, prog=program, args=arguments, config=CONFIG)
+            tyro.cli(called, prog=program, args=each_once(called, arguments), config=CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except BrokenPipeError:  # the reader of what is printed has left, such as `head`; nothing can be said to it

@@ -19,12 +19,14 @@ def read_value(text: str) -> Any:
 
 
 def read_changes(texts: Iterable[str]) -> dict[str, Any]:
-    """`num_layers=4` and the like as {name: value}. Raises InputError where one is not of that form."""
-    changes = {}
+    """`num_layers=4` and the like as {name: value}. Raises InputError where one is not of that form, or comes twice."""
+    changes: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"{text!r} is not of the form name=value")
+        if name in changes:
+            raise InputError(f"{name} is given twice, as {changes[name]} and as {value}; give it once")
         changes[name] = read_value(value)
     return changes
 

@@ -93,12 +93,15 @@ def open_parameters(path: str | Path) -> tuple["ModelConfig", "Params"]:
 def open_tokenizer(path: Path, given: str | Path | None = None) -> "Tokenizer | None":
     """The tokenizer given, else that of the data a run was trained on, else the one beside the weights, else None."""
     from model.tokenizer import load_tokenizer
+    from train.data.folders import data_of
     from train.run import read_record
 
     if given is not None:
         return load_tokenizer(given)
     if (path / "run.json").is_file():
-        folder = Path(read_record(path).get("data") or "")
+        record = read_record(path)
+        places = data_of(path, record) if record.get("data") else ""
+        folder = Path(places if isinstance(places, str) else next(iter(places.values())))
         if not folder.is_dir():
             raise InputError(f"the data folder of {path}, {folder}, is gone; give its tokenizer with --tokenizer")
         return load_tokenizer(folder)

@@ -33,6 +33,7 @@ from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.compile import compiled_programs
 from train.data import prepare as prepare_data
+from train.data.sources import NAMED
 from train.files import write_json
 from train.run import describe_device, load_run, versions
 
@@ -278,10 +279,24 @@ def _prompts(source: str) -> list[str]:
     return ["The people of the United States", "I recommend to the Congress", "Our relations with"]
 
 
+def _is_same_corpus(folder: Path, there: dict[str, Any], source: str) -> bool:
+    """Whether a file or folder of text, named by another path than before, holds what the study's data were made of.
+
+    Raises InputError where it holds other documents.
+    """
+    is_place = [name not in NAMED and not name.startswith("hf:") for name in (there.get("source", ""), source)]
+    if not all(is_place) or not (folder / "data").exists() or not Path(source).exists():
+        return False
+    prepare_data(source, folder / "data", vocab_size=there["vocab_size"])
+    return True
+
+
 def _claim(folder: Path, settings: Settings) -> None:
     path, wanted = folder / "settings.json", dataclasses.asdict(settings)
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
+        if there.get("source") != wanted["source"] and _is_same_corpus(folder, there, wanted["source"]):
+            there = there | {"source": wanted["source"]}
         different = [
             f"{name}={there.get(name)} there, {value} here"
             for name, value in wanted.items()

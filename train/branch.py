@@ -5,6 +5,7 @@ Training Beyond Fixed Training Durations"): one model size gives losses at sever
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from model import ModelConfig
 from model.errors import InputError
 from train.checkpoint import Checkpoints
 from train.config import HParams, TrainConfig
+from train.data.folders import Data, data_of
 from train.hosts import agree
 from train.run import read_record
 
@@ -49,11 +51,18 @@ class Cooldown:
     steps: int
 
 
-def cooldown(trunk: str | Path, step: int, decay_steps: int, final_fraction: float = 0.0) -> Cooldown:
+def cooldown(
+    trunk: str | Path,
+    step: int,
+    decay_steps: int,
+    final_fraction: float = 0.0,
+    data: str | Path | Mapping[str, str | Path] | None = None,
+) -> Cooldown:
     """The run that leaves `trunk` after `step` updates and cools down linearly to `final_fraction` of the peak.
 
-    Up to that step it is the trunk, bit by bit; its data go on where the trunk's do. Raises InputError where the
-    trunk's rate is not yet, or no longer, at its peak at that step.
+    Up to that step it is the trunk, bit by bit; its data go on where the trunk's do. data: where those lie now; None:
+    where they were. Raises InputError where the trunk's rate is not yet, or no longer, at its peak at that step, and
+    where the data are not those of the trunk.
     """
     record = read_record(trunk)
     identity = record["identity"]
@@ -71,6 +80,9 @@ def cooldown(trunk: str | Path, step: int, decay_steps: int, final_fraction: flo
     if step < warmup or (end is not None and step > end):
         until = "" if end is None else f" and {end}, where its own cool-down begins"
         raise InputError(f"{trunk} cannot be left at step {step}: take one between {warmup}, the end of warm-up{until}")
+    opened = Data.open(data_of(trunk, record) if data is None else data)
+    if opened.hash != identity["data"]:
+        raise InputError(f"{opened.place} holds other data than {trunk} was trained on; give those with --data")
     return Cooldown(
         config=ModelConfig.from_dict(identity["config"]),
         train_config=train_config.replace(schedule="wsd"),
@@ -81,7 +93,7 @@ def cooldown(trunk: str | Path, step: int, decay_steps: int, final_fraction: flo
             warmup_fraction=0.0,
             final_fraction=final_fraction,
         ),
-        data=record["data"],
+        data=opened.place,
         branch=Branch(Path(trunk).resolve(), record["run_id"], step),
         steps=step + decay_steps,
     )

@@ -54,7 +54,7 @@ class Trial:
             branch.check()
         self.run = Run(folder, Identity(config, train_config, hparams, data.hash, left))
         if self.run.record.get("data") != data.place:
-            self.run.update(data=data.place)
+            self.run.update(data=data.place, data_beside=data.beside(folder))
         self.checkpoints = Checkpoints(
             folder,
             keep=shell.keep_checkpoints,

@@ -78,7 +78,7 @@ def inspect(
     """
     import numpy as np
 
-    from experiments.commands.options import console, new_table, write_document
+    from experiments.commands.options import console, new_table, say, write_document
     from model.errors import InputError
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
@@ -90,6 +90,10 @@ def inspect(
     verify_checksums(shards.manifest, folder)
     tokenizer = load_tokenizer(folder)
     length = min(64, len(shards))
+    most = len(shards) - length + 1
+    if rows > most:
+        say(f"--rows {rows:,} is more than the {most:,} stretches of {length} tokens in the split; each is shown once")
+        rows = most
     starts = np.linspace(0, len(shards) - length, rows).astype(np.int64)
     decoded = [
         {"start": int(start), "ids": ids.tolist(), "text": tokenizer.decode(ids)}

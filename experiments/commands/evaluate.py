@@ -32,7 +32,7 @@ def evaluate(
         batch_size: Rows per step.
         json: Also write the numbers to this file.
     """
-    from experiments.commands.options import write_document
+    from experiments.commands.options import say, write_document
     from experiments.evaluate.loss import evaluate as measure
     from experiments.models import open_model
 
@@ -46,6 +46,8 @@ def evaluate(
         seq_len=seq_len,
         max_tokens=max_tokens,
     )
+    if max_tokens is not None and values["tokens"] < max_tokens:
+        say(f"--max-tokens {max_tokens:,} is more than the {values['tokens']:,} tokens of the split; all were read")
     write_document(json, values)
     print(
         f"loss {values['loss']:.4f} nats per token, perplexity {values['perplexity']:.2f}, "

@@ -77,7 +77,7 @@ def generate(
     """
     import jax
 
-    from experiments.commands.options import write_document
+    from experiments.commands.options import check_unused, say, write_document
     from experiments.models import open_model
     from infer import Sampling, beam_search, generate_speculative, prepare
     from infer import stream as run_generation
@@ -101,8 +101,31 @@ def generate(
         )
     if beams and (stop or logprobs or lookup or draft is not None):
         raise InputError("--beams goes without --stop, --logprobs, --lookup and --draft: it does not sample")
+    if draft is not None and lookup:
+        raise InputError("--draft and --lookup are two ways to propose tokens; give one of them")
+    if beams:
+        check_unused(
+            "with --beams, which does not sample",
+            generate,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+        )
+    else:
+        check_unused("without --beams", generate, length_penalty=length_penalty)
+    if draft is None and not lookup:
+        check_unused("without --draft or --lookup", generate, tokens_ahead=tokens_ahead)
+    if not chat:
+        check_unused("without --chat", generate, system=system)
     opened = open_model(model, tokenizer)
     words = opened.need_tokenizer()
+    if top_k > opened.config.vocab_size:
+        say(f"--top-k {top_k:,} is more than the vocabulary of {opened.config.vocab_size:,}; all of it is kept")
     if chat:
         before = [] if system is None else [{"role": "system", "content": system}]
         texts = [words.apply_chat_template([*before, {"role": "user", "content": text}]) for text in prompt]

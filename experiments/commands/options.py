@@ -1,7 +1,9 @@
 """What several commands share: kinds of flags, the console, files that are written, numbers in words."""
 
 import errno
-from collections.abc import Iterator
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
+
+    from train.data.manifest import Manifest
 
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 PlotFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -41,7 +45,6 @@ def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Tab
 def origin() -> dict[str, Any]:
     """What a document of measurements says of how it was made: the command, the device, versions."""
     import shlex
-    import sys
 
     from train.run import describe_device, versions
 
@@ -68,6 +71,30 @@ def output(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def say(sentence: str) -> None:
+    """Tell on stderr what a command does otherwise than it was asked."""
+    print(f"isoflop: {sentence}", file=sys.stderr)
+
+
+def say_fewer_tokens(flag: str, asked: int, manifest: "Manifest") -> None:
+    """Say so where a flag asks for more validation tokens than there are: all of them are read, and no more."""
+    there = manifest.splits["validation"].tokens - 1  # the first one is not predicted
+    is_given = any(word.partition("=")[0].replace("_", "-") == flag for word in sys.argv)
+    if is_given and asked > there:
+        say(f"{flag} {asked:,} is more than the {there:,} tokens of the validation split; all of those are read")
+
+
+def check_unused(where: str, command: Callable[..., Any], **given: Any) -> None:
+    """Raise InputError where a flag of the command was given that does nothing there, such as "without --beams"."""
+    from model.errors import InputError
+
+    for name, value in given.items():
+        if value != inspect.signature(command).parameters[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"{flag} {words} does nothing {where}; leave it out")
 
 
 def check_plot(path: Path | None) -> None:

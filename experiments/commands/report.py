@@ -31,6 +31,8 @@ def report(
 
     if not runs:
         raise InputError("name at least one run, such as: isoflop report runs/first")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError("a run is named twice; name each once")
     page = out or runs[0] / "report.html"
     with output(page):
         rows = write_run_page(page, runs)

@@ -8,7 +8,8 @@ import tyro
 from experiments.commands.options import JsonFile, Overrides
 
 if TYPE_CHECKING:
-    from train import Result, TrainConfig
+    from train import HParams, Result, Shell, TrainConfig
+    from train.data.manifest import Manifest
     from train.phases import Phase
 
 
@@ -69,7 +70,7 @@ def train(
             population); all on data by default.
         microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
-        evaluate_tokens: Tokens of the validation split, the same each time.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
@@ -84,6 +85,7 @@ def train(
         process_id: The number of this one.
         json: Also write the result to this file.
     """
+    from experiments.commands.options import check_unused
     from experiments.inputs import read_changes
     from experiments.models import read_config
     from experiments.sweep.space.overlay import overlay
@@ -96,6 +98,10 @@ def train(
 
     if distributed or coordinator is not None:
         initialize(coordinator, num_processes, process_id)
+    else:
+        check_unused(
+            "without --coordinator or --distributed", train, num_processes=num_processes, process_id=process_id
+        )
     folders = _folders(data)
     manifest = load_manifest(next(iter(folders.values())))
     config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
@@ -125,6 +131,7 @@ def train(
     )
     if train_config.phases:
         _show_plan(train_config)
+    _say_what_is_cut(shell, manifest, train_config, hparams, steps)
     result = run_training(config, train_config, hparams, data=folders, run=out, steps=steps, shell=shell)
     _tell(result, json)
 
@@ -134,6 +141,7 @@ def cool(
     *,
     at: tuple[int, ...],
     out: Path,
+    data: tuple[str, ...] = (),
     decay_fraction: float = 0.2,
     decay_steps: int | None = None,
     final_fraction: float = 0.0,
@@ -153,21 +161,32 @@ def cool(
         trunk: The run directory to leave.
         at: After how many of its steps; one branch each.
         out: A folder that gets one run directory per branch, named after its step.
+        data: Where the trunk's data lie now, if they were moved; several as NAME=FOLDER.
         decay_fraction: Steps of the cool-down over those of the trunk's part.
         decay_steps: Steps of the cool-down, instead of a fraction.
         final_fraction: The rate at the end over the peak.
         mesh: Devices to train on, such as data=2,fsdp=4; all on data by default.
-        evaluate_tokens: Tokens of the validation split, the same each time.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
         json: Also write the results to this file.
     """
-    from experiments.commands.options import write_document
+    from experiments.commands.options import check_unused, say_fewer_tokens, write_document
+    from model.errors import InputError
     from model.sharding import parse_mesh
     from train import Shell, cooldown
     from train import train as run_training
+    from train.data import load_manifest
 
-    results = []
+    if len(set(at)) < len(at):
+        raise InputError(f"--at {' '.join(map(str, at))} has a step twice; give each once")
+    if decay_steps is not None:
+        check_unused("with --decay-steps", cool, decay_fraction=decay_fraction)
+    results: list[dict[str, Any]] = []
+    folders = _folders(data) if data else None
     for step in at:
-        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction)
+        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
+        if not results:
+            first = plan.data if isinstance(plan.data, str) else next(iter(plan.data.values()))
+            say_fewer_tokens("--evaluate-tokens", evaluate_tokens, load_manifest(first))
         shell = Shell(
             evaluate_tokens=evaluate_tokens,
             mesh=parse_mesh(mesh) if mesh else None,
@@ -216,6 +235,30 @@ def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
         + "".join(f"; {text}" for text in trouble)
     )
     return values
+
+
+def _say_what_is_cut(
+    shell: "Shell", manifest: "Manifest", train_config: "TrainConfig", hparams: "HParams", steps: int | None
+) -> None:
+    """Say which of the numbers asked for are beyond what there is, or beyond the run's end."""
+    from experiments.commands.options import say, say_fewer_tokens
+    from train.hosts import is_writer
+    from train.plan import Plan
+    from train.schedule import uses_horizon
+
+    if not is_writer():
+        return
+    say_fewer_tokens("--evaluate-tokens", shell.evaluate_tokens, manifest)
+    last = Plan.of(train_config, steps).total_steps if steps is None else steps
+    for flag, every in (("--evaluate-every", shell.evaluate_every), ("--keep-every", shell.keep_every)):
+        if every > last:
+            say(f"{flag} {every:,} is more than the run's {last:,} steps; only its end counts")
+    if late := [step for step in shell.keep_steps if step > last]:
+        say(f"--keep-steps {' '.join(map(str, late))}: the run ends at step {last:,}, before those checkpoints")
+    if uses_horizon(train_config, hparams) and 0 < hparams.total_steps < last:
+        say(f"total_steps={int(hparams.total_steps):,} is fewer than the run's {last:,} steps; the schedule ends there")
+    if not train_config.phases and hparams.warmup_steps > last:
+        say(f"warmup_steps={int(hparams.warmup_steps):,} is more than the run's {last:,} steps; it ends below its rate")
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:

@@ -7,22 +7,22 @@ from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
 from experiments.report.page import Drawn, drawn, render
 from experiments.sweep.reading.curves import UNEQUAL, chosen
-from experiments.sweep.reading.results import Results
+from experiments.sweep.reading.results import Results, Tables
 from experiments.sweep.reading.scales import text
 from train.files import write_atomically
 
 MOST_ROWS = 1000  # of the table of settings
 
 
-def write_sweep_page(path: Path, results: Results, document: dict[str, Any], no_parquet: str | None = None) -> None:
+def write_sweep_page(path: Path, results: Results, document: dict[str, Any], tables: Tables | None = None) -> None:
     """Write the report of a sweep: self-contained, whole or absent.
 
-    document: `experiments.sweep.reading.analysis.analyse` of the results. no_parquet: why there is no table in Parquet.
+    document: `experiments.sweep.reading.analysis.analyse` of the results. tables: those beside the page, if any.
     """
-    write_atomically(path, render("sweep.html.jinja", **_view(results, document, no_parquet)))
+    write_atomically(path, render("sweep.html.jinja", **_view(results, document, tables)))
 
 
-def _view(results: Results, document: dict[str, Any], no_parquet: str | None) -> dict[str, Any]:
+def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> dict[str, Any]:
     winner = document["winner"]
     return document | {
         "title": results.folder.resolve().name,
@@ -34,7 +34,7 @@ def _view(results: Results, document: dict[str, Any], no_parquet: str | None) ->
         "order": sorted(document["settings"], key=lambda row: (row["mean"] is None, row["mean"] or 0.0))[:MOST_ROWS],
         "winning": None if winner is None else winner["setting"],
         "equal": [] if winner is None else winner["indistinguishable"] or [],
-        "no_parquet": no_parquet,
+        "tables": tables,
         "write": text,
         "figures": _figures(results, document),
     }

@@ -18,9 +18,12 @@ _PROBES = 16  # points of a searched space that stand for those that are drawn
 
 def check_data(sweep: Sweep) -> Manifest:
     """The sweep's data. Raises InputError where the folder does not hold them any more."""
+    hint = f"`isoflop sweep resume {sweep.folder} --data FOLDER` goes on with them at another place"
+    if not sweep.data.exists():
+        raise InputError(f"the data of the sweep {sweep.folder} are not at {sweep.data} any more; {hint}")
     manifest = load_manifest(sweep.data)
     if manifest.hash != sweep.data_hash:
-        raise InputError(f"{sweep.data} holds other data than the sweep {sweep.folder} was made for; restore them")
+        raise InputError(f"{sweep.data} holds other data than the sweep {sweep.folder} was made for; {hint}")
     return manifest
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.address import check_given, kept
 from experiments.sweep.checks import check_sweep
-from experiments.sweep.record import Request, Sweep
+from experiments.sweep.identity import with_storage
+from experiments.sweep.record import Request, Sweep, new_id
 from experiments.sweep.space import Replicate
 from experiments.sweep.space.file import load_space
 from experiments.sweep.space.overlay import rebase
@@ -55,6 +57,8 @@ def define(
     whatever `check_sweep` refuses.
     """
     manifest = load_manifest(data)
+    if storage is not None:
+        check_given(storage)
     start = Setting(
         config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
@@ -86,9 +90,10 @@ def define(
         sampler_seed=sampler_seed,
         policy=policy,
         policy_settings=dict(policy_settings or {}),
-        storage=storage,
+        storage=None if storage is None else kept(storage, Path(folder)),
         lanes=lanes,
         evaluate_tokens=evaluate_tokens,
+        id=new_id(Path(folder)),
         data_hash=manifest.hash,
         space_source=source,
     )
@@ -114,10 +119,7 @@ def _joined(sweep: Sweep) -> Sweep:
     differences = _differences(old, new)
     if differences:
         raise InputError(f"{folder} holds another sweep: {differences}; choose another folder or that setting")
-    if sweep.storage is not None and sweep.storage != (there.storage or sweep.storage):
-        raise InputError(f"{folder} holds a sweep with storage={there.storage}; its trials are there, leave --storage")
-    if sweep.storage is not None and there.storage is None:
-        raise InputError(f"{folder} holds a sweep whose trials are in its own folder; leave --storage out")
+    storage = there.storage if sweep.storage is None else with_storage(there, sweep.storage).storage
     axes, asked = ({name for r in all for name in r.space(folder).names} for all in (_requests(there), [sweep.request]))
     if axes != asked:
         raise InputError(
@@ -125,7 +127,7 @@ def _joined(sweep: Sweep) -> Sweep:
             "stand in it under two names; choose another folder, or give every axis a value"
         )
     earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
-    return dataclasses.replace(sweep, storage=there.storage, earlier=earlier)
+    return dataclasses.replace(sweep, storage=storage, earlier=earlier, id=there.id)
 
 
 def _requests(sweep: Sweep) -> tuple[Request, ...]:

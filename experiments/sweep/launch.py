@@ -84,7 +84,9 @@ class SlurmWorkers:
         self.folder = folder / "workers"
         try:
             executor = submitit.SlurmExecutor(folder=self.folder / "%j", python=sys.executable)
-            executor.update_parameters(**{"job_name": f"sweep-{folder.name}", "time": 24 * 60} | dict(settings))
+            executor.update_parameters(
+                **{"job_name": f"sweep-{folder.resolve().name}", "time": 24 * 60} | dict(settings)
+            )
             work = submitit.helpers.CommandFunction(worker_command(folder, options))
             with executor.batch():
                 self.jobs = [executor.submit(work) for _ in range(count)]

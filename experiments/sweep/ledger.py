@@ -10,7 +10,6 @@ attempt; a worker that was only slow is told that its claim is gone when it repo
 """
 
 import dataclasses
-import hashlib
 import logging
 import os
 import socket
@@ -18,9 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from experiments.sweep.address import file_of, with_file
 from experiments.sweep.distributions import Known
+from experiments.sweep.identity import study_name, take_place
 from experiments.sweep.objectives import direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row, State
@@ -45,15 +47,28 @@ class Claim:
 
 
 class Ledger:
-    """A worker's view of a sweep's ledger. Raises InputError where its storage cannot be opened.
+    """A worker's view of a sweep's ledger.
 
-    interval, grace: of heartbeats, in seconds (`storage.Storage`). worker: a name that no other worker has.
+    interval, grace: of heartbeats, in seconds (`storage.Storage`). worker: a name that no other worker has. read_only:
+    nothing is written, and what is not there yet has no trials. Raises InputError where its storage cannot be opened,
+    or to write, where the folder is a copy of another one that works with the same storage.
     """
 
-    def __init__(self, sweep: Sweep, *, interval: int = 15, grace: int = 90, worker: str | None = None):
-        url = sweep.storage or f"sqlite:///{sweep.folder / 'ledger.db'}"
-        directions = [direction(name) for name in sweep.objectives]
-        self.storage = Storage(url, study_name(sweep), directions, interval=interval, grace=grace)
+    def __init__(
+        self,
+        sweep: Sweep,
+        *,
+        interval: int = 15,
+        grace: int = 90,
+        worker: str | None = None,
+        read_only: bool = False,
+    ):
+        if read_only or sweep.id:
+            _check_storage(sweep)
+        self.storage = Storage(sweep.address, interval=interval, grace=grace, read_only=read_only)
+        self.storage.use(study_name(sweep, self.storage), [direction(name) for name in sweep.objectives])
+        if not read_only and sweep.shares_storage:
+            take_place(sweep, self.storage)
         self.worker = worker or f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
         self._trials: dict[int, Trial] = {}  # by key: they never change
         self._unnamed: dict[int, float] = {}  # since when a point is seen being drawn
@@ -271,11 +286,14 @@ class Ledger:
         return self._trials[frozen._trial_id]
 
 
-def study_name(sweep: Sweep) -> str:
-    """The name of a sweep's study. A storage of several sweeps is told them apart by their folders."""
-    if sweep.storage is None:
-        return "sweep"
-    return f"{sweep.folder.name}-{hashlib.sha256(str(sweep.folder.resolve()).encode()).hexdigest()[:8]}"
+def _check_storage(sweep: Sweep) -> None:
+    """Raise InputError where the sweep has runs, but the file of its trials is gone."""
+    file = file_of(sweep.address)
+    if sweep.storage is not None and file is not None and not file.exists() and (sweep.folder / "runs").is_dir():
+        raise InputError(
+            f"the storage {sweep.address} of {sweep.folder} is not there; where it was moved, name its new place: "
+            f"`isoflop sweep resume {sweep.folder} --storage {with_file(sweep.storage, Path('FILE'))}`"
+        )
 
 
 def _planned(trial: Trial, params: dict, distributions: dict, rungs: Mapping[int, float] | None = None) -> Any:

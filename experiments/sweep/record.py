@@ -1,10 +1,17 @@
 """A sweep as its folder keeps it, in `sweep.json`: any worker on any machine can go on with it."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.space import Replicate, Space, grid, product
 from experiments.sweep.space.file import load_space
 from experiments.sweep.space.values import parse_axes
@@ -50,9 +57,10 @@ class Sweep:
     multiplied with them, space_source: its text. seeds: of the replicates of every point.
     objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
     name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
-    "hyperband" or "population", with its settings. storage: an Optuna storage URL; None: SQLite in the folder. lanes:
-    at most so many trials side by side; None: as many as memory holds. evaluate_tokens: of the validation split.
-    earlier: what former calls on the folder asked for; their trials stay part of the sweep.
+    "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives it; None:
+    SQLite in the folder. lanes: at most so many trials side by side; None: as many as memory holds. evaluate_tokens: of
+    the validation split. earlier: what former calls on the folder asked for; their trials stay part of the sweep.
+    id: the name of its study in a storage, wherever the folder lies; None where an older version made the sweep.
     """
 
     folder: Path
@@ -73,6 +81,25 @@ class Sweep:
     data_hash: str = ""
     space_source: str | None = None
     earlier: tuple[Request, ...] = ()
+    id: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def address(self) -> str:
+        """The address of its storage, to be opened."""
+        if self.storage is None:
+            return f"sqlite:///{self.folder.absolute() / 'ledger.db'}"
+        return (opened if self.id else opened_by_older)(self.storage, self.folder)
+
+    @property
+    def shares_storage(self) -> bool:
+        """Whether its trials are kept outside its folder, where a copy of the folder finds them too."""
+        file = file_of(self.address)
+        return file is None or not file.resolve().is_relative_to(self.folder.resolve())
 
     @property
     def request(self) -> Request:
@@ -96,8 +123,15 @@ class Sweep:
         return plain | {
             "base": self.base.to_dict(),
             "data": str(self.data),
+            "beside": self._beside(),
             "earlier": [{n: v for n, v in dataclasses.asdict(r).items() if n != "space_source"} for r in self.earlier],
         }
+
+    def _beside(self) -> dict[str, str]:
+        """What lies outside the folder, relative to it: a folder that is moved together with them finds them again."""
+        file = None if self.storage is None else file_of(self.storage)
+        places = {"data": self.data} | ({"storage": file} if file is not None and file.is_absolute() else {})
+        return {name: os.path.relpath(place.resolve(), self.folder.resolve()) for name, place in places.items()}
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -117,8 +151,11 @@ class Sweep:
         del content["schema_version"]
         try:
             earlier = [Request(**_tuples(values)) for values in content.pop("earlier")]
-            base, data = Setting.from_dict(content.pop("base")), Path(content.pop("data"))
-            sweep = cls(folder, base, data, **_tuples(content))
+            base, data, beside = Setting.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
+            sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content))
+            if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
+                moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))
+                sweep = dataclasses.replace(sweep, storage=moved)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is damaged (missing or wrong: {error})") from None
         source = _source(folder, sweep.space_file)
@@ -131,6 +168,50 @@ class Sweep:
             if request.space_file is not None and request.space_source is not None:
                 write_atomically(self.folder / request.space_file, request.space_source)
         write_json(self.folder / "sweep.json", self.to_dict())
+
+    def write_first(self) -> Self:
+        """`write`, unless another process has just made the sweep of the same command: then with the id of that one."""
+        with locked(self.folder):
+            if (self.folder / "sweep.json").exists():
+                return dataclasses.replace(self, id=id_in(self.folder))
+            self.write()
+            return self
+
+
+def new_id(folder: Path) -> str:
+    """An id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
+    return f"{folder.resolve().name}-{secrets.token_hex(6)}"
+
+
+def id_in(folder: Path) -> str | None:
+    """The id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
+    try:
+        return json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("id")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Around a change to `sweep.json` that depends on what it says: one process at a time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 – held until the block ends
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"the sweep's folder {folder} cannot be written: {error.strerror}") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _moved(place: Path, folder: Path, beside: str | None) -> Path:
+    """The place, or what lies where it lay beside the folder, if only that is there."""
+    if beside is None or place.exists():
+        return place
+    other = Path(os.path.normpath(folder.resolve() / beside))
+    return other if other.exists() else place
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

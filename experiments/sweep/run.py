@@ -1,12 +1,18 @@
 """A sweep from its plan to its end, in this process or by workers of this machine."""
 
+import dataclasses
 import logging
+from pathlib import Path
 
 from experiments.sweep import launch, live
+from experiments.sweep.address import check_given, file_of, kept, without_password
+from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.record import Sweep
+from experiments.sweep.record import Sweep, locked, new_id
 from experiments.sweep.row import ENDED, Row
+from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
+from model.errors import InputError
 
 logger = logging.getLogger("isoflop")
 
@@ -17,12 +23,57 @@ class UnfinishedError(Exception):
 
 def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
     """Write the sweep down and plan its trials; its ledger, with `Ledger`'s seconds between signs of life."""
-    if sweep.storage is None:
+    if not (sweep.folder / "sweep.json").exists():
+        if sweep.shares_storage:
+            Storage(sweep.address)  # where it is out of reach, nothing is written
+        elif (file := file_of(sweep.address)) is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        sweep = sweep.write_first()
+    ledger = Ledger(sweep, interval=interval, grace=grace)  # which refuses a copied folder, before that is changed
+    with locked(sweep.folder):
         sweep.write()
-    ledger = Ledger(sweep, interval=interval, grace=grace)
-    sweep.write()  # of a database elsewhere: only now, for there may be none
+    if sweep.id is None:
+        keep_id(sweep.folder, str(ledger.storage.name))
     plan(sweep, ledger)
     return ledger
+
+
+def with_places(sweep: Sweep, data: Path | None = None, storage: str | None = None) -> Sweep:
+    """The sweep with its data or its storage at another place; None: where they were.
+
+    Raises InputError where the storage does not hold the sweep's trials.
+    """
+    if storage is not None:
+        check_given(storage)
+        sweep = with_storage(sweep, kept(without_password(storage), sweep.folder))
+    return sweep if data is None else dataclasses.replace(sweep, data=data.resolve())
+
+
+def separate(sweep: Sweep) -> Sweep:
+    """Make the sweep of a copied folder one of its own: written, with a new id and a study of its own.
+
+    Raises InputError where its storage lies in its folder, so that the copy has one of its own already.
+    """
+    if not sweep.shares_storage:
+        raise InputError(f"{sweep.folder} has a storage of its own in its folder; leave --new-id out")
+    before = study_name(sweep, Storage(sweep.address, read_only=True))
+    sweep = with_id(sweep, new_id(sweep.folder))
+    copy_trials(sweep, Ledger(sweep).storage, before)
+    sweep.write()
+    return sweep
+
+
+def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
+    """As many workers as were asked for, but not more than there are trials left, which is then said."""
+    left = sum(row.state not in ENDED for row in ledger.rows())
+    if sweep.sampler != "all":
+        left += max(0, sweep.trials - ledger.asked()) * len(sweep.seeds)
+    most = max(1, left)
+    if asked > most:
+        logger.warning(
+            "isoflop: %d workers are more than the %d trials that are left; %d are started", asked, left, most
+        )
+    return min(asked, most)
 
 
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:
@@ -41,6 +92,7 @@ def run_sweep(sweep: Sweep, workers: int = 0) -> list[Row]:
     once what runs is saved.
     """
     ledger = begin(sweep)
+    workers = useful_workers(sweep, ledger, workers)
     for sentence in work_through(sweep, ledger, launch.LocalWorkers(sweep.folder, workers) if workers else None):
         logger.warning(sentence)
     rows = ledger.rows()

@@ -3,58 +3,106 @@
 Optuna has heartbeats for databases only; for a journal file a trial's own attribute holds the time of its last one.
 """
 
+import atexit
+import errno
+import functools
 import logging
-import os
 import random
+import shutil
+import sqlite3
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from experiments.sweep.address import file_of, shown
 from model.errors import InputError
 
 logger = logging.getLogger("isoflop")
 BEAT = "beat"
+_URL_OF_FILES = "sqlite:///file"  # of any: `_engine` opens it
 _PATIENCE_SECONDS = 600.0  # in which a database that went away, as while it restarts, may come back
 
 
 class Storage:
     """The trials of one study, in whatever keeps them.
 
-    url: a database's as SQLAlchemy reads it, or `journal:PATH`. directions: "minimize" or "maximize" of each objective.
-    interval: seconds between a worker's heartbeats; grace: without one for so long, it counts as dead.
-    Raises InputError where it cannot be opened.
+    url: as `address.opened` gives it. interval: seconds between a worker's heartbeats; grace: without one for so long,
+    it counts as dead. read_only: nothing is written, not even the file or the tables of a storage that has none yet;
+    it then has no studies. Raises InputError where it cannot be opened.
     """
 
-    def __init__(self, url: str, name: str, directions: list[str], *, interval: int = 15, grace: int = 90):
+    def __init__(self, url: str, *, interval: int = 15, grace: int = 90, read_only: bool = False):
         import optuna
-        from optuna.storages import get_storage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.interval, self.grace = interval, grace
-        self.database = None if url.startswith("journal:") else _open_database(url, interval, grace)
-        self.optuna = get_storage(self.database) if self.database else _open_journal(url.removeprefix("journal:"))
+        self.url, self.interval, self.grace, self.read_only = url, interval, grace, read_only
+        self.database: Any = None
+        self.optuna: Any = None
+        self.name: str | None = None
+        self.study_id: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Open what there is: while nothing may be written, that may be nothing."""
+        from optuna.storages import get_storage
+
+        if self.url.startswith("journal:"):
+            self.optuna = _open_journal(Path(self.url.removeprefix("journal:")), self.read_only)
+            return
+        self.database = _open_database(self.url, self.interval, self.grace, self.read_only)
+        self.optuna = None if self.database is None else get_storage(self.database)
+
+    def use(self, name: str, directions: list[str]) -> None:
+        """Work with the study of that name, which is made unless nothing may be written.
+
+        directions: "minimize" or "maximize" of each objective. Raises InputError where the study has others.
+        """
+        import optuna
+
         self.name = name
-        self.study = self.call(
-            optuna.create_study,
-            study_name=name,
-            storage=self.optuna,
-            directions=directions,
-            load_if_exists=True,
-        )
-        self.study_id = self.call(self.optuna.get_study_id_from_name, name)
-        if [direction.name.lower() for direction in self.study.directions] != directions:
-            raise InputError(f"the storage {shown(url)} has a sweep {name!r} with other objectives; choose another one")
+        self._find_study()
+        if self.study_id is None and not self.read_only:
+            arguments = {"study_name": name, "storage": self.optuna, "directions": directions, "load_if_exists": True}
+            self.call(optuna.create_study, **arguments)
+            self._find_study()
+        if self.study_id is None:
+            return
+        there = self.call(self.optuna.get_study_directions, self.study_id)
+        if [direction.name.lower() for direction in there] != directions:
+            raise InputError(
+                f"the storage {shown(self.url)} has a sweep {name!r} with other objectives; choose another one"
+            )
+
+    def _find_study(self) -> None:
+        """Look for the study, which another process may make after a reader has begun to watch."""
+        if self.optuna is None:
+            self._open()
+        if self.optuna is not None and self.name in self.studies():
+            self.study_id = self.call(self.optuna.get_study_id_from_name, self.name)
+
+    def studies(self) -> dict[str, int]:
+        """The keys of all studies in the storage, by their names."""
+        if self.optuna is None:
+            return {}
+        return {study.study_name: study._study_id for study in self.call(self.optuna.get_all_studies)}
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Any:
-        """The function's answer, however often the database has to be asked."""
+        """The function's answer, however often the database has to be asked.
+
+        Raises InputError where the file of the database may not be written.
+        """
         wait, until, told = 0.2, time.monotonic() + _PATIENCE_SECONDS, False
         while True:
             try:
                 return function(*arguments, **named)
             except Exception as error:
+                if _is_read_only(error):
+                    raise InputError(f"the storage {shown(self.url)} may not be written by this user") from None
                 if not _is_transient(error) or time.monotonic() > until:
                     raise
                 if not told and wait > 1:  # a moment's lock is nothing to speak of
@@ -66,9 +114,21 @@ class Storage:
                 time.sleep(wait * random.uniform(0.5, 1))
                 wait = min(2 * wait, 5)
 
-    def trials(self) -> list[Any]:
-        """All trials as Optuna has them, by number; not to be changed."""
-        return self.call(self.optuna.get_all_trials, self.study_id, deepcopy=False)
+    def trials(self, study_id: int | None = None) -> list[Any]:
+        """All trials of the study, or of another one, as Optuna has them, by number; not to be changed."""
+        if study_id is None and self.study_id is None:
+            self._find_study()
+        key = self.study_id if study_id is None else study_id
+        return [] if key is None else self.call(self.optuna.get_all_trials, key, deepcopy=False)
+
+    def attribute(self, name: str, study_id: int | None = None) -> Any:
+        """An attribute of the study, or of another one; None where it was not set."""
+        key = self.study_id if study_id is None else study_id
+        return self.call(self.optuna.get_study_user_attrs, key).get(name)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Set an attribute of the study."""
+        self.call(self.optuna.set_study_user_attr, self.study_id, name, value)
 
     def create(self, template: Any) -> int:
         """Add a trial; its key. Where the database went away in between, it may be there twice."""
@@ -115,51 +175,34 @@ class Storage:
             self.database.remove_session()
 
 
-def shown(url: str) -> str:
-    """A storage's URL without its password."""
-    if url.startswith("journal:"):
-        return url
-    from sqlalchemy.engine import make_url
-
-    return make_url(url).render_as_string(hide_password=True)
-
-
-def without_password(url: str) -> str:
-    """A PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
-
-    Workers that this process starts have it from there; others need it set, or a ~/.pgpass.
-    """
-    if not url.startswith("postgresql"):
-        return url
-    from sqlalchemy.engine import URL, make_url
-
-    whole = make_url(url)
-    if whole.password is None:
-        return url
-    os.environ["PGPASSWORD"] = str(whole.password)
-    bare = URL.create(whole.drivername, whole.username, None, whole.host, whole.port, whole.database, whole.query)
-    return bare.render_as_string()
-
-
-def _open_journal(path: str) -> Any:
+def _open_journal(path: Path, read_only: bool) -> Any:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(path))
+        if read_only and not path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(path)))
     except (OSError, ValueError) as error:
         raise InputError(f"the journal {path} cannot be opened: {error}") from None
 
 
-def _open_database(url: str, interval: int, grace: int) -> Any:
+def _open_database(url: str, interval: int, grace: int, read_only: bool) -> Any:
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+    file = file_of(url)
     try:
+        if read_only:
+            if file is not None and not file.exists():
+                return None
+            file = None if file is None else _whole(file)
+            if not _has_tables(url, _engine(url, file, read_only)):
+                return None
         storage = RDBStorage(
-            url,
-            engine_kwargs=_engine(url),
+            _URL_OF_FILES if file else url,
+            engine_kwargs=_engine(url, file, read_only),
             heartbeat_interval=interval,
             grace_period=grace,
         )
@@ -171,17 +214,60 @@ def _open_database(url: str, interval: int, grace: int) -> Any:
     except ImportError as error:
         cause = error.__cause__ or error
         raise InputError(f"the storage {shown(url)} needs a driver that is not installed ({cause})") from None
-    except (SQLAlchemyError, OSError, RuntimeError) as error:
+    except (SQLAlchemyError, sqlite3.Error, OSError, RuntimeError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise InputError(f"the storage {shown(url)} cannot be reached: {reason}") from None
-    if url.startswith("sqlite"):
+    if file is not None and not read_only:
         _lock_before_reading(storage.engine)
     return storage
 
 
-def _engine(url: str) -> dict[str, Any]:
-    if url.startswith("sqlite"):
-        return {"connect_args": {"timeout": 60}}
+def _has_tables(url: str, settings: dict[str, Any]) -> bool:
+    """Whether the database holds Optuna's tables already."""
+    from sqlalchemy import create_engine, inspect
+
+    engine = create_engine(_URL_OF_FILES if "creator" in settings else url, **settings)
+    try:
+        return inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
+
+
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    """Open a SQLite file. mode: "ro", or "rwc" to make it where it is missing."""
+    uri = f"file:{quote(str(file.absolute()))}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False)
+
+
+def _whole(file: Path) -> Path:
+    """The SQLite file, or a copy where a killed writer left a half-written change that a reader may not take back."""
+    try:
+        connection = _connect(file, "ro")
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:
+        journal = file.with_name(f"{file.name}-journal")
+        if not journal.exists() or error.sqlite_errorname not in ("SQLITE_READONLY_ROLLBACK", "SQLITE_CANTOPEN"):
+            raise
+        folder = Path(tempfile.mkdtemp(prefix="isoflop-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for part in (journal, file):
+            shutil.copyfile(part, folder / part.name)
+        copy = sqlite3.connect(folder / file.name)  # takes the change back
+        copy.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        copy.close()
+        return folder / file.name
+    return file
+
+
+def _engine(url: str, file: Path | None, read_only: bool) -> dict[str, Any]:
+    """Settings of SQLAlchemy's engine; a SQLite file is opened here, as its path may have characters of a URL."""
+    from sqlalchemy.pool import QueuePool
+
+    if file is not None:
+        return {"creator": functools.partial(_connect, file, "ro" if read_only else "rwc"), "poolclass": QueuePool}
     connect = {"connect_timeout": 10} if url.startswith("postgresql") else {}
     return {"pool_pre_ping": True, "connect_args": connect}
 
@@ -202,6 +288,17 @@ def _lock_before_reading(engine: Any) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _is_read_only(error: BaseException | None) -> bool:
+    """Whether the file may not be written, which no waiting changes."""
+    while error is not None:
+        if getattr(error, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
+            return True
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_transient(error: BaseException | None) -> bool:

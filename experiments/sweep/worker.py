@@ -177,7 +177,7 @@ class _Cohort:
             keep_checkpoints=1,
             checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
             keep_steps=tuple(sorted(steps)),
-            description=": ".join(filter(None, (self.sweep.folder.name, self.standing, self._words()))),
+            description=": ".join(filter(None, (self.sweep.name, self.standing, self._words()))),
         )
         # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()

@@ -1,8 +1,10 @@
 """The whole story in small: stopped in the middle, gone on with, and told once."""
 
 import csv
+import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,22 @@ def test_folder_of_other_settings_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS.__dict__, "vocab_size": 99}))
     with pytest.raises(InputError, match="vocab_size=99 there, 320 here"):
         run_study(tmp_path, SETTINGS)
+
+
+def test_a_corpus_is_known_by_what_it_holds(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "prepare_data", functools.partial(study.prepare_data, validation_fraction=0.2))
+    settings = Settings(source=str(corpus), minutes=0.01, vocab_size=320, batch_size=8, seq_len=64)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "settings.json").write_text(json.dumps(settings.__dict__))
+    study.prepare_data(corpus, tmp_path / "s" / "data", vocab_size=320)
+    shutil.copytree(corpus, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    study._claim(tmp_path / "s", dataclasses.replace(settings, source="./moved"))
+    (tmp_path / "moved" / "more.txt").write_text("one document more")
+    with pytest.raises(InputError, match="was made from other documents"):
+        study._claim(tmp_path / "s", dataclasses.replace(settings, source="moved"))
+    with pytest.raises(InputError, match=r"source=.* there, stdlib here"):
+        study._claim(tmp_path / "s", dataclasses.replace(settings, source="stdlib"))
 
 
 def test_foreign_folder_is_refused(tmp_path):

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from experiments.sweep import ledger as ledger_module
+from experiments.sweep.address import without_password
 from experiments.sweep.ledger import DEAD, Ledger
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.samplers import make_sampler, suggester
-from experiments.sweep.storage import without_password
 from experiments.sweep.trial import Setting
 from experiments.sweep.trials import plan_trials, trials_at
 from model import InputError, ModelConfig

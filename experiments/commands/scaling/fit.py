@@ -83,7 +83,7 @@ def fit(
         from experiments.report.scaling_page import write_scaling_page
 
         with output(report):
-            write_scaling_page(report, analysis, table.name, None if tables is None else str(tables))
+            write_scaling_page(report, analysis, table.resolve().name, None if tables is None else str(tables))
         print(report)
     if plot is not None:
         if analysis.fits.isoflop is None and analysis.fits.parametric is None:

@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 
 
-def report(folder: Study, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0, json: JsonFile = None) -> None:
+def report(
+    folder: Study,
+    *,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    delta: float = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    json: JsonFile = None,
+) -> None:
     """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
 
     Example: isoflop scaling report studies/sotu
 
     Args:
         folder: A study's folder, or one with a runs.csv of the same columns.
+        out: Write the page there, and nothing into the study's folder.
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
@@ -27,15 +36,17 @@ def report(folder: Study, *, delta: float = 1e-3, bootstraps: int = 1000, seed: 
     """
     from experiments.commands.options import write_document
 
-    write_document(json, write_report(folder, delta=delta, bootstraps=bootstraps, seed=seed))
+    write_document(json, write_report(folder, out, delta=delta, bootstraps=bootstraps, seed=seed))
 
 
-def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0) -> dict[str, Any]:
+def write_report(
+    folder: Path, out: Path | None = None, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """Write report.html, scaling.json and tables/ of a study's folder, say what came out; returns the document.
 
-    Raises InputError where there are no runs, or none of the estimators answers.
+    out: the page alone is written, to this file. Raises InputError where there are no runs, or no estimator answers.
     """
-    from experiments.commands.options import console
+    from experiments.commands.options import console, output
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
     from experiments.inputs import read_json
@@ -59,14 +70,15 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
             seed=seed,
             advance=advance,
         )
-    document = analysis.document()
-    write_json(folder / "scaling.json", document)
-    write_tables(folder / "tables", analysis)
-    write_scaling_page(
-        folder / "report.html", analysis, folder.resolve().name, "scaling.json and tables/ beside this page"
-    )
+    document, page = analysis.document(), out or folder / "report.html"
+    with output(page):
+        if out is None:
+            write_json(folder / "scaling.json", document)
+            write_tables(folder / "tables", analysis)
+        tables = "scaling.json and tables/ beside this page" if out is None else None
+        write_scaling_page(page, analysis, folder.resolve().name, tables)
     show(console(), analysis)
-    console().print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console().print(f"{page}", highlight=False, soft_wrap=True)
     return document
 
 

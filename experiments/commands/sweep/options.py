@@ -1,6 +1,7 @@
 """What `isoflop sweep run` and `plan` take alike: the definition of a sweep on the command line."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,21 +65,18 @@ class SweepOptions:
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most so many trials side by side; by default as many as memory holds."""
     eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
-    """Tokens of the validation split, the same for all."""
+    """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
 
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.inputs import read_changes
         from experiments.models import read_config
+        from experiments.sweep.address import without_password
         from experiments.sweep.definition import define
-        from experiments.sweep.storage import without_password
 
-        settings = {
-            "halving": ("eta", "min_fraction"),
-            "hyperband": ("eta", "min_fraction"),
-            "population": ("interval_fraction", "quantile", "resample"),
-        }.get(self.policy, ())
-        return define(
+        settings = _SETTINGS.get(self.policy, ())
+        self._check_unused(settings)
+        sweep = define(
             read_config(self.preset),
             data=self.data,
             folder=self.out,
@@ -99,6 +97,44 @@ class SweepOptions:
             lanes=self.lanes,
             evaluate_tokens=self.eval_tokens,
         )
+        self._say_what_is_cut(sweep)
+        return sweep
+
+    def _check_unused(self, settings: Sequence[str]) -> None:
+        """Raise InputError where a setting was given of another policy than the one that is asked for."""
+        from experiments.commands.options import check_unused
+
+        others = {name for names in _SETTINGS.values() for name in names} - set(settings)
+        given = {name: getattr(self, name) for name in sorted(others)}
+        check_unused(f"with --policy {self.policy}", SweepOptions, **given)
+        if self.sampler == "all":
+            check_unused("without --sampler", SweepOptions, sampler_seed=self.sampler_seed)
+
+    def _say_what_is_cut(self, sweep: "Sweep") -> None:
+        """Say which of the numbers asked for are beyond what there is."""
+        from experiments.commands.options import say, say_fewer_tokens
+        from experiments.sweep.space import Values
+        from experiments.sweep.trials import expected_trials
+        from train.data import load_manifest
+
+        say_fewer_tokens("--eval-tokens", self.eval_tokens, load_manifest(self.data))
+        space = sweep.space()
+        is_finite = all(isinstance(axis, Values) for axis in space.axes().values())
+        if sweep.sampler != "all" and is_finite and sweep.trials > space.size:
+            say(f"--trials {sweep.trials:,} is more than the {space.size:,} points of the space, each trained once")
+        if sweep.base.hparams.warmup_steps > 0 or "warmup_steps" in space.names:
+            late = [t.setting for t in expected_trials(sweep, 1) if t.setting.hparams.warmup_steps > t.setting.steps]
+            if late:
+                warmup, steps = int(late[0].hparams.warmup_steps), late[0].steps
+                say(f"warmup_steps={warmup:,} is more than {steps:,} steps; {len(late):,} trials end below their rate")
+
+
+_SETTINGS = {
+    "halving": ("eta", "min_fraction"),
+    "hyperband": ("eta", "min_fraction"),
+    "population": ("interval_fraction", "quantile", "resample"),
+}
+"""The options that are settings of each policy."""
 
 
 Options = Annotated[SweepOptions, tyro.conf.arg(name="")]

@@ -16,7 +16,8 @@ def report(
 ) -> None:
     """Write what a sweep has found, finished or not, as one HTML page that needs no network.
 
-    Beside it, in the sweep's folder, every trial as a row of results.csv and results.parquet.
+    Beside it, in the sweep's folder, every trial as a row of results.csv and results.parquet. With --out nothing is
+    written but that page.
 
     Example: isoflop sweep report sweeps/lr --json sweeps/lr/report.json
 
@@ -34,13 +35,13 @@ def report(
     results = read_results(folder)
     if not results.rows:
         raise InputError(f"{folder} has no trial yet; start it with `isoflop sweep resume {folder}`")
-    with output(folder / "results.csv"):
-        no_parquet = write_tables(results)
     document = analyse(results)
     write_document(json, document)
-    page = out or folder / "report.html"
+    page, tables = out or folder / "report.html", None
     with output(page):
-        write_sweep_page(page, results, document, no_parquet)
+        if out is None:
+            tables = write_tables(results)
+        write_sweep_page(page, results, document, tables)
     said = console()
     said.print(document["sentence"], highlight=False)
     for warning in document["warnings"]:

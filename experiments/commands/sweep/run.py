@@ -3,7 +3,7 @@ shapes."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -48,24 +48,33 @@ def resume(
     folder: tyro.conf.Positional[Path],
     *,
     retry_failed: bool = False,
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
+    new_id: bool = False,
     workers: Workers = ONE_WORKER,
     json: JsonFile = None,
 ) -> None:
-    """Go on with a sweep as it was defined.
+    """Go on with a sweep as it was defined, wherever its folder lies now.
 
     Example: isoflop sweep resume sweeps/lr --retry-failed
 
     Args:
         folder: The folder of the sweep.
         retry_failed: Try again what an exception ended.
+        data: Where the sweep's data lie now, if they were moved.
+        storage: Where the sweep's storage is now, if it was moved.
+        new_id: Make a copied folder a sweep of its own, in the same storage, with what its runs have found.
         json: Also write the summary to this file.
     """
     from experiments.sweep.checks import check_data
-    from experiments.sweep.worker import plan
+    from experiments.sweep.record import Sweep
+    from experiments.sweep.run import begin, separate, with_places
 
-    sweep, ledger = _open(folder, workers.heartbeat, workers.grace)
+    sweep = with_places(Sweep.read(folder), data, storage)
     check_data(sweep)
-    plan(sweep, ledger)
+    if new_id:
+        sweep = separate(sweep)
+    ledger = begin(sweep, workers.heartbeat, workers.grace)
     if retry_failed:
         print(f"{ledger.retry()} failed trials are planned again", file=sys.stderr)
     _work(sweep, ledger, workers, json)
@@ -83,8 +92,11 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     """
     from experiments.commands.options import console, write_document
     from experiments.sweep import live
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
 
-    sweep, ledger = _open(folder)
+    sweep = Sweep.read(folder)
+    ledger = Ledger(sweep, read_only=True)
     look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
     if watch:
         live.watch(look)
@@ -93,45 +105,52 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     console().print(live.table(document))
 
 
-def worker(folder: tyro.conf.Positional[Path], *, heartbeat: int = 15, grace: int = 90) -> None:
+def worker(
+    folder: tyro.conf.Positional[Path],
+    *,
+    data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    heartbeat: int = 15,
+    grace: int = 90,
+) -> None:
     """One worker of a sweep, which is what --workers and --launcher start; any number may run, on any machine.
 
     Example: isoflop sweep worker sweeps/lr
 
     Args:
         folder: The folder of the sweep, as this machine sees it.
+        data: The sweep's data, where this machine sees them elsewhere.
         heartbeat: Seconds between its signs of life.
         grace: Seconds without one after which another worker counts as dead.
     """
     from experiments.sweep.checks import check_data
+    from experiments.sweep.ledger import Ledger
+    from experiments.sweep.record import Sweep
+    from experiments.sweep.run import with_places
     from experiments.sweep.worker import work
 
-    sweep, ledger = _open(folder, heartbeat, grace)
+    sweep = with_places(Sweep.read(folder), data)
     check_data(sweep)
+    ledger = Ledger(sweep, interval=heartbeat, grace=grace)
     work(sweep, ledger)
     _stop_at_failures(ledger)
 
 
-def _open(folder: Path, heartbeat: int = 15, grace: int = 90) -> "tuple[Sweep, Ledger]":
-    from experiments.sweep.ledger import Ledger
-    from experiments.sweep.record import Sweep
-
-    sweep = Sweep.read(folder)
-    return sweep, Ledger(sweep, interval=heartbeat, grace=grace)
-
-
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
     """Work here, or have others work; then say what came of it."""
+    from experiments.commands.options import check_unused
     from experiments.inputs import read_changes
     from experiments.sweep import launch
-    from experiments.sweep.run import work_through
+    from experiments.sweep.run import useful_workers, work_through
 
+    if asked.launcher != "slurm":
+        check_unused("without --launcher slurm", WorkerOptions, slurm_set=asked.slurm_set)
+    count = useful_workers(sweep, ledger, asked.workers)
     started: launch.Workers | None = None
     options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
     if asked.launcher == "slurm":
-        started = launch.SlurmWorkers(sweep.folder, max(1, asked.workers), read_changes(asked.slurm_set), options)
-    elif asked.workers > 0:
-        started = launch.LocalWorkers(sweep.folder, asked.workers, options)
+        started = launch.SlurmWorkers(sweep.folder, max(1, count), read_changes(asked.slurm_set), options)
+    elif count > 0:
+        started = launch.LocalWorkers(sweep.folder, count, options)
     said = work_through(sweep, ledger, started)
     summary = _summary(sweep, ledger)
     _write(sweep, summary, json)

@@ -69,7 +69,8 @@ class Design(Part):
     """The definition of a scaling study; every field is a key of its TOML file, `family`, `set` and laws are tables."""
 
     base: str = "study-32"
-    """A preset (see `isoflop model list`) or a JSON file of a model config: all that sizes do not change."""
+    """A preset (see `isoflop model list`) or a JSON file of a model config, in the working directory or beside the
+    definition: all that sizes do not change."""
     budgets: tuple[float, ...] = ()
     """FLOPs of one run of each budget, 6·N·D with the embedding table in N once, ascending; or else"""
     hours: float = 0.0
@@ -142,6 +143,9 @@ class Design(Part):
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as the TOML file of a design: {error}") from None
+        beside = Path(path).parent / str(values.get("base"))
+        if beside.suffix == ".json" and beside.exists() and not Path(values["base"]).exists():
+            values["base"] = str(beside)
         try:
             return cls.from_dict(values)
         except InputError as error:
@@ -160,8 +164,13 @@ class Design(Part):
         return self.replace(budgets=budgets, hours=0.0)
 
     def differences(self, there: "Design") -> str:
-        """The fields in which another design differs, in words; empty where none does."""
+        """The fields in which another design differs, in words; empty where none does.
+
+        A base in a file is not compared by its path: the study's sweeps compare what it holds.
+        """
         one, other = self.to_dict(), there.to_dict()
+        if one["base"].endswith(".json") and other["base"].endswith(".json"):
+            one["base"] = other["base"]
         return ", ".join(f"{name}={other[name]} there, {one[name]} here" for name in one if one[name] != other[name])
 
     def base_config(self, vocab_size: int) -> ModelConfig:

@@ -46,7 +46,7 @@ def read_results(folder: str | Path) -> Results:
     from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
-    rows = Ledger(sweep).rows()
+    rows = Ledger(sweep, read_only=True).rows()
     return collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
 
 
@@ -124,11 +124,15 @@ def _axes(
     return axes, followers
 
 
-def write_tables(results: Results) -> str | None:
-    """`results.csv` and, where pyarrow is installed, `results.parquet` in the sweep's folder.
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What `write_tables` wrote. no_parquet: why there is no Parquet, or None."""
 
-    Returns why there is no Parquet, or None.
-    """
+    no_parquet: str | None
+
+
+def write_tables(results: Results) -> Tables:
+    """`results.csv` and, where pyarrow is installed, `results.parquet` in the sweep's folder."""
     rows = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     columns = list(rows[0]) if rows else ["id"]
     text = io.StringIO()
@@ -140,12 +144,12 @@ def write_tables(results: Results) -> str | None:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        return "pyarrow is not installed: pip install 'isoflop[parquet]'"
+        return Tables("pyarrow is not installed: pip install 'isoflop[parquet]'")
     table = pyarrow.table({name: _alike([row[name] for row in rows]) for name in columns})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     write_atomically(results.folder / "results.parquet", buffer.getvalue())
-    return None
+    return Tables(None)
 
 
 def _alike(values: list[Any]) -> list[Any]:

@@ -1,0 +1,94 @@
+"""The address of a sweep's storage: what a person gives, what `sweep.json` keeps, and what is opened.
+
+A person's file is relative to the working directory, as every path on the command line. `sweep.json` keeps a file
+within the sweep's folder relative to that folder, and any other one absolute: the address means the same everywhere.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from model.errors import InputError
+
+_SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")
+
+
+def file_of(url: str) -> Path | None:
+    """The file of a `journal:FILE` or `sqlite:///FILE` address; None where a server is addressed."""
+    if url.startswith("journal:"):
+        return Path(url.removeprefix("journal:"))
+    found = _SQLITE.fullmatch(url)
+    return Path(found[2]) if found else None
+
+
+def with_file(url: str, file: Path) -> str:
+    """The address with another file."""
+    prefix = "journal:" if url.startswith("journal:") else url[: url.index(":///") + 4]
+    return f"{prefix}{file}"
+
+
+def check_given(url: str) -> None:
+    """Raise InputError for a storage that no second process could open."""
+    if url.startswith("sqlite") and (file_of(url) in (None, Path(), Path(":memory:")) or "?" in url or "/file:" in url):
+        raise InputError(
+            f"the storage {url!r} is no file that workers can share; give sqlite:///FILE, without options, or leave "
+            "--storage out for a file in the sweep's folder"
+        )
+    if url == "journal:":
+        raise InputError("the storage 'journal:' names no file; give journal:FILE")
+
+
+def kept(url: str, folder: Path) -> str:
+    """The address as `sweep.json` keeps it, from what a person gave in the working directory."""
+    file = file_of(url)
+    if file is None:
+        return url
+    whole = Path(os.path.abspath(file.expanduser()))
+    if whole.resolve().is_relative_to(folder.resolve()):
+        return with_file(url, whole.resolve().relative_to(folder.resolve()))
+    return with_file(url, whole)
+
+
+def opened(url: str, folder: Path) -> str:
+    """The address to open, from what `sweep.json` of the folder keeps."""
+    file = file_of(url)
+    return url if file is None else with_file(url, folder.absolute() / file)
+
+
+def opened_by_older(url: str, folder: Path) -> str:
+    """The address to open where an older version wrote `sweep.json`: it kept relative files as they were given.
+
+    They were relative to the working directory, which most often lay above the sweep's folder: the first place that has
+    the file is taken, and the working directory where there is none.
+    """
+    file = file_of(url)
+    if file is None:
+        return url
+    places = (Path.cwd(), folder.resolve(), *folder.resolve().parents)
+    return with_file(url, next((place / file for place in places if (place / file).exists()), Path.cwd() / file))
+
+
+def shown(url: str) -> str:
+    """The address without its password."""
+    if file_of(url) is not None:
+        return url
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def without_password(url: str) -> str:
+    """A PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
+
+    Workers that this process starts have it from there; others need it set, or a ~/.pgpass.
+    """
+    if not url.startswith("postgresql"):
+        return url
+    from sqlalchemy.engine import URL, make_url
+
+    whole = make_url(url)
+    if whole.password is None:
+        return url
+    os.environ["PGPASSWORD"] = str(whole.password)
+    bare = URL.create(whole.drivername, whole.username, None, whole.host, whole.port, whole.database, whole.query)
+    return bare.render_as_string()
