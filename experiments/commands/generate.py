@@ -77,7 +77,7 @@ def generate(
     """
     import jax
 
-    from experiments.commands.options import check_unused, say, write_document
+    from experiments.commands.options import say, say_unused, write_document
     from experiments.models import open_model
     from infer import Sampling, beam_search, generate_speculative, prepare
     from infer import stream as run_generation
@@ -104,7 +104,7 @@ def generate(
     if draft is not None and lookup:
         raise InputError("--draft and --lookup are two ways to propose tokens; give one of them")
     if beams:
-        check_unused(
+        say_unused(
             "with --beams, which does not sample",
             generate,
             temperature=temperature,
@@ -117,11 +117,11 @@ def generate(
             seed=seed,
         )
     else:
-        check_unused("without --beams", generate, length_penalty=length_penalty)
+        say_unused("without --beams", generate, length_penalty=length_penalty)
     if draft is None and not lookup:
-        check_unused("without --draft or --lookup", generate, tokens_ahead=tokens_ahead)
+        say_unused("without --draft or --lookup", generate, tokens_ahead=tokens_ahead)
     if not chat:
-        check_unused("without --chat", generate, system=system)
+        say_unused("without --chat", generate, system=system)
     opened = open_model(model, tokenizer)
     words = opened.need_tokenizer()
     if top_k > opened.config.vocab_size:

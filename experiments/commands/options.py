@@ -86,15 +86,13 @@ def say_fewer_tokens(flag: str, asked: int, manifest: "Manifest") -> None:
         say(f"{flag} {asked:,} is more than the {there:,} tokens of the validation split; all of those are read")
 
 
-def check_unused(where: str, command: Callable[..., Any], **given: Any) -> None:
-    """Raise InputError where a flag of the command was given that does nothing there, such as "without --beams"."""
-    from model.errors import InputError
-
+def say_unused(where: str, command: Callable[..., Any], **given: Any) -> None:
+    """Say which flags of the command were given that do nothing there, such as "without --beams"."""
     for name, value in given.items():
         if value != inspect.signature(command).parameters[name].default:
             flag = f"--{name.replace('_', '-')}"
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"{flag} {words} does nothing {where}; leave it out")
+            say(f"{flag} {words} does nothing {where}")
 
 
 def check_plot(path: Path | None) -> None:

@@ -85,7 +85,7 @@ def train(
         process_id: The number of this one.
         json: Also write the result to this file.
     """
-    from experiments.commands.options import check_unused
+    from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
     from experiments.models import read_config
     from experiments.sweep.space.overlay import overlay
@@ -99,9 +99,7 @@ def train(
     if distributed or coordinator is not None:
         initialize(coordinator, num_processes, process_id)
     else:
-        check_unused(
-            "without --coordinator or --distributed", train, num_processes=num_processes, process_id=process_id
-        )
+        say_unused("without --coordinator or --distributed", train, num_processes=num_processes, process_id=process_id)
     folders = _folders(data)
     manifest = load_manifest(next(iter(folders.values())))
     config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
@@ -169,7 +167,7 @@ def cool(
         evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
         json: Also write the results to this file.
     """
-    from experiments.commands.options import check_unused, say_fewer_tokens, write_document
+    from experiments.commands.options import say_fewer_tokens, say_unused, write_document
     from model.errors import InputError
     from model.sharding import parse_mesh
     from train import Shell, cooldown
@@ -179,7 +177,7 @@ def cool(
     if len(set(at)) < len(at):
         raise InputError(f"--at {' '.join(map(str, at))} has a step twice; give each once")
     if decay_steps is not None:
-        check_unused("with --decay-steps", cool, decay_fraction=decay_fraction)
+        say_unused("with --decay-steps", cool, decay_fraction=decay_fraction)
     results: list[dict[str, Any]] = []
     folders = _folders(data) if data else None
     for step in at:

@@ -78,7 +78,7 @@ def decode(
         json: Also write every number, with the raw samples, to this file.
         plot: Also draw throughput against latency, and the roofline (.svg, .png or .pdf).
     """
-    from experiments.commands.options import check_plot, check_unused, write_document, write_plot
+    from experiments.commands.options import check_plot, say, say_unused, write_document, write_plot
     from experiments.decode.bench import check_grid, read_grid
     from experiments.decode.cells import grid as combine
     from experiments.decode.document import describe
@@ -88,19 +88,17 @@ def decode(
     check_plot(plot)
     axes = {"batch": batch, "prompt": prompt, "context": context, "weights": weights, "cache": cache}
     if grid is not None:
-        check_unused("with --grid, which gives all axes", decode, **axes, kv_heads=kv_heads)
+        say_unused("with --grid, which gives all axes", decode, **axes, kv_heads=kv_heads)
     if not load:
         of_load = {"requests": requests, "slots": slots, "ttft_limit": ttft_limit, "tpot_limit": tpot_limit}
-        check_unused("without --load", decode, **of_load)
+        say_unused("without --load", decode, **of_load)
     else:
-        check_unused("with --load", decode, batch=batch, against=against, plot=plot)
-        several = [
-            name for name, values in (axes | {"kv_heads": kv_heads}).items() if name != "batch" and len(values) > 1
-        ]
-        if several:
-            raise InputError(f"--load is of one kind of requests; give --{several[0].replace('_', '-')} one value")
+        say_unused("with --load", decode, batch=batch, against=against, plot=plot)
+        for name, values in {**axes, "kv_heads": kv_heads}.items():
+            if name != "batch" and len(values) > 1:
+                say(f"--load is of one kind of requests: of --{name.replace('_', '-')}, the first value {values[0]}")
     if not against:
-        check_unused("without --against", decode, rounds=rounds)
+        say_unused("without --against", decode, rounds=rounds)
     config, build, is_random = _open(model, seed)
     cells = (
         read_grid(read_json(grid), str(grid))

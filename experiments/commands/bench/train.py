@@ -42,7 +42,7 @@ def train(
         rounds: With --against, turns of about a second that each contender gets.
         json: Also write every number to this file.
     """
-    from experiments.commands.options import check_unused, console, new_table, origin, write_document
+    from experiments.commands.options import console, new_table, origin, say_unused, write_document
     from experiments.models import read_config
     from experiments.sweep.speed import measure_step
     from model.errors import InputError
@@ -51,7 +51,7 @@ def train(
     config = read_config(preset, set)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
     if against is None:
-        check_unused("without --against", train, rounds=rounds)
+        say_unused("without --against", train, rounds=rounds)
     else:
         if lanes != (1,):
             raise InputError("--against compares one lane with one model: leave --lanes out")

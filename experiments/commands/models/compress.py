@@ -51,7 +51,7 @@ def compress(
         max_tokens: Validation tokens that the report reads.
         batch_size: Rows per step of the report.
     """
-    from experiments.commands.options import check_unused, origin, output, say_fewer_tokens, write_document
+    from experiments.commands.options import origin, output, say_fewer_tokens, say_unused, write_document
     from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
     from experiments.models import copy_tokenizer, open_model
@@ -67,9 +67,9 @@ def compress(
     if data is None and (report is not None or drop_layers or method == "wanda"):
         raise InputError("wanda, --drop-layers and --report read text; give a data folder with --data")
     if method not in ("magnitude", "wanda"):
-        check_unused(f"with --method {method}", compress, sparsity=sparsity, pattern=pattern)
+        say_unused(f"with --method {method}", compress, sparsity=sparsity, pattern=pattern)
     if report is None:
-        check_unused("without --report", compress, max_tokens=max_tokens, batch_size=batch_size)
+        say_unused("without --report", compress, max_tokens=max_tokens, batch_size=batch_size)
     elif data is not None:
         say_fewer_tokens("--max-tokens", max_tokens, load_manifest(data))
     opened = open_model(source, tokenizer)

@@ -75,7 +75,7 @@ class SweepOptions:
         from experiments.sweep.definition import define
 
         settings = _SETTINGS.get(self.policy, ())
-        self._check_unused(settings)
+        self._say_unused(settings)
         sweep = define(
             read_config(self.preset),
             data=self.data,
@@ -100,15 +100,15 @@ class SweepOptions:
         self._say_what_is_cut(sweep)
         return sweep
 
-    def _check_unused(self, settings: Sequence[str]) -> None:
-        """Raise InputError where a setting was given of another policy than the one that is asked for."""
-        from experiments.commands.options import check_unused
+    def _say_unused(self, settings: Sequence[str]) -> None:
+        """Say which settings of other policies were given."""
+        from experiments.commands.options import say_unused
 
         others = {name for names in _SETTINGS.values() for name in names} - set(settings)
         given = {name: getattr(self, name) for name in sorted(others)}
-        check_unused(f"with --policy {self.policy}", SweepOptions, **given)
+        say_unused(f"with --policy {self.policy}", SweepOptions, **given)
         if self.sampler == "all":
-            check_unused("without --sampler", SweepOptions, sampler_seed=self.sampler_seed)
+            say_unused("without --sampler", SweepOptions, sampler_seed=self.sampler_seed)
 
     def _say_what_is_cut(self, sweep: "Sweep") -> None:
         """Say which of the numbers asked for are beyond what there is."""

@@ -137,13 +137,13 @@ def worker(
 
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
     """Work here, or have others work; then say what came of it."""
-    from experiments.commands.options import check_unused
+    from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
     from experiments.sweep import launch
     from experiments.sweep.run import useful_workers, work_through
 
     if asked.launcher != "slurm":
-        check_unused("without --launcher slurm", WorkerOptions, slurm_set=asked.slurm_set)
+        say_unused("without --launcher slurm", WorkerOptions, slurm_set=asked.slurm_set)
     count = useful_workers(sweep, ledger, asked.workers)
     started: launch.Workers | None = None
     options = ("--heartbeat", str(ledger.storage.interval), "--grace", str(ledger.storage.grace))
