@@ -14,6 +14,7 @@ from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from train.files import write_atomically
+from train.metrics import troubles
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
@@ -60,6 +61,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
             for entry in fit.get("dropped") or []
             if entry["reason"] != HELD_OUT_REASON
         ],
+        "troubles": troubles(folder / "ladder" / row["run"] for row in every),
         "unfinished": [row for row in rows if row["status"] != "finished"],
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),

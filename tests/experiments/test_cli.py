@@ -126,7 +126,9 @@ def test_full_disk(isoflop, monkeypatch, error, tmp_path):
         raise error
 
     monkeypatch.setattr("train.data.prepare", full)
-    refused(isoflop("data", "prepare", "--out", tmp_path / "out"), "no space left on the disk")
+    code, _, said = isoflop("data", "prepare", "--out", tmp_path / "out")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "no space left on the disk" in said
 
 
 def test_ctrl_c(isoflop, monkeypatch, tmp_path):

@@ -44,6 +44,7 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from train.files import write_json
+    from train.metrics import troubles
     from train.progress import progress_bar
 
     table = TableOptions().read(folder)
@@ -54,6 +55,7 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
             counts=counts_beside(folder / "runs.csv", table),
             curves=_curves(folder),
             held_out=read_json(held_out) if held_out.exists() else None,
+            notes=troubles(sorted(folder.glob("*/runs/*"))),
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,

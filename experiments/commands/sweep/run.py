@@ -83,14 +83,17 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     """
     from experiments.commands.options import console, write_document
     from experiments.sweep import live
+    from train.metrics import troubles
 
     sweep, ledger = _open(folder)
     look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
     if watch:
         live.watch(look)
-    document = look()
+    document = look() | {"warnings": troubles(sweep.run_folder(row.trial) for row in ledger.rows())}
     write_document(json, document)
     console().print(live.table(document))
+    for warning in document["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def worker(folder: tyro.conf.Positional[Path], *, heartbeat: int = 15, grace: int = 90) -> None:
