@@ -124,7 +124,8 @@ class MetricsLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 – lives as long as the run
         self._step, self._doubtful = begin.seal["step"], begin.doubtful
         self._bytes, self._sha256 = len(content), hashlib.sha256(content)
-        self._tensorboard = Channel("TensorBoard", lambda: TensorBoard(folder / "tensorboard", self._step + 1))
+        first = self._step + 1
+        self._tensorboard = Channel("TensorBoard", lambda: TensorBoard(folder / "tensorboard", first))
         self._channels.append(self._tensorboard)
         if wandb is not None:
             self._channels.append(WandB.channel(wandb, folder))
