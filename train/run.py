@@ -19,15 +19,16 @@ import jax
 from model import ModelConfig, Params
 from model.errors import InputError
 from train.checkpoint import Checkpoints
+from train.checksums import read_sealed, write_sealed
 from train.config import HParams, TrainConfig
-from train.files import is_full, json_text, write_all, write_json
+from train.files import is_full, write_all
 from train.hosts import agree, is_writer
 from train.schedule import uses_horizon
 from train.state import init_state
 
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
-_RESTORE = "; put back a copy of it, or train into another folder"
+_UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
 ROUNDING_ONLY = ("accumulate", "loss_chunks", "norms")
 """Fields of the TrainConfig that may differ when a run is resumed: they change no number but by rounding."""
 
@@ -81,7 +82,7 @@ class Run:
         """Change fields of `run.json`, atomically."""
         self.record |= fields
         if is_writer():
-            _write_record(self.folder, self.record)
+            write_sealed(self.folder / "run.json", self.record, _UNSEALED)
 
     def fail(self) -> None:
         """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
@@ -133,7 +134,7 @@ class Run:
             "result": None,
             "wandb_id": secrets.token_hex(8),  # of the folder: another one with this run is another run there
         }
-        _write_record(self.folder, record)
+        write_sealed(path, record, _UNSEALED)
         return record
 
     def _take_lock(self) -> Any:
@@ -190,16 +191,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "run.json"
     try:
-        record = json.loads(path.read_bytes().decode())
+        record = read_sealed(path, _UNSEALED)
     except FileNotFoundError:
         raise InputError(f"{folder} is not a run: it has no run.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {error}{_RESTORE}") from None
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+    if record.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is not a run.json of schema version {SCHEMA_VERSION}")
-    written = record.pop("checksum", None)  # there is none in folders from before there were any
-    if record.get("status", "planned") not in STATUSES or (written is not None and written != _checksum(record)):
-        raise InputError(f"{path} is damaged: it is not what the run wrote{_RESTORE}")
+    if record.get("status", "planned") not in STATUSES:
+        raise InputError(f"{path} is damaged: its status is not one of {', '.join(STATUSES)}; put back a copy of it")
     if record.get("status") == "running" and not is_held(folder):
         record["status"] = "interrupted"
     return record
@@ -215,16 +213,6 @@ def is_held(folder: str | Path) -> bool:
     except OSError:
         return True
     return False
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_json(folder / "run.json", record | {"checksum": _checksum(record)})
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    """Of all but the status, which may have to be written where nothing longer can be."""
-    rest = {name: value for name, value in record.items() if name != "status"}
-    return hashlib.sha256(json.dumps(json.loads(json_text(rest)), sort_keys=True).encode()).hexdigest()
 
 
 def _overwrite_status(path: Path, status: str) -> None:

@@ -15,7 +15,7 @@ from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
 from train.hosts import agree, is_writer
-from train.metrics import Metrics, MetricsLog, open_metrics
+from train.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.plan import Plan, Stage
 from train.progress import say
 from train.run import Identity, Result, Run
@@ -69,6 +69,9 @@ class Trial:
         self.log: MetricsLog | None = None
         # Where it will go on, unless that checkpoint turns out to be damaged: `resume` knows.
         self.step = self.run.record["step"] if self.ended else max(agree(self.checkpoints.steps), default=0)
+        if self.ended and is_writer():
+            for trouble in troubles([folder]):
+                logger.warning("%s", trouble)
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None

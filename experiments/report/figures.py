@@ -21,6 +21,7 @@ from experiments.report.style import (
     sequence,
     styled,
 )
+from model.errors import InputError
 from train.metrics import open_metrics
 
 SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
@@ -41,12 +42,15 @@ class Curve:
 
 
 def read_curve(run: Path, points: int = 200) -> Curve | None:
-    """The curve of a run directory at about `points` steps, evenly spread in log steps; None without any step.
+    """The curve of a run directory at about `points` steps, evenly spread in log steps; None where none can be read.
 
     Each point is the mean over the steps within ±10 % of its own, so that curves look alike on a log axis however
     long they are. What comes after the first loss that is not finite is left out.
     """
-    lines = open_metrics(run).lines
+    try:
+        lines = open_metrics(run).lines
+    except InputError:  # `train.metrics.troubles` says why
+        return None
     holes = holes_before(lines)
     known = [index for index, line in enumerate(lines) if line["loss"] is not None]
     records = [lines[index] for index in known]

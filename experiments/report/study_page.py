@@ -1,6 +1,5 @@
 """The study's report: `study.json` and the runs' loss curves as one page."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
+from train.checksums import read_sealed
 from train.files import write_atomically
 from train.metrics import troubles
 
@@ -192,7 +192,7 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
     """Wall seconds and compiled programs of each stage, where the study's own notes are there."""
     stages = []
     for path in (folder / "stages").glob("*.json"):
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = read_sealed(path)
         stages.append({"name": path.stem, "seconds": note["seconds"], "compiles": note["compiles"]})
     return sorted(stages, key=lambda stage: -stage["seconds"])
 

@@ -38,11 +38,11 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
     from experiments.commands.options import console
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
-    from experiments.inputs import read_json
     from experiments.report.scaling_page import write_scaling_page
     from experiments.scaling.analysis import analyse
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
+    from train.checksums import read_sealed
     from train.files import write_json
     from train.metrics import troubles
     from train.progress import progress_bar
@@ -54,7 +54,7 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
             table,
             counts=counts_beside(folder / "runs.csv", table),
             curves=_curves(folder),
-            held_out=read_json(held_out) if held_out.exists() else None,
+            held_out=read_sealed(held_out) if held_out.exists() else None,
             notes=troubles(sorted(folder.glob("*/runs/*"))),
             delta=delta,
             bootstraps=bootstraps,

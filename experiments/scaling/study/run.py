@@ -22,8 +22,8 @@ from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.run import run_sweep
 from model.errors import InputError
+from train.checksums import read_sealed, write_sealed
 from train.data import Loader, load_manifest
-from train.files import write_json
 from train.metrics import read_metrics
 
 SCHEMA_VERSION = 1
@@ -42,7 +42,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
     _check_folder(folder, design)
     fitted, tested = ([rung for rung in rungs if rung.held_out is kind] for kind in (False, True))
     sweeps = [sweep_of(design, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
-    write_json(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
+    write_sealed(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
     _say(f"[1/{3 if tested else 1}] {len(fitted)} runs of {len({rung.budget for rung in fitted})} budgets")
     rows = _train(sweeps[0], fitted, workers)
     _write_tables(folder, rows)
@@ -57,10 +57,13 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
 
 def read_study(folder: Path) -> Design | None:
     """The design of the study that the folder holds, if it holds one."""
-    from experiments.inputs import read_json
-
     path = folder / "design.json"
-    return Design.from_dict(read_json(path)["design"]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Design.from_dict(read_sealed(path)["design"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged (missing or wrong: {error}); put back a copy of it") from None
 
 
 def rungs_of(design: Design, data: str | Path) -> list[Rung]:
