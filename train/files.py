@@ -6,9 +6,12 @@ import json
 import os
 import stat
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_THREADS = 8  # that wait for the disk
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -65,10 +68,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder on the disk, with all that is in it."""
-    for path in folder.rglob("*"):
-        sync_folder(path)  # of a file: its content
-    sync_folder(folder)
+    """Have a folder on the disk, with all that is in it; at once, as a disk takes many for little more than one."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(sync_folder, [folder, *folder.rglob("*")]))  # of a file: its content
 
 
 def check_writable(path: Path) -> None:

@@ -22,6 +22,7 @@ from train.data.manifest import (
     load_manifest,
     save_manifest,
     token_dtype,
+    verify_checksums,
 )
 from train.data.shards import ShardWriter
 from train.data.sources import NAMED, Document, Source, open_source
@@ -85,6 +86,7 @@ def prepare(
                 f" than {corpus.name} holds now ({_short(reading.source_hash)});"
                 " remove the folder or choose another --out"
             )
+        verify_checksums(existing, out)
         return existing
     with _all_or_nothing(out) as folder:
         return _write(corpus, folder, given, arguments)
