@@ -117,7 +117,7 @@ class MetricsLog:
             return
         path, content = folder / NAME, "".join(begin.raw).encode()
         there = path.read_bytes() if path.exists() else b""
-        if begin.trouble and there:  # kept beside the damaged checkpoints, before the file is cut
+        if not there.startswith(content):  # more than its end goes: a copy stays beside the damaged checkpoints
             write_atomically(folder / "damaged" / NAME, there)
         if there != content:
             write_atomically(path, content)

@@ -42,12 +42,14 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
     from experiments.scaling.analysis import analyse
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
+    from experiments.scaling.study.run import table_troubles
     from train.checksums import read_sealed
     from train.files import write_json
     from train.metrics import troubles
     from train.progress import progress_bar
 
-    table = TableOptions().read(folder)
+    path = folder / "runs.csv"
+    table = TableOptions().read(path if path.is_file() else folder)
     held_out = folder / "held_out.json"
     with progress_bar("bootstrap", bootstraps) as advance:
         analysis = analyse(
@@ -55,7 +57,7 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
             counts=counts_beside(folder / "runs.csv", table),
             curves=_curves(folder),
             held_out=read_sealed(held_out) if held_out.exists() else None,
-            notes=troubles(sorted(folder.glob("*/runs/*"))),
+            notes=[*table_troubles(folder), *troubles(sorted(folder.glob("*/runs/*")))],
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,

@@ -24,10 +24,12 @@ from experiments.sweep.run import run_sweep
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.data import Loader, load_manifest
+from train.files import file_sha256
 from train.metrics import read_metrics
 
 SCHEMA_VERSION = 1
 HELD_OUT = "held_out"
+_TABLES = "checksums.json"  # of runs.csv and curves.csv
 _POINTS = 400  # of a training curve: they are smoothed over more than their distance
 
 
@@ -135,6 +137,25 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         fixed = {"run": row["name"], "params": row["params"]}
         points += [fixed | {"tokens": records[i]["tokens"], "loss": records[i]["loss"]} for i in chosen]
     write_csv(folder / "curves.csv", points)
+    write_sealed(folder / _TABLES, {name: file_sha256(folder / name) for name in ("runs.csv", "curves.csv")})
+
+
+def table_troubles(folder: Path) -> list[str]:
+    """Which tables of a study's folder are not as the study wrote them, a sentence each; of other folders nothing."""
+    path = folder / _TABLES
+    if not path.exists():
+        return []
+    try:
+        written = read_sealed(path)
+    except InputError as error:
+        return [str(error)]
+    found = []
+    for name, sha256 in written.items():
+        if not (folder / name).is_file():
+            found.append(f"{folder / name} is missing, which the study wrote")
+        elif file_sha256(folder / name) != sha256:
+            found.append(f"{folder / name} is not what the study wrote (its checksum differs)")
+    return found
 
 
 def _check_folder(folder: Path, design: Design) -> None:
