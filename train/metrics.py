@@ -117,8 +117,9 @@ class MetricsLog:
             return
         path, content = folder / NAME, "".join(begin.raw).encode()
         there = path.read_bytes() if path.exists() else b""
-        if not there.startswith(content):  # more than its end goes: a copy stays beside the damaged checkpoints
-            write_atomically(folder / "damaged" / NAME, there)
+        aside = folder / "damaged" / NAME
+        if begin.trouble and there and not (aside.exists() and there.startswith(content)):
+            write_atomically(aside, there)  # before lines go that might still be read by eye
         if there != content:
             write_atomically(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 – lives as long as the run
