@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,12 +35,17 @@ def whole(data, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def killed(data, tmp_path, crash):
-    run = tmp_path / "killed"
+@pytest.fixture(scope="module")
+def killed_once(data, tmp_path_factory, crash):
+    run = tmp_path_factory.mktemp("spoiled") / "killed"
     with crash(CRASH):
         go(data, run)
     return run
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    return Path(shutil.copytree(killed_once, tmp_path / "killed"))
 
 
 def edit(change):
