@@ -5,6 +5,7 @@ it needs when it runs: help and wrong calls do not wait for JAX.
 """
 
 import errno
+import functools
 import inspect
 import logging
 import os
@@ -99,7 +100,21 @@ COMMANDS: Tree = {
 
 def main() -> None:
     """Entry point of the `isoflop` command."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _open_standard_streams()
+    stderr = sys.stderr
+    try:
+        _run()
+    finally:
+        sys.stderr = stderr
+        try:
+            stderr.flush()
+        except OSError:  # its reader has left: what is in it still would change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
+
+
+def _run() -> None:
+    handler = logging.lastResort  # the one that asks for sys.stderr at each message: it changes below
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler] if handler else None)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
     _use_compile_cache()
     keep_memory()
@@ -108,7 +123,7 @@ def main() -> None:
         if isinstance(called, tuple):
             tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=CONFIG)
         else:
-            tyro.cli(called, prog=program, args=each_once(called, arguments), config=CONFIG)
+            tyro.cli(_prepared(called), prog=program, args=each_once(called, arguments), config=CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except BrokenPipeError:  # the reader of what is printed has left, such as `head`; nothing can be said to it
@@ -116,6 +131,7 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from model.errors import InputError
+        from train.files import is_full, refusal
 
         if isinstance(error, InputError):
             _stop(f"isoflop: {error}", 2)
@@ -123,10 +139,44 @@ def main() -> None:
 
         if isinstance(error, UnfinishedError):
             _stop(f"isoflop: {error}", 1)
-        # Orbax and TensorStore wrap the operating system's error in their own.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+        if is_full(error):
+            _stop(f"isoflop: {_what_is_full(error)}; make room and run the same command again", 1)
+        if not isinstance(error, OSError) or error.filename is None:
             raise
-        _stop(f"isoflop: no space left on the disk{_where(error)}; free some and run the same command again", 2)
+        _stop(f"isoflop: {refusal(error)}", 1 if error.errno in _FAILURES else 2)
+
+
+_FAILURES = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # of a disk; the rest is the choice of the path
+
+
+def _prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which first makes sure that the files can be written that it will write at its end.
+
+    What it says on stderr on its way can neither stop it nor hold it up.
+    """
+
+    @functools.wraps(command)
+    def prepared(*arguments: Any, **options: Any) -> None:
+        from train.files import check_writable
+        from train.progress import patient
+
+        sys.stderr = patient(sys.stderr)
+        for name in ("json", "plot", "report"):
+            if isinstance(options.get(name), Path):
+                check_writable(options[name])
+        command(*arguments, **options)
+
+    return prepared
+
+
+def _open_standard_streams() -> None:
+    """Give a process that was started without them stdin, stdout and stderr: the next file opened would become one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 – stays open
 
 
 _DESCRIPTION = """Language-model research in JAX: sweeps, scaling laws, decode throughput.
@@ -172,9 +222,11 @@ def _use_compile_cache() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-def _where(error: Exception) -> str:
+def _what_is_full(error: Exception) -> str:
+    known = {errno.EDQUOT: "the quota of the disk is used up", errno.EFBIG: "a file would exceed the limit (ulimit -f)"}
     file = getattr(error, "filename", None)
-    return f" at {file}" if file else ""
+    where = f" at {file}" if file else ""
+    return known.get(getattr(error, "errno", None) or 0, "no space left on the disk") + where
 
 
 def _stop(message: str, code: int) -> None:

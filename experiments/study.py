@@ -5,7 +5,6 @@ the stage is finished, and a stage that is there is not run again. So the study 
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 
 from experiments.decode.bench import bench_decode
-from experiments.inputs import read_json
 from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table
@@ -31,6 +29,7 @@ from experiments.sweep.run import run_sweep
 from infer import Sampling, generate, prepare
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
+from train.checksums import read_sealed, write_sealed
 from train.compile import compiled_programs
 from train.data import prepare as prepare_data
 from train.data.sources import NAMED
@@ -108,8 +107,8 @@ class _Study:
             start, compiled = time.perf_counter(), compiled_programs()
             result = stage()
             spent = {"seconds": time.perf_counter() - start, "compiles": compiled_programs() - compiled}
-            write_json(path, {"result": result, **spent})
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
+            write_sealed(path, {"result": result, **spent})
+        return read_sealed(path)["result"]
 
     def _data(self) -> dict[str, Any]:
         return prepare_data(self.settings.source, self.data, vocab_size=self.settings.vocab_size).to_json()
@@ -166,7 +165,7 @@ class _Study:
         """Of the budget that was predicted before it was trained: {prediction, heldout} of the run that is nearest to
         the size that was called optimal there, and all of its runs.
         """
-        tested = read_json(self.ladder / "held_out.json")
+        tested = read_sealed(self.ladder / "held_out.json")
         rows = {row["name"]: row for row in self.found["ladder"]}
         run, source, optimal = nearest_to_optimum(tested)
         fitted = max(row["flops_6nd"] for row in rows.values() if not row["held_out"])
@@ -219,7 +218,7 @@ class _Study:
         tuned = self._tuned()
         assert isinstance(tuned.learning_rate, Law)
         rate = f"{tuned.learning_rate.value:.3g} · {self.found['plan']['proxy_d_model']}"
-        stages = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / "stages").glob("*.json")]
+        stages = [read_sealed(path) for path in (self.folder / "stages").glob("*.json")]
         return {
             "schema_version": SCHEMA_VERSION,
             "settings": dataclasses.asdict(self.settings),
@@ -294,7 +293,7 @@ def _is_same_corpus(folder: Path, there: dict[str, Any], source: str) -> bool:
 def _claim(folder: Path, settings: Settings) -> None:
     path, wanted = folder / "settings.json", dataclasses.asdict(settings)
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_sealed(path)
         if there.get("source") != wanted["source"] and _is_same_corpus(folder, there, wanted["source"]):
             there = there | {"source": wanted["source"]}
         different = [
@@ -310,4 +309,4 @@ def _claim(folder: Path, settings: Settings) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no study; choose another --out")
-    write_json(path, wanted)
+    write_sealed(path, wanted)

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from model.errors import InputError
 from train.checksums import CHECKSUMS, checksums, read_intact, verify
-from train.files import write_json
+from train.files import sync_folder, sync_tree, write_json
 from train.hosts import agree, is_writer
 
 _ABOUT = "checkpoint.json"
@@ -170,9 +170,11 @@ class Checkpoints:
         writing, replaced = self._hidden(step, _WRITING), self._hidden(step, _REPLACED)
         write_json(writing / _ABOUT, about)
         write_json(writing / CHECKSUMS, checksums(writing))
+        sync_tree(writing)  # before it is named, and named before older ones go: a power cut leaves one that is whole
         if self._path(step).exists():
             os.rename(self._path(step), replaced)
         os.rename(writing, self._path(step))
+        sync_folder(self._folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _thin_out(self, newest: int) -> None:

@@ -1,14 +1,27 @@
-"""Files that are whole or absent: written beside, flushed, then renamed."""
+"""Files that are whole or absent: written beside, flushed, then renamed. And what to say where a disk refuses them."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_THREADS = 8  # that wait for the disk
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` in one step: a reader, or a run after a kill, sees the old content or the new."""
+    """Replace `path` in one step: a reader, or a run after a kill, sees the old content or the new.
+
+    What is no regular file, such as /dev/stdout or a named pipe, is written to as it is.
+    """
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -17,8 +30,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    finally:
+    except OSError as error:
+        with suppress(OSError):  # where it could not be made it cannot be removed
+            beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,6 +47,69 @@ def write_json(path: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """What `write_json` writes."""
     return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
+
+
+def write_all(file: BinaryIO, content: bytes) -> None:
+    """Write to an unbuffered file. A disk that has filled raises here, and not when the file is closed."""
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file.name)) from error  # which the system does not say
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk: what was created, renamed or removed there survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder on the disk, with all that is in it; at once, as a disk takes many for little more than one."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(sync_folder, [folder, *folder.rglob("*")]))  # of a file: its content
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError where a file could not be written at that path, before what it will hold is computed."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        return
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or one's share of it, had no room. Orbax and TensorStore wrap the system's error in their own."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
+
+
+def refusal(error: OSError) -> str:
+    """Say in one sentence what the system refused of which file, and what would be right."""
+    path, reason = error.filename, error.strerror or str(error)
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
+    advice = {
+        errno.EROFS: "; choose a folder on a disk that can be written",
+        errno.EACCES: "; choose a folder that you may write to, or change its permissions",
+        errno.EPERM: "; choose a folder that you may write to, or change its permissions",
+        errno.ENOTDIR: "; a part of that path is a file, choose one made of folders",
+        errno.EISDIR: "; it is a folder, name a file",
+        errno.EIO: "; the disk may be failing",
+        errno.ENAMETOOLONG: "; choose a shorter one",
+    }
+    return f"{path} cannot be used: {reason}{advice.get(error.errno or 0, '')}"
 
 
 def file_sha256(path: Path) -> str:

@@ -5,7 +5,6 @@ of them run it; they take the same decisions because they take them from the sam
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from train.memory import device_memory
 from train.peak import peak_flops_per_second
 from train.plan import Stage
 from train.program import Lanes, Program
-from train.progress import progress_bar
+from train.progress import progress_bar, say
 from train.seats import Seats
 from train.shell import Shell
 from train.trace import Trace
@@ -185,7 +184,7 @@ class Loop:
         limit = self.shell.memory or device_memory(self.mesh.local_devices[0])
         memory, cuts = self.program.memory, self.train_config.accumulate
         cut = f" in {cuts} cuts" if cuts > 1 else ""
-        print(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{cut}", file=sys.stderr)
+        say(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{cut}")
         if not memory.fits(limit):
             logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")
 
@@ -270,8 +269,7 @@ class Loop:
 
     def _save(self, trials: list[Trial]) -> None:
         for trial in trials:
-            if trial.log is not None:
-                trial.log.flush()
+            trial.sync()
             score = trial.last.get("validation_loss") if trial.last.get("step") == trial.step else None
             lane = self.seats.lane(self.trials.index(trial))
             trial.checkpoints.save(trial.step, self.program.take(self.state, np.int32(lane)), score)

@@ -1,11 +1,67 @@
 """A progress bar with ETA for everything that takes more than two seconds. It writes to stderr only."""
 
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 Advance = Callable[..., None]
+_PIECE = 1000  # characters; a pipe that can be written at all takes 4,096 bytes without waiting
+
+
+class Patient:
+    """A stream that neither raises nor waits: what a closed pipe or a stopped terminal does not take is lost.
+
+    stream: sys.stderr, which is None where the process has none.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written now."""
+        with suppress(OSError, ValueError):  # the stream is gone or closed: there is no one to tell
+            for start in range(0, len(text), _PIECE):
+                if self._takes_more():
+                    self._stream.write(text[start : start + _PIECE])
+                    self._stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: every write is flushed."""
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        with suppress(OSError, ValueError):
+            return self._stream is not None and self._stream.isatty()
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _takes_more(self) -> bool:
+        if self._stream is None:
+            return False
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):  # no file of the system, such as one of a test
+            return True
+        ready = select.poll()
+        ready.register(descriptor, select.POLLOUT)
+        return bool(ready.poll(0))
+
+
+def patient(stream: Any) -> Any:
+    """The stream as a `Patient`; as it is where it writes to one already."""
+    through = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown, rich stands before it
+    return stream if isinstance(through, Patient) else Patient(stream)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; a run goes on where that cannot be done."""
+    print(text, file=patient(sys.stderr))
 
 
 @contextmanager
@@ -18,7 +74,7 @@ def progress_bar(description: str, total: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=patient(sys.stderr))
     if not console.is_terminal:
         yield _plain_lines(description, total)
         return
@@ -47,9 +103,6 @@ def _plain_lines(description: str, total: float) -> Advance:
         if tenth > printed and now - printed_at > 5:
             printed, printed_at = tenth, now
             left = (now - start) * (total - done) / max(done, 1e-9)
-            print(
-                f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)",
-                file=sys.stderr,
-            )
+            say(f"{description}: {10 * tenth} % {note} ({now - start:.0f} s, {left:.0f} s left)")
 
     return advance

@@ -6,7 +6,11 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,16 @@ import jax
 from model import ModelConfig, Params
 from model.errors import InputError
 from train.checkpoint import Checkpoints
+from train.checksums import read_sealed, write_sealed
 from train.config import HParams, TrainConfig
-from train.files import write_json
+from train.files import is_full, write_all
 from train.hosts import agree, is_writer
 from train.schedule import uses_horizon
 from train.state import init_state
 
 SCHEMA_VERSION = 1
+STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
+_UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
 ROUNDING_ONLY = ("accumulate", "loss_chunks", "norms")
 """Fields of the TrainConfig that may differ when a run is resumed: they change no number but by rounding."""
 
@@ -75,7 +82,15 @@ class Run:
         """Change fields of `run.json`, atomically."""
         self.record |= fields
         if is_writer():
-            write_json(self.folder / "run.json", self.record)
+            write_sealed(self.folder / "run.json", self.record, _UNSEALED)
+
+    def fail(self) -> None:
+        """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
+        try:
+            self.update(status="failed")
+        except OSError as error:  # what went wrong is raised by the caller
+            if is_full(error):
+                _overwrite_status(self.folder / "run.json", "failed")
 
     def close(self) -> None:
         """Let another program open it."""
@@ -117,18 +132,22 @@ class Run:
             "compile_seconds": 0.0,
             "rollbacks": [],
             "result": None,
+            "wandb_id": secrets.token_hex(8),  # of the folder: another one with this run is another run there
         }
-        write_json(path, record)
+        write_sealed(path, record, _UNSEALED)
         return record
 
     def _take_lock(self) -> Any:
         lock = open(self.folder / ".lock", "w")  # noqa: SIM115 – held until close; the kernel frees it on a kill
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise BusyError(f"{self.folder} is being written by another process; wait for it or stop it") from None
-        return lock
+        for remaining in reversed(range(5)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except OSError:
+                if remaining:  # one that only looks whether a process holds it (`is_held`) has it for microseconds
+                    time.sleep(0.02)
+        lock.close()
+        raise BusyError(f"{self.folder} is being written by another process; wait for it or stop it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,17 +185,45 @@ class Result:
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """`run.json` of a run. Raises InputError if there is none or it is damaged."""
+    """`run.json` of a run. Raises InputError if there is none or it is damaged.
+
+    A run that says it is running, though no process holds its folder, was killed: its status reads as interrupted.
+    """
     path = Path(folder) / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_sealed(path, _UNSEALED)
     except FileNotFoundError:
         raise InputError(f"{folder} is not a run: it has no run.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+    if record.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"{path} is not a run.json of schema version {SCHEMA_VERSION}")
+    if record.get("status", "planned") not in STATUSES:
+        raise InputError(f"{path} is damaged: its status is not one of {', '.join(STATUSES)}; put back a copy of it")
+    if record.get("status") == "running" and not is_held(folder):
+        record["status"] = "interrupted"
     return record
+
+
+def is_held(folder: str | Path) -> bool:
+    """Whether a process has the run open for writing."""
+    try:
+        with open(Path(folder) / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _overwrite_status(path: Path, status: str) -> None:
+    """Replace the status in place by a word that is no longer, which needs no room on the disk."""
+    content = path.read_bytes()
+    found = re.search(rb'"status": "(\w+)"', content)
+    if found and len(found[1]) >= len(status):
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(found.start())
+            write_all(file, f'"status": "{status}"'.encode().ljust(len(found[0])))
+            os.fsync(file.fileno())
 
 
 def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:

@@ -1,10 +1,10 @@
 """A trial: the host's side of one lane, and what a caller says and is told of it."""
 
 import collections
+import dataclasses
+import logging
 import math
 import statistics
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
 from train.hosts import agree, is_writer
-from train.metrics import MetricsLog, read_metrics
+from train.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.plan import Plan, Stage
+from train.progress import say
 from train.run import Identity, Result, Run
 from train.schedule import uses_horizon
 from train.shell import Shell
 from train.step import metric_names
+
+logger = logging.getLogger("isoflop")
 
 
 class Trial:
@@ -66,6 +69,9 @@ class Trial:
         self.log: MetricsLog | None = None
         # Where it will go on, unless that checkpoint turns out to be damaged: `resume` knows.
         self.step = self.run.record["step"] if self.ended else max(agree(self.checkpoints.steps), default=0)
+        if self.ended and is_writer():
+            for trouble in troubles([folder]):
+                logger.warning("%s", trouble)
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
@@ -110,7 +116,7 @@ class Trial:
             self.step = 0 if found is None else found[0]
             if self.shell.announce and is_writer() and self.run.record["status"] != "planned":
                 where = f"going on from step {self.step:,}" if found else "no checkpoint was made yet: starting anew"
-                print(f"{self.run.folder}: {where}", file=sys.stderr)
+                say(f"{self.run.folder}: {where}")
             self._open_log()
             self.run.update(status="running")
         return None if found is None else found[1]
@@ -119,17 +125,28 @@ class Trial:
         """What the record said at the step from which the run goes on, and the log from there."""
         if self.log is not None:
             self.log.close()
-        before = [record for record in agree(read_metrics, self.run.folder) if record["step"] <= self.step]
-        if before and before[-1]["step"] == self.step:
-            self.last = before[-1]
-            self.seconds = self.last["seconds"]
-            known = [record["validation_loss"] for record in before if "validation_loss" in record]
+        begin = Metrics(*agree(self._record_up_to_here))
+        if begin.trouble and is_writer():
+            logger.warning("%s; training goes on from step %d", begin.trouble, self.step)
+        if begin.lines and begin.lines[-1]["step"] == self.step:
+            self.last = begin.lines[-1]
+            self.seconds = self.last.get("seconds", self.seconds)
+            known = [record["validation_loss"] for record in begin.lines if "validation_loss" in record]
             self.validation_loss = known[-1] if known else None
         self._losses.clear()
-        self._losses.extend(record["loss"] for record in before if record["loss"] is not None)
+        self._losses.extend(record["loss"] for record in begin.lines if record["loss"] is not None)
+        self.run.update(metrics=begin.seal)  # before the file is cut: what it covers is there after a kill in between
         self.log = MetricsLog(
-            self.run.folder, self.step, tensorboard_every=max(1, self.stop // 100), wandb=self.shell.wandb
+            self.run.folder, begin, tensorboard_every=max(1, self.stop // 100), wandb=self.shell.wandb
         )
+
+    def _record_up_to_here(self) -> tuple[Any, ...]:
+        return dataclasses.astuple(open_metrics(self.run.folder, self.step).up_to(self.step))
+
+    def sync(self) -> None:
+        """Have the record on the disk, before a checkpoint that relies on it."""
+        if self.log is not None:
+            self.run.update(metrics=self.log.sync())
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         """Append one step to the record. timing: `seconds` of this step, and what else was timed."""
@@ -216,8 +233,8 @@ class Trial:
     def end(self, status: str, compile_seconds: float) -> None:
         """Note how it went."""
         assert self.log is not None
-        self.log.flush()
         self.run.update(
+            metrics=self.log.sync(),
             status=status,
             step=self.step,
             seconds=self.seconds,
@@ -232,8 +249,7 @@ class Trial:
     def fail(self) -> None:
         """Note that an exception stopped it."""
         if not self.ended:
-            with suppress(OSError):  # on a full disk the note may not fit; what went wrong is raised anyway
-                self.run.update(status="failed")
+            self.run.fail()
 
     def result(self) -> Result:
         """What the caller is told."""

@@ -52,12 +52,17 @@ def origin() -> dict[str, Any]:
 
 
 def write_document(path: Path | None, document: dict[str, Any]) -> None:
-    """Write a command's numbers to `--json FILE`, whole or not at all."""
-    from train.files import write_json
+    """Write a command's numbers to `--json FILE`, whole or not at all; where that fails they are printed."""
+    from train.files import json_text, write_json
 
     if path is not None:
-        with output(path):
-            write_json(path, {"schema_version": 1} | document)
+        document = {"schema_version": 1} | document
+        try:
+            with output(path):
+                write_json(path, document)
+        except Exception:
+            print(json_text(document), flush=True)
+            raise
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`isoflop report`: the curves of runs, as one page."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -37,4 +38,7 @@ def report(
     with output(page):
         rows = write_run_page(page, runs)
     write_document(json, {"runs": rows})
+    for row in rows:
+        if row["trouble"]:
+            print(f"warning: {row['trouble']}", file=sys.stderr)
     console().print(f"{page}", highlight=False, soft_wrap=True)

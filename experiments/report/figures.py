@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -21,7 +21,8 @@ from experiments.report.style import (
     sequence,
     styled,
 )
-from train.metrics import read_metrics
+from model.errors import InputError
+from train.metrics import open_metrics
 
 SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
 TRAINING_LOSS = "training loss (nats per token)"
@@ -30,22 +31,29 @@ VALIDATION_LOSS = "validation loss (nats per token)"
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's training loss, smoothed and thinned out. flops: 6·N·D spent so far."""
+    """A run's training loss, smoothed and thinned out. flops: 6·N·D spent so far. hole: steps before it are missing."""
 
     steps: Float[np.ndarray, " points"]
     tokens: Float[np.ndarray, " points"]
     flops: Float[np.ndarray, " points"]
     loss: Float[np.ndarray, " points"]
     diverged: bool
+    hole: Bool[np.ndarray, " points"]
 
 
 def read_curve(run: Path, points: int = 200) -> Curve | None:
-    """The curve of a run directory at about `points` steps, evenly spread in log steps; None without any step.
+    """The curve of a run directory at about `points` steps, evenly spread in log steps; None where none can be read.
 
     Each point is the mean over the steps within ±10 % of its own, so that curves look alike on a log axis however
     long they are. What comes after the first loss that is not finite is left out.
     """
-    records = [record for record in read_metrics(run) if record.get("loss") is not None]
+    try:
+        lines = open_metrics(run).lines
+    except InputError:  # `train.metrics.troubles` says why
+        return None
+    holes = holes_before(lines)
+    known = [index for index, line in enumerate(lines) if line["loss"] is not None]
+    records = [lines[index] for index in known]
     loss = np.array([record["loss"] for record in records], np.float64)
     finite = len(loss) if np.isfinite(loss).all() else int(np.argmin(np.isfinite(loss)))
     if finite == 0:
@@ -55,7 +63,22 @@ def read_curve(run: Path, points: int = 200) -> Curve | None:
     )
     chosen = np.unique(np.round(np.geomspace(1, finite, points)).astype(int)) - 1
     smooth = smoothed(steps, loss[:finite])
-    return Curve(steps[chosen], tokens[chosen], flops[chosen], smooth[chosen], finite < len(loss))
+    hole = np.diff(holes[known][chosen], prepend=0) > 0
+    return Curve(steps[chosen], tokens[chosen], flops[chosen], smooth[chosen], finite < len(loss), hole)
+
+
+def holes_before(lines: Sequence[dict[str, Any]]) -> Int[np.ndarray, " lines"]:
+    """How many times, up to each line of a run's metrics, steps are missing."""
+    steps = np.array([line["step"] for line in lines], int)
+    return np.cumsum(np.diff(steps, prepend=steps[:1] - 1) > 1)
+
+
+def interrupted(
+    x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], hole: Bool[np.ndarray, " points"]
+) -> tuple[Float[np.ndarray, " drawn"], Float[np.ndarray, " drawn"]]:
+    """The points of a line that is not drawn across holes: a NaN stands in each."""
+    places = np.flatnonzero(hole)
+    return np.insert(x, places, x[places]), np.insert(y, places, np.nan)
 
 
 def smoothed(at: Float[np.ndarray, " points"], values: Float[np.ndarray, " points"]) -> Float[np.ndarray, " points"]:
@@ -74,7 +97,9 @@ def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]]) -> Figure:
     for (budget, curves), colour in zip(groups, sequence(len(groups)), strict=True):
         for i, curve in enumerate(curves):
             label = None if i else power_of_ten(float(f"{budget:.2g}"))
-            axes.plot(curve.flops, curve.loss, color=colour, linewidth=1.1, alpha=0.85, label=label)
+            axes.plot(
+                *interrupted(curve.flops, curve.loss, curve.hole), color=colour, linewidth=1.1, alpha=0.85, label=label
+            )
             marker, size = ("x", 7.0) if curve.diverged else ("o", 3.5)
             axes.plot(curve.flops[-1], curve.loss[-1], marker, color=colour, markersize=size)
     everything = [curve for _, curves in groups for curve in curves]
@@ -115,7 +140,7 @@ def held_out_curve(
     if predicted is not None:
         axes.axhline(predicted, color=ORANGE, linestyle="--", linewidth=1.3, label="predicted validation loss")
     if curve is not None:
-        axes.plot(curve.tokens, curve.loss, color=BLUE, label="training loss")
+        axes.plot(*interrupted(curve.tokens, curve.loss, curve.hole), color=BLUE, label="training loss")
         if curve.diverged:
             axes.plot(curve.tokens[-1], curve.loss[-1], "x", color=BLUE, markersize=9, label="diverged here")
     if loss is not None:

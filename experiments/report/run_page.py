@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.figures import smoothed
+from experiments.report.figures import holes_before, interrupted, smoothed
 from experiments.report.page import device_name, inline, render
 from experiments.report.style import PALETTE, WIDTH, amount, log_axis, new_figure, styled
 from model.errors import InputError
 from train.files import write_atomically
-from train.metrics import read_metrics
+from train.metrics import Metrics, open_metrics
 from train.run import read_record
 
 PANELS = (
@@ -35,12 +35,14 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
             f"{len(runs)} runs cannot be told apart in a figure; name at most {MOST_RUNS}, or see isoflop sweep report"
         )
     records = [read_record(run) for run in runs]
-    metrics = [read_metrics(run) for run in runs]
+    read = [open_metrics(run) for run in runs]
+    metrics = [each.lines for each in read]
     if not any(metrics):
-        raise InputError(f"{', '.join(map(str, runs))}: no step has been made yet")
+        trouble = "".join(f"; {each.trouble}" for each in read if each.trouble)
+        raise InputError(f"{', '.join(map(str, runs))}: no step has been made yet{trouble}")
     rows = [
-        _row(run, record, lines, differing)
-        for run, record, lines, differing in zip(runs, records, metrics, _differences(records), strict=True)
+        _row(run, record, each, differing)
+        for run, record, each, differing in zip(runs, records, read, _differences(records), strict=True)
     ]
     figure = inline(_curves([run.name for run in runs], metrics), "Loss, learning rate, gradient norm and speed")
     page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
@@ -48,7 +50,8 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(run: Path, record: dict[str, Any], lines: list[dict[str, Any]], differing: dict[str, Any]) -> dict[str, Any]:
+def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[str, Any]) -> dict[str, Any]:
+    lines = metrics.lines
     last = lines[-1] if lines else {}
     validated = [line for line in lines if line.get("validation_loss") is not None]
     speeds = [line["tokens_per_second"] for line in lines[1:] if line.get("tokens_per_second")]
@@ -68,6 +71,7 @@ def _row(run: Path, record: dict[str, Any], lines: list[dict[str, Any]], differi
         "skipped": sum(line.get("skipped", 0) for line in lines),
         "rollbacks": len(record.get("rollbacks", ())),
         "differing": differing,
+        "trouble": metrics.trouble,
     }
 
 
@@ -92,20 +96,21 @@ def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Fi
     for axes, (field, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         low, high = np.inf, 0.0
         for name, lines, colour in zip(names, metrics, PALETTE, strict=False):
-            points = [(line["tokens"], line[field]) for line in lines if line.get(field)]
-            if not points:
+            known = [index for index, line in enumerate(lines) if line.get(field)]
+            if not known:
                 continue
-            tokens, values = np.array(points, np.float64).T
+            tokens, values = np.array([(lines[index]["tokens"], lines[index][field]) for index in known], float).T
             low, high = min(low, tokens[0]), max(high, tokens[-1])
             shown = np.unique(np.round(np.geomspace(1, len(tokens), MOST_POINTS)).astype(int)) - 1
+            hole = np.diff(holes_before(lines)[known][shown], prepend=0) > 0
             if field == "tokens_per_second":
                 mean = 1 / smoothed(tokens, 1 / values)  # tokens over the seconds that they took
             elif field == "learning_rate":
                 mean = values
             else:
                 mean = smoothed(tokens, values)
-                axes.plot(tokens[shown], values[shown], color=colour, linewidth=0.5, alpha=0.3)
-            axes.plot(tokens[shown], mean[shown], color=colour, label=name)
+                axes.plot(*interrupted(tokens[shown], values[shown], hole), color=colour, linewidth=0.5, alpha=0.3)
+            axes.plot(*interrupted(tokens[shown], mean[shown], hole), color=colour, label=name)
             if field == "loss":
                 checks = [
                     (li["tokens"], li["validation_loss"]) for li in lines if li.get("validation_loss") is not None

@@ -1,6 +1,5 @@
 """The study's report: `study.json` and the runs' loss curves as one page."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
+from train.checksums import read_sealed
 from train.files import write_atomically
+from train.metrics import troubles
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
@@ -60,6 +61,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
             for entry in fit.get("dropped") or []
             if entry["reason"] != HELD_OUT_REASON
         ],
+        "troubles": troubles(folder / "ladder" / row["run"] for row in every),
         "unfinished": [row for row in rows if row["status"] != "finished"],
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
@@ -190,7 +192,7 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
     """Wall seconds and compiled programs of each stage, where the study's own notes are there."""
     stages = []
     for path in (folder / "stages").glob("*.json"):
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = read_sealed(path)
         stages.append({"name": path.stem, "seconds": note["seconds"], "compiles": note["compiles"]})
     return sorted(stages, key=lambda stage: -stage["seconds"])
 

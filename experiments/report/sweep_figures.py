@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from experiments.report.figures import TRAINING_LOSS, Curve
+from experiments.report.figures import TRAINING_LOSS, Curve, interrupted
 from experiments.report.style import BLUE, GRID, INK, MUTED, ORANGE, WIDTH, log_axis, new_figure, styled
 from experiments.report.sweep_axes import loss_colours, place_axis, readable_top, ticks
 from experiments.sweep.reading.scales import positions, scale_of
@@ -98,7 +98,7 @@ def learning_curves(curves: Sequence[tuple[Mapping[str, Any], Curve]], by_flops:
         loss = row["last_loss"]
         lost = row["state"] == "diverged" or curve.diverged
         colour = ORANGE if lost else MUTED if loss is None else colours(norm(loss))
-        axes.plot(x, curve.loss, color=colour, linewidth=0.9, alpha=0.75)
+        axes.plot(*interrupted(x, curve.loss, curve.hole), color=colour, linewidth=0.9, alpha=0.75)
         marker = "x" if lost else "|" if row["state"] == "pruned" else ""
         axes.plot(x[-1], curve.loss[-1], marker, color=colour, markersize=7, markeredgewidth=1.4, zorder=4)
         ends.append((x[max(0, np.searchsorted(x, x[-1] / 300))], x[-1]))

@@ -32,7 +32,7 @@ NAMES = {
 class Analysis:
     """The fits of one table. What was refused is None, with its reason in `refused`; what was not asked for, too.
 
-    conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`.
+    conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`. notes: on the runs.
     """
 
     fits: Fits
@@ -41,6 +41,7 @@ class Analysis:
     conventions: dict[str, Any] | None
     held_out: dict[str, Any] | None
     refused: dict[str, str]
+    notes: Sequence[str] = ()
 
     @property
     def exponents(self) -> list[dict[str, Any]]:
@@ -99,7 +100,7 @@ class Analysis:
     def warnings(self) -> list[dict[str, str]]:
         """[{about, text}] of what the numbers should be read with."""
         fits = self.fits
-        found = [("table", text) for text in table_warnings(fits.table)]
+        found = [("table", text) for text in (*table_warnings(fits.table), *self.notes)]
         if fits.parametric is not None:
             found += [("parametric", text) for text in parametric_warnings(fits.parametric, fits.parametric_outliers)]
             found += [("parametric", text) for text in _outside(fits.parametric)]
@@ -151,6 +152,7 @@ def analyse(
     counts: Counts | None = None,
     curves: Sequence[Curve] = (),
     held_out: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
     forms: Sequence[str] | None = None,
     delta: float = 1e-3,
     bootstraps: int = 1000,
@@ -160,7 +162,8 @@ def analyse(
     """Fit a table by every estimator that it can carry.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, by default those of `forms_for`, () to skip that. advance(amount, note): told of `STAGES` in all.
+    choose between, by default those of `forms_for`, () to skip that; notes: warnings of the runs. advance(amount,
+    note): told of `STAGES` in all.
     Raises InputError where no estimator answers.
     """
     if not len(table):
@@ -194,6 +197,7 @@ def analyse(
         attempt("conventions", counts is not None, lambda: _conventions(counts, few, seed)),  # type: ignore[arg-type]
         held_out,
         refused,
+        notes,
     )
 
 

@@ -152,7 +152,7 @@ def _recorded_tokens(path: Path) -> int:
             file.seek(max(0, file.tell() - 4096))
             line = file.read().rsplit(b"\n", 2)[-2]
         return int(json.loads(line)["tokens"])
-    except (OSError, ValueError, IndexError, KeyError):
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
         return 0
 
 

@@ -53,6 +53,7 @@ def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
 
     from experiments.decode.bench import run_grid
     from model import init
+    from train.checksums import read_sealed
 
     config = setting.config
     content = {"config": config.to_dict(), "decode": setting.decode.to_dict()}
@@ -64,7 +65,7 @@ def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
         if "error" in row:
             raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")
         _keep_first(path, {name: value for name, value in row.items() if isinstance(value, (int, float))} | content)
-    measured = json.loads(path.read_text(encoding="utf-8"))
+    measured = read_sealed(path)
     return measured | {name: measured[own] for name, own in _ALIASES.items()}
 
 
@@ -89,10 +90,10 @@ def _cell(setting: Setting) -> Any:
 
 def _keep_first(path: Path, content: dict[str, Any]) -> None:
     """Write it unless another worker was faster."""
-    from train.files import write_json
+    from train.checksums import write_sealed
 
     beside = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    write_json(beside, content)
+    write_sealed(beside, content)
     try:
         os.link(beside, path)
     except FileExistsError:

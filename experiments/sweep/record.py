@@ -17,7 +17,8 @@ from experiments.sweep.space.file import load_space
 from experiments.sweep.space.values import parse_axes
 from experiments.sweep.trial import Setting, Trial
 from model.errors import InputError
-from train.files import write_atomically, write_json
+from train.checksums import read_sealed, write_sealed
+from train.files import write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -139,14 +140,12 @@ class Sweep:
         folder = Path(folder)
         path = folder / "sweep.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_sealed(path)
         except FileNotFoundError:
             raise InputError(
                 f"{folder} is no sweep: it has no sweep.json; begin one with `isoflop sweep run`"
             ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION or "base" not in content:
+        if content.get("schema_version") != SCHEMA_VERSION or "base" not in content:
             raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
         del content["schema_version"]
         try:
@@ -167,7 +166,7 @@ class Sweep:
         for request in (*self.earlier, self.request):
             if request.space_file is not None and request.space_source is not None:
                 write_atomically(self.folder / request.space_file, request.space_source)
-        write_json(self.folder / "sweep.json", self.to_dict())
+        write_sealed(self.folder / "sweep.json", self.to_dict())
 
     def write_first(self) -> Self:
         """`write`, unless another process has just made the sweep of the same command: then with the id of that one."""

@@ -4,8 +4,6 @@ Any number of workers, wherever they run, are the same loop over the same ledger
 decides from the ledger alone; a rung is a run that stops early and is continued later.
 """
 
-import errno
-import fcntl
 import logging
 import math
 import signal
@@ -15,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from experiments.sweep.branches import NAME, leaves
@@ -29,7 +26,8 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from train import Result, Shell, population
 from train.branch import Branch
-from train.run import BusyError, read_record
+from train.files import is_full
+from train.run import BusyError, is_held, read_record
 
 logger = logging.getLogger("isoflop")
 _COOLING_SECONDS = 5.0
@@ -148,7 +146,7 @@ class _Cohort:
     def run(self) -> None:
         """Every claim is ended or handed back, whatever happens."""
         try:
-            self._leave_what_is_being_written()
+            self._leave_whatis_held()
             if self.claims:
                 check_speed(self.claims[0].trial.setting, self.sweep.objectives)
                 for claim, result in zip(self.claims, self._train(), strict=True):
@@ -159,7 +157,7 @@ class _Cohort:
         except BusyError:  # a worker that was taken for dead writes its last
             self._cool(self.claims)
         except Exception as error:
-            if _is_full_disk(error):  # no trial's fault: the same command goes on once there is space
+            if is_full(error):  # no trial's fault: the same command goes on once there is space
                 self._hand_back(self.claims)
                 raise
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -219,8 +217,8 @@ class _Cohort:
             found = values(claim.trial.setting, self.sweep.objectives, loss, self.sweep.folder)
             self.ledger.finish(claim, list(found.values()), facts | found)
 
-    def _leave_what_is_being_written(self) -> None:
-        busy = [claim for claim in self.claims if _is_being_written(self.sweep.run_folder(claim.trial))]
+    def _leave_whatis_held(self) -> None:
+        busy = [claim for claim in self.claims if is_held(self.sweep.run_folder(claim.trial))]
         self.claims = [claim for claim in self.claims if claim not in busy]
         self._cool(busy)
 
@@ -249,22 +247,6 @@ def _facts(result: Result) -> dict[str, Any]:
         "skipped": result.skipped,
         "branch_step": result.branch_step,
     }
-
-
-def _is_full_disk(error: Exception) -> bool:
-    # Orbax and TensorStore wrap the operating system's error in their own.
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-
-
-def _is_being_written(folder: Path) -> bool:
-    try:
-        with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def refused(outcome: tuple[int, str, str], *words: str) -> None:
         assert word in error
 
 
+SWEEP = ("--steps", 2, "--batch-size", 2, "--seq-len", 32)
 TRAIN = ("--steps", 8, "--batch-size", 4, "--seq-len", 32, "--evaluate-tokens", 8192)
 
 
@@ -126,7 +128,39 @@ def test_full_disk(isoflop, monkeypatch, error, tmp_path):
         raise error
 
     monkeypatch.setattr("train.data.prepare", full)
-    refused(isoflop("data", "prepare", "--out", tmp_path / "out"), "no space left on the disk")
+    code, _, said = isoflop("data", "prepare", "--out", tmp_path / "out")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "no space left on the disk" in said
+
+
+def test_what_cannot_be_written_is_one_sentence(isoflop, data, tmp_path):
+    """A path below a file, and file systems that take no folders, whoever asks."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    train = ("train", "tiny", "--data", data, *TRAIN)
+    for place in (file / "x", "/proc/x", "/sys/x"):
+        for call in (train, ("data", "prepare", "sotu"), ("sweep", "run", "tiny", "--data", data, *SWEEP)):
+            refused(isoflop(*call, "--out", place), str(place))
+    refused(isoflop(*train, "--out", file / "x"), "Not a directory", "choose one made of folders")
+    # What is written at the end is looked at before the work begins.
+    for option, place, reason in (("--json", file / "x.json", "Not a directory"), ("--json", tmp_path, "a folder")):
+        refused(isoflop(*train, "--out", tmp_path / "run", option, place), str(place), reason)
+    assert sorted(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "mine"
+
+
+def test_numbers_that_cannot_be_written_are_printed(isoflop, monkeypatch, tmp_path):
+    def refuse(path, _):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("train.files.write_json", refuse)
+    code, out, error = isoflop("model", "show", "tiny", "--json", tmp_path / "x.json")
+    assert code == 2
+    assert "Read-only file system" in error
+    assert json.loads(out[out.index('{\n "schema_version"') :])["schema_version"] == 1
+    monkeypatch.undo()
+    _, out, _ = isoflop("model", "show", "tiny", "--json", "/dev/null")
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_ctrl_c(isoflop, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study import run as study
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
-from experiments.scaling.study.run import read_study, run_study, rungs_of, sweep_of
+from experiments.scaling.study.run import read_study, run_study, rungs_of, sweep_of, table_troubles
 from experiments.sweep.trials import plan_trials
 from experiments.sweep.worker import work
 from model.errors import InputError
@@ -131,3 +131,18 @@ def test_a_prediction_is_compared_with_what_came(design, data, tmp_path):
     assert found["runs"][0]["measured"] is found["runs"][0]["inside"] is None
     for run in found["runs"][1:]:
         assert run["relative_error"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_table_that_was_changed_is_named(tmp_path):
+    row = {"name": "a", "params": 10, "loss": 2.0, "trunk": None, "held_out": False, "run": "sweep/runs/a"}
+    study._write_tables(tmp_path, [row])
+    assert table_troubles(tmp_path) == []
+    (tmp_path / "runs.csv").write_text((tmp_path / "runs.csv").read_text().replace("2.0", "3.0"))
+    (tmp_path / "curves.csv").unlink()
+    changed, missing = table_troubles(tmp_path)
+    assert changed == f"{tmp_path / 'runs.csv'} is not what the study wrote (its checksum differs)"
+    assert missing == f"{tmp_path / 'curves.csv'} is missing, which the study wrote"
+    (tmp_path / "checksums.json").write_text("{")
+    assert "checksums.json cannot be read" in table_troubles(tmp_path)[0]
+    (tmp_path / "checksums.json").unlink()  # as earlier versions left a study
+    assert table_troubles(tmp_path) == []

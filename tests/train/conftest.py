@@ -22,7 +22,7 @@ def record():
     return lambda run: [without_times(line) for line in read_metrics(run)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def crash():
     """step → a context in which asking for the data of that step ends the program."""
 

@@ -140,7 +140,7 @@ def test_weights_and_biases_gets_the_same_numbers(run, lines):
     folder, _, wandb = run
     (options,) = wandb.opened
     record = json.loads((folder / "run.json").read_text())
-    assert (options["project"], options["name"], options["id"]) == ("a project", "run", record["run_id"])
+    assert (options["project"], options["name"], options["id"]) == ("a project", "run", record["wandb_id"])
     assert options["config"] == record["identity"]
     assert wandb.finished == 1
     numbers = {line["step"]: {name: value for name, value in line.items() if name != "step"} for line in lines}

@@ -7,7 +7,7 @@ import pytest
 
 from model import InputError, presets
 from train import HParams, Shell, TrainConfig, load_run, train
-from train.metrics import MetricsLog, read_metrics
+from train.metrics import MetricsLog, open_metrics, read_metrics
 from train.run import BusyError, read_record
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1)
@@ -111,9 +111,10 @@ def test_damaged_record_is_one_sentence(tmp_path):
 
 
 def test_metrics_are_cut_to_the_checkpoint_and_a_torn_line_is_dropped(tmp_path):
-    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    line = lambda step, loss: {"step": step, "tokens": 64 * step, "flops_6nd": 1e6 * step, "loss": loss}
+    lines = [json.dumps(line(step, 1.0)) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    log = MetricsLog(tmp_path, step=2, tensorboard_every=100)
-    log.write({"step": 3, "loss": 2.0})
+    log = MetricsLog(tmp_path, open_metrics(tmp_path).up_to(2), tensorboard_every=100)
+    log.write(line(3, 2.0))
     log.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
+    assert read_metrics(tmp_path) == [line(1, 1.0), line(2, 1.0), line(3, 2.0)]

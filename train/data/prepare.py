@@ -22,11 +22,12 @@ from train.data.manifest import (
     load_manifest,
     save_manifest,
     token_dtype,
+    verify_checksums,
 )
 from train.data.shards import ShardWriter
 from train.data.sources import NAMED, Document, Source, open_source
 from train.data.tokenizer_training import TextSample, check_vocab_size, train_tokenizer
-from train.files import file_sha256
+from train.files import file_sha256, is_full
 from train.progress import progress_bar
 
 _ENCODE_AT_ONCE = 2**20  # characters
@@ -85,6 +86,7 @@ def prepare(
                 f" than {corpus.name} holds now ({_short(reading.source_hash)});"
                 " remove the folder or choose another --out"
             )
+        verify_checksums(existing, out)
         return existing
     with _all_or_nothing(out) as folder:
         return _write(corpus, folder, given, arguments)
@@ -234,8 +236,10 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror} ({error.filename})") from error
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another") from error
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -41,11 +41,14 @@ class TableOptions:
     def read(self, path: Path, *, keep_held_out: bool = False) -> "Table":
         """The table, or a study folder's runs.csv. A column found by another name than the default is told of."""
         from experiments.scaling.rows.table import read_header, read_table
+        from experiments.scaling.study.run import table_troubles
         from model.errors import InputError
 
         if path.is_dir():
             if not (path / "runs.csv").is_file():
                 raise InputError(f"{path} is a folder without runs.csv: name a table, or a folder of `scaling run`")
+            for trouble in table_troubles(path):
+                print(f"warning: {trouble}", file=sys.stderr)
             path = path / "runs.csv"
         names = dataclasses.asdict(self)
         table = read_table(path, **names, keep_held_out=keep_held_out)

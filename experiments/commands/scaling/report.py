@@ -49,22 +49,26 @@ def write_report(
     from experiments.commands.options import console, output
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
-    from experiments.inputs import read_json
     from experiments.report.scaling_page import write_scaling_page
     from experiments.scaling.analysis import analyse
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
+    from experiments.scaling.study.run import table_troubles
+    from train.checksums import read_sealed
     from train.files import write_json
+    from train.metrics import troubles
     from train.progress import progress_bar
 
-    table = TableOptions().read(folder)
+    path = folder / "runs.csv"
+    table = TableOptions().read(path if path.is_file() else folder)
     held_out = folder / "held_out.json"
     with progress_bar("bootstrap", bootstraps) as advance:
         analysis = analyse(
             table,
             counts=counts_beside(folder / "runs.csv", table),
             curves=_curves(folder),
-            held_out=read_json(held_out) if held_out.exists() else None,
+            held_out=read_sealed(held_out) if held_out.exists() else None,
+            notes=[*table_troubles(folder), *troubles(sorted(folder.glob("*/runs/*")))],
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,

@@ -93,6 +93,7 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     from experiments.commands.options import console, write_document
     from experiments.sweep import live
     from experiments.sweep.ledger import Ledger
+    from experiments.sweep.reading.results import read_results, record_troubles
     from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
@@ -100,9 +101,11 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
     if watch:
         live.watch(look)
-    document = look()
+    document = look() | {"warnings": record_troubles(read_results(sweep.folder))}
     write_document(json, document)
     console().print(live.table(document))
+    for warning in document["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def worker(
@@ -166,11 +169,13 @@ def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | N
 
 def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
     from experiments.sweep.live import standing
-    from experiments.sweep.reading.results import read_results
+    from experiments.sweep.reading.results import read_results, record_troubles
     from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
-    return summarize(results.axes, results.rows) | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
+    summary = summarize(results.axes, results.rows)
+    summary["warnings"] += record_troubles(results)
+    return summary | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
 
 
 def _write(sweep: "Sweep", summary: dict[str, Any], json: Path | None) -> None:

@@ -1,6 +1,5 @@
 """The test that a study sets itself: losses and optima of budgets that are not run yet, written down, then compared."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from experiments.scaling.study.rungs import Rung
 from experiments.scaling.use import optimal, planned_loss
 from experiments.scaling.valleys.valley import PARABOLA, Valley, reason_against
 from model.errors import InputError
-from train.files import write_json
+from train.checksums import read_sealed, write_sealed
 
 SCHEMA_VERSION = 1
 LEVEL = 95
@@ -32,8 +31,7 @@ def predict(
     path = folder / "prediction.json"
     if path.exists():
         say(f"[2/3] {path} was written before; it stays")
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return document
+        return read_sealed(path)
     if (folder / "held_out" / "sweep.json").exists():
         raise InputError(f"{folder} has held-out runs, but {path.name} is gone: what is written now predicts nothing")
     say(f"[2/3] prediction of {len(rungs)} runs that are not made yet: {path}")
@@ -54,7 +52,7 @@ def predict(
         "budgets": [_of_budget(fits, flops) for flops in dict.fromkeys(rung.budget_flops for rung in rungs)],
         "refused": fits.refused,
     }
-    write_json(path, document)
+    write_sealed(path, document)
     return document
 
 
@@ -63,7 +61,7 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     rows: of runs.csv. An error is measured − predicted.
     """
-    said = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+    said = read_sealed(folder / "prediction.json")
     tested = {row["name"]: row for row in rows if row["held_out"]}
     runs = [run | _error(run, tested[run["name"]]["loss"]) for run in said["runs"]]
     errors = np.array([run["relative_error"] for run in runs if run["relative_error"] is not None])
@@ -83,7 +81,7 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "forms": said.get("forms", {}),
         "errors_by_form": _by_form(runs),
     }
-    write_json(folder / "held_out.json", document)
+    write_sealed(folder / "held_out.json", document)
     return document
 
 

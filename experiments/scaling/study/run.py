@@ -22,12 +22,14 @@ from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.run import run_sweep
 from model.errors import InputError
+from train.checksums import read_sealed, write_sealed
 from train.data import Loader, load_manifest
-from train.files import write_json
+from train.files import file_sha256
 from train.metrics import read_metrics
 
 SCHEMA_VERSION = 1
 HELD_OUT = "held_out"
+_TABLES = "checksums.json"  # of runs.csv and curves.csv
 _POINTS = 400  # of a training curve: they are smoothed over more than their distance
 
 
@@ -42,7 +44,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
     _check_folder(folder, design)
     fitted, tested = ([rung for rung in rungs if rung.held_out is kind] for kind in (False, True))
     sweeps = [sweep_of(design, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
-    write_json(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
+    write_sealed(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
     _say(f"[1/{3 if tested else 1}] {len(fitted)} runs of {len({rung.budget for rung in fitted})} budgets")
     rows = _train(sweeps[0], fitted, workers)
     _write_tables(folder, rows)
@@ -57,10 +59,13 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
 
 def read_study(folder: Path) -> Design | None:
     """The design of the study that the folder holds, if it holds one."""
-    from experiments.inputs import read_json
-
     path = folder / "design.json"
-    return Design.from_dict(read_json(path)["design"]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Design.from_dict(read_sealed(path)["design"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged (missing or wrong: {error}); put back a copy of it") from None
 
 
 def rungs_of(design: Design, data: str | Path) -> list[Rung]:
@@ -132,6 +137,25 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         fixed = {"run": row["name"], "params": row["params"]}
         points += [fixed | {"tokens": records[i]["tokens"], "loss": records[i]["loss"]} for i in chosen]
     write_csv(folder / "curves.csv", points)
+    write_sealed(folder / _TABLES, {name: file_sha256(folder / name) for name in ("runs.csv", "curves.csv")})
+
+
+def table_troubles(folder: Path) -> list[str]:
+    """Which tables of a study's folder are not as the study wrote them, a sentence each; of other folders nothing."""
+    path = folder / _TABLES
+    if not path.exists():
+        return []
+    try:
+        written = read_sealed(path)
+    except InputError as error:
+        return [str(error)]
+    found = []
+    for name, sha256 in written.items():
+        if not (folder / name).is_file():
+            found.append(f"{folder / name} is missing, which the study wrote")
+        elif file_sha256(folder / name) != sha256:
+            found.append(f"{folder / name} is not what the study wrote (its checksum differs)")
+    return found
 
 
 def _check_folder(folder: Path, design: Design) -> None:

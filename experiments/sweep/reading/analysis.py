@@ -6,7 +6,7 @@ from experiments.sweep.reading.curves import equal_flops
 from experiments.sweep.reading.importance import importances
 from experiments.sweep.reading.optimum import transfer
 from experiments.sweep.reading.pareto import pareto
-from experiments.sweep.reading.results import Results
+from experiments.sweep.reading.results import Results, record_troubles
 from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.reading.summary import candidates_of, summarize
 
@@ -26,6 +26,7 @@ def analyse(results: Results) -> dict[str, Any]:
     costs = equal_flops(names, results.rows, lambda row: read_curve(results.folder / row["run"]))
     if costs is not None:
         document["warnings"].append(_unequal(costs, document["winner"]))
+    document["warnings"] += record_troubles(results)
     return document | {
         "sentence": _sentence(document),
         "followers": results.followers,

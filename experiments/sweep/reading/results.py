@@ -9,7 +9,10 @@ from typing import Any
 
 from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import Row
+from model.errors import InputError
 from train.files import write_atomically
+from train.metrics import troubles
+from train.run import read_record
 
 TRIAL = ("id", "number", "state", "cohort", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
@@ -64,6 +67,22 @@ def collect(
     flat = [_flat(row, names, objectives) for row in rows]
     axes, followers = _axes(names, flat, searched=sampler != "all")
     return Results(folder, flat, axes, followers, objectives, policy, sampler)
+
+
+def record_troubles(results: Results) -> list[str]:
+    """What is wrong with the run folders of a sweep, a sentence each; also where a run's loss is not the ledger's."""
+    found = troubles(results.folder / row["run"] for row in results.rows)
+    for row in results.rows:
+        folder = results.folder / row["run"]
+        if row["state"] != "finished" or not (folder / "run.json").exists():
+            continue
+        try:
+            ended = read_record(folder).get("result") or {}
+        except InputError:
+            continue  # said above
+        if ended.get("validation_loss") not in (None, row["loss"]):
+            found.append(f"{folder}: the ledger says loss {row['loss']}, the run itself {ended['validation_loss']}")
+    return found
 
 
 def _flat(row: Row, names: Sequence[str], objectives: Sequence[str]) -> dict[str, Any]:
