@@ -88,7 +88,7 @@ def _why_not_pallas(shape: Shape, where: Target) -> str | None:
     lengths = f"multiples of {_BLOCK}" if on_tpu else f"16, 32, 64 or multiples of {_BLOCK}"
     obstacles = (
         (jax.sharding.get_abstract_mesh().size > 1, "it does not run on a mesh of several devices"),
-        (jax.config.jax_enable_x64, "it does not run with jax_enable_x64"),  # its indices mix int32 with int64
+        (_x64(), "it does not run with jax_enable_x64"),  # its indices would mix int32 with int64
         (shape.window is not None, "it knows no sliding window"),
         (not shape.causal, "it is causal"),
         (
@@ -102,6 +102,10 @@ def _why_not_pallas(shape: Shape, where: Target) -> str | None:
         (where.platform == "gpu" and head_dim < 16, f"it takes a head_dim of at least 16, not {head_dim}"),
     )
     return next((reason for holds, reason in obstacles if holds), None)
+
+
+def _x64() -> bool:
+    return jax.dtypes.canonicalize_dtype("int64") == "int64"
 
 
 def _mesh_axis(name: str) -> int:

@@ -28,7 +28,7 @@ def target() -> Target:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return _target(abstract.platform, abstract.device_kind)
-    default = jax.config.jax_default_device
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if default is not None and not isinstance(default, str):
         return _target(default.platform, default.device_kind)
     return _target(default or jax.default_backend(), "")
