@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from infer.decode import ROOM
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prompts
 from model import KVCache, ModelConfig, Params, head
+from model.ambient import lenient
 from model.cache import grow, take
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -62,6 +63,7 @@ class Search(struct.PyTreeNode):
 PATIENCE: tuple[bool | str, ...] = (True, False, "never")  # the values of early_stopping
 
 
+@lenient()
 def beam_search(
     config: ModelConfig,
     params: Params,
@@ -124,14 +126,15 @@ def beam_search(
 def _none(prompts: int, beams: int, room: int) -> Hypotheses:
     return Hypotheses(
         tokens=jnp.zeros((prompts, beams, room), jnp.int32),
-        logprobs=jnp.zeros((prompts, beams, room)),
+        logprobs=jnp.zeros((prompts, beams, room), jnp.float32),
         lengths=jnp.zeros((prompts, beams), jnp.int32),
-        scores=jnp.full((prompts, beams), -jnp.inf),
+        scores=jnp.full((prompts, beams), -jnp.inf, jnp.float32),
         stopped=jnp.zeros((prompts, beams), bool),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@lenient()
 def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, Bool[Array, ""]]:
     """The first token of every output. All beams of a prompt are the same yet, so that one of them counts."""
     scores = jnp.where(jnp.arange(search.running.scores.shape[1]) == 0, 0.0, search.running.scores)
@@ -141,6 +144,7 @@ def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, 
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@lenient()
 def _go_on(
     config: ModelConfig, params: Params, search: Search, steps: Int[Array, ""]
 ) -> tuple[Search, Bool[Array, ""]]:

@@ -15,6 +15,7 @@ from infer.prompts import Prompt, bucket, capacity_for, check_prompts, read_prom
 from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import Sampling
 from model import ModelConfig, Params
+from model.ambient import lenient
 from model.errors import InputError
 from model.sharding import under_mesh_of
 
@@ -187,6 +188,7 @@ def one_row_each(
     return [prompt for prompt, _ in pairs], [one for _, one in pairs]
 
 
+@lenient()
 def start_rows(
     config: ModelConfig,
     prompts: Sequence[Prompt],

@@ -83,7 +83,9 @@ def accept(
     """
     ahead = proposed.shape[1]
     valid = jnp.arange(ahead)[None] < wanted[:, None]
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys[:, :ahead])
+    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1), dtype=jnp.float32)))(
+        keys[:, :ahead]
+    )
     chosen = lambda weights: jnp.take_along_axis(weights[:, :ahead], proposed[..., None], axis=2)[..., 0]
     taken = jnp.sum(jnp.cumprod(valid & (uniform * chosen(draft) < chosen(target)), axis=1), axis=1)
     # Beyond the proposals q is 0, and what is left of p is all of it.

@@ -19,6 +19,7 @@ from infer.proposals import accept, followed, keys_ahead, look_up, probabilities
 from infer.sampler import History, describe
 from infer.sampling import Sampling
 from model import ModelConfig, Params, head
+from model.ambient import lenient
 from model.cache import grow, rewind
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -63,6 +64,7 @@ class Carried(struct.PyTreeNode):
     accepted: Any  # int32 [batch]
 
 
+@lenient()
 def generate_speculative(
     config: ModelConfig,
     params: Params,
@@ -145,6 +147,7 @@ def _grown(plan: Plan, carried: Carried, length: int) -> Carried:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@lenient()
 def speculate(
     plan: Plan,
     params: Params,
@@ -199,7 +202,7 @@ def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Car
         return _take(plan, params, carried, proposed, jax.nn.one_hot(proposed, rows.sampler.bias.shape[1]), wanted)
 
     def none() -> tuple[Carried, Emitted]:  # nothing to check
-        no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]))
+        no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]), jnp.float32)
         alone, made = _take(plan, params, carried, proposed[:, :0], no_weights, wanted)
         return alone, _put(nothing_yet(rows, plan.ahead + 1), made, 0)
 

@@ -53,6 +53,18 @@ def pinned() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+    """Let JAX promote dtypes and broadcast ranks in the block, or in a function that this decorates, as by default.
+
+    A caller forbids it to find slips in their own arithmetic; ours, Flax's and Optax's rely on it. No number changes.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in {"numpy_dtype_promotion", "numpy_rank_promotion"} & changed().keys():
+            stack.enter_context(getattr(jax, name)(PINNED[name]))
+        yield
+
+
 def changed() -> dict[str, Any]:
     """Return the settings of PINNED that are not at those values now; one that this version of JAX lacks is not."""
     now = {name: getattr(jax.config, f"jax_{name}", None) for name in PINNED}
