@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from model.config import ModelConfig
 from model.context import Context
 from model.errors import InputError
+from model.layout import layer_kinds
 from model.target import Target, target
 
 _BLOCK = 128  # rows of queries and keys that Pallas' kernels take at once; they must divide the sequence
@@ -59,6 +60,27 @@ def choose_kernel(config: ModelConfig, context: Context, query: Array, plain: bo
     seq, head_dim = query.shape[2:]
     shape = Shape(seq, head_dim, str(query.dtype), context.causal, context.window)
     return kernel_for(config.attention_kernel, shape)[0]
+
+
+def kernels_of(config: ModelConfig, seq: int) -> dict[str, tuple[str, str]]:
+    """Return {kind of layer: (its kernel, why that one)} for the main stack in training on rows of `seq` tokens.
+
+    Without dropout, which takes XLA. Raises as `kernel_for` does.
+    """
+    special = {
+        "latent attention": config.latent is not None,
+        "attention_softcap": config.attention_softcap is not None,
+        "attention_sinks": config.attention_sinks,
+        f"position={config.position!r}": config.position in ("alibi", "relative"),
+    }
+    only_xla = next((name for name, given in special.items() if given), None)
+    found = {}
+    for kind in layer_kinds(config):
+        shape = Shape(seq, config.head_dim, config.compute_dtype, kind.causal, kind.window)
+        found[kind.name] = (
+            ("xla", f"no fused kernel knows {only_xla}") if only_xla else kernel_for(config.attention_kernel, shape)
+        )
+    return found
 
 
 def _why_not_cudnn(shape: Shape, where: Target) -> str | None:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from infer import decode_step, init_cache, prefill
 from model import InputError, ModelConfig, forward, init, presets
-from model.kernels import Shape, kernel_for
+from model.kernels import Shape, kernel_for, kernels_of
 from model.sharding import AXES
 from model.target import Target, target
 from train import HParams, TrainConfig, init_state, train_step
@@ -136,6 +136,16 @@ def test_auto_says_why(where, kernel, reason):
     chosen, words = kernel_for("auto", Shape(128, 256, "bfloat16"), where)
     assert chosen == kernel
     assert reason in words
+
+
+def test_every_kind_of_layer_says_its_kernel(platform):
+    config = BASE.replace(compute_dtype="bfloat16", sliding_window=16, layer_pattern=("local", "global"))
+    kernels = {name: kernel for name, (kernel, _) in kernels_of(config, 128).items()}
+    local = {"tpu": "xla", "cuda": "cudnn"}[platform]
+    assert kernels == {"local_dense": local, "dense": {"tpu": "pallas", "cuda": "cudnn"}[platform]}
+    assert kernels_of(BASE.replace(position="alibi"), 128) == {
+        "dense": ("xla", "no fused kernel knows position='alibi'")
+    }
 
 
 def test_pallas_on_a_cpu_takes_what_its_blocks_divide():
