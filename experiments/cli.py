@@ -98,6 +98,21 @@ COMMANDS: Tree = {
 }
 
 
+def _pinned(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with JAX's settings as in `model.ambient`; help and completion do not wait for JAX."""
+    if command is completion:
+        return command
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        from model.ambient import pinned
+
+        with pinned():
+            command(*arguments, **options)
+
+    return run
+
+
 def main() -> None:
     """Entry point of the `isoflop` command."""
     _open_standard_streams()
@@ -123,7 +138,8 @@ def _run() -> None:
         if isinstance(called, tuple):
             tyro.cli(_parser(called[1]), prog=program, description=called[0], args=arguments, config=CONFIG)
         else:
-            tyro.cli(_prepared(called), prog=program, args=each_once(called, arguments), config=CONFIG)
+            run = _pinned(_prepared(called))
+            tyro.cli(run, prog=program, args=each_once(called, arguments), config=CONFIG)
     except KeyboardInterrupt:
         _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
     except BrokenPipeError:  # the reader of what is printed has left, such as `head`; nothing can be said to it
@@ -206,7 +222,7 @@ def _parser(tree: Tree) -> Any:
         if isinstance(entry, tuple):
             description, constructor = entry[0], _parser(entry[1])
         else:
-            description, constructor = (inspect.getdoc(entry) or "").partition("\n\n")[0], entry
+            description, constructor = (inspect.getdoc(entry) or "").partition("\n\n")[0], _pinned(entry)
         subcommand = tyro.conf.subcommand(
             name=name, constructor=constructor, description=description, prefix_name=False
         )

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments.report.style import MUTED, ORANGE, WIDTH, log_axis, new_figure, note, sequence, styled
 from model import ModelConfig, Params, accounting, forward
+from model.ambient import pinned
 from model.config import Parameterization
 from model.errors import InputError
 from train import HParams, TrainConfig, init_state, train_step
@@ -33,6 +34,7 @@ DEFAULT = ModelConfig(
 )
 
 
+@pinned()
 def coordinate_check(
     config: ModelConfig,
     sizes: Sequence[int],

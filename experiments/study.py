@@ -27,6 +27,7 @@ from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from infer import Sampling, generate, prepare
+from model.ambient import pinned
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.checksums import read_sealed, write_sealed
@@ -58,6 +59,7 @@ class Settings:
     seed: int = 0
 
 
+@pinned()
 def run_study(folder: str | Path, settings: Settings = Settings()) -> dict[str, Any]:
     """Run or go on with the study in `folder`; returns what `study.json` holds.
 

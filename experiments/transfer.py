@@ -20,11 +20,13 @@ from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from model import ModelConfig
+from model.ambient import pinned
 from model.config import Parameterization
 from model.errors import InputError
 from train import HParams, TrainConfig
 
 
+@pinned()
 def learning_rate_transfer(
     config: ModelConfig,
     widths: Sequence[int],

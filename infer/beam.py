@@ -16,6 +16,7 @@ from infer.decode import ROOM
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_prompts, read_prompts
 from infer.text import Decoder, continuation_text
 from model import KVCache, ModelConfig, Params, head
+from model.ambient import lenient
 from model.cache import grow, take
 from model.dtypes import DTypeLike
 from model.errors import InputError
@@ -66,6 +67,7 @@ class Search(struct.PyTreeNode):
 PATIENCE: tuple[bool | str, ...] = (True, False, "never")  # the values of early_stopping
 
 
+@lenient()
 def beam_search(
     config: ModelConfig,
     params: Params,
@@ -138,14 +140,15 @@ def beam_search(
 def _none(prompts: int, beams: int, room: int) -> Hypotheses:
     return Hypotheses(
         tokens=jnp.zeros((prompts, beams, room), jnp.int32),
-        logprobs=jnp.zeros((prompts, beams, room)),
+        logprobs=jnp.zeros((prompts, beams, room), jnp.float32),
         lengths=jnp.zeros((prompts, beams), jnp.int32),
-        scores=jnp.full((prompts, beams), -jnp.inf),
+        scores=jnp.full((prompts, beams), -jnp.inf, jnp.float32),
         stopped=jnp.zeros((prompts, beams), bool),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@lenient()
 def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, Bool[Array, ""]]:
     """The first token of every output. All beams of a prompt are the same yet, so that one of them counts."""
     scores = jnp.where(jnp.arange(search.running.scores.shape[1]) == 0, 0.0, search.running.scores)
@@ -155,6 +158,7 @@ def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, 
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@lenient()
 def _go_on(
     config: ModelConfig, params: Params, search: Search, steps: Int[Array, ""]
 ) -> tuple[Search, Bool[Array, ""]]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from infer.sampler import Choice, History, SamplerState, choose, quiet
 from infer.sampling import MOST_LOGPROBS
 from model import KVCache, ModelConfig, Params, head
+from model.ambient import lenient
 from model.cache import grow
 from model.transformer import forward_cached
 
@@ -49,6 +50,7 @@ class Emitted(struct.PyTreeNode):
     status: Any  # int32 [batch]: after the call
 
 
+@lenient()
 def grow_rows(config: ModelConfig, rows: Rows, capacity: int) -> Rows:
     """The same rows with room for more tokens, in cache and history."""
     more = ((0, 0), (0, capacity - rows.cache.capacity))
@@ -57,6 +59,7 @@ def grow_rows(config: ModelConfig, rows: Rows, capacity: int) -> Rows:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+@lenient()
 def begin(rows: Rows, logits: Float[Array, "batch vocab"]) -> tuple[Rows, Emitted]:
     """Choose the first token after the prompts, from what `prefill` gave. The rows are donated."""
     choice = choose(rows.sampler, logits, rows.history)
@@ -64,6 +67,7 @@ def begin(rows: Rows, logits: Float[Array, "batch vocab"]) -> tuple[Rows, Emitte
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@lenient()
 def decode(
     config: ModelConfig,
     params: Params,
@@ -131,8 +135,8 @@ def nothing_yet(rows: Rows, room: int) -> Emitted:
     top = min(MOST_LOGPROBS, vocab)
     return Emitted(
         tokens=jnp.full((batch, room), -1, jnp.int32),
-        logprobs=jnp.zeros((batch, room)),
+        logprobs=jnp.zeros((batch, room), jnp.float32),
         top_ids=jnp.zeros((batch, room, top), jnp.int32),
-        top_logprobs=jnp.zeros((batch, room, top)),
+        top_logprobs=jnp.zeros((batch, room, top), jnp.float32),
         status=rows.status,
     )

@@ -20,6 +20,7 @@ from infer.step import prefill
 from infer.text import Decoder
 from model import KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
+from model.ambient import lenient
 from model.cache import CACHE_DTYPES
 from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
@@ -38,6 +39,7 @@ class Engine:
     the next. Not for several threads at once.
     """
 
+    @lenient()
     def __init__(
         self,
         config: ModelConfig,
@@ -134,6 +136,7 @@ class Engine:
         while not self.idle:
             self.step()
 
+    @lenient()
     def step(self) -> list[Request]:
         """Let requests in, decode up to `steps` tokens of every running one, read what the last step made.
 
@@ -302,5 +305,5 @@ def _put(rows: Rows, row: Rows, cache: KVCache, slot: Int[Array, ""]) -> Rows:
     A ring shorter than the slot's has not wrapped around yet, so that its positions stand where they should.
     """
     row = row.replace(cache=cache.replace(capacity=rows.cache.capacity))  # type: ignore[attr-defined]
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (slot, *[0] * (old.ndim - 1)))
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (slot, *[np.int32(0)] * (old.ndim - 1)))
     return jax.tree.map(put, rows, row)

@@ -16,6 +16,7 @@ from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import Sampling
 from infer.text import Decoder, Detokenizer
 from model import ModelConfig, Params
+from model.ambient import lenient
 from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -202,6 +203,7 @@ def one_row_each(
     return [prompt for prompt, _ in pairs], [one for _, one in pairs]
 
 
+@lenient()
 def start_rows(
     config: ModelConfig,
     prompts: Sequence[Prompt],

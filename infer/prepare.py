@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infer.quantize import KINDS, make, quantize_experts
 from model import ModelConfig, Params
+from model.ambient import lenient
 from model.dtypes import DTypeLike, dtype_name
 from model.layout import places
 from model.parameterization import names_of, role_of
@@ -27,6 +28,7 @@ _TOGETHER = {
 _TAKEN_APART = "key_value_up"  # by latent attention, head by head: it stays a plain matrix
 
 
+@lenient()
 def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32", mesh: Mesh | None = None) -> Params:
     """One tree per layer, every matrix stored (out, in), those of one input joined. Do it once.
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from infer.step import prefill
 from model import KVCache, ModelConfig, Params, init_cache
+from model.ambient import lenient
 from model.cache import grow, take
 from model.dtypes import DTypeLike
 from model.errors import InputError
@@ -29,6 +30,7 @@ def capacity_for(config: ModelConfig, length: int) -> int:
     return min(bucket(length, SMALLEST_CAPACITY), max(config.max_seq_len, length))
 
 
+@lenient()
 def read_prompts(
     config: ModelConfig,
     params: Params,

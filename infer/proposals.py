@@ -47,7 +47,7 @@ def propose(
         now = history.replace(tokens=tokens, lengths=history.lengths + place)
         weights = probabilities(sampler, head(config, params, hidden), now)
         token = draw(jax.vmap(lambda row: jax.random.fold_in(row[place], 0))(keys), weights)
-        return token, followed(now, token[:, None], jnp.where(place < wanted, 1, 0)).tokens, weights
+        return token, followed(now, token[:, None], (place < wanted).astype(jnp.int32)).tokens, weights
 
     missing = cache.lengths[:, None] + jnp.arange(2)[None]
     chunk = jnp.take_along_axis(history.tokens, missing, axis=1, mode="clip")
@@ -83,7 +83,8 @@ def accept(
     """
     ahead = proposed.shape[1]
     valid = jnp.arange(ahead)[None] < wanted[:, None]
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))(keys[:, :ahead])
+    draw_one = lambda key: jax.random.uniform(jax.random.fold_in(key, 1), dtype=jnp.float32)
+    uniform = jax.vmap(jax.vmap(draw_one))(keys[:, :ahead])
     chosen = lambda weights: jnp.take_along_axis(weights[:, :ahead], proposed[..., None], axis=2)[..., 0]
     taken = jnp.sum(jnp.cumprod(valid & (uniform * chosen(draft) < chosen(target)), axis=1), axis=1)
     # Beyond the proposals q is 0, and what is left of p is all of it.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig, Params, forward
+from model.ambient import lenient
 from model.errors import InputError, UnknownNameError
 from model.layout import layer_kinds, places
 from model.linear import Linear
@@ -22,6 +23,7 @@ Pattern = Literal["2:4"]
 _EXPERTS = "experts"  # the stacked matrices of a mixture's experts
 
 
+@lenient()
 def prune(
     config: ModelConfig,
     params: Params,
@@ -86,6 +88,7 @@ def _kept(
     return np.swapaxes(kept.reshape(columns.shape), -1, -2)
 
 
+@lenient()
 def input_norms(
     config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"]
 ) -> dict[tuple[str, ...], Float[Array, "layers d_in"]]:
@@ -127,6 +130,7 @@ def input_norms(
     return {path: jnp.stack(rows) for path, rows in norms.items()}
 
 
+@lenient()
 def drop_layers(
     config: ModelConfig,
     params: Params,
@@ -173,6 +177,7 @@ def drop_layers(
     return config.replace(**changes), params | {"layers": taken}
 
 
+@lenient()
 def block_influence(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"]) -> np.ndarray:
     """1 − the mean cosine between the residual stream before and after each layer (Men et al. 2024, equation 1)."""
     inputs = {"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {}

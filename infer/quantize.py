@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.ambient import lenient
 from model.dtypes import dtype_name
 from model.errors import InputError
 from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed
@@ -17,6 +18,7 @@ GROUP = 32  # inputs that share a scale of int4
 _SHRINKINGS = 21  # scales tried per group, from the one of the largest entry down to half of it
 
 
+@lenient()
 def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
     """A stored form of `model.weights` of a matrix (out, in).
 
@@ -39,6 +41,7 @@ def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
             return quantize_int4(weight)
 
 
+@lenient()
 def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
     """The nearest of 255 multiples of a scale per output, so that its largest entry is ±127.
 
@@ -48,12 +51,14 @@ def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
     return _int8(weight)
 
 
+@lenient()
 def quantize_experts(weight: Float[Array, "count d_in d_out"]) -> Int8Experts:
     """Every expert's matrix as `quantize_int8` rounds it; outputs come last here. Raises InputError as that does."""
     _check_finite(weight)
     return _int8_experts(weight)
 
 
+@lenient()
 def quantize_int4(weight: Float[Array, "d_out d_in"]) -> Int4:
     """The nearest of −8 … 7 times a scale per output and GROUP inputs, the scale of the least squared error.
 
@@ -85,7 +90,7 @@ def _int4(weight: Array, group: int) -> Int4:
     grouped = padded.reshape(outputs, -1, group)
     largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True), axis=-1)
     largest = jnp.where(largest == 0, 1, largest)
-    factors = jnp.linspace(1, 0.5, _SHRINKINGS)
+    factors = jnp.linspace(1, 0.5, _SHRINKINGS, dtype=jnp.float32)
     # −8 reaches further than 7: the entry of largest size may be either, and a negative scale swaps them.
     tried = jnp.concatenate([factors / -8, factors / 7])
     error = lambda scale: jnp.sum(jnp.square(_whole(grouped, scale) * scale - grouped), axis=-1, keepdims=True)

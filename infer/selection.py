@@ -84,7 +84,7 @@ def draw(keys: Key[Array, " batch"], weights: Float[Array, "batch vocab"]) -> In
     """
     blocks = _blocks(weights, 0)
     # Multiples of 2⁻²³ from 0 on, moved to the middle of their steps: 0 would draw the first token however unlikely.
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys) + 2.0**-24
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys) + 2.0**-24
     block = _invert(jnp.sum(blocks, axis=-1), uniform[:, 0])
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     return (block * blocks.shape[-1] + _invert(within, uniform[:, 1])).astype(jnp.int32)

@@ -20,6 +20,7 @@ from infer.sampler import History, describe
 from infer.sampling import Sampling
 from infer.text import Decoder
 from model import ModelConfig, Params, head
+from model.ambient import lenient
 from model.cache import grow, rewind
 from model.dtypes import DTypeLike
 from model.errors import InputError
@@ -65,6 +66,7 @@ class Carried(struct.PyTreeNode):
     accepted: Any  # int32 [batch]
 
 
+@lenient()
 def generate_speculative(
     config: ModelConfig,
     params: Params,
@@ -149,6 +151,7 @@ def _grown(plan: Plan, carried: Carried, length: int) -> Carried:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@lenient()
 def speculate(
     plan: Plan,
     params: Params,
@@ -200,10 +203,17 @@ def _round(plan: Plan, params: Params, draft_params: Params | None, carried: Car
     wanted = jnp.where(found, wanted, 0)
 
     def some() -> tuple[Carried, Emitted]:
-        return _take(plan, params, carried, proposed, jax.nn.one_hot(proposed, rows.sampler.bias.shape[1]), wanted)
+        return _take(
+            plan,
+            params,
+            carried,
+            proposed,
+            jax.nn.one_hot(proposed, rows.sampler.bias.shape[1], dtype=jnp.float32),
+            wanted,
+        )
 
     def none() -> tuple[Carried, Emitted]:  # nothing to check
-        no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]))
+        no_weights = jnp.zeros((len(proposed), 0, rows.sampler.bias.shape[1]), jnp.float32)
         alone, made = _take(plan, params, carried, proposed[:, :0], no_weights, wanted)
         return alone, _put(nothing_yet(rows, plan.ahead + 1), made, 0)
 
@@ -234,7 +244,8 @@ def _take(
     tokens = jnp.where(place < taken[:, None], chunk[:, jnp.minimum(place[0] + 1, ahead)], token[:, None])
     stops = jnp.any(tokens[:, :, None] == rows.stop_ids[:, None], axis=-1) & (place <= taken[:, None])
     stopped = running & jnp.any(stops, axis=1)
-    count = jnp.where(running, jnp.where(stopped, jnp.argmax(stops, axis=1), taken + 1), 0)
+    upto = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32), taken + 1)
+    count = jnp.where(running, upto, 0)
     after = followed(history, tokens, count)
     full = running & ~stopped & (after.lengths - after.prompt_lengths >= rows.limits)
     status = jnp.where(stopped, STOPPED, jnp.where(full, FULL, rows.status))

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model import KVCache, ModelConfig, Params, head
+from model.ambient import lenient
 from model.transformer import forward_cached
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="fresh", donate_argnums=4)
+@lenient()
 def prefill(
     config: ModelConfig,
     params: Params,
@@ -40,6 +42,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@lenient()
 def decode_step(
     config: ModelConfig, params: Params, token: Int[Array, " batch"], cache: KVCache
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:

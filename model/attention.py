@@ -16,6 +16,7 @@ from model.dropout import Dropout
 from model.kernels import attend_fused, choose_kernel
 from model.linear import Linear, side_by_side
 from model.norm import Normalize
+from model.parameterization import constant
 from model.position import rotate
 from model.sharding import constrain
 
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         keys, values = seen(cache, (key, value), context)
         sinks = None
         if config.attention_sinks:
-            sinks = self.param("sinks", nn.initializers.zeros, (config.num_heads,))
+            sinks = self.param("sinks", constant(0.0), (config.num_heads,))
         scale = config.attention_scale or config.head_dim**-0.5
         others = (cache, dropout, sinks, context.bias, config.attention_softcap)
         plain = not self.wants_weights and all(other is None for other in others)

@@ -19,5 +19,5 @@ class Dropout:
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Zero entries with probability `rate`, scale the rest by 1/(1 − rate) (Srivastava et al. 2014)."""
-        keep = jax.random.uniform(self.key, x.shape) >= self.rate
+        keep = jax.random.uniform(self.key, x.shape, jnp.float32) >= self.rate
         return jnp.where(keep, x / (1 - self.rate).astype(x.dtype), 0)

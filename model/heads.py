@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.ambient import lenient
 from model.config import ModelConfig
 from model.errors import InputError
 from model.feedforward import activation_of
@@ -43,13 +44,14 @@ def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:
     if features and not (makes_tokens and config.tie_embeddings):
         head |= Linear(config, features, "head").init(keys[1], x)["params"]
     if features and config.head_bias:
-        head["bias"] = jnp.zeros(features)
+        head["bias"] = jnp.zeros(features, jnp.float32)
     params: dict[str, Any] = {"head": head} if head else {}
     if config.pooler:
         params["pooler"] = Linear(config, config.d_model, "hidden", True).init(keys[2], x)["params"]
     return params
 
 
+@lenient()
 def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array, "*batch d_model"]) -> Array:
     """Float32 logits of normalised hidden states, through the token table where it is tied.
 
@@ -74,6 +76,7 @@ def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array,
     return logits[..., 0] if config.head == "scalar" else logits
 
 
+@lenient()
 def pool(
     config: ModelConfig,
     params: dict[str, Any],
@@ -97,6 +100,7 @@ def pool(
     return jnp.tanh(Linear(config, config.d_model, "hidden", True).apply({"params": params["pooler"]}, first))
 
 
+@lenient()
 def classify(
     config: ModelConfig,
     params: dict[str, Any],

@@ -1,9 +1,12 @@
 """Which program computes attention: plain XLA, cuDNN's fused kernel, or a Pallas kernel of JAX's own.
 
 The fused ones never write the scores to memory. They know causal masks, windows and segments, but no bias, softcap,
-sinks or dropout, nor do they hand out weights: there, and with a cache, it is XLA. "auto" takes cuDNN on GPUs in
-bfloat16, Pallas on a single TPU, XLA else. Pallas runs on a CPU too, interpreted: for tests.
+sinks or dropout, nor do they hand out weights: there, and with a cache, it is XLA. "auto" takes cuDNN on NVIDIA GPUs in
+bfloat16, Pallas on a single TPU, and XLA for every shape that the kernel of that device does not take. Pallas runs on a
+CPU too, interpreted: for tests.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +15,123 @@ from jaxtyping import Array, Float
 from model.config import ModelConfig
 from model.context import Context
 from model.errors import InputError
+from model.layout import layer_kinds
+from model.target import Target, target
 
 _BLOCK = 128  # rows of queries and keys that Pallas' kernels take at once; they must divide the sequence
+_AUTO = {"gpu": "cudnn", "tpu": "pallas"}
+
+
+class Shape(NamedTuple):
+    """All of an attention that its kernel depends on. dtype: of queries, keys and values."""
+
+    seq: int
+    head_dim: int
+    dtype: str
+    causal: bool = True
+    window: int | None = None
+
+
+def kernel_for(wanted: str, shape: Shape, where: Target | None = None) -> tuple[str, str]:
+    """Return (the kernel, why that one) for an attention without bias, softcap, sinks, dropout, weights and cache.
+
+    wanted: a config's `attention_kernel`. where: by default what is being traced for. The mesh is the one under which
+    is traced. Raises InputError where `wanted` names a kernel that does not take this shape there.
+    """
+    where = target() if where is None else where
+    kernel = _AUTO.get(where.platform, "xla") if wanted == "auto" else wanted
+    if kernel == "xla":
+        return "xla", "attention_kernel='xla'" if wanted == "xla" else f"no fused kernel runs on a {where.platform}"
+    reason = (_why_not_cudnn if kernel == "cudnn" else _why_not_pallas)(shape, where)
+    if reason is None:
+        return kernel, f"it takes this shape on a {where.platform}"
+    if wanted != "auto":
+        raise InputError(f"attention_kernel={wanted!r} cannot be used here: {reason}; take 'auto' or 'xla'")
+    return "xla", f"{kernel} cannot be used here: {reason}"
 
 
 def choose_kernel(config: ModelConfig, context: Context, query: Array, plain: bool) -> str:
-    """The kernel for this attention. plain: nothing is asked for that only XLA can give.
+    """Return the kernel for this attention; plain: nothing is requested that only XLA gives.
 
     Raises InputError where the config names a kernel that this device or shape does not take.
     """
-    wanted, backend = config.attention_kernel, jax.default_backend()
-    if wanted == "xla" or not plain:
+    if not plain:
         return "xla"
     seq, head_dim = query.shape[2:]
-    many = jax.sharding.get_abstract_mesh().size > 1
-    obstacles = {
-        "cudnn": [
-            (backend != "gpu", f"it needs a GPU, not {backend}"),
-            (query.dtype != jnp.bfloat16, f"it needs compute_dtype='bfloat16', not {query.dtype}"),
-            (head_dim % 8 != 0 or head_dim > 128, f"it takes heads of a multiple of 8 up to 128, not {head_dim}"),
-        ],
-        "pallas": [
-            (many, "it does not run on a mesh of several devices"),
-            (context.window is not None, "it knows no sliding window"),
-            (seq % min(_BLOCK, seq) != 0, f"it takes sequences of a multiple of {_BLOCK}, not {seq}"),
-            (not context.causal, "it is causal"),
-        ],
+    shape = Shape(seq, head_dim, str(query.dtype), context.causal, context.window)
+    return kernel_for(config.attention_kernel, shape)[0]
+
+
+def kernels_of(config: ModelConfig, seq: int) -> dict[str, tuple[str, str]]:
+    """Return {kind of layer: (its kernel, why that one)} for the main stack in training on rows of `seq` tokens.
+
+    Without dropout, which takes XLA. Raises as `kernel_for` does.
+    """
+    special = {
+        "latent attention": config.latent is not None,
+        "attention_softcap": config.attention_softcap is not None,
+        "attention_sinks": config.attention_sinks,
+        f"position={config.position!r}": config.position in ("alibi", "relative"),
     }
-    if wanted == "auto":
-        favourite = {"gpu": "cudnn", "tpu": "pallas"}.get(backend)
-        return favourite if favourite and not any(bad for bad, _ in obstacles[favourite]) else "xla"
-    for bad, why in obstacles[wanted]:
-        if bad:
-            raise InputError(f"attention_kernel={wanted!r} cannot be used here: {why}; take 'auto' or 'xla'")
-    return wanted
+    only_xla = next((name for name, given in special.items() if given), None)
+    found = {}
+    for kind in layer_kinds(config):
+        shape = Shape(seq, config.head_dim, config.compute_dtype, kind.causal, kind.window)
+        found[kind.name] = (
+            ("xla", f"no fused kernel knows {only_xla}") if only_xla else kernel_for(config.attention_kernel, shape)
+        )
+    return found
+
+
+def _why_not_cudnn(shape: Shape, where: Target) -> str | None:
+    """Return what keeps cuDNN from this shape (its limits: NVIDIA's cuDNN frontend, "Scaled Dot Product Attention")."""
+    widest = 256 if where.capability is not None and where.capability[0] == 9 else 128
+    obstacles = (
+        (where.platform != "gpu", f"it needs a GPU, not a {where.platform}"),
+        (where.vendor == "amd", "it needs a GPU by NVIDIA, not by AMD"),
+        (
+            where.capability is not None and where.capability < (8, 0),
+            f"it needs a GPU of compute capability 8.0, not {'.'.join(map(str, where.capability or ()))}",
+        ),
+        (shape.dtype != "bfloat16", f"it needs compute_dtype='bfloat16', not {shape.dtype!r}"),
+        (
+            shape.head_dim % 8 != 0 or shape.head_dim > widest,
+            f"it takes a head_dim that is a multiple of 8 up to {widest}, not {shape.head_dim}",
+        ),
+        (shape.seq % 2 != 0, f"it takes sequences of an even length, not {shape.seq}"),
+        (_mesh_axis("sequence") > 1, "it does not run on a mesh that splits the sequence"),
+    )
+    return next((reason for holds, reason in obstacles if holds), None)
+
+
+def _why_not_pallas(shape: Shape, where: Target) -> str | None:
+    """Return what keeps JAX's Pallas kernel from this shape; on a TPU it is another one than elsewhere."""
+    on_tpu, seq, head_dim = where.platform == "tpu", shape.seq, shape.head_dim
+    lengths = f"multiples of {_BLOCK}" if on_tpu else f"16, 32, 64 or multiples of {_BLOCK}"
+    obstacles = (
+        (jax.sharding.get_abstract_mesh().size > 1, "it does not run on a mesh of several devices"),
+        (_x64(), "it does not run with jax_enable_x64"),  # its indices would mix int32 with int64
+        (shape.window is not None, "it knows no sliding window"),
+        (not shape.causal, "it is causal"),
+        (
+            seq % _BLOCK != 0 and (on_tpu or seq not in (16, 32, 64)),
+            f"it takes sequences whose lengths are {lengths}, not {seq}",
+        ),
+        (
+            on_tpu and head_dim > _BLOCK and head_dim % _BLOCK != 0,
+            f"it takes a head_dim up to {_BLOCK} or a multiple of it, not {head_dim}",
+        ),
+        (where.platform == "gpu" and head_dim < 16, f"it takes a head_dim of at least 16, not {head_dim}"),
+    )
+    return next((reason for holds, reason in obstacles if holds), None)
+
+
+def _x64() -> bool:
+    return jax.dtypes.canonicalize_dtype("int64") == "int64"
+
+
+def _mesh_axis(name: str) -> int:
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def attend_fused(
@@ -73,7 +159,7 @@ def attend_fused(
     key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
     return (
         _pallas_tpu(query, key, value, context, scale)
-        if jax.default_backend() == "tpu"
+        if target().platform == "tpu"
         else _pallas(query, key, value, context, scale)
     )
 
@@ -92,7 +178,7 @@ def _pallas(query: Array, key: Array, value: Array, context: Context, scale: flo
         sm_scale=scale,
         causal=context.causal,
         block_sizes=sizes,
-        interpret=jax.default_backend() == "cpu",
+        interpret=target().platform == "cpu",
     )
     return mixed.swapaxes(1, 2)
 

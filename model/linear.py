@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
-from model.parameterization import initializer
+from model.parameterization import constant, initializer
 from model.sharding import parts_of
 from model.weights import is_weight, matmul, outputs_of, plain
 
@@ -26,7 +26,7 @@ class Linear(nn.Module):
         if self.is_initializing():
             init = initializer(self.config, self.role, x.shape[-1])
             weight = self.param("weight", init, (x.shape[-1], self.features), jnp.float32)
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+            bias = self.param("bias", constant(0.0), (self.features,)) if self.use_bias else None
         else:
             weight = self.get_variable("params", "weight")
             bias = self.get_variable("params", "bias") if self.use_bias else None

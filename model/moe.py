@@ -12,7 +12,7 @@ from model.dispatch import through_experts
 from model.feedforward import FeedForward, activation_of
 from model.grouped import Matrices
 from model.linear import Linear
-from model.parameterization import initializer
+from model.parameterization import constant, initializer
 from model.parts import Experts
 from model.sharding import constrain
 from model.weights import Int8Experts, matmul
@@ -74,8 +74,8 @@ def losses(
     router_z_loss: the mean squared logsumexp of the logits (ST-MoE, eq. 5). expert_use: f, dropped choices included.
     """
     count, top_k = logits.shape[-1], routing.chosen.shape[-1]
-    weight = real / jnp.maximum(real.sum(), 1)
-    use = jnp.einsum("t,tke->e", weight / top_k, jax.nn.one_hot(routing.chosen, count))
+    weight = real.astype(jnp.float32) / jnp.maximum(real.sum(dtype=jnp.float32), 1)
+    use = jnp.einsum("t,tke->e", weight / top_k, jax.nn.one_hot(routing.chosen, count, dtype=jnp.float32))
     return {
         "balance_loss": count * jnp.sum(use * (weight @ routing.probabilities)),
         "router_z_loss": weight @ jnp.square(jax.nn.logsumexp(logits, axis=-1)),
@@ -99,7 +99,7 @@ class Router(nn.Module):
             init = initializer(self.config, "router", x.shape[-1])
             weight = self.param("weight", init, (x.shape[-1], experts.count), jnp.float32)
             if experts.selection_bias:
-                bias = self.param("selection_bias", nn.initializers.zeros, (experts.count,))
+                bias = self.param("selection_bias", constant(0.0), (experts.count,))
         else:
             weight = self.get_variable("params", "weight")
             if experts.selection_bias:
@@ -185,5 +185,6 @@ class ExpertFeedForward(nn.Module):
             if experts.shared_gate:
                 shared = shared * jax.nn.sigmoid(Linear(config, 1, "router", name="shared_gate")(x))
             y = y + shared
-        dropped = jnp.sum(flat_real[:, None] & ~taken) / jnp.maximum(flat_real.sum() * experts.top_k, 1)
+        lost, tokens = (jnp.sum(x, dtype=jnp.float32) for x in (flat_real[:, None] & ~taken, flat_real))
+        dropped = lost / jnp.maximum(tokens * experts.top_k, 1)
         return y, {**losses(routing, logits, flat_real), "dropped": dropped}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig, Norm
+from model.parameterization import constant
 
 
 class Normalize(nn.Module):
@@ -20,7 +21,7 @@ class Normalize(nn.Module):
         """Statistics in float32, the result in x's dtype."""
         config, norm = self.config, self.norm or self.config.norm
         epsilon = self.epsilon or config.norm_epsilon
-        start = nn.initializers.zeros if config.norm_offset else nn.initializers.ones
+        start = constant(0.0 if config.norm_offset else 1.0)
         scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         if norm == "layernorm":
@@ -28,5 +29,5 @@ class Normalize(nn.Module):
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
         y = y * (1 + scale if config.norm_offset else scale)
         if norm == "layernorm" and config.norm_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+            y = y + self.param("bias", constant(0.0), (x.shape[-1],)).astype(jnp.float32)
         return y.astype(x.dtype)

@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from model.config import ModelConfig
 
@@ -93,8 +94,13 @@ def scale_of(config: ModelConfig) -> Scale:
 def initializer(config: ModelConfig, role: str, fan_in: int) -> nn.initializers.Initializer:
     """Normal with the standard deviation of the role's row; a readout at zero if the config says so."""
     if role == "head" and config.zero_readout:
-        return nn.initializers.zeros
-    return nn.initializers.normal(TABLE[role].std(fan_in, scale_of(config)))
+        return constant(0.0)
+    return nn.initializers.normal(TABLE[role].std(fan_in, scale_of(config)), jnp.float32)
+
+
+def constant(value: float) -> nn.initializers.Initializer:
+    """Return an initializer of a float32 parameter that starts at this value, whatever JAX's default dtype is."""
+    return nn.initializers.constant(value, jnp.float32)
 
 
 def output_multiplier(config: ModelConfig, role: str) -> float:

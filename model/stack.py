@@ -25,6 +25,7 @@ _KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_s
 
 def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
     """{"layers", "final_norm", "relative_bias"} of one stack."""
+    config = config.replace(attention_kernel="xla")  # it changes no parameter, and a fused one takes no single token
     kinds = layer_kinds(config, encoder)
     x = jnp.zeros((1, 1, config.d_model), jnp.float32)
     one = jnp.zeros((1, 1), jnp.int32)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from model.ambient import lenient
 from model.block import Block
 from model.cache import KVCache
 from model.config import ModelConfig
@@ -40,6 +41,7 @@ class Output:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@lenient()
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh float32 parameters; `jax.eval_shape(partial(init, config), key)` makes no array."""
     keys = jax.random.split(key, 4)
@@ -55,6 +57,7 @@ def apply(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"], 
     return forward(config, params, tokens, **inputs).logits  # type: ignore[return-value]
 
 
+@lenient()
 def forward(
     config: ModelConfig,
     params: Params,
@@ -111,6 +114,7 @@ def forward(
     )
 
 
+@lenient()
 def encode(
     config: ModelConfig,
     params: Params,
@@ -136,6 +140,7 @@ def encode(
     return _final_norm(config, stack, x)
 
 
+@lenient()
 def sentence_embedding(
     config: ModelConfig,
     params: Params,
@@ -150,6 +155,7 @@ def sentence_embedding(
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
+@lenient()
 def forward_cached(
     config: ModelConfig,
     params: Params,

@@ -29,6 +29,7 @@ from train.hosts import agree, is_writer
 
 _ABOUT = "checkpoint.json"
 _STATE = "state"
+_KEY = "rng"  # the leaf of a training state whose shape is that of a PRNG's key
 _FILE_OVERHEAD = 2**16  # bytes of Orbax's metadata, of the description and of the checksums
 _WRITING, _DELETED, _REPLACED = "writing", "deleted", "replaced"
 logger = logging.getLogger("isoflop")
@@ -112,15 +113,17 @@ class Checkpoints:
         """Steps whose checkpoint was finished, oldest first; what it says now is not verified."""
         return [step for step in self.steps() if (self._path(step) / CHECKSUMS).is_file()]
 
-    def restore_newest(self, like: Any, at_most: int | None = None) -> tuple[int, Any] | None:
+    def restore_newest(self, like: Any, at_most: int | None = None, any_prng: bool = False) -> tuple[int, Any] | None:
         """(step, state) of the newest intact checkpoint, of at most that step; None if there is none.
 
         like: a tree of shapes and dtypes. A leaf with a sharding comes back as a jax.Array laid out so, on any mesh;
         without one as a NumPy array. Each damaged checkpoint on the way is named in a warning and moved to
         `RUN/damaged/`, so that its step can be written again. Raises InputError where the leaves are not those saved.
+        any_prng: the key of dropout, which a reader does not need, may be of another PRNG, and comes back as it is.
         """
         self.wait()
-        step = agree(self._newest_intact, at_most, _leaves(like))
+        leaves = {name: leaf for name, leaf in _leaves(like).items() if not (any_prng and name == _KEY)}
+        step = agree(self._newest_intact, at_most, leaves)
         return None if step is None else (step, self._read(step, like))
 
     def restore(self, step: int, like: Any) -> Any:
@@ -250,8 +253,13 @@ class Checkpoints:
         wrong = [
             f"{name} is {saved.get(name, 'absent')} there and {leaves.get(name, 'absent')} here"
             for name in sorted(saved.keys() | leaves.keys())
-            if saved.get(name) != leaves.get(name)
+            if saved.get(name) != leaves.get(name) and (name != _KEY or name in leaves)
         ]
+        if len(wrong) == 1 and wrong[0].startswith(f"{_KEY} is uint32"):
+            raise InputError(
+                f"checkpoint {self._path(step)} was written under another PRNG of JAX: {wrong[0]}; runs are trained "
+                "with threefry2x32 whatever JAX_DEFAULT_PRNG_IMPL says, so train into another folder"
+            )
         if wrong:
             more = f", and {len(wrong) - 3} more leaves differ" if len(wrong) > 3 else ""
             raise InputError(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from model import ModelConfig
+from model.ambient import pinned
 from model.sharding import batch_sharding, check_batch, replicated, shardings
 from train.apart import apart, gather, lie_apart
 from train.config import HParams, TrainConfig
@@ -26,6 +27,7 @@ _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 @functools.lru_cache(maxsize=64)
+@pinned()  # what it compiles is kept for callers under any settings
 def compile_program(
     config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, stage: Stage | None = None
 ) -> Program:

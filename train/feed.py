@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from model.ambient import pinned
 from model.sharding import batch_sharding
 from train.apart import as_lanes
 from train.plan import Stage
@@ -54,6 +55,7 @@ class Feed:
         """Let the thread go."""
         self._thread.shutdown(cancel_futures=True)
 
+    @pinned()  # it runs in the thread too
     def _make(self, request: Request, stage: Stage) -> Any:
         shape = (request.lanes, stage.batch_size, stage.seq_len)
         where = self._sharding.addressable_devices_indices_map(shape).values()

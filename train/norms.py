@@ -25,7 +25,7 @@ def norms_by_group(tree: Params) -> dict[str, Float[Array, ""]]:
     squares: dict[str, Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         group = group_of(names_of(path))
-        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        squares[group] = squares.get(group, jnp.zeros((), jnp.float32)) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
     return {group: jnp.sqrt(square) for group, square in squares.items()}
 
 

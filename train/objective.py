@@ -88,7 +88,7 @@ def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Arr
     def sums(hidden, targets, mask):
         nats, log_z = cross_entropy(head(config, params, hidden), targets)
         weigh = lambda values: jnp.sum(values if mask is None else values * mask)
-        return weigh(nats), weigh(jnp.square(log_z)) if wants_z else jnp.zeros(())
+        return weigh(nats), weigh(jnp.square(log_z)) if wants_z else jnp.zeros((), jnp.float32)
 
     if chunks == 1:
         return sums(hidden, targets, mask)
@@ -96,4 +96,4 @@ def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Arr
     cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
     parts = jax.tree.map(cut, (hidden, targets, mask))
     add = lambda total, part: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*part)), None)
-    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), parts)[0]
+    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)), parts)[0]

@@ -97,7 +97,7 @@ def _each_alone(transform: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
         outer = jax.tree.structure(params)
-        inner = jax.tree.structure(jax.eval_shape(transform.init, jnp.zeros(1)))
+        inner = jax.tree.structure(jax.eval_shape(transform.init, jnp.zeros(1, jnp.float32)))
         one = lambda path, leaf, *rest: mapped(path, leaf, transform.update)(leaf, *rest)
         states = jax.tree.transpose(inner, outer, state)
         pairs = jax.tree_util.tree_map_with_path(one, updates, states, params)

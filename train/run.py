@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from model import ModelConfig, Params
+from model.ambient import pinned
 from model.errors import InputError
 from train.checkpoint import Checkpoints
 from train.checksums import read_sealed, write_sealed
@@ -226,13 +227,14 @@ def _overwrite_status(path: Path, status: str) -> None:
             os.fsync(file.fileno())
 
 
+@pinned()
 def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
     """(config, parameters of the newest intact checkpoint). Raises InputError if there is none."""
     record = read_record(folder)
     config = ModelConfig.from_dict(record["identity"]["config"])
     train_config = TrainConfig.from_dict(record["identity"]["train_config"])
     like = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
-    found = Checkpoints(Path(folder), read_only=True).restore_newest(like)
+    found = Checkpoints(Path(folder), read_only=True).restore_newest(like, any_prng=True)
     if found is None:
         raise InputError(f"{folder} has no intact checkpoint; train it first")
     return config, jax.tree.map(jax.numpy.asarray, found[1].params)

@@ -31,7 +31,7 @@ def learning_rate(schedule: Schedule, hparams: HParams, step: Int[Array, ""]) ->
     progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0.0, 1.0)
     match schedule:
         case "constant":
-            factor = jnp.ones(())
+            factor = jnp.ones((), jnp.float32)
         case "linear":
             factor = 1 - (1 - final) * progress
         case "cosine":

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import PRNGKeyArray
 
 from model import ModelConfig, Params, init
+from model.ambient import lenient
 from model.parameterization import names_of, role_of
 from train.config import HParams, TrainConfig
 from train.optimizer import make_optimizer
@@ -28,6 +29,7 @@ class TrainState:
     skipped_in_a_row: Any
 
 
+@lenient()
 def init_state(
     config: ModelConfig, train_config: TrainConfig, hparams: HParams, key: PRNGKeyArray | None = None
 ) -> TrainState:
@@ -41,8 +43,13 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=make_optimizer(config, train_config, hparams).init(params),
+        optimizer=jax.tree.map(_in_float32, make_optimizer(config, train_config, hparams).init(params)),
         rng=jax.random.key_data(step_key),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
+
+
+def _in_float32(leaf: Any) -> Any:
+    """Optax gives constants such as Muon's coefficients JAX's default dtype, which may be float64."""
+    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf

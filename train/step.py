@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from model import ModelConfig, Params
+from model.ambient import lenient
 from model.layout import layer_kinds
 from train.config import HParams, TrainConfig
 from train.norms import groups_of, norms_by_group, total_norm
@@ -28,6 +29,7 @@ def metric_names(config: ModelConfig, train_config: TrainConfig) -> tuple[str, .
     return (*_METRICS, *experts, *norms)
 
 
+@lenient()
 def train_step(
     config: ModelConfig, train_config: TrainConfig, state: TrainState, batch: Batch, hparams: HParams
 ) -> tuple[TrainState, Metrics]:
@@ -78,6 +80,7 @@ def train_step(
     return new, metrics
 
 
+@lenient()
 def gradients(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -131,6 +134,7 @@ def _halves(config: ModelConfig, batch: Batch) -> int:
     return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_HALVING and config.experts is None else 1
 
 
+@lenient()
 def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
     """{"loss", "loss_tokens"} of one batch, without dropout; no expert drops a token."""
     if config.experts is not None:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from model import ModelConfig
+from model.ambient import pinned
 from model.errors import InputError
 from model.sharding import check_batch, default_axes, make_mesh, parts_of_lanes
 from train.apart import lie_apart
@@ -22,6 +23,7 @@ from train.trial import Trial
 Folder = str | Path
 
 
+@pinned()
 def train(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -45,6 +47,7 @@ def train(
     )[0]
 
 
+@pinned()
 def population(
     config: ModelConfig,
     train_config: TrainConfig,

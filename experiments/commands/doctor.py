@@ -39,6 +39,7 @@ def doctor(*, json: JsonFile = None) -> None:
     from experiments.commands.options import console, write_document
 
     looks = {"host": _host, "devices": _devices, "check": _check, "compile_cache": _compile_cache}
+    looks |= {"settings": _settings}
     packages, found = _packages(), {name: _told(look) for name, look in looks.items()}
     versions = {"python": sys.version.split()[0]} | packages.pop("")
     parts: dict[str, Any] = {"versions": versions} | {name: part for name, (part, _) in found.items()}
@@ -123,6 +124,17 @@ def _check() -> Found:
         f"{compiled - start:.2f} s, run in {seconds:.4f} s ({2 * SIDE**3 / seconds:.3g} FLOP/s)"
     )
     return {"right": right, "compile_seconds": compiled - start, "seconds": seconds}, words
+
+
+def _settings() -> Found:
+    from model.ambient import PINNED
+
+    given = {f"JAX_{name.upper()}" for name in (*PINNED, "transfer_guard")} & os.environ.keys()
+    ignored = {name: os.environ[name] for name in sorted(given)}
+    if not ignored:
+        return {"ignored": {}}, "no environment variable sets what JAX computes"
+    words = ", ".join(f"{name}={value}" for name, value in ignored.items())
+    return {"ignored": ignored}, f"{words}: runs and commands ignore this and compute by JAX's defaults"
 
 
 def _compile_cache() -> Found:

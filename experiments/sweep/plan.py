@@ -12,9 +12,11 @@ from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model import accounting
+from model.ambient import pinned
 from train.run import read_record
 
 
+@pinned()
 def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
     """The plan as a document.
 

@@ -24,6 +24,7 @@ from experiments.sweep.search.policies import make_policy
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
+from model.ambient import pinned
 from train import Result, Shell, population
 from train.branch import Branch
 from train.files import is_full
@@ -38,6 +39,7 @@ def plan(sweep: Sweep, ledger: Ledger) -> int:
     return ledger.add(plan_trials(sweep))
 
 
+@pinned()
 def work(sweep: Sweep, ledger: Ledger) -> None:
     """Work until the sweep is done, be it by others.
 

@@ -231,12 +231,15 @@ def test_the_doctor_tells_what_is_missing_and_what_it_is_for(isoflop, monkeypatc
         raise RuntimeError("no driver")
 
     monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setenv("JAX_DEFAULT_PRNG_IMPL", "rbg")  # JAX is imported already: only told
     code, text, _ = isoflop("doctor", "--json", tmp_path / "doctor.json")
     assert code == 0
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert found["devices"] == {"error": "RuntimeError: no driver"}
     assert "RuntimeError: no driver" in text
     assert found["check"]["right"]
+    assert found["settings"] == {"ignored": {"JAX_DEFAULT_PRNG_IMPL": "rbg"}}
+    assert "settings: JAX_DEFAULT_PRNG_IMPL=rbg: runs and commands ignore this" in text
     assert found["versions"]["jax"] == importlib.metadata.version("jax")
     assert found["extras"]["test"]["packages"]["pytest"] == pytest.__version__
     assert {name: extra["enables"] for name, extra in found["extras"].items()} == doctor.ENABLES

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"
 STEPS = 24
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 DEADLINE = 120
 
 

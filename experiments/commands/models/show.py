@@ -97,6 +97,7 @@ def show(
         )
     held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
     document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config), "mesh": held}
+    document["attention_kernels"] = _kernels(config, seq_len)
     write_document(json, document)
     out = console()
     out.print(f"{preset}: {tables.describe(config)}", highlight=False, markup=False, style="bold")
@@ -111,6 +112,9 @@ def show(
         out.print(note, highlight=False, style="dim")
     out.print()
     out.print(tables.memory_table(document))
+    for layers, (kernel, reason) in document["attention_kernels"].items():
+        said = f"Attention of {layers} layers is trained by {kernel} on this machine: {reason}."
+        out.print(said, highlight=False, markup=False, style="dim")
     if held is not None:
         out.print()
         out.print(holdings.mesh_table(held))
@@ -144,6 +148,17 @@ def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[
         "training_bytes": accounting.training_bytes(config),
         "serving_bytes": accounting.serving_bytes(config, batch, seq_len, dtype),
     }
+
+
+def _kernels(config: "ModelConfig", seq_len: int) -> dict[str, tuple[str, str]]:
+    """Each kind of layer's kernel on this machine, and why that one; "none" where the config names one that cannot."""
+    from model.errors import InputError
+    from model.kernels import kernels_of
+
+    try:
+        return kernels_of(config, seq_len)
+    except InputError as error:
+        return {"all": ("none", str(error))}
 
 
 def _published(name: str, config: "ModelConfig") -> dict[str, Any] | None:

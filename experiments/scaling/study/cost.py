@@ -10,6 +10,7 @@ from experiments.sweep.cohort import lanes_for, memory_bytes, state_bytes
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Setting
 from model import ModelConfig, accounting
+from model.ambient import pinned
 from train import HParams
 from train.data import Loader, load_manifest
 
@@ -99,6 +100,7 @@ class Plan:
         return there | {"saved": saved}
 
 
+@pinned()
 def plan_study(design: Design, data: str | Path, *, probe: bool = True, probe_seconds: float = 1.0) -> Plan:
     """The plan of a design on prepared data; nothing is trained but steps on random tokens, which are timed.
 

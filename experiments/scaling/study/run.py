@@ -21,6 +21,7 @@ from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.run import run_sweep
+from model.ambient import pinned
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.data import Loader, load_manifest
@@ -33,6 +34,7 @@ _TABLES = "checksums.json"  # of runs.csv and curves.csv
 _POINTS = 400  # of a training curve: they are smoothed over more than their distance
 
 
+@pinned()
 def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> list[dict[str, Any]]:
     """Run a study, or go on with the one in `folder`, no run twice; the rows of its runs.csv.
 
