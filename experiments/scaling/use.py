@@ -14,6 +14,7 @@ from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
 
+_LARGEST_LN = 690.0  # of FLOPs that a float holds, and their square root times a few constants
 FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
 
 
@@ -108,6 +109,7 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
     """{loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
     require_positive("params", params)
     require_positive("tokens", tokens)
+    require_positive("6·params·tokens", 6.0 * params * tokens)
     low, high = fit.predict_interval(params, tokens, level)
     return {
         "params": float(params),
@@ -153,8 +155,16 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     """
     require_positive("target", target)
     if target <= fit.E:
-        raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it")
-    flops = math.exp(log_compute(fit.theta, target))
+        raise InputError(
+            f"a loss of {target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it, ask for a "
+            "higher one"
+        )
+    log_flops = log_compute(fit.theta, target)
+    if log_flops > _LARGEST_LN:
+        raise InputError(
+            f"a loss of {target:g} is so near the law's floor E={fit.E:.4g} that no number holds its FLOPs"
+        )
+    flops = math.exp(log_flops)
     draws = np.array([log_compute(theta, target) for theta in fit.draws])
     tail = (100 - level) / 2
     # Order statistics, since interpolation towards an infinite draw would be infinite too early.
@@ -165,7 +175,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "flops": flops,
         "params": float(best.params),
         "tokens": float(best.tokens),
-        "interval": [float(np.exp(bound)) if np.isfinite(bound) else None for bound in (low, high)],
+        "interval": [float(np.exp(bound)) if bound <= _LARGEST_LN else None for bound in (low, high)],
         "level": level,
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),
