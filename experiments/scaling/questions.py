@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Questions:
-    """All that one call asks. planned: (N, D) of runs. serving: (tokens, what they cost), at every budget and target."""
+    """All that one call asks. planned: (N, D) of runs. serving: tokens and their cost, at every budget and target."""
 
     flops: Sequence[float] = ()
     target_loss: Sequence[float] = ()
