@@ -13,7 +13,7 @@ def evaluate(
     data: Path,
     tokenizer: Path | None = None,
     seq_len: int | None = None,
-    max_tokens: int | None = None,
+    evaluate_tokens: int | None = None,
     batch_size: int = 8,
     json: JsonFile = None,
 ) -> None:
@@ -28,7 +28,7 @@ def evaluate(
         data: A folder made by `isoflop data prepare`.
         tokenizer: The model's tokenizer, where none stands beside it.
         seq_len: Tokens per row; the model's context by default.
-        max_tokens: Use only the first so many tokens of the split.
+        evaluate_tokens: Use only the first so many tokens of the split.
         batch_size: Rows per step.
         json: Also write the numbers to this file.
     """
@@ -44,7 +44,7 @@ def evaluate(
         tokenizer=opened.need_tokenizer(),
         batch_size=batch_size,
         seq_len=seq_len,
-        max_tokens=max_tokens,
+        max_tokens=evaluate_tokens,
     )
     write_document(json, values)
     print(

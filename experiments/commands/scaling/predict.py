@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.commands.options import JsonFile
-from experiments.commands.scaling.options import BY_NAME, PrefixedColumns
+from experiments.commands.scaling.options import BY_NAME, Columns
 
 if TYPE_CHECKING:
     from experiments.scaling.fit import Fits
@@ -36,7 +36,7 @@ def predict(
     bootstraps: int = 1000,
     seed: int = 0,
     all_runs: bool = False,
-    columns: PrefixedColumns = BY_NAME,
+    columns: Columns = BY_NAME,
     json: JsonFile = None,
 ) -> None:
     """From a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.

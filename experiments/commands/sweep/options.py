@@ -63,7 +63,7 @@ class SweepOptions:
     journal:FILE; SQLite in the sweep's folder by default."""
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most so many trials side by side; by default as many as memory holds."""
-    eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
+    evaluate_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     """Tokens of the validation split, the same for all."""
 
     def define(self) -> "Sweep":
@@ -97,7 +97,7 @@ class SweepOptions:
             policy_settings={name: getattr(self, name) for name in settings},
             storage=None if self.storage is None else without_password(self.storage),
             lanes=self.lanes,
-            evaluate_tokens=self.eval_tokens,
+            evaluate_tokens=self.evaluate_tokens,
         )
 
 
