@@ -136,8 +136,11 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(column names, cells as text) of rows of `load.bench_load`."""
-    header = ["requests/s offered", "served", "tok/s", "good/s", "first token s", "between tokens s", "whole s"]
-    latencies = ("time_to_first_token_seconds", "inter_token_latency_seconds", "end_to_end_seconds")
+    header = ["requests/s offered", "served", "tok/s", "good/s", "first token s"]
+    header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
+    spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")
+    after = ("time_per_output_token_seconds", "end_to_end_seconds")
+    with_tail = lambda row, names: [_with_tail(row[name], row[f"{name}_p99"]) for name in names]
     lines = []
     for row in rows:
         line = [f"{row['rate_requests_per_second']:g}"]
@@ -146,7 +149,8 @@ def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             continue
         line += [f"{row[name]:.3g}" for name in ("requests_per_second", "tokens_per_second")]
         line.append(f"{row['goodput_requests_per_second']:.3g}")
-        lines.append([*line, *(_with_tail(row[name], row[f"{name}_p99"]) for name in latencies)])
+        size = "" if row["tokens_per_chunk"] is None else f"{row['tokens_per_chunk']:.3g}"
+        lines.append([*line, *with_tail(row, spans), size, *with_tail(row, after)])
     return header, lines
 
 
