@@ -10,6 +10,7 @@ Format = Literal["table", "json", "jsonl", "csv", "md"]
 Column = Callable[[dict[str, Any]], str]
 Columns = dict[str, Column]
 
+TRAINING_COORDINATES = ("lanes", "batch_size", "seq_len")
 COORDINATES = ("kv_heads", "weights", "cache", "batch", "prompt", "context", "steps")
 
 
@@ -66,8 +67,15 @@ _LOOP: Columns = {
 }
 _ROOFLINE: Columns = {
     "MB/step": lambda row: f"{row['bytes_read_per_step_filled'] / 1e6:,.1f}",
-    "of bound": lambda row: f"{row['share_of_bound']:.0%} {row['bound']}",
+    "of bound (95 %)": lambda row: _of_bound(row),
 }
+
+
+def _of_bound(row: dict[str, Any]) -> str:
+    low, high = (f"{100 * bound:.0f}" for bound in row["share_of_bound_interval_95"])
+    return f"{row['share_of_bound']:.0%} ({low} … {high}) {row['bound']}"
+
+
 _WAITS: Columns = {
     "first ms": _ms("time_to_first_token_seconds"),
     "prefill tok/s": lambda row: f"{row['prefill_tokens_per_second']:,.0f}",
@@ -93,9 +101,22 @@ def _bars(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(bar(line) for line in (header, ["---:"] * len(header), *lines))
 
 
+def ceilings_in_words(ceilings: dict[str, Any]) -> str:
+    """reads 31.2 GB/s (XLA sum; measured 28.9 … 31.2), multiplies 190 GFLOP/s (float32; measured 171 … 190)."""
+    measured = lambda name, unit, digits: " … ".join(
+        f"{bound(ceilings.get(f'{name}_measured') or [ceilings[name]]) / unit:,.{digits}f}" for bound in (min, max)
+    )
+    read, product = "read_bytes_per_second", "matmul_flops_per_second"
+    return (
+        f"reads {ceilings[read] / 1e9:.1f} GB/s ({ceilings['read_form']}; measured {measured(read, 1e9, 1)}), "
+        f"multiplies {ceilings[product] / 1e9:,.0f} GFLOP/s "
+        f"({ceilings['matmul_dtype']}; measured {measured(product, 1e9, 0)})"
+    )
+
+
 def words_of(row: dict[str, Any]) -> str:
     """A cell's coordinates in words."""
-    names = ("contender", "rate_requests_per_second", *COORDINATES)
+    names = ("contender", "rate_requests_per_second", *COORDINATES, *TRAINING_COORDINATES)
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names if row.get(name) is not None)
 
 
