@@ -53,7 +53,7 @@ def compare(
         for metric in METRICS:
             samples = [row["samples"][metric] for row in pair if row and metric in row.get("samples", {})]
             if len(samples) == 2:
-                found = ratio(*samples, times=(1.0, 1.0) if has_changed(machine) else times_of(machine))
+                found = ratio(samples[0], samples[1], times=(1.0, 1.0) if has_changed(machine) else times_of(machine))
                 if moved and found["verdict"] != "within noise":
                     found["verdict"] = "machine changed"
                 found["ratio_per_ceiling"] = per_ceiling(found["ratio"], metric, (pair[0] or {}).get("bound"), machine)

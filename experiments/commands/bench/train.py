@@ -97,7 +97,7 @@ def train(
             f"{row['compile_seconds']:.1f}",
         )
     console().print(table)
-    print(f"On {about['device']['host']}: {ceilings_in_words(document['ceilings'])}.")
+    print(f"On {about['device']['host']}: {ceilings_in_words(ceilings.to_dict())}.")
 
 
 def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rounds: int, json: Path | None) -> None:
