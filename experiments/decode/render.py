@@ -67,7 +67,7 @@ _LOOP: Columns = {
 }
 _ROOFLINE: Columns = {
     "MB/step": lambda row: f"{row['bytes_read_per_step_filled'] / 1e6:,.1f}",
-    "of bound (95 %)": lambda row: _of_bound(row),
+    "of bound (95%)": lambda row: _of_bound(row),
 }
 
 

@@ -80,7 +80,7 @@ def train(
     write_document(json, about | document)
     names = ("lanes", "tokens/s", "over one lane", "slowest … fastest", "FLOP/s (6ND)", "FLOP/s (exact)")
     table = new_table(
-        *names, "of peak (95 %)", "ms per step", "compile s", title="medians; tokens and FLOPs of all lanes together"
+        *names, "of peak (95%)", "ms per step", "compile s", title="medians; tokens and FLOPs of all lanes together"
     )
     for row in rows:
         table.add_row(
