@@ -227,4 +227,9 @@ def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: Serv
         return 1 - alpha * share / (beta * rest) + serving / training
 
     low, high = least + 1e-9 * max(1.0, abs(least)) + 1e-7, start + LN_RANGE
+    if not slope(low) < 0:
+        raise InputError(
+            f"to serve {served_tokens:.3g} tokens the smallest model that reaches a loss of {target:.4g} at all, of "
+            f"{math.exp(least):.3g} parameters, is cheapest, and its training has no end; ask for fewer tokens"
+        )
     return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-13))

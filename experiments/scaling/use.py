@@ -15,6 +15,7 @@ from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
 
 _LARGEST_LN = 690.0  # of FLOPs that a float holds, and their square root times a few constants
+_BELOW = "the compute is below that of the fit"
 FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
 
 
@@ -39,6 +40,8 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
         if times[key] != 1.0:
             value = params if letter == "N" else tokens
             warnings.append(f"{letter}={value:.3g} lies outside the runs' {values.min():.3g}…{values.max():.3g}")
+    if compute < (1 - 1e-9) * flops.min():
+        warnings.append(f"{_BELOW}: {compute / flops.min():.2g} of its smallest")
     return {"flops_over_largest": ratio, **times, "warnings": warnings}
 
 
@@ -51,12 +54,14 @@ def in_words(extrapolated: dict[str, Any]) -> str:
     """What `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
     ratio = extrapolated["flops_over_largest"]
     warnings = list(extrapolated["warnings"])
-    times = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+    times = f"{ratio:,.0f}" if 100 <= ratio < 1e9 else f"{ratio:.3g}"
     if is_far(extrapolated):
         warnings.pop(0)  # the same in other words
         words = [f"FAR: {times} times the largest compute of the fit, beyond what it can vouch for"]
     elif ratio > 1 + 1e-9:
         words = [f"{times} times the largest compute of the fit"]
+    elif warnings and warnings[-1].startswith(_BELOW):
+        words = [warnings.pop()]
     else:
         words = [f"within the compute of the fit ({ratio:.2g} of its largest)"]
     return "; ".join(words + warnings)

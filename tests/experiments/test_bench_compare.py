@@ -170,10 +170,7 @@ def test_a_change_of_the_product_rate_or_of_a_hidden_tenth_counts_too():
     assert verdicts(changed(read=1e10, product=0.7e11)) == {"machine changed"}
     assert verdicts(changed(read=0.95e10)) == {"slower"}
     assert verdicts(changed(read=1e10, read_measured=(1e10, 0.7e10))) == {"within noise"}, "the machine moved by 1.43"
-
-
-def test_documents_without_ceilings_are_compared_as_ever():
-    assert {row["verdict"] for row in compare(document(), document(1.3, seed=1) | ceilings(1e9))["rows"]} == {"slower"}
+    assert verdicts(compare(document(), document(1.3, seed=1) | ceilings(1e9))) == {"slower"}, "one has no ceilings"
 
 
 def training(scale=1.0, seed=0, **shape):

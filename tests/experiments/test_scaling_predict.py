@@ -232,3 +232,18 @@ def test_valleys_answer_where_the_law_is_refused(tmp_path, isoflop):
     assert "parametric" not in document["optimal"][0]
     assert document["optimal"][0]["isoflop"]["params"] == pytest.approx(3e8, rel=0.01)
     assert "only the parametric law speaks of a loss" in document["compute_for_loss"][0]["refused"]
+
+
+def test_a_budget_below_all_runs_is_not_within_them(table, tmp_path, capsys):
+    asked(table, tmp_path, flops=(5e17, 5e19, 1e30))
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "the compute is below that of the fit: 0.5 of its smallest" in printed
+    assert "within the compute of the fit (0.5 of its largest)" in printed
+    assert "FAR: 1e+10 times the largest compute of the fit" in printed
+
+
+def test_more_tokens_than_any_model_could_serve_are_refused(table, tmp_path):
+    document = asked(table, tmp_path, target_loss=(2.3,), serve_tokens=1e300)
+    assert document["compute_for_loss"][0]["flops"] > 1e20
+    assert document["serving"][0]["params"] is None
+    assert "its training has no end; ask for fewer tokens" in document["serving"][0]["refused"]
