@@ -205,6 +205,17 @@ Start with `isoflop study`: a whole scaling-law study on real text in minutes. E
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 
 
+_COLUMNS = ("params", "tokens", "loss", "flops", "unique-tokens", "active-params", "keep-repeated")
+FORMER_FLAGS: dict[str, dict[str, str]] = {
+    "isoflop sweep plan": {"--eval-tokens": "--evaluate-tokens"},
+    "isoflop sweep run": {"--eval-tokens": "--evaluate-tokens"},
+    "isoflop eval": {"--max-tokens": "--evaluate-tokens"},
+    "isoflop model compress": {"--max-tokens": "--evaluate-tokens", "--report": "--json"},
+    "isoflop scaling fit": {f"--{name}": f"--columns.{name}" for name in _COLUMNS},
+}
+"""By command: flags of former releases that scripts still use, and their names now, one in all commands."""
+
+
 def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
     """(what the first words name, the command or group of them that it is, the words that are left)."""
     called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
@@ -212,7 +223,14 @@ def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[st
     while isinstance(called, tuple) and left and left[0] in called[1]:
         called = called[1][left[0]]
         words.append(left.pop(0))
-    return " ".join(words), called, left
+    program = " ".join(words)
+    return program, called, [_present_name(word, FORMER_FLAGS.get(program, {})) for word in left]
+
+
+def _present_name(word: str, renamed: dict[str, str]) -> str:
+    """A flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
+    flag, equals, value = word.partition("=")
+    return renamed.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 
 
 def _parser(tree: Tree) -> Any:

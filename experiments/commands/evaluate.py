@@ -13,7 +13,7 @@ def evaluate(
     data: Path,
     tokenizer: Path | None = None,
     seq_len: int | None = None,
-    max_tokens: int | None = None,
+    evaluate_tokens: int | None = None,
     batch_size: int = 8,
     json: JsonFile = None,
 ) -> None:
@@ -28,7 +28,7 @@ def evaluate(
         data: A folder made by `isoflop data prepare`.
         tokenizer: The model's tokenizer, where none stands beside it.
         seq_len: Tokens per row; the model's context by default.
-        max_tokens: Use only the first so many tokens of the split.
+        evaluate_tokens: Use only the first so many tokens of the split.
         batch_size: Rows per step.
         json: Also write the numbers to this file.
     """
@@ -44,10 +44,11 @@ def evaluate(
         tokenizer=opened.need_tokenizer(),
         batch_size=batch_size,
         seq_len=seq_len,
-        max_tokens=max_tokens,
+        max_tokens=evaluate_tokens,
     )
-    if max_tokens is not None and values["tokens"] < max_tokens:
-        say(f"--max-tokens {max_tokens:,} is more than the {values['tokens']:,} tokens of the split; all were read")
+    tokens = values["tokens"]
+    if evaluate_tokens is not None and tokens < evaluate_tokens:
+        say(f"--evaluate-tokens {evaluate_tokens:,} is more than the {tokens:,} tokens of the split; all were read")
     write_document(json, values)
     print(
         f"loss {values['loss']:.4f} nats per token, perplexity {values['perplexity']:.2f}, "

@@ -83,12 +83,19 @@ def say(sentence: str) -> None:
     print(f"isoflop: {sentence}", file=sys.stderr)
 
 
-def say_fewer_tokens(flag: str, asked: int, manifest: "Manifest") -> None:
-    """Say so where a flag asks for more validation tokens than there are: all of them are read, and no more."""
+def say_fewer_tokens(requested: int, manifest: "Manifest") -> None:
+    """Say so where --evaluate-tokens is given, and more than the validation split has: all of it is read, and no more.
+
+    The default is more than small sets have, and says nothing.
+    """
     there = manifest.splits["validation"].tokens - 1  # the first one is not predicted
-    is_given = any(word.partition("=")[0].replace("_", "-") == flag for word in sys.argv)
-    if is_given and asked > there:
-        say(f"{flag} {asked:,} is more than the {there:,} tokens of the validation split; all of those are read")
+    names = ("--evaluate-tokens", "--eval-tokens", "--max-tokens")  # the present one and former ones
+    is_given = any(word.partition("=")[0].replace("_", "-") in names for word in sys.argv)
+    if is_given and requested > there:
+        say(
+            f"--evaluate-tokens {requested:,} is more than the {there:,} tokens of the validation split;"
+            " all of those are read"
+        )
 
 
 def say_unused(where: str, command: Callable[..., Any], **given: Any) -> None:

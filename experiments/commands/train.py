@@ -184,7 +184,7 @@ def cool(
         plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
         if not results:
             first = plan.data if isinstance(plan.data, str) else next(iter(plan.data.values()))
-            say_fewer_tokens("--evaluate-tokens", evaluate_tokens, load_manifest(first))
+            say_fewer_tokens(evaluate_tokens, load_manifest(first))
         shell = Shell(
             evaluate_tokens=evaluate_tokens,
             mesh=parse_mesh(mesh) if mesh else None,
@@ -246,7 +246,7 @@ def _say_what_is_cut(
 
     if not is_writer():
         return
-    say_fewer_tokens("--evaluate-tokens", shell.evaluate_tokens, manifest)
+    say_fewer_tokens(shell.evaluate_tokens, manifest)
     last = Plan.of(train_config, steps).total_steps if steps is None else steps
     for flag, every in (("--evaluate-every", shell.evaluate_every), ("--keep-every", shell.keep_every)):
         if every > last:

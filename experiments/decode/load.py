@@ -50,24 +50,29 @@ def summarize(
 ) -> dict[str, Any]:
     """One row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
 
-    time_to_first_token and end_to_end count from a request's arrival; inter_token_latency is of every gap between two
-    tokens, time_per_output_token a request's mean gap. Throughput is over the time from the first arrival to the last
-    token. goodput_requests_per_second counts the requests that keep both limits (None: any).
+    time_to_first_token and end_to_end count from a request's arrival. The engine hands out the tokens of a step
+    together, as a chunk: inter_chunk_latency is the gap between two chunks of a request, which is what a client of a
+    stream sees; inter_token_latency has a value for every token after the first chunk, its chunk's gap over the chunk's
+    tokens. time_per_output_token is a request's time from its first token to its last, over the tokens after the first;
+    a request of one token has none. Without a value a latency is None. Throughput is over the time from the first
+    arrival to the last token. goodput_requests_per_second counts the requests that keep both limits (None: any).
     """
     arrived, requests = run["arrived"], run["requests"]
     first = [request.first_token - due for request, due in zip(requests, arrived, strict=True)]
     whole = [request.finished - due for request, due in zip(requests, arrived, strict=True)]
-    gaps = [np.diff(request.token_times) for request in requests]
-    each = [float(gap.mean()) if gap.size else 0.0 for gap in gaps]
+    received = [chunks(request.token_times) for request in requests]
+    gaps, counts = (np.concatenate(values) for values in zip(*received, strict=True))
+    each = [_per_output_token(request.token_times) for request in requests]
     latencies = {
         "time_to_first_token_seconds": first,
-        "inter_token_latency_seconds": np.concatenate(gaps).tolist(),
-        "time_per_output_token_seconds": each,
+        "inter_chunk_latency_seconds": gaps.tolist(),
+        "inter_token_latency_seconds": np.repeat(gaps / counts, counts).tolist(),
+        "time_per_output_token_seconds": [seconds for seconds in each if seconds is not None],
         "end_to_end_seconds": whole,
     }
     seconds = max(max(request.finished for request in requests) - min(arrived), 1e-9)
     good = sum(
-        (ttft_limit is None or wait <= ttft_limit) and (tpot_limit is None or gap <= tpot_limit)
+        (ttft_limit is None or wait <= ttft_limit) and (tpot_limit is None or gap is None or gap <= tpot_limit)
         for wait, gap in zip(first, each, strict=True)
     )
     row: dict[str, Any] = {"rate_requests_per_second": rate, "requests": len(requests)}
@@ -75,6 +80,7 @@ def summarize(
         for suffix, percent in (("", 50), ("_p90", 90), ("_p99", 99)):
             row[name + suffix] = float(np.percentile(values, percent)) if values else None
     return row | {
+        "tokens_per_chunk": float(counts.mean()) if counts.size else None,
         "requests_per_second": len(requests) / seconds,
         "tokens_per_second": sum(len(request.tokens) for request in requests) / seconds,
         "goodput_requests_per_second": good / seconds,
@@ -83,6 +89,20 @@ def summarize(
         "tpot_limit_seconds": tpot_limit,
         "samples": latencies,
     }
+
+
+def chunks(token_times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """(The gap before each chunk after the first, its tokens); tokens that came at one time are a chunk.
+
+    chunks([1, 1, 3, 3, 3]) is ([2.0], [3]): three tokens came together, two seconds after the ones before.
+    """
+    times, counts = np.unique(np.asarray(token_times, np.float64), return_counts=True)
+    return np.diff(times), counts[1:]
+
+
+def _per_output_token(token_times: Sequence[float]) -> float | None:
+    """Seconds from the first token to the last, over the tokens after the first; None of one token or none."""
+    return (token_times[-1] - token_times[0]) / (len(token_times) - 1) if len(token_times) > 1 else None
 
 
 def bench_load(

@@ -19,7 +19,11 @@ COLUMNS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """read_form: the fastest way of reading; read_bytes: of the buffer, beyond every cache."""
+    """read_form: the fastest way of reading; read_bytes: of the buffer, beyond every cache.
+
+    measured: every measurement of that ceiling, of which the highest is the ceiling; how far they lie apart says how
+    much the machine's speed moved.
+    """
 
     read_bytes_per_second: float
     read_form: str
@@ -27,26 +31,41 @@ class Ceilings:
     read_bytes_per_second_by_form: dict[str, float]
     matmul_flops_per_second: float
     matmul_dtype: str
+    read_bytes_per_second_measured: tuple[float, ...] = ()
+    matmul_flops_per_second_measured: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
 
 
-def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.4) -> Ceilings:
-    """Both ceilings. size: bytes of the buffer that is read; None: `buffer_bytes()`. seconds: per form of reading."""
+def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.4, rounds: int = 3) -> Ceilings:
+    """Both ceilings, each measured `rounds` times in turns.
+
+    size: bytes of the buffer that is read; None: `buffer_bytes()`. seconds: per form of reading, over all rounds.
+    """
     size = size or buffer_bytes()
-    rates = {name: size / _best(read, seconds) for name, read in _reads(size).items()}
+    reads, reading, products = _reads(size), [], []
+    for _ in range(rounds):
+        reading.append({name: size / _best(read, seconds / rounds) for name, read in reads.items()})
+        measured_peak.cache_clear()  # a measurement of its own, not one of earlier in this process
+        products.append(measured_peak(dtype))
+    rates = {name: max(one[name] for one in reading) for name in reads}
     form = max(rates, key=rates.__getitem__)
-    measured_peak.cache_clear()  # a measurement of its own, not one of earlier in this process
-    return Ceilings(rates[form], form, size, rates, measured_peak(dtype), dtype)
+    fastest = tuple(max(one.values()) for one in reading)
+    return Ceilings(rates[form], form, size, rates, max(products), dtype, fastest, tuple(products))
 
 
 def best_of(before: Ceilings, after: Ceilings) -> Ceilings:
-    """The higher of both: what else ran meanwhile can only lower a ceiling."""
+    """The higher of both, since what else ran meanwhile can only lower a ceiling, with the measurements of both."""
     higher = max(before, after, key=lambda ceilings: ceilings.read_bytes_per_second)
-    flops = max(before.matmul_flops_per_second, after.matmul_flops_per_second)
-    return dataclasses.replace(higher, matmul_flops_per_second=flops)
+    return dataclasses.replace(
+        higher,
+        matmul_flops_per_second=max(before.matmul_flops_per_second, after.matmul_flops_per_second),
+        read_bytes_per_second_measured=before.read_bytes_per_second_measured + after.read_bytes_per_second_measured,
+        matmul_flops_per_second_measured=before.matmul_flops_per_second_measured
+        + after.matmul_flops_per_second_measured,
+    )
 
 
 def buffer_bytes() -> int:

@@ -10,6 +10,7 @@ Format = Literal["table", "json", "jsonl", "csv", "md"]
 Column = Callable[[dict[str, Any]], str]
 Columns = dict[str, Column]
 
+TRAINING_COORDINATES = ("lanes", "batch_size", "seq_len")
 COORDINATES = ("kv_heads", "weights", "cache", "batch", "prompt", "context", "steps")
 
 
@@ -66,8 +67,15 @@ _LOOP: Columns = {
 }
 _ROOFLINE: Columns = {
     "MB/step": lambda row: f"{row['bytes_read_per_step_filled'] / 1e6:,.1f}",
-    "of bound": lambda row: f"{row['share_of_bound']:.0%} {row['bound']}",
+    "of bound (95%)": lambda row: _of_bound(row),
 }
+
+
+def _of_bound(row: dict[str, Any]) -> str:
+    low, high = (f"{100 * bound:.0f}" for bound in row["share_of_bound_interval_95"])
+    return f"{row['share_of_bound']:.0%} ({low} … {high}) {row['bound']}"
+
+
 _WAITS: Columns = {
     "first ms": _ms("time_to_first_token_seconds"),
     "prefill tok/s": lambda row: f"{row['prefill_tokens_per_second']:,.0f}",
@@ -93,9 +101,22 @@ def _bars(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(bar(line) for line in (header, ["---:"] * len(header), *lines))
 
 
+def ceilings_in_words(ceilings: dict[str, Any]) -> str:
+    """reads 31.2 GB/s (XLA sum; measured 28.9 … 31.2), multiplies 190 GFLOP/s (float32; measured 171 … 190)."""
+    measured = lambda name, unit, digits: " … ".join(
+        f"{bound(ceilings.get(f'{name}_measured') or [ceilings[name]]) / unit:,.{digits}f}" for bound in (min, max)
+    )
+    read, product = "read_bytes_per_second", "matmul_flops_per_second"
+    return (
+        f"reads {ceilings[read] / 1e9:.1f} GB/s ({ceilings['read_form']}; measured {measured(read, 1e9, 1)}), "
+        f"multiplies {ceilings[product] / 1e9:,.0f} GFLOP/s "
+        f"({ceilings['matmul_dtype']}; measured {measured(product, 1e9, 0)})"
+    )
+
+
 def words_of(row: dict[str, Any]) -> str:
     """A cell's coordinates in words."""
-    names = ("contender", "rate_requests_per_second", *COORDINATES)
+    names = ("contender", "rate_requests_per_second", *COORDINATES, *TRAINING_COORDINATES)
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names if row.get(name) is not None)
 
 
@@ -136,8 +157,11 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(column names, cells as text) of rows of `load.bench_load`."""
-    header = ["requests/s offered", "served", "tok/s", "good/s", "first token s", "between tokens s", "whole s"]
-    latencies = ("time_to_first_token_seconds", "inter_token_latency_seconds", "end_to_end_seconds")
+    header = ["requests/s offered", "served", "tok/s", "good/s", "first token s"]
+    header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
+    spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")
+    after = ("time_per_output_token_seconds", "end_to_end_seconds")
+    with_tail = lambda row, names: [_with_tail(row[name], row[f"{name}_p99"]) for name in names]
     lines = []
     for row in rows:
         line = [f"{row['rate_requests_per_second']:g}"]
@@ -146,7 +170,8 @@ def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             continue
         line += [f"{row[name]:.3g}" for name in ("requests_per_second", "tokens_per_second")]
         line.append(f"{row['goodput_requests_per_second']:.3g}")
-        lines.append([*line, *(_with_tail(row[name], row[f"{name}_p99"]) for name in latencies)])
+        size = "" if row["tokens_per_chunk"] is None else f"{row['tokens_per_chunk']:.3g}"
+        lines.append([*line, *with_tail(row, spans), size, *with_tail(row, after)])
     return header, lines
 
 

@@ -1,11 +1,16 @@
 """How near a decode step comes to what the machine can do (the roofline of Williams, Waterman and Patterson 2009)."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from experiments.decode.cells import Cell
 from experiments.decode.probes import Ceilings
 from model import ModelConfig, Params, accounting
 
+BOOTSTRAPS = 2000
+LEVEL = 95
 NOTE = (
     "weights read once a step, of the token table only the rows looked up unless it is the head; of routed experts the "
     "expected number of distinct ones; the cache as filled at the middle of the measured stretch; activations and what "
@@ -44,7 +49,26 @@ def shares(cost: dict[str, float], seconds_per_step: float, ceilings: Ceilings) 
 
 
 def add_shares(rows: list[dict[str, Any]], ceilings: Ceilings) -> None:
-    """`shares` into every row that was measured."""
+    """`shares` into every row that was measured, and the interval of its share of the bound."""
     for row in rows:
         if "error" not in row:
             row |= shares(row, row["seconds_per_step"], ceilings)
+            memory = row["bound"] == "memory"
+            name = "read_bytes_per_second" if memory else "matmul_flops_per_second"
+            work = row["bytes_read_per_step_filled" if memory else "flops_exact_per_step"]
+            row[f"share_of_bound_interval_{LEVEL}"] = share_interval(
+                work,
+                row["samples"]["seconds_per_step"],
+                getattr(ceilings, f"{name}_measured") or (getattr(ceilings, name),),
+            )
+
+
+def share_interval(work: float, seconds: Sequence[float], ceilings: Sequence[float], seed: int = 0) -> list[float]:
+    """Where the share of a ceiling lies, at 95 %: work over the median of resampled seconds, over a ceiling drawn from
+    its measurements, for the step ran while the machine was as fast as in any one of them.
+    """
+    random = np.random.default_rng(seed)
+    medians = np.median(random.choice(seconds, (BOOTSTRAPS, len(seconds))), axis=1)
+    drawn = work / medians / random.choice(ceilings, BOOTSTRAPS)
+    tail = (100 - LEVEL) / 2
+    return [float(bound) for bound in np.percentile(drawn, [tail, 100 - tail])]

@@ -5,6 +5,7 @@ import shlex
 from typing import Any
 
 from experiments.scaling.study.design import Design
+from experiments.scaling.study.published import AT_SCALE, middle_of
 from model import ModelConfig, presets
 
 Command = dict[str, str]
@@ -48,8 +49,15 @@ def commands(document: dict[str, Any]) -> list[Command]:
 
 
 def _toml(design: dict[str, Any]) -> str:
-    """The definition of a study (`experiments/scaling/study/design.py`), defaults left out."""
+    """The definition of a study (`experiments/scaling/study/design.py`), defaults left out.
+
+    At the scale of published models a key that is left out has another default, so that all are there.
+    """
     usual = Design(budgets=(1.0, 2.0)).to_dict()
+    if middle_of(design["budgets"]) >= AT_SCALE:
+        usual = dict.fromkeys(usual) | {"law": "", "hours": 0.0}
+    if design["law"]:  # it decides these
+        design = {name: design[name] for name in design if name not in ("tokens_per_parameter", "optimum_exponent")}
     return "".join(
         f"{name} = {_value(value)}\n" for name, value in design.items() if name == "budgets" or value != usual[name]
     )

@@ -166,12 +166,12 @@ def serving_optimum(
     if target is None:
         require_positive("training_flops", float(training_flops or 0))
         target = float(fit.optimal(training_flops).loss)
-    if target <= fit.E:
-        raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no model reaches it")
+    alone = compute_for_loss(fit, target, level)
     params = _cheapest(fit.theta, target, served_tokens, cost)
     tokens = float(tokens_for_loss(fit.theta, params, target))
-    alone = compute_for_loss(fit, target, level)
     reaching = [theta for theta in fit.draws if target > theta[0]]
+    if not reaching:
+        raise InputError(f"none of the bootstrap's laws reaches a loss of {target:g}; ask for a higher one")
     draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])
     trained = np.array([tokens_for_loss(theta, n, target) for theta, n in zip(reaching, draws, strict=True)])
     training = lambda n, d: 6 * n * d * cost.training_unit
@@ -227,4 +227,9 @@ def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: Serv
         return 1 - alpha * share / (beta * rest) + serving / training
 
     low, high = least + 1e-9 * max(1.0, abs(least)) + 1e-7, start + LN_RANGE
+    if not slope(low) < 0:
+        raise InputError(
+            f"to serve {served_tokens:.3g} tokens the smallest model that reaches a loss of {target:.4g} at all, of "
+            f"{math.exp(least):.3g} parameters, is cheapest, and its training has no end; ask for fewer tokens"
+        )
     return math.exp(brentq(slope, low, high, xtol=1e-12, rtol=1e-13))

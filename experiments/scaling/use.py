@@ -14,6 +14,8 @@ from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
 
+_LARGEST_LN = 690.0  # of FLOPs that a float holds, and their square root times a few constants
+_BELOW = "the compute is below that of the fit"
 FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
 
 
@@ -38,6 +40,8 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
         if times[key] != 1.0:
             value = params if letter == "N" else tokens
             warnings.append(f"{letter}={value:.3g} lies outside the runs' {values.min():.3g}…{values.max():.3g}")
+    if compute < (1 - 1e-9) * flops.min():
+        warnings.append(f"{_BELOW}: {compute / flops.min():.2g} of its smallest")
     return {"flops_over_largest": ratio, **times, "warnings": warnings}
 
 
@@ -50,12 +54,14 @@ def in_words(extrapolated: dict[str, Any]) -> str:
     """What `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
     ratio = extrapolated["flops_over_largest"]
     warnings = list(extrapolated["warnings"])
-    times = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+    times = f"{ratio:,.0f}" if 100 <= ratio < 1e9 else f"{ratio:.3g}"
     if is_far(extrapolated):
         warnings.pop(0)  # the same in other words
         words = [f"FAR: {times} times the largest compute of the fit, beyond what it can vouch for"]
     elif ratio > 1 + 1e-9:
         words = [f"{times} times the largest compute of the fit"]
+    elif warnings and warnings[-1].startswith(_BELOW):
+        words = [warnings.pop()]
     else:
         words = [f"within the compute of the fit ({ratio:.2g} of its largest)"]
     return "; ".join(words + warnings)
@@ -108,6 +114,7 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
     """{loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
     require_positive("params", params)
     require_positive("tokens", tokens)
+    require_positive("6·params·tokens", 6.0 * params * tokens)
     low, high = fit.predict_interval(params, tokens, level)
     return {
         "params": float(params),
@@ -153,8 +160,16 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     """
     require_positive("target", target)
     if target <= fit.E:
-        raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it")
-    flops = math.exp(log_compute(fit.theta, target))
+        raise InputError(
+            f"a loss of {target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it, ask for a "
+            "higher one"
+        )
+    log_flops = log_compute(fit.theta, target)
+    if log_flops > _LARGEST_LN:
+        raise InputError(
+            f"a loss of {target:g} is so near the law's floor E={fit.E:.4g} that no number holds its FLOPs"
+        )
+    flops = math.exp(log_flops)
     draws = np.array([log_compute(theta, target) for theta in fit.draws])
     tail = (100 - level) / 2
     # Order statistics, since interpolation towards an infinite draw would be infinite too early.
@@ -165,7 +180,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "flops": flops,
         "params": float(best.params),
         "tokens": float(best.tokens),
-        "interval": [float(np.exp(bound)) if np.isfinite(bound) else None for bound in (low, high)],
+        "interval": [float(np.exp(bound)) if bound <= _LARGEST_LN else None for bound in (low, high)],
         "level": level,
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),

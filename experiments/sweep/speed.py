@@ -80,7 +80,8 @@ def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
 def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float) -> dict[str, Any]:
     """Median time of the real training step on random tokens, measured for about `seconds` after two warm-up steps.
 
-    Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps.
+    Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps,
+    as samples are.
     """
     program = compile_program(config, train_config, lanes, make_mesh(default_axes(train_config.batch_size)))
     times = _step_times(program, config, train_config, lanes, seconds)
@@ -96,6 +97,7 @@ def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, sec
         "flops_6nd_per_second": flops["6N"] * tokens / step,
         "flops_exact_per_second": flops["exact"] * tokens / step,
         "compile_seconds": program.compile_seconds,
+        "samples": {"step_seconds": times},
     }
 
 

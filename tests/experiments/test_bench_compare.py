@@ -123,3 +123,95 @@ def test_the_command_exits_with_1_on_a_regression_alone(isoflop, tmp_path):
     assert (code, len(error.strip().splitlines())) == (2, 1)
     (tmp_path / "none.json").write_text("[]")
     assert isoflop("bench", "compare", before, tmp_path / "none.json")[0] == 2
+
+
+def ceilings(read, product=1e11, read_measured=(), product_measured=()):
+    return {
+        "ceilings": {
+            "read_bytes_per_second": read,
+            "read_bytes_per_second_measured": list(read_measured) or [read],
+            "matmul_flops_per_second": product,
+            "matmul_flops_per_second_measured": list(product_measured) or [product],
+            "matmul_dtype": "float32",
+        }
+    }
+
+
+def test_one_code_on_a_machine_that_changed_is_neither_faster_nor_slower(isoflop, tmp_path):
+    """Steps of 0.26 of the time where the bandwidth is 2.7 times as high: the code may have nothing to do with it."""
+    before, after = document() | ceilings(1.5e10), document(0.26, seed=1) | ceilings(4.05e10)
+    for one in (before, after):
+        for cell in one["cells"]:
+            cell["bound"] = "memory"
+    result = compare(before, after)
+    assert {row["verdict"] for row in result["rows"]} == {"machine changed"}
+    assert all(row["ratio_per_ceiling"] == pytest.approx(2.7 * row["ratio"]) for row in result["rows"])
+    assert [(row["ceiling"], row["changed"]) for row in result["machine"]] == [
+        ("read bandwidth", True),
+        ("product rate", False),
+    ]
+    assert {row["verdict"] for row in compare(before, after, anything=True)["rows"]} == {"faster"}
+    paths = tmp_path / "before.json", tmp_path / "after.json"
+    for path, one in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(one))
+    code, out, _ = isoflop("bench", "compare", *paths)
+    assert code == 0
+    assert "read bandwidth 15 → 40.5 (2.70 times)" in out
+    assert "faster" not in out.replace("below 1 is faster", "")
+    for pair in (paths, paths[::-1]):
+        code, _, error = isoflop("bench", "compare", *pair, "--fail-above", "5%")
+        assert (code, len(error.strip().splitlines())) == (2, 1)
+        assert "the machine changed between the documents" in error
+
+
+def test_a_change_of_the_product_rate_or_of_a_hidden_tenth_counts_too():
+    changed = lambda **other: compare(document() | ceilings(1e10), document(1.3, seed=1) | ceilings(**other))
+    verdicts = lambda result: {row["verdict"] for row in result["rows"]}
+    assert verdicts(changed(read=1e10, product=0.7e11)) == {"machine changed"}
+    assert verdicts(changed(read=0.95e10)) == {"slower"}
+    assert verdicts(changed(read=1e10, read_measured=(1e10, 0.7e10))) == {"within noise"}, "the machine moved by 1.43"
+    assert verdicts(compare(document(), document(1.3, seed=1) | ceilings(1e9))) == {"slower"}, "one has no ceilings"
+
+
+def training(scale=1.0, seed=0, **shape):
+    random = np.random.default_rng(seed)
+    rows = [
+        {"lanes": lanes, "samples": {"step_seconds": (scale * random.normal(0.02, 0.0003, 30)).tolist()}}
+        for lanes in (1, 4)
+    ]
+    about = {key: value for key, value in document().items() if key != "cells"}
+    return about | {"batch_size": 8, "seq_len": 128, "rows": rows} | ceilings(1e10) | shape
+
+
+def test_training_documents_are_compared_alike(isoflop, tmp_path):
+    paths = {name: tmp_path / f"{name}.json" for name in ("one", "slow", "poor", "wide", "decode", "against", "load")}
+    documents = (
+        training(),
+        training(1.1, seed=1),
+        training(1.3, seed=1) | ceilings(1e10, 0.5e11),
+        training(seq_len=256),
+        document(),
+        {"contenders": [], "device": {}},
+        document() | {"load": [{}]},
+    )
+    for path, one in zip(paths.values(), documents, strict=True):
+        path.write_text(json.dumps(one))
+    out = tmp_path / "out.json"
+    call = lambda name, *more: isoflop("bench", "compare", paths["one"], paths[name], "--json", out, *more)
+    assert call("slow", "--fail-above", "5%")[0] == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["lanes"], row["metric"], row["verdict"]) for row in rows] == [
+        (1, "step_seconds", "slower"),
+        (4, "step_seconds", "slower"),
+    ]
+    assert call("one", "--fail-above", "5%")[0] == 0
+    assert call("poor", "--fail-above", "5%")[0] == 2
+    for name, words in (
+        ("wide", "no measured cell in common"),
+        ("decode", "of bench decode"),
+        ("against", "turns in one run"),
+        ("load", "--load"),
+    ):
+        code, _, error = call(name)
+        assert (code, len(error.strip().splitlines())) == (2, 1)
+        assert words in error

@@ -17,7 +17,7 @@ from experiments.decode.bench import bench_decode, check_grid, read_grid, run_gr
 from experiments.decode.cells import Cell, grid, measure
 from experiments.decode.document import config_hash, describe
 from experiments.decode.probes import Ceilings, best_of, measure_ceilings
-from experiments.decode.render import render
+from experiments.decode.render import cell_tables, render
 from experiments.decode.roofline import add_shares, shares, step_cost
 from infer import decode_step, prepare
 from model import Experts, Latent, ModelConfig, accounting
@@ -176,6 +176,44 @@ def test_the_probe_takes_the_fastest_form():
     assert found.read_bytes_per_second == max(found.read_bytes_per_second_by_form.values())
     assert found.read_bytes_per_second_by_form[found.read_form] == found.read_bytes_per_second
     assert found.matmul_flops_per_second > 0
+
+
+def test_a_ceiling_is_measured_several_times_and_keeps_all_of_them():
+    found = measure_ceilings("float32", size=1 << 20, seconds=0.003, rounds=3)
+    both = best_of(found, measure_ceilings("float32", size=1 << 20, seconds=0.003, rounds=2))
+    for ceilings, count in ((found, 3), (both, 5)):
+        for name in ("read_bytes_per_second", "matmul_flops_per_second"):
+            measured = getattr(ceilings, f"{name}_measured")
+            assert len(measured) == count
+            assert getattr(ceilings, name) == max(measured)
+
+
+def test_a_share_has_an_interval_of_the_steps_and_of_the_ceiling():
+    """200 MB in a step of 0.4 to 0.6 s: 40 % of 1 GB/s, and up to 80 % of what was there when it was 0.5 GB/s."""
+    row = {"bytes_read_per_step_filled": 2e8, "flops_exact_per_step": 1e9, "seconds_per_step": 0.5}
+    row["samples"] = {"seconds_per_step": [0.5] * 20}
+    moving = dataclasses.replace(CEILINGS, read_bytes_per_second_measured=(1e9, 0.9e9, 0.5e9))
+    still, moved = [dict(row), {"error": "MemoryError"}], [dict(row)]
+    add_shares(still, CEILINGS)
+    add_shares(moved, moving)
+    assert still[0]["share_of_bound_interval_95"] == pytest.approx([0.4, 0.4])
+    assert moved[0]["share_of_bound"] == still[0]["share_of_bound"] == pytest.approx(0.4)
+    assert moved[0]["share_of_bound_interval_95"] == pytest.approx([0.4, 0.8])
+    noisy = [row | {"samples": {"seconds_per_step": [0.4, 0.5, 0.6]}}]
+    add_shares(noisy, CEILINGS)
+    assert noisy[0]["share_of_bound_interval_95"] == pytest.approx([2 / 6, 2 / 4])
+    assert "40% (40 … 80) memory" in str(cell_tables([_measured(moved[0])]))
+
+
+def _measured(row):
+    """With all that the tables show besides."""
+    speeds = ("aggregate", "slowest", "fastest", "per_sequence")
+    times = ("time_to_first_token_seconds", "time_per_output_token_seconds", "host_seconds_per_step")
+    shown = dict.fromkeys(
+        (*times, "prefill_tokens_per_second", "recompiles", "steps", "repeats", "batch", "context"), 1
+    )
+    shown |= {f"decode_tokens_per_second_{name}": 1.0 for name in speeds}
+    return dict.fromkeys(("kv_heads", "weights", "cache", "prompt"), 1) | shown | row
 
 
 def test_the_higher_of_two_measurements_is_the_ceiling():

@@ -5,7 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+import infer
 from experiments.decode.load import arrivals, bench_load, drive, summarize
+from experiments.decode.render import load_table
+from model import ModelConfig
 from model.errors import InputError
 
 
@@ -107,3 +110,53 @@ def test_a_higher_rate_waits_longer_and_a_failing_rate_is_a_row():
     assert rows[1]["requests_per_second"] == pytest.approx(2 / 3, rel=0.1)  # two slots, three seconds each
     assert rows[0]["goodput_share"] == rows[1]["goodput_share"] == 1
     assert rows[2] == {"rate_requests_per_second": 9.0, "error": "MemoryError: no room"}
+
+
+class BurstEngine(Engine):
+    """Every step takes two seconds and gives the first unfinished request up to four tokens at once."""
+
+    def step(self) -> None:
+        self.clock.sleep(2.0)
+        request = next(one for one in self.requests if one.finished is None)
+        count = 1 if not request.tokens else min(4, request.wanted - len(request.tokens))
+        request.tokens += [7] * count
+        request.token_times += [self.clock()] * count
+        request.first_token = request.first_token or self.clock()
+        if len(request.tokens) == request.wanted:
+            request.finished = self.clock()
+
+
+def test_tokens_that_come_together_are_a_chunk_and_no_latency_is_zero():
+    """Seven tokens as 1 + 4 + 2 in six seconds: gaps of two seconds, half a second a token and then a whole one."""
+    clock = Clock()
+    run = drive(BurstEngine(clock), [[1]], [0.0], max_new_tokens=7, clock=clock, sleep=clock.sleep)
+    row = summarize(run, rate=1.0)
+    assert row["samples"]["inter_chunk_latency_seconds"] == [2.0, 2.0]
+    assert row["samples"]["inter_token_latency_seconds"] == [0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
+    assert row["samples"]["time_per_output_token_seconds"] == [pytest.approx(4 / 6)]
+    assert sum(row["samples"]["inter_token_latency_seconds"]) == pytest.approx(4.0), "from the first token to the last"
+    assert row["tokens_per_chunk"] == 3.0
+    assert row["inter_token_latency_seconds"] == 0.5
+
+
+def test_requests_of_one_token_have_no_time_per_further_token():
+    clock = Clock()
+    run = drive(Engine(clock), [[1], [1]], [0.0, 50.0], max_new_tokens=1, clock=clock, sleep=clock.sleep)
+    row = summarize(run, rate=1.0, tpot_limit=0.5)
+    assert row["inter_token_latency_seconds"] is None
+    assert row["time_per_output_token_seconds"] is None
+    assert row["tokens_per_chunk"] is None
+    assert row["goodput_share"] == 1
+    assert load_table([row])[1][0][-4:-1] == ["", "", ""]
+
+
+def test_the_engine_itself_has_latencies_above_zero(random_params):
+    """As a client sees it: 17 tokens of a request come as 1 + 8 + 8."""
+    config = ModelConfig(vocab_size=32, d_model=8, num_layers=1, num_heads=2, d_ff=16, max_seq_len=64)
+    engine = infer.Engine(config.replace(eos_token_ids=()), random_params(config), slots=2, capacity=32)
+    engine.warm_up([4])
+    row = summarize(drive(engine, [[1, 2, 3]] * 2, [0.0, 0.0], max_new_tokens=17), rate=1.0)
+    assert row["tokens_per_chunk"] == 8
+    assert len(row["samples"]["inter_chunk_latency_seconds"]) == 4
+    assert len(row["samples"]["inter_token_latency_seconds"]) == 32
+    assert min(row["samples"]["inter_token_latency_seconds"]) > 0

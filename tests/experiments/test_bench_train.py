@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments.commands.bench.train import train
+from experiments.decode.probes import Ceilings
 from experiments.peers.train_bench import bench_against_torch, measure_rounds, summarize
 from experiments.peers.twin import check_has_twin
 from model import Experts, RopeScaling, presets
@@ -14,6 +15,7 @@ from train import TrainConfig
 
 TINY = presets.get("tiny")
 TRAIN = TrainConfig(batch_size=2, seq_len=16)
+CEILINGS = Ceilings(1e9, "any", 1, {}, 10.0, "float32", (1e9,), (10.0, 8.0, 4.0))
 
 
 @pytest.mark.parametrize(
@@ -54,13 +56,20 @@ def test_lanes_are_compared_with_one(tmp_path, monkeypatch):
     others = ("flops_6nd_per_second", "flops_exact_per_second", "step_seconds", "compile_seconds")
 
     def measured(config, train_config, lanes, seconds):
-        return {"lanes": lanes} | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
+        row = {"lanes": lanes, "samples": {"step_seconds": [0.9, 1.0, 1.1]}}
+        return row | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
 
     monkeypatch.setattr("experiments.sweep.speed.measure_step", measured)
+    monkeypatch.setattr("experiments.decode.probes.measure_ceilings", lambda dtype: CEILINGS)
     for lanes, ratios in (((4, 1, 16), [2, 1, 4]), ((4, 16), [None, None])):
         train("tiny", lanes=lanes, json=tmp_path / "lanes.json")
         rows = json.loads((tmp_path / "lanes.json").read_text())["rows"]
         assert [row["tokens_per_second_over_one_lane"] for row in rows] == ratios
+        for row in rows:  # 1 FLOP in a second, of at most 10, 8 or 4 in another's
+            low, high = row["share_of_matmul_peak_interval_95"]
+            assert row["share_of_matmul_peak"] == 0.1
+            assert low == pytest.approx(1 / 1.1 / 10, rel=0.02)
+            assert high == pytest.approx(1 / 0.9 / 4, rel=0.02)
 
 
 @pytest.mark.gpu

@@ -255,3 +255,35 @@ def test_a_shell_completes_commands_and_flags(isoflop, tmp_path):
         call = ["bash", "-c", ask.format(words=words, place=words.count(" "))]
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.split() == found.split(), done.stderr
+
+
+@pytest.mark.parametrize("program", ["sweep plan", "sweep run", "eval", "model compress", "scaling fit"])
+def test_a_former_flag_means_what_its_present_name_does(isoflop, program):
+    words, renamed = program.split(), cli.FORMER_FLAGS[f"isoflop {program}"]
+    _, out, _ = isoflop(*words, "--help")
+    shown = re.findall(r"--[\w.-]+", out)
+    for former, present in renamed.items():
+        assert present in shown
+        assert former not in shown
+        assert cli.find([*words, "X", former, "7"])[2] == ["X", present, "7"]
+        assert cli.find([*words, f"--{former[2:].replace('-', '_')}=7"])[2] == [f"{present}=7"]
+    assert cli.find([*words, "X", "--json", "--data"])[2] == ["X", "--json", "--data"]
+
+
+def test_tokens_that_are_validated_on_have_one_name(isoflop):
+    for words in ("train", "cool", "sweep plan", "sweep run", "eval", "model compress"):
+        assert "--evaluate-tokens" in isoflop(*words.split(), "--help")[1], words
+
+
+def test_a_script_of_a_former_release_fits_the_same_law(isoflop, tmp_path):
+    rows = [f"{n},{d},{1.7 + 400 * n**-0.34 + 410 * d**-0.28}" for n in (1e7, 3e7, 1e8, 3e8) for d in (1e9, 3e9, 9e9)]
+    table = tmp_path / "runs.csv"
+    table.write_text("size,seen,final\n" + "\n".join(rows))
+    documents = []
+    for prefix in ("--", "--columns."):
+        flags = (f"{prefix}params", "size", f"{prefix}tokens", "seen", f"{prefix}loss", "final")
+        out = tmp_path / f"fit{len(documents)}.json"
+        assert isoflop("scaling", "fit", table, *flags, "--bootstraps", 5, "--json", out)[0] == 0
+        documents.append(json.loads(out.read_text()))
+    assert documents[0]["parametric"] == documents[1]["parametric"]
+    assert documents[1]["parametric"]["alpha"] == pytest.approx(0.34, rel=1e-3)

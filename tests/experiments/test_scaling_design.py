@@ -12,6 +12,7 @@ from experiments.scaling.rows.conventions import FLOPS, PARAMS, count
 from experiments.scaling.study import cost
 from experiments.scaling.study.design import Design, Law
 from experiments.scaling.study.family import Family
+from experiments.scaling.study.published import LAWS
 from experiments.scaling.study.rungs import expected_optimum, plan_rungs, shapes
 from model import accounting
 from model.errors import InputError
@@ -265,3 +266,137 @@ REFUSED = [
 def test_what_only_the_plan_can_refuse(design, words):
     with pytest.raises(InputError, match=words):
         plan_rungs(design, VOCAB, EPOCH)
+
+
+LARGE = (1e18, 1e19, 1e20, 1e21)
+
+
+@pytest.mark.parametrize(
+    ("law", "params", "tokens", "flops"),
+    [  # as the papers print them: table 3, table A3 twice, and Besiroglu's about 20 tokens per parameter
+        ("hoffmann-1", 67e9, 1.43e12, 5.76e23),
+        ("hoffmann-1", 400e6, 8.0e9, 1.92e19),
+        ("hoffmann-2", 10e9, 219.5e9, 1.32e22),
+        ("hoffmann-3", 1e9, 27.1e9, 1.62e20),
+        ("hoffmann-3", 10e9, 410.1e9, 2.46e22),
+        ("besiroglu", 67e9, 1.43e12, 5.76e23),
+    ],
+)
+def test_published_laws_give_what_their_papers_print(law, params, tokens, flops):
+    found = LAWS[law]
+    tolerance = 0.15 if law == "besiroglu" else 0.05
+    assert found.optimum(flops) == pytest.approx(params, rel=tolerance)
+    assert flops / 6 / found.optimum(flops) == pytest.approx(tokens, rel=tolerance)
+    assert found.tokens_per_parameter(flops) == pytest.approx(tokens / params, rel=2 * tolerance)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A definition that says no more than a base and budgets that a cluster trains."""
+    file = tmp_path / "large.toml"
+    file.write_text(f'base = "llama3.2-1b"\nbudgets = {list(LARGE)}\n')
+    return file
+
+
+def test_a_large_study_is_centred_and_shaped_as_published_models_are(large):
+    design = Design.read(large)
+    for budget in LARGE:
+        optimum = expected_optimum(design, budget)
+        assert optimum == pytest.approx(LAWS["besiroglu"].optimum(budget))
+        assert 20 < budget / (6 * optimum**2) < 27
+    for rung in plan_rungs(design, 128_256, None):
+        config = rung.config
+        assert 60 <= config.d_model / config.num_layers <= 130
+        assert (config.head_dim, config.num_heads * config.head_dim) == (64, config.d_model)
+        assert config.num_heads % config.num_kv_heads == 0
+        assert config.d_ff % 128 == 0
+        assert config.d_ff / config.d_model == pytest.approx(4, rel=0.05)
+        assert (rung.epochs, rung.repeated, rung.seq_len) == (None, False, 2048)
+        assert 1e5 < rung.batch_size * rung.seq_len < 5e6
+        assert 5e-4 < rung.learning_rate < 2e-3
+        assert rung.steps > 1000
+
+
+def test_what_a_definition_says_itself_stands_at_any_scale(large):
+    text = large.read_text()
+    large.write_text(
+        text + "tokens_per_parameter = 40\nseq_len = 4096\nbatch_size = 256\n[family]\naspect_ratio = 32\n"
+    )
+    design = Design.read(large)
+    assert (design.law, design.tokens_per_parameter, design.seq_len, design.batch_size) == ("", 40, 4096, 256)
+    assert (design.family.aspect_ratio, design.family.head_dim) == (32, 64)
+    rungs = plan_rungs(design, 128_256, None)
+    assert {round(rung.d_model / 32) - rung.config.num_layers for rung in rungs} == {0}
+    large.write_text(text + "[family]\naspect_ratio = 0\n")
+    assert {rung.config.num_layers for rung in plan_rungs(Design.read(large), 128_256, None)} == {16}
+    assert Design.read(large, law="hoffmann-1").law == "hoffmann-1"
+    branched = Design.read(large, branches=True)
+    assert isinstance(branched.batch_size, int)
+    assert plan_rungs(branched, 128_256, None)
+
+
+def test_a_law_takes_the_place_of_a_definitions_own_optimum(tmp_path):
+    ladder = CONFIGS / "sotu_ladder.toml"
+    design = Design.read(ladder, law="hoffmann-2")
+    assert expected_optimum(design, 3e11) == pytest.approx(LAWS["hoffmann-2"].optimum(3e11))
+    assert (design.seq_len, design.family) == (128, Design.read(ladder).family), "all else is still a laptop's"
+    assert design.with_budgets((1e12, 4e12)).tokens_per_parameter == pytest.approx(
+        LAWS["hoffmann-2"].tokens_per_parameter(2e12)
+    )
+
+
+def test_a_plan_of_a_large_study_is_a_definition_that_reads_back(large):
+    from experiments.report.commands import _toml
+
+    for changes in ({}, {"tokens_per_parameter": 8.0, "law": ""}):
+        design = Design.read(large).replace(**changes)
+        copy = large.with_name("copy.toml")
+        copy.write_text(_toml(design.to_dict()))
+        assert Design.read(copy) == design
+
+
+def test_hours_of_other_hardware_are_exact_flops_over_what_it_does(isoflop, tmp_path):
+    out = tmp_path / "plan.json"
+    call = ("scaling", "plan", "--budgets", 1e21, "--json", out, "--device", "H100", "--devices", 8, "--mfu", 0.4)
+    code, said, error = isoflop(*call)
+    assert (code, error) == (0, "")
+    document = json.loads(out.read_text())
+    assert document["hardware"] == {"device": "h100", "devices": 8, "mfu": 0.4, "peak_flops_per_second": 989e12}
+    assert document["tokens_per_epoch"] is None
+    assert document["law"]["name"] == "besiroglu"
+    (optimum,) = document["optima"]
+    assert optimum["tokens"] / optimum["params"] == pytest.approx(21.6, rel=0.01)
+    for rung in document["rungs"]:
+        assert rung["hours"] == pytest.approx(rung["flops_exact"] / (8 * 989e12 * 0.4) / 3600, rel=1e-3)
+        assert rung["held_out"] is False, "a single budget leaves none to fit otherwise"
+    assert document["total"]["hours"] == pytest.approx(sum(rung["hours"] for rung in document["rungs"]))
+    assert "on 8 × h100 at 40% of 989 TFLOP/s each" in said
+    assert "epochs are not checked" in said
+    assert "Besiroglu et al. 2024" in said
+
+
+def test_hours_on_other_hardware_size_the_budgets(isoflop, tmp_path):
+    out = tmp_path / "plan.json"
+    assert isoflop("scaling", "plan", "--hours", 5000, "--device", "b200", "--devices", 64, "--json", out)[0] == 0
+    document = json.loads(out.read_text())
+    assert 4000 < document["total"]["hours"] <= 5000
+    assert document["design"]["budgets"][0] > 1e20, "beyond what a laptop could be asked for"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give a DESIGN.toml, or the FLOPs of each budget"),
+        (("--budgets", 1e20, "--device", "h900"), "known are a10, a10g"),
+        (("--budgets", 1e20, "--devices", 8), "are of a --device"),
+        (("--budgets", 1e20, "--device", "h100", "--mfu", 40), "--mfu 40 must be above 0 and at most 1"),
+        (("--budgets", 1e20, "--device", "h100", "--devices", 0), "--devices 0 must be at least 1"),
+        (("--budgets", 1e20, "--law", "chinchilla"), "known are hoffmann-1, hoffmann-2, hoffmann-3, besiroglu"),
+        (("--budgets", 1e22, 2e22), "name the hardware that the study is for"),
+        (("--hours", 1.0, "--no-probe"), "needs the time of a step"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_what_would_be_right(isoflop, arguments, words):
+    code, _, error = isoflop("scaling", "plan", *arguments)
+    assert (code, len(error.strip().splitlines())) == (2, 1)
+    assert words in error

@@ -187,3 +187,63 @@ def test_options_hand_every_column_on(tmp_path):
     np.testing.assert_array_equal(table.tokens, [1.4e12, 2e10])
     np.testing.assert_array_equal(table.unique_tokens, [2e11, 2e10])
     np.testing.assert_array_equal(table.active_params, [1e9, 1e9])
+
+
+def test_a_question_without_an_answer_does_not_take_the_others_with_it(table, law, tmp_path, isoflop):
+    out = tmp_path / "answers.json"
+    code, said, error = isoflop(
+        *("scaling", "predict", table, "--flops", 1e19, -1e19, "--target-loss", 2.3, 1.0, 0, "--params", 1e9),
+        *("--tokens", 2e10, "--serve-tokens", 1e12, "--bootstraps", DRAWS, "--json", out),
+    )
+    assert (code, error) == (0, "")
+    document = json.loads(out.read_text())
+    reached, below, zero = document["compute_for_loss"]
+    assert reached == compute_for_loss(law, 2.3)
+    assert (below["target"], below["flops"], below["params"], below["interval"]) == (1.0, None, None, None)
+    assert "at or below the law's floor E=1.7" in below["refused"]
+    assert (zero["target"], zero["refused"]) == (0.0, "--target-loss=0.0 must be a positive number")
+    assert document["optimal"][0]["parametric"] == optimal({"parametric": law}, 1e19)["parametric"]
+    assert {one["refused"] for one in document["optimal"][1].values()} == {"--flops=-1e+19 must be a positive number"}
+    assert [answer["params"] is None for answer in document["serving"]] == [False, True, False, True, True]
+    assert document["planned"][0]["loss"] == planned_loss(law, 1e9, 2e10)["loss"]
+    assert said.count("refused:") == 6
+    assert "Loss 1 refused: a loss of 1 is at or below" in said
+
+
+def test_where_no_question_has_an_answer_the_exit_code_is_2_and_every_reason_is_said(table, tmp_path, isoflop):
+    out = tmp_path / "answers.json"
+    call = ("scaling", "predict", table, "--bootstraps", 5, "--json", out, "--target-loss")
+    code, _, error = isoflop(*call, 1.0, -1)
+    assert code == 2
+    assert error.strip().splitlines() == [error.strip()]
+    assert "a loss of 1 is at or below" in error
+    assert "--target-loss=-1.0 must be a positive number" in error
+    assert not out.exists()
+
+
+def test_valleys_answer_where_the_law_is_refused(tmp_path, isoflop):
+    """Two budgets of four sizes each carry valleys; the law needs more runs than eight with its outliers screened."""
+    N = np.geomspace(1e8, 1e9, 4)
+    rows = [f"{n},{C / 6 / n},{2 + 0.1 * np.log(n / 3e8) ** 2}" for C in (1e19, 2e19) for n in N]
+    path, out = tmp_path / "runs.csv", tmp_path / "answers.json"
+    path.write_text("params,tokens,loss\n" + "\n".join(rows))
+    isoflop("scaling", "predict", path, *("--flops", 1e20, "--target-loss", 1.9, "--bootstraps", 20, "--json", out))
+    document = json.loads(out.read_text())
+    assert "parametric" not in document["optimal"][0]
+    assert document["optimal"][0]["isoflop"]["params"] == pytest.approx(3e8, rel=0.01)
+    assert "only the parametric law speaks of a loss" in document["compute_for_loss"][0]["refused"]
+
+
+def test_a_budget_below_all_runs_is_not_within_them(table, tmp_path, capsys):
+    asked(table, tmp_path, flops=(5e17, 5e19, 1e30))
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "the compute is below that of the fit: 0.5 of its smallest" in printed
+    assert "within the compute of the fit (0.5 of its largest)" in printed
+    assert "FAR: 1e+10 times the largest compute of the fit" in printed
+
+
+def test_more_tokens_than_any_model_could_serve_are_refused(table, tmp_path):
+    document = asked(table, tmp_path, target_loss=(2.3,), serve_tokens=1e300)
+    assert document["compute_for_loss"][0]["flops"] > 1e20
+    assert document["serving"][0]["params"] is None
+    assert "its training has no end; ask for fewer tokens" in document["serving"][0]["refused"]

@@ -64,7 +64,7 @@ def test_usual_names_stand_in_for_ours_where_one_alone_does(tmp_path):
     np.testing.assert_array_equal(table.loss, [row[2] for row in ROWS])
     assert table.columns == {"params": "Model Size", "tokens": "training_tokens", "loss": "val_loss"}
     both = write(tmp_path / "both.csv", csv_text([(*row, 1) for row in ROWS], "N,model_size,tokens,loss"))
-    with pytest.raises(InputError, match="'N' as well as 'model_size' could be it; name one with --params"):
+    with pytest.raises(InputError, match=r"'N' as well as 'model_size' could be it; name one with --columns\.params"):
         read_table(both)
     assert read_table(both, params="N", tokens="tokens", loss="loss").columns["params"] == "N"
     compute = write(tmp_path / "compute.csv", csv_text(header="N,C,ppl"))

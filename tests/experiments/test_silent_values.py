@@ -82,11 +82,11 @@ def test_what_is_cut_is_said(data, tmp_path, isoflop):
     ):
         assert sentence in error
     code, _, error = isoflop("eval", tmp_path / "run", "--data", data, "--seq-len", 32, "--max-tokens", there + 1)
-    assert f"--max-tokens {there + 1:,} is more than the {there:,} tokens of the split; all were read" in error
+    assert f"--evaluate-tokens {there + 1:,} is more than the {there:,} tokens of the split; all were read" in error
     plan = ("sweep", "plan", "tiny", "--data", data, "--out", tmp_path / "s", *FEW, "--no-probe")
     rates = ("--set", "learning_rate=0.01,0.02", "warmup_steps=1,30")
     code, _, error = isoflop(*plan, *rates, "--sampler", "random", "--trials", 9, "--eval-tokens", there + 1)
-    assert f"--eval-tokens {there + 1:,} is more than the {there:,} tokens" in error
+    assert f"--evaluate-tokens {there + 1:,} is more than the {there:,} tokens" in error
     assert "--trials 9 is more than the 4 points of the space, each trained once" in error
     code, _, error = isoflop(*plan, *rates)
     assert (code, "warmup_steps=30 is more than 2 steps; 2 trials end below their rate" in error) == (0, True), error

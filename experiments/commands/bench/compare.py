@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.commands.bench.decode import QUIET
 from experiments.commands.options import JsonFile
 
 
@@ -18,9 +19,11 @@ def compare(
     any: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """What changed between two documents of `bench decode --json`, and whether it is more than noise.
+    """What changed between two documents of `bench decode --json` or `bench train --json`, and whether it is noise.
 
-    For each cell that both have: the ratio of medians, after over before, with a bootstrap interval of 95 %.
+    For each cell that both have: the ratio of medians, after over before, with a bootstrap interval of 95 %. Both
+    documents hold what the machine could do at most while they were measured: where that differs by more than a tenth,
+    nothing is called faster or slower, and with --fail-above the exit code is 2.
 
     Example: isoflop bench compare before.json after.json --fail-above 5%
 
@@ -37,13 +40,28 @@ def compare(
     from experiments.commands.options import console, new_table, write_document
     from experiments.decode.compare import compare as join
     from experiments.decode.compare import regressions
-    from experiments.decode.render import COORDINATES, words_of
+    from experiments.decode.machine import has_changed, in_words
+    from experiments.decode.render import COORDINATES, TRAINING_COORDINATES, words_of
+    from model.errors import InputError
 
     limit = None if fail_above is None else _share(fail_above)
-    result = join(_read_document(before), _read_document(after), across=across, anything=any)
+    documents = [_read_document(file) for file in (before, after)]
+    if len({document["kind"] for document in documents}) > 1:
+        raise InputError(f"{before} is of bench {documents[0]['kind']}, {after} of bench {documents[1]['kind']}")
+    result = join(*documents, across=across, anything=any)
     write_document(json, result)
-    names = ("cell", "metric", "before ms", "after ms", "ratio (95 %)", "verdict")
-    same = {n: row[n] for row in result["rows"][:1] for n in COORDINATES if n in row}
+    moved = has_changed(result["machine"])
+    names = [
+        "cell",
+        "metric",
+        "before ms",
+        "after ms",
+        "ratio (95 %)",
+        *(["over ceilings"] if moved else []),
+        "verdict",
+    ]
+    coordinates = (*COORDINATES, *TRAINING_COORDINATES)
+    same = {n: row[n] for row in result["rows"][:1] for n in coordinates if n in row}
     same = {n: value for n, value in same.items() if all(row[n] == value for row in result["rows"])}
     table = new_table(*names, title=f"after over before, below 1 is faster: {words_of(same) or 'all cells'}")
     for row in result["rows"]:
@@ -54,14 +72,29 @@ def compare(
             f"{1e3 * row['before']:.3g}",
             f"{1e3 * row['after']:.3g}",
             f"{row['ratio']:.3f} ({low:.3f} … {high:.3f})",
+            *([_over_ceilings(row)] if moved else []),
             row["verdict"],
         )
     console().print(table)
+    for file, document in zip((before, after), documents, strict=True):
+        if document.get("load_average", 0.0) > QUIET:
+            print(f"{file}: other programs were running (load average {document['load_average']:.1f})")
+    changed = f"the machine changed between the documents: {in_words(result['machine'])}, in 1e9 a second"
+    if moved:
+        print(
+            f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again, side by side."
+        )
     for row in result["alone"]:
         print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
+    if limit is not None and moved and not any:
+        raise InputError(f"{changed}; --fail-above needs both measured on the same one, --any compares anyway")
     if limit is not None and (worse := regressions(result["rows"], limit)):
         print(f"isoflop: {len(worse)} of {len(result['rows'])} numbers are slower by over {limit:.3g}", file=sys.stderr)
         sys.exit(1)
+
+
+def _over_ceilings(row: dict[str, Any]) -> str:
+    return "" if row["ratio_per_ceiling"] is None else f"{row['ratio_per_ceiling']:.3f}"
 
 
 def _read_document(file: Path) -> dict[str, Any]:
@@ -69,9 +102,20 @@ def _read_document(file: Path) -> dict[str, Any]:
     from model.errors import InputError
 
     document = read_json(file)
-    if not isinstance(document, dict) or not {"cells", "config_hash", "device"} <= set(document):
-        raise InputError(f"{file} is no document of `isoflop bench decode --json`")
-    return document
+    has = set(document) if isinstance(document, dict) else set()
+    if {"rows", "batch_size", "config_hash", "device"} <= has:
+        shape = {name: document[name] for name in ("batch_size", "seq_len")}
+        return document | {"kind": "train", "cells": [shape | row for row in document["rows"]]}
+    if "contenders" in has or {"rows", "batch_size"} <= has:
+        raise InputError(
+            f"{file} has no samples to compare: it is of `bench train --against`, whose ratios are of turns in one "
+            "run, or of an older release; measure again with `isoflop bench train PRESET --json FILE`"
+        )
+    if not {"cells", "config_hash", "device"} <= has:
+        raise InputError(f"{file} is no document of `isoflop bench decode --json` or `isoflop bench train --json`")
+    if document.get("load"):
+        raise InputError(f"{file} is of `bench decode --load`; give documents of cells, measured without --load")
+    return document | {"kind": "decode"}
 
 
 def _share(text: str) -> float:

@@ -44,7 +44,8 @@ def decode(
 
     A cell that fails, for want of memory or otherwise, is a row with its error. Seconds per step are of a loop that
     never leaves the device; the latency per token with the host waiting for each stands beside it, compile time apart.
-    The machine's ceilings (bytes read per second, FLOP/s of a product) are measured before and after in the same run.
+    The machine's ceilings (bytes read per second, FLOP/s of a product) are measured several times before and after in
+    the same run; how far they lie apart is in the interval of a step's share of its bound.
 
     Example: isoflop bench decode runs/first --batch 1 4 16 --prompt 32 96 --json decode.json --plot decode.svg
 
@@ -238,13 +239,13 @@ def _show(document: dict[str, Any], form: str) -> None:
 
 
 def _say_how(document: dict[str, Any]) -> None:
+    from experiments.decode.render import ceilings_in_words
+
     if "ceilings" in document:
-        ceilings, own = document["ceilings"], "random" if document["random_weights"] else "its own"
+        own = "random" if document["random_weights"] else "its own"
         print(
-            f"{document['model']} ({own} weights, config {document['config_hash']}) on "
-            f"{document['device']['host']}: reads {ceilings['read_bytes_per_second'] / 1e9:.1f} GB/s "
-            f"({ceilings['read_form']}), multiplies {ceilings['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s "
-            f"({ceilings['matmul_dtype']}). Bytes: {document['bytes_convention']}."
+            f"{document['model']} ({own} weights, config {document['config_hash']}) on {document['device']['host']}: "
+            f"{ceilings_in_words(document['ceilings'])}. Bytes: {document['bytes_convention']}."
         )
     if "against" in document:
         print(f"Compared: {document['against_convention']}.")

@@ -26,6 +26,9 @@ def train(
 ) -> None:
     """Tokens per second and FLOP/s of the training step, alone and with several lanes side by side.
 
+    The machine's ceilings are measured before and after; the share of its product rate has their interval.
+    `isoflop bench compare` compares two documents.
+
     With --against torch: in turns with the same step of a PyTorch model of the same shape, weights and data, run by
     the Python that ISOFLOP_TORCH_PYTHON names (default: this one).
 
@@ -42,7 +45,11 @@ def train(
         rounds: With --against, turns of about a second that each contender gets.
         json: Also write every number to this file.
     """
-    from experiments.commands.options import console, new_table, origin, say_unused, write_document
+    from experiments.commands.options import console, new_table, say_unused, write_document
+    from experiments.decode.document import describe
+    from experiments.decode.probes import best_of, measure_ceilings
+    from experiments.decode.render import ceilings_in_words
+    from experiments.decode.roofline import share_interval
     from experiments.models import read_config
     from experiments.sweep.speed import measure_step
     from model.errors import InputError
@@ -57,16 +64,26 @@ def train(
             raise InputError("--against compares one lane with one model: leave --lanes out")
         _train_against_torch(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), rounds, json)
         return
+    about = describe(config, preset, random_weights=True) | {"schema_version": 1}
+    ceilings = measure_ceilings(config.compute_dtype)
     rows = [
         measure_step(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), count, seconds) for count in lanes
     ]
+    ceilings = best_of(ceilings, measure_ceilings(config.compute_dtype))
     alone = [row["tokens_per_second"] for row in rows if row["lanes"] == 1]
     for row in rows:
         row["tokens_per_second_over_one_lane"] = row["tokens_per_second"] / alone[0] if alone else None
-    document = {"config": config.to_dict(), "batch_size": batch_size, "seq_len": seq_len, "rows": rows}
-    write_document(json, origin() | document)
+        work = row["flops_exact_per_second"] * row["step_seconds"]
+        row["share_of_matmul_peak"] = row["flops_exact_per_second"] / ceilings.matmul_flops_per_second
+        row["share_of_matmul_peak_interval_95"] = share_interval(
+            work, row["samples"]["step_seconds"], ceilings.matmul_flops_per_second_measured
+        )
+    document = {"batch_size": batch_size, "seq_len": seq_len, "ceilings": ceilings.to_dict(), "rows": rows}
+    write_document(json, about | document)
     names = ("lanes", "tokens/s", "over one lane", "slowest … fastest", "FLOP/s (6ND)", "FLOP/s (exact)")
-    table = new_table(*names, "ms per step", "compile s", title="medians; tokens and FLOPs of all lanes together")
+    table = new_table(
+        *names, "of peak (95%)", "ms per step", "compile s", title="medians; tokens and FLOPs of all lanes together"
+    )
     for row in rows:
         table.add_row(
             str(row["lanes"]),
@@ -75,10 +92,14 @@ def train(
             f"{row['tokens_per_second_slowest']:,.0f} … {row['tokens_per_second_fastest']:,.0f}",
             f"{row['flops_6nd_per_second']:.3g}",
             f"{row['flops_exact_per_second']:.3g}",
+            "{:.0%} ({:.0f} … {:.0f})".format(
+                row["share_of_matmul_peak"], *(100 * bound for bound in row["share_of_matmul_peak_interval_95"])
+            ),
             f"{1e3 * row['step_seconds']:.1f}",
             f"{row['compile_seconds']:.1f}",
         )
     console().print(table)
+    print(f"On {about['device']['host']}: {ceilings_in_words(ceilings.to_dict())}.")
 
 
 def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rounds: int, json: Path | None) -> None:

@@ -25,9 +25,9 @@ def compress(
     drop_layers: int = 0,
     data: Path | None = None,
     tokenizer: Path | None = None,
-    report: JsonFile = None,
+    json: JsonFile = None,
     seq_len: int = 256,
-    max_tokens: int = 8192,
+    evaluate_tokens: int = 8192,
     batch_size: int = 8,
 ) -> None:
     """Write a smaller form of a model, which every command opens like the model itself.
@@ -35,7 +35,7 @@ def compress(
     Rounded weights (int8, int4) stay as they are stored, in a folder that isoflop alone reads; all other forms are
     Hugging Face folders, where zeros take as much room as any number.
 
-    Example: isoflop model compress runs/first small --method int4 --data data/sotu --report compress.json
+    Example: isoflop model compress runs/first small --method int4 --data data/sotu --json compress.json
 
     Args:
         source: A run directory, a Hugging Face folder or a GGUF file.
@@ -44,12 +44,12 @@ def compress(
         sparsity: Share of each output's inputs that pruning takes.
         pattern: Prune two of every four neighbouring inputs instead.
         drop_layers: First remove so many layers, those that change the residual stream least.
-        data: A folder made by `isoflop data prepare`: wanda, --drop-layers and --report read its text.
+        data: A folder made by `isoflop data prepare`: wanda, --drop-layers and --json read its text.
         tokenizer: The model's tokenizer, where none stands beside it.
-        report: Compare every form on validation text and write the numbers to this file too.
+        json: Compare every form on validation text, and write the numbers to this file too.
         seq_len: Tokens per row of the text.
-        max_tokens: Validation tokens that the report reads.
-        batch_size: Rows per step of the report.
+        evaluate_tokens: Validation tokens that the comparison reads.
+        batch_size: Rows per step of the comparison.
     """
     from experiments.commands.options import origin, output, say_fewer_tokens, say_unused, write_document
     from experiments.compress import INTERRUPTED
@@ -64,14 +64,14 @@ def compress(
 
     if (source / RECORD).is_file():
         raise InputError(f"{source} is rounded already; give the model that it was made of")
-    if data is None and (report is not None or drop_layers or method == "wanda"):
-        raise InputError("wanda, --drop-layers and --report read text; give a data folder with --data")
+    if data is None and (json is not None or drop_layers or method == "wanda"):
+        raise InputError("wanda, --drop-layers and --json read text; give a data folder with --data")
     if method not in ("magnitude", "wanda"):
         say_unused(f"with --method {method}", compress, sparsity=sparsity, pattern=pattern)
-    if report is None:
-        say_unused("without --report", compress, max_tokens=max_tokens, batch_size=batch_size)
+    if json is None:
+        say_unused("without --json", compress, evaluate_tokens=evaluate_tokens, batch_size=batch_size)
     elif data is not None:
-        say_fewer_tokens("--max-tokens", max_tokens, load_manifest(data))
+        say_fewer_tokens(evaluate_tokens, load_manifest(data))
     opened = open_model(source, tokenizer)
     if data is not None:
         opened.need_tokenizer()
@@ -86,7 +86,7 @@ def compress(
             copy_tokenizer(opened.tokenizer, target)
     before = f"{opened.config.num_layers} layers, {bytes_of(opened.params):,} bytes as opened"
     print(f"{target}: {config.num_layers} layers, {bytes_of(params):,} bytes of weights (of {before})")
-    if report is None:
+    if json is None:
         return
     assert data is not None
     rows = measure(
@@ -96,10 +96,10 @@ def compress(
         tokenizer=opened.tokenizer,
         batch_size=batch_size,
         seq_len=seq_len,
-        max_tokens=max_tokens,
+        max_tokens=evaluate_tokens,
     )
-    read = {"seq_len": seq_len, "max_tokens": max_tokens}
-    write_document(report, {"model": str(source)} | origin() | read | {"rows": rows})
+    read = {"seq_len": seq_len, "max_tokens": evaluate_tokens}
+    write_document(json, {"model": str(source)} | origin() | read | {"rows": rows})
     _print(rows)
     if rows[-1].get("reason") == INTERRUPTED:
         sys.exit(130)

@@ -27,6 +27,8 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
     for answer in document["optimal"]:
         _show_optimal(console, answer, document["level"])
     for answer in document["compute_for_loss"]:
+        if _show_refused(console, answer, f"Loss {answer['target']:g}"):
+            continue
         low, high = answer["interval"]
         _say(
             console,
@@ -38,6 +40,8 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
             share = 100 * answer["unreachable_share"]
             console.print(f"  {share:.2g} % of the bootstrap's laws never reach it", highlight=False)
     for answer in document["planned"]:
+        if _show_refused(console, answer, f"N {answer['params']:.4g} on D {answer['tokens']:.4g}"):
+            continue
         low, high = answer["interval"]
         _say(
             console,
@@ -47,7 +51,9 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
         )
         console.print(_by_form(answer["forms"]), highlight=False)
     for answer in document["serving"]:
-        _show_serving(console, answer)
+        goal = f"loss {answer['target']:g}" if "target" in answer else f"{answer['training_flops']:.4g} FLOPs"
+        if not _show_refused(console, answer, f"Serving {answer['served_tokens']:.4g} tokens at {goal}"):
+            _show_serving(console, answer)
     if cost is not None:
         console.print(_price(cost), highlight=False)
     for name, reason in fits.refused.items():
@@ -68,7 +74,12 @@ def _by_form(forms: dict[str, Any]) -> str:
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
     from experiments.commands.options import new_table
     from experiments.scaling.analysis import NAMES
+    from experiments.scaling.questions import is_refused
 
+    refused = next((one for one in answer.values() if is_refused(one)), None)
+    if refused is not None:  # a budget that is no positive number: no estimator answers
+        _show_refused(console, refused, f"{refused['flops']:g} FLOPs")
+        return
     flops = next(iter(answer.values()))["flops"]
     sure = f"{level:g} %"
     names = ("", "N*", sure, "D*", sure, "D*/N*", "loss", sure)
@@ -90,6 +101,15 @@ def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> N
     for members in by_reach.values():  # valleys need whole budgets, so the largest that they saw may be smaller
         who = "" if len(by_reach) == 1 else " and ".join(NAMES[name] for name in members) + ": "
         _show_distance(console, answer[members[0]]["extrapolation"], who)
+
+
+def _show_refused(console: "Console", answer: dict[str, Any], question: str) -> bool:
+    """Say why a question has no answer; whether it has none."""
+    from experiments.scaling.questions import is_refused
+
+    if is_refused(answer):
+        console.print(f"[bold]{question} refused:[/bold] {answer['refused']}", highlight=False, soft_wrap=True)
+    return is_refused(answer)
 
 
 def _show_serving(console: "Console", answer: dict[str, Any]) -> None:

@@ -35,13 +35,15 @@ def fit(
     law the held-out error prefers; and, where the table has other counts of N and C, the exponents under each. One that
     the table cannot carry is refused with the reason.
 
-    Example: isoflop scaling fit runs.csv --params N --tokens D --loss val_loss --report page.html --json fit.json
+    Example: isoflop scaling fit runs.csv --columns.loss val_loss --report page.html --json fit.json
 
     Args:
         table: Runs, one a row: .csv, .tsv, .jsonl or .parquet; or a study's folder.
+        columns: Which column of the table is which.
         curves: Training curves of the same runs, a table of run, params, tokens, loss, for approach 1.
         forms: Forms of law to choose between by held-out error; by default chinchilla, shared-exponent, no-floor
-            and kaplan; with --unique-tokens also repeated-data and repeated-data-params, with --active-params experts.
+            and kaplan; with --columns.unique-tokens also repeated-data and repeated-data-params, with
+            --columns.active-params experts.
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.

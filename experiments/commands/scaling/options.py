@@ -1,8 +1,4 @@
-"""What the commands that read a table of runs take alike: which column is which.
-
-`isoflop scaling fit` has these flags bare (`--params COL`); `predict`, whose --params and --tokens are a planned run's,
-under a prefix (`--columns.params COL`).
-"""
+"""What the commands that read a table of runs take alike: which column is which, as `--columns.params COLUMN`."""
 
 import dataclasses
 import sys
@@ -59,14 +55,12 @@ class TableOptions:
         present = read_header(path)
         for role, laws in _ONLY_BY_NAME.items():
             if names[role] is None and role in present:
-                command = f"isoflop scaling fit {path} --{role.replace('_', '-')} {role}"
+                command = f"isoflop scaling fit {path} --columns.{role.replace('_', '-')} {role}"
                 print(f"{path}: the column {role!r} is not used; for {laws}: `{command}`", file=sys.stderr)
         return table
 
 
 BY_NAME = TableOptions()
 """Every column by its usual name: the default of a command."""
-Columns = Annotated[TableOptions, tyro.conf.arg(name="")]
-"""The flags bare: --params COLUMN."""
-PrefixedColumns = Annotated[TableOptions, tyro.conf.arg(name="columns")]
-"""The flags as --columns.params COLUMN."""
+Columns = Annotated[TableOptions, tyro.conf.arg(name="columns")]
+"""The flags as --columns.params COLUMN, since --params is the size of a planned run."""

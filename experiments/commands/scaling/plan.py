@@ -8,70 +8,107 @@ import tyro
 from experiments.commands.options import JsonFile
 
 if TYPE_CHECKING:
+    from experiments.scaling.study.cost import Hardware
     from experiments.scaling.study.design import Design
 
 Definition = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESIGN.toml")]
+OptionalDefinition = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="DESIGN.toml")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+OptionalFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 
 
 def plan(
-    design: Definition,
+    design: OptionalDefinition = None,
     *,
-    data: Folder,
+    data: OptionalFolder = None,
     budgets: tuple[float, ...] = (),
     hours: float | None = None,
     branches: bool | None = None,
+    law: str | None = None,
+    device: str | None = None,
+    devices: int | None = None,
+    mfu: float | None = None,
     probe: bool = True,
     json: JsonFile = None,
 ) -> None:
     """Lay out the sizes and token counts of a scaling study around the expected optimum, with what every run costs.
 
-    Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written.
+    Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written. With
+    --device the hours are of other hardware: exact FLOPs over devices · peak · MFU.
+
+    What the definition leaves out has the defaults of small studies; from a middle budget of 1e17 FLOPs on, or with
+    --device, those of published models: the optimum by --law besiroglu, one layer per 64 to 128 of d_model, heads of 64
+    or more, rows of 2,048 tokens, rates and batches by DeepSeek-AI 2024. No definition at all: Llama 2's architecture.
 
     Example: isoflop scaling plan experiments/configs/sotu_ladder.toml --data data/sotu --hours 0.5
 
+    Example: isoflop scaling plan --budgets 1e19 1e20 1e21 --devices 8 --device h100 --mfu 0.4
+
     Args:
         design: The study's definition (see `experiments/scaling/study/design.py` for its keys).
-        data: A folder made by `isoflop data prepare`.
+        data: A folder made by `isoflop data prepare`; without one the vocabulary is the base's, and epochs are unknown.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
-        hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
+        hours: Hours of training on the machine, for all runs together, instead of the definition's budgets or hours.
         branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
+        law: Where the optimum is expected: besiroglu (Besiroglu et al. 2024), or hoffmann-1, hoffmann-2, hoffmann-3
+            (Hoffmann et al. 2022, by approach), instead of the definition's tokens per parameter.
+        device: What the study is to run on, such as h100, a100, tpu-v5e (their peaks: `train/peak.py`).
+        devices: With --device: how many; 1 by default.
+        mfu: With --device: the share of their bfloat16 peak that exact FLOPs reach; 0.4 by default.
         probe: Time the training step of the smallest and the largest model; --no-probe does not, and says no hours.
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document
     from experiments.scaling.study.cost import plan_study
+    from model.errors import InputError
 
-    asked = read_design(design, budgets=budgets, hours=hours, branches=branches)
-    document = plan_study(asked, data, probe=probe).document()
+    if design is None and not budgets and hours is None:
+        raise InputError("give a DESIGN.toml, or the FLOPs of each budget, such as --budgets 1e19 1e20 1e21")
+    hardware = _hardware(device, devices, mfu)
+    asked = read_design(design, budgets=budgets, hours=hours, branches=branches, law=law, at_scale=hardware is not None)
+    document = plan_study(asked, data, probe=probe, hardware=hardware).document()
     write_document(json, document)
     show_plan(document)
 
 
+def _hardware(device: str | None, devices: int | None, mfu: float | None) -> "Hardware | None":
+    from experiments.scaling.study.cost import Hardware
+    from model.errors import InputError
+
+    if device is None:
+        if devices is not None or mfu is not None:
+            raise InputError("--devices and --mfu are of a --device: name it, such as --device h100")
+        return None
+    return Hardware(device, 1 if devices is None else devices, 0.4 if mfu is None else mfu)
+
+
 def read_design(
-    path: Path, *, budgets: tuple[float, ...] = (), hours: float | None = None, branches: bool | None = None
+    path: Path | None,
+    *,
+    budgets: tuple[float, ...] = (),
+    hours: float | None = None,
+    branches: bool | None = None,
+    law: str | None = None,
+    at_scale: bool = False,
 ) -> "Design":
-    """The design of a file, with what the command line says instead. Raises InputError."""
+    """The design of a file (None: of an empty one), with what the command line says instead. Raises InputError."""
     from experiments.scaling.study.design import Design
     from model.errors import InputError
 
-    design = Design.read(path)
     if budgets and hours is not None:
         raise InputError("--budgets and --hours both say how long a study is; give one")
-    if budgets:
-        design = design.with_budgets(budgets)
-    if hours is not None:
-        design = design.replace(hours=hours, budgets=())
-    return design if branches is None else design.replace(branches=branches)
+    said = {"budgets": budgets or None, "hours": hours, "branches": branches, "law": law}
+    instead = {name: value for name, value in said.items() if value is not None}
+    return Design.read(path, at_scale=at_scale, **instead)
 
 
 def show_plan(document: dict[str, Any]) -> None:
     """Every run as a row, and all of it in a few lines."""
     from experiments.commands.options import bytes_in_words, console, count_in_words, hours_in_words, new_table
 
-    out = console()
+    out, hardware = console(), document["hardware"]
     names = ("run", "d_model", "layers", "N", "non-emb.", "D", "D/N", "epochs", "steps", "6ND", "exact", "rate")
-    table = new_table(*names, "time", "memory", "", title=summary(document)[0])
+    table = new_table(*names, "time", "state each" if hardware else "memory", "", title=summary(document)[0])
     for row, after in zip(document["rungs"], [*document["rungs"][1:], None], strict=True):
         table.add_row(
             row["name"],
@@ -81,13 +118,13 @@ def show_plan(document: dict[str, Any]) -> None:
             count_in_words(row["params_non_embedding"]),
             count_in_words(row["tokens"]),
             f"{row['tokens'] / row['params']:.3g}",
-            f"{row['epochs']:.2f}",
+            "–" if row["epochs"] is None else f"{row['epochs']:.2f}",
             f"{row['steps']:,}",
             f"{row['flops_6nd']:.2e}",
             f"{row['flops_exact']:.2e}",
             f"{row['learning_rate']:.2g}",
             hours_in_words(row["hours"]),
-            bytes_in_words(row["memory_bytes"]),
+            bytes_in_words(row["state_bytes"] / hardware["devices"] if hardware else row["memory_bytes"]),
             _remarks(row),
             end_section=after is None or after["budget"] != row["budget"],
         )
@@ -109,18 +146,23 @@ def summary(document: dict[str, Any]) -> list[str]:
     from experiments.commands.options import hours_in_words as hours
 
     total, design, alone = document["total"], document["design"], document["without_branches"]
+    hardware = document["hardware"]
+    where = "with one worker here"
+    if hardware is not None:
+        where = f"on {hardware['devices']} × {hardware['device']} at {hardware['mfu']:.0%} of {_peak(hardware)} each"
+    compiling = "" if hardware is not None else f", {hours(total['compile_hours'])} of it compiling"
     budgets, held_out = len(design["budgets"]), design["held_out"]
     costs = [
         f"{total['runs']} runs in {total['compiles']} static shapes, each compiled once",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND), {total['flops_exact']:.3g} (exact)",
         f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
-        f"{hours(total['hours'])} with one worker here, {hours(total['compile_hours'])} of it compiling"
-        if total["hours"] is not None
-        else "",
+        f"{hours(total['hours'])} {where}{compiling}" if total["hours"] is not None else "",
     ]
     held = {0: "none", 1: "the largest"}.get(held_out, f"the largest {held_out}")
-    lines = [f"{budgets} budgets, {held} held out"]
+    lines = [f"{budgets} budget{'s' * (budgets > 1)}, {held} held out"]
     lines.append("; ".join(part for part in costs if part))
+    lines += _optima(document)
+    lines.append(_shapes(document))
     if alone is not None:
         saved = alone["saved"]
         time = "" if alone["hours"] is None else f", {hours(alone['hours'])}"
@@ -133,4 +175,49 @@ def summary(document: dict[str, Any]) -> list[str]:
             f"{total['repeated']} of the runs see some tokens more than once (an epoch is "
             f"{document['tokens_per_epoch']:,} tokens); such runs do not enter a fit"
         )
+    if document["tokens_per_epoch"] is None:
+        lines.append(
+            f"no --data: the vocabulary is the base's, {document['vocab_size']:,}, and epochs are not checked: whether "
+            "runs see tokens more than once"
+        )
+    if hardware is not None:
+        lines.append(
+            "state each: a run's parameters and the optimizer's moments, spread over all devices (fsdp), without "
+            "activations"
+        )
     return lines
+
+
+def _peak(hardware: dict[str, Any]) -> str:
+    return f"{hardware['peak_flops_per_second'] / 1e12:,.4g} TFLOP/s"
+
+
+def _optima(document: dict[str, Any]) -> list[str]:
+    """Where the optima are expected, by whom, and how far a published law was fitted."""
+    from experiments.commands.options import count_in_words
+
+    law, optima, middle = document["law"], document["optima"], document["design"]["tokens_per_parameter"]
+    if law is None:
+        return [
+            f"optimum expected at {middle:.3g} tokens per parameter at the middle budget; --law: by a published law"
+        ]
+    lines = [f"optima expected by --law {law['name']} ({law['source']}), N with the embedding tables:"]
+    lines += [
+        f"  {one['flops']:.3g} FLOPs: N {count_in_words(one['params'])}, D {count_in_words(one['tokens'])}, "
+        f"{one['tokens'] / one['params']:.3g} tokens per parameter"
+        for one in optima
+    ]
+    low, high = law["fitted"]
+    if not all(0.99 * low <= one["flops"] <= 1.01 * high for one in optima):
+        lines.append(f"that law was fitted to budgets of {low:.1g} … {high:.1g} FLOPs; beyond them it is extrapolated")
+    return lines
+
+
+def _shapes(document: dict[str, Any]) -> str:
+    design, family = document["design"], document["design"]["family"]
+    depth = "a layer per 64 to 128 of d_model" if family["depth"] == "published" else "the base's depth"
+    if family["aspect_ratio"]:
+        depth = f"a layer per {family['aspect_ratio']:g} of d_model"
+    heads = f"heads of {family['head_dim']}" if family["head_dim"] else "as many heads as the base"
+    wide = f", d_ff in multiples of {family['ff_multiple']}" if family["ff_multiple"] else ""
+    return f"shapes: {design['base']} with {depth}, {heads}{wide}; rows of {design['seq_len']:,} tokens"

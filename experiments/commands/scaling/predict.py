@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.commands.options import JsonFile
-from experiments.commands.scaling.options import BY_NAME, PrefixedColumns
+from experiments.commands.scaling.options import BY_NAME, Columns
 
 if TYPE_CHECKING:
     from experiments.scaling.fit import Fits
@@ -36,7 +36,7 @@ def predict(
     bootstraps: int = 1000,
     seed: int = 0,
     all_runs: bool = False,
-    columns: PrefixedColumns = BY_NAME,
+    columns: Columns = BY_NAME,
     json: JsonFile = None,
 ) -> None:
     """From a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
@@ -44,6 +44,9 @@ def predict(
     Every answer has its interval and says how far it lies from the runs. A planned run's loss is told by every form of
     law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the model
     that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+
+    A question that the laws cannot answer, such as a loss below the floor, is refused with the reason (in --json: null,
+    with the reason under "refused" beside it); the others are answered. Exit code 0 where any was answered, else 2.
 
     Example: isoflop scaling predict runs.csv --flops 1e21 1e22 --target-loss 2.1
 
@@ -73,12 +76,15 @@ def predict(
     from experiments.commands.options import console, write_document
     from experiments.commands.scaling.answers import show
     from experiments.scaling.fit import parametric_warnings, table_warnings
+    from experiments.scaling.questions import Questions, answer
 
     _check(flops, target_loss, params, tokens, serve_tokens, level)
     cost = _cost(serve_tokens, decode, batch, train, train_rate)
     runs = columns.read(table, keep_held_out=all_runs)
     fits = _fit(table, runs, bool(flops), delta, bootstraps, seed)
-    document = _answers(fits, flops, target_loss, params, tokens, serve_tokens, cost, level)
+    planned = ((params, tokens),) if params is not None and tokens is not None else ()
+    serving = None if serve_tokens is None or cost is None else (serve_tokens, cost)
+    document: dict[str, Any] = answer(fits, Questions(flops, target_loss, planned, serving, level))
     document |= {"rows": len(runs), "level": level, "refused": fits.refused, "dropped": runs.dropped}
     document["parametric_outliers"] = fits.parametric_outliers
     document["warnings"] = table_warnings(runs)
@@ -96,22 +102,12 @@ def _check(
     serve_tokens: float | None,
     level: float,
 ) -> None:
-    from experiments.scaling.use import require_positive
     from model.errors import InputError
 
     if not flops and not target_loss and params is None and tokens is None:
         raise InputError("nothing is asked: give --flops, --target-loss, or --params with --tokens")
     if (params is None) != (tokens is None):
         raise InputError("a planned run takes both --params and --tokens")
-    for name, values in (
-        ("--flops", flops),
-        ("--target-loss", target_loss),
-        ("--params", (params,)),
-        ("--tokens", (tokens,)),
-    ):
-        for value in values:
-            if value is not None:
-                require_positive(name, value)
     if serve_tokens is not None:
         if not flops and not target_loss:
             raise InputError("--serve-tokens asks for a model at a loss: add --flops or --target-loss")
@@ -172,46 +168,3 @@ def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int
     if fits.parametric is None and fits.isoflop is None:
         raise InputError(f"{path} carries no law: {fits.refused['parametric']}")
     return fits
-
-
-def _answers(
-    fits: "Fits",
-    flops: tuple[float, ...],
-    target_loss: tuple[float, ...],
-    params: float | None,
-    tokens: float | None,
-    serve_tokens: float | None,
-    cost: "ServingCost | None",
-    level: float,
-) -> dict[str, Any]:
-    """Every question's answer, by kind."""
-    from experiments.scaling.fit import choose_form
-    from experiments.scaling.serving import serving_optimum
-    from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss
-    from model.errors import InputError
-
-    law = fits.parametric
-    if law is None and (target_loss or params is not None or cost is not None):
-        raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
-    estimators = {"parametric": law, "isoflop": fits.isoflop} | {
-        f"isoflop.{name}": fit for name, fit in fits.valleys.items()
-    }
-    known = {name: fit for name, fit in estimators.items() if fit is not None}
-    found: dict[str, Any] = {"optimal": [optimal(known, budget, level) for budget in flops]}
-    found |= {"compute_for_loss": [], "planned": [], "serving": []}
-    if law is None:
-        return found
-    found["compute_for_loss"] = [compute_for_loss(law, target, level) for target in target_loss]
-    if params is not None and tokens is not None:
-        try:
-            choice = choose_form(fits, delta=law.delta, bootstraps=min(100, law.bootstraps), seed=law.seed)
-            forms = planned_by_form(choice, params, tokens)
-        except InputError as error:
-            forms = {"refused": str(error)}
-        found["planned"] = [planned_loss(law, params, tokens, level) | {"forms": forms}]
-    if cost is not None and serve_tokens is not None:
-        goals = [{"training_flops": budget} for budget in flops] + [{"target": target} for target in target_loss]
-        found["serving"] = [
-            goal | serving_optimum(law, served_tokens=serve_tokens, cost=cost, level=level, **goal) for goal in goals
-        ]
-    return found

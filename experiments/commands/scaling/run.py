@@ -18,6 +18,7 @@ def run(
     budgets: tuple[float, ...] = (),
     hours: float | None = None,
     branches: bool | None = None,
+    law: str | None = None,
     workers: int = 0,
     dry_run: bool = False,
     json: JsonFile = None,
@@ -36,6 +37,7 @@ def run(
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
         branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
+        law: A published law that says where the optimum is expected: see `isoflop scaling plan --help`.
         workers: So many worker processes instead of this one.
         dry_run: Say what would run and what it costs, and stop.
         json: Also write the report's document to this file (with --dry-run: the plan).
@@ -46,9 +48,9 @@ def run(
     from experiments.scaling.study.run import run_study
 
     if dry_run:
-        plan(design, data=data, budgets=budgets, hours=hours, branches=branches, json=json)
+        plan(design, data=data, budgets=budgets, hours=hours, branches=branches, law=law, json=json)
         return
-    asked = _with_budgets(read_design(design, budgets=budgets, hours=hours, branches=branches), data, out)
+    asked = _with_budgets(read_design(design, budgets=budgets, hours=hours, branches=branches, law=law), data, out)
     run_study(asked, data, out, workers)
     write_document(json, write_report(out))
 

@@ -64,7 +64,7 @@ class SweepOptions:
     journal:FILE; SQLite in the sweep's folder by default."""
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most so many trials side by side; by default as many as memory holds."""
-    eval_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
+    evaluate_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
 
     def define(self) -> "Sweep":
@@ -95,7 +95,7 @@ class SweepOptions:
             policy_settings={name: getattr(self, name) for name in settings},
             storage=None if self.storage is None else without_password(self.storage),
             lanes=self.lanes,
-            evaluate_tokens=self.eval_tokens,
+            evaluate_tokens=self.evaluate_tokens,
         )
         self._say_what_is_cut(sweep)
         return sweep
@@ -117,7 +117,7 @@ class SweepOptions:
         from experiments.sweep.trials import expected_trials
         from train.data import load_manifest
 
-        say_fewer_tokens("--eval-tokens", self.eval_tokens, load_manifest(self.data))
+        say_fewer_tokens(self.evaluate_tokens, load_manifest(self.data))
         space = sweep.space()
         is_finite = all(isinstance(axis, Values) for axis in space.axes().values())
         if sweep.sampler != "all" and is_finite and sweep.trials > space.size:

@@ -31,7 +31,7 @@ def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> s
     if len(found) > 1:
         raise InputError(
             f"{path} has no column {role!r}, and {' as well as '.join(map(repr, found))} could be it; "
-            f"name one with --{role} (of `predict`: --columns.{role})"
+            f"name one with --columns.{role}"
         )
     return found[0] if found else wanted
 

@@ -4,32 +4,69 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from experiments.models import read_config
 from experiments.scaling.study.design import Design
-from experiments.scaling.study.rungs import Rung, StepSeconds, plan_rungs, shapes
+from experiments.scaling.study.published import law_named
+from experiments.scaling.study.rungs import Rung, StepSeconds, expected_optimum, plan_rungs, shapes
 from experiments.sweep.cohort import lanes_for, memory_bytes, state_bytes
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Setting
 from model import ModelConfig, accounting
 from model.ambient import pinned
+from model.errors import InputError
 from train import HParams
 from train.data import Loader, load_manifest
+from train.memory import device_memory
+from train.peak import PEAKS, device_named
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Devices that are not here, by a name of `train.peak.PEAKS`, and the share of their peak that training reaches."""
+
+    device: str
+    devices: int = 1
+    mfu: float = 0.4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_named(self.device))
+        if self.devices < 1:
+            raise InputError(f"--devices {self.devices} must be at least 1")
+        if not 0 < self.mfu <= 1:
+            raise InputError(f"--mfu {self.mfu:g} must be above 0 and at most 1, such as 0.4 for 40 %")
+
+    @property
+    def speed(self) -> Speed:
+        """Exact FLOPs over devices · peak · MFU, with nothing for compiling."""
+        return Speed(0.0, self.devices * PEAKS[self.device].flops_per_second * self.mfu, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the peak of one device."""
+        return dataclasses.asdict(self) | {"peak_flops_per_second": PEAKS[self.device].flops_per_second}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A design with the ladder that it makes on some data, and the machine's speed, where it was timed.
 
-    design: with budgets, also where hours were asked for.
+    design: with budgets, also where hours were asked for. tokens_per_epoch: None without data. hardware: whose hours
+    they are; None: this machine's.
     """
 
     design: Design
     rungs: list[Rung]
     vocab_size: int
-    tokens_per_epoch: int
+    tokens_per_epoch: int | None
     speed: Speed | None
+    hardware: Hardware | None = None
 
     def document(self) -> dict[str, Any]:
-        """Plain values: {design, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches, probe}.
+        """Plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches,
+        hardware, probe}.
+
+        law: {name, source, fitted} of the published law that places the optima, None where the design itself does.
+        optima: {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
+        memory_bytes: on this machine, None where the hardware is another; state_bytes: parameters and moments.
 
         A rung's flops are those of its law, from the first token on; total counts what is trained, so that a trunk's
         part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
@@ -38,13 +75,20 @@ class Plan:
         None without branches.
         """
         by_shape = [self._shape(members) for members in shapes(self.rungs).values()]
-        memory = {name: row["memory_bytes"] for row in by_shape for name in row["names"]}
+        needs = {name: row for row in by_shape for name in row["names"]}
         rows = []
         for rung in self.rungs:
             hours = None if rung.seconds is None else rung.seconds / 3600
-            rows.append(rung.to_dict() | {"hours": hours, "memory_bytes": memory[rung.name]})
+            sizes = {key: needs[rung.name][key] for key in ("memory_bytes", "state_bytes")}
+            rows.append(rung.to_dict() | {"hours": hours} | sizes)
         return {
             "design": self.design.to_dict(),
+            "law": self._law(),
+            "optima": [
+                {"flops": C, "params": N, "tokens": C / 6 / N}
+                for C in self.design.budgets
+                for N in [expected_optimum(self.design, C)]
+            ],
             "vocab_size": self.vocab_size,
             "tokens_per_epoch": self.tokens_per_epoch,
             "rungs": rows,
@@ -54,11 +98,18 @@ class Plan:
                 "compiles": len(by_shape),
                 "repeated": sum(rung.repeated for rung in self.rungs),
                 "checkpoint_bytes": sum(row["checkpoint_bytes"] for row in by_shape),
-                "memory_bytes": max(row["memory_bytes"] for row in by_shape),
+                "memory_bytes": None if self.hardware else max(row["memory_bytes"] for row in by_shape),
             },
             "without_branches": self._without_branches() if self.design.branches else None,
-            "probe": None if self.speed is None else dataclasses.asdict(self.speed),
+            "hardware": None if self.hardware is None else self.hardware.to_dict(),
+            "probe": None if self.speed is None or self.hardware is not None else dataclasses.asdict(self.speed),
         }
+
+    def _law(self) -> dict[str, Any] | None:
+        if not self.design.law:
+            return None
+        law = law_named(self.design.law)
+        return {"name": self.design.law, "source": law.source, "fitted": list(law.fitted)}
 
     def _shape(self, members: list[Rung]) -> dict[str, Any]:
         first = members[0]
@@ -72,7 +123,7 @@ class Plan:
             "lanes": lanes,
             "state_bytes": state,
             "checkpoint_bytes": state * sum(1 if rung.trunk is None else 2 for rung in members),
-            "memory_bytes": memory_bytes(setting, lanes),
+            "memory_bytes": None if self.hardware else memory_bytes(setting, lanes),
         }
 
     def _total(self, rungs: list[Rung]) -> dict[str, Any]:
@@ -101,31 +152,59 @@ class Plan:
 
 
 @pinned()
-def plan_study(design: Design, data: str | Path, *, probe: bool = True, probe_seconds: float = 1.0) -> Plan:
-    """The plan of a design on prepared data; nothing is trained but steps on random tokens, which are timed.
+def plan_study(
+    design: Design,
+    data: str | Path | None,
+    *,
+    probe: bool = True,
+    probe_seconds: float = 1.0,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """The plan of a design; nothing is trained but steps on random tokens, which are timed.
 
-    Raises InputError on a design that these data or this machine cannot carry, and where hours are asked for without
-    `probe`.
+    data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
+    devices, and nothing is timed. Raises InputError on a design that these data or this machine cannot carry, and where
+    hours are asked for without `probe` and `hardware`.
     """
-    manifest = load_manifest(data)
-    epoch = Loader(data, batch_size=1, seq_len=design.seq_len, seed=0).tokens_per_epoch
+    vocabulary, epoch = _text(design, data)
     size = lambda given, speed: plan_rungs(
         given,
-        manifest.vocab_size,
+        vocabulary,
         epoch,
         None if speed is None else _step_seconds(design, speed),
         0.0 if speed is None else speed.compile_seconds,
     )
-    speed = None
-    if probe and design.hours:
+    speed = None if hardware is None else hardware.speed
+    if hardware is None and probe and design.hours:
         # The sizes follow from the speed, and the speed from the sizes: the first guess is the base and a smaller one.
-        speed = time_steps(_first_guess(design, manifest.vocab_size), probe_seconds)
-    if probe:
-        speed = time_steps(_shapes(design, size(design, speed)), probe_seconds)
+        speed = time_steps(_first_guess(design, vocabulary), probe_seconds)
+    if hardware is None and probe:
+        steps = _shapes(design, size(design, speed))
+        _check_fits(steps)
+        speed = time_steps(steps, probe_seconds)
     rungs = size(design, speed)
     if design.hours:
         design = design.with_budgets(tuple(sorted({rung.budget_flops for rung in rungs})))
-    return Plan(design, rungs, manifest.vocab_size, epoch, speed)
+    return Plan(design, rungs, vocabulary, epoch, speed, hardware)
+
+
+def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:
+    """(The vocabulary, tokens of an epoch) of the data, or of the base without any."""
+    if data is None:
+        return read_config(design.base).vocab_size, None
+    return load_manifest(data).vocab_size, Loader(data, batch_size=1, seq_len=design.seq_len, seed=0).tokens_per_epoch
+
+
+def _check_fits(steps: list[tuple[Setting, int]]) -> None:
+    """Raise InputError where the largest step is predicted not to fit this machine, before it is timed."""
+    largest = max((setting for setting, _ in steps), key=lambda setting: memory_bytes(setting, 1))
+    needs, has, shape = memory_bytes(largest, 1), device_memory(), largest.train_config
+    if needs > has:
+        raise InputError(
+            f"a step of the largest model (d_model={largest.config.d_model}, {shape.batch_size:,} × {shape.seq_len:,} "
+            f"tokens) is predicted to take {needs / 2**30:,.1f} GiB and this machine has {has / 2**30:,.1f}: name the "
+            "hardware that the study is for, such as --device h100 --devices 8, or time nothing with --no-probe"
+        )
 
 
 def _shapes(design: Design, rungs: list[Rung]) -> list[tuple[Setting, int]]:

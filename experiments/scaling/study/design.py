@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from experiments.scaling.study.family import Family
+from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from model import ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
@@ -28,6 +29,14 @@ _DECIDED: tuple[str, ...] = (
 )
 _DECIDED += ("batch_size", "seq_len", "schedule", "phases", "learning_rate", "total_steps", "seed")
 _DECIDED += ("warmup_steps", "warmup_fraction", "decay_steps", "decay_fraction", "final_fraction")
+
+
+_INSTEAD_OF = {
+    "budgets": ("hours",),
+    "hours": ("budgets",),
+    "law": ("tokens_per_parameter", "optimum_exponent"),
+}
+"""Keys that a key given elsewhere takes the place of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +94,10 @@ class Design(Part):
     """Models per budget, at least 4."""
     size_factor: float = 1.5
     """N of a size over N of the next smaller one; all budgets take theirs from one series."""
+    law: str = ""
+    """A published law (`published.LAWS`) that says where the optimum is expected: it decides the next two."""
     tokens_per_parameter: float = 8.0
-    """D/N where the optimum is expected, at the middle budget."""
+    """D/N where the optimum is expected, at the middle budget. 8 is what small studies of small vocabularies find."""
     optimum_exponent: float = 0.5
     """The expected optimum grows as N* ∝ C to this power; a pilot's fit may say another one than a half."""
     family: Family = dataclasses.field(default_factory=Family)
@@ -123,6 +134,11 @@ class Design(Part):
         super().__post_init__()
         self._check_values()
         self._check_budgets()
+        if self.law:
+            law = law_named(self.law)
+            object.__setattr__(self, "optimum_exponent", law.exponent)
+            if self.budgets:
+                object.__setattr__(self, "tokens_per_parameter", law.tokens_per_parameter(middle_of(self.budgets)))
         for name in self.set:
             if name in _DECIDED:
                 keys = difflib.get_close_matches(name, self.__dataclass_fields__, n=2, cutoff=0.6) or ["family"]
@@ -137,19 +153,45 @@ class Design(Part):
                 )
 
     @classmethod
-    def read(cls, path: str | Path) -> Self:
-        """The design in a TOML file. Raises InputError, with the path, on anything that is wrong in it."""
+    def read(cls, path: str | Path | None, *, at_scale: bool = False, **instead: Any) -> Self:
+        """The design in a TOML file (None: an empty one), with some keys instead of the file's.
+
+        From a middle budget of `published.AT_SCALE` on, or where at_scale is true, the keys that are left out are those
+        of published models (`published.defaults_at_scale`). Raises InputError, with the path, on anything wrong.
+        """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values = {} if path is None else tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as the TOML file of a design: {error}") from None
-        beside = Path(path).parent / str(values.get("base"))
+        beside = Path(path or "").parent / str(values.get("base"))
         if beside.suffix == ".json" and beside.exists() and not Path(values["base"]).exists():
             values["base"] = str(beside)
         try:
-            return cls.from_dict(values)
+            return cls._of_file(values, instead, at_scale)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise error if path is None else InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def _of_file(cls, values: dict[str, Any], instead: dict[str, Any], at_scale: bool) -> Self:
+        from experiments.models import read_config
+
+        both = {"tokens_per_parameter", "optimum_exponent"} & values.keys()
+        if values.get("law") and both and "law" not in instead:
+            raise InputError(f"law and {min(both)} both say where the optimum is expected; give one")
+        for name, others in _INSTEAD_OF.items():
+            if name in instead:
+                values = {key: value for key, value in values.items() if key not in others}
+        values = values | instead
+        budgets = values.get("budgets")
+        if (
+            isinstance(budgets, (list, tuple)) and len(budgets) == 1
+        ):  # one budget leaves none to fit where it is held out
+            values = {"held_out": 0} | values
+        plain = cls.from_dict(values)  # first, so that what is wrong is said of what was written
+        if not at_scale and not (plain.budgets and middle_of(plain.budgets) >= AT_SCALE):
+            return plain
+        values = {"base": "llama2-7b"} | values
+        return cls.from_dict(values | defaults_at_scale(values, read_config(values["base"])))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

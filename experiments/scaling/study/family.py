@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 from model import ModelConfig, accounting
 from model.errors import InputError
@@ -20,11 +20,16 @@ class Family(Part):
     """
 
     aspect_ratio: float = 0.0
-    """d_model / num_layers, to the nearest whole number of layers, at least one; 0: the base's depth at every width."""
+    """d_model / num_layers, to the nearest whole number of layers, at least one; 0: what `depth` says."""
+    depth: Literal["base", "published"] = "base"
+    """base: the base's depth at every width. published: a layer per 64 features up to d_model = 1,024, per 128 from
+    4,096 on, in between per 2·sqrt(d_model), where GPT-3, Chinchilla and Llama lie."""
     head_dim: int = 0
     """Features of a head, so that a wider model has more heads; 0: the base's number of heads, each of them wider."""
     ff_ratio: float = 0.0
-    """d_ff / d_model, to the nearest multiple of 4; 0: the base's ratio, or the derived one where it has none."""
+    """d_ff / d_model; 0: the base's ratio, or the derived one where it has none."""
+    ff_multiple: int = 0
+    """d_ff is the nearest multiple of this, which then replaces the derived width; 0: of 4."""
     width_multiple: int = 0
     """Widths are multiples of this; 0: the smallest with heads of whole, even size."""
 
@@ -40,23 +45,36 @@ class Family(Part):
 
     def overrides(self, base: ModelConfig, d_model: int) -> dict[str, Any]:
         """The fields in which the member of that width differs from the base, derived ones left out."""
-        depth = max(1, round(d_model / self.aspect_ratio)) if self.aspect_ratio else base.num_layers
         heads = max(1, d_model // self.head_dim) if self.head_dim else base.num_heads
-        found: dict[str, Any] = {"d_model": d_model, "num_layers": depth, "num_heads": heads}
+        found: dict[str, Any] = {
+            "d_model": d_model,
+            "num_layers": self._layers(base, d_model),
+            "num_heads": heads,
+        }
         if "num_kv_heads" not in base.derived:
             found["num_kv_heads"] = _kv_heads(base, heads)
         if self.head_dim and base.latent is None:
             found["head_dim"] = self.head_dim
         elif "head_dim" not in base.derived and base.latent is None:
             found["head_dim"] = max(2, 2 * round(base.head_dim * d_model / base.d_model / 2))
-        if self.ff_ratio or "d_ff" not in base.derived:
-            found["d_ff"] = _wide(self.ff_ratio or base.d_ff / base.d_model, d_model)
+        if self.ff_ratio or self.ff_multiple or "d_ff" not in base.derived:
+            found["d_ff"] = self._wide(self.ff_ratio or base.d_ff / base.d_model, d_model)
         if base.experts is not None:
             shrink = self.ff_ratio * base.d_model / base.d_ff if self.ff_ratio else 1.0
-            found["experts.d_ff"] = _wide(shrink * base.experts.d_ff / base.d_model, d_model)
+            found["experts.d_ff"] = self._wide(shrink * base.experts.d_ff / base.d_model, d_model)
             if base.experts.shared_d_ff:
-                found["experts.shared_d_ff"] = _wide(shrink * base.experts.shared_d_ff / base.d_model, d_model)
+                found["experts.shared_d_ff"] = self._wide(shrink * base.experts.shared_d_ff / base.d_model, d_model)
         return found
+
+    def _layers(self, base: ModelConfig, d_model: int) -> int:
+        ratio = self.aspect_ratio
+        if not ratio and self.depth == "base":
+            return base.num_layers
+        return max(1, round(d_model / (ratio or min(max(2 * math.sqrt(d_model), 64.0), 128.0))))
+
+    def _wide(self, ratio: float, d_model: int) -> int:
+        multiple = self.ff_multiple or 4
+        return max(multiple, multiple * round(ratio * d_model / multiple))
 
     def member(self, base: ModelConfig, d_model: int) -> ModelConfig:
         """The family's model of that width. Raises InputError where there is none."""
@@ -96,7 +114,3 @@ def _kv_heads(base: ModelConfig, heads: int) -> int:
     wanted = heads * base.num_kv_heads / base.num_heads
     divisors = [count for count in range(1, heads + 1) if heads % count == 0]
     return min(divisors, key=lambda count: abs(math.log(count / wanted)))
-
-
-def _wide(ratio: float, d_model: int) -> int:
-    return max(4, 4 * round(ratio * d_model / 4))

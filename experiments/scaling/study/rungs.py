@@ -7,12 +7,14 @@ from typing import Any
 
 from experiments.scaling.rows.conventions import count
 from experiments.scaling.study.design import Design, Law
+from experiments.scaling.study.published import middle_of
 from model import ModelConfig
 from model.errors import InputError
 from train import HParams
 
 _WALL = 0.75  # in factors of a size: as near to the expected optimum as rounding may bring the outermost sizes
 _LEAST_STEPS = 4
+_LARGEST = 1e32  # FLOPs: beyond what there are computers for
 
 StepSeconds = Callable[[ModelConfig, int], float]
 """(config, batch size) → seconds of one training step of one run."""
@@ -25,9 +27,9 @@ class Rung:
     budget: index, from 0 for the smallest; budget_flops: what it was to cost. overrides: the fields of its shape.
     params: N, what a token passes through, the embedding table once; of a dense model it is params_total. The other
     params and, of the whole run, flops_exact and flops_without_attention: as in `conventions`. flops_6nd: 6·N·D of what
-    is really run. epochs: over the data's tokens. trunk: the name of the run that this one leaves after leave_step
-    updates; None: it starts on its own. decay_steps: of a "wsd" cool-down, else 0. seconds: predicted, of what this run
-    trains itself; None: nothing was timed.
+    is really run. epochs: over the data's tokens; None: there are no data yet. trunk: the name of the run that this one
+    leaves after leave_step updates; None: it starts on its own. decay_steps: of a "wsd" cool-down, else 0. seconds:
+    predicted, of what this run trains itself; None: nothing was timed.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Rung:
     flops_6nd: float
     flops_exact: float
     flops_without_attention: float
-    epochs: float
+    epochs: float | None
     learning_rate: float
     warmup_steps: int
     decay_steps: int
@@ -64,7 +66,7 @@ class Rung:
     @property
     def repeated(self) -> bool:
         """Whether it sees some tokens more than once."""
-        return self.epochs > 1
+        return self.epochs is not None and self.epochs > 1
 
     @property
     def share_trained(self) -> float:
@@ -87,7 +89,7 @@ class Rung:
 def plan_rungs(
     design: Design,
     vocabulary: int,
-    tokens_per_epoch: int,
+    tokens_per_epoch: int | None,
     seconds_of: StepSeconds | None = None,
     compile_seconds: float = 0.0,
 ) -> list[Rung]:
@@ -139,24 +141,24 @@ def shapes(rungs: Sequence[Rung]) -> dict[tuple[ModelConfig, int], list[Rung]]:
 
 def expected_optimum(design: Design, budget: float) -> float:
     """N* at a budget of FLOPs, as a design with budgets expects it."""
-    middle = _middle(design)
+    middle = middle_of(design.budgets)
     return math.sqrt(middle / (6 * design.tokens_per_parameter)) * (budget / middle) ** design.optimum_exponent
 
 
 def _largest(seconds_of: Callable[[float], float], seconds: float) -> float:
     """The largest budget that takes at most `seconds`, by bisection; `seconds_of` must grow."""
     low, high = 1e9, 1e20
+    while 0 < seconds_of(high) <= seconds and high < _LARGEST:
+        low, high = high, 1e3 * high
     while high / low > 1.02:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if seconds_of(middle) <= seconds else (low, middle)
     return low
 
 
-def _middle(design: Design) -> float:
-    return math.sqrt(design.budgets[0] * design.budgets[-1])
-
-
-def _lay_out(design: Design, base: ModelConfig, tokens_per_epoch: int, seconds_of: StepSeconds | None) -> list[Rung]:
+def _lay_out(
+    design: Design, base: ModelConfig, tokens_per_epoch: int | None, seconds_of: StepSeconds | None
+) -> list[Rung]:
     counts: dict[int, dict[str, float]] = {}
     rungs = []
     for index, budget in enumerate(design.budgets):
@@ -174,7 +176,7 @@ def _lay_out(design: Design, base: ModelConfig, tokens_per_epoch: int, seconds_o
 def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
     """As many widths of the series as a budget has sizes, those whose middle is nearest to its optimum."""
     family, factor = design.family, math.log(design.size_factor)
-    origin, optimum = expected_optimum(design, _middle(design)), expected_optimum(design, budget)
+    origin, optimum = expected_optimum(design, middle_of(design.budgets)), expected_optimum(design, budget)
     centre, reach = round(math.log(optimum / origin) / factor), 2 * design.sizes
     steps = range(centre - reach, centre + reach + 1)
     series = list(dict.fromkeys(family.nearest(base, origin * math.exp(factor * step)) for step in steps))
@@ -192,7 +194,7 @@ def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
 
 
 def _rung(
-    design: Design, base: ModelConfig, index: int, width: int, counts: dict[str, float], tokens_per_epoch: int
+    design: Design, base: ModelConfig, index: int, width: int, counts: dict[str, float], tokens_per_epoch: int | None
 ) -> Rung:
     config, budget, params = design.family.member(base, width), design.budgets[index], design.family.params(base, width)
     sizes = {"d_model": width, "params": params, "tokens": budget / (6 * params), "flops": budget}
@@ -223,7 +225,7 @@ def _rung(
         flops_6nd=6.0 * params * tokens,
         flops_exact=counts["flops_exact"] * tokens,
         flops_without_attention=counts["flops_without_attention"] * tokens,
-        epochs=tokens / tokens_per_epoch,
+        epochs=None if tokens_per_epoch is None else tokens / tokens_per_epoch,
         learning_rate=_learning_rate(design, sizes),
         warmup_steps=_warmup(design, steps),
         decay_steps=max(1, round(design.decay_fraction * steps)) if design.run_schedule == "wsd" else 0,

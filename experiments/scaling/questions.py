@@ -1,0 +1,110 @@
+"""The questions put to the laws of a table: each gets its own answer, or its own refusal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from experiments.scaling.fit import Fits, choose_form
+from experiments.scaling.law.parametric import ParametricFit
+from experiments.scaling.serving import ServingCost, serving_optimum
+from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss, require_positive
+from model.errors import InputError
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All that one call asks. planned: (N, D) of runs. serving: tokens and their cost, at every budget and target."""
+
+    flops: Sequence[float] = ()
+    target_loss: Sequence[float] = ()
+    planned: Sequence[tuple[float, float]] = ()
+    serving: tuple[float, ServingCost] | None = None
+    level: float = 95
+
+
+def answer(fits: Fits, asked: Questions) -> dict[str, list[Answer]]:
+    """{"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in the order of the questions.
+
+    A question without an answer keeps what was asked; all else is null, with the reason under "refused" beside it.
+    Raises InputError, with every reason, where no question has an answer.
+    """
+    estimators = {"parametric": fits.parametric, "isoflop": fits.isoflop}
+    estimators |= {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
+    known = {name: fit for name, fit in estimators.items() if fit is not None}
+    found: dict[str, list[Answer]] = {
+        "optimal": [
+            {name: _ask({"flops": C}, partial(_optimal, fit, C, asked.level)) for name, fit in known.items()}
+            for C in asked.flops
+        ],
+        "compute_for_loss": [
+            _ask({"target": target}, partial(_compute, fits, target, asked.level)) for target in asked.target_loss
+        ],
+        "planned": [
+            _ask({"params": N, "tokens": D}, partial(_planned, fits, N, D, asked.level)) for N, D in asked.planned
+        ],
+        "serving": [],
+    }
+    if asked.serving is not None:
+        tokens, cost = asked.serving
+        goals = [{"training_flops": C} for C in asked.flops] + [{"target": target} for target in asked.target_loss]
+        found["serving"] = [
+            _ask(goal | {"served_tokens": tokens}, partial(_serving, fits, goal, tokens, cost, asked.level))
+            for goal in goals
+        ]
+    every = [one for row in found["optimal"] for one in row.values()]
+    every += [one for name in ("compute_for_loss", "planned", "serving") for one in found[name]]
+    if all("refused" in one for one in every):
+        raise InputError("; ".join(dict.fromkeys(one["refused"] for one in every)))
+    return found
+
+
+def is_refused(one: Answer) -> bool:
+    """Whether a question had no answer."""
+    return "refused" in one
+
+
+def _ask(question: Answer, ask: Callable[[], Answer]) -> Answer:
+    try:
+        return ask()
+    except InputError as error:
+        unknown = dict.fromkeys(("flops", "params", "tokens", "loss", "interval"))
+        return unknown | question | {"refused": str(error)}
+
+
+def _optimal(fit: Any, flops: float, level: float) -> Answer:
+    require_positive("--flops", flops)
+    return optimal({"": fit}, flops, level)[""]
+
+
+def _compute(fits: Fits, target: float, level: float) -> Answer:
+    require_positive("--target-loss", target)
+    return compute_for_loss(_law(fits), target, level)
+
+
+def _planned(fits: Fits, params: float, tokens: float, level: float) -> Answer:
+    law = _law(fits)
+    require_positive("--params", params)
+    require_positive("--tokens", tokens)
+    told = planned_loss(law, params, tokens, level)
+    try:
+        choice = choose_form(fits, delta=law.delta, bootstraps=min(100, law.bootstraps), seed=law.seed)
+        return told | {"forms": planned_by_form(choice, params, tokens)}
+    except InputError as error:
+        return told | {"forms": {"refused": str(error)}}
+
+
+def _serving(fits: Fits, goal: dict[str, float], tokens: float, cost: ServingCost, level: float) -> Answer:
+    law = _law(fits)
+    for name, value in goal.items():
+        require_positive("--target-loss" if name == "target" else "--flops", value)
+    return goal | serving_optimum(law, served_tokens=tokens, cost=cost, level=level, **goal)
+
+
+def _law(fits: Fits) -> ParametricFit:
+    """The law that speaks of losses. Raises InputError where it was refused."""
+    if fits.parametric is None:
+        raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
+    return fits.parametric
