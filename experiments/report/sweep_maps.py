@@ -10,8 +10,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
 
-from experiments.report.style import BLUE, INK, MUTED, ORANGE, WIDTH, log_axis, new_figure, sequence, styled
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    figure_of,
+    figures_of,
+    legend_aside,
+    log_axis,
+    new_panels,
+    sequence,
+    styled,
+)
 from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
+from experiments.report.sweep_figures import fullest
 from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 
 LOSS = "validation loss (nats per token)"
@@ -28,15 +41,15 @@ def pairs_of(document: Document) -> list[tuple[str, str]]:
 
 
 @styled
-def pair_maps(document: Document) -> Figure:
+def pair_maps(document: Document) -> list[Figure]:
     """The lowest mean loss over all other axes, at each pair of values of the axes that matter most.
 
-    Cells where the values were listed, contours where they were drawn from intervals. A ring marks the winner.
+    Losses are those of `fullest`. Cells where the values were listed, contours where they were drawn from intervals. A
+    ring marks the winner.
     """
     pairs = pairs_of(document)
-    figure = new_figure(WIDTH if len(pairs) > 1 else 5.2, 3.1 if len(pairs) > 1 else 3.6)
-    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
-    rows = [row for row in document["settings"] if row["mean"] is not None]
+    panels = new_panels(len(pairs), 3.4)
+    rows, _ = fullest(document)
     colours, norm = loss_colours([row["mean"] for row in rows])
     for panel, (x, y) in zip(panels, pairs, strict=True):
         best: dict[tuple[Any, Any], float] = {}
@@ -53,10 +66,10 @@ def pair_maps(document: Document) -> Figure:
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
         if document["winner"] is not None:
             _ring(panel, document["winner"]["setting"], (x, y), across, up)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), pad=0.015, aspect=30)
-    bar.set_label("lowest mean loss", fontsize=8)
-    bar.outline.set_visible(False)
-    return figure
+        bar = figure_of(panel).colorbar(ScalarMappable(norm, colours), ax=panel, location="bottom", aspect=30)
+        bar.set_label("lowest mean loss", fontsize=8)
+        bar.outline.set_visible(False)
+    return figures_of(panels)
 
 
 def _is_listed(values: Sequence[Any]) -> bool:
@@ -67,14 +80,14 @@ def _cells(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], co
     columns, rows = distinct(across), distinct(up)
     grid = np.array([[best.get((x, y), np.nan) for x in columns] for y in rows])
     panel.imshow(grid, origin="lower", aspect="auto", cmap=colours, norm=norm)
-    if len(columns) <= 6 and len(rows) <= 9:
+    if len(columns) <= 5 and len(rows) <= 9:
         for (j, i), loss in np.ndenumerate(grid):
             if np.isfinite(loss):
                 ink = "white" if norm(loss) < 0.6 else INK
-                panel.text(i, j, f"{loss:.3f}", ha="center", va="center", fontsize=7, color=ink)
+                panel.text(i, j, f"{loss:.3f}", ha="center", va="center", fontsize=7.5, color=ink)
     panel.set_xticks(range(len(columns)), tick_labels(columns))
     panel.set_yticks(range(len(rows)), tick_labels(rows))
-    if len(columns) > 6:
+    if len(columns) > 5:
         panel.tick_params(axis="x", rotation=45)
     panel.grid(visible=False)
 
@@ -112,11 +125,10 @@ def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
 
 
 @styled
-def pareto_front(found: Document) -> Figure:
+def pareto_front(found: Document) -> list[Figure]:
     """The first objective against each other one: the front joined, what is within its noise hollow, the rest grey."""
     names, settings = found["objectives"], found["settings"]
-    figure = new_figure(WIDTH if len(names) > 2 else 6.4, 3.8)
-    panels = figure.subplots(1, len(names) - 1, sharey=True, squeeze=False)[0]
+    panels = new_panels(len(names) - 1, 3.6)
     values = np.array([row["values"] for row in settings])
     errors = np.array([row["errors"] for row in settings])
     place = np.array([row["place"] for row in settings])
@@ -127,8 +139,12 @@ def pareto_front(found: Document) -> Figure:
             if here.any():
                 face = face if face != "none" else colour
                 x, y = values[here, k], values[here, 0]
-                bars = {"xerr": errors[here, k], "yerr": errors[here, 0], "elinewidth": 0.8}
-                look = {"color": colour, "markerfacecolor": face, "alpha": 0.55 if kind == "behind" else 1}
+                bars: dict[str, Any] = {"xerr": errors[here, k], "yerr": errors[here, 0], "elinewidth": 0.8}
+                look: dict[str, Any] = {
+                    "color": colour,
+                    "markerfacecolor": face,
+                    "alpha": 0.55 if kind == "behind" else 1,
+                }
                 panel.errorbar(x, y, fmt="o", label=label, **look, **bars)
         if len(names) == 2:
             ends = values[place == "front"]
@@ -139,10 +155,10 @@ def pareto_front(found: Document) -> Figure:
         if low > 0 and high / low > 4:
             log_axis(panel.xaxis, low, high)
         better = "higher" if found["directions"][k] == "maximize" else "lower"
-        panel.set_xlabel(f"{names[k].replace('_', ' ')} ({better} is better)")
-    panels[0].set_ylabel(LOSS if names[0] == "loss" else names[0].replace("_", " "))
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+        panel.set_xlabel(f"{names[k].replace('_', ' ')}\n({better} is better)")
+        panel.set_ylabel(LOSS if names[0] == "loss" else names[0].replace("_", " "))
+        legend_aside(panel)
+    return figures_of(panels)
 
 
 def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
@@ -153,15 +169,14 @@ def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
     differ = [name for name in ends[0]["setting"] if len({str(row["setting"][name]) for row in ends}) > 1][:2]
     for row in ends:
         said = ", ".join(f"{name} {tick_labels([row['setting'][name]])[0]}" for name in differ)
-        panel.annotate(said, row["values"][::-1][-2:], xytext=(5, -9), textcoords="offset points", fontsize=7)
+        panel.annotate(said, row["values"][::-1][-2:], xytext=(5, -9), textcoords="offset points", fontsize=7.5)
 
 
 @styled
-def rate_transfer(found: Document) -> Figure:
-    """Left: loss over the learning rate at each size with its parabola. Right: the optima over size, with intervals."""
+def rate_transfer(found: Document) -> list[Figure]:
+    """First: loss over the learning rate at each size with its parabola. Then: the optima over size, with intervals."""
     sizes, axis = found["sizes"], found["axis"].replace("_", " ")
-    figure = new_figure(WIDTH, 3.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    left, right = new_panels(2, 3.4)
     rates = [point["learning_rate"] for row in sizes for point in row["line"]]
     for row, colour in zip(sizes, sequence(len(sizes)), strict=True):
         x, y = ([point[name] for point in row["line"]] for name in ("learning_rate", "mean"))
@@ -186,5 +201,5 @@ def rate_transfer(found: Document) -> Figure:
     right.set_xticks(listed, tick_labels(listed))
     left.set(xlabel="learning rate", ylabel=LOSS, title="Loss at each size")
     right.set(xlabel=axis, ylabel="learning rate", title="Optimum and 95 % interval")
-    left.legend(title=axis, title_fontsize=8, loc="best")
-    return figure
+    legend_aside(left, title=axis)
+    return figures_of([left, right])

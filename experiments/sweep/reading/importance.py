@@ -18,12 +18,13 @@ Evaluate = Callable[[Any, int], dict[str, float]]
 def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
     """How much each axis matters for the loss: shares that add up to 1, by one estimator after another.
 
-    rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …} or under a name
-    {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here the best tenth but
-    at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by a random forest;
-    it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over bootstrap draws of
-    settings, whose seeds stay together, since trials that differ by seed alone are no independent evidence. An
-    estimator is refused where an interval is wider than half of the scale and no axis stands above all others.
+    rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
+    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here
+    the best tenth but at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by
+    a random forest; it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over
+    bootstrap draws of settings, whose seeds stay together, since trials that differ by seed alone are no independent
+    evidence. An estimator is refused where an interval is wider than half of the scale and no axis stands above all
+    others.
     """
     finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
     refused = None
@@ -97,8 +98,8 @@ def _nothing_told(found: Mapping[str, Any], settings: int) -> str:
     name, axis = max(found.items(), key=lambda item: item[1]["interval_95"][1] - item[1]["interval_95"][0])
     low, high = axis["interval_95"]
     return (
-        f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), and "
-        "no axis stands above all others; more settings would narrow that, more seeds of the same ones hardly"
+        f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), "
+        "and no axis stands above all others; more settings would narrow that, more seeds of the same ones hardly"
     )
 
 
