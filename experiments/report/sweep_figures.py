@@ -46,7 +46,9 @@ def axis_panels(document: Document) -> list[Figure]:
     rungs = _stops(document)
     losses = [row["loss"] for row in document["trials"] if row["loss"] is not None]
     at_rungs = [row["mean"] for rung in rungs for row in rung["settings"]]
-    top, low = readable_top(losses + at_rungs), min(losses + at_rungs)
+    stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
+    top = max(readable_top(some) for some in (losses + at_rungs, stopped) if some)
+    low = min(losses + at_rungs)
     pad = 0.06 * (top - low) or 0.05
     panels = new_panels(len(axes), 3.4 if rungs else 2.9)
     for panel, (name, among) in zip(panels, axes.items(), strict=True):
@@ -78,14 +80,18 @@ def _draw_rungs(panel: Axes, name: str, document: Document, rungs: Sequence[Any]
         rows = [row for row in rung["settings"] if row[name] is not None]
         held = [row for row in rows if cut and _on_the_line(row, name, document)]
         rest = [row for row in rows if row not in held]
-        label = f"after {rung_in_words(rung['steps'])}" if i in named else None
-        for members, line, alpha in ((rest, "", 0.45), (sorted(held, key=lambda row: row["mean"]), "-", 1.0)):
+        joined = "o" if scale_of(among) == "rank" else "o-"
+        for members, marker, alpha in ((rest, "o", 0.45), (held, joined, 1.0)):
             x, y = positions([row[name] for row in members], among), np.array([row["mean"] for row in members])
             order = np.argsort(x)
-            line = "" if scale_of(among) == "rank" else line
-            hollow: dict[str, Any] = {"markerfacecolor": "white", "markersize": 4, "linewidth": 0.9, "alpha": alpha}
-            shown = label if members is held or (not held and line == "") else None
-            panel.plot(x[order], np.minimum(y[order], top), "o" + line, color=colour, label=shown, **hollow)
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": "white", "markersize": 4, "alpha": alpha}
+            panel.plot(x[order], y[order], marker, linewidth=0.9, **look)
+            panel.plot(x[y > top], [0.93] * sum(y > top), "^", transform=panel.get_xaxis_transform(), **look)
+        if i in named:
+            words = f"after {rung_in_words(rung['steps'])}"
+            panel.plot(
+                [], [], joined if held else "o", color=colour, markerfacecolor="white", markersize=4, label=words
+            )
     panel.plot([], [], "o", color=BLUE if cut else MUTED, markersize=4.5, label="at the end")
 
 

@@ -97,7 +97,7 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
     if no_loss and document["counts"]["diverged"]:
         no_loss = "No trial has a loss: those that ended have diverged."
     no_axes = None if names else "Nothing varies but the seed."
-    few = None if len(names) > 1 else "It takes two axes."
+    few = None if len(names) > 1 else "It takes two axes that vary."
     curves = _curves(results)
     # Nothing is ranked alone: a line or a cell without another says nothing.
     single = None if len(sweep_figures.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
@@ -112,7 +112,7 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
         "parallel": drawn_twice(
             "Settings as lines through their values",
             lambda width: sweep_figures.parallel_coordinates(document, width),
-            no_loss or no_axes or single,
+            no_loss or no_axes or few or single,
         ),
         "importance": drawn_twice(
             "Importance of each axis",
