@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report.figures import smoothed
-from experiments.report.page import device_name, inline, render
-from experiments.report.style import PALETTE, WIDTH, amount, log_axis, new_figure, styled
+from experiments.report.page import device_name, drawn, render
+from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
 from model.errors import InputError
 from train.files import write_atomically
 from train.metrics import read_metrics
@@ -42,7 +42,7 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
         _row(run, record, lines, differing)
         for run, record, lines, differing in zip(runs, records, metrics, _differences(records), strict=True)
     ]
-    figure = inline(_curves([run.name for run in runs], metrics), "Loss, learning rate, gradient norm and speed")
+    figure = drawn("Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics))
     page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
     write_atomically(path, page)
     return rows
@@ -86,10 +86,13 @@ def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 @styled
-def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Figure:
-    """One panel per quantity over tokens, a colour per run; thin: every step, thick: the mean over steps nearby."""
-    figure = new_figure(WIDTH, 6.4)
-    for axes, (field, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> list[Figure]:
+    """One panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps nearby."""
+    recorded = [
+        (field, label) for field, label in PANELS if any(line.get(field) for lines in metrics for line in lines)
+    ]
+    panels = new_panels(len(recorded), 3.0)
+    for axes, (field, label) in zip(panels, recorded, strict=True):
         low, high = np.inf, 0.0
         for name, lines, colour in zip(names, metrics, PALETTE, strict=False):
             points = [(line["tokens"], line[field]) for line in lines if line.get(field)]
@@ -116,6 +119,6 @@ def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Fi
             axes.set_yscale("log")
         axes.set(xlabel="tokens", ylabel=label)
         axes.yaxis.set_major_formatter(lambda value, _: amount(value))
-    if len(names) > 1:
-        figure.axes[0].legend()
-    return figure
+        if len(names) > 1:
+            legend_aside(axes, entries=1)
+    return figures_of(panels)

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from experiments.report import scaling_figures
-from experiments.report.page import Drawn, drawn, render
+from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import NAMES, Analysis
@@ -66,7 +66,9 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
             lambda: plots.compute_optimal(isoflop, parametric, others, minima),
             neither,
         ),
-        "contours": drawn("Loss over N and D", lambda: scaling_figures.contours(parametric, isoflop), no_law_or),
+        "contours": drawn_twice(
+            "Loss over N and D", lambda width: scaling_figures.contours(parametric, isoflop, width), no_law_or
+        ),
         "residuals": drawn("Residuals over N, D and C", lambda: plots.residuals(parametric), no_law_or),
         "clouds": drawn(
             "Bootstrap draws of the exponents",
@@ -80,11 +82,13 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
         ),
     }
     if isoflop is not None:
-        found["valleys"] = drawn("Loss over parameters for each budget", lambda: plots.valleys(isoflop))
+        found["valleys"] = drawn_twice(
+            "Loss over parameters for each budget", lambda width: plots.valleys(isoflop, width)
+        )
     else:
-        found["valleys"] = drawn(
+        found["valleys"] = drawn_twice(
             "Loss over compute, by size",
-            lambda: scaling_figures.losses(table.params, table.tokens, table.loss),
+            lambda width: scaling_figures.losses(table.params, table.tokens, table.loss, width),
         )
     return found
 

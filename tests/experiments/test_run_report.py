@@ -35,7 +35,7 @@ def test_a_page_says_what_runs_reached_and_where_they_differ(tmp_path):
     assert [row["differing"] for row in rows] == [{"learning_rate": 0.01}, {"learning_rate": 0.02}]
     assert rows[0]["tokens_per_second"] == 250  # the median without the first step
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 4
     assert "or was killed" in page
     assert "2.5000" in page
 

@@ -52,7 +52,7 @@ def test_the_page_shows_all_of_it_and_fetches_nothing(analysis, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for section in SECTIONS:
         assert f'id="{section}"' in page
-    assert page.count("<svg") == 6
+    assert page.count("<figure") == 6
     assert "Not shown" not in page
     assert "a &lt;table&gt;" in page
     assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
