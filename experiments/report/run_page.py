@@ -116,9 +116,11 @@ def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> li
                 axes.plot(*np.array(checks).reshape(-1, 2).T, "o", color=colour, markeredgecolor="white")
         log_axis(axes.xaxis, low, high, margin=0.03)
         if field == "grad_norm":
-            axes.set_yscale("log")
+            norms = [line[field] for lines in metrics for line in lines if line.get(field)]
+            log_axis(axes.yaxis, min(norms), max(norms))
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: amount(value))
         axes.set(xlabel="tokens", ylabel=label)
-        axes.yaxis.set_major_formatter(lambda value, _: amount(value))
         if len(names) > 1:
             legend_aside(axes, entries=1)
     return figures_of(panels)

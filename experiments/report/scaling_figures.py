@@ -94,6 +94,8 @@ def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> 
     axes.set_yticks(range(len(shares)), shares)
     axes.invert_yaxis()
     axes.set(xlabel="a, of N* ∝ C^a", title="Resampled a, 95 % intervals")
+    for panel in panels:
+        panel.locator_params(axis="x", nbins=4)
     return figures_of(panels)
 
 
@@ -106,8 +108,13 @@ def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
     predicted, measured = (np.array([run[name] for run in known]) for name in ("loss", "measured"))
     low, high = np.array([run["interval"] for run in known]).T
     order = np.argsort(params)
-    left.fill_between(params[order], low[order], high[order], color=ORANGE, alpha=0.15, linewidth=0)
-    left.plot(params[order], predicted[order], "--", color=ORANGE, label="predicted, with its 95 % interval")
+    if len(np.unique(params)) > 1:
+        left.fill_between(params[order], low[order], high[order], color=ORANGE, alpha=0.15, linewidth=0)
+        left.plot(params[order], predicted[order], "--", color=ORANGE, label="predicted, with its 95 % interval")
+    else:  # a line and a band need a second size
+        ends = np.maximum([predicted - low, high - predicted], 0)
+        look: dict[str, Any] = {"fmt": "D", "color": ORANGE, "capsize": 4, "alpha": 0.7}
+        left.errorbar(params, predicted, yerr=ends, label="predicted, with its 95 % interval", **look)
     left.plot(params, measured, "o", color=BLUE, markeredgecolor=INK, label="measured afterwards")
     log_axis(left.xaxis, params.min(), params.max())
     left.set(xlabel=PARAMS, ylabel="validation loss (nats per token)", title="Held-out runs")

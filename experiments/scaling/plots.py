@@ -104,7 +104,7 @@ def _draw_optimal(
     tested = np.array([best["flops"] for best in measured])
     grid = np.geomspace(budgets.min() / 2, 2 * max(budgets.max(), *tested, 0), 100)
     exponent = "a" if name == "params" else "b"
-    seen = [points]
+    seen, bands = [points], ""
     for (label, fit), colour in zip(others.items(), PALETTE[2:], strict=False):
         line = getattr(fit, f"{name}_coefficient") * grid ** getattr(fit, exponent)
         axes.plot(grid, line, ":", color=colour, label=f"{label}: $C^{{\\,{getattr(fit, exponent):.3f}}}$")
@@ -123,6 +123,7 @@ def _draw_optimal(
             low, high = fit.optimal_interval(grid)[name]
         except ValueError:  # the table tells no noise: a line without a band
             continue
+        bands = ", 95 % bands"
         axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
     if len(points):
         axes.plot(budgets, points, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
@@ -134,7 +135,7 @@ def _draw_optimal(
     values = np.concatenate(seen)
     log_axis(axes.yaxis, values.min(), values.max())
     symbol = "N*" if name == "params" else "D*"
-    axes.set(xlabel=FLOPS, ylabel=PARAMS if name == "params" else TOKENS, title=f"{symbol}(C), 95 % bands")
+    axes.set(xlabel=FLOPS, ylabel=PARAMS if name == "params" else TOKENS, title=f"{symbol}(C){bands}")
     axes.legend(loc="upper left")
 
 
