@@ -44,8 +44,8 @@ def pairs_of(document: Document) -> list[tuple[str, str]]:
 def pair_maps(document: Document) -> list[Figure]:
     """The lowest mean loss over all other axes, at each pair of values of the axes that matter most.
 
-    Losses are those of `fullest`. Cells where the values were listed, contours where they were drawn from intervals. A
-    ring marks the winner.
+    Losses are those of `fullest`. Cells where most pairs of values were tried, otherwise dots, with contours between
+    them where both axes are numbers. A ring marks the winner.
     """
     pairs = pairs_of(document)
     panels = new_panels(len(pairs), 3.4)
@@ -57,7 +57,7 @@ def pair_maps(document: Document) -> list[Figure]:
             if row[x] is not None and row[y] is not None:
                 best[row[x], row[y]] = min(row["mean"], best.get((row[x], row[y]), math.inf))
         across, up = document["axes"][x], document["axes"][y]
-        if len(distinct(across)) <= MANY and len(distinct(up)) <= MANY:
+        if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
         else:
             _contours(panel, best, across, up, colours, norm)
@@ -65,15 +65,17 @@ def pair_maps(document: Document) -> list[Figure]:
             place_axis(panel.yaxis, up, 6)
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
         if document["winner"] is not None:
-            _ring(panel, document["winner"]["setting"], (x, y), across, up)
+            _ring(panel, document["winner"]["setting"], (x, y), across, up, grid)
         bar = figure_of(panel).colorbar(ScalarMappable(norm, colours), ax=panel, location="bottom", aspect=30)
         bar.set_label("lowest mean loss", fontsize=8)
         bar.outline.set_visible(False)
     return figures_of(panels)
 
 
-def _is_listed(values: Sequence[Any]) -> bool:
-    return len(distinct(values)) <= MANY
+def _is_grid(best: Mapping[tuple[Any, Any], float], across: Sequence[Any], up: Sequence[Any]) -> bool:
+    """Whether values were listed and most pairs of them tried, not drawn one by one."""
+    columns, rows = len(distinct(across)), len(distinct(up))
+    return max(columns, rows) <= MANY and 2 * len(best) >= columns * rows
 
 
 def _cells(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any) -> None:
@@ -106,10 +108,10 @@ def _contours(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any],
     panel.scatter(x, y, c=loss, cmap=colours, norm=norm, s=11, edgecolors="white", linewidths=0.4, zorder=3)
 
 
-def _ring(panel: Axes, setting: Mapping[str, Any], pair: tuple[str, str], across: Any, up: Any) -> None:
+def _ring(panel: Axes, setting: Mapping[str, Any], pair: tuple[str, str], across: Any, up: Any, grid: bool) -> None:
     if any(setting[name] is None for name in pair):
         return
-    if _is_listed(across) and _is_listed(up):
+    if grid:
         place = distinct(across).index(setting[pair[0]]), distinct(up).index(setting[pair[1]])
         box = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.2}
         panel.add_patch(_rectangle((place[0] - 0.5, place[1] - 0.5), **box))
@@ -174,9 +176,14 @@ def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
 
 @styled
 def rate_transfer(found: Document) -> list[Figure]:
-    """First: loss over the learning rate at each size with its parabola. Then: the optima over size, with intervals."""
+    """First: loss over the learning rate at each size with its parabola. Then: the optima over size, with intervals.
+
+    The second is left out where fewer than two sizes have an optimum.
+    """
     sizes, axis = found["sizes"], found["axis"].replace("_", " ")
     left, right = new_panels(2, 3.4)
+    optima = [row["optimum"] for row in sizes if row["optimum"] is not None]
+    bounded = any(found["interval_95"] is not None for found in optima)
     rates = [point["learning_rate"] for row in sizes for point in row["line"]]
     for row, colour in zip(sizes, sequence(len(sizes)), strict=True):
         x, y = ([point[name] for point in row["line"]] for name in ("learning_rate", "mean"))
@@ -200,6 +207,6 @@ def rate_transfer(found: Document) -> list[Figure]:
     log_axis(right.xaxis, min(listed), max(listed), margin=0.12)
     right.set_xticks(listed, tick_labels(listed))
     left.set(xlabel="learning rate", ylabel=LOSS, title="Loss at each size")
-    right.set(xlabel=axis, ylabel="learning rate", title="Optimum and 95 % interval")
+    right.set(xlabel=axis, ylabel="learning rate", title="Optimum" + (" and 95 % interval" if bounded else ""))
     legend_aside(left, title=axis)
-    return figures_of([left, right])
+    return figures_of([left, right] if len(optima) > 1 else [left])

@@ -6,9 +6,9 @@ from typing import Any
 from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
 from experiments.report.page import Drawn, drawn, drawn_twice, render
-from experiments.sweep.reading.curves import UNEQUAL, chosen
+from experiments.sweep.reading.curves import MOST, UNEQUAL, chosen
 from experiments.sweep.reading.results import Results
-from experiments.sweep.reading.scales import distinct, text
+from experiments.sweep.reading.scales import MANY, distinct, is_number, text
 from experiments.sweep.reading.settings import by_setting
 from experiments.sweep.reading.summary import fate
 from train.files import write_atomically
@@ -30,12 +30,17 @@ def _view(results: Results, document: dict[str, Any], no_parquet: str | None) ->
         "title": results.folder.resolve().name,
         "total": len(results.rows),
         "names": list(results.axes),
-        "varied": [_axis_in_words(name, _given(results, name)) for name in results.axes],
+        "varied": [_axis_in_words(name, _given(results, name), results.sampler != "all") for name in results.axes],
         "seeds": _seeds(results),
         "population": results.policy == "population",
         "compared_at": _compared_at(document),
         "ranked": "refused" not in document["importance"]["ped_anova"],
         "vague": {name: found["refused"] for name, found in document["importance"].items() if "refused" in found},
+        "many": len(results.rows) > MOST,
+        "unknown": any(
+            row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
+        ),
+        "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
         "fate": fate,
         "total_settings": len(document["settings"]),
         "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
@@ -74,13 +79,14 @@ def _compared_at(document: dict[str, Any]) -> str:
     rows, steps = sweep_figures.fullest(document)
     total = len(document["settings"])
     if steps is None:
-        return "" if len(rows) == total else f"Of the {len(rows)} settings of {total} that were trained to the end. "
+        what = "members" if sweep_figures.is_population(document) else "settings"
+        return "" if len(rows) == total else f"Of the {len(rows)} {what} of {total} that were trained to the end. "
     where = sweep_figures.rung_in_words(steps)
     return f"Losses after {where}, where the most settings can be compared: {len(rows)} of {total}. "
 
 
-def _axis_in_words(name: str, values: list[Any]) -> dict[str, str]:
-    numbers = len(values) > 12
+def _axis_in_words(name: str, values: list[Any], drawn: bool) -> dict[str, str]:
+    numbers = all(map(is_number, values)) and len(values) > (3 if drawn else MANY)
     said = (
         f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from experiments.sweep.objectives import direction
+from experiments.sweep.objectives import LOSS, direction
 from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
@@ -101,8 +101,9 @@ def _words(found: dict[str, Any]) -> str:
     setting = setting_text(found["setting"]) or "the base"
     if found["from_steps"]:
         setting += f" from update {found['from_steps']:,} on"
-    value = f"{found['mean']:.4f}" if found["objective"] == "loss" else f"{found['mean']:,.4g}"
-    noise = f" ± {found['std']:.4f} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
+    digits = ".4f" if found["objective"] == LOSS else ",.0f" if found["mean"] >= 100 else ".4g"
+    value = f"{found['mean']:{digits}}"
+    noise = f" ± {found['std']:{digits}} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
     which = f"{'highest' if highest else 'lowest'} {found['objective']} so far: {setting}: {value}{noise}"
     return f"{which}; trained to the end: {found['ended']} of {found['settings']} settings"
 

@@ -10,7 +10,7 @@ from experiments.sweep.reading.settings import by_setting, candidates_of, group
 if TYPE_CHECKING:
     from experiments.report.figures import Curve
 
-_MOST = 60  # runs in one figure
+MOST = 60  # runs in one figure
 UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
 Read = Callable[[Mapping[str, Any]], "Curve | None"]
 
@@ -19,9 +19,9 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most sixty runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
     order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
-    if len(order) <= _MOST:
+    if len(order) <= MOST:
         return order
-    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, _MOST)).astype(int))]
+    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, MOST)).astype(int))]
 
 
 def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
     common = {name: first[0][name] for name in names if len({str(row[name]) for row in first}) == 1}
     where = setting_text(common) or ("all settings" if len(first) == len(means) else f"{len(first)} settings")
     among = f" ({len(first)} settings)" if len(first) > 1 and common else ""
-    return f"The {'highest' if highest else 'lowest'} {objective}, {best:,.4g}, is that of {where}{among}."
+    return f"The {'highest' if highest else 'lowest'} {objective}, {best:{',.0f' if best >= 100 else '.4g'}}, is that of {where}{among}."
 
 
 def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -79,6 +79,8 @@ def _reached(winner: Mapping[str, Any], total: int, policy: str) -> str:
 
 def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     if winner["interval_95"] is None:
+        if any(row["member"] is not None for row in settings):
+            return "; no two had the same settings throughout, so nobody can say how sure that is."
         single = all(
             row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] == 1 for row in settings
         )
@@ -99,8 +101,10 @@ def _along(lineage: Sequence[Mapping[str, Any]]) -> str:
     for name in varied:
         values = [row["setting"][name] for row in lineage]
         if len({str(value) for value in values}) > 1:
-            steps = [row["steps"] for row in lineage]
-            spans = [f"{text(value)} up to update {step:,}" for value, step in zip(values, steps, strict=True)]
+            following = [*values[1:], None]
+            held = zip(lineage, values, following, strict=True)
+            ends = [(row["steps"], value) for row, value, after in held if value != after]
+            spans = [f"{text(value)} up to update {step:,}" for step, value in ends]
             parts.append(f"{name} was {', then '.join(spans)}")
     if not parts:
         return f"It left another member's run after update {lineage[-2]['steps']:,}, with the same settings."
@@ -117,7 +121,8 @@ def _others(settings: Sequence[Setting], policy: str = "all") -> str:
         places = ", ".join(f"{n} after {steps:,}" for steps, n in sorted(where.items())[:4])
         places = places and f"{places} updates" + (" …" if len(where) > 4 else "")
         if policy == "population":
-            said += f" {count} members were replaced on the way."
+            left = sum(row["pruned"] for row in stopped)
+            said += f" {left} {'member was' if left == 1 else 'members were'} replaced on the way."
         else:
             were = "1 other setting was" if count == 1 else f"{count} other settings were"
             said += f" {were} stopped early" + (f" ({places})" if places else "")

@@ -140,13 +140,14 @@ def _warnings(
     counts, settings = document["counts"], document["settings"]
     total = sum(counts.values())
     warnings = []
-    if all(row["member"] is None for row in settings):  # a population goes beyond the values that it started with
+    population = any(row["member"] is not None for row in settings)
+    if not population:  # which goes beyond the values that it started with
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     equal = len(winner["indistinguishable"] or ())
     if equal:
         others = "1 other setting" if equal == 1 else f"{equal} other settings"
         warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
-    warnings += _of_the_stopped(settings)
+    warnings += [] if population else _of_the_stopped(settings)
     if counts["diverged"]:
         warnings.append(f"{counts['diverged']} of {total} runs diverged")
     if counts["failed"]:
@@ -155,7 +156,14 @@ def _warnings(
         single = (
             max(row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] for row in settings) == 1
         )
-        why = "one seed per setting" if single else "no setting was trained to the end with two seeds"
+        alone = "no two members of the population had the same settings throughout"
+        why = (
+            alone
+            if population
+            else "one seed per setting"
+            if single
+            else "no setting was trained to the end with two seeds"
+        )
         warnings.append(f"{why}: the noise of the winner is not known")
     return warnings
 
