@@ -24,7 +24,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
-from experiments.report.sweep_figures import fullest
+from experiments.report.sweep_figures import fullest, is_population
 from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 
 LOSS = "validation loss (nats per token)"
@@ -60,7 +60,8 @@ def pair_maps(document: Document) -> list[Figure]:
         if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
         else:
-            _contours(panel, best, across, up, colours, norm)
+            # A member's values at its end say little of what its run was trained with before.
+            _dots(panel, best, across, up, colours, norm, contours=not is_population(document))
             place_axis(panel.xaxis, across, 5)
             place_axis(panel.yaxis, up, 6)
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
@@ -94,10 +95,12 @@ def _cells(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], co
     panel.grid(visible=False)
 
 
-def _contours(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any) -> None:
+def _dots(
+    panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any, *, contours: bool
+) -> None:
     x, y = positions([pair[0] for pair in best], across), positions([pair[1] for pair in best], up)
     loss = np.minimum(list(best.values()), norm.vmax)
-    if "rank" not in (scale_of(across), scale_of(up)):
+    if contours and "rank" not in (scale_of(across), scale_of(up)):
         try:
             scaled = [(v - v.min()) / ((v.max() - v.min()) or 1) for v in (x, y)]
             triangles = Triangulation(*scaled).triangles

@@ -58,6 +58,11 @@ def test_the_page_shows_all_of_it_and_fetches_nothing(analysis, tmp_path):
     assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
 
 
+def test_a_phone_shows_every_panel_with_text_that_can_be_read(analysis, phone_figures, tmp_path):
+    write_scaling_page(tmp_path / "page.html", analysis, "runs")
+    assert len(phone_figures) == 1 + 2 + 1 + 3 + 2 + 2, "valleys, N* and D*, contours, residuals, draws, held out"
+
+
 def test_what_cannot_be_shown_is_said(no_svg, tmp_path):
     rng = np.random.default_rng(0)
     params, tokens = np.exp(rng.uniform(np.log(1e6), np.log(1e9), 40)), np.exp(rng.uniform(18, 25, 40))

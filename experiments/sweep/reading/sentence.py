@@ -52,7 +52,8 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
     common = {name: first[0][name] for name in names if len({str(row[name]) for row in first}) == 1}
     where = setting_text(common) or ("all settings" if len(first) == len(means) else f"{len(first)} settings")
     among = f" ({len(first)} settings)" if len(first) > 1 and common else ""
-    return f"The {'highest' if highest else 'lowest'} {objective}, {best:{',.0f' if best >= 100 else '.4g'}}, is that of {where}{among}."
+    value = f"{best:,.0f}" if best >= 100 else f"{best:.4g}"
+    return f"The {'highest' if highest else 'lowest'} {objective}, {value}, is that of {where}{among}."
 
 
 def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:
