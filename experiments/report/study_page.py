@@ -8,7 +8,7 @@ from typing import Any
 from experiments.report import figures
 from experiments.report.commands import commands
 from experiments.report.page import Drawn, device_name, drawn, drawn_twice, known, render
-from experiments.report.sweep_figures import axis_panels
+from experiments.report.sweep_figures import axis_panels, goes_beyond
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
@@ -64,6 +64,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
         "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second_aggregate"], default=None),
+        "beyond": bool(parts["sweep"]) and goes_beyond(parts["sweep"]),
         "order": _best_first(parts["sweep"]),
         "stages": _stages(folder),
         "commands": commands(document),

@@ -44,11 +44,7 @@ def axis_panels(document: Document) -> list[Figure]:
     """
     axes = document["axes"]
     rungs = _stops(document)
-    losses = [row["loss"] for row in document["trials"] if row["loss"] is not None]
-    at_rungs = [row["mean"] for rung in rungs for row in rung["settings"]]
-    stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
-    top = max(readable_top(some) for some in (losses + at_rungs, stopped) if some)
-    low = min(losses + at_rungs)
+    low, top = _frame(document)
     pad = 0.06 * (top - low) or 0.05
     panels = new_panels(len(axes), 3.4 if rungs else 2.9)
     for panel, (name, among) in zip(panels, axes.items(), strict=True):
@@ -59,6 +55,27 @@ def axis_panels(document: Document) -> list[Figure]:
         if rungs:
             legend_aside(panel)
     return figures_of(panels)
+
+
+def _frame(document: Document) -> tuple[float, float]:
+    """The lowest and the highest loss that `axis_panels` shows where it is; of what was stopped, all but the worst."""
+    losses = _shown_losses(document)
+    stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
+    top = max(readable_top(some) for some in (losses, stopped) if some)
+    winner, noise = document["winner"], document["seed_noise"]
+    band = [] if winner is None or noise is None else [winner["mean"] - noise]
+    return min(losses + band), top
+
+
+def _shown_losses(document: Document) -> list[float]:
+    ended = [row["loss"] for row in document["trials"] if row["loss"] is not None]
+    return ended + [row["mean"] for rung in _stops(document) for row in rung["settings"]]
+
+
+def goes_beyond(document: Document) -> bool:
+    """Whether `axis_panels` has losses above its frame, which it marks by triangles."""
+    losses = _shown_losses(document)
+    return bool(losses) and max(losses) > _frame(document)[1]
 
 
 def _stops(document: Document) -> list[Any]:

@@ -41,6 +41,7 @@ def _view(results: Results, document: dict[str, Any], no_parquet: str | None) ->
             row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
         ),
         "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
+        "beyond": sweep_figures.goes_beyond(document),
         "fate": fate,
         "total_settings": len(document["settings"]),
         "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
