@@ -13,10 +13,14 @@ from matplotlib.ticker import NullLocator
 from experiments.report.style import (
     BLUE,
     INK,
+    NARROW,
     ORANGE,
     WIDTH,
+    figures_of,
+    legend_aside,
     log_axis,
     new_figure,
+    new_panels,
     power_of_ten,
     sequence,
     styled,
@@ -90,9 +94,9 @@ def smoothed(at: Float[np.ndarray, " points"], values: Float[np.ndarray, " point
 
 
 @styled
-def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]]) -> Figure:
+def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]], width: float = WIDTH) -> Figure:
     """Training loss over compute; `groups` are (budget in FLOPs, its runs), and the colour is the budget's."""
-    figure = new_figure(WIDTH, 4.4)
+    figure = new_figure(width, 4.4)
     axes = figure.subplots()
     for (budget, curves), colour in zip(groups, sequence(len(groups)), strict=True):
         for i, curve in enumerate(curves):
@@ -106,14 +110,17 @@ def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]]) -> Figure:
     ends = [curve.flops[-1] for curve in everything]
     log_axis(axes.xaxis, min(ends) / 100, max(ends), powers=True, margin=0.03)
     axes.set(xlabel="compute spent so far, 6·N·tokens (FLOPs)", ylabel=TRAINING_LOSS, title="Loss curves of the ladder")
-    axes.legend(title="budget (FLOPs)", title_fontsize=8, loc="upper right")
+    if width > NARROW:
+        axes.legend(title="budget (FLOPs)", title_fontsize=8, loc="upper right")
+    else:
+        legend_aside(axes, title="budget (FLOPs)")
     return figure
 
 
 @styled
-def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]]) -> Figure:
+def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]], width: float = WIDTH) -> Figure:
     """Validation loss over N per budget, without parabolas: for a ladder whose valleys were refused."""
-    figure = new_figure(WIDTH, 4.2)
+    figure = new_figure(width, 4.2)
     axes = figure.subplots()
     for (budget, rows), colour in zip(groups, sequence(len(groups)), strict=True):
         pairs = sorted((row["params"], row["loss"]) for row in rows)
@@ -123,16 +130,22 @@ def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]]) -> 
     sizes = [row["params"] for _, rows in groups for row in rows]
     log_axis(axes.xaxis, min(sizes), max(sizes))
     axes.set(xlabel="parameters N", ylabel=VALIDATION_LOSS, title="Loss by size at each budget")
-    axes.legend(title="compute C (FLOPs)", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    legend_aside(axes, title="compute C (FLOPs)")
     return figure
 
 
 @styled
 def held_out_curve(
-    curve: Curve | None, *, loss: float | None, predicted: float | None, interval: Sequence[float] | None, tokens: float
+    curve: Curve | None,
+    *,
+    loss: float | None,
+    predicted: float | None,
+    interval: Sequence[float] | None,
+    tokens: float,
+    width: float = WIDTH,
 ) -> Figure:
     """A run's training loss over tokens, what was predicted of its end, and the validation loss it reached."""
-    figure = new_figure(WIDTH, 4.2)
+    figure = new_figure(width, 4.2)
     axes = figure.subplots()
     low = tokens / 300 if curve is None else max(curve.tokens[0], tokens / 300)
     if interval is not None:
@@ -156,15 +169,17 @@ def held_out_curve(
         )
     log_axis(axes.xaxis, low, tokens, margin=0.03)
     axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title="The held-out run and its prediction")
-    axes.legend(loc="upper right")
+    if width > NARROW:
+        axes.legend(loc="upper right")
+    else:
+        legend_aside(axes)
     return figure
 
 
 @styled
-def decode_throughput(cells: Sequence[dict[str, Any]]) -> Figure:
+def decode_throughput(cells: Sequence[dict[str, Any]]) -> list[Figure]:
     """Prefill and decode tokens per second over the batch, a line per context; bars from slowest to fastest."""
-    figure = new_figure(WIDTH, 3.8)
-    panels = figure.subplots(1, 2)
+    panels = new_panels(2, 3.5)
     contexts = sorted({cell["context"] for cell in cells})
     batches = sorted({cell["batch"] for cell in cells})
     colours = sequence(len(contexts))
@@ -188,6 +203,6 @@ def decode_throughput(cells: Sequence[dict[str, Any]]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         log_axis(axes.yaxis, min(extent), max(extent))
         axes.set(xlabel="batch (sequences)", title=kind.capitalize())
-    panels[0].set_ylabel("tokens per second, whole batch")
-    panels[1].legend(title="context (tokens)", title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
+        axes.set_ylabel("tokens per second, whole batch")
+        legend_aside(axes, title="context (tokens)")
+    return figures_of(panels)

@@ -35,12 +35,35 @@ def inline(figure: Figure, label: str) -> Markup:
     return Markup(style.svg(figure, label))
 
 
-def drawn(label: str, draw: Callable[[], Figure], reason: str | None = None) -> Drawn:
-    """A figure for the page, or the sentence that says why there is none, where it is given."""
+def drawn(label: str, draw: Callable[[], Figure | Sequence[Figure]], reason: str | None = None) -> Drawn:
+    """A figure for the page, or the sentence that says why there is none, where it is given.
+
+    Several figures are panels, which stand beside each other where there is room, and below each other on a phone.
+    """
     if reason is not None:
         return {"svg": None, "reason": reason}
     with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
-        return {"svg": inline(draw(), label), "reason": None}
+        figures = draw()
+    if isinstance(figures, Figure):
+        return {"svg": inline(figures, label), "reason": None}
+    names = [f"{label}: {figure.axes[0].get_xlabel()}" for figure in figures]
+    panels = Markup().join(
+        Markup("<div>{}</div>").format(inline(figure, name)) for figure, name in zip(figures, names, strict=True)
+    )
+    return {"svg": Markup('<div class="panels">{}</div>').format(panels), "reason": None}
+
+
+def drawn_twice(label: str, draw: Callable[[float], Figure], reason: str | None = None) -> Drawn:
+    """A figure for the page as `drawn`, as wide as its column and, for a phone, as narrow as a panel.
+
+    draw: takes the width in inches.
+    """
+    if reason is not None:
+        return {"svg": None, "reason": reason}
+    with np.errstate(invalid="ignore"):
+        wide, narrow = draw(style.WIDTH), draw(style.PANEL)
+    both = Markup('<div class="wide">{}</div><div class="narrow">{}</div>')
+    return {"svg": both.format(inline(wide, label), inline(narrow, label)), "reason": None}
 
 
 def device_name(device: dict[str, Any]) -> str:

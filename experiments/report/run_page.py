@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.report.figures import holes_before, interrupted, smoothed
-from experiments.report.page import device_name, inline, render
-from experiments.report.style import PALETTE, WIDTH, amount, log_axis, new_figure, styled
+from experiments.report.page import device_name, drawn, render
+from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
 from model.errors import InputError
 from train.files import write_atomically
 from train.metrics import Metrics, open_metrics
@@ -44,7 +44,7 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
         _row(run, record, each, differing)
         for run, record, each, differing in zip(runs, records, read, _differences(records), strict=True)
     ]
-    figure = inline(_curves([run.name for run in runs], metrics), "Loss, learning rate, gradient norm and speed")
+    figure = drawn("Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics))
     page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
     write_atomically(path, page)
     return rows
@@ -90,10 +90,13 @@ def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 @styled
-def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Figure:
-    """One panel per quantity over tokens, a colour per run; thin: every step, thick: the mean over steps nearby."""
-    figure = new_figure(WIDTH, 6.4)
-    for axes, (field, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> list[Figure]:
+    """One panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps nearby."""
+    recorded = [
+        (field, label) for field, label in PANELS if any(line.get(field) for lines in metrics for line in lines)
+    ]
+    panels = new_panels(len(recorded), 3.0)
+    for axes, (field, label) in zip(panels, recorded, strict=True):
         low, high = np.inf, 0.0
         for name, lines, colour in zip(names, metrics, PALETTE, strict=False):
             known = [index for index, line in enumerate(lines) if line.get(field)]
@@ -118,9 +121,11 @@ def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> Fi
                 axes.plot(*np.array(checks).reshape(-1, 2).T, "o", color=colour, markeredgecolor="white")
         log_axis(axes.xaxis, low, high, margin=0.03)
         if field == "grad_norm":
-            axes.set_yscale("log")
+            norms = [line[field] for lines in metrics for line in lines if line.get(field)]
+            log_axis(axes.yaxis, min(norms), max(norms))
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: amount(value))
         axes.set(xlabel="tokens", ylabel=label)
-        axes.yaxis.set_major_formatter(lambda value, _: amount(value))
-    if len(names) > 1:
-        figure.axes[0].legend()
-    return figure
+        if len(names) > 1:
+            legend_aside(axes, entries=1)
+    return figures_of(panels)

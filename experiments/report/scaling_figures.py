@@ -1,21 +1,35 @@
 """Figures of a page of scaling laws that `experiments.scaling.plots` has not: contours, clouds, and held-out runs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.style import BLUE, INK, MUTED, ORANGE, PALETTE, WIDTH, log_axis, new_figure, sequence, styled
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    NARROW,
+    ORANGE,
+    PALETTE,
+    WIDTH,
+    figures_of,
+    log_axis,
+    new_figure,
+    new_panels,
+    sequence,
+    styled,
+)
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.plots import FLOPS, PARAMS, TOKENS
 from experiments.scaling.valleys.isoflop import IsoflopFit
 
 
 @styled
-def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None) -> Figure:
+def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float = WIDTH) -> Figure:
     """The law's loss over N and D, runs as dots of the same scale, and the compute-optimal path."""
-    figure = new_figure(WIDTH, 5.0)
+    figure = new_figure(width, 5.0 if width > NARROW else 4.6)
     axes = figure.subplots()
     table = fit.table
     sizes = np.geomspace(table.params.min() / 1.5, table.params.max() * 1.5, 160)
@@ -26,7 +40,7 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None) -> Figure:
     shared: dict[str, Any] = {"cmap": "viridis_r", "vmin": low, "vmax": high}
     axes.contourf(sizes, tokens, loss, levels=levels, alpha=0.35, extend="both", **shared)
     lines = axes.contour(sizes, tokens, loss, levels=levels[1::2], linewidths=0.7, **shared)
-    axes.clabel(lines, fontsize=7, fmt="%.2f", colors=INK)
+    axes.clabel(lines, fontsize=7.5, fmt="%.2f", colors=INK)
     dots = axes.scatter(
         table.params, table.tokens, c=table.loss, s=26, edgecolors=INK, linewidths=0.6, zorder=3, **shared
     )
@@ -40,18 +54,21 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None) -> Figure:
     log_axis(axes.xaxis, sizes[0], sizes[-1], margin=0)
     log_axis(axes.yaxis, tokens[0], tokens[-1], margin=0)
     axes.grid(False)
-    figure.colorbar(dots, ax=axes, label="loss (nats per token)")
+    figure.colorbar(
+        dots, ax=axes, label="loss (nats per token)", location="right" if width > NARROW else "bottom", aspect=28
+    )
     axes.set(xlabel=PARAMS, ylabel=TOKENS, title="Loss over N and D")
-    axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
+    if width > NARROW:
+        axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
+    else:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=1)
     return figure
 
 
 @styled
-def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> Figure:
+def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> list[Figure]:
     """Bootstrap draws: alpha against beta of the law, and the distribution of a of every estimator."""
-    figure = new_figure(WIDTH, 3.8)
-    count = 2 if parametric is not None else 1
-    panels = np.atleast_1d(figure.subplots(1, count))
+    panels = new_panels(2 if parametric is not None else 1, 3.4)
     shares: dict[str, np.ndarray] = {}
     if parametric is not None:
         alpha, beta = parametric.draws[:, 3], parametric.draws[:, 4]
@@ -69,29 +86,35 @@ def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> 
             continue
         draws = draws[_within(draws)]
         parts = axes.violinplot([draws], positions=[place], orientation="horizontal", widths=0.8, showextrema=False)
-        for body in parts["bodies"]:
+        for body in cast(list[Any], parts["bodies"]):
             body.set(facecolor=PALETTE[place % len(PALETTE)], alpha=0.5)
         low, middle, high = np.percentile(draws, [2.5, 50, 97.5])
         axes.plot([low, high], [place, place], color=INK, linewidth=1)
         axes.plot(middle, place, "o", color=INK, markersize=4)
     axes.set_yticks(range(len(shares)), shares)
     axes.invert_yaxis()
-    axes.set(xlabel="a, of N* ∝ C^a", title="Resampled a, with 95 % intervals")
-    return figure
+    axes.set(xlabel="a, of N* ∝ C^a", title="Resampled a, 95 % intervals")
+    for panel in panels:
+        panel.locator_params(axis="x", nbins=4)
+    return figures_of(panels)
 
 
 @styled
-def held_out(runs: Sequence[dict[str, Any]]) -> Figure:
+def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
     """Predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval, measured}."""
-    figure = new_figure(WIDTH, 4.0)
-    left, right = figure.subplots(1, 2)
+    left, right = new_panels(2, 3.4)
     known = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     params = np.array([run["params"] for run in known])
     predicted, measured = (np.array([run[name] for run in known]) for name in ("loss", "measured"))
     low, high = np.array([run["interval"] for run in known]).T
     order = np.argsort(params)
-    left.fill_between(params[order], low[order], high[order], color=ORANGE, alpha=0.15, linewidth=0)
-    left.plot(params[order], predicted[order], "--", color=ORANGE, label="predicted, with its 95 % interval")
+    if len(np.unique(params)) > 1:
+        left.fill_between(params[order], low[order], high[order], color=ORANGE, alpha=0.15, linewidth=0)
+        left.plot(params[order], predicted[order], "--", color=ORANGE, label="predicted, with its 95 % interval")
+    else:  # a line and a band need a second size
+        ends = np.maximum([predicted - low, high - predicted], 0)
+        look: dict[str, Any] = {"fmt": "D", "color": ORANGE, "capsize": 4, "alpha": 0.7}
+        left.errorbar(params, predicted, yerr=ends, label="predicted, with its 95 % interval", **look)
     left.plot(params, measured, "o", color=BLUE, markeredgecolor=INK, label="measured afterwards")
     log_axis(left.xaxis, params.min(), params.max())
     left.set(xlabel=PARAMS, ylabel="validation loss (nats per token)", title="Held-out runs")
@@ -105,13 +128,13 @@ def held_out(runs: Sequence[dict[str, Any]]) -> Figure:
     right.plot(params, error, "o", color=BLUE, markeredgecolor=INK)
     log_axis(right.xaxis, params.min(), params.max())
     right.set(xlabel=PARAMS, ylabel="measured over predicted, less 1 (%)", title="Error of the prediction")
-    return figure
+    return figures_of([left, right])
 
 
 @styled
-def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Figure:
+def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, width: float = WIDTH) -> Figure:
     """The runs themselves, for a table in which no valley was found: loss over compute, coloured by size."""
-    figure = new_figure(WIDTH, 3.8)
+    figure = new_figure(width, 3.8)
     axes = figure.subplots()
     flops = 6 * params * tokens
     sizes = np.unique(params)
@@ -120,7 +143,7 @@ def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Figure:
         here = here[np.argsort(flops[here])]
         axes.plot(flops[here], loss[here], "o-", color=colour, markersize=4, linewidth=0.8)
     log_axis(axes.xaxis, flops.min(), flops.max(), powers=True)
-    axes.set(xlabel=FLOPS, ylabel="loss (nats per token)", title="All runs; a line joins those of one size")
+    axes.set(xlabel=FLOPS, ylabel="loss (nats per token)", title="All runs; a line: one size")
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from experiments.report import scaling_figures
-from experiments.report.page import Drawn, drawn, render
+from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import NAMES, Analysis
@@ -42,6 +42,8 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "held_out": document["held_out"],
         "rejected": [] if document["isoflop"] is None else _rejected(document["isoflop"]["rejected"]),
         "left_out": _left_out(analysis),
+        "dotted": len(analysis.fits.valleys) > 0 or analysis.envelope is not None,
+        "starred": bool(_minima(analysis)),
         "smooth": _equal(analysis.valleys.get("parabola"), analysis.valleys.get("spline")),
         "estimator_names": NAMES | {name: NAMES[f"isoflop.{name}"] for name in ("skewed", "spline")},
         "figures": _figures(analysis),
@@ -56,17 +58,17 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
     no_law = f"The parametric law was refused: {fits.refused.get('parametric')}."
     no_law_or = None if parametric is not None else no_law
     runs = [] if analysis.held_out is None else analysis.held_out["runs"]
-    budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
-    minima = [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
     tested = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     neither = "Both estimators were refused." if parametric is None and isoflop is None else None
     found = {
         "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
-            lambda: plots.compute_optimal(isoflop, parametric, others, minima),
+            lambda: plots.compute_optimal(isoflop, parametric, others, _minima(analysis)),
             neither,
         ),
-        "contours": drawn("Loss over N and D", lambda: scaling_figures.contours(parametric, isoflop), no_law_or),
+        "contours": drawn_twice(
+            "Loss over N and D", lambda width: scaling_figures.contours(parametric, isoflop, width), no_law_or
+        ),
         "residuals": drawn("Residuals over N, D and C", lambda: plots.residuals(parametric), no_law_or),
         "clouds": drawn(
             "Bootstrap draws of the exponents",
@@ -80,13 +82,21 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
         ),
     }
     if isoflop is not None:
-        found["valleys"] = drawn("Loss over parameters for each budget", lambda: plots.valleys(isoflop))
+        found["valleys"] = drawn_twice(
+            "Loss over parameters for each budget", lambda width: plots.valleys(isoflop, width)
+        )
     else:
-        found["valleys"] = drawn(
+        found["valleys"] = drawn_twice(
             "Loss over compute, by size",
-            lambda: scaling_figures.losses(table.params, table.tokens, table.loss),
+            lambda width: scaling_figures.losses(table.params, table.tokens, table.loss, width),
         )
     return found
+
+
+def _minima(analysis: Analysis) -> list[dict[str, float]]:
+    """The minima {flops, params, tokens, loss} measured at budgets that were held out of every fit."""
+    budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
+    return [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments.report import figures
 from experiments.report.commands import commands
-from experiments.report.page import Drawn, device_name, drawn, known, render
-from experiments.report.sweep_figures import axis_panels
+from experiments.report.page import Drawn, device_name, drawn, drawn_twice, known, render
+from experiments.report.sweep_figures import axis_panels, goes_beyond
 from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
@@ -66,6 +66,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
         "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second_aggregate"], default=None),
+        "beyond": bool(parts["sweep"]) and goes_beyond(parts["sweep"]),
         "order": _best_first(parts["sweep"]),
         "stages": _stages(folder),
         "commands": commands(document),
@@ -96,9 +97,9 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
             lambda: axis_panels(sweep),
             None if any(known(setting["mean"]) for setting in sweep.get("settings", ())) else "No trial has a loss.",
         ),
-        "curves": drawn(
+        "curves": drawn_twice(
             "Training loss of every run of the ladder over compute",
-            lambda: figures.loss_curves(curves),
+            lambda width: figures.loss_curves(curves, width),
             None if curves else "The runs' metrics.jsonl files are not beside this study.",
         ),
         "optimal": drawn(
@@ -106,14 +107,15 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
             lambda: plots.compute_optimal(isoflop, parametric),
             "Both estimators were refused, so there is no N*(C)." if parametric is None and isoflop is None else None,
         ),
-        "held_out": drawn(
+        "held_out": drawn_twice(
             "Loss of the held-out run over tokens with the predicted interval",
-            lambda: figures.held_out_curve(
+            lambda width: figures.held_out_curve(
                 held_out,
                 loss=measured.get("loss"),
                 predicted=prediction.get("loss"),
                 interval=prediction.get("interval_95"),
                 tokens=measured["tokens"],
+                width=width,
             ),
             None if measured and (held_out or known(measured["loss"])) else "The held-out run left no loss to draw.",
         ),
@@ -124,11 +126,13 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
         ),
     }
     if isoflop is not None:
-        found["valleys"] = drawn("Loss over parameters for each budget", lambda: plots.valleys(isoflop))
+        found["valleys"] = drawn_twice(
+            "Loss over parameters for each budget", lambda width: plots.valleys(isoflop, width)
+        )
     else:
-        found["valleys"] = drawn(
+        found["valleys"] = drawn_twice(
             "Loss over parameters for each budget",
-            lambda: figures.losses_by_size(usable),
+            lambda width: figures.losses_by_size(usable, width),
             None if usable else no_valleys,
         )
     if parametric is None:
@@ -139,7 +143,7 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
             "Measured over predicted loss",
             lambda: plots.measured_predicted(parametric, held),
         )
-        found["residuals"] = drawn("Residuals over N and D", lambda: plots.residuals(parametric))
+        found["residuals"] = drawn("Residuals over N, D and C", lambda: plots.residuals(parametric))
     return found
 
 

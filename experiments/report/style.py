@@ -6,8 +6,8 @@ Figures are made without pyplot: no global state, no display, nothing to close.
 import html
 import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +22,8 @@ MUTED = "#767676"
 GRID = "#e6e6e6"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 WIDTH = 9.0  # inches, as wide as a page's column: text then has the same size in every figure
+PANEL = 3.6  # inches, as wide as a phone's column: the smallest text, 7.5 points, then has ten pixels there
+NARROW = 6.0  # inches: narrower figures have no room beside their axes
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 """Okabe & Ito 2008, told apart under every common colour blindness; for categories."""
 
@@ -57,7 +59,8 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",  # looks the same whatever fonts the reader has
 }
 
-styled: Callable[[Callable[..., Figure]], Callable[..., Figure]] = mpl.rc_context(STYLE)
+Draw = TypeVar("Draw", bound=Callable[..., Any])
+styled: Callable[[Draw], Draw] = mpl.rc_context(STYLE)
 """Decorator for functions that draw: many of matplotlib's settings are read when an artist is made."""
 
 
@@ -65,6 +68,39 @@ styled: Callable[[Callable[..., Figure]], Callable[..., Figure]] = mpl.rc_contex
 def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
     """An empty figure of the given size in inches whose axes never overlap."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_panels(count: int, height: float = 3.0) -> list[Axes]:
+    """Make axes, each in a figure of its own: a page sets them beside each other, a phone below each other."""
+    return [new_figure(PANEL, height).subplots() for _ in range(count)]
+
+
+def figure_of(axes: Axes) -> Figure:
+    """Return the figure that axes are in."""
+    return cast(Figure, axes.get_figure(root=True))
+
+
+def figures_of(panels: Sequence[Axes]) -> list[Figure]:
+    """Return the figures of `new_panels`."""
+    return [figure_of(axes) for axes in panels]
+
+
+def legend_aside(axes: Axes, title: str | None = None, entries: int | None = None) -> None:
+    """Put the legend where no data can be: right of a wide figure, below a narrow one.
+
+    entries: how many there are at most in a row below, by default as many as fit.
+    """
+    figure = figure_of(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    look: dict[str, Any] = {"title": title, "title_fontsize": 8}
+    if figure.get_figwidth() > NARROW:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **look)
+        return
+    longest = max(map(len, labels))
+    fit = max(1, min(len(labels), int(46 / (longest + 5))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=entries or fit, columnspacing=1.2, **look)
 
 
 def sequence(count: int) -> list[Any]:

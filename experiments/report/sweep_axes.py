@@ -46,10 +46,23 @@ def ticks(among: Sequence[Any], most: int = 6) -> tuple[list[float], list[str]]:
         shown = [value for value in shown if listed[0] <= value <= listed[-1]]
     else:
         shown = listed
-    if len(shown) > most and scale != "rank":
-        shown = shown[:: -(-len(shown) // most)]
-    places = np.log10(np.array(shown, float)) if scale == "log" else positions(shown, among)
-    return places.tolist(), tick_labels(shown)
+    if scale == "rank":
+        return positions(shown, among).tolist(), tick_labels(shown)
+    places = np.log10(np.array(shown, float)) if scale == "log" else np.array(shown, float)
+    kept = _apart(places, 0.8 * np.ptp(positions(listed, among)) / most) if len(places) else []
+    return places[kept].tolist(), tick_labels([shown[i] for i in kept])
+
+
+def _apart(places: np.ndarray, gap: float) -> list[int]:
+    """Which of rising places to keep so that each is at least `gap` from the one before; the ends are preferred."""
+    kept = [0]
+    for i in range(1, len(places)):
+        if places[i] - places[kept[-1]] >= gap:
+            kept.append(i)
+    last = len(places) - 1
+    if kept[-1] != last and len(kept) > 1:
+        kept[-1] = last
+    return kept
 
 
 def place_axis(axis: Axis, among: Sequence[Any], most: int = 6) -> None:

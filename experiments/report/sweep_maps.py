@@ -10,8 +10,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.tri import Triangulation
 
-from experiments.report.style import BLUE, INK, MUTED, ORANGE, WIDTH, log_axis, new_figure, sequence, styled
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    figure_of,
+    figures_of,
+    legend_aside,
+    log_axis,
+    new_panels,
+    sequence,
+    styled,
+)
 from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
+from experiments.report.sweep_figures import fullest, is_population
 from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 
 LOSS = "validation loss (nats per token)"
@@ -28,15 +41,15 @@ def pairs_of(document: Document) -> list[tuple[str, str]]:
 
 
 @styled
-def pair_maps(document: Document) -> Figure:
+def pair_maps(document: Document) -> list[Figure]:
     """The lowest mean loss over all other axes, at each pair of values of the axes that matter most.
 
-    Cells where the values were listed, contours where they were drawn from intervals. A ring marks the winner.
+    Losses are those of `fullest`. Cells where most pairs of values were tried, otherwise dots, with contours between
+    them where both axes are numbers. A ring marks the winner.
     """
     pairs = pairs_of(document)
-    figure = new_figure(WIDTH if len(pairs) > 1 else 5.2, 3.1 if len(pairs) > 1 else 3.6)
-    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
-    rows = [row for row in document["settings"] if row["mean"] is not None]
+    panels = new_panels(len(pairs), 3.4)
+    rows, _ = fullest(document)
     colours, norm = loss_colours([row["mean"] for row in rows])
     for panel, (x, y) in zip(panels, pairs, strict=True):
         best: dict[tuple[Any, Any], float] = {}
@@ -44,45 +57,50 @@ def pair_maps(document: Document) -> Figure:
             if row[x] is not None and row[y] is not None:
                 best[row[x], row[y]] = min(row["mean"], best.get((row[x], row[y]), math.inf))
         across, up = document["axes"][x], document["axes"][y]
-        if len(distinct(across)) <= MANY and len(distinct(up)) <= MANY:
+        if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
         else:
-            _contours(panel, best, across, up, colours, norm)
+            # A member's values at its end say little of what its run was trained with before.
+            _dots(panel, best, across, up, colours, norm, contours=not is_population(document))
             place_axis(panel.xaxis, across, 5)
             place_axis(panel.yaxis, up, 6)
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
         if document["winner"] is not None:
-            _ring(panel, document["winner"]["setting"], (x, y), across, up)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), pad=0.015, aspect=30)
-    bar.set_label("lowest mean loss", fontsize=8)
-    bar.outline.set_visible(False)
-    return figure
+            _ring(panel, document["winner"]["setting"], (x, y), across, up, grid)
+        bar = figure_of(panel).colorbar(ScalarMappable(norm, colours), ax=panel, location="bottom", aspect=30)
+        bar.set_label("lowest mean loss", fontsize=8)
+        bar.outline.set_visible(False)
+    return figures_of(panels)
 
 
-def _is_listed(values: Sequence[Any]) -> bool:
-    return len(distinct(values)) <= MANY
+def _is_grid(best: Mapping[tuple[Any, Any], float], across: Sequence[Any], up: Sequence[Any]) -> bool:
+    """Whether values were listed and most pairs of them tried, not drawn one by one."""
+    columns, rows = len(distinct(across)), len(distinct(up))
+    return max(columns, rows) <= MANY and 2 * len(best) >= columns * rows
 
 
 def _cells(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any) -> None:
     columns, rows = distinct(across), distinct(up)
     grid = np.array([[best.get((x, y), np.nan) for x in columns] for y in rows])
     panel.imshow(grid, origin="lower", aspect="auto", cmap=colours, norm=norm)
-    if len(columns) <= 6 and len(rows) <= 9:
+    if len(columns) <= 5 and len(rows) <= 9:
         for (j, i), loss in np.ndenumerate(grid):
             if np.isfinite(loss):
                 ink = "white" if norm(loss) < 0.6 else INK
-                panel.text(i, j, f"{loss:.3f}", ha="center", va="center", fontsize=7, color=ink)
+                panel.text(i, j, f"{loss:.3f}", ha="center", va="center", fontsize=7.5, color=ink)
     panel.set_xticks(range(len(columns)), tick_labels(columns))
     panel.set_yticks(range(len(rows)), tick_labels(rows))
-    if len(columns) > 6:
+    if len(columns) > 5:
         panel.tick_params(axis="x", rotation=45)
     panel.grid(visible=False)
 
 
-def _contours(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any) -> None:
+def _dots(
+    panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], colours: Any, norm: Any, *, contours: bool
+) -> None:
     x, y = positions([pair[0] for pair in best], across), positions([pair[1] for pair in best], up)
     loss = np.minimum(list(best.values()), norm.vmax)
-    if "rank" not in (scale_of(across), scale_of(up)):
+    if contours and "rank" not in (scale_of(across), scale_of(up)):
         try:
             scaled = [(v - v.min()) / ((v.max() - v.min()) or 1) for v in (x, y)]
             triangles = Triangulation(*scaled).triangles
@@ -93,10 +111,10 @@ def _contours(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any],
     panel.scatter(x, y, c=loss, cmap=colours, norm=norm, s=11, edgecolors="white", linewidths=0.4, zorder=3)
 
 
-def _ring(panel: Axes, setting: Mapping[str, Any], pair: tuple[str, str], across: Any, up: Any) -> None:
+def _ring(panel: Axes, setting: Mapping[str, Any], pair: tuple[str, str], across: Any, up: Any, grid: bool) -> None:
     if any(setting[name] is None for name in pair):
         return
-    if _is_listed(across) and _is_listed(up):
+    if grid:
         place = distinct(across).index(setting[pair[0]]), distinct(up).index(setting[pair[1]])
         box = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.2}
         panel.add_patch(_rectangle((place[0] - 0.5, place[1] - 0.5), **box))
@@ -112,11 +130,10 @@ def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
 
 
 @styled
-def pareto_front(found: Document) -> Figure:
+def pareto_front(found: Document) -> list[Figure]:
     """The first objective against each other one: the front joined, what is within its noise hollow, the rest grey."""
     names, settings = found["objectives"], found["settings"]
-    figure = new_figure(WIDTH if len(names) > 2 else 6.4, 3.8)
-    panels = figure.subplots(1, len(names) - 1, sharey=True, squeeze=False)[0]
+    panels = new_panels(len(names) - 1, 3.6)
     values = np.array([row["values"] for row in settings])
     errors = np.array([row["errors"] for row in settings])
     place = np.array([row["place"] for row in settings])
@@ -127,8 +144,12 @@ def pareto_front(found: Document) -> Figure:
             if here.any():
                 face = face if face != "none" else colour
                 x, y = values[here, k], values[here, 0]
-                bars = {"xerr": errors[here, k], "yerr": errors[here, 0], "elinewidth": 0.8}
-                look = {"color": colour, "markerfacecolor": face, "alpha": 0.55 if kind == "behind" else 1}
+                bars: dict[str, Any] = {"xerr": errors[here, k], "yerr": errors[here, 0], "elinewidth": 0.8}
+                look: dict[str, Any] = {
+                    "color": colour,
+                    "markerfacecolor": face,
+                    "alpha": 0.55 if kind == "behind" else 1,
+                }
                 panel.errorbar(x, y, fmt="o", label=label, **look, **bars)
         if len(names) == 2:
             ends = values[place == "front"]
@@ -139,10 +160,10 @@ def pareto_front(found: Document) -> Figure:
         if low > 0 and high / low > 4:
             log_axis(panel.xaxis, low, high)
         better = "higher" if found["directions"][k] == "maximize" else "lower"
-        panel.set_xlabel(f"{names[k].replace('_', ' ')} ({better} is better)")
-    panels[0].set_ylabel(LOSS if names[0] == "loss" else names[0].replace("_", " "))
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+        panel.set_xlabel(f"{names[k].replace('_', ' ')}\n({better} is better)")
+        panel.set_ylabel(LOSS if names[0] == "loss" else names[0].replace("_", " "))
+        legend_aside(panel)
+    return figures_of(panels)
 
 
 def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
@@ -153,15 +174,19 @@ def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
     differ = [name for name in ends[0]["setting"] if len({str(row["setting"][name]) for row in ends}) > 1][:2]
     for row in ends:
         said = ", ".join(f"{name} {tick_labels([row['setting'][name]])[0]}" for name in differ)
-        panel.annotate(said, row["values"][::-1][-2:], xytext=(5, -9), textcoords="offset points", fontsize=7)
+        panel.annotate(said, row["values"][::-1][-2:], xytext=(5, -9), textcoords="offset points", fontsize=7.5)
 
 
 @styled
-def rate_transfer(found: Document) -> Figure:
-    """Left: loss over the learning rate at each size with its parabola. Right: the optima over size, with intervals."""
+def rate_transfer(found: Document) -> list[Figure]:
+    """First: loss over the learning rate at each size with its parabola. Then: the optima over size, with intervals.
+
+    The second is left out where fewer than two sizes have an optimum.
+    """
     sizes, axis = found["sizes"], found["axis"].replace("_", " ")
-    figure = new_figure(WIDTH, 3.6)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    left, right = new_panels(2, 3.4)
+    optima = [row["optimum"] for row in sizes if row["optimum"] is not None]
+    bounded = any(found["interval_95"] is not None for found in optima)
     rates = [point["learning_rate"] for row in sizes for point in row["line"]]
     for row, colour in zip(sizes, sequence(len(sizes)), strict=True):
         x, y = ([point[name] for point in row["line"]] for name in ("learning_rate", "mean"))
@@ -185,6 +210,6 @@ def rate_transfer(found: Document) -> Figure:
     log_axis(right.xaxis, min(listed), max(listed), margin=0.12)
     right.set_xticks(listed, tick_labels(listed))
     left.set(xlabel="learning rate", ylabel=LOSS, title="Loss at each size")
-    right.set(xlabel=axis, ylabel="learning rate", title="Optimum and 95 % interval")
-    left.legend(title=axis, title_fontsize=8, loc="best")
-    return figure
+    right.set(xlabel=axis, ylabel="learning rate", title="Optimum" + (" and 95 % interval" if bounded else ""))
+    legend_aside(left, title=axis)
+    return figures_of([left, right] if len(optima) > 1 else [left])

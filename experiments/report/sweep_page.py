@@ -5,10 +5,12 @@ from typing import Any
 
 from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
-from experiments.report.page import Drawn, drawn, render
-from experiments.sweep.reading.curves import UNEQUAL, chosen
+from experiments.report.page import Drawn, drawn, drawn_twice, render
+from experiments.sweep.reading.curves import MOST, UNEQUAL, chosen
 from experiments.sweep.reading.results import Results, Tables
-from experiments.sweep.reading.scales import text
+from experiments.sweep.reading.scales import MANY, distinct, is_number, text
+from experiments.sweep.reading.settings import by_setting
+from experiments.sweep.reading.summary import fate
 from train.files import write_atomically
 
 MOST_ROWS = 1000  # of the table of settings
@@ -28,11 +30,26 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
         "title": results.folder.resolve().name,
         "total": len(results.rows),
         "names": list(results.axes),
-        "varied": [_axis_in_words(name, values) for name, values in results.axes.items()],
-        "seeds": len({row["seed"] for row in results.rows}),
+        "varied": [_axis_in_words(name, _given(results, name), results.sampler != "all") for name in results.axes],
+        "seeds": _seeds(results),
+        "population": results.policy == "population",
+        "compared_at": _compared_at(document),
+        "ranked": "refused" not in document["importance"]["ped_anova"],
+        "vague": {name: found["refused"] for name, found in document["importance"].items() if "refused" in found},
+        "many": len(results.rows) > MOST,
+        "unknown": any(
+            row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
+        ),
+        "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
+        "beyond": sweep_figures.goes_beyond(document),
+        "fate": fate,
+        "total_settings": len(document["settings"]),
+        "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
+        "began": {row["member"]: row["parent_steps"] for row in results.rows},
+        "rung_in_words": sweep_figures.rung_in_words,
         "running": sum(document["counts"][state] for state in ("planned", "running")),
-        "order": sorted(document["settings"], key=lambda row: (row["mean"] is None, row["mean"] or 0.0))[:MOST_ROWS],
-        "winning": None if winner is None else winner["setting"],
+        "order": sorted(document["settings"], key=_place)[:MOST_ROWS],
+        "winning": None if winner is None else winner["setting"] | {"member": winner["member"]},
         "equal": [] if winner is None else winner["indistinguishable"] or [],
         "tables": tables,
         "write": text,
@@ -40,8 +57,37 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
     }
 
 
-def _axis_in_words(name: str, values: list[Any]) -> dict[str, str]:
-    numbers = len(values) > 12
+def _place(setting: dict[str, Any]) -> tuple[bool, bool, float, float]:
+    """Candidates first, then by what each was trained for: the tokens of its last rung, and its loss there."""
+    stopped = setting["stopped"] or {"tokens": 0, "mean": 0.0}
+    loss = stopped["mean"] if setting["mean"] is None else setting["mean"]
+    return bool(fate(setting)), setting["mean"] is None, -stopped["tokens"], loss
+
+
+def _given(results: Results, name: str) -> list[Any]:
+    """The values of an axis that trials began with; a population finds others on its way."""
+    return distinct(row[name] for row in results.rows if row["member"] is None)
+
+
+def _seeds(results: Results) -> int:
+    """The most trials that a setting began with."""
+    rows = [row for row in results.rows if row["member"] is None]
+    return max(len(members) for members in by_setting(list(results.axes), rows).values())
+
+
+def _compared_at(document: dict[str, Any]) -> str:
+    """Which losses the figures of all axes together show."""
+    rows, steps = sweep_figures.fullest(document)
+    total = len(document["settings"])
+    if steps is None:
+        what = "members" if sweep_figures.is_population(document) else "settings"
+        return "" if len(rows) == total else f"Of the {len(rows)} {what} of {total} that were trained to the end. "
+    where = sweep_figures.rung_in_words(steps)
+    return f"Losses after {where}, where the most settings can be compared: {len(rows)} of {total}. "
+
+
+def _axis_in_words(name: str, values: list[Any], drawn: bool) -> dict[str, str]:
+    numbers = all(map(is_number, values)) and len(values) > (3 if drawn else MANY)
     said = (
         f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
     )
@@ -58,27 +104,29 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
     if no_loss and document["counts"]["diverged"]:
         no_loss = "No trial has a loss: those that ended have diverged."
     no_axes = None if names else "Nothing varies but the seed."
-    few = None if len(names) > 1 else "It takes two axes."
+    few = None if len(names) > 1 else "It takes two axes that vary."
     curves = _curves(results)
-    refused = document["importance"]["ped_anova"].get("refused")
+    # Nothing is ranked alone: a line or a cell without another says nothing.
+    single = None if len(sweep_figures.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
+    refused = [found.get("refused") for found in document["importance"].values()]
     found = {
         "axes": drawn("Loss against each axis", lambda: sweep_figures.axis_panels(document), no_loss or no_axes),
-        "curves": drawn(
+        "curves": drawn_twice(
             "Training loss of runs over tokens",
-            lambda: sweep_figures.learning_curves(curves, _costs_differ(results)),
+            lambda width: sweep_figures.learning_curves(curves, _costs_differ(results), width),
             None if curves else "No run has left a learning curve beside this sweep.",
         ),
-        "parallel": drawn(
+        "parallel": drawn_twice(
             "Settings as lines through their values",
-            lambda: sweep_figures.parallel_coordinates(document),
-            no_loss or no_axes,
+            lambda width: sweep_figures.parallel_coordinates(document, width),
+            no_loss or no_axes or few or single,
         ),
-        "importance": drawn(
+        "importance": drawn_twice(
             "Importance of each axis",
-            lambda: sweep_figures.importance_bars(document["importance"]),
-            None if refused is None else f"Importances were refused: {refused}.",
+            lambda width: sweep_figures.importance_bars(document["importance"], width),
+            None if None in refused else f"Importances were refused: {refused[0]}.",
         ),
-        "pairs": drawn("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few),
+        "pairs": drawn("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few or single),
     }
     if document["pareto"] is not None:
         found["pareto"] = drawn("Pareto front", lambda: sweep_maps.pareto_front(document["pareto"]))

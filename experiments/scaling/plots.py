@@ -14,11 +14,16 @@ from experiments.report.style import (
     BLUE,
     INK,
     MUTED,
+    NARROW,
     ORANGE,
     PALETTE,
     WIDTH,
+    figure_of,
+    figures_of,
+    legend_aside,
     log_axis,
     new_figure,
+    new_panels,
     note,
     sequence,
     styled,
@@ -48,7 +53,8 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
     if many:
         scale = ScalarMappable(LogNorm(min(flops), max(flops)), ListedColormap(sequence(256)))
         colours = list(scale.to_rgba(np.array(flops)))
-        axes.figure.colorbar(scale, ax=axes, label=FLOPS)
+        narrow = figure_of(axes).get_figwidth() <= NARROW
+        axes.figure.colorbar(scale, ax=axes, label=FLOPS, location="bottom" if narrow else "right")
     for valley, colour in zip(valleys, colours, strict=True):
         accepted = valley.reason is None
         axes.plot(valley.params, valley.loss, "o", color=colour, markersize=4, alpha=1 if accepted else 0.5)
@@ -65,7 +71,7 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
         _leave_far_losses_out(axes, np.concatenate([valley.loss for valley in valleys]))
     axes.set(xlabel=PARAMS, ylabel=LOSS, title="IsoFLOP valleys")
     if not many:
-        axes.legend(title=FLOPS, title_fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend_aside(axes, title=FLOPS)
 
 
 def _leave_far_losses_out(axes: Any, losses: np.ndarray) -> None:
@@ -98,7 +104,7 @@ def _draw_optimal(
     tested = np.array([best["flops"] for best in measured])
     grid = np.geomspace(budgets.min() / 2, 2 * max(budgets.max(), *tested, 0), 100)
     exponent = "a" if name == "params" else "b"
-    seen = [points]
+    seen, bands = [points], ""
     for (label, fit), colour in zip(others.items(), PALETTE[2:], strict=False):
         line = getattr(fit, f"{name}_coefficient") * grid ** getattr(fit, exponent)
         axes.plot(grid, line, ":", color=colour, label=f"{label}: $C^{{\\,{getattr(fit, exponent):.3f}}}$")
@@ -117,6 +123,7 @@ def _draw_optimal(
             low, high = fit.optimal_interval(grid)[name]
         except ValueError:  # the table tells no noise: a line without a band
             continue
+        bands = ", 95 % bands"
         axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
     if len(points):
         axes.plot(budgets, points, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
@@ -128,14 +135,14 @@ def _draw_optimal(
     values = np.concatenate(seen)
     log_axis(axes.yaxis, values.min(), values.max())
     symbol = "N*" if name == "params" else "D*"
-    axes.set(xlabel=FLOPS, ylabel=PARAMS if name == "params" else TOKENS, title=f"{symbol}(C), 95 % bands")
+    axes.set(xlabel=FLOPS, ylabel=PARAMS if name == "params" else TOKENS, title=f"{symbol}(C){bands}")
     axes.legend(loc="upper left")
 
 
 @styled
-def valleys(isoflop: IsoflopFit) -> Figure:
+def valleys(isoflop: IsoflopFit, width: float = WIDTH) -> Figure:
     """Loss over N for each budget, with its parabola and minimum; rejected budgets dashed and pale."""
-    figure = new_figure(WIDTH, 4.2)
+    figure = new_figure(width, 4.2)
     _draw_valleys(figure.subplots(), isoflop.valleys)
     return figure
 
@@ -146,17 +153,16 @@ def compute_optimal(
     parametric: ParametricFit | None = None,
     others: Mapping[str, Any] = MappingProxyType({}),
     measured: Sequence[Mapping[str, float]] = (),
-) -> Figure:
-    """N*(C) and D*(C) side by side; at least one of the first two fits is needed.
+) -> list[Figure]:
+    """N*(C) and D*(C); at least one of the first two fits is needed.
 
     others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
     budgets that no fit has seen.
     """
-    figure = new_figure(WIDTH, 3.8)
-    left, right = figure.subplots(1, 2)
-    _draw_optimal(left, "params", isoflop, parametric, others, measured)
-    _draw_optimal(right, "tokens", isoflop, parametric, others, measured)
-    return figure
+    panels = new_panels(2, 3.4)
+    for panel, name in zip(panels, ("params", "tokens"), strict=True):
+        _draw_optimal(panel, name, isoflop, parametric, others, measured)
+    return figures_of(panels)
 
 
 @styled
@@ -177,7 +183,7 @@ def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Fi
 @styled
 def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95) -> Figure:
     """Measured over predicted loss: dots are the fitted runs, stars `held_out` ones {params, tokens, loss}."""
-    figure = new_figure(5.0, 4.6)
+    figure = new_figure(4.2, 3.9)
     axes = figure.subplots()
     table = fit.table
     predicted = fit.predict(table.params, table.tokens)
@@ -208,10 +214,9 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
 
 
 @styled
-def residuals(fit: ParametricFit) -> Figure:
+def residuals(fit: ParametricFit) -> list[Figure]:
     """Relative residuals over N, D and C: a law of the right form leaves no trend."""
-    figure = new_figure(WIDTH, 3.4)
-    axes = figure.subplots(1, 3, sharey=True)
+    axes = new_panels(3, 2.9)
     percent = -100 * fit.residuals  # measured above the law is positive
     pairs = (
         (PARAMS, fit.table.params, fit.table.tokens, "D"),
@@ -226,7 +231,6 @@ def residuals(fit: ParametricFit) -> Figure:
         if label == FLOPS:
             wide = values.max() > WIDE * values.min()
             axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=4))
-        axis.set_xlabel(label)
+        axis.set(xlabel=label, ylabel=r"$\ln L - \ln \hat{L}$ (%)")
         note(axis, f"darker: smaller {letter}")
-    axes[0].set(ylabel=r"$\ln L - \ln \hat{L}$ (%)", title="Residuals")
-    return figure
+    return figures_of(axes)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from experiments.sweep.objectives import direction
+from experiments.sweep.objectives import LOSS, direction
 from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
@@ -49,19 +49,27 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
 
 
 def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The best mean of the first objective over finished replicates, and the noise of one run there."""
-    groups: dict[str, list[Row]] = {}
+    """The best mean of the first objective over finished replicates, and the noise of one run there.
+
+    A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
+    population that left another's run is one of its own, with its values from update `from_steps` on. settings: all
+    that there are; ended: those that count.
+    """
+    groups: dict[tuple[str, str | None], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.trial.point_key, []).append(row)
+        member = row.trial.id if sweep.policy == "population" and row.trial.parent else None
+        groups.setdefault((row.trial.point_key, member), []).append(row)
     found = []
-    for key, members in groups.items():
+    for (key, member), members in groups.items():
         values = [row.values[0] for row in members if row.state == "finished" and row.values]
-        if values:
+        if values and not any(row.state in ("diverged", "pruned") for row in members):
             noise = statistics.stdev(values) if len(values) > 1 else None
-            mean = statistics.fmean(values)
-            found.append({"setting": json.loads(key), "mean": mean, "std": noise, "seeds": len(values)})
+            about = {"mean": statistics.fmean(values), "std": noise, "seeds": len(values)}
+            about["from_steps"] = members[0].trial.parent[1] if member and members[0].trial.parent else 0
+            found.append({"setting": json.loads(key), "objective": sweep.objectives[0], **about})
     sign = 1 if direction(sweep.objectives[0]) == "minimize" else -1
-    return min(found, key=lambda row: sign * row["mean"], default=None)
+    best = min(found, key=lambda row: sign * row["mean"], default=None)
+    return None if best is None else best | {"settings": len(groups), "ended": len(found)}
 
 
 def table(document: dict[str, Any]) -> "RenderableType":
@@ -83,15 +91,21 @@ def table(document: dict[str, Any]) -> "RenderableType":
         + (f", {document['points_to_draw']} points yet to be drawn" if document["points_to_draw"] else "")
     ]
     if document["best"]:
-        lines.append(f"best so far: {_words(document['best'])}")
+        lines.append(_words(document["best"]))
     return Group(out, *(Text(line) for line in lines))
 
 
 def _words(found: dict[str, Any]) -> str:
     """The best so far in one line."""
+    highest = direction(found["objective"]) == "maximize"
     setting = setting_text(found["setting"]) or "the base"
-    noise = f" ± {found['std']:.4f} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
-    return f"{setting}: {found['mean']:.4f}{noise}"
+    if found["from_steps"]:
+        setting += f" from update {found['from_steps']:,} on"
+    digits = ".4f" if found["objective"] == LOSS else ",.0f" if found["mean"] >= 100 else ".4g"
+    value = f"{found['mean']:{digits}}"
+    noise = f" ± {found['std']:{digits}} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
+    which = f"{'highest' if highest else 'lowest'} {found['objective']} so far: {setting}: {value}{noise}"
+    return f"{which}; trained to the end: {found['ended']} of {found['settings']} settings"
 
 
 def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True) -> None:
@@ -133,15 +147,21 @@ def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _planned_tokens(row: Row) -> int:
-    return row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step
+    """Of the updates that it makes itself: what it shares with a run that it leaves is trained there."""
+    return row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step - _shared_tokens(row)
+
+
+def _shared_tokens(row: Row) -> int:
+    parent = row.trial.parent
+    return 0 if parent is None else parent[1] * row.trial.setting.train_config.tokens_per_step
 
 
 def _tokens(sweep: Sweep, row: Row) -> int:
-    """Seen by a trial up to now, by its record where it is under way."""
+    """Seen by a trial itself up to now, by its record where it is under way."""
     known = int(row.facts.get("tokens", row.steps_done * row.trial.setting.train_config.tokens_per_step))
-    if row.state != "running":
-        return known
-    return max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
+    if row.state == "running":
+        known = max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
+    return max(0, known - _shared_tokens(row))
 
 
 def _recorded_tokens(path: Path) -> int:

@@ -40,6 +40,28 @@ def words():
 
 
 @pytest.fixture
+def phone_figures(monkeypatch):
+    """Collect the figures of a page that a phone shows, each checked: its text has ten CSS pixels or more.
+
+    A phone of 390 pixels leaves 350 of them to a page.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    found: list[Figure] = []
+
+    def checked(figure, label):
+        if figure.get_figwidth() < 6:
+            found.append(figure)
+            texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+            assert min(text.get_fontsize() for text in texts) * 350 / figure.get_figwidth() / 72 >= 10, label
+        return "[figure]"
+
+    monkeypatch.setattr("experiments.report.page.inline", checked)
+    return found
+
+
+@pytest.fixture
 def no_svg(monkeypatch):
     """Figures are made but not turned into SVG, which takes most of the time."""
     monkeypatch.setattr("experiments.report.page.inline", lambda figure, label: "[figure]")

@@ -35,7 +35,7 @@ def test_a_page_says_what_runs_reached_and_where_they_differ(tmp_path):
     assert [row["differing"] for row in rows] == [{"learning_rate": 0.01}, {"learning_rate": 0.02}]
     assert rows[0]["tokens_per_second"] == 250  # the median without the first step
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 4
     assert "was interrupted or killed" in page
     assert "2.5000" in page
 
@@ -47,3 +47,13 @@ def test_what_is_no_run_or_has_no_step_is_one_sentence(tmp_path):
         write_run_page(tmp_path / "page.html", [_run(tmp_path / "empty", [])])
     with pytest.raises(InputError, match="at most 5"):
         write_run_page(tmp_path / "page.html", [tmp_path] * 6)
+
+
+def test_a_phone_shows_every_panel_with_text_that_can_be_read(tmp_path, phone_figures):
+    write_run_page(tmp_path / "page.html", [_run(tmp_path / "run", [3.0, 2.0, 1.5])])
+    assert [figure.axes[0].get_ylabel() for figure in phone_figures] == [
+        "loss (nats per token)",
+        "learning rate",
+        "norm of the gradient",
+        "tokens per second",
+    ]

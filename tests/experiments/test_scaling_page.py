@@ -52,10 +52,15 @@ def test_the_page_shows_all_of_it_and_fetches_nothing(analysis, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for section in SECTIONS:
         assert f'id="{section}"' in page
-    assert page.count("<svg") == 6
+    assert page.count("<figure") == 6
     assert "Not shown" not in page
     assert "a &lt;table&gt;" in page
     assert not re.findall(r"(?:src|href)=[\"'](?!#|data:)", page)
+
+
+def test_a_phone_shows_every_panel_with_text_that_can_be_read(analysis, phone_figures, tmp_path):
+    write_scaling_page(tmp_path / "page.html", analysis, "runs")
+    assert len(phone_figures) == 1 + 2 + 1 + 3 + 2 + 2, "valleys, N* and D*, contours, residuals, draws, held out"
 
 
 def test_what_cannot_be_shown_is_said(no_svg, tmp_path):

@@ -247,10 +247,10 @@ def test_every_figure_draws(fits):
 
     figures = [
         plots.valleys(fits.isoflop),
-        plots.compute_optimal(fits.isoflop),
+        *plots.compute_optimal(fits.isoflop),
         plots.overview(None, fits.parametric),
         plots.measured_predicted(fits.parametric, [{"params": 1e7, "tokens": 1e8, "loss": 2.3}]),
-        plots.residuals(fits.parametric),
+        *plots.residuals(fits.parametric),
     ]
     for figure in figures:
         assert svg(figure, "a <label>").count("a &lt;label&gt;") == 1

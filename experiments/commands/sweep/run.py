@@ -173,7 +173,7 @@ def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
     from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
-    summary = summarize(results.axes, results.rows)
+    summary = summarize(results.axes, results.rows) | {"policy": sweep.policy}
     summary["warnings"] += record_troubles(results)
     return summary | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
 
@@ -201,23 +201,25 @@ def show(summary: dict[str, Any]) -> None:
     """Print the settings, best first, and what a reader should beware of."""
     from experiments.commands.options import console, new_table
     from experiments.sweep.reading.scales import text
+    from experiments.sweep.reading.sentence import sentence
+    from experiments.sweep.reading.summary import fate
 
     out, names, standing = console(), list(summary["axes"]), summary["standing"]
     states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
-    table = new_table(*names, "loss", "± seeds", "lost", title=f"{standing['folder']}: {states or 'no trials'}")
-    order = sorted(summary["settings"], key=lambda row: (row["mean"] is None, row["lost"] > 0, row["mean"] or 0))
+    table = new_table(
+        *names, "loss", "± seeds", "not at the end", title=f"{standing['folder']}: {states or 'no trials'}"
+    )
+    order = sorted(summary["settings"], key=lambda row: (bool(fate(row)), row["mean"] is None, row["mean"] or 0))
     for row in order[:_SHOWN]:
         spread = "" if row["std"] is None else f"{row['std']:.4f}"
-        mean = ("diverged" if row["lost"] else "–") if row["mean"] is None else f"{row['mean']:.4f}"
+        mean = "–" if row["mean"] is None else f"{row['mean']:.4f}"
         values = (f"{row[name]:.4g}" if isinstance(row[name], float) else text(row[name]) for name in names)
-        table.add_row(*values, mean, spread, str(row["lost"] or ""))
+        table.add_row(*values, mean, spread, fate(row))
     out.print(table)
     if len(order) > _SHOWN:
         out.print(f"and {len(order) - _SHOWN} more in {standing['folder']}/summary.json", highlight=False)
     if summary["seed_noise"] is not None:
         out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
-    equal = (summary["winner"] or {}).get("indistinguishable")
-    if equal:
-        out.print(f"{len(equal)} other settings cannot be told apart from the winner", highlight=False)
+    out.print(sentence(summary, summary["policy"]), highlight=False)
     for warning in summary["warnings"]:
         out.print(f"warning: {warning}", style="yellow", highlight=False)

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.sweep.reading.summary import by_setting, candidates_of, group
+from experiments.sweep.reading.settings import by_setting, candidates_of, group
 
 if TYPE_CHECKING:
     from experiments.report.figures import Curve
 
-_MOST = 60  # runs in one figure
+MOST = 60  # runs in one figure
 UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
 Read = Callable[[Mapping[str, Any]], "Curve | None"]
 
@@ -19,21 +19,22 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most sixty runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
     order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
-    if len(order) <= _MOST:
+    if len(order) <= MOST:
         return order
-    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, _MOST)).astype(int))]
+    return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, MOST)).astype(int))]
 
 
 def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:
     """Settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
 
-    None where all cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (dearest to cheapest),
+    Settings that were trained to the end are compared, of a population those that kept their settings. None where all
+    cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (dearest to cheapest),
     settings: [{setting, flops_6nd, loss, seeds}] best first}, or {ratio, refused: why}. read: the learning curve of a
     row. The training loss is smoothed over a tenth of the steps, and interpolated in log FLOPs.
     """
     allowed = by_setting(names, candidates_of(group(names, rows)))
     ended = [row for row in rows if row["state"] == "finished" and row["flops_6nd"]]
-    members = {key: runs for key, runs in by_setting(names, ended).items() if key in allowed}
+    members = {key: runs for key, runs in by_setting(names, ended).items() if key in allowed and key[-1] is None}
     cost = {key: float(np.mean([row["flops_6nd"] for row in runs])) for key, runs in members.items()}
     if len(cost) < 2 or max(cost.values()) <= UNEQUAL * min(cost.values()):
         return None
@@ -44,7 +45,7 @@ def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read
         if losses:
             found.append(
                 {
-                    "setting": dict(zip(names, key, strict=True)),
+                    "setting": dict(zip(names, key, strict=False)),
                     "flops_6nd": cost[key],
                     "loss": float(np.mean(losses)),
                     "seeds": len(losses),

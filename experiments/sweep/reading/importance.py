@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from experiments.sweep.reading.scales import distinct, is_number, scale_of
-from experiments.sweep.reading.summary import by_setting
+from experiments.sweep.reading.settings import by_setting
 
 FEWEST = 10  # finished trials
+WIDE = 0.5  # of an interval of a share: beyond it the data say next to nothing of that axis
 Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
 
@@ -17,18 +18,23 @@ Evaluate = Callable[[Any, int], dict[str, float]]
 def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
     """How much each axis matters for the loss: shares that add up to 1, by one estimator after another.
 
-    rows: flat; finished ones count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …} or under a name
-    {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here the best tenth but
-    at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by a random forest;
-    it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over bootstrap draws of
-    settings, whose seeds stay together, since trials that differ by seed alone are no independent evidence.
+    rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
+    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here
+    the best tenth but at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by
+    a random forest; it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over
+    bootstrap draws of settings, whose seeds stay together, since trials that differ by seed alone are no independent
+    evidence. An estimator is refused where an interval is wider than half of the scale and no axis stands above all
+    others.
     """
     finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
     refused = None
     if len(names) < 2:
         refused = "with fewer than two axes there is nothing to weigh"
     elif len(finished) < FEWEST:
-        refused = f"{len(finished)} trials have finished; the estimators need at least {FEWEST}"
+        ended = "1 trial was" if len(finished) == 1 else f"{len(finished)} trials were"
+        refused = f"{ended} trained to the end; the estimators need at least {FEWEST}"
+    elif any(row.get("member") is not None for row in finished):
+        refused = "the members of a population changed their settings along their runs"
     elif len({row["loss"] for row in finished}) < 2:
         refused = "all losses are the same"
     if refused:
@@ -75,9 +81,26 @@ def _with_interval(
         trials = [trial for i in picked for trial in settings[i]]
         seen.append(_shares(names, evaluate(_study(trials), draw + 1)))
     low, high = np.percentile([[drawn[name] for name in names] for drawn in seen], [2.5, 97.5], axis=0)
-    return {
+    found = {
         name: {"share": share[name], "interval_95": [float(low[i]), float(high[i])]} for i, name in enumerate(names)
     }
+    return {"refused": _nothing_told(found, len(settings))} if _is_vague(found) else found
+
+
+def _is_vague(found: Mapping[str, Any]) -> bool:
+    """Whether an interval is wide, and the data do not even say which axis matters most."""
+    bounds = sorted((axis["interval_95"] for axis in found.values()), key=lambda interval: -interval[0])
+    leads = all(bounds[0][0] > high for _, high in bounds[1:])
+    return not leads and any(high - low > WIDE for low, high in bounds)
+
+
+def _nothing_told(found: Mapping[str, Any], settings: int) -> str:
+    name, axis = max(found.items(), key=lambda item: item[1]["interval_95"][1] - item[1]["interval_95"][0])
+    low, high = axis["interval_95"]
+    return (
+        f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), "
+        "and no axis stands above all others; more settings would narrow that, more seeds of the same ones hardly"
+    )
 
 
 def _frozen(names: Sequence[str], row: Mapping[str, Any], distributions: Mapping[str, Any]) -> Any:

@@ -8,14 +8,12 @@ import numpy as np
 from scipy import stats
 
 from experiments.sweep.reading.scales import is_number
+from experiments.sweep.reading.settings import NEAR, Setting
 from experiments.sweep.reading.size_law import fit_size_law
 from model.errors import InputError
 
-NEAR = 0.5  # nats above the best: further up a loss curve is no parabola any more
 NEIGHBOURS = 2  # on either side of the best
 SHAPES = ("d_model", "d_ff", "num_layers", "num_heads", "batch_size", "seq_len")
-
-Setting = dict[str, Any]
 
 
 def log_parabola(
@@ -87,14 +85,19 @@ def rate_optimum(
 ) -> dict[str, Any]:
     """`log_parabola` through `best` and its neighbours in learning rate, all other axes at the values of `best`.
 
-    Only settings up to 0.5 nats above the best and at most two to either side, but always the next one.
+    candidates: settings that were trained to the end. Only those up to 0.5 nats above the best and at most two to
+    either side, but always the next one.
     """
+    if best["member"] is not None:
+        return {"refused": "the learning rate of the best run changed along it"}
     line = _line(names, best, candidates)
     if len(line) < 3:
-        return {"refused": "fewer than three learning rates share the other axes' values"}
+        return {
+            "refused": "fewer than three learning rates were trained to the end with the other axes' values of the best"
+        }
     index = next((i for i, row in enumerate(line) if row is best), -1)
     if not 0 < index < len(line) - 1:
-        return {"refused": "the best learning rate lies at the edge of those tried"}
+        return {"refused": "the best learning rate is at an end of those that were trained to the end"}
     low, high = index - 1, index + 1
     while low > max(0, index - NEIGHBOURS) and line[low - 1]["mean"] < best["mean"] + NEAR:
         low -= 1
@@ -113,7 +116,7 @@ def rate_optimum(
 def _line(names: Sequence[str], best: Setting, candidates: Sequence[Setting]) -> list[Setting]:
     """The settings that have all but the rate of `best`, by their rates, as far as these have a logarithm."""
     others = [name for name in names if name != "learning_rate"]
-    held = [row for row in candidates if all(row[name] == best[name] for name in others)]
+    held = [row for row in candidates if row["member"] is None and all(row[name] == best[name] for name in others)]
     return sorted((row for row in held if _is_positive(row["learning_rate"])), key=lambda row: row["learning_rate"])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments.sweep.objectives import direction
-from experiments.sweep.reading.summary import by_setting
+from experiments.sweep.reading.settings import by_setting, candidates_of, group
 
 NOISES = 2.0  # standard errors of a difference within which two settings count as equal
 
@@ -35,16 +35,18 @@ def near_front(
 
 
 def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
-    """The front of the means over seeds of finished trials; None with a single objective or nothing finished.
+    """The front of the means over seeds of settings that may win; None with a single objective or nothing finished.
 
-    {objectives, directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated,
-    but within the noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
+    They are those that were trained to the end and lost no run to divergence: `candidates_of`. {objectives,
+    directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the
+    noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
     where no setting has two seeds.
     """
     ended = [row for row in rows if row["state"] == "finished" and all(row[name] is not None for name in objectives)]
-    if len(objectives) < 2 or not ended:
+    allowed = by_setting(names, candidates_of(group(names, rows)))
+    settings = {key: members for key, members in by_setting(names, ended).items() if key in allowed}
+    if len(objectives) < 2 or not settings:
         return None
-    settings = by_setting(names, ended)
     runs = [np.array([[row[name] for name in objectives] for row in members], float) for members in settings.values()]
     means, counts = np.array([group.mean(0) for group in runs]), np.array([len(group) for group in runs])
     freedom = (counts - 1).sum()
@@ -59,7 +61,7 @@ def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Seq
         "directions": directions,
         "settings": [
             {
-                "setting": dict(zip(names, point, strict=True)),
+                "setting": dict(zip(names, point, strict=False)),
                 "values": means[i].tolist(),
                 "errors": errors[i].tolist(),
                 "seeds": int(counts[i]),

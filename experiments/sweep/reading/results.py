@@ -15,6 +15,7 @@ from train.metrics import troubles
 from train.run import read_record
 
 TRIAL = ("id", "number", "state", "cohort", "seed", "run", "rungs", "planned_steps", "planned_tokens")
+BRANCH = ("parent", "parent_steps", "member")  # empty but for trials that left another's run
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
 CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds since 1970
 
@@ -26,8 +27,10 @@ class Results:
     rows: flat, by number: id, number, state, cohort, seed, every field of the points (None where a trial lacks it),
     loss (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
     planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is
-    called NAME_done. axes: fields that vary, by the values tried. followers: fields that vary only together with an
-    axis, by that axis.
+    called NAME_done. parent: the id of the trial whose run it left, after parent_steps updates, which steps, tokens and
+    FLOPs include. member: its own id where it left it with other settings, as in a population, so that its fields
+    hold only for the updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that
+    vary only together with an axis, by that axis.
     """
 
     folder: Path
@@ -41,6 +44,14 @@ class Results:
     def fact(self, row: Mapping[str, Any], name: str) -> Any:
         """One of FACTS of a row, None where it is not known."""
         return row[_column(name, row)]
+
+    def spent(self, row: Mapping[str, Any], name: str) -> float:
+        """Return tokens, flops_6nd or flops_exact of the updates that this trial made itself, 0 where not known."""
+        total, steps = self.fact(row, name), self.fact(row, "steps")
+        if not total or not steps:
+            return 0
+        own = max(0, steps - row["parent_steps"])
+        return total * own // steps if isinstance(total, int) else total * own / steps
 
 
 def read_results(folder: str | Path) -> Results:
@@ -64,7 +75,7 @@ def collect(
     """Results of rows as the ledger has them."""
     rows = sorted(rows, key=lambda row: row.number)
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
-    flat = [_flat(row, names, objectives) for row in rows]
+    flat = [_flat(row, names, objectives, population=policy == "population") for row in rows]
     axes, followers = _axes(names, flat, searched=sampler != "all")
     return Results(folder, flat, axes, followers, objectives, policy, sampler)
 
@@ -85,7 +96,7 @@ def record_troubles(results: Results) -> list[str]:
     return found
 
 
-def _flat(row: Row, names: Sequence[str], objectives: Sequence[str]) -> dict[str, Any]:
+def _flat(row: Row, names: Sequence[str], objectives: Sequence[str], *, population: bool) -> dict[str, Any]:
     setting, facts = row.trial.setting, row.facts
     point = row.trial.point
     last = row.rungs[row.steps_done] if row.rungs else None
@@ -103,12 +114,16 @@ def _flat(row: Row, names: Sequence[str], objectives: Sequence[str]) -> dict[str
     flat |= {"loss": loss, "last_loss": loss if finished else last}
     flat |= {name: values.get(name) for name in objectives if name != "loss"}
     tokens_per_step = setting.train_config.tokens_per_step
+    parent, parent_steps = row.trial.parent or (None, 0)
     reached = {"steps": row.steps_done, "tokens": row.steps_done * tokens_per_step}
     for name in FACTS:
         flat[f"{name}_done" if name in names else name] = facts.get(name, reached.get(name))
     return flat | {
         "planned_steps": setting.steps,
         "planned_tokens": setting.steps * tokens_per_step,
+        "parent": parent,
+        "parent_steps": parent_steps,
+        "member": row.trial.id if population and parent else None,
         "run": facts.get("run", f"runs/{row.trial.id}"),
         **{name: facts.get(name) for name in CLAIM},
         "rungs": dict(row.rungs),

@@ -1,30 +1,29 @@
 """What a sweep says, with the seed noise beside it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from experiments.sweep.reading.comparisons import best_of_many, selected_interval
-from experiments.sweep.reading.optimum import NEAR, rate_optimum
-from experiments.sweep.reading.scales import edge_of, text
+from experiments.sweep.reading.optimum import rate_optimum
+from experiments.sweep.reading.rungs import Rungs, lineage, verdicts
+from experiments.sweep.reading.scales import MANY, distinct, edge_of, is_number, text
+from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
-
-Setting = dict[str, Any]
-Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, seed, loss and state.
 
     settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
-    failed or are pending; those never enter a mean. seed_noise: the standard deviation of one run over seeds, pooled
-    over the settings within 0.5 nats of the best, where it matters. winner: the lowest mean, its 95 % interval, which
-    allows for its having been chosen, and the settings that cannot be told apart from it: with the winner they hold the
-    truly best one with 95 % probability (see `comparisons.py`). A setting that lost a run to divergence or of which
-    only a part was pruned is no candidate. optimum: see `optimum.py`; None where it is refused, and optimum_refused
-    says why. warnings: sentences.
+    failed or are pending; those never enter a mean. stopped: of a setting that was stopped early, how it stood there
+    against the winner, at equal tokens (see `rungs.py`). seed_noise: the standard deviation of one run over seeds,
+    pooled over the settings within 0.5 nats of the best, where it matters. winner: the lowest mean among settings that
+    were trained to the end (`candidates` of them), its 95 % interval, which allows for its having been chosen, and
+    those of the candidates that cannot be told apart from it: with the winner they hold the best of the candidates
+    with 95 % probability (see `comparisons.py`). A setting that lost a run to divergence or of which only a part was
+    pruned is no candidate. lineage: of a winner whose settings changed along its run, as in a population. optimum: see
+    `optimum.py`; None where it is refused, and optimum_refused says why. warnings: sentences.
     """
     names = list(axes)
     settings = group(names, trials)
@@ -42,16 +41,17 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
         "warnings": [],
     }
     candidates = candidates_of(settings)
-    if not candidates:
-        if any(row["lost"] for row in settings):
-            lost = "every setting lost a run to divergence: no winner; lower the learning rates"
-            document["warnings"].append(lost)
-        else:
-            document["warnings"].append("no setting has finished: no winner yet")
+    best = min(candidates, key=lambda row: row["mean"], default=None)
+    _compare_stopped(names, settings, trials, best)
+    if best is None:
+        document["warnings"].append(_no_winner(settings))
         return document
-    best = min(candidates, key=lambda row: row["mean"])
     noise, freedom = pooled_noise(candidates, best["mean"])
-    winner = _winner(names, best, candidates, noise, freedom)
+    stopped = sum(row["stopped"] is not None for row in settings)
+    winner = _winner(names, best, candidates, noise, freedom, stopped)
+    if best["member"] is not None:
+        runs = [row for row in trials if row["id"] == best["member"]]
+        winner["lineage"] = lineage(runs[0], trials, names)
     found = rate_optimum(names, best, candidates, noise, freedom) if "learning_rate" in names else {}
     refused = found.get("refused")
     return document | {
@@ -60,52 +60,40 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
         "winner": winner,
         "optimum": found if found and not refused else None,
         "optimum_refused": refused,
-        "warnings": _warnings(axes, best, winner, document["counts"], noise),
+        "warnings": _warnings(axes, best, winner, document, noise),
     }
 
 
-def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """One row per setting, in order of appearance: the mean of its finished seeds, and what befell the rest."""
-    settings = []
-    for values, members in by_setting(names, trials).items():
-        states = [trial["state"] for trial in members]
-        losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
-        settings.append(
-            dict(zip(names, values, strict=True))
-            | {
-                "mean": float(np.mean(losses)) if losses else None,
-                "std": float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
-                "seeds": len(losses),
-                "lost": states.count("diverged"),
-                "pruned": states.count("pruned"),
-                "failed": states.count("failed"),
-                "pending": states.count("planned") + states.count("running"),
-            }
-        )
-    return settings
+def fate(setting: Setting) -> str:
+    """Say in a few words why a setting is not compared at the end; empty where it is."""
+    if setting["lost"]:
+        return "diverged"
+    if setting["pruned"]:
+        stopped = setting.get("stopped")
+        return "stopped early" if stopped is None else f"stopped after {stopped['steps']:,} updates"
+    if setting["seeds"]:
+        return ""
+    return "failed" if setting["failed"] else "not finished"
 
 
-def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows of every setting, by its values in the order of `names`; settings in order of appearance."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
+def _compare_stopped(
+    names: Sequence[str], settings: Sequence[Setting], trials: Sequence[dict[str, Any]], best: Setting | None
+) -> None:
+    """Give every setting `stopped`: None, or how it stood against the best where it was stopped."""
+    members, rungs = by_setting(names, trials), Rungs(names, trials)
+    of = lambda row: members[(*(row[name] for name in names), row["member"])]
+    for row in settings:
+        row["stopped"] = rungs.stopped(of(row), [] if best is None else of(best)) if row["pruned"] else None
 
 
-def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
-    """Settings that may win: with a mean, and with no seed that diverged or was pruned while others went on."""
-    return [row for row in settings if row["seeds"] and not row["lost"] and not row["pruned"]]
-
-
-def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None, int]:
-    """(standard deviation of one run over seeds, its degrees of freedom) of the replicated settings near the best."""
-    replicated = [row for row in settings if row["std"] is not None]
-    near = [row for row in replicated if row["mean"] < best + NEAR] or replicated
-    freedom = sum(row["seeds"] - 1 for row in near)
-    if freedom == 0:
-        return None, 0
-    return math.sqrt(sum((row["seeds"] - 1) * row["std"] ** 2 for row in near) / freedom), freedom
+def _no_winner(settings: Sequence[Setting]) -> str:
+    states = [fate(row) for row in settings]
+    if states.count("diverged") == len(states):
+        return "every setting lost a run to divergence: no winner; lower the learning rates"
+    kinds = {"diverged": 0, "failed": 0, "not finished": 0, "stopped early": 0}
+    for state in states:
+        kinds["stopped early" if state.startswith("stopped") else state] += 1
+    return f"no setting was trained to the end: {', '.join(f'{n} {kind}' for kind, n in kinds.items() if n)}"
 
 
 def _counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -114,15 +102,23 @@ def _counts(trials: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _winner(
-    names: Sequence[str], best: Setting, candidates: Sequence[Setting], noise: float | None, freedom: int
+    names: Sequence[str],
+    best: Setting,
+    candidates: Sequence[Setting],
+    noise: float | None,
+    freedom: int,
+    stopped: int,
 ) -> dict[str, Any]:
+    """stopped: settings that competed with it at a rung; its interval allows for its having been chosen from all."""
     winner = {
         "setting": {name: best[name] for name in names},
+        "member": best["member"],
         "mean": best["mean"],
         "seeds": best["seeds"],
         "candidates": len(candidates),
         "interval_95": None,
         "indistinguishable": None,
+        "lineage": None,
     }
     if noise is None:
         return winner
@@ -131,7 +127,7 @@ def _winner(
     reach = lambda row: critical * noise * math.sqrt(1 / row["seeds"] + 1 / best["seeds"])
     error = noise / math.sqrt(best["seeds"])
     return winner | {
-        "interval_95": list(selected_interval(best["mean"], error, len(candidates), freedom)),
+        "interval_95": list(selected_interval(best["mean"], error, len(candidates) + stopped, freedom)),
         "indistinguishable": [
             {name: row[name] for name in names} for row in others if row["mean"] - best["mean"] <= reach(row)
         ],
@@ -139,22 +135,74 @@ def _winner(
 
 
 def _warnings(
-    axes: Mapping[str, Sequence[Any]], best: Setting, winner: Setting, counts: dict[str, int], noise: float | None
+    axes: Mapping[str, Sequence[Any]], best: Setting, winner: Setting, document: Mapping[str, Any], noise: float | None
 ) -> list[str]:
+    counts, settings = document["counts"], document["settings"]
+    total = sum(counts.values())
     warnings = []
-    for name, values in axes.items():
-        side = edge_of(values, best[name])
-        if side is not None:
-            value = f"{name}={text(best[name])}"
-            warnings.append(f"the best {value} is the {side} of the grid: the optimum may lie beyond it")
+    population = any(row["member"] is not None for row in settings)
+    if not population:  # which goes beyond the values that it started with
+        warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     equal = len(winner["indistinguishable"] or ())
     if equal:
         others = "1 other setting" if equal == 1 else f"{equal} other settings"
         warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
+    warnings += [] if population else _of_the_stopped(settings)
     if counts["diverged"]:
-        warnings.append(f"{counts['diverged']} of {sum(counts.values())} runs diverged")
+        warnings.append(f"{counts['diverged']} of {total} runs diverged")
     if counts["failed"]:
-        warnings.append(f"{counts['failed']} of {sum(counts.values())} runs failed and have no result")
+        warnings.append(f"{counts['failed']} of {total} runs failed and have no result")
     if noise is None:
-        warnings.append("one seed per setting: the noise of the winner is not known")
+        single = (
+            max(row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] for row in settings) == 1
+        )
+        alone = "no two members of the population had the same settings throughout"
+        why = (
+            alone
+            if population
+            else "one seed per setting"
+            if single
+            else "no setting was trained to the end with two seeds"
+        )
+        warnings.append(f"{why}: the noise of the winner is not known")
     return warnings
+
+
+def _edge(name: str, values: Sequence[Any], best: Setting, settings: Sequence[Setting]) -> str | None:
+    """Warn where a better value may lie beyond the best one: it is the last that was tried, or that has a result."""
+    value = f"the best {name}={text(best[name])}"
+    side = edge_of(values, best[name])
+    if side is not None:
+        of = "of the grid" if len(distinct(values)) <= MANY else "of what was drawn, or near it"
+        return f"{value} is the {side} {of}: the optimum may lie beyond it"
+    known = [row[name] for row in settings if row["seeds"] or row["lost"] or row["pruned"]]
+    unknown = [v for v in distinct(values) if v not in known and is_number(v)]
+    found = [v for v in distinct(values) if v in known and is_number(v)]
+    if best[name] is None or not unknown or best[name] not in (found[0], found[-1]):
+        return None
+    beyond = [v for v in unknown if (v > best[name] if best[name] == found[-1] else v < best[name])]
+    if not beyond:
+        return None
+    side = "highest" if best[name] == found[-1] else "lowest"
+    listed = ", ".join(map(text, beyond[:3])) + (" …" if len(beyond) > 3 else "")
+    return f"{value} is the {side} that has a result, {listed} none: the optimum may lie beyond it"
+
+
+def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
+    """Warn of settings that were stopped early although nothing says that they are worse than the winner."""
+    said = verdicts(settings)
+    lower, never = said.get("lower", 0), said.get("not compared", 0)
+    close = said.get("equal", 0) + said.get("better", 0)
+    were = lambda count: "1 setting was" if count == 1 else f"{count} settings were"
+    return [
+        *(
+            [
+                f"{were(close)} stopped early, not worse than the winner at equal tokens by more than the seed noise: "
+                f"{'it' if close == 1 else 'they'} may be as good"
+            ]
+            if close
+            else []
+        ),
+        *([f"{were(lower)} stopped early at a lower loss than the winner had at equal tokens"] if lower else []),
+        *([f"{were(never)} stopped where the winner has no loss, and never compared with it"] if never else []),
+    ]

@@ -9,12 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep.objectives import DIRECTIONS
-from experiments.sweep.reading.results import CLAIM, FACTS, TRIAL, read_results
+from experiments.sweep.reading.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
 from experiments.sweep.reading.scales import is_number
-from experiments.sweep.reading.summary import candidates_of, group, pooled_noise
+from experiments.sweep.reading.settings import candidates_of, group, pooled_noise
 from model.errors import InputError, UnknownNameError
 
-_RESULTS = {*TRIAL, *FACTS, *CLAIM, *DIRECTIONS, "last_loss", "status", "data_seed", "seeds", "mean", "std", "lost"}
+_RESULTS = {
+    *TRIAL,
+    *BRANCH,
+    *FACTS,
+    *CLAIM,
+    *DIRECTIONS,
+    "last_loss",
+    "status",
+    "data_seed",
+    "seeds",
+    "mean",
+    "std",
+    "lost",
+}
 """Columns of a table of results, also of another program's, that are no axis."""
 
 
