@@ -55,11 +55,11 @@ def train(
     from model.errors import InputError
     from train import TrainConfig
 
-    config = read_config(preset, set)
-    config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
     if against is None:
         say_unused("without --against", train, rounds=rounds)
-    else:
+    config = read_config(preset, set)
+    config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
+    if against is not None:
         if lanes != (1,):
             raise InputError("--against compares one lane with one model: leave --lanes out")
         _train_against_torch(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), rounds, json)
