@@ -104,7 +104,7 @@ def _words(found: dict[str, Any]) -> str:
     digits = ".4f" if found["objective"] == LOSS else ",.0f" if found["mean"] >= 100 else ".4g"
     value = f"{found['mean']:{digits}}"
     noise = f" ± {found['std']:{digits}} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
-    which = f"{'highest' if highest else 'lowest'} {found['objective']} so far: {setting}: {value}{noise}"
+    which = f"best so far ({'highest' if highest else 'lowest'} {found['objective']}): {setting}: {value}{noise}"
     return f"{which}; trained to the end: {found['ended']} of {found['settings']} settings"
 
 

@@ -200,7 +200,8 @@ def test_status_leaves_out_what_the_report_leaves_out():
     assert document["best"]["setting"] == {"learning_rate": 1e-2}
     said = str(table(document).renderables[-1])
     assert said == (
-        "lowest loss so far: learning_rate=0.01: 6.1000 ± 0.1414 over 2 seeds; trained to the end: 1 of 2 settings"
+        "best so far (lowest loss): learning_rate=0.01: 6.1000 ± 0.1414 over 2 seeds; "
+        "trained to the end: 1 of 2 settings"
     )
 
 
