@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infer import Engine, Sampling, generate, generate_speculative, prepare
-from model import ModelConfig, init, init_cache
+from model import ModelConfig, init
 from train import HParams, TrainConfig, init_state, train_step
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=24, max_seq_len=16)
@@ -45,7 +45,7 @@ def test_a_callers_prng_is_used(params):
     """With keys of four words, whose draws are others and the same each time."""
     draw = lambda: generate(CONFIG, params, PROMPTS, SAMPLED, max_new_tokens=8).tokens
     usual = draw()
-    with jax.default_prng_impl("rbg"):
+    with jax.default_prng_impl("rbg"), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         assert draw() == draw() != usual
 
 
@@ -82,7 +82,7 @@ def test_parameters_are_the_same_with_x64():
 
 
 def test_a_step_takes_a_callers_prng():
-    with jax.default_prng_impl("rbg"):
+    with jax.default_prng_impl("rbg"), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         train_config = TrainConfig(batch_size=2, seq_len=8, dropout=True)
         state = init_state(CONFIG, train_config, HParams())
         batch = dict.fromkeys(["tokens", "targets"], jnp.ones((2, 8), jnp.int32))
@@ -91,10 +91,3 @@ def test_a_step_takes_a_callers_prng():
     assert state.rng.shape == (4,)
     assert np.isfinite(metrics["loss"])
     np.testing.assert_array_equal(new.rng, state.rng)
-
-
-def test_a_cache_is_the_same_with_x64():
-    dtypes = lambda: [leaf.dtype for leaf in jax.tree.leaves(init_cache(CONFIG, 2, 8, "int8"))]
-    usual = dtypes()
-    with jax.enable_x64(True):
-        assert dtypes() == usual
