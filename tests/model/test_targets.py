@@ -17,7 +17,7 @@ from train import HParams, TrainConfig, init_state, train_step
 
 DEVICES = {"tpu": AbstractDevice("TPU v5", 1, "tpu"), "cuda": AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")}
 FUSED = {"tpu": "tpu_custom_call", "cuda": "__cudnn$fmha"}
-BASE = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=32, max_seq_len=256)
+BASE = ModelConfig(vocab_size=32, d_model=32, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=32, max_seq_len=256)
 
 
 @pytest.fixture(params=list(DEVICES))
@@ -89,7 +89,7 @@ def test_every_head_and_mask_trains(platform, change, fused):
     assert (FUSED[platform] in text) == (platform in fused)
 
 
-@pytest.mark.parametrize("name", ["tiny", "study-24", "llama3.2-1b", "gpt2-small", "gemma2-2b", "mixtral-8x7b"])
+@pytest.mark.parametrize("name", ["tiny", "llama3.2-1b", "gpt2-small", "gemma2-2b"])
 def test_presets_start_everywhere(platform, name):
     config = presets.get(name).replace(compute_dtype="bfloat16")
     config = config.replace(num_layers=len(config.layer_pattern))
@@ -139,7 +139,7 @@ def test_auto_says_why(where, kernel, reason):
 
 
 def test_every_kind_of_layer_says_its_kernel(platform):
-    config = BASE.replace(compute_dtype="bfloat16", sliding_window=16, layer_pattern=("local", "global"))
+    config = BASE.replace(compute_dtype="bfloat16", num_layers=2, sliding_window=16, layer_pattern=("local", "global"))
     kernels = {name: kernel for name, (kernel, _) in kernels_of(config, 128).items()}
     local = {"tpu": "xla", "cuda": "cudnn"}[platform]
     assert kernels == {"local_dense": local, "dense": {"tpu": "pallas", "cuda": "cudnn"}[platform]}

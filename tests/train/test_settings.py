@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer import Engine, Sampling, beam_search, generate, generate_speculative, prepare
-from model import ModelConfig, forward, init, init_cache
+from infer import Engine, Sampling, generate, generate_speculative, prepare
+from model import ModelConfig, init
 from train import HParams, TrainConfig, init_state, train_step
 
-CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=24, max_seq_len=16)
+CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=24, max_seq_len=16)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 SAMPLED = Sampling(temperature=0.9, top_p=0.8, top_k=5, repetition_penalty=1.1, logprobs=2, seed=5, stop_ids=())
 
@@ -22,15 +22,14 @@ def params(random_params):
 
 
 def texts(params):
-    """What every way to make text gives, greedily and drawn."""
-    greedy = Sampling(temperature=0.0, stop_ids=())
+    """Tokens by the engine, which serves as `generate` does, and by speculation over int8 weights."""
     engine = Engine(CONFIG, params, slots=1, capacity=16, steps=4, chunk=8)
     request = engine.submit(PROMPTS[0], SAMPLED, 4)
     engine.run()
     return [
-        generate(CONFIG, prepare(CONFIG, params, weights="int8"), PROMPTS, [greedy, SAMPLED], max_new_tokens=4).tokens,
-        generate_speculative(CONFIG, params, PROMPTS, SAMPLED, max_new_tokens=4).tokens,
-        beam_search(CONFIG, params, PROMPTS, beams=2, max_new_tokens=4).tokens,
+        generate_speculative(
+            CONFIG, prepare(CONFIG, params, weights="int8"), PROMPTS, SAMPLED, max_new_tokens=4
+        ).tokens,
         request.tokens,
     ]
 
@@ -46,33 +45,31 @@ def test_a_callers_prng_is_used(params):
     """With keys of four words, whose draws are others and the same each time."""
     draw = lambda: generate(CONFIG, params, PROMPTS, SAMPLED, max_new_tokens=8).tokens
     usual = draw()
-    with jax.default_prng_impl("rbg"):
+    with jax.default_prng_impl("rbg"), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         assert draw() == draw() != usual
 
 
-def dtypes_of_a_step(config, optimizer):
-    """Shapes and dtypes of a state, of what a step makes of it, and of logits; only traced."""
+def assert_same_dtypes(config, optimizer):
+    """A step hands back what it took, and nothing is 64 bits wide: by default nothing can be. Only traced."""
     train_config = TrainConfig(batch_size=2, seq_len=16, dropout=True, accumulate=2, optimizer=optimizer)
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    inputs = {"tokens": tokens} | ({"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {})
-    state = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
-    step = functools.partial(train_step, config, train_config)
-    new = jax.eval_shape(step, state, inputs | {"targets": tokens}, HParams())
-    logits = jax.eval_shape(lambda params, inputs: forward(config, params, **inputs).logits, state.params, inputs)
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, new, logits))
-
-
-def assert_same_dtypes(config, optimizer):
-    usual = dtypes_of_a_step(config, optimizer)
+    batch = {"tokens": tokens, "targets": tokens} | (
+        {"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {}
+    )
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        assert dtypes_of_a_step(config, optimizer) == usual
+        state = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
+        step = functools.partial(train_step, config, train_config)
+        new, metrics = jax.eval_shape(step, state, batch, HParams())
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(new) == shapes(state)
+    assert all(leaf.dtype.itemsize <= 4 for leaf in jax.tree.leaves((state, metrics)))
 
 
 def test_every_architecture_keeps_its_dtypes(variant):
     assert_same_dtypes(variant, "adamw")
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor", "lion", "muon"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon"])
 def test_every_optimizer_keeps_its_dtypes(optimizer):
     assert_same_dtypes(CONFIG, optimizer)
 
@@ -85,18 +82,12 @@ def test_parameters_are_the_same_with_x64():
 
 
 def test_a_step_takes_a_callers_prng():
-    with jax.default_prng_impl("rbg"):
+    with jax.default_prng_impl("rbg"), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         train_config = TrainConfig(batch_size=2, seq_len=8, dropout=True)
         state = init_state(CONFIG, train_config, HParams())
         batch = dict.fromkeys(["tokens", "targets"], jnp.ones((2, 8), jnp.int32))
-        new, metrics = train_step(CONFIG, train_config, state, batch, HParams(dropout_rate=0.1))
+        step = jax.jit(train_step, static_argnums=(0, 1))
+        new, metrics = step(CONFIG, train_config, state, batch, HParams(dropout_rate=0.1))
     assert state.rng.shape == (4,)
     assert np.isfinite(metrics["loss"])
     np.testing.assert_array_equal(new.rng, state.rng)
-
-
-def test_a_cache_is_the_same_with_x64():
-    dtypes = lambda: [leaf.dtype for leaf in jax.tree.leaves(init_cache(CONFIG, 2, 8, "int8"))]
-    usual = dtypes()
-    with jax.enable_x64(True):
-        assert dtypes() == usual
