@@ -10,7 +10,7 @@ from experiments.report.page import Drawn, drawn, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import NAMES, Analysis
-from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
 from train.files import write_atomically
 
 
@@ -43,7 +43,7 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "rejected": [] if document["isoflop"] is None else _rejected(document["isoflop"]["rejected"]),
         "left_out": _left_out(analysis),
         "smooth": _equal(analysis.valleys.get("parabola"), analysis.valleys.get("spline")),
-        "estimator_names": NAMES | {name: NAMES[f"isoflop.{name}"] for name in ("skewed", "spline")},
+        "estimator_names": _predictors(analysis.held_out),
         "figures": _figures(analysis),
     }
 
@@ -87,6 +87,13 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
             lambda: scaling_figures.losses(table.params, table.tokens, table.loss),
         )
     return found
+
+
+def _predictors(held_out: dict[str, Any] | None) -> dict[str, str]:
+    """The names of a prediction's estimators; those of before the method was written down used the parabola."""
+    valleys = (held_out or {}).get("valleys") or {"method": "parabola"}
+    methods = {name: NAMES[f"isoflop.{name}"] for name in METHODS}
+    return NAMES | methods | {"isoflop": methods[valleys["method"]]}
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

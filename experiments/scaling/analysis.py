@@ -11,7 +11,7 @@ from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
 from experiments.scaling.rows.table import Table
-from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, IsoflopFit
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
@@ -20,9 +20,8 @@ STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventi
 
 NAMES = {
     "parametric": "parametric law",
-    "isoflop": "IsoFLOP valleys, parabola",
-    "isoflop.skewed": "IsoFLOP valleys, skewed",
-    "isoflop.spline": "IsoFLOP valleys, spline",
+    "isoflop": f"IsoFLOP valleys, {DEFAULT}",
+    **{f"isoflop.{name}": f"IsoFLOP valleys, {name}" for name in METHODS},
     "envelope": "envelope of training curves",
 }
 """Estimators in words."""
@@ -67,7 +66,7 @@ class Analysis:
 
     @property
     def valleys(self) -> dict[str, IsoflopFit]:
-        """By method ("parabola", "skewed", "spline"), those that have resamples."""
+        """By method ("spline", "skewed", "parabola"), those that have resamples."""
         names = {"isoflop": self.fits.isoflop} | {f"isoflop.{name}": fit for name, fit in self.fits.valleys.items()}
         return {
             fit.method: fit

@@ -13,7 +13,7 @@ from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
-from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
+from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, IsoflopFit, fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
@@ -45,7 +45,12 @@ class Fits:
     parametric_outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{params, tokens, loss, reason}] of the runs that the parametric fit leaves out."""
     valleys: dict[str, IsoflopFit] = field(default_factory=dict)
-    """The other ways to find a valley's minimum, "skewed" and "spline"; `refused` knows them as "isoflop.skewed"."""
+    """The other ways to find a valley's minimum, "skewed" and "parabola"; `refused` calls them "isoflop.skewed" …"""
+
+    @property
+    def methods(self) -> dict[str, IsoflopFit]:
+        """By name, every way to find a valley's minimum that answered, the default first."""
+        return ({} if self.isoflop is None else {self.isoflop.method: self.isoflop}) | self.valleys
 
     def document(self) -> dict[str, Any]:
         """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
@@ -68,7 +73,8 @@ class Fits:
         if self.isoflop is not None:
             isoflop = self._isoflop(self.isoflop, "isoflop.intervals")
             isoflop["methods"] = {
-                name: self._isoflop(fit, f"isoflop.{name}.intervals") for name, fit in self.valleys.items()
+                name: self._isoflop(fit, "isoflop.intervals" if fit is self.isoflop else f"isoflop.{name}.intervals")
+                for name, fit in self.methods.items()
             }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -127,9 +133,8 @@ def fit_both(
     except InputError as error:
         refused["parametric"] = str(error)
     found: dict[str, IsoflopFit] = {}
-    methods: tuple[Method, ...] = ("parabola", "skewed", "spline")
-    for method in methods:
-        key = "isoflop" if method == "parabola" else f"isoflop.{method}"
+    for method in (DEFAULT, *(other for other in METHODS if other != DEFAULT)):
+        key = "isoflop" if method == DEFAULT else f"isoflop.{method}"
         try:
             found[method] = fit_isoflop(
                 params=table.params,
@@ -142,14 +147,14 @@ def fit_both(
             )
         except InputError as error:
             refused[key] = str(error)
-            if method == "parabola":  # the others refuse for the same reasons
+            if method == DEFAULT:  # the others refuse for the same reasons
                 break
             continue
         try:
             _ = found[method].draws
         except InputError as error:
             refused[f"{key}.intervals"] = str(error)
-    isoflop = found.pop("parabola", None)
+    isoflop = found.pop(DEFAULT, None)
     return Fits(table, parametric, isoflop, refused, outliers, found)
 
 

@@ -134,7 +134,7 @@ def _draw_optimal(
 
 @styled
 def valleys(isoflop: IsoflopFit) -> Figure:
-    """Loss over N for each budget, with its parabola and minimum; rejected budgets dashed and pale."""
+    """Loss over N for each budget, with its curve and minimum; rejected budgets dashed and pale."""
     figure = new_figure(WIDTH, 4.2)
     _draw_valleys(figure.subplots(), isoflop.valleys)
     return figure

@@ -34,7 +34,7 @@ def analysis(runs):
 
 def test_every_estimator_stands_side_by_side(analysis):
     rows = {row["estimator"]: row for row in analysis.exponents}
-    assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"}
+    assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.parabola"}
     for row in rows.values():
         assert row["a"] + row["b"] == pytest.approx(1, abs=1e-6)
         assert row["a"] == pytest.approx(TRUTH["a"], abs=0.05)

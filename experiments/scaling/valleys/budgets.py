@@ -34,7 +34,9 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley
         if reason is not None and not keep.all():  # leaving runs out did not save the valley: nothing is left out
             keep = np.ones(len(group), bool)
             reason, doubt = reason_against(table.params[group], table.loss[group], PARABOLA), True
+        at_fault = len(np.unique(table.params[group[keep]])) < MINIMUM_SIZES
         if reason is None and doubt:
+            at_fault = True
             reason = (
                 f"its runs lie up to {distance:.0f} times the noise of all budgets off any parabola, and are {TOO_FEW}"
             )
@@ -51,7 +53,8 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley
         sizes = len(np.unique(params))
         coefficients = PARABOLA.coefficients(_centred(params), loss) if sizes >= MINIMUM_SIZES else None
         middle = float(np.exp(np.log(budgets[kept]).mean()))
-        valleys.append(Valley(middle, params, table.tokens[kept], loss, coefficients, reason, PARABOLA, outliers))
+        curve = coefficients, reason, PARABOLA, outliers, at_fault
+        valleys.append(Valley(middle, params, table.tokens[kept], loss, *curve))
     return valleys
 
 
@@ -60,7 +63,6 @@ def _centred(params: np.ndarray) -> np.ndarray:
 
 
 def with_shape(valley: Valley, shape: Shape) -> Valley:
-    """The same runs under another curve; a budget that the parabola lost for its runs' sake stays lost."""
-    doubtful = valley.reason is not None and TOO_FEW in valley.reason
-    reason = valley.reason if doubtful else reason_against(valley.params, valley.loss, shape)
+    """The same runs under another curve; a reason that lies in the runs stays."""
+    reason = valley.reason if valley.runs_at_fault else reason_against(valley.params, valley.loss, shape)
     return replace(valley, shape=shape, reason=reason)

@@ -28,9 +28,21 @@ from experiments.scaling.valleys.valley import (
 )
 from model.errors import InputError
 
-__all__ = ["SAME_BUDGET", "IsoflopFit", "Method", "Size", "Valley", "fit_isoflop", "group_budgets"]
+__all__ = [
+    "DEFAULT",
+    "METHODS",
+    "SAME_BUDGET",
+    "IsoflopFit",
+    "Method",
+    "Size",
+    "Valley",
+    "fit_isoflop",
+    "group_budgets",
+]
 
-Method = Literal["parabola", "skewed", "spline"]
+Method = Literal["spline", "skewed", "parabola"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DEFAULT: Method = "spline"  # `known_valleys.py` says why
 MINIMUM_BUDGETS = 2  # a power law
 MINIMUM_VALID_DRAWS = 20  # fewer draws carry no percentile worth printing
 
@@ -56,7 +68,7 @@ class IsoflopFit:
     bootstraps: int
     seed: int
     dropped: list[dict[str, Any]] = field(repr=False)
-    method: str = "parabola"
+    method: Method = DEFAULT
     shape: Shape = PARABOLA
 
     @property
@@ -69,7 +81,7 @@ class IsoflopFit:
         """The minimum of each accepted valley: {flops, params, tokens, loss, curvature, runs, smallest,
         largest}.
 
-        The parabola is loss + curvature·ln²(N/params), fitted to `runs` runs of sizes smallest…largest.
+        Near it the curve is loss + curvature·ln²(N/params); it is fitted to `runs` runs of sizes smallest…largest.
         """
         return [valley.optimum for valley in self.accepted]
 
@@ -217,7 +229,7 @@ def fit_isoflop(
     flops: Any = None,
     bootstraps: int = 1000,
     seed: int = 0,
-    method: Method = "parabola",
+    method: Method = DEFAULT,
 ) -> IsoflopFit:
     """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
@@ -227,21 +239,21 @@ def fit_isoflop(
     own line of log D over log N. Rows that no fit can use are dropped as in `table.clean`; row order does
     not matter. Gross outliers are left out by the rules of `outliers.py` and listed (`.outliers`).
 
-    method: "parabola"; "skewed", a parabola bent by one skew common to all budgets, for valleys off centre
-    (`skew.py`); "spline", a smoothing spline that assumes no shape (`spline.py`).
+    method: "spline", a smoothing spline that assumes no shape (`spline.py`); "skewed", a parabola bent by one skew
+    common to all budgets (`skew.py`); "parabola".
 
     Raises `InputError` with the reasons where fewer than two budgets are accepted.
     """
     if bootstraps < 1:
         raise InputError(f"bootstraps={bootstraps} must be at least 1")
-    if method not in get_args(Method):
-        raise InputError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
+    if method not in METHODS:
+        raise InputError(f"method={method!r} must be one of {', '.join(METHODS)}")
     table = _sorted(clean(params, tokens, loss, flops))
     budgets = 6 * table.params * table.tokens if table.flops is None else table.flops
     valleys = valleys_of(table, budgets)
     shape: Shape = PARABOLA
     if method != "parabola":
-        sound = [valley for valley in valleys if valley.reason is None]
+        sound = [v for v in valleys if v.reason is None] or [v for v in valleys if not v.runs_at_fault]
         if sound:
             us, losses = [valley.u for valley in sound], [valley.loss for valley in sound]
             shape = (
