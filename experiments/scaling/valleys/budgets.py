@@ -7,16 +7,22 @@ from jaxtyping import Float
 
 from experiments.scaling.law.outliers import screen_surface, screen_valleys
 from experiments.scaling.rows.table import Table
+from experiments.scaling.valleys.recognise import BY_CHANCE, recognise_budgets
 from experiments.scaling.valleys.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
 
 TOO_FEW = "too few to say which is wrong"
 
 
 def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley]:
-    """Every budget's valley with its parabola, without gross outliers."""
-    groups = group_budgets(budgets)
-    if not groups:
+    """Every group's valley with its parabola, without gross outliers; groups that are no budget have the reason."""
+    every = group_budgets(budgets)
+    if not every:
         return []
+    known = recognise_budgets(every, np.log(table.params), np.log(table.tokens), np.log(budgets))
+    groups = [group for group, is_budget in zip(every, known, strict=True) if is_budget]
+    others = [_no_budget(table, budgets, group) for group, is_budget in zip(every, known, strict=True) if not is_budget]
+    if not groups:
+        return others
     log_params = [np.log(table.params[group]) for group in groups]
     together = screen_surface(
         np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
@@ -55,7 +61,15 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"]) -> list[Valley
         middle = float(np.exp(np.log(budgets[kept]).mean()))
         curve = coefficients, reason, PARABOLA, outliers, at_fault
         valleys.append(Valley(middle, params, table.tokens[kept], loss, *curve))
-    return valleys
+    return sorted(valleys + others, key=lambda valley: valley.flops)
+
+
+def _no_budget(table: Table, budgets: np.ndarray, group: np.ndarray) -> Valley:
+    params, tokens, loss = table.params[group], table.tokens[group], table.loss[group]
+    few = len(np.unique(params)) < MINIMUM_SIZES
+    reason = reason_against(params, loss, PARABOLA) if few else BY_CHANCE
+    flops = float(np.exp(np.log(budgets[group]).mean()))
+    return Valley(flops, params, tokens, loss, None, reason, runs_at_fault=True)
 
 
 def _centred(params: np.ndarray) -> np.ndarray:

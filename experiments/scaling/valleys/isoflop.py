@@ -14,9 +14,11 @@ from jaxtyping import Float
 from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import valleys_of, with_shape
+from experiments.scaling.valleys.recognise import BY_CHANCE
 from experiments.scaling.valleys.skew import common_skew, skewed_minima
 from experiments.scaling.valleys.spline import Spline, choose_smoothing
 from experiments.scaling.valleys.valley import (
+    MINIMUM_SIZES,
     PARABOLA,
     SAME_BUDGET,
     Convex,
@@ -233,11 +235,12 @@ def fit_isoflop(
 ) -> IsoflopFit:
     """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
-    N in parameters, D in tokens, L in nats per token, C in FLOPs (without `flops`: 6·N·D); budgets within 5
-    % are one. A valley with fewer than three sizes, with its lowest loss at an edge, without a minimum or
-    with the minimum outside its sizes is rejected and listed with the reason. D* is read off each budget's
-    own line of log D over log N. Rows that no fit can use are dropped as in `table.clean`; row order does
-    not matter. Gross outliers are left out by the rules of `outliers.py` and listed (`.outliers`).
+    N in parameters, D in tokens, L in nats per token, C in FLOPs (without `flops`: 6·N·D); budgets within 5 % are one,
+    and runs that lie near one another by chance are none (`recognise.py`). A valley with fewer than three sizes, with
+    its lowest loss at an edge, without a minimum or with the minimum outside its sizes is rejected and listed with the
+    reason. D* is read off each budget's own line of log D over log N. Rows that no fit can use are dropped as in
+    `table.clean`; row order does not matter. Gross outliers are left out by the rules of `outliers.py` and listed
+    (`.outliers`).
 
     method: "spline", a smoothing spline that assumes no shape (`spline.py`); "skewed", a parabola bent by one skew
     common to all budgets (`skew.py`); "parabola".
@@ -264,6 +267,13 @@ def fit_isoflop(
             valleys = [with_shape(valley, shape) for valley in valleys]
     optima = [valley.optimum for valley in valleys if valley.reason is None]
     if len(optima) < MINIMUM_BUDGETS:
+        chance = sum(valley.reason == BY_CHANCE for valley in valleys)
+        if chance and all(valley.runs_at_fault for valley in valleys):
+            raise InputError(
+                f"the {len(table)} runs share no budgets: their compute is spread, and {chance} group"
+                f"{'s' if chance > 1 else ''} within {100 * (SAME_BUDGET - 1):.0f} % of one another came about by "
+                f"chance; valleys need {MINIMUM_SIZES} sizes or more at each of {MINIMUM_BUDGETS} budgets or more"
+            )
         reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
         shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
         raise InputError(
