@@ -2,7 +2,7 @@
 
     python -m experiments.scaling.known_valleys --seeds 200 --json docs/bench/known-valleys.json
 
-Simulated IsoFLOP experiments of laws E + A·N^−α + B·D^−β, six budgets each, at two sizes of noise, in shapes that differ
+Simulated IsoFLOP experiments of laws E + A·N^−α + B·D^−β, six budgets each, at two noises, in shapes that differ
 from the first in one thing: windows centred on the optimum; windows that drift across it as the budget grows; valleys
 whose walls differ; five sizes a budget; a curvature that falls sevenfold from the first budget to the last. The method
 that `fit_isoflop` uses by default should be the best of the three in each, or lose less than a tenth of its own spread.

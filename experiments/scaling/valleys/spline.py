@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 SMOOTHINGS = np.geomspace(1e-4, 1e6, 41)  # in units of u⁻⁵, per run
 GRID_POINTS = 201
-SAME_SCORE = 2.0
+SAME_SCORE = 4.0
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def _kernel(s: np.ndarray, t: np.ndarray) -> Float[np.ndarray, "s t"]:
 def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
     """The largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the best.
 
-    The score is n·ln(RSS / (n − freedom)²), with n the runs that parabolas leave over: a bend must gain 2, as one
-    coefficient more must by Akaike's criterion. Freedom counts 1.4 times, the usual guard against the interpolation
-    that the score is prone to on few runs (Kim & Gu 2004, Journal of the Royal Statistical Society B 66).
+    The score is n·ln(RSS / (n − freedom)²), with n the runs that parabolas leave over: a bend must gain 4, which
+    one coefficient more does by chance once in twenty times. Freedom counts 1.4 times, the usual guard against the
+    interpolation that the score is prone to on few runs (Kim & Gu 2004, Journal of the Royal Statistical Society B 66).
     """
     count = sum(map(len, us)) - 3 * len(us)
     left, freedom = np.zeros(len(SMOOTHINGS)), np.zeros(len(SMOOTHINGS))
