@@ -8,12 +8,12 @@ import numpy as np
 
 from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.forms.fit import fit_form
-from experiments.scaling.law.intervals import Intervals
+from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
-from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, IsoflopFit, fit_isoflop
+from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit, fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
@@ -100,7 +100,7 @@ class Fits:
             "intervals": {} if refused else _intervals(iso.intervals),
             "method": iso.method,
             "outliers": iso.outliers,
-            "warnings": isoflop_warnings(iso),
+            "warnings": isoflop_warnings(iso, intervals=not refused),
         }
 
 
@@ -280,11 +280,13 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
         )
     if fit.E == 0:
         found.append("the floor E faded to zero: these runs do not show one")
+    if fit.bootstraps >= MINIMUM_VALID_DRAWS:
+        found += own_interval_warnings({name: getattr(fit, name) for name in (*NAMES, "a", "b")}, fit.intervals)
     return found
 
 
-def isoflop_warnings(fit: IsoflopFit) -> list[str]:
-    """What its numbers should be read with."""
+def isoflop_warnings(fit: IsoflopFit, intervals: bool = True) -> list[str]:
+    """What its numbers should be read with. intervals: whether it has any."""
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:
@@ -295,4 +297,6 @@ def isoflop_warnings(fit: IsoflopFit) -> list[str]:
             f"{runs - 3 * budgets} runs more than the curves of {budgets} budgets use up: too few to know the noise, "
             "so the intervals are uncertain"
         )
+    if intervals and fit.bootstraps >= MINIMUM_VALID_DRAWS:
+        found += own_interval_warnings({"a": fit.a, "b": fit.b}, fit.intervals)
     return found
