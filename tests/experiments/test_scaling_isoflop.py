@@ -157,10 +157,10 @@ def test_the_default_is_the_spline_which_is_right_where_the_parabola_is_not():
 def test_the_spline_bends_only_where_runs_ask_for_it():
     """Of exact parabolas with noise, one in twenty may be given a bend by chance; a kink asks for one."""
     bent = 0
-    for seed in range(60):
+    for seed in range(30):
         runs = ladder(factors=FACTORS[1:-1], noise=0.002, seed=seed)
         bent += abs(fit_isoflop(**runs).a - fit_isoflop(**runs, method="parabola").a) > 1e-6
-    assert bent <= 6
+    assert bent <= 4
     runs = ladder(noise=1e-4)
     best = 0.3 * (6 * runs["params"] * runs["tokens"]) ** 0.47
     runs["loss"] = runs["loss"] + 0.1 * np.maximum(np.log(best / runs["params"]) - 0.5, 0)

@@ -131,3 +131,20 @@ def test_a_prediction_is_compared_with_what_came(design, data, tmp_path):
     assert found["runs"][0]["measured"] is found["runs"][0]["inside"] is None
     for run in found["runs"][1:]:
         assert run["relative_error"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_held_out_valley_is_measured_by_the_curve_of_the_prediction(design, data, tmp_path):
+    rungs = rungs_of(design.replace(budgets=tuple(1.5e8 * 2**i for i in range(5))), data)
+    rows = [rung.to_dict() | {"loss": 1.5 + 76 * rung.params**-0.3 + 30 * rung.tokens**-0.3} for rung in rungs]
+    write_csv(tmp_path / "runs.csv", [row for row in rows if not row["held_out"]])
+    said = predict(tmp_path, [rung for rung in rungs if rung.held_out], lambda text: None, bootstraps=20)
+    found = compare(tmp_path, rows)
+    assert found["valleys"] == said["valleys"]
+    assert said["valleys"]["method"] == "spline"
+    measured = found["budgets"][0]["measured"]
+    assert set(measured["against"]) == {"parametric", "isoflop", "skewed", "parabola"}
+    assert measured["params"] / measured["tokens"] == pytest.approx((76 / 30) ** (1 / 0.3), rel=0.1), "of the law"
+    document = json.loads((tmp_path / "prediction.json").read_text())
+    del document["valleys"]  # as predictions were written when the parabola was the default
+    (tmp_path / "prediction.json").write_text(json.dumps(document))
+    assert compare(tmp_path, rows)["valleys"] is None
