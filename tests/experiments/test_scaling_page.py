@@ -93,8 +93,8 @@ def test_estimates_outside_their_own_intervals_are_warned_of(analysis):
     skewed.__dict__["draws"] = analysis.fits.valleys["skewed"].draws
     parametric = replace(analysis.fits.parametric)
     parametric.__dict__["draws"] = analysis.fits.parametric.draws + np.array([1.0, 0, 0, 0, 0])
-    fits = replace(analysis.fits, parametric=parametric, isoflop=valleys)
-    fits.valleys["skewed"] = skewed
+    others = analysis.fits.valleys | {"skewed": skewed}
+    fits = replace(analysis.fits, parametric=parametric, isoflop=valleys, valleys=others)
     found = replace(analysis, fits=fits)
     said = {(row["about"], row["text"].split(" = ")[0]) for row in found.warnings if "its own" in row["text"]}
     assert said == {("parametric", "E"), ("isoflop", "b"), ("isoflop.skewed", "a")}

@@ -142,7 +142,8 @@ class IsoflopFit:
 
         Measured on 400 simulated ladders of six budgets with nine runs each (`known_laws.py`): the 95 % interval of
         `a` holds the truth in 94 % with windows centred on the optimum and in 93 % with windows that drift across it;
-        with five budgets of seven runs in 94 %.
+        with five budgets of seven runs in 94 %. On 200 of each of twelve kinds (`known_valleys.py`) the spline's holds
+        it in 93 to 99.5 %; bias-corrected percentiles (BC) held it less often, in 82 to 95 %.
 
         Raises `InputError` where no budget has a run more than its curve needs (nothing tells the
         noise), and where nearly every draw broke.
