@@ -119,7 +119,7 @@ def loss_curves(groups: Sequence[tuple[float, Sequence[Curve]]], width: float = 
 
 @styled
 def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]], width: float = WIDTH) -> Figure:
-    """Validation loss over N per budget, without parabolas: for a ladder whose valleys were refused."""
+    """Validation loss over N per budget, without curves: for a ladder whose valleys were refused."""
     figure = new_figure(width, 4.2)
     axes = figure.subplots()
     for (budget, rows), colour in zip(groups, sequence(len(groups)), strict=True):

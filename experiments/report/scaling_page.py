@@ -10,7 +10,7 @@ from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.report.style import amount
 from experiments.scaling import plots
 from experiments.scaling.analysis import NAMES, Analysis
-from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
 from train.files import write_atomically
 
 
@@ -45,7 +45,7 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "dotted": len(analysis.fits.valleys) > 0 or analysis.envelope is not None,
         "starred": bool(_minima(analysis)),
         "smooth": _equal(analysis.valleys.get("parabola"), analysis.valleys.get("spline")),
-        "estimator_names": NAMES | {name: NAMES[f"isoflop.{name}"] for name in ("skewed", "spline")},
+        "estimator_names": _predictors(analysis.held_out),
         "figures": _figures(analysis),
     }
 
@@ -97,6 +97,13 @@ def _minima(analysis: Analysis) -> list[dict[str, float]]:
     """The minima {flops, params, tokens, loss} measured at budgets that were held out of every fit."""
     budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
     return [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
+
+
+def _predictors(held_out: dict[str, Any] | None) -> dict[str, str]:
+    """The names of a prediction's estimators; those of before the method was written down used the parabola."""
+    valleys = (held_out or {}).get("valleys") or {"method": "parabola"}
+    methods = {name: NAMES[f"isoflop.{name}"] for name in METHODS}
+    return NAMES | methods | {"isoflop": methods[valleys["method"]]}
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

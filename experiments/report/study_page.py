@@ -12,12 +12,14 @@ from experiments.scaling import plots
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
+from experiments.scaling.valleys.isoflop import DEFAULT
 from train.checksums import read_sealed
 from train.files import write_atomically
 from train.metrics import troubles
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
+CURVES = {"spline": "smoothing spline", "skewed": "skewed parabola", "parabola": "parabola"}
 WIDE_EXPONENT = 0.5  # an exponent lies between 0 and 1: a 95 % interval wider than this says little
 WIDE_PREDICTION = 0.1  # of the predicted loss: falling into a wider interval is a weak test
 
@@ -49,6 +51,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "device_name": device_name(parts["device"]),
         "parametric": parametric,
         "isoflop": isoflop,
+        "valley_curve": CURVES[(isoflop or {}).get("method", DEFAULT)],
         "refused": fit.get("refused") or {},
         "exponents": [
             {"name": name, "a": _exponent(law, "a"), "b": _exponent(law, "b")}
@@ -77,7 +80,8 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Drawn]:
     # The document's fits again, now as objects that can be drawn: same table, same seed, same numbers.
     fits = fit_both(read_table(folder / "ladder" / "runs.csv"))
-    parametric, isoflop, refused = fits.parametric, fits.isoflop, fits.refused
+    method = ((document.get("fit") or {}).get("isoflop") or {}).get("method", DEFAULT)
+    parametric, isoflop, refused = fits.parametric, fits.methods.get(method), fits.refused
     sweep, measured = document.get("sweep") or {}, document.get("heldout") or {}
     prediction, cells = document.get("prediction") or {}, _measured(document)
     by_budget: dict[float, list[dict[str, Any]]] = {}

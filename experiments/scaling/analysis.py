@@ -7,11 +7,12 @@ from typing import Any
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
 from experiments.scaling.forms.choose import Choice, forms_for
+from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
 from experiments.scaling.rows.table import Table
-from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
@@ -20,9 +21,8 @@ STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventi
 
 NAMES = {
     "parametric": "parametric law",
-    "isoflop": "IsoFLOP valleys, parabola",
-    "isoflop.skewed": "IsoFLOP valleys, skewed",
-    "isoflop.spline": "IsoFLOP valleys, spline",
+    "isoflop": f"IsoFLOP valleys, {DEFAULT}",
+    **{f"isoflop.{name}": f"IsoFLOP valleys, {name}" for name in METHODS},
     "envelope": "envelope of training curves",
 }
 """Estimators in words."""
@@ -68,7 +68,7 @@ class Analysis:
 
     @property
     def valleys(self) -> dict[str, IsoflopFit]:
-        """By method ("parabola", "skewed", "spline"), those that have resamples."""
+        """By method ("spline", "skewed", "parabola"), those that have resamples."""
         names = {"isoflop": self.fits.isoflop} | {f"isoflop.{name}": fit for name, fit in self.fits.valleys.items()}
         return {
             fit.method: fit
@@ -105,9 +105,11 @@ class Analysis:
             found += [("parametric", text) for text in parametric_warnings(fits.parametric, fits.parametric_outliers)]
             found += [("parametric", text) for text in _outside(fits.parametric)]
         if fits.isoflop is not None:
-            found += [("isoflop", text) for text in isoflop_warnings(fits.isoflop)]
+            known = "isoflop.intervals" not in self.refused
+            found += [("isoflop", text) for text in isoflop_warnings(fits.isoflop, known)]
         if self.envelope is not None:
             found += [("envelope", text) for text in self.envelope.warnings]
+        found += self._outside_own_intervals()
         found += [("estimators", text) for text in self._disagreements()]
         if self.choice is not None and fits.parametric is not None:
             scores = {score.form: score for score in self.choice.scores}
@@ -116,6 +118,32 @@ class Analysis:
                 text = f"{self.choice.winner} predicts held-out budgets better than this law, beyond noise"
                 found.append(("parametric", text))
         return [{"about": about, "text": text} for about, text in found]
+
+    def _outside_own_intervals(self) -> list[tuple[str, str]]:
+        """(about, text): estimates outside their own intervals, but for those of the law and the default valleys."""
+        fits = [fit for fit in (self.fits.parametric, self.fits.isoflop, self.envelope) if fit is not None]
+        if min(fit.bootstraps for fit in fits) < MINIMUM_VALID_DRAWS:
+            return []
+        found = []
+        for row in self.exponents:
+            if row["estimator"] not in {"parametric", "isoflop"} and row["intervals"] is not None:
+                intervals: Intervals = {name: {_LEVEL: pair} for name, pair in row["intervals"].items()}
+                if row["estimator"] != "envelope":
+                    intervals = self.fits.valleys[row["estimator"].removeprefix("isoflop.")].intervals
+                values = {name: row[name] for name in ("a", "b")}
+                found += [(row["estimator"], text) for text in own_interval_warnings(values, intervals)]
+        for name, fit in ({} if self.choice is None else self.choice.fits).items():
+            found += [(f"form {name}", text) for text in own_interval_warnings(fit.values, fit.intervals)]
+        for row in [] if self.conventions is None else self.conventions["rows"]:
+            for estimator in ("parametric", "isoflop"):
+                if row[estimator] is not None and row[estimator]["intervals"] is not None:
+                    pairs: Intervals = {
+                        name: {_LEVEL: tuple(by[str(_LEVEL)])} for name, by in row[estimator]["intervals"].items()
+                    }
+                    values = {name: row[estimator][name] for name in ("a", "b")}
+                    about = f"{estimator}, N {row['params']}, C {row['flops']}"
+                    found += [(about, text) for text in own_interval_warnings(values, pairs)]
+        return found
 
     def _disagreements(self) -> list[str]:
         rows = [row for row in self.exponents if row["intervals"] is not None]

@@ -8,12 +8,12 @@ import numpy as np
 
 from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.forms.fit import fit_form
-from experiments.scaling.law.intervals import Intervals
+from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
-from experiments.scaling.valleys.isoflop import IsoflopFit, Method, fit_isoflop
+from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit, fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model.errors import InputError
 
@@ -45,7 +45,12 @@ class Fits:
     parametric_outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{params, tokens, loss, reason}] of the runs that the parametric fit leaves out."""
     valleys: dict[str, IsoflopFit] = field(default_factory=dict)
-    """The other ways to find a valley's minimum, "skewed" and "spline"; `refused` knows them as "isoflop.skewed"."""
+    """The other ways to find a valley's minimum, "skewed" and "parabola"; `refused` calls them "isoflop.skewed" …"""
+
+    @property
+    def methods(self) -> dict[str, IsoflopFit]:
+        """By name, every way to find a valley's minimum that answered, the default first."""
+        return ({} if self.isoflop is None else {self.isoflop.method: self.isoflop}) | self.valleys
 
     def document(self) -> dict[str, Any]:
         """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
@@ -68,7 +73,8 @@ class Fits:
         if self.isoflop is not None:
             isoflop = self._isoflop(self.isoflop, "isoflop.intervals")
             isoflop["methods"] = {
-                name: self._isoflop(fit, f"isoflop.{name}.intervals") for name, fit in self.valleys.items()
+                name: self._isoflop(fit, "isoflop.intervals" if fit is self.isoflop else f"isoflop.{name}.intervals")
+                for name, fit in self.methods.items()
             }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -94,7 +100,7 @@ class Fits:
             "intervals": {} if refused else _intervals(iso.intervals),
             "method": iso.method,
             "outliers": iso.outliers,
-            "warnings": isoflop_warnings(iso),
+            "warnings": isoflop_warnings(iso, intervals=not refused),
         }
 
 
@@ -127,9 +133,8 @@ def fit_both(
     except InputError as error:
         refused["parametric"] = str(error)
     found: dict[str, IsoflopFit] = {}
-    methods: tuple[Method, ...] = ("parabola", "skewed", "spline")
-    for method in methods:
-        key = "isoflop" if method == "parabola" else f"isoflop.{method}"
+    for method in (DEFAULT, *(other for other in METHODS if other != DEFAULT)):
+        key = "isoflop" if method == DEFAULT else f"isoflop.{method}"
         try:
             found[method] = fit_isoflop(
                 params=table.params,
@@ -142,14 +147,14 @@ def fit_both(
             )
         except InputError as error:
             refused[key] = str(error)
-            if method == "parabola":  # the others refuse for the same reasons
+            if method == DEFAULT:  # the others refuse for the same reasons
                 break
             continue
         try:
             _ = found[method].draws
         except InputError as error:
             refused[f"{key}.intervals"] = str(error)
-    isoflop = found.pop("parabola", None)
+    isoflop = found.pop(DEFAULT, None)
     return Fits(table, parametric, isoflop, refused, outliers, found)
 
 
@@ -275,11 +280,13 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
         )
     if fit.E == 0:
         found.append("the floor E faded to zero: these runs do not show one")
+    if fit.bootstraps >= MINIMUM_VALID_DRAWS:
+        found += own_interval_warnings({name: getattr(fit, name) for name in (*NAMES, "a", "b")}, fit.intervals)
     return found
 
 
-def isoflop_warnings(fit: IsoflopFit) -> list[str]:
-    """What its numbers should be read with."""
+def isoflop_warnings(fit: IsoflopFit, intervals: bool = True) -> list[str]:
+    """What its numbers should be read with. intervals: whether it has any."""
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:
@@ -290,4 +297,6 @@ def isoflop_warnings(fit: IsoflopFit) -> list[str]:
             f"{runs - 3 * budgets} runs more than the curves of {budgets} budgets use up: too few to know the noise, "
             "so the intervals are uncertain"
         )
+    if intervals and fit.bootstraps >= MINIMUM_VALID_DRAWS:
+        found += own_interval_warnings({"a": fit.a, "b": fit.b}, fit.intervals)
     return found

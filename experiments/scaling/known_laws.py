@@ -18,7 +18,6 @@ cubic term but not the next. The spline assumes no shape and must meet the limit
 import argparse
 import json
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 
 from experiments.scaling.fit import fit_parametric_screened, isoflop_warnings, parametric_warnings
 from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
+from experiments.scaling.trials import run_trials
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from model.errors import InputError
 
@@ -158,34 +158,9 @@ def study(
     ledger: Path | None = None,
     advance: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The whole document; `advance()` is called after every estimator of every seed.
-
-    What is done is kept in the `ledger`, one line of JSON per estimator and seed, and is not done again.
-    """
-    done: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    if ledger is not None and ledger.exists():
-        for line in ledger.read_text(encoding="utf-8").splitlines():
-            *job, trials = json.loads(line)
-            done[tuple(job)] = trials
+    """The whole document; `trials.run_trials` describes `ledger` and `advance`."""
     jobs = [(name, seed, bootstraps) for seed in range(seeds) for name in EXPONENTS]
-    left = [job for job in jobs if job not in done]
-
-    def collect(results: Any) -> None:
-        for job, trials in zip(left, results, strict=True):
-            done[job] = trials
-            if ledger is not None:
-                with ledger.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([*job, trials]) + "\n")
-            if advance is not None:
-                advance()
-
-    if advance is not None and len(left) < len(jobs):
-        advance(len(jobs) - len(left))
-    if processes == 1:
-        collect(map(_job, left))
-    else:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            collect(pool.imap(_job, left, chunksize=4))
+    done = run_trials(jobs, _job, processes, ledger, advance)
     found = {
         (case.name, name): [done[name, seed, bootstraps][i] for seed in range(seeds)]
         for i, case in enumerate(CASES)

@@ -141,7 +141,7 @@ def _draw_optimal(
 
 @styled
 def valleys(isoflop: IsoflopFit, width: float = WIDTH) -> Figure:
-    """Loss over N for each budget, with its parabola and minimum; rejected budgets dashed and pale."""
+    """Loss over N for each budget, with its curve and minimum; rejected budgets dashed and pale."""
     figure = new_figure(width, 4.2)
     _draw_valleys(figure.subplots(), isoflop.valleys)
     return figure

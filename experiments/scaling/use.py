@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.forms.choose import Choice
-from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.law.intervals import own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
@@ -95,10 +95,12 @@ def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | 
         if isinstance(fit, ParametricFit) and intervals is not None:
             answer["loss"] = float(fit.predict(params, tokens))
             intervals["loss"] = [float(bound) for bound in _optimal_losses(fit, C, level)]
+        pairs = {key: {level: (low, high)} for key, (low, high) in (intervals or {}).items()}
         answers[name] = answer | {
             "intervals": intervals,
             "level": level,
             "extrapolation": extrapolation(fit, params, tokens),
+            "warnings": own_interval_warnings({key: answer[key] for key in pairs}, pairs),
         }
     return answers
 
@@ -116,14 +118,16 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
     require_positive("tokens", tokens)
     require_positive("6·params·tokens", 6.0 * params * tokens)
     low, high = fit.predict_interval(params, tokens, level)
+    loss = float(fit.predict(params, tokens))
     return {
         "params": float(params),
         "tokens": float(tokens),
         "flops": 6.0 * params * tokens,
-        "loss": float(fit.predict(params, tokens)),
+        "loss": loss,
         "interval": [float(low), float(high)],
         "level": level,
         "extrapolation": extrapolation(fit, params, tokens),
+        "warnings": own_interval_warnings({"loss": loss}, {"loss": {level: (float(low), float(high))}}),
     }
 
 
@@ -175,9 +179,11 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     # Order statistics, since interpolation towards an infinite draw would be infinite too early.
     low, high = np.nanpercentile(draws, [tail, 100 - tail], method="nearest")
     best = fit.optimal(flops)
+    pair = float(np.exp(low)), float(np.exp(high))
     return {
         "target": float(target),
         "flops": flops,
+        "warnings": own_interval_warnings({"flops": flops}, {"flops": {level: pair}}),
         "params": float(best.params),
         "tokens": float(best.tokens),
         "interval": [float(np.exp(bound)) if bound <= _LARGEST_LN else None for bound in (low, high)],

@@ -105,7 +105,7 @@ def test_a_run_finds_the_data_that_were_moved_with_it(made, data, tmp_path, isof
     """Apart from them a person says where they are; what lies there is compared with what the run was trained on."""
     for name in ("data", "run"):
         shutil.copytree(made / name, tmp_path / "there" / name)
-    record = json.loads((made / "run" / "run.json").read_text())
+    record = read_record(made / "run")
     (tmp_path / "there" / "run" / "run.json").write_text(json.dumps(record | {"data": "/gone/data"}))
     run = tmp_path / "there" / "run"
     assert data_of(run, read_record(run)) == str(tmp_path / "there" / "data")

@@ -34,7 +34,7 @@ def analysis(runs):
 
 def test_every_estimator_stands_side_by_side(analysis):
     rows = {row["estimator"]: row for row in analysis.exponents}
-    assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"}
+    assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.parabola"}
     for row in rows.values():
         assert row["a"] + row["b"] == pytest.approx(1, abs=1e-6)
         assert row["a"] == pytest.approx(TRUTH["a"], abs=0.05)
@@ -74,6 +74,36 @@ def test_what_cannot_be_shown_is_said(no_svg, tmp_path):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "refused.</b>" in page
     assert "No valley was found" in page
+
+
+def test_a_prediction_names_the_curve_that_made_it(analysis, tmp_path):
+    """One of before the curve was written down used the parabola."""
+    from dataclasses import replace
+
+    optimum = {"params": 1e9, "tokens": 2e10, "loss": None, "intervals": None}
+    for valleys, name in ((None, "parabola"), ({"method": "spline", "smoothing": 1.0}, "spline")):
+        budget = analysis.held_out["budgets"][0] | {"optima": {"isoflop": optimum}}
+        held_out = analysis.held_out | {"budgets": [budget], "valleys": valleys}
+        write_scaling_page(tmp_path / "page.html", replace(analysis, held_out=held_out), "runs")
+        assert f"predicted, IsoFLOP valleys, {name}" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_estimates_outside_their_own_intervals_are_warned_of(analysis):
+    from dataclasses import replace
+
+    assert not [row for row in analysis.warnings if "its own" in row["text"]]
+    skewed = replace(analysis.fits.valleys["skewed"], a=0.9)
+    valleys = replace(analysis.fits.isoflop, b=0.1)
+    valleys.__dict__["draws"] = analysis.fits.isoflop.draws
+    skewed.__dict__["draws"] = analysis.fits.valleys["skewed"].draws
+    parametric = replace(analysis.fits.parametric)
+    parametric.__dict__["draws"] = analysis.fits.parametric.draws + np.array([1.0, 0, 0, 0, 0])
+    others = analysis.fits.valleys | {"skewed": skewed}
+    fits = replace(analysis.fits, parametric=parametric, isoflop=valleys, valleys=others)
+    found = replace(analysis, fits=fits)
+    said = {(row["about"], row["text"].split(" = ")[0]) for row in found.warnings if "its own" in row["text"]}
+    assert said == {("parametric", "E"), ("isoflop", "b"), ("isoflop.skewed", "a")}
+    assert any("its own 95 %" in text for text in found.document()["isoflop"]["warnings"])
 
 
 def test_estimators_that_do_not_meet_are_said_to(analysis):

@@ -65,7 +65,7 @@ def test_every_question_in_one_call(table, law, tmp_path, capsys):
     best = document["optimal"]
     assert [next(iter(answer.values()))["flops"] for answer in best] == [1e19, 1e22]
     assert best[1]["parametric"] == optimal({"parametric": law}, 1e22, 80)["parametric"]
-    assert {"parametric", "isoflop", "isoflop.skewed", "isoflop.spline"} <= set(best[0])
+    assert {"parametric", "isoflop", "isoflop.skewed", "isoflop.parabola"} <= set(best[0])
     assert document["compute_for_loss"] == [compute_for_loss(law, 2.3, 80)]
     forms = document["planned"][0].pop("forms")
     assert document["planned"] == [planned_loss(law, 1e9, 2e10, 80)]

@@ -146,3 +146,20 @@ def test_a_table_that_was_changed_is_named(tmp_path):
     assert "checksums.json cannot be read" in table_troubles(tmp_path)[0]
     (tmp_path / "checksums.json").unlink()  # as earlier versions left a study
     assert table_troubles(tmp_path) == []
+
+
+def test_a_held_out_valley_is_measured_by_the_curve_of_the_prediction(design, data, tmp_path):
+    rungs = rungs_of(design.replace(budgets=tuple(1.5e8 * 2**i for i in range(5))), data)
+    rows = [rung.to_dict() | {"loss": 1.5 + 76 * rung.params**-0.3 + 30 * rung.tokens**-0.3} for rung in rungs]
+    write_csv(tmp_path / "runs.csv", [row for row in rows if not row["held_out"]])
+    said = predict(tmp_path, [rung for rung in rungs if rung.held_out], lambda text: None, bootstraps=20)
+    found = compare(tmp_path, rows)
+    assert found["valleys"] == said["valleys"]
+    assert said["valleys"]["method"] == "spline"
+    measured = found["budgets"][0]["measured"]
+    assert set(measured["against"]) == {"parametric", "isoflop", "skewed", "parabola"}
+    assert measured["params"] / measured["tokens"] == pytest.approx((76 / 30) ** (1 / 0.3), rel=0.1), "of the law"
+    document = json.loads((tmp_path / "prediction.json").read_text())
+    del document["valleys"], document["checksum"]  # as predictions were written when the parabola was the default
+    (tmp_path / "prediction.json").write_text(json.dumps(document))
+    assert compare(tmp_path, rows)["valleys"] is None

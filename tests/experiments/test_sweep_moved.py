@@ -86,7 +86,7 @@ def as_older_version(folder, storage):
     )  # fmt: skip
     optuna.delete_study(study_name=sweep.id, storage=Ledger(sweep).storage.optuna)
     content = json.loads((folder / "sweep.json").read_text())
-    del content["id"], content["beside"]
+    del content["id"], content["beside"], content["checksum"]
     (folder / "sweep.json").write_text(json.dumps(content | {"storage": storage}))
     return old
 

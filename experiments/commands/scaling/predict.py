@@ -90,8 +90,21 @@ def predict(
     document["warnings"] = table_warnings(runs)
     if fits.parametric is not None:
         document["warnings"] += parametric_warnings(fits.parametric, fits.parametric_outliers)
+    document["warnings"] += _own_interval_warnings(document)
     write_document(json, document)
     show(console(), document, fits, cost)
+
+
+def _own_interval_warnings(document: dict[str, Any]) -> list[str]:
+    """The warnings of single answers, with what each is an answer to."""
+    from experiments.scaling.analysis import NAMES
+
+    optimal = [
+        (f"at {one['flops']:.4g} FLOPs, {NAMES[name]}", one) for by in document["optimal"] for name, one in by.items()
+    ]
+    others = [(f"for a loss of {one['target']:g}", one) for one in document["compute_for_loss"]]
+    others += [(f"for N {one['params']:.4g} on D {one['tokens']:.4g}", one) for one in document["planned"]]
+    return [f"{where}: {text}" for where, one in optimal + others for text in one["warnings"]]
 
 
 def _check(

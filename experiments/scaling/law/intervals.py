@@ -29,6 +29,22 @@ def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
     }
 
 
+def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> list[str]:
+    """A sentence for each value outside one of its own intervals, by the highest such level."""
+    found = []
+    for name, value in values.items():
+        outside = [
+            (level, low, high) for level, (low, high) in intervals.get(name, {}).items() if value < low or value > high
+        ]
+        if outside:
+            level, low, high = max(outside)
+            found.append(
+                f"{name} = {value:.4g} lies outside its own {level:g} % interval, {low:.4g} … {high:.4g}: fits to "
+                "resamples lie to one side of it, a bias that the interval does not correct"
+            )
+    return found
+
+
 def draw_counts(
     columns: Sequence[np.ndarray], least: int, rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:

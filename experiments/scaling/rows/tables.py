@@ -26,10 +26,7 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
         columns = (*(getattr(fit.table, n) for n in names[:3]), fit.predict(fit.table.params, fit.table.tokens))
         found["fitted"] = [dict(zip(names, row, strict=True)) for row in _rows(*columns, -fit.residuals)]
         found["draws"] = [dict(zip(("E", "A", "B", "alpha", "beta"), row, strict=True)) for row in fit.draws.tolist()]
-    valleys = {"parabola": fits.isoflop} | dict(fits.valleys)
-    found["optima"] = [
-        {"method": name} | optimum for name, fit in valleys.items() if fit is not None for optimum in fit.optima
-    ]
+    found["optima"] = [{"method": name} | optimum for name, fit in fits.methods.items() for optimum in fit.optima]
     found["valley_draws"] = [
         {"method": name, "a": row[1], "b": row[3]}
         for name, fit in analysis.valleys.items()

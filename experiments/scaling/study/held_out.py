@@ -12,7 +12,8 @@ from experiments.scaling.forms.fit import FormFit
 from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.rungs import Rung
 from experiments.scaling.use import optimal, planned_loss
-from experiments.scaling.valleys.valley import PARABOLA, Valley, reason_against
+from experiments.scaling.valleys.spline import Spline
+from experiments.scaling.valleys.valley import PARABOLA, Shape, Valley, reason_against
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 
@@ -50,6 +51,7 @@ def predict(
         "runs": [_of_run(fits, laws, rung) for rung in rungs],
         "forms": forms,
         "budgets": [_of_budget(fits, flops) for flops in dict.fromkeys(rung.budget_flops for rung in rungs)],
+        "valleys": _valleys(fits),
         "refused": fits.refused,
     }
     write_sealed(path, document)
@@ -62,17 +64,20 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: of runs.csv. An error is measured − predicted.
     """
     said = read_sealed(folder / "prediction.json")
+    valleys = said.get("valleys")
+    shape = PARABOLA if valleys is None else Spline(valleys["smoothing"])
     tested = {row["name"]: row for row in rows if row["held_out"]}
     runs = [run | _error(run, tested[run["name"]]["loss"]) for run in said["runs"]]
     errors = np.array([run["relative_error"] for run in runs if run["relative_error"] is not None])
     budgets = []
     for budget in said["budgets"]:
         members = [row for row in tested.values() if row["budget_flops"] == budget["flops"] and row["loss"] is not None]
-        budgets.append(budget | {"measured": _valley(members, budget["optima"])})
+        budgets.append(budget | {"measured": _valley(members, budget["optima"], shape)})
     document = {
         "schema_version": SCHEMA_VERSION,
         "written": said["written"],
         "level": said["level"],
+        "valleys": valleys,
         "runs": runs,
         "budgets": budgets,
         "mean_relative_error": float(errors.mean()) if len(errors) else None,
@@ -126,6 +131,13 @@ def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:
     }
 
 
+def _valleys(fits: Fits) -> dict[str, Any] | None:
+    """The curve through the valleys, which the tested budget's own will be judged by; None where they were refused."""
+    if fits.isoflop is None or not isinstance(fits.isoflop.shape, Spline):
+        return None
+    return {"method": fits.isoflop.method, "smoothing": fits.isoflop.shape.smoothing}
+
+
 def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
     found: dict[str, Any] = {"measured": loss, "error": None, "relative_error": None, "inside": None}
     if loss is not None and run["loss"] is not None:
@@ -134,17 +146,17 @@ def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
     return found
 
 
-def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any]) -> dict[str, Any]:
+def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
     """{params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each estimator's N* did."""
     if not rows:
         return {"refused": "none of its runs has a loss"}
     params, tokens, loss = (np.array([row[name] for row in rows], np.float64) for name in ("params", "tokens", "loss"))
-    reason = reason_against(params, loss, PARABOLA)
+    reason = reason_against(params, loss, shape)
     if reason is not None:
         return {"refused": reason}
     flops = float(np.exp(np.log(6 * params * tokens).mean()))
     curve = PARABOLA.coefficients(np.log(params) - np.log(params).mean(), loss)
-    best = Valley(flops, params, tokens, loss, curve, None).optimum
+    best = Valley(flops, params, tokens, loss, curve, None, shape).optimum
     against = {}
     for name, optimum in predicted.items():
         low, high = (optimum["intervals"] or {}).get("params", (None, None))

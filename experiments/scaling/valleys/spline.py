@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 SMOOTHINGS = np.geomspace(1e-4, 1e6, 41)  # in units of u⁻⁵, per run
 GRID_POINTS = 201
+SAME_SCORE = 4.0
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,24 @@ def _kernel(s: np.ndarray, t: np.ndarray) -> Float[np.ndarray, "s t"]:
 
 
 def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
-    """The λ of least generalised cross-validation score n·RSS / (n − freedom)² over all budgets (Wahba 1990, 4.3.1).
+    """The largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the best.
 
-    Freedom counts 1.4 times, the usual guard against the interpolation that the score is prone to on few runs
-    (Kim & Gu 2004, Journal of the Royal Statistical Society B 66).
+    The score is n·ln(RSS / (n − freedom)²), with n the runs that parabolas leave over: a bend must gain 4, which
+    one coefficient more does by chance once in twenty times. Freedom counts 1.4 times, the usual guard against the
+    interpolation that the score is prone to on few runs (Kim & Gu 2004, Journal of the Royal Statistical Society B 66).
     """
-    count = sum(map(len, us))
+    count = sum(map(len, us)) - 3 * len(us)
     left, freedom = np.zeros(len(SMOOTHINGS)), np.zeros(len(SMOOTHINGS))
     for u, loss in zip(us, losses, strict=True):
         operators = _smoothers(u, SMOOTHINGS)
         left += (((operators @ loss - loss) / loss.mean()) ** 2).sum(-1)
         freedom += np.trace(operators, axis1=1, axis2=2) - 3
-    free = count - 1.4 * freedom - 3 * len(us)
-    with np.errstate(divide="ignore"):
-        return float(SMOOTHINGS[int(np.where(free > 0, count * left / free**2, np.inf).argmin())])
+    free = count - 1.4 * freedom
+    if count == 0:  # three runs each: every λ is the parabola through them
+        return float(SMOOTHINGS[-1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = np.where(free > 0, count * np.log(left / free**2), np.inf)
+    return float(SMOOTHINGS[np.flatnonzero(score <= score.min() + SAME_SCORE)[-1]])
 
 
 def _smoothers(

@@ -115,6 +115,8 @@ class Valley:
     shape: Shape = PARABOLA
     outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
+    runs_at_fault: bool = False
+    """Whether the reason lies in the runs, so that no other curve would change it."""
 
     @property
     def u(self) -> Float[np.ndarray, " runs"]:

@@ -1,0 +1,44 @@
+"""Trials by the hundred, on several processes, which go on where they stopped."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run_trials(
+    jobs: Sequence[tuple[Any, ...]],
+    work: Callable[[tuple[Any, ...]], Any],
+    processes: int = 1,
+    ledger: Path | None = None,
+    advance: Callable[..., None] | None = None,
+) -> dict[tuple[Any, ...], Any]:
+    """`{job: work(job)}`, calling `advance()` after each; jobs are tuples and results values that JSON can hold.
+
+    What is done is kept in the `ledger`, one line of JSON per job, and is not done again.
+    """
+    done: dict[tuple[Any, ...], Any] = {}
+    if ledger is not None and ledger.exists():
+        for line in ledger.read_text(encoding="utf-8").splitlines():
+            *job, result = json.loads(line)
+            done[tuple(job)] = result
+    left = [job for job in jobs if job not in done]
+
+    def collect(results: Any) -> None:
+        for job, result in zip(left, results, strict=True):
+            done[job] = result
+            if ledger is not None:
+                with ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([*job, result]) + "\n")
+            if advance is not None:
+                advance()
+
+    if advance is not None and len(left) < len(jobs):
+        advance(len(jobs) - len(left))
+    if processes == 1:
+        collect(map(work, left))
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            collect(pool.imap(work, left, chunksize=4))
+    return done
