@@ -30,7 +30,8 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "tables": tables,
         "rows": len(table),
         "ranges": {"params": _range(table.params), "tokens": _range(table.tokens), "flops": _range(flops)},
-        "estimators": [row | {"name": NAMES[row["estimator"]]} for row in analysis.exponents],
+        "estimators": [row | {"name": NAMES[row["estimator"]]} for row in analysis.exponents]
+        + [row | {"name": f"{NAMES[row['estimator']]}, with every run"} for row in analysis.unscreened_exponents],
         "refused": [{"name": NAMES.get(name, name), "reason": reason} for name, reason in analysis.refused.items()],
         "warnings": [row | {"about": NAMES.get(row["about"], row["about"])} for row in document["warnings"]],
         "parametric": document["parametric"],

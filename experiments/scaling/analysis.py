@@ -41,22 +41,13 @@ class Analysis:
     conventions: dict[str, Any] | None
     held_out: dict[str, Any] | None
     refused: dict[str, str]
+    unscreened: Fits | None = None
+    """The fits of every run, beside those that screening left runs out of; None where nothing was screened."""
 
     @property
     def exponents(self) -> list[dict[str, Any]]:
         """[{estimator, a, b, intervals, runs}] of all that answer; intervals {"a": (low, high) …} at 95 %, or None."""
-        found: list[dict[str, Any]] = []
-        fits = self.fits
-        if fits.parametric is not None:
-            found.append(
-                _exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table))
-            )
-        names = {"isoflop": fits.isoflop} | {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
-        for name, fit in names.items():
-            if fit is not None:
-                known = f"{name}.intervals" not in self.refused
-                runs = sum(len(valley.loss) for valley in fit.accepted)
-                found.append(_exponents(name, fit, fit.intervals if known else None, runs))
+        found = _exponents_of(self.fits)
         if self.envelope is not None:
             try:
                 intervals = self.envelope.intervals
@@ -64,6 +55,11 @@ class Analysis:
                 intervals = None
             found.append(_exponents("envelope", self.envelope, intervals, len(self.envelope.crossings)))
         return found
+
+    @property
+    def unscreened_exponents(self) -> list[dict[str, Any]]:
+        """As `exponents`, of the law and the valleys with every run; empty where nothing was screened."""
+        return [] if self.unscreened is None else _exponents_of(self.unscreened)
 
     @property
     def valleys(self) -> dict[str, IsoflopFit]:
@@ -142,6 +138,7 @@ class Analysis:
             "held_out": self.held_out,
             "warnings": self.warnings,
             "refused": self.refused,
+            "unscreened": None if self.unscreened is None else self.unscreened.document(),
         }
 
 
@@ -155,12 +152,14 @@ def analyse(
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Analysis:
     """Fit a table by every estimator that it can carry.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, by default those of `forms_for`, () to skip that. advance(amount, note): told of `STAGES` in all.
+    choose between, by default those of `forms_for`, () to skip that; screen: leave gross outliers out, and fit every
+    run beside (by default every usable run enters). advance(amount, note): told of `STAGES` in all.
     Raises InputError where no estimator answers.
     """
     if not len(table):
@@ -170,7 +169,9 @@ def analyse(
     forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
     tell(0, "the law's bootstrap")
-    fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=lambda n: tell(n / bootstraps))
+    settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
+    fits = fit_both(table, **settings, screen=screen, advance=lambda n: tell(n / bootstraps))
+    unscreened = fit_both(table, **settings) if screen else None
     refused = dict(fits.refused)
 
     def attempt(name: str, wanted: bool, fit: Callable[[], Any]) -> Any:
@@ -194,6 +195,7 @@ def analyse(
         attempt("conventions", counts is not None, lambda: _conventions(counts, few, seed)),  # type: ignore[arg-type]
         held_out,
         refused,
+        unscreened,
     )
 
 
@@ -213,6 +215,20 @@ def _outside(fit: ParametricFit) -> list[str]:
                     f"at the {which} compute, {budget:.3g} FLOPs, the optimum {letter}* = {value:.3g} lies outside the "
                     f"runs' {seen.min():.3g} … {seen.max():.3g}: it is extrapolated"
                 )
+    return found
+
+
+def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
+    """`Analysis.exponents` of the law and the valleys."""
+    found: list[dict[str, Any]] = []
+    if fits.parametric is not None:
+        found.append(_exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table)))
+    names = {"isoflop": fits.isoflop} | {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
+    for name, fit in names.items():
+        if fit is not None:
+            known = f"{name}.intervals" not in fits.refused
+            runs = sum(len(valley.loss) for valley in fit.accepted)
+            found.append(_exponents(name, fit, fit.intervals if known else None, runs))
     return found
 
 

@@ -16,26 +16,30 @@ def show(console: "Console", analysis: "Analysis") -> None:
     from experiments.commands.options import new_table
     from experiments.scaling.analysis import NAMES
     from experiments.scaling.rows.table import HELD_OUT_REASON
+    from experiments.words import counted
 
     fits = analysis.fits
     names = ("N* ∝ C^a, D* ∝ C^b", "a", "95 % interval", "b", "95 % interval")
     table = new_table(*names, title=f"{len(fits.table)} runs")
-    for row in analysis.exponents:
+    rows = [(NAMES[row["estimator"]], row) for row in analysis.exponents]
+    rows += [(f"{NAMES[row['estimator']]}, with every run", row) for row in analysis.unscreened_exponents]
+    for title, row in rows:
         cells = []
         for name in ("a", "b"):
             pair = row["intervals"] and row["intervals"][name]
             cells += [f"{row[name]:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
-        table.add_row(NAMES[row["estimator"]], *cells)
+        table.add_row(title, *cells)
     console.print(table)
-    if fits.parametric is not None:
-        fit = fits.parametric
-        console.print(
-            f"L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
-            f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
-            f"{fit.starts} starts.",
-            highlight=False,
-            soft_wrap=True,
-        )
+    unscreened = None if analysis.unscreened is None else analysis.unscreened.parametric
+    for title, fit in (("", fits.parametric), ("With every run: ", unscreened)):
+        if fit is not None:
+            console.print(
+                f"{title}L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
+                f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
+                f"{fit.starts} starts.",
+                highlight=False,
+                soft_wrap=True,
+            )
     if fits.isoflop is not None:
         optima = new_table("C (FLOPs)", "N*", "D*", "loss", title="Valley minima")
         for best in fits.isoflop.optima:
@@ -55,8 +59,8 @@ def show(console: "Console", analysis: "Analysis") -> None:
     _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
     outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
     for name, count in outliers.items():
-        runs = "run that is a gross outlier" if count == 1 else "runs that are gross outliers"
-        console.print(f"{NAMES[name]}: without {count} {runs}.", highlight=False)
+        outliers_in_words = counted(count, "gross outlier")
+        console.print(f"{NAMES[name]}: without {outliers_in_words}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
     for row in analysis.warnings:

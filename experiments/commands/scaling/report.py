@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 
 
-def report(folder: Study, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0, json: JsonFile = None) -> None:
+def report(
+    folder: Study,
+    *,
+    delta: float = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    screen: bool = False,
+    json: JsonFile = None,
+) -> None:
     """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
 
     Example: isoflop scaling report studies/sotu
@@ -23,14 +31,17 @@ def report(folder: Study, *, delta: float = 1e-3, bootstraps: int = 1000, seed: 
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
+        screen: Leave out gross outliers, and show the answers without them and with them.
         json: Also write the document to this file.
     """
     from experiments.commands.options import write_document
 
-    write_document(json, write_report(folder, delta=delta, bootstraps=bootstraps, seed=seed))
+    write_document(json, write_report(folder, delta=delta, bootstraps=bootstraps, seed=seed, screen=screen))
 
 
-def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0) -> dict[str, Any]:
+def write_report(
+    folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0, screen: bool = False
+) -> dict[str, Any]:
     """Write report.html, scaling.json and tables/ of a study's folder, say what came out; returns the document.
 
     Raises InputError where there are no runs, or none of the estimators answers.
@@ -57,6 +68,7 @@ def write_report(folder: Path, *, delta: float = 1e-3, bootstraps: int = 1000, s
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,
+            screen=screen,
             advance=advance,
         )
     document = analysis.document()

@@ -7,7 +7,7 @@ default tolerance ends far from the minimum. Here every start runs until its gra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
 from experiments.scaling.rows.table import Table, clean
 from model.errors import InputError
@@ -77,6 +78,9 @@ class ParametricFit:
     """The runs that entered, and those that did not (`.dropped`)."""
     _problem: Problem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
+    outliers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """[{params, tokens, loss, reason}] of the runs that screening left out; empty unless it was requested."""
+    screened: bool = False
 
     @property
     def a(self) -> float:
@@ -164,7 +168,14 @@ class ParametricFit:
 
 
 def fit_parametric(
-    params: Any, tokens: Any, loss: Any, *, delta: float | int = 1e-3, bootstraps: int = 1000, seed: int = 0
+    params: Any,
+    tokens: Any,
+    loss: Any,
+    *,
+    delta: float | int = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    screen: bool = False,
 ) -> ParametricFit:
     """Fit L(N, D) = E + A·N^−α + B·D^−β to runs: N in parameters, D in tokens, L in nats per token.
 
@@ -173,12 +184,24 @@ def fit_parametric(
     duplicates (they are dropped, as are non-finite and non-positive rows; see `.table.dropped`).
     `bootstraps` and `seed` govern the intervals, which are computed when first asked for. E = 0 is allowed.
 
+    Every usable run enters: Huber's loss bounds what a wrong one does. With `screen`, runs that no noise of the table
+    explains are left out and listed (`.outliers`). Residuals of the robust fit show which they are
+    (`outliers.screen_residuals`); the law is fitted again without them and judges all runs again until its judgement
+    no longer changes, so that it does not depend on how far the outliers bent the first fit. Where the
+    rest cannot be fitted, nothing is left out.
+
     Raises `InputError` where the table cannot carry the five unknowns, and says why.
     """
     check_settings(delta, bootstraps)
     table = clean(params, tokens, loss)
     order = np.lexsort((table.loss, table.tokens, table.params))
     table = Table(table.params[order], table.tokens[order], table.loss[order], None, table.dropped)
+    whole = _fit(table, delta, bootstraps, seed)
+    return _screened(whole) if screen else whole
+
+
+def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> ParametricFit:
+    """The fit of every run of a clean, sorted table."""
     _check(table)
     problem = Problem.of(table, float(delta))
     starts = problem.starts()
@@ -204,6 +227,33 @@ def fit_parametric(
         _problem=problem,
         _scaled=best,
     )
+
+
+def _screened(whole: ParametricFit) -> ParametricFit:
+    """The fit without gross outliers, as `fit_parametric` says."""
+    fit, table = whole, whole.table
+    keep, residuals = np.ones(len(table), bool), whole.residuals
+    for _ in range(ROUNDS):
+        again = screen_residuals(residuals, keep, len(NAMES))
+        if np.array_equal(again, keep):
+            break
+        keep = again
+        rest = Table(table.params[keep], table.tokens[keep], table.loss[keep], None, table.dropped)
+        try:
+            fit = _fit(rest, whole.delta, whole.bootstraps, whole.seed)
+        except InputError:
+            return replace(whole, screened=True)
+        residuals = np.log(fit.predict(table.params, table.tokens)) - np.log(table.loss)
+    outliers = [
+        {
+            "params": float(table.params[i]),
+            "tokens": float(table.tokens[i]),
+            "loss": float(table.loss[i]),
+            "reason": f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
+        }
+        for i in np.flatnonzero(~keep)
+    ]
+    return replace(fit, outliers=outliers, screened=True)
 
 
 def check_settings(delta: float | int, bootstraps: int) -> None:

@@ -218,6 +218,7 @@ def fit_isoflop(
     bootstraps: int = 1000,
     seed: int = 0,
     method: Method = "parabola",
+    screen: bool = False,
 ) -> IsoflopFit:
     """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
@@ -225,7 +226,7 @@ def fit_isoflop(
     % are one. A valley with fewer than three sizes, with its lowest loss at an edge, without a minimum or
     with the minimum outside its sizes is rejected and listed with the reason. D* is read off each budget's
     own line of log D over log N. Rows that no fit can use are dropped as in `table.clean`; row order does
-    not matter. Gross outliers are left out by the rules of `outliers.py` and listed (`.outliers`).
+    not matter. With `screen`, gross outliers are left out by the rules of `outliers.py` and listed (`.outliers`).
 
     method: "parabola"; "skewed", a parabola bent by one skew common to all budgets, for valleys off centre
     (`skew.py`); "spline", a smoothing spline that assumes no shape (`spline.py`).
@@ -238,7 +239,7 @@ def fit_isoflop(
         raise InputError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
     table = _sorted(clean(params, tokens, loss, flops))
     budgets = 6 * table.params * table.tokens if table.flops is None else table.flops
-    valleys = valleys_of(table, budgets)
+    valleys = valleys_of(table, budgets, screen=screen)
     shape: Shape = PARABOLA
     if method != "parabola":
         sound = [valley for valley in valleys if valley.reason is None]
