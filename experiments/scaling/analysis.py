@@ -16,7 +16,7 @@ from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
-STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventions
+STAGES = 6  # the law with its bootstrap, the valleys, the envelope, the forms (2: the longest), conventions
 
 NAMES = {
     "parametric": "parametric law",
@@ -92,6 +92,13 @@ class Analysis:
         return found
 
     @property
+    def thinned(self) -> list[str]:
+        """What was done with fewer rows than the table has, and why, in words."""
+        fits = (self.fits.parametric, self.fits.isoflop, *self.fits.valleys.values(), self.choice)
+        found = [fit.thinned for fit in fits if fit is not None]
+        return list(dict.fromkeys(text for text in found if text is not None))
+
+    @property
     def warnings(self) -> list[dict[str, str]]:
         """[{about, text}] of what the numbers should be read with."""
         fits = self.fits
@@ -138,6 +145,7 @@ class Analysis:
             "held_out": self.held_out,
             "warnings": self.warnings,
             "refused": self.refused,
+            "thinned": self.thinned,
             "unscreened": None if self.unscreened is None else self.unscreened.document(),
         }
 
@@ -168,21 +176,21 @@ def analyse(
         raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
     forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
-    tell(0, "the law's bootstrap")
+    tell(0, "the law")
     settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
-    fits = fit_both(table, **settings, screen=screen, advance=lambda n: tell(n / bootstraps))
+    fits = fit_both(table, **settings, screen=screen, advance=tell)
     unscreened = fit_both(table, **settings) if screen else None
     refused = dict(fits.refused)
 
     def attempt(name: str, wanted: bool, fit: Callable[[], Any]) -> Any:
-        tell(1, name)
-        if not wanted:
-            return None
+        tell(0, name)
         try:
-            return fit()
+            return fit() if wanted else None
         except InputError as error:
             refused[name] = str(error)
             return None
+        finally:
+            tell(2 if name == "forms" else 1, name)
 
     few = min(_FEWER, bootstraps)
     envelope = attempt("envelope", bool(curves), lambda: fit_envelope(curves, bootstraps=bootstraps, seed=seed))

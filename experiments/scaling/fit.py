@@ -119,24 +119,26 @@ def fit_both(
     screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Fits:
-    """Both fits with their bootstraps done, calling `advance(number of draws)` as they go.
+    """Both fits with their bootstraps done; `advance(share, what)` is called as they go, with 1 for each in all.
 
     screen: leave gross outliers out and list them; by default every usable run enters.
     """
     check_settings(delta, bootstraps)
+    tell = advance or (lambda *_: None)
     parametric = None
     refused = {}
     try:
         parametric = fit_parametric(
             table.params, table.tokens, table.loss, delta=delta, bootstraps=bootstraps, seed=seed, screen=screen
         )
-        parametric.bootstrap(advance or (lambda *_, **__: None))
+        parametric.bootstrap(lambda draws: tell(draws / bootstraps, "the law's bootstrap"))
     except InputError as error:
         refused["parametric"] = str(error)
     found: dict[str, IsoflopFit] = {}
     methods: tuple[Method, ...] = ("parabola", "skewed", "spline")
     for method in methods:
         key = "isoflop" if method == "parabola" else f"isoflop.{method}"
+        tell(1 / len(methods), f"valleys, {method}")
         try:
             found[method] = fit_isoflop(
                 params=table.params,

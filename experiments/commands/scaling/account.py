@@ -63,6 +63,8 @@ def show(console: "Console", analysis: "Analysis") -> None:
         console.print(f"{NAMES[name]}: without {outliers_in_words}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
+    for text in analysis.thinned:
+        console.print(f"[bold]fewer rows:[/bold] {text}", highlight=False, soft_wrap=True)
     for row in analysis.warnings:
         console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
 

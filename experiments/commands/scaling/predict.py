@@ -162,7 +162,7 @@ def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int
     from train.progress import progress_bar
 
     settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed, "screen": screen}
-    with progress_bar("bootstrap", bootstraps) as advance:
+    with progress_bar("fit", 2 if budgets else 1) as advance:
         if budgets:
             fits = fit_both(runs, **settings, advance=advance)
         else:
@@ -170,7 +170,7 @@ def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int
                 law = fit_parametric(runs.params, runs.tokens, runs.loss, **settings)
             except InputError as error:
                 raise InputError(f"{path} carries no law: {error}") from error
-            law.bootstrap(advance)
+            law.bootstrap(lambda draws: advance(draws / bootstraps))
             fits = Fits(runs, law, None, {})
     if fits.parametric is None and fits.isoflop is None:
         raise InputError(f"{path} carries no law: {fits.refused['parametric']}")

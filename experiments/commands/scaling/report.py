@@ -51,7 +51,7 @@ def write_report(
     from experiments.commands.scaling.options import TableOptions
     from experiments.inputs import read_json
     from experiments.report.scaling_page import write_scaling_page
-    from experiments.scaling.analysis import analyse
+    from experiments.scaling.analysis import STAGES, analyse
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from train.files import write_json
@@ -59,7 +59,7 @@ def write_report(
 
     table = TableOptions().read(folder)
     held_out = folder / "held_out.json"
-    with progress_bar("bootstrap", bootstraps) as advance:
+    with progress_bar("fit", STAGES) as advance:
         analysis = analyse(
             table,
             counts=counts_beside(folder / "runs.csv", table),

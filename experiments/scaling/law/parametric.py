@@ -19,6 +19,8 @@ from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, inter
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
 from experiments.scaling.rows.table import Table, clean
+from experiments.scaling.rows.thin import SAMPLE, sample, samples
+from experiments.words import counted
 from model.errors import InputError
 
 MINIMUM_ROWS = 6  # five unknowns and one row to disagree with them
@@ -70,7 +72,7 @@ class ParametricFit:
     """Largest entry of the gradient at the minimum, as a fraction of δ per run, the most there could be."""
     starts: int
     starts_at_best: int
-    """Starts that ended within 1e-6 (relative) of the best objective."""
+    """Starts that ended within 1e-6 (relative) of the best objective; of a large table, on a sample of its rows."""
     delta: float
     bootstraps: int
     seed: int
@@ -91,6 +93,19 @@ class ParametricFit:
     def b(self) -> float:
         """D* ∝ C^b with b = α/(α+β)."""
         return self.alpha / (self.alpha + self.beta)
+
+    @property
+    def thinned(self) -> str | None:
+        """What was done with fewer rows than the table has, in words; None where nothing was."""
+        rows = len(self.table)
+        if rows <= SAMPLE:
+            return None
+        parts = counted(len(samples(rows, self.seed)), "separate sample")
+        return (
+            f"the law is fitted to all {rows:,} runs, from the best of {self.starts} starts on {SAMPLE:,} of them; its "
+            f"intervals come from {parts} of {SAMPLE:,} runs, narrowed by √({SAMPLE:,}/{rows:,}): to fit the whole "
+            f"table {counted(self.bootstraps, 'time')} over would take hours"
+        )
 
     @property
     def theta(self) -> Float[np.ndarray, "5"]:
@@ -204,9 +219,13 @@ def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> Parame
     """The fit of every run of a clean, sorted table."""
     _check(table)
     problem = Problem.of(table, float(delta))
-    starts = problem.starts()
-    theta, objective, gradient = problem.minimise(starts)
-    chosen, at_best = best_of(objective, gradient, len(table), delta)
+    chosen_from = problem.of_rows(sample(len(table), SAMPLE, seed))
+    starts = chosen_from.starts()
+    theta, objective, gradient = chosen_from.minimise(starts)
+    chosen, at_best = best_of(objective, gradient, len(chosen_from.x), delta)
+    if len(chosen_from.x) < len(table):
+        theta, objective, gradient = problem.minimise(theta[chosen][None])
+        chosen = 0
     best = theta[chosen]
     E, A, B, alpha, beta = (float(value) for value in problem.natural(best[None])[0])
     _check_terms(problem, best, alpha, beta)

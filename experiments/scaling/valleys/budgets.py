@@ -8,10 +8,34 @@ from jaxtyping import Bool, Float, Int
 from experiments.scaling.law.outliers import screen_surface, screen_valleys
 from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.rows.table import Table
+from experiments.scaling.rows.thin import evenly, most_per_budget
 from experiments.scaling.valleys.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
 from model.errors import InputError
 
 TOO_FEW = "too few to say which is wrong"
+
+
+def fewer_per_budget(table: Table, budgets: Float[np.ndarray, " rows"]) -> tuple[Table, np.ndarray, int]:
+    """(A sorted table with no more runs per budget than its valley can use, their budgets, how many that are).
+
+    The runs kept lie at even steps of their budget in order of N, whatever their losses.
+    """
+    groups = group_budgets(budgets)
+    most = most_per_budget([len(group) for group in groups])
+    if all(len(group) <= most for group in groups):
+        return table, budgets, most
+    kept = np.sort(np.concatenate([group[evenly(len(group), most)] for group in groups]))
+    return Table(table.params[kept], table.tokens[kept], table.loss[kept], None, table.dropped), budgets[kept], most
+
+
+def thinned_in_words(used: int, rows: int, most: int) -> str | None:
+    """What `fewer_per_budget` did; None where it kept every run."""
+    if used == rows:
+        return None
+    return (
+        f"the valleys go through {used:,} of {rows:,} runs, at most {most:,} of a budget at even steps of their order "
+        "in N: the work of a curve grows with the cube of its runs"
+    )
 
 
 def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"], *, screen: bool = False) -> list[Valley]:

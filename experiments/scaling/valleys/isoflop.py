@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
-from experiments.scaling.valleys.budgets import valleys_of, with_shape
+from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.skew import common_skew, skewed_minima
 from experiments.scaling.valleys.spline import Spline, choose_smoothing
 from experiments.scaling.valleys.valley import (
@@ -58,6 +58,8 @@ class IsoflopFit:
     dropped: list[dict[str, Any]] = field(repr=False)
     method: str = "parabola"
     shape: Shape = PARABOLA
+    thinned: str | None = None
+    """What was done with fewer rows than the table has, in words; None where nothing was."""
 
     @property
     def outliers(self) -> list[dict[str, Any]]:
@@ -239,6 +241,8 @@ def fit_isoflop(
         raise InputError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
     table = _sorted(clean(params, tokens, loss, flops))
     budgets = 6 * table.params * table.tokens if table.flops is None else table.flops
+    rows = len(table)
+    table, budgets, most = fewer_per_budget(table, budgets)
     valleys = valleys_of(table, budgets, screen=screen)
     shape: Shape = PARABOLA
     if method != "parabola":
@@ -272,6 +276,7 @@ def fit_isoflop(
         dropped=table.dropped,
         method=method,
         shape=shape,
+        thinned=thinned_in_words(len(table), rows, most),
     )
 
 
