@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.law.numbers import LARGEST_LOG
 from experiments.scaling.law.parametric import ParametricFit, optimum
 from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
 from model.errors import InputError
@@ -168,10 +169,10 @@ def serving_optimum(
         target = float(fit.optimal(training_flops).loss)
     if target <= fit.E:
         raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no model reaches it")
+    alone = compute_for_loss(fit, target, level)
     params = _cheapest(fit.theta, target, served_tokens, cost)
     tokens = float(tokens_for_loss(fit.theta, params, target))
-    alone = compute_for_loss(fit, target, level)
-    reaching = [theta for theta in fit.draws if target > theta[0]]
+    reaching = [theta for theta in fit.draws if log_compute(theta, target) <= LARGEST_LOG]
     draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])
     trained = np.array([tokens_for_loss(theta, n, target) for theta, n in zip(reaching, draws, strict=True)])
     training = lambda n, d: 6 * n * d * cost.training_unit

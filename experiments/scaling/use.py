@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.scaling.forms.choose import Choice
 from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.law.numbers import LARGEST_LOG
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
@@ -138,10 +139,12 @@ def log_compute(theta: np.ndarray, target: float) -> float:
     Along the optimum both terms are powers of C, C^(−αβ/(α+β)), in the fixed ratio β : α.
     """
     E, _, _, alpha, beta = theta
-    if target <= E:
+    if target <= E or not min(alpha, beta) > 0:
         return math.inf
     rate = alpha * beta / (alpha + beta)
     at_one = float(law(theta, *optimum(theta, 6.0))) - E  # the reducible loss at C = 6, where ln(C/6) = 0
+    if not 0 < at_one < math.inf:  # a term of the law is lost: it has no optimum
+        return math.inf
     return math.log(6.0) + math.log(at_one / (target - E)) / rate
 
 
@@ -154,7 +157,13 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     require_positive("target", target)
     if target <= fit.E:
         raise InputError(f"target={target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it")
-    flops = math.exp(log_compute(fit.theta, target))
+    log_flops = log_compute(fit.theta, target)
+    if log_flops > LARGEST_LOG:
+        raise InputError(
+            f"target={target:g} lies so close to the law's floor E={fit.E:.4g} that no number holds the compute it "
+            "takes; ask for a higher loss"
+        )
+    flops = math.exp(log_flops)
     draws = np.array([log_compute(theta, target) for theta in fit.draws])
     tail = (100 - level) / 2
     # Order statistics, since interpolation towards an infinite draw would be infinite too early.
@@ -165,7 +174,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "flops": flops,
         "params": float(best.params),
         "tokens": float(best.tokens),
-        "interval": [float(np.exp(bound)) if np.isfinite(bound) else None for bound in (low, high)],
+        "interval": [float(np.exp(bound)) if bound <= LARGEST_LOG else None for bound in (low, high)],
         "level": level,
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),

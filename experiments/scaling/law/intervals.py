@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.scaling.law.numbers import quantiles
+
 LEVELS = (80, 95)
 MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
 
@@ -15,7 +17,7 @@ Intervals = dict[str, dict[int | float, tuple[float, float]]]
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:
     """The central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
     tail = (100.0 - level) / 2
-    low, high = np.nanpercentile(draws, [tail, 100.0 - tail], axis=0)
+    low, high = quantiles(draws, [tail, 100.0 - tail])
     return low, high
 
 

@@ -40,7 +40,8 @@ def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
     N, D = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(D, np.float64))
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     E, A, B, alpha, beta = (part.reshape(part.shape + (1,) * N.ndim) for part in parts)
-    return E + A * np.exp(-alpha * np.log(N)) + B * np.exp(-beta * np.log(D))
+    with np.errstate(all="ignore"):  # at the optimum of a law that lost a term N or D is 0, infinite or NaN
+        return E + A * np.exp(-alpha * np.log(N)) + B * np.exp(-beta * np.log(D))
 
 
 def optimum(theta: Float[np.ndarray, "*draws 5"], C: Any) -> tuple[Any, Any]:

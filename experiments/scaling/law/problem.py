@@ -9,6 +9,7 @@ from scipy.optimize import nnls
 
 from experiments.scaling.law.huber import minimise
 from experiments.scaling.law.intervals import draw_counts
+from experiments.scaling.law.numbers import exponential
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import samples
 
@@ -92,8 +93,8 @@ class Problem:
         """(E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
         alpha, beta = theta[:, 3] / self.spread[0], theta[:, 4] / self.spread[1]
         E = np.where(theta[:, 0] <= self.bounds[0][0] + 1.0, 0.0, np.exp(theta[:, 0]))
-        A = np.exp(theta[:, 1] + alpha * self.centre[0])
-        B = np.exp(theta[:, 2] + beta * self.centre[1])
+        A = exponential(theta[:, 1] + alpha * self.centre[0])
+        B = exponential(theta[:, 2] + beta * self.centre[1])
         return np.stack([E, A, B, alpha, beta], axis=1)
 
     def bootstrap(

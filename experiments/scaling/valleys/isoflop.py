@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.numbers import exponential
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.skew import common_skew, skewed_minima
@@ -88,8 +89,8 @@ class IsoflopFit:
     def optimal(self, C: Any) -> Size:
         """N* and D* at a budget of C FLOPs; arrays are fine."""
         log_c = np.log(np.asarray(C, np.float64))
-        params = np.exp(np.log(self.params_coefficient) + self.a * log_c)
-        return Size(params[()], np.exp(np.log(self.tokens_coefficient) + self.b * log_c)[()])
+        params = exponential(np.log(self.params_coefficient) + self.a * log_c)
+        return Size(params[()], exponential(np.log(self.tokens_coefficient) + self.b * log_c)[()])
 
     @cached_property
     def intervals(self) -> Intervals:
@@ -100,10 +101,10 @@ class IsoflopFit:
         """`{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
         log_c = np.log(np.asarray(C, np.float64))
         draws = self.draws.reshape(len(self.draws), 4, *(1,) * log_c.ndim)
-        params = percentile_interval(np.exp(draws[:, 0] + draws[:, 1] * log_c), level)
+        params = percentile_interval(exponential(draws[:, 0] + draws[:, 1] * log_c), level)
         return {
             "params": params,
-            "tokens": percentile_interval(np.exp(draws[:, 2] + draws[:, 3] * log_c), level),
+            "tokens": percentile_interval(exponential(draws[:, 2] + draws[:, 3] * log_c), level),
         }
 
     @property
@@ -268,8 +269,8 @@ def fit_isoflop(
     return IsoflopFit(
         a=float(laws[0][1]),
         b=float(laws[1][1]),
-        params_coefficient=float(np.exp(laws[0][0])),
-        tokens_coefficient=float(np.exp(laws[1][0])),
+        params_coefficient=float(exponential(laws[0][0])),
+        tokens_coefficient=float(exponential(laws[1][0])),
         valleys=valleys,
         bootstraps=int(bootstraps),
         seed=int(seed),

@@ -76,8 +76,8 @@ def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np
         left += (((operators @ loss - loss) / loss.mean()) ** 2).sum(-1)
         freedom += np.trace(operators, axis1=1, axis2=2) - 3
     free = count - 1.4 * freedom - 3 * len(us)
-    with np.errstate(divide="ignore"):
-        return float(SMOOTHINGS[int(np.where(free > 0, count * left / free**2, np.inf).argmin())])
+    scores = np.divide(count * left, free**2, out=np.full(len(SMOOTHINGS), np.inf), where=free > 0)
+    return float(SMOOTHINGS[int(scores.argmin())])
 
 
 def _smoothers(
