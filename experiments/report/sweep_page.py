@@ -9,6 +9,7 @@ from experiments.report.page import Drawn, drawn, render
 from experiments.sweep.reading.curves import UNEQUAL, chosen
 from experiments.sweep.reading.results import Results
 from experiments.sweep.reading.scales import text
+from experiments.words import counted
 from train.files import write_atomically
 
 MOST_ROWS = 1000  # of the table of settings
@@ -43,7 +44,9 @@ def _view(results: Results, document: dict[str, Any], no_parquet: str | None) ->
 def _axis_in_words(name: str, values: list[Any]) -> dict[str, str]:
     numbers = len(values) > 12
     said = (
-        f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
+        f"{counted(len(values), 'value')}, {text(values[0])} … {text(values[-1])}"
+        if numbers
+        else ", ".join(map(_short, values))
     )
     return {"name": name, "values": said}
 

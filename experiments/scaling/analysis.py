@@ -12,6 +12,7 @@ from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import IsoflopFit
+from experiments.words import counted
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
@@ -173,7 +174,7 @@ def analyse(
     if not len(table):
         count = len(table.dropped)
         first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
-        raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
+        raise InputError(f"no run is left to fit; {counted(count, 'row was', 'rows were')} dropped{first}")
     forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
     tell(0, "the law")

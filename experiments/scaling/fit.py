@@ -226,7 +226,8 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
     rows = len(fit.table) + len(outliers)
     if len(outliers) > MANY_OUTLIERS * rows:
         found.append(
-            f"{len(outliers)} of {rows} runs are left out as outliers: so many speak against the law rather than "
+            f"{len(outliers)} of {counted(rows, 'run')} {is_or_are(len(outliers))} left out as "
+            "outliers: so many speak against the law rather than "
             "against themselves; another form may hold"
         )
     largest = 6 * max(fit.table.params * fit.table.tokens)
@@ -240,7 +241,8 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
         found += _far_from_the_law(fit)
     if len(fit.table) < FEW_ROWS:
         found.append(
-            f"{len(fit.table)} runs for five unknowns: with fewer than {FEW_ROWS} the intervals' coverage is uncertain"
+            f"{counted(len(fit.table), 'run')} for five unknowns: with fewer than {FEW_ROWS} "
+            "the intervals' coverage is uncertain"
         )
     if fit.E == 0:
         found.append("the floor E faded to zero: these runs do not show one")
@@ -267,11 +269,12 @@ def isoflop_warnings(fit: IsoflopFit) -> list[str]:
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:
-        found.append(f"{budgets} budgets: a straight line through so few hides how far from straight it is")
+        found.append(f"{counted(budgets, 'budget')}: a straight line through so few hides how far from straight it is")
     runs = sum(len(valley.loss) for valley in fit.accepted)
     if runs - 3 * budgets < FEW_FREEDOM:
         found.append(
-            f"{runs - 3 * budgets} runs more than the curves of {budgets} budgets use up: too few to know the noise, "
+            f"{counted(runs - 3 * budgets, 'run')} more than the curves of "
+            f"{counted(budgets, 'budget')} use up: too few to know the noise, "
             "so the intervals are uncertain"
         )
     return found

@@ -26,6 +26,7 @@ from experiments.report.style import (
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.thin import DOTS, evenly, sample
 from experiments.scaling.valleys.isoflop import IsoflopFit, Valley
+from experiments.words import counted
 
 LOSS = "validation loss (nats per token)"
 PARAMS = "parameters N"
@@ -83,7 +84,7 @@ def _leave_far_losses_out(axes: Any, losses: np.ndarray) -> None:
     if far.any() and not far.all():
         bottom, top = losses[~far].min(), losses[~far].max()
         axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-        note(axes, f"{far.sum()} run{'s' if far.sum() > 1 else ''} above, up to {losses.max():.3g}")
+        note(axes, f"{counted(int(far.sum()), 'run')} above, up to {losses.max():.3g}")
 
 
 def _draw_optimal(

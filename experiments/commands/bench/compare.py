@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.commands.options import JsonFile
+from experiments.words import counted, is_or_are
 
 
 def compare(
@@ -60,7 +61,11 @@ def compare(
     for row in result["alone"]:
         print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
     if limit is not None and (worse := regressions(result["rows"], limit)):
-        print(f"isoflop: {len(worse)} of {len(result['rows'])} numbers are slower by over {limit:.3g}", file=sys.stderr)
+        print(
+            f"isoflop: {len(worse)} of {counted(len(result['rows']), 'number')} "
+            f"{is_or_are(len(worse))} slower by over {limit:.3g}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from experiments.words import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,11 +18,10 @@ def show(console: "Console", analysis: "Analysis") -> None:
     from experiments.commands.options import new_table
     from experiments.scaling.analysis import NAMES
     from experiments.scaling.rows.table import HELD_OUT_REASON
-    from experiments.words import counted
 
     fits = analysis.fits
     names = ("N* ∝ C^a, D* ∝ C^b", "a", "95 % interval", "b", "95 % interval")
-    table = new_table(*names, title=f"{len(fits.table)} runs")
+    table = new_table(*names, title=counted(len(fits.table), "run"))
     rows = [(NAMES[row["estimator"]], row) for row in analysis.exponents]
     rows += [(f"{NAMES[row['estimator']]}, with every run", row) for row in analysis.unscreened_exponents]
     for title, row in rows:
@@ -54,13 +55,12 @@ def show(console: "Console", analysis: "Analysis") -> None:
         _forms(console, analysis.choice)
     kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
     if kept_back:
-        console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
+        console.print(f"{counted(kept_back, 'held-out row')} did not enter.", highlight=False)
     others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
     _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
     outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
     for name, count in outliers.items():
-        outliers_in_words = counted(count, "gross outlier")
-        console.print(f"{NAMES[name]}: without {outliers_in_words}.", highlight=False)
+        console.print(f"{NAMES[name]}: without {counted(count, 'gross outlier')}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
     for text in analysis.thinned:
@@ -90,7 +90,7 @@ def _forms(console: "Console", choice: "Choice") -> None:
 def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: int = 10) -> None:
     if not items:
         return
-    console.print(f"{len(items)} {what}{'s' if len(items) > 1 else ''}:", highlight=False)
+    console.print(f"{counted(len(items), what)}:", highlight=False)
     for where, reason in items[:limit]:
         console.print(f"  {where}: {reason}", highlight=False, markup=False)
     if len(items) > limit:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.commands.options import JsonFile
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from experiments.scaling.study.design import Design
@@ -111,7 +112,7 @@ def summary(document: dict[str, Any]) -> list[str]:
     total, design, alone = document["total"], document["design"], document["without_branches"]
     budgets, held_out = len(design["budgets"]), design["held_out"]
     costs = [
-        f"{total['runs']} runs in {total['compiles']} static shapes, each compiled once",
+        f"{counted(total['runs'], 'run')} in {counted(total['compiles'], 'static shape')}, compiled once",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND), {total['flops_exact']:.3g} (exact)",
         f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
         f"{hours(total['hours'])} with one worker here, {hours(total['compile_hours'])} of it compiling"
@@ -119,7 +120,7 @@ def summary(document: dict[str, Any]) -> list[str]:
         else "",
     ]
     held = {0: "none", 1: "the largest"}.get(held_out, f"the largest {held_out}")
-    lines = [f"{budgets} budgets, {held} held out"]
+    lines = [f"{counted(budgets, 'budget')}, {held} held out"]
     lines.append("; ".join(part for part in costs if part))
     if alone is not None:
         saved = alone["saved"]

@@ -9,6 +9,7 @@ import tyro
 
 from experiments.commands.options import JsonFile
 from experiments.commands.sweep.options import ONE_WORKER, Options, WorkerOptions, Workers
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from experiments.sweep.ledger import Ledger
@@ -166,7 +167,7 @@ def _stop_at_failures(ledger: "Ledger") -> None:
     failed = [row for row in ledger.rows() if row.state == "failed"]
     if failed:
         print(
-            f"isoflop: {len(failed)} trials failed, the first by {failed[0].facts['reason']}; "
+            f"isoflop: {counted(len(failed), 'trial')} failed, the first by {failed[0].facts['reason']}; "
             "`isoflop sweep resume --retry-failed` tries them again",
             file=sys.stderr,
         )
@@ -194,6 +195,6 @@ def show(summary: dict[str, Any]) -> None:
         out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
     equal = (summary["winner"] or {}).get("indistinguishable")
     if equal:
-        out.print(f"{len(equal)} other settings cannot be told apart from the winner", highlight=False)
+        out.print(f"{counted(len(equal), 'other setting')} cannot be told apart from the winner", highlight=False)
     for warning in summary["warnings"]:
         out.print(f"warning: {warning}", style="yellow", highlight=False)

@@ -20,6 +20,7 @@ from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import SAMPLE, sample
 from experiments.scaling.valleys.valley import group_budgets
+from experiments.words import counted, is_or_are
 from model.errors import InputError
 
 SIMPLE_FORMS = ("chinchilla", "shared-exponent", "no-floor", "kaplan")
@@ -124,9 +125,12 @@ def choose(
     group = _groups(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
-        raise InputError(f"{count} budgets are too few to hold any out; at least {MINIMUM_BUDGETS} are needed")
+        raise InputError(
+            f"{counted(count, 'budget')} {is_or_are(count)} too few to hold any out; at least "
+            f"{MINIMUM_BUDGETS} are needed"
+        )
     if not 1 <= hold_out <= count - 2:
-        raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {count} budgets")
+        raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {counted(count, 'budget')}")
     fold = group * min(FOLDS, count) // count
     held = {
         "extrapolation": (group >= count - hold_out)[None],

@@ -289,14 +289,15 @@ def _check(table: Table) -> None:
     if len(table) < MINIMUM_ROWS:
         dropped = f" ({len(table.dropped)} dropped)" if table.dropped else ""
         raise InputError(
-            f"{len(table)} usable runs{dropped} cannot carry the five unknowns of E + A·N^−α + B·D^−β; "
+            f"{counted(len(table), 'usable run')}{dropped} cannot carry the five unknowns of E + A·N^−α + B·D^−β; "
             f"at least {MINIMUM_ROWS} are needed"
         )
-    for name, values in (("model sizes", table.params), ("token counts", table.tokens)):
+    for name, values in (("model size", table.params), ("token count", table.tokens)):
         distinct = len(np.unique(values))
         if distinct < MINIMUM_DISTINCT:
             raise InputError(
-                f"only {distinct} different {name}; a power law with a floor needs {MINIMUM_DISTINCT} or more"
+                f"only {counted(distinct, f'different {name}')}; a power law with a floor needs "
+                f"{MINIMUM_DISTINCT} or more"
             )
     if np.ptp(np.log(table.loss)) < 1e-12:
         raise InputError("every run has the same loss; there is no law to fit")

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from experiments.words import counted
 from model.errors import InputError
 
 Record = tuple[int, dict[str, Any]]
@@ -102,7 +103,9 @@ def _csv(path: Path, text: str) -> list[Record]:
             line.pop()
         if len(line) != len(header):
             hint = "; quote cells that hold the separator" if len(line) > len(header) else ""
-            raise InputError(f"{path}, row {row}: {len(line)} cells where the header has {len(header)}{hint}")
+            raise InputError(
+                f"{path}, row {row}: {counted(len(line), 'cell')} where the header has {len(header)}{hint}"
+            )
         records.append((row, {name: cell for name, cell in zip(header, line, strict=True) if name}))
     return records
 

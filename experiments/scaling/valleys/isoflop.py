@@ -27,6 +27,7 @@ from experiments.scaling.valleys.valley import (
     rejection,
     tokens_line,
 )
+from experiments.words import counted
 from model.errors import InputError
 
 __all__ = ["SAME_BUDGET", "IsoflopFit", "Method", "Size", "Valley", "fit_isoflop", "group_budgets"]
@@ -261,8 +262,8 @@ def fit_isoflop(
         reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
         shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
         raise InputError(
-            f"{len(optima)} of {len(valleys)} budgets give a minimum and a power law needs {MINIMUM_BUDGETS}"
-            + (f" ({shown})" if reasons else "")
+            f"{len(optima)} of {counted(len(valleys), 'budget')} with a minimum, and a power "
+            f"law needs {MINIMUM_BUDGETS}" + (f" ({shown})" if reasons else "")
         )
     log_c = np.log([optimum["flops"] for optimum in optima])
     laws = [_power_law(log_c, np.log([[o[name] for o in optima]]))[0] for name in ("params", "tokens")]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from experiments.scaling.law.numbers import exponential
+from experiments.words import counted
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
 STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to noise
@@ -177,8 +178,7 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | 
     """Why this budget's minimum cannot be trusted, in words, or None."""
     sizes = np.unique(params)
     if len(sizes) < MINIMUM_SIZES:
-        some = f"{len(sizes)} model size{'s' if len(sizes) > 1 else ''}"
-        return f"{some} where a {shape.name} needs {MINIMUM_SIZES}"
+        return f"{counted(len(sizes), 'model size')} where a {shape.name} needs {MINIMUM_SIZES}"
     log_params = np.log(params)
     vertex, _, curvature = shape.minimum(log_params - log_params.mean(), loss)
     flat, edge, outside = rejection(params, loss, vertex, curvature)

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.sweep.reading.scales import distinct, is_number, scale_of
 from experiments.sweep.reading.summary import by_setting
+from experiments.words import counted
 
 FEWEST = 10  # finished trials
 Rows = Sequence[Mapping[str, Any]]
@@ -28,7 +29,7 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[st
     if len(names) < 2:
         refused = "with fewer than two axes there is nothing to weigh"
     elif len(finished) < FEWEST:
-        refused = f"{len(finished)} trials have finished; the estimators need at least {FEWEST}"
+        refused = f"only {counted(len(finished), 'trial')} finished; the estimators need at least {FEWEST}"
     elif len({row["loss"] for row in finished}) < 2:
         refused = "all losses are the same"
     if refused:

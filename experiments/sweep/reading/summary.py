@@ -10,6 +10,7 @@ from experiments.sweep.reading.comparisons import best_of_many, selected_interva
 from experiments.sweep.reading.optimum import NEAR, rate_optimum
 from experiments.sweep.reading.scales import edge_of, text
 from experiments.sweep.row import State
+from experiments.words import counted
 
 Setting = dict[str, Any]
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -149,12 +150,12 @@ def _warnings(
             warnings.append(f"the best {value} is the {side} of the grid: the optimum may lie beyond it")
     equal = len(winner["indistinguishable"] or ())
     if equal:
-        others = "1 other setting" if equal == 1 else f"{equal} other settings"
+        others = counted(equal, "other setting")
         warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
     if counts["diverged"]:
-        warnings.append(f"{counts['diverged']} of {sum(counts.values())} runs diverged")
+        warnings.append(f"{counts['diverged']} of {counted(sum(counts.values()), 'run')} diverged")
     if counts["failed"]:
-        warnings.append(f"{counts['failed']} of {sum(counts.values())} runs failed and have no result")
+        warnings.append(f"{counts['failed']} of {counted(sum(counts.values()), 'run')} failed and left no result")
     if noise is None:
         warnings.append("one seed per setting: the noise of the winner is not known")
     return warnings
