@@ -122,22 +122,19 @@ def screen_surface(
     if not bearable:
         return keep
     n, c = ((x - x.mean()) / max(float(x.std()), 1e-12) for x in (log_n, log_c))
-    powers = [(i, j) for i in range(1, bearable[0] + 1) for j in range(bearable[0] + 1 - i)]
-    columns = np.concatenate([budget[:, None] == names, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
-    basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
-    basis = basis[:, sizes > 1e-9 * sizes[0]]
-    terms = basis.shape[1]
+    powers = np.stack([n**i * c**j for i in range(1, bearable[0] + 1) for j in range(bearable[0] + 1 - i)], 1)
+    directions, sizes, _ = np.linalg.svd(_centred(powers, place, np.ones(len(place))), full_matrices=False)
+    basis = directions[:, sizes > 1e-9 * max(float(sizes[0]), 1e-300)]
+    terms = len(names) + basis.shape[1]
     y = np.log(loss)
-    residuals = np.abs(y - basis @ _least_absolute(basis, y))
+    residuals = np.abs(_least_absolute(basis, place, y))
     # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
     scale = robust_scale(np.sort(residuals)[terms:])
     keep = residuals <= max(limit(len(keep) - terms) * scale, SURFACE_FLOOR)
     for _ in range(ROUNDS):
-        inverse = _inverse_gram(basis, keep)
-        residuals = np.abs(y - basis @ (inverse @ (basis.T @ (keep * y))))
-        leverage = ((basis @ inverse) * basis).sum(1)
+        signed, leverage = _weighted_fit(basis, place, y, keep.astype(np.float64))
         # A run that took part bends the surface towards itself; one that did not is predicted with an error.
-        residuals /= np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
+        residuals = np.abs(signed) / np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
         bound = limit(max(int(keep.sum()) - terms, 1)) * robust_scale(residuals[keep])
         again = residuals <= max(bound, SURFACE_FLOOR)
         if np.array_equal(again, keep):
@@ -147,25 +144,41 @@ def screen_surface(
     return keep | (lost > LARGEST_SHARE * count)[place]
 
 
-def _inverse_gram(basis: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(Bᵀ·diag(weights)·B)⁻¹; directions that no weighted run has are left out."""
-    return np.linalg.pinv((basis * weights[:, None]).T @ basis, hermitian=True)
+def _centred(values: np.ndarray, place: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The values [runs, columns] less the weighted mean of their budget; less nothing where a budget has no weight."""
+    total = np.bincount(place, weights)
+    sums = np.stack([np.bincount(place, weights * column, len(total)) for column in values.T], 1)
+    return values - (sums / np.where(total > 0, total, 1.0)[:, None])[place]
 
 
-def _least_absolute(basis: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The coefficients of least Σ|y − basis·c|, by least squares reweighted with 1/|residual| (Schlossmacher 1973,
-    Journal of the American Statistical Association 68).
+def _weighted_fit(
+    basis: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray
+) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]:
+    """(Residuals, leverages) of weighted least squares in the basis and a level of its own for each budget.
+
+    Centred within budgets, the levels drop out (Frisch & Waugh 1933, Econometrica 1), so that the work grows with the
+    runs and not with the budgets.
+    """
+    columns, centred = _centred(basis, place, weights), _centred(y[:, None], place, weights)[:, 0]
+    inverse = np.linalg.pinv((columns * weights[:, None]).T @ columns, hermitian=True)
+    total = np.bincount(place, weights)
+    level = np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)[place]
+    residuals = centred - columns @ (inverse @ (columns.T @ (weights * centred)))
+    return residuals, level + ((columns @ inverse) * columns).sum(1)
+
+
+def _least_absolute(basis: np.ndarray, place: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " runs"]:
+    """The residuals of least Σ|residual|, by least squares reweighted with 1/|residual| (Schlossmacher 1973, Journal of
+    the American Statistical Association 68).
 
     Weights are bounded at a thousandth of the median residual: the sum need not be least to the last digit, only
     unmoved by outliers. Every table has a solution, whatever its size.
     """
-    weights = np.ones(len(y))
-    coefficients = np.zeros(basis.shape[1])
+    weights, residuals = np.ones(len(y)), np.zeros(len(y))
     for _ in range(ROUNDS_OF_LEAST_ABSOLUTE):
-        before, coefficients = coefficients, _inverse_gram(basis, weights) @ (basis.T @ (weights * y))
-        residuals = np.abs(y - basis @ coefficients)
-        floor = max(1e-3 * float(np.median(residuals)), 1e-12)
-        weights = floor / np.maximum(residuals, floor)
-        if np.abs(coefficients - before).max() <= 1e-6 * floor:
+        before, residuals = residuals, _weighted_fit(basis, place, y, weights)[0]
+        floor = max(1e-3 * float(np.median(np.abs(residuals))), 1e-12)
+        weights = floor / np.maximum(np.abs(residuals), floor)
+        if np.abs(residuals - before).max() <= floor:
             break
-    return coefficients
+    return residuals
