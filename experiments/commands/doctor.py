@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.commands.options import JsonFile, bytes_in_words
+from experiments.words import counted
 
 ENABLES = {
     "study": "isoflop study, data prepare sotu",
@@ -144,5 +145,8 @@ def _compile_cache() -> Found:
     if not folder:
         return {"folder": None}, "off: every process compiles anew"
     sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
-    words = f"{folder}, {len(sizes):,} files, {bytes_in_words(sum(sizes))}; to clear it: rm -r {shlex.quote(folder)}"
+    words = (
+        f"{folder}, {counted(len(sizes), 'file')}, {bytes_in_words(sum(sizes))}; to clear "
+        f"it: rm -r {shlex.quote(folder)}"
+    )
     return {"folder": folder, "files": len(sizes), "bytes": sum(sizes)}, words

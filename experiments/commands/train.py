@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from train import HParams, Result, Shell, TrainConfig
@@ -222,12 +223,12 @@ def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
     write_document(json, values)
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f}"
     trouble = [
-        f"{count} {name}"
-        for name, count in (("skipped steps", result.skipped), ("rollbacks", result.rollbacks))
+        counted(count, name)
+        for name, count in (("skipped step", result.skipped), ("rollback", result.rollbacks))
         if count
     ]
     print(
-        f"{result.run}: {result.status} after {result.steps:,} steps, {result.tokens:,} tokens "
+        f"{result.run}: {result.status} after {counted(result.steps, 'step')}, {counted(result.tokens, 'token')} "
         f"({result.epochs:.2f} epochs); validation loss {loss} nats per token; "
         f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
         + "".join(f"; {text}" for text in trouble)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.report import style
+from experiments.words import counted
 
 DASH = "–"
 Drawn = dict[str, Any]
@@ -25,7 +26,7 @@ def render(template: str, **values: Any) -> str:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= FILTERS
+    environment.filters |= FILTERS | {"counted": counted}
     text = environment.get_template(template).render(**values)
     return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line never breaks between a number and its per cent sign
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from experiments.report.style import (
@@ -22,8 +23,11 @@ from experiments.report.style import (
     styled,
 )
 from experiments.scaling.law.parametric import ParametricFit
-from experiments.scaling.plots import FLOPS, PARAMS, TOKENS
+from experiments.scaling.plots import FLOPS, PARAMS, TOKENS, drawn_of
+from experiments.scaling.rows.thin import DOTS, sample
 from experiments.scaling.valleys.isoflop import IsoflopFit
+
+MANY_SIZES = 60  # in a figure
 
 
 @styled
@@ -41,8 +45,16 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float
     axes.contourf(sizes, tokens, loss, levels=levels, alpha=0.35, extend="both", **shared)
     lines = axes.contour(sizes, tokens, loss, levels=levels[1::2], linewidths=0.7, **shared)
     axes.clabel(lines, fontsize=7.5, fmt="%.2f", colors=INK)
+    shown = sample(len(table), DOTS, 0)
     dots = axes.scatter(
-        table.params, table.tokens, c=table.loss, s=26, edgecolors=INK, linewidths=0.6, zorder=3, **shared
+        table.params[shown],
+        table.tokens[shown],
+        c=table.loss[shown],
+        s=26,
+        edgecolors=INK,
+        linewidths=0.6,
+        zorder=3,
+        **shared,
     )
     flops = 6 * table.params * table.tokens
     budgets = np.geomspace(0.3 * flops.min(), 3 * flops.max(), 100)
@@ -57,7 +69,7 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float
     figure.colorbar(
         dots, ax=axes, label="loss (nats per token)", location="right" if width > NARROW else "bottom", aspect=28
     )
-    axes.set(xlabel=PARAMS, ylabel=TOKENS, title="Loss over N and D")
+    axes.set(xlabel=PARAMS, ylabel=TOKENS, title="Loss over N and D" + drawn_of(len(shown), len(table)))
     if width > NARROW:
         axes.legend(loc="upper left", frameon=True, framealpha=0.85, edgecolor="none")
     else:
@@ -133,17 +145,27 @@ def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
 
 @styled
 def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, width: float = WIDTH) -> Figure:
-    """The runs themselves, for a table in which no valley was found: loss over compute, coloured by size."""
+    """The runs themselves, for a table in which no valley was found: loss over compute, coloured by size.
+
+    With MANY_SIZES or more a line through each would be a tangle: dots alone are drawn.
+    """
     figure = new_figure(width, 3.8)
     axes = figure.subplots()
-    flops = 6 * params * tokens
+    shown = sample(len(loss), DOTS, 0)
+    params, flops, drawn = params[shown], 6 * params[shown] * tokens[shown], loss[shown]
     sizes = np.unique(params)
-    for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
-        here = np.flatnonzero(params == size)
-        here = here[np.argsort(flops[here])]
-        axes.plot(flops[here], loss[here], "o-", color=colour, markersize=4, linewidth=0.8)
+    if len(sizes) < MANY_SIZES:
+        for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
+            here = np.flatnonzero(params == size)
+            here = here[np.argsort(flops[here])]
+            axes.plot(flops[here], drawn[here], "o-", color=colour, markersize=4, linewidth=0.8)
+        title = "Runs; a line joins those of one size"
+    else:
+        dots = axes.scatter(flops, drawn, c=params, norm=LogNorm(), cmap=ListedColormap(sequence(256)), s=12)
+        figure.colorbar(dots, ax=axes, label=PARAMS)
+        title = "Runs"
     log_axis(axes.xaxis, flops.min(), flops.max(), powers=True)
-    axes.set(xlabel=FLOPS, ylabel="loss (nats per token)", title="All runs; a line: one size")
+    axes.set(xlabel=FLOPS, ylabel="loss (nats per token)", title=title + drawn_of(len(shown), len(loss)))
     return figure
 
 

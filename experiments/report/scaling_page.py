@@ -13,6 +13,8 @@ from experiments.scaling.analysis import NAMES, Analysis
 from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
 from train.files import write_atomically
 
+MOST_LEFT_OUT = 200  # lines of a table that a person reads
+
 
 def write_scaling_page(path: Path, analysis: Analysis, title: str, tables: str | None = None) -> None:
     """Write the page of an analysis: self-contained, whole or absent.
@@ -30,8 +32,10 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "tables": tables,
         "rows": len(table),
         "ranges": {"params": _range(table.params), "tokens": _range(table.tokens), "flops": _range(flops)},
-        "estimators": [row | {"name": NAMES[row["estimator"]]} for row in analysis.exponents],
+        "estimators": [row | {"name": NAMES[row["estimator"]]} for row in analysis.exponents]
+        + [row | {"name": f"{NAMES[row['estimator']]}, with every run"} for row in analysis.unscreened_exponents],
         "refused": [{"name": NAMES.get(name, name), "reason": reason} for name, reason in analysis.refused.items()],
+        "thinned": analysis.thinned,
         "warnings": [row | {"about": NAMES.get(row["about"], row["about"])} for row in document["warnings"]],
         "parametric": document["parametric"],
         "isoflop": document["isoflop"],
@@ -140,10 +144,15 @@ def _left_out(analysis: Analysis) -> list[dict[str, str]]:
             run = run if row["row"] is None else f"row {row['row']}: {run}"
             outliers.setdefault((run, row["reason"]), []).append(NAMES[row["estimator"]])
     found = [
-        {"run": f"row{'s' if len(rows) > 1 else ''} {_spans(rows)}", "of": "all", "reason": reason}
+        {"run": f"{'row' if len(rows) == 1 else 'rows'} {_spans(rows)}", "of": "all", "reason": reason}
         for reason, rows in dropped.items()
     ]
-    return found + [{"run": run, "of": "; ".join(names), "reason": reason} for (run, reason), names in outliers.items()]
+    found += [{"run": run, "of": "; ".join(names), "reason": reason} for (run, reason), names in outliers.items()]
+    more = len(found) - MOST_LEFT_OUT
+    if more > 0:
+        rest = {"run": f"{more:,} more lines", "of": "", "reason": "listed in the JSON document and the tables"}
+        found = [*found[:MOST_LEFT_OUT], rest]
+    return found
 
 
 def _spans(rows: list[int]) -> str:

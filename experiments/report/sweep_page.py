@@ -11,6 +11,7 @@ from experiments.sweep.reading.results import Results, Tables
 from experiments.sweep.reading.scales import MANY, distinct, is_number, text
 from experiments.sweep.reading.settings import by_setting
 from experiments.sweep.reading.summary import fate
+from experiments.words import counted
 from train.files import write_atomically
 
 MOST_ROWS = 1000  # of the table of settings
@@ -89,7 +90,9 @@ def _compared_at(document: dict[str, Any]) -> str:
 def _axis_in_words(name: str, values: list[Any], drawn: bool) -> dict[str, str]:
     numbers = all(map(is_number, values)) and len(values) > (3 if drawn else MANY)
     said = (
-        f"{len(values)} values, {text(values[0])} … {text(values[-1])}" if numbers else ", ".join(map(_short, values))
+        f"{counted(len(values), 'value')}, {text(values[0])} … {text(values[-1])}"
+        if numbers
+        else ", ".join(map(_short, values))
     )
     return {"name": name, "values": said}
 

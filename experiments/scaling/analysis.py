@@ -13,11 +13,12 @@ from experiments.scaling.rows.conventions import Counts, conventions
 from experiments.scaling.rows.curves import Curve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit
+from experiments.words import counted
 from model.errors import InputError
 
 _FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
 _LEVEL = 95
-STAGES = 4  # the law with its bootstrap, and then the envelope, forms, conventions
+STAGES = 6  # the law with its bootstrap, the valleys, the envelope, the forms (2: the longest), conventions
 
 NAMES = {
     "parametric": "parametric law",
@@ -42,22 +43,13 @@ class Analysis:
     held_out: dict[str, Any] | None
     refused: dict[str, str]
     notes: Sequence[str] = ()
+    unscreened: Fits | None = None
+    """The fits of every run, beside those that screening left runs out of; None where nothing was screened."""
 
     @property
     def exponents(self) -> list[dict[str, Any]]:
         """[{estimator, a, b, intervals, runs}] of all that answer; intervals {"a": (low, high) …} at 95 %, or None."""
-        found: list[dict[str, Any]] = []
-        fits = self.fits
-        if fits.parametric is not None:
-            found.append(
-                _exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table))
-            )
-        names = {"isoflop": fits.isoflop} | {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
-        for name, fit in names.items():
-            if fit is not None:
-                known = f"{name}.intervals" not in self.refused
-                runs = sum(len(valley.loss) for valley in fit.accepted)
-                found.append(_exponents(name, fit, fit.intervals if known else None, runs))
+        found = _exponents_of(self.fits)
         if self.envelope is not None:
             try:
                 intervals = self.envelope.intervals
@@ -65,6 +57,11 @@ class Analysis:
                 intervals = None
             found.append(_exponents("envelope", self.envelope, intervals, len(self.envelope.crossings)))
         return found
+
+    @property
+    def unscreened_exponents(self) -> list[dict[str, Any]]:
+        """As `exponents`, of the law and the valleys with every run; empty where nothing was screened."""
+        return [] if self.unscreened is None else _exponents_of(self.unscreened)
 
     @property
     def valleys(self) -> dict[str, IsoflopFit]:
@@ -95,6 +92,13 @@ class Analysis:
                 row = {"row": rows.get(tuple(numbers.values()))} | numbers
                 found.append(row | {"estimator": estimator, "reason": run["reason"]})
         return found
+
+    @property
+    def thinned(self) -> list[str]:
+        """What was done with fewer rows than the table has, and why, in words."""
+        fits = (self.fits.parametric, self.fits.isoflop, *self.fits.valleys.values(), self.choice)
+        found = [fit.thinned for fit in fits if fit is not None]
+        return list(dict.fromkeys(text for text in found if text is not None))
 
     @property
     def warnings(self) -> list[dict[str, str]]:
@@ -171,6 +175,8 @@ class Analysis:
             "held_out": self.held_out,
             "warnings": self.warnings,
             "refused": self.refused,
+            "thinned": self.thinned,
+            "unscreened": None if self.unscreened is None else self.unscreened.document(),
         }
 
 
@@ -185,34 +191,38 @@ def analyse(
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Analysis:
     """Fit a table by every estimator that it can carry.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, by default those of `forms_for`, () to skip that; notes: warnings of the runs. advance(amount,
-    note): told of `STAGES` in all.
+    choose between, by default those of `forms_for`, () to skip that; screen: leave gross outliers out, and fit every
+    run beside (by default every usable run enters); notes: warnings of the runs. advance(amount, note): told of
+    `STAGES` in all.
     Raises InputError where no estimator answers.
     """
     if not len(table):
         count = len(table.dropped)
         first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
-        raise InputError(f"no run is left to fit; {count} {'row was' if count == 1 else 'rows were'} dropped{first}")
+        raise InputError(f"no run is left to fit; {counted(count, 'row was', 'rows were')} dropped{first}")
     forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
-    tell(0, "the law's bootstrap")
-    fits = fit_both(table, delta=delta, bootstraps=bootstraps, seed=seed, advance=lambda n: tell(n / bootstraps))
+    tell(0, "the law")
+    settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
+    fits = fit_both(table, **settings, screen=screen, advance=tell)
+    unscreened = fit_both(table, **settings) if screen else None
     refused = dict(fits.refused)
 
     def attempt(name: str, wanted: bool, fit: Callable[[], Any]) -> Any:
-        tell(1, name)
-        if not wanted:
-            return None
+        tell(0, name)
         try:
-            return fit()
+            return fit() if wanted else None
         except InputError as error:
             refused[name] = str(error)
             return None
+        finally:
+            tell(2 if name == "forms" else 1, name)
 
     few = min(_FEWER, bootstraps)
     envelope = attempt("envelope", bool(curves), lambda: fit_envelope(curves, bootstraps=bootstraps, seed=seed))
@@ -226,6 +236,7 @@ def analyse(
         held_out,
         refused,
         notes,
+        unscreened,
     )
 
 
@@ -245,6 +256,20 @@ def _outside(fit: ParametricFit) -> list[str]:
                     f"at the {which} compute, {budget:.3g} FLOPs, the optimum {letter}* = {value:.3g} lies outside the "
                     f"runs' {seen.min():.3g} … {seen.max():.3g}: it is extrapolated"
                 )
+    return found
+
+
+def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
+    """`Analysis.exponents` of the law and the valleys."""
+    found: list[dict[str, Any]] = []
+    if fits.parametric is not None:
+        found.append(_exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table)))
+    names = {"isoflop": fits.isoflop} | {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
+    for name, fit in names.items():
+        if fit is not None:
+            known = f"{name}.intervals" not in fits.refused
+            runs = sum(len(valley.loss) for valley in fit.accepted)
+            found.append(_exponents(name, fit, fit.intervals if known else None, runs))
     return found
 
 

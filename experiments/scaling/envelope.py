@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of
 from experiments.scaling.rows.curves import Curve
+from experiments.words import counted
 from model.errors import InputError
 
 MINIMUM_SIZES = 3  # two sizes cross once: a point, not a law
@@ -54,7 +55,9 @@ class EnvelopeFit:
                 "points lie above the true envelope and the exponents are biased (Hoffmann et al. 2022, section 3.1)"
             )
         if len(self.crossings) < 3:
-            found.append(f"{len(self.crossings)} crossings: a straight line through two points shows no scatter")
+            found.append(
+                f"{counted(len(self.crossings), 'crossing')}: a straight line through two points shows no scatter"
+            )
         return found
 
     @cached_property
@@ -70,7 +73,8 @@ class EnvelopeFit:
         draws = np.array(rows)
         if np.isfinite(draws[:, 1]).sum() < min(20, self.bootstraps):
             raise InputError(
-                f"nearly every resample of {len(params)} runs kept fewer than {MINIMUM_CROSSINGS} crossings, so no "
+                f"nearly every resample of {counted(len(params), 'run')} kept fewer than "
+                f"{MINIMUM_CROSSINGS} crossings, so no "
                 "interval can be given; add sizes"
             )
         return draws
@@ -161,7 +165,8 @@ def fit_envelope(
     params = np.array([curve.params for curve in curves])
     if len(np.unique(params)) < MINIMUM_SIZES:
         raise InputError(
-            f"{len(np.unique(params))} model sizes have a training curve; an envelope needs {MINIMUM_SIZES} or more"
+            f"training curves of {counted(len(np.unique(params)), 'model size')} were given; an "
+            f"envelope needs {MINIMUM_SIZES} or more"
         )
     spans = [6 * curve.params * curve.tokens[[0, -1]] for curve in curves]
     grid = np.geomspace(min(s[0] for s in spans), max(s[1] for s in spans), FLOP_VALUES)
@@ -179,7 +184,7 @@ def fit_envelope(
     ]
     if len(crossings) < MINIMUM_CROSSINGS:
         raise InputError(
-            f"{len(crossings)} pair{'' if len(crossings) == 1 else 's'} of neighbouring sizes cross and a power law "
+            f"{counted(len(crossings), 'crossing')} of neighbouring sizes found, and a power law "
             f"needs {MINIMUM_CROSSINGS}: train the small sizes longer or add sizes between "
             f"{params.min():.3g} and {params.max():.3g}"
         )

@@ -1,7 +1,7 @@
 """All fits of one table, and the JSON document that `isoflop scaling fit --json` writes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,13 @@ import numpy as np
 from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
 from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
-from experiments.scaling.law.outliers import ROUNDS, screen_residuals
+from experiments.scaling.law.outliers import LEVEL, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit, fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
+from experiments.words import counted, is_or_are
 from model.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -42,8 +43,6 @@ class Fits:
     parametric: ParametricFit | None
     isoflop: IsoflopFit | None
     refused: dict[str, str]
-    parametric_outliers: list[dict[str, Any]] = field(default_factory=list)
-    """[{params, tokens, loss, reason}] of the runs that the parametric fit leaves out."""
     valleys: dict[str, IsoflopFit] = field(default_factory=dict)
     """The other ways to find a valley's minimum, "skewed" and "parabola"; `refused` calls them "isoflop.skewed" …"""
 
@@ -51,6 +50,11 @@ class Fits:
     def methods(self) -> dict[str, IsoflopFit]:
         """By name, every way to find a valley's minimum that answered, the default first."""
         return ({} if self.isoflop is None else {self.isoflop.method: self.isoflop}) | self.valleys
+
+    @property
+    def parametric_outliers(self) -> list[dict[str, Any]]:
+        """[{params, tokens, loss, reason}] of the runs that screening left out of the parametric fit."""
+        return [] if self.parametric is None else self.parametric.outliers
 
     def document(self) -> dict[str, Any]:
         """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
@@ -118,23 +122,28 @@ def fit_both(
     delta: float | int = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Fits:
-    """Both fits with their bootstraps done, calling `advance(number of draws)` as they go."""
+    """Both fits with their bootstraps done; `advance(share, what)` is called as they go, with 1 for each in all.
+
+    screen: leave gross outliers out and list them; by default every usable run enters.
+    """
     check_settings(delta, bootstraps)
+    tell = advance or (lambda *_: None)
     parametric = None
-    outliers: list[dict[str, Any]] = []
     refused = {}
     try:
-        parametric, outliers = fit_parametric_screened(
-            table.params, table.tokens, table.loss, delta=delta, bootstraps=bootstraps, seed=seed
+        parametric = fit_parametric(
+            table.params, table.tokens, table.loss, delta=delta, bootstraps=bootstraps, seed=seed, screen=screen
         )
-        parametric.bootstrap(advance or (lambda *_, **__: None))
+        parametric.bootstrap(lambda draws: tell(draws / bootstraps, "the law's bootstrap"))
     except InputError as error:
         refused["parametric"] = str(error)
     found: dict[str, IsoflopFit] = {}
     for method in (DEFAULT, *(other for other in METHODS if other != DEFAULT)):
         key = "isoflop" if method == DEFAULT else f"isoflop.{method}"
+        tell(1 / len(METHODS), f"valleys, {method}")
         try:
             found[method] = fit_isoflop(
                 params=table.params,
@@ -144,6 +153,7 @@ def fit_both(
                 bootstraps=bootstraps,
                 seed=seed,
                 method=method,
+                screen=screen,
             )
         except InputError as error:
             refused[key] = str(error)
@@ -155,50 +165,7 @@ def fit_both(
         except InputError as error:
             refused[f"{key}.intervals"] = str(error)
     isoflop = found.pop(DEFAULT, None)
-    return Fits(table, parametric, isoflop, refused, outliers, found)
-
-
-def fit_parametric_screened(
-    params: Any,
-    tokens: Any,
-    loss: Any,
-    *,
-    delta: float | int = 1e-3,
-    bootstraps: int = 1000,
-    seed: int = 0,
-) -> tuple[ParametricFit, list[dict[str, Any]]]:
-    """`fit_parametric` without gross outliers, and those as [{params, tokens, loss, reason}].
-
-    Huber's loss bounds what an outlier does but does not end it. Residuals of the robust fit show which runs are wrong
-    (`outliers.screen_residuals`); the law is fitted again without them, and judges all runs anew until its judgement
-    no longer changes, so that it does not depend on how far the outliers bent the first fit. Where that cannot be
-    fitted, nothing is left out.
-    """
-    whole = fit = fit_parametric(params, tokens, loss, delta=delta, bootstraps=bootstraps, seed=seed)
-    table = whole.table
-    keep, residuals = np.ones(len(table), bool), whole.residuals
-    for _ in range(ROUNDS):
-        again = screen_residuals(residuals, keep, len(NAMES))
-        if np.array_equal(again, keep):
-            break
-        keep = again
-        try:
-            fit = fit_parametric(
-                table.params[keep], table.tokens[keep], table.loss[keep], delta=delta, bootstraps=bootstraps, seed=seed
-            )
-        except InputError:
-            return whole, []
-        residuals = np.log(fit.predict(table.params, table.tokens)) - np.log(table.loss)
-    outliers = [
-        {
-            "params": float(table.params[i]),
-            "tokens": float(table.tokens[i]),
-            "loss": float(table.loss[i]),
-            "reason": f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
-        }
-        for i in np.flatnonzero(~keep)
-    ]
-    return replace(fit, table=replace(fit.table, dropped=table.dropped)), outliers
+    return Fits(table, parametric, isoflop, refused, found)
 
 
 def choose_form(
@@ -264,7 +231,8 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
     rows = len(fit.table) + len(outliers)
     if len(outliers) > MANY_OUTLIERS * rows:
         found.append(
-            f"{len(outliers)} of {rows} runs are left out as outliers: so many speak against the law rather than "
+            f"{len(outliers)} of {counted(rows, 'run')} {is_or_are(len(outliers))} left out as "
+            "outliers: so many speak against the law rather than "
             "against themselves; another form may hold"
         )
     largest = 6 * max(fit.table.params * fit.table.tokens)
@@ -272,11 +240,14 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
     if beyond:
         found.append(
             f"the law is fitted up to {largest:.3g} FLOPs: {len(beyond)} larger, up to {max(beyond):.3g}, "
-            f"{'are' if len(beyond) > 1 else 'is'} left out as off it, and speak against it there"
+            f"{is_or_are(len(beyond))} left out as off it, which speaks against it there"
         )
+    if not fit.screened:
+        found += _far_from_the_law(fit)
     if len(fit.table) < FEW_ROWS:
         found.append(
-            f"{len(fit.table)} runs for five unknowns: with fewer than {FEW_ROWS} the intervals' coverage is uncertain"
+            f"{counted(len(fit.table), 'run')} for five unknowns: with fewer than {FEW_ROWS} "
+            "the intervals' coverage is uncertain"
         )
     if fit.E == 0:
         found.append("the floor E faded to zero: these runs do not show one")
@@ -285,16 +256,32 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
     return found
 
 
+def _far_from_the_law(fit: ParametricFit) -> list[str]:
+    """How many of the runs fitted screening would call outliers, where chance alone would make fewer."""
+    rows = len(fit.table)
+    far = ~screen_residuals(fit.residuals, np.ones(rows, bool), len(NAMES))
+    if far.sum() <= 10 * LEVEL * rows:
+        return []
+    error = 100 * np.expm1(-fit.residuals[far])
+    worst = error[np.abs(error).argmax()]
+    which = f"{far.sum():,} of {counted(rows, 'run')} {is_or_are(far.sum())}"
+    return [
+        f"{which} off the law by more than noise explains, by up to {worst:+.1f} %; every run is in "
+        "the fit, and --screen leaves such runs out and shows both answers"
+    ]
+
+
 def isoflop_warnings(fit: IsoflopFit, intervals: bool = True) -> list[str]:
     """What its numbers should be read with. intervals: whether it has any."""
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:
-        found.append(f"{budgets} budgets: a straight line through so few hides how far from straight it is")
+        found.append(f"{counted(budgets, 'budget')}: a straight line through so few hides how far from straight it is")
     runs = sum(len(valley.loss) for valley in fit.accepted)
     if runs - 3 * budgets < FEW_FREEDOM:
         found.append(
-            f"{runs - 3 * budgets} runs more than the curves of {budgets} budgets use up: too few to know the noise, "
+            f"{counted(runs - 3 * budgets, 'run')} more than the curves of "
+            f"{counted(budgets, 'budget')} use up: too few to know the noise, "
             "so the intervals are uncertain"
         )
     if intervals and fit.bootstraps >= MINIMUM_VALID_DRAWS:

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.fit import fit_parametric_screened, isoflop_warnings, parametric_warnings
+from experiments.scaling.fit import isoflop_warnings, parametric_warnings
 from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
+from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.trials import run_trials
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from model.errors import InputError
@@ -43,30 +44,30 @@ BIAS_LIMIT, COVERAGE_LIMITS, SHIFT_LIMIT = 0.2, (0.91, 0.98), 0.5
 FEW_VALID = 2  # fewer accepted fits have no spread
 
 
-def estimate(name: str, table: dict[str, Any], bootstraps: int) -> Any:
-    """One estimator's fit of a table; raises `InputError` where it refuses."""
+def estimate(name: str, table: dict[str, Any], bootstraps: int, *, screen: bool = False) -> Any:
+    """One estimator's fit of a table, screened for gross outliers or not; raises `InputError` where it refuses."""
     if name == "parametric":
-        return fit_parametric_screened(**table, bootstraps=bootstraps)[0]
-    return fit_isoflop(**table, method=name, bootstraps=bootstraps)  # type: ignore[arg-type]
+        return fit_parametric(**table, bootstraps=bootstraps, screen=screen)
+    return fit_isoflop(**table, method=name, bootstraps=bootstraps, screen=screen)  # type: ignore[arg-type]
 
 
 def trial(case: Case, name: str, seed: int, bootstraps: int, memory: dict[Any, Any] | None = None) -> dict[str, Any]:
     """{value, inside, width, shift} per exponent, or {refused}.
 
-    shift is against the fit of the table's honest runs alone, in that fit's bootstrap standard errors. `memory` keeps
-    fits for other cases of the same seed, which share tables.
+    Tables with outliers are screened. shift is against the fit of the table's honest runs alone, in that fit's
+    bootstrap standard errors. `memory` keeps fits for other cases of the same seed, which share tables.
     """
     honest, table = simulate(case, seed)
     known = {} if memory is None else memory
 
-    def fitted(columns: dict[str, Any]) -> Any:
-        key = name, *(values.tobytes() for values in columns.values())
+    def fitted(columns: dict[str, Any], screen: bool = False) -> Any:
+        key = name, screen, *(values.tobytes() for values in columns.values())
         if key not in known:
-            known[key] = estimate(name, columns, bootstraps)
+            known[key] = estimate(name, columns, bootstraps, screen=screen)
         return known[key]
 
     try:
-        fit = fitted(table)
+        fit = fitted(table, screen=case.outliers is not None)
         reference = fitted(honest) if case.outliers else fit
         # The same estimate to the last bit is of the same runs, and so are its intervals.
         same = all(getattr(fit, exponent) == getattr(reference, exponent) for exponent in EXPONENTS[name])

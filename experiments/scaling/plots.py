@@ -29,7 +29,9 @@ from experiments.report.style import (
     styled,
 )
 from experiments.scaling.law.parametric import ParametricFit
+from experiments.scaling.rows.thin import DOTS, evenly, sample
 from experiments.scaling.valleys.isoflop import IsoflopFit, Valley
+from experiments.words import counted
 
 LOSS = "validation loss (nats per token)"
 PARAMS = "parameters N"
@@ -38,6 +40,11 @@ FLOPS = "compute C (FLOPs)"
 WIDE = 60.0  # largest over smallest compute, from where a panel has no room for 3×10^n between the powers of ten
 MANY_VALLEYS = 12  # more of them are told apart by a scale of colours, not by name
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey 1977, "Exploratory Data Analysis", section 2D)
+
+
+def drawn_of(shown: int, runs: int) -> str:
+    """The end of a title where a figure shows fewer runs than there are; else nothing."""
+    return "" if shown == runs else f", {shown:,} of {runs:,} runs"
 
 
 def _flops(value: float) -> str:
@@ -57,7 +64,9 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
         axes.figure.colorbar(scale, ax=axes, label=FLOPS, location="bottom" if narrow else "right")
     for valley, colour in zip(valleys, colours, strict=True):
         accepted = valley.reason is None
-        axes.plot(valley.params, valley.loss, "o", color=colour, markersize=4, alpha=1 if accepted else 0.5)
+        shown = evenly(len(valley.loss), max(DOTS // len(valleys), 1))
+        dots = valley.params[shown], valley.loss[shown]
+        axes.plot(*dots, "o", color=colour, markersize=4, alpha=1 if accepted else 0.5)
         grid = np.geomspace(valley.params.min() / 1.1, valley.params.max() * 1.1, 200)
         label = _flops(valley.flops) + ("" if accepted else " (rejected)")
         style = {"linestyle": "-"} if accepted else {"linestyle": "--", "alpha": 0.5}
@@ -81,7 +90,7 @@ def _leave_far_losses_out(axes: Any, losses: np.ndarray) -> None:
     if far.any() and not far.all():
         bottom, top = losses[~far].min(), losses[~far].max()
         axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
-        note(axes, f"{far.sum()} run{'s' if far.sum() > 1 else ''} above, up to {losses.max():.3g}")
+        note(axes, f"{counted(int(far.sum()), 'run')} above, up to {losses.max():.3g}")
 
 
 def _draw_optimal(
@@ -188,7 +197,8 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
     table = fit.table
     predicted = fit.predict(table.params, table.tokens)
     everything = [predicted, table.loss]
-    axes.plot(predicted, table.loss, "o", color=BLUE, alpha=0.75, markersize=4)
+    shown = sample(len(table), DOTS, 0)
+    axes.plot(predicted[shown], table.loss[shown], "o", color=BLUE, alpha=0.75, markersize=4)
     for run in held_out:
         centre = float(fit.predict(run["params"], run["tokens"]))
         low, high = fit.predict_interval(run["params"], run["tokens"], level)
@@ -208,7 +218,7 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
     span = np.array([values.min(), values.max()]) + np.array([-0.04, 0.04]) * np.ptp(values)
     axes.plot(span, span, color=MUTED, linewidth=0.9, zorder=1)
     axes.set(xlim=span, ylim=span, xlabel="predicted loss (nats per token)", ylabel="measured " + LOSS)
-    axes.set_title("Measured and predicted")
+    axes.set_title("Measured and predicted" + drawn_of(len(shown), len(table)))
     axes.set_aspect("equal")
     return figure
 
@@ -217,12 +227,10 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
 def residuals(fit: ParametricFit) -> list[Figure]:
     """Relative residuals over N, D and C: a law of the right form leaves no trend."""
     axes = new_panels(3, 2.9)
-    percent = -100 * fit.residuals  # measured above the law is positive
-    pairs = (
-        (PARAMS, fit.table.params, fit.table.tokens, "D"),
-        (TOKENS, fit.table.tokens, fit.table.params, "N"),
-        (FLOPS, 6 * fit.table.params * fit.table.tokens, fit.table.params, "N"),
-    )
+    shown = sample(len(fit.table), DOTS, 0)
+    percent = -100 * fit.residuals[shown]  # measured above the law is positive
+    params, tokens = fit.table.params[shown], fit.table.tokens[shown]
+    pairs = ((PARAMS, params, tokens, "D"), (TOKENS, tokens, params, "N"), (FLOPS, 6 * params * tokens, params, "N"))
     for axis, (label, values, other, letter) in zip(axes, pairs, strict=True):
         axis.axhline(0, color=MUTED, linewidth=0.9)
         colour = np.log(other)

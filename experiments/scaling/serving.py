@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from experiments.scaling.law.intervals import percentile_interval
+from experiments.scaling.law.numbers import LARGEST_LOG
 from experiments.scaling.law.parametric import ParametricFit, optimum
 from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
 from model.errors import InputError
@@ -169,7 +170,7 @@ def serving_optimum(
     alone = compute_for_loss(fit, target, level)
     params = _cheapest(fit.theta, target, served_tokens, cost)
     tokens = float(tokens_for_loss(fit.theta, params, target))
-    reaching = [theta for theta in fit.draws if target > theta[0]]
+    reaching = [theta for theta in fit.draws if log_compute(theta, target) <= LARGEST_LOG]
     if not reaching:
         raise InputError(f"none of the bootstrap's laws reaches a loss of {target:g}; ask for a higher one")
     draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])

@@ -10,11 +10,11 @@ import numpy as np
 
 from experiments.scaling.forms.choose import Choice
 from experiments.scaling.law.intervals import own_interval_warnings, percentile_interval
+from experiments.scaling.law.numbers import LARGEST_LOG
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
 
-_LARGEST_LN = 690.0  # of FLOPs that a float holds, and their square root times a few constants
 _BELOW = "the compute is below that of the fit"
 FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
 
@@ -149,10 +149,12 @@ def log_compute(theta: np.ndarray, target: float) -> float:
     Along the optimum both terms are powers of C, C^(−αβ/(α+β)), in the fixed ratio β : α.
     """
     E, _, _, alpha, beta = theta
-    if target <= E:
+    if target <= E or not min(alpha, beta) > 0:
         return math.inf
     rate = alpha * beta / (alpha + beta)
     at_one = float(law(theta, *optimum(theta, 6.0))) - E  # the reducible loss at C = 6, where ln(C/6) = 0
+    if not 0 < at_one < math.inf:  # a term of the law is lost: it has no optimum
+        return math.inf
     return math.log(6.0) + math.log(at_one / (target - E)) / rate
 
 
@@ -169,7 +171,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
             "higher one"
         )
     log_flops = log_compute(fit.theta, target)
-    if log_flops > _LARGEST_LN:
+    if log_flops > LARGEST_LOG:
         raise InputError(
             f"a loss of {target:g} is so near the law's floor E={fit.E:.4g} that no number holds its FLOPs"
         )
@@ -186,7 +188,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "warnings": own_interval_warnings({"flops": flops}, {"flops": {level: pair}}),
         "params": float(best.params),
         "tokens": float(best.tokens),
-        "interval": [float(np.exp(bound)) if bound <= _LARGEST_LN else None for bound in (low, high)],
+        "interval": [float(np.exp(bound)) if bound <= LARGEST_LOG else None for bound in (low, high)],
         "level": level,
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),

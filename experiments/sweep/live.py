@@ -13,6 +13,7 @@ from experiments.sweep.objectives import LOSS, direction
 from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -78,7 +79,7 @@ def table(document: dict[str, Any]) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(title=f"{document['folder']}: {document['trials']} trials", title_justify="left")
+    out = Table(title=f"{document['folder']}: {counted(document['trials'], 'trial')}", title_justify="left")
     shown = ("planned", "running", "finished", "pruned", "diverged", "failed")
     for name in ("cohort", "model", "trials", *shown):
         out.add_column(name, justify="left" if name in ("cohort", "model") else "right")
@@ -88,7 +89,7 @@ def table(document: dict[str, Any]) -> "RenderableType":
     lines = [
         f"{document['tokens_done']:,} of at most {document['tokens_expected']:,} tokens"
         + (f", {_duration(document['seconds_left'])} left" if document["seconds_left"] else "")
-        + (f", {document['points_to_draw']} points yet to be drawn" if document["points_to_draw"] else "")
+        + (f", {counted(document['points_to_draw'], 'point')} yet to be drawn" if document["points_to_draw"] else "")
     ]
     if document["best"]:
         lines.append(_words(document["best"]))

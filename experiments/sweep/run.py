@@ -12,6 +12,7 @@ from experiments.sweep.record import Sweep, locked, new_id
 from experiments.sweep.row import ENDED, Row
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
+from experiments.words import counted
 from model.errors import InputError
 
 logger = logging.getLogger("isoflop")
@@ -100,5 +101,7 @@ def run_sweep(sweep: Sweep, workers: int = 0) -> list[Row]:
     if left:
         reason = next((f" ({row.facts['reason']})" for row in left if "reason" in row.facts), "")
         retry = f"`isoflop sweep resume {sweep.folder} --retry-failed` tries them again, then " if reason else ""
-        raise UnfinishedError(f"{len(left)} of {len(rows)} runs did not end{reason}; {retry}the same command goes on")
+        raise UnfinishedError(
+            f"{len(left)} of {counted(len(rows), 'run')} did not end{reason}; {retry}the same command goes on"
+        )
     return rows

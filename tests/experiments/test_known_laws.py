@@ -64,18 +64,18 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_a_shifted_budget_condemns_no_run():
     _, table = simulate(BY_NAME["budget"], 0)
-    assert fit_isoflop(**table).outliers == []
+    assert fit_isoflop(**table, screen=True).outliers == []
 
 
 def test_outliers_are_listed_and_a_clean_table_loses_nothing():
     honest, table = simulate(BY_NAME["outliers"], 1)
-    document = fit_both(clean(**table), bootstraps=20).document()
+    document = fit_both(clean(**table), bootstraps=20, screen=True).document()
     assert [len(document[key]["outliers"]) for key in ("parametric", "isoflop")] == [3, 3]
     assert len(document["dropped"]) == 2
     assert list(document["isoflop"]["methods"]) == ["spline", "skewed", "parabola"]
     for seed in range(8):
         honest, _ = simulate(BY_NAME["centred"], seed)
-        assert fit_isoflop(**honest).outliers == []
+        assert fit_isoflop(**honest, screen=True).outliers == []
 
 
 def test_a_replaced_run_among_five_is_found_and_among_four_the_budget_is_refused():
@@ -84,7 +84,7 @@ def test_a_replaced_run_among_five_is_found_and_among_four_the_budget_is_refused
         honest, _ = simulate(type(case)("small", budgets=budgets, sizes=sizes, noise=0.001), 0)
         middle = 2 * sizes + sizes - 1
         honest["loss"][middle] *= 1.3
-        fit = fit_isoflop(**honest)
+        fit = fit_isoflop(**honest, screen=True)
         assert fit.a == pytest.approx(TRUTH["a"], abs=0.02)
         if word is None:
             assert [outlier["params"] for outlier in fit.outliers] == [honest["params"][middle]]

@@ -58,7 +58,7 @@ def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warn
     assert "cosine" in fit.warnings[0]
     with pytest.raises(InputError, match="2 model sizes"):
         fit_envelope(made[:2])
-    with pytest.raises(InputError, match="neighbouring sizes cross"):
+    with pytest.raises(InputError, match=r"crossings? of neighbouring sizes found"):
         fit_envelope([Curve(c.name, c.params, c.tokens, c.loss + 10 * i) for i, c in enumerate(made)])
 
 

@@ -140,7 +140,7 @@ def test_the_frontier_alone_carries_the_law_in_compute():
         ("kaplan", lambda t: t | {"loss": np.full(60, 3.0)}, "same loss"),
         ("chinchilla", lambda t: {k: v for k, v in t.items() if k != "tokens"}, "needs a column 'tokens'"),
         ("repeated-data", lambda t: t | {"unique_tokens": t["tokens"]}, "saw their tokens more than once"),
-        ("experts", lambda t: t | {"active_params": t["params"]}, "ratios of total to active"),
+        ("experts", lambda t: t | {"active_params": t["params"]}, "1 different ratio of total to active"),
         ("experts", lambda t: t | {"active_params": 2 * t["params"]}, "exceeds params"),
     ],
 )

@@ -175,7 +175,7 @@ def test_bad_tables_get_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"folder without runs\.csv"):
         predict(tmp_path, flops=(1e20,))
     (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e7,3.0\n")
-    with pytest.raises(InputError, match=r"carries no law: 1 usable runs cannot"):
+    with pytest.raises(InputError, match=r"carries no law: 1 usable run cannot"):
         predict(tmp_path / "one.csv", flops=(1e20,))
 
 

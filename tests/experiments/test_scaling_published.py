@@ -141,7 +141,7 @@ def test_the_parametric_optimum_is_what_scipy_finds(name):
 
 
 def test_runs_that_only_the_wrong_law_cannot_explain_stay():
-    fits = fit_both(read_table(TABLE, unique_tokens="unique_tokens"), bootstraps=2)
+    fits = fit_both(read_table(TABLE, unique_tokens="unique_tokens"), bootstraps=2, screen=True)
     choice = choose_form(fits, ("chinchilla", "repeated-data"), bootstraps=10)
     assert (choice.winner, choice.told_apart) == ("repeated-data", True)
     assert len(fits.parametric.table) < choice.held_out["runs"] < len(fits.table)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling import fit_isoflop, fit_parametric
-from experiments.scaling.fit import fit_parametric_screened, parametric_warnings, table_warnings
+from experiments.scaling.fit import parametric_warnings, table_warnings
 from experiments.scaling.rows.table import clean
 from experiments.scaling.serving import ServingCost, serving_optimum
 from experiments.scaling.use import compute_for_loss, in_words, is_far, optimal, planned_loss
@@ -48,9 +48,10 @@ def test_other_units_than_counts_and_nats_are_guessed_at():
 def test_a_larger_run_that_is_left_out_is_warned_of():
     table = runs(0.001)
     far = {"params": 4e9, "tokens": 4e11, "loss": 1.2}
-    law, outliers = fit_parametric_screened(**{name: np.append(table[name], far[name]) for name in far}, bootstraps=10)
-    assert [run["params"] for run in outliers] == [4e9]
-    assert "fitted up to 1e+20 FLOPs: 1 larger, up to 9.6e+21" in parametric_warnings(law, outliers)[0]
+    rows = {name: np.append(table[name], far[name]) for name in far}
+    law = fit_parametric(**rows, bootstraps=10, screen=True)
+    assert [run["params"] for run in law.outliers] == [4e9]
+    assert "fitted up to 1e+20 FLOPs: 1 larger, up to 9.6e+21" in parametric_warnings(law, law.outliers)[0]
 
 
 SIZES = np.geomspace(1e6, 1e12, 60_001)

@@ -8,6 +8,7 @@ import tyro
 
 from experiments.commands.bench.decode import QUIET
 from experiments.commands.options import JsonFile
+from experiments.words import counted, is_or_are
 
 
 def compare(
@@ -89,7 +90,11 @@ def compare(
     if limit is not None and moved and not any:
         raise InputError(f"{changed}; --fail-above needs both measured on the same one, --any compares anyway")
     if limit is not None and (worse := regressions(result["rows"], limit)):
-        print(f"isoflop: {len(worse)} of {len(result['rows'])} numbers are slower by over {limit:.3g}", file=sys.stderr)
+        print(
+            f"isoflop: {len(worse)} of {counted(len(result['rows']), 'number')} "
+            f"{is_or_are(len(worse))} slower by over {limit:.3g}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from experiments.words import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,23 +21,26 @@ def show(console: "Console", analysis: "Analysis") -> None:
 
     fits = analysis.fits
     names = ("N* ∝ C^a, D* ∝ C^b", "a", "95 % interval", "b", "95 % interval")
-    table = new_table(*names, title=f"{len(fits.table)} runs")
-    for row in analysis.exponents:
+    table = new_table(*names, title=counted(len(fits.table), "run"))
+    rows = [(NAMES[row["estimator"]], row) for row in analysis.exponents]
+    rows += [(f"{NAMES[row['estimator']]}, with every run", row) for row in analysis.unscreened_exponents]
+    for title, row in rows:
         cells = []
         for name in ("a", "b"):
             pair = row["intervals"] and row["intervals"][name]
             cells += [f"{row[name]:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
-        table.add_row(NAMES[row["estimator"]], *cells)
+        table.add_row(title, *cells)
     console.print(table)
-    if fits.parametric is not None:
-        fit = fits.parametric
-        console.print(
-            f"L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
-            f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
-            f"{fit.starts} starts.",
-            highlight=False,
-            soft_wrap=True,
-        )
+    unscreened = None if analysis.unscreened is None else analysis.unscreened.parametric
+    for title, fit in (("", fits.parametric), ("With every run: ", unscreened)):
+        if fit is not None:
+            console.print(
+                f"{title}L = {fit.E:.4g} + {fit.A:.4g}·N^-{fit.alpha:.4g} + {fit.B:.4g}·D^-{fit.beta:.4g}; objective "
+                f"{fit.objective:.6g} (sum of Huber at delta={fit.delta:g}), reached by {fit.starts_at_best} of "
+                f"{fit.starts} starts.",
+                highlight=False,
+                soft_wrap=True,
+            )
     if fits.isoflop is not None:
         optima = new_table("C (FLOPs)", "N*", "D*", "loss", title="Valley minima")
         for best in fits.isoflop.optima:
@@ -50,15 +55,16 @@ def show(console: "Console", analysis: "Analysis") -> None:
         _forms(console, analysis.choice)
     kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
     if kept_back:
-        console.print(f"{kept_back} held-out rows did not enter.", highlight=False)
+        console.print(f"{counted(kept_back, 'held-out row')} did not enter.", highlight=False)
     others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
     _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
     outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
     for name, count in outliers.items():
-        runs = "run that is a gross outlier" if count == 1 else "runs that are gross outliers"
-        console.print(f"{NAMES[name]}: without {count} {runs}.", highlight=False)
+        console.print(f"{NAMES[name]}: without {counted(count, 'gross outlier')}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
+    for text in analysis.thinned:
+        console.print(f"[bold]fewer rows:[/bold] {text}", highlight=False, soft_wrap=True)
     for row in analysis.warnings:
         console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
 
@@ -84,7 +90,7 @@ def _forms(console: "Console", choice: "Choice") -> None:
 def _list(console: "Console", what: str, items: list[tuple[str, str]], limit: int = 10) -> None:
     if not items:
         return
-    console.print(f"{len(items)} {what}{'s' if len(items) > 1 else ''}:", highlight=False)
+    console.print(f"{counted(len(items), what)}:", highlight=False)
     for where, reason in items[:limit]:
         console.print(f"  {where}: {reason}", highlight=False, markup=False)
     if len(items) > limit:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from experiments.words import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -16,10 +18,10 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
     if fits.parametric is not None:
         law = fits.parametric
         left_out = [
-            (len(document["dropped"]), "rows dropped"),
-            (len(document["parametric_outliers"]), "gross outliers"),
+            (len(document["dropped"]), "dropped row"),
+            (len(document["parametric_outliers"]), "gross outlier"),
         ]
-        counts = [f"{document['rows']} runs"] + [f"{count} {what}" for count, what in left_out if count]
+        counts = [counted(document["rows"], "run")] + [counted(count, what) for count, what in left_out if count]
         console.print(
             f"{', '.join(counts)}; L = {law.E:.4g} + {law.A:.4g}·N^-{law.alpha:.4g} + {law.B:.4g}·D^-{law.beta:.4g}",
             highlight=False,
@@ -68,7 +70,10 @@ def _by_form(forms: dict[str, Any]) -> str:
     if "refused" in forms:
         return f"  other forms of law are not compared: {forms['refused']}"
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in forms["losses"].items())
-    return f"  by form of law, fitted to {forms['runs']} runs: {losses}\n  on held-out budgets {forms['reason']}"
+    return (
+        f"  by form of law, fitted to {counted(forms['runs'], 'run')}: {losses}\n  on "
+        f"held-out budgets {forms['reason']}"
+    )
 
 
 def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:

@@ -23,6 +23,7 @@ def fit(
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     json: JsonFile = None,
     report: File = None,
     tables: Folder = None,
@@ -47,6 +48,8 @@ def fit(
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
+        screen: Leave out gross outliers, runs that no noise of the table explains, and show the answers without them
+            and with them. By default every usable run enters.
         json: Write every number to this file.
         report: Write a page with figures to this file (.html), which needs no network.
         tables: Write fitted runs, optima, draws, forms and conventions as CSV into this folder.
@@ -71,6 +74,7 @@ def fit(
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,
+            screen=screen,
             advance=advance,
         )
     write_document(json, analysis.document())

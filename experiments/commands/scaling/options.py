@@ -52,6 +52,8 @@ class TableOptions:
         if stand_ins:
             found = ", ".join(f"{column!r} for {role}" for role, column in stand_ins)
             print(f"{path}: taking the column {found}", file=sys.stderr)
+        for note in table.notes:
+            print(f"{path}: {note}", file=sys.stderr)
         present = read_header(path)
         for role, laws in _ONLY_BY_NAME.items():
             if names[role] is None and role in present:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from experiments.commands.options import JsonFile
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from experiments.scaling.study.cost import Hardware
@@ -153,13 +154,13 @@ def summary(document: dict[str, Any]) -> list[str]:
     compiling = "" if hardware is not None else f", {hours(total['compile_hours'])} of it compiling"
     budgets, held_out = len(design["budgets"]), design["held_out"]
     costs = [
-        f"{total['runs']} runs in {total['compiles']} static shapes, each compiled once",
+        f"{counted(total['runs'], 'run')} in {counted(total['compiles'], 'static shape')}, compiled once",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND), {total['flops_exact']:.3g} (exact)",
         f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
         f"{hours(total['hours'])} {where}{compiling}" if total["hours"] is not None else "",
     ]
     held = {0: "none", 1: "the largest"}.get(held_out, f"the largest {held_out}")
-    lines = [f"{budgets} budget{'s' * (budgets > 1)}, {held} held out"]
+    lines = [f"{counted(budgets, 'budget')}, {held} held out"]
     lines.append("; ".join(part for part in costs if part))
     lines += _optima(document)
     lines.append(_shapes(document))

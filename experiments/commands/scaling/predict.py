@@ -35,6 +35,7 @@ def predict(
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     all_runs: bool = False,
     columns: Columns = BY_NAME,
     json: JsonFile = None,
@@ -69,6 +70,7 @@ def predict(
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Draws behind the intervals.
         seed: Of the bootstrap.
+        screen: Leave out runs that no noise of the table explains; by default every run enters.
         all_runs: Also fit the runs whose column `held_out` is true.
         columns: Which column of the table is which.
         json: Also write every number to this file.
@@ -81,7 +83,7 @@ def predict(
     _check(flops, target_loss, params, tokens, serve_tokens, level)
     cost = _cost(serve_tokens, decode, batch, train, train_rate)
     runs = columns.read(table, keep_held_out=all_runs)
-    fits = _fit(table, runs, bool(flops), delta, bootstraps, seed)
+    fits = _fit(table, runs, bool(flops), delta, bootstraps, seed, screen)
     planned = ((params, tokens),) if params is not None and tokens is not None else ()
     serving = None if serve_tokens is None or cost is None else (serve_tokens, cost)
     document: dict[str, Any] = answer(fits, Questions(flops, target_loss, planned, serving, level))
@@ -161,23 +163,24 @@ def _cost(
     return ServingCost.measured(decode, rate, batch=batch)
 
 
-def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int) -> "Fits":
+def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int, screen: bool) -> "Fits":
     """Every estimator where a budget is asked for, else the one that speaks of losses."""
-    from experiments.scaling.fit import Fits, fit_both, fit_parametric_screened
+    from experiments.scaling.fit import Fits, fit_both
+    from experiments.scaling.law.parametric import fit_parametric
     from model.errors import InputError
     from train.progress import progress_bar
 
-    settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed}
-    with progress_bar("bootstrap", bootstraps) as advance:
+    settings: dict[str, Any] = {"delta": delta, "bootstraps": bootstraps, "seed": seed, "screen": screen}
+    with progress_bar("fit", 2 if budgets else 1) as advance:
         if budgets:
             fits = fit_both(runs, **settings, advance=advance)
         else:
             try:
-                law, outliers = fit_parametric_screened(runs.params, runs.tokens, runs.loss, **settings)
+                law = fit_parametric(runs.params, runs.tokens, runs.loss, **settings)
             except InputError as error:
                 raise InputError(f"{path} carries no law: {error}") from error
-            law.bootstrap(advance)
-            fits = Fits(runs, law, None, {}, outliers)
+            law.bootstrap(lambda draws: advance(draws / bootstraps))
+            fits = Fits(runs, law, None, {})
     if fits.parametric is None and fits.isoflop is None:
         raise InputError(f"{path} carries no law: {fits.refused['parametric']}")
     return fits

@@ -20,6 +20,7 @@ def report(
     delta: float = 1e-3,
     bootstraps: int = 1000,
     seed: int = 0,
+    screen: bool = False,
     json: JsonFile = None,
 ) -> None:
     """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
@@ -32,15 +33,22 @@ def report(
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
+        screen: Leave out gross outliers, and show the answers without them and with them.
         json: Also write the document to this file.
     """
     from experiments.commands.options import write_document
 
-    write_document(json, write_report(folder, out, delta=delta, bootstraps=bootstraps, seed=seed))
+    write_document(json, write_report(folder, out, delta=delta, bootstraps=bootstraps, seed=seed, screen=screen))
 
 
 def write_report(
-    folder: Path, out: Path | None = None, *, delta: float = 1e-3, bootstraps: int = 1000, seed: int = 0
+    folder: Path,
+    out: Path | None = None,
+    *,
+    delta: float = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    screen: bool = False,
 ) -> dict[str, Any]:
     """Write report.html, scaling.json and tables/ of a study's folder, say what came out; returns the document.
 
@@ -50,7 +58,7 @@ def write_report(
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
     from experiments.report.scaling_page import write_scaling_page
-    from experiments.scaling.analysis import analyse
+    from experiments.scaling.analysis import STAGES, analyse
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from experiments.scaling.study.run import table_troubles
@@ -62,7 +70,7 @@ def write_report(
     path = folder / "runs.csv"
     table = TableOptions().read(path if path.is_file() else folder)
     held_out = folder / "held_out.json"
-    with progress_bar("bootstrap", bootstraps) as advance:
+    with progress_bar("fit", STAGES) as advance:
         analysis = analyse(
             table,
             counts=counts_beside(folder / "runs.csv", table),
@@ -72,6 +80,7 @@ def write_report(
             delta=delta,
             bootstraps=bootstraps,
             seed=seed,
+            screen=screen,
             advance=advance,
         )
     document, page = analysis.document(), out or folder / "report.html"

@@ -4,6 +4,7 @@ from typing import Any
 
 from experiments.commands.options import JsonFile
 from experiments.commands.sweep.options import Options
+from experiments.words import counted
 
 
 def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None:
@@ -32,7 +33,7 @@ def show_plan(document: dict[str, Any]) -> None:
 
     out = console()
     names = ("shape", "trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)")
-    table = new_table(*names, "checkpoints", "memory", "time", title=_shapes(document))
+    table = new_table(*names, "checkpoints", "memory", "time", title=counted(len(document["cohorts"]), "static shape"))
     for row in document["cohorts"]:
         low, high = row["steps"]
         table.add_row(
@@ -60,17 +61,12 @@ def summary(document: dict[str, Any]) -> str:
     total, expected = document["total"], document["expected"]
     about = "about " if document["estimated"] else ""
     parts = [
-        f"{about}{total['trials']} trials in {_shapes(document)}",
+        f"{about}{counted(total['trials'], 'trial')} in {counted(len(document['cohorts']), 'static shape')}",
         f"{document['done']} of them done" if document["done"] else "",
-        f"at most {total['compiles']} compiles",
+        f"at most {counted(total['compiles'], 'compile')}",
         f"{total['tokens']:.4g} tokens, {total['flops_6nd']:.3g} FLOPs (6ND)",
         f"of which {document['policy']} is expected to spend {expected['share']:.0%}" if expected["share"] < 1 else "",
         f"{bytes_in_words(total['checkpoint_bytes'])} of checkpoints",
         f"{hours_in_words(total['hours'])} with one worker here" if total["hours"] is not None else "",
     ]
     return "; ".join(part for part in parts if part)
-
-
-def _shapes(document: dict[str, Any]) -> str:
-    count = len(document["cohorts"])
-    return f"{count} static shape{'s' if count > 1 else ''}"

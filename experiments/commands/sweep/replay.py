@@ -6,6 +6,7 @@ from typing import Any
 import tyro
 
 from experiments.commands.options import JsonFile, PlotFile
+from experiments.words import counted
 
 
 def replay(
@@ -79,7 +80,7 @@ def show(document: dict[str, Any]) -> None:
         f"{document['best_mean']:.4f} at {_words(document['best'])}",
         highlight=False,
     )
-    searches = f"{document['replays']} searches of {document['budget']} trials each"
+    searches = f"{counted(document['replays'], 'search', 'searches')} of {counted(document['budget'], 'trial')}"
     out.print(f"trials until …, median (quartiles) over {searches}", highlight=False)
     table = new_table("sampler", "it tries the best region", "it names it best, to the end")
     for name, found in document["samplers"].items():

@@ -9,6 +9,7 @@ import tyro
 
 from experiments.commands.options import JsonFile
 from experiments.commands.sweep.options import ONE_WORKER, Options, WorkerOptions, Workers
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from experiments.sweep.ledger import Ledger
@@ -190,7 +191,7 @@ def _stop_at_failures(ledger: "Ledger") -> None:
     failed = [row for row in ledger.rows() if row.state == "failed"]
     if failed:
         print(
-            f"isoflop: {len(failed)} trials failed, the first by {failed[0].facts['reason']}; "
+            f"isoflop: {counted(len(failed), 'trial')} failed, the first by {failed[0].facts['reason']}; "
             "`isoflop sweep resume --retry-failed` tries them again",
             file=sys.stderr,
         )

@@ -15,10 +15,12 @@ from jaxtyping import Bool, Float
 
 from experiments.scaling.forms.fit import FormFit, fit_rows
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import COLUMNS, frontier, reason_against, resample, usable
+from experiments.scaling.forms.rows import COLUMNS, Rows, frontier, reason_against, resample, usable
 from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.rows.table import Table
+from experiments.scaling.rows.thin import SAMPLE, sample
 from experiments.scaling.valleys.valley import group_budgets
+from experiments.words import counted, is_or_are
 from model.errors import InputError
 
 SIMPLE_FORMS = ("chinchilla", "shared-exponent", "no-floor", "kaplan")
@@ -71,6 +73,14 @@ class Choice:
     seed: int
     fits: dict[str, FormFit]
 
+    @property
+    def thinned(self) -> str | None:
+        """What was done with fewer rows than the table has, in words; None where nothing was."""
+        used, rows = self.held_out["runs"], self.held_out["of_runs"]
+        if used == rows:
+            return None
+        return f"the forms of law are compared on {used:,} of {rows:,} runs, drawn at random: each is fitted many times"
+
     def document(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         plain = {name: getattr(self, name) for name in ("winner", "best", "told_apart", "reason", "decided_by")}
@@ -95,9 +105,10 @@ def choose(
     """Choose between `forms` on one set of rows: those usable by all of them.
 
     Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
-    into FOLDS groups of equal count by compute. `hold_out` counts the largest budgets held out in the extrapolation
-    test, which decides; the other holds out each of FOLDS groups of neighbouring budgets. Raises `InputError` for forms
-    of the frontier among others, fewer than three budgets, or where no form can be fitted without the held-out runs.
+    into FOLDS groups of equal count by compute. Of more than SAMPLE rows so many are drawn at random. `hold_out` counts
+    the largest budgets held out in the extrapolation test, which decides; the other holds out each of FOLDS groups of
+    neighbouring budgets. Raises `InputError` for forms of the frontier among others, fewer than three budgets, or where
+    no form can be fitted without the held-out runs.
     """
     if len(set(forms)) < 2:
         raise InputError(f"a choice needs at least two different forms, got {list(forms)}")
@@ -108,12 +119,18 @@ def choose(
     rows = usable(table, [*needs, *([] if "flops" in needs else ["flops"])])
     if known[0].frontier:
         rows = frontier(rows)
+    whole = len(rows)
+    chosen = sample(whole, SAMPLE, seed)
+    rows = Rows({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
     group = _groups(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
-        raise InputError(f"{count} budgets are too few to hold any out; at least {MINIMUM_BUDGETS} are needed")
+        raise InputError(
+            f"{counted(count, 'budget')} {is_or_are(count)} too few to hold any out; at least "
+            f"{MINIMUM_BUDGETS} are needed"
+        )
     if not 1 <= hold_out <= count - 2:
-        raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {count} budgets")
+        raise InputError(f"hold_out={hold_out} must be between 1 and {count - 2}, of {counted(count, 'budget')}")
     fold = group * min(FOLDS, count) // count
     held = {
         "extrapolation": (group >= count - hold_out)[None],
@@ -171,6 +188,7 @@ def choose(
         "folds": len(held["folds"]),
         "budgets": count,
         "runs": len(rows),
+        "of_runs": whole,
     }
     return Choice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 

@@ -18,6 +18,7 @@ from experiments.scaling.forms.rows import Rows, frontier, reason_against, resam
 from experiments.scaling.forms.terms import evaluate
 from experiments.scaling.law.huber import Minimum, best_of, newton
 from experiments.scaling.law.intervals import Intervals, intervals_of
+from experiments.scaling.law.numbers import exponential
 from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
@@ -120,7 +121,7 @@ class FormFit:
             raise InputError(f"{self.form.name} predicts from {', '.join(self.form.needs)}; got {', '.join(columns)}")
         arrays = np.broadcast_arrays(*(np.asarray(values, np.float64) for values in columns.values()))
         flat = {name: array.ravel() for name, array in zip(columns, arrays, strict=True)}
-        return np.exp(self.problem.log_prediction(self.scaled[None], flat))[0].reshape(arrays[0].shape)[()]
+        return exponential(self.problem.log_prediction(self.scaled[None], flat))[0].reshape(arrays[0].shape)[()]
 
     def document(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; a bound that is not finite is null."""

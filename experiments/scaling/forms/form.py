@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 
 from experiments.scaling.forms.terms import Terms, log_prediction
+from experiments.scaling.law.numbers import exponential
 
 START_RATES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 LARGEST_RATE = 10.0
@@ -115,7 +116,7 @@ class Form:
             values[:, k] /= scale.unit[rate]
         for i, (_, powers) in enumerate(self.parts):
             shift = sum(values[:, self.unknowns.index(rate)] * scale.centre[feature] for rate, feature in powers)
-            values[:, i] = np.exp(theta[:, i] + shift)
+            values[:, i] = exponential(theta[:, i] + shift)
             if not powers:
                 values[theta[:, i] <= scale.lowest - FADED + 1, i] = 0.0
         return values

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from experiments.scaling.forms.form import Form
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, draw_counts
 from experiments.scaling.rows.table import Table
+from experiments.words import counted
 from model.errors import InputError
 
 COLUMNS = ("params", "tokens", "flops", "unique_tokens", "active_params", "loss")
@@ -75,7 +76,9 @@ def frontier(rows: Rows) -> Rows:
     best = np.minimum.accumulate(np.append(np.inf, loss[order][:-1]))
     kept = np.sort(order[loss[order] < best])
     lost = len(rows) - len(kept)
-    dropped = [*rows.dropped, {"row": None, "reason": f"{lost} runs off the frontier"}] if lost else rows.dropped
+    dropped = (
+        [*rows.dropped, {"row": None, "reason": f"{counted(lost, 'run')} off the frontier"}] if lost else rows.dropped
+    )
     return Rows({name: values[kept] for name, values in rows.columns.items()}, dropped)
 
 
@@ -85,7 +88,8 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
     if rows <= len(form.unknowns):
         unknowns = len(form.unknowns)
         return (
-            f"{rows} usable runs cannot carry the {unknowns} unknowns of {form.name}; {unknowns + 1} or more are needed"
+            f"{counted(rows, 'usable run')} cannot carry the {unknowns} unknowns of "
+            f"{form.name}; {unknowns + 1} or more are needed"
         )
     for name in form.needs:
         distinct = len(np.unique(columns[name]))
@@ -108,7 +112,8 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
         expansions = len(np.unique(np.round(np.log(columns["params"] / columns["active_params"]), 2)))
         if expansions < MINIMUM_DISTINCT:
             return (
-                f"only {expansions} different ratios of total to active parameters; it takes {MINIMUM_DISTINCT} or more"
+                f"only {counted(expansions, 'different ratio')} of total to active "
+                f"parameters; it takes {MINIMUM_DISTINCT} or more"
             )
     return None
 

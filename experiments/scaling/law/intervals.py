@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.scaling.law.numbers import quantiles
+
 LEVELS = (80, 95)
 MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
 
@@ -15,7 +17,7 @@ Intervals = dict[str, dict[int | float, tuple[float, float]]]
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:
     """The central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
     tail = (100.0 - level) / 2
-    low, high = np.nanpercentile(draws, [tail, 100.0 - tail], axis=0)
+    low, high = quantiles(draws, [tail, 100.0 - tail])
     return low, high
 
 
@@ -54,12 +56,18 @@ def draw_counts(
     no fit and are drawn again.
     """
     rows = len(columns[0])
-    same = [(values[:, None] == np.unique(values)).astype(np.float64) for values in columns]
+    groups = [_same_value(values) for values in columns]
     kept: list[np.ndarray] = []
     while sum(map(len, kept)) < count:
         counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float64)
         enough = (counts > 0).sum(1) >= least
-        for membership in same:
-            enough &= ((counts @ membership) > 0).sum(1) >= MINIMUM_DISTINCT
+        for order, first in groups:
+            enough &= (np.add.reduceat(counts[:, order], first, axis=1) > 0).sum(1) >= MINIMUM_DISTINCT
         kept.append(counts[enough])
     return np.concatenate(kept)[:count]
+
+
+def _same_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order that puts rows of one value side by side, and where each value begins in it."""
+    order = np.argsort(values, kind="stable")
+    return order, np.flatnonzero(np.append(True, np.diff(values[order]) != 0))

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import sparse, stats
-from scipy.optimize import linprog
+from scipy import stats
 
 LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if noise is normal
 NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more finely
@@ -14,6 +13,7 @@ LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
 SURFACE_DEGREES = ((5, 4), (4, 4), (3, 2))  # (degree, runs per term that it takes), the first that the runs can bear
 SURFACE_FLOOR = 5e-3  # relative; the surface follows published laws to 5e-4 over three decades, not to the last digit
 ROUNDS = 30
+ROUNDS_OF_LEAST_ABSOLUTE = 50
 
 
 def limit(freedom: float) -> float:
@@ -56,11 +56,13 @@ def screen_valleys(
     ]
     undecided = [False] * len(valleys)
     worst = [0.0] * len(valleys)
+
+    def studentised(i: int) -> np.ndarray:
+        u, loss = valleys[i]
+        return _studentised(u[keep[i]], loss[keep[i]]) if len(np.unique(u[keep[i]])) >= 4 else np.zeros(0)
+
+    residuals = [studentised(i) for i in range(len(valleys))]
     while True:
-        residuals = [
-            _studentised(u[k], loss[k]) if len(np.unique(u[k])) >= 4 else np.zeros(0)
-            for (u, loss), k in zip(valleys, keep, strict=True)
-        ]
         sound = [r for r, doubt in zip(residuals, undecided, strict=True) if not doubt and len(r)]
         if not sound:
             return keep, worst, undecided
@@ -80,6 +82,7 @@ def screen_valleys(
             keep[i], undecided[i] = np.ones(len(u), bool), True
         else:
             keep[i] = rest
+        residuals[i] = studentised(i)
 
 
 def screen_residuals(
@@ -119,22 +122,19 @@ def screen_surface(
     if not bearable:
         return keep
     n, c = ((x - x.mean()) / max(float(x.std()), 1e-12) for x in (log_n, log_c))
-    powers = [(i, j) for i in range(1, bearable[0] + 1) for j in range(bearable[0] + 1 - i)]
-    columns = np.concatenate([budget[:, None] == names, np.stack([n**i * c**j for i, j in powers], 1)], axis=1)
-    basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
-    basis = basis[:, sizes > 1e-9 * sizes[0]]
-    terms = basis.shape[1]
+    powers = np.stack([n**i * c**j for i in range(1, bearable[0] + 1) for j in range(bearable[0] + 1 - i)], 1)
+    directions, sizes, _ = np.linalg.svd(_centred(powers, place, np.ones(len(place))), full_matrices=False)
+    basis = directions[:, sizes > 1e-9 * max(float(sizes[0]), 1e-300)]
+    terms = len(names) + basis.shape[1]
     y = np.log(loss)
-    residuals = np.abs(y - basis @ _least_absolute(basis, y))
+    residuals = np.abs(_least_absolute(basis, place, y))
     # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
     scale = robust_scale(np.sort(residuals)[terms:])
     keep = residuals <= max(limit(len(keep) - terms) * scale, SURFACE_FLOOR)
     for _ in range(ROUNDS):
-        inverse = np.linalg.pinv(basis[keep])
-        residuals = np.abs(y - basis @ (inverse @ y[keep]))
-        leverage = ((basis @ inverse) ** 2).sum(1)
+        signed, leverage = _weighted_fit(basis, place, y, keep.astype(np.float64))
         # A run that took part bends the surface towards itself; one that did not is predicted with an error.
-        residuals /= np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
+        residuals = np.abs(signed) / np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
         bound = limit(max(int(keep.sum()) - terms, 1)) * robust_scale(residuals[keep])
         again = residuals <= max(bound, SURFACE_FLOOR)
         if np.array_equal(again, keep):
@@ -144,13 +144,41 @@ def screen_surface(
     return keep | (lost > LARGEST_SHARE * count)[place]
 
 
-def _least_absolute(basis: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The coefficients of least Σ|y − basis·c|, as a linear program in c and the two signs of each residual."""
-    runs, terms = basis.shape
-    cost = np.concatenate([np.zeros(terms), np.ones(2 * runs)])
-    signs = sparse.eye_array(runs)
-    equal = sparse.hstack([sparse.csc_array(basis), signs, -signs], format="csc")
-    bounds = [(None, None)] * terms + [(0, None)] * (2 * runs)
-    return linprog(cost, A_eq=equal, b_eq=y - y.mean(), bounds=bounds, method="highs").x[:terms] + basis.T @ (
-        np.full(runs, y.mean())
-    )
+def _centred(values: np.ndarray, place: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The values [runs, columns] less the weighted mean of their budget; less nothing where a budget has no weight."""
+    total = np.bincount(place, weights)
+    sums = np.stack([np.bincount(place, weights * column, len(total)) for column in values.T], 1)
+    return values - (sums / np.where(total > 0, total, 1.0)[:, None])[place]
+
+
+def _weighted_fit(
+    basis: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray
+) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]:
+    """(Residuals, leverages) of weighted least squares in the basis and a level of its own for each budget.
+
+    Centred within budgets, the levels drop out (Frisch & Waugh 1933, Econometrica 1), so that the work grows with the
+    runs and not with the budgets.
+    """
+    columns, centred = _centred(basis, place, weights), _centred(y[:, None], place, weights)[:, 0]
+    inverse = np.linalg.pinv((columns * weights[:, None]).T @ columns, hermitian=True)
+    total = np.bincount(place, weights)
+    level = np.where(total > 0, 1 / np.where(total > 0, total, 1.0), 0.0)[place]
+    residuals = centred - columns @ (inverse @ (columns.T @ (weights * centred)))
+    return residuals, level + ((columns @ inverse) * columns).sum(1)
+
+
+def _least_absolute(basis: np.ndarray, place: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " runs"]:
+    """The residuals of least Σ|residual|, by least squares reweighted with 1/|residual| (Schlossmacher 1973, Journal of
+    the American Statistical Association 68).
+
+    Weights are bounded at a thousandth of the median residual: the sum need not be least to the last digit, only
+    unmoved by outliers. Every table has a solution, whatever its size.
+    """
+    weights, residuals = np.ones(len(y)), np.zeros(len(y))
+    for _ in range(ROUNDS_OF_LEAST_ABSOLUTE):
+        before, residuals = residuals, _weighted_fit(basis, place, y, weights)[0]
+        floor = max(1e-3 * float(np.median(np.abs(residuals))), 1e-12)
+        weights = floor / np.maximum(np.abs(residuals), floor)
+        if np.abs(residuals - before).max() <= floor:
+            break
+    return residuals

@@ -7,7 +7,7 @@ default tolerance ends far from the minimum. Here every start runs until its gra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,11 @@ from jaxtyping import Float
 
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.outliers import ROUNDS, screen_residuals
 from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
 from experiments.scaling.rows.table import Table, clean
+from experiments.scaling.rows.thin import SAMPLE, sample, samples
+from experiments.words import counted
 from model.errors import InputError
 
 MINIMUM_ROWS = 6  # five unknowns and one row to disagree with them
@@ -37,7 +40,8 @@ def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
     N, D = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(D, np.float64))
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     E, A, B, alpha, beta = (part.reshape(part.shape + (1,) * N.ndim) for part in parts)
-    return E + A * np.exp(-alpha * np.log(N)) + B * np.exp(-beta * np.log(D))
+    with np.errstate(all="ignore"):  # at the optimum of a law that lost a term N or D is 0, infinite or NaN
+        return E + A * np.exp(-alpha * np.log(N)) + B * np.exp(-beta * np.log(D))
 
 
 def optimum(theta: Float[np.ndarray, "*draws 5"], C: Any) -> tuple[Any, Any]:
@@ -69,7 +73,7 @@ class ParametricFit:
     """Largest entry of the gradient at the minimum, as a fraction of δ per run, the most there could be."""
     starts: int
     starts_at_best: int
-    """Starts that ended within 1e-6 (relative) of the best objective."""
+    """Starts that ended within 1e-6 (relative) of the best objective; of a large table, on a sample of its rows."""
     delta: float
     bootstraps: int
     seed: int
@@ -77,6 +81,9 @@ class ParametricFit:
     """The runs that entered, and those that did not (`.dropped`)."""
     _problem: Problem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
+    outliers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    """[{params, tokens, loss, reason}] of the runs that screening left out; empty unless it was requested."""
+    screened: bool = False
 
     @property
     def a(self) -> float:
@@ -87,6 +94,19 @@ class ParametricFit:
     def b(self) -> float:
         """D* ∝ C^b with b = α/(α+β)."""
         return self.alpha / (self.alpha + self.beta)
+
+    @property
+    def thinned(self) -> str | None:
+        """What was done with fewer rows than the table has, in words; None where nothing was."""
+        rows = len(self.table)
+        if rows <= SAMPLE:
+            return None
+        parts = counted(len(samples(rows, self.seed)), "separate sample")
+        return (
+            f"the law is fitted to all {rows:,} runs, from the best of {self.starts} starts on {SAMPLE:,} of them; its "
+            f"intervals come from {parts} of {SAMPLE:,} runs, narrowed by √({SAMPLE:,}/{rows:,}): to fit the whole "
+            f"table {counted(self.bootstraps, 'time')} over would take hours"
+        )
 
     @property
     def theta(self) -> Float[np.ndarray, "5"]:
@@ -164,7 +184,14 @@ class ParametricFit:
 
 
 def fit_parametric(
-    params: Any, tokens: Any, loss: Any, *, delta: float | int = 1e-3, bootstraps: int = 1000, seed: int = 0
+    params: Any,
+    tokens: Any,
+    loss: Any,
+    *,
+    delta: float | int = 1e-3,
+    bootstraps: int = 1000,
+    seed: int = 0,
+    screen: bool = False,
 ) -> ParametricFit:
     """Fit L(N, D) = E + A·N^−α + B·D^−β to runs: N in parameters, D in tokens, L in nats per token.
 
@@ -173,17 +200,33 @@ def fit_parametric(
     duplicates (they are dropped, as are non-finite and non-positive rows; see `.table.dropped`).
     `bootstraps` and `seed` govern the intervals, which are computed when first asked for. E = 0 is allowed.
 
+    Every usable run enters: Huber's loss bounds what a wrong one does. With `screen`, runs that no noise of the table
+    explains are left out and listed (`.outliers`). Residuals of the robust fit show which they are
+    (`outliers.screen_residuals`); the law is fitted again without them and judges all runs again until its judgement
+    no longer changes, so that it does not depend on how far the outliers bent the first fit. Where the
+    rest cannot be fitted, nothing is left out.
+
     Raises `InputError` where the table cannot carry the five unknowns, and says why.
     """
     check_settings(delta, bootstraps)
     table = clean(params, tokens, loss)
     order = np.lexsort((table.loss, table.tokens, table.params))
     table = Table(table.params[order], table.tokens[order], table.loss[order], None, table.dropped)
+    whole = _fit(table, delta, bootstraps, seed)
+    return _screened(whole) if screen else whole
+
+
+def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> ParametricFit:
+    """The fit of every run of a clean, sorted table."""
     _check(table)
     problem = Problem.of(table, float(delta))
-    starts = problem.starts()
-    theta, objective, gradient = problem.minimise(starts)
-    chosen, at_best = best_of(objective, gradient, len(table), delta)
+    chosen_from = problem.of_rows(sample(len(table), SAMPLE, seed))
+    starts = chosen_from.starts()
+    theta, objective, gradient = chosen_from.minimise(starts)
+    chosen, at_best = best_of(objective, gradient, len(chosen_from.x), delta)
+    if len(chosen_from.x) < len(table):
+        theta, objective, gradient = problem.minimise(theta[chosen][None])
+        chosen = 0
     best = theta[chosen]
     E, A, B, alpha, beta = (float(value) for value in problem.natural(best[None])[0])
     _check_terms(problem, best, alpha, beta)
@@ -206,6 +249,33 @@ def fit_parametric(
     )
 
 
+def _screened(whole: ParametricFit) -> ParametricFit:
+    """The fit without gross outliers, as `fit_parametric` says."""
+    fit, table = whole, whole.table
+    keep, residuals = np.ones(len(table), bool), whole.residuals
+    for _ in range(ROUNDS):
+        again = screen_residuals(residuals, keep, len(NAMES))
+        if np.array_equal(again, keep):
+            break
+        keep = again
+        rest = Table(table.params[keep], table.tokens[keep], table.loss[keep], None, table.dropped)
+        try:
+            fit = _fit(rest, whole.delta, whole.bootstraps, whole.seed)
+        except InputError:
+            return replace(whole, screened=True)
+        residuals = np.log(fit.predict(table.params, table.tokens)) - np.log(table.loss)
+    outliers = [
+        {
+            "params": float(table.params[i]),
+            "tokens": float(table.tokens[i]),
+            "loss": float(table.loss[i]),
+            "reason": f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
+        }
+        for i in np.flatnonzero(~keep)
+    ]
+    return replace(fit, outliers=outliers, screened=True)
+
+
 def check_settings(delta: float | int, bootstraps: int) -> None:
     """Refuse settings that no table could make sense of."""
     if not delta > 0:
@@ -219,14 +289,15 @@ def _check(table: Table) -> None:
     if len(table) < MINIMUM_ROWS:
         dropped = f" ({len(table.dropped)} dropped)" if table.dropped else ""
         raise InputError(
-            f"{len(table)} usable runs{dropped} cannot carry the five unknowns of E + A·N^−α + B·D^−β; "
+            f"{counted(len(table), 'usable run')}{dropped} cannot carry the five unknowns of E + A·N^−α + B·D^−β; "
             f"at least {MINIMUM_ROWS} are needed"
         )
-    for name, values in (("model sizes", table.params), ("token counts", table.tokens)):
+    for name, values in (("model size", table.params), ("token count", table.tokens)):
         distinct = len(np.unique(values))
         if distinct < MINIMUM_DISTINCT:
             raise InputError(
-                f"only {distinct} different {name}; a power law with a floor needs {MINIMUM_DISTINCT} or more"
+                f"only {counted(distinct, f'different {name}')}; a power law with a floor needs "
+                f"{MINIMUM_DISTINCT} or more"
             )
     if np.ptp(np.log(table.loss)) < 1e-12:
         raise InputError("every run has the same loss; there is no law to fit")

@@ -1,15 +1,17 @@
 """Fitting the parametric law to one table: where to start, the minimum, and the minima of resampled tables."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
 from experiments.scaling.law.huber import minimise
 from experiments.scaling.law.intervals import draw_counts
+from experiments.scaling.law.numbers import exponential
 from experiments.scaling.rows.table import Table
+from experiments.scaling.rows.thin import samples
 
 START_EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 LARGEST_EXPONENT = 10.0
@@ -35,6 +37,10 @@ class Problem:
         centre, spread = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
         x, y = (log_n - centre[0]) / spread[0], (log_d - centre[1]) / spread[1]
         return cls(x, y, np.log(table.loss), centre, spread, delta)
+
+    def of_rows(self, rows: Int[np.ndarray, " chosen"]) -> "Problem":
+        """The same problem of fewer runs, in the same coordinates."""
+        return replace(self, x=self.x[rows], y=self.y[rows], log_loss=self.log_loss[rows])
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +93,8 @@ class Problem:
         """(E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
         alpha, beta = theta[:, 3] / self.spread[0], theta[:, 4] / self.spread[1]
         E = np.where(theta[:, 0] <= self.bounds[0][0] + 1.0, 0.0, np.exp(theta[:, 0]))
-        A = np.exp(theta[:, 1] + alpha * self.centre[0])
-        B = np.exp(theta[:, 2] + beta * self.centre[1])
+        A = exponential(theta[:, 1] + alpha * self.centre[0])
+        B = exponential(theta[:, 2] + beta * self.centre[1])
         return np.stack([E, A, B, alpha, beta], axis=1)
 
     def bootstrap(
@@ -100,8 +106,30 @@ class Problem:
         (fewer than five different runs, or three different N or D) are drawn again. Every draw starts from
         the best fit and from the middle of the starting grid; its lower minimum counts. (Measured: on
         tables of 25 and 240 runs the best of six far-apart starts was lower in fewer than 1 draw in 200.)
+
+        Of more than SAMPLE rows the draws come from separate samples of so many rows each, an equal share of the draws
+        from each: the distance between a draw's fit and its own sample's fit, times √(sample / rows), stands for the
+        distance between a draw of all rows and the fit to all rows (errors shrink with the square root of the rows).
         """
+        rows = len(self.x)
+        parts = samples(rows, seed)
+        shares = [count * (i + 1) // len(parts) - count * i // len(parts) for i in range(len(parts))]
         rng = np.random.default_rng(seed)
+        if len(parts) == 1 and len(parts[0]) == rows:
+            return self.natural(self._draws(best, count, rng, advance))
+        draws = []
+        for part, share in zip(parts, shares, strict=True):
+            if share:
+                problem = self.of_rows(part)
+                centre = problem.minimise(best[None])[0]
+                draws.append((problem._draws(centre[0], share, rng, advance) - centre) * np.sqrt(len(part) / rows))
+        lower, upper = self.bounds
+        return self.natural(np.clip(best + np.concatenate(draws), lower, upper))
+
+    def _draws(
+        self, best: np.ndarray, count: int, rng: np.random.Generator, advance: Callable[..., None] | None
+    ) -> Float[np.ndarray, "draws 5"]:
+        """Scaled θ of `count` tables of these rows drawn with replacement."""
         weights = draw_counts((self.x, self.y), len(NAMES), rng, count)
         grid = self.starts()
         starts = np.stack([best, grid[len(grid) // 2]])
@@ -114,4 +142,4 @@ class Problem:
             draws.append(theta.reshape(len(part), len(starts), 5)[np.arange(len(part)), lowest])
             if advance is not None:
                 advance(len(part))
-        return self.natural(np.concatenate(draws))
+        return np.concatenate(draws)

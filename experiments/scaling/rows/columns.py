@@ -1,22 +1,30 @@
 """Which column of someone's table is which, and the numbers in it."""
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.scaling.rows.numerals import unit_of
 from model.errors import InputError
 
 ALIASES = {
-    "params": ("params", "n", "n_params", "num_params", "model_size", "parameters", "num_parameters"),
-    "tokens": ("tokens", "d", "n_tokens", "num_tokens", "training_tokens", "train_tokens"),
-    "loss": ("loss", "val_loss", "validation_loss", "final_loss", "eval_loss"),
+    "params": ("params", "n", "n_params", "num_params", "model_size", "parameters", "num_parameters", "total_params"),
+    "tokens": (
+        "tokens",
+        "d",
+        "n_tokens",
+        "num_tokens",
+        "training_tokens",
+        "train_tokens",
+        "total_tokens",
+        "tokens_seen",
+    ),
+    "loss": ("loss", "val_loss", "validation_loss", "final_loss", "eval_loss", "valid_loss", "test_loss"),
     "flops": ("flops", "c", "compute", "training_flops", "training_flop"),
 }
-"""What others call a column of ours, compared without case, and with spaces, dots and dashes as underscores."""
-
-SUFFIXES = {"K": 1e3, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+"""What others call a column of ours, compared without case and unit, with spaces, dots, dashes and slashes as
+underscores, and without the config. and summary. of Weights & Biases."""
 
 
 def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
@@ -51,39 +59,23 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
         hints += [f"{lowered[match]!r} for {name!r}" for match in close]
     hint = f"; close names: {', '.join(hints)}" if hints else ""
     plain = {_plain(column) for column in present}
+    chart = next((column for column in present if column.endswith(("__MIN", "__MAX"))), None)
+    if chart is not None and not plain & {*ALIASES["params"], *ALIASES["tokens"]}:
+        raise InputError(
+            f"{path} is a chart's export, with a column of losses per run such as {chart[:-5]!r}; a fit needs one "
+            "row per run: export the table of runs, with columns of parameters, tokens and the final validation loss"
+        )
     if "tokens" in missing and plain & set(ALIASES["flops"]):
         hint += "; tokens are not worked out from FLOPs: add a column with D = C/(6·N) if that is what C means"
+    training = next((column for column in present if _plain(column) in {"train_loss", "training_loss"}), None)
+    if "loss" in missing and training is not None:
+        hint += f"; {training!r} is a training loss: if nothing else is there, name it with --loss"
     if "loss" in missing and plain & {"perplexity", "ppl", "bpb", "bits_per_byte"}:
         hint += "; a loss is in nats per token, such as the logarithm of the perplexity"
     raise InputError(
         f"{path} has no column {' or '.join(repr(name) for name in missing)}; "
         f"its columns are {', '.join(repr(column) for column in present)}{hint}"
     )
-
-
-def number(path: Path, row: int, name: str, value: Any, *, count: bool = False) -> float:
-    """NaN for what is empty (dropped later by rule); an error for what was never a number.
-
-    A `count` may be written as 70M or 1.4T.
-    """
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return math.nan
-    if not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    place = f"{path}, row {row}: column {name!r}"
-    if isinstance(value, str):
-        text = value.strip()
-        if count and text[-1] in SUFFIXES:
-            try:
-                return float(text[:-1]) * SUFFIXES[text[-1]]
-            except ValueError:
-                pass
-        if re.fullmatch(r"[-+]?\d+(,\d+)+(\.\d*)?", text):
-            raise InputError(f"{place} holds {value!r}: write numbers without commas, such as 1000 or 1.5")
-    raise InputError(f"{place} should be a number but holds {value!r}")
 
 
 def truth(path: Path, row: int, name: str, value: Any) -> bool:
@@ -99,4 +91,5 @@ def truth(path: Path, row: int, name: str, value: Any) -> bool:
 
 
 def _plain(column: str) -> str:
-    return re.sub(r"[\s.\-]+", "_", column.strip()).lower()
+    name = re.sub(r"^(config|summary)[./]|[./]value$", "", unit_of(column)[0].strip(), flags=re.IGNORECASE)
+    return re.sub(r"[\s.\-/]+", "_", name).strip("_").lower()

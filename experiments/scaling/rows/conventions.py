@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.parametric import ParametricFit, fit_parametric
-from experiments.scaling.rows.columns import number, require
-from experiments.scaling.rows.table import Table, _records, read_header
+from experiments.scaling.rows.columns import require
+from experiments.scaling.rows.files import column_names, read_records
+from experiments.scaling.rows.numerals import read_numbers
+from experiments.scaling.rows.table import Table, read_header
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model import ModelConfig, accounting
@@ -67,12 +69,14 @@ def read_counts(
 ) -> Counts:
     """From a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out. rows: by number."""
     path = Path(path)
-    records = [(row, record) for row, record in _records(path) if rows is None or row in rows]
+    records = [(row, record) for row, record in read_records(path) if rows is None or row in rows]
     if not records:
         raise InputError(f"{path} has no rows")
-    present = list(dict.fromkeys(key for _, record in records for key in record))
+    present = column_names(records)
     require(path, [tokens, loss], present)
-    column = lambda name: np.array([number(path, row, name, record.get(name)) for row, record in records])
+    counts = [name for name in (tokens, *PARAMS, *FLOPS) if name in present]
+    numbers, _ = read_numbers(path, records, dict.fromkeys(counts, True) | {loss: False})
+    column = lambda name: np.array(numbers[name])
     return Counts(
         column(tokens),
         column(loss),

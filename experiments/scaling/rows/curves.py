@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.rows.columns import number, require
-from experiments.scaling.rows.table import _records
+from experiments.scaling.rows.columns import require
+from experiments.scaling.rows.files import column_names, read_records
+from experiments.scaling.rows.numerals import read_numbers
 from model.errors import InputError
 
 SMOOTHING = 0.05  # width of the smoothing kernel in ln D
@@ -44,15 +45,14 @@ def curves_of_table(path: str | Path, schedule: str = "unknown") -> list[Curve]:
     Raises `InputError` for a table that cannot be read and for a run of several sizes.
     """
     path = Path(path)
-    records = _records(path)
+    records = read_records(path)
     if not records:
         raise InputError(f"{path} has no rows")
-    require(
-        path, ["run", "params", "tokens", "loss"], list(dict.fromkeys(key for _, record in records for key in record))
-    )
+    require(path, ["run", "params", "tokens", "loss"], column_names(records))
+    numbers, _ = read_numbers(path, records, {"params": True, "tokens": True, "loss": False})
     groups: dict[str, list[tuple[float, ...]]] = {}
-    for row, record in records:
-        values = tuple(number(path, row, name, record.get(name)) for name in ("params", "tokens", "loss"))
+    rows = zip(numbers["params"], numbers["tokens"], numbers["loss"], strict=True)
+    for (_, record), values in zip(records, rows, strict=True):
         groups.setdefault(str(record.get("run")), []).append(values)
     curves = []
     for name, points in groups.items():

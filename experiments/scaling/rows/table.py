@@ -6,23 +6,26 @@ dropped by a stated rule and listed; what suggests that the file is not what its
 text among numbers) is an error.
 """
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.rows.columns import find_column, number, require, truth
+from experiments.scaling.rows.columns import find_column, require, truth
+from experiments.scaling.rows.files import Record, column_names, read_records
+from experiments.scaling.rows.numerals import MISSING, read_numbers
+from experiments.words import counted
 from model.errors import InputError
 
 REPEATED = "repeated"  # a boolean-like column of this name marks runs that saw their data more than once
 HELD_OUT = "held_out"  # and one of this name the runs that a law is to be tested on
 HELD_OUT_REASON = "held out"
+STEP = "_step"
+RUN_COLUMNS = ("Name", "name", "run", "run_id", "run_name", "ID", "id")
 ROLES = ("params", "tokens", "loss", "flops", "unique_tokens", "active_params")
 
 
@@ -43,6 +46,8 @@ class Table:
     """By role, the column of the file that was read."""
     rows: list[int] = field(default_factory=list)
     """The numbers of the rows that are left."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed of the file, in words."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -105,7 +110,7 @@ def clean(
             kept.append(i)
         else:
             dropped.append({"row": row, "reason": reason})
-    left = {role: column[kept] for role, column in columns.items()}
+    left: dict[str, Any] = {role: column[kept] for role, column in columns.items()}
     numbers = [rows[i] if rows is not None else i + 1 for i in kept]
     return Table(**left, dropped=dropped, columns=dict(names or {}), rows=numbers)
 
@@ -122,111 +127,66 @@ def read_table(
     keep_repeated: bool = False,
     keep_held_out: bool = False,
 ) -> Table:
-    """Read and clean a table of runs; the format follows the suffix (.csv .tsv .jsonl .ndjson .parquet).
+    """Read and clean a table of runs; the format follows the suffix (.csv .tsv .json .jsonl .ndjson .parquet, or .gz).
 
     `params`, `tokens`, `loss`, `flops`, `unique_tokens` and `active_params` name the columns; where one of the first
     four is left at its own name and absent, a column that others call so stands in for it (`columns.ALIASES`), and
-    `Table.columns` says which. Counts may be written as 70M or 1.4T. Rows whose `repeated` column is true are
+    `Table.columns` says which. Numbers are read as `numerals.read_numbers` says. Of an export of Weights & Biases with
+    several steps of a run, the last that has a loss is taken. Rows whose `repeated` column is true are
     dropped unless `keep_repeated`: a second pass over data is worth less than fresh tokens, and a law in D
     does not know that. Rows whose `held_out` column is true are dropped unless `keep_held_out`. Raises `InputError`
     for a file that is missing, unreadable, empty or malformed, for a missing column, and for text in a numeric column.
     """
     path = Path(path)
-    records = _records(path)
+    records = read_records(path)
     if not records:
         raise InputError(f"{path} has no rows")
-    present = list(dict.fromkeys(key for _, record in records for key in record))
+    present = column_names(records)
     wanted = dict(zip(ROLES, (params, tokens, loss, flops, unique_tokens, active_params), strict=True))
     names = {role: find_column(path, role, name, present) for role, name in wanted.items() if name is not None}
     require(path, names.values(), present)
-    columns: dict[str, Any] = {
-        role: [number(path, row, name, record.get(name), count=role != "loss") for row, record in records]
-        for role, name in names.items()
-    }
+    records, earlier = _last_steps(path, records, present, names["loss"])
+    numbers, notes = read_numbers(path, records, {name: role != "loss" for role, name in names.items()})
+    columns: dict[str, Any] = {role: numbers[name] for role, name in names.items()}
     marks = {
         mark: [truth(path, row, mark, record.get(mark)) for row, record in records]
         for mark, keep in ((REPEATED, keep_repeated), (HELD_OUT, keep_held_out))
         if mark in present and not keep
     }
-    return clean(**columns, **marks, names=names, rows=[row for row, _ in records])
+    table = clean(**columns, **marks, names=names, rows=[row for row, _ in records])
+    if earlier:
+        notes.append(
+            f"of {counted(len(records) + len(earlier), 'row')} the last step of {counted(len(records), 'run')} is taken"
+        )
+    return replace(table, dropped=earlier + table.dropped, notes=notes)
+
+
+def _last_steps(
+    path: Path, records: list[Record], present: list[str], loss: str
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """The last row with a loss of every run in a history of Weights & Biases, and the rows dropped for it.
+
+    A history has a column `_step` and a run's name in several rows; any other table comes back as it is.
+    """
+    run = next((name for name in RUN_COLUMNS if name in present), None)
+    if STEP not in present or run is None or len({record.get(run) for _, record in records}) == len(records):
+        return records, []
+    steps, _ = read_numbers(path, records, {STEP: True})
+    last: dict[Any, int] = {}
+    for i, (_, record) in enumerate(records):
+        known = record.get(loss) is not None and str(record.get(loss)).strip().lower() not in {*MISSING, "inf"}
+        before = last.get(record.get(run))
+        if before is None or (known and not steps[STEP][i] < steps[STEP][before]):
+            last[record.get(run)] = i
+    kept = set(last.values())
+    earlier = [
+        {"row": row, "reason": f"an earlier step of run {record.get(run)!r}"}
+        for i, (row, record) in enumerate(records)
+        if i not in kept
+    ]
+    return [records[i] for i in sorted(kept)], earlier
 
 
 def read_header(path: str | Path) -> list[str]:
     """The names of a table's columns. Raises as `read_table` does."""
-    return list(dict.fromkeys(key for _, record in _records(Path(path)) for key in record))
-
-
-def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Every record with its number, counted from 1."""
-    if not path.exists():
-        raise InputError(f"there is no file {path}")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; name a .csv, .jsonl or .parquet table")
-    suffix = path.suffix.lower()
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty")
-        if suffix in {".parquet", ".pq"}:
-            return _parquet(path)
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise InputError(f"{path} is empty")
-    if suffix in {".jsonl", ".ndjson"}:
-        return _jsonl(path, text)
-    if suffix in {".csv", ".tsv", ".txt", ""}:
-        return _csv(path, text)
-    raise InputError(f"{path}: unknown suffix {suffix!r}; use .csv, .jsonl or .parquet")
-
-
-def _csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    header_line = text.lstrip().splitlines()[0]
-    delimiter = max(",;\t", key=header_line.count)  # the comma on a tie, as max keeps the first
-    try:
-        lines = [
-            line for line in csv.reader(text.splitlines(), delimiter=delimiter) if any(cell.strip() for cell in line)
-        ]
-    except csv.Error as error:
-        raise InputError(f"{path} is not valid CSV: {error}") from error
-    header = [cell.strip() for cell in lines[0]]
-    doubled = [name for name in dict.fromkeys(header) if header.count(name) > 1]
-    if doubled:
-        raise InputError(f"{path} has the column {doubled[0]!r} more than once")
-    records = []
-    for row, line in enumerate(lines[1:], start=1):
-        if len(line) != len(header):
-            raise InputError(f"{path}, row {row}: {len(line)} cells where the header has {len(header)}")
-        records.append((row, dict(zip(header, line, strict=True))))
-    return records
-
-
-def _jsonl(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    records = []
-    for row, line in enumerate((line for line in text.splitlines() if line.strip()), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, row {row}: not valid JSON ({error.msg})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, row {row}: a row is one JSON object, got {type(record).__name__}")
-        records.append((row, record))
-    return records
-
-
-def _parquet(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            f"reading {path} needs pyarrow: pip install 'isoflop[parquet]', or convert the table to CSV"
-        ) from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a readable Parquet file: {reason}") from error
-    return list(enumerate(table.to_pylist(), start=1))
+    return column_names(read_records(Path(path)))

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from experiments.scaling.study.family import Family
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
+from experiments.words import counted
 from model import ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
@@ -274,7 +275,7 @@ class Design(Part):
                 raise InputError(f"budgets must ascend by a factor of at least 1.1; {high:g} follows {low:g}")
         if self.held_out >= (len(self.budgets) or self.count):
             raise InputError(
-                f"held_out={self.held_out} leaves none of {len(self.budgets) or self.count} budgets to fit"
+                f"held_out={self.held_out} leaves none of {counted(len(self.budgets) or self.count, 'budget')} to fit"
             )
 
 

@@ -14,6 +14,7 @@ from experiments.scaling.study.rungs import Rung
 from experiments.scaling.use import optimal, planned_loss
 from experiments.scaling.valleys.spline import Spline
 from experiments.scaling.valleys.valley import PARABOLA, Shape, Valley, reason_against
+from experiments.words import counted
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 
@@ -35,7 +36,7 @@ def predict(
         return read_sealed(path)
     if (folder / "held_out" / "sweep.json").exists():
         raise InputError(f"{folder} has held-out runs, but {path.name} is gone: what is written now predicts nothing")
-    say(f"[2/3] prediction of {len(rungs)} runs that are not made yet: {path}")
+    say(f"[2/3] prediction of {counted(len(rungs), 'run')} before any is made: {path}")
     table = read_table(folder / "runs.csv")
     fits = fit_both(table, bootstraps=bootstraps)
     try:

@@ -21,6 +21,7 @@ from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.run import run_sweep
+from experiments.words import counted
 from model.ambient import pinned
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
@@ -47,12 +48,15 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
     fitted, tested = ([rung for rung in rungs if rung.held_out is kind] for kind in (False, True))
     sweeps = [sweep_of(design, part, data, folder / name) for part, name in ((fitted, "sweep"), (tested, HELD_OUT))]
     write_sealed(folder / "design.json", {"schema_version": SCHEMA_VERSION, "design": design.to_dict()})
-    _say(f"[1/{3 if tested else 1}] {len(fitted)} runs of {len({rung.budget for rung in fitted})} budgets")
+    _say(
+        f"[1/{3 if tested else 1}] {counted(len(fitted), 'run')} of "
+        f"{counted(len({rung.budget for rung in fitted}), 'budget')}"
+    )
     rows = _train(sweeps[0], fitted, workers)
     _write_tables(folder, rows)
     if tested:
         predict(folder, tested, _say)
-        _say(f"[3/3] {len(tested)} runs that were predicted")
+        _say(f"[3/3] {counted(len(tested), 'predicted run')}")
         rows += _train(sweeps[1], tested, workers)
         _write_tables(folder, rows)
         compare(folder, rows)

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.scaling.rows.conventions import count
 from experiments.scaling.study.design import Design, Law
 from experiments.scaling.study.published import middle_of
+from experiments.words import counted
 from model import ModelConfig
 from model.errors import InputError
 from train import HParams
@@ -203,7 +204,8 @@ def _rung(
     steps = round(budget / (6 * params * per_step))
     if steps < _LEAST_STEPS:
         raise InputError(
-            f"a budget of {budget:.3g} FLOPs is too small: it is {steps} steps of {per_step} tokens for a model of "
+            f"a budget of {budget:.3g} FLOPs is too small: it is {counted(steps, 'step')} of "
+            f"{per_step} tokens for a model of "
             f"{params:,} parameters; give a larger budget (or more hours), or smaller batches"
         )
     tokens = steps * per_step

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
+from experiments.scaling.law.numbers import exponential
 from experiments.scaling.rows.table import Table, clean
-from experiments.scaling.valleys.budgets import valleys_of, with_shape
+from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.recognise import BY_CHANCE
 from experiments.scaling.valleys.skew import common_skew, skewed_minima
 from experiments.scaling.valleys.spline import Spline, choose_smoothing
@@ -28,6 +29,7 @@ from experiments.scaling.valleys.valley import (
     rejection,
     tokens_line,
 )
+from experiments.words import counted
 from model.errors import InputError
 
 __all__ = [
@@ -72,6 +74,8 @@ class IsoflopFit:
     dropped: list[dict[str, Any]] = field(repr=False)
     method: Method = DEFAULT
     shape: Shape = PARABOLA
+    thinned: str | None = None
+    """What was done with fewer rows than the table has, in words; None where nothing was."""
 
     @property
     def outliers(self) -> list[dict[str, Any]]:
@@ -100,8 +104,8 @@ class IsoflopFit:
     def optimal(self, C: Any) -> Size:
         """N* and D* at a budget of C FLOPs; arrays are fine."""
         log_c = np.log(np.asarray(C, np.float64))
-        params = np.exp(np.log(self.params_coefficient) + self.a * log_c)
-        return Size(params[()], np.exp(np.log(self.tokens_coefficient) + self.b * log_c)[()])
+        params = exponential(np.log(self.params_coefficient) + self.a * log_c)
+        return Size(params[()], exponential(np.log(self.tokens_coefficient) + self.b * log_c)[()])
 
     @cached_property
     def intervals(self) -> Intervals:
@@ -112,10 +116,10 @@ class IsoflopFit:
         """`{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
         log_c = np.log(np.asarray(C, np.float64))
         draws = self.draws.reshape(len(self.draws), 4, *(1,) * log_c.ndim)
-        params = percentile_interval(np.exp(draws[:, 0] + draws[:, 1] * log_c), level)
+        params = percentile_interval(exponential(draws[:, 0] + draws[:, 1] * log_c), level)
         return {
             "params": params,
-            "tokens": percentile_interval(np.exp(draws[:, 2] + draws[:, 3] * log_c), level),
+            "tokens": percentile_interval(exponential(draws[:, 2] + draws[:, 3] * log_c), level),
         }
 
     @property
@@ -233,6 +237,7 @@ def fit_isoflop(
     bootstraps: int = 1000,
     seed: int = 0,
     method: Method = DEFAULT,
+    screen: bool = False,
 ) -> IsoflopFit:
     """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
@@ -240,8 +245,8 @@ def fit_isoflop(
     and runs that lie near one another by chance are none (`recognise.py`). A valley with fewer than three sizes, with
     its lowest loss at an edge, without a minimum or with the minimum outside its sizes is rejected and listed with the
     reason. D* is read off each budget's own line of log D over log N. Rows that no fit can use are dropped as in
-    `table.clean`; row order does not matter. Gross outliers are left out by the rules of `outliers.py` and listed
-    (`.outliers`).
+    `table.clean`; row order does not matter. With `screen`, gross outliers are left out by the rules of `outliers.py`
+    and listed (`.outliers`).
 
     method: "spline", a smoothing spline that assumes no shape (`spline.py`); "skewed", a parabola bent by one skew
     common to all budgets (`skew.py`); "parabola".
@@ -254,7 +259,9 @@ def fit_isoflop(
         raise InputError(f"method={method!r} must be one of {', '.join(METHODS)}")
     table = _sorted(clean(params, tokens, loss, flops))
     budgets = 6 * table.params * table.tokens if table.flops is None else table.flops
-    valleys = valleys_of(table, budgets)
+    rows = len(table)
+    table, budgets, most = fewer_per_budget(table, budgets)
+    valleys = valleys_of(table, budgets, screen=screen)
     shape: Shape = PARABOLA
     if method != "parabola":
         sound = [v for v in valleys if v.reason is None] or [v for v in valleys if not v.runs_at_fault]
@@ -278,22 +285,23 @@ def fit_isoflop(
         reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
         shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
         raise InputError(
-            f"{len(optima)} of {len(valleys)} budgets give a minimum and a power law needs {MINIMUM_BUDGETS}"
-            + (f" ({shown})" if reasons else "")
+            f"{len(optima)} of {counted(len(valleys), 'budget')} with a minimum, and a power "
+            f"law needs {MINIMUM_BUDGETS}" + (f" ({shown})" if reasons else "")
         )
     log_c = np.log([optimum["flops"] for optimum in optima])
     laws = [_power_law(log_c, np.log([[o[name] for o in optima]]))[0] for name in ("params", "tokens")]
     return IsoflopFit(
         a=float(laws[0][1]),
         b=float(laws[1][1]),
-        params_coefficient=float(np.exp(laws[0][0])),
-        tokens_coefficient=float(np.exp(laws[1][0])),
+        params_coefficient=float(exponential(laws[0][0])),
+        tokens_coefficient=float(exponential(laws[1][0])),
         valleys=valleys,
         bootstraps=int(bootstraps),
         seed=int(seed),
         dropped=table.dropped,
         method=method,
         shape=shape,
+        thinned=thinned_in_words(len(table), rows, most),
     )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 
 from experiments.scaling.valleys.valley import bent_bases, bent_minimum
+from experiments.words import counted, is_or_are
 from model.errors import InputError
 
 LARGEST_SKEW = 1.5  # |β − α|; published exponents lie below 1
@@ -38,8 +39,8 @@ def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndar
     freedom = sum(len(np.unique(u)) - 3 for u in us)
     if freedom < 2:
         raise InputError(
-            f"a common skew needs two runs more than the parabolas of {len(us)} budgets use up and there "
-            f"{'is' if freedom == 1 else 'are'} {freedom}; add sizes, or use method='parabola'"
+            f"a common skew needs two runs more than the parabolas of {counted(len(us), 'budget')} use up and there "
+            f"{is_or_are(freedom)} {freedom}; add sizes, or use method='parabola'"
         )
     curves = [loss[None] for loss in losses]
     start = float(common_skews(us, curves)[0])

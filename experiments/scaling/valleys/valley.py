@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from experiments.scaling.law.numbers import exponential
+from experiments.words import counted
+
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
 STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to noise
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
@@ -72,7 +75,8 @@ def _bent_square(u: np.ndarray, skew: np.ndarray) -> np.ndarray:
     """(e^{tu} − 1 − tu)·2/t², or u² where t is too small to divide by."""
     straight = np.abs(skew) < STRAIGHT
     t = np.where(straight, 1.0, skew)
-    return np.where(straight, u**2, 2 * (np.expm1(t * u) - t * u) / t**2)
+    tu = np.where(straight, 0.0, t * u)  # the parabola's u may be too far out for an exponential
+    return np.where(straight, u**2, 2 * (np.expm1(tu) - tu) / t**2)
 
 
 def bent_bases(u: Float[np.ndarray, " at"], skews: Float[np.ndarray, "*skews"]) -> Float[np.ndarray, "*skews at 3"]:
@@ -95,7 +99,7 @@ def bent_minimum(
         return (
             vertex,
             c0 + c1 * vertex + c2 * _bent_square(vertex, skews),
-            c2 * np.where(straight, 1.0, np.exp(t * vertex)),
+            c2 * np.exp(np.where(straight, 0.0, t * vertex)),
         )
 
 
@@ -176,8 +180,7 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | 
     """Why this budget's minimum cannot be trusted, in words, or None."""
     sizes = np.unique(params)
     if len(sizes) < MINIMUM_SIZES:
-        some = f"{len(sizes)} model size{'s' if len(sizes) > 1 else ''}"
-        return f"{some} where a {shape.name} needs {MINIMUM_SIZES}"
+        return f"{counted(len(sizes), 'model size')} where a {shape.name} needs {MINIMUM_SIZES}"
     log_params = np.log(params)
     vertex, _, curvature = shape.minimum(log_params - log_params.mean(), loss)
     flat, edge, outside = rejection(params, loss, vertex, curvature)
@@ -188,7 +191,7 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | 
     if flat:
         return f"the {shape.name} through the losses is not convex: it has no minimum"
     if outside:
-        at = float(np.exp(vertex + log_params.mean()))
+        at = float(exponential(vertex + log_params.mean()))
         return f"the {shape.name}'s minimum, N={at:.3g}, lies outside the sizes {sizes[0]:.3g}…{sizes[-1]:.3g}"
     return None
 

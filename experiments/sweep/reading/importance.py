@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.sweep.reading.scales import distinct, is_number, scale_of
 from experiments.sweep.reading.settings import by_setting
+from experiments.words import counted
 
 FEWEST = 10  # finished trials
 WIDE = 0.5  # of an interval of a share: beyond it the data say next to nothing of that axis
@@ -31,8 +32,8 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[st
     if len(names) < 2:
         refused = "with fewer than two axes there is nothing to weigh"
     elif len(finished) < FEWEST:
-        ended = "1 trial was" if len(finished) == 1 else f"{len(finished)} trials were"
-        refused = f"{ended} trained to the end; the estimators need at least {FEWEST}"
+        were = "was" if len(finished) == 1 else "were"
+        refused = f"{counted(len(finished), 'trial')} {were} trained to the end; the estimators need at least {FEWEST}"
     elif any(row.get("member") is not None for row in finished):
         refused = "the members of a population changed their settings along their runs"
     elif len({row["loss"] for row in finished}) < 2:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from experiments.words import counted
 from model.errors import InputError
 
 MINIMUM_SIZES = 3  # 2 where every optimum has an interval: two points leave no scatter to learn the noise from
@@ -155,15 +156,18 @@ def _check(names: Sequence[str], logs: Sequence[np.ndarray], dropped: Sequence[d
     """Raises `InputError` where the rows cannot carry the law."""
     rows, left_out = len(logs[0]), ""
     if dropped:
-        left_out = f" ({len(dropped)} of {rows + len(dropped)} rows left out, the first: {dropped[0]['reason']})"
+        left_out = (
+            f" ({len(dropped)} of {counted(rows + len(dropped), 'row')} left out, the first: {dropped[0]['reason']})"
+        )
     distinct = len(np.unique(logs[0]))
     if distinct < needed:
         less = "" if needed < MINIMUM_SIZES else f", or {needed - 1} whose optima all have an interval"
         raise InputError(
-            f"{distinct} different sizes cannot carry a power law; at least {needed} are needed{less}{left_out}"
+            f"{counted(distinct, 'different size')} cannot carry a power law; at least {needed} "
+            f"are needed{less}{left_out}"
         )
     if rows < needed + len(names) - 1:
-        raise InputError(f"{rows} rows cannot carry {len(names) + 1} unknowns; one more is needed{left_out}")
+        raise InputError(f"{counted(rows, 'row')} cannot carry {len(names) + 1} unknowns; one more is needed{left_out}")
     spread = np.linalg.svd(np.stack([log - log.mean() for log in logs[:-1]]), compute_uv=False)
     if spread[-1] < 0.01 * spread[0]:
         raise InputError(

@@ -10,6 +10,7 @@ from experiments.sweep.reading.rungs import Rungs, lineage, verdicts
 from experiments.sweep.reading.scales import MANY, distinct, edge_of, is_number, text
 from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
+from experiments.words import counted
 
 
 def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -145,13 +146,13 @@ def _warnings(
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     equal = len(winner["indistinguishable"] or ())
     if equal:
-        others = "1 other setting" if equal == 1 else f"{equal} other settings"
+        others = counted(equal, "other setting")
         warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
     warnings += [] if population else _of_the_stopped(settings)
     if counts["diverged"]:
-        warnings.append(f"{counts['diverged']} of {total} runs diverged")
+        warnings.append(f"{counts['diverged']} of {counted(total, 'run')} diverged")
     if counts["failed"]:
-        warnings.append(f"{counts['failed']} of {total} runs failed and have no result")
+        warnings.append(f"{counts['failed']} of {counted(total, 'run')} failed and left no result")
     if noise is None:
         single = (
             max(row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] for row in settings) == 1

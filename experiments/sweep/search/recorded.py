@@ -12,6 +12,7 @@ from experiments.sweep.objectives import DIRECTIONS
 from experiments.sweep.reading.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
 from experiments.sweep.reading.scales import is_number
 from experiments.sweep.reading.settings import candidates_of, group, pooled_noise
+from experiments.words import counted
 from model.errors import InputError, UnknownNameError
 
 _RESULTS = {
@@ -95,7 +96,8 @@ def _read_folder(folder: Path, axes: Sequence[str]) -> Recorded:
     left = sum(row["state"] not in ("finished", "diverged") for row in results.rows)
     if left:
         raise InputError(
-            f"{left} of {len(results.rows)} trials of {folder} have not run to their end; a replay needs all of them, "
+            f"{left} of {counted(len(results.rows), 'trial')} of {folder} did not run to the "
+            "end; a replay needs all of them, "
             "from a sweep with --policy all"
         )
     return dataclasses.replace(_grid(results.rows, axes or list(results.axes), str(folder)), folder=folder)
