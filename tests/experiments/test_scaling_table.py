@@ -214,7 +214,7 @@ def test_a_refused_estimator_is_null_with_its_reason():
     assert document["parametric"] is None
     assert document["isoflop"] is None
     assert "one line" in document["refused"]["parametric"]
-    assert "budgets" in document["refused"]["isoflop"]
+    assert "1 of 1 budget with a minimum" in document["refused"]["isoflop"]
     with pytest.raises(InputError, match="delta"):
         fit_both(table, delta=-1)
 
