@@ -240,5 +240,5 @@ def residuals(fit: ParametricFit) -> list[Figure]:
             wide = values.max() > WIDE * values.min()
             axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0), numticks=4))
         axis.set(xlabel=label, ylabel=r"$\ln L - \ln \hat{L}$ (%)")
-        note(axis, f"darker: smaller {letter}")
+        note(axis, f"darker: smaller {letter}" + drawn_of(len(shown), len(fit.table)))
     return figures_of(axes)

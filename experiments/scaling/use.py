@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.scaling.forms.choose import Choice
 from experiments.scaling.law.intervals import own_interval_warnings, percentile_interval
-from experiments.scaling.law.numbers import LARGEST_LOG
+from experiments.scaling.law.numbers import LARGEST_LOG, exponential
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
@@ -181,7 +181,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     # Order statistics, since interpolation towards an infinite draw would be infinite too early.
     low, high = np.nanpercentile(draws, [tail, 100 - tail], method="nearest")
     best = fit.optimal(flops)
-    pair = float(np.exp(low)), float(np.exp(high))
+    pair = float(exponential(low)), float(exponential(high))
     return {
         "target": float(target),
         "flops": flops,

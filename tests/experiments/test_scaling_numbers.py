@@ -83,7 +83,7 @@ def test_a_target_too_near_the_floor_is_refused_in_words():
     rng = np.random.default_rng(0)
     params, tokens = 10 ** rng.uniform(7, 10, 40), 10 ** rng.uniform(9, 12, 40)
     fit = fit_parametric(params, tokens, 1.7 + 2 * params**-0.05 + 2 * tokens**-0.05, bootstraps=5)
-    with pytest.raises(InputError, match=r"so close to the law's floor E=1\.7"):
+    with pytest.raises(InputError, match=r"so near the law's floor E=1\.7"):
         compute_for_loss(fit, fit.E * (1 + 1e-15))
 
 

@@ -153,7 +153,7 @@ def test_a_sweep_that_is_still_running(tmp_path, no_svg, words):
     assert document["halving"]["share"] == pytest.approx((3 * 20 + 3 * 20 + 6 * STEPS) / (15 * STEPS))
     said = words(page(results))
     assert "Still running. 6 of 15 trials" in said
-    assert "3 of 15 trials pruned" in said
+    assert "3 of 15 trials were pruned" in said
 
 
 def test_nothing_but_divergence(tmp_path, no_svg, words):

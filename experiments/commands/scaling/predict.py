@@ -106,7 +106,7 @@ def _own_interval_warnings(document: dict[str, Any]) -> list[str]:
     ]
     others = [(f"for a loss of {one['target']:g}", one) for one in document["compute_for_loss"]]
     others += [(f"for N {one['params']:.4g} on D {one['tokens']:.4g}", one) for one in document["planned"]]
-    return [f"{where}: {text}" for where, one in optimal + others for text in one["warnings"]]
+    return [f"{where}: {text}" for where, one in optimal + others for text in one.get("warnings", ())]
 
 
 def _check(
