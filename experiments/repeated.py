@@ -1,4 +1,4 @@
-"""What is given twice on a command line: several values of one flag are gathered, and no value is dropped silently."""
+"""Repeated flags of a command line: values of a list are gathered, and no value is dropped silently."""
 
 import dataclasses
 import inspect

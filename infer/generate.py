@@ -189,7 +189,7 @@ def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, 
 
 
 def words_after(decoder: Decoder | None, prompt: Prompt, sampling: Sampling) -> Detokenizer | None:
-    """What turns a continuation of this prompt into text; None without a tokenizer."""
+    """Return the detokenizer of a continuation of this prompt; None without a tokenizer."""
     return None if decoder is None else Detokenizer(decoder, prompt, sampling.stop_strings)
 
 

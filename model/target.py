@@ -1,4 +1,4 @@
-"""Where a program that is being traced will run."""
+"""The platform that a program is traced for."""
 
 import re
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+"""The other destinations of a run's numbers besides `metrics.jsonl`: TensorBoard and Weights & Biases.
 
 None of them can stop or hold up a run. Each is written by a thread of its own, and one that raises, or takes nothing
 any more, is dropped with one warning.

@@ -58,7 +58,7 @@ def write_sealed(path: Path, document: dict[str, Any], besides: tuple[str, ...] 
 
 
 def read_sealed(path: Path, besides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `write_sealed` wrote, without its checksum; a document from before there were any is taken as it is.
+    """Return what `write_sealed` wrote, without its checksum; a document from before there were any is taken as it is.
 
     Raises FileNotFoundError where there is none, and InputError where it cannot be read or is not what was written.
     """

@@ -57,7 +57,7 @@ class Metrics:
 
     @property
     def seal(self) -> dict[str, Any]:
-        """What `run.json` says of a file of just these lines."""
+        """Return what `run.json` says of a file of just these lines."""
         return _seal(self.lines[-1]["step"] if self.lines else 0, "".join(self.raw).encode(), self.doubtful)
 
 
@@ -84,7 +84,7 @@ def open_metrics(folder: str | Path, step: int = 0) -> Metrics:
 
 
 def troubles(folders: Iterable[Path]) -> list[str]:
-    """What is wrong with the records of these runs, a sentence each; a run that has no folder is passed over."""
+    """Return what is wrong with the records of these runs, a sentence each; a run that has no folder is passed over."""
     found = []
     for folder in folders:
         try:

@@ -205,7 +205,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def is_held(folder: str | Path) -> bool:
-    """Whether a process has the run open for writing."""
+    """Return whether a process has the run open for writing."""
     try:
         with open(Path(folder) / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

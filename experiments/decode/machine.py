@@ -1,4 +1,4 @@
-"""What two documents say of the machine's own speed: whether a difference can be the code's at all."""
+"""Compare the machine's own speed in two documents: can a difference be the code's at all?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def compare_ceilings(before: dict[str, Any], after: dict[str, Any]) -> list[dict
 
 
 def has_changed(ceilings: Sequence[dict[str, Any]]) -> bool:
-    """Whether any ceiling differs by more than LIMIT between the documents."""
+    """Return whether any ceiling differs by more than LIMIT between the documents."""
     return any(row["changed"] for row in ceilings)
 
 

@@ -72,7 +72,7 @@ def read_curve(run: Path, points: int = 200) -> Curve | None:
 
 
 def holes_before(lines: Sequence[dict[str, Any]]) -> Int[np.ndarray, " lines"]:
-    """How many times, up to each line of a run's metrics, steps are missing."""
+    """Return how many times, up to each line of a run's metrics, steps are missing."""
     steps = np.array([line["step"] for line in lines], int)
     return np.cumsum(np.diff(steps, prepend=steps[:1] - 1) > 1)
 

@@ -73,7 +73,7 @@ def _shown_losses(document: Document) -> list[float]:
 
 
 def goes_beyond(document: Document) -> bool:
-    """Whether `axis_panels` has losses above its frame, which it marks by triangles."""
+    """Return whether `axis_panels` has losses above its frame, which it marks by triangles."""
     losses = _shown_losses(document)
     return bool(losses) and max(losses) > _frame(document)[1]
 
@@ -84,7 +84,7 @@ def _stops(document: Document) -> list[Any]:
 
 
 def is_population(document: Document) -> bool:
-    """Whether settings changed along runs, so that a value says nothing of what was trained before."""
+    """Return whether settings changed along runs, so that a value says nothing of what was trained before."""
     return any(row.get("member") is not None for row in document["settings"])
 
 

@@ -74,7 +74,7 @@ def pair_maps(document: Document) -> list[Figure]:
 
 
 def _is_grid(best: Mapping[tuple[Any, Any], float], across: Sequence[Any], up: Sequence[Any]) -> bool:
-    """Whether values were listed and most pairs of them tried, not drawn one by one."""
+    """Return whether values were listed and most pairs of them tried, not drawn one by one."""
     columns, rows = len(distinct(across)), len(distinct(up))
     return max(columns, rows) <= MANY and 2 * len(best) >= columns * rows
 

@@ -77,7 +77,7 @@ def _seeds(results: Results) -> int:
 
 
 def _compared_at(document: dict[str, Any]) -> str:
-    """Which losses the figures of all axes together show."""
+    """Return which losses the figures of all axes together show."""
     rows, steps = sweep_figures.fullest(document)
     total = len(document["settings"])
     if steps is None:

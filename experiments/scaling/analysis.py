@@ -95,7 +95,7 @@ class Analysis:
 
     @property
     def thinned(self) -> list[str]:
-        """What was done with fewer rows than the table has, and why, in words."""
+        """Return what was done with fewer rows than the table has, and why, in words."""
         fits = (self.fits.parametric, self.fits.isoflop, *self.fits.valleys.values(), self.choice)
         found = [fit.thinned for fit in fits if fit is not None]
         return list(dict.fromkeys(text for text in found if text is not None))

@@ -257,7 +257,7 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
 
 
 def _far_from_the_law(fit: ParametricFit) -> list[str]:
-    """How many of the runs fitted screening would call outliers, where chance alone would make fewer."""
+    """Return how many of the runs fitted screening would call outliers, where chance alone would make fewer."""
     rows = len(fit.table)
     far = ~screen_residuals(fit.residuals, np.ones(rows, bool), len(NAMES))
     if far.sum() <= 10 * LEVEL * rows:
@@ -272,7 +272,7 @@ def _far_from_the_law(fit: ParametricFit) -> list[str]:
 
 
 def isoflop_warnings(fit: IsoflopFit, intervals: bool = True) -> list[str]:
-    """What its numbers should be read with. intervals: whether it has any."""
+    """Return what its numbers should be read with. intervals: whether it has any."""
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:

@@ -1,4 +1,4 @@
-"""How near valleys come to a known exponent, by each method, and how often their intervals hold it.
+"""Measure how near valleys come to a known exponent, by each method, and how often their intervals hold it.
 
     python -m experiments.scaling.known_valleys --seeds 200 --json docs/bench/known-valleys.json
 

@@ -1,4 +1,4 @@
-"""How long `isoflop scaling fit` takes for large tables, and how much memory.
+"""Measure the time and memory of `isoflop scaling fit` for large tables.
 
     python -m experiments.scaling.large_tables --json large-tables.json
 

@@ -62,7 +62,7 @@ def answer(fits: Fits, asked: Questions) -> dict[str, list[Answer]]:
 
 
 def is_refused(one: Answer) -> bool:
-    """Whether a question had no answer."""
+    """Return whether a question had no answer."""
     return "refused" in one
 
 

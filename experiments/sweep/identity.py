@@ -1,4 +1,4 @@
-"""Which study of a storage is a sweep's, wherever the sweep's folder lies; and whether the folder is a copy.
+"""Find the study of a storage that is a sweep's, wherever its folder lies, and notice a folder that is a copy.
 
 A sweep's id is the name of its study. An older version named the study after the folder's path instead: such a study is
 found by that name, or where the folder was moved since, by its trials.
@@ -102,7 +102,7 @@ def with_storage(sweep: Sweep, storage: str) -> Sweep:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two addresses are of one storage, files by whatever path."""
+    """Return whether two addresses are of one storage, files by whatever path."""
     files = [file_of(url) for url in (one, other)]
     if None in files:
         return one == other
@@ -133,7 +133,7 @@ def copy_trials(sweep: Sweep, storage: Storage, source: str) -> None:
 
 
 def _by_path(folder: Path) -> str:
-    """How an older version ended the name of the study of a sweep in this folder."""
+    """Return how an older version ended the name of the study of a sweep in this folder."""
     return f"-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
 
 
@@ -149,13 +149,13 @@ def _trials(storage: Storage, study: int) -> set[Any]:
 
 
 def _is_elsewhere(folder: Path, storage: Storage, study: int, name: str) -> bool:
-    """Whether another folder is known to have the study."""
+    """Return whether another folder is known to have the study."""
     places = map(Path, storage.attribute(_PLACES, study) or [])
     return any(place != folder.resolve() and _holds(place, name) for place in places)
 
 
 def _holds(place: Path, name: str) -> bool:
-    """Whether a folder that has worked on the study still holds its sweep; an older version gave that no id."""
+    """Return whether a folder that has worked on the study still holds its sweep; an older version gave that no id."""
     return (place / "sweep.json").is_file() and id_in(place) in (name, None)
 
 

@@ -98,7 +98,7 @@ class Sweep:
 
     @property
     def shares_storage(self) -> bool:
-        """Whether its trials are kept outside its folder, where a copy of the folder finds them too."""
+        """Return whether its trials are kept outside its folder, where a copy of the folder finds them too."""
         file = file_of(self.address)
         return file is None or not file.resolve().is_relative_to(self.folder.resolve())
 

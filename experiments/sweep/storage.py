@@ -223,7 +223,7 @@ def _open_database(url: str, interval: int, grace: int, read_only: bool) -> Any:
 
 
 def _has_tables(url: str, settings: dict[str, Any]) -> bool:
-    """Whether the database holds Optuna's tables already."""
+    """Return whether the database holds Optuna's tables already."""
     from sqlalchemy import create_engine, inspect
 
     engine = create_engine(_URL_OF_FILES if "creator" in settings else url, **settings)
@@ -291,7 +291,7 @@ def _lock_before_reading(engine: Any) -> None:
 
 
 def _is_read_only(error: BaseException | None) -> bool:
-    """Whether the file may not be written, which no waiting changes."""
+    """Return whether the file may not be written, which no waiting changes."""
     while error is not None:
         if getattr(error, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
             return True

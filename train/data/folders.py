@@ -49,7 +49,7 @@ class Data:
 
 
 def data_of(run: str | Path, record: Mapping[str, Any]) -> str | dict[str, str]:
-    """Where the data of a run are, by its `run.json`: where they were, or else where they lay beside the run."""
+    """Return where the data of a run are, by its `run.json`: where they were, or else where they lay beside the run."""
     places, beside = record["data"], record.get("data_beside")
     if isinstance(places, str):
         return _found(places, beside, Path(run))

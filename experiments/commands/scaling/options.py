@@ -1,4 +1,4 @@
-"""What the commands that read a table of runs take alike: which column is which, as `--columns.params COLUMN`."""
+"""Options of all commands that read a table of runs: which column is which, as `--columns.params COLUMN`."""
 
 import dataclasses
 import sys

@@ -194,7 +194,7 @@ def _peak(hardware: dict[str, Any]) -> str:
 
 
 def _optima(document: dict[str, Any]) -> list[str]:
-    """Where the optima are expected, by whom, and how far a published law was fitted."""
+    """Return where the optima are expected, by whom, and how far a published law was fitted."""
     from experiments.commands.options import count_in_words
 
     law, optima, middle = document["law"], document["optima"], document["design"]["tokens_per_parameter"]

@@ -75,7 +75,7 @@ class Choice:
 
     @property
     def thinned(self) -> str | None:
-        """What was done with fewer rows than the table has, in words; None where nothing was."""
+        """Return what was done with fewer rows than the table has, in words; None where nothing was."""
         used, rows = self.held_out["runs"], self.held_out["of_runs"]
         if used == rows:
             return None

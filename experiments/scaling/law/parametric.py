@@ -97,7 +97,7 @@ class ParametricFit:
 
     @property
     def thinned(self) -> str | None:
-        """What was done with fewer rows than the table has, in words; None where nothing was."""
+        """Return what was done with fewer rows than the table has, in words; None where nothing was."""
         rows = len(self.table)
         if rows <= SAMPLE:
             return None

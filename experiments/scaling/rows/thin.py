@@ -31,7 +31,7 @@ def samples(rows: int, seed: int) -> list[Int[np.ndarray, " sample"]]:
 
 
 def most_per_budget(sizes: list[int]) -> int:
-    """How many runs of each budget enter, so that neither PER_BUDGET nor, together, ALL_BUDGETS is exceeded."""
+    """Return how many runs of each budget enter, so that neither PER_BUDGET nor, together, ALL_BUDGETS is exceeded."""
     most = min(PER_BUDGET, max(sizes, default=1))
     while most > 1 and sum(min(size, most) for size in sizes) > ALL_BUDGETS:
         most -= 1

@@ -1,4 +1,4 @@
-"""What published studies found, for plans where there is no study of one's own: optima, rates, batches, shapes."""
+"""Published optima, rates, batch sizes and shapes, for plans where there is no study of one's own."""
 
 import dataclasses
 import math

@@ -30,7 +30,7 @@ def fewer_per_budget(table: Table, budgets: Float[np.ndarray, " rows"]) -> tuple
 
 
 def thinned_in_words(used: int, rows: int, most: int) -> str | None:
-    """What `fewer_per_budget` did; None where it kept every run."""
+    """Return what `fewer_per_budget` did; None where it kept every run."""
     if used == rows:
         return None
     return (

@@ -25,7 +25,7 @@ def recognise_budgets(
     log_d: Float[np.ndarray, " runs"],
     log_c: Float[np.ndarray, " runs"],
 ) -> Bool[np.ndarray, " groups"]:
-    """Which `groups` (`group_budgets`, ascending) are budgets rather than a part of a cloud.
+    """Return which `groups` (`group_budgets`, ascending) are budgets rather than a part of a cloud.
 
     Were compute spread smoothly, the sizes around a group would be as dense as those within it. Where most of a run's
     neighbours, within 0.2 in ln C, are of its own group, the table is one of budgets, and all groups of three sizes are

@@ -89,7 +89,7 @@ def _with_interval(
 
 
 def _is_vague(found: Mapping[str, Any]) -> bool:
-    """Whether an interval is wide, and the data do not even say which axis matters most."""
+    """Return whether an interval is wide, and the data do not even say which axis matters most."""
     bounds = sorted((axis["interval_95"] for axis in found.values()), key=lambda interval: -interval[0])
     leads = all(bounds[0][0] > high for _, high in bounds[1:])
     return not leads and any(high - low > WIDE for low, high in bounds)
