@@ -203,11 +203,11 @@ def _judge(path: Path, content: bytes | None, record: dict[str, Any], step: int)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """One step's numbers; None where they cannot be read."""
+    """One step's numbers, and the names of its phase and the like; None where they cannot be read."""
     try:
         record = json.loads(line.decode())
-        plain = all(value is None or isinstance(value, (int, float)) for value in record.values())
-        known = "loss" in record and all(math.isfinite(record[name]) for name in _NEEDED)
+        plain = all(value is None or isinstance(value, (int, float, str)) for value in record.values())
+        known = not isinstance(record["loss"], str) and all(math.isfinite(record[name]) for name in _NEEDED)
         return record if plain and known and isinstance(record["step"], int) and record["step"] > 0 else None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
         return None

@@ -33,7 +33,7 @@ def test_messages_of_one_thing():
 
         accepted = (valley,)
 
-    texts = isoflop_warnings(OneBudget())
+    texts = isoflop_warnings(OneBudget(), intervals=False)
     assert texts[0].startswith("1 budget: ")
     assert texts[1].startswith("1 run more than the curves of 1 budget use up")
 

@@ -278,8 +278,8 @@ def fit_isoflop(
         chance = sum(valley.reason == BY_CHANCE for valley in valleys)
         if chance and all(valley.runs_at_fault for valley in valleys):
             raise InputError(
-                f"the {len(table)} runs share no budgets: their compute is spread, and {chance} group"
-                f"{'s' if chance > 1 else ''} within {100 * (SAME_BUDGET - 1):.0f} % of one another came about by "
+                f"the {counted(len(table), 'run')} share no budgets: their compute is spread, and "
+                f"{counted(chance, 'group')} within {100 * (SAME_BUDGET - 1):.0f} % of one another came about by "
                 f"chance; valleys need {MINIMUM_SIZES} sizes or more at each of {MINIMUM_BUDGETS} budgets or more"
             )
         reasons = [f"{valley.flops:.3g} FLOPs: {valley.reason}" for valley in valleys if valley.reason is not None]
