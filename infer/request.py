@@ -42,7 +42,7 @@ class Request(Completion):
         return changed
 
     def end(self, reason: str) -> None:
-        """As of any completion; a token that a stop string takes back has no time."""
+        """End as any completion does; a token that a stop string takes back has no time."""
         super().end(reason)
         del self.token_times[len(self.tokens) :]
 

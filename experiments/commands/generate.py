@@ -83,18 +83,16 @@ def generate(
     from infer import stream as run_generation
     from model.errors import InputError
 
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        stop_strings=stop,
-        n=n,
-        logprobs=logprobs,
-    )
+    drawn: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    sampling = Sampling(**drawn, stop_strings=stop, n=n, logprobs=logprobs)
     if stream and (len(prompt) * n > 1 or beams or lookup or draft is not None):
         raise InputError(
             "--stream prints one text as it is made: give one --prompt, and no --n, --beams, --draft, --lookup"
@@ -104,18 +102,7 @@ def generate(
     if draft is not None and lookup:
         raise InputError("--draft and --lookup are two ways to propose tokens; give one of them")
     if beams:
-        say_unused(
-            "with --beams, which does not sample",
-            generate,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-        )
+        say_unused("with --beams, which does not sample", generate, **drawn, seed=seed)
     else:
         say_unused("without --beams", generate, length_penalty=length_penalty)
     if draft is None and not lookup:

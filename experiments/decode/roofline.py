@@ -64,8 +64,9 @@ def add_shares(rows: list[dict[str, Any]], ceilings: Ceilings) -> None:
 
 
 def share_interval(work: float, seconds: Sequence[float], ceilings: Sequence[float], seed: int = 0) -> list[float]:
-    """Where the share of a ceiling lies, at 95 %: work over the median of resampled seconds, over a ceiling drawn from
-    its measurements, for the step ran while the machine was as fast as in any one of them.
+    """Return the 95 % interval of a share of a ceiling: work over the median of resampled seconds, over the ceiling.
+
+    The ceiling is drawn from its measurements: the step ran while the machine was as fast as in any one of them.
     """
     random = np.random.default_rng(seed)
     medians = np.median(random.choice(seconds, (BOOTSTRAPS, len(seconds))), axis=1)

@@ -54,7 +54,7 @@ def ticks(among: Sequence[Any], most: int = 6) -> tuple[list[float], list[str]]:
 
 
 def _apart(places: np.ndarray, gap: float) -> list[int]:
-    """Which of rising places to keep so that each is at least `gap` from the one before; the ends are preferred."""
+    """Choose rising places so that each is at least `gap` from the one before; the ends are preferred."""
     kept = [0]
     for i in range(1, len(places)):
         if places[i] - places[kept[-1]] >= gap:

@@ -60,7 +60,7 @@ class Analysis:
 
     @property
     def unscreened_exponents(self) -> list[dict[str, Any]]:
-        """As `exponents`, of the law and the valleys with every run; empty where nothing was screened."""
+        """The `exponents` of the law and the valleys with every run; empty where nothing was screened."""
         return [] if self.unscreened is None else _exponents_of(self.unscreened)
 
     @property

@@ -47,7 +47,7 @@ class Shape:
     drift: float = 0.0
     noise: float = 0.003
     required: bool = True
-    """Whether the default method must meet the limit; else the numbers are only reported."""
+    """True: the default method must meet the limit; False: the numbers are only reported."""
 
     @property
     def a(self) -> float:

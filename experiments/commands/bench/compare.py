@@ -20,7 +20,7 @@ def compare(
     any: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """What changed between two documents of `bench decode --json` or `bench train --json`, and whether it is noise.
+    """Say what changed between two documents of `bench decode --json` or `bench train --json`, and whether it is noise.
 
     For each cell that both have: the ratio of medians, after over before, with a bootstrap interval of 95 %. Both
     documents hold what the machine could do at most while they were measured: where that differs by more than a tenth,

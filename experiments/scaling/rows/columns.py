@@ -23,7 +23,7 @@ ALIASES = {
     "loss": ("loss", "val_loss", "validation_loss", "final_loss", "eval_loss", "valid_loss", "test_loss"),
     "flops": ("flops", "c", "compute", "training_flops", "training_flop"),
 }
-"""What others call a column of ours, compared without case and unit, with spaces, dots, dashes and slashes as
+"""Names that others give to our columns, compared without case and unit, with spaces, dots, dashes and slashes as
 underscores, and without the config. and summary. of Weights & Biases."""
 
 

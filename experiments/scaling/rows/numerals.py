@@ -14,7 +14,7 @@ MULTIPLES = {
     **dict.fromkeys(("b", "bn", "billion", "billions"), 1e9),
     **dict.fromkeys(("t", "tn", "trillion", "trillions"), 1e12),
 }
-"""What may follow a count, in any case."""
+"""Suffixes of a count, in upper or lower case."""
 MISSING = {"", "-", "–", "—", ".", "na", "n/a", "#n/a", "nan", "null", "none", "nil"}
 _GROUPS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?(?:e[-+]?\d+)?", re.IGNORECASE)  # 1,300,000.5
 _COMMA = re.compile(r"[-+]?\d*(?:,\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)  # 3,51

@@ -47,7 +47,7 @@ class Table:
     rows: list[int] = field(default_factory=list)
     """The numbers of the rows that are left."""
     notes: list[str] = field(default_factory=list)
-    """What was assumed of the file, in words."""
+    """Assumptions made in reading the file, in words."""
 
     def __len__(self) -> int:
         return len(self.loss)
