@@ -15,7 +15,7 @@ from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_p
 from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import Sampling
 from infer.text import Decoder, Detokenizer
-from model import ModelConfig, Params
+from model import Execution, ModelConfig, Params
 from model.ambient import lenient
 from model.dtypes import DTypeLike
 from model.errors import InputError
@@ -98,6 +98,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     tokenizer: Decoder | None = None,
     cache_dtype: DTypeLike | None = None,
+    execution: Execution = Execution(),
 ) -> Generated:
     """Continue every prompt; prompts may differ in length, and in their sampling where a sequence is given.
 
@@ -118,6 +119,7 @@ def generate(
         tokenizer=tokenizer,
         cache_dtype=cache_dtype,
         every=ROOM,
+        execution=execution,
     )
     return Generated(**columns(rows))
 
@@ -140,6 +142,7 @@ def stream(
     tokenizer: Decoder | None = None,
     cache_dtype: DTypeLike | None = None,
     every: int = 8,
+    execution: Execution = Execution(),
 ) -> Iterator[list[Completion]]:
     """As `generate`, handing out all completions as far as they are: after the first token, then every few.
 
@@ -148,13 +151,15 @@ def stream(
     """
     check_prompts(config, prompts, max_new_tokens)
     samplings = one_sampling_each(sampling, len(prompts), tokenizer)
-    return _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, min(every, ROOM))
+    every = min(every, ROOM)
+    return _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, every, execution)
 
 
-def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, every):
+def _stream(config, params, prompts, samplings, max_new_tokens, key, tokenizer, cache_dtype, every, execution):
     with under_mesh_of(params):
+        copies = [one.n for one in samplings]
         logits, cache = read_prompts(
-            config, params, prompts, copies=[one.n for one in samplings], cache_dtype=cache_dtype
+            config, params, prompts, copies=copies, cache_dtype=cache_dtype, execution=execution
         )
         prompts, samplings = one_row_each(config, prompts, samplings)
         rows, coming = begin(start_rows(config, prompts, samplings, cache, max_new_tokens, key), logits)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from infer.step import prefill
-from model import KVCache, ModelConfig, Params, init_cache
+from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
 from model.dtypes import DTypeLike
@@ -39,6 +39,7 @@ def read_prompts(
     copies: Sequence[int] | None = None,
     cache_dtype: DTypeLike | None = None,
     spare: int = 0,
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, "rows vocab"], KVCache]:
     """Logits after every prompt and the cache that holds them, copies[i] rows of prompt i after one another.
 
@@ -47,9 +48,9 @@ def read_prompts(
     """
     unique = list(dict.fromkeys(map(tuple, prompts)))
     if config.stack == "encoder-decoder":
-        logits, cache = _read_sources(config, params, unique, cache_dtype, spare)
+        logits, cache = _read_sources(config, params, unique, cache_dtype, spare, execution)
     else:
-        logits, cache = _read(config, params, unique, cache_dtype, spare)
+        logits, cache = _read(config, params, unique, cache_dtype, spare, execution)
     copies = copies or [1] * len(prompts)
     rows = [unique.index(tuple(prompt)) for prompt, n in zip(prompts, copies, strict=True) for _ in range(n)]
     if rows != list(range(len(unique))):
@@ -58,15 +59,16 @@ def read_prompts(
     return logits, cache
 
 
-def _read(config, params, prompts, cache_dtype, spare):
+def _read(config, params, prompts, cache_dtype, spare, execution):
     shared = _shared(prompts) if len(prompts) > 1 else 0
     if shared < WORTH_SHARING:
         first = min(CHUNK, max(map(len, prompts)))
         cache = init_cache(config, len(prompts), capacity_for(config, first), cache_dtype, spare=spare)
-        return _read_from(config, params, prompts, 0, cache)
+        return _read_from(config, params, prompts, 0, cache, execution)
     cache = init_cache(config, 1, capacity_for(config, min(CHUNK, shared)), cache_dtype, spare=spare)
-    _, cache = _read_from(config, params, [prompts[0][:shared]], 0, cache)
-    return _read_from(config, params, prompts, shared, take(cache, jnp.zeros(len(prompts), jnp.int32)))
+    _, cache = _read_from(config, params, [prompts[0][:shared]], 0, cache, execution)
+    cache = take(cache, jnp.zeros(len(prompts), jnp.int32))
+    return _read_from(config, params, prompts, shared, cache, execution)
 
 
 def _shared(prompts: Sequence[Prompt]) -> int:
@@ -78,7 +80,7 @@ def _shared(prompts: Sequence[Prompt]) -> int:
     return int(differ[0]) if len(differ) else fewest
 
 
-def _read_from(config, params, prompts, start, cache):
+def _read_from(config, params, prompts, start, cache, execution):
     """Every prompt from position `start` on, where the cache stands."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     logits, longest = None, int(lengths.max())
@@ -88,12 +90,12 @@ def _read_from(config, params, prompts, start, cache):
         if end > cache.capacity:
             cache = grow(config, cache, capacity_for(config, end))
         tokens = _padded([prompt[begin:end] for prompt in prompts], bucket(end - begin, SMALLEST_CHUNK))
-        made, cache = prefill(config, params, tokens, inside, cache, fresh=begin == 0)
+        made, cache = prefill(config, params, tokens, inside, cache, fresh=begin == 0, execution=execution)
         logits = made if logits is None else jnp.where((inside > 0)[:, None], made, logits)
     return logits, cache
 
 
-def _read_sources(config, params, prompts, cache_dtype, spare):
+def _read_sources(config, params, prompts, cache_dtype, spare, execution):
     width = min(bucket(max(map(len, prompts)), SMALLEST_CHUNK), config.max_seq_len)
     cache = init_cache(config, len(prompts), capacity_for(config, 1), cache_dtype, width, spare)
     start = np.full((len(prompts), 1), config.decoder_start_token_id, np.int32)
@@ -106,6 +108,7 @@ def _read_sources(config, params, prompts, cache_dtype, spare):
         encoder_tokens=_padded(prompts, width),
         encoder_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
         fresh=True,
+        execution=execution,
     )
 
 

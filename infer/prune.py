@@ -101,7 +101,6 @@ def input_norms(
     if len(sides) == 2:
         encoder = params["encoder"]
         unstacked["encoder"] = encoder | {"layers": _one_by_one(config, encoder["layers"], encoder=True)}
-    config = config.replace(remat="none")  # what is seen inside of it could not leave
 
     @jax.jit
     def squares(params: Params) -> dict[tuple[str, ...], list[Array]]:
@@ -113,7 +112,7 @@ def input_norms(
                 seen.setdefault(context.module.path, []).append(jnp.sum(x * x, axis=tuple(range(x.ndim - 1))))
             return call(*args, **kwargs)
 
-        inputs = {"encoder_tokens": tokens} if len(sides) == 2 else {}
+        inputs: dict[str, Any] = {"encoder_tokens": tokens} if len(sides) == 2 else {}
         with nn.intercept_methods(look):
             forward(config, params, tokens, outputs=("final_hidden",), **inputs)
         return seen
@@ -180,7 +179,7 @@ def drop_layers(
 @lenient()
 def block_influence(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"]) -> np.ndarray:
     """1 − the mean cosine between the residual stream before and after each layer (Men et al. 2024, equation 1)."""
-    inputs = {"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {}
+    inputs: dict[str, Any] = {"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {}
 
     @jax.jit
     def influence(params: Params) -> Array:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model import KVCache, ModelConfig, Params, head
+from model import Execution, KVCache, ModelConfig, Params, head
 from model.ambient import lenient
 from model.transformer import forward_cached
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="fresh", donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("fresh", "execution"), donate_argnums=4)
 @lenient()
 def prefill(
     config: ModelConfig,
@@ -29,6 +29,7 @@ def prefill(
     encoder_tokens: Int[Array, "batch source"] | None = None,
     encoder_lengths: Int[Array, " batch"] | None = None,
     fresh: bool = False,
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
 
@@ -37,18 +38,25 @@ def prefill(
     encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
     fresh: the cache is known to be empty, and is not looked at. Raises InputError where they do not fit the cache.
     """
-    hidden, cache = forward_cached(config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths, fresh=fresh)
+    hidden, cache = forward_cached(
+        config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths, fresh=fresh, execution=execution
+    )
     return head(config, params, hidden), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="execution", donate_argnums=3)
 @lenient()
 def decode_step(
-    config: ModelConfig, params: Params, token: Int[Array, " batch"], cache: KVCache
+    config: ModelConfig,
+    params: Params,
+    token: Int[Array, " batch"],
+    cache: KVCache,
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append one token to every row: float32 logits of the next one, and the cache.
 
     A row that is full gets NaN logits and nothing is written.
     """
-    hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache)
+    hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache, execution=execution)
     return head(config, params, hidden), cache

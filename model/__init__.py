@@ -4,6 +4,7 @@ from model import accounting, presets
 from model.cache import KVCache, init_cache
 from model.config import ModelConfig
 from model.errors import InputError
+from model.execution import Execution
 from model.heads import head
 from model.parts import Experts, Latent, RopeScaling
 from model.stack import Params
@@ -11,6 +12,7 @@ from model.transformer import Output, apply, encode, forward, init, sentence_emb
 
 __all__ = [
     "ModelConfig",
+    "Execution",
     "RopeScaling",
     "Latent",
     "Experts",

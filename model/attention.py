@@ -58,7 +58,7 @@ class Attention(nn.Module):
         scale = config.attention_scale or config.head_dim**-0.5
         others = (cache, dropout, sinks, context.bias, config.attention_softcap)
         plain = not self.wants_weights and all(other is None for other in others)
-        kernel = choose_kernel(config, context, query, plain)
+        kernel = choose_kernel(context, query, plain)
         if kernel != "xla":
             return merge(config, attend_fused(kernel, query, key, value, context, scale)), None, None
         mixed, weights = attend(

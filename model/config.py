@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from model.dtypes import FLOATS, dtype_name
 from model.errors import InputError, UnknownNameError
+from model.execution import moved, refuse_moved
 from model.fields import check_names, check_types
 from model.parts import Experts, Latent, Part, RopeScaling
 
@@ -17,8 +18,6 @@ Head = Literal["language-model", "masked-language-model", "classifier", "scalar"
 Reach = Literal["local", "global"]
 Parameterization = Literal["standard", "mup"]
 DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
-AttentionKernel = Literal["auto", "xla", "cudnn", "pallas"]
 
 _BIASES = ("norm_bias", "attention_bias", "attention_output_bias")
 _DERIVED = ("num_kv_heads", "head_dim", "d_ff", "num_encoder_layers", "final_norm", *_BIASES)
@@ -94,13 +93,7 @@ class ModelConfig:
     parameterization: Parameterization = "standard"
     base_d_model: int | None = None  # "mup": the width at which it equals "standard"
     base_num_layers: int | None = None  # given: residual branches are scaled with depth, equal to none at this depth
-    # how it runs
-    scan_layers: bool = True
     compute_dtype: DType = "float32"  # of products and activations; norms, softmax, logits and losses are float32
-    remat: Remat = (
-        "none"  # "full": a layer's backward pass computes it again; "dots": all of it but its matrix products
-    )
-    attention_kernel: AttentionKernel = "auto"  # see model/kernels.py
     # tokens
     eos_token_ids: tuple[int, ...] = ()
     decoder_start_token_id: int = 0  # the first token that an encoder-decoder's decoder is given
@@ -122,6 +115,9 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed; derived fields are derived anew."""
+        for name in MOVED:
+            if name in changes:
+                raise InputError(moved(type(self), name))
         check_names(type(self), changes, complete=False)
         fresh = {name: None for name in self.derived if name not in changes}
         return dataclasses.replace(self, **{**fresh, **changes})
@@ -133,7 +129,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Read `to_dict`'s output. Raises InputError on an unknown or missing field."""
+        """Read `to_dict`'s output. Raises InputError on an unknown or missing field.
+
+        Those of MOVED, which former versions wrote, are left out.
+        """
+        values = {name: value for name, value in values.items() if name not in MOVED}
         check_names(cls, values, complete=True)
         config = cls(**values)
         for name in _DERIVED:  # a field that is as it would be derived follows its source again
@@ -251,5 +251,8 @@ class ModelConfig:
         return self.latent.rope_dim if self.latent is not None else int(self.head_dim * self.rope_fraction)
 
 
+MOVED = ("scan_layers", "remat", "attention_kernel")
+"""Fields that are now those of `model.execution.Execution`."""
+refuse_moved(ModelConfig, *MOVED)
 _FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.init)
 _POSITIVE = set(_FIELDS) - {"num_token_types", "decoder_start_token_id"}

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.execution import Execution
 from model.layout import LayerKind
 from model.position import RotaryTables, alibi_bias, relative_bias, rotary_tables
 
@@ -23,6 +24,7 @@ class Context:
     fresh: the cache was empty, so that the chunk alone is seen.
     encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
     segment_ids, causal, window: what the mask of a pass over whole rows was made of, for kernels that make their own.
+    execution: chooses the kernel.
     """
 
     mask: Bool[Array, "mask_rows seq key"]
@@ -36,6 +38,7 @@ class Context:
     segment_ids: Int[Array, "batch seq"] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
+    execution: Execution = struct.field(pytree_node=False, default=Execution())
 
 
 def whole_rows(
@@ -46,6 +49,7 @@ def whole_rows(
     segment_ids: Int[Array, "batch seq"] | None,
     encoder: Float[Array, "batch source d_model"] | None = None,
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
+    execution: Execution = Execution(),
 ) -> dict[str, Context]:
     """The context of every kind for a pass over whole rows; tokens attend within their own segment."""
     seq = positions.shape[1]
@@ -67,6 +71,7 @@ def whole_rows(
             segment_ids=segment_ids,
             causal=kind.causal,
             window=kind.window,
+            execution=execution,
         )
     return contexts
 

@@ -3,11 +3,21 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.errors import InputError, UnknownNameError
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that hashes, for a field of what is static; equal to a mapping of the same items in the same order."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
 
 
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:

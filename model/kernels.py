@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from model.config import ModelConfig
 from model.context import Context
 from model.errors import InputError
+from model.execution import Execution
 from model.layout import layer_kinds
 from model.target import Target, target
 
@@ -35,8 +36,8 @@ class Shape(NamedTuple):
 def kernel_for(wanted: str, shape: Shape, where: Target | None = None) -> tuple[str, str]:
     """Return (the kernel, why that one) for an attention without bias, softcap, sinks, dropout, weights and cache.
 
-    wanted: a config's `attention_kernel`. where: by default what is being traced for. The mesh is the one under which
-    is traced. Raises InputError where `wanted` names a kernel that does not take this shape there.
+    wanted: an Execution's `attention_kernel`. where: by default what is being traced for. The mesh is the one of the
+    trace. Raises InputError where `wanted` names a kernel that does not take this shape there.
     """
     where = target() if where is None else where
     kernel = _AUTO.get(where.platform, "xla") if wanted == "auto" else wanted
@@ -50,19 +51,19 @@ def kernel_for(wanted: str, shape: Shape, where: Target | None = None) -> tuple[
     return "xla", f"{kernel} cannot be used here: {reason}"
 
 
-def choose_kernel(config: ModelConfig, context: Context, query: Array, plain: bool) -> str:
+def choose_kernel(context: Context, query: Array, plain: bool) -> str:
     """Return the kernel for this attention; plain: nothing is requested that only XLA gives.
 
-    Raises InputError where the config names a kernel that this device or shape does not take.
+    Raises InputError where the execution names a kernel that this device or shape does not take.
     """
     if not plain:
         return "xla"
     seq, head_dim = query.shape[2:]
     shape = Shape(seq, head_dim, str(query.dtype), context.causal, context.window)
-    return kernel_for(config.attention_kernel, shape)[0]
+    return kernel_for(context.execution.attention_kernel, shape, target(context.execution.platform))[0]
 
 
-def kernels_of(config: ModelConfig, seq: int) -> dict[str, tuple[str, str]]:
+def kernels_of(config: ModelConfig, seq: int, execution: Execution = Execution()) -> dict[str, tuple[str, str]]:
     """Return {kind of layer: (its kernel, why that one)} for the main stack in training on rows of `seq` tokens.
 
     Without dropout, which takes XLA. Raises as `kernel_for` does.
@@ -74,11 +75,13 @@ def kernels_of(config: ModelConfig, seq: int) -> dict[str, tuple[str, str]]:
         f"position={config.position!r}": config.position in ("alibi", "relative"),
     }
     only_xla = next((name for name, given in special.items() if given), None)
-    found = {}
+    found, where = {}, target(execution.platform)
     for kind in layer_kinds(config):
         shape = Shape(seq, config.head_dim, config.compute_dtype, kind.causal, kind.window)
         found[kind.name] = (
-            ("xla", f"no fused kernel knows {only_xla}") if only_xla else kernel_for(config.attention_kernel, shape)
+            ("xla", f"no fused kernel knows {only_xla}")
+            if only_xla
+            else kernel_for(execution.attention_kernel, shape, where)
         )
     return found
 
@@ -155,16 +158,17 @@ def attend_fused(
             implementation="cudnn",
         )
         return mixed.swapaxes(1, 2)
+    platform = target(context.execution.platform).platform
     repeats = query.shape[1] // key.shape[1]
     key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
     return (
         _pallas_tpu(query, key, value, context, scale)
-        if target().platform == "tpu"
-        else _pallas(query, key, value, context, scale)
+        if platform == "tpu"
+        else _pallas(query, key, value, context, scale, interpret=platform == "cpu")
     )
 
 
-def _pallas(query: Array, key: Array, value: Array, context: Context, scale: float) -> Array:
+def _pallas(query: Array, key: Array, value: Array, context: Context, scale: float, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.gpu import attention
 
     block = min(_BLOCK, query.shape[2])
@@ -178,7 +182,7 @@ def _pallas(query: Array, key: Array, value: Array, context: Context, scale: flo
         sm_scale=scale,
         causal=context.causal,
         block_sizes=sizes,
-        interpret=target().platform == "cpu",
+        interpret=interpret,
     )
     return mixed.swapaxes(1, 2)
 

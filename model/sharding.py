@@ -90,12 +90,16 @@ _BY_NAME: dict[str, Axes] = {
 }
 
 
-def make_mesh(axes: dict[str, int] | None = None) -> Mesh:
+def make_mesh(axes: Mapping[str, int] | None = None, platform: str | None = None) -> Mesh:
     """A mesh of all AXES over the first devices of all processes, e.g. {"data": 2, "fsdp": 4}; the others have size 1.
 
-    None: all devices on "data". Raises InputError for an unknown axis, and a size that the devices do not give.
+    None: all devices on "data". platform: whose devices; None: JAX's default. Raises InputError for an unknown axis, a
+    size that the devices do not give, and a platform that is not here.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices(platform)
+    except RuntimeError:
+        raise InputError(f"platform={platform!r}: there is no such device here; leave it out") from None
     sizes = _sizes(axes or {"data": len(devices)})
     size = math.prod(sizes)
     if size > len(devices):
@@ -115,12 +119,12 @@ def default_axes(rows: int) -> dict[str, int]:
     return {"data": count}
 
 
-def abstract_mesh(axes: dict[str, int]) -> AbstractMesh:
+def abstract_mesh(axes: Mapping[str, int]) -> AbstractMesh:
     """The same without devices: for shapes and books of machines that are not here."""
     return AbstractMesh(_sizes(axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _sizes(axes: dict[str, int]) -> tuple[int, ...]:
+def _sizes(axes: Mapping[str, int]) -> tuple[int, ...]:
     for name, size in axes.items():
         if name not in AXES:
             raise UnknownNameError("mesh axis", name, AXES)

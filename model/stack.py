@@ -9,6 +9,7 @@ from jaxtyping import Array
 from model.block import Block
 from model.config import ModelConfig
 from model.context import whole_rows
+from model.execution import Execution
 from model.layout import Group, LayerKind, groups, layer_kinds, places_of
 from model.norm import Normalize
 from model.parameterization import initializer
@@ -19,13 +20,12 @@ Params = dict[str, Any]
 An encoder-decoder's encoder is a second stack under "encoder". `model.layout` says which layer is of which kind.
 `infer.prepare` turns "layers" into a tuple with one tree per layer; every function here takes both.
 """
-# What of a layer stays for its backward pass, by the config's `remat`.
+# What of a layer stays for its backward pass, by the execution's `remat`.
 _KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
     """{"layers", "final_norm", "relative_bias"} of one stack."""
-    config = config.replace(attention_kernel="xla")  # it changes no parameter, and a fused one takes no single token
     kinds = layer_kinds(config, encoder)
     x = jnp.zeros((1, 1, config.d_model), jnp.float32)
     one = jnp.zeros((1, 1), jnp.int32)
@@ -33,8 +33,9 @@ def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
     if config.position == "relative":
         make = initializer(config, "position", config.d_model)
         stack["relative_bias"] = {"table": make(key, (config.relative_buckets, config.num_heads))}
-    source = (x, jnp.ones((1, 1, 1), bool)) if kinds[0].cross else (None, None)
-    contexts = whole_rows(config, stack, kinds, one, None, *source)
+    source, source_mask = (x, jnp.ones((1, 1, 1), bool)) if kinds[0].cross else (None, None)
+    plain = Execution(attention_kernel="xla")  # it changes no parameter, and a fused one takes no single token
+    contexts = whole_rows(config, stack, kinds, one, None, source, source_mask, plain)
     layers = {}
     for number, kind in enumerate(dict.fromkeys(kinds)):
         init_block = lambda key, kind=kind: Block(config, kind).init(key, x, contexts[kind.name])["params"]
@@ -45,7 +46,7 @@ def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
     return stack
 
 
-def run_layers(config, stack, kinds, x, contexts, dropout, outputs):
+def run_layers(config, stack, kinds, x, contexts, dropout, outputs, execution):
     """The residual stream after all layers; per layer what was asked for; of every expert layer its report."""
 
     def layer(kind, tree, x, index):
@@ -56,12 +57,12 @@ def run_layers(config, stack, kinds, x, contexts, dropout, outputs):
         return y, (y if "hidden" in outputs else None, weights if wants_weights else None, report)
 
     wants_weights = "attention" in outputs
-    run = layer
-    if config.remat != "none":
-        run = jax.checkpoint(layer, static_argnums=0, policy=_KEPT[config.remat], prevent_cse=not config.scan_layers)
+    run, scans = layer, execution.scans(config)
+    if execution.remat != "none":
+        run = jax.checkpoint(layer, static_argnums=0, policy=_KEPT[execution.remat], prevent_cse=not scans)
 
     kept, first = [], x
-    if config.scan_layers and not isinstance(stack["layers"], tuple):
+    if scans and not isinstance(stack["layers"], tuple):
         for group in groups(kinds):
             x, one = _scan_group(config, stack["layers"], kinds, group, run, x)
             kept.append(one)
@@ -113,7 +114,7 @@ def layer_trees(layers: Any, kinds: tuple[LayerKind, ...]):
     """One tree of parameters per layer, in order."""
     if isinstance(layers, tuple):
         return layers
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], layers[name]) for name, i in places_of(kinds)]
+    return [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), layers[name]) for name, i in places_of(kinds)]
 
 
 def auxiliary_of(reports: list[dict[str, Array]]) -> dict[str, Array]:

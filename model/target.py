@@ -18,13 +18,15 @@ class Target(NamedTuple):
     vendor: str = ""
 
 
-def target() -> Target:
-    """Return what the program being traced is for.
+def target(platform: str | None = None) -> Target:
+    """Return what the program being traced is for; platform: of an Execution, which comes before all else.
 
     The mesh under which it is traced decides (`jax.set_mesh`, or `jax.sharding.use_abstract_mesh` with an abstract
     device, for machines that are not here), then `jax.default_device`, then JAX's default backend. All of them are
     part of what JAX keys its compiled programs by.
     """
+    if platform is not None:
+        return _target(platform, "")
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return _target(abstract.platform, abstract.device_kind)

@@ -16,6 +16,7 @@ from model.context import whole_rows, with_cache
 from model.dropout import Dropout
 from model.embedding import Embedding
 from model.errors import InputError
+from model.execution import Execution
 from model.heads import Pooling, classify, head, init_head, pool
 from model.layout import layer_kinds
 from model.norm import Normalize
@@ -71,13 +72,14 @@ def forward(
     dropout_rate: Float[Array, ""] | float | None = None,
     dropout_key: PRNGKeyArray | None = None,
     outputs: tuple[str, ...] = (),
+    execution: Execution = Execution(),
 ) -> Output:
     """One pass over whole rows: causal, or for an encoder both ways.
 
     segment_ids: tokens attend within their own segment (and the encoder's of the same id); 0 is padding. positions:
     default 0, 1, … within each segment. encoder_tokens: what an encoder-decoder's encoder reads; tokens are the
     decoder's. dropout: on when a key is given. outputs: any of "hidden" and "attention" in addition to the logits;
-    ("final_hidden",) alone skips the head (`head` makes the logits of it).
+    ("final_hidden",) alone skips the head (`head` makes the logits of it). execution: how it runs.
     Raises InputError when the row is longer than `max_seq_len`, or inputs and config do not belong together.
     """
     _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
@@ -87,17 +89,17 @@ def forward(
     encoder = encoder_mask = None
     if encoder_tokens is not None:
         dropout_there = dropout and dropout.at(config.num_layers + 1)
-        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout_there)
+        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout_there, execution=execution)
         encoder_mask = _source_mask(encoder_tokens, encoder_segment_ids, segment_ids)
     if positions is None:
         positions = _positions_within_segments(tokens, segment_ids)
     kinds = layer_kinds(config)
-    contexts = whole_rows(config, params, kinds, positions, segment_ids, encoder, encoder_mask)
+    contexts = whole_rows(config, params, kinds, positions, segment_ids, encoder, encoder_mask, execution)
     real = None if segment_ids is None else segment_ids > 0
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types, real)
     if dropout is not None:
         x = dropout.at(config.num_layers)(x)
-    x, hidden, attention, reports = run_layers(config, params, kinds, x, contexts, dropout, outputs)
+    x, hidden, attention, reports = run_layers(config, params, kinds, x, contexts, dropout, outputs, execution)
     final_hidden = _final_norm(config, params, x)
     logits = None
     if outputs != ("final_hidden",) and config.head != "none":
@@ -121,6 +123,8 @@ def encode(
     tokens: Int[Array, "batch source"],
     segment_ids: Int[Array, "batch source"] | None = None,
     dropout: Dropout | None = None,
+    *,
+    execution: Execution = Execution(),
 ) -> Float[Array, "batch source d_model"]:
     """What the decoder of an encoder-decoder attends to.
 
@@ -131,12 +135,12 @@ def encode(
     _check_length(config, "encoder's sequence", tokens)
     stack, kinds = params["encoder"], layer_kinds(config, encoder=True)
     positions = _positions_within_segments(tokens, segment_ids)
-    contexts = whole_rows(config, stack, kinds, positions, segment_ids)
+    contexts = whole_rows(config, stack, kinds, positions, segment_ids, execution=execution)
     real = None if segment_ids is None else segment_ids > 0
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     if dropout is not None:
         x = dropout.at(len(kinds))(x)
-    x, *_ = run_layers(config, stack, kinds, x, contexts, dropout, ())
+    x, *_ = run_layers(config, stack, kinds, x, contexts, dropout, (), execution)
     return _final_norm(config, stack, x)
 
 
@@ -147,9 +151,11 @@ def sentence_embedding(
     tokens: Int[Array, "batch seq"],
     segment_ids: Int[Array, "batch seq"] | None = None,
     pooling: Pooling = "mean",
+    *,
+    execution: Execution = Execution(),
 ) -> Float[Array, "batch d_model"]:
     """One vector of length 1 a row (Reimers and Gurevych 2019); segment_ids: 0 is padding."""
-    out = forward(config, params, tokens, segment_ids=segment_ids, outputs=("final_hidden",))
+    out = forward(config, params, tokens, segment_ids=segment_ids, outputs=("final_hidden",), execution=execution)
     assert out.final_hidden is not None
     vectors = pool(config, params, out.final_hidden, segment_ids, pooling)
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
@@ -167,6 +173,7 @@ def forward_cached(
     *,
     fresh: bool = False,
     every: bool = False,
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch *seq d_model"], KVCache]:
     """Append a chunk to the cache: the final hidden state of each row's last token (every: of all), and the cache.
 
@@ -178,7 +185,7 @@ def forward_cached(
     encoder = encoder_mask = None
     sources = cache.encoder_lengths
     if encoder_tokens is not None:
-        encoder, sources = _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache)
+        encoder, sources = _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache, execution)
     if sources is not None:
         encoder_mask = (jnp.arange(cache.encoder_capacity)[None] < sources[:, None])[:, None]
     kinds = layer_kinds(config)
@@ -204,7 +211,7 @@ def _final_norm(config: ModelConfig, stack: Params, x: Array) -> Array:
     return Normalize(config).apply({"params": stack["final_norm"]}, x) if config.final_norm else x
 
 
-def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache):
+def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache, execution):
     source = encoder_tokens.shape[1]
     if source > cache.encoder_capacity:
         raise InputError(
@@ -214,7 +221,7 @@ def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache):
     if encoder_lengths is None:
         encoder_lengths = jnp.full(encoder_tokens.shape[0], source, jnp.int32)
     segment_ids = (jnp.arange(source)[None] < encoder_lengths[:, None]).astype(jnp.int32)
-    return encode(config, params, encoder_tokens, segment_ids), encoder_lengths
+    return encode(config, params, encoder_tokens, segment_ids, execution=execution), encoder_lengths
 
 
 def _source_mask(encoder_tokens: Array, encoder_segment_ids: Array | None, segment_ids: Array | None):

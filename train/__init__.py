@@ -3,6 +3,7 @@
 from train.branch import cooldown
 from train.config import HParams, TrainConfig
 from train.phases import Phase, standard_phases
+from train.recipe import Branch, Recipe, Weights
 from train.run import Result, load_run
 from train.shell import Shell
 from train.state import TrainState, init_state
@@ -11,6 +12,9 @@ from train.training import population, train
 
 __all__ = [
     "TrainConfig",
+    "Recipe",
+    "Branch",
+    "Weights",
     "Phase",
     "standard_phases",
     "HParams",

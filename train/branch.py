@@ -4,51 +4,31 @@ The trunk's compute is spent once, however many branches it has (Hägele et al. 
 Training Beyond Fixed Training Durations"): one model size gives losses at several numbers of tokens.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from model import ModelConfig
 from model.errors import InputError
 from train.checkpoint import Checkpoints
-from train.config import HParams, TrainConfig
 from train.data.folders import Data, data_of
 from train.hosts import agree
-from train.run import read_record
+from train.recipe import Branch, Recipe
+from train.run import read_record, recipe_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """Where a run leaves another one. trunk: its folder; run_id: its name; step: updates that both share."""
-
-    trunk: Path
-    run_id: str
-    step: int
-
-    def check(self) -> None:
-        """Raise InputError where the trunk has no checkpoint of that step."""
-        there = agree(Checkpoints(self.trunk, read_only=True).steps)
-        if self.step not in there:
-            steps = ", ".join(map(str, there)) or "none"
-            raise InputError(f"{self.trunk} has no checkpoint of step {self.step}; the steps there are: {steps}")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What it adds to the identity of a run."""
-        return {"run_id": self.run_id, "step": self.step}
+def check_branch(branch: Branch) -> None:
+    """Raise InputError where the base run has no checkpoint of the step, or nothing says where it lies."""
+    folder = folder_of(branch)
+    there = agree(Checkpoints(folder, read_only=True).steps)
+    if branch.step not in there:
+        steps = ", ".join(map(str, there)) or "none"
+        raise InputError(f"{folder} has no checkpoint of step {branch.step}; the steps there are: {steps}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cooldown:
-    """A branch ready to be trained: what `train.train` takes, but for the folder."""
-
-    config: ModelConfig
-    train_config: TrainConfig
-    hparams: HParams
-    data: str | dict[str, str]
-    branch: Branch
-    steps: int
+def folder_of(branch: Branch) -> Path:
+    """The folder of the run that a branch starts from. Raises InputError where nothing says where it lies."""
+    if branch.folder is None:
+        raise InputError(f"the run starts from step {branch.step} of run {branch.run_id}; give its Branch the folder")
+    return branch.folder
 
 
 def cooldown(
@@ -57,7 +37,7 @@ def cooldown(
     decay_steps: int,
     final_fraction: float = 0.0,
     data: str | Path | Mapping[str, str | Path] | None = None,
-) -> Cooldown:
+) -> Recipe:
     """The run that leaves `trunk` after `step` updates and cools down linearly to `final_fraction` of the peak.
 
     Up to that step it is the trunk, bit by bit; its data go on where the trunk's do. data: where those lie now; None:
@@ -65,9 +45,8 @@ def cooldown(
     where the data are not those of the trunk.
     """
     record = read_record(trunk)
-    identity = record["identity"]
-    train_config = TrainConfig.from_dict(identity["train_config"])
-    hparams = HParams(**record["hparams"])
+    recipe = recipe_of(record)
+    train_config, hparams = recipe.train, recipe.hparams
     if decay_steps < 1:
         raise InputError(f"decay_steps={decay_steps} must be at least 1")
     if train_config.phases or train_config.schedule not in ("constant", "wsd"):
@@ -81,11 +60,10 @@ def cooldown(
         until = "" if end is None else f" and {end}, where its own cool-down begins"
         raise InputError(f"{trunk} cannot be left at step {step}: take one between {warmup}, the end of warm-up{until}")
     opened = Data.open(data_of(trunk, record) if data is None else data)
-    if opened.hash != identity["data"]:
+    if opened.hash != recipe.data:
         raise InputError(f"{opened.place} holds other data than {trunk} was trained on; give those with --data")
-    return Cooldown(
-        config=ModelConfig.from_dict(identity["config"]),
-        train_config=train_config.replace(schedule="wsd"),
+    return recipe.replace(
+        train=train_config.replace(schedule="wsd"),
         hparams=hparams.replace(
             total_steps=step + decay_steps,
             decay_steps=decay_steps,
@@ -93,7 +71,7 @@ def cooldown(
             warmup_fraction=0.0,
             final_fraction=final_fraction,
         ),
-        data=opened.place,
-        branch=Branch(Path(trunk).resolve(), record["run_id"], step),
+        folders=opened.place,
+        start=Branch(record["run_id"], step, Path(trunk).resolve()),
         steps=step + decay_steps,
     )

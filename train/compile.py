@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.ambient import pinned
 from model.sharding import batch_sharding, check_batch, replicated, shardings
 from train.apart import apart, gather, lie_apart
@@ -29,7 +29,12 @@ _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 @functools.lru_cache(maxsize=64)
 @pinned()  # what it compiles is kept for callers under any settings
 def compile_program(
-    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, stage: Stage | None = None
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    mesh: Mesh,
+    stage: Stage | None = None,
+    execution: Execution = Execution(),
 ) -> Program:
     """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
     stacked, lane count.
@@ -37,8 +42,9 @@ def compile_program(
     stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
     shapes. None: a run of one shape.
     """
+    execution = execution.replace(mesh=None, lanes=None)  # which are arguments here
     if lanes > 1 and lie_apart(mesh):
-        return apart(compile_program(config, train_config, 1, mesh, stage), lanes)
+        return apart(compile_program(config, train_config, 1, mesh, stage, execution), lanes)
     start = time.perf_counter()
     if stage is not None and stage.rope_base is not None:
         config = config.replace(rope_base=stage.rope_base)
@@ -49,14 +55,15 @@ def compile_program(
         mesh,
         stage.batch_size if stage else train_config.batch_size,
         stage.seq_len if stage else train_config.seq_len,
+        execution,
     )
-    shapes = TrainConfig(  # schedule, phases and cuts are the step's alone
+    shapes = TrainConfig(  # schedule and phases are the step's alone
         batch_size=train_config.batch_size,
         seq_len=train_config.seq_len,
         optimizer=train_config.optimizer,
         segment_documents=train_config.segment_documents,
     )
-    rest = _compile_rest(config, shapes, lanes, mesh)
+    rest = _compile_rest(config, shapes, lanes, mesh, execution.replace(accumulate=1, loss_chunks=1))
     return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
 
 
@@ -67,9 +74,15 @@ def compiled_programs() -> int:
 
 @functools.lru_cache(maxsize=64)
 def _compile_step(
-    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, batch_size: int, seq_len: int
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    mesh: Mesh,
+    batch_size: int,
+    seq_len: int,
+    execution: Execution,
 ) -> tuple[Callable, Memory]:
-    check_batch(mesh, batch_size // train_config.accumulate, seq_len)
+    check_batch(mesh, batch_size // execution.accumulate, seq_len)
     state, split = _state(config, train_config, lanes, mesh)
     everywhere, rows = replicated(mesh), batch_sharding(mesh, lanes=True)
     shape = (lanes, batch_size, seq_len)
@@ -78,7 +91,7 @@ def _compile_step(
     # Metrics stay where their lanes are, if this process can read them there.
     measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
     step = jax.jit(
-        functools.partial(step_lanes, config, train_config),
+        functools.partial(step_lanes, config, train_config, execution=execution),
         in_shardings=(split, rows, everywhere, everywhere),
         out_shardings=(split, measured),
         donate_argnums=0,
@@ -89,7 +102,9 @@ def _compile_step(
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> dict[str, Any]:
+def _compile_rest(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, execution: Execution
+) -> dict[str, Any]:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     state, split = _state(config, train_config, lanes, mesh)
     lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
@@ -102,7 +117,7 @@ def _compile_rest(config: ModelConfig, train_config: TrainConfig, lanes: int, me
     index = jax.ShapeDtypeStruct((), jnp.int32)
     init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=split)
     evaluate = jax.jit(
-        functools.partial(evaluate_lane, config),
+        functools.partial(evaluate_lane, config, execution=execution),
         in_shardings=(split, everywhere, rows, everywhere),
         out_shardings=everywhere,
         keep_unused=True,

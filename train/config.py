@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from model.errors import InputError, UnknownNameError
+from model.execution import Execution, moved, refuse_moved
 from train.phases import Phase
 
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
@@ -22,9 +23,7 @@ class TrainConfig:
 
     batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. schedule: see
     `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether packed documents
-    attend only to themselves. accumulate: equal cuts of a batch, one after the other, whose gradients are added.
-    loss_chunks: cuts of the sequence in which the head and the loss are computed. norms: whether the metrics hold the
-    norms of every group of parameters.
+    attend only to themselves. norms: whether the metrics hold the norms of every group of parameters.
     max_skipped: consecutive steps that are not finite after which a run is diverged. spike_sigma: a loss more than so
     many standard deviations above the mean of the last `spike_window` losses rolls the run back, at most
     `max_rollbacks` times; 0: never.
@@ -37,8 +36,6 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     dropout: bool = False
     segment_documents: bool = False
-    accumulate: int = 1
-    loss_chunks: int = 1
     norms: bool = True
     max_skipped: int = 10
     spike_sigma: float = 0.0
@@ -60,16 +57,15 @@ class TrainConfig:
             raise InputError(f"phases={self.phases!r} must be a list of phases")
         phases = (phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases)
         object.__setattr__(self, "phases", tuple(phases))
-        self._check_cuts()
 
-    def _check_cuts(self) -> None:
-        """Every batch and every row of the run can be cut as asked."""
+    def check(self, execution: Execution) -> None:
+        """Raise InputError unless the execution divides every batch into its microbatches, and every row likewise."""
         batch_sizes = [self.batch_size, *(size for phase in self.phases for size in phase.batch_sizes)]
         seq_lens = [self.seq_len, *(phase.seq_len for phase in self.phases if phase.seq_len)]
         for name, shape, sizes in (("accumulate", "batch_size", batch_sizes), ("loss_chunks", "seq_len", seq_lens)):
             for size in sizes:
-                if size % getattr(self, name):
-                    raise InputError(f"{name}={getattr(self, name)} does not divide {shape}={size}")
+                if size % getattr(execution, name):
+                    raise InputError(f"{name}={getattr(execution, name)} does not divide {shape}={size}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -78,6 +74,9 @@ class TrainConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
+        for name in MOVED:
+            if name in changes:
+                raise InputError(moved(type(self), name))
         _refuse_unknown("TrainConfig field", changes, self.to_dict())
         return dataclasses.replace(self, **changes)
 
@@ -87,13 +86,20 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one."""
+        """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one.
+
+        Those of MOVED, which former versions wrote, are left out.
+        """
+        values = {name: value for name, value in values.items() if name not in MOVED}
         _refuse_unknown("TrainConfig field", values, cls.__dataclass_fields__)
         return cls(**values)
 
 
+MOVED = ("accumulate", "loss_chunks")
+"""Fields that are now those of `model.execution.Execution`."""
+refuse_moved(TrainConfig, *MOVED)
 _LEAST = {
-    **dict.fromkeys(("batch_size", "seq_len", "accumulate", "loss_chunks", "max_skipped"), 1),
+    **dict.fromkeys(("batch_size", "seq_len", "max_skipped"), 1),
     "spike_window": 2,  # one loss has no standard deviation
     "max_rollbacks": 0,
 }

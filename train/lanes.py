@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.sharding import parts_of_lanes
 from train.config import HParams, TrainConfig
 from train.objective import Batch
@@ -39,11 +39,13 @@ def step_lanes(
     batch: Batch,
     hparams: HParams,
     active: Bool[Array, " lanes"],
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[TrainState, LaneMetrics]:
     """One `train_step` of every lane that is active and has not diverged; every metric is [lanes]."""
 
     def one(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
-        new, metrics = train_step(config, train_config, state, batch, hparams)
+        new, metrics = train_step(config, train_config, state, batch, hparams, execution=execution)
         alive = state.skipped_in_a_row < train_config.max_skipped
         return keep_if(active & alive, new, state), metrics
 
@@ -51,7 +53,13 @@ def step_lanes(
 
 
 def evaluate_lane(
-    config: ModelConfig, state: TrainState, index: Int[Array, ""], batch: Batch, before: Float[Array, "2"]
+    config: ModelConfig,
+    state: TrainState,
+    index: Int[Array, ""],
+    batch: Batch,
+    before: Float[Array, "2"],
+    *,
+    execution: Execution = Execution(),
 ) -> Float[Array, "2"]:
     """(summed nats, unmasked tokens) of one lane on one batch.
 
@@ -59,7 +67,7 @@ def evaluate_lane(
     several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
     """
     del before
-    metrics = eval_step(config, pick(state.params, index), batch)
+    metrics = eval_step(config, pick(state.params, index), batch, execution=execution)
     return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
 
 

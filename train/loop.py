@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from model import ModelConfig
+from model import Execution
 from model.sharding import parts_of_lanes
 from train.agreement import CHECKPOINT, STOP, Agreement
 from train.apart import as_lanes, compacts
 from train.compile import batch_spec, compile_program, gather_lanes
-from train.config import HParams, TrainConfig
+from train.config import HParams
 from train.data import validation_batches
 from train.feed import Feed, Request, Seat
 from train.hosts import agree, is_writer
@@ -51,15 +51,16 @@ class Loop:
 
     def __init__(
         self,
-        config: ModelConfig,
-        train_config: TrainConfig,
         trials: list[Trial],
         lanes: int,
         data: str | Path,
         mesh: Mesh,
         shell: Shell,
+        execution: Execution,
     ):
-        self.config, self.train_config, self.trials, self.mesh, self.shell = config, train_config, trials, mesh, shell
+        config, train_config = trials[0].config, trials[0].train_config  # the same in all
+        self.config, self.train_config, self.execution = config, train_config, execution
+        self.trials, self.mesh, self.shell = trials, mesh, shell
         self.seats = self._compacted(Seats(lanes, tuple(range(len(trials)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
@@ -173,7 +174,9 @@ class Loop:
         """Have the program of a stage for the lanes that there are."""
         self.stage = stage
         start = time.perf_counter()  # near to nothing where this process has compiled it before
-        self.program: Program = compile_program(self.config, self.train_config, self.seats.lanes, self.mesh, stage)
+        self.program: Program = compile_program(
+            self.config, self.train_config, self.seats.lanes, self.mesh, stage, self.execution
+        )
         self.compile_seconds += time.perf_counter() - start
         if self.shell.announce and is_writer():
             self._announce(stage)
@@ -182,8 +185,8 @@ class Loop:
     def _announce(self, stage: Stage) -> None:
         """The memory that the program needs, against what there is."""
         limit = self.shell.memory or device_memory(self.mesh.local_devices[0])
-        memory, cuts = self.program.memory, self.train_config.accumulate
-        cut = f" in {cuts} cuts" if cuts > 1 else ""
+        memory, cuts = self.program.memory, self.execution.accumulate
+        cut = f" in {cuts} microbatches" if cuts > 1 else ""
         say(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{cut}")
         if not memory.fits(limit):
             logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")

@@ -1,8 +1,8 @@
-"""How many cuts a batch is taken in: as few as the device's memory holds."""
+"""How many microbatches a batch is cut into: as few as the device's memory allows."""
 
 from jax.sharding import Mesh
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.errors import InputError
 from model.sharding import check_batch
 from train.compile import compile_program
@@ -13,14 +13,16 @@ from train.plan import Plan, Stage
 from train.shell import Shell
 
 
-def choose_cuts(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, shell: Shell) -> TrainConfig:
-    """The TrainConfig with `accumulate` as the shell's `microbatch` wants it.
+def choose_microbatches(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, shell: Shell, execution: Execution
+) -> Execution:
+    """The execution with `accumulate` as the shell's `microbatch` wants it.
 
-    "auto" compiles the largest step of the run with 1, 2, 4, … cuts until XLA's own analysis says that it fits. Raises
-    InputError where no number of cuts does, or `microbatch` does not divide the batch.
+    "auto" compiles the largest step of the run with 1, 2, 4, … microbatches until XLA's own analysis says that it fits.
+    Raises InputError where no number of them does, or `microbatch` does not divide the batch.
     """
     if shell.microbatch is None:
-        return train_config
+        return execution
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
     largest = max(stages, key=lambda stage: stage.tokens_per_step)
     if shell.microbatch != "auto":
@@ -28,12 +30,14 @@ def choose_cuts(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh
         rows = int(given) if given.isdecimal() else 0
         if rows < 1 or largest.batch_size % rows:
             raise InputError(f"microbatch={given} is neither auto nor divides the batch of {largest.batch_size} rows")
-        return train_config.replace(accumulate=largest.batch_size // rows)
+        found = execution.replace(accumulate=largest.batch_size // rows)
+        train_config.check(found)
+        return found
     limit = agree(lambda: shell.memory or device_memory(mesh.local_devices[0]))
     needed = ""
     for cuts in _possible(mesh, stages):
-        candidate = train_config.replace(accumulate=cuts)
-        memory = compile_program(config, candidate, lanes, mesh, largest).memory
+        candidate = execution.replace(accumulate=cuts)
+        memory = compile_program(config, train_config, lanes, mesh, largest, candidate).memory
         needed = memory.describe(limit)
         if memory.fits(limit):
             return candidate

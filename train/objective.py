@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from model import ModelConfig, Params, forward, head
+from model import Execution, ModelConfig, Params, forward, head
 from train.config import HParams
 
 Batch = dict[str, Any]
@@ -38,26 +38,33 @@ def loss_and_sums(
     hparams: HParams | None = None,
     key: PRNGKeyArray | None = None,
     *,
-    chunks: int = 1,
     count: Float[Array, ""] | None = None,
     cuts: int = 1,
+    execution: Execution = Execution(),
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """What one cut of a batch adds to `total_loss`, and to what `finish` makes the metrics of.
+    """What one microbatch adds to `total_loss`, and to what `finish` makes the metrics of.
 
-    count: the tokens of the whole batch (None: of this one, which is then all of it); cuts: how many there are. The
-    sums over the cuts are the whole batch's, but for the balance loss of experts, which is a mean of the cuts' own.
-    key: dropout is on when given. chunks: the head and the loss in so many cuts of the sequence, which never hold the
-    logits of more than one.
+    count: the tokens of the whole batch (None: of this one, which is then all of it); cuts: how many microbatches it
+    has. The sums over them are the whole batch's, but for the balance loss of experts, which is a mean of their own.
+    key: dropout is on when given. Of `execution.loss_chunks` pieces of the sequence only one has its logits in memory.
     """
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     rate = None if hparams is None else hparams.dropout_rate
     out = forward(
-        config, params, batch["tokens"], **inputs, dropout_rate=rate, dropout_key=key, outputs=("final_hidden",)
+        config,
+        params,
+        batch["tokens"],
+        **inputs,
+        dropout_rate=rate,
+        dropout_key=key,
+        outputs=("final_hidden",),
+        execution=execution,
     )
     count = count_tokens(batch) if count is None else count
     mask = batch.get("loss_mask")
     mask = None if mask is None else mask.astype(jnp.float32)
-    nats, z = _summed(config, params, out.final_hidden, batch["targets"], mask, hparams is not None, chunks)
+    chunks, wants_z = execution.loss_chunks, hparams is not None
+    nats, z = _summed(config, params, out.final_hidden, batch["targets"], mask, wants_z, chunks)
     loss = nats / count
     total = loss if hparams is None else loss + hparams.z_loss * z / count
     experts = {name: value / cuts for name, value in out.auxiliary.items()}
@@ -92,7 +99,7 @@ def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Arr
 
     if chunks == 1:
         return sums(hidden, targets, mask)
-    # A chunk takes every so-manieth token, so that it is as evenly spread over a sequence axis as the whole.
+    # Chunk k of n takes tokens k, k + n, …: as evenly spread over a sequence axis as the whole row.
     cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
     parts = jax.tree.map(cut, (hidden, targets, mask))
     add = lambda total, part: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*part)), None)

@@ -3,79 +3,44 @@
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from model import ModelConfig, Params
+from model import Execution, ModelConfig, Params
 from model.ambient import pinned
 from model.errors import InputError
+from model.execution import FIELDS as EXECUTION
 from train.checkpoint import Checkpoints
 from train.checksums import read_sealed, write_sealed
 from train.config import HParams, TrainConfig
 from train.files import is_full, write_all
 from train.hosts import agree, is_writer
-from train.schedule import uses_horizon
+from train.recipe import Recipe, difference, former_execution
 from train.state import init_state
 
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
 _UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
-ROUNDING_ONLY = ("accumulate", "loss_chunks", "norms")
-"""Fields of the TrainConfig that may differ when a run is resumed: they change no number but by rounding."""
 
 
 class BusyError(InputError):
     """Another process writes this run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """All that decides a run's numbers. The versions of libraries and the number of steps are not part of it."""
-
-    config: ModelConfig
-    train_config: TrainConfig
-    hparams: HParams
-    data_hash: str | dict[str, str]
-    branch: dict[str, Any] | None = None  # which run it leaves, and after how many steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; the horizon only where the schedule reads it, and nothing that changes rounding alone."""
-        hparams, train_config = self.hparams.to_dict(), self.train_config.to_dict()
-        for name in ROUNDING_ONLY:
-            del train_config[name]
-        if not uses_horizon(self.train_config, self.hparams):
-            del hparams["total_steps"]
-        if hparams["data_seed"] < 0:  # then `seed` says it all, as in runs from before there was another
-            del hparams["data_seed"]
-        return {
-            "config": json.loads(json.dumps(self.config.to_dict())),
-            "train_config": train_config,
-            "hparams": hparams,
-            "data": self.data_hash,
-            **({"branch": self.branch} if self.branch else {}),
-        }
-
-    @property
-    def run_id(self) -> str:
-        """The hash that names the run, wherever its folder is."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
 class Run:
     """An open run directory. One program at a time: a second one is refused. Of several processes the first writes."""
 
-    def __init__(self, folder: Path, identity: Identity):
-        self.folder, self.identity = Path(folder), identity
+    def __init__(self, folder: Path, recipe: Recipe, execution: Execution = Execution()):
+        self.folder, self.recipe, self.execution = Path(folder), recipe, execution
         self._lock: Any = None
         self.record: dict[str, Any] = agree(self._open)
 
@@ -84,6 +49,20 @@ class Run:
         self.record |= fields
         if is_writer():
             write_sealed(self.folder / "run.json", self.record, _UNSEALED)
+
+    def begin(self, step: int) -> str | None:
+        """Note that training goes on from this step, and under which execution; in words where that is another one."""
+        before = executions(self.record)
+        self.update(status="running")
+        if before and before[-1][1] == self.execution:
+            return None
+        now = {"from_step": step, **self.execution.to_dict()}
+        kept = [{"from_step": first, **execution.to_dict()} for first, execution in before if first < step]
+        self.update(executions=[*kept, now])
+        if not kept:
+            return None
+        old = kept[-1]
+        return ", ".join(f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
 
     def fail(self) -> None:
         """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
@@ -104,13 +83,16 @@ class Run:
         return record
 
     def _read_or_make(self) -> dict[str, Any]:
-        path, identity = self.folder / "run.json", self.identity
+        path, recipe = self.folder / "run.json", self.recipe
         if path.exists():
             record = read_record(self.folder)
-            if record["run_id"] != identity.run_id:
+            there = recipe_of(record)
+            if there.former:  # by a version that did not count microbatches
+                there = there.replace(accumulate=recipe.accumulate)
+            if differences := difference(there, recipe):
                 raise InputError(
-                    f"{self.folder} holds a run with another configuration: "
-                    f"{_difference(record['identity'], identity.to_dict())}; choose another folder or that setting"
+                    f"{self.folder} holds a run with another configuration: {differences}; choose another folder or "
+                    "that setting"
                 )
             return record
         if self.folder.exists() and not self.folder.is_dir():
@@ -120,10 +102,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {
             "schema_version": SCHEMA_VERSION,
-            "run_id": identity.run_id,
-            "identity": identity.to_dict(),
-            "hparams": identity.hparams.to_dict(),
-            "seed": int(identity.hparams.seed),
+            "run_id": recipe.run_id,
+            "identity": recipe.identity,
+            "hparams": recipe.hparams.to_dict(),
+            "seed": int(recipe.hparams.seed),
             "status": "planned",
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -132,6 +114,7 @@ class Run:
             "seconds": 0.0,
             "compile_seconds": 0.0,
             "rollbacks": [],
+            "executions": [],
             "result": None,
             "wandb_id": secrets.token_hex(8),  # of the folder: another one with this run is another run there
         }
@@ -204,6 +187,19 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
+def recipe_of(record: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run, by its `run.json`."""
+    return Recipe.from_dict({**record["identity"], "hparams": record["hparams"]})
+
+
+def executions(record: Mapping[str, Any]) -> list[tuple[int, Execution]]:
+    """How a run was executed, by its `run.json`: the step from which on, and the execution, in order."""
+    if "executions" not in record:  # of a version that kept it among the configs' fields
+        return [(0, former_execution(record["identity"]))]
+    rows = (dict(row) for row in record["executions"])
+    return [(row.pop("from_step"), Execution.from_dict(row)) for row in rows]
+
+
 def is_held(folder: str | Path) -> bool:
     """Return whether a process has the run open for writing."""
     try:
@@ -250,17 +246,3 @@ def versions() -> dict[str, str]:
     """Of Python and of the libraries whose numerics a run depends on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    lines = []
-    for part in new:
-        if not isinstance(new[part], dict):
-            if old.get(part) != new[part]:
-                lines.append(f"{part} {old.get(part)} there, {new[part]} here")
-            continue
-        before = old.get(part, {})
-        for name in sorted(before.keys() | new[part].keys()):
-            if before.get(name) != new[part].get(name):
-                lines.append(f"{name}={before.get(name)} there, {new[part].get(name)} here")
-    return ", ".join(lines)

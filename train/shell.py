@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from model.execution import refuse_moved
+
 
 @dataclasses.dataclass(frozen=True)
 class Shell:
@@ -11,8 +13,8 @@ class Shell:
     same ones each time. checkpoint_every: steps; 0: by time alone. Of the checkpoints the newest `keep_checkpoints`
     stay, those of every `keep_every`-th step, those of `keep_steps` (which are then made), and with keep_best the one
     with the lowest validation loss. checkpoint_start: save a fresh run before its first step, so that one that diverges
-    early still has parameters to look at. mesh: axes as in {"data": 2, "fsdp": 4}; None: all devices on "data".
-    microbatch: rows per cut of a batch; "auto": as many as the device's memory holds; None: as the TrainConfig says.
+    early still has parameters to look at. microbatch: rows per microbatch, in place of the execution's `accumulate`;
+    "auto": as many as the device's memory holds.
     memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
     what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
     folder. compact: whether lanes move to a program of half as many once that holds all that go on; None: where
@@ -28,7 +30,6 @@ class Shell:
     keep_best: bool = False
     keep_steps: tuple[int, ...] = ()
     checkpoint_start: bool = True
-    mesh: dict[str, int] | None = None
     microbatch: int | str | None = None
     memory: int | None = None
     announce: bool = False
@@ -41,3 +42,6 @@ class Shell:
         """Whether the step has a checkpoint however long the run takes."""
         by_step = any(every > 0 and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
         return by_step or step in self.keep_steps
+
+
+refuse_moved(Shell, "mesh")

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from model import ModelConfig, Params
+from model import Execution, ModelConfig, Params
 from model.ambient import lenient
+from model.errors import InputError
 from model.layout import layer_kinds
+from model.target import target
 from train.config import HParams, TrainConfig
 from train.norms import groups_of, norms_by_group, total_norm
 from train.objective import EXPERT_METRICS, Batch, count_tokens, finish, loss_and_sums
@@ -31,7 +33,13 @@ def metric_names(config: ModelConfig, train_config: TrainConfig) -> tuple[str, .
 
 @lenient()
 def train_step(
-    config: ModelConfig, train_config: TrainConfig, state: TrainState, batch: Batch, hparams: HParams
+    config: ModelConfig,
+    train_config: TrainConfig,
+    state: TrainState,
+    batch: Batch,
+    hparams: HParams,
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
@@ -42,7 +50,7 @@ def train_step(
     and optimizer are handed back as they came.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
-    grads, metrics = gradients(config, train_config, state.params, batch, hparams, key)
+    grads, metrics = gradients(config, train_config, state.params, batch, hparams, key, execution=execution)
     grad_norms = norms_by_group(grads)
     grad_norm = total_norm(grad_norms)
     learning_rate = rate(train_config, hparams, state.step)
@@ -88,15 +96,22 @@ def gradients(
     batch: Batch,
     hparams: HParams,
     key: Array | None = None,
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[Params, Metrics]:
-    """The gradient of `total_loss` over the whole batch, and its metrics, in `accumulate` cuts.
+    """The gradient of `total_loss` over the whole batch, and its metrics, by `execution.accumulate` microbatches.
 
-    The result does not depend on the number of cuts, but for rounding, the experts' balance loss and dropout.
+    The result does not depend on their number, but for rounding, the experts' balance loss and dropout. Raises
+    InputError where it does not divide the batch.
     """
-    cuts, halves = train_config.accumulate, _halves(config, batch)
+    cuts, halves = execution.accumulate, _halves(config, batch, execution)
+    rows, length = batch["tokens"].shape[:2]
+    for name, size, of in (("accumulate", rows, "rows"), ("loss_chunks", length, "tokens in a row")):
+        if size % getattr(execution, name):
+            raise InputError(f"{name}={getattr(execution, name)} does not divide the batch's {size} {of}")
     count = count_tokens(batch)
-    loss = functools.partial(loss_and_sums, config, chunks=train_config.loss_chunks, count=count, cuts=cuts)
-    # A cut takes every so-manieth row, so that it is as evenly spread over the devices as the whole batch.
+    loss = functools.partial(loss_and_sums, config, count=count, cuts=cuts, execution=execution)
+    # Microbatch k of n takes rows k, k + n, k + 2n, …: as evenly spread over the devices as the whole batch.
     cut = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def one(part: Batch, key: Array | None) -> tuple[dict[str, Array], Params]:
@@ -123,23 +138,23 @@ def gradients(
 _WORTH_HALVING = 1024  # tokens in a batch, from which on it pays
 
 
-def _halves(config: ModelConfig, batch: Batch) -> int:
+def _halves(config: ModelConfig, batch: Batch, execution: Execution) -> int:
     """Into how many independent parts of one program a batch is cut: 2 on a CPU, if nothing speaks against it.
 
     XLA's CPU backend cuts few operations besides large products into threads, but runs operations that do not wait for
     one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
     """
     rows, tokens = batch["tokens"].shape[0], batch["tokens"].size
-    on_one_cpu = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_HALVING and config.experts is None else 1
 
 
 @lenient()
-def eval_step(config: ModelConfig, params: Params, batch: Batch) -> Metrics:
+def eval_step(config: ModelConfig, params: Params, batch: Batch, *, execution: Execution = Execution()) -> Metrics:
     """{"loss", "loss_tokens"} of one batch, without dropout; no expert drops a token."""
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    _, sums = loss_and_sums(config, params, batch)
+    _, sums = loss_and_sums(config, params, batch, execution=execution)
     return {"loss": sums["loss"], "loss_tokens": sums["loss_tokens"]}
 
 

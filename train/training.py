@@ -1,22 +1,23 @@
 """What a caller asks for: checked, opened, and handed to the loop."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.ambient import pinned
 from model.errors import InputError
 from model.sharding import check_batch, default_axes, make_mesh, parts_of_lanes
 from train.apart import lie_apart
-from train.branch import Branch
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
+from train.hosts import agree
 from train.loop import Loop
-from train.microbatch import choose_cuts
+from train.microbatch import choose_microbatches
 from train.plan import Plan
-from train.run import Result
+from train.recipe import Branch, Places, Recipe, difference
+from train.run import Result, executions, read_record
 from train.shell import Shell
 from train.trial import Trial
 
@@ -25,85 +26,124 @@ Folder = str | Path
 
 @pinned()
 def train(
-    config: ModelConfig,
-    train_config: TrainConfig,
-    hparams: HParams,
+    recipe: Recipe | ModelConfig,
+    train_config: TrainConfig | None = None,
+    hparams: HParams | None = None,
     *,
-    data: Folder | Mapping[str, Folder],
     run: Folder,
+    data: Places | None = None,
     steps: int | None = None,
     shell: Shell = Shell(),
     branch: Branch | None = None,
+    execution: Execution = Execution(),
 ) -> Result:
-    """Train until `steps` updates are made (None: the schedule's horizon). The same call again resumes the run.
+    """Train a recipe to its last step. The same call again resumes the run, also under another execution.
 
-    data: a prepared folder, or several by the names that mixtures use, the first for validation too. branch: where it
-    leaves another run (`train.branch`). Raises InputError on bad input, before anything is written, and
+    In place of a recipe: a config, TrainConfig and HParams, with the recipe's data, steps and start (`branch`). data:
+    beside a recipe where its data lie now. Raises InputError on bad input, before anything is written, and
     KeyboardInterrupt after Ctrl-C or SIGTERM, once the state is saved.
     """
-    branches = None if branch is None else [branch]
+    single = None if hparams is None else [hparams]
     return population(
-        config, train_config, [hparams], data=data, runs=[run], steps=steps, shell=shell, branches=branches
+        [recipe] if isinstance(recipe, Recipe) else recipe,
+        train_config,
+        single,
+        data=data,
+        runs=[run],
+        steps=steps,
+        shell=shell,
+        branches=None if branch is None else [branch],
+        execution=execution,
     )[0]
 
 
 @pinned()
 def population(
-    config: ModelConfig,
-    train_config: TrainConfig,
-    hparams: Sequence[HParams],
+    recipes: Sequence[Recipe] | ModelConfig,
+    train_config: TrainConfig | None = None,
+    hparams: Sequence[HParams] | None = None,
     *,
-    data: Folder | Mapping[str, Folder],
     runs: Sequence[Folder],
+    data: Places | None = None,
     steps: int | Sequence[int] | None = None,
     lanes: int | None = None,
     shell: Shell = Shell(),
     branches: Sequence[Branch | None] | None = None,
+    execution: Execution = Execution(),
 ) -> list[Result]:
-    """Train one lane per entry of `hparams`, all in one compiled program, each with a run directory of its own.
+    """Train one lane per recipe, all in one compiled program, each with a run directory of its own.
 
-    steps: for all, or one number each. A lane ends at its own horizon (`hparams.total_steps`, or its `steps`) and is
-    frozen from there on; one that goes non-finite for `max_skipped` steps ends as "diverged". Neither changes a bit of
-    its neighbours; but where lanes run side by side (`Shell.compact`) those that are left then move to a program of
-    half as many lanes, which rounds differently. lanes: of the program, at least one each; the others are padding that
-    is never active, so that calls with fewer trials run the same program to the same bits. It is rounded up to what
-    the mesh's population axis divides. Raises as `train` does.
+    The recipes differ in hyperparameters, steps and starts alone. In place of them: a config, a TrainConfig and several
+    HParams. steps: for all, or one number each. A lane ends at its own horizon (`hparams.total_steps`, or its `steps`)
+    and is frozen from there on; one that goes non-finite for `max_skipped` steps ends as "diverged". Neither changes a
+    bit of its neighbours; but where lanes run side by side (`Shell.compact`) those that are left then move to a program
+    of half as many lanes, which rounds differently. lanes (or the execution's): of the program, at least one each; the
+    others are padding that is never active, so that calls with fewer recipes run the same program to the same bits. It
+    is rounded up to what the mesh's population axis divides. Raises as `train` does.
     """
-    _check(config, train_config, hparams, runs, shell)
-    targets = _steps_of_each(steps, len(hparams))
-    lanes = len(hparams) if lanes is None else lanes
-    if lanes < len(hparams):
-        raise InputError(f"lanes={lanes} is fewer than the {len(hparams)} trials; give at least one lane to each")
-    opened = Data.open(data)
-    for name, source in opened.sources.items():
-        if source.manifest.vocab_size > config.vocab_size:
-            raise InputError(
-                f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
-                f"vocab_size={config.vocab_size}"
-            )
+    chosen = _recipes(recipes, train_config, hparams, data, steps, branches)
+    if not chosen:
+        raise InputError("a population needs at least one lane")
+    first, opened = chosen[0], _open(chosen, data)
+    config, train_config = first.model, first.train
+    _check(chosen, opened, runs, shell)
+    lanes = lanes or execution.lanes or len(chosen)
+    if lanes < len(chosen):
+        raise InputError(f"lanes={lanes} is fewer than the {len(chosen)} trials; give at least one lane to each")
+    execution = _as_before(execution, config, runs, shell)
+    train_config.check(execution)
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
-    rows = math.gcd(*(stage.batch_size // train_config.accumulate for stage in stages))
-    mesh = make_mesh(shell.mesh or default_axes(rows))
+    rows = math.gcd(*(stage.batch_size // execution.accumulate for stage in stages))
+    mesh = make_mesh(execution.mesh or default_axes(rows), execution.platform)
     if lie_apart(mesh):
-        lanes = len(hparams)  # lanes are no part of the program, so that nothing is to be filled up
+        lanes = len(chosen)  # lanes are no part of the program, so that nothing is to be filled up
     lanes = -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
-    train_config = choose_cuts(config, train_config, lanes, mesh, shell)
+    execution = choose_microbatches(config, train_config, lanes, mesh, shell, execution)
     for stage in stages:
-        check_batch(mesh, stage.batch_size // train_config.accumulate, stage.seq_len)
+        check_batch(mesh, stage.batch_size // execution.accumulate, stage.seq_len)
     with ExitStack() as stack:
         trials = []
-        for number, (values, folder) in enumerate(zip(hparams, runs, strict=True)):
-            branch = branches[number] if branches else None
-            trials.append(Trial(config, train_config, values, Path(folder), opened, targets[number], shell, branch))
+        for recipe, folder in zip(chosen, runs, strict=True):
+            trials.append(Trial(recipe.under(execution), Path(folder), opened, shell, execution))
             stack.callback(trials[-1].close)
         if not all(trial.ended for trial in trials):
             try:
-                Loop(config, train_config, trials, lanes, opened.first, mesh, shell).run(stack)
+                Loop(trials, lanes, opened.first, mesh, shell, execution).run(stack)
             except Exception:
                 for trial in trials:
                     trial.fail()
                 raise
         return [trial.result() for trial in trials]
+
+
+def _recipes(
+    recipes: Sequence[Recipe] | ModelConfig,
+    train_config: TrainConfig | None,
+    hparams: Sequence[HParams] | None,
+    data: Places | None,
+    steps: int | Sequence[int] | None,
+    branches: Sequence[Branch | None] | None,
+) -> list[Recipe]:
+    """The recipes of a call in either form. Raises InputError where the two are mixed."""
+    if not isinstance(recipes, ModelConfig):
+        given = {"train_config": train_config, "hparams": hparams, "branch": branches}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"{name} is part of the recipe; give recipe.replace(…) instead")
+        found = list(recipes)
+        counts = _steps_of_each(steps, len(found))
+        return [one if count is None else one.replace(steps=count) for one, count in zip(found, counts, strict=True)]
+    if train_config is None or hparams is None or data is None:
+        raise InputError("give a Recipe, or a ModelConfig with its TrainConfig, HParams and data")
+    if branches is not None and len(branches) != len(hparams):
+        raise InputError(f"{len(hparams)} sets of hyperparameters but {len(branches)} branches were given")
+    if not hparams:
+        return []
+    opened = Data.open(data)
+    base = Recipe(recipes, train_config, hparams[0], opened.hash, folders=opened.place)
+    counts, starts = _steps_of_each(steps, len(hparams)), branches or [None] * len(hparams)
+    each = zip(hparams, counts, starts, strict=True)
+    return [base.replace(hparams=values, steps=count, start=start) for values, count, start in each]
 
 
 def _steps_of_each(steps: int | Sequence[int] | None, count: int) -> list[int | None]:
@@ -114,22 +154,62 @@ def _steps_of_each(steps: int | Sequence[int] | None, count: int) -> list[int | 
     return [int(number) for number in steps]
 
 
-def _check(
-    config: ModelConfig, train_config: TrainConfig, hparams: Sequence[HParams], runs: Sequence, shell: Shell
-) -> None:
-    if not hparams:
-        raise InputError("a population needs at least one lane")
-    if len(hparams) != len(runs):
-        raise InputError(f"{len(hparams)} sets of hyperparameters but {len(runs)} run folders were given")
+def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
+    """The data of the recipes. Raises InputError where it is not known where they lie, or others lie there."""
+    first = recipes[0]
+    place = first.folders if data is None else data
+    if place is None:
+        raise InputError(f"nothing says where the data {first.data!r} lie; give data=FOLDER")
+    opened = Data.open(place)
+    if opened.hash != first.data:
+        raise InputError(f"{opened.place} holds other data than the recipe names")
+    return opened
+
+
+def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell) -> None:
+    first = recipes[0]
+    if len(recipes) != len(runs):
+        raise InputError(f"{len(recipes)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):
         raise InputError("two lanes have the same run folder; every lane needs its own")
-    check_trainable(config, train_config)
+    for other in recipes[1:]:
+        if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
+            raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
+    check_trainable(first.model, first.train)
+    for name, source in opened.sources.items():
+        if source.manifest.vocab_size > first.model.vocab_size:
+            raise InputError(
+                f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
+                f"vocab_size={first.model.vocab_size}"
+            )
     planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
-    if train_config.spike_sigma > 0 and not planned:
+    if first.train.spike_sigma > 0 and not planned:
         raise InputError(
-            f"spike_sigma={train_config.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
+            f"spike_sigma={first.train.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
             "must not depend on the clock"
         )
+
+
+def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], shell: Shell) -> Execution:
+    """The execution with what it leaves open as the runs have it that there are, or else by its rules.
+
+    Open are scan_layers=None, and the microbatches of microbatch="auto", which memory decides once.
+    """
+    before = agree(lambda: _executed(runs))
+    if execution.scan_layers is None:
+        known = before and before["scan_layers"]
+        execution = execution.replace(scan_layers=execution.scans(config) if known is None else known)
+    if shell.microbatch == "auto" and before is not None:
+        execution = execution.replace(accumulate=before["accumulate"])
+    return execution
+
+
+def _executed(runs: Sequence[Folder]) -> dict | None:
+    """The newest execution of the first run that has begun."""
+    for folder in runs:
+        if (Path(folder) / "run.json").exists() and (found := executions(read_record(folder))):
+            return found[-1][1].to_dict()
+    return None
 
 
 def check_trainable(config: ModelConfig, train_config: TrainConfig) -> None:

@@ -8,18 +8,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from model import ModelConfig, accounting
-from train.branch import Branch
+from model import Execution, accounting
+from train.branch import check_branch, folder_of
 from train.checkpoint import Checkpoints
-from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
 from train.hosts import agree, is_writer
 from train.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.plan import Plan, Stage
 from train.progress import say
-from train.run import Identity, Result, Run
-from train.schedule import uses_horizon
+from train.recipe import Branch, Recipe
+from train.run import Result, Run
 from train.shell import Shell
 from train.step import metric_names
 
@@ -31,31 +30,25 @@ class Trial:
 
     def __init__(
         self,
-        config: ModelConfig,
-        train_config: TrainConfig,
-        hparams: HParams,
+        recipe: Recipe,
         folder: Path,
         data: Data,
-        steps: int | None,
         shell: Shell,
-        branch: Branch | None = None,
+        execution: Execution = Execution(),
     ):
-        if steps is None and not train_config.phases:
-            steps = int(hparams.total_steps)
-        self.plan = Plan.of(train_config, steps)
-        self.stop = self.plan.total_steps if steps is None else steps
-        if uses_horizon(train_config, hparams) and hparams.total_steps == 0:
-            hparams = hparams.replace(total_steps=self.stop)
-        self.config, self.train_config, self.hparams, self.branch = config, train_config, hparams, branch
+        recipe = recipe.with_horizon()
+        self.stop = recipe.horizon
+        self.plan = Plan.of(recipe.train, self.stop)
+        train_config, hparams = recipe.train, recipe.hparams
+        self.recipe, self.config, self.train_config, self.hparams = recipe, recipe.model, train_config, hparams
         self.loader = PhasedLoader(
             data.sources, self.plan, seed=hparams.order_seed, segment_documents=train_config.segment_documents
         )
         first = next(iter(data.sources.values())).manifest.splits
         self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}
-        left = None if branch is None else branch.identity
-        if branch is not None and not folder.exists():
-            branch.check()
-        self.run = Run(folder, Identity(config, train_config, hparams, data.hash, left))
+        if isinstance(recipe.start, Branch) and not folder.exists():
+            check_branch(recipe.start)
+        self.run = Run(folder, recipe, execution)
         if self.run.record.get("data") != data.place:
             self.run.update(data=data.place, data_beside=data.beside(folder))
         self.checkpoints = Checkpoints(
@@ -109,16 +102,17 @@ class Trial:
         if self.rollbacks and not self.rollbacks[-1]["done"]:
             self._finish_rollback()
         found = self.checkpoints.restore_newest(like)
-        if found is None and self.branch is not None:
-            trunk = Checkpoints(self.branch.trunk, read_only=True)
-            found = self.branch.step, trunk.restore(self.branch.step, like)
+        if found is None and isinstance(self.recipe.start, Branch):
+            base = Checkpoints(folder_of(self.recipe.start), read_only=True)
+            found = self.recipe.start.step, base.restore(self.recipe.start.step, like)
         if not self.ended:
             self.step = 0 if found is None else found[0]
             if self.shell.announce and is_writer() and self.run.record["status"] != "planned":
                 where = f"going on from step {self.step:,}" if found else "no checkpoint was made yet: starting anew"
                 say(f"{self.run.folder}: {where}")
             self._open_log()
-            self.run.update(status="running")
+            if (change := self.run.begin(self.step)) and is_writer():
+                say(f"{self.run.folder}: from step {self.step:,} on with {change}")
         return None if found is None else found[1]
 
     def _open_log(self) -> None:
@@ -266,7 +260,7 @@ class Trial:
             seconds=record["seconds"],
             compile_seconds=record["compile_seconds"],
             rollbacks=len(self.rollbacks),
-            branch_step=self.branch.step if self.branch else 0,
+            branch_step=self.recipe.start.step if isinstance(self.recipe.start, Branch) else 0,
             **record["result"],
         )
 

@@ -1,15 +1,16 @@
-"""A trial: one run of a sweep, named by the hash of all that decides it."""
+"""A trial: a recipe, and its point among the others of a sweep; named by the hash of all that decides it."""
 
 import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Self
 
-from model import ModelConfig
+from model import Execution
+from model.execution import FIELDS as EXECUTION
 from model.parts import Part
-from train import HParams, TrainConfig
-from train.run import Identity
+from train.recipe import Recipe, former_execution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,81 +24,88 @@ class Decode(Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a run is made of, without its data. steps: updates to its end, which its schedule is planned for."""
-
-    config: ModelConfig
-    train_config: TrainConfig
-    hparams: HParams
-    steps: int
-    decode: Decode = Decode()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "config": self.config.to_dict(),
-            "train_config": self.train_config.to_dict(),
-            "hparams": self.hparams.to_dict(),
-            "steps": self.steps,
-            "decode": self.decode.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `to_dict`'s output."""
-        return cls(
-            ModelConfig.from_dict(values["config"]),
-            TrainConfig.from_dict(values["train_config"]),
-            HParams(**values["hparams"]),
-            values["steps"],
-            Decode.from_dict(values["decode"]),
-        )
-
-    @functools.cached_property
-    def cohort(self) -> str:
-        """The name of its static shape: trials of one cohort are lanes of one program."""
-        return _hash({"config": self.config.to_dict(), "train_config": self.train_config.to_dict()})[:8]
-
-
-@dataclasses.dataclass(frozen=True)
 class Trial:
-    """A setting with the data, and what the axes of its sweep say of it.
+    """A recipe with all its steps, and what the axes of its sweep say of it; without a point the base of a sweep.
 
-    point: the varied fields and their values, "seed" among them. data: the hash of the data. parent: of a branch, or
-    of a member of a population that goes on from another's state: that trial's id and the update after which it
-    leaves it.
+    point: the varied fields and their values, "seed" among them. execution: how it runs; a field of it that is an axis
+    belongs to the trial's id, so that trials that differ in it are trained each. name: what a scaling study calls it.
+    parent: of a branch, or of a member of a population that goes on from another's state: that trial's id and the
+    update after which it branches off.
     """
 
-    setting: Setting
-    point: dict[str, Any]
-    data: str | dict[str, str]
+    recipe: Recipe
+    point: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    execution: Execution = Execution()
+    decode: Decode = Decode()
+    name: str | None = None
     parent: tuple[str, int] | None = None
 
     @functools.cached_property
     def id(self) -> str:
         """The hash of its content: one and the same trial has one id, whoever plans it."""
-        setting = self.setting
-        identity = Identity(setting.config, setting.train_config, setting.hparams, self.data).to_dict()
         parent = {"parent": list(self.parent)} if self.parent else {}
-        decode = {"decode": setting.decode.to_dict()} if setting.decode != Decode() else {}
-        return _hash(identity | {"steps": setting.steps} | decode | parent)[:16]
+        decode = {"decode": self.decode.to_dict()} if self.decode != Decode() else {}
+        varied = {name: value for name, value in self.point.items() if name in EXECUTION}
+        execution = {"execution": varied} if varied and not self.recipe.former else {}
+        return _hash(self.recipe.identity | {"steps": self.recipe.steps} | decode | execution | parent)[:16]
+
+    @functools.cached_property
+    def cohort(self) -> str:
+        """The name of its program: trials of one cohort are lanes of it."""
+        shape = {"config": self.recipe.model.to_dict(), "train_config": self.recipe.train.to_dict()}
+        execution = {} if self.execution == Execution() else {"execution": self.execution.to_dict()}
+        return _hash(shape | execution)[:8]
 
     @functools.cached_property
     def point_key(self) -> str:
         """Its point without the seed, as JSON: what all its replicates have in common."""
         return json.dumps({name: value for name, value in self.point.items() if name != "seed"}, sort_keys=True)
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        parent = list(self.parent) if self.parent else None
-        return {"setting": self.setting.to_dict(), "point": self.point, "data": self.data, "parent": parent}
+        return {
+            "recipe": self.recipe.to_dict(),
+            "point": dict(self.point),
+            "execution": self.execution.to_dict(),
+            "decode": self.decode.to_dict(),
+            "name": self.name,
+            "parent": list(self.parent) if self.parent else None,
+        }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `to_dict`'s output."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output, and what former versions wrote of a trial or of a sweep's base."""
+        if "recipe" not in values:
+            return cls._from_former(values)
         parent = values["parent"]
-        setting = Setting.from_dict(values["setting"])
-        return cls(setting, values["point"], values["data"], (parent[0], parent[1]) if parent else None)
+        return cls(
+            Recipe.from_dict(values["recipe"]),
+            values["point"],
+            Execution.from_dict(values["execution"]),
+            Decode.from_dict(values["decode"]),
+            values["name"],
+            (parent[0], parent[1]) if parent else None,
+        )
+
+    @classmethod
+    def _from_former(cls, values: Mapping[str, Any]) -> Self:
+        """Read a trial, or a base, from before there were recipes: its name and parent stood in its point."""
+        setting, point, parent = values.get("setting", values), dict(values.get("point", {})), values.get("parent")
+        name = point.pop("_name", None)
+        for key in ("_trunk", "_leave"):
+            point.pop(key, None)
+        return cls(
+            Recipe.from_dict({**setting, "data": values.get("data", "")}),
+            point,
+            former_execution(setting),
+            Decode.from_dict(setting["decode"]),
+            name,
+            (parent[0], parent[1]) if parent else None,
+        )
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ _CONDITIONS = {
     ("base_d_model",): lambda c: c.parameterization == "mup",
 }
 # Fields that say how a model runs or trains, and not what it computes.
-_RUNNING = ("scan_layers", "compute_dtype")
+_RUNNING = ("compute_dtype",)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 
 

@@ -22,7 +22,6 @@ def _study(d_model: int) -> ModelConfig:
         num_heads=min(heads, key=lambda count: abs(d_model / count - 32)),
         d_ff=4 * round(2 * d_model / 3),
         max_seq_len=128,
-        scan_layers=d_model >= 256,
     )
 
 

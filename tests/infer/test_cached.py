@@ -22,7 +22,6 @@ OPTIONS = {
     "gated": (False, True),
     "tie_embeddings": (False, True),
     "use_bias": (False, True),
-    "scan_layers": (False, True),
 }
 
 

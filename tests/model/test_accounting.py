@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from model import ModelConfig, accounting, forward, init, init_cache, presets
+from model import Execution, ModelConfig, accounting, forward, init, init_cache, presets
 from model.parts import Experts, Latent
 
+UNROLLED = Execution(scan_layers=False)
 PLAIN = ModelConfig(
     vocab_size=1024,
     d_model=128,
@@ -22,11 +23,8 @@ PLAIN = ModelConfig(
     activation="gelu_tanh",
     gated=False,
     use_bias=True,
-    scan_layers=False,
 )
-GATED = ModelConfig(
-    vocab_size=1024, d_model=192, num_layers=2, num_heads=6, num_kv_heads=2, max_seq_len=256, scan_layers=False
-)
+GATED = ModelConfig(vocab_size=1024, d_model=192, num_layers=2, num_heads=6, num_kv_heads=2, max_seq_len=256)
 BERT = PLAIN.replace(
     stack="encoder",
     norm_placement="post",
@@ -50,7 +48,6 @@ T5 = ModelConfig(
     activation="relu",
     gated=False,
     scale_logits=True,
-    scan_layers=False,
 )
 LATENT = GATED.replace(num_kv_heads=None, latent=Latent(kv_rank=40, nope_dim=32, rope_dim=16, v_dim=24))
 LATENT_QUERY = GATED.replace(
@@ -206,8 +203,8 @@ def programs(config, batch, seq):
 
     def run(params, inputs):
         if config.head == "none":
-            return forward(config, params, **inputs, outputs=("final_hidden",)).final_hidden
-        return forward(config, params, **inputs).logits
+            return forward(config, params, **inputs, outputs=("final_hidden",), execution=UNROLLED).final_hidden
+        return forward(config, params, **inputs, execution=UNROLLED).logits
 
     def loss(params, inputs):
         out = run(params, inputs)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import forward
+from model import Execution, forward
 from model.convert import load_hf, save_hf
 from model.convert.families import FAMILIES
 
@@ -31,9 +31,8 @@ def outputs(config, params, given):
         inputs |= {"encoder_tokens": given["encoder_tokens"], "encoder_segment_ids": given["encoder_mask"]}
     inputs = {name: value.astype(np.int32) for name, value in inputs.items() if value is not None}
     bare = config.head == "none"
-    run = jax.jit(
-        functools.partial(forward, config.replace(scan_layers=True), outputs=("final_hidden",) if bare else ())
-    )
+    asked = ("final_hidden",) if bare else ()
+    run = jax.jit(functools.partial(forward, config, outputs=asked, execution=Execution(scan_layers=True)))
     out = run(params, given["tokens"].astype(np.int32), **inputs)
     return at_tokens(np.asarray(out.final_hidden if bare else out.logits), given)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from infer import decode_step, init_cache, prefill
-from model import InputError, ModelConfig, forward, init, presets
+from model import Execution, InputError, ModelConfig, forward, init, presets
 from model.kernels import Shape, kernel_for, kernels_of
 from model.sharding import AXES
 from model.target import Target, target
@@ -110,11 +110,13 @@ def test_x64_trains(platform):
 def test_what_a_kernel_does_not_take_is_said(platform):
     """An init needs no kernel; a pass with one that was named raises, with the shape."""
     named = {"tpu": "pallas", "cuda": "cudnn"}[platform]
-    config = BASE.replace(attention_kernel=named, compute_dtype="bfloat16")
+    config, execution = BASE.replace(compute_dtype="bfloat16"), Execution(attention_kernel=named)
     params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     message = {"tpu": "lengths are multiples of 128, not 33", "cuda": "sequences of an even length, not 33"}
     with pytest.raises(InputError, match=f"attention_kernel='{named}' cannot be used here: .*{message[platform]}"):
-        jax.eval_shape(lambda params, tokens: forward(config, params, tokens).logits, params, ids(33))
+        jax.eval_shape(
+            lambda params, tokens: forward(config, params, tokens, execution=execution).logits, params, ids(33)
+        )
 
 
 def test_the_mesh_says_the_platform(platform):

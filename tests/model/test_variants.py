@@ -7,11 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Experts, InputError, Latent, ModelConfig, RopeScaling, encode, forward, init, sentence_embedding
+from model import (
+    Execution,
+    Experts,
+    InputError,
+    Latent,
+    ModelConfig,
+    RopeScaling,
+    encode,
+    forward,
+    init,
+    sentence_embedding,
+)
 from model.layout import groups, layer_kinds, places
 from model.parameterization import names_of
 
 SEQ = 11
+SCANNED, UNROLLED = Execution(scan_layers=True), Execution(scan_layers=False)
 
 
 def tokens_of(*shape, seed=1):
@@ -95,13 +107,13 @@ def test_scan_is_the_loop_and_every_parameter_gets_a_gradient(variant, random_pa
     params, tokens = random_params(variant), tokens_of(2, SEQ)
     inputs = inputs_of(variant, 2)
 
-    def passed(config, params):
-        return forward(config, params, tokens, **inputs, outputs=("hidden", "attention"))
+    def passed(execution, params):
+        return forward(variant, params, tokens, **inputs, outputs=("hidden", "attention"), execution=execution)
 
     @jax.jit
     def graded(params):
         def loss(params):
-            out = passed(variant, params)
+            out = passed(SCANNED, params)
             extra = sum(value for name, value in out.auxiliary.items() if "loss" in name)
             return jnp.mean(jax.nn.logsumexp(out.logits, axis=-1) ** 2) + extra, out
 
@@ -111,7 +123,7 @@ def test_scan_is_the_loop_and_every_parameter_gets_a_gradient(variant, random_pa
     out, grads = graded(params)
     uniform = len(set(layer_kinds(variant))) == 1 and variant.stack != "encoder-decoder"
     if not uniform or variant.position == "rotary":  # as a scan, layers of one kind are all alike: some stand for all
-        looped = jax.jit(passed, static_argnums=0)(variant.replace(scan_layers=False), params)
+        looped = jax.jit(passed, static_argnums=0)(UNROLLED, params)
         for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(looped), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
     assert out.hidden.shape == (variant.num_layers + 1, 2, SEQ, variant.d_model)
@@ -132,8 +144,12 @@ def test_experts_report_in_the_order_of_their_layers(random_params):
         32, 16, 5, 2, experts=Experts(4, 1, 8, first_layer=1), sliding_window=4, layer_pattern=("local", "global")
     )
     params, tokens = random_params(config), tokens_of(2, SEQ)
-    reports = jax.jit(lambda config, params: forward(config, params, tokens).auxiliary, static_argnums=0)
-    use, looped = (reports(config.replace(scan_layers=flag), params)["expert_use"] for flag in (True, False))
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def reports(config, params, execution=SCANNED):
+        return forward(config, params, tokens, execution=execution).auxiliary
+
+    use, looped = (reports(config, params, execution)["expert_use"] for execution in (SCANNED, UNROLLED))
     assert use.shape == (4, 4)
     assert len(np.unique(use, axis=0)) == 4, "layers differ"
     np.testing.assert_array_equal(use, looped)
@@ -148,14 +164,14 @@ def test_dropout_of_every_stack(random_params):
     params, tokens = random_params(config), tokens_of(2, SEQ)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def dropped(config, rate):
-        key = jax.random.key(1)
-        return forward(config, params, tokens, encoder_tokens=tokens, dropout_rate=rate, dropout_key=key).logits
+    def dropped(execution, rate):
+        how = {"dropout_rate": rate, "dropout_key": jax.random.key(1), "execution": execution}
+        return forward(config, params, tokens, encoder_tokens=tokens, **how).logits
 
     rate, none = jnp.float32(0.4), run(config, params, tokens, {"encoder_tokens": tokens})
-    scanned = dropped(config, rate)
-    np.testing.assert_allclose(scanned, dropped(config.replace(scan_layers=False), rate), rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(dropped(config, jnp.float32(0)), none, rtol=2e-4, atol=2e-5)
+    scanned = dropped(SCANNED, rate)
+    np.testing.assert_allclose(scanned, dropped(UNROLLED, rate), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(dropped(SCANNED, jnp.float32(0)), none, rtol=2e-4, atol=2e-5)
     assert np.abs(scanned - none).max() > 0.1
 
 
@@ -288,7 +304,7 @@ def test_depth_does_not_grow_the_program():
     def length(layers):
         deep = config.replace(num_layers=layers)
         shapes = jax.eval_shape(functools.partial(init, deep), jax.random.key(0))
-        loss = lambda params: jnp.sum(forward(deep, params, tokens).logits)
+        loss = lambda params: jnp.sum(forward(deep, params, tokens, execution=SCANNED).logits)
         return len(jax.jit(jax.grad(loss)).lower(shapes).as_text())
 
     assert length(48) < 1.02 * length(4)

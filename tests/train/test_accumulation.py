@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Experts, ModelConfig, init
+from model import Execution, Experts, ModelConfig, init
 from train import HParams, TrainConfig
 from train.memory import Memory
 from train.objective import loss_and_sums
@@ -36,7 +36,7 @@ def batch():
 def of_cuts(batch, random_params):
     @functools.cache
     def compute(name, **cuts):
-        function = jax.jit(functools.partial(gradients, MODELS[name], TRAIN.replace(**cuts)))
+        function = jax.jit(functools.partial(gradients, MODELS[name], TRAIN, execution=Execution(**cuts)))
         return jax.device_get(function(random_params(MODELS[name]), batch, HPARAMS))
 
     return compute
@@ -84,7 +84,7 @@ def test_chunks_need_no_room_for_all_logits():
     tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
 
     def temporary(chunks):
-        loss = functools.partial(loss_and_sums, config, chunks=chunks)
+        loss = functools.partial(loss_and_sums, config, execution=Execution(loss_chunks=chunks))
         function = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return Memory.of(function.lower(params, {"tokens": tokens, "targets": tokens}, HPARAMS).compile()).temporary
 

@@ -11,7 +11,8 @@ from model.errors import InputError
 from train import HParams, Shell, TrainConfig, cooldown, init_state, train
 from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
-from train.run import Identity, Run
+from train.recipe import Recipe
+from train.run import Run
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_004.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, schedule="constant", norms=False)
@@ -22,16 +23,7 @@ SHELL = Shell(evaluate_tokens=64, checkpoint_every=2)
 
 
 def run_branch(plan, run, shell=SHELL):
-    return train(
-        plan.config,
-        plan.train_config,
-        plan.hparams,
-        data=plan.data,
-        run=run,
-        steps=plan.steps,
-        shell=shell,
-        branch=plan.branch,
-    )
+    return train(plan, run=run, shell=shell)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +128,6 @@ def test_where_a_trunk_cannot_be_left(trunk, tmp_path):
     for schedule, words in (("cosine", "schedule='cosine'"), ("wsd", r"step 13: .* and 11, where its own cool-down")):
         other = tmp_path / schedule
         train_config = TRAIN.replace(schedule=schedule)
-        Run(other, Identity(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS), "data")).close()
+        Run(other, Recipe(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS))).close()
         with pytest.raises(InputError, match=words):
             cooldown(other, 13, 3)

@@ -20,9 +20,9 @@ QUIET = Shell(evaluate_tokens=128)
 def test_learning_rates_trace_the_step_once(data, tmp_path, monkeypatch):
     traces = []
 
-    def counted(*arguments):
+    def counted(*arguments, **keywords):
         traces.append(1)
-        return train_step(*arguments)
+        return train_step(*arguments, **keywords)
 
     monkeypatch.setattr(lanes_module, "train_step", counted)
     # A static shape that no other test has compiled.

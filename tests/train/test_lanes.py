@@ -11,7 +11,7 @@ from model import InputError, ModelConfig
 from train import HParams, Shell, TrainConfig, population, train
 from train.compile import compiled_programs
 from train.metrics import read_metrics
-from train.run import Identity
+from train.recipe import Recipe
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_007.0)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=16, dropout=True, max_skipped=2, norms=False)
@@ -67,9 +67,9 @@ def test_lanes_of_other_seeds_can_share_the_order_of_the_data(data, tmp_path):
     assert first != other_order  # the same weights on other text
     assert other_order == same != other_weights
     plain, named = (HParams(seed=3), HParams(seed=3, data_seed=3))
-    identities = [Identity(CONFIG, TRAIN_CONFIG, hparams, "hash") for hparams in (plain, named)]
-    assert "data_seed" not in identities[0].to_dict()["hparams"]  # as of runs from before there was such a field
-    assert identities[0].run_id != identities[1].run_id
+    one, other = (Recipe(CONFIG, TRAIN_CONFIG, hparams) for hparams in (plain, named))
+    assert "data_seed" not in one.identity["hparams"]  # as of runs from before there was such a field
+    assert one.run_id != other.run_id
 
 
 def test_diverged_lane_is_frozen_and_changes_no_other_lanes_bits(four, data, tmp_path):

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, Phase, Shell, TrainConfig, train
 from train.compile import compile_program
 from train.memory import Memory, device_memory
 from train.metrics import read_metrics
-from train.microbatch import choose_cuts
+from train.microbatch import choose_microbatches
 from train.plan import Plan
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_005.0)
@@ -24,7 +24,7 @@ STEPS = 4
 
 def of_cuts(cuts):
     stage = Plan.of(TRAIN, 1).stages[0]
-    return compile_program(CONFIG, TRAIN.replace(accumulate=cuts), 1, make_mesh(None), stage).memory
+    return compile_program(CONFIG, TRAIN, 1, make_mesh(None), stage, Execution(accumulate=cuts)).memory
 
 
 def just_enough_for(cuts):
@@ -70,7 +70,7 @@ def test_cuts_need_less():
 @pytest.mark.parametrize("cuts", [1, 2, 4])
 def test_auto_takes_as_few_cuts_as_fit(cuts):
     shell = Shell(microbatch="auto", memory=just_enough_for(cuts))
-    assert choose_cuts(CONFIG, TRAIN, 1, make_mesh(None), shell).accumulate == cuts
+    assert choose_microbatches(CONFIG, TRAIN, 1, make_mesh(None), shell, Execution()).accumulate == cuts
 
 
 @pytest.mark.parametrize("shell", [{"microbatch": "auto"}, {"microbatch": 4}, {"microbatch": "4"}])
@@ -79,7 +79,7 @@ def test_a_run_in_cuts_is_the_run(data, tmp_path, whole, shell, capsys):
     cut = losses(data, tmp_path / "run", memory=memory, announce=True, **shell)
     np.testing.assert_allclose(cut, whole, rtol=1e-5)
     said = capsys.readouterr().err
-    assert "for 16 × 32 tokens in 4 cuts" in said
+    assert "for 16 × 32 tokens in 4 microbatches" in said
     assert f"{of_cuts(4).total / 2**20:.1f} MiB of {memory / 2**20:.1f} MiB per device" in said
 
 
@@ -95,21 +95,20 @@ def test_a_run_may_go_on_in_other_cuts(data, tmp_path, whole):
 def test_phases_are_cut_alike(monkeypatch):
     """One number of cuts for all stages, which the smallest batch can be cut into."""
 
-    def compile_nothing(config, train_config, lanes, mesh, stage):
+    def compile_nothing(config, train_config, lanes, mesh, stage, execution):
         assert stage.phase == "large"
-        return SimpleNamespace(memory=Memory(0, 1600 // train_config.accumulate))
+        return SimpleNamespace(memory=Memory(0, 1600 // execution.accumulate))
 
     monkeypatch.setattr("train.microbatch.compile_program", compile_nothing)
     phases = (Phase("small", 256, (4,)), Phase("large", 2048, (16,)))
     train_config = TRAIN.replace(phases=phases)
-    cuts = lambda memory: (
-        choose_cuts(CONFIG, train_config, 1, make_mesh(None), Shell(microbatch="auto", memory=memory)).accumulate
-    )
+    choose = lambda **shell: choose_microbatches(CONFIG, train_config, 1, make_mesh(None), Shell(**shell), Execution())
+    cuts = lambda memory: choose(microbatch="auto", memory=memory).accumulate
     assert [cuts(memory) for memory in (2000, 1000, 500)] == [1, 2, 4]
     with pytest.raises(InputError, match=r"one row at a time still needs 0\.0 MiB of 0\.0 MiB"):
         cuts(400)
     with pytest.raises(InputError, match="batch_size=4"):
-        choose_cuts(CONFIG, train_config, 1, make_mesh(None), Shell(microbatch=2))
+        choose(microbatch=2)
 
 
 @pytest.mark.parametrize(

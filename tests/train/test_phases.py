@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import Execution
 from model.errors import InputError
 from train import HParams, TrainConfig
 from train.config import stack_hparams
@@ -179,9 +180,6 @@ def test_impossible_phases_are_refused(fields, words):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"accumulate": 3}, "accumulate=3 does not divide batch_size=8"),
-        ({"accumulate": 4, "phases": (Phase("small", 10, (2,)),)}, "batch_size=2"),
-        ({"loss_chunks": 3}, "loss_chunks=3 does not divide seq_len=8"),
         ({"max_skipped": 0}, "max_skipped"),
         ({"spike_sigma": -1.0}, "spike_sigma"),
         ({"spike_window": 1}, "spike_window"),
@@ -194,6 +192,19 @@ def test_impossible_phases_are_refused(fields, words):
 def test_impossible_runs_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
         TrainConfig(**{"batch_size": 8, "seq_len": 8, **fields})
+
+
+@pytest.mark.parametrize(
+    ("execution", "phases", "words"),
+    [
+        ({"accumulate": 3}, (), "accumulate=3 does not divide batch_size=8"),
+        ({"accumulate": 4}, (Phase("small", 10, (2,)),), "batch_size=2"),
+        ({"loss_chunks": 3}, (), "loss_chunks=3 does not divide seq_len=8"),
+    ],
+)
+def test_microbatches_divide_every_batch(execution, phases, words):
+    with pytest.raises(InputError, match=words):
+        TrainConfig(batch_size=8, seq_len=8, phases=phases).check(Execution(**execution))
 
 
 def test_steps_fit_the_plan():

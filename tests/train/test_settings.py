@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infer import Engine, Sampling, generate, generate_speculative, prepare
-from model import ModelConfig, init
+from model import Execution, ModelConfig, init
 from train import HParams, TrainConfig, init_state, train_step
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=24, max_seq_len=16)
@@ -51,14 +51,14 @@ def test_a_callers_prng_is_used(params):
 
 def assert_same_dtypes(config, optimizer):
     """A step hands back what it took, and nothing is 64 bits wide: by default nothing can be. Only traced."""
-    train_config = TrainConfig(batch_size=2, seq_len=16, dropout=True, accumulate=2, optimizer=optimizer)
+    train_config = TrainConfig(batch_size=2, seq_len=16, dropout=True, optimizer=optimizer)
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens} | (
         {"encoder_tokens": tokens} if config.stack == "encoder-decoder" else {}
     )
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
-        step = functools.partial(train_step, config, train_config)
+        step = functools.partial(train_step, config, train_config, execution=Execution(accumulate=2))
         new, metrics = jax.eval_shape(step, state, batch, HParams())
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(new) == shapes(state)

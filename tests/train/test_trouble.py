@@ -43,13 +43,13 @@ def poisoned_step():
     The two numbers travel in those that a dense model has no use for.
     """
 
-    def step(config, train_config, state, batch, hparams):
+    def step(config, train_config, state, batch, hparams, execution):
         first, count = hparams.router_z_loss, hparams.balance_loss
         bad = (state.step >= first) & (state.step < first + count)
         values = {name: getattr(hparams, name) for name in HParams.NAMES}
         values["z_loss"] = jnp.where(bad, jnp.nan, values["z_loss"])
         hparams = HParams.tree_unflatten(None, [values[name] for name in HParams.NAMES])
-        return train_step(config, train_config, state, batch, hparams)
+        return train_step(config, train_config, state, batch, hparams, execution=execution)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lanes_module, "train_step", step)

@@ -1,0 +1,144 @@
+"""Flat field names over a recipe and its execution: what is unknown, or of another type, is refused.
+
+A name belongs to one of ModelConfig, TrainConfig, HParams and Execution. A name with a dot reaches into a part of the
+model (`experts.count`), which is made where the base has none and all it needs is given.
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from model import Execution, ModelConfig
+from model.errors import InputError, UnknownNameError
+from model.execution import FIELDS as EXECUTION
+from model.parts import Part
+from train.config import HParams, TrainConfig
+from train.recipe import Recipe
+
+_WARMUPS = ("warmup_steps", "warmup_fraction")
+
+
+def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = Execution()) -> tuple[Recipe, Execution]:
+    """Apply each change to the part that has the field, all changes of one part at once.
+
+    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Raises InputError.
+    """
+    check_names(changes, fields())
+    of_train = _typed_changes(changes, kinds(TrainConfig))
+    of_hparams = _typed_changes(changes, _hparams_kinds())
+    of_execution = _typed_changes(changes, kinds(Execution))
+    others = {*of_train, *of_hparams, *of_execution}
+    of_model = {name: value for name, value in changes.items() if name not in others}
+    warmups = [name for name in _WARMUPS if name in of_hparams]
+    if len(warmups) == 1:
+        of_hparams |= {name: 0 for name in _WARMUPS if name not in warmups}
+    execution = execution.replace(**of_execution)
+    made = recipe.replace(
+        model=overlay_model(of_model, recipe.model),
+        train=recipe.train.replace(**of_train) if of_train else recipe.train,
+        hparams=recipe.hparams.replace(**of_hparams) if of_hparams else recipe.hparams,
+        former={**recipe.former, **{name: value for name, value in of_execution.items() if name in recipe.former}},
+    )
+    made.train.check(execution)
+    return made.under(execution), execution
+
+
+def overlay_model(changes: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Apply each change to the model's config, all at once, those inside its parts among them. Raises InputError."""
+    check_names(changes, list(kinds(ModelConfig)))
+    made = _typed_changes(changes, kinds(ModelConfig))
+    inside: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        part, dot, below = name.partition(".")
+        if dot:
+            inside.setdefault(part, {})[below] = value
+    for part, values in inside.items():
+        if part in made:
+            raise InputError(f"{part} is given as a whole and as {part}.{next(iter(values))}; give one of them")
+        made[part] = replace_part(part, _parts()[part], getattr(config, part), values)
+    return config.replace(**made) if made else config
+
+
+def fields() -> list[str]:
+    """The names of all fields that `overlay` takes."""
+    return [*kinds(ModelConfig), *kinds(TrainConfig), *HParams.DEFAULTS, *EXECUTION]
+
+
+def check_names(changes: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise UnknownNameError for a name that is neither one of `known` nor of a field inside a part of the model."""
+    for name in changes:
+        part, dot, below = name.partition(".")
+        if part in _parts() and dot:
+            _check_field(part, _parts()[part], below)
+        elif dot or name not in known:
+            raise UnknownNameError("setting", name, known)
+
+
+def replace_part(name: str, kind: Any, part: Any, changes: Mapping[str, Any]) -> Any:
+    """A part of a config with some fields changed, or one of this kind where there is none. Raises InputError."""
+    for field in changes:
+        _check_field(name, kind, field)
+    values = {field: typed(f"{name}.{field}", value, kinds(kind)[field]) for field, value in changes.items()}
+    return kind.from_dict(values) if part is None else part.replace(**values)
+
+
+@functools.cache
+def kinds(cls: Any) -> dict[str, Any]:
+    """The type of every field that is a setting; None stands for a default that is derived too."""
+    hints = get_type_hints(cls)
+    settings = [field for field in dataclasses.fields(cls) if field.name != "derived"]
+    return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in settings}
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value, whole numbers as floats where the field is one, so that 1 and 1.0 name the same trial.
+
+    Raises InputError where it is of another type.
+    """
+    arms = _arms(kind)
+    if value is None and type(None) in arms:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if bool in arms:
+        if not isinstance(value, bool):
+            raise InputError(f"{name}={value!r} must be true or false")
+    elif float in arms:
+        if not number:
+            raise InputError(f"{name}={value!r} must be a number")
+        return float(value)
+    elif int in arms:
+        if not number or isinstance(value, float):
+            raise InputError(f"{name}={value!r} must be a whole number")
+    elif (str in arms or any(get_origin(arm) is Literal for arm in arms)) and not isinstance(value, str):
+        raise InputError(f"{name}={value!r} must be text")
+    return value
+
+
+def _typed_changes(changes: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: typed(name, value, known[name]) for name, value in changes.items() if name in known}
+
+
+def _hparams_kinds() -> dict[str, Any]:
+    return {name: int if isinstance(value, int) else float for name, value in HParams.DEFAULTS.items()}
+
+
+def _check_field(part: str, kind: Any, field: str) -> None:
+    if field not in kinds(kind):
+        raise UnknownNameError("setting", f"{part}.{field}", [f"{part}.{known}" for known in kinds(kind)])
+
+
+@functools.cache
+def _parts() -> dict[str, Any]:
+    """The parts of a model, by the field that holds them."""
+    found = {}
+    for name, kind in kinds(ModelConfig).items():
+        for arm in _arms(kind):
+            if isinstance(arm, type) and issubclass(arm, Part):
+                found[name] = arm
+    return found
+
+
+def _arms(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)

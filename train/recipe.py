@@ -1,0 +1,236 @@
+"""A recipe: all that decides a run's numbers, under one name. Its hash is the run's id.
+
+Not part of it: how the run is executed (`model.execution.Execution`), where its data and its folder lie, its options
+(checkpoints, validation), and versions of libraries.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from model import Execution, ModelConfig
+from model.config import MOVED as MOVED_FROM_MODEL
+from model.errors import InputError, UnknownNameError
+from model.fields import FrozenDict
+from train.config import HParams, TrainConfig
+from train.data.manifest import load_manifest
+from train.plan import Plan
+from train.schedule import uses_horizon
+
+Places = str | Path | Mapping[str, str | Path]
+OBJECTIVES = ("language-modeling",)
+LATER = {"hparams": ("data_seed",)}
+"""Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
+_DEFAULTS: dict[str, dict[str, Any]] = {"hparams": HParams.DEFAULTS}
+_NOT_HASHED = ("norms",)  # of the TrainConfig: it adds metrics and changes no number
+_HASH_LENGTH = 64  # of a prepared data folder's SHA-256, in hexadecimal digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A start from another run's checkpoint: its run id, after how many steps, and where that run lies."""
+
+    run_id: str
+    step: int
+    folder: Path | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it adds to the identity of a run."""
+        return {"branch": {"run_id": self.run_id, "step": self.step}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A start from parameters alone: the SHA-256 of their values, and what `model.store.open_model` reads them from.
+
+    The optimizer is fresh and the step 0.
+    """
+
+    sha256: str
+    path: Path | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it adds to the identity of a run."""
+        return {"weights": self.sha256}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained.
+
+    data: a folder made by `isoflop data prepare`, several by the names that mixtures use (the first is validated on
+    too), or their hashes alone; `folders` then says where they are. hparams.total_steps 0 becomes `steps` where the
+    schedule has a horizon. steps: updates; None: the schedule's horizon, or all of the phases. start: None: fresh
+    parameters. accumulate: the execution's microbatches where their number changes more than rounding (dropout,
+    experts), else 1. former: fields of the model's config that were counted into the id of a run by the version that
+    made it. Raises InputError on what contradicts itself.
+    """
+
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    hparams: HParams = dataclasses.field(default_factory=HParams)
+    data: Any = ""
+    steps: int | None = None
+    objective: str = "language-modeling"
+    start: Branch | Weights | None = None
+    accumulate: int = 1
+    folders: Any = dataclasses.field(default=None, compare=False, repr=False)
+    former: Mapping[str, Any] = dataclasses.field(default=FrozenDict(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)
+        if self.objective not in OBJECTIVES:
+            raise UnknownNameError("objective", str(self.objective), OBJECTIVES)
+        data = self.data
+        if not (isinstance(data, (str, Path)) or (isinstance(data, Mapping) and data)):
+            raise InputError(f"data={data!r} must be a folder of `isoflop data prepare`, or several by name")
+        if not _is_hash(data):
+            places = {"": data} if isinstance(data, (str, Path)) else data
+            folders = {name: str(Path(place).resolve()) for name, place in places.items()}
+            hashes = {name: load_manifest(folder).hash for name, folder in folders.items()}
+            alone = len(folders) == 1
+            put("data", next(iter(hashes.values())) if alone else FrozenDict(hashes))
+            put("folders", next(iter(folders.values())) if alone else FrozenDict(folders))
+        elif isinstance(data, Mapping):
+            put("data", FrozenDict(data) if len(data) > 1 else next(iter(data.values())))
+        if isinstance(self.folders, Mapping):
+            put("folders", FrozenDict({name: str(place) for name, place in self.folders.items()}))
+        put("former", FrozenDict(self.former))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def horizon(self) -> int:
+        """The steps that it trains. Raises InputError where nothing says so."""
+        steps = self.steps
+        if steps is None and not self.train.phases:
+            steps = int(self.hparams.total_steps)
+        return Plan.of(self.train, steps).total_steps if steps is None else steps
+
+    def with_horizon(self) -> Self:
+        """The recipe with its number of steps, and with that as the schedule's horizon where nothing else is."""
+        Plan.of(self.train, self.horizon)  # checks it
+        hparams = self.hparams
+        if uses_horizon(self.train, hparams) and hparams.total_steps == 0:
+            hparams = hparams.replace(total_steps=self.horizon)
+        return self.replace(steps=self.horizon, hparams=hparams)
+
+    def under(self, execution: Execution) -> Self:
+        """The recipe with the execution's microbatches where they change more than rounding."""
+        counts = self.train.dropout or self.model.experts is not None
+        return self.replace(accumulate=execution.accumulate if counts else 1)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the hash is taken of, as plain values.
+
+        The horizon is left out where the schedule does not read it, so that more steps are the same run; of LATER's
+        fields those at their default.
+        """
+        train_config, hparams = self.train.to_dict(), self.hparams.to_dict()
+        for name in _NOT_HASHED:
+            del train_config[name]
+        if not uses_horizon(self.train, self.hparams):
+            del hparams["total_steps"]
+        parts = {
+            "config": json.loads(json.dumps(self.model.to_dict())) | self.former,
+            "train_config": train_config,
+            "hparams": hparams,
+        }
+        for part, names in LATER.items():
+            for name in names:
+                if parts[part].get(name) == _DEFAULTS[part][name]:
+                    parts[part].pop(name, None)
+        besides: dict[str, Any] = {"accumulate": self.accumulate} if self.accumulate != 1 else {}
+        if self.objective != OBJECTIVES[0]:
+            besides["objective"] = self.objective
+        data = dict(self.data) if isinstance(self.data, Mapping) else self.data
+        return {**parts, "data": data, **besides, **(self.start.identity if self.start else {})}
+
+    @property
+    def run_id(self) -> str:
+        """The hash that names the run, wherever its folder is."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back to an equal recipe."""
+        values = self.identity | {"config": self.model.to_dict(), "train_config": self.train.to_dict()}
+        return values | {"hparams": self.hparams.to_dict(), "steps": self.steps, "former": dict(self.former)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output, or the identity that a run keeps in run.json; former versions' too."""
+        config = values["config"]
+        start: Branch | Weights | None = None
+        if branch := values.get("branch"):
+            start = Branch(branch["run_id"], branch["step"])
+        elif sha256 := values.get("weights"):
+            start = Weights(sha256)
+        former = {name: config[name] for name in MOVED_FROM_MODEL if name in config}
+        return cls(
+            model=ModelConfig.from_dict(config),
+            train=TrainConfig.from_dict(values["train_config"]),
+            hparams=HParams(**values["hparams"]),
+            data=values.get("data", ""),
+            steps=values.get("steps"),
+            objective=values.get("objective", OBJECTIVES[0]),
+            start=start,
+            accumulate=values.get("accumulate", 1),
+            former=former or values.get("former", {}),
+        )
+
+
+def former_execution(values: Mapping[str, Any]) -> Execution:
+    """The execution that a former version kept among the fields of the configs; the default in what is new."""
+    config, train_config = values.get("config", {}), values.get("train_config", {})
+    found = {name: fields[name] for fields in (config, train_config) for name in EXECUTION_ONCE if name in fields}
+    return Execution(**found)
+
+
+EXECUTION_ONCE = ("remat", "scan_layers", "attention_kernel", "accumulate", "loss_chunks")
+
+
+def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
+    """The fields in which two recipes differ, in words; empty where they are the same run.
+
+    steps: whether another number of steps counts too.
+    """
+    before, after = (_flat(recipe, steps) for recipe in (there, here))
+    names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
+    return ", ".join(f"{name}={before.get(name)} there, {after.get(name)} here" for name in names)
+
+
+def _flat(recipe: Recipe, steps: bool) -> dict[str, Any]:
+    """The fields by their own names, which are distinct between the parts of a recipe."""
+    identity = recipe.replace(former={}).identity
+    flat: dict[str, Any] = {}
+    for part in ("config", "train_config", "hparams"):
+        flat |= _flat_part(identity.pop(part))
+    return flat | _flat_part(identity) | ({"steps": recipe.steps} if steps else {})
+
+
+def _flat_part(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat_part(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _is_hash(data: Any) -> bool:
+    """Whether these are hashes, and not folders; no data at all counts as a hash."""
+    values = data.values() if isinstance(data, Mapping) else [data]
+    return all(isinstance(value, str) and _looks_hashed(value) for value in values)
+
+
+def _looks_hashed(value: str) -> bool:
+    return not value or (len(value) == _HASH_LENGTH and set(value) <= set("0123456789abcdef"))
