@@ -5,7 +5,7 @@ these numbers. Every one of them multiplies something linear, so that a weight c
 
 | multiplied | the weights that take it |
 |---|---|
-| a residual branch, norms "pre" or "post" | its last matrices (attention's output, down, experts' down) and their biases |
+| a residual branch, norms "pre" or "post" | its last matrices (attention's output, down) and their biases |
 | a residual branch, norms "sandwich" | the scale and bias of the norm that ends it |
 | the input of an untied head | the head's matrix; its bias is added later and stays |
 | the input of a tied head | the model becomes untied: the head's matrix is the token table times the number |
@@ -37,9 +37,9 @@ def fold(config: ModelConfig, params: Params, *, dtype: DTypeLike | None = None)
     params: as `init` or training gives them; a leaf that nothing multiplies is returned as it is. dtype: of the
     result, float32 or bfloat16; None: every leaf keeps its own. Products are float32, rounded once.
 
-    All outputs of `forward` are equal, in float32 to rounding: residual streams and final hidden states too. A tied model whose head is
-    multiplied becomes untied. Raises InputError where bfloat16 cannot hold the result: with norms "sandwich" and
-    `norm_offset` a scale is stored as its distance from 1.
+    All outputs of `forward` are equal, in float32 to rounding: residual streams and final hidden states too. A tied
+    model whose head is multiplied becomes untied. Raises InputError where bfloat16 cannot hold the result: with norms
+    "sandwich" and `norm_offset` a scale is stored as its distance from 1.
     """
     standard = config.replace(parameterization="standard", base_d_model=None, base_num_layers=None)
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
@@ -78,10 +78,11 @@ def _ends_branch(config: ModelConfig, path: tuple[str, ...], leaves: dict[tuple[
 
 def _check_precision(config: ModelConfig, path: tuple[str, ...], dtype: Any) -> None:
     if config.norm_offset and path[-1] == "scale" and dtype == jnp.bfloat16:
+        by = output_multiplier(config, "residual")
         raise InputError(
-            f"bfloat16 cannot hold the norms' scales of this model: base_num_layers={config.base_num_layers} multiplies "
-            f"them by {output_multiplier(config, 'residual'):.3g}, and norm_offset stores them as their distance from 1, "
-            "which rounds away most of what is left; write float32"
+            f"bfloat16 cannot hold this model's norms: base_num_layers={config.base_num_layers} multiplies their "
+            f"scales by {by:.3g}, and norm_offset stores them as the distance from 1, which rounds away most of what "
+            "is left; write float32"
         )
 
 

@@ -73,9 +73,10 @@ def save_hf(
     """Write what Transformers loads back: config.json, generation_config.json and safetensors, sharded at 2 GB.
 
     A model under muP or depth scaling is written as the same function in the standard parameterization
-    (`model.convert.fold`). The tensors have the parameters' precision, float32 or bfloat16. model_type: as which; None: the first that can
-    hold this architecture. The folder appears whole or not at all. One that has files in it is refused unless its
-    model was written by this function too: then the model is replaced and other files, a tokenizer say, stay.
+    (`model.convert.fold`). The tensors have the parameters' precision, float32 or bfloat16. model_type: as which; None:
+    the first that can hold this architecture. The folder appears whole or not at all. One that has files in it is
+    refused unless its model was written by this function too: then the model is replaced and other files, a tokenizer
+    say, stay.
 
     Raises InputError on an architecture that no model type can hold, on parameters that are not the config's, and on
     what `fold` raises.

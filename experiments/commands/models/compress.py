@@ -119,13 +119,14 @@ def _smaller(
 
     from experiments.compress import calibration_tokens
     from infer.prune import drop_layers, prune
+    from model.convert import fold
 
     config, params, calibration = opened.config, opened.params, None
     if data is not None:
         seq_len = min(seq_len, config.max_seq_len)
         calibration = calibration_tokens(config, data, opened.tokenizer, rows=16, seq_len=seq_len)
     if drop:
-        config, params = drop_layers(config, params, drop, calibration)
+        config, params = drop_layers(*fold(config, params), drop, calibration)
     if method in ("magnitude", "wanda"):
         params = prune(config, params, method, sparsity, pattern=pattern, calibration=calibration)
     dtype = "bfloat16" if method == "bfloat16" else "float32"
