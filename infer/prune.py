@@ -146,7 +146,8 @@ def drop_layers(
     _check_plain(params)
     if config.base_num_layers is not None:
         raise InputError(
-            "base_num_layers scales every layer by their number; fold that into the weights first: model.convert.fold"
+            "base_num_layers scales every layer by their number; such a model cannot lose layers: first fold that into "
+            "the weights (model.convert.fold)"
         )
     if isinstance(layers, int):
         if calibration is None:

@@ -50,6 +50,25 @@ def test_a_mup_run_becomes_the_same_function(tied, random_params, tmp_path, monk
     np.testing.assert_allclose(apply(*load_hf(tmp_path / "hf"), tokens), apply(config, params, tokens), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_how_a_run_was_computed_does_not_keep_it_from_being_written(isoflop, data, tmp_path):
+    """Trained, written and evaluated as a user does; the losses of the run and of the folder are equal."""
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    ways = ("remat=dots", "loss_chunks=2", "attention_kernel=xla", "zero_readout=true")
+    scaled = ("parameterization=mup", "base_d_model=6", "base_num_layers=2")
+    call = ("--steps", 4, "--batch-size", 2, "--seq-len", 32, "--evaluate-tokens", 512)
+    assert isoflop("train", "study-8", "--data", data, "--out", run, *call, "--set", *ways, *scaled)[0] == 0
+    code, out, err = isoflop("model", "convert", run, folder)
+    assert (code, err) == (0, "")
+    assert "the muP multipliers are folded into the weights" in out
+    losses = []
+    for place in (run, folder):
+        file = tmp_path / f"{place.name}.json"
+        assert isoflop("eval", place, "--data", data, "--evaluate-tokens", 512, "--json", file)[0] == 0
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_a_folder_keeps_its_tokenizer(model, data, tmp_path):
     save_hf(*model, tmp_path / "one")
     shutil.copy(data / "tokenizer.model", tmp_path / "one")

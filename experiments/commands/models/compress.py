@@ -118,15 +118,18 @@ def _smaller(
     import jax
 
     from experiments.compress import calibration_tokens
+    from experiments.quantized import ROUNDED
     from infer.prune import drop_layers, prune
     from model.convert import fold
 
     config, params, calibration = opened.config, opened.params, None
+    if drop or method not in ROUNDED:  # a Hugging Face folder holds no multipliers, and fewer layers would have others
+        config, params = fold(config, params)
     if data is not None:
         seq_len = min(seq_len, config.max_seq_len)
         calibration = calibration_tokens(config, data, opened.tokenizer, rows=16, seq_len=seq_len)
     if drop:
-        config, params = drop_layers(*fold(config, params), drop, calibration)
+        config, params = drop_layers(config, params, drop, calibration)
     if method in ("magnitude", "wanda"):
         params = prune(config, params, method, sparsity, pattern=pattern, calibration=calibration)
     dtype = "bfloat16" if method == "bfloat16" else "float32"
