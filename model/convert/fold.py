@@ -81,8 +81,8 @@ def _check_precision(config: ModelConfig, path: tuple[str, ...], dtype: Any) -> 
         by = output_multiplier(config, "residual")
         raise InputError(
             f"bfloat16 cannot hold this model's norms: base_num_layers={config.base_num_layers} multiplies their "
-            f"scales by {by:.3g}, and norm_offset stores them as the distance from 1, which leaves too few digits of what "
-            "is left of them; write float32"
+            f"scales by {by:.3g}, and norm_offset stores them as the distance from 1, which leaves too few digits; "
+            "write float32"
         )
 
 
