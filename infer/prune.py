@@ -144,7 +144,10 @@ def drop_layers(
     """
     _check_plain(params)
     if config.base_num_layers is not None:
-        raise InputError("base_num_layers scales every layer by their number; such a model cannot lose layers")
+        raise InputError(
+            "base_num_layers scales every layer by their number; such a model cannot lose layers: first fold that into "
+            "the weights (model.convert.fold)"
+        )
     if isinstance(layers, int):
         if calibration is None:
             raise InputError(f"to choose {layers} layers takes calibration tokens; give some, or the layers' indices")

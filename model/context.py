@@ -55,7 +55,7 @@ def whole_rows(
     seq = positions.shape[1]
     index = jnp.arange(seq)
     contexts = {}
-    for kind in set(kinds):
+    for kind in dict.fromkeys(kinds):
         mask = jnp.ones((1, seq, seq), bool)
         if kind.causal:
             mask = mask & _visible(index[None], index[None], kind.window)
@@ -96,7 +96,7 @@ def with_cache(
     end = cache.lengths + jnp.sum(written, axis=1)
     contexts = {}
     chunk = jnp.where(written, positions, -1)
-    for kind in set(kinds):
+    for kind in dict.fromkeys(kinds):
         size = cache.slots_of(kinds.index(kind))
         # The window of a local layer is a ring: position p stands in slot p mod size.
         newest = cache.lengths[:, None] - 1

@@ -51,6 +51,11 @@ def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:
     return params
 
 
+def logit_multiplier(config: ModelConfig) -> float:
+    """Return what a head's input is multiplied by before its matrix, or before the token table."""
+    return output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
+
+
 @lenient()
 def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array, "*batch d_model"]) -> Array:
     """Float32 logits of normalised hidden states, through the token table where it is tied.
@@ -64,7 +69,7 @@ def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array,
     x = final_hidden
     if config.head == "masked-language-model":
         x = Transform(config).apply({"params": own}, x)
-    multiplier = output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
+    multiplier = logit_multiplier(config)
     x = x if multiplier == 1 else x * multiplier
     table = own["weight"] if "weight" in own else params["embedding"]["tokens"]
     logits = matmul(x, table if "weight" in own or is_weight(table) else table.T)

@@ -46,7 +46,10 @@ class Scale(NamedTuple):
 
 
 class Role(NamedTuple):
-    """One row. std: at the start, of (fan_in, scale); output: multiplies what it makes; the rest: learning rates."""
+    """One row. std: at the start, of (fan_in, scale); output: multiplies what it makes; the rest: learning rates.
+
+    Models are exported without multipliers: `model.convert.fold` puts them into the weights.
+    """
 
     std: Callable[[int, Scale], float]
     output: Callable[[Scale], float]

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.decode.cells import Cell
 from experiments.decode.probes import cores
 from experiments.peers.child import Child, python_has
-from experiments.peers.gguf_out import check_is_llama, write_gguf
+from experiments.peers.gguf_out import write_gguf
 from experiments.peers.turns import in_turns, middle_and_ends
 from infer import Sampling, prepare, stream
 from infer.decode import ROOM
@@ -77,7 +77,6 @@ def _start(
     path = folder / ("model.gguf" if name == "llama.cpp" else "model")
     try:
         if name == "llama.cpp":
-            check_is_llama(config)
             if dtype != "float32":
                 raise InputError(f"llama.cpp is compared in float32 only, not in {dtype}")
             write_gguf(config, params, path)

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.peers.kin import check_fields
 from model import ModelConfig, Params
+from model.convert import fold
 
 _FREE = {"rope_base", "norm_epsilon", "tie_embeddings", "attention_bias", "attention_output_bias"}
 _FREE |= {"compute_dtype", "remat", "attention_kernel", "norm_bias"}
@@ -30,11 +31,13 @@ def check_is_llama(config: ModelConfig) -> None:
 def write_gguf(config: ModelConfig, params: Params, file: Path) -> None:
     """All weights in float32, with a stand-in vocabulary: token ids go in and come out.
 
-    params: plain, as `init` makes them. llama.cpp turns neighbouring features of a head together where we turn its two
-    halves, so that query and key rows are stored in that order. Raises InputError on other architectures.
+    params: plain, as `init` makes them; muP's multipliers are folded into them. llama.cpp turns neighbouring features
+    of a head together where we turn its two halves, so that query and key rows are stored in that order. Raises
+    InputError on other architectures.
     """
     import gguf
 
+    config, params = fold(config, params)
     check_is_llama(config)
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_seq_len)

@@ -12,19 +12,19 @@ _CONDITIONS = {
     ("relative_buckets", "relative_max_distance"): lambda c: c.position == "relative",
     ("num_labels",): lambda c: c.head == "classifier",
     ("tie_embeddings",): lambda c: c.head in ("language-model", "masked-language-model"),
-    ("head_bias", "final_softcap"): lambda c: c.head != "none",
+    ("head_bias", "final_softcap", "scale_logits"): lambda c: c.head != "none",
     ("num_encoder_layers", "decoder_start_token_id"): lambda c: c.stack == "encoder-decoder",
     ("norm_bias",): lambda c: c.norm == "layernorm",
     ("base_d_model",): lambda c: c.parameterization == "mup",
 }
-# Fields that say how a model runs or trains, and not what it computes.
-_RUNNING = ("compute_dtype",)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+# Fields that say in which precision a model runs or how it starts, and not what it computes.
+_IDLE = ("compute_dtype", "zero_readout")
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """The same function with every field that does not matter at its default, and one spelling of the others."""
-    changes = {name: _DEFAULTS[name] for name in _RUNNING}
+    changes = {name: _DEFAULTS[name] for name in _IDLE}
     for names, matters in _CONDITIONS.items():
         if not matters(config):
             changes |= {name: _DEFAULTS[name] for name in names}

@@ -18,6 +18,7 @@ from model.convert.canonical import differences
 from model.convert.families import FAMILIES
 from model.convert.family import QUANTISED, Family
 from model.convert.fields import Raw
+from model.convert.fold import fold
 from model.convert.place import Places
 from model.convert.plan import Leaf, Step, shapes_of, steps
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
@@ -71,15 +72,20 @@ def save_hf(
 ) -> None:
     """Write what Transformers loads back: config.json, generation_config.json and safetensors, sharded at 2 GB.
 
-    The tensors have the parameters' precision, float32 or bfloat16. model_type: as which; None: the first that can
-    hold this architecture. The folder appears whole or not at all. One that has files in it is refused unless its
-    model was written by this function too: then the model is replaced and other files, a tokenizer say, stay.
+    A model under muP or depth scaling is written as the same function in the standard parameterization
+    (`model.convert.fold`). The tensors have the parameters' precision, float32 or bfloat16. model_type: as which; None:
+    the first that can hold this architecture. The folder appears whole or not at all. One that has files in it is
+    refused unless its model was written by this function too: then the model is replaced and other files, a tokenizer
+    say, stay.
 
-    Raises InputError on an architecture that no model type can hold and on parameters that are not the config's.
+    Raises InputError on an architecture that no model type can hold, on parameters that are not the config's, and on
+    what `fold` raises.
     """
     folder = Path(folder).absolute()
+    _check_params(config, params)
+    config, params = fold(config, params)
     family, raw = _choose_family(config, model_type)
-    leaves = _check_params(config, params)
+    leaves: dict[Leaf, Array] = traverse_util.flatten_dict(params)
     kept = _kept_files(folder)
     dtype = str(next(iter(leaves.values())).dtype)
     plan = {
@@ -191,8 +197,8 @@ def _choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family,
     raise InputError(f"{name} hold this architecture{hint} {', '.join(dict.fromkeys(closest[1]))}")
 
 
-def _check_params(config: ModelConfig, params: dict) -> dict[Leaf, Array]:
-    """The parameters by path. Raises InputError unless they are the config's, in one precision."""
+def _check_params(config: ModelConfig, params: dict) -> None:
+    """Raise InputError unless the parameters are the config's, in one precision."""
     if not isinstance(params, dict) or not isinstance(params.get("layers"), dict):
         raise InputError("save_hf takes the parameters that init or training gives, not those of infer.prepare")
     leaves: dict[Leaf, Any] = traverse_util.flatten_dict(params)
@@ -204,7 +210,6 @@ def _check_params(config: ModelConfig, params: dict) -> dict[Leaf, Array]:
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise InputError(f"the parameters are {', '.join(sorted(dtypes))}; save_hf takes all float32 or all bfloat16")
-    return leaves
 
 
 def _kept_files(folder: Path) -> list[Path]:

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.commands.models.convert import convert
 from experiments.models import open_model
-from model import presets
-from model.convert import save_hf
+from model import apply, presets
+from model.convert import load_hf, save_hf
 
 
 @pytest.fixture
@@ -29,6 +30,43 @@ def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkey
     text = "The people of the United States"
     assert found.need_tokenizer().encode(text) == open_model(tmp_path / "hf", data).need_tokenizer().encode(text)
     np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mup_run_becomes_the_same_function(tied, random_params, tmp_path, monkeypatch, capsys):
+    config = presets.get("tiny").replace(
+        vocab_size=320, tie_embeddings=tied, parameterization="mup", base_d_model=12, base_num_layers=1
+    )
+    params = random_params(config)
+    monkeypatch.setattr("train.load_run", lambda folder: (config, params))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"schema_version": 1}))
+    convert(run, tmp_path / "hf")
+    said = capsys.readouterr().out
+    assert "the muP multipliers are folded into the weights" in said
+    assert ("the head, which was the token table, is a matrix of its own" in said) == tied
+    tokens = jnp.arange(16).reshape(2, 8)
+    np.testing.assert_allclose(apply(*load_hf(tmp_path / "hf"), tokens), apply(config, params, tokens), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_how_a_run_was_computed_does_not_keep_it_from_being_written(isoflop, data, tmp_path):
+    """Trained, written and evaluated as a user does; the losses of the run and of the folder are equal."""
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    ways = ("remat=dots", "loss_chunks=2", "attention_kernel=xla", "zero_readout=true")
+    scaled = ("parameterization=mup", "base_d_model=6", "base_num_layers=2")
+    call = ("--steps", 4, "--batch-size", 2, "--seq-len", 32, "--evaluate-tokens", 512)
+    assert isoflop("train", "study-8", "--data", data, "--out", run, *call, "--set", *ways, *scaled)[0] == 0
+    code, out, err = isoflop("model", "convert", run, folder)
+    assert (code, err) == (0, "")
+    assert "the muP multipliers are folded into the weights" in out
+    losses = []
+    for place in (run, folder):
+        file = tmp_path / f"{place.name}.json"
+        assert isoflop("eval", place, "--data", data, "--evaluate-tokens", 512, "--json", file)[0] == 0
+        losses.append(json.loads(file.read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_a_folder_keeps_its_tokenizer(model, data, tmp_path):

@@ -9,7 +9,7 @@ from experiments.peers import decode_bench
 from experiments.peers.decode_bench import bench_against, summarize, take_turns
 from experiments.peers.gguf_out import check_is_llama, write_gguf
 from model import ModelConfig, presets
-from model.convert import load_gguf
+from model.convert import fold, load_gguf
 from model.errors import InputError
 
 TINY = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, max_seq_len=16)
@@ -23,6 +23,16 @@ def test_a_gguf_file_reads_back_as_it_was_written(changes, random_params, tmp_pa
     again, weights = load_gguf(tmp_path / "model.gguf")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, weights, params)
+
+
+def test_a_gguf_file_of_a_mup_model_holds_its_multipliers(random_params, tmp_path):
+    config = TINY.replace(parameterization="mup", base_d_model=6, base_num_layers=1)
+    params = random_params(config)
+    write_gguf(config, params, tmp_path / "model.gguf")
+    again, weights = load_gguf(tmp_path / "model.gguf")
+    standard, folded = fold(config, params)
+    assert again == standard
+    jax.tree.map(np.testing.assert_array_equal, weights, folded)
 
 
 @pytest.mark.parametrize("changes", [{"norm": "layernorm"}, {"qk_norm": True}, {"sliding_window": 4}])

@@ -118,9 +118,13 @@ def _smaller(
     import jax
 
     from experiments.compress import calibration_tokens
+    from experiments.quantized import ROUNDED
     from infer.prune import drop_layers, prune
+    from model.convert import fold
 
     config, params, calibration = opened.config, opened.params, None
+    if drop or method not in ROUNDED:  # a Hugging Face folder holds no multipliers, and fewer layers would have others
+        config, params = fold(config, params)
     if data is not None:
         seq_len = min(seq_len, config.max_seq_len)
         calibration = calibration_tokens(config, data, opened.tokenizer, rows=16, seq_len=seq_len)

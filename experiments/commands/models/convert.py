@@ -16,7 +16,8 @@ def convert(
 ) -> None:
     """Write a run, a GGUF file or a Hugging Face folder as a Hugging Face folder that Transformers loads.
 
-    Its tokenizer goes along.
+    Its tokenizer goes along. A run under muP or depth scaling is written as the same function without them: their
+    multipliers go into the weights, and a tied head that has one becomes a matrix of its own.
 
     Example: isoflop model convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
@@ -26,19 +27,18 @@ def convert(
         dtype: Precision of the weights that are written.
         model_type: The family to write as, such as llama or gpt2, where the config fits several.
     """
-    import jax
-
     from experiments.models import copy_tokenizer, open_tokenizer
     from model import accounting
     from model.convert import convert as write
-    from model.convert import load_hf, save_hf
+    from model.convert import fold, load_hf, save_hf
     from model.errors import InputError
 
+    trained = None
     if (source / "run.json").is_file():
         from train import load_run
 
-        config, params = load_run(source)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        trained, params = load_run(source)
+        config, params = fold(trained, params, dtype=dtype)
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():
         write(source, target, dtype=dtype, model_type=model_type)
@@ -49,3 +49,7 @@ def convert(
         if (tokenizer := open_tokenizer(source)) is not None:
             copy_tokenizer(tokenizer, target)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")
+    if trained is not None and trained != config:
+        untied = trained.tie_embeddings and not config.tie_embeddings
+        and_head = "; the head, which was the token table, is a matrix of its own" if untied else ""
+        print(f"the muP multipliers are folded into the weights{and_head}")
