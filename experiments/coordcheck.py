@@ -15,7 +15,7 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from experiments.report.style import MUTED, ORANGE, WIDTH, log_axis, new_figure, note, sequence, styled
-from model import ModelConfig, Params, accounting, forward
+from model import Execution, ModelConfig, Params, accounting, forward
 from model.ambient import pinned
 from model.config import Parameterization
 from model.errors import InputError
@@ -29,9 +29,7 @@ PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
 TITLES: dict[Parameterization, str] = {"standard": "Standard parameterization", "mup": "muP"}
 HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
 COMPILING = 1e8  # FLOPs per token of a model that takes as long to run as any takes to compile, for the time left
-DEFAULT = ModelConfig(
-    vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False, scan_layers=False
-)
+DEFAULT = ModelConfig(vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False)
 
 
 @pinned()
@@ -68,12 +66,13 @@ def coordinate_check(
     # What a random readout starts with shrinks by design under muP, and would hide what it learns.
     zero = not config.tie_embeddings
     models = [(name, size, made.replace(zero_readout=zero and name == "mup")) for name, size, made in models]
+    execution = Execution(scan_layers=True if axis == "depth" else None)  # unrolled, deep models compile slowly
     costs = [accounting.flops_per_token(made, seq_len) + COMPILING for *_, made in models]
     table = []
     for (name, size, made), cost in zip(models, costs, strict=True):
         runs = []
         for seed in seeds:
-            runs.append(trajectory(made, train_config, base.replace(seed=seed), batch, steps))
+            runs.append(trajectory(made, train_config, base.replace(seed=seed), batch, steps, execution))
             advance(cost / sum(costs) / len(seeds), f"{name} {axis} {size}")
         table.append(
             {"parameterization": name, "size": size, "parameters": accounting.parameters(made).total}
@@ -101,8 +100,7 @@ def resize(
     """
     if axis == "depth":
         scaled = {"parameterization": "mup", "base_d_model": config.d_model, "base_num_layers": base}
-        # Unrolled, deep models compile slowly.
-        return config.replace(num_layers=size, scan_layers=True, **(scaled if parameterization == "mup" else {}))
+        return config.replace(num_layers=size, **(scaled if parameterization == "mup" else {}))
     changes: dict[str, Any] = {"d_model": size, "head_dim": config.head_dim}
     for name in ("num_heads", "num_kv_heads", "d_ff"):
         changes[name] = _in_proportion(name, getattr(config, name), size, config.d_model)
@@ -141,15 +139,20 @@ def random_batch(config: ModelConfig, rows: int = 4, seq_len: int = 32, seed: in
 
 
 def trajectory(
-    config: ModelConfig, train_config: TrainConfig, hparams: HParams, batch: Batch, steps: int
+    config: ModelConfig,
+    train_config: TrainConfig,
+    hparams: HParams,
+    batch: Batch,
+    steps: int,
+    execution: Execution = Execution(),
 ) -> dict[str, Any]:
     """{"scale", "change": [steps + 1][places], "loss": [steps]} of one run."""
     state = _init_state(config, train_config, hparams)
-    start = now = activations(config, state.params, batch)
+    start = now = activations(config, state.params, batch, execution)
     scale, change, loss = [_sizes(start)], [[0.0] * len(places(config))], []
     for _ in range(steps):
-        state, metrics = _train_step(config, train_config, state, batch, hparams)
-        now = activations(config, state.params, batch)
+        state, metrics = _train_step(config, train_config, state, batch, hparams, execution=execution)
+        now = activations(config, state.params, batch, execution)
         scale.append(_sizes(now))
         change.append(_sizes([a - b for a, b in zip(now, start, strict=True)]))
         loss.append(float(metrics["loss"]))
@@ -158,18 +161,20 @@ def trajectory(
 
 # Three small programs compile faster than one of everything, and compiling is most of a check's time.
 _init_state = jax.jit(init_state, static_argnums=(0, 1))
-_train_step = jax.jit(train_step, static_argnums=(0, 1), donate_argnums=2)
+_train_step = jax.jit(train_step, static_argnums=(0, 1), static_argnames="execution", donate_argnums=2)
 
 
-def activations(config: ModelConfig, params: Params, batch: Batch) -> list[np.ndarray]:
+def activations(
+    config: ModelConfig, params: Params, batch: Batch, execution: Execution = Execution()
+) -> list[np.ndarray]:
     """The residual stream before and after every layer, the final hidden states and the logits, in float32."""
-    hidden, *rest = jax.device_get(_forward(config, params, batch["tokens"]))
+    hidden, *rest = jax.device_get(_forward(config, params, batch["tokens"], execution))
     return [np.asarray(array, np.float32) for array in (*hidden, *rest)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: Params, tokens: Array) -> tuple[Array | None, ...]:
-    out = forward(config, params, tokens, outputs=("hidden", "final_hidden"))
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _forward(config: ModelConfig, params: Params, tokens: Array, execution: Execution) -> tuple[Array | None, ...]:
+    out = forward(config, params, tokens, outputs=("hidden", "final_hidden"), execution=execution)
     return out.hidden, out.final_hidden, out.logits
 
 

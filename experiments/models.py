@@ -36,8 +36,8 @@ class Model:
 def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
     """The config of a preset's name or of a JSON file, with NAME=VALUE changes. Raises InputError."""
     from experiments.inputs import read_changes, read_json
-    from experiments.sweep.space.overlay import overlay_model
     from model import ModelConfig, presets
+    from train.overlay import overlay_model
 
     if preset.endswith(".json"):
         values = read_json(Path(preset))

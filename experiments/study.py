@@ -152,7 +152,7 @@ class _Study:
         trials = [{name: row[name] for name in kept} for row in results.rows]
         return summarize(axes, trials) | {
             "steps": plan["sweep_steps"],
-            "config": sweep.base.config.to_dict(),
+            "config": sweep.base.recipe.model.to_dict(),
             "base": design.shared_fields,
         }
 

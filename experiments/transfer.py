@@ -19,7 +19,7 @@ from experiments.sweep.reading.optimum import log_parabola
 from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.ambient import pinned
 from model.config import Parameterization
 from model.errors import InputError
@@ -40,6 +40,7 @@ def learning_rate_transfer(
     folder: str | Path,
     parameterizations: Sequence[Parameterization] = PARAMETERIZATIONS,
     evaluate_tokens: int = 32_768,
+    execution: Execution = Execution(),
 ) -> dict[str, Any]:
     """Sweep the same rates at every width, one compiled program each; the same call again resumes.
 
@@ -54,6 +55,7 @@ def learning_rate_transfer(
     fields = {
         field.name: getattr(train_config, field.name) for field in dataclasses.fields(train_config)
     } | base.to_dict()
+    fields |= {name: value for name, value in execution.to_dict().items() if value is not None}
     cells = []
     for name in parameterizations:
         for width in widths:

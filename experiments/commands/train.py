@@ -9,7 +9,7 @@ from experiments.commands.options import JsonFile, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
-    from train import HParams, Result, Shell, TrainConfig
+    from train import Recipe, Result, Shell, TrainConfig
     from train.data.manifest import Manifest
     from train.phases import Phase
 
@@ -63,7 +63,9 @@ def train(
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
         seq_len: Tokens per row.
-        set: Any other model, training or hyperparameter field, such as num_layers=4 schedule=constant optimizer=muon.
+        set: Any other field of the model, the training or the hyperparameters, such as num_layers=4 schedule=constant
+            optimizer=muon; and of how it runs, which may change when a run is resumed: remat=full accumulate=4
+            loss_chunks=8.
         phases: A JSON file with the list of phases, such as experiments/configs/phases.json.
         precision: Of products and activations; parameters, softmax, norms and loss are float32. auto: bfloat16 on GPUs
             and TPUs, float32 on CPUs.
@@ -89,13 +91,14 @@ def train(
     from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
     from experiments.models import read_config
-    from experiments.sweep.space.overlay import overlay
+    from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
-    from train import HParams, Shell, TrainConfig
+    from train import HParams, Recipe, Shell, TrainConfig
     from train import train as run_training
     from train.data import load_manifest
     from train.hosts import initialize
+    from train.overlay import overlay
 
     if distributed or coordinator is not None:
         initialize(coordinator, num_processes, process_id)
@@ -109,8 +112,10 @@ def train(
         raise InputError("give --steps, or --phases")
     warmup = {} if steps is None else {"warmup_steps": max(1, steps // 20)}
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
-    config, train_config, hparams = overlay(
-        read_changes(set), config.replace(compute_dtype=_dtype(precision)), base, hparams
+    recipe, execution = overlay(
+        read_changes(set),
+        Recipe(config.replace(compute_dtype=_dtype(precision)), base, hparams, data=folders, steps=steps),
+        Execution(mesh=parse_mesh(mesh) if mesh else None),
     )
     shell = Shell(
         evaluate_every=evaluate_every,
@@ -121,17 +126,16 @@ def train(
         keep_every=keep_every,
         keep_best=keep_best,
         keep_steps=keep_steps,
-        mesh=parse_mesh(mesh) if mesh else None,
         microbatch=microbatch,
         announce=True,
         wandb=wandb,
         profile=profile,
         description=f"training {preset}",
     )
-    if train_config.phases:
-        _show_plan(train_config)
-    _say_what_is_cut(shell, manifest, train_config, hparams, steps)
-    result = run_training(config, train_config, hparams, data=folders, run=out, steps=steps, shell=shell)
+    if recipe.train.phases:
+        _show_plan(recipe.train)
+    _say_what_is_cut(shell, manifest, recipe)
+    result = run_training(recipe, run=out, shell=shell, execution=execution)
     _tell(result, json)
 
 
@@ -174,6 +178,7 @@ def cool(
     from train import Shell, cooldown
     from train import train as run_training
     from train.data import load_manifest
+    from train.run import executions, read_record
 
     if len(set(at)) < len(at):
         raise InputError(f"--at {' '.join(map(str, at))} has a step twice; give each once")
@@ -182,25 +187,13 @@ def cool(
     results: list[dict[str, Any]] = []
     folders = _folders(data) if data else None
     for step in at:
-        plan = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
+        recipe = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
         if not results:
-            first = plan.data if isinstance(plan.data, str) else next(iter(plan.data.values()))
+            first = recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values()))
             say_fewer_tokens(evaluate_tokens, load_manifest(first))
-        shell = Shell(
-            evaluate_tokens=evaluate_tokens,
-            mesh=parse_mesh(mesh) if mesh else None,
-            description=f"cooling down from step {step}",
-        )
-        result = run_training(
-            plan.config,
-            plan.train_config,
-            plan.hparams,
-            data=plan.data,
-            run=out / f"from-{step}",
-            steps=plan.steps,
-            shell=shell,
-            branch=plan.branch,
-        )
+        shell = Shell(evaluate_tokens=evaluate_tokens, description=f"cooling down from step {step}")
+        execution = executions(read_record(trunk))[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None)
+        result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
         results.append(_tell(result, None))
     write_document(json, {"branches": results})
 
@@ -236,19 +229,16 @@ def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
     return values
 
 
-def _say_what_is_cut(
-    shell: "Shell", manifest: "Manifest", train_config: "TrainConfig", hparams: "HParams", steps: int | None
-) -> None:
+def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> None:
     """Say which of the numbers asked for are beyond what there is, or beyond the run's end."""
     from experiments.commands.options import say, say_fewer_tokens
     from train.hosts import is_writer
-    from train.plan import Plan
     from train.schedule import uses_horizon
 
     if not is_writer():
         return
     say_fewer_tokens(shell.evaluate_tokens, manifest)
-    last = Plan.of(train_config, steps).total_steps if steps is None else steps
+    train_config, hparams, last = recipe.train, recipe.hparams, recipe.horizon
     for flag, every in (("--evaluate-every", shell.evaluate_every), ("--keep-every", shell.keep_every)):
         if every > last:
             say(f"{flag} {every:,} is more than the run's {last:,} steps; only its end counts")

@@ -11,7 +11,7 @@ from model import ModelConfig, Params
 from model.convert import fold
 
 _FREE = {"rope_base", "norm_epsilon", "tie_embeddings", "attention_bias", "attention_output_bias"}
-_FREE |= {"compute_dtype", "remat", "attention_kernel", "norm_bias"}
+_FREE |= {"compute_dtype", "norm_bias"}
 _PARTS = {
     "attn_q": "attention/query",
     "attn_k": "attention/key",

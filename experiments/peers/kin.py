@@ -9,7 +9,7 @@ from model.errors import InputError
 _SHAPE = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
 # These change nothing in the logits of a model whose other fields are as they must be.
 _IDLE = {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
-_IDLE |= {"num_labels", "base_d_model", "zero_readout", "scan_layers", "eos_token_ids", "decoder_start_token_id"}
+_IDLE |= {"num_labels", "base_d_model", "zero_readout", "eos_token_ids", "decoder_start_token_id"}
 
 
 def check_fields(

@@ -1,41 +1,68 @@
-"""Trials that go on from another trial's run: a trunk at a constant rate, left and cooled down at several lengths.
+"""Trials that are listed by name, as a scaling study does, and those of them that branch off from another's run.
 
-A point of a space says so by names that are no settings: `_name` of the trunk, and of its branches `_trunk`, that name,
-and `_leave`, the number of updates after which they leave it.
+A branch leaves its base run at a constant rate and has a decay phase of its own (`train/branch.py`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from experiments.sweep.space.kinds import describe
+from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
+from model.fields import FrozenDict
 from train import HParams
 
-NAME, TRUNK, LEAVE = "_name", "_trunk", "_leave"
 _OWN = ("total_steps", "decay_steps", "decay_fraction", "final_fraction")
 
 
-def with_trunks(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials, those whose points name a trunk as branches of its trial of the same seed.
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A trial by its name. point: its fields, "seed" among them. trunk: the name of the run that it branches off from
+    after leave_step updates; None: it starts on its own."""
+
+    name: str
+    point: Mapping[str, Any]
+    trunk: str | None = None
+    leave_step: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "point", FrozenDict(self.point))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self) | {"point": dict(self.point)}
+
+    @classmethod
+    def from_former(cls, point: Mapping[str, Any]) -> Self:
+        """Read a point of a former version, in which three names that were no fields said the rest."""
+        rest = {name: value for name, value in point.items() if name not in ("_name", "_trunk", "_leave")}
+        return cls(point["_name"], rest, point.get("_trunk"), point.get("_leave", 0))
+
+
+def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
+    """The trials over the base of their sweep, with their parents.
 
     Raises InputError where there is no such trunk, or it is not at its peak rate where it is left.
     """
-    named = {(trial.point[NAME], _seed(trial)): trial for trial in trials if NAME in trial.point}
+    entries = list(listed)
+    made = [apply(base, entry.point).replace(name=entry.name) for entry in entries]
+    named = {(trial.name, _seed(trial)): (trial, entry) for trial, entry in zip(made, entries, strict=True)}
     found = []
-    for trial in trials:
-        if TRUNK not in trial.point:
-            found.append(trial)
-            continue
-        trunk = named.get((trial.point[TRUNK], _seed(trial)))
-        if trunk is None:
-            raise UnknownNameError("trunk", trial.point[TRUNK], sorted({name for name, _ in named}))
-        step = trial.point.get(LEAVE, 0)
-        try:
-            _check(trunk, trial, step)
-        except InputError as error:
-            raise InputError(f"{describe(trial.point)}: {error}") from None
-        found.append(dataclasses.replace(trial, parent=(trunk.id, step)))
+    for trial, entry in zip(made, entries, strict=True):
+        if entry.trunk is not None:
+            trunk, of_trunk = named.get((entry.trunk, _seed(trial)), (None, None))
+            if trunk is None or of_trunk is None:
+                raise UnknownNameError("trunk", entry.trunk, sorted({str(name) for name, _ in named}))
+            try:
+                if of_trunk.trunk is not None:
+                    raise InputError(f"its trunk {trunk.name!r} is itself a branch")
+                _check(trunk, trial, entry.leave_step)
+            except InputError as error:
+                raise InputError(f"{describe(trial.point)}: {error}") from None
+            trial = trial.replace(parent=(trunk.id, entry.leave_step))
+        found.append(trial)
     return found
 
 
@@ -45,10 +72,8 @@ def leaves(trials: Sequence[Trial], trunks: Sequence[str]) -> set[int]:
 
 
 def _check(trunk: Trial, branch: Trial, step: int) -> None:
-    if TRUNK in trunk.point:
-        raise InputError(f"its trunk {trunk.point[NAME]!r} is itself a branch")
-    mine, other = branch.setting, trunk.setting
-    if mine.cohort != other.cohort or mine.train_config.schedule != "wsd":
+    mine, other = branch.recipe, trunk.recipe
+    if branch.cohort != trunk.cohort or mine.train.schedule != "wsd":
         raise InputError("a branch has the model and the TrainConfig of its trunk, both with schedule=wsd")
     for name in HParams.NAMES:
         here, there = float(getattr(mine.hparams, name)), float(getattr(other.hparams, name))
@@ -58,16 +83,16 @@ def _check(trunk: Trial, branch: Trial, step: int) -> None:
     last = min(_constant_until(trial) for trial in (trunk, branch))
     if not warmup or not warmup <= step <= last:
         raise InputError(
-            f"{LEAVE}={step} must lie between the end of the warm-up, warmup_steps={warmup} (more than 0), and {last}, "
-            "where the first of the two begins to cool down"
+            f"leave_step={step} must lie between the end of the warm-up, warmup_steps={warmup} (more than 0), and "
+            f"{last}, where the first of the two begins its decay phase"
         )
 
 
 def _constant_until(trial: Trial) -> int:
-    hparams = trial.setting.hparams
+    hparams = trial.recipe.hparams
     total = int(hparams.total_steps)
     return total - (int(hparams.decay_steps) or round(float(hparams.decay_fraction) * total))
 
 
 def _seed(trial: Trial) -> int:
-    return int(trial.setting.hparams.seed)
+    return int(trial.recipe.hparams.seed)

@@ -43,8 +43,8 @@ def check_sweep(sweep: Sweep) -> None:
             raise InputError(
                 f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
             )
-    for setting in {trial.setting.cohort: trial.setting for trial in trials}.values():
-        check_speed(setting, sweep.objectives)
+    for trial in {trial.cohort: trial for trial in trials}.values():
+        check_speed(trial, sweep.objectives)
     # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
     policy.decide([Row(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
 
@@ -68,9 +68,9 @@ def _check_sampler(sweep: Sweep) -> None:
 
 def _check_trial(trial: Trial, vocabulary: int) -> None:
     """What `population` would refuse."""
-    config = trial.setting.config
+    config = trial.recipe.model
     try:
-        check_trainable(config, trial.setting.train_config)
+        check_trainable(config, trial.recipe.train)
         if config.vocab_size < vocabulary:
             raise InputError(f"vocab_size={config.vocab_size} is less than that of the data, {vocabulary}")
     except InputError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.layout import layer_kinds
 from train import HParams, TrainConfig, init_state
@@ -23,7 +23,7 @@ _USABLE = 0.5  # of a device's memory: the prediction is a rough one, and others
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Trials of one static shape. name: `Setting.cohort`. label: what sets it apart from the sweep's others."""
+    """Trials of one static shape. name: `Trial.cohort`. label: what sets it apart from the sweep's others."""
 
     name: str
     label: str
@@ -32,24 +32,24 @@ class Cohort:
     @property
     def config(self) -> ModelConfig:
         """The model of all its trials."""
-        return self.trials[0].setting.config
+        return self.trials[0].recipe.model
 
     @property
     def train_config(self) -> TrainConfig:
         """The static half of how all its trials are trained."""
-        return self.trials[0].setting.train_config
+        return self.trials[0].recipe.train
 
 
 def group(trials: Iterable[Trial]) -> list[Cohort]:
     """The cohorts, in the order of their first trials."""
     members: dict[str, list[Trial]] = {}
     for trial in trials:
-        members.setdefault(trial.setting.cohort, []).append(trial)
-    labels = _labels([found[0].setting for found in members.values()])
+        members.setdefault(trial.cohort, []).append(trial)
+    labels = _labels([found[0] for found in members.values()])
     return [Cohort(name, label, tuple(found)) for (name, found), label in zip(members.items(), labels, strict=True)]
 
 
-def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: int | None = None) -> int:
+def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | None = None) -> int:
     """How many lanes `count` trials of one static shape are trained in, the last batch about as full as the others.
 
     At most `limit` (None: one where lanes run in turn), and what the memory of a device (bytes; None: this one's) is
@@ -57,7 +57,7 @@ def lanes_for(setting: Setting, count: int, limit: int | None = None, memory: in
     """
     memory = device_memory() if memory is None else memory
     most = _MOST_IN_TURN if in_turn() else _MOST_AT_ONCE
-    state, temporary = state_bytes(setting), temporary_bytes(setting)
+    state, temporary = state_bytes(trial), temporary_bytes(trial)
     once, each = (temporary, state) if in_turn() else (0, state + temporary)
     fit = max(1, int((_USABLE * memory - once) // each))
     most = min(limit or most, fit)
@@ -69,9 +69,9 @@ def in_turn() -> bool:
     return not side_by_side()
 
 
-def state_bytes(setting: Setting) -> int:
+def state_bytes(trial: Trial) -> int:
     """Of one lane between steps: parameters, the optimizer's state and counters; also what its checkpoint holds."""
-    return _state_bytes(setting.config, setting.train_config)
+    return _state_bytes(trial.recipe.model, trial.recipe.train)
 
 
 @functools.lru_cache(maxsize=256)
@@ -80,35 +80,37 @@ def _state_bytes(config: ModelConfig, train_config: TrainConfig) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def temporary_bytes(setting: Setting) -> int:
+def temporary_bytes(trial: Trial) -> int:
     """Of one lane within a step, predicted: gradients, updates, and the activations that the backward pass reads.
 
     Of a layer and token: residuals and norms, queries, keys and values, the scores of whole rows, the feed-forward;
     once a layer under remat. Of the head the logits, their probabilities and gradients.
     """
-    config, train_config = setting.config, setting.train_config
-    tokens = train_config.tokens_per_step // train_config.accumulate
+    config, train_config, execution = trial.recipe.model, trial.recipe.train, trial.execution
+    tokens = train_config.tokens_per_step // execution.accumulate
     layer = 6 * config.d_model + 2 * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer += 3 * config.num_heads * train_config.seq_len
     layer += 4 * (config.d_ff if config.experts is None else config.experts.top_k * config.experts.d_ff)
     layers = len(layer_kinds(config))
-    floats = layer + layers * config.d_model if config.remat == "full" else layers * layer
+    floats = layer + layers * config.d_model if execution.remat == "full" else layers * layer
     size = jnp.dtype(config.compute_dtype).itemsize
-    logits = 3 * 4 * config.vocab_size / train_config.loss_chunks
+    logits = 3 * 4 * config.vocab_size / execution.loss_chunks
     return int(2 * accounting.parameter_bytes(config) + tokens * (floats * size + logits))
 
 
-def memory_bytes(setting: Setting, lanes: int) -> int:
+def memory_bytes(trial: Trial, lanes: int) -> int:
     """Of a device, predicted, while it trains so many lanes: their states, and what steps need that run at once."""
-    return lanes * state_bytes(setting) + (1 if in_turn() else lanes) * temporary_bytes(setting)
+    return lanes * state_bytes(trial) + (1 if in_turn() else lanes) * temporary_bytes(trial)
 
 
-def _labels(settings: list[Setting]) -> list[str]:
+def _labels(trials: list[Trial]) -> list[str]:
     """The fields in which they differ, but those that follow from others."""
-    flat = [{**setting.config.to_dict(), **setting.train_config.to_dict()} for setting in settings]
+    recipes = [trial.recipe for trial in trials]
+    parts = [(trial.recipe.model, trial.recipe.train, trial.execution) for trial in trials]
+    flat = [{name: value for part in own for name, value in part.to_dict().items()} for own in parts]
     plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
     names = [name for name in flat[0] if len({fields[name] for fields in plain}) > 1]
-    given = [name for name in names if not all(name in setting.config.derived for setting in settings)]
+    given = [name for name in names if not all(name in recipe.model.derived for recipe in recipes)]
     return [", ".join(f"{name}={_short(fields[name])}" for name in given) for fields in flat]
 
 

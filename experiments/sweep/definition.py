@@ -2,22 +2,24 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.sweep.address import check_given, kept
+from experiments.sweep.branches import Listed
 from experiments.sweep.checks import check_sweep
 from experiments.sweep.identity import with_storage
 from experiments.sweep.record import Request, Sweep, new_id
 from experiments.sweep.space import Replicate
 from experiments.sweep.space.file import load_space
 from experiments.sweep.space.overlay import rebase
-from experiments.sweep.trial import Setting
+from experiments.sweep.trial import Trial
 from model import ModelConfig
 from model.errors import InputError
 from train import HParams, TrainConfig
 from train.data import load_manifest
+from train.recipe import Recipe, difference
 
 _SAME = ("data_hash", "objectives", "policy", "evaluate_tokens")  # of a sweep, however often it is added to
 
@@ -30,7 +32,7 @@ def define(
     steps: int | None = None,
     axes: Sequence[str] = (),
     space_file: str | Path | None = None,
-    space_source: str | None = None,
+    listed: Sequence[Listed] = (),
     seeds: int | Sequence[int] | None = None,
     base: Mapping[str, Any] = {},
     batch_size: int = 8,
@@ -48,8 +50,9 @@ def define(
     """A sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is written.
 
     config: gets the vocabulary of the data. steps: of every trial whose point has no length of its own. space_file: a
-    Python file; space_source: in its place, the text of one. base: fields of all trials. seeds: how many, or which;
-    None: those of the file's outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another.
+    Python file. listed: trials by name, in place of axes and a space. base: fields of all trials. seeds: how many, or
+    which; None: those of the file's outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives
+    another.
 
     From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
     calls asked for, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
@@ -59,27 +62,28 @@ def define(
     manifest = load_manifest(data)
     if storage is not None:
         check_given(storage)
-    start = Setting(
+    start = Recipe(
         config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
         HParams(warmup_fraction=0.05),
+        manifest.hash,
         steps or 0,
     )
-    source = space_source
+    source = None
     if space_file is not None:
         try:
             source = Path(space_file).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"the space {space_file} cannot be read: {error}") from None
     if source is not None:
-        own = load_space(source, Path(space_file or "space.py"))
+        own = load_space(source, Path(str(space_file)))
         if isinstance(own, Replicate):
             if seeds is not None:
                 raise InputError(f"seeds are given twice: by replicate in {space_file}, and by --seeds; give one")
             seeds = own.seeds
     sweep = Sweep(
         folder=Path(folder),
-        base=rebase(start, base),
+        base=rebase(Trial(start), base),
         data=Path(data).resolve(),
         axes=tuple(axes),
         space_file=None if source is None else f"space-{hashlib.sha256(source.encode()).hexdigest()[:8]}.py",
@@ -96,6 +100,7 @@ def define(
         id=new_id(Path(folder)),
         data_hash=manifest.hash,
         space_source=source,
+        listed=tuple(listed),
     )
     sweep = _joined(sweep)
     check_sweep(sweep)
@@ -112,26 +117,32 @@ def _joined(sweep: Sweep) -> Sweep:
             raise InputError(f"{folder} is not empty and has no sweep.json; choose another folder for the sweep")
         return sweep
     there = Sweep.read(folder)
-    differences = _differences(_flat(there.base.to_dict()), _flat(sweep.base.to_dict()))
+    hashless = [one.base.recipe.replace(data="") for one in (there, sweep)]  # the data are compared below
+    differences = difference(*hashless, steps=True)
     if differences:
         raise InputError(f"{folder} holds a sweep of another base: {differences}; choose another folder or that base")
-    old, new = ({name: getattr(one, name) for name in _SAME} for one in (there, sweep))
+    old, new = ({name: getattr(one, name) for name in _SAME} | {"decode": one.base.decode} for one in (there, sweep))
     differences = _differences(old, new)
     if differences:
         raise InputError(f"{folder} holds another sweep: {differences}; choose another folder or that setting")
     storage = there.storage if sweep.storage is None else with_storage(there, sweep.storage).storage
-    axes, asked = ({name for r in all for name in r.space(folder).names} for all in (_requests(there), [sweep.request]))
+    axes, asked = ({name for r in all for name in _names(r, folder)} for all in (_requests(there), [sweep.request]))
     if axes != asked:
         raise InputError(
             f"{folder} holds a sweep over {_listed(axes)}, and this one is over {_listed(asked)}: one setting would "
             "stand in it under two names; choose another folder, or give every axis a value"
         )
     earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
-    return dataclasses.replace(sweep, storage=storage, earlier=earlier, id=there.id)
+    base = sweep.base.replace(recipe=sweep.base.recipe.replace(former=there.base.recipe.former))
+    return dataclasses.replace(sweep, base=base, storage=storage, earlier=earlier, id=there.id)
 
 
 def _requests(sweep: Sweep) -> tuple[Request, ...]:
     return (*sweep.earlier, sweep.request)
+
+
+def _names(request: Request, folder: Path) -> Collection[str]:
+    return request.names if request.listed else request.space(folder).names
 
 
 def _listed(names: set[str]) -> str:
@@ -142,19 +153,6 @@ def _covers(new: Request, old: Request) -> bool:
     """Whether the new request has every trial of the old one."""
     same = dataclasses.replace(old, seeds=new.seeds) == new
     return same and set(old.seeds) <= set(new.seeds)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields by their own names: those of the four configs are distinct."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in ("config", "train_config", "hparams"):
-            found |= _flat(value)
-        elif isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -249,7 +249,7 @@ class Ledger:
         first = trials[0]
         if first.id in there:
             self._end(key, REPEATED)
-        elif self.storage.set(key, trial=first.to_dict(), cohort=first.setting.cohort, id=first.id):
+        elif self.storage.set(key, trial=first.to_dict(), cohort=first.cohort, id=first.id):
             self.storage.move(key, "WAITING")
 
     def _asked(self) -> list[Any]:
@@ -303,7 +303,7 @@ def _planned(trial: Trial, params: dict, distributions: dict, rungs: Mapping[int
         state=TrialState.WAITING,
         params=params,
         distributions=distributions,
-        user_attrs={"id": trial.id, "trial": trial.to_dict(), "cohort": trial.setting.cohort},
+        user_attrs={"id": trial.id, "trial": trial.to_dict(), "cohort": trial.cohort},
         intermediate_values=dict(rungs or {}),
     )
 

@@ -41,7 +41,7 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
         "trials": len(rows),
         "points_to_draw": missing,
         "states": {state: states[state] for state in get_args(State)},
-        "cohorts": [_cohort(name, rows) for name in dict.fromkeys(row.trial.setting.cohort for row in rows)],
+        "cohorts": [_cohort(name, rows) for name in dict.fromkeys(row.trial.cohort for row in rows)],
         "best": _best(sweep, rows),
         "tokens_done": done,
         "tokens_expected": expected,
@@ -135,9 +135,9 @@ def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda
 
 
 def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    members = [row for row in rows if row.trial.setting.cohort == name]
-    setting = members[0].trial.setting
-    config, train_config = setting.config, setting.train_config
+    members = [row for row in rows if row.trial.cohort == name]
+    recipe = members[0].trial.recipe
+    config, train_config = recipe.model, recipe.train
     states = Counter(row.state for row in members)
     return {
         "cohort": name,
@@ -149,17 +149,17 @@ def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _planned_tokens(row: Row) -> int:
     """Of the updates that it makes itself: what it shares with a run that it leaves is trained there."""
-    return row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step - _shared_tokens(row)
+    return row.trial.steps * row.trial.recipe.train.tokens_per_step - _shared_tokens(row)
 
 
 def _shared_tokens(row: Row) -> int:
     parent = row.trial.parent
-    return 0 if parent is None else parent[1] * row.trial.setting.train_config.tokens_per_step
+    return 0 if parent is None else parent[1] * row.trial.recipe.train.tokens_per_step
 
 
 def _tokens(sweep: Sweep, row: Row) -> int:
     """Seen by a trial itself up to now, by its record where it is under way."""
-    known = int(row.facts.get("tokens", row.steps_done * row.trial.setting.train_config.tokens_per_step))
+    known = int(row.facts.get("tokens", row.steps_done * row.trial.recipe.train.tokens_per_step))
     if row.state == "running":
         known = max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
     return max(0, known - _shared_tokens(row))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.sweep.trial import Setting
+from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
 
 LOSS = "loss"
@@ -35,16 +35,16 @@ def direction(name: str) -> str:
     return DIRECTIONS[name]
 
 
-def check_speed(setting: Setting, names: tuple[str, ...]) -> None:
+def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
     """Raise InputError where the speed of such a model cannot be measured, before it is trained."""
     if set(names) != {LOSS}:
         from experiments.decode.bench import check_grid
 
-        check_grid(setting.config, [_cell(setting)], _STEPS, _REPEATS)
+        check_grid(trial.recipe.model, [_cell(trial)], _STEPS, _REPEATS)
 
 
-def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
-    """The numbers of `isoflop bench decode` for a setting's shape, with random weights: speed asks for no others.
+def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
+    """The numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
 
     Measured once per shape and `Decode`, and kept in `folder/speed`, so that all trials of a shape have one value,
     whichever worker finished them. Raises RuntimeError where the measurement fails.
@@ -55,13 +55,13 @@ def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
     from model import init
     from train.checksums import read_sealed
 
-    config = setting.config
-    content = {"config": config.to_dict(), "decode": setting.decode.to_dict()}
+    config = trial.recipe.model
+    content = {"config": config.to_dict(), "decode": trial.decode.to_dict()}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "speed" / f"{key}.json"
     if not path.exists():
         build = lambda _: (config, init(config, jax.random.key(0)))
-        row = run_grid(build, config, [_cell(setting)], steps=_STEPS, repeats=_REPEATS)[0]
+        row = run_grid(build, config, [_cell(trial)], steps=_STEPS, repeats=_REPEATS)[0]
         if "error" in row:
             raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")
         _keep_first(path, {name: value for name, value in row.items() if isinstance(value, (int, float))} | content)
@@ -69,22 +69,22 @@ def measure_speed(setting: Setting, folder: Path) -> dict[str, float]:
     return measured | {name: measured[own] for name, own in _ALIASES.items()}
 
 
-def values(setting: Setting, names: tuple[str, ...], loss: float, folder: Path) -> dict[str, float]:
+def values(trial: Trial, names: tuple[str, ...], loss: float, folder: Path) -> dict[str, float]:
     """Of every objective, by its name; the speed as by `measure_speed`, where it is one.
 
     Raises InputError where the benchmark does not give an objective for this shape.
     """
-    found = {LOSS: loss} | ({} if set(names) == {LOSS} else measure_speed(setting, folder))
+    found = {LOSS: loss} | ({} if set(names) == {LOSS} else measure_speed(trial, folder))
     for name in names:
         if found.get(name) is None:
             raise InputError(f"the decode benchmark gives no {name} for this model; leave that objective out")
     return {name: float(found[name]) for name in names}
 
 
-def _cell(setting: Setting) -> Any:
+def _cell(trial: Trial) -> Any:
     from experiments.decode.cells import Cell
 
-    decode = setting.decode
+    decode = trial.decode
     return Cell(batch=decode.batch, prompt=decode.context, weights=decode.weights, cache=decode.cache)
 
 

@@ -30,7 +30,7 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
     trials = expected_trials(sweep, sweep.trials)
     cohorts = group(trials)
     used = _expected(sweep, trials)
-    shapes = [(cohort.trials[0].setting, len(cohort.trials)) for cohort in cohorts]
+    shapes = [(cohort.trials[0], len(cohort.trials)) for cohort in cohorts]
     speed = time_steps(shapes) if probe else None
     rows = [_row(sweep, cohort, used, speed) for cohort in cohorts]
     summed = ("trials", "compiles", "tokens", "flops_6nd", "flops_exact", "checkpoint_bytes", "hours")
@@ -54,9 +54,9 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
 
 
 def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: Speed | None) -> dict[str, Any]:
-    setting, config, train_config = cohort.trials[0].setting, cohort.config, cohort.train_config
-    lanes = lanes_for(setting, len(cohort.trials), sweep.lanes)
-    steps = [trial.setting.steps for trial in cohort.trials]
+    first, config, train_config = cohort.trials[0], cohort.config, cohort.train_config
+    lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
+    steps = [trial.steps for trial in cohort.trials]
     shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
@@ -76,9 +76,9 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
         "expected_tokens": expected,
         "flops_6nd": tokens * accounting.flops_per_token(config, train_config.seq_len, "6N"),
         "flops_exact": tokens * accounting.flops_per_token(config, train_config.seq_len, "exact"),
-        "state_bytes": state_bytes(setting),
-        "checkpoint_bytes": len(cohort.trials) * state_bytes(setting),
-        "memory_bytes": memory_bytes(setting, lanes),
+        "state_bytes": state_bytes(first),
+        "checkpoint_bytes": len(cohort.trials) * state_bytes(first),
+        "memory_bytes": memory_bytes(first, lanes),
         "step_seconds": speed and speed.step_seconds(config, train_config),
         "hours": speed and _hours(speed, cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
     }
@@ -108,4 +108,4 @@ def _is_done(sweep: Sweep, trial: Trial) -> bool:
     if not (folder / "run.json").exists():
         return False
     record = read_record(folder)
-    return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= trial.setting.steps)
+    return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= trial.steps)

@@ -6,16 +6,17 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
+from experiments.sweep.branches import Listed
 from experiments.sweep.space import Replicate, Space, grid, product
 from experiments.sweep.space.file import load_space
 from experiments.sweep.space.values import parse_axes
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.files import write_atomically
@@ -27,7 +28,8 @@ SCHEMA_VERSION = 1
 class Request:
     """What one call asked for: the trials of a sweep are those of all its calls.
 
-    sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`.
+    sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
+    trials by name, in place of a space.
     """
 
     axes: tuple[str, ...] = ()
@@ -35,6 +37,31 @@ class Request:
     seeds: tuple[int, ...] = (0,)
     sampler: str = "all"
     space_source: str | None = None
+    listed: tuple[Listed, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The fields of what is listed."""
+        return frozenset(name for entry in self.listed for name in entry.point)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the source of the space stays in its file."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["space_source"]
+        return values | {"listed": [entry.to_dict() for entry in self.listed]}
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], folder: Path) -> Self:
+        """Read `to_dict`'s output in a sweep's folder, and that of former versions."""
+        listed = tuple(Listed(**entry) for entry in values.get("listed", ()))
+        fields = _tuples({**values, "space_source": _source(folder, values["space_file"])})
+        request = cls(**{**fields, "listed": listed})
+        if "listed" in values or request.space_source is None:
+            return request
+        points = request.space(folder).points()
+        if not any("_name" in point for point in points):
+            return request
+        return cls(seeds=request.seeds, listed=tuple(map(Listed.from_former, json.loads(json.dumps(points)))))
 
     def space(self, folder: Path) -> Space:
         """The product of the axes with the file's space, without its seeds. Raises InputError."""
@@ -53,9 +80,10 @@ class Sweep:
     """The definition of a sweep.
 
     folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
-    file. base: what the space varies; steps 0: every point gives its own length. data: the prepared folder, data_hash:
-    of its content. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder` whose `space` is
-    multiplied with them, space_source: its text. seeds: of the replicates of every point.
+    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder,
+    data_hash: of its content. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder` whose
+    `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of the
+    replicates of every point.
     objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
     name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
     "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives it; None:
@@ -65,7 +93,7 @@ class Sweep:
     """
 
     folder: Path
-    base: Setting
+    base: Trial
     data: Path
     axes: tuple[str, ...] = ()
     space_file: str | None = None
@@ -81,6 +109,7 @@ class Sweep:
     evaluate_tokens: int = 65_536
     data_hash: str = ""
     space_source: str | None = None
+    listed: tuple[Listed, ...] = ()
     earlier: tuple[Request, ...] = ()
     id: str | None = None
 
@@ -105,7 +134,7 @@ class Sweep:
     @property
     def request(self) -> Request:
         """What the newest call asked for."""
-        return Request(self.axes, self.space_file, self.seeds, self.sampler, self.space_source)
+        return Request(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
 
     def space(self) -> Space:
         """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
@@ -125,7 +154,8 @@ class Sweep:
             "base": self.base.to_dict(),
             "data": str(self.data),
             "beside": self._beside(),
-            "earlier": [{n: v for n, v in dataclasses.asdict(r).items() if n != "space_source"} for r in self.earlier],
+            "listed": [entry.to_dict() for entry in self.listed],
+            "earlier": [request.to_dict() for request in self.earlier],
         }
 
     def _beside(self) -> dict[str, str]:
@@ -149,17 +179,19 @@ class Sweep:
             raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
         del content["schema_version"]
         try:
-            earlier = [Request(**_tuples(values)) for values in content.pop("earlier")]
-            base, data, beside = Setting.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
-            sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content))
+            earlier = tuple(Request.read(values, folder) for values in content.pop("earlier"))
+            own = {field.name: content[field.name] for field in dataclasses.fields(Request) if field.name in content}
+            made = Request.read(own, folder)
+            request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
+            base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
+            base = base.replace(recipe=base.recipe.replace(data=content["data_hash"]))
+            sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content) | request)
             if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
                 moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))
                 sweep = dataclasses.replace(sweep, storage=moved)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is damaged (missing or wrong: {error})") from None
-        source = _source(folder, sweep.space_file)
-        with_sources = (dataclasses.replace(r, space_source=_source(folder, r.space_file)) for r in earlier)
-        return dataclasses.replace(sweep, space_source=source, earlier=tuple(with_sources))
+        return sweep
 
     def write(self) -> None:
         """`sweep.json`, after the spaces' files that it names: a kill leaves the old definition or the new one."""

@@ -70,9 +70,9 @@ class RunAll:
             if row.state == "planned" and trunk in ("diverged", "pruned"):
                 prune.append(row.trial.id)
             elif row.state == "planned" and trunk == "finished":
-                ready[row.trial.id] = row.trial.setting.steps
+                ready[row.trial.id] = row.trial.steps
         return Decision(ready, tuple(prune))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
         """Its end."""
-        return (trial.setting.steps,)
+        return (trial.steps,)

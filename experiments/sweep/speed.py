@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from experiments.sweep.cohort import in_turn, lanes_for
-from experiments.sweep.trial import Setting
-from model import ModelConfig, accounting
+from experiments.sweep.trial import Trial
+from model import Execution, ModelConfig, accounting
 from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
 from train.compile import compile_program
@@ -39,25 +39,25 @@ def flops_of_step(config: ModelConfig, train_config: TrainConfig) -> float:
     return train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len, "exact")
 
 
-def time_steps(shapes: Sequence[tuple[Setting, int]], seconds: float = 1.0) -> Speed:
+def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Speed:
     """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others lie between.
 
-    shapes: settings, and how many runs there are of each, which is how many may be side by side.
+    shapes: trials, and how many runs there are of each, which is how many may be side by side.
     """
-    size = lambda shape: flops_of_step(shape[0].config, shape[0].train_config)
+    size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train)
     ordered = sorted(shapes, key=size)
     chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     measured = []
     with progress_bar("timing the step", len(chosen)) as advance:
-        for setting, runs in chosen:
-            lanes = 1 if in_turn() else lanes_for(setting, runs)
-            found = measure_step(setting.config, setting.train_config, lanes, seconds)
+        for trial, runs in chosen:
+            lanes = 1 if in_turn() else lanes_for(trial, runs)
+            found = measure_step(trial.recipe.model, trial.recipe.train, lanes, seconds, trial.execution)
             measured.append(
                 {
-                    "d_model": setting.config.d_model,
+                    "d_model": trial.recipe.model.d_model,
                     "lanes": lanes,
                     "step_seconds": found["step_seconds"] / lanes,
-                    "flops_exact_per_step": size((setting, runs)),
+                    "flops_exact_per_step": size((trial, runs)),
                     "compile_seconds": found["compile_seconds"],
                 }
             )
@@ -77,13 +77,16 @@ def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
     return 0.0, large["flops_exact_per_step"] / large["step_seconds"]
 
 
-def measure_step(config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float) -> dict[str, Any]:
+def measure_step(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float, execution: Execution = Execution()
+) -> dict[str, Any]:
     """Median time of the real training step on random tokens, measured for about `seconds` after two warm-up steps.
 
     Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps,
     as samples are.
     """
-    program = compile_program(config, train_config, lanes, make_mesh(default_axes(train_config.batch_size)))
+    mesh = make_mesh(execution.mesh or default_axes(train_config.batch_size // execution.accumulate))
+    program = compile_program(config, train_config, lanes, mesh, execution=execution)
     times = _step_times(program, config, train_config, lanes, seconds)
     tokens = lanes * train_config.tokens_per_step
     step = statistics.median(times)

@@ -47,14 +47,22 @@ class Trial:
         decode = {"decode": self.decode.to_dict()} if self.decode != Decode() else {}
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}
         execution = {"execution": varied} if varied and not self.recipe.former else {}
-        return _hash(self.recipe.identity | {"steps": self.recipe.steps} | decode | execution | parent)[:16]
+        return _hash(self.recipe.identity | {"steps": self.steps} | decode | execution | parent)[:16]
+
+    @property
+    def steps(self) -> int:
+        """Updates to its end, which its schedule is planned for; 0 of a base whose points have lengths."""
+        return self.recipe.steps or 0
 
     @functools.cached_property
     def cohort(self) -> str:
         """The name of its program: trials of one cohort are lanes of it."""
-        shape = {"config": self.recipe.model.to_dict(), "train_config": self.recipe.train.to_dict()}
-        execution = {} if self.execution == Execution() else {"execution": self.execution.to_dict()}
-        return _hash(shape | execution)[:8]
+        recipe, how = self.recipe, self.execution
+        config, train_config = {**recipe.model.to_dict(), **recipe.former}, recipe.train.to_dict()
+        if recipe.former:
+            train_config |= {"accumulate": how.accumulate, "loss_chunks": how.loss_chunks}
+        execution = {} if recipe.former or how == Execution() else {"execution": how.to_dict()}
+        return _hash({"config": config, "train_config": train_config} | execution)[:8]
 
     @functools.cached_property
     def point_key(self) -> str:

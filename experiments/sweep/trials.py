@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.sweep.branches import with_trunks
+from experiments.sweep.branches import list_trials
 from experiments.sweep.record import Sweep
 from experiments.sweep.space import random
 from experiments.sweep.space.overlay import apply
@@ -12,17 +12,20 @@ from experiments.sweep.trial import Trial
 
 
 def plan_trials(sweep: Sweep) -> list[Trial]:
-    """The trials of all points that are enumerated (sampler "all"), in the order of the calls; seeds vary fastest.
+    """The trials that are listed or enumerated (sampler "all"), in the order of the calls; seeds vary fastest.
 
     One and the same trial stands there once. Raises InputError on a point that is impossible.
     """
     found: dict[str, Trial] = {}
     for request in (*sweep.earlier, sweep.request):
-        if request.sampler == "all":
+        if request.listed:
+            for trial in list_trials(sweep.base, request.listed):
+                found.setdefault(trial.id, trial)
+        elif request.sampler == "all":
             for point in request.space(sweep.folder).points():
                 for trial in trials_at(sweep, point, request.seeds):
                     found.setdefault(trial.id, trial)
-    return with_trunks(list(found.values()))
+    return list(found.values())
 
 
 def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None = None) -> list[Trial]:
@@ -32,11 +35,7 @@ def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None =
     """
     chosen = (point["seed"],) if "seed" in point else sweep.seeds if seeds is None else seeds
     plain = json.loads(json.dumps(point))
-    made = []
-    for seed in chosen:
-        setting = apply(sweep.base, {**plain, "seed": seed})
-        made.append(Trial(setting, {**plain, "seed": seed}, sweep.data_hash))
-    return made
+    return [apply(sweep.base, {**plain, "seed": seed}) for seed in chosen]
 
 
 def expected_trials(sweep: Sweep, count: int) -> list[Trial]:

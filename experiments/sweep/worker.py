@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from experiments.sweep.branches import NAME, leaves
+from experiments.sweep.branches import leaves
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import check_speed, direction, values
 from experiments.sweep.record import Sweep
@@ -26,8 +26,8 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from model.ambient import pinned
 from train import Result, Shell, population
-from train.branch import Branch
 from train.files import is_full
+from train.recipe import Branch, Recipe
 from train.run import BusyError, is_held, read_record
 
 logger = logging.getLogger("isoflop")
@@ -88,11 +88,11 @@ class _Worker:
     def _train(self, rows: list[Row], ready: Mapping[str, int]) -> bool:
         """Claim trials of one cohort and train them; whether there were any."""
         trials = {row.trial.id: row.trial for row in rows if row.trial.id in ready}
-        sizes = Counter(trial.setting.cohort for trial in trials.values())
+        sizes = Counter(trial.cohort for trial in trials.values())
         if not sizes:
             return False
         cohort = self.last if self.last and self.last in sizes else sizes.most_common(1)[0][0]
-        members = {name: ready[name] for name, trial in trials.items() if trial.setting.cohort == cohort}
+        members = {name: ready[name] for name, trial in trials.items() if trial.cohort == cohort}
         limit = self._lanes(cohort, rows)
         claims = self.ledger.claim(members, limit)
         if not claims:
@@ -109,9 +109,9 @@ class _Worker:
         from experiments.sweep.cohort import lanes_for
 
         if cohort not in self.lanes:
-            members = [row.trial for row in rows if row.trial.setting.cohort == cohort]
+            members = [row.trial for row in rows if row.trial.cohort == cohort]
             drawn = self.sweep.trials * len(self.sweep.seeds) if self.sweep.sampler != "all" else 0
-            self.lanes[cohort] = lanes_for(members[0].setting, max(len(members), drawn), self.sweep.lanes)
+            self.lanes[cohort] = lanes_for(members[0], max(len(members), drawn), self.sweep.lanes)
         return self.lanes[cohort]
 
     def _ask(self) -> bool:
@@ -150,7 +150,7 @@ class _Cohort:
         try:
             self._leave_whatis_held()
             if self.claims:
-                check_speed(self.claims[0].trial.setting, self.sweep.objectives)
+                check_speed(self.claims[0].trial, self.sweep.objectives)
                 for claim, result in zip(self.claims, self._train(), strict=True):
                     self._report(claim, result)
         except KeyboardInterrupt:
@@ -168,43 +168,42 @@ class _Cohort:
                 self.ledger.fail(claim, words)
 
     def _train(self) -> list[Result]:
-        setting = self.claims[0].trial.setting
+        first = self.claims[0].trial
         steps = self.left_at
         if self.sweep.policy == "population":
             steps = steps.union(*(self.worker.policy.rungs(claim.trial) for claim in self.claims))
         shell = Shell(
             evaluate_tokens=self.sweep.evaluate_tokens,
             keep_checkpoints=1,
-            checkpoint_start=setting.train_config.spike_sigma > 0,  # else the start is made again from the seed
+            checkpoint_start=first.recipe.train.spike_sigma > 0,  # else the start is made again from the seed
             keep_steps=tuple(sorted(steps)),
             description=": ".join(filter(None, (self.sweep.name, self.standing, self._words()))),
         )
         # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()
         return population(
-            setting.config,
-            setting.train_config,
-            [claim.trial.setting.hparams for claim in self.claims],
+            [self._recipe(claim.trial) for claim in self.claims],
             data=self.sweep.data,
             runs=[self.sweep.run_folder(claim.trial) for claim in self.claims],
             steps=[claim.until for claim in self.claims],
             shell=shell,
-            branches=[self._branch(claim.trial) for claim in self.claims],
             lanes=min(few, self.limit),
+            execution=first.execution,
         )
 
     def _words(self) -> str:
         if len(self.claims) > 1:
             return f"{len(self.claims)} trials"
-        point = self.claims[0].trial.point
-        return point[NAME] if NAME in point else textwrap.shorten(describe(point), 60, placeholder=" …")
+        first = self.claims[0].trial
+        return first.name or textwrap.shorten(describe(first.point), 60, placeholder=" …")
 
-    def _branch(self, trial: Trial) -> Branch | None:
+    def _recipe(self, trial: Trial) -> Recipe:
+        """The trial's recipe; of a branch from where it leaves its parent's run."""
         if trial.parent is None:
-            return None
+            return trial.recipe
         name, step = trial.parent
-        trunk = self.sweep.folder / "runs" / name
-        return Branch(trunk.resolve(), read_record(trunk)["run_id"], step)
+        parent = (self.sweep.folder / "runs" / name).resolve()
+        return trial.recipe.replace(start=Branch(read_record(parent)["run_id"], step, parent))
 
     def _report(self, claim: Claim, result: Result) -> None:
         facts = _facts(result) | {"worker": self.ledger.worker, "claimed_at": self.claimed_at, "ended_at": time.time()}
@@ -213,10 +212,10 @@ class _Cohort:
             self.ledger.diverge(claim, facts | {"status": "diverged"})
         elif not self.ledger.report(claim, claim.until, loss):
             return
-        elif claim.until < claim.trial.setting.steps:
+        elif claim.until < claim.trial.steps:
             self.ledger.hand_back(claim, facts)
         else:
-            found = values(claim.trial.setting, self.sweep.objectives, loss, self.sweep.folder)
+            found = values(claim.trial, self.sweep.objectives, loss, self.sweep.folder)
             self.ledger.finish(claim, list(found.values()), facts | found)
 
     def _leave_whatis_held(self) -> None:

@@ -36,7 +36,7 @@ def train(
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config.
-        set: Model fields to change, such as scan_layers=true.
+        set: Fields to change, of the model or of how it runs, such as num_layers=4 remat=dots.
         batch_size: Rows per step and lane.
         seq_len: Tokens per row.
         lanes: Trials per program, each measured; with 1 among them, also as ratios to it.
@@ -50,25 +50,28 @@ def train(
     from experiments.decode.probes import best_of, measure_ceilings
     from experiments.decode.render import ceilings_in_words
     from experiments.decode.roofline import share_interval
+    from experiments.inputs import read_changes
     from experiments.models import read_config
     from experiments.sweep.speed import measure_step
     from model.errors import InputError
-    from train import TrainConfig
+    from train import Recipe, TrainConfig
+    from train.overlay import overlay
 
     if against is None:
         say_unused("without --against", train, rounds=rounds)
-    config = read_config(preset, set)
+    config = read_config(preset)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
+    shape = TrainConfig(batch_size=batch_size, seq_len=seq_len)
+    recipe, execution = overlay(read_changes(set), Recipe(config, shape))
+    config, shape = recipe.model, recipe.train
     if against is not None:
         if lanes != (1,):
             raise InputError("--against compares one lane with one model: leave --lanes out")
-        _train_against_torch(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), rounds, json)
+        _train_against_torch(config, shape, rounds, json)
         return
-    about = describe(config, preset, random_weights=True) | {"schema_version": 1}
+    about = describe(config, preset, random_weights=True) | {"schema_version": 1, "execution": execution.to_dict()}
     ceilings = measure_ceilings(config.compute_dtype)
-    rows = [
-        measure_step(config, TrainConfig(batch_size=batch_size, seq_len=seq_len), count, seconds) for count in lanes
-    ]
+    rows = [measure_step(config, shape, count, seconds, execution) for count in lanes]
     ceilings = best_of(ceilings, measure_ceilings(config.compute_dtype))
     alone = [row["tokens_per_second"] for row in rows if row["lanes"] == 1]
     for row in rows:

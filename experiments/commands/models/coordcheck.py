@@ -127,24 +127,23 @@ def transfer(
     """
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
-    from experiments.sweep.space.overlay import overlay
     from experiments.transfer import learning_rate_transfer, transfer_figure
-    from train import HParams, TrainConfig
+    from train import HParams, Recipe, TrainConfig
     from train.data import load_manifest
+    from train.overlay import overlay
 
     manifest = load_manifest(data)
-    config, train_config, hparams = overlay(
-        read_changes(set),
-        _model(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,), max_seq_len=seq_len),
-        TrainConfig(batch_size=batch_size, seq_len=seq_len),
-        HParams(warmup_steps=max(1, steps // 20), final_fraction=0.0),
-    )
+    model = _model(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
+    shape = TrainConfig(batch_size=batch_size, seq_len=seq_len)
+    hparams = HParams(warmup_steps=max(1, steps // 20), final_fraction=0.0)
+    recipe, execution = overlay(read_changes(set), Recipe(model.replace(max_seq_len=seq_len), shape, hparams))
     document = learning_rate_transfer(
-        config,
+        recipe.model,
         widths,
         learning_rates,
-        train_config=train_config,
-        base=hparams,
+        train_config=recipe.train,
+        base=recipe.hparams,
+        execution=execution,
         steps=steps,
         seeds=range(seeds),
         data=data,
@@ -169,8 +168,8 @@ def _model(preset: str | None) -> "ModelConfig":
 
 def _model_and_batch(preset: str | None, set: tuple[str, ...], data: Path | None) -> tuple["ModelConfig", Any]:
     from experiments.inputs import read_changes
-    from experiments.sweep.space.overlay import overlay_model
     from train.data import Loader, load_manifest
+    from train.overlay import overlay_model
 
     config = _model(preset)
     if data is None:

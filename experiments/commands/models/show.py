@@ -8,7 +8,7 @@ from experiments.commands.models import holdings, tables
 from experiments.commands.options import JsonFile, Overrides
 
 if TYPE_CHECKING:
-    from model import ModelConfig
+    from model import Execution, ModelConfig
 
 
 def list_presets(*, json: JsonFile = None) -> None:
@@ -81,12 +81,14 @@ def show(
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
     from experiments.models import is_stored, open_parameters, read_config
-    from experiments.sweep.space.overlay import overlay_model
     from model.errors import InputError
     from model.sharding import parse_mesh
+    from train.overlay import overlay
+    from train.recipe import Recipe
 
     own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
-    config = overlay_model(read_changes(set), own)
+    recipe, execution = overlay(read_changes(set), Recipe(own))
+    config = recipe.model
     seq_len = config.max_seq_len if seq_len is None else seq_len
     if batch < 1 or seq_len < 1:
         raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
@@ -97,7 +99,7 @@ def show(
         )
     held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
     document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config), "mesh": held}
-    document["attention_kernels"] = _kernels(config, seq_len)
+    document["attention_kernels"] = _kernels(config, seq_len, execution)
     write_document(json, document)
     out = console()
     out.print(f"{preset}: {tables.describe(config)}", highlight=False, markup=False, style="bold")
@@ -150,13 +152,13 @@ def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[
     }
 
 
-def _kernels(config: "ModelConfig", seq_len: int) -> dict[str, tuple[str, str]]:
-    """Each kind of layer's kernel on this machine, and why that one; "none" where the config names one that cannot."""
+def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dict[str, tuple[str, str]]:
+    """Each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
     from model.errors import InputError
     from model.kernels import kernels_of
 
     try:
-        return kernels_of(config, seq_len)
+        return kernels_of(config, seq_len, execution)
     except InputError as error:
         return {"all": ("none", str(error))}
 

@@ -122,10 +122,11 @@ class SweepOptions:
         is_finite = all(isinstance(axis, Values) for axis in space.axes().values())
         if sweep.sampler != "all" and is_finite and sweep.trials > space.size:
             say(f"--trials {sweep.trials:,} is more than the {space.size:,} points of the space, each trained once")
-        if sweep.base.hparams.warmup_steps > 0 or "warmup_steps" in space.names:
-            late = [t.setting for t in expected_trials(sweep, 1) if t.setting.hparams.warmup_steps > t.setting.steps]
+        if sweep.base.recipe.hparams.warmup_steps > 0 or "warmup_steps" in space.names:
+            recipes = [trial.recipe for trial in expected_trials(sweep, 1)]
+            late = [recipe for recipe in recipes if recipe.hparams.warmup_steps > recipe.horizon]
             if late:
-                warmup, steps = int(late[0].hparams.warmup_steps), late[0].steps
+                warmup, steps = int(late[0].hparams.warmup_steps), late[0].horizon
                 say(f"warmup_steps={warmup:,} is more than {steps:,} steps; {len(late):,} trials end below their rate")
 
 

@@ -10,14 +10,14 @@ from experiments.scaling.study.published import law_named
 from experiments.scaling.study.rungs import Rung, StepSeconds, expected_optimum, plan_rungs, shapes
 from experiments.sweep.cohort import lanes_for, memory_bytes, state_bytes
 from experiments.sweep.speed import Speed, time_steps
-from experiments.sweep.trial import Setting
+from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.ambient import pinned
 from model.errors import InputError
-from train import HParams
 from train.data import Loader, load_manifest
 from train.memory import device_memory
 from train.peak import PEAKS, device_named
+from train.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Plan:
 
     def _shape(self, members: list[Rung]) -> dict[str, Any]:
         first = members[0]
-        setting = _setting(self.design, first.config, first.batch_size)
-        lanes = lanes_for(setting, len(members))
-        state = state_bytes(setting)
+        trial = _trial(self.design, first.config, first.batch_size)
+        lanes = lanes_for(trial, len(members))
+        state = state_bytes(trial)
         return {
             "names": [rung.name for rung in members],
             "d_model": first.d_model,
@@ -123,7 +123,7 @@ class Plan:
             "lanes": lanes,
             "state_bytes": state,
             "checkpoint_bytes": state * sum(1 if rung.trunk is None else 2 for rung in members),
-            "memory_bytes": None if self.hardware else memory_bytes(setting, lanes),
+            "memory_bytes": None if self.hardware else memory_bytes(trial, lanes),
         }
 
     def _total(self, rungs: list[Rung]) -> dict[str, Any]:
@@ -195,28 +195,28 @@ def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:
     return load_manifest(data).vocab_size, Loader(data, batch_size=1, seq_len=design.seq_len, seed=0).tokens_per_epoch
 
 
-def _check_fits(steps: list[tuple[Setting, int]]) -> None:
+def _check_fits(steps: list[tuple[Trial, int]]) -> None:
     """Raise InputError where the largest step is predicted not to fit this machine, before it is timed."""
-    largest = max((setting for setting, _ in steps), key=lambda setting: memory_bytes(setting, 1))
-    needs, has, shape = memory_bytes(largest, 1), device_memory(), largest.train_config
+    largest = max((trial for trial, _ in steps), key=lambda trial: memory_bytes(trial, 1))
+    needs, has, shape = memory_bytes(largest, 1), device_memory(), largest.recipe.train
     if needs > has:
         raise InputError(
-            f"a step of the largest model (d_model={largest.config.d_model}, {shape.batch_size:,} × {shape.seq_len:,} "
-            f"tokens) is predicted to take {needs / 2**30:,.1f} GiB and this machine has {has / 2**30:,.1f}: name the "
-            "hardware that the study is for, such as --device h100 --devices 8, or time nothing with --no-probe"
+            f"a step of the largest model (d_model={largest.recipe.model.d_model}, {shape.batch_size:,} × "
+            f"{shape.seq_len:,} tokens) is predicted to take {needs / 2**30:,.1f} GiB and this machine has "
+            f"{has / 2**30:,.1f}: name the hardware that the study is for, such as --device h100 --devices 8, or time nothing with --no-probe"
         )
 
 
-def _shapes(design: Design, rungs: list[Rung]) -> list[tuple[Setting, int]]:
-    return [(_setting(design, config, rows), len(members)) for (config, rows), members in shapes(rungs).items()]
+def _shapes(design: Design, rungs: list[Rung]) -> list[tuple[Trial, int]]:
+    return [(_trial(design, config, rows), len(members)) for (config, rows), members in shapes(rungs).items()]
 
 
-def _first_guess(design: Design, vocab_size: int) -> list[tuple[Setting, int]]:
+def _first_guess(design: Design, vocab_size: int) -> list[tuple[Trial, int]]:
     base = design.base_config(vocab_size)
     params = accounting.parameters(base).active
     rows = design.batch_size if isinstance(design.batch_size, int) else 1
     widths = [design.family.nearest(base, size) for size in (params / 4, params)]
-    return [(_setting(design, design.family.member(base, width), rows), design.count) for width in widths]
+    return [(_trial(design, design.family.member(base, width), rows), design.count) for width in widths]
 
 
 def _step_seconds(design: Design, speed: Speed) -> StepSeconds:
@@ -224,5 +224,5 @@ def _step_seconds(design: Design, speed: Speed) -> StepSeconds:
     return lambda config, rows: speed.step_seconds(config, shape.replace(batch_size=rows))
 
 
-def _setting(design: Design, config: ModelConfig, rows: int) -> Setting:
-    return Setting(config, design.train_config(rows), HParams(), 0)
+def _trial(design: Design, config: ModelConfig, rows: int) -> Trial:
+    return Trial(Recipe(config, design.train_config(rows)), execution=design.execution)

@@ -11,11 +11,13 @@ from typing import Any, Self
 from experiments.scaling.study.family import Family
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
-from model import ModelConfig
+from model import Execution, ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
-from train import HParams, TrainConfig
+from train import TrainConfig
 from train.config import Schedule
+from train.overlay import overlay
+from train.recipe import Recipe
 
 _SIZES = ("d_model", "params", "tokens", "flops")
 _DECIDED: tuple[str, ...] = (
@@ -128,7 +130,7 @@ class Design(Part):
     evaluate_tokens: int = 65_536
     """Of the validation split, for every run's loss."""
     set: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Other fields of all runs, of the model, TrainConfig or HParams, such as beta2."""
+    """Other fields of all runs, of the model, TrainConfig, HParams or Execution, such as beta2 or remat."""
 
     def __post_init__(self) -> None:
         _read_tables(self)
@@ -221,14 +223,21 @@ class Design(Part):
         from experiments.models import read_config
 
         config = read_config(self.base).replace(vocab_size=vocab_size, max_seq_len=self.seq_len, eos_token_ids=())
-        return self._overlay(config, TrainConfig())[0]
+        return self._overlay(config, TrainConfig())[0].model
 
     def train_config(self, batch_size: int) -> TrainConfig:
         """The static half of how a rung of so many rows is trained. Raises InputError."""
         from experiments.models import read_config
 
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
-        return self._overlay(read_config(self.base), shape)[1]
+        return self._overlay(read_config(self.base), shape)[0].train
+
+    @property
+    def execution(self) -> Execution:
+        """How all runs are executed."""
+        from experiments.models import read_config
+
+        return self._overlay(read_config(self.base), TrainConfig(seq_len=self.seq_len))[1]
 
     @property
     def run_schedule(self) -> Schedule:
@@ -240,10 +249,8 @@ class Design(Part):
         """What all runs have beyond the base model and the shape of a batch, by field: the base of their sweep."""
         return {"schedule": self.run_schedule, "final_fraction": self.final_fraction, **self.set}
 
-    def _overlay(self, config: ModelConfig, train_config: TrainConfig) -> tuple[ModelConfig, TrainConfig]:
-        from experiments.sweep.space.overlay import overlay
-
-        return overlay(self.set, config, train_config, HParams())[:2]
+    def _overlay(self, config: ModelConfig, train_config: TrainConfig) -> tuple[Recipe, Execution]:
+        return overlay(self.set, Recipe(config, train_config))
 
     def _check_values(self) -> None:
         least = {"count": 2, "sizes": 4, "seq_len": 1, "seeds": 1, "evaluate_tokens": 1}

@@ -5,7 +5,6 @@ which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.c
 that were predicted) and held_out.json.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
 from experiments.scaling.study.rungs import Rung, plan_rungs
+from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
@@ -81,14 +81,14 @@ def rungs_of(design: Design, data: str | Path) -> list[Rung]:
 
 
 def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Path) -> Sweep | None:
-    """The sweep that trains these rungs, whose names are the `_name`s of its points; None of none. Writes nothing."""
+    """The sweep that trains these rungs, by their names; None of none. Writes nothing."""
     if not rungs:
         return None
     return define(
         design.base_config(load_manifest(data).vocab_size),
         data=data,
         folder=folder,
-        space_source=_space(rungs),
+        listed=[Listed(r.name, {**r.point, "seed": r.seed}, r.trunk, r.leave_step) for r in rungs],
         # A rung's warm-up is its own, in steps; none is none.
         base={"warmup_fraction": 0.0} | design.shared_fields,
         seq_len=design.seq_len,
@@ -96,24 +96,11 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
     )
 
 
-def _space(rungs: Sequence[Rung]) -> str:
-    """A space's file: a line per run."""
-    lines = []
-    for rung in rungs:
-        point = {"_name": rung.name, **rung.point, "seed": rung.seed}
-        if rung.trunk is not None:
-            point |= {"_trunk": rung.trunk, "_leave": rung.leave_step}
-        values = ", ".join(f"{json.dumps(name)}: [{value!r}]" for name, value in point.items())
-        lines.append(f"    grid(**{{{values}}}),\n")
-    head = '"""The runs of a scaling study."""\n\nfrom experiments.sweep.space import chain, grid\n\n'
-    return f"{head}space = chain(\n{''.join(lines)})\n"
-
-
 def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dict[str, Any]]:
     """Train what is not trained yet; a row of the table for every rung, in their order."""
     if sweep is None:
         return []
-    by_name = {row.trial.point["_name"]: row for row in run_sweep(sweep, workers)}
+    by_name = {row.trial.name: row for row in run_sweep(sweep, workers)}
     return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
 
 

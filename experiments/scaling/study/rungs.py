@@ -11,7 +11,8 @@ from experiments.scaling.study.published import middle_of
 from experiments.words import counted
 from model import ModelConfig
 from model.errors import InputError
-from train import HParams
+from train.overlay import overlay
+from train.recipe import Recipe
 
 _WALL = 0.75  # in factors of a size: as near to the expected optimum as rounding may bring the outermost sizes
 _LEAST_STEPS = 4
@@ -282,8 +283,5 @@ def _batch_size(design: Design, sizes: dict[str, float]) -> int:
 
 def _check_fields(design: Design, base: ModelConfig) -> None:
     """What is wrong for every rung is said before any is laid out."""
-    from experiments.sweep.space.overlay import rebase
-    from experiments.sweep.trial import Setting
-
     design.family.member(base, design.family.step(base))
-    rebase(Setting(base, design.train_config(1), HParams(), 0), design.shared_fields)
+    overlay(design.shared_fields, Recipe(base, design.train_config(1)))

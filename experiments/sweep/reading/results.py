@@ -97,7 +97,7 @@ def record_troubles(results: Results) -> list[str]:
 
 
 def _flat(row: Row, names: Sequence[str], objectives: Sequence[str], *, population: bool) -> dict[str, Any]:
-    setting, facts = row.trial.setting, row.facts
+    trial, facts = row.trial, row.facts
     point = row.trial.point
     last = row.rungs[row.steps_done] if row.rungs else None
     finished = row.state == "finished"
@@ -107,20 +107,20 @@ def _flat(row: Row, names: Sequence[str], objectives: Sequence[str], *, populati
         "id": row.trial.id,
         "number": row.number,
         "state": row.state,
-        "cohort": setting.cohort,
-        "seed": point.get("seed", setting.hparams.seed),
+        "cohort": trial.cohort,
+        "seed": point.get("seed", trial.recipe.hparams.seed),
     }
     flat |= {name: point.get(name) for name in names}
     flat |= {"loss": loss, "last_loss": loss if finished else last}
     flat |= {name: values.get(name) for name in objectives if name != "loss"}
-    tokens_per_step = setting.train_config.tokens_per_step
+    tokens_per_step = trial.recipe.train.tokens_per_step
     parent, parent_steps = row.trial.parent or (None, 0)
     reached = {"steps": row.steps_done, "tokens": row.steps_done * tokens_per_step}
     for name in FACTS:
         flat[f"{name}_done" if name in names else name] = facts.get(name, reached.get(name))
     return flat | {
-        "planned_steps": setting.steps,
-        "planned_tokens": setting.steps * tokens_per_step,
+        "planned_steps": trial.steps,
+        "planned_tokens": trial.steps * tokens_per_step,
         "parent": parent,
         "parent_steps": parent_steps,
         "member": row.trial.id if population and parent else None,

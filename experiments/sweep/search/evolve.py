@@ -55,14 +55,14 @@ class Population:
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
         """The exchanges after it was born, and its end."""
-        steps, born = trial.setting.steps, trial.parent[1] if trial.parent else 0
+        steps, born = trial.steps, trial.parent[1] if trial.parent else 0
         return (*(step for step in self.generations(steps) if step > born), steps)
 
     def decide(self, rows: Sequence[Row]) -> Decision:
         """Raises InputError where members of one population have different numbers of steps."""
         populations: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row.trial.id):
-            populations.setdefault(row.trial.setting.cohort, []).append(row)
+            populations.setdefault(row.trial.cohort, []).append(row)
         ready: dict[str, int] = {}
         prune: list[str] = []
         add: list[Trial] = []
@@ -73,7 +73,7 @@ class Population:
     def _decide_one(
         self, shape: str, rows: list[Row], ready: dict[str, int], prune: list[str], add: list[Trial]
     ) -> None:
-        steps = {row.trial.setting.steps for row in rows}
+        steps = {row.trial.steps for row in rows}
         if len(steps) > 1:
             raise InputError(
                 f"members of one population must make the same number of steps, not {min(steps)} to {max(steps)}"
@@ -125,7 +125,7 @@ class Population:
 
     def _child(self, parent: Trial, step: int, start: list[Row], random: np.random.Generator) -> Trial:
         changes: dict[str, Any] = {"seed": int(random.integers(2**31))}
-        hparams = parent.setting.hparams
+        hparams = parent.recipe.hparams
         for name in sorted(parent.point):
             if name not in HParams.NAMES or name in NOT_PERTURBED:
                 continue
@@ -135,8 +135,8 @@ class Population:
                 changes[name] = donor.point.get(name, value)
             else:
                 changes[name] = _perturbed(hparams, name, value, (0.8, 1.25)[random.integers(2)])
-        setting = dataclasses.replace(parent.setting, hparams=hparams.replace(**changes))
-        return Trial(setting, parent.point | changes, parent.data, (parent.id, step))
+        recipe = parent.recipe.replace(hparams=hparams.replace(**changes))
+        return parent.replace(recipe=recipe, point={**parent.point, **changes}, parent=(parent.id, step))
 
 
 def _perturbed(hparams: HParams, name: str, value: float, factor: float) -> float:

@@ -34,7 +34,7 @@ def make_policy(sweep: "Sweep") -> Policy:
             f"--policy population searches by itself and --sampler {sweep.sampler} would too; leave the sampler out, "
             "and give the first members as values, or by random(space, count) in a space file"
         )
-    tokens = sweep.base.steps * sweep.base.train_config.tokens_per_step
+    tokens = sweep.base.steps * sweep.base.recipe.train.tokens_per_step
     build, known, fixed = {
         "all": (RunAll, (), {}),
         "halving": (Halving, _SETTINGS, {"full_tokens": tokens, "waits": not searched}),
@@ -77,17 +77,16 @@ class Halving:
 
     def gates(self, trial: Trial) -> tuple[int, ...]:
         """Updates at its rungs before its end."""
-        setting = trial.setting
-        per_step = setting.train_config.tokens_per_step
-        own = setting.steps * per_step
+        per_step = trial.recipe.train.tokens_per_step
+        own = trial.steps * per_step
         full = self.full_tokens if _steady(trial) and self.full_tokens else own
         levels = (full * self.min_fraction * self.eta**k for k in itertools.count())
         before = itertools.takewhile(lambda tokens: tokens < own * (1 - 1e-9), levels)
-        return tuple(min(max(1, round(tokens / per_step)), setting.steps) for tokens in before)
+        return tuple(min(max(1, round(tokens / per_step)), trial.steps) for tokens in before)
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
         """Updates at which it may be pruned, and its end."""
-        return tuple(sorted({*self.gates(trial), trial.setting.steps}))
+        return tuple(sorted({*self.gates(trial), trial.steps}))
 
     def decide(self, rows: Sequence[Row]) -> Decision:
         """Raises InputError where the trials' losses at equal tokens say nothing of each other's ends."""
@@ -205,7 +204,7 @@ class _Point:
 
     def target(self, row: Row, allowed: int) -> int | None:
         """Up to where a planned replicate may go; None: it waits."""
-        end = row.trial.setting.steps
+        end = row.trial.steps
         goals = (*self.gates, end)[: allowed + 1]
         later = [goal for goal in goals if goal > row.steps_done]
         if later:
@@ -242,13 +241,13 @@ def check_comparable(trials: Sequence[Trial], full_tokens: int) -> None:
     A schedule that falls towards the trial's end makes a shorter trial look better at the same tokens; so the ends
     must agree (to a batch), or the rates must not depend on them. full_tokens: 0 where the sweep has no length.
     """
-    per_step = [trial.setting.train_config.tokens_per_step for trial in trials]
-    ends = [trial.setting.steps * tokens for trial, tokens in zip(trials, per_step, strict=True)]
+    per_step = [trial.recipe.train.tokens_per_step for trial in trials]
+    ends = [trial.steps * tokens for trial, tokens in zip(trials, per_step, strict=True)]
     if not trials or max(ends) - min(ends) <= max(per_step):
         return
     between = f"trials that end after {min(ends):,} to {max(ends):,} tokens"
     if not all(map(_steady, trials)):
-        schedules = {trial.setting.train_config.schedule for trial in trials if not _steady(trial)}
+        schedules = {trial.recipe.train.schedule for trial in trials if not _steady(trial)}
         raise InputError(
             f"{between} with schedule={','.join(sorted(schedules))} cannot be compared at rungs in between; give all "
             "the same number of tokens, or schedule=constant, or --policy all"
@@ -258,7 +257,7 @@ def check_comparable(trials: Sequence[Trial], full_tokens: int) -> None:
 
 
 def _steady(trial: Trial) -> bool:
-    train_config = trial.setting.train_config
+    train_config = trial.recipe.train
     return train_config.schedule in STEADY and not train_config.phases
 
 

@@ -29,7 +29,7 @@ class Curve(NamedTuple):
 
         None where the run had diverged by then.
         """
-        end = self.trial.setting.steps
+        end = self.trial.steps
         if step >= end:
             return self.validation.get(end)
         near = min(self.validation, key=lambda known: abs(known - step), default=None)
@@ -51,7 +51,7 @@ def replay_halving(
     """
     if not curves:
         raise InputError("successive halving is replayed on the learning curves of a sweep's folder, not on a table")
-    full = max(curve.trial.setting.steps * curve.trial.setting.train_config.tokens_per_step for curve in curves)
+    full = max(curve.trial.steps * curve.trial.recipe.train.tokens_per_step for curve in curves)
     policy = Halving(full, eta, min_fraction)
     exact = all(_is_validated(curve, step) for curve in curves for step in policy.gates(curve.trial))
     points: dict[str, list[Curve]] = {}
@@ -99,7 +99,7 @@ def read_curves(recorded: Recorded) -> list[Curve]:
 def _halve(recorded: Recorded, policy: Halving, curves: Sequence[Curve]) -> dict[str, Any]:
     known = {curve.trial.id: curve for curve in curves}
     rows = play(policy, [curve.trial for curve in curves], lambda trial, step: known[trial.id].at(step))
-    full = sum(row.trial.setting.steps * row.trial.setting.train_config.tokens_per_step for row in rows)
+    full = sum(row.trial.steps * row.trial.recipe.train.tokens_per_step for row in rows)
     ended: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         if row.state == "finished" and row.values:
@@ -117,5 +117,5 @@ def _halve(recorded: Recorded, policy: Halving, curves: Sequence[Curve]) -> dict
 
 
 def _is_validated(curve: Curve, step: int) -> bool:
-    end = curve.trial.setting.steps
+    end = curve.trial.steps
     return any(known < end and abs(known - step) <= NEAR * step for known in curve.validation)

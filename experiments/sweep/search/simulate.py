@@ -27,7 +27,7 @@ def _advanced(row: Row, step: int, loss: Callable[[Trial, int], float | None]) -
     if value is None:
         return dataclasses.replace(row, state="diverged")
     rungs = {**row.rungs, step: value}
-    if step < row.trial.setting.steps:
+    if step < row.trial.steps:
         return dataclasses.replace(row, rungs=rungs)
     return dataclasses.replace(row, state="finished", rungs=rungs, values=(value,))
 
@@ -35,4 +35,4 @@ def _advanced(row: Row, step: int, loss: Callable[[Trial, int], float | None]) -
 def tokens_used(row: Row) -> int:
     """Tokens that a trial has trained on: up to its last rung, from where it left its parent's run."""
     born = row.trial.parent[1] if row.trial.parent else 0
-    return max(0, row.steps_done - born) * row.trial.setting.train_config.tokens_per_step
+    return max(0, row.steps_done - born) * row.trial.recipe.train.tokens_per_step
