@@ -98,7 +98,6 @@ def define(
         lanes=lanes,
         evaluate_tokens=evaluate_tokens,
         id=new_id(Path(folder)),
-        data_hash=manifest.hash,
         space_source=source,
         listed=tuple(listed),
     )

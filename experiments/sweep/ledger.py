@@ -282,7 +282,13 @@ class Ledger:
 
     def _trial(self, frozen: Any) -> Trial:
         if frozen._trial_id not in self._trials:
-            self._trials[frozen._trial_id] = Trial.from_dict(frozen.user_attrs["trial"])
+            trial, stored = Trial.from_dict(frozen.user_attrs["trial"]), frozen.user_attrs["id"]
+            if trial.id != stored:  # what is claimed by one id and trained under another would never end
+                raise InputError(
+                    f"{self.storage.name} holds a trial {stored} that this version would call {trial.id}: another "
+                    "version wrote it; go on with that one, or choose another folder"
+                )
+            self._trials[frozen._trial_id] = trial
         return self._trials[frozen._trial_id]
 
 

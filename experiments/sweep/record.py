@@ -80,10 +80,10 @@ class Sweep:
     """The definition of a sweep.
 
     folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
-    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder,
-    data_hash: of its content. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder` whose
-    `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of the
-    replicates of every point.
+    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder of
+    the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder`
+    whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of
+    the replicates of every point.
     objectives: "loss" and names of `isoflop bench decode`'s numbers. sampler: "all" for every point of the space, or a
     name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all", "halving",
     "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives it; None:
@@ -107,7 +107,6 @@ class Sweep:
     storage: str | None = None
     lanes: int | None = None
     evaluate_tokens: int = 65_536
-    data_hash: str = ""
     space_source: str | None = None
     listed: tuple[Listed, ...] = ()
     earlier: tuple[Request, ...] = ()
@@ -117,6 +116,11 @@ class Sweep:
     def name(self) -> str:
         """The name of its folder."""
         return self.folder.resolve().name
+
+    @property
+    def data_hash(self) -> str:
+        """The hash of the data's content."""
+        return str(self.base.recipe.data)
 
     @property
     def address(self) -> str:
@@ -184,7 +188,7 @@ class Sweep:
             made = Request.read(own, folder)
             request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
             base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
-            base = base.replace(recipe=base.recipe.replace(data=content["data_hash"]))
+            base = base.replace(recipe=base.recipe.replace(data=content.pop("data_hash", base.recipe.data)))
             sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content) | request)
             if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
                 moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))

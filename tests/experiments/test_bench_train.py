@@ -55,7 +55,7 @@ def test_lanes_are_compared_with_one(tmp_path, monkeypatch):
     speeds = ("tokens_per_second", "tokens_per_second_slowest", "tokens_per_second_fastest")
     others = ("flops_6nd_per_second", "flops_exact_per_second", "step_seconds", "compile_seconds")
 
-    def measured(config, train_config, lanes, seconds):
+    def measured(config, train_config, lanes, seconds, execution):
         row = {"lanes": lanes, "samples": {"step_seconds": [0.9, 1.0, 1.1]}}
         return row | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
 

@@ -45,7 +45,7 @@ def made(data, tmp_path_factory):
         )  # fmt: skip
         ledger = begin(sweep)
         for claim in ledger.claim({row.trial.id: 2 for row in ledger.rows()}, 2):
-            loss = 3 + float(claim.trial.setting.hparams.learning_rate)
+            loss = 3 + float(claim.trial.recipe.hparams.learning_rate)
             shutil.copytree(folder / "run", sweep.run_folder(claim.trial))
             ledger.finish(claim, [loss], {"run": f"runs/{claim.trial.id}", "steps": 2, "loss": loss})
         ledger.storage.forget_session()

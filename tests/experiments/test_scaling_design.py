@@ -144,7 +144,7 @@ def test_hours_are_filled_and_more_of_them_give_larger_budgets():
 def machine(monkeypatch):
     """A machine whose step takes a millisecond and its FLOPs at 10 GFLOP/s."""
 
-    def measure(config, train_config, lanes, seconds):
+    def measure(config, train_config, lanes, seconds, execution):
         flops = train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len)
         return {"step_seconds": lanes * (1e-3 + flops / 1e10), "compile_seconds": 2.0}
 

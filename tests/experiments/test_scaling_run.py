@@ -35,21 +35,21 @@ def test_every_rung_is_a_trial_of_its_own(design, data, tmp_path):
     rungs = rungs_of(design, data)
     sweep = sweep_of(design, rungs, data, tmp_path / "sweep")
     trials = plan_trials(sweep)
-    assert [trial.point["_name"] for trial in trials] == [rung.name for rung in rungs]
+    assert [trial.name for trial in trials] == [rung.name for rung in rungs]
     assert not (tmp_path / "sweep").exists()
     for rung, trial in zip(rungs, trials, strict=True):
-        setting = trial.setting
-        assert (setting.steps, int(setting.hparams.total_steps)) == (rung.steps, rung.steps)
-        assert setting.config.replace(eos_token_ids=()) == rung.config
-        assert int(setting.hparams.warmup_steps) == rung.warmup_steps
-        assert float(setting.hparams.learning_rate) == pytest.approx(rung.learning_rate)
-        assert rung.tokens == setting.steps * setting.train_config.tokens_per_step
+        recipe = trial.recipe
+        assert (recipe.steps, int(recipe.hparams.total_steps)) == (rung.steps, rung.steps)
+        assert recipe.model.replace(eos_token_ids=()) == rung.config
+        assert int(recipe.hparams.warmup_steps) == rung.warmup_steps
+        assert float(recipe.hparams.learning_rate) == pytest.approx(rung.learning_rate)
+        assert rung.tokens == recipe.steps * recipe.train.tokens_per_step
 
 
 def test_no_warmup_is_none(design, data, tmp_path):
     rungs = rungs_of(design.replace(warmup_fraction=0.0), data)
     trial = plan_trials(sweep_of(design.replace(warmup_fraction=0.0), rungs, data, tmp_path / "sweep"))[0]
-    assert float(trial.setting.hparams.warmup_fraction) == int(trial.setting.hparams.warmup_steps) == 0
+    assert float(trial.recipe.hparams.warmup_fraction) == int(trial.recipe.hparams.warmup_steps) == 0
 
 
 def test_branches_of_the_plan_are_branches_of_the_sweep(design, data, tmp_path):
@@ -60,7 +60,7 @@ def test_branches_of_the_plan_are_branches_of_the_sweep(design, data, tmp_path):
     assert any(rung.trunk for rung in rungs)
     for rung, trial in zip(rungs, trials, strict=True):
         assert trial.parent == (None if rung.trunk is None else (ids[rung.trunk], rung.leave_step))
-    assert len({trial.setting.cohort for trial in trials}) == len({rung.d_model for rung in rungs})
+    assert len({trial.cohort for trial in trials}) == len({rung.d_model for rung in rungs})
 
 
 def test_a_folder_of_something_else_is_refused(design, data, tmp_path):

@@ -1,7 +1,10 @@
 """Branches of a sweep: which trial they leave, when they may run, what they cost."""
 
+import dataclasses
+
 import pytest
 
+from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.plan import plan_sweep
 from experiments.sweep.row import Row, RunAll
@@ -9,37 +12,35 @@ from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trials import plan_trials
 from model import InputError, presets
 
-SPACE = """
-from experiments.sweep.space import chain, grid
-shared = {"warmup_steps": [2], "learning_rate": [0.01]}
-space = chain(
-    grid(_name=["long"], steps=[20], decay_steps=[4], **shared),
-    grid(_trunk=["long"], _leave=[8], steps=[10], decay_steps=[2], **shared),
-    grid(_trunk=["long"], _leave=[12], steps=[15], decay_steps=[3], **shared),
-)
-"""
+SHARED = {"warmup_steps": 2, "learning_rate": 0.01}
+TRUNK = Listed("long", {"steps": 20, "decay_steps": 4} | SHARED)
+EARLY = Listed("early", {"steps": 10, "decay_steps": 2} | SHARED, "long", 8)
+LATE = Listed("late", {"steps": 15, "decay_steps": 3} | SHARED, "long", 12)
+
+
+def with_point(entry, **point):
+    return dataclasses.replace(entry, point=entry.point | point)
+
+
+def of_seeds(*entries, seeds=(0, 1)):
+    return [with_point(entry, seed=seed) for entry in entries for seed in seeds]
 
 
 @pytest.fixture
 def sweep(data, tmp_path):
-    """Define a sweep of one trunk and its two branches; `changes` of the space's text."""
+    """Define a sweep of one trunk and its two branches, or of these entries; each with two seeds."""
 
-    def make(*changes, **arguments):
-        text = SPACE
-        for before, after in changes:
-            assert before in text
-            text = text.replace(before, after)
-        file = tmp_path / "space.py"
-        file.write_text(text)
-        given = {"seq_len": 32, "batch_size": 2, "base": {"schedule": "wsd"}, "evaluate_tokens": 128, "seeds": 2}
-        return define(presets.get("tiny"), data=data, folder=tmp_path / "sweep", space_file=file, **(given | arguments))
+    def make(*entries, **arguments):
+        given = {"seq_len": 32, "batch_size": 2, "base": {"schedule": "wsd"}, "evaluate_tokens": 128}
+        listed = of_seeds(*(entries or (TRUNK, EARLY, LATE)))
+        return define(presets.get("tiny"), data=data, folder=tmp_path / "sweep", listed=listed, **(given | arguments))
 
     return make
 
 
 def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     trials = plan_trials(sweep())
-    trunks = {trial.setting.hparams.seed.item(): trial.id for trial in trials if trial.parent is None}
+    trunks = {trial.recipe.hparams.seed.item(): trial.id for trial in trials if trial.parent is None}
     assert sorted(trunks) == [0, 1]
     branches = [trial for trial in trials if trial.parent is not None]
     assert [trial.parent for trial in branches] == [(trunks[s], step) for step in (8, 12) for s in (0, 1)]
@@ -51,25 +52,24 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     assert sum(map(tokens_used, ended)) == 2 * (20 + 2 + 3) * 64
     assert plan_sweep(sweep(), probe=False)["total"]["tokens"] == 2 * (20 + 2 + 3) * 64
     lost = play(RunAll(), trials, lambda trial, step: None if trial.id == trunks[0] else 1.0)
-    states = {(row.trial.setting.hparams.seed.item(), row.trial.parent is None): row.state for row in lost}
+    states = {(row.trial.recipe.hparams.seed.item(), row.trial.parent is None): row.state for row in lost}
     assert states == {(0, True): "diverged", (0, False): "pruned", (1, True): "finished", (1, False): "finished"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "message"),
+    ("entries", "arguments", "message"),
     [
-        ([('_trunk=["long"], _leave=[8]', '_trunk=["lnog"], _leave=[8]')], {}, "unknown trunk 'lnog'; did you mean"),
-        ([("_leave=[8]", "_leave=[9]")], {}, r"_leave=9 must lie between .* warmup_steps=2 .* and 8"),
-        ([("_leave=[8]", "_leave=[1]")], {}, "_leave=1 must lie between the end of the warm-up"),
-        ([("decay_steps=[4]", "decay_steps=[9]")], {}, "_leave=12 must lie between .* and 11"),
-        ([("steps=[10]", "beta2=[0.5], steps=[10]")], {}, "beta2=0.5, but 0.95 in its trunk"),
-        ([("steps=[10]", "num_layers=[1], steps=[10]")], {}, "has the model and the TrainConfig of its trunk"),
-        ([], {"base": {"schedule": "cosine"}}, "both with schedule=wsd"),
-        ([], {"policy": "halving", "steps": 20}, "branches wait for their trunks, which --policy halving may stop"),
-        ([('grid(_trunk=["long"], _leave=[8]', 'grid(_name=["b"], _trunk=["long"], _leave=[8]'),
-          ('_trunk=["long"], _leave=[12]', '_trunk=["b"], _leave=[12]')], {}, "its trunk 'b' is itself a branch"),
+        ((TRUNK, dataclasses.replace(EARLY, trunk="lnog")), {}, "unknown trunk 'lnog'; did you mean 'long'"),
+        ((TRUNK, dataclasses.replace(EARLY, leave_step=9)), {}, r"leave_step=9 must lie .* warmup_steps=2 .* and 8"),
+        ((TRUNK, dataclasses.replace(EARLY, leave_step=1)), {}, "leave_step=1 must lie between the end of the warm-up"),
+        ((with_point(TRUNK, decay_steps=9), LATE), {}, "leave_step=12 must lie between .* and 11"),
+        ((TRUNK, with_point(EARLY, beta2=0.5)), {}, "beta2=0.5, but 0.95 in its trunk"),
+        ((TRUNK, with_point(EARLY, num_layers=1)), {}, "has the model and the TrainConfig of its trunk"),
+        ((), {"base": {"schedule": "cosine"}}, "both with schedule=wsd"),
+        ((), {"policy": "halving", "steps": 20}, "branches wait for their trunks, which --policy halving may stop"),
+        ((TRUNK, EARLY, dataclasses.replace(LATE, trunk="early")), {}, "its trunk 'early' is itself a branch"),
     ],
-)  # fmt: skip
-def test_a_trunk_that_cannot_be_left_so_is_refused(sweep, changes, arguments, message):
+)
+def test_a_trunk_that_cannot_be_left_so_is_refused(sweep, entries, arguments, message):
     with pytest.raises(InputError, match=message):
-        sweep(*changes, **arguments)
+        sweep(*entries, **arguments)

@@ -14,12 +14,13 @@ from experiments.sweep.address import without_password
 from experiments.sweep.ledger import DEAD, Ledger
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.samplers import make_sampler, suggester
-from experiments.sweep.trial import Setting
+from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from model import InputError, ModelConfig
-from train import HParams, TrainConfig
+from train import Recipe
 
-BASE = Setting(ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, d_ff=16), TrainConfig(), HParams(), 10)
+CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=1, num_heads=2, d_ff=16)
+BASE = Trial(Recipe(CONFIG, steps=10))
 FACTS = {"run": "runs/x", "steps": 10}
 
 
@@ -41,7 +42,7 @@ def open_ledger(sweep, name="worker"):
 
 
 def ready(ledger):
-    return {row.trial.id: row.trial.setting.steps for row in ledger.rows() if row.state == "planned"}
+    return {row.trial.id: row.trial.steps for row in ledger.rows() if row.state == "planned"}
 
 
 def states(ledger):

@@ -3,39 +3,41 @@
 import pytest
 
 from experiments.inputs import read_changes
-from experiments.sweep.space.overlay import apply, overlay, rebase
-from experiments.sweep.trial import Decode, Setting, Trial
-from model import Experts, accounting, presets
+from experiments.sweep.space.overlay import apply, rebase
+from experiments.sweep.trial import Decode, Trial
+from model import Execution, Experts, accounting, presets
 from model.errors import InputError, UnknownNameError
-from train import HParams, TrainConfig
+from train import HParams, Recipe, TrainConfig
+from train.overlay import overlay
 
 CONFIG = presets.get("tiny")
-BASE = Setting(CONFIG, TrainConfig(), HParams(warmup_fraction=0.05), 100)
+BASE = Trial(Recipe(CONFIG, hparams=HParams(warmup_fraction=0.05), steps=100))
 
 
-def test_every_field_of_the_three_configs_can_be_varied():
-    plain = Setting(CONFIG, TrainConfig(), HParams(), 100)
-    for part in (plain.config, plain.train_config, plain.hparams):
+def test_every_field_of_all_configs_can_be_varied():
+    plain = Trial(Recipe(CONFIG, steps=100))
+    for part in (CONFIG, plain.recipe.train, plain.recipe.hparams, plain.execution):
         for name, value in part.to_dict().items():
-            assert apply(plain, {name: value}) == apply(plain, {}), name
+            assert apply(plain, {name: value}).replace(point={}) == apply(plain, {}), name
     point = {"d_model": 32, "num_heads": 4, "schedule": "wsd", "learning_rate": 1e-2, "decode.batch": 4}
-    setting = apply(BASE, point)
-    assert setting.config == CONFIG.replace(d_model=32, num_heads=4)
-    assert setting.train_config == TrainConfig(schedule="wsd")
-    assert setting.hparams == BASE.hparams.replace(learning_rate=1e-2, total_steps=100)
-    assert setting.decode == Decode(batch=4)
+    trial = apply(BASE, point | {"remat": "dots"})
+    assert trial.recipe.model == CONFIG.replace(d_model=32, num_heads=4)
+    assert trial.recipe.train == TrainConfig(schedule="wsd")
+    assert trial.recipe.hparams == BASE.recipe.hparams.replace(learning_rate=1e-2, total_steps=100)
+    assert trial.execution == Execution(remat="dots")
+    assert trial.decode == Decode(batch=4)
 
 
 def test_fields_of_one_config_change_together():
-    assert apply(BASE, {"num_heads": 3, "d_model": 18}).config.head_dim == 6
+    assert apply(BASE, {"num_heads": 3, "d_model": 18}).recipe.model.head_dim == 6
 
 
 def test_the_horizon_is_that_of_the_whole_run():
-    assert apply(BASE, {"steps": 7}).hparams.total_steps == 7
-    assert apply(BASE, {"total_steps": 500}).hparams.total_steps == 500
+    assert apply(BASE, {"steps": 7}).recipe.hparams.total_steps == 7
+    assert apply(BASE, {"total_steps": 500}).recipe.hparams.total_steps == 500
     constant = apply(BASE, {"schedule": "constant", "warmup_steps": 3})
-    assert constant.hparams.total_steps == 0, "nothing reads it"
-    assert rebase(BASE, {"schedule": "wsd"}).hparams.total_steps == 0, "the base leaves it to the points"
+    assert constant.recipe.hparams.total_steps == 0, "nothing reads it"
+    assert rebase(BASE, {"schedule": "wsd"}).recipe.hparams.total_steps == 0, "the base leaves it to the points"
 
 
 def test_lengths_in_tokens():
@@ -43,26 +45,26 @@ def test_lengths_in_tokens():
     assert apply(BASE, {"tokens": 10_000, "batch_size": 4}).steps == round(10_000 / 512)
     assert apply(BASE, {"tokens": 1}).steps == 1
     wide = apply(BASE, {"tokens_per_parameter": 20, "d_model": 64})
-    assert wide.steps == round(20 * accounting.parameters(wide.config).total / 1024)
+    assert wide.steps == round(20 * accounting.parameters(wide.recipe.model).total / 1024)
 
 
 def test_one_warmup_replaces_the_other():
-    assert apply(BASE, {"warmup_steps": 0}).hparams.warmup_fraction == 0, "no warm-up at all"
-    assert apply(apply(BASE, {"warmup_steps": 9}), {"warmup_fraction": 0.5}).hparams.warmup_steps == 0
+    assert apply(BASE, {"warmup_steps": 0}).recipe.hparams.warmup_fraction == 0, "no warm-up at all"
+    assert apply(apply(BASE, {"warmup_steps": 9}), {"warmup_fraction": 0.5}).recipe.hparams.warmup_steps == 0
 
 
 def test_names_with_a_dot_reach_into_a_part_or_make_it():
     given = {"experts.count": 4, "experts.top_k": 2, "experts.d_ff": 16}
     made = apply(BASE, given)
-    assert made.config.experts == Experts(4, 2, 16)
-    assert apply(made, {"experts.count": 8}).config.experts == Experts(8, 2, 16)
-    assert apply(made, {"experts": None}).config == CONFIG
-    assert apply(BASE, {"experts": {"count": 4, "top_k": 2, "d_ff": 16}}).config == made.config
+    assert made.recipe.model.experts == Experts(4, 2, 16)
+    assert apply(made, {"experts.count": 8}).recipe.model.experts == Experts(8, 2, 16)
+    assert apply(made, {"experts": None}).recipe.model == CONFIG
+    assert apply(BASE, {"experts": {"count": 4, "top_k": 2, "d_ff": 16}}).recipe.model == made.recipe.model
 
 
 def test_the_same_content_is_the_same_trial_however_it_is_written():
     ids = {
-        Trial(apply(BASE, point), {}, "data").id
+        apply(BASE, point).id
         for point in ({"weight_decay": 1, "rope_base": 5000}, {"weight_decay": 1.0, "rope_base": 5000.0, "_note": 3})
     }
     assert len(ids) == 1
@@ -118,14 +120,15 @@ def test_a_length_is_no_field_of_the_base():
     with pytest.raises(InputError, match="tokens is no field of the base; give --steps, or --set tokens=5"):
         rebase(BASE, {"tokens": 5})
     with pytest.raises(InputError, match="a trial needs a length: give --steps"):
-        apply(Setting(CONFIG, TrainConfig(), HParams(), 0), {})
+        apply(Trial(Recipe(CONFIG)), {})
 
 
 def test_the_command_line_of_one_run_is_the_same_overlay():
     texts = ("num_layers=3", "schedule=wsd", "beta2=0.99", "experts.count=4", "experts.top_k=2", "experts.d_ff=8")
-    config, train_config, hparams = overlay(read_changes(texts), CONFIG, TrainConfig(), HParams())
-    assert (config.num_layers, config.experts) == (3, Experts(4, 2, 8))
-    assert train_config == TrainConfig(schedule="wsd")
-    assert hparams == HParams(beta2=0.99)
+    recipe, execution = overlay(read_changes((*texts, "loss_chunks=2")), Recipe(CONFIG))
+    assert (recipe.model.num_layers, recipe.model.experts) == (3, Experts(4, 2, 8))
+    assert recipe.train == TrainConfig(schedule="wsd")
+    assert recipe.hparams == HParams(beta2=0.99)
+    assert execution == Execution(loss_chunks=2)
     with pytest.raises(UnknownNameError, match="'num_layers'"):
-        overlay({"num_layer": 3}, CONFIG, TrainConfig(), HParams())
+        overlay({"num_layer": 3}, Recipe(CONFIG))

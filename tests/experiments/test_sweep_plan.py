@@ -41,10 +41,10 @@ def test_trials_are_points_times_seeds(sweep):
         {"learning_rate": 1e-3, "num_layers": 2, "seed": 0},
     ]
     assert len({trial.id for trial in trials}) == len(trials) == 12
-    setting = trials[-1].setting
-    assert (setting.config.vocab_size, setting.config.num_layers, setting.hparams.seed) == (320, 2, 2)
-    assert setting.hparams.to_dict()["beta2"] == 0.9
-    assert (setting.steps, setting.hparams.total_steps) == (20, 20)
+    recipe = trials[-1].recipe
+    assert (recipe.model.vocab_size, recipe.model.num_layers, recipe.hparams.seed) == (320, 2, 2)
+    assert recipe.hparams.to_dict()["beta2"] == 0.9
+    assert (recipe.steps, recipe.hparams.total_steps) == (20, 20)
     assert [len(cohort.trials) for cohort in group(trials)] == [6, 6]
     assert [cohort.label for cohort in group(trials)] == ["num_layers=1", "num_layers=2"]
     assert trials_at(made, trials[3].point)[0] == trials[3], "a point with a seed is one trial"
@@ -103,8 +103,10 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
     with pytest.raises(InputError, match="holds a sweep over no axis, and this one is over beta2"):
         sweep(axes=["beta2=0.9,0.95"])
     elsewhere = tmp_path / "elsewhere"
-    dataclasses.replace(sweep(folder=elsewhere), data_hash="other").write()
-    with pytest.raises(InputError, match=r"data_hash=other there, \w+ here"):
+    made = sweep(folder=elsewhere)
+    base = made.base.replace(recipe=made.base.recipe.replace(data="0" * 64))
+    dataclasses.replace(made, base=base).write()
+    with pytest.raises(InputError, match=r"data_hash=0{64} there, \w+ here"):
         sweep(folder=elsewhere)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
@@ -148,20 +150,20 @@ def test_bad_definitions(sweep, tmp_path, changes, message):
 
 
 def test_lanes_hold_what_memory_holds(sweep, monkeypatch):
-    setting = plan_trials(sweep())[0].setting
-    assert lanes_for(setting, 3) == 1, "in turn, one at a time stays in the cache"
-    assert lanes_for(setting, 20, limit=3) == 3, "unless it is asked for"
-    state, temporary = state_bytes(setting), temporary_bytes(setting)
-    assert lanes_for(setting, 6, limit=9, memory=2 * (temporary + 5 * state)) == 3
+    trial = plan_trials(sweep())[0]
+    assert lanes_for(trial, 3) == 1, "in turn, one at a time stays in the cache"
+    assert lanes_for(trial, 20, limit=3) == 3, "unless it is asked for"
+    state, temporary = state_bytes(trial), temporary_bytes(trial)
+    assert lanes_for(trial, 6, limit=9, memory=2 * (temporary + 5 * state)) == 3
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert lanes_for(setting, 32, memory=10**12) == 32
-    assert lanes_for(setting, 80, memory=10**12) == 40, "two batches of forty, not sixty-four and sixteen"
-    assert lanes_for(setting, 20, memory=1) == 1
-    assert lanes_for(setting, 5, memory=2 * 5 * (temporary + state)) == 5
-    assert lanes_for(setting, 6, memory=2 * 5 * (temporary + state)) == 3
+    assert lanes_for(trial, 32, memory=10**12) == 32
+    assert lanes_for(trial, 80, memory=10**12) == 40, "two batches of forty, not sixty-four and sixteen"
+    assert lanes_for(trial, 20, memory=1) == 1
+    assert lanes_for(trial, 5, memory=2 * 5 * (temporary + state)) == 5
+    assert lanes_for(trial, 6, memory=2 * 5 * (temporary + state)) == 3
     # AdamW: parameters and two moments, and a few counters
-    floats = 3 * accounting.parameters(setting.config).total
-    assert 4 * floats < state_bytes(setting) < 4 * floats + 64
+    floats = 3 * accounting.parameters(trial.recipe.model).total
+    assert 4 * floats < state_bytes(trial) < 4 * floats + 64
 
 
 def test_the_plan_adds_up(sweep):
@@ -188,7 +190,7 @@ def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep
     def step_seconds(config):
         return 0.02 + 128 * accounting.flops_per_token(config, 32) / 1e9
 
-    def measure(config, train_config, lanes, seconds):
+    def measure(config, train_config, lanes, seconds, execution):
         measured.append(config.num_layers)
         return {"step_seconds": lanes * step_seconds(config), "compile_seconds": 3.0}
 

@@ -13,17 +13,18 @@ from experiments.sweep.row import Row, RunAll
 from experiments.sweep.search.evolve import Population
 from experiments.sweep.search.policies import Halving, Hyperband, hash_fraction, make_policy
 from experiments.sweep.search.simulate import play, tokens_used
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model import InputError, presets
-from train import HParams, TrainConfig
+from train import HParams, Recipe, TrainConfig
 
 STEPS, TOKENS = 81, 8 * 16
-BASE = Setting(presets.get("tiny"), TrainConfig(batch_size=8, seq_len=16), HParams(total_steps=STEPS), STEPS)
+SHAPE, HPARAMS = TrainConfig(batch_size=8, seq_len=16), HParams(total_steps=STEPS)
+BASE = Recipe(presets.get("tiny"), SHAPE, HPARAMS, steps=STEPS)
 
 
-def trial(seed=0, setting=BASE, **point) -> Trial:
-    hparams = setting.hparams.replace(**{n: v for n, v in point.items() if n in HParams.NAMES}, seed=seed)
-    return Trial(dataclasses.replace(setting, hparams=hparams), {**point, "seed": seed}, "data")
+def trial(seed=0, recipe=BASE, **point) -> Trial:
+    hparams = recipe.hparams.replace(**{n: v for n, v in point.items() if n in HParams.NAMES}, seed=seed)
+    return Trial(recipe.replace(hparams=hparams), {**point, "seed": seed})
 
 
 def grid(count, seeds=1, start=0):
@@ -132,20 +133,20 @@ def test_points_of_an_extended_sweep_are_ranked_among_all_that_were_there_and_th
 
 
 def test_batches_of_different_size_meet_at_the_same_tokens():
-    sizes = {size: Setting(BASE.config, TrainConfig(batch_size=size, seq_len=16), HParams(), 648 // size)
-             for size in (4, 8, 24)}  # fmt: skip
+    shape = lambda size: TrainConfig(batch_size=size, seq_len=16)
+    sizes = {size: Recipe(BASE.model, shape(size), steps=648 // size) for size in (4, 8, 24)}
     policy = Halving(648 * 16)
-    rungs = {size: policy.rungs(trial(setting=setting, batch_size=size)) for size, setting in sizes.items()}
+    rungs = {size: policy.rungs(trial(recipe=recipe, batch_size=size)) for size, recipe in sizes.items()}
     assert rungs == {4: (18, 54, 162), 8: (9, 27, 81), 24: (3, 9, 27)}
 
 
 def test_different_horizons_are_refused_unless_the_rate_does_not_know_them():
-    longer = dataclasses.replace(BASE, steps=2 * STEPS)
+    longer = BASE.replace(steps=2 * STEPS)
     with pytest.raises(InputError, match="schedule=cosine cannot be compared"):
-        play(halving(), [trial(), trial(setting=longer, learning_rate=0.1)], falling)
+        play(halving(), [trial(), trial(recipe=longer, learning_rate=0.1)], falling)
     constant = TrainConfig(batch_size=8, seq_len=16, schedule="constant")
-    steady = [dataclasses.replace(BASE, train_config=constant, steps=steps) for steps in (STEPS, 2 * STEPS)]
-    both = [trial(setting=one, learning_rate=rate) for one, rate in zip(steady, (0.01, 0.02), strict=True)]
+    steady = [BASE.replace(train=constant, steps=steps) for steps in (STEPS, 2 * STEPS)]
+    both = [trial(recipe=one, learning_rate=rate) for one, rate in zip(steady, (0.01, 0.02), strict=True)]
     assert [halving().rungs(one) for one in both] == [(9, 27, 81), (9, 27, 81, 162)]
     play(halving(), both, falling)
     with pytest.raises(InputError, match="give --steps"):
@@ -220,23 +221,23 @@ def test_a_generation_is_decided_again_as_it_was_whatever_of_it_is_in_the_ledger
 
 
 def test_a_child_differs_from_its_parent_in_the_swept_traced_fields_alone():
-    wide = dataclasses.replace(BASE, config=BASE.config.replace(num_layers=BASE.config.num_layers + 1))
-    both = [*members(5), *(dataclasses.replace(one, setting=dataclasses.replace(wide, hparams=one.setting.hparams),
-                                               point=one.point | {"num_layers": 1}) for one in members(5))]  # fmt: skip
+    wide = BASE.replace(model=BASE.model.replace(num_layers=BASE.model.num_layers + 1))
+    both = [*members(5), *(one.replace(recipe=wide.replace(hparams=one.recipe.hparams),
+                                       point=one.point | {"num_layers": 1}) for one in members(5))]  # fmt: skip
     rows = play(Population(quantile=0.4, resample=0.0, seed=2), both, by_rate)
     known = {row.trial.id: row.trial for row in rows}
     children = [row.trial for row in rows if row.trial.parent]
-    assert {child.setting.cohort for child in children} == {one.setting.cohort for one in both}
+    assert {child.cohort for child in children} == {one.cohort for one in both}
     for child in children:
         parent = known[child.parent[0]]
-        assert child.setting.cohort == parent.setting.cohort
+        assert child.cohort == parent.cohort
         changed = {name for name in child.point if child.point[name] != parent.point[name]}
         assert changed == {"learning_rate", "weight_decay", "seed"}
         assert child.point["learning_rate"] / parent.point["learning_rate"] == pytest.approx(0.8, rel=1e-4) or (
             child.point["learning_rate"] / parent.point["learning_rate"] == pytest.approx(1.25, rel=1e-4)
         )
-        same = child.setting.hparams.replace(**{name: parent.point[name] for name in changed})
-        assert same == parent.setting.hparams
+        same = child.recipe.hparams.replace(**{name: parent.point[name] for name in changed})
+        assert same == parent.recipe.hparams
 
 
 def test_lost_members_are_replaced_and_a_lost_population_ends():

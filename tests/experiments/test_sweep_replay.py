@@ -14,9 +14,9 @@ from experiments.sweep.search.policies import Halving
 from experiments.sweep.search.recorded import Recorded, read_recorded
 from experiments.sweep.search.replay import compare_samplers, quartiles, replay_search
 from experiments.sweep.search.replay_halving import Curve, replay_halving
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model import InputError, presets
-from train import HParams, TrainConfig
+from train import HParams, Recipe, TrainConfig
 
 AXES = {
     "learning_rate": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
@@ -145,15 +145,15 @@ def test_the_command_writes_its_numbers_and_a_figure(recorded, tmp_path, isoflop
 
 def curves(recorded, crossing=0.0):
     """Curves that end at the recorded losses. crossing: how far those of high rates are above the others early on."""
-    base = Setting(presets.get("tiny"), TrainConfig(batch_size=8, seq_len=16), HParams(total_steps=81), 81)
+    base = Recipe(presets.get("tiny"), TrainConfig(batch_size=8, seq_len=16), HParams(total_steps=81), steps=81)
     made = []
     for point, losses in recorded.losses.items():
         for seed, end in enumerate(losses):
             values = recorded.named(point)
-            setting = dataclasses.replace(base, hparams=base.hparams.replace(**values, seed=seed))
+            recipe = base.replace(hparams=base.hparams.replace(**values, seed=seed))
             early = crossing * AXES["learning_rate"].index(point[0])
             at = {step: end + 3 / step - 3 / 81 + early * (81 - step) / 81 for step in (9, 27, 81)}
-            made.append(Curve(Trial(setting, {**values, "seed": seed}, "data"), at, {9: 5.0, 27: 4.0}))
+            made.append(Curve(Trial(recipe, {**values, "seed": seed}), at, {9: 5.0, 27: 4.0}))
     return made
 
 

@@ -19,12 +19,12 @@ from experiments.sweep.reading.results import collect, write_tables
 from experiments.sweep.row import Row
 from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model import presets
-from train import HParams, TrainConfig
+from train import Recipe, TrainConfig
 
 STEPS = 60
-BASE = Setting(presets.get("tiny"), TrainConfig(batch_size=4, seq_len=32), HParams(), STEPS)
+BASE = Trial(Recipe(presets.get("tiny"), TrainConfig(batch_size=4, seq_len=32), steps=STEPS))
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
 GRID = {"learning_rate": RATES, "weight_decay": [0.0, 0.01, 0.1], "warmup_fraction": [0.02, 0.1]}
 TOKENS = 128
@@ -49,7 +49,7 @@ def record(folder, points, *, seeds=3, noise=0.004, loss=surface, fate=None, cur
     rng, rows = np.random.default_rng(seed), []
     for point, number in itertools.product(points, range(seeds)):
         point = point | {"seed": number}
-        trial = Trial(apply(BASE, point), point, "ab" * 32)
+        trial = apply(BASE, point)
         final = float(loss(point) + noise * rng.standard_normal())
         state = fate(point) if fate else "finished"
         done = {"finished": STEPS, "pruned": 20, "diverged": 14, "running": 20}.get(state, 0)
@@ -57,13 +57,13 @@ def record(folder, points, *, seeds=3, noise=0.004, loss=surface, fate=None, cur
         rungs |= {STEPS: final} if state == "finished" else {}
         rungs = {} if state == "diverged" else rungs
         run = f"runs/{trial.id}"
-        per_token = 6e3 * trial.setting.config.d_model**2
+        per_token = 6e3 * trial.recipe.model.d_model**2
         facts = {"run": run, "steps": done, "tokens": done * TOKENS, "flops_6nd": done * TOKENS * per_token}
         facts |= {"flops_exact": 1.1 * facts["flops_6nd"], "seconds": 3.0, "compile_seconds": 0.5, "worker": "w"}
         facts |= {"claimed_at": 10.0 * len(rows), "ended_at": 10.0 * len(rows) + 4}
         values = None
         if state == "finished":
-            fast = 4000 / trial.setting.config.d_model
+            fast = 4000 / trial.recipe.model.d_model
             values = tuple(
                 {"loss": final, "tokens_per_second": fast}[name] for name in about.get("objectives", ["loss"])
             )

@@ -13,21 +13,21 @@ from experiments.sweep.reading.summary import summarize
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.space.overlay import apply
-from experiments.sweep.trial import Setting, Trial
+from experiments.sweep.trial import Trial
 from model import presets
-from train import HParams, TrainConfig
+from train import Recipe, TrainConfig
 
 STEPS = 60
-BASE = Setting(presets.get("tiny"), TrainConfig(batch_size=2, seq_len=32), HParams(), STEPS)
+BASE = Trial(Recipe(presets.get("tiny"), TrainConfig(batch_size=2, seq_len=32), steps=STEPS))
 PER_STEP = 64
 
 
 def row(number, point, state, rungs, parent=None, seed=0, objectives=("loss",), speed=None):
     """One trial as a ledger has it; its last rung is where it stands."""
     point = point | {"seed": seed}
-    trial = Trial(apply(BASE, point), point, "ab" * 32, parent)
+    trial = apply(BASE, point).replace(parent=parent)
     steps = max(rungs, default=0)
-    facts = {"run": f"runs/{trial.id}", "steps": steps, "tokens": steps * trial.setting.train_config.tokens_per_step}
+    facts = {"run": f"runs/{trial.id}", "steps": steps, "tokens": steps * trial.recipe.train.tokens_per_step}
     values = None
     if state == "finished":
         values = tuple({"loss": rungs[steps], "tokens_per_second": speed}[name] for name in objectives)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from experiments.sweep import worker as worker_module
+from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.live import standing
@@ -20,15 +21,12 @@ from train.branch import cooldown
 from train.compile import compiled_programs
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)
-BRANCHES = """
-from experiments.sweep.space import chain, grid
-shared = {"warmup_steps": [1], "learning_rate": [0.01]}
-space = chain(
-    grid(_name=["long"], steps=[6], decay_steps=[2], **shared),
-    grid(_trunk=["long"], _leave=[2], steps=[3], decay_steps=[1], **shared),
-    grid(_trunk=["long"], _leave=[3], steps=[5], decay_steps=[2], **shared),
-)
-"""
+SHARED = {"warmup_steps": 1, "learning_rate": 0.01}
+BRANCHES = [
+    Listed(name, {"steps": steps, "decay_steps": decay_steps, "seed": seed} | SHARED, *parent)
+    for name, steps, decay_steps, *parent in (("long", 6, 2), ("early", 3, 1, "long", 2), ("late", 5, 2, "long", 3))
+    for seed in (0, 1)
+]
 
 
 @pytest.fixture
@@ -99,10 +97,10 @@ def test_a_trial_that_fails_ends_nothing_else(make, monkeypatch):
     sweep = make(axes=("learning_rate=1e-3", "num_layers=1,2"))
     unbroken = worker_module.population
 
-    def fail(config, *arguments, **named):
-        if config.num_layers == 2:
+    def fail(recipes, **named):
+        if recipes[0].model.num_layers == 2:
             raise RuntimeError("no such\nkernel")
-        return unbroken(config, *arguments, **named)
+        return unbroken(recipes, **named)
 
     monkeypatch.setattr(worker_module, "population", fail)
     with pytest.raises(UnfinishedError, match=r"2 of 4 runs did not end \(RuntimeError: no such kernel\)"):
@@ -175,22 +173,17 @@ def test_members_of_a_population_take_over_a_better_ones_state(make):
 
 def test_a_branch_is_the_cooldown_of_its_trunk_and_all_are_one_program(make, data, tmp_path):
     before = compiled_programs()
-    sweep = make(space_source=BRANCHES, axes=(), steps=None)
+    sweep = make(listed=BRANCHES, axes=(), steps=None, seeds=None)
     rows = run(sweep).rows()
     assert compiled_programs() - before <= 1
     assert [row.state for row in rows] == ["finished"] * 6
-    trunks, branches = rows[:2], [row for row in rows if row.trial.setting.steps == 5]
+    trunks, branches = rows[:2], [row for row in rows if row.trial.steps == 5]
     assert [row.facts["branch_step"] for row in branches] == [3, 3]
-    final_fraction = float(trunks[0].trial.setting.hparams.final_fraction)
+    final_fraction = float(trunks[0].trial.recipe.hparams.final_fraction)
     alone = [cooldown(sweep.run_folder(row.trial), 3, 2, final_fraction) for row in trunks]
     results = population(
-        alone[0].config,
-        alone[0].train_config,
-        [one.hparams for one in alone],
-        data=data,
+        alone,
         runs=[tmp_path / "alone" / str(number) for number in range(2)],
-        steps=alone[0].steps,
-        branches=[one.branch for one in alone],
         shell=Shell(evaluate_tokens=256),
     )
     assert [result.validation_loss for result in results] == [row.values[0] for row in branches]
@@ -235,7 +228,8 @@ def test_bad_sweeps_from_the_command_line_start_nothing(isoflop, data, tmp_path)
 
 def test_other_data_than_the_sweeps_are_refused(make, isoflop):
     sweep = make()
-    dataclasses.replace(sweep, data_hash="another").write()
+    other = sweep.base.recipe.replace(data="0" * 64)
+    dataclasses.replace(sweep, base=sweep.base.replace(recipe=other)).write()
     code, _, err = isoflop("sweep", "resume", sweep.folder)
     assert code == 2
     assert "holds other data" in err

@@ -203,7 +203,8 @@ def _check_fits(steps: list[tuple[Trial, int]]) -> None:
         raise InputError(
             f"a step of the largest model (d_model={largest.recipe.model.d_model}, {shape.batch_size:,} × "
             f"{shape.seq_len:,} tokens) is predicted to take {needs / 2**30:,.1f} GiB and this machine has "
-            f"{has / 2**30:,.1f}: name the hardware that the study is for, such as --device h100 --devices 8, or time nothing with --no-probe"
+            f"{has / 2**30:,.1f}: name the hardware that the study is for, such as --device h100 --devices 8, or time "
+            "nothing with --no-probe"
         )
 
 
