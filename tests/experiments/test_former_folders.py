@@ -7,7 +7,9 @@ the commands that a user gives.
 import csv
 import importlib.util
 import json
+import signal
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,23 @@ def commands():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.COMMANDS
+
+
+@pytest.fixture(autouse=True)
+def in_time():
+    """Fail instead of waiting: a worker that does not know the trials of its ledger waits for them for ever."""
+
+    def stop(number, frame):
+        raise TimeoutError("a command did not come to its end")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture
@@ -151,6 +170,12 @@ def finished(folder, was):
     return [files(folder / "runs" / name) for name, trial in trials if trial["state"] == "finished"]
 
 
+def check_ids(call, folder, was):
+    """A report has the trials under the ids that they had."""
+    call("sweep", "report", folder)
+    assert {row["id"] for row in csv.DictReader((folder / "results.csv").open())} == was["trials"].keys()
+
+
 def states(call, folder):
     """How many trials of a sweep are in which state."""
     call("sweep", "status", folder, "--json", "status.json")
@@ -161,7 +186,7 @@ def states(call, folder):
 def test_a_sweep_with_its_own_ledger_goes_on(place, call, commands, no_svg):
     folder, was = place("sweep_own") / "sweep_own", EXPECTED["sweeps"]["sweep_own"]
     assert states(call, folder) == {"finished": 4, "planned": 2}
-    call("sweep", "report", folder, "--out", "before.html")
+    check_ids(call, folder, was)
     before, ended = lines(folder), finished(folder, was)
     call(*commands["sweep_own"])
     assert states(call, folder) == {"finished": 6}
@@ -170,8 +195,7 @@ def test_a_sweep_with_its_own_ledger_goes_on(place, call, commands, no_svg):
     call("sweep", "resume", folder)
     assert states(call, folder) == {"finished": 6}
     assert lines(folder) == after
-    call("sweep", "report", folder)
-    assert {row["id"] for row in csv.DictReader((folder / "results.csv").open())} == was["trials"].keys()
+    check_ids(call, folder, was)
     assert finished(folder, was) == ended
 
 
@@ -187,7 +211,7 @@ def test_a_sweep_in_a_journal_goes_on(place, call, commands, no_svg):
     call(*(str(word).format(root=root) for word in commands["sweep_journal"]))
     assert states(call, folder) == {"finished": 4}
     assert lines(folder) == after
-    call("sweep", "report", folder)
+    check_ids(call, folder, was)
     assert finished(folder, was) == ended
 
 
@@ -197,6 +221,7 @@ def test_a_scaling_study_goes_on(place, call, commands, monkeypatch, no_svg):
     root, was = place("ladder"), EXPECTED["sweeps"]["ladder/sweep"]
     folder = root / "ladder" / "sweep"
     assert states(call, folder) == {"finished": 2, "planned": 6}
+    check_ids(call, folder, was)
     before, ended = lines(folder), finished(folder, was)
     with monkeypatch.context() as patch:  # its page is made once, below, with fewer resamples
         patch.setattr(report, "write_report", lambda folder: {})
