@@ -110,13 +110,13 @@ def test_a_run_finds_the_data_that_were_moved_with_it(made, data, tmp_path, isof
     run = tmp_path / "there" / "run"
     assert data_of(run, read_record(run)) == str(tmp_path / "there" / "data")
     plan = cooldown(run, 2, 1)
-    assert (plan.data, plan.branch.trunk) == (str(tmp_path / "there" / "data"), run)
+    assert (plan.folders, plan.start.folder) == (str(tmp_path / "there" / "data"), run)
     assert open_model(run).need_tokenizer().vocab_size == 320
 
     (tmp_path / "there" / "data").rename(tmp_path / "elsewhere")
     code, _, error = isoflop("cool", run, "--at", 2, "--out", tmp_path / "cooled")
     assert (code, "no data folder at /gone/data" in error) == (2, True), error
-    assert cooldown(run, 2, 1, data=tmp_path / "elsewhere").data == str(tmp_path / "elsewhere")
+    assert cooldown(run, 2, 1, data=tmp_path / "elsewhere").folders == str(tmp_path / "elsewhere")
     (tmp_path / "texts").mkdir()
     for number in range(40):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"other words, number {number}, of another corpus. " * 20)

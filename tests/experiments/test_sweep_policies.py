@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import random
 from collections import Counter
 from pathlib import Path
@@ -183,8 +184,9 @@ def test_a_population_keeps_its_size_and_its_rates_gather_where_the_loss_is_low(
     finished = [row for row in rows if row.state == "finished"]
     assert len(finished) == 10
     assert len(rows) == 10 + 2 * len(policy.generations(STEPS))
-    spread = lambda rows: max(abs(math.log(row.trial.point["learning_rate"] / 3e-3)) for row in rows)
-    assert spread(finished) < 0.5 < spread(rows[:10])
+    distances = lambda rows: [abs(math.log(row.trial.point["learning_rate"] / 3e-3)) for row in rows]
+    typical = lambda rows: statistics.median(distances(rows))  # of any seed; whether all gather is up to it
+    assert typical(finished) < 0.3 < 0.7 < typical(rows[:10])
     born = {row.trial.id: row for row in rows}
     for row in rows:
         if row.trial.parent:
@@ -248,10 +250,10 @@ def test_lost_members_are_replaced_and_a_lost_population_ends():
 
 
 def test_policies_are_made_by_name_and_refuse_what_they_do_not_know():
-    sweep = Sweep(Path("s"), BASE, Path("d"), policy="halving", policy_settings={"eta": 2})
+    sweep = Sweep(Path("s"), Trial(BASE), Path("d"), policy="halving", policy_settings={"eta": 2})
     assert make_policy(sweep) == Halving(STEPS * TOKENS, 2)
     assert make_policy(dataclasses.replace(sweep, sampler="tpe", trials=5)) == Halving(STEPS * TOKENS, 2, waits=False)
-    assert isinstance(make_policy(Sweep(Path("s"), BASE, Path("d"))), RunAll)
+    assert isinstance(make_policy(Sweep(Path("s"), Trial(BASE), Path("d"))), RunAll)
     for changes, words in (
         ({"policy": "halfing"}, "did you mean 'halving'"),
         ({"policy_settings": {"etta": 2}}, "did you mean 'eta'"),
