@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model.errors import InputError, UnknownNameError
 
@@ -65,6 +65,6 @@ def _kinds(cls: type) -> list[tuple[str, Any, bool]]:
     for field in dataclasses.fields(cls):
         kinds = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
         # A union of several kinds is its owner's to check.
-        optional = isinstance(hints[field.name], UnionType) and len(kinds) == 1
+        optional = get_origin(hints[field.name]) in (Union, UnionType) and len(kinds) == 1
         found.append((field.name, kinds[0] if optional else hints[field.name], field.default is None))
     return found

@@ -210,7 +210,9 @@ def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
 def _flat(recipe: Recipe, steps: bool) -> dict[str, Any]:
     """The fields by their own names, which are distinct between the parts of a recipe."""
     identity = recipe.replace(former={}).identity
-    flat: dict[str, Any] = {}
+    # With the defaults that the identity leaves out, so that both sides have a value.
+    defaults = {name: _DEFAULTS[part][name] for part, names in LATER.items() for name in names}
+    flat = defaults | {"accumulate": recipe.accumulate, "objective": recipe.objective}
     for part in ("config", "train_config", "hparams"):
         flat |= _flat_part(identity.pop(part))
     return flat | _flat_part(identity) | ({"steps": recipe.steps} if steps else {})

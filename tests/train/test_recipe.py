@@ -1,0 +1,145 @@
+"""A recipe is all that decides a run's numbers: its hash names the run, however the run is executed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from model import Execution, Experts, InputError, presets
+from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, population, train
+from train.metrics import read_metrics
+from train.recipe import difference
+from train.run import executions, read_record, recipe_of
+
+CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1, rope_base=9_300.0)
+SHAPE = TrainConfig(batch_size=4, seq_len=32, norms=False, schedule="constant")
+QUIET = Shell(evaluate_tokens=128)
+STEPS = 4
+PLAIN = Recipe(presets.get("tiny"), data="0" * 64)
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    return Recipe(CONFIG, SHAPE, HParams(learning_rate=0.01), data=data, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run without an interruption."""
+    run = tmp_path_factory.mktemp("recipe") / "run"
+    train(recipe, run=run, shell=QUIET)
+    return run
+
+
+def losses(run):
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def test_ids_stay_as_they_were_given():
+    """A field that is added to a config must be named in `train.recipe.LATER`, or all runs become others."""
+    assert PLAIN.run_id == "f43b0dc6e1f30863"
+    experts = PLAIN.replace(model=PLAIN.model.replace(experts=Experts(4, 2, 8)), train=TrainConfig(schedule="wsd"))
+    assert experts.run_id == "3497c1bdd00b592a"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": PLAIN.model.replace(num_layers=1)},
+        {"train": TrainConfig(seq_len=64)},
+        {"hparams": HParams(seed=1)},
+        {"data": "1" * 64},
+        {"data": {"web": "0" * 64, "good": "1" * 64}},
+        {"start": Branch("abc", 3)},
+        {"start": Weights("2" * 64)},
+        {"accumulate": 2},
+        {"hparams": HParams(total_steps=9)},  # of a cosine
+    ],
+)
+def test_what_decides_a_number_decides_the_id(other):
+    made = PLAIN.replace(**other)
+    assert made.run_id != PLAIN.run_id
+    assert difference(PLAIN, made)
+    again = Recipe.from_dict(made.to_dict())
+    assert again == made
+    assert again.run_id == made.run_id
+    assert not difference(again, made)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"steps": 9}, {"folders": "elsewhere"}, {"train": TrainConfig(norms=False)}, {"former": {"remat": "dots"}}],
+)
+def test_what_decides_no_number_makes_no_difference(other):
+    made = PLAIN.replace(**other)
+    assert not difference(PLAIN, made)
+    assert made.run_id == PLAIN.run_id or made.former
+
+
+def test_the_horizon_counts_where_the_schedule_reads_it():
+    steady = PLAIN.replace(train=TrainConfig(schedule="constant"))
+    assert steady.replace(steps=5).with_horizon().run_id == steady.replace(steps=9).with_horizon().run_id
+    assert difference(PLAIN.replace(steps=5).with_horizon(), PLAIN.replace(steps=9).with_horizon()) == (
+        "total_steps=5 there, 9 here"
+    )
+
+
+def test_a_recipe_and_its_parts_are_one_run(recipe, whole, data, tmp_path):
+    train(CONFIG, SHAPE, recipe.hparams, data=data, run=tmp_path / "parts", steps=STEPS, shell=QUIET)
+    assert losses(tmp_path / "parts") == losses(whole)
+    records = [read_record(run) for run in (whole, tmp_path / "parts")]
+    assert records[0]["run_id"] == records[1]["run_id"] == recipe.run_id
+    assert not difference(recipe_of(records[0]), recipe)
+
+
+def test_recipes_are_lanes(recipe, whole, tmp_path):
+    both = [recipe, recipe.replace(hparams=recipe.hparams.replace(learning_rate=0.02))]
+    results = population(both, runs=[tmp_path / "a", tmp_path / "b"], shell=QUIET)
+    assert losses(tmp_path / "a") == losses(whole)
+    assert results[0].validation_loss != results[1].validation_loss
+    other = recipe.replace(model=CONFIG.replace(d_ff=40))
+    with pytest.raises(InputError, match="differ in hyperparameters, steps and starts alone: d_ff="):
+        population([recipe, other], runs=[tmp_path / "c", tmp_path / "d"], shell=QUIET)
+    with pytest.raises(InputError, match="hparams is part of the recipe"):
+        train(recipe, hparams=HParams(), run=tmp_path / "c", shell=QUIET)
+
+
+def test_a_run_goes_on_under_another_execution(recipe, whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(recipe.replace(steps=2), run=run, shell=QUIET)
+    capsys.readouterr()
+    how = Execution(remat="dots", accumulate=2, loss_chunks=2)
+    train(recipe, run=run, shell=QUIET, execution=how)
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-5)
+    said = [line for line in capsys.readouterr().err.splitlines() if "from step 2 on" in line]
+    assert len(said) == 1
+    assert "remat=dots instead of none, accumulate=2 instead of 1, loss_chunks=2 instead of 1" in said[0]
+    record = read_record(run)
+    assert record["run_id"] == recipe.run_id
+    assert [(step, one.remat, one.accumulate) for step, one in executions(record)] == [(0, "none", 1), (2, "dots", 2)]
+
+
+def test_microbatches_are_part_of_a_run_where_they_change_more_than_rounding(recipe, tmp_path):
+    dropped = recipe.replace(train=dataclasses.replace(SHAPE, dropout=True), steps=1)
+    assert dropped.under(Execution(accumulate=2)).run_id != dropped.run_id
+    assert recipe.under(Execution(accumulate=2)).run_id == recipe.run_id
+    experts = recipe.replace(model=CONFIG.replace(experts=Experts(4, 2, 8)))
+    assert experts.under(Execution(accumulate=2)).run_id != experts.run_id
+    train(dropped, run=tmp_path / "run", shell=QUIET)
+    with pytest.raises(InputError, match="accumulate=1 there, 2 here"):
+        train(dropped, run=tmp_path / "run", shell=QUIET, execution=Execution(accumulate=2))
+
+
+def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):
+    hashes = recipe.replace(data=recipe.data, folders=None)
+    with pytest.raises(InputError, match=r"nothing says where the data .* lie; give data=FOLDER"):
+        train(hashes, run=tmp_path / "run", shell=QUIET)
+    with pytest.raises(InputError, match="holds other data than the recipe names"):
+        train(recipe.replace(data="0" * 64), run=tmp_path / "run", data=data, shell=QUIET)
+    with pytest.raises(InputError, match="give a Recipe, or a ModelConfig"):
+        train(CONFIG, run=tmp_path / "run")
+    with pytest.raises(InputError, match="data=3 must be a folder"):
+        Recipe(CONFIG, data=3)
+    with pytest.raises(InputError, match="unknown objective 'dpo'"):
+        Recipe(CONFIG, objective="dpo")
+    assert not (tmp_path / "run").exists()
