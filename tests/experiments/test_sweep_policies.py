@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import statistics
 import random
+import statistics
 from collections import Counter
 from pathlib import Path
 
