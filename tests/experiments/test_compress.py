@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from experiments.compress import _score_cached, report
-from experiments.models import open_model
+from experiments.models import need_tokenizer
 from infer import prepare
 from model import ModelConfig, apply
 from model.convert import save_hf
+from model.store import open_model
 from model.weights import Int4, bytes_of
 
 CONFIG = ModelConfig(vocab_size=320, d_model=32, num_layers=3, num_heads=4, num_kv_heads=2, d_ff=48, max_seq_len=32)
@@ -45,7 +46,7 @@ def test_a_pruned_model_is_a_hugging_face_folder_with_its_tokenizer(isoflop, tmp
     assert opened.config == CONFIG.replace(num_layers=2)
     weight = np.asarray(opened.params["layers"]["dense"]["feed_forward"]["up"]["weight"])
     assert ((weight == 0).sum(axis=1) == CONFIG.d_model // 4).all()
-    assert opened.need_tokenizer().vocab_size == 320
+    assert need_tokenizer(opened.tokenizer, tmp_path / "small").vocab_size == 320
 
 
 def test_text_is_asked_for_where_it_is_needed(isoflop, tmp_path):

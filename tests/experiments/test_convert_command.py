@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.commands.models.convert import convert
-from experiments.models import open_model
 from model import presets
 from model.convert import save_hf
+from model.store import open_model
 
 
 @pytest.fixture
@@ -20,14 +20,14 @@ def model(random_params):
 
 def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkeypatch):
     config, params = model
-    monkeypatch.setattr("train.load_run", lambda folder: (config, params))
+    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, params))
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema_version": 1, "data": str(data)}))
     convert(run, tmp_path / "hf")
     found = open_model(tmp_path / "hf")
     text = "The people of the United States"
-    assert found.need_tokenizer().encode(text) == open_model(tmp_path / "hf", data).need_tokenizer().encode(text)
+    assert found.tokenizer.encode(text) == open_model(tmp_path / "hf", data).tokenizer.encode(text)
     np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
 
 

@@ -28,16 +28,15 @@ def convert(
     """
     import jax
 
-    from experiments.models import copy_tokenizer, open_tokenizer
+    from experiments.models import copy_tokenizer
     from model import accounting
     from model.convert import convert as write
     from model.convert import load_hf, save_hf
     from model.errors import InputError
+    from model.store import open_parameters, open_tokenizer
 
     if (source / "run.json").is_file():
-        from train import load_run
-
-        config, params = load_run(source)
+        config, params = open_parameters(source)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():

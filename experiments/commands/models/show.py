@@ -80,10 +80,11 @@ def show(
     """
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
-    from experiments.models import is_stored, open_parameters, read_config
+    from experiments.models import is_stored, read_config
     from experiments.sweep.space.overlay import overlay_model
     from model.errors import InputError
     from model.sharding import parse_mesh
+    from model.store import open_parameters
 
     own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
     config = overlay_model(read_changes(set), own)
