@@ -74,19 +74,16 @@ def restore(path: Path, like: Any) -> Any:
     """Return the whole state in a checkpoint; a leaf with a sharding as a jax.Array, any other as a NumPy array."""
     if not (path / PARAMS).is_dir():
         return _restore(path / STATE, like)
-    return joined({name: _restore(path / name, item) for name, item in items_of(like).items()})
+    items = {name: _restore(path / name, item) for name, item in items_of(like).items()}
+    return dataclasses.replace(like, params=items[PARAMS], **items[STATE])
 
 
 def items_of(state: Any) -> dict[str, Any]:
-    """Return the items of Orbax in which a state is stored: its parameters apart where it has the field `params`."""
+    """Return the items of Orbax in which a state is stored: the parameters apart where it has a field `params`."""
     if not hasattr(state, PARAMS):
         return {STATE: state}
-    return {PARAMS: state.params, STATE: dataclasses.replace(state, params=None)}
-
-
-def joined(items: dict[str, Any]) -> Any:
-    """Return the state of which `items_of` made these items."""
-    return dataclasses.replace(items[STATE], params=items[PARAMS]) if PARAMS in items else items[STATE]
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {PARAMS: fields.pop(PARAMS), STATE: fields}
 
 
 def leaves_of(tree: Any, *prefix: str) -> dict[str, str]:
