@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.commands.models.convert import convert
-from model import presets
+from model import InputError, presets
 from model.convert import save_hf
+from model.quantized import save_quantized
 from model.store import open_model
 
 
@@ -29,6 +30,12 @@ def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkey
     text = "The people of the United States"
     assert found.tokenizer.encode(text) == open_model(tmp_path / "hf", data).tokenizer.encode(text)
     np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
+
+
+def test_rounded_weights_are_refused(model, tmp_path):
+    save_quantized(*model, tmp_path / "small", "int8")
+    with pytest.raises(InputError, match="small holds rounded weights; give the model that it was made of"):
+        convert(tmp_path / "small", tmp_path / "hf")
 
 
 def test_a_folder_keeps_its_tokenizer(model, data, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from flax import struct
 from jax.experimental.multihost_utils import sync_global_devices
 
+from model.checkpoint import newest_params
 from model.errors import InputError
 from train.checkpoint import Checkpoints
 from train.hosts import agree, initialize, is_writer
@@ -127,6 +128,7 @@ def check_checkpoints(run):
     assert broken.called == is_writer()
     checkpoints.save(7, state)
     checkpoints.wait()
+    jax.tree.map(np.testing.assert_array_equal, newest_params(run, state_at(0).params), state_at(5).params)
     checkpoints.close()
     assert checkpoints.steps() == [3, 7]
 
@@ -160,7 +162,7 @@ def check_restored(found, wanted, sharding):
     for shard in params["table"].addressable_shards:
         np.testing.assert_array_equal(shard.data, saved["table"][shard.index])
     np.testing.assert_array_equal(params["whole"], saved["whole"])
-    assert state["step"] == wanted
+    assert state.step == wanted
 
 
 @pytest.mark.long

@@ -33,8 +33,11 @@ def convert(
     from model.convert import convert as write
     from model.convert import load_hf, save_hf
     from model.errors import InputError
+    from model.quantized import RECORD
     from model.store import open_parameters, open_tokenizer
 
+    if (source / RECORD).is_file():
+        raise InputError(f"{source} holds rounded weights; give the model that it was made of")
     if (source / "run.json").is_file():
         config, params = open_parameters(source)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
@@ -44,7 +47,7 @@ def convert(
         config = load_hf(target)[0]
     else:
         raise InputError(f"there is no model at {source}; give a run directory, a .gguf file or a Hugging Face folder")
-    with suppress(InputError):  # weights are worth having where the tokenizer's folder is gone
+    with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
         if (tokenizer := open_tokenizer(source)) is not None:
             copy_tokenizer(tokenizer, target)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")
