@@ -1,15 +1,33 @@
 """How text comes out: a jitted prefill/decode pair with an explicit cache, and the loops around it."""
 
-from infer.beam import Beams, beam_search
-from infer.engine import Engine
+from typing import TYPE_CHECKING
+
 from infer.generate import Completion, Generated, generate, stream
 from infer.prepare import prepare
-from infer.request import Request
-from infer.sampling import GREEDY, Sampling
-from infer.speculative import Speculated, generate_speculative
-from infer.step import decode_step, prefill
-from infer.text import Detokenizer
 from model.cache import KVCache, init_cache
+from model.lazy import lazy
+
+if TYPE_CHECKING:
+    from infer.beam import Beams, beam_search
+    from infer.engine import Engine
+    from infer.request import Request
+    from infer.sampling import GREEDY, Sampling
+    from infer.speculative import Speculated, generate_speculative
+    from infer.step import decode_step, prefill
+    from infer.text import Detokenizer
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "beam": ("Beams", "beam_search"),
+            "engine": ("Engine",),
+            "request": ("Request",),
+            "sampling": ("GREEDY", "Sampling"),
+            "speculative": ("Speculated", "generate_speculative"),
+            "step": ("decode_step", "prefill"),
+            "text": ("Detokenizer",),
+        },
+    )
 
 __all__ = [
     "init_cache",

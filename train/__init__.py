@@ -1,14 +1,34 @@
 """How parameters are found: pure steps, and the shell that runs them."""
 
-from train.branch import cooldown
-from train.config import HParams, TrainConfig
-from train.phases import Phase, standard_phases
-from train.recipe import Branch, Recipe, Weights
-from train.run import Result, load_run
-from train.shell import Shell
-from train.state import TrainState, init_state
-from train.step import eval_step, train_step
-from train.training import population, train
+from typing import TYPE_CHECKING
+
+from model.lazy import lazy
+
+if TYPE_CHECKING:
+    from train.branch import cooldown
+    from train.config import HParams, TrainConfig
+    from train.phases import Phase, standard_phases
+    from train.recipe import Branch, Recipe, Weights
+    from train.run import Result, load_run
+    from train.shell import Shell
+    from train.state import TrainState, init_state
+    from train.step import eval_step, train_step
+    from train.training import population, train
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "branch": ("cooldown",),
+            "config": ("HParams", "TrainConfig"),
+            "phases": ("Phase", "standard_phases"),
+            "recipe": ("Branch", "Recipe", "Weights"),
+            "run": ("Result", "load_run"),
+            "shell": ("Shell",),
+            "state": ("TrainState", "init_state"),
+            "step": ("eval_step", "train_step"),
+            "training": ("population", "train"),
+        },
+    )
 
 __all__ = [
     "TrainConfig",

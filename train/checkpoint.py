@@ -1,8 +1,9 @@
 """Orbax checkpoints that are verified before they are believed.
 
-`RUN/checkpoints/STEP` holds the state as Orbax wrote it, `checkpoint.json` (step, score, the state's leaves) and
-`checksums.json`. Orbax notices most damage, but one flipped bit in an array file restores silently wrong: so the
-checksums are the SHA-256 of every other file, and a checkpoint that does not agree with them is damaged.
+`RUN/checkpoints/STEP` holds the parameters and the rest of the state as Orbax wrote them (see `model.checkpoint`),
+`checkpoint.json` and `checksums.json`. Orbax notices most damage, but one flipped bit in an array file restores
+silently wrong: so the checksums are the SHA-256 of every other file, and a checkpoint that does not agree with them is
+damaged.
 
 A checkpoint is made under a hidden name and renamed when it is whole, and renamed to a hidden name before it is
 deleted. So a kill at any moment leaves whole checkpoints and hidden leftovers, which the run's next process removes.
@@ -10,7 +11,6 @@ All processes of a run must see the same folder; process 0 decides, names and de
 """
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -22,17 +22,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from model.checkpoint import (
+    ABOUT,
+    FOLDER,
+    items_of,
+    leaves_of,
+    newest_intact,
+    require_leaves,
+    restore,
+    steps_in,
+    warn,
+)
 from model.errors import InputError
 from train.checksums import CHECKSUMS, checksums, read_intact, verify
 from train.files import sync_folder, sync_tree, write_json
 from train.hosts import agree, is_writer
 
-_ABOUT = "checkpoint.json"
-_STATE = "state"
-_KEY = "rng"  # the leaf of a training state whose shape is that of a PRNG's key
-_FILE_OVERHEAD = 2**16  # bytes of Orbax's metadata, of the description and of the checksums
+_FILE_OVERHEAD = 2**17  # bytes of Orbax's metadata, of the description and of the checksums
 _WRITING, _DELETED, _REPLACED = "writing", "deleted", "replaced"
-logger = logging.getLogger("isoflop")
 
 
 class Checkpoints:
@@ -54,20 +61,21 @@ class Checkpoints:
     ):
         if keep < 1 or keep_every < 0:
             raise InputError(f"keep={keep} must be at least 1 and keep_every={keep_every} at least 0 (0: none)")
-        self._folder = Path(run).absolute() / "checkpoints"
+        self._folder = Path(run).absolute() / FOLDER
         self._keep, self._keep_every, self._keep_best, self._keep_steps = keep, keep_every, keep_best, keep_steps
         self._read_only = read_only
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._checkpointer: ocp.StandardCheckpointer | None = None
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
 
     def save(self, step: int, state: Any, score: float | None = None) -> None:
         """Copy the state to the host, then write it in the background; a failed earlier save is raised here.
 
         state: a tree of NumPy arrays, the same in all processes, and jax.Arrays, sharded in any way; it may be donated
-        or changed as soon as this returns. score: what `keep_best` keeps the lowest of. A checkpoint that the step has
-        already is replaced. Raises OSError (ENOSPC) before anything is begun where the disk has no room: a writer that
-        fails half-way leaves little more than a page of tracebacks.
+        or changed as soon as this returns. Its field `params`, where it has one, is stored as an item of its own.
+        score: what `keep_best` keeps the lowest of. A checkpoint that the step has already is replaced. Raises OSError
+        (ENOSPC) before anything is begun where the disk has no room: a writer that fails half-way leaves little more
+        than a page of tracebacks.
         """
         self.wait()
         state = jax.tree.map(_savable, state)
@@ -75,9 +83,13 @@ class Checkpoints:
         if self._checkpointer is None:
             # Lanes are saved at once: without names of their own their processes would meet at each other's barriers.
             own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=str(self._folder))
-            self._checkpointer = ocp.StandardCheckpointer(multiprocessing_options=own)
-        self._checkpointer.save(self._hidden(step, _WRITING) / _STATE, state)
-        about = {"step": step, "score": None if score is None else float(score), "leaves": _leaves(state)}
+            handler = ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=own)
+            )
+            self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=own)
+        items = {name: ocp.args.StandardSave(item) for name, item in items_of(state).items()}
+        self._checkpointer.save(self._written(step), args=ocp.args.Composite(**items))
+        about = {"step": step, "score": None if score is None else float(score), "leaves": leaves_of(state)}
         self._writer = threading.Thread(target=self._finish, args=(step, about), name=f"checkpoint-{step}")
         self._writer.start()
 
@@ -107,30 +119,28 @@ class Checkpoints:
 
         As this process sees it: while a save is under way, several processes must ask through `agree`.
         """
-        return sorted(int(path.name) for path in self._folder.glob("[0-9]*") if path.name.isdigit())
+        return steps_in(self._folder)
 
     def whole_steps(self) -> list[int]:
         """Steps whose checkpoint was finished, oldest first; what it says now is not verified."""
         return [step for step in self.steps() if (self._path(step) / CHECKSUMS).is_file()]
 
-    def restore_newest(self, like: Any, at_most: int | None = None, any_prng: bool = False) -> tuple[int, Any] | None:
+    def restore_newest(self, like: Any, at_most: int | None = None) -> tuple[int, Any] | None:
         """(step, state) of the newest intact checkpoint, of at most that step; None if there is none.
 
         like: a tree of shapes and dtypes. A leaf with a sharding comes back as a jax.Array laid out so, on any mesh;
         without one as a NumPy array. Each damaged checkpoint on the way is named in a warning and moved to
         `RUN/damaged/`, so that its step can be written again. Raises InputError where the leaves are not those saved.
-        any_prng: the key of dropout, which a reader does not need, may be of another PRNG, and comes back as it is.
         """
         self.wait()
-        leaves = {name: leaf for name, leaf in _leaves(like).items() if not (any_prng and name == _KEY)}
-        step = agree(self._newest_intact, at_most, leaves)
-        return None if step is None else (step, self._read(step, like))
+        step = agree(self._newest_intact, at_most, leaves_of(like))
+        return None if step is None else (step, restore(self._path(step), like))
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of that step, as `restore_newest` gives it. Raises InputError if there is none or it is damaged."""
         self.wait()
-        agree(self._must_be_intact, step, _leaves(like))
-        return self._read(step, like)
+        agree(self._must_be_intact, step, leaves_of(like))
+        return restore(self._path(step), like)
 
     def discard_after(self, step: int) -> None:
         """Delete every checkpoint of a later step, the last one first, so that the run can go on from this one."""
@@ -142,6 +152,10 @@ class Checkpoints:
 
     def _hidden(self, step: int, kind: str) -> Path:
         return self._folder / f".{step}.{kind}"
+
+    def _written(self, step: int) -> Path:
+        """Where Orbax writes a checkpoint, beside its own temporary folder; from there it is renamed to its place."""
+        return self._hidden(step, _WRITING) / str(step)
 
     def _join(self) -> BaseException | None:
         if self._writer is not None:
@@ -170,14 +184,15 @@ class Checkpoints:
             self._failure = _disk_error(failure, self._folder)
 
     def _publish(self, step: int, about: dict[str, Any]) -> None:
-        writing, replaced = self._hidden(step, _WRITING), self._hidden(step, _REPLACED)
-        write_json(writing / _ABOUT, about)
-        write_json(writing / CHECKSUMS, checksums(writing))
-        sync_tree(writing)  # before it is named, and named before older ones go: a power cut leaves one that is whole
+        written, replaced = self._written(step), self._hidden(step, _REPLACED)
+        write_json(written / ABOUT, about)
+        write_json(written / CHECKSUMS, checksums(written))
+        sync_tree(written)  # before it is named, and named before older ones go: a power cut leaves one that is whole
         if self._path(step).exists():
             os.rename(self._path(step), replaced)
-        os.rename(writing, self._path(step))
+        os.rename(written, self._path(step))
         sync_folder(self._folder)
+        shutil.rmtree(self._hidden(step, _WRITING), ignore_errors=True)  # empty now
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _thin_out(self, newest: int) -> None:
@@ -193,7 +208,7 @@ class Checkpoints:
                 self._delete(step)
 
     def _score(self, step: int) -> float | None:
-        about = read_intact(self._path(step), _ABOUT)
+        about = read_intact(self._path(step), ABOUT)
         return None if about is None else about["score"]
 
     def _delete(self, step: int) -> None:
@@ -218,26 +233,19 @@ class Checkpoints:
 
     def _newest_intact(self, at_most: int | None, leaves: dict[str, str]) -> int | None:
         self._sweep()
-        refused: set[int] = set()
-        # Listed anew each time: while one is verified here, a run that another process trains may replace them all.
-        while steps := [step for step in self.steps() if step not in refused and (at_most is None or step <= at_most)]:
-            reason = verify(self._path(steps[-1]))
-            if reason is None:
-                self._must_have(steps[-1], leaves)
-                return steps[-1]
-            if self._path(steps[-1]).exists():
-                refused.add(steps[-1])
-                self._set_aside(steps[-1], reason)
-        return None
+        step = newest_intact(self._folder, verify, self._set_aside, at_most)
+        if step is not None:
+            require_leaves(self._path(step), leaves)
+        return step
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        damaged = self._folder.parent / "damaged" / str(step)
-        moved = "" if self._read_only else f"; moved to {damaged}"
-        logger.warning("checkpoint %s is not used: %s%s", self._path(step), reason, moved)
-        if not self._read_only:
-            damaged.parent.mkdir(exist_ok=True)
-            shutil.rmtree(damaged, ignore_errors=True)
-            shutil.move(self._path(step), damaged)
+    def _set_aside(self, path: Path, reason: str) -> None:
+        if self._read_only:
+            return warn(path, reason)
+        damaged = self._folder.parent / "damaged" / path.name
+        warn(path, reason, f"; moved to {damaged}")
+        damaged.parent.mkdir(exist_ok=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.move(path, damaged)
 
     def _must_be_intact(self, step: int, leaves: dict[str, str]) -> None:
         there = ", ".join(map(str, self.steps())) or "none"
@@ -246,39 +254,7 @@ class Checkpoints:
         reason = verify(self._path(step))
         if reason is not None:
             raise InputError(f"checkpoint {self._path(step)} cannot be used: {reason}; the steps there are: {there}")
-        self._must_have(step, leaves)
-
-    def _must_have(self, step: int, leaves: dict[str, str]) -> None:
-        saved = (read_intact(self._path(step), _ABOUT) or {"leaves": {}})["leaves"]
-        wrong = [
-            f"{name} is {saved.get(name, 'absent')} there and {leaves.get(name, 'absent')} here"
-            for name in sorted(saved.keys() | leaves.keys())
-            if saved.get(name) != leaves.get(name) and (name != _KEY or name in leaves)
-        ]
-        if len(wrong) == 1 and wrong[0].startswith(f"{_KEY} is uint32"):
-            raise InputError(
-                f"checkpoint {self._path(step)} was written under another PRNG of JAX: {wrong[0]}; runs are trained "
-                "with threefry2x32 whatever JAX_DEFAULT_PRNG_IMPL says, so train into another folder"
-            )
-        if wrong:
-            more = f", and {len(wrong) - 3} more leaves differ" if len(wrong) > 3 else ""
-            raise InputError(
-                f"checkpoint {self._path(step)} is of another version or configuration: {'; '.join(wrong[:3])}{more}; "
-                "open it with what wrote it, or train into another folder"
-            )
-
-    def _read(self, step: int, like: Any) -> Any:
-        arguments = ocp.args.PyTreeRestore(item=like, restore_args=jax.tree.map(_restore_args, like))
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(self._path(step) / _STATE, args=arguments)
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """{"params/head/weight": "float32[64,1000]", …}, the same for a state and its shapes."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+        require_leaves(self._path(step), leaves)
 
 
 def _savable(leaf: Any) -> Any:
@@ -286,13 +262,6 @@ def _savable(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return leaf
     return np.asarray(leaf)
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _disk_error(failure: BaseException, folder: Path) -> BaseException:

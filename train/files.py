@@ -1,8 +1,6 @@
 """Files that are whole or absent: written beside, flushed, then renamed. And what to say where a disk refuses them."""
 
 import errno
-import hashlib
-import json
 import os
 import stat
 import tempfile
@@ -10,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from model.records import file_sha256 as file_sha256
+from model.records import json_text
 
 _THREADS = 8  # that wait for the disk
 
@@ -42,11 +43,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_atomically` of indented JSON; NaN and infinities become null, which every reader takes."""
     write_atomically(Path(path), json_text(value))
-
-
-def json_text(value: Any) -> str:
-    """What `write_json` writes."""
-    return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:
@@ -110,27 +106,3 @@ def refusal(error: OSError) -> str:
         errno.ENAMETOOLONG: "; choose a shorter one",
     }
     return f"{path} cannot be used: {reason}{advice.get(error.errno or 0, '')}"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return _finite(value.item())
-    if hasattr(value, "tolist"):
-        return _finite(value.tolist())
-    return str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value

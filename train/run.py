@@ -1,4 +1,4 @@
-"""The run directory: what a run is, how it went, and how to open it again."""
+"""The run directory: what a run is and how it went. `model.runs` reads it."""
 
 import dataclasses
 import datetime
@@ -15,21 +15,15 @@ from typing import Any
 
 import jax
 
-from model import Execution, ModelConfig, Params
-from model.ambient import pinned
+from model import Execution, Params
 from model.errors import InputError
 from model.execution import FIELDS as EXECUTION
-from train.checkpoint import Checkpoints
-from train.checksums import read_sealed, write_sealed
-from train.config import HParams, TrainConfig
+from model.runs import SCHEMA_VERSION, UNSEALED, load_run, read_record
+from model.runs import is_held as is_held
+from train.checksums import write_sealed
 from train.files import is_full, write_all
 from train.hosts import agree, is_writer
 from train.recipe import Recipe, difference, former_execution
-from train.state import init_state
-
-SCHEMA_VERSION = 1
-STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
-_UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
 
 
 class BusyError(InputError):
@@ -48,7 +42,7 @@ class Run:
         """Change fields of `run.json`, atomically."""
         self.record |= fields
         if is_writer():
-            write_sealed(self.folder / "run.json", self.record, _UNSEALED)
+            write_sealed(self.folder / "run.json", self.record, UNSEALED)
 
     def begin(self, step: int) -> str | None:
         """Note that training goes on from this step, and under which execution; in words where that is another one."""
@@ -118,7 +112,7 @@ class Run:
             "result": None,
             "wandb_id": secrets.token_hex(8),  # of the folder: another one with this run is another run there
         }
-        write_sealed(path, record, _UNSEALED)
+        write_sealed(path, record, UNSEALED)
         return record
 
     def _take_lock(self) -> Any:
@@ -168,25 +162,6 @@ class Result:
         return load_run(self.run)[1]
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """`run.json` of a run. Raises InputError if there is none or it is damaged.
-
-    A run that says it is running, though no process holds its folder, was killed: its status reads as interrupted.
-    """
-    path = Path(folder) / "run.json"
-    try:
-        record = read_sealed(path, _UNSEALED)
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a run: it has no run.json") from None
-    if record.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(f"{path} is not a run.json of schema version {SCHEMA_VERSION}")
-    if record.get("status", "planned") not in STATUSES:
-        raise InputError(f"{path} is damaged: its status is not one of {', '.join(STATUSES)}; put back a copy of it")
-    if record.get("status") == "running" and not is_held(folder):
-        record["status"] = "interrupted"
-    return record
-
-
 def recipe_of(record: Mapping[str, Any]) -> Recipe:
     """The recipe of a run, by its `run.json`."""
     return Recipe.from_dict({**record["identity"], "hparams": record["hparams"]})
@@ -200,18 +175,6 @@ def executions(record: Mapping[str, Any]) -> list[tuple[int, Execution]]:
     return [(row.pop("from_step"), Execution.from_dict(row)) for row in rows]
 
 
-def is_held(folder: str | Path) -> bool:
-    """Return whether a process has the run open for writing."""
-    try:
-        with open(Path(folder) / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
 def _overwrite_status(path: Path, status: str) -> None:
     """Replace the status in place by a word that is no longer, which needs no room on the disk."""
     content = path.read_bytes()
@@ -221,19 +184,6 @@ def _overwrite_status(path: Path, status: str) -> None:
             file.seek(found.start())
             write_all(file, f'"status": "{status}"'.encode().ljust(len(found[0])))
             os.fsync(file.fileno())
-
-
-@pinned()
-def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
-    """(config, parameters of the newest intact checkpoint). Raises InputError if there is none."""
-    record = read_record(folder)
-    config = ModelConfig.from_dict(record["identity"]["config"])
-    train_config = TrainConfig.from_dict(record["identity"]["train_config"])
-    like = jax.eval_shape(lambda: init_state(config, train_config, HParams()))
-    found = Checkpoints(Path(folder), read_only=True).restore_newest(like, any_prng=True)
-    if found is None:
-        raise InputError(f"{folder} has no intact checkpoint; train it first")
-    return config, jax.tree.map(jax.numpy.asarray, found[1].params)
 
 
 def describe_device() -> dict[str, Any]:

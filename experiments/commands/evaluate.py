@@ -34,14 +34,15 @@ def evaluate(
     """
     from experiments.commands.options import say, write_document
     from experiments.evaluate.loss import evaluate as measure
-    from experiments.models import open_model
+    from experiments.models import need_tokenizer
+    from model.store import open_model
 
     opened = open_model(model, tokenizer or (data if (model / "run.json").is_file() else None))
     values = measure(
         opened.config,
         opened.params,
         data,
-        tokenizer=opened.need_tokenizer(),
+        tokenizer=need_tokenizer(opened.tokenizer, model),
         batch_size=batch_size,
         seq_len=seq_len,
         max_tokens=evaluate_tokens,

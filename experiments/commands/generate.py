@@ -78,10 +78,11 @@ def generate(
     import jax
 
     from experiments.commands.options import say, say_unused, write_document
-    from experiments.models import open_model
-    from infer import Sampling, beam_search, generate_speculative, prepare
+    from experiments.models import need_tokenizer
+    from infer import Sampling, prepare
     from infer import stream as run_generation
     from model.errors import InputError
+    from model.store import open_model
 
     drawn: dict[str, Any] = {
         "temperature": temperature,
@@ -110,7 +111,7 @@ def generate(
     if not chat:
         say_unused("without --chat", generate, system=system)
     opened = open_model(model, tokenizer)
-    words = opened.need_tokenizer()
+    words = need_tokenizer(opened.tokenizer, model)
     if top_k > opened.config.vocab_size:
         say(f"--top-k {top_k:,} is more than the vocabulary of {opened.config.vocab_size:,}; all of it is kept")
     if chat:
@@ -127,6 +128,8 @@ def generate(
     completions: list[dict[str, Any]]
     questions = [text for text in prompt for _ in range(n)]
     if beams:
+        from infer import beam_search
+
         found = beam_search(opened.config, params, prompts, beams=beams, n=n, length_penalty=length_penalty, **common)
         questions = [text for text, tokens in zip(prompt, found.tokens, strict=True) for _ in tokens]
         names: tuple[str, ...] = ("tokens", "logprobs", "finish_reason", "text", "score")
@@ -137,6 +140,8 @@ def generate(
             for row in zip(*of_prompt, strict=True)
         ]
     elif draft is not None or lookup:
+        from infer import generate_speculative
+
         proposer = None if draft is None else _prepared(draft, weights)
         made = generate_speculative(
             opened.config,
@@ -179,8 +184,8 @@ def generate(
 
 
 def _prepared(path: Path, weights: Any) -> "tuple[ModelConfig, Params]":
-    from experiments.models import open_parameters
     from infer import prepare
+    from model.store import open_parameters
 
     config, params = open_parameters(path)
     return config, prepare(config, params, weights)

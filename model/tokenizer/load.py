@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from model.errors import InputError
-from model.gguf_parts import find_gguf
 from model.tokenizer.base import Tokenizer
 
 # The first that is there: where a folder has both, tokenizer.json also knows the tokens that were added later.
@@ -39,7 +38,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _find(path: Path) -> Path:
     if path.is_dir():
-        inside = next((path / name for name in _NAMES if (path / name).is_file()), None) or find_gguf(path)
+        inside = next((path / name for name in _NAMES if (path / name).is_file()), None)
+        if inside is None:
+            from model.gguf_parts import find_gguf
+
+            inside = find_gguf(path)
         if inside is None:
             raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
         return inside

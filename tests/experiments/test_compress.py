@@ -9,10 +9,11 @@ import pytest
 
 from experiments.commands.models.compress import _smaller
 from experiments.compress import _score_cached, report
-from experiments.models import Model, open_model
+from experiments.models import need_tokenizer
 from infer import prepare
 from model import ModelConfig, apply
 from model.convert import fold, save_hf
+from model.store import Model, open_model
 from model.tokenizer import load_tokenizer
 from model.weights import Int4, bytes_of
 
@@ -47,18 +48,18 @@ def test_a_pruned_model_is_a_hugging_face_folder_with_its_tokenizer(isoflop, tmp
     assert opened.config == CONFIG.replace(num_layers=2)
     weight = np.asarray(opened.params["layers"]["dense"]["feed_forward"]["up"]["weight"])
     assert ((weight == 0).sum(axis=1) == CONFIG.d_model // 4).all()
-    assert opened.need_tokenizer().vocab_size == 320
+    assert need_tokenizer(opened.tokenizer, tmp_path / "small").vocab_size == 320
 
 
 @pytest.mark.slow
 def test_a_depth_scaled_model_loses_layers_too(data, random_params):
     config = CONFIG.replace(parameterization="mup", base_d_model=12, base_num_layers=2, tie_embeddings=False)
-    opened = Model(Path("model"), config, random_params(config), load_tokenizer(data))
+    opened = Model(config, random_params(config), load_tokenizer(data))
     smaller = lambda model: _smaller(model, "float32", 0.5, None, 1, data, 16)
     standard, params = smaller(opened)
     assert standard == CONFIG.replace(num_layers=2, tie_embeddings=False)
     # Multipliers have no part in the choice: it is that of the folded model.
-    same = smaller(Model(Path("model"), *fold(config, opened.params), opened.tokenizer))[1]
+    same = smaller(Model(*fold(config, opened.params), opened.tokenizer))[1]
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.commands.models.convert import convert
-from experiments.models import open_model
-from model import apply, presets
+from model import InputError, apply, presets
 from model.convert import load_hf, save_hf
+from model.quantized import save_quantized
+from model.store import open_model
 
 
 @pytest.fixture
@@ -21,15 +22,21 @@ def model(random_params):
 
 def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkeypatch):
     config, params = model
-    monkeypatch.setattr("train.load_run", lambda folder: (config, params))
+    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, params))
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema_version": 1, "data": str(data)}))
     convert(run, tmp_path / "hf")
     found = open_model(tmp_path / "hf")
     text = "The people of the United States"
-    assert found.need_tokenizer().encode(text) == open_model(tmp_path / "hf", data).need_tokenizer().encode(text)
+    assert found.tokenizer.encode(text) == open_model(tmp_path / "hf", data).tokenizer.encode(text)
     np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
+
+
+def test_rounded_weights_are_refused(model, tmp_path):
+    save_quantized(*model, tmp_path / "small", "int8")
+    with pytest.raises(InputError, match="small holds rounded weights; give the model that it was made of"):
+        convert(tmp_path / "small", tmp_path / "hf")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -38,7 +45,7 @@ def test_a_mup_run_becomes_the_same_function(tied, random_params, tmp_path, monk
         vocab_size=320, tie_embeddings=tied, parameterization="mup", base_d_model=12, base_num_layers=1
     )
     params = random_params(config)
-    monkeypatch.setattr("train.load_run", lambda folder: (config, params))
+    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, params))
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema_version": 1}))

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from experiments.models import open_model
 from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.sweep.definition import define
 from experiments.sweep.run import begin
 from model import presets
 from model.errors import InputError
+from model.store import open_model
 from train import HParams, Shell, TrainConfig, train
 from train.branch import cooldown
 from train.data import prepare
@@ -111,7 +111,7 @@ def test_a_run_finds_the_data_that_were_moved_with_it(made, data, tmp_path, isof
     assert data_of(run, read_record(run)) == str(tmp_path / "there" / "data")
     plan = cooldown(run, 2, 1)
     assert (plan.folders, plan.start.folder) == (str(tmp_path / "there" / "data"), run)
-    assert open_model(run).need_tokenizer().vocab_size == 320
+    assert open_model(run).tokenizer.vocab_size == 320
 
     (tmp_path / "there" / "data").rename(tmp_path / "elsewhere")
     code, _, error = isoflop("cool", run, "--at", 2, "--out", tmp_path / "cooled")

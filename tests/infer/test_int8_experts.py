@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.quantized import load_quantized, save_quantized
 from infer import prepare
 from infer.quantize import quantize_experts
 from model import Experts, InputError, ModelConfig, accounting, apply, init
 from model.dispatch import through_experts
 from model.grouped import batched_product, loop_product
+from model.quantized import load_quantized, save_quantized
 from model.weights import Int8Experts, bytes_of
 
 COUNT, D_MODEL, D_FF = 4, 8, 12

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.models import open_parameters
 from model import Experts, InputError, ModelConfig, RopeScaling
 from model.convert import convert, load_gguf, load_hf, save_hf
 from model.gguf_header import read_gguf_header
+from model.store import open_parameters
 from model.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"

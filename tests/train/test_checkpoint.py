@@ -8,14 +8,19 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import struct
 
 from model.errors import InputError
 from train.checkpoint import CHECKSUMS, Checkpoints, verify
+from train.checksums import checksums
+from train.files import write_json
 
 STATE = {"weights": np.arange(5000, dtype=np.float32), "step": np.array(3, np.int32)}
 MIXED = {
@@ -24,6 +29,18 @@ MIXED = {
     "half": np.linspace(-3, 3, 24, dtype=np.float32).astype(jnp.bfloat16).reshape(4, 6),
     "layers": [np.array([[np.nan, -0.0], [np.inf, 1e-40]], np.float32), {"flag": np.array([True, False])}],
 }
+
+
+@struct.dataclass
+class Trained:
+    """A state that has parameters."""
+
+    params: Any
+    optimizer: Any
+    step: Any
+
+
+TRAINED = Trained({"layers": [MIXED], "scale": np.ones(3, np.float32)}, (MIXED, {"nothing": ()}), np.array(7, np.int32))
 
 
 def state_of(step):
@@ -72,6 +89,34 @@ def test_round_trip_is_bitwise_and_the_state_may_change_at_once(tmp_path, make):
     placed = Checkpoints(tmp_path).restore(1, like)
     assert all(isinstance(leaf, jax.Array) and leaf.sharding == sharding for leaf in jax.tree.leaves(placed))
     assert_same_bits(placed, MIXED)
+
+
+def test_parameters_are_an_item_of_their_own(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.tree.map(jnp.array, TRAINED))
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    assert {"params", "state"} == {path.name for path in folder.iterdir() if path.is_dir()}
+    step, found = Checkpoints(tmp_path).restore_newest(TRAINED)
+    assert step == 1
+    assert jax.tree.structure(found) == jax.tree.structure(TRAINED)
+    assert_same_bits(found, TRAINED)
+    for name in ("params", "optimizer"):
+        with pytest.raises(InputError, match=f"version or configuration: {name}/.* there and absent here"):
+            checkpoints.restore(1, TRAINED.replace(**{name: {}}))
+
+
+def test_a_state_that_a_former_version_stored_as_one_item_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, TRAINED)
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    shutil.rmtree(folder / "params")
+    shutil.rmtree(folder / "state")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", TRAINED)
+    write_json(folder / CHECKSUMS, checksums(folder))
+    assert_same_bits(Checkpoints(tmp_path).restore(1, TRAINED), TRAINED)
 
 
 def test_which_checkpoints_stay(tmp_path):

@@ -6,20 +6,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from flax import struct
 
 from train.checkpoint import Checkpoints
 
 SIZE = 1_250_000  # twice: 20 MB, so that most of the time is spent inside a write
-LIKE = {"noise": np.zeros(SIZE, np.uint64), "marks": np.zeros(SIZE, np.uint64), "step": np.zeros((), np.int32)}
+
+
+@struct.dataclass
+class State:
+    """Two items of Orbax: the parameters and the rest."""
+
+    params: Any
+    marks: Any
+    step: Any
+
+
+LIKE = State({"noise": np.zeros(SIZE, np.uint64)}, np.zeros(SIZE, np.uint64), np.zeros((), np.int32))
 
 
 def state_at(step):
     """Every word tells the step; half of them do not compress."""
     noise = np.random.default_rng(0).integers(0, 2**63, SIZE, np.uint64)
-    return {"noise": noise + np.uint64(step), "marks": np.full(SIZE, step, np.uint64), "step": np.array(step, np.int32)}
+    return State({"noise": noise + np.uint64(step)}, np.full(SIZE, step, np.uint64), np.array(step, np.int32))
 
 
 def save_forever(run):
@@ -53,8 +67,7 @@ def kill_and_look(run, kills):
         # A save returns when it is copied: the last one begun may be lost, the one before it not.
         assert max(newest, *(line - 1 for line in begun), 0) <= step, (begun, newest)
         if state is not None:
-            for name, wanted in state_at(step).items():
-                np.testing.assert_array_equal(state[name], wanted)
+            jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
         assert len(checkpoints.steps()) >= min(step, 2)
         assert checkpoints.steps() == checkpoints.whole_steps()
         assert not [path for path in (run / "checkpoints").glob(".*") if path.name.endswith(("writing", "deleted"))]

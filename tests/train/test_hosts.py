@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from flax import struct
 from jax.experimental.multihost_utils import sync_global_devices
 
+from model.checkpoint import newest_params
 from model.errors import InputError
 from train.checkpoint import Checkpoints
 from train.hosts import agree, initialize, is_writer
@@ -22,8 +25,16 @@ from train.hosts import agree, initialize, is_writer
 TABLE = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
 
 
+@struct.dataclass
+class State:
+    """A state that has parameters, which are stored as an item of their own."""
+
+    params: Any
+    step: Any
+
+
 def state_at(step):
-    return {"table": TABLE + step, "whole": TABLE[0] * step, "step": np.array(step, np.int32)}
+    return State({"table": TABLE + step, "whole": TABLE[0] * step}, np.array(step, np.int32))
 
 
 def test_one_process_needs_nobody(monkeypatch):
@@ -78,9 +89,9 @@ def check_checkpoints(run):
     checkpoints = Checkpoints(run, keep=3)
     for step in (1, 2, 3, 4, 5):
         state = state_at(step)
-        state |= {"table": place(state["table"], spread), "whole": place(state["whole"], same)}
-        if step == 4:
-            state["step"] = jax.numpy.array(step, np.int32)  # an array of this process alone
+        params = {"table": place(state.params["table"], spread), "whole": place(state.params["whole"], same)}
+        alone = jax.numpy.array(step, np.int32)  # an array of this process
+        state = State(params, alone if step == 4 else state.step)
         checkpoints.save(step, state)
     checkpoints.wait()
     assert checkpoints.steps() == [3, 4, 5]
@@ -92,7 +103,8 @@ def check_checkpoints(run):
         checkpoints.restore(5, state)
 
     other = jax.NamedSharding(mesh, jax.P(None, ("model", "data")))
-    like = state_at(0) | {"table": jax.ShapeDtypeStruct(TABLE.shape, TABLE.dtype, sharding=other)}
+    table = jax.ShapeDtypeStruct(TABLE.shape, TABLE.dtype, sharding=other)
+    like = state_at(0).replace(params={**state_at(0).params, "table": table})
     check_restored(checkpoints.restore_newest(like), 4, other)
     sync_global_devices("all have read it")
     if is_writer():
@@ -116,6 +128,7 @@ def check_checkpoints(run):
     assert broken.called == is_writer()
     checkpoints.save(7, state)
     checkpoints.wait()
+    jax.tree.map(np.testing.assert_array_equal, newest_params(run, state_at(0).params), state_at(5).params)
     checkpoints.close()
     assert checkpoints.steps() == [3, 7]
 
@@ -144,11 +157,12 @@ def check_lanes(run):
 def check_restored(found, wanted, sharding):
     step, state = found
     assert step == wanted
-    assert state["table"].sharding == sharding
-    for shard in state["table"].addressable_shards:
-        np.testing.assert_array_equal(shard.data, state_at(wanted)["table"][shard.index])
-    np.testing.assert_array_equal(state["whole"], state_at(wanted)["whole"])
-    assert state["step"] == wanted
+    params, saved = state.params, state_at(wanted).params
+    assert params["table"].sharding == sharding
+    for shard in params["table"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, saved["table"][shard.index])
+    np.testing.assert_array_equal(params["whole"], saved["whole"])
+    assert state.step == wanted
 
 
 @pytest.mark.long
@@ -178,8 +192,7 @@ def test_two_processes(tmp_path):
     assert [json.loads(output.splitlines()[-1]) for output, _ in said] == ["done", "done"]
     alone = Checkpoints(tmp_path)
     assert alone.steps() == [3, 7]
-    for name, value in alone.restore(3, state_at(0)).items():
-        np.testing.assert_array_equal(value, state_at(3)[name])
+    jax.tree.map(np.testing.assert_array_equal, alone.restore(3, state_at(0)), state_at(3))
     assert (tmp_path / "damaged" / "4").is_dir()
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from model.errors import InputError
+from model.runs import data_of as data_of
 from train.data.shards import TokenShards
 
 
@@ -46,18 +46,3 @@ class Data:
         """`place` relative to the run's folder: where the data are looked for when both were moved together."""
         found = {name: os.path.relpath(folder, run.resolve()) for name, folder in self.folders.items()}
         return found if len(found) > 1 else next(iter(found.values()))
-
-
-def data_of(run: str | Path, record: Mapping[str, Any]) -> str | dict[str, str]:
-    """Return where the data of a run are, by its `run.json`: where they were, or else where they lay beside the run."""
-    places, beside = record["data"], record.get("data_beside")
-    if isinstance(places, str):
-        return _found(places, beside, Path(run))
-    return {name: _found(place, (beside or {}).get(name), Path(run)) for name, place in places.items()}
-
-
-def _found(place: str, beside: str | None, run: Path) -> str:
-    if beside is None or Path(place).exists():
-        return place
-    other = os.path.normpath(run.resolve() / beside)
-    return other if Path(other).exists() else place

@@ -136,8 +136,9 @@ def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], t
     """(config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
-    from experiments.models import is_stored, open_parameters, read_config
+    from experiments.models import is_stored, read_config
     from model import init
+    from model.store import open_parameters
 
     if is_stored(model):
         config, params = open_parameters(model)

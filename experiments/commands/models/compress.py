@@ -9,8 +9,8 @@ import tyro
 from experiments.commands.options import JsonFile
 
 if TYPE_CHECKING:
-    from experiments.models import Model
     from model import ModelConfig, Params
+    from model.store import Model
 
 Method = Literal["float32", "bfloat16", "int8", "int8-dynamic", "int4", "magnitude", "wanda"]
 
@@ -54,11 +54,12 @@ def compress(
     from experiments.commands.options import origin, output, say_fewer_tokens, say_unused, write_document
     from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
-    from experiments.models import copy_tokenizer, open_model
-    from experiments.quantized import RECORD, ROUNDED, save_quantized
+    from experiments.models import copy_tokenizer, need_tokenizer
     from infer import prepare
     from model.convert import save_hf
     from model.errors import InputError
+    from model.quantized import RECORD, ROUNDED, save_quantized
+    from model.store import open_model
     from model.weights import bytes_of
     from train.data import load_manifest
 
@@ -74,7 +75,7 @@ def compress(
         say_fewer_tokens(evaluate_tokens, load_manifest(data))
     opened = open_model(source, tokenizer)
     if data is not None:
-        opened.need_tokenizer()
+        need_tokenizer(opened.tokenizer, source)
     config, params = _smaller(opened, method, sparsity, pattern, drop_layers, data, seq_len)
     with output(target):
         if method in ROUNDED:
@@ -118,9 +119,9 @@ def _smaller(
     import jax
 
     from experiments.compress import calibration_tokens
-    from experiments.quantized import ROUNDED
     from infer.prune import drop_layers, prune
     from model.convert import fold
+    from model.quantized import ROUNDED
 
     config, params, calibration = opened.config, opened.params, None
     if drop or method not in ROUNDED:  # a Hugging Face folder holds no multipliers, and fewer layers would have others

@@ -27,17 +27,19 @@ def convert(
         dtype: Precision of the weights that are written.
         model_type: The family to write as, such as llama or gpt2, where the config fits several.
     """
-    from experiments.models import copy_tokenizer, open_tokenizer
+    from experiments.models import copy_tokenizer
     from model import accounting
     from model.convert import convert as write
     from model.convert import fold, load_hf, save_hf
     from model.errors import InputError
+    from model.quantized import RECORD
+    from model.store import open_parameters, open_tokenizer
 
     trained = None
+    if (source / RECORD).is_file():
+        raise InputError(f"{source} holds rounded weights; give the model that it was made of")
     if (source / "run.json").is_file():
-        from train import load_run
-
-        trained, params = load_run(source)
+        trained, params = open_parameters(source)
         config, params = fold(trained, params, dtype=dtype)
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():
@@ -45,7 +47,7 @@ def convert(
         config = load_hf(target)[0]
     else:
         raise InputError(f"there is no model at {source}; give a run directory, a .gguf file or a Hugging Face folder")
-    with suppress(InputError):  # weights are worth having where the tokenizer's folder is gone
+    with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
         if (tokenizer := open_tokenizer(source)) is not None:
             copy_tokenizer(tokenizer, target)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")

@@ -80,9 +80,10 @@ def show(
     """
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
-    from experiments.models import is_stored, open_parameters, read_config
+    from experiments.models import is_stored, read_config
     from model.errors import InputError
     from model.sharding import parse_mesh
+    from model.store import open_parameters
     from train.overlay import overlay
     from train.recipe import Recipe
 

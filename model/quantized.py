@@ -1,0 +1,142 @@
+"""A folder that holds weights in fewer bits as decode wants them, so that loading it makes nothing wider.
+
+quantized.json says how they are stored and of what config they are; model.safetensors has the arrays by their place in
+the tree of `infer.prepare`, such as `['layers'][0]['attention']['query']['weight'].packed`.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from model.ambient import pinned
+from model.config import ModelConfig
+from model.errors import InputError
+from model.layout import places
+from model.records import json_text
+from model.stack import Params
+from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed, is_weight
+
+RECORD, TENSORS = "quantized.json", "model.safetensors"
+ROUNDED = ("int8", "int8-dynamic", "int4")
+
+
+def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weights: str) -> None:
+    """Write parameters prepared as `weights`, whole or not at all. Raises InputError where something else stands."""
+    from safetensors.flax import save_file
+
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file())):
+        raise InputError(f"{folder} exists and holds no quantized model; give another folder")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
+    try:
+        save_file({jax.tree_util.keystr(path): jax.numpy.asarray(leaf) for path, leaf in leaves}, partial / TENSORS)
+        record = {"schema_version": 1, "weights": weights, "config": config.to_dict()}
+        (partial / RECORD).write_text(json_text(record), encoding="utf-8")
+        shutil.copymode(partial / RECORD, partial / TENSORS)  # safetensors lets only the owner read
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@pinned()
+def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
+    """What `save_quantized` wrote: `apply`, `prefill`, `decode_step` and `generate` take it as it is.
+
+    Raises InputError on a damaged folder and on one that holds other weights than its config has.
+    """
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file
+
+    from model.transformer import init
+
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        arrays = load_file(folder / TENSORS)
+        config, weights = ModelConfig.from_dict(record["config"]), record["weights"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read as a quantized model: {error}") from None
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    fields: dict[str, dict[str, jax.Array]] = {}
+    for name, array in arrays.items():
+        place, _, field = name.partition(".")
+        fields.setdefault(place, {})[field] = array
+    tree: dict[str, Any] = {}
+    try:
+        for place, parts in fields.items():
+            path = _path(place)
+            _put(tree, path, _weight(parts, weights, functools.partial(_inputs, config, shapes, path)))
+        params = _with_tuples(tree)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{folder} has {place} not as this version stores it; compress the model again") from None
+    there, wanted = _entries(params), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if there != wanted:
+        raise InputError(
+            f"{folder} holds {there:,} weights and a model of its config has {wanted:,}; compress the model again"
+        )
+    return config, params
+
+
+def _weight(parts: dict[str, jax.Array], weights: str, inputs: Any) -> Any:
+    """The weight that was stored as these arrays, by their names and dtypes; inputs: gives the width of int4."""
+    match sorted(parts):
+        case [""]:
+            return parts[""]
+        case ["weight"]:
+            return (Bits if parts["weight"].dtype == np.uint16 else Transposed)(**parts)
+        case ["scale", "weight"] if parts["weight"].ndim == 3:
+            return Int8Experts(**parts)
+        case ["scale", "weight"]:
+            return (Int8Dynamic if weights == "int8-dynamic" else Int8)(**parts)
+        case ["packed", "scale"]:
+            return Int4(**parts, d_in=inputs())
+    raise ValueError(f"no form of a weight has the arrays {', '.join(sorted(parts))}")
+
+
+def _inputs(config: ModelConfig, shapes: Params, path: tuple[str | int, ...]) -> int:
+    """Inputs of the matrix at a place of the prepared tree, where each layer has a tree of its own."""
+    tree: Any = shapes
+    for name in path:
+        tree = tree[places(config, path[0] == "encoder")[name][0] if isinstance(name, int) else name]
+    return tree.shape[-2]
+
+
+def _path(place: str) -> tuple[str | int, ...]:
+    """("layers", 0, "attention") of "['layers'][0]['attention']"."""
+    return tuple(key or int(number) for key, number in re.findall(r"\['([^']+)'\]|\[(\d+)\]", place))
+
+
+def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
+    *above, last = path
+    for name in above:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _with_tuples(tree: Any) -> Any:
+    """The tree with a tuple in place of each mapping from 0, 1, 2 …"""
+    if not isinstance(tree, Mapping):
+        return tree
+    children = {name: _with_tuples(child) for name, child in tree.items()}
+    if not any(isinstance(name, int) for name in children):
+        return children
+    return tuple(children[index] for index in range(len(children)))
+
+
+def _entries(params: Params) -> int:
+    """How many numbers the weights stand for; scales and padding are none."""
+    count = lambda leaf: leaf.scale.shape[0] * leaf.d_in if isinstance(leaf, Int4) else leaf.weight.size
+    return sum(count(leaf) if is_weight(leaf) else leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_weight))

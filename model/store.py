@@ -1,0 +1,89 @@
+"""Open whatever holds a model: a run, a Hugging Face folder, a GGUF file, a folder of rounded weights.
+
+Nothing of training or decoding is imported, and of a run's checkpoint the parameters alone are read.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from model.ambient import pinned
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from model.stack import Params
+    from model.tokenizer import Tokenizer
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+class Model(NamedTuple):
+    """An opened model; tokenizer: None where none stands beside it."""
+
+    config: "ModelConfig"
+    params: "Params"
+    tokenizer: "Tokenizer | None"
+
+
+def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
+    """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a GGUF model.
+
+    tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own, or None where there is none.
+    Raises InputError where nothing can be opened; what it opens it leaves as it is.
+    """
+    config, params = open_parameters(path)
+    return Model(config, params, open_tokenizer(path, tokenizer))
+
+
+@pinned()
+def open_parameters(path: str | Path) -> "tuple[ModelConfig, Params]":
+    """Return only the config and the parameters of what `open_model` opens."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
+    if (path / "run.json").is_file():
+        from model.runs import load_run
+
+        return load_run(path)
+    if (path / "quantized.json").is_file():
+        from model.quantized import load_quantized
+
+        return load_quantized(path)
+    if (path / "config.json").is_file():
+        from model.convert import load_hf
+
+        return load_hf(path)
+    if (file := _gguf(path)) is not None:
+        from model.convert import load_gguf
+
+        return load_gguf(file)
+    raise InputError(
+        f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
+    )
+
+
+def open_tokenizer(path: str | Path, given: str | Path | None = None) -> "Tokenizer | None":
+    """Return the tokenizer given, else that of the data a run was trained on, else the one beside the weights.
+
+    None where there is none, or where the data folder of a run is gone.
+    """
+    from model.tokenizer import load_tokenizer
+
+    path = Path(path)
+    if given is not None:
+        return load_tokenizer(given)
+    if (path / "run.json").is_file():
+        from model.runs import data_folder
+
+        folder = data_folder(path)
+        return load_tokenizer(folder) if folder is not None and folder.is_dir() else None
+    beside = any((path / name).is_file() for name in _TOKENIZERS) or _gguf(path) is not None
+    return load_tokenizer(path) if beside else None
+
+
+def _gguf(path: Path) -> Path | None:
+    if path.suffix == ".gguf":
+        return path
+    from model.gguf_parts import find_gguf
+
+    return find_gguf(path) if path.is_dir() else None
