@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from train.recipe import Branch, Recipe, Weights
     from train.run import Result, load_run
     from train.shell import Shell
+    from train.start import weights
     from train.state import TrainState, init_state
     from train.step import eval_step, train_step
     from train.training import population, train
@@ -24,6 +25,7 @@ else:
             "recipe": ("Branch", "Recipe", "Weights"),
             "run": ("Result", "load_run"),
             "shell": ("Shell",),
+            "start": ("weights",),
             "state": ("TrainState", "init_state"),
             "step": ("eval_step", "train_step"),
             "training": ("population", "train"),
@@ -35,6 +37,7 @@ __all__ = [
     "Recipe",
     "Branch",
     "Weights",
+    "weights",
     "Phase",
     "standard_phases",
     "HParams",

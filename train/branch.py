@@ -8,27 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.errors import InputError
-from train.checkpoint import Checkpoints
 from train.data.folders import Data, data_of
-from train.hosts import agree
 from train.recipe import Branch, Recipe
 from train.run import read_record, recipe_of
-
-
-def check_branch(branch: Branch) -> None:
-    """Raise InputError where the base run has no checkpoint of the step, or nothing says where it lies."""
-    folder = folder_of(branch)
-    there = agree(Checkpoints(folder, read_only=True).steps)
-    if branch.step not in there:
-        steps = ", ".join(map(str, there)) or "none"
-        raise InputError(f"{folder} has no checkpoint of step {branch.step}; the steps there are: {steps}")
-
-
-def folder_of(branch: Branch) -> Path:
-    """The folder of the run that a branch starts from. Raises InputError where nothing says where it lies."""
-    if branch.folder is None:
-        raise InputError(f"the run starts from step {branch.step} of run {branch.run_id}; give its Branch the folder")
-    return branch.folder
 
 
 def cooldown(

@@ -265,9 +265,12 @@ class Loop:
     def _start(self) -> Lanes:
         state = self.program.init(self.hparams)
         for lane, number in enumerate(self.seats.trials):
-            restored = self.trials[number].resume(self.program.lane)
+            trial, index = self.trials[number], np.int32(lane)
+            restored = trial.resume(self.program.lane)
+            if restored is None and (params := trial.initial_params(self.program.lane.params)) is not None:
+                restored = self.program.take(state, index).replace(params=params)  # type: ignore[attr-defined]
             if restored is not None:
-                state = self.program.put(state, np.int32(lane), restored)
+                state = self.program.put(state, index, restored)
         return state
 
     def _save(self, trials: list[Trial]) -> None:

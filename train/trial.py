@@ -8,8 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from model import Execution, accounting
-from train.branch import check_branch, folder_of
+from model import Execution, Params, accounting
 from train.checkpoint import Checkpoints
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
@@ -17,9 +16,10 @@ from train.hosts import agree, is_writer
 from train.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.plan import Plan, Stage
 from train.progress import say
-from train.recipe import Branch, Recipe
+from train.recipe import Branch, Recipe, Weights
 from train.run import Result, Run
 from train.shell import Shell
+from train.start import check_branch, folder_of, params_of
 from train.step import metric_names
 
 logger = logging.getLogger("isoflop")
@@ -114,6 +114,10 @@ class Trial:
             if (change := self.run.begin(self.step)) and is_writer():
                 say(f"{self.run.folder}: from step {self.step:,} on with {change}")
         return None if found is None else found[1]
+
+    def initial_params(self, like: Params) -> Params | None:
+        """The parameters that it starts from where its recipe names any, laid out as `like`."""
+        return params_of(self.recipe.start, like) if isinstance(self.recipe.start, Weights) else None
 
     def _open_log(self) -> None:
         """What the record said at the step from which the run goes on, and the log from there."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from model import Execution, Experts, InputError, presets
-from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, population, train
+from model.convert import save_hf
+from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, load_run, population, train, weights
 from train.metrics import read_metrics
 from train.recipe import difference
 from train.run import executions, read_record, recipe_of
@@ -143,3 +144,25 @@ def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):
     with pytest.raises(InputError, match="unknown objective 'dpo'"):
         Recipe(CONFIG, objective="dpo")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_the_weights_of_another_model(recipe, whole, tmp_path):
+    """With a fresh optimizer, at step 0, whatever holds the weights; and goes on after an interruption."""
+    start = weights(whole)
+    assert start == weights(whole)
+    continued = recipe.replace(start=start, steps=2)
+    result = train(continued, run=tmp_path / "run", shell=QUIET)
+    assert result.steps == 2
+    assert losses(tmp_path / "run")[0] < losses(whole)[0] - 0.05
+    save_hf(*load_run(whole), tmp_path / "hf")
+    assert weights(tmp_path / "hf") == start
+    from_folder = recipe.replace(start=weights(tmp_path / "hf"), steps=1)
+    train(from_folder, run=tmp_path / "other", shell=QUIET)
+    assert losses(tmp_path / "other") == losses(tmp_path / "run")[:1]
+    train(from_folder.replace(steps=2), run=tmp_path / "other", shell=QUIET)
+    assert losses(tmp_path / "other") == losses(tmp_path / "run")
+    assert load_run(tmp_path / "run")[1].keys() == load_run(whole)[1].keys()
+    with pytest.raises(InputError, match=r"do not fit the model: embedding/tokens is .*320, 16.* there and .*321, 16"):
+        train(continued.replace(model=CONFIG.replace(vocab_size=321)), run=tmp_path / "no", shell=QUIET)
+    with pytest.raises(InputError, match="holds other weights than the recipe names"):
+        train(continued.replace(start=Weights("0" * 64, whole)), run=tmp_path / "nor", shell=QUIET)
