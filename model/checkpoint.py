@@ -2,7 +2,7 @@
 
 `RUN/checkpoints/STEP` holds two items of Orbax, `params` and `state` (all the rest, mostly the optimizer), the
 description `checkpoint.json` (step, score, the leaves of the whole state) and `checksums.json`. A state without
-parameters of its own is one item, `state`, as were all states of former versions. `train.checkpoint` writes them.
+parameters of its own is one item, `state`, as were all states of former versions. `train.run.checkpoint` writes them.
 """
 
 import dataclasses

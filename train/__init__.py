@@ -7,14 +7,14 @@ from model.lazy import lazy
 if TYPE_CHECKING:
     from train.branch import cooldown
     from train.config import HParams, TrainConfig
+    from train.loop.options import Shell
+    from train.loop.train import population, train
     from train.phases import Phase, standard_phases
     from train.recipe import Branch, Recipe, Weights
     from train.run import Result, load_run
-    from train.shell import Shell
     from train.start import weights
     from train.state import TrainState, init_state
     from train.step import eval_step, train_step
-    from train.training import population, train
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -24,11 +24,11 @@ else:
             "phases": ("Phase", "standard_phases"),
             "recipe": ("Branch", "Recipe", "Weights"),
             "run": ("Result", "load_run"),
-            "shell": ("Shell",),
+            "loop.options": ("Shell",),
             "start": ("weights",),
             "state": ("TrainState", "init_state"),
             "step": ("eval_step", "train_step"),
-            "training": ("population", "train"),
+            "loop.train": ("population", "train"),
         },
     )
 

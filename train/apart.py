@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from train.memory import Memory
+from train.loop.memory import Memory
 from train.program import Program
 
 

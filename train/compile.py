@@ -17,7 +17,7 @@ from model.sharding import batch_sharding, check_batch, replicated, shardings
 from train.apart import apart, gather, lie_apart
 from train.config import HParams, TrainConfig
 from train.lanes import evaluate_lane, init_lanes, pick, replace_lane, step_lanes
-from train.memory import Memory
+from train.loop.memory import Memory
 from train.plan import Stage
 from train.program import Lanes, Program
 from train.state import TrainState

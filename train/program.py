@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from train.config import HParams
-from train.memory import Memory
+from train.loop.memory import Memory
 from train.objective import Batch
 from train.state import TrainState
 

@@ -1,4 +1,4 @@
-"""Which trial sits in which lane of a program. Lanes that hold none are padding: compiled, never active."""
+"""Which member sits in which lane of a program. Lanes that hold none are padding: compiled, never active."""
 
 import dataclasses
 from collections.abc import Collection
@@ -11,21 +11,21 @@ from train.config import HParams, stack_hparams
 
 @dataclasses.dataclass(frozen=True)
 class Seats:
-    """lanes: how many the program has. trials: the numbers of the trials in its first lanes, in order."""
+    """lanes: how many the program has. members: the numbers of the members in its first lanes, in order."""
 
     lanes: int
-    trials: tuple[int, ...]
+    members: tuple[int, ...]
 
-    def lane(self, trial: int) -> int:
-        """Where a trial sits."""
-        return self.trials.index(trial)
+    def lane(self, member: int) -> int:
+        """Where a member sits."""
+        return self.members.index(member)
 
     def stack(self, hparams: list[HParams]) -> HParams:
-        """The hyperparameters of every lane, leaves [lanes], from those of all trials; padding has the first lane's."""
-        return stack_hparams([hparams[trial] for trial in self._filled()])
+        """The hyperparameters of every lane, leaves [lanes], from those of all members; padding has lane 0's."""
+        return stack_hparams([hparams[member] for member in self._filled()])
 
     def compacted(self, active: Collection[int], multiple: int = 1) -> Self:
-        """These trials in half as many lanes, as often as that leaves no lane busy without a seat; at best the same.
+        """These members in half as many lanes, as often as that leaves no lane busy without a seat; at best the same.
 
         multiple: what the number of lanes must be one of. Counts come from halving alone, so that all the ways down
         from K lanes compile at most log2 K further programs.
@@ -36,11 +36,11 @@ class Seats:
         lanes = -(-lanes // multiple) * multiple
         if lanes >= self.lanes or not active:
             return self
-        return dataclasses.replace(self, lanes=lanes, trials=tuple(n for n in self.trials if n in active))
+        return dataclasses.replace(self, lanes=lanes, members=tuple(n for n in self.members if n in active))
 
     def sources(self, before: "Seats") -> np.ndarray:
         """Of every lane the one of the seats `before` that it goes on with, int32 [lanes]."""
-        return np.array([before.lane(trial) for trial in self._filled()], np.int32)
+        return np.array([before.lane(member) for member in self._filled()], np.int32)
 
     def _filled(self) -> list[int]:
-        return [*self.trials, *[self.trials[0]] * (self.lanes - len(self.trials))]
+        return [*self.members, *[self.members[0]] * (self.lanes - len(self.members))]

@@ -11,9 +11,9 @@ from model import Params
 from model.errors import InputError
 from model.parameterization import names_of
 from model.store import open_parameters
-from train.checkpoint import Checkpoints
 from train.hosts import agree
 from train.recipe import Branch, Weights
+from train.run.checkpoint import Checkpoints
 
 
 def check_branch(branch: Branch) -> None:

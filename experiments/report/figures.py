@@ -26,7 +26,7 @@ from experiments.report.style import (
     styled,
 )
 from model.errors import InputError
-from train.metrics import open_metrics
+from train.run.metrics import open_metrics
 
 SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
 TRAINING_LOSS = "training loss (nats per token)"
@@ -53,7 +53,7 @@ def read_curve(run: Path, points: int = 200) -> Curve | None:
     """
     try:
         lines = open_metrics(run).lines
-    except InputError:  # `train.metrics.troubles` says why
+    except InputError:  # `train.run.metrics.troubles` says why
         return None
     holes = holes_before(lines)
     known = [index for index, line in enumerate(lines) if line["loss"] is not None]

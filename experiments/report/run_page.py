@@ -12,8 +12,8 @@ from experiments.report.page import device_name, drawn, render
 from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
 from model.errors import InputError
 from train.files import write_atomically
-from train.metrics import Metrics, open_metrics
 from train.run import read_record
+from train.run.metrics import Metrics, open_metrics
 
 PANELS = (
     ("loss", "loss (nats per token)"),

@@ -15,7 +15,7 @@ from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from experiments.scaling.valleys.isoflop import DEFAULT
 from train.checksums import read_sealed
 from train.files import write_atomically
-from train.metrics import troubles
+from train.run.metrics import troubles
 
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}

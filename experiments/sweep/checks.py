@@ -11,7 +11,7 @@ from experiments.sweep.trials import expected_trials
 from model.errors import InputError
 from train.data import load_manifest
 from train.data.manifest import Manifest
-from train.training import check_trainable
+from train.loop.train import check_trainable
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 

@@ -14,7 +14,7 @@ from model import ModelConfig, accounting
 from model.layout import layer_kinds
 from train import HParams, TrainConfig, init_state
 from train.apart import side_by_side
-from train.memory import device_memory
+from train.loop.memory import device_memory
 
 _MOST_IN_TURN = 1  # of lanes that run one after the other each would push the others' state out of the cache
 _MOST_AT_ONCE = 64

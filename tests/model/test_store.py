@@ -22,7 +22,7 @@ from model.quantized import save_quantized
 from model.records import CHECKSUMS, checksums, json_text
 from model.store import open_model
 from train import HParams, Shell, TrainConfig, init_state, load_run, train
-from train.checkpoint import Checkpoints
+from train.run.checkpoint import Checkpoints
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=16, max_seq_len=32, rope_base=9_400.0)
 TRAIN = TrainConfig(batch_size=2, seq_len=16, schedule="constant", norms=False)

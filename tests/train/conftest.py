@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from train.data import PhasedLoader
-from train.metrics import TIMING_FIELDS, read_metrics
+from train.run.metrics import TIMING_FIELDS, read_metrics
 
 
 @pytest.fixture(scope="session")

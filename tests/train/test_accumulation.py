@@ -9,7 +9,7 @@ import pytest
 
 from model import Execution, Experts, ModelConfig, init
 from train import HParams, TrainConfig
-from train.memory import Memory
+from train.loop.memory import Memory
 from train.objective import loss_and_sums
 from train.step import gradients
 

@@ -12,8 +12,8 @@ from infer import Sampling, generate
 from model import InputError, ModelConfig
 from model.ambient import PINNED, changed, pinned
 from train import HParams, Shell, TrainConfig, load_run, population
-from train.checkpoint import Checkpoints
-from train.metrics import read_metrics
+from train.run.checkpoint import Checkpoints
+from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=16, max_seq_len=32)
 TRAIN = TrainConfig(batch_size=2, seq_len=16, schedule="constant", dropout=True, norms=False)

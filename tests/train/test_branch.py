@@ -9,10 +9,10 @@ import pytest
 from model import ModelConfig, accounting
 from model.errors import InputError
 from train import HParams, Shell, TrainConfig, cooldown, init_state, train
-from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
 from train.recipe import Recipe
 from train.run import Run
+from train.run.checkpoint import Checkpoints
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_004.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, schedule="constant", norms=False)

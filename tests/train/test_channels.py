@@ -18,9 +18,9 @@ from tensorboardX.record_writer import masked_crc32c
 from model import ModelConfig
 from train import HParams, Shell, TrainConfig, channels, train
 from train.channels import Channel, TensorBoard
-from train.metrics import read_metrics
 from train.progress import Patient, patient, progress_bar, say
 from train.run import read_record
+from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_004.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, norms=False)

@@ -18,9 +18,9 @@ import pytest
 from flax import struct
 
 from model.errors import InputError
-from train.checkpoint import CHECKSUMS, Checkpoints, verify
 from train.checksums import checksums
 from train.files import write_json
+from train.run.checkpoint import CHECKSUMS, Checkpoints, verify
 
 STATE = {"weights": np.arange(5000, dtype=np.float32), "step": np.array(3, np.int32)}
 MIXED = {
@@ -219,7 +219,7 @@ def test_a_reader_follows_a_run_that_goes_on(saved, monkeypatch):
             (folder / "1").rename(folder / "3")
         return verify(path)
 
-    monkeypatch.setattr("train.checkpoint.verify", slow)
+    monkeypatch.setattr("train.run.checkpoint.verify", slow)
     assert Checkpoints(saved, read_only=True).restore_newest(STATE)[0] == 3
 
 
@@ -254,7 +254,7 @@ def test_failed_save_is_raised_and_the_next_one_works(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.write_json", full)
+        patch.setattr("train.run.checkpoint.write_json", full)
         checkpoints.save(2, STATE)
         with pytest.raises(OSError, match="No space left"):
             checkpoints.wait()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from train.checkpoint import Checkpoints
+from train.run.checkpoint import Checkpoints
 
 SIZE = 1_250_000  # twice: 20 MB, so that most of the time is spent inside a write
 

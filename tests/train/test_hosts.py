@@ -19,8 +19,8 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from model.checkpoint import newest_params
 from model.errors import InputError
-from train.checkpoint import Checkpoints
 from train.hosts import agree, initialize, is_writer
+from train.run.checkpoint import Checkpoints
 
 TABLE = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
 
@@ -121,7 +121,7 @@ def check_checkpoints(run):
     ):
         checkpoints.save(6, state)
     broken = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "there"))
-    with mock.patch("train.checkpoint.write_json", broken):
+    with mock.patch("train.run.checkpoint.write_json", broken):
         checkpoints.save(6, state)
         with pytest.raises(OSError, match="Input/output error"):
             checkpoints.wait()

@@ -48,11 +48,11 @@ def test_whatever_the_order_of_ends_lanes_shrink_at_most_log2_times():
             while going_on:
                 before, seats = seats, seats.compacted(going_on, multiple)
                 counts.add(seats.lanes)
-                assert going_on <= set(seats.trials)
-                assert len(seats.trials) <= seats.lanes < 2 * len(going_on) + multiple
+                assert going_on <= set(seats.members)
+                assert len(seats.members) <= seats.lanes < 2 * len(going_on) + multiple
                 assert not seats.lanes % multiple
-                held = [before.trials[source] for source in seats.sources(before)]
-                assert held[: len(seats.trials)] == list(seats.trials)
+                held = [before.members[source] for source in seats.sources(before)]
+                assert held[: len(seats.members)] == list(seats.members)
                 going_on -= set(random.permutation(list(going_on))[: random.integers(1, 5)].tolist())
             assert len(counts - {lanes}) <= math.ceil(math.log2(lanes))
 

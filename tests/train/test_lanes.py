@@ -10,8 +10,8 @@ import pytest
 from model import InputError, ModelConfig
 from train import HParams, Shell, TrainConfig, population, train
 from train.compile import compiled_programs
-from train.metrics import read_metrics
 from train.recipe import Recipe
+from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_007.0)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=16, dropout=True, max_skipped=2, norms=False)

@@ -12,7 +12,7 @@ from model import presets
 from train import HParams, Shell, TrainConfig, init_state, population, train, train_step
 from train.compile import compiled_programs
 from train.data import Loader
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("optimised")]
 

@@ -12,10 +12,10 @@ from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, Phase, Shell, TrainConfig, train
 from train.compile import compile_program
-from train.memory import Memory, device_memory
-from train.metrics import read_metrics
-from train.microbatch import choose_microbatches
+from train.loop.memory import Memory, device_memory
+from train.loop.microbatch import choose_microbatches
 from train.plan import Plan
+from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_005.0)
 TRAIN = TrainConfig(batch_size=16, seq_len=32, norms=False)
@@ -99,7 +99,7 @@ def test_phases_are_cut_alike(monkeypatch):
         assert stage.phase == "large"
         return SimpleNamespace(memory=Memory(0, 1600 // execution.accumulate))
 
-    monkeypatch.setattr("train.microbatch.compile_program", compile_nothing)
+    monkeypatch.setattr("train.loop.microbatch.compile_program", compile_nothing)
     phases = (Phase("small", 256, (4,)), Phase("large", 2048, (16,)))
     train_config = TRAIN.replace(phases=phases)
     choose = lambda **shell: choose_microbatches(CONFIG, train_config, 1, make_mesh(None), Shell(**shell), Execution())

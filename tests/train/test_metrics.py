@@ -12,8 +12,8 @@ from model import ModelConfig, accounting
 from model.errors import InputError
 from train import HParams, Shell, TrainConfig, train
 from train.data import load_manifest
-from train.metrics import TIMING_FIELDS, read_metrics
 from train.norms import groups_of
+from train.run.metrics import TIMING_FIELDS, read_metrics
 from train.trace import Trace
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_006.0)

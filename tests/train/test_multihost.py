@@ -15,7 +15,7 @@ import pytest
 from model import presets
 from train import HParams, Shell, TrainConfig, train
 from train.data import load_manifest
-from train.metrics import TIMING_FIELDS, read_metrics
+from train.run.metrics import TIMING_FIELDS, read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from model.errors import InputError
 from train import HParams, Shell, TrainConfig, standard_phases, train
 from train.compile import compiled_programs
 from train.data import mixture, prepare
-from train.feed import Feed
-from train.metrics import read_metrics
+from train.loop.feed import Feed
 from train.plan import Plan, describe, phases_rate
+from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_001.0)
 PHASES = standard_phases(

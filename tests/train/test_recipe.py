@@ -8,9 +8,9 @@ import pytest
 from model import Execution, Experts, InputError, presets
 from model.convert import save_hf
 from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, load_run, population, train, weights
-from train.metrics import read_metrics
 from train.recipe import difference
 from train.run import executions, read_record, recipe_of
+from train.run.metrics import read_metrics
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1, rope_base=9_300.0)
 SHAPE = TrainConfig(batch_size=4, seq_len=32, norms=False, schedule="constant")

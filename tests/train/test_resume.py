@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from train.checkpoint import CHECKSUMS
-from train.metrics import read_metrics
+from train.run.checkpoint import CHECKSUMS
+from train.run.metrics import read_metrics
 
 STEPS = 120
 CODE = "import sys; sys.argv[0] = 'isoflop'; from experiments.cli import main; main()"

@@ -7,8 +7,8 @@ import pytest
 
 from model import InputError, presets
 from train import HParams, Shell, TrainConfig, load_run, train
-from train.metrics import MetricsLog, open_metrics, read_metrics
 from train.run import BusyError, read_record
+from train.run.metrics import MetricsLog, open_metrics, read_metrics
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1)
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, norms=False)

@@ -17,7 +17,7 @@ from model import Execution, presets
 from model.sharding import abstract_mesh, parse_mesh, shardings
 from train import HParams, Shell, TrainConfig, init_state, population, train
 from train.config import Optimizer
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
 ONE = Execution(mesh={"data": 1})

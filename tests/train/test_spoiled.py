@@ -15,8 +15,8 @@ import pytest
 from experiments.report.run_page import write_run_page
 from model import InputError, ModelConfig
 from train import HParams, Shell, TrainConfig, load_run, train
-from train.metrics import open_metrics, read_metrics, troubles
 from train.run import read_record
+from train.run.metrics import open_metrics, read_metrics, troubles
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_003.0)
 TRAIN = TrainConfig(batch_size=4, seq_len=16, norms=False)

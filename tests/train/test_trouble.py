@@ -11,10 +11,10 @@ from model import ModelConfig
 from train import HParams, Shell, TrainConfig, init_state, population, train
 from train import lanes as lanes_module
 from train.agreement import Agreement
-from train.checkpoint import Checkpoints
 from train.data.mixture import PhasedLoader
+from train.loop.member import Member
+from train.run.checkpoint import Checkpoints
 from train.step import train_step
-from train.trial import Trial
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=16, rope_base=9_002.0)
 STEPS, ROWS = 20, 4
@@ -182,7 +182,7 @@ def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, t
 @pytest.mark.parametrize("moment", ["noted", "done"])
 def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path, monkeypatch, moment, record):
     run = tmp_path / "run"
-    finish = Trial._finish_rollback
+    finish = Member._finish_rollback
 
     def killed(self):
         if moment == "done":
@@ -190,7 +190,7 @@ def test_a_kill_during_a_rollback_changes_no_bit(whole, garbage, data, tmp_path,
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trial, "_finish_rollback", killed)
+        patch.setattr(Member, "_finish_rollback", killed)
         with pytest.raises(RuntimeError, match="killed"):
             train(CONFIG, TRAIN, HPARAMS, data=data, run=run, steps=STEPS, shell=SHELL)
     assert [back["done"] for back in status(run)["rollbacks"]] == [moment == "done"]

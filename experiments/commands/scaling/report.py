@@ -64,8 +64,8 @@ def write_report(
     from experiments.scaling.study.run import table_troubles
     from train.checksums import read_sealed
     from train.files import write_json
-    from train.metrics import troubles
     from train.progress import progress_bar
+    from train.run.metrics import troubles
 
     path = folder / "runs.csv"
     table = TableOptions().read(path if path.is_file() else folder)

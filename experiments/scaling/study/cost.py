@@ -15,7 +15,7 @@ from model import ModelConfig, accounting
 from model.ambient import pinned
 from model.errors import InputError
 from train.data import Loader, load_manifest
-from train.memory import device_memory
+from train.loop.memory import device_memory
 from train.peak import PEAKS, device_named
 from train.recipe import Recipe
 

@@ -27,7 +27,7 @@ from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.data import Loader, load_manifest
 from train.files import file_sha256
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 
 SCHEMA_VERSION = 1
 HELD_OUT = "held_out"

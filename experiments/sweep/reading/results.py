@@ -11,8 +11,8 @@ from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import Row
 from model.errors import InputError
 from train.files import write_atomically
-from train.metrics import troubles
 from train.run import read_record
+from train.run.metrics import troubles
 
 TRIAL = ("id", "number", "state", "cohort", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 BRANCH = ("parent", "parent_steps", "member")  # empty but for trials that left another's run

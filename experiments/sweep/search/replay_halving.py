@@ -11,7 +11,7 @@ from experiments.sweep.search.recorded import Recorded
 from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
 from model.errors import InputError
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 
 NEAR = 0.1
 """A validation at most so far from a rung, relative to it, counts as the rung's."""

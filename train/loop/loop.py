@@ -22,24 +22,24 @@ from train.apart import as_lanes, compacts
 from train.compile import batch_spec, compile_program, gather_lanes
 from train.config import HParams
 from train.data import validation_batches
-from train.feed import Feed, Request, Seat
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.memory import device_memory
+from train.loop.feed import Feed, Request, Seat
+from train.loop.member import Member
+from train.loop.memory import device_memory
+from train.loop.options import Shell
 from train.peak import peak_flops_per_second
 from train.plan import Stage
 from train.program import Lanes, Program
 from train.progress import progress_bar, say
 from train.seats import Seats
-from train.shell import Shell
 from train.trace import Trace
-from train.trial import Trial
 
 logger = logging.getLogger("isoflop")
 
 
 class _Step(NamedTuple):
-    """A step under way. taken: who takes it, and each one's life. evaluated: sums by the trial's number."""
+    """A step under way. taken: who takes it, and each one's life. evaluated: sums by the member's number."""
 
     taken: list[tuple[Seat, int]]
     metrics: Any
@@ -51,21 +51,21 @@ class Loop:
 
     def __init__(
         self,
-        trials: list[Trial],
+        members: list[Member],
         lanes: int,
         data: str | Path,
         mesh: Mesh,
         shell: Shell,
         execution: Execution,
     ):
-        config, train_config = trials[0].config, trials[0].train_config  # the same in all
+        config, train_config = members[0].config, members[0].train_config  # the same in all
         self.config, self.train_config, self.execution = config, train_config, execution
-        self.trials, self.mesh, self.shell = trials, mesh, shell
-        self.seats = self._compacted(Seats(lanes, tuple(range(len(trials)))))
+        self.members, self.mesh, self.shell = members, mesh, shell
+        self.seats = self._compacted(Seats(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
         self.compile_seconds = 0.0
-        self._compile(self._earliest(trials))
+        self._compile(self._earliest(members))
         self.hparams = self._stack_hparams()
         self.validation = validation_batches(
             data,
@@ -74,39 +74,39 @@ class Loop:
             max_tokens=shell.evaluate_tokens,
             segment_documents=train_config.segment_documents,
         )
-        self.feed = Feed(mesh, trials, batch_spec(train_config))
+        self.feed = Feed(mesh, members, batch_spec(train_config))
         self.agreement = Agreement(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
         self.state = self._start()
         self.dispatched = self.saved_after = 0
-        self.trace = Trace(trials[0].run.folder / "profile" if shell.profile else None)
+        self.trace = Trace(members[0].run.folder / "profile" if shell.profile else None)
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self, stack: ExitStack) -> None:
-        """Train until every trial has ended; what is to be closed at the end goes onto `stack`."""
+        """Train until every member has ended; what is to be closed at the end goes onto `stack`."""
         stack.callback(self.feed.close)
         stack.callback(lambda: self.trace.close(self.state))
-        for trial in self.trials:  # killed between its last checkpoint and the note that it is finished
-            if not trial.ended and not trial.active:
-                trial.end("finished", self._compile_share())
-        remaining = sum(trial.stop - trial.step for trial in self._active())
+        for member in self.members:  # killed between its last checkpoint and the note that it is finished
+            if not member.ended and not member.active:
+                member.end("finished", self._compile_share())
+        remaining = sum(member.stop - member.step for member in self._active())
         with interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
             if self.shell.checkpoint_start:
-                self._save([trial for trial in self._active() if not agree(trial.checkpoints.steps)])
+                self._save([member for member in self._active() if not agree(member.checkpoints.steps)])
             self.clock = time.perf_counter()
             while self._active() and not self.agreement.has(STOP):
                 advance(self._step(interrupted), self._note())
             self._handle_pending()
             stopped = self._active()
             self._save(stopped)
-            for trial in stopped:
-                trial.checkpoints.wait()
-                trial.end("interrupted", self._compile_share())
+            for member in stopped:
+                member.checkpoints.wait()
+                member.end("interrupted", self._compile_share())
             if interrupted() or self.agreement.has(STOP):  # also in the last step: the caller must not go on
                 raise KeyboardInterrupt
 
     def _step(self, interrupted: Callable[[], bool]) -> int:
-        """Dispatch one step of every trial that is active and in the earliest stage; how many there were."""
+        """Dispatch one step of every member that is active and in the earliest stage; how many there were."""
         self._enter(self._earliest(self._active()))
         request, begin = self._request(), time.perf_counter()
         batch = self.feed.take(request, self.stage)
@@ -116,32 +116,32 @@ class Loop:
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
         self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
         for seat in request.seats:
-            self.trials[seat.trial].step += 1
+            self.members[seat.member].step += 1
         if (upcoming := self._request()).seats:
             self.feed.prepare(upcoming, self.stage)
         self.spent["data_seconds"] += ready - begin
         self.spent["dispatch_seconds"] += time.perf_counter() - ready
-        taken = [(seat, self.trials[seat.trial].lives) for seat in request.seats]
-        evaluated = {s.trial: self._evaluate(s.lane) for s, _ in taken if self._evaluation_due(self.trials[s.trial])}
+        taken = [(seat, self.members[seat.member].lives) for seat in request.seats]
+        evaluated = {s.member: self._evaluate(s.lane) for s, _ in taken if self._evaluation_due(self.members[s.member])}
         self._handle_pending()
         self.pending = _Step(taken, metrics, evaluated)
         self.dispatched += 1
-        trials = [self.trials[seat.trial] for seat, life in taken if self.trials[seat.trial].lives == life]
-        finished = [trial for trial in trials if trial.step == trial.stop]
-        due = [trial for trial in trials if self._checkpoint_due(trial)]
+        members = [self.members[seat.member] for seat, life in taken if self.members[seat.member].lives == life]
+        finished = [member for member in members if member.step == member.stop]
+        due = [member for member in members if self._checkpoint_due(member)]
         if finished or due:
             self._handle_pending()
-            self._save([trial for trial in trials if trial in [*finished, *due] and not trial.ended])
+            self._save([member for member in members if member in [*finished, *due] and not member.ended])
             self.saved_at, self.saved_after = time.perf_counter(), self.dispatched
-            for trial in finished:
-                if not trial.ended and trial.step == trial.stop:
-                    trial.checkpoints.wait()
-                    trial.end("finished", self._compile_share())
+            for member in finished:
+                if not member.ended and member.step == member.stop:
+                    member.checkpoints.wait()
+                    member.end("finished", self._compile_share())
             self.clock = time.perf_counter()
         return len(taken)
 
-    def _active(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.active]
+    def _active(self) -> list[Member]:
+        return [member for member in self.members if member.active]
 
     def _enter(self, stage: Stage) -> None:
         """Go on with a stage in as few lanes as need be; nothing where both are those under way."""
@@ -158,17 +158,17 @@ class Loop:
 
     def _compacted(self, seats: Seats) -> Seats:
         """The seats without those that have ended, once that saves work; as they are while all go on."""
-        going_on = {number for number, trial in enumerate(self.trials) if not trial.ended}
-        if len(going_on) == len(self.trials) or not compacts(self.shell.compact):
+        going_on = {number for number, member in enumerate(self.members) if not member.ended}
+        if len(going_on) == len(self.members) or not compacts(self.shell.compact):
             return seats
         return seats.compacted(going_on, parts_of_lanes(self.mesh))
 
     def _stack_hparams(self) -> HParams:
-        return as_lanes(self.mesh, self.seats.stack([trial.hparams for trial in self.trials]))
+        return as_lanes(self.mesh, self.seats.stack([member.hparams for member in self.members]))
 
-    def _earliest(self, trials: Iterable[Trial]) -> Stage:
-        """The stage that is first in the plan, of those that the trials are in."""
-        return min((trial.stage for trial in trials), key=lambda stage: stage.index)
+    def _earliest(self, members: Iterable[Member]) -> Stage:
+        """The stage that is first in the plan, of those that the members are in."""
+        return min((member.stage for member in members), key=lambda stage: stage.index)
 
     def _compile(self, stage: Stage) -> None:
         """Have the program of a stage for the lanes that there are."""
@@ -193,9 +193,9 @@ class Loop:
 
     def _request(self) -> Request:
         """Who takes part in the next step of this stage, and with which of its steps."""
-        here = lambda trial: trial.active and trial.stage.index == self.stage.index
-        seated = [(lane, number, self.trials[number]) for lane, number in enumerate(self.seats.trials)]
-        seats = tuple(Seat(lane, number, trial.step) for lane, number, trial in seated if here(trial))
+        here = lambda member: member.active and member.stage.index == self.stage.index
+        seated = [(lane, number, self.members[number]) for lane, number in enumerate(self.seats.members)]
+        seats = tuple(Seat(lane, number, member.step) for lane, number, member in seated if here(member))
         return Request(self.seats.lanes, seats)
 
     def _handle_pending(self) -> None:
@@ -209,49 +209,49 @@ class Loop:
         seconds, self.clock = now - self.clock, now
         timing = {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin} | self.spent
         self.spent = dict.fromkeys(self.spent, 0.0)
-        work = [self.trials[seat.trial].flops_of_step(seat.step + 1) for seat, _ in taken]
+        work = [self.members[seat.member].flops_of_step(seat.step + 1) for seat, _ in taken]
         timing["mfu"] = sum(work) / seconds / self.peak
         for seat, life in taken:
-            trial, step = self.trials[seat.trial], seat.step + 1
-            if trial.ended or trial.lives != life:
+            member, step = self.members[seat.member], seat.step + 1
+            if member.ended or member.lives != life:
                 continue  # it diverged, or was put back, a step ago: this step does not count
             values = {name: value[seat.lane].item() for name, value in metrics.items()}
             diverged = values["skipped_in_a_row"] >= self.train_config.max_skipped
-            if trial.is_spike(values["loss"]) and not diverged:
-                self._roll_back(seat.lane, trial, step, values["loss"])
+            if member.is_spike(values["loss"]) and not diverged:
+                self._roll_back(seat.lane, member, step, values["loss"])
                 continue
-            if seat.trial in evaluated:
-                nats, tokens = np.array(evaluated[seat.trial], np.float64).sum(axis=0).tolist()
+            if seat.member in evaluated:
+                nats, tokens = np.array(evaluated[seat.member], np.float64).sum(axis=0).tolist()
                 values["validation_loss"] = nats / tokens
-            per_second = trial.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
-            trial.write(step, values, timing | {"tokens_per_second": per_second})
+            per_second = member.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
+            member.write(step, values, timing | {"tokens_per_second": per_second})
             if diverged:
-                self._diverge(trial, step)
+                self._diverge(member, step)
 
-    def _diverge(self, trial: Trial, step: int) -> None:
-        trial.step = step
-        trial.checkpoints.wait()
-        trial.end("diverged", self._compile_share())
+    def _diverge(self, member: Member, step: int) -> None:
+        member.step = step
+        member.checkpoints.wait()
+        member.end("diverged", self._compile_share())
 
-    def _roll_back(self, lane: int, trial: Trial, step: int, loss: float) -> None:
-        trial.checkpoints.wait()
-        if not trial.roll_back(step, loss):
-            self._diverge(trial, step)
+    def _roll_back(self, lane: int, member: Member, step: int, loss: float) -> None:
+        member.checkpoints.wait()
+        if not member.roll_back(step, loss):
+            self._diverge(member, step)
             return
-        back = trial.rollbacks[-1]
+        back = member.rollbacks[-1]
         said = "%s: loss %.4g at step %d is a spike; back to step %d, past that data"
-        logger.warning(said, trial.run.folder, loss, step, trial.step)
-        state = trial.checkpoints.restore(back["to"], self.program.lane)
+        logger.warning(said, member.run.folder, loss, step, member.step)
+        state = member.checkpoints.restore(back["to"], self.program.lane)
         self.state = self.program.put(self.state, np.int32(lane), state)
 
-    def _evaluation_due(self, trial: Trial) -> bool:
+    def _evaluation_due(self, member: Member) -> bool:
         every = self.shell.evaluate_every
-        return trial.step == trial.stop or (every > 0 and trial.step % every == 0)
+        return member.step == member.stop or (every > 0 and member.step % every == 0)
 
-    def _checkpoint_due(self, trial: Trial) -> bool:
+    def _checkpoint_due(self, member: Member) -> bool:
         # Of several processes' wishes some are heard after they were met.
         by_time = self.agreement.has(CHECKPOINT) and self.dispatched > self.saved_after + 2
-        return by_time or self.shell.plans_checkpoint(trial.step)
+        return by_time or self.shell.plans_checkpoint(member.step)
 
     def _is_time_to_save(self) -> bool:
         return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
@@ -264,25 +264,25 @@ class Loop:
 
     def _start(self) -> Lanes:
         state = self.program.init(self.hparams)
-        for lane, number in enumerate(self.seats.trials):
-            trial, index = self.trials[number], np.int32(lane)
-            restored = trial.resume(self.program.lane)
-            if restored is None and (params := trial.initial_params(self.program.lane.params)) is not None:
+        for lane, number in enumerate(self.seats.members):
+            member, index = self.members[number], np.int32(lane)
+            restored = member.resume(self.program.lane)
+            if restored is None and (params := member.initial_params(self.program.lane.params)) is not None:
                 restored = self.program.take(state, index).replace(params=params)  # type: ignore[attr-defined]
             if restored is not None:
                 state = self.program.put(state, index, restored)
         return state
 
-    def _save(self, trials: list[Trial]) -> None:
-        for trial in trials:
-            trial.sync()
-            score = trial.last.get("validation_loss") if trial.last.get("step") == trial.step else None
-            lane = self.seats.lane(self.trials.index(trial))
-            trial.checkpoints.save(trial.step, self.program.take(self.state, np.int32(lane)), score)
+    def _save(self, members: list[Member]) -> None:
+        for member in members:
+            member.sync()
+            score = member.last.get("validation_loss") if member.last.get("step") == member.step else None
+            lane = self.seats.lane(self.members.index(member))
+            member.checkpoints.save(member.step, self.program.take(self.state, np.int32(lane)), score)
 
     def _compile_share(self) -> float:
-        return self.compile_seconds / len(self.trials)
+        return self.compile_seconds / len(self.members)
 
     def _note(self) -> str:
-        losses = [trial.last["loss"] for trial in self.trials if trial.last.get("loss") is not None]
+        losses = [member.last["loss"] for member in self.members if member.last.get("loss") is not None]
         return f"loss {min(losses):.3f}" if losses else ""

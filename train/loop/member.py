@@ -1,4 +1,4 @@
-"""A trial: the host's side of one lane, and what a caller says and is told of it."""
+"""A member: the host's side of one lane, and what a caller says and is told of it."""
 
 import collections
 import dataclasses
@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from model import Execution, Params, accounting
-from train.checkpoint import Checkpoints
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
 from train.hosts import agree, is_writer
-from train.metrics import Metrics, MetricsLog, open_metrics, troubles
+from train.loop.options import Shell
 from train.plan import Plan, Stage
 from train.progress import say
 from train.recipe import Branch, Recipe, Weights
 from train.run import Result, Run
-from train.shell import Shell
+from train.run.checkpoint import Checkpoints
+from train.run.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.start import check_branch, folder_of, params_of
 from train.step import metric_names
 
 logger = logging.getLogger("isoflop")
 
 
-class Trial:
+class Member:
     """The host's side of one lane: its run directory, its data order, its place."""
 
     def __init__(

@@ -8,9 +8,9 @@ from model.sharding import check_batch
 from train.compile import compile_program
 from train.config import TrainConfig
 from train.hosts import agree
-from train.memory import device_memory
+from train.loop.memory import device_memory
+from train.loop.options import Shell
 from train.plan import Plan, Stage
-from train.shell import Shell
 
 
 def choose_microbatches(

@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 from model.ambient import pinned
 from model.sharding import batch_sharding
 from train.apart import as_lanes
+from train.loop.member import Member
 from train.plan import Stage
-from train.trial import Trial
 
 
 class Seat(NamedTuple):
-    """A trial that takes part in a step: the lane in which it sits, its number, and which of its steps it is."""
+    """A member that takes part in a step: the lane in which it sits, its number, and which of its steps it is."""
 
     lane: int
-    trial: int
+    member: int
     step: int
 
 
@@ -34,9 +34,9 @@ class Feed:
     """Batches [lanes, batch, seq] over a mesh, or where lanes lie apart each lane's own; every process makes only the
     rows that its own devices hold."""
 
-    def __init__(self, mesh: Mesh, trials: Sequence[Trial], names: dict[str, Any]):
+    def __init__(self, mesh: Mesh, members: Sequence[Member], names: dict[str, Any]):
         self._mesh, self._sharding = mesh, batch_sharding(mesh, lanes=True)
-        self._trials, self._names = trials, names
+        self._trials, self._names = members, names
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Request, Future[Any]] | None = None
 
@@ -62,8 +62,8 @@ class Feed:
         spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
         first, end = min(span[0] for span in spans), max(span[1] for span in spans)
         local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
-        for lane, trial, step in request.seats:
-            for name, values in self._trials[trial].batch(step, slice(first, end)).items():
+        for lane, member, step in request.seats:
+            for name, values in self._trials[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if self._sharding.is_fully_addressable:
             return jax.device_put(as_lanes(self._mesh, local), self._sharding)

@@ -13,13 +13,13 @@ from train.apart import lie_apart
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.hosts import agree
-from train.loop import Loop
-from train.microbatch import choose_microbatches
+from train.loop.loop import Loop
+from train.loop.member import Member
+from train.loop.microbatch import choose_microbatches
+from train.loop.options import Shell
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, difference
 from train.run import Result, executions, read_record
-from train.shell import Shell
-from train.trial import Trial
 
 Folder = str | Path
 
@@ -89,7 +89,7 @@ def population(
     _check(chosen, opened, runs, shell)
     lanes = lanes or execution.lanes or len(chosen)
     if lanes < len(chosen):
-        raise InputError(f"lanes={lanes} is fewer than the {len(chosen)} trials; give at least one lane to each")
+        raise InputError(f"lanes={lanes} is fewer than the {len(chosen)} members; give at least one lane to each")
     execution = _as_before(execution, config, runs, shell)
     train_config.check(execution)
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
@@ -102,18 +102,18 @@ def population(
     for stage in stages:
         check_batch(mesh, stage.batch_size // execution.accumulate, stage.seq_len)
     with ExitStack() as stack:
-        trials = []
+        members = []
         for recipe, folder in zip(chosen, runs, strict=True):
-            trials.append(Trial(recipe.under(execution), Path(folder), opened, shell, execution))
-            stack.callback(trials[-1].close)
-        if not all(trial.ended for trial in trials):
+            members.append(Member(recipe.under(execution), Path(folder), opened, shell, execution))
+            stack.callback(members[-1].close)
+        if not all(member.ended for member in members):
             try:
-                Loop(trials, lanes, opened.first, mesh, shell, execution).run(stack)
+                Loop(members, lanes, opened.first, mesh, shell, execution).run(stack)
             except Exception:
-                for trial in trials:
-                    trial.fail()
+                for member in members:
+                    member.fail()
                 raise
-        return [trial.result() for trial in trials]
+        return [member.result() for member in members]
 
 
 def _recipes(
