@@ -83,10 +83,11 @@ class Checkpoints:
         if self._checkpointer is None:
             # Lanes are saved at once: without names of their own their processes would meet at each other's barriers.
             own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=str(self._folder))
-            handler = ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=own)
-            )
-            self._checkpointer = ocp.AsyncCheckpointer(handler, multiprocessing_options=own)
+            # Directories are made at once, for what waits for them waits by a clock that may jump.
+            at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            options = ocp.CompositeOptions(multiprocessing_options=own, async_options=at_once)
+            handler = ocp.CompositeCheckpointHandler(composite_options=options)
+            self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=own)
         items = {name: ocp.args.StandardSave(item) for name, item in items_of(state).items()}
         self._checkpointer.save(self._written(step), args=ocp.args.Composite(**items))
         about = {"step": step, "score": None if score is None else float(score), "leaves": leaves_of(state)}
