@@ -188,7 +188,7 @@ def test_a_stderr_that_is_closed_or_unread_holds_up_nothing(monkeypatch, caplog)
 
 def test_a_disk_that_fills_while_logs_are_written(data, tmp_path, monkeypatch, record):
     """The status is noted in the room that there is, nothing is left to raise later, and the run goes on to the bit."""
-    from train import metrics, run
+    from train.run import metrics, run
 
     late = []
     monkeypatch.setattr(sys, "unraisablehook", late.append)

@@ -54,7 +54,7 @@ def test_fewer_lanes_change_no_bit(four, data, tmp_path):
     assert [result.steps for result in results] == list(wanted)
     for run, whole, steps in zip(runs, four, wanted, strict=False):
         assert losses(run) == losses(whole)[:steps]
-    with pytest.raises(InputError, match="lanes=2 is fewer than the 3 trials"):
+    with pytest.raises(InputError, match="lanes=2 is fewer than the 3 members"):
         population(CONFIG, TRAIN_CONFIG, LANES[:3], lanes=2, **shared)
 
 

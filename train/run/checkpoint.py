@@ -88,10 +88,14 @@ class Checkpoints:
             options = ocp.CompositeOptions(multiprocessing_options=own, async_options=at_once)
             handler = ocp.CompositeCheckpointHandler(composite_options=options)
             self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=own)
-        items = {name: ocp.args.StandardSave(item) for name, item in items_of(state).items()}
-        self._checkpointer.save(self._written(step), args=ocp.args.Composite(**items))
         about = {"step": step, "score": None if score is None else float(score), "leaves": leaves_of(state)}
-        self._writer = threading.Thread(target=self._finish, args=(step, about), name=f"checkpoint-{step}")
+        if jax.process_count() > 1:  # the collectives of Orbax belong to the thread that runs all others
+            self._write(step, state)
+            left = None
+        else:
+            left = _on_host(state)
+        arguments = (step, about, left)
+        self._writer = threading.Thread(target=self._finish, args=arguments, name=f"checkpoint-{step}")
         self._writer.start()
 
     def wait(self) -> None:
@@ -172,9 +176,17 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         self._hidden(step, _WRITING).mkdir()
 
-    def _finish(self, step: int, about: dict[str, Any]) -> None:
+    def _write(self, step: int, state: Any) -> None:
+        assert self._checkpointer is not None
+        items = {name: ocp.args.StandardSave(item) for name, item in items_of(state).items()}
+        self._checkpointer.save(self._written(step), args=ocp.args.Composite(**items))
+
+    def _finish(self, step: int, about: dict[str, Any], state: Any) -> None:
+        """Write the state, unless that is under way (None), and publish it."""
         try:
             assert self._checkpointer is not None
+            if state is not None:
+                self._write(step, state)
             self._checkpointer.wait_until_finished()  # of all processes
             if is_writer():
                 self._publish(step, about)
@@ -263,6 +275,18 @@ def _savable(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return leaf
     return np.asarray(leaf)
+
+
+def _on_host(state: Any) -> Any:
+    """The state as NumPy arrays that neither a donation nor the caller changes any more.
+
+    Of a jax.Array on a CPU it is a view: JAX donates no buffer that somebody looks at, and copies it then.
+    """
+    leaves = jax.tree.leaves(state)
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else np.array(leaf), state)
 
 
 def _disk_error(failure: BaseException, folder: Path) -> BaseException:
