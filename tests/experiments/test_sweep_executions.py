@@ -100,7 +100,7 @@ def test_rounding_decides_nothing_on_the_pareto_front(tmp_path):
 def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
     rows = rows_of(grid())
     results = collect(tmp_path, rows)
-    summary = summarize(results.axes, results.rows)
+    summary = summarize(results.axes, results.rows, results.executions)
     assert [row["seeds"] for row in summary["settings"]] == [2, 2, 2]
     assert summary["executions"]["verdict"] == "rounding"
     best = standing(Sweep("sweep", BASE, "data"), rows)["best"]

@@ -28,7 +28,7 @@ def analyse(results: Results) -> dict[str, Any]:
     from experiments.report.figures import read_curve  # here, as it draws with matplotlib
 
     names = list(results.axes)
-    document = summarize(results.axes, results.rows)
+    document = summarize(results.axes, results.rows, results.executions)
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
     document["trials"] = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     every = with_shared_losses(results.rows)

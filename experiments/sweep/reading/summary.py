@@ -1,7 +1,7 @@
 """What a sweep says, with the seed noise beside it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from experiments.sweep.reading.comparisons import best_of_many, selected_interval
@@ -12,14 +12,15 @@ from experiments.sweep.reading.scales import MANY, distinct, edge_of, is_number,
 from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
 from experiments.words import counted, is_or_are
-from model.execution import FIELDS
 
 
-def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]], executions: Iterable[str] = ()
+) -> dict[str, Any]:
     """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, seed, loss and state.
 
-    Rows with a `recipe` in common are one run under several executions: where losses are compared, one row with their
-    mean. executions: `compare_executions` over the fields of Execution that vary and are no axis.
+    executions: fields of Execution that vary and are no axes; the document's part of that name compares them (see
+    `executions.py`). Rows with a `recipe` in common are one run: where losses are compared, one row with their mean.
     settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
     failed or are pending; those never enter a mean. stopped: of a setting that was stopped early, how it stood there
     against the winner, at equal tokens (see `rungs.py`). seed_noise: the standard deviation of one run over seeds,
@@ -31,7 +32,6 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     `optimum.py`; None where it is refused, and optimum_refused says why. warnings: sentences.
     """
     names, runs = list(axes), one_per_training(trials)
-    how = [name for name in FIELDS if name not in axes and len({row.get(name) for row in trials}) > 1]
     settings = group(names, runs)
     document: dict[str, Any] = {
         "schema_version": 1,
@@ -51,9 +51,9 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     best = min(candidates, key=lambda row: row["mean"], default=None)
     _compare_stopped(names, settings, runs, best)
     noise, freedom = (None, 0) if best is None else pooled_noise(candidates, best["mean"])
-    executions = document["executions"] = compare_executions(how, trials, noise, freedom)
+    document["executions"] = compare_executions(list(executions), trials, noise, freedom)
     if best is None:
-        document["warnings"] += [_no_winner(settings), *_of_the_executions(executions)]
+        document["warnings"] += [_no_winner(settings), *_of_the_executions(document)]
         return document
     stopped = sum(row["stopped"] is not None for row in settings)
     winner = _winner(names, best, candidates, noise, freedom, stopped)
@@ -68,7 +68,7 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
         "winner": winner,
         "optimum": found if found and not refused else None,
         "optimum_refused": refused,
-        "warnings": [*_warnings(axes, best, winner, document, noise), *_of_the_executions(executions)],
+        "warnings": [*_warnings(axes, best, winner, document, noise), *_of_the_executions(document)],
     }
 
 
@@ -216,8 +216,9 @@ def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
     ]
 
 
-def _of_the_executions(found: Mapping[str, Any] | None) -> list[str]:
+def _of_the_executions(document: Mapping[str, Any]) -> list[str]:
     """Warn where executions of one recipe differ by more than rounding explains."""
+    found = document["executions"]
     if found is None:
         return []
     said = []
