@@ -114,7 +114,7 @@ def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
     ("shift", "seeds", "said", "warned"),
     [
         (0.0, 1, "The losses under 2 executions are equal to the last bit.", None),
-        (3e-3, 1, "without a second seed nobody can say whether seeds differ by more", None),
+        (3e-3, 1, "without a second seed it is not known whether seeds differ by more", None),
         (3e-3, 2, "no more than with other seeds: they cannot be told apart", None),
         (0.1, 1, "Training is fastest", "more than 1 % of the loss: rounding does not explain that"),
         (0.025, 5, "Training is fastest", "more than the seed noise: rounding does not explain that"),

@@ -139,9 +139,9 @@ def compare_executions(
 
     executions: [{execution, trials, finished, timed, tokens_per_second, std, ratio, near}], fastest first: the mean
     over the timed trials and their standard deviation; the mean over that of the fastest; whether it is within two
-    standard errors of the fastest (None: with one trial nobody can say). Timed are the trials of the `compared` recipes
-    that have a speed under all executions. Where there is none, each mean is over whatever that execution trained, and
-    there are no ratios.
+    standard errors of the fastest (None where a spread is not known). Timed are the trials of the `compared`
+    recipes, which have a speed under all executions. Where there are none, each mean is over whatever that execution
+    trained, and there are no ratios.
 
     recipes: how many finished under two executions or more. difference: the largest between two of one recipe, in nats;
     relative: to that recipe's loss. limit: from where on the verdict is "beyond"; limit_by: what sets it. split:
@@ -149,7 +149,7 @@ def compare_executions(
 
     - "rounding": below 1e-4 of the loss.
     - "noise": more than that, and within what other seeds change.
-    - "open": more than that, and without a second seed nobody knows what other seeds would change.
+    - "open": more than that, and what other seeds change is not known without a second seed.
     - "beyond": above 1e-2 of the loss, or above the seed noise where that is known.
     """
     if not names:

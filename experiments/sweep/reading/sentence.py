@@ -79,8 +79,8 @@ def _losses_under(found: Mapping[str, Any]) -> str:
     return {
         "rounding": f"{most}, by rounding: they cannot be told apart.",
         "noise": f"{most}, no more than with other seeds: they cannot be told apart.",
-        "open": f"{most}, which rounding may have grown to; without a second seed nobody can say whether seeds "
-        "differ by more.",
+        "open": f"{most}, which rounding may have grown to; without a second seed it is not known whether "
+        "seeds differ by more.",
         "beyond": "",
     }[found["verdict"]]
 
@@ -98,7 +98,7 @@ def _fastest(found: Mapping[str, Any]) -> str:
     )
     near = sum(bool(row["near"]) for row in timed[1:])
     if first["std"] is None:
-        return f"{said}; with one trial each nobody can say how sure that is."
+        return f"{said}; with one trial each the spread is not known."
     return f"{said}; {near} of the others {is_or_are(near)} within the spread of it." if near else f"{said}."
 
 
