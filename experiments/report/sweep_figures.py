@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.report.figures import TRAINING_LOSS, Curve, interrupted
 from experiments.report.style import (
@@ -19,6 +20,7 @@ from experiments.report.style import (
     NARROW,
     ORANGE,
     WIDTH,
+    amount,
     figures_of,
     legend_aside,
     log_axis,
@@ -27,6 +29,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.report.sweep_axes import loss_colours, place_axis, readable_top, ticks
+from experiments.sweep.reading.executions import execution_text
 from experiments.sweep.reading.scales import positions, scale_of
 
 LOSS = "validation loss"
@@ -313,6 +316,28 @@ def importance_bars(importance: Mapping[str, Any], width: float = WIDTH) -> Figu
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2 if width > NARROW else 1)
+    return figure
+
+
+@styled
+def execution_bars(found: Mapping[str, Any], width: float = WIDTH) -> Figure:
+    """Mean training tokens per second of every execution, the fastest on top; whiskers: the spread over trials."""
+    timed = [row for row in found["executions"] if row["tokens_per_second"]][::-1]
+    figure = new_figure(width, 0.8 + 0.36 * len(timed))
+    axes = figure.subplots()
+    places, speeds = np.arange(len(timed)), [row["tokens_per_second"] for row in timed]
+    axes.barh(places, speeds, height=0.6, color=BLUE, alpha=0.75)
+    axes.errorbar(speeds, places, xerr=[row["std"] or 0.0 for row in timed], fmt="none", ecolor=INK, capsize=3)
+    labels = [execution_text(row["execution"]) for row in timed]
+    if width <= NARROW:
+        labels = [label.replace(", ", "\n") for label in labels]
+        figure.set_figheight(0.8 + 0.16 * sum(label.count("\n") + 2 for label in labels))
+    axes.set_yticks(places, labels)
+    axes.set(xlim=(0, None), xlabel="training tokens per second")
+    axes.xaxis.set_major_locator(MaxNLocator(6 if width > NARROW else 4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
     return figure
 
 

@@ -7,6 +7,7 @@ from experiments.report import sweep_figures, sweep_maps
 from experiments.report.figures import Curve, read_curve
 from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.sweep.reading.curves import MOST, UNEQUAL, chosen
+from experiments.sweep.reading.executions import one_per_training
 from experiments.sweep.reading.results import Results, Tables
 from experiments.sweep.reading.scales import MANY, distinct, is_number, text
 from experiments.sweep.reading.settings import by_setting
@@ -31,7 +32,10 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
         "title": results.folder.resolve().name,
         "total": len(results.rows),
         "names": list(results.axes),
-        "varied": [_axis_in_words(name, _given(results, name), results.sampler != "all") for name in results.axes],
+        "varied": [
+            _axis_in_words(name, _given(results, name), results.sampler != "all")
+            for name in (*results.axes, *results.executions)
+        ],
         "seeds": _seeds(results),
         "population": results.policy == "population",
         "compared_at": _compared_at(document),
@@ -44,6 +48,7 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
         "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
         "beyond": sweep_figures.goes_beyond(document),
         "fate": fate,
+        "everywhere": [*results.axes, *results.executions],
         "total_settings": len(document["settings"]),
         "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
         "began": {row["member"]: row["parent_steps"] for row in results.rows},
@@ -72,7 +77,7 @@ def _given(results: Results, name: str) -> list[Any]:
 
 def _seeds(results: Results) -> int:
     """The most trials that a setting began with."""
-    rows = [row for row in results.rows if row["member"] is None]
+    rows = [row for row in one_per_training(results.rows) if row["member"] is None]
     return max(len(members) for members in by_setting(list(results.axes), rows).values())
 
 
@@ -131,6 +136,13 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
         ),
         "pairs": drawn("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few or single),
     }
+    if document["executions"] is not None:
+        timed = any(row["tokens_per_second"] for row in document["executions"]["executions"])
+        found["executions"] = drawn_twice(
+            "Training tokens per second of each execution",
+            lambda width: sweep_figures.execution_bars(document["executions"], width),
+            None if timed else "No trial has a speed yet.",
+        )
     if document["pareto"] is not None:
         found["pareto"] = drawn("Pareto front", lambda: sweep_maps.pareto_front(document["pareto"]))
     if document["transfer"] is not None:

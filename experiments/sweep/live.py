@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from experiments.sweep.objectives import LOSS, direction
+from experiments.sweep.reading.executions import one_per_training
+from experiments.sweep.reading.results import collect
 from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
@@ -53,22 +55,26 @@ def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The best mean of the first objective over finished replicates, and the noise of one run there.
 
     A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
-    population that left another's run is one of its own, with its values from update `from_steps` on. settings: all
-    that there are; ended: those that count.
+    population that left another's run is one of its own, with its values from update `from_steps` on. Of losses all
+    executions of a recipe are one run. settings: all that there are; ended: those that count.
     """
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        member = row.trial.id if sweep.policy == "population" and row.trial.parent else None
-        groups.setdefault((row.trial.point_key, member), []).append(row)
+    objective = sweep.objectives[0]
+    flat = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
+    points = {row.trial.id: json.loads(row.trial.point_key) for row in rows}
+    how = flat.executions if objective == LOSS else ()
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for row in one_per_training(flat.rows) if objective == LOSS else flat.rows:
+        point = {name: value for name, value in points[row["id"]].items() if name not in how}
+        groups.setdefault((json.dumps(point), row["member"]), []).append(row)
     found = []
     for (key, member), members in groups.items():
-        values = [row.values[0] for row in members if row.state == "finished" and row.values]
-        if values and not any(row.state in ("diverged", "pruned") for row in members):
+        values = [row[objective] for row in members if row["state"] == "finished" and row[objective] is not None]
+        if values and not any(row["state"] in ("diverged", "pruned") for row in members):
             noise = statistics.stdev(values) if len(values) > 1 else None
             about = {"mean": statistics.fmean(values), "std": noise, "seeds": len(values)}
-            about["from_steps"] = members[0].trial.parent[1] if member and members[0].trial.parent else 0
-            found.append({"setting": json.loads(key), "objective": sweep.objectives[0], **about})
-    sign = 1 if direction(sweep.objectives[0]) == "minimize" else -1
+            about["from_steps"] = members[0]["parent_steps"] if member else 0
+            found.append({"setting": json.loads(key), "objective": objective, **about})
+    sign = 1 if direction(objective) == "minimize" else -1
     best = min(found, key=lambda row: sign * row["mean"], default=None)
     return None if best is None else best | {"settings": len(groups), "ended": len(found)}
 

@@ -1,8 +1,10 @@
-"""What a sweep tries to make small or large: the validation loss, and numbers of `isoflop bench decode`."""
+"""What a sweep tries to make small or large: loss, speed of training, and numbers of `isoflop bench decode`."""
 
 import hashlib
 import json
 import os
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
 
 LOSS = "loss"
+TRAINING_SPEED = "training_tokens_per_second"
 DIRECTIONS = {
     LOSS: "minimize",
+    TRAINING_SPEED: "maximize",
     "tokens_per_second": "maximize",
     "prefill_tokens_per_second": "maximize",
     "decode_tokens_per_second_aggregate": "maximize",
@@ -23,7 +27,11 @@ DIRECTIONS = {
     "kv_cache_bytes_filled": "minimize",
     "bytes_read_per_step_filled": "minimize",
 }
-"""Objectives and which way is better. tokens_per_second: of all sequences, as decode_tokens_per_second_aggregate."""
+"""Objectives and which way is better. tokens_per_second: of all sequences, as decode_tokens_per_second_aggregate.
+
+training_tokens_per_second: see `training_speed`; it comes from a trial's own run, the names below it from a benchmark.
+"""
+_OF_THE_RUN = {LOSS, TRAINING_SPEED}
 _ALIASES = {"tokens_per_second": "decode_tokens_per_second_aggregate"}
 _STEPS, _REPEATS = 16, 5
 
@@ -36,8 +44,8 @@ def direction(name: str) -> str:
 
 
 def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
-    """Raise InputError where the speed of such a model cannot be measured, before it is trained."""
-    if set(names) != {LOSS}:
+    """Raise InputError where a model's speed of decoding cannot be measured, before it is trained."""
+    if not _OF_THE_RUN.issuperset(names):
         from experiments.decode.bench import check_grid
 
         check_grid(trial.recipe.model, [_cell(trial)], _STEPS, _REPEATS)
@@ -69,14 +77,32 @@ def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
     return measured | {name: measured[own] for name, own in _ALIASES.items()}
 
 
-def values(trial: Trial, names: tuple[str, ...], loss: float, folder: Path) -> dict[str, float]:
-    """Of every objective, by its name; the speed as by `measure_speed`, where it is one.
+def training_speed(run: Path, lanes: int = 1) -> float | None:
+    """Return the training tokens per second of a run, the median over its steps; None where its metrics tell none.
 
-    Raises InputError where the benchmark does not give an objective for this shape.
+    The first step, which touches fresh memory, and those beside a validation take longer than training does, and would
+    make up a good part of a short run's seconds. Compilation and checkpoints are in no step's time. lanes: how many
+    trials its program trained at once; their tokens count too, for the time of a step is that of all lanes.
     """
-    found = {LOSS: loss} | ({} if set(names) == {LOSS} else measure_speed(trial, folder))
+    from train.metrics import open_metrics
+
+    try:
+        speeds = [line["tokens_per_second"] for line in open_metrics(run).lines if line.get("tokens_per_second")]
+    except InputError:  # `train.metrics.troubles` says why
+        return None
+    return lanes * statistics.median(speeds) if speeds else None
+
+
+def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """Return every objective by its name: of the facts of the trial's run, or as by `measure_speed`.
+
+    Raises InputError where neither gives an objective.
+    """
+    found = dict(facts) if _OF_THE_RUN.issuperset(names) else {**measure_speed(trial, folder), **facts}
     for name in names:
         if found.get(name) is None:
+            if name in _OF_THE_RUN:
+                raise InputError(f"the run {facts['run']} recorded no {name}; leave that objective out")
             raise InputError(f"the decode benchmark gives no {name} for this model; leave that objective out")
     return {name: float(found[name]) for name in names}
 

@@ -11,13 +11,13 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from experiments.sweep.branches import leaves
 from experiments.sweep.ledger import Claim, Ledger
-from experiments.sweep.objectives import check_speed, direction, values
+from experiments.sweep.objectives import TRAINING_SPEED, check_speed, direction, training_speed, values
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row
 from experiments.sweep.search.policies import make_policy
@@ -151,8 +151,9 @@ class _Cohort:
             self._leave_whatis_held()
             if self.claims:
                 check_speed(self.claims[0].trial, self.sweep.objectives)
-                for claim, result in zip(self.claims, self._train(), strict=True):
-                    self._report(claim, result)
+                results = self._train()
+                for claim, result in zip(self.claims, results, strict=True):
+                    self._report(claim, result, _lanes_beside(result, results))
         except KeyboardInterrupt:
             self._hand_back(self.claims)
             raise
@@ -205,8 +206,12 @@ class _Cohort:
         parent = (self.sweep.folder / "runs" / name).resolve()
         return trial.recipe.replace(start=Branch(read_record(parent)["run_id"], step, parent))
 
-    def _report(self, claim: Claim, result: Result) -> None:
-        facts = _facts(result) | {"worker": self.ledger.worker, "claimed_at": self.claimed_at, "ended_at": time.time()}
+    def _report(self, claim: Claim, result: Result, lanes: int) -> None:
+        facts = _facts(result, lanes) | {
+            "worker": self.ledger.worker,
+            "claimed_at": self.claimed_at,
+            "ended_at": time.time(),
+        }
         loss = result.validation_loss
         if result.status == "diverged" or loss is None or not math.isfinite(loss):
             self.ledger.diverge(claim, facts | {"status": "diverged"})
@@ -215,7 +220,7 @@ class _Cohort:
         elif claim.until < claim.trial.steps:
             self.ledger.hand_back(claim, facts)
         else:
-            found = values(claim.trial, self.sweep.objectives, loss, self.sweep.folder)
+            found = values(claim.trial, self.sweep.objectives, facts, self.sweep.folder)
             self.ledger.finish(claim, list(found.values()), facts | found)
 
     def _leave_whatis_held(self) -> None:
@@ -233,7 +238,12 @@ class _Cohort:
             self.ledger.hand_back(claim)
 
 
-def _facts(result: Result) -> dict[str, Any]:
+def _lanes_beside(result: Result, results: Sequence[Result]) -> int:
+    """Return how many of these runs were under way at the middle of one of them, itself among them."""
+    return sum(2 * other.steps >= result.steps for other in results)
+
+
+def _facts(result: Result, lanes: int) -> dict[str, Any]:
     return {
         "run": f"runs/{result.run.name}",
         "status": result.status,
@@ -243,6 +253,7 @@ def _facts(result: Result) -> dict[str, Any]:
         "flops_exact": result.flops_exact,
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
+        TRAINING_SPEED: training_speed(result.run, lanes),
         "loss": result.validation_loss,
         "training_loss": result.loss,
         "skipped": result.skipped,

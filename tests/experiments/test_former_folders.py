@@ -176,6 +176,16 @@ def check_ids(call, folder, was):
     assert {row["id"] for row in csv.DictReader((folder / "results.csv").open())} == was["trials"].keys()
 
 
+def check_executions(call, folder, settings):
+    """A field that was one of the model's is an execution now: it sets no trials apart where losses are compared."""
+    call("sweep", "report", folder, "--json", "report.json")
+    document = json.loads(Path("report.json").read_text())
+    executions = document["executions"]
+    assert (executions["axes"], executions["verdict"]) == ({"remat": ["none", "dots"]}, "rounding")
+    assert (executions["recipes"], len(document["settings"])) == (settings, settings)
+    assert all(row["tokens_per_second"] > 0 for row in executions["executions"])
+
+
 def states(call, folder):
     """How many trials of a sweep are in which state."""
     call("sweep", "status", folder, "--json", "status.json")
@@ -195,6 +205,7 @@ def test_a_sweep_with_its_own_ledger_goes_on(place, call, commands, no_svg):
     call("sweep", "resume", folder)
     assert states(call, folder) == {"finished": 6}
     assert lines(folder) == after
+    check_executions(call, folder, settings=3)
     check_ids(call, folder, was)
     assert finished(folder, was) == ended
 

@@ -12,6 +12,8 @@ from experiments.commands.sweep.options import ONE_WORKER, Options, WorkerOption
 from experiments.words import counted
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.record import Sweep
 
@@ -174,7 +176,7 @@ def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
     from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
-    summary = summarize(results.axes, results.rows) | {"policy": sweep.policy}
+    summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy}
     summary["warnings"] += record_troubles(results)
     return summary | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
 
@@ -219,8 +221,24 @@ def show(summary: dict[str, Any]) -> None:
     out.print(table)
     if len(order) > _SHOWN:
         out.print(f"and {len(order) - _SHOWN} more in {standing['folder']}/summary.json", highlight=False)
+    if summary["executions"] is not None:
+        out.print(_speeds(summary["executions"]))
     if summary["seed_noise"] is not None:
         out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
     out.print(sentence(summary, summary["policy"]), highlight=False)
     for warning in summary["warnings"]:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def _speeds(found: dict[str, Any]) -> "Table":
+    """The speed of every execution, the fastest first."""
+    from experiments.commands.options import new_table
+    from experiments.sweep.reading.scales import text
+
+    table = new_table(*found["axes"], "trials", "training tokens/s", "± trials", "of the fastest")
+    for row in found["executions"][:_SHOWN]:
+        values = ("auto" if value is None else text(value) for value in row["execution"].values())
+        speed, spread, ratio = row["tokens_per_second"], row["std"], row["ratio"]
+        numbers = (f"{speed:,.0f}" if speed else "–", "" if spread is None else f"{spread:,.0f}")
+        table.add_row(*values, str(row["trials"]), *numbers, "" if ratio is None else f"{ratio:.2f}")
+    return table

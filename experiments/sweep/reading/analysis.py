@@ -1,9 +1,12 @@
 """All that a sweep's results say, as one document: what the report shows and `--json` writes."""
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.sweep.objectives import LOSS
+from experiments.sweep.objectives import LOSS, TRAINING_SPEED
 from experiments.sweep.reading.curves import equal_flops
+from experiments.sweep.reading.executions import one_per_training, with_shared_losses
 from experiments.sweep.reading.importance import importances
 from experiments.sweep.reading.optimum import transfer
 from experiments.sweep.reading.pareto import pareto
@@ -19,17 +22,21 @@ def analyse(results: Results) -> dict[str, Any]:
     """`summarize` of the results, and: sentence (the answer), importance, transfer, equal_flops, pareto, halving, cost.
 
     A part that does not apply is None; one that cannot be had holds `refused`, with the reason. Of importances, see
-    `experiments.sweep.reading.importance`; of transfer, `experiments.sweep.reading.optimum`.
+    `experiments.sweep.reading.importance`; of transfer, `experiments.sweep.reading.optimum`. Losses are compared as by
+    `summarize`, with one run for all executions of a recipe; other objectives, and pareto, tell executions apart.
     """
     from experiments.report.figures import read_curve  # here, as it draws with matplotlib
 
     names = list(results.axes)
-    document = summarize(results.axes, results.rows)
-    rows = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
-    document["trials"] = rows
+    document = summarize(results.axes, results.rows, results.executions)
+    everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
+    document["trials"] = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
+    every = with_shared_losses(results.rows)
+    # Where nothing but the execution varies, the speed of training is said already.
+    others = [name for name in results.objectives if name != LOSS and (names or name != TRAINING_SPEED)]
     kept = [row for row in candidates_of(document["settings"]) if row["member"] is None]
     noise, freedom = document["seed_noise"], document["noise_freedom"]
-    costs = equal_flops(names, results.rows, lambda row: read_curve(results.folder / row["run"]))
+    costs = equal_flops(names, runs, lambda row: read_curve(results.folder / row["run"]))
     if costs is not None:
         document["warnings"].append(_unequal(costs, document["winner"]))
     document["warnings"] += record_troubles(results)
@@ -37,20 +44,30 @@ def analyse(results: Results) -> dict[str, Any]:
         "sentence": " ".join(
             [
                 sentence(document, results.policy),
-                *(said for name in results.objectives if name != LOSS and (said := leader(names, rows, name))),
+                *(said for name in others if (said := leader(everywhere, _one_speed_a_program(every), name))),
             ]
         ),
         "followers": results.followers,
         "objectives": list(results.objectives),
         "policy": results.policy,
         "sampler": results.sampler,
-        "importance": importances(names, rows),
+        "importance": importances(names, runs),
         "transfer": transfer(names, kept, noise, freedom),
         "equal_flops": costs,
-        "pareto": pareto(names, rows, results.objectives),
+        "pareto": pareto(everywhere, every, results.objectives),
         "halving": _halving(results),
         "cost": _cost(results),
     }
+
+
+def _one_speed_a_program(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the mean training speed of their program: of two trials of one program neither is the faster one."""
+    speeds: dict[str, list[float]] = {}
+    for row in rows:
+        if row["state"] == "finished" and row[TRAINING_SPEED] is not None:
+            speeds.setdefault(row["cohort"], []).append(row[TRAINING_SPEED])
+    means = {cohort: statistics.fmean(found) for cohort, found in speeds.items()}
+    return [row | {TRAINING_SPEED: means.get(row["cohort"])} for row in rows]
 
 
 def _unequal(costs: dict[str, Any], winner: dict[str, Any] | None) -> str:
@@ -76,7 +93,7 @@ def _halving(results: Results) -> dict[str, Any] | None:
     own = lambda row: row["planned_tokens"] * (row["planned_steps"] - row["parent_steps"]) // row["planned_steps"]
     full = sum(map(own, results.rows))
     return {
-        "rungs": Rungs(list(results.axes), results.rows).table(),
+        "rungs": Rungs(list(results.axes), one_per_training(results.rows)).table(),
         "pruned": pruned,
         "tokens_spent": spent,
         "tokens_full": full,

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.objectives import TRAINING_SPEED, training_speed
+from experiments.sweep.reading.executions import execution_names, execution_value, recipe_id
 from experiments.sweep.reading.scales import MANY, distinct, is_number
-from experiments.sweep.row import Row
+from experiments.sweep.row import ENDED, Row
 from model.errors import InputError
 from train.files import write_atomically
 from train.run import read_record
 from train.run.metrics import troubles
 
-TRIAL = ("id", "number", "state", "cohort", "seed", "run", "rungs", "planned_steps", "planned_tokens")
+TRIAL = ("id", "number", "state", "cohort", "recipe", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 BRANCH = ("parent", "parent_steps", "member")  # empty but for trials that left another's run
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
 CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds since 1970
@@ -24,13 +26,15 @@ CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds si
 class Results:
     """What a sweep has found up to now.
 
-    rows: flat, by number: id, number, state, cohort, seed, every field of the points (None where a trial lacks it),
-    loss (of finished trials alone), last_loss (of any that reported one), the other objectives, FACTS, planned_steps,
-    planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is
-    called NAME_done. parent: the id of the trial whose run it left, after parent_steps updates, which steps, tokens and
-    FLOPs include. member: its own id where it left it with other settings, as in a population, so that its fields
-    hold only for the updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that
-    vary only together with an axis, by that axis.
+    rows: flat, by number: id, number, state, cohort, recipe (the id of what is trained, whatever the execution),
+    seed, every field of the points (None where a trial lacks it), loss (of finished trials alone), last_loss (of any
+    that reported one), training_tokens_per_second, the other objectives, FACTS, planned_steps, planned_tokens, run
+    (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called NAME_done.
+    parent: the id of the trial whose run it left, after parent_steps updates, which steps, tokens and FLOPs include.
+    member: its own id where it left it with other settings, as in a population, so that its fields hold only for the
+    updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together
+    with an axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried;
+    they are no axes (`experiments.sweep.reading.executions`).
     """
 
     folder: Path
@@ -40,6 +44,7 @@ class Results:
     objectives: tuple[str, ...] = ("loss",)
     policy: str = "all"
     sampler: str = "all"
+    executions: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
     def fact(self, row: Mapping[str, Any], name: str) -> Any:
         """One of FACTS of a row, None where it is not known."""
@@ -61,7 +66,12 @@ def read_results(folder: str | Path) -> Results:
 
     sweep = Sweep.read(folder)
     rows = Ledger(sweep, read_only=True).rows()
-    return collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
+    results = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
+    if results.executions:
+        for row in results.rows:  # a former version did not note the speed
+            if row[TRAINING_SPEED] is None and row["state"] in ENDED:
+                row[TRAINING_SPEED] = training_speed(results.folder / row["run"])
+    return results
 
 
 def collect(
@@ -75,9 +85,12 @@ def collect(
     """Results of rows as the ledger has them."""
     rows = sorted(rows, key=lambda row: row.number)
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
-    flat = [_flat(row, names, objectives, population=policy == "population") for row in rows]
-    axes, followers = _axes(names, flat, searched=sampler != "all")
-    return Results(folder, flat, axes, followers, objectives, policy, sampler)
+    how = execution_names(names, (row.trial for row in rows))
+    flat = [_flat(row, names, how, objectives, population=policy == "population") for row in rows]
+    axes, followers = _axes([name for name in names if name not in how], flat, searched=sampler != "all")
+    tried = {name: list(dict.fromkeys(row[name] for row in flat)) for name in how}
+    executions = {name: values for name, values in tried.items() if len(values) > 1}
+    return Results(folder, flat, axes, followers, objectives, policy, sampler, executions)
 
 
 def record_troubles(results: Results) -> list[str]:
@@ -96,7 +109,10 @@ def record_troubles(results: Results) -> list[str]:
     return found
 
 
-def _flat(row: Row, names: Sequence[str], objectives: Sequence[str], *, population: bool) -> dict[str, Any]:
+def _flat(
+    row: Row, names: Sequence[str], how: Sequence[str], objectives: Sequence[str], *, population: bool
+) -> dict[str, Any]:
+    """how: those of the names that are of the execution, where a trial that does not name one has its default."""
     trial, facts = row.trial, row.facts
     point = row.trial.point
     last = row.rungs[row.steps_done] if row.rungs else None
@@ -108,10 +124,12 @@ def _flat(row: Row, names: Sequence[str], objectives: Sequence[str], *, populati
         "number": row.number,
         "state": row.state,
         "cohort": trial.cohort,
+        "recipe": recipe_id(trial),
         "seed": point.get("seed", trial.recipe.hparams.seed),
     }
-    flat |= {name: point.get(name) for name in names}
+    flat |= {name: execution_value(trial, name) if name in how else point.get(name) for name in names}
     flat |= {"loss": loss, "last_loss": loss if finished else last}
+    flat |= {TRAINING_SPEED: facts.get(TRAINING_SPEED)}
     flat |= {name: values.get(name) for name in objectives if name != "loss"}
     tokens_per_step = trial.recipe.train.tokens_per_step
     parent, parent_steps = row.trial.parent or (None, 0)

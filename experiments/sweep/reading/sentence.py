@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from experiments.sweep.objectives import direction
+from experiments.sweep.reading.executions import execution_text
 from experiments.sweep.reading.rungs import verdicts
 from experiments.sweep.reading.scales import setting_text, text
 from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group
 from experiments.sweep.reading.summary import fate
+from experiments.words import is_or_are
 
 _STOPPED = {
     "worse": "{} worse by more than the seed noise",
@@ -25,12 +27,13 @@ _STOPPED = {
 def sentence(document: Mapping[str, Any], policy: str = "all") -> str:
     """Return the winner, how sure it is, what cannot be told apart from it, and what was not compared at the end."""
     winner, settings = document["winner"], document["settings"]
+    executions = _of_the_executions(document["executions"])
     if winner is None:
-        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _others(settings)
+        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _others(settings) + executions
     said = [_reached(winner, len(settings), policy) + _told_apart(winner, settings)]
     if winner["lineage"] is not None:
         said.append(_along(winner["lineage"]))
-    return " ".join(said) + _others(settings, policy)
+    return " ".join(said) + _others(settings, policy) + executions
 
 
 def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str) -> str | None:
@@ -54,6 +57,49 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
     among = f" ({len(first)} settings)" if len(first) > 1 and common else ""
     value = f"{best:,.0f}" if best >= 100 else f"{best:.4g}"
     return f"The {'highest' if highest else 'lowest'} {objective}, {value}, is that of {where}{among}."
+
+
+def _of_the_executions(found: Mapping[str, Any] | None) -> str:
+    """Say how far the losses of one recipe lie apart between executions, and which of these trains fastest.
+
+    Losses that lie further apart than rounding explains are a warning instead.
+    """
+    if found is None:
+        return ""
+    return "".join(f" {said}" for said in (_losses_under(found), _fastest(found)) if said)
+
+
+def _losses_under(found: Mapping[str, Any]) -> str:
+    count, difference = len(found["executions"]), found["difference"]
+    if difference is None:
+        return "No recipe has finished under two executions: their losses are not compared."
+    if difference == 0:
+        return f"The losses under {count} executions are equal to the last bit."
+    most = f"The losses under {count} executions differ by at most {difference:.2g} nats"
+    return {
+        "rounding": f"{most}, by rounding: they cannot be told apart.",
+        "noise": f"{most}, no more than with other seeds: they cannot be told apart.",
+        "open": f"{most}, which rounding may have grown to; without a second seed it is not known whether "
+        "seeds differ by more.",
+        "beyond": "",
+    }[found["verdict"]]
+
+
+def _fastest(found: Mapping[str, Any]) -> str:
+    timed = [row for row in found["executions"] if row["ratio"] is not None]
+    if not timed:
+        return ""
+    first, last = timed[0], timed[-1]
+    speed, spread = f"{first['tokens_per_second']:,.0f}", first["std"]
+    spread = "" if spread is None else f" ± {spread:,.0f}"
+    said = (
+        f"Training is fastest with {execution_text(first['execution'])}: {speed}{spread} tokens/s, "
+        f"{1 / last['ratio']:.2g} times the slowest ({execution_text(last['execution'])})"
+    )
+    near = sum(bool(row["near"]) for row in timed[1:])
+    if first["std"] is None:
+        return f"{said}; with one trial each the spread is not known."
+    return f"{said}; {near} of the others {is_or_are(near)} within the spread of it." if near else f"{said}."
 
 
 def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,21 +1,26 @@
 """What a sweep says, with the seed noise beside it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from experiments.sweep.reading.comparisons import best_of_many, selected_interval
+from experiments.sweep.reading.executions import compare_executions, one_per_training
 from experiments.sweep.reading.optimum import rate_optimum
 from experiments.sweep.reading.rungs import Rungs, lineage, verdicts
 from experiments.sweep.reading.scales import MANY, distinct, edge_of, is_number, text
 from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
-from experiments.words import counted
+from experiments.words import counted, is_or_are
 
 
-def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(
+    axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]], executions: Iterable[str] = ()
+) -> dict[str, Any]:
     """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, seed, loss and state.
 
+    executions: fields of Execution that vary and are no axes; the document's part of that name compares them (see
+    `executions.py`). Rows with a `recipe` in common are one run: where losses are compared, one row with their mean.
     settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
     failed or are pending; those never enter a mean. stopped: of a setting that was stopped early, how it stood there
     against the winner, at equal tokens (see `rungs.py`). seed_noise: the standard deviation of one run over seeds,
@@ -26,8 +31,8 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
     pruned is no candidate. lineage: of a winner whose settings changed along its run, as in a population. optimum: see
     `optimum.py`; None where it is refused, and optimum_refused says why. warnings: sentences.
     """
-    names = list(axes)
-    settings = group(names, trials)
+    names, runs = list(axes), one_per_training(trials)
+    settings = group(names, runs)
     document: dict[str, Any] = {
         "schema_version": 1,
         "axes": {name: list(values) for name, values in axes.items()},
@@ -39,20 +44,22 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
         "noise_freedom": 0,
         "optimum": None,
         "optimum_refused": None,
+        "executions": None,
         "warnings": [],
     }
     candidates = candidates_of(settings)
     best = min(candidates, key=lambda row: row["mean"], default=None)
-    _compare_stopped(names, settings, trials, best)
+    _compare_stopped(names, settings, runs, best)
+    noise, freedom = (None, 0) if best is None else pooled_noise(candidates, best["mean"])
+    document["executions"] = compare_executions(list(executions), trials, noise, freedom)
     if best is None:
-        document["warnings"].append(_no_winner(settings))
+        document["warnings"] += [_no_winner(settings), *_of_the_executions(document)]
         return document
-    noise, freedom = pooled_noise(candidates, best["mean"])
     stopped = sum(row["stopped"] is not None for row in settings)
     winner = _winner(names, best, candidates, noise, freedom, stopped)
     if best["member"] is not None:
-        runs = [row for row in trials if row["id"] == best["member"]]
-        winner["lineage"] = lineage(runs[0], trials, names)
+        own = next(row for row in runs if row["id"] == best["member"])
+        winner["lineage"] = lineage(own, runs, names)
     found = rate_optimum(names, best, candidates, noise, freedom) if "learning_rate" in names else {}
     refused = found.get("refused")
     return document | {
@@ -61,7 +68,7 @@ def summarize(axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]
         "winner": winner,
         "optimum": found if found and not refused else None,
         "optimum_refused": refused,
-        "warnings": _warnings(axes, best, winner, document, noise),
+        "warnings": [*_warnings(axes, best, winner, document, noise), *_of_the_executions(document)],
     }
 
 
@@ -207,3 +214,23 @@ def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
         *([f"{were(lower)} stopped early at a lower loss than the winner had at equal tokens"] if lower else []),
         *([f"{were(never)} stopped where the winner has no loss, and never compared with it"] if never else []),
     ]
+
+
+def _of_the_executions(document: Mapping[str, Any]) -> list[str]:
+    """Warn where executions of one recipe differ by more than rounding explains."""
+    found = document["executions"]
+    if found is None:
+        return []
+    said = []
+    if found["verdict"] == "beyond":
+        said.append(
+            f"the losses of one recipe under several executions differ by up to {found['difference']:.2g} nats, more "
+            f"than {found['limit_by']}: rounding does not explain that, so something else differs too"
+        )
+    if found["split"]:
+        recipes = counted(found["split"], "recipe")
+        said.append(
+            f"{recipes} diverged under one execution and not under another: {is_or_are(found['split'])} at the edge of "
+            "stability, and counted as diverged"
+        )
+    return said

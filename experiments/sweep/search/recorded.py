@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweep.objectives import DIRECTIONS
+from experiments.sweep.reading.executions import one_per_training
 from experiments.sweep.reading.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
 from experiments.sweep.reading.scales import is_number
 from experiments.sweep.reading.settings import candidates_of, group, pooled_noise
@@ -123,6 +124,8 @@ def _read_table(path: Path, axes: Sequence[str]) -> Recorded:
 
 
 def _grid(rows: list[dict[str, Any]], axes: Sequence[str], where: str) -> Recorded:
+    if all("state" in row for row in rows):
+        rows = one_per_training(rows)
     for name in axes:
         if name not in rows[0]:
             raise UnknownNameError(f"column of {where}", name, rows[0])
