@@ -84,11 +84,11 @@ def training_speed(run: Path, lanes: int = 1) -> float | None:
     make up a good part of a short run's seconds. Compilation and checkpoints are in no step's time. lanes: how many
     trials its program trained at once; their tokens count too, for the time of a step is that of all lanes.
     """
-    from train.metrics import open_metrics
+    from train.run.metrics import open_metrics
 
     try:
         speeds = [line["tokens_per_second"] for line in open_metrics(run).lines if line.get("tokens_per_second")]
-    except InputError:  # `train.metrics.troubles` says why
+    except InputError:  # `train.run.metrics.troubles` says why
         return None
     return lanes * statistics.median(speeds) if speeds else None
 
