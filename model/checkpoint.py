@@ -140,4 +140,4 @@ def _restore(item: Path, like: Any, **options: bool) -> Any:
 
     arguments = ocp.args.PyTreeRestore(item=like, restore_args=jax.tree.map(how, like), **options)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(item, args=arguments)
+        return checkpointer.restore(item.absolute(), args=arguments)  # Orbax takes no other path

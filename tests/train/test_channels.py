@@ -188,11 +188,11 @@ def test_a_stderr_that_is_closed_or_unread_holds_up_nothing(monkeypatch, caplog)
 
 def test_a_disk_that_fills_while_logs_are_written(data, tmp_path, monkeypatch, record):
     """The status is noted in the room that there is, nothing is left to raise later, and the run goes on to the bit."""
-    from train.run import metrics, run
+    from train.run import folder, metrics
 
     late = []
     monkeypatch.setattr(sys, "unraisablehook", late.append)
-    lines, plain, write = [], metrics.write_all, run.write_sealed
+    lines, plain, write = [], metrics.write_all, folder.write_sealed
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
@@ -201,7 +201,7 @@ def test_a_disk_that_fills_while_logs_are_written(data, tmp_path, monkeypatch, r
         lines.append(content)
         if len(lines) == 4:
             plain(file, content[:40])
-            monkeypatch.setattr(run, "write_sealed", full)
+            monkeypatch.setattr(folder, "write_sealed", full)
             full()
         plain(file, content)
 
@@ -214,6 +214,6 @@ def test_a_disk_that_fills_while_logs_are_written(data, tmp_path, monkeypatch, r
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert read_record(tmp_path / "run")["status"] == "failed"
     monkeypatch.setattr(metrics, "write_all", plain)
-    monkeypatch.setattr(run, "write_sealed", write)
+    monkeypatch.setattr(folder, "write_sealed", write)
     assert go("run").status == go("whole").status == "finished"
     assert record(tmp_path / "run") == record(tmp_path / "whole")
