@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import PRNGKeyArray
 
-from model import ModelConfig, Params, init
+from model import Execution, ModelConfig, Params, init
 from model.ambient import lenient
 from model.parameterization import names_of, role_of
 from train.config import HParams, TrainConfig
@@ -31,9 +31,18 @@ class TrainState:
 
 @lenient()
 def init_state(
-    config: ModelConfig, train_config: TrainConfig, hparams: HParams, key: PRNGKeyArray | None = None
+    config: ModelConfig,
+    train_config: TrainConfig,
+    hparams: HParams,
+    key: PRNGKeyArray | None = None,
+    *,
+    execution: Execution = Execution(),
 ) -> TrainState:
-    """The state before the first step. key None: `jax.random.key(hparams.seed)`. Works under jit and vmap."""
+    """The state before the first step. key None: `jax.random.key(hparams.seed)`. Works under jit and vmap.
+
+    execution: taken as `train_step` takes it; it changes no state.
+    """
+    del execution
     key = jax.random.key(hparams.seed) if key is None else key
     init_key, step_key = jax.random.split(key)
     params = jax.tree_util.tree_map_with_path(

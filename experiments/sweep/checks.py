@@ -43,10 +43,25 @@ def check_sweep(sweep: Sweep) -> None:
             raise InputError(
                 f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
             )
+    if sweep.policy != "all":
+        _check_recipes(sweep, trials)
     for trial in {trial.cohort: trial for trial in trials}.values():
         check_speed(trial, sweep.objectives)
     # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
     policy.decide([Row(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
+
+
+def _check_recipes(sweep: Sweep, trials: list[Trial]) -> None:
+    """Raise InputError where trials differ in their execution alone: rounding would decide which of them goes on."""
+    first: dict[tuple[str, int], Trial] = {}
+    for trial in trials:
+        other = first.setdefault((trial.recipe.run_id, trial.steps), trial)
+        if other.execution != trial.execution:
+            names = [name for name in trial.point if trial.point[name] != other.point.get(name)]
+            raise InputError(
+                f"{' and '.join(names)} changes no loss but by rounding, so that --policy {sweep.policy} cannot choose "
+                "by it; take --policy all"
+            )
 
 
 def _check_sampler(sweep: Sweep) -> None:

@@ -70,6 +70,7 @@ class Ledger:
         if not read_only and sweep.shares_storage:
             take_place(sweep, self.storage)
         self.worker = worker or f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
+        self._execution = sweep.base.execution  # which may be another one than when trials were planned
         self._trials: dict[int, Trial] = {}  # by key: they never change
         self._unnamed: dict[int, float] = {}  # since when a point is seen being drawn
 
@@ -288,7 +289,7 @@ class Ledger:
                     f"{self.storage.name} holds a trial {stored} that this version would call {trial.id}: another "
                     "version wrote it; go on with that one, or choose another folder"
                 )
-            self._trials[frozen._trial_id] = trial
+            self._trials[frozen._trial_id] = trial.under(self._execution)
         return self._trials[frozen._trial_id]
 
 

@@ -73,6 +73,11 @@ class Trial:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def under(self, execution: Execution) -> Self:
+        """The trial under another execution, but for the fields of it that are its axes."""
+        varied = {name: value for name, value in self.point.items() if name in EXECUTION}
+        return self.replace(execution=execution.replace(**varied))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

@@ -137,6 +137,7 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
         ({"sampler": "tpe", "trials": 3, "axes": ["d_mode=uniform:1:2"]}, "did you mean 'd_model'"),
         ({"trials": 3}, "goes with a sampler"),
         ({"policy": "halve"}, "did you mean 'halving'"),
+        ({"policy": "halving", "axes": ["remat=none,dots"]}, "remat changes no loss but by rounding, so that --policy"),
         ({"lanes": 0}, "lanes=0 must be at least 1"),
         ({"objectives": []}, "at least one name"),
         ({"space_file": "nowhere.py"}, "the space nowhere.py cannot be read"),

@@ -19,6 +19,7 @@ from model import presets
 from train import Shell, population
 from train.branch import cooldown
 from train.compile import compiled_programs
+from train.run import executions, read_record
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)
 SHARED = {"warmup_steps": 1, "learning_rate": 0.01}
@@ -224,6 +225,18 @@ def test_bad_sweeps_from_the_command_line_start_nothing(isoflop, data, tmp_path)
         assert sentence in err
         assert not (out / "runs").exists()
     assert isoflop("sweep", "status", tmp_path / "none")[0] == 2
+
+
+def test_a_sweep_goes_on_under_another_execution(make):
+    """With the ids that it has, and only what is left is trained."""
+    first = run(make(seeds=1)).rows()
+    before = {row.trial.id: row.facts["claimed_at"] for row in first}
+    ledger = run(make(seeds=2, base={"schedule": "wsd", "remat": "dots"}))
+    rows = ledger.rows()
+    assert [row.state for row in rows] == ["finished"] * 4
+    assert {row.trial.id: row.facts["claimed_at"] for row in rows[:2]} == before
+    folders = [make(seeds=2).run_folder(row.trial) for row in rows]
+    assert [executions(read_record(folder))[-1][1].remat for folder in folders] == ["none", "none", "dots", "dots"]
 
 
 def test_other_data_than_the_sweeps_are_refused(make, isoflop):
