@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from model import ModelConfig
     from model.tokenizer import Tokenizer
 
+_AS_EVER = ("none", "auto", True, False)  # of remat, attention_kernel and scan_layers: how a model runs anyway
 _TOKENIZER_FILES = (
     *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
     "chat_template*",
@@ -18,8 +19,10 @@ _TOKENIZER_FILES = (
 
 def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
     """The config of a preset's name or of a JSON file, with NAME=VALUE changes. Raises InputError."""
+    from experiments.commands.options import say
     from experiments.inputs import read_changes, read_json
     from model import ModelConfig, presets
+    from model.config import MOVED
     from train.overlay import overlay_model
 
     if preset.endswith(".json"):
@@ -27,6 +30,9 @@ def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
         if not isinstance(values, dict):
             raise InputError(f"{preset} is not a JSON object of model fields")
         config = ModelConfig.from_dict(values)
+        plain = {name: value for name, value in values.items() if name in MOVED and value not in _AS_EVER}
+        for name, value in plain.items():
+            say(f"{preset}: {name}={value} is no field of a model any more and is left out; give --set {name}={value}")
     elif "/" in preset and preset not in presets.names():
         raise InputError(f"there is no file or folder {preset}, and no preset of that name")
     else:

@@ -203,7 +203,9 @@ def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
     steps: whether another number of steps counts too.
     """
     before, after = (_flat(recipe, steps) for recipe in (there, here))
+    follow = {*there.model.derived} & {*here.model.derived}  # what a field that differs makes of them needs no mention
     names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
+    names = [name for name in names if name not in follow] or names
     return ", ".join(f"{name}={before.get(name)} there, {after.get(name)} here" for name in names)
 
 
