@@ -18,3 +18,6 @@ isoflop train llama3.2-1b --data web=data/web good=data/good --out runs/1b \
   --mesh fsdp=8 --microbatch auto \
   --set max_seq_len=4096 rope_scaling=null remat=dots loss_chunks=8 spike_sigma=6 \
   --evaluate-every 1000 --checkpoint-seconds 900 --keep-every 5000
+
+# For other programs: config.json, safetensors and the tokenizer.
+isoflop model convert runs/1b exports/1b --dtype bfloat16
