@@ -15,8 +15,6 @@ does the bias, and the exponent with it (`valleys/skew.py`, `valleys/spline.py`)
 cubic term but not the next. The spline assumes no shape and must meet the limit there too.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -28,7 +26,7 @@ import numpy as np
 from experiments.scaling.fit import isoflop_warnings, parametric_warnings
 from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
 from experiments.scaling.law.parametric import fit_parametric
-from experiments.scaling.trials import run_trials
+from experiments.scaling.trials import main, run_trials
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from model.errors import InputError
 
@@ -204,23 +202,14 @@ def show(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line."""
-    from train.progress import progress_bar
-
-    parser = argparse.ArgumentParser(description="Whether known scaling laws come back from simulated tables.")
-    parser.add_argument("--seeds", type=int, default=400, help="tables per case")
-    parser.add_argument("--bootstraps", type=int, default=200, help="resamples behind each interval")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=None, help="write the document to this file")
-    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to go on after a stop")
-    options = parser.parse_args()
-    with progress_bar("known laws", options.seeds * len(EXPONENTS)) as advance:
-        document = study(options.seeds, options.bootstraps, options.processes, options.ledger, advance)
-    print(show(document))
-    if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        "Whether known scaling laws come back from simulated tables.",
+        study,
+        show,
+        name="known laws",
+        seeds=400,
+        bootstraps=200,
+        jobs_per_seed=len(EXPONENTS),
+        processes=2,
+    )

@@ -10,8 +10,6 @@ Reported beside them: valleys whose walls differ, seen through wide windows that
 budget, none should be found.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.trials import run_trials
+from experiments.scaling.trials import main, run_trials
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, Method, fit_isoflop
 from model.errors import InputError
 
@@ -211,23 +209,13 @@ def show(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line."""
-    from train.progress import progress_bar
-
-    parser = argparse.ArgumentParser(description="How near valleys come to a known exponent, by each method.")
-    parser.add_argument("--seeds", type=int, default=200, help="experiments of each shape, and clouds of each kind")
-    parser.add_argument("--bootstraps", type=int, default=400, help="resamples behind each interval")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=None, help="write the document to this file")
-    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to go on after a stop")
-    options = parser.parse_args()
-    with progress_bar("known valleys", options.seeds * (len(SHAPES) + 1)) as advance:
-        document = study(options.seeds, options.bootstraps, options.processes, options.ledger, advance)
-    print(show(document))
-    if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    main(
+        "How near valleys come to a known exponent, by each method.",
+        study,
+        show,
+        name="known valleys",
+        seeds=200,
+        bootstraps=400,
+        jobs_per_seed=len(SHAPES) + 1,
+    )

@@ -1,5 +1,6 @@
 """Trials by the hundred, on several processes, which go on where they stopped."""
 
+import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -42,3 +43,35 @@ def run_trials(
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             collect(pool.imap(work, left, chunksize=4))
     return done
+
+
+def main(
+    description: str,
+    study: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any]], str],
+    *,
+    name: str,
+    seeds: int,
+    bootstraps: int,
+    jobs_per_seed: int,
+    processes: int = 1,
+) -> None:
+    """Run a study of simulated tables from the command line: print what `show` says of its document.
+
+    study(seeds, bootstraps, processes, ledger, advance) returns the document; seeds, bootstraps, processes:
+    defaults.
+    """
+    from train.progress import progress_bar
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds, help="tables of each kind")
+    parser.add_argument("--bootstraps", type=int, default=bootstraps, help="resamples behind each interval")
+    parser.add_argument("--processes", type=int, default=processes)
+    parser.add_argument("--json", type=Path, default=None, help="write the document to this file")
+    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to go on after a stop")
+    options = parser.parse_args()
+    with progress_bar(name, options.seeds * jobs_per_seed) as advance:
+        document = study(options.seeds, options.bootstraps, options.processes, options.ledger, advance)
+    print(show(document))
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
