@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from train.loop.options import Shell
     from train.loop.train import population, train
     from train.phases import Phase, standard_phases
-    from train.recipe import Branch, Recipe, Weights
+    from train.recipe import Branch, Recipe, Weights, difference
     from train.run import Result, load_run
     from train.start import weights
     from train.state import TrainState, init_state
@@ -22,7 +22,7 @@ else:
             "branch": ("cooldown",),
             "config": ("HParams", "TrainConfig"),
             "phases": ("Phase", "standard_phases"),
-            "recipe": ("Branch", "Recipe", "Weights"),
+            "recipe": ("Branch", "Recipe", "Weights", "difference"),
             "run": ("Result", "load_run"),
             "loop.options": ("Shell",),
             "start": ("weights",),
@@ -38,6 +38,7 @@ __all__ = [
     "Branch",
     "Weights",
     "weights",
+    "difference",
     "Phase",
     "standard_phases",
     "HParams",
