@@ -23,7 +23,8 @@ _WARMUPS = ("warmup_steps", "warmup_fraction")
 def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = Execution()) -> tuple[Recipe, Execution]:
     """Apply each change to the part that has the field, all changes of one part at once.
 
-    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Raises InputError.
+    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Raises InputError; but whether
+    the microbatches divide the batch is for who trains to check (`TrainConfig.check`).
     """
     check_names(changes, fields())
     of_train = _typed_changes(changes, kinds(TrainConfig))
@@ -41,7 +42,6 @@ def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = E
         hparams=recipe.hparams.replace(**of_hparams) if of_hparams else recipe.hparams,
         former={**recipe.former, **{name: value for name, value in of_execution.items() if name in recipe.former}},
     )
-    made.train.check(execution)
     return made.under(execution), execution
 
 

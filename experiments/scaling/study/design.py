@@ -232,6 +232,14 @@ class Design(Part):
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
         return self._overlay(read_config(self.base), shape)[0].train
 
+    def recipe(self, config: ModelConfig, batch_size: int, steps: int, **hparams: float) -> Recipe:
+        """The recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
+        shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len)
+        # A rung's warm-up is its own, in steps; none is none.
+        own = {"warmup_fraction": 0.0} if not hparams.get("warmup_steps") else {}
+        fields = self.shared_fields | own | hparams
+        return overlay(fields, Recipe(config, shape, steps=steps))[0]
+
     @property
     def execution(self) -> Execution:
         """How all runs are executed."""

@@ -88,7 +88,7 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
         design.base_config(load_manifest(data).vocab_size),
         data=data,
         folder=folder,
-        listed=[Listed(r.name, {**r.point, "seed": r.seed}, r.trunk, r.leave_step) for r in rungs],
+        listed=[Listed(r.name, r.point, r.trunk, r.leave_step) for r in rungs],
         # A rung's warm-up is its own, in steps; none is none.
         base={"warmup_fraction": 0.0} | design.shared_fields,
         seq_len=design.seq_len,

@@ -18,52 +18,91 @@ _WALL = 0.75  # in factors of a size: as near to the expected optimum as roundin
 _LEAST_STEPS = 4
 _LARGEST = 1e32  # FLOPs: beyond what there are computers for
 
+_COLUMNS: tuple[str, ...] = ("name", "budget", "budget_flops", "held_out")
+_COLUMNS += ("params", "params_total", "params_non_embedding", "params_without_head")
+_COLUMNS += ("batch_size", "seq_len", "steps", "tokens", "flops_6nd", "flops_exact", "flops_without_attention")
+_COLUMNS += ("epochs", "learning_rate", "warmup_steps", "decay_steps", "seed", "trunk", "leave_step", "seconds")
+_COLUMNS += ("repeated",)
+
 StepSeconds = Callable[[ModelConfig, int], float]
 """(config, batch size) → seconds of one training step of one run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One run to come.
+    """One run to come: a recipe, without its data, and its place in the ladder.
 
     budget: index, from 0 for the smallest; budget_flops: what it was to cost. overrides: the fields of its shape.
     params: N, what a token passes through, the embedding table once; of a dense model it is params_total. The other
     params and, of the whole run, flops_exact and flops_without_attention: as in `conventions`. flops_6nd: 6·N·D of what
     is really run. epochs: over the data's tokens; None: there are no data yet. trunk: the name of the run that this one
-    leaves after leave_step updates; None: it starts on its own. decay_steps: of a "wsd" cool-down, else 0. seconds:
-    predicted, of what this run trains itself; None: nothing was timed.
+    leaves after leave_step updates; None: it starts on its own. seconds: predicted, of what this run trains itself;
+    None: nothing was timed.
     """
 
     name: str
     budget: int
     budget_flops: float
     held_out: bool
-    config: ModelConfig
+    recipe: Recipe
     overrides: dict[str, Any]
     params: int
     params_total: int
     params_non_embedding: int
     params_without_head: int
-    batch_size: int
-    seq_len: int
-    steps: int
     tokens: int
     flops_6nd: float
     flops_exact: float
     flops_without_attention: float
     epochs: float | None
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    seed: int = 0
     trunk: str | None = None
     leave_step: int = 0
     seconds: float | None = None
 
     @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        return self.recipe.model
+
+    @property
     def d_model(self) -> int:
-        """Its width."""
+        """The model's width."""
         return self.config.d_model
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per step."""
+        return self.recipe.train.batch_size
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per row."""
+        return self.recipe.train.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Updates to its end, those of its trunk included."""
+        return self.recipe.horizon
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates of the warm-up."""
+        return int(self.recipe.hparams.warmup_steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Updates of the decay phase under "wsd", else 0."""
+        return int(self.recipe.hparams.decay_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """The schedule's peak."""
+        return self.recipe.hparams.to_dict()["learning_rate"]
+
+    @property
+    def seed(self) -> int:
+        """The seed of parameters and of the data's order."""
+        return int(self.recipe.hparams.seed)
 
     @property
     def repeated(self) -> bool:
@@ -77,15 +116,13 @@ class Rung:
 
     @property
     def point(self) -> dict[str, Any]:
-        """What sets it apart within its design, by the fields that a sweep varies; the seed is left out."""
-        own = ("batch_size", "steps", "learning_rate", "warmup_steps", "decay_steps")
+        """The fields in which it differs from its design's base, by the names that a sweep varies."""
+        own = ("batch_size", "steps", "learning_rate", "warmup_steps", "decay_steps", "seed")
         return {**self.overrides, **{name: getattr(self, name) for name in own}}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, one level deep; `conventions.read_counts` reads its columns."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["config"], values["overrides"]
-        return {**values, "repeated": self.repeated, **self.overrides}
+        return {**{name: getattr(self, name) for name in _COLUMNS}, **self.overrides}
 
 
 def plan_rungs(
@@ -215,24 +252,31 @@ def _rung(
         budget=index,
         budget_flops=budget,
         held_out=index >= len(design.budgets) - design.held_out,
-        config=config,
+        recipe=design.recipe(
+            config,
+            batch_size,
+            steps,
+            learning_rate=_learning_rate(design, sizes),
+            warmup_steps=_warmup(design, steps),
+            decay_steps=max(1, round(design.decay_fraction * steps)) if design.run_schedule == "wsd" else 0,
+        ),
         overrides=design.family.overrides(base, width),
         params=params,
         params_total=int(counts["params_total"]),
         params_non_embedding=int(counts["params_non_embedding"]),
         params_without_head=int(counts["params_without_head"]),
-        batch_size=batch_size,
-        seq_len=design.seq_len,
-        steps=steps,
         tokens=tokens,
         flops_6nd=6.0 * params * tokens,
         flops_exact=counts["flops_exact"] * tokens,
         flops_without_attention=counts["flops_without_attention"] * tokens,
         epochs=None if tokens_per_epoch is None else tokens / tokens_per_epoch,
-        learning_rate=_learning_rate(design, sizes),
-        warmup_steps=_warmup(design, steps),
-        decay_steps=max(1, round(design.decay_fraction * steps)) if design.run_schedule == "wsd" else 0,
     )
+
+
+def _with(rung: Rung, **hparams: Any) -> Rung:
+    """The rung with some hyperparameters changed."""
+    recipe = rung.recipe.replace(hparams=rung.recipe.hparams.replace(**hparams))
+    return dataclasses.replace(rung, recipe=recipe)
 
 
 def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
@@ -242,7 +286,7 @@ def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
         trunk = max(members, key=lambda rung: rung.steps)
         warmup = _warmup(design, min(rung.steps for rung in members))
         for rung in members:
-            own = dataclasses.replace(rung, warmup_steps=warmup)
+            own = _with(rung, warmup_steps=warmup)
             if rung is not trunk:
                 own = dataclasses.replace(own, trunk=trunk.name, leave_step=rung.steps - rung.decay_steps)
                 if own.leave_step < max(1, warmup):
@@ -261,10 +305,11 @@ def _timed(design: Design, rung: Rung, seconds_of: StepSeconds) -> Rung:
 
 
 def _seeded(rung: Rung, design: Design, seed: int) -> Rung:
+    seeded = _with(rung, seed=seed)
     if design.seeds == 1:
-        return dataclasses.replace(rung, seed=seed)
+        return seeded
     trunk = None if rung.trunk is None else f"{rung.trunk}-s{seed}"
-    return dataclasses.replace(rung, name=f"{rung.name}-s{seed}", seed=seed, trunk=trunk)
+    return dataclasses.replace(seeded, name=f"{rung.name}-s{seed}", trunk=trunk)
 
 
 def _warmup(design: Design, steps: int) -> int:
