@@ -1,4 +1,4 @@
-"""The training loop around the pure step: what a caller asks for, the members of a population, their data."""
+"""The training loop around the pure step: its entry points, the members of a population, their data."""
 
 from typing import TYPE_CHECKING
 
@@ -7,11 +7,11 @@ from model.lazy import lazy
 if TYPE_CHECKING:
     from train.loop.loop import Loop
     from train.loop.options import Shell
-    from train.loop.train import check_trainable, population, train
+    from train.loop.train import check_trainable, population
 else:
     __getattr__, __dir__ = lazy(
         __name__,
-        {"loop": ("Loop",), "options": ("Shell",), "train": ("check_trainable", "population", "train")},
+        {"loop": ("Loop",), "options": ("Shell",), "train": ("check_trainable", "population")},
     )
 
-__all__ = ["Loop", "Shell", "check_trainable", "population", "train"]
+__all__ = ["Loop", "Shell", "check_trainable", "population"]  # `train` would be the module of that name
