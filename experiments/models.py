@@ -1,4 +1,4 @@
-"""What commands need of models beside `model.store`: configs by name or file, and tokenizers."""
+"""Give commands what they need of models beside `model.store`: configs by name or file, and tokenizers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +41,7 @@ def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
 
 
 def is_stored(model: str) -> bool:
-    """Whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
+    """Return whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
     return Path(model).exists() and not model.endswith(".json")
 
 
