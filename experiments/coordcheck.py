@@ -44,6 +44,7 @@ def coordinate_check(
     optimizer: Optimizer = "adamw",
     parameterizations: Sequence[Parameterization] = PARAMETERIZATIONS,
     batch: Batch | None = None,
+    execution: Execution = Execution(),
     advance: Callable[..., None] = lambda amount, note: None,
 ) -> dict[str, Any]:
     """Train every size for `steps` steps on one batch (None: random tokens), and measure after each.
@@ -66,7 +67,9 @@ def coordinate_check(
     # What a random readout starts with shrinks by design under muP, and would hide what it learns.
     zero = not config.tie_embeddings
     models = [(name, size, made.replace(zero_readout=zero and name == "mup")) for name, size, made in models]
-    execution = Execution(scan_layers=True if axis == "depth" else None)  # unrolled, deep models compile slowly
+    train_config.check(execution)
+    if axis == "depth" and execution.scan_layers is None:
+        execution = execution.replace(scan_layers=True)  # unrolled, deep models compile slowly
     costs = [accounting.flops_per_token(made, seq_len) + COMPILING for *_, made in models]
     table = []
     for (name, size, made), cost in zip(models, costs, strict=True):

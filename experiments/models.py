@@ -1,6 +1,5 @@
-"""What commands need of models beside `model.store`: configs by name or file, and tokenizers."""
+"""Give commands what they need of models beside `model.store`: configs by name or file, and tokenizers."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +16,12 @@ _TOKENIZER_FILES = (
 )
 
 
-def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
-    """The config of a preset's name or of a JSON file, with NAME=VALUE changes. Raises InputError."""
+def read_config(preset: str) -> "ModelConfig":
+    """Return the config of a preset's name or of a JSON file. Raises InputError."""
     from experiments.commands.options import say
-    from experiments.inputs import read_changes, read_json
+    from experiments.inputs import read_json
     from model import ModelConfig, presets
     from model.config import MOVED
-    from train.overlay import overlay_model
 
     if preset.endswith(".json"):
         values = read_json(Path(preset))
@@ -37,11 +35,11 @@ def read_config(preset: str, changes: Iterable[str] = ()) -> "ModelConfig":
         raise InputError(f"there is no file or folder {preset}, and no preset of that name")
     else:
         config = presets.get(preset)
-    return overlay_model(read_changes(changes), config)
+    return config
 
 
 def is_stored(model: str) -> bool:
-    """Whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
+    """Return whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
     return Path(model).exists() and not model.endswith(".json")
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from infer.decode import ROOM
 from infer.prompts import Prompt, bucket, capacity_for, check_prompts, decoder_prompts, read_prompts
 from infer.text import Decoder, continuation_text
-from model import KVCache, ModelConfig, Params, head
+from model import Execution, KVCache, ModelConfig, Params, head
 from model.ambient import lenient
 from model.cache import grow, take
 from model.dtypes import DTypeLike
@@ -81,6 +81,7 @@ def beam_search(
     n: int = 1,
     tokenizer: Decoder | None = None,
     cache_dtype: DTypeLike | None = None,
+    execution: Execution = Execution(),
 ) -> Beams:
     """Continue every prompt by the outputs of highest score that a beam of this width finds.
 
@@ -95,8 +96,8 @@ def beam_search(
     "never": when it could not do so at any length to come. With one beam and not "never" this is greedy decoding.
 
     stop_ids: None means the config's `eos_token_ids`. Of an encoder-decoder the prompts are the encoder's. n: how many
-    are handed back. tokenizer: makes `text`. cache_dtype: see `init_cache`. Changing length_penalty, early_stopping or
-    n compiles nothing.
+    are handed back. tokenizer: makes `text`. cache_dtype: see `init_cache`. execution: see `generate`. Changing
+    length_penalty, early_stopping or n compiles nothing.
     Raises InputError on prompts as `generate` does, and on settings that mean nothing.
     """
     check_prompts(config, prompts, max_new_tokens)
@@ -104,7 +105,9 @@ def beam_search(
     _check(config, beams, n, length_penalty, stops, early_stopping)
     with under_mesh_of(params):
         copies = [beams] * len(prompts)
-        logits, cache = read_prompts(config, params, prompts, copies=copies, cache_dtype=cache_dtype)
+        logits, cache = read_prompts(
+            config, params, prompts, copies=copies, cache_dtype=cache_dtype, execution=execution
+        )
         search = Search(
             running=_none(len(prompts), beams, bucket(max_new_tokens, ROOM)),
             finished=_none(len(prompts), beams, bucket(max_new_tokens, ROOM)),

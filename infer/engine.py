@@ -18,7 +18,7 @@ from infer.sampler import History, SamplerState, row_keys
 from infer.sampling import GREEDY, Sampling
 from infer.step import prefill
 from infer.text import Decoder
-from model import KVCache, ModelConfig, Params, init_cache
+from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
 from model.ambient import lenient
 from model.cache import CACHE_DTYPES
@@ -54,6 +54,7 @@ class Engine:
         tokenizer: Decoder | None = None,
         key: PRNGKeyArray | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        execution: Execution = Execution(),
     ):
         """slots: requests that run at a time. capacity: tokens of prompt and output that a request can have, at most
         the context; of an encoder-decoder the encoder's prompt may have as many too. cache_dtype: see `init_cache`.
@@ -61,7 +62,7 @@ class Engine:
         cache_bytes: the slots' cache takes no more (fewer slots then); a prompt that is being read takes up to one
         slot's share besides. steps: tokens that every row decodes in a step, at most ROOM. chunk: of a prompt's tokens,
         rounded up to a power of two; an int8 cache rounds what earlier chunks wrote, so that longer prompts than this
-        may then continue differently than in `generate`. key: as `generate`'s.
+        may then continue differently than in `generate`. key and execution: as `generate`'s.
         Raises InputError where a number is too small, and where not even one slot fits.
         """
         check_generates(config)
@@ -72,7 +73,7 @@ class Engine:
             cache_dtype = dtype_name(cache_dtype, CACHE_DTYPES, "cache dtype")  # a static argument: one program
         if steps > ROOM:
             raise InputError(f"steps={steps} must be at most {ROOM}")
-        self.config, self.params = config, jax.tree.map(jnp.asarray, params)
+        self.config, self.params, self.execution = config, jax.tree.map(jnp.asarray, params), execution
         self.capacity = min(capacity, config.max_seq_len)
         if cache_bytes is not None:
             each = kv_cache_bytes(config, 1, self.capacity, cache_dtype)
@@ -209,8 +210,8 @@ class Engine:
             tokens, length = np.array([self._decoders(prompt)], np.int32), np.ones(1, np.int32)
         else:
             source = {}
-        fresh = done == 0
-        logits, reading.cache = prefill(self.config, self.params, tokens, length, reading.cache, fresh=fresh, **source)
+        how = {"fresh": done == 0, "execution": self.execution}
+        logits, reading.cache = prefill(self.config, self.params, tokens, length, reading.cache, **how, **source)
         reading.done += len(part)
         return logits if reading.done == len(prompt) else None
 

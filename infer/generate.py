@@ -107,6 +107,7 @@ def generate(
     cache_dtype: see `init_cache`. Of an encoder-decoder the prompts are the encoder's, and the decoder starts from
     `decoder_start_token_id`. Lengths are rounded up to powers of two inside, so that few programs are ever compiled.
     params may lie over a mesh, prepared (`prepare(…, mesh=mesh)`) or not: the cache is then split over it too.
+    execution: chooses the kernel of an encoder; all else is read from a cache, which takes XLA.
     Raises InputError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
     *_, rows = stream(

@@ -19,7 +19,7 @@ from infer.proposals import accept, followed, keys_ahead, look_up, probabilities
 from infer.sampler import History, describe
 from infer.sampling import Sampling
 from infer.text import Decoder
-from model import ModelConfig, Params, head
+from model import Execution, ModelConfig, Params, head
 from model.ambient import lenient
 from model.cache import grow, rewind
 from model.dtypes import DTypeLike
@@ -80,6 +80,7 @@ def generate_speculative(
     key: PRNGKeyArray | None = None,
     tokenizer: Decoder | None = None,
     cache_dtype: DTypeLike | None = None,
+    execution: Execution = Execution(),
 ) -> Speculated:
     """As `generate`, in fewer passes of the model: the same distribution, and at temperature 0 the same tokens.
 
@@ -104,6 +105,7 @@ def generate_speculative(
             copies=[one.n for one in samplings],
             cache_dtype=cache_dtype,
             spare=tokens_ahead + 1,
+            execution=execution,
         )
         logits, cache = read(config, params)
         draft_cache = None if draft is None else read(*draft)[1]

@@ -58,16 +58,21 @@ def newest_params(run: Path, like: Any) -> Any | None:
     like: a tree of their shapes and dtypes. No byte of the optimizer is read, but in a checkpoint of a former version,
     whose files hold both: those are verified whole. Raises InputError where the leaves are not those saved.
     """
-    step = newest_intact(run / FOLDER, _trouble_of_params, warn)
-    if step is None:
-        return None
-    path = run / FOLDER / str(step)
-    require_leaves(path, leaves_of(like, PARAMS), within=f"{PARAMS}/")
+    while (step := newest_intact(run / FOLDER, _trouble_of_params, warn)) is not None:
+        path = run / FOLDER / str(step)
+        try:
+            require_leaves(path, leaves_of(like, PARAMS), within=f"{PARAMS}/")
+            return jax.tree.map(jax.numpy.asarray, _restore_params(path, like))
+        except Exception:
+            if path.exists():
+                raise  # else the process that trains the run has removed it: a newer one is there
+    return None
+
+
+def _restore_params(path: Path, like: Any) -> Any:
     if (path / PARAMS).is_dir():
-        params = _restore(path / PARAMS, like)
-    else:
-        params = _restore(path / STATE, {PARAMS: like}, partial_restore=True)[PARAMS]
-    return jax.tree.map(jax.numpy.asarray, params)
+        return _restore(path / PARAMS, like)
+    return _restore(path / STATE, {PARAMS: like}, partial_restore=True)[PARAMS]
 
 
 def restore(path: Path, like: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How a model runs, which is no part of what it is: none of this changes a result, but by rounding."""
+"""Say how a model runs, which is no part of what it is: none of this changes a result, but by rounding."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ class Execution:
     mesh: axes and their sizes, such as {"data": 2, "fsdp": 4}; None: all devices on "data". platform: that kernels are
     chosen for; None: the mesh's. accumulate: equal microbatches of a batch, one after the other, whose gradients are
     added. loss_chunks: pieces of the sequence in which head and loss are computed, so that the logits of only one
-    are in memory. lanes: of the program that trains a population; None: as many as there are members.
+    are in memory. lanes: of the program that trains a population; None: as many as there are members. mesh and lanes
+    are read by the loop: a pure function runs where its arguments lie.
 
     With dropout or experts `accumulate` changes more than rounding; there it is part of a run's identity
     (`train/recipe.py`).
@@ -41,15 +42,12 @@ class Execution:
     lanes: int | None = None
 
     def __post_init__(self) -> None:
-        mesh = self.mesh
-        if mesh is not None:
-            if not isinstance(mesh, (Mapping, tuple)):
-                raise InputError(f"mesh={mesh!r} must be axes and their sizes, such as {{'data': 2, 'fsdp': 4}}")
-            object.__setattr__(self, "mesh", FrozenDict(mesh))
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", _mesh(self.mesh))
         check_types(self, ("accumulate", "loss_chunks", "lanes"))
 
     def scans(self, config: Any) -> bool:
-        """Whether the layers of this model are a loop."""
+        """Return whether the layers of this model are a loop."""
         if self.scan_layers is None:
             return config.d_model >= _NARROW or config.num_layers not in _UNROLLED
         return self.scan_layers
@@ -69,6 +67,14 @@ class Execution:
         """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one."""
         check_names(cls, values, complete=False)
         return cls(**values)
+
+
+def _mesh(axes: Any) -> FrozenDict:
+    """Return the axes in the order of their names, so that one mesh is one value. Raises InputError."""
+    sizes = axes.values() if isinstance(axes, Mapping) else [axes]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise InputError(f"mesh={axes!r} must be axes and their sizes, such as {{'data': 2, 'fsdp': 4}}")
+    return FrozenDict({name: axes[name] for name in sorted(axes)})
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Execution))

@@ -11,13 +11,27 @@ from model.errors import InputError, UnknownNameError
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that hashes, for a field of what is static; equal to a mapping of the same items in the same order."""
+    """A dict that hashes and cannot be changed, for a field of what is static.
+
+    It equals a mapping of the same items in the same order.
+    """
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
+
+    def __ne__(self, other: object) -> bool:  # dict has one of its own, which ignores the order
+        return not self == other
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are made at once, not item by item
+        return type(self), (dict(self),)
+
+    def _refuse(self, *arguments: Any, **values: Any) -> Any:
+        raise TypeError("a FrozenDict cannot be changed; make another one")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:

@@ -53,7 +53,7 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
 
 @pinned()
 def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
-    """What `save_quantized` wrote: `apply`, `prefill`, `decode_step` and `generate` take it as it is.
+    """Read what `save_quantized` wrote: `apply`, `prefill`, `decode_step` and `generate` take it as it is.
 
     Raises InputError on a damaged folder and on one that holds other weights than its config has.
     """
@@ -137,6 +137,6 @@ def _with_tuples(tree: Any) -> Any:
 
 
 def _entries(params: Params) -> int:
-    """How many numbers the weights stand for; scales and padding are none."""
+    """Return how many numbers the weights stand for; scales and padding are none."""
     count = lambda leaf: leaf.scale.shape[0] * leaf.d_in if isinstance(leaf, Int4) else leaf.weight.size
     return sum(count(leaf) if is_weight(leaf) else leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_weight))

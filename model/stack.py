@@ -47,7 +47,7 @@ def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
 
 
 def run_layers(config, stack, kinds, x, contexts, dropout, outputs, execution):
-    """The residual stream after all layers; per layer what was asked for; of every expert layer its report."""
+    """The residual stream after all layers; per layer what was requested; of every expert layer its report."""
 
     def layer(kind, tree, x, index):
         at_layer = None if dropout is None else dropout.at(index)

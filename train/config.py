@@ -55,6 +55,9 @@ class TrainConfig:
             raise InputError(f"spike_sigma={self.spike_sigma!r} must be a number, at least 0")
         if not isinstance(self.phases, (list, tuple)):
             raise InputError(f"phases={self.phases!r} must be a list of phases")
+        for name in ("dropout", "segment_documents", "norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
         phases = (phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases)
         object.__setattr__(self, "phases", tuple(phases))
 

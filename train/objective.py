@@ -1,4 +1,4 @@
-"""The loss: what is reported and what is differentiated, in sums that add up over the cuts of a batch."""
+"""The loss: what is reported and what is differentiated, in sums that add up over the microbatches of a batch."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from model import Execution, ModelConfig, Params, forward, head
+from model import Execution, InputError, ModelConfig, Params, forward, head
 from train.config import HParams
 
 Batch = dict[str, Any]
@@ -39,14 +39,15 @@ def loss_and_sums(
     key: PRNGKeyArray | None = None,
     *,
     count: Float[Array, ""] | None = None,
-    cuts: int = 1,
+    microbatches: int = 1,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """What one microbatch adds to `total_loss`, and to what `finish` makes the metrics of.
+    """Return what one microbatch adds to `total_loss`, and to the sums that `finish` makes the metrics of.
 
-    count: the tokens of the whole batch (None: of this one, which is then all of it); cuts: how many microbatches it
-    has. The sums over them are the whole batch's, but for the balance loss of experts, which is a mean of their own.
+    count: the tokens of the whole batch (None: of this one, which is then all of it); microbatches: how many it has.
+    The sums over them are the whole batch's, but for the balance loss of experts, which is a mean of their own.
     key: dropout is on when given. Of `execution.loss_chunks` pieces of the sequence only one has its logits in memory.
+    Raises InputError where they do not divide the sequence.
     """
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
     rate = None if hparams is None else hparams.dropout_rate
@@ -67,7 +68,7 @@ def loss_and_sums(
     nats, z = _summed(config, params, out.final_hidden, batch["targets"], mask, wants_z, chunks)
     loss = nats / count
     total = loss if hparams is None else loss + hparams.z_loss * z / count
-    experts = {name: value / cuts for name, value in out.auxiliary.items()}
+    experts = {name: value / microbatches for name, value in out.auxiliary.items()}
     if experts and hparams is not None:
         total += hparams.balance_loss * experts["balance_loss"] + hparams.router_z_loss * experts["router_z_loss"]
     tokens = jnp.float32(batch["targets"].size) if mask is None else jnp.sum(mask)
@@ -99,6 +100,8 @@ def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Arr
 
     if chunks == 1:
         return sums(hidden, targets, mask)
+    if hidden.shape[1] % chunks:
+        raise InputError(f"loss_chunks={chunks} does not divide the batch's {hidden.shape[1]} tokens in a row")
     # Chunk k of n takes tokens k, k + n, …: as evenly spread over a sequence axis as the whole row.
     cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
     parts = jax.tree.map(cut, (hidden, targets, mask))

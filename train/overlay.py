@@ -61,6 +61,14 @@ def overlay_model(changes: Mapping[str, Any], config: ModelConfig) -> ModelConfi
     return config.replace(**made) if made else config
 
 
+def overlay_program(changes: Mapping[str, Any], config: ModelConfig) -> tuple[ModelConfig, Execution]:
+    """Apply each change to the model's config or to a plain execution, where nothing is trained. Raises InputError."""
+    check_names(changes, [*kinds(ModelConfig), *EXECUTION])
+    of_execution = _typed_changes(changes, kinds(Execution))
+    of_model = {name: value for name, value in changes.items() if name not in of_execution}
+    return overlay_model(of_model, config), Execution(**of_execution)
+
+
 def fields() -> list[str]:
     """The names of all fields that `overlay` takes."""
     return [*kinds(ModelConfig), *kinds(TrainConfig), *HParams.DEFAULTS, *EXECUTION]

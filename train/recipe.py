@@ -39,7 +39,7 @@ class Branch:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What it adds to the identity of a run."""
+        """The fields that it adds to the identity of a run."""
         return {"branch": {"run_id": self.run_id, "step": self.step}}
 
 
@@ -55,13 +55,13 @@ class Weights:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What it adds to the identity of a run."""
+        """The fields that it adds to the identity of a run."""
         return {"weights": self.sha256}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained.
+    """All that decides a run's numbers.
 
     data: a folder made by `isoflop data prepare`, several by the names that mixtures use (the first is validated on
     too), or their hashes alone; `folders` then says where they are. hparams.total_steps 0 becomes `steps` where the
@@ -123,13 +123,16 @@ class Recipe:
         return self.replace(steps=self.horizon, hparams=hparams)
 
     def under(self, execution: Execution) -> Self:
-        """The recipe with the execution's microbatches where they change more than rounding."""
-        counts = self.train.dropout or self.model.experts is not None
+        """The recipe with the execution's microbatches where they change more than rounding.
+
+        Former versions left their number out of the id all the same, and so does what goes on from them.
+        """
+        counts = (self.train.dropout or self.model.experts is not None) and not self.former
         return self.replace(accumulate=execution.accumulate if counts else 1)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the hash is taken of, as plain values.
+        """The plain values that the hash is taken of.
 
         The horizon is left out where the schedule does not read it, so that more steps are the same run; of LATER's
         fields those at their default.
@@ -231,7 +234,7 @@ def _flat_part(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_hash(data: Any) -> bool:
-    """Whether these are hashes, and not folders; no data at all counts as a hash."""
+    """Return whether these are hashes, and not folders; no data at all counts as a hash."""
     values = data.values() if isinstance(data, Mapping) else [data]
     return all(isinstance(value, str) and _looks_hashed(value) for value in values)
 

@@ -1,4 +1,7 @@
-"""Which member sits in which lane of a program. Lanes that hold none are padding: compiled, never active."""
+"""Assign the members of a population to the lanes of a program.
+
+Lanes that hold none are padding: compiled, never active.
+"""
 
 import dataclasses
 from collections.abc import Collection
@@ -17,7 +20,7 @@ class Seats:
     members: tuple[int, ...]
 
     def lane(self, member: int) -> int:
-        """Where a member sits."""
+        """Return the lane of a member."""
         return self.members.index(member)
 
     def stack(self, hparams: list[HParams]) -> HParams:

@@ -1,5 +1,6 @@
-"""Where a run starts that does not start fresh: at a checkpoint of another run, or from parameters alone."""
+"""Open where a run starts that does not start fresh: at a checkpoint of another run, or from parameters alone."""
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from model import Params
+from model import ModelConfig, Params, init
 from model.errors import InputError
 from model.parameterization import names_of
 from model.store import open_parameters
+from model.weights import is_weight
 from train.hosts import agree
 from train.recipe import Branch, Weights
 from train.run.checkpoint import Checkpoints
@@ -35,17 +37,27 @@ def folder_of(branch: Branch) -> Path:
 def weights(path: str | Path) -> Weights:
     """A start from the parameters of whatever `model.store.open_model` opens. Raises InputError."""
     path = Path(path).resolve()
-    return Weights(_sha256(open_parameters(path)[1]), path)
+    return Weights(_sha256(_plain(path)), path)
+
+
+def check_weights(start: Weights, config: ModelConfig) -> None:
+    """Raise InputError where the weights are not those of the recipe, or not of its model."""
+    _opened(start, jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
 
 
 def params_of(start: Weights, like: Params) -> Params:
     """The parameters that a run starts from, laid out as `like`, whose leaves have shapes, dtypes and shardings.
 
-    Raises InputError where they are not those of the recipe, or not of its model.
+    Raises InputError as `check_weights` does.
     """
+    lay_out = lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+    return jax.tree.map(lay_out, _opened(start, like), like)
+
+
+def _opened(start: Weights, like: Params) -> Params:
     if start.path is None:
         raise InputError(f"the run starts from weights {start.sha256[:16]}…; give its Weights the path")
-    params = open_parameters(start.path)[1]
+    params = _plain(start.path)
     if _sha256(params) != start.sha256:
         raise InputError(f"{start.path} holds other weights than the recipe names")
     there, here = (_shapes(tree) for tree in (params, like))
@@ -56,11 +68,19 @@ def params_of(start: Weights, like: Params) -> Params:
             f"the weights of {start.path} do not fit the model: {name} is {there.get(name, 'absent')} there and "
             f"{here.get(name, 'absent')} in the recipe"
         )
-    return jax.tree.map(lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding), params, like)
+    return params
+
+
+def _plain(path: Path) -> Params:
+    """Return the parameters at a path. Raises InputError where they are rounded ones, which cannot be trained."""
+    params = open_parameters(path)[1]
+    if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
+        raise InputError(f"{path} holds rounded weights, which cannot be trained; give the model that it was made of")
+    return params
 
 
 def _sha256(params: Params) -> str:
-    """Over names, dtypes, shapes and values, however they are stored."""
+    """Hash names, dtypes, shapes and values, however they are stored."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda pair: names_of(pair[0])):
         value = np.asarray(leaf)

@@ -104,15 +104,13 @@ def gradients(
     The result does not depend on their number, but for rounding, the experts' balance loss and dropout. Raises
     InputError where it does not divide the batch.
     """
-    cuts, halves = execution.accumulate, _halves(config, batch, execution)
-    rows, length = batch["tokens"].shape[:2]
-    for name, size, of in (("accumulate", rows, "rows"), ("loss_chunks", length, "tokens in a row")):
-        if size % getattr(execution, name):
-            raise InputError(f"{name}={getattr(execution, name)} does not divide the batch's {size} {of}")
+    microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution)
+    if (rows := batch["tokens"].shape[0]) % microbatches:
+        raise InputError(f"accumulate={microbatches} does not divide the batch's {rows} rows")
     count = count_tokens(batch)
-    loss = functools.partial(loss_and_sums, config, count=count, cuts=cuts, execution=execution)
+    loss = functools.partial(loss_and_sums, config, count=count, microbatches=microbatches, execution=execution)
     # Microbatch k of n takes rows k, k + n, k + 2n, …: as evenly spread over the devices as the whole batch.
-    cut = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    split = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def one(part: Batch, key: Array | None) -> tuple[dict[str, Array], Params]:
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, hparams, key)
@@ -121,14 +119,14 @@ def gradients(
     def one_of_many(index: int | Array, part: Batch) -> tuple[dict[str, Array], Params]:
         return one(part, None if key is None else jax.random.fold_in(key, index))
 
-    if cuts > 1:
-        parts = (jnp.arange(cuts), jax.tree.map(lambda x: cut(x, cuts), batch))
+    if microbatches > 1:
+        parts = (jnp.arange(microbatches), jax.tree.map(lambda x: split(x, microbatches), batch))
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one_of_many, *jax.tree.map(lambda x: x[0], parts)))
         add = lambda total, part: (jax.tree.map(jnp.add, total, one_of_many(*part)), None)
         (sums, grads), _ = jax.lax.scan(add, zeros, parts)
-    elif halves > 1:
-        parts = jax.tree.map(lambda x: cut(x, halves), batch)
-        made = [one_of_many(index, jax.tree.map(lambda x, i=index: x[i], parts)) for index in range(halves)]
+    elif independent > 1:
+        parts = jax.tree.map(lambda x: split(x, independent), batch)
+        made = [one_of_many(index, jax.tree.map(lambda x, i=index: x[i], parts)) for index in range(independent)]
         sums, grads = jax.tree.map(lambda *values: sum(values), *made)
     else:
         sums, grads = one(batch, key)
@@ -138,11 +136,11 @@ def gradients(
 _WORTH_HALVING = 1024  # tokens in a batch, from which on it pays
 
 
-def _halves(config: ModelConfig, batch: Batch, execution: Execution) -> int:
-    """Into how many independent parts of one program a batch is cut: 2 on a CPU, if nothing speaks against it.
+def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution) -> int:
+    """Return the number of independent parts of one program that a batch is split into: 2 on a CPU where it pays.
 
-    XLA's CPU backend cuts few operations besides large products into threads, but runs operations that do not wait for
-    one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
+    XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not wait
+    for one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
     """
     rows, tokens = batch["tokens"].shape[0], batch["tokens"].size
     on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1

@@ -173,6 +173,7 @@ def cool(
         json: Also write the results to this file.
     """
     from experiments.commands.options import say_fewer_tokens, say_unused, write_document
+    from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
     from train import Shell, cooldown
@@ -192,7 +193,8 @@ def cool(
             first = recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values()))
             say_fewer_tokens(evaluate_tokens, load_manifest(first))
         shell = Shell(evaluate_tokens=evaluate_tokens, description=f"cooling down from step {step}")
-        execution = executions(read_record(trunk))[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None)
+        held = executions(read_record(trunk)) or [(0, Execution())]
+        execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
         results.append(_tell(result, None))
     write_document(json, {"branches": results})

@@ -116,6 +116,10 @@ def _joined(sweep: Sweep) -> Sweep:
             raise InputError(f"{folder} is not empty and has no sweep.json; choose another folder for the sweep")
         return sweep
     there = Sweep.read(folder)
+    recipe = sweep.base.recipe.replace(former=there.base.recipe.former)
+    if recipe.former:  # by a version that did not count microbatches
+        recipe = recipe.replace(accumulate=1)
+    sweep = dataclasses.replace(sweep, base=sweep.base.replace(recipe=recipe))
     hashless = [one.base.recipe.replace(data="") for one in (there, sweep)]  # the data are compared below
     differences = difference(*hashless, steps=True)
     if differences:
@@ -132,8 +136,7 @@ def _joined(sweep: Sweep) -> Sweep:
             "stand in it under two names; choose another folder, or give every axis a value"
         )
     earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
-    base = sweep.base.replace(recipe=sweep.base.recipe.replace(former=there.base.recipe.former))
-    return dataclasses.replace(sweep, base=base, storage=storage, earlier=earlier, id=there.id)
+    return dataclasses.replace(sweep, storage=storage, earlier=earlier, id=there.id)
 
 
 def _requests(sweep: Sweep) -> tuple[Request, ...]:

@@ -1,4 +1,4 @@
-"""What a sweep tries to make small or large: loss, speed of training, and numbers of `isoflop bench decode`."""
+"""Objectives, which a sweep makes small or large: loss, speed of training, and numbers of `isoflop bench decode`."""
 
 import hashlib
 import json

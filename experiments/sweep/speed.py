@@ -85,7 +85,8 @@ def measure_step(
     Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps,
     as samples are.
     """
-    mesh = make_mesh(execution.mesh or default_axes(train_config.batch_size // execution.accumulate))
+    axes = execution.mesh or default_axes(train_config.batch_size // execution.accumulate)
+    mesh = make_mesh(axes, execution.platform)
     program = compile_program(config, train_config, lanes, mesh, execution=execution)
     times = _step_times(program, config, train_config, lanes, seconds)
     tokens = lanes * train_config.tokens_per_step

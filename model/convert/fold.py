@@ -69,7 +69,7 @@ def fold(config: ModelConfig, params: Params, *, dtype: DTypeLike | None = None)
 
 
 def _ends_branch(config: ModelConfig, path: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> bool:
-    """Whether the leaf is a factor or summand of the last operation of a residual branch."""
+    """Return whether the leaf is a factor or summand of the last operation of a residual branch."""
     if config.norm_placement == "sandwich":
         return path[-2].endswith("_post_norm")
     matrix = (*path[:-1], "weight") if path[-1] == "bias" else path

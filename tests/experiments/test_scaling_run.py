@@ -63,6 +63,19 @@ def test_branches_of_the_plan_are_branches_of_the_sweep(design, data, tmp_path):
     assert len({trial.cohort for trial in trials}) == len({rung.d_model for rung in rungs})
 
 
+def test_a_study_goes_on_under_another_execution(design, data, tmp_path):
+    """As after one that ran out of memory: with the same trials, which then run otherwise."""
+    fuller = design.replace(set=design.set | {"remat": "full", "loss_chunks": 2})
+    assert not fuller.differences(design)
+    assert fuller.replace(set=fuller.set | {"beta2": 0.9}).differences(design)
+    rungs = rungs_of(design, data)
+    before = sweep_of(design, rungs, data, tmp_path / "sweep")
+    before.write()
+    after = sweep_of(fuller, rungs_of(fuller, data), data, tmp_path / "sweep")
+    assert [trial.id for trial in plan_trials(after)] == [trial.id for trial in plan_trials(before)]
+    assert {trial.execution.remat for trial in plan_trials(after)} == {"full"}
+
+
 def test_a_folder_of_something_else_is_refused(design, data, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no study"):

@@ -147,7 +147,7 @@ def test_an_execution_that_failed_leaves_the_others_their_result(tmp_path):
 
 
 def test_with_dropout_microbatches_are_part_of_the_recipe(tmp_path):
-    base = BASE.replace(recipe=BASE.recipe.replace(train=BASE.recipe.train.replace(dropout=0.1)))
+    base = BASE.replace(recipe=BASE.recipe.replace(train=BASE.recipe.train.replace(dropout=True)))
     points = [{"accumulate": count, "remat": remat} for count in (1, 2) for remat in ("none", "dots")]
     results = collect(tmp_path, rows_of(points, base=base))
     assert (list(results.axes), list(results.executions)) == (["accumulate"], ["remat"])

@@ -8,7 +8,7 @@ from experiments.sweep.trial import Decode, Trial
 from model import Execution, Experts, accounting, presets
 from model.errors import InputError, UnknownNameError
 from train import HParams, Recipe, TrainConfig
-from train.overlay import overlay
+from train.overlay import overlay, overlay_program
 
 CONFIG = presets.get("tiny")
 BASE = Trial(Recipe(CONFIG, hparams=HParams(warmup_fraction=0.05), steps=100))
@@ -132,3 +132,10 @@ def test_the_command_line_of_one_run_is_the_same_overlay():
     assert execution == Execution(loss_chunks=2)
     with pytest.raises(UnknownNameError, match="'num_layers'"):
         overlay({"num_layer": 3}, Recipe(CONFIG))
+
+
+def test_where_nothing_is_trained_the_model_and_its_execution_are_fields():
+    config, execution = overlay_program({"num_layers": 1, "remat": "full", "accumulate": 3}, CONFIG)
+    assert (config.num_layers, execution) == (1, Execution(remat="full", accumulate=3))
+    with pytest.raises(UnknownNameError, match="learning_rate"):
+        overlay_program({"learning_rate": 1.0}, CONFIG)

@@ -1,9 +1,13 @@
 """How a model runs is no part of what it is."""
 
+import copy
+import pickle
+
 import pytest
 
 from model import Execution, InputError, ModelConfig, presets
 from model.config import MOVED
+from model.fields import FrozenDict
 from train import Shell, TrainConfig
 
 CONFIG = presets.get("tiny")
@@ -38,6 +42,25 @@ def test_it_is_static():
     assert mesh.replace(mesh=None, accumulate=1) == Execution()
 
 
+def test_a_mesh_is_one_value_however_it_is_written():
+    axes = {"fsdp": 4, "data": 2}
+    made = Execution(mesh=axes)
+    assert made == Execution(mesh={"data": 2, "fsdp": 4})
+    assert FrozenDict(a=1, b=2) != FrozenDict(b=2, a=1)
+    axes["data"] = 8
+    assert made.mesh["data"] == 2
+    for change in (lambda mesh: mesh.update(data=8), lambda mesh: mesh.pop("data"), lambda mesh: mesh.clear()):
+        with pytest.raises(TypeError, match="cannot be changed"):
+            change(made.mesh)
+    with pytest.raises(TypeError, match="cannot be changed"):
+        made.mesh["data"] = 8
+
+
+@pytest.mark.parametrize("made", [CONFIG, TrainConfig(), Shell(), Execution(mesh={"data": 2})])
+def test_it_is_copied_and_pickled(made):
+    assert copy.copy(made) == copy.deepcopy(made) == pickle.loads(pickle.dumps(made)) == made
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -47,6 +70,8 @@ def test_it_is_static():
         ({"lanes": 0}, "lanes=0"),
         ({"scan_layers": 1}, "scan_layers=1 must be true or false"),
         ({"mesh": "data=2"}, "mesh='data=2' must be axes and their sizes"),
+        ({"mesh": {"data": "2"}}, "must be axes and their sizes"),
+        ({"mesh": {"data": 0}}, "must be axes and their sizes"),
         ({"platform": "gpus"}, "'gpu'"),
     ],
 )

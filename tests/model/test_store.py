@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import model.checkpoint
 from experiments.models import need_tokenizer
 from model import InputError, ModelConfig
 from model.convert import load_hf
@@ -155,6 +156,19 @@ def test_checkpoints_of_former_versions_open_and_resume(run, trained, data, capl
     assert go(data, run, 3).steps == 3
     assert not caplog.records
     assert (run / "checkpoints" / "3" / "params").is_dir()
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_costs_nothing(run, trained, monkeypatch):
+    """The process that trains a run removes its older checkpoints at any moment."""
+    read = model.checkpoint._restore_params
+
+    def replaced(path, like):
+        if path.name == "2":
+            path.rename(path.with_name("3"))
+        return read(path, like)
+
+    monkeypatch.setattr(model.checkpoint, "_restore_params", replaced)
+    assert_same(open_model(run).params, trained[1][2].params)
 
 
 def test_parameters_of_another_shape_are_refused(run):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Execution, Experts, ModelConfig, init
+from model import Execution, Experts, InputError, ModelConfig, init
 from train import HParams, TrainConfig
 from train.loop.memory import Memory
 from train.objective import loss_and_sums
-from train.step import gradients
+from train.step import eval_step, gradients
 
 DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=4, d_ff=24, max_seq_len=16)
 MODELS = {
@@ -74,6 +74,16 @@ def test_a_mean_of_the_cuts_means_would_be_wrong(of_cuts, batch, random_params):
     halves = [{name: values[cut::2] for name, values in batch.items()} for cut in range(2)]
     mean = np.mean([metrics(random_params(DENSE), half) for half in halves])
     assert abs(mean / of_cuts("dense")[1]["loss"] - 1) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "of"), [("accumulate", "rows"), ("loss_chunks", "tokens in a row")])
+def test_what_does_not_divide_a_batch_is_said(batch, random_params, name, of):
+    params, execution = random_params(DENSE), Execution(**{name: 7})
+    with pytest.raises(InputError, match=f"{name}=7 does not divide the batch's .* {of}"):
+        jax.eval_shape(functools.partial(gradients, DENSE, TRAIN, execution=execution), params, batch, HPARAMS)
+    if name == "loss_chunks":
+        with pytest.raises(InputError, match="loss_chunks=7"):
+            jax.eval_shape(functools.partial(eval_step, DENSE, execution=execution), params, batch)
 
 
 def test_chunks_need_no_room_for_all_logits():

@@ -73,6 +73,13 @@ def test_auto_takes_as_few_cuts_as_fit(cuts):
     assert choose_microbatches(CONFIG, TRAIN, 1, make_mesh(None), shell, Execution()).accumulate == cuts
 
 
+def test_auto_goes_on_from_the_number_that_a_run_has():
+    for memory, expected in ((just_enough_for(1), 2), (just_enough_for(4), 4)):
+        shell = Shell(microbatch="auto", memory=memory)
+        found = choose_microbatches(CONFIG, TRAIN, 1, make_mesh(None), shell, Execution(accumulate=2))
+        assert found.accumulate == expected
+
+
 @pytest.mark.parametrize("shell", [{"microbatch": "auto"}, {"microbatch": 4}, {"microbatch": "4"}])
 def test_a_run_in_cuts_is_the_run(data, tmp_path, whole, shell, capsys):
     memory = just_enough_for(4)

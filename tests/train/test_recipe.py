@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+from infer import prepare
 from model import Execution, Experts, InputError, presets
 from model.convert import save_hf
+from model.quantized import save_quantized
 from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, load_run, population, train, weights
 from train.recipe import difference
-from train.run import executions, read_record, recipe_of
+from train.run import Run, executions, read_record, recipe_of
 from train.run.metrics import read_metrics
 
 CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1, rope_base=9_300.0)
@@ -120,6 +122,41 @@ def test_a_run_goes_on_under_another_execution(recipe, whole, tmp_path, capsys):
     assert [(step, one.remat, one.accumulate) for step, one in executions(record)] == [(0, "none", 1), (2, "dots", 2)]
 
 
+def test_the_record_says_from_which_step_an_execution_held(recipe, tmp_path):
+    """Where a run goes back before a change, by a rollback or a lost checkpoint, the steps since are done again."""
+    plain, dots = Execution(), Execution(remat="dots")
+
+    def begin(execution, *steps):
+        run = Run(tmp_path / "run", recipe, execution)
+        said = [run.begin(step) for step in steps]
+        run.close()
+        return said, executions(read_record(run.folder))
+
+    assert begin(plain, 0) == ([None], [(0, plain)])
+    assert begin(dots, 8) == (["remat=dots instead of none"], [(0, plain), (8, dots)])
+    assert begin(dots, 9) == ([None], [(0, plain), (8, dots)])
+    assert begin(dots, 4) == (["remat=dots instead of none"], [(0, plain), (4, dots)])
+    assert begin(plain, 3) == ([None], [(0, plain)])
+    assert begin(dots, 0) == ([None], [(0, dots)])
+
+
+def test_a_recipe_with_microbatches_is_trained_in_them(recipe, tmp_path):
+    dropped = recipe.replace(train=dataclasses.replace(SHAPE, dropout=True), steps=1, accumulate=2)
+    train(dropped, run=tmp_path / "run", shell=QUIET)
+    record = read_record(tmp_path / "run")
+    assert record["run_id"] == dropped.run_id
+    assert executions(record)[0][1].accumulate == 2
+    train(recipe_of(record), data=recipe.folders, run=tmp_path / "run", steps=2, shell=QUIET)
+    with pytest.raises(InputError, match=r"the recipe has accumulate=2, .* the execution accumulate=4; give one"):
+        train(dropped, run=tmp_path / "other", shell=QUIET, execution=Execution(accumulate=4))
+
+
+def test_former_versions_counted_no_microbatches():
+    former = PLAIN.replace(train=TrainConfig(dropout=True), former={"remat": "none"})
+    assert former.under(Execution(accumulate=2)).run_id == former.run_id
+    assert former.replace(former={}).under(Execution(accumulate=2)).run_id != former.replace(former={}).run_id
+
+
 def test_microbatches_are_part_of_a_run_where_they_change_more_than_rounding(recipe, tmp_path):
     dropped = recipe.replace(train=dataclasses.replace(SHAPE, dropout=True), steps=1)
     assert dropped.under(Execution(accumulate=2)).run_id != dropped.run_id
@@ -139,6 +176,11 @@ def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):
         train(recipe.replace(data="0" * 64), run=tmp_path / "run", data=data, shell=QUIET)
     with pytest.raises(InputError, match="give a Recipe, or a ModelConfig"):
         train(CONFIG, run=tmp_path / "run")
+    for recipes in (PLAIN, [CONFIG], "recipe"):
+        with pytest.raises(InputError, match="give a list of Recipes"):
+            population(recipes, runs=[tmp_path / "run"])
+    with pytest.raises(InputError, match="at least one lane"):
+        population([], runs=[])
     with pytest.raises(InputError, match="data=3 must be a folder"):
         Recipe(CONFIG, data=3)
     with pytest.raises(InputError, match="unknown objective 'dpo'"):
@@ -166,3 +208,12 @@ def test_a_run_starts_from_the_weights_of_another_model(recipe, whole, tmp_path)
         train(continued.replace(model=CONFIG.replace(vocab_size=321)), run=tmp_path / "no", shell=QUIET)
     with pytest.raises(InputError, match="holds other weights than the recipe names"):
         train(continued.replace(start=Weights("0" * 64, whole)), run=tmp_path / "nor", shell=QUIET)
+    with pytest.raises(InputError, match="give its Weights the path"):
+        train(continued.replace(start=Weights(start.sha256)), run=tmp_path / "nor", shell=QUIET)
+    with pytest.raises(InputError, match="give its Branch the folder"):
+        train(continued.replace(start=Branch("abc", 2)), run=tmp_path / "nor", shell=QUIET)
+    save_quantized(CONFIG, prepare(*load_run(whole), "int8"), tmp_path / "int8", "int8")
+    with pytest.raises(InputError, match="holds rounded weights, which cannot be trained"):
+        weights(tmp_path / "int8")
+    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "nor").exists()

@@ -1,1 +1,1 @@
-"""The training loop around the pure step: what a caller asks for, the members of a population, their data."""
+"""The training loop around the pure step: its entry points, the members of a population, their data."""

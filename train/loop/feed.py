@@ -1,4 +1,4 @@
-"""Batches that lie on the devices before they are asked for: made and sent by a thread while the step before runs."""
+"""Batches that lie on the devices before they are requested: made and sent by a thread while the step before runs."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,12 +36,12 @@ class Feed:
 
     def __init__(self, mesh: Mesh, members: Sequence[Member], names: dict[str, Any]):
         self._mesh, self._sharding = mesh, batch_sharding(mesh, lanes=True)
-        self._trials, self._names = members, names
+        self._members, self._names = members, names
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Request, Future[Any]] | None = None
 
     def prepare(self, request: Request, stage: Stage) -> None:
-        """Begin with what will be asked for next."""
+        """Begin with the next request."""
         self._ahead = (request, self._thread.submit(self._make, request, stage))
 
     def take(self, request: Request, stage: Stage) -> Any:
@@ -63,7 +63,7 @@ class Feed:
         first, end = min(span[0] for span in spans), max(span[1] for span in spans)
         local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
         for lane, member, step in request.seats:
-            for name, values in self._trials[member].batch(step, slice(first, end)).items():
+            for name, values in self._members[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if self._sharding.is_fully_addressable:
             return jax.device_put(as_lanes(self._mesh, local), self._sharding)

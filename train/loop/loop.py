@@ -185,9 +185,9 @@ class Loop:
     def _announce(self, stage: Stage) -> None:
         """The memory that the program needs, against what there is."""
         limit = self.shell.memory or device_memory(self.mesh.local_devices[0])
-        memory, cuts = self.program.memory, self.execution.accumulate
-        cut = f" in {cuts} microbatches" if cuts > 1 else ""
-        say(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{cut}")
+        memory, count = self.program.memory, self.execution.accumulate
+        split = f" in {count} microbatches" if count > 1 else ""
+        say(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{split}")
         if not memory.fits(limit):
             logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")
 

@@ -221,6 +221,7 @@ class Member:
         self.step = to
         self.lives += 1
         self._open_log()
+        self.run.begin(to)  # an execution that came later than this step holds from here on
         return True
 
     def _finish_rollback(self) -> None:

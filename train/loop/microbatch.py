@@ -1,4 +1,4 @@
-"""How many microbatches a batch is cut into: as few as the device's memory allows."""
+"""Choose the number of microbatches: as few as the device's memory allows."""
 
 from jax.sharding import Mesh
 
@@ -18,8 +18,9 @@ def choose_microbatches(
 ) -> Execution:
     """The execution with `accumulate` as the shell's `microbatch` wants it.
 
-    "auto" compiles the largest step of the run with 1, 2, 4, … microbatches until XLA's own analysis says that it fits.
-    Raises InputError where no number of them does, or `microbatch` does not divide the batch.
+    "auto" compiles the largest step of the run with the execution's own number of microbatches, then twice and four
+    times as many and so on, until XLA's own analysis says that it fits. Raises InputError where no number of them does,
+    or `microbatch` does not divide the batch.
     """
     if shell.microbatch is None:
         return execution
@@ -35,8 +36,8 @@ def choose_microbatches(
         return found
     limit = agree(lambda: shell.memory or device_memory(mesh.local_devices[0]))
     needed = ""
-    for cuts in _possible(mesh, stages):
-        candidate = execution.replace(accumulate=cuts)
+    for count in _possible(mesh, stages, execution.accumulate):
+        candidate = execution.replace(accumulate=count)
         memory = compile_program(config, train_config, lanes, mesh, largest, candidate).memory
         needed = memory.describe(limit)
         if memory.fits(limit):
@@ -44,15 +45,15 @@ def choose_microbatches(
     raise InputError(f"one row at a time still needs {needed}; take a smaller model, a mesh with fsdp, or remat")
 
 
-def _possible(mesh: Mesh, stages: tuple[Stage, ...]) -> list[int]:
-    """Powers of two that divide every stage's batch into cuts that the mesh divides."""
-    found, cuts = [], 1
-    while all(stage.batch_size % cuts == 0 for stage in stages):
+def _possible(mesh: Mesh, stages: tuple[Stage, ...], least: int) -> list[int]:
+    """Return `least`, 2 · `least`, … as far as they divide every stage's batch into rows that the mesh divides."""
+    found, count = [], least
+    while all(stage.batch_size % count == 0 for stage in stages):
         try:
             for stage in stages:
-                check_batch(mesh, stage.batch_size // cuts, stage.seq_len)
+                check_batch(mesh, stage.batch_size // count, stage.seq_len)
         except InputError:
             break
-        found.append(cuts)
-        cuts *= 2
-    return found or [1]
+        found.append(count)
+        count *= 2
+    return found or [least]

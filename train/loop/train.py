@@ -1,4 +1,4 @@
-"""What a caller asks for: checked, opened, and handed to the loop."""
+"""Check and open what a caller requests, and hand it to the loop."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,9 @@ from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
 from train.loop.options import Shell
 from train.plan import Plan
-from train.recipe import Branch, Places, Recipe, difference
+from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
+from train.start import check_weights
 
 Folder = str | Path
 
@@ -90,6 +91,8 @@ def population(
     lanes = lanes or execution.lanes or len(chosen)
     if lanes < len(chosen):
         raise InputError(f"lanes={lanes} is fewer than the {len(chosen)} members; give at least one lane to each")
+    if execution.accumulate == 1:
+        execution = execution.replace(accumulate=first.accumulate)
     execution = _as_before(execution, config, runs, shell)
     train_config.check(execution)
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
@@ -99,6 +102,11 @@ def population(
         lanes = len(chosen)  # lanes are no part of the program, so that nothing is to be filled up
     lanes = -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
     execution = choose_microbatches(config, train_config, lanes, mesh, shell, execution)
+    if first.accumulate not in (1, execution.accumulate):
+        raise InputError(
+            f"the recipe has accumulate={first.accumulate}, which is part of a run with dropout or experts, and the "
+            f"execution accumulate={execution.accumulate}; give one of them"
+        )
     for stage in stages:
         check_batch(mesh, stage.batch_size // execution.accumulate, stage.seq_len)
     with ExitStack() as stack:
@@ -130,6 +138,8 @@ def _recipes(
         for name, value in given.items():
             if value is not None:
                 raise InputError(f"{name} is part of the recipe; give recipe.replace(…) instead")
+        if isinstance(recipes, Recipe) or not all(isinstance(one, Recipe) for one in recipes):
+            raise InputError("give a list of Recipes, or a ModelConfig with its TrainConfig, HParams and data")
         found = list(recipes)
         counts = _steps_of_each(steps, len(found))
         return [one if count is None else one.replace(steps=count) for one, count in zip(found, counts, strict=True)]
@@ -176,6 +186,10 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
         if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
             raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
     check_trainable(first.model, first.train)
+    fresh = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if not Path(run).exists()]
+    for start in dict.fromkeys(fresh):
+        if isinstance(start, Weights):
+            check_weights(start, first.model)
     for name, source in opened.sources.items():
         if source.manifest.vocab_size > first.model.vocab_size:
             raise InputError(
@@ -193,7 +207,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
 def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], shell: Shell) -> Execution:
     """The execution with what it leaves open as the runs have it that there are, or else by its rules.
 
-    Open are scan_layers=None, and the microbatches of microbatch="auto", which memory decides once.
+    Open is scan_layers=None; and with microbatch="auto" their number, which then grows where it must.
     """
     before = agree(lambda: _executed(runs))
     if execution.scan_layers is None:

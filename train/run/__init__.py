@@ -18,8 +18,23 @@ if TYPE_CHECKING:
         versions,
     )
 else:
-    _FOLDER = ("BusyError", "Result", "Run", "describe_device", "executions", "is_held", "load_run", "read_record")
-    __getattr__, __dir__ = lazy(__name__, {"folder": (*_FOLDER, "recipe_of", "versions")})
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "folder": (
+                "BusyError",
+                "Result",
+                "Run",
+                "describe_device",
+                "executions",
+                "is_held",
+                "load_run",
+                "read_record",
+                "recipe_of",
+                "versions",
+            )
+        },
+    )
 
 __all__ = [
     "BusyError",

@@ -159,7 +159,7 @@ class Checkpoints:
         return self._folder / f".{step}.{kind}"
 
     def _written(self, step: int) -> Path:
-        """Where Orbax writes a checkpoint, beside its own temporary folder; from there it is renamed to its place."""
+        """Return where Orbax writes a checkpoint, beside its own temporary folder, before it is renamed."""
         return self._hidden(step, _WRITING) / str(step)
 
     def _join(self) -> BaseException | None:
@@ -280,7 +280,7 @@ def _savable(leaf: Any) -> Any:
 def _on_host(state: Any) -> Any:
     """The state as NumPy arrays that neither a donation nor the caller changes any more.
 
-    Of a jax.Array on a CPU it is a view: JAX donates no buffer that somebody looks at, and copies it then.
+    Of a jax.Array on a CPU it is a view: JAX donates no buffer that has a view, and copies it then.
     """
     leaves = jax.tree.leaves(state)
     for leaf in leaves:

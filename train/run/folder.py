@@ -46,17 +46,15 @@ class Run:
 
     def begin(self, step: int) -> str | None:
         """Note that training goes on from this step, and under which execution; in words where that is another one."""
-        before = executions(self.record)
-        self.update(status="running")
-        if before and before[-1][1] == self.execution:
-            return None
-        now = {"from_step": step, **self.execution.to_dict()}
-        kept = [{"from_step": first, **execution.to_dict()} for first, execution in before if first < step]
-        self.update(executions=[*kept, now])
-        if not kept:
-            return None
-        old = kept[-1]
-        return ", ".join(f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
+        held = [(first, execution) for first, execution in executions(self.record) if first < step]
+        before = held[-1][1] if held else self.execution
+        if not held or before != self.execution:
+            held.append((step, self.execution))
+        rows = [{"from_step": first, **execution.to_dict()} for first, execution in held]
+        self.update(status="running", executions=rows)
+        now, old = self.execution.to_dict(), before.to_dict()
+        changes = (f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
+        return ", ".join(changes) or None
 
     def fail(self) -> None:
         """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
@@ -168,7 +166,7 @@ def recipe_of(record: Mapping[str, Any]) -> Recipe:
 
 
 def executions(record: Mapping[str, Any]) -> list[tuple[int, Execution]]:
-    """How a run was executed, by its `run.json`: the step from which on, and the execution, in order."""
+    """Return how a run was executed, by its `run.json`: (the step from which on, the execution), in order."""
     if "executions" not in record:  # of a version that kept it among the configs' fields
         return [(0, former_execution(record["identity"]))]
     rows = (dict(row) for row in record["executions"])

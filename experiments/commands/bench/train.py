@@ -54,16 +54,16 @@ def train(
     from experiments.models import read_config
     from experiments.sweep.speed import measure_step
     from model.errors import InputError
-    from train import Recipe, TrainConfig
-    from train.overlay import overlay
+    from train import TrainConfig
+    from train.overlay import overlay_program
 
     if against is None:
         say_unused("without --against", train, rounds=rounds)
     config = read_config(preset)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
+    config, execution = overlay_program(read_changes(set), config)
     shape = TrainConfig(batch_size=batch_size, seq_len=seq_len)
-    recipe, execution = overlay(read_changes(set), Recipe(config, shape))
-    config, shape = recipe.model, recipe.train
+    shape.check(execution)
     if against is not None:
         if lanes != (1,):
             raise InputError("--against compares one lane with one model: leave --lanes out")

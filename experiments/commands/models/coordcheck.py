@@ -10,7 +10,7 @@ from experiments.commands.options import JsonFile, Overrides
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from model import ModelConfig
+    from model import Execution, ModelConfig
     from model.config import Parameterization
     from train.config import Optimizer
 else:
@@ -54,7 +54,7 @@ def coordcheck(
         seeds: Runs of each model; the table has their means.
         parameterization: Compare both, or check one.
         data: A folder made by `isoflop data prepare` to take the batch from; random tokens by default.
-        set: Fields of the model to change, such as tie_embeddings=true.
+        set: Fields to change, of the model or of how it runs, such as tie_embeddings=true remat=full.
         out: Write coordcheck.png and coordcheck.json into this folder.
         json: Also write every number to this file.
     """
@@ -66,7 +66,7 @@ def coordcheck(
     for name, value in (("--steps", steps), ("--seeds", seeds)):
         if value < 1:
             raise InputError(f"{name} {value} must be at least 1")
-    config, batch = _model_and_batch(preset, set, data)
+    config, execution, batch = _opened(preset, set, data)
     names = _parameterizations(parameterization)
     with progress_bar("coordinate check", 1.0) as advance:
         check = coordinate_check(
@@ -79,6 +79,7 @@ def coordcheck(
             optimizer=optimizer,
             parameterizations=names,
             batch=batch,
+            execution=execution,
             advance=advance,
         )
     document = check | {
@@ -166,16 +167,19 @@ def _model(preset: str | None) -> "ModelConfig":
     return DEFAULT if preset is None else read_config(preset)
 
 
-def _model_and_batch(preset: str | None, set: tuple[str, ...], data: Path | None) -> tuple["ModelConfig", Any]:
+def _opened(preset: str | None, set: tuple[str, ...], data: Path | None) -> tuple["ModelConfig", "Execution", Any]:
+    """Return the model, how it runs, and a batch of the data, if there are any."""
     from experiments.inputs import read_changes
     from train.data import Loader, load_manifest
-    from train.overlay import overlay_model
+    from train.overlay import overlay_program
 
     config = _model(preset)
+    if data is not None:
+        config = config.replace(vocab_size=load_manifest(data).vocab_size)
+    config, execution = overlay_program(read_changes(set), config)
     if data is None:
-        return overlay_model(read_changes(set), config), None
-    config = overlay_model(read_changes(set), config.replace(vocab_size=load_manifest(data).vocab_size))
-    return config, Loader(data, batch_size=4, seq_len=min(32, config.max_seq_len), seed=0).batch(0)
+        return config, execution, None
+    return config, execution, Loader(data, batch_size=4, seq_len=min(32, config.max_seq_len), seed=0).batch(0)
 
 
 def _write(folder: Path, name: str, figure: "Figure", document: dict[str, Any]) -> None:

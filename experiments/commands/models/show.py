@@ -84,12 +84,10 @@ def show(
     from model.errors import InputError
     from model.sharding import parse_mesh
     from model.store import open_parameters
-    from train.overlay import overlay
-    from train.recipe import Recipe
+    from train.overlay import overlay_program
 
     own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
-    recipe, execution = overlay(read_changes(set), Recipe(own))
-    config = recipe.model
+    config, execution = overlay_program(read_changes(set), own)
     seq_len = config.max_seq_len if seq_len is None else seq_len
     if batch < 1 or seq_len < 1:
         raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")

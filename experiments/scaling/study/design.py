@@ -13,6 +13,7 @@ from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law
 from experiments.words import counted
 from model import Execution, ModelConfig
 from model.errors import InputError, UnknownNameError
+from model.execution import FIELDS as EXECUTION
 from model.parts import Part
 from train import TrainConfig
 from train.config import Schedule
@@ -211,9 +212,12 @@ class Design(Part):
     def differences(self, there: "Design") -> str:
         """The fields in which another design differs, in words; empty where none does.
 
-        A base in a file is not compared by its path: the study's sweeps compare what it holds.
+        A base in a file is not compared by its path: the study's sweeps compare what it holds. How the runs are
+        executed may change.
         """
         one, other = self.to_dict(), there.to_dict()
+        for design in (one, other):
+            design["set"] = {name: value for name, value in design["set"].items() if name not in EXECUTION}
         if one["base"].endswith(".json") and other["base"].endswith(".json"):
             one["base"] = other["base"]
         return ", ".join(f"{name}={other[name]} there, {one[name]} here" for name in one if one[name] != other[name])
@@ -242,7 +246,7 @@ class Design(Part):
 
     @property
     def execution(self) -> Execution:
-        """How all runs are executed."""
+        """The execution of all runs."""
         from experiments.models import read_config
 
         return self._overlay(read_config(self.base), TrainConfig(seq_len=self.seq_len))[1]

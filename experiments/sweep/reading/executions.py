@@ -30,7 +30,7 @@ def execution_names(names: Iterable[str], trials: Iterable[Trial]) -> list[str]:
     With dropout or experts `accumulate` is part of the recipe, and so an axis like any other.
     """
     halved = Execution(accumulate=2)
-    counts = any(trial.recipe.under(halved).accumulate != 1 for trial in trials)
+    counts = any(trial.recipe.replace(former={}).under(halved).accumulate != 1 for trial in trials)
     return [name for name in names if name in FIELDS and not (name == "accumulate" and counts)]
 
 
@@ -47,7 +47,7 @@ def execution_text(execution: Mapping[str, Any]) -> str:
 
 def recipe_id(trial: Trial) -> str:
     """Return the id of what a trial trains, the same for every execution, and whatever version planned the trial."""
-    return trial.recipe.under(trial.execution).replace(former={}).run_id
+    return trial.recipe.replace(former={}).under(trial.execution).run_id
 
 
 def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
