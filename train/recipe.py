@@ -123,8 +123,8 @@ class Recipe:
         return self.replace(steps=self.horizon, hparams=hparams)
 
     def under(self, execution: Execution) -> Self:
-        """The recipe with the execution's microbatches where they change more than rounding."""
-        counts = self.train.dropout or self.model.experts is not None
+        """The recipe with the execution's microbatches where they change more than rounding, and are counted at all."""
+        counts = not self.former and (self.train.dropout or self.model.experts is not None)
         return self.replace(accumulate=execution.accumulate if counts else 1)
 
     @property
@@ -158,6 +158,10 @@ class Recipe:
     def run_id(self) -> str:
         """The hash that names the run, wherever its folder is."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def as_in(self, there: Self) -> Self:
+        """The recipe counted as the version did that made `there`, whose id it has where nothing else differs."""
+        return self.replace(former=there.former, accumulate=1) if there.former else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back to an equal recipe."""
@@ -202,7 +206,7 @@ def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
 
     steps: whether another number of steps counts too.
     """
-    before, after = (_flat(recipe, steps) for recipe in (there, here))
+    before, after = (_flat(recipe, steps) for recipe in (there, here.as_in(there)))
     follow = {*there.model.derived} & {*here.model.derived}  # what a field that differs makes of them needs no mention
     names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
     names = [name for name in names if name not in follow] or names

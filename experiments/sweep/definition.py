@@ -132,7 +132,7 @@ def _joined(sweep: Sweep) -> Sweep:
             "stand in it under two names; choose another folder, or give every axis a value"
         )
     earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
-    base = sweep.base.replace(recipe=sweep.base.recipe.replace(former=there.base.recipe.former))
+    base = sweep.base.replace(recipe=sweep.base.recipe.as_in(there.base.recipe))
     return dataclasses.replace(sweep, base=base, storage=storage, earlier=earlier, id=there.id)
 
 

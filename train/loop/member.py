@@ -221,6 +221,7 @@ class Member:
         self.step = to
         self.lives += 1
         self._open_log()
+        self.run.begin(to)
         return True
 
     def _finish_rollback(self) -> None:

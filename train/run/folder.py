@@ -45,18 +45,21 @@ class Run:
             write_sealed(self.folder / "run.json", self.record, UNSEALED)
 
     def begin(self, step: int) -> str | None:
-        """Note that training goes on from this step, and under which execution; in words where that is another one."""
+        """Note that training goes on from this step, and under which execution; in words where that is another one.
+
+        What ran after it is trained again, so that an execution that began there is forgotten.
+        """
         before = executions(self.record)
+        now = [(first, execution) for first, execution in before if first < step]
+        if not now or now[-1][1] != self.execution:
+            now.append((step, self.execution))
         self.update(status="running")
-        if before and before[-1][1] == self.execution:
+        if now != before:
+            self.update(executions=[{"from_step": first, **execution.to_dict()} for first, execution in now])
+        if len(now) < 2 or now[-1][0] != step or before[-1][1] == self.execution:
             return None
-        now = {"from_step": step, **self.execution.to_dict()}
-        kept = [{"from_step": first, **execution.to_dict()} for first, execution in before if first < step]
-        self.update(executions=[*kept, now])
-        if not kept:
-            return None
-        old = kept[-1]
-        return ", ".join(f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
+        old, new = (execution.to_dict() for _, execution in now[-2:])
+        return ", ".join(f"{name}={new[name]} instead of {old[name]}" for name in EXECUTION if new[name] != old[name])
 
     def fail(self) -> None:
         """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
@@ -80,10 +83,7 @@ class Run:
         path, recipe = self.folder / "run.json", self.recipe
         if path.exists():
             record = read_record(self.folder)
-            there = recipe_of(record)
-            if there.former:  # by a version that did not count microbatches
-                there = there.replace(accumulate=recipe.accumulate)
-            if differences := difference(there, recipe):
+            if differences := difference(recipe_of(record), recipe):
                 raise InputError(
                     f"{self.folder} holds a run with another configuration: {differences}; choose another folder or "
                     "that setting"
