@@ -191,11 +191,11 @@ class Recipe:
         )
 
 
-def former_execution(values: Mapping[str, Any]) -> Execution:
-    """The execution that a former version kept among the fields of the configs; the default in what is new."""
+def former_execution(values: Mapping[str, Any], otherwise: Execution = Execution()) -> Execution:
+    """The execution that a former version kept among the fields of the configs; the other one in what it lacks."""
     config, train_config = values.get("config", {}), values.get("train_config", {})
     found = {name: fields[name] for fields in (config, train_config) for name in EXECUTION_ONCE if name in fields}
-    return Execution(**found)
+    return otherwise.replace(**found)
 
 
 EXECUTION_ONCE = ("remat", "scan_layers", "attention_kernel", "accumulate", "loss_chunks")

@@ -163,6 +163,19 @@ def test_where_a_run_goes_back_the_executions_after_that_are_forgotten(recipe, t
     assert begin(0, second) == (None, [(0, second)])
 
 
+def test_what_a_former_version_did_not_note_of_an_execution_is_as_it_is_now(recipe, tmp_path):
+    run = Run(tmp_path / "run", recipe)
+    former = {**recipe.identity, "config": {**recipe.identity["config"], "remat": "none", "scan_layers": True}}
+    del run.record["executions"]
+    run.update(identity=former)
+    run.close()
+    run = Run(tmp_path / "run", recipe, Execution(remat="dots", scan_layers=True, accumulate=2, mesh={"data": 1}))
+    assert run.begin(4) == "remat=dots instead of none"
+    run.close()
+    noted = executions(read_record(tmp_path / "run"))
+    assert [(first, one.remat, one.accumulate) for first, one in noted] == [(0, "none", 2), (4, "dots", 2)]
+
+
 def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):
     hashes = recipe.replace(data=recipe.data, folders=None)
     with pytest.raises(InputError, match=r"nothing says where the data .* lie; give data=FOLDER"):

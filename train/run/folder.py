@@ -49,12 +49,12 @@ class Run:
 
         What ran after it is trained again, so that an execution that began there is forgotten.
         """
-        before = executions(self.record)
+        before = executions(self.record, self.execution)
         now = [(first, execution) for first, execution in before if first < step]
         if not now or now[-1][1] != self.execution:
             now.append((step, self.execution))
         self.update(status="running")
-        if now != before:
+        if now != before or "executions" not in self.record:
             self.update(executions=[{"from_step": first, **execution.to_dict()} for first, execution in now])
         if len(now) < 2 or now[-1][0] != step or before[-1][1] == self.execution:
             return None
@@ -167,10 +167,13 @@ def recipe_of(record: Mapping[str, Any]) -> Recipe:
     return Recipe.from_dict({**record["identity"], "hparams": record["hparams"]})
 
 
-def executions(record: Mapping[str, Any]) -> list[tuple[int, Execution]]:
-    """How a run was executed, by its `run.json`: the step from which on, and the execution, in order."""
+def executions(record: Mapping[str, Any], otherwise: Execution = Execution()) -> list[tuple[int, Execution]]:
+    """How a run was executed, by its `run.json`: the step from which on, and the execution, in order.
+
+    otherwise: what stands for the microbatches, mesh and so on that former versions did not note.
+    """
     if "executions" not in record:  # of a version that kept it among the configs' fields
-        return [(0, former_execution(record["identity"]))]
+        return [(0, former_execution(record["identity"], otherwise))]
     rows = (dict(row) for row in record["executions"])
     return [(row.pop("from_step"), Execution.from_dict(row)) for row in rows]
 
