@@ -162,6 +162,10 @@ class Recipe:
         """The hash that names the run, wherever its folder is."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    def as_in(self, there: Self) -> Self:
+        """The recipe counted as the version did that made `there`, whose id it has where nothing else differs."""
+        return self.replace(former=there.former, accumulate=1) if there.former else self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back to an equal recipe."""
         values = self.identity | {"config": self.model.to_dict(), "train_config": self.train.to_dict()}
@@ -190,11 +194,11 @@ class Recipe:
         )
 
 
-def former_execution(values: Mapping[str, Any]) -> Execution:
-    """The execution that a former version kept among the fields of the configs; the default in what is new."""
+def former_execution(values: Mapping[str, Any], otherwise: Execution = Execution()) -> Execution:
+    """The execution that a former version kept among the fields of the configs; the other one in what it lacks."""
     config, train_config = values.get("config", {}), values.get("train_config", {})
     found = {name: fields[name] for fields in (config, train_config) for name in EXECUTION_ONCE if name in fields}
-    return Execution(**found)
+    return otherwise.replace(**found)
 
 
 EXECUTION_ONCE = ("remat", "scan_layers", "attention_kernel", "accumulate", "loss_chunks")
@@ -205,7 +209,7 @@ def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
 
     steps: whether another number of steps counts too.
     """
-    before, after = (_flat(recipe, steps) for recipe in (there, here))
+    before, after = (_flat(recipe, steps) for recipe in (there, here.as_in(there)))
     follow = {*there.model.derived} & {*here.model.derived}  # what a field that differs makes of them needs no mention
     names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
     names = [name for name in names if name not in follow] or names

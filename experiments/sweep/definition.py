@@ -116,10 +116,7 @@ def _joined(sweep: Sweep) -> Sweep:
             raise InputError(f"{folder} is not empty and has no sweep.json; choose another folder for the sweep")
         return sweep
     there = Sweep.read(folder)
-    recipe = sweep.base.recipe.replace(former=there.base.recipe.former)
-    if recipe.former:  # by a version that did not count microbatches
-        recipe = recipe.replace(accumulate=1)
-    sweep = dataclasses.replace(sweep, base=sweep.base.replace(recipe=recipe))
+    sweep = dataclasses.replace(sweep, base=sweep.base.replace(recipe=sweep.base.recipe.as_in(there.base.recipe)))
     hashless = [one.base.recipe.replace(data="") for one in (there, sweep)]  # the data are compared below
     differences = difference(*hashless, steps=True)
     if differences:

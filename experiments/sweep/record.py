@@ -56,11 +56,9 @@ class Request:
         listed = tuple(Listed(**entry) for entry in values.get("listed", ()))
         fields = _tuples({**values, "space_source": _source(folder, values["space_file"])})
         request = cls(**{**fields, "listed": listed})
-        if "listed" in values or request.space_source is None:
+        if "listed" in values or '"_name"' not in (request.space_source or ""):
             return request
-        points = request.space(folder).points()
-        if not any("_name" in point for point in points):
-            return request
+        points = request.space(folder).points()  # which a scaling study wrote as source text
         return cls(seeds=request.seeds, listed=tuple(map(Listed.from_former, json.loads(json.dumps(points)))))
 
     def space(self, folder: Path) -> Space:

@@ -55,14 +55,22 @@ class Trial:
         return self.recipe.steps or 0
 
     @functools.cached_property
-    def cohort(self) -> str:
-        """The name of its program: trials of one cohort are lanes of it."""
+    def shape(self) -> str:
+        """The name of its static shape, however it is executed; of former trials that of their program."""
         recipe, how = self.recipe, self.execution
         config, train_config = {**recipe.model.to_dict(), **recipe.former}, recipe.train.to_dict()
         if recipe.former:
             train_config |= {"accumulate": how.accumulate, "loss_chunks": how.loss_chunks}
-        execution = {} if recipe.former or how == Execution() else {"execution": how.to_dict()}
-        return _hash({"config": config, "train_config": train_config} | execution)[:8]
+        return _hash({"config": config, "train_config": train_config})[:8]
+
+    @functools.cached_property
+    def cohort(self) -> str:
+        """The name of its program: trials of one cohort are lanes of it."""
+        recipe, how = self.recipe, self.execution
+        if recipe.former or how == Execution():
+            return self.shape
+        static = {"config": recipe.model.to_dict(), "train_config": recipe.train.to_dict()}
+        return _hash(static | {"execution": how.to_dict()})[:8]
 
     @functools.cached_property
     def point_key(self) -> str:

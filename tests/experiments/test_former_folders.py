@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.sweep.definition import define
+from experiments.sweep.record import Request, Sweep
+from experiments.sweep.trials import plan_trials
+from model import presets
+
 FORMER = Path(__file__).parents[1] / "fixtures" / "former"
 EXPECTED = json.loads((FORMER / "expected.json").read_text())
 
@@ -249,3 +254,39 @@ def test_a_scaling_study_goes_on(place, call, commands, monkeypatch, no_svg):
     call("scaling", "report", "ladder", "--bootstraps", 20)
     columns = ("--params", "params", "--tokens", "tokens", "--loss", "loss", "--bootstraps", 20)
     call("scaling", "fit", "ladder/runs.csv", *columns)
+
+
+def test_a_sweep_with_dropout_keeps_its_ids_under_microbatches(place):
+    """Which were in no id of theirs; the same command goes on with it."""
+    root = place("sweep_own")
+    path = root / "sweep_own" / "sweep.json"
+    content = json.loads(path.read_text())
+    content["base"]["train_config"] |= {"dropout": True, "accumulate": 2}
+    path.write_text(json.dumps(content))
+    sweep = Sweep.read(root / "sweep_own")
+    trials = plan_trials(sweep)
+    assert {trial.execution.accumulate for trial in trials} == {2}
+    assert not any("accumulate" in trial.recipe.identity for trial in trials)
+    again = define(
+        presets.get("tiny"),
+        data=root / "data",
+        folder=root / "sweep_own",
+        steps=8,
+        axes=sweep.axes,
+        base={"d_model": 2, "num_heads": 1, "dropout": True, "accumulate": 2},
+        batch_size=2,
+        seq_len=32,
+        evaluate_tokens=256,
+    )
+    assert [trial.id for trial in plan_trials(again)] == [trial.id for trial in trials]
+
+
+def test_the_file_of_a_search_is_read_and_not_enumerated(tmp_path):
+    (tmp_path / "space.py").write_text(
+        "from experiments.sweep.space import branch, grid, uniform\n"
+        'space = branch("optimizer", {"adamw": grid(beta2=uniform(0.9, 0.99)), "sgd": grid(clip_norm=[0.5, 1.0])})\n'
+    )
+    former = {"axes": [], "space_file": "space.py", "seeds": [0, 1], "sampler": "random"}
+    request = Request.read(former, tmp_path)
+    assert (request.listed, request.seeds) == ((), (0, 1))
+    assert set(request.space(tmp_path).names) == {"optimizer", "beta2", "clip_norm"}

@@ -15,7 +15,7 @@ from experiments.sweep.search.evolve import Population
 from experiments.sweep.search.policies import Halving, Hyperband, hash_fraction, make_policy
 from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
-from model import InputError, presets
+from model import Execution, InputError, presets
 from train import HParams, Recipe, TrainConfig
 
 STEPS, TOKENS = 81, 8 * 16
@@ -205,6 +205,8 @@ def test_a_generation_is_decided_again_as_it_was_whatever_of_it_is_in_the_ledger
     assert len(decision.prune) == len(decision.add) == 4
     assert not decision.ready
     assert policy.decide(rows[::-1]).add == decision.add
+    executed = [dataclasses.replace(row, trial=row.trial.under(Execution(remat="full"))) for row in rows]
+    assert [child.id for child in policy.decide(executed).add] == [child.id for child in decision.add]
     pruned = [dataclasses.replace(row, state="pruned") if row.trial.id in decision.prune else row for row in rows]
     assert policy.decide(pruned).add == decision.add
     some = [*pruned, *(Row(30 + i, one, "planned", {}, None, {}) for i, one in enumerate(decision.add[:3]))]

@@ -10,6 +10,7 @@ from model import Execution, Experts, InputError, presets
 from model.convert import save_hf
 from model.quantized import save_quantized
 from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, load_run, population, train, weights
+from train.overlay import overlay
 from train.recipe import difference
 from train.run import Run, executions, read_record, recipe_of
 from train.run.metrics import read_metrics
@@ -166,6 +167,50 @@ def test_microbatches_are_part_of_a_run_where_they_change_more_than_rounding(rec
     train(dropped, run=tmp_path / "run", shell=QUIET)
     with pytest.raises(InputError, match="accumulate=1 there, 2 here"):
         train(dropped, run=tmp_path / "run", shell=QUIET, execution=Execution(accumulate=2))
+
+
+def test_microbatches_are_not_counted_into_a_former_run(recipe):
+    """Versions that kept remat in the model's config gave one id whatever the microbatches."""
+    dropped = recipe.replace(train=dataclasses.replace(SHAPE, dropout=True))
+    identity = dropped.identity
+    former = Recipe.from_dict({**identity, "config": {**identity["config"], "remat": "none"}})
+    made, how = overlay({"accumulate": 2}, former)
+    assert how.accumulate == 2
+    assert made.run_id == former.run_id
+    now = dropped.under(how)
+    assert not difference(former, now)
+    assert now.as_in(former).run_id == former.run_id
+    assert now.as_in(dropped) == now
+
+
+def test_where_a_run_goes_back_the_executions_after_that_are_forgotten(recipe, tmp_path):
+    first, second = Execution(scan_layers=True), Execution(scan_layers=True, remat="dots")
+
+    def begin(step, execution):
+        run = Run(tmp_path / "run", recipe, execution)
+        words = run.begin(step)
+        run.close()
+        return words, executions(read_record(tmp_path / "run"))
+
+    assert begin(0, first) == (None, [(0, first)])
+    assert begin(8, second) == ("remat=dots instead of none", [(0, first), (8, second)])
+    assert begin(12, second) == (None, [(0, first), (8, second)])
+    assert begin(4, second) == (None, [(0, first), (4, second)])
+    assert begin(2, first) == (None, [(0, first)])
+    assert begin(0, second) == (None, [(0, second)])
+
+
+def test_what_a_former_version_did_not_note_of_an_execution_is_as_it_is_now(recipe, tmp_path):
+    run = Run(tmp_path / "run", recipe)
+    former = {**recipe.identity, "config": {**recipe.identity["config"], "remat": "none", "scan_layers": True}}
+    del run.record["executions"]
+    run.update(identity=former)
+    run.close()
+    run = Run(tmp_path / "run", recipe, Execution(remat="dots", scan_layers=True, accumulate=2, mesh={"data": 1}))
+    assert run.begin(4) == "remat=dots instead of none"
+    run.close()
+    noted = executions(read_record(tmp_path / "run"))
+    assert [(first, one.remat, one.accumulate) for first, one in noted] == [(0, "none", 2), (4, "dots", 2)]
 
 
 def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):

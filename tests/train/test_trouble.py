@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import ModelConfig
+from model import Execution, ModelConfig
 from train import HParams, Shell, TrainConfig, init_state, population, train
 from train import lanes as lanes_module
 from train.agreement import Agreement
 from train.data.mixture import PhasedLoader
 from train.loop.member import Member
+from train.run import executions
 from train.run.checkpoint import Checkpoints
 from train.step import train_step
 
@@ -175,8 +176,10 @@ def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, t
         with pytest.raises(KeyboardInterrupt):
             train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert Checkpoints(tmp_path / "run").steps() == [8, 10]
-    train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
+    other = Execution(lanes=1)  # of the same numbers
+    train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL, execution=other)
     assert record(tmp_path / "run") == record(whole[0].run)
+    assert [(first, one.lanes) for first, one in executions(status(tmp_path / "run"))] == [(0, None), (8, 1)]
 
 
 @pytest.mark.parametrize("moment", ["noted", "done"])

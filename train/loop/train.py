@@ -213,16 +213,19 @@ def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder]
     if execution.scan_layers is None:
         known = before and before["scan_layers"]
         execution = execution.replace(scan_layers=execution.scans(config) if known is None else known)
-    if shell.microbatch == "auto" and before is not None:
+    if shell.microbatch == "auto" and before is not None and "accumulate" in before:
         execution = execution.replace(accumulate=before["accumulate"])
     return execution
 
 
 def _executed(runs: Sequence[Folder]) -> dict | None:
-    """The newest execution of the first run that has begun."""
+    """What is known of the newest execution of the first run that has begun."""
     for folder in runs:
-        if (Path(folder) / "run.json").exists() and (found := executions(read_record(folder))):
-            return found[-1][1].to_dict()
+        if (Path(folder) / "run.json").exists() and (found := executions(record := read_record(folder))):
+            known = found[-1][1].to_dict()
+            if "executions" not in record:  # by a version that did not note its microbatches
+                del known["accumulate"]
+            return known
     return None
 
 

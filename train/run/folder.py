@@ -45,14 +45,17 @@ class Run:
             write_sealed(self.folder / "run.json", self.record, UNSEALED)
 
     def begin(self, step: int) -> str | None:
-        """Note that training goes on from this step, and under which execution; in words where that is another one."""
-        held = [(first, execution) for first, execution in executions(self.record) if first < step]
-        before = held[-1][1] if held else self.execution
-        if not held or before != self.execution:
+        """Note that training goes on from this step, and under which execution; in words where that is another one.
+
+        What ran after the step is trained again, so that an execution that began there is forgotten.
+        """
+        known = executions(self.record, self.execution)
+        held = [(first, execution) for first, execution in known if first < step]
+        if not held or held[-1][1] != self.execution:
             held.append((step, self.execution))
         rows = [{"from_step": first, **execution.to_dict()} for first, execution in held]
         self.update(status="running", executions=rows)
-        now, old = self.execution.to_dict(), before.to_dict()
+        now, old = self.execution.to_dict(), (known[-1][1] if known else self.execution).to_dict()
         changes = (f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
         return ", ".join(changes) or None
 
@@ -78,10 +81,7 @@ class Run:
         path, recipe = self.folder / "run.json", self.recipe
         if path.exists():
             record = read_record(self.folder)
-            there = recipe_of(record)
-            if there.former:  # by a version that did not count microbatches
-                there = there.replace(accumulate=recipe.accumulate)
-            if differences := difference(there, recipe):
+            if differences := difference(recipe_of(record), recipe):
                 raise InputError(
                     f"{self.folder} holds a run with another configuration: {differences}; choose another folder or "
                     "that setting"
@@ -165,10 +165,13 @@ def recipe_of(record: Mapping[str, Any]) -> Recipe:
     return Recipe.from_dict({**record["identity"], "hparams": record["hparams"]})
 
 
-def executions(record: Mapping[str, Any]) -> list[tuple[int, Execution]]:
-    """Return how a run was executed, by its `run.json`: (the step from which on, the execution), in order."""
+def executions(record: Mapping[str, Any], otherwise: Execution = Execution()) -> list[tuple[int, Execution]]:
+    """Return how a run was executed, by its `run.json`: (the step from which on, the execution), in order.
+
+    otherwise: what stands for the microbatches, mesh and so on that former versions did not note.
+    """
     if "executions" not in record:  # of a version that kept it among the configs' fields
-        return [(0, former_execution(record["identity"]))]
+        return [(0, former_execution(record["identity"], otherwise))]
     rows = (dict(row) for row in record["executions"])
     return [(row.pop("from_step"), Execution.from_dict(row)) for row in rows]
 

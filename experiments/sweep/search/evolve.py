@@ -62,7 +62,7 @@ class Population:
         """Raises InputError where members of one population have different numbers of steps."""
         populations: dict[str, list[Row]] = {}
         for row in sorted(rows, key=lambda row: row.trial.id):
-            populations.setdefault(row.trial.cohort, []).append(row)
+            populations.setdefault(row.trial.shape, []).append(row)
         ready: dict[str, int] = {}
         prune: list[str] = []
         add: list[Trial] = []
