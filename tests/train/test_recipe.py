@@ -183,23 +183,6 @@ def test_microbatches_are_not_counted_into_a_former_run(recipe):
     assert now.as_in(dropped) == now
 
 
-def test_where_a_run_goes_back_the_executions_after_that_are_forgotten(recipe, tmp_path):
-    first, second = Execution(scan_layers=True), Execution(scan_layers=True, remat="dots")
-
-    def begin(step, execution):
-        run = Run(tmp_path / "run", recipe, execution)
-        words = run.begin(step)
-        run.close()
-        return words, executions(read_record(tmp_path / "run"))
-
-    assert begin(0, first) == (None, [(0, first)])
-    assert begin(8, second) == ("remat=dots instead of none", [(0, first), (8, second)])
-    assert begin(12, second) == (None, [(0, first), (8, second)])
-    assert begin(4, second) == (None, [(0, first), (4, second)])
-    assert begin(2, first) == (None, [(0, first)])
-    assert begin(0, second) == (None, [(0, second)])
-
-
 def test_what_a_former_version_did_not_note_of_an_execution_is_as_it_is_now(recipe, tmp_path):
     run = Run(tmp_path / "run", recipe)
     former = {**recipe.identity, "config": {**recipe.identity["config"], "remat": "none", "scan_layers": True}}

@@ -49,13 +49,13 @@ class Run:
 
         What ran after the step is trained again, so that an execution that began there is forgotten.
         """
-        known = executions(self.record, self.execution)
-        held = [(first, execution) for first, execution in known if first < step]
-        if not held or held[-1][1] != self.execution:
+        held = [(first, execution) for first, execution in executions(self.record, self.execution) if first < step]
+        before = held[-1][1] if held else self.execution
+        if not held or before != self.execution:
             held.append((step, self.execution))
         rows = [{"from_step": first, **execution.to_dict()} for first, execution in held]
         self.update(status="running", executions=rows)
-        now, old = self.execution.to_dict(), (known[-1][1] if known else self.execution).to_dict()
+        now, old = self.execution.to_dict(), before.to_dict()
         changes = (f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
         return ", ".join(changes) or None
 
