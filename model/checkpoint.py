@@ -52,17 +52,19 @@ def newest_intact(
     return None
 
 
-def newest_params(run: Path, like: Any) -> Any | None:
-    """Return the parameters in the newest checkpoint of a run where they are intact, as arrays; None if there is none.
+def newest_params(run: Path, like: Any) -> tuple[dict[str, Any], Any] | None:
+    """Return (what its checkpoint.json says, the parameters as arrays) of the newest checkpoint with intact parameters.
 
-    like: a tree of their shapes and dtypes. No byte of the optimizer is read, but in a checkpoint of a former version,
-    whose files hold both: those are verified whole. Raises InputError where the leaves are not those saved.
+    None if there is none. like: a tree of the parameters' shapes and dtypes. No byte of the optimizer is read, but in a
+    checkpoint of a former version, whose files hold both: those are verified whole. Raises InputError where the leaves
+    are not those saved.
     """
     while (step := newest_intact(run / FOLDER, _trouble_of_params, warn)) is not None:
         path = run / FOLDER / str(step)
         try:
             require_leaves(path, leaves_of(like, PARAMS), within=f"{PARAMS}/")
-            return jax.tree.map(jax.numpy.asarray, _restore_params(path, like))
+            about = read_intact(path, ABOUT) or {}
+            return about, jax.tree.map(jax.numpy.asarray, _restore_params(path, like))
         except Exception:
             if path.exists():
                 raise  # else the process that trains the run has removed it: a newer one is there

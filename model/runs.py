@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from model.stack import Params
 
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
+logger = logging.getLogger("isoflop")
 UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
 
 
@@ -26,16 +28,37 @@ def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
     """(config, parameters of the newest intact checkpoint). Raises InputError if there is none.
 
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
-    way is named in a warning.
+    way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
     """
     from model.transformer import init
 
-    config = ModelConfig.from_dict(read_record(folder)["identity"]["config"])
+    record = read_record(folder)
+    config = ModelConfig.from_dict(record["identity"]["config"])
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    params = newest_params(Path(folder), shapes)
-    if params is None:
+    found = newest_params(Path(folder), shapes)
+    if found is None:
         raise InputError(f"{folder} has no intact checkpoint; train it first")
-    return config, params
+    about, params = found
+    return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
+
+
+def _as_phases_end(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what phases changed of the config, for a checkpoint of a version that did not note it.
+
+    It is known at a run's end; before it, a warning says that it is not.
+    """
+    bases = [phase["rope_base"] for phase in record["identity"]["train_config"]["phases"] if phase.get("rope_base")]
+    if not bases:
+        return {}
+    if record["status"] == "finished" and about["step"] == record["step"]:
+        return {"rope_base": bases[-1]}
+    logger.warning(
+        "%s changes rope_base in its phases, and an older version did not note which one holds at step %d: the model's "
+        "own is taken; train the run to its end with this version",
+        folder,
+        about["step"],
+    )
+    return {}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

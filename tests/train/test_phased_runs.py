@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.evaluate.loss import evaluate
 from model import ModelConfig
 from model.errors import InputError
-from train import HParams, Shell, TrainConfig, standard_phases, train
+from model.runs import _as_phases_end
+from train import HParams, Shell, TrainConfig, load_run, standard_phases, train
 from train.compile import compiled_programs
 from train.data import mixture, prepare
 from train.loop.feed import Feed
 from train.plan import Plan, describe, phases_rate
+from train.run import read_record
 from train.run.metrics import read_metrics
 
 CONFIG = ModelConfig(vocab_size=320, d_model=16, num_layers=1, num_heads=2, d_ff=32, max_seq_len=32, rope_base=9_001.0)
@@ -135,6 +138,18 @@ def test_a_run_that_stops_early_goes_on_as_planned(whole, sources, tmp_path):
         assert result.steps == steps or PLAN.total_steps
     last, expected = read_metrics(tmp_path / "run")[-1], read_metrics(whole[0])[-1]
     assert (last["loss"], last["validation_loss"]) == (expected["loss"], expected["validation_loss"])
+
+
+def test_a_run_opens_as_its_phases_have_left_it(whole, sources, caplog):
+    """With the rotary base of its last step: what is evaluated, decoded and written elsewhere is what was trained."""
+    config, params = load_run(whole[0])
+    assert config == CONFIG.replace(rope_base=5e4)
+    found = evaluate(config, params, sources["web"], seq_len=TRAIN.seq_len, max_tokens=256)
+    assert found["loss"] == pytest.approx(read_metrics(whole[0])[-1]["validation_loss"], rel=1e-6)
+    former = {"step": PLAN.total_steps, "score": None}
+    assert _as_phases_end(whole[0], read_record(whole[0]), former) == {"rope_base": 5e4}
+    assert _as_phases_end(whole[0], read_record(whole[0]), former | {"step": 3}) == {}
+    assert "did not note which one holds at step 3" in caplog.text
 
 
 @pytest.mark.parametrize(

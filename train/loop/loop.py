@@ -278,7 +278,9 @@ class Loop:
             member.sync()
             score = member.last.get("validation_loss") if member.last.get("step") == member.step else None
             lane = self.seats.lane(self.members.index(member))
-            member.checkpoints.save(member.step, self.program.take(self.state, np.int32(lane)), score)
+            base = member.plan.stage(max(member.step - 1, 0)).rope_base
+            config = {} if base is None or member.step == 0 else {"rope_base": base}
+            member.checkpoints.save(member.step, self.program.take(self.state, np.int32(lane)), score, config)
 
     def _compile_share(self) -> float:
         return self.compile_seconds / len(self.members)

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,13 @@ class Checkpoints:
         self._failure: BaseException | None = None
         self._checkpointer: ocp.AsyncCheckpointer | None = None
 
-    def save(self, step: int, state: Any, score: float | None = None) -> None:
+    def save(self, step: int, state: Any, score: float | None = None, config: Mapping[str, Any] | None = None) -> None:
         """Copy the state to the host, then write it in the background; a failed earlier save is raised here.
 
         state: a tree of NumPy arrays, the same in all processes, and jax.Arrays, sharded in any way; it may be donated
         or changed as soon as this returns. Its field `params`, where it has one, is stored as an item of its own.
-        score: what `keep_best` keeps the lowest of. A checkpoint that the step has already is replaced. Raises OSError
+        score: what `keep_best` keeps the lowest of. config: fields of the model's config that are others at this step
+        than in the run's record. A checkpoint that the step has already is replaced. Raises OSError
         (ENOSPC) before anything is begun where the disk has no room: a writer that fails half-way leaves little more
         than a page of tracebacks.
         """
@@ -89,6 +91,7 @@ class Checkpoints:
             handler = ocp.CompositeCheckpointHandler(composite_options=options)
             self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=own)
         about = {"step": step, "score": None if score is None else float(score), "leaves": leaves_of(state)}
+        about |= {"config": dict(config or {})}
         if jax.process_count() > 1:  # the collectives of Orbax belong to the thread that runs all others
             self._write(step, state)
             left = None
