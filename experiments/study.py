@@ -281,7 +281,7 @@ def _prompts(source: str) -> list[str]:
 
 
 def _is_same_corpus(folder: Path, there: dict[str, Any], source: str) -> bool:
-    """Whether a file or folder of text, named by another path than before, holds what the study's data were made of.
+    """Return whether text at another path than before is what the study's data were made of.
 
     Raises InputError where it holds other documents.
     """

@@ -1,4 +1,4 @@
-"""Say how a model runs, which is no part of what it is: none of this changes a result, but by rounding."""
+"""Options for running a model. They are no part of what the model is: results change by rounding alone."""
 
 import dataclasses
 from collections.abc import Mapping

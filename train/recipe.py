@@ -15,6 +15,7 @@ from model import Execution, ModelConfig
 from model.config import MOVED as MOVED_FROM_MODEL
 from model.errors import InputError, UnknownNameError
 from model.fields import FrozenDict
+from train.config import MOVED as MOVED_FROM_TRAIN
 from train.config import HParams, TrainConfig
 from train.data.manifest import load_manifest
 from train.plan import Plan
@@ -24,7 +25,11 @@ Places = str | Path | Mapping[str, str | Path]
 OBJECTIVES = ("language-modeling",)
 LATER = {"hparams": ("data_seed",)}
 """Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
-_DEFAULTS: dict[str, dict[str, Any]] = {"hparams": HParams.DEFAULTS}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},
+    "train_config": {field.name: field.default for field in dataclasses.fields(TrainConfig)},
+    "hparams": HParams.DEFAULTS,
+}
 _NOT_HASHED = ("norms",)  # of the TrainConfig: it adds metrics and changes no number
 _HASH_LENGTH = 64  # of a prepared data folder's SHA-256, in hexadecimal digits
 
@@ -195,17 +200,17 @@ class Recipe:
 
 
 def former_execution(values: Mapping[str, Any], otherwise: Execution = Execution()) -> Execution:
-    """The execution that a former version kept among the fields of the configs; the other one in what it lacks."""
+    """Return the execution that a former version kept among the fields of the configs.
+
+    otherwise: what stands for the fields that it did not keep.
+    """
     config, train_config = values.get("config", {}), values.get("train_config", {})
-    found = {name: fields[name] for fields in (config, train_config) for name in EXECUTION_ONCE if name in fields}
-    return otherwise.replace(**found)
-
-
-EXECUTION_ONCE = ("remat", "scan_layers", "attention_kernel", "accumulate", "loss_chunks")
+    moved = ((config, MOVED_FROM_MODEL), (train_config, MOVED_FROM_TRAIN))
+    return otherwise.replace(**{name: fields[name] for fields, names in moved for name in names if name in fields})
 
 
 def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
-    """The fields in which two recipes differ, in words; empty where they are the same run.
+    """Say in which fields two recipes differ; empty where they are the same run.
 
     steps: whether another number of steps counts too.
     """

@@ -154,7 +154,7 @@ def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _planned_tokens(row: Row) -> int:
-    """Of the updates that it makes itself: what it shares with a run that it leaves is trained there."""
+    """Return the tokens that the trial trains itself; those before it branches off are trained by its parent."""
     return row.trial.steps * row.trial.recipe.train.tokens_per_step - _shared_tokens(row)
 
 

@@ -161,7 +161,7 @@ class Sweep:
         }
 
     def _beside(self) -> dict[str, str]:
-        """What lies outside the folder, relative to it: a folder that is moved together with them finds them again."""
+        """Return the paths of data and storage relative to the folder, to find them when all move together."""
         file = None if self.storage is None else file_of(self.storage)
         places = {"data": self.data} | ({"storage": file} if file is not None and file.is_absolute() else {})
         return {name: os.path.relpath(place.resolve(), self.folder.resolve()) for name, place in places.items()}

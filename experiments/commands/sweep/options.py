@@ -40,7 +40,7 @@ class SweepOptions:
     seq_len: Annotated[int, tyro.conf.arg(metavar="N")] = 128
     """Tokens per row."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
-    """What is looked for: loss, training_tokens_per_second, or a number of `isoflop bench decode`, such as
+    """One or several of: loss, training_tokens_per_second, or a number of `isoflop bench decode`, such as
     tokens_per_second."""
     sampler: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""

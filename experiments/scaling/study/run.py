@@ -134,7 +134,7 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def table_troubles(folder: Path) -> list[str]:
-    """Which tables of a study's folder are not as the study wrote them, a sentence each; of other folders nothing."""
+    """Return a sentence for every table of a study that is not as the study wrote it; none for other folders."""
     path = folder / _TABLES
     if not path.exists():
         return []

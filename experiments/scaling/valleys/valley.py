@@ -120,7 +120,7 @@ class Valley:
     outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
     runs_at_fault: bool = False
-    """Whether the reason lies in the runs, so that no other curve would change it."""
+    """Return whether the reason lies in the runs, so that no other curve would change it."""
 
     @property
     def u(self) -> Float[np.ndarray, " runs"]:

@@ -94,7 +94,7 @@ def collect(
 
 
 def record_troubles(results: Results) -> list[str]:
-    """What is wrong with the run folders of a sweep, a sentence each; also where a run's loss is not the ledger's."""
+    """Return a sentence for every fault of a sweep's run folders, and for every loss that is not the ledger's."""
     found = troubles(results.folder / row["run"] for row in results.rows)
     for row in results.rows:
         folder = results.folder / row["run"]
@@ -178,7 +178,7 @@ def _axes(
 
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What `write_tables` wrote. no_parquet: why there is no Parquet, or None."""
+    """The outcome of `write_tables`. no_parquet: why there is no Parquet file, or None."""
 
     no_parquet: str | None
 
