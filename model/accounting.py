@@ -79,9 +79,15 @@ def _stack_parameters(config: ModelConfig, encoder: bool) -> tuple[dict[str, int
 
 
 def flops_per_token(
-    config: ModelConfig, seq_len: int, convention: Convention = "exact", training: bool = True
+    config: ModelConfig,
+    seq_len: int,
+    convention: Convention = "exact",
+    training: bool = True,
+    source_len: int | None = None,
 ) -> float:
-    """FLOPs of one token in a row of `seq_len`.
+    """FLOPs of one token in a row of `seq_len`, of an encoder-decoder's decoder where the encoder reads `source_len`.
+
+    source_len None: as many as the row has.
 
     "6N": 6 per active parameter in training, 2 in a forward pass; the embedding table counts once
     (Kaplan et al. 2020, section 2.1, with embeddings). "exact": every product of `forward_flops_by_product`,
@@ -91,22 +97,28 @@ def flops_per_token(
         return (6 if training else 2) * parameters(config).active
     if convention != "exact":
         raise InputError(f"convention={convention!r} must be 'exact' or '6N'")
-    forward = sum(forward_flops_by_product(config, seq_len).values())
+    forward = sum(forward_flops_by_product(config, seq_len, source_len).values())
     return (3 if training else 1) * forward
 
 
-def forward_flops_by_product(config: ModelConfig, seq_len: int) -> dict[str, float]:
+def forward_flops_by_product(
+    config: ModelConfig, seq_len: int, source_len: int | None = None
+) -> dict[str, float]:
     """Exact forward FLOPs per token in a row of `seq_len`, by product, over all layers.
 
+    source_len: tokens that an encoder-decoder's encoder reads for the row (None: seq_len), whose products are counted
+    per token of the row too.
     As `model.forward` computes them over whole rows: attention is dense, S × S, where a mask or a window hides keys
     too. Latent attention makes every head's keys and values. Of the routed experts a token's top_k count, without the
     padding of their batches. A classifier's head sees one token of the row.
     """
     flops: dict[str, float] = collections.defaultdict(float)
+    source_len = seq_len if source_len is None else source_len
     for encoder in (False, True) if config.stack == "encoder-decoder" else (False,):
+        prefix, own_len = ("encoder ", source_len) if encoder else ("", seq_len)
         for kind, count in collections.Counter(layer_kinds(config, encoder)).items():
-            for name, once in _layer_flops(config, kind, seq_len).items():
-                flops[f"encoder {name}" if encoder else name] += count * once
+            for name, once in _layer_flops(config, kind, own_len, source_len).items():
+                flops[prefix + name] += count * once * own_len / seq_len
     rows = seq_len if config.head == "classifier" else 1
     for matrix in matrices.head_matrices(config):
         flops["head"] += _product(matrix) / rows
@@ -117,16 +129,20 @@ def _product(matrix: matrices.Matrix) -> int:
     return 2 * matrix.used * matrix.rows * matrix.columns
 
 
-def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int) -> dict[str, int]:
+def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int, source_len: int) -> dict[str, float]:
     """Per token in one layer."""
-    flops: dict[str, int] = collections.defaultdict(int)
+    flops: dict[str, float] = collections.defaultdict(float)
     value_dim = config.head_dim if config.latent is None else config.latent.v_dim
     layer = matrices.layer_matrices(config, kind)
     for part in ("attention", "cross_attention") if kind.cross else ("attention",):
         name = part.replace("_", "-")
-        flops[f"{name} projections"] = sum(_product(matrix) for matrix in layer if matrix.part == part)
-        flops[f"{name} scores"] = 2 * seq_len * config.num_heads * config.head_dim
-        flops[f"{name} mix"] = 2 * seq_len * config.num_heads * value_dim
+        keys, products = seq_len, [_product(matrix) for matrix in layer if matrix.part == part]
+        if part == "cross_attention":  # keys and values are made of the source's tokens
+            keys = source_len
+            products[1:3] = [once * source_len / seq_len for once in products[1:3]]
+        flops[f"{name} projections"] = sum(products)
+        flops[f"{name} scores"] = 2 * keys * config.num_heads * config.head_dim
+        flops[f"{name} mix"] = 2 * keys * config.num_heads * value_dim
     for matrix in layer:
         if "attention" not in matrix.part:
             flops[matrix.part.replace("_", "-")] += _product(matrix)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from model import ModelConfig, Params, init
 from model.parameterization import names_of
+from train.objectives.objective import Objective
 
 
 def group_of(path: tuple[str, ...]) -> str:
@@ -35,8 +36,8 @@ def total_norm(norms: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
 
 
 @functools.lru_cache(maxsize=256)
-def groups_of(config: ModelConfig) -> tuple[str, ...]:
-    """The groups that a model has."""
-    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+def groups_of(config: ModelConfig, objective: Objective) -> tuple[str, ...]:
+    """Return the groups of a model that an objective trains."""
+    params, _ = objective.split(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return tuple(dict.fromkeys(group_of(names_of(path)) for path in paths))

@@ -1,7 +1,8 @@
 """Flat field names over a recipe and its execution: what is unknown, or of another type, is refused.
 
 A name belongs to one of ModelConfig, TrainConfig, HParams and Execution. A name with a dot reaches into a part of the
-model (`experts.count`), which is made where the base has none and all it needs is given.
+model (`experts.count`), which is made where the base has none and all it needs is given, or into the training objective
+(`objective.mask_id`); `objective` itself is one by its name.
 """
 
 import dataclasses
@@ -14,30 +15,44 @@ from model import Execution, ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
+from train import objectives
 from train.config import HParams, TrainConfig
+from train.data.manifest import Manifest, load_manifest
+from train.objectives import Objective
 from train.recipe import Recipe
 
+OBJECTIVE = "objective"
 _WARMUPS = ("warmup_steps", "warmup_fraction")
 
 
 def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = Execution()) -> tuple[Recipe, Execution]:
     """Apply each change to the part that has the field, all changes of one part at once.
 
-    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Raises InputError; but whether
-    the microbatches divide the batch is for who trains to check (`TrainConfig.check`).
+    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Another objective than the
+    recipe's gives the model the head and the ids that it needs (`Objective.fit`). Raises InputError; but whether the
+    microbatches divide the batch is for who trains to check (`TrainConfig.check`).
     """
     check_names(changes, fields())
     of_train = _typed_changes(changes, kinds(TrainConfig))
     of_hparams = _typed_changes(changes, _hparams_kinds())
     of_execution = _typed_changes(changes, kinds(Execution))
-    others = {*of_train, *of_hparams, *of_execution}
+    of_objective = {name: value for name, value in changes.items() if name.partition(".")[0] == OBJECTIVE}
+    others = {*of_train, *of_hparams, *of_execution, *of_objective}
     of_model = {name: value for name, value in changes.items() if name not in others}
     warmups = [name for name in _WARMUPS if name in of_hparams]
     if len(warmups) == 1:
         of_hparams |= {name: 0 for name in _WARMUPS if name not in warmups}
     execution = execution.replace(**of_execution)
+    model, objective = overlay_model(of_model, recipe.model), _overlay_objective(of_objective, recipe.objective)
+    if objective.NAME != recipe.objective.NAME:
+        given = {name: getattr(model, name) for name in of_model if "." not in name}
+        fitted, with_ids = objective.fit(model, _manifest(recipe))
+        model = fitted.replace(**given)
+        # A vocabulary that was given has room for the ids already.
+        objective = objective.resolved(model) if "vocab_size" in given else with_ids
     made = recipe.replace(
-        model=overlay_model(of_model, recipe.model),
+        model=model,
+        objective=objective,
         train=recipe.train.replace(**of_train) if of_train else recipe.train,
         hparams=recipe.hparams.replace(**of_hparams) if of_hparams else recipe.hparams,
         former={**recipe.former, **{name: value for name, value in of_execution.items() if name in recipe.former}},
@@ -71,13 +86,18 @@ def overlay_program(changes: Mapping[str, Any], config: ModelConfig) -> tuple[Mo
 
 def fields() -> list[str]:
     """The names of all fields that `overlay` takes."""
-    return [*kinds(ModelConfig), *kinds(TrainConfig), *HParams.DEFAULTS, *EXECUTION]
+    return [*kinds(ModelConfig), *kinds(TrainConfig), *HParams.DEFAULTS, *EXECUTION, OBJECTIVE]
 
 
 def check_names(changes: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise UnknownNameError for a name that is neither one of `known` nor of a field inside a part of the model."""
+    """Raise UnknownNameError for a name that is neither one of `known` nor of a field inside a part of the model.
+
+    Those inside the objective depend on which one it is; `overlay` checks them.
+    """
     for name in changes:
         part, dot, below = name.partition(".")
+        if part == OBJECTIVE and dot and OBJECTIVE in known:
+            continue
         if part in _parts() and dot:
             _check_field(part, _parts()[part], below)
         elif dot or name not in known:
@@ -90,6 +110,29 @@ def replace_part(name: str, kind: Any, part: Any, changes: Mapping[str, Any]) ->
         _check_field(name, kind, field)
     values = {field: typed(f"{name}.{field}", value, kinds(kind)[field]) for field, value in changes.items()}
     return kind.from_dict(values) if part is None else part.replace(**values)
+
+
+def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective:
+    """Return the objective of these changes, all of one name at its defaults but for the fields that are given."""
+    objective = base
+    if OBJECTIVE in changes:
+        named = objectives.get(str(changes[OBJECTIVE]))
+        objective = base if type(named) is type(base) else named
+    kind = type(objective)
+    values = {}
+    for name, value in changes.items():
+        _, dot, field = name.partition(".")
+        if dot:
+            _check_field(OBJECTIVE, kind, field)
+            values[field] = typed(name, value, kinds(kind)[field])
+    return objective.replace(**values) if values else objective
+
+
+def _manifest(recipe: Recipe) -> Manifest | None:
+    """Return the manifest of the first data of a recipe; None where it does not say where they lie."""
+    if recipe.folders is None:
+        return None
+    return load_manifest(recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values())))
 
 
 @functools.cache

@@ -13,17 +13,18 @@ from typing import Any, Self
 
 from model import Execution, ModelConfig
 from model.config import MOVED as MOVED_FROM_MODEL
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError
 from model.fields import FrozenDict
 from train.config import MOVED as MOVED_FROM_TRAIN
 from train.config import HParams, TrainConfig
 from train.data.manifest import load_manifest
+from train.objectives import LanguageModeling, Objective
+from train.objectives import from_dict as read_objective
 from train.plan import Plan
 from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
-OBJECTIVES = ("language-modeling",)
-LATER = {"hparams": ("data_seed",)}
+LATER = {"train_config": ("packing",), "hparams": ("data_seed", "mask_rate")}
 """Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},
@@ -71,7 +72,8 @@ class Recipe:
     data: a folder made by `isoflop data prepare`, several by the names that mixtures use (the first is validated on
     too), or their hashes alone; `folders` then says where they are. hparams.total_steps 0 becomes `steps` where the
     schedule has a horizon. steps: updates; None: the schedule's horizon, or all of the phases. start: None: fresh
-    parameters. accumulate: the execution's microbatches where their number changes more than rounding (dropout,
+    parameters. objective: the loss and its batches (a name stands for its defaults); ids of special tokens that it
+    leaves open are named, from the end of the model's vocabulary. accumulate: the execution's microbatches where their number changes more than rounding (dropout,
     experts), else 1. former: fields of the model's config that were counted into the id of a run by the version that
     made it. Raises InputError on what contradicts itself.
     """
@@ -81,7 +83,7 @@ class Recipe:
     hparams: HParams = dataclasses.field(default_factory=HParams)
     data: Any = ""
     steps: int | None = None
-    objective: str = "language-modeling"
+    objective: Objective = LanguageModeling()
     start: Branch | Weights | None = None
     accumulate: int = 1
     folders: Any = dataclasses.field(default=None, compare=False, repr=False)
@@ -89,8 +91,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
-        if self.objective not in OBJECTIVES:
-            raise UnknownNameError("objective", str(self.objective), OBJECTIVES)
+        objective: Any = self.objective
+        objective = objective if isinstance(objective, Objective) else read_objective(objective)
+        put("objective", objective.resolved(self.model))
         data = self.data
         if not (isinstance(data, (str, Path)) or (isinstance(data, Mapping) and data)):
             raise InputError(f"data={data!r} must be a folder of `isoflop data prepare`, or several by name")
@@ -157,8 +160,8 @@ class Recipe:
                 if parts[part].get(name) == _DEFAULTS[part][name]:
                     parts[part].pop(name, None)
         besides: dict[str, Any] = {"accumulate": self.accumulate} if self.accumulate != 1 else {}
-        if self.objective != OBJECTIVES[0]:
-            besides["objective"] = self.objective
+        if self.objective != LanguageModeling():
+            besides["objective"] = self.objective.to_dict()
         data = dict(self.data) if isinstance(self.data, Mapping) else self.data
         return {**parts, "data": data, **besides, **(self.start.identity if self.start else {})}
 
@@ -192,7 +195,7 @@ class Recipe:
             hparams=HParams(**values["hparams"]),
             data=values.get("data", ""),
             steps=values.get("steps"),
-            objective=values.get("objective", OBJECTIVES[0]),
+            objective=read_objective(values.get("objective", LanguageModeling.NAME)),
             start=start,
             accumulate=values.get("accumulate", 1),
             former=former or values.get("former", {}),
@@ -226,7 +229,9 @@ def _flat(recipe: Recipe, steps: bool) -> dict[str, Any]:
     identity = recipe.replace(former={}).identity
     # With the defaults that the identity leaves out, so that both sides have a value.
     defaults = {name: _DEFAULTS[part][name] for part, names in LATER.items() for name in names}
-    flat = defaults | {"accumulate": recipe.accumulate, "objective": recipe.objective}
+    flat = defaults | {"accumulate": recipe.accumulate, "objective": recipe.objective.NAME}
+    flat |= _flat_part(recipe.objective.to_dict(), "objective.")
+    identity.pop("objective", None)
     for part in ("config", "train_config", "hparams"):
         flat |= _flat_part(identity.pop(part))
     return flat | _flat_part(identity) | ({"steps": recipe.steps} if steps else {})

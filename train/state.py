@@ -11,6 +11,8 @@ from model import Execution, ModelConfig, Params, init
 from model.ambient import lenient
 from model.parameterization import names_of, role_of
 from train.config import HParams, TrainConfig
+from train.objectives.language_modeling import LanguageModeling
+from train.objectives.objective import Objective
 from train.optimizer import make_optimizer
 
 
@@ -36,18 +38,21 @@ def init_state(
     hparams: HParams,
     key: PRNGKeyArray | None = None,
     *,
+    objective: Objective = LanguageModeling(),
+    frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> TrainState:
-    """The state before the first step. key None: `jax.random.key(hparams.seed)`. Works under jit and vmap.
+    """The state before the first step: fresh parameters, of which it holds those that the objective trains.
 
-    execution: taken as `train_step` takes it; it changes no state.
+    key None: `jax.random.key(hparams.seed)`. Works under jit and vmap. frozen, execution: taken as `train_step` takes
+    them; they change no state.
     """
-    del execution
+    del frozen, execution
     key = jax.random.key(hparams.seed) if key is None else key
     init_key, step_key = jax.random.split(key)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if role_of(names_of(path)) == "vector" else leaf * hparams.init_scale,
-        init(config, init_key),
+        objective.split(init(config, init_key))[0],
     )
     return TrainState(
         step=jnp.zeros((), jnp.int32),

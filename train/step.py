@@ -10,25 +10,26 @@ from jaxtyping import Array, Bool, Float
 from model import Execution, ModelConfig, Params
 from model.ambient import lenient
 from model.errors import InputError
-from model.layout import layer_kinds
 from model.target import target
 from train.config import HParams, TrainConfig
 from train.norms import groups_of, norms_by_group, total_norm
-from train.objective import EXPERT_METRICS, Batch, count_tokens, finish, loss_and_sums
+from train.objectives.language_modeling import LanguageModeling
+from train.objectives.objective import Batch, Metrics, Objective
 from train.optimizer import clip_by_norm, make_optimizer
 from train.schedule import rate
 from train.state import TrainState
 
-Metrics = dict[str, Float[Array, ""]]
 _NORMS = ("grad_norm", "param_norm", "update_norm")
-_METRICS = ("loss", "total_loss", "loss_tokens", *_NORMS, "learning_rate", "finite", "skipped", "skipped_in_a_row")
+_METRICS = (*_NORMS, "learning_rate", "finite", "skipped", "skipped_in_a_row")
 
 
-def metric_names(config: ModelConfig, train_config: TrainConfig) -> tuple[str, ...]:
-    """What `train_step` measures."""
-    experts = EXPERT_METRICS if any(kind.experts for kind in layer_kinds(config)) else ()
-    norms = [f"{name}/{group}" for name in _NORMS for group in groups_of(config)] if train_config.norms else []
-    return (*_METRICS, *experts, *norms)
+def metric_names(
+    config: ModelConfig, train_config: TrainConfig, objective: Objective = LanguageModeling()
+) -> tuple[str, ...]:
+    """Return the names of what `train_step` measures."""
+    groups = groups_of(config, objective) if train_config.norms else ()
+    norms = [f"{name}/{group}" for name in _NORMS for group in groups]
+    return (*objective.metric_names(config), *_METRICS, *norms)
 
 
 @lenient()
@@ -39,18 +40,22 @@ def train_step(
     batch: Batch,
     hparams: HParams,
     *,
+    objective: Objective = LanguageModeling(),
+    frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> tuple[TrainState, Metrics]:
-    """One update.
+    """One update of `state.params`; the parameters `frozen` (`Objective.split`) are read alone.
 
-    metrics: loss, total_loss (nats per unmasked token), grad_norm (before clipping), param_norm (after the update),
-    update_norm (of what was subtracted), each also by group where `train_config.norms` says so, learning_rate,
-    loss_tokens, finite, skipped and skipped_in_a_row, and EXPERT_METRICS of a mixture of experts. Where the loss, the
-    gradient or the new parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters
-    and optimizer are handed back as they came.
+    metrics: those of the objective (loss and total_loss; of text in nats per unmasked token), grad_norm (before
+    clipping), param_norm (after the update), update_norm (of what was subtracted), each also by group where
+    `train_config.norms` says so, learning_rate, finite, skipped and skipped_in_a_row. Where the loss, the gradient or
+    the new parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters and
+    optimizer are handed back as they came.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
-    grads, metrics = gradients(config, train_config, state.params, batch, hparams, key, execution=execution)
+    grads, metrics = gradients(
+        config, train_config, state.params, batch, hparams, key, objective=objective, frozen=frozen, execution=execution
+    )
     grad_norms = norms_by_group(grads)
     grad_norm = total_norm(grad_norms)
     learning_rate = rate(train_config, hparams, state.step)
@@ -97,6 +102,8 @@ def gradients(
     hparams: HParams,
     key: Array | None = None,
     *,
+    objective: Objective = LanguageModeling(),
+    frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Params, Metrics]:
     """The gradient of `total_loss` over the whole batch, and its metrics, by `execution.accumulate` microbatches.
@@ -105,15 +112,16 @@ def gradients(
     InputError where it does not divide the batch.
     """
     microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution)
-    if (rows := batch["tokens"].shape[0]) % microbatches:
+    if (rows := _rows(batch)) % microbatches:
         raise InputError(f"accumulate={microbatches} does not divide the batch's {rows} rows")
-    count = count_tokens(batch)
-    loss = functools.partial(loss_and_sums, config, count=count, microbatches=microbatches, execution=execution)
+    count = objective.count(batch)
+    own_loss = functools.partial(objective.loss, config, count=count, microbatches=microbatches, execution=execution)
     # Microbatch k of n takes rows k, k + n, k + 2n, …: as evenly spread over the devices as the whole batch.
     split = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def one(part: Batch, key: Array | None) -> tuple[dict[str, Array], Params]:
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, part, hparams, key)
+        loss = lambda params: own_loss(params, frozen, part, hparams, key)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return sums, grads
 
     def one_of_many(index: int | Array, part: Batch) -> tuple[dict[str, Array], Params]:
@@ -130,7 +138,7 @@ def gradients(
         sums, grads = jax.tree.map(lambda *values: sum(values), *made)
     else:
         sums, grads = one(batch, key)
-    return grads, finish(sums)
+    return grads, objective.finish(sums)
 
 
 _WORTH_HALVING = 1024  # tokens in a batch, from which on it pays
@@ -142,18 +150,32 @@ def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution) 
     XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not wait
     for one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
     """
-    rows, tokens = batch["tokens"].shape[0], batch["tokens"].size
+    rows, tokens = _rows(batch), max(leaf.size for leaf in jax.tree.leaves(batch))
     on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
     return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_HALVING and config.experts is None else 1
 
 
 @lenient()
-def eval_step(config: ModelConfig, params: Params, batch: Batch, *, execution: Execution = Execution()) -> Metrics:
-    """{"loss", "loss_tokens"} of one batch, without dropout; no expert drops a token."""
+def eval_step(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    objective: Objective = LanguageModeling(),
+    frozen: Params | None = None,
+    execution: Execution = Execution(),
+) -> Metrics:
+    """{"loss", "loss_tokens"} of one batch, or what else the objective evaluates, without dropout.
+
+    No expert drops a token.
+    """
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    _, sums = loss_and_sums(config, params, batch, execution=execution)
-    return {"loss": sums["loss"], "loss_tokens": sums["loss_tokens"]}
+    return objective.evaluate(config, params, frozen, batch, execution=execution)
+
+
+def _rows(batch: Batch) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
 
 
 def keep_if(condition: Bool[Array, ""], new: Any, old: Any) -> Any:

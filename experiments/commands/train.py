@@ -20,6 +20,7 @@ def train(
     data: tuple[str, ...],
     out: Path,
     steps: int | None = None,
+    objective: str = "language-modeling",
     seed: int = 0,
     learning_rate: float = 3e-3,
     batch_size: int = 8,
@@ -49,6 +50,9 @@ def train(
 
     Example: isoflop train study-32 --data data/sotu --out runs/first --steps 500 --set schedule=wsd beta2=0.99
 
+    Example: isoflop train bert-base --objective masked --data data/sotu --out runs/bert --steps 500
+    --set num_layers=4 d_model=128 num_heads=4 d_ff=512 mask_rate=0.3
+
     Example: isoflop train gpt2-small --data web=data/web good=data/good --out runs/big --phases phases.json
     --mesh fsdp=8
 
@@ -59,6 +63,9 @@ def train(
         out: The run directory.
         steps: Updates to make; also the horizon of the schedule unless total_steps is set, and 20 times its warm-up
             unless warmup_steps is. With --phases: all of them.
+        objective: What is learned: language-modeling (decoders), masked (encoders such as bert-base), spans
+            (encoder-decoders such as t5-small), classification (of data with labels). The model gets the head and
+            the ids for masks or sentinels that it needs; fields are set as --set objective.mean_span=4.
         seed: Of parameters, dropout and data order.
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
@@ -112,8 +119,9 @@ def train(
         raise InputError("give --steps, or --phases")
     warmup = {} if steps is None else {"warmup_steps": max(1, steps // 20)}
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
+    named = {} if objective == "language-modeling" else {"objective": objective}
     recipe, execution = overlay(
-        read_changes(set),
+        named | read_changes(set),
         Recipe(config.replace(compute_dtype=_dtype(precision)), base, hparams, data=folders, steps=steps),
         Execution(mesh=parse_mesh(mesh) if mesh else None),
     )

@@ -11,7 +11,6 @@ from experiments.sweep.trials import expected_trials
 from model.errors import InputError
 from train.data import load_manifest
 from train.data.manifest import Manifest
-from train.loop.train import check_trainable
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 
@@ -85,7 +84,7 @@ def _check_trial(trial: Trial, vocabulary: int) -> None:
     """What `population` would refuse."""
     config = trial.recipe.model
     try:
-        check_trainable(config, trial.recipe.train)
+        trial.recipe.objective.check(config, trial.recipe.train)
         if config.vocab_size < vocabulary:
             raise InputError(f"vocab_size={config.vocab_size} is less than that of the data, {vocabulary}")
     except InputError as error:

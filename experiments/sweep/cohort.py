@@ -15,6 +15,7 @@ from model.layout import layer_kinds
 from train import HParams, TrainConfig, init_state
 from train.apart import side_by_side
 from train.loop.memory import device_memory
+from train.objectives import Objective
 
 _MOST_IN_TURN = 1  # of lanes that run one after the other each would push the others' state out of the cache
 _MOST_AT_ONCE = 64
@@ -71,12 +72,12 @@ def in_turn() -> bool:
 
 def state_bytes(trial: Trial) -> int:
     """Of one lane between steps: parameters, the optimizer's state and counters; also what its checkpoint holds."""
-    return _state_bytes(trial.recipe.model, trial.recipe.train)
+    return _state_bytes(trial.recipe.model, trial.recipe.train, trial.recipe.objective)
 
 
 @functools.lru_cache(maxsize=256)
-def _state_bytes(config: ModelConfig, train_config: TrainConfig) -> int:
-    state = jax.eval_shape(functools.partial(init_state, config, train_config), HParams())
+def _state_bytes(config: ModelConfig, train_config: TrainConfig, objective: Objective) -> int:
+    state = jax.eval_shape(functools.partial(init_state, config, train_config, objective=objective), HParams())
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -106,7 +107,7 @@ def memory_bytes(trial: Trial, lanes: int) -> int:
 def _labels(trials: list[Trial]) -> list[str]:
     """The fields in which they differ, but those that follow from others."""
     recipes = [trial.recipe for trial in trials]
-    parts = [(trial.recipe.model, trial.recipe.train, trial.execution) for trial in trials]
+    parts = [(trial.recipe.model, trial.recipe.train, trial.execution, trial.recipe.objective) for trial in trials]
     flat = [{name: value for part in own for name, value in part.to_dict().items()} for own in parts]
     plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
     names = [name for name in flat[0] if len({fields[name] for fields in plain}) > 1]

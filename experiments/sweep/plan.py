@@ -55,6 +55,7 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
 
 def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: Speed | None) -> dict[str, Any]:
     first, config, train_config = cohort.trials[0], cohort.config, cohort.train_config
+    objective = first.recipe.objective
     lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
     steps = [trial.steps for trial in cohort.trials]
     shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
@@ -74,12 +75,12 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
         "steps": [min(steps), max(steps)],
         "tokens": tokens,
         "expected_tokens": expected,
-        "flops_6nd": tokens * accounting.flops_per_token(config, train_config.seq_len, "6N"),
-        "flops_exact": tokens * accounting.flops_per_token(config, train_config.seq_len, "exact"),
+        "flops_6nd": tokens * objective.flops_per_token(config, train_config.seq_len, "6N"),
+        "flops_exact": tokens * objective.flops_per_token(config, train_config.seq_len, "exact"),
         "state_bytes": state_bytes(first),
         "checkpoint_bytes": len(cohort.trials) * state_bytes(first),
         "memory_bytes": memory_bytes(first, lanes),
-        "step_seconds": speed and speed.step_seconds(config, train_config),
+        "step_seconds": speed and speed.step_seconds(config, train_config, objective),
         "hours": speed and _hours(speed, cohort, expected, validations * sweep.evaluate_tokens, 1 + smaller),
     }
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from experiments.sweep.cohort import in_turn, lanes_for
 from experiments.sweep.trial import Trial
-from model import Execution, ModelConfig, accounting
+from model import Execution, ModelConfig
 from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
 from train.compile import compile_program
 from train.config import stack_hparams
 from train.program import Program
+from train.objectives import LanguageModeling, Objective
+from train.objectives.objective import Batch
 from train.progress import progress_bar
 
 
@@ -29,14 +31,16 @@ class Speed:
     compile_seconds: float
     measured: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def step_seconds(self, config: ModelConfig, train_config: TrainConfig) -> float:
+    def step_seconds(
+        self, config: ModelConfig, train_config: TrainConfig, objective: Objective = LanguageModeling()
+    ) -> float:
         """Predicted seconds of a step of that shape."""
-        return self.overhead_seconds + flops_of_step(config, train_config) / self.flops_per_second
+        return self.overhead_seconds + flops_of_step(config, train_config, objective) / self.flops_per_second
 
 
-def flops_of_step(config: ModelConfig, train_config: TrainConfig) -> float:
+def flops_of_step(config: ModelConfig, train_config: TrainConfig, objective: Objective) -> float:
     """Exact FLOPs of one training step of one run."""
-    return train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len, "exact")
+    return train_config.tokens_per_step * objective.flops_per_token(config, train_config.seq_len, "exact")
 
 
 def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Speed:
@@ -44,14 +48,15 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
 
     shapes: trials, and how many runs there are of each, which is how many may be side by side.
     """
-    size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train)
+    size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
     ordered = sorted(shapes, key=size)
     chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     measured = []
     with progress_bar("timing the step", len(chosen)) as advance:
         for trial, runs in chosen:
             lanes = 1 if in_turn() else lanes_for(trial, runs)
-            found = measure_step(trial.recipe.model, trial.recipe.train, lanes, seconds, trial.execution)
+            recipe = trial.recipe
+            found = measure_step(recipe.model, recipe.train, lanes, seconds, trial.execution, recipe.objective)
             measured.append(
                 {
                     "d_model": trial.recipe.model.d_model,
@@ -78,7 +83,12 @@ def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def measure_step(
-    config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float, execution: Execution = Execution()
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    seconds: float,
+    execution: Execution = Execution(),
+    objective: Objective = LanguageModeling(),
 ) -> dict[str, Any]:
     """Median time of the real training step on random tokens, measured for about `seconds` after two warm-up steps.
 
@@ -87,11 +97,11 @@ def measure_step(
     """
     axes = execution.mesh or default_axes(train_config.batch_size // execution.accumulate)
     mesh = make_mesh(axes, execution.platform)
-    program = compile_program(config, train_config, lanes, mesh, execution=execution)
-    times = _step_times(program, config, train_config, lanes, seconds)
+    program = compile_program(config, train_config, lanes, mesh, execution=execution, objective=objective)
+    times = _step_times(program, random_batch(config, train_config, objective, lanes), seconds)
     tokens = lanes * train_config.tokens_per_step
     step = statistics.median(times)
-    flops = {name: accounting.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
+    flops = {name: objective.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
     return {
         "lanes": lanes,
         "step_seconds": step,
@@ -105,13 +115,27 @@ def measure_step(
     }
 
 
-def _step_times(
-    program: Program, config: ModelConfig, train_config: TrainConfig, lanes: int, seconds: float
-) -> list[float]:
+def random_batch(config: ModelConfig, train_config: TrainConfig, objective: Objective, lanes: int) -> Batch:
+    """Return a batch [lanes, batch, …] of random tokens, one document a row, all of them predicted."""
+    random = np.random.default_rng(0)
+    batch: Batch = {}
+    spec = objective.batch_spec(config, train_config, train_config.batch_size, train_config.seq_len)
+    for name, array in spec.items():
+        shape = (lanes, *array.shape)
+        if name.endswith("tokens") or name == "targets":
+            batch[name] = random.integers(0, config.vocab_size, shape, dtype=np.int32)
+        elif name == "positions":
+            batch[name] = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        else:
+            one = np.zeros if name == "labels" else np.ones
+            batch[name] = one(shape, array.dtype)
+    return batch
+
+
+def _step_times(program: Program, batch: Batch, seconds: float) -> list[float]:
+    lanes = len(next(iter(batch.values())))
     hparams = stack_hparams([HParams(total_steps=1000, seed=seed) for seed in range(lanes)])
-    shape = (lanes, train_config.batch_size, train_config.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    batch, active = {"tokens": tokens, "targets": tokens}, np.ones(lanes, bool)
+    active = np.ones(lanes, bool)
     state = program.init(hparams)
     times: list[float] = []
     for _ in range(2):  # the first steps touch fresh memory

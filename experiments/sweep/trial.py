@@ -10,6 +10,7 @@ from typing import Any, Self
 from model import Execution
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
+from train.objectives import LanguageModeling
 from train.recipe import Recipe, former_execution
 
 
@@ -61,7 +62,7 @@ class Trial:
         config, train_config = {**recipe.model.to_dict(), **recipe.former}, recipe.train.to_dict()
         if recipe.former:
             train_config |= {"accumulate": how.accumulate, "loss_chunks": how.loss_chunks}
-        return _hash({"config": config, "train_config": train_config})[:8]
+        return _hash({"config": config, "train_config": train_config, **_of_objective(recipe)})[:8]
 
     @functools.cached_property
     def cohort(self) -> str:
@@ -69,7 +70,7 @@ class Trial:
         recipe, how = self.recipe, self.execution
         if recipe.former or how == Execution():
             return self.shape
-        static = {"config": recipe.model.to_dict(), "train_config": recipe.train.to_dict()}
+        static = {"config": recipe.model.to_dict(), "train_config": recipe.train.to_dict(), **_of_objective(recipe)}
         return _hash(static | {"execution": how.to_dict()})[:8]
 
     @functools.cached_property
@@ -127,6 +128,11 @@ class Trial:
             name,
             (parent[0], parent[1]) if parent else None,
         )
+
+
+def _of_objective(recipe: Recipe) -> dict[str, Any]:
+    """Return what the objective adds to the name of a shape; the plain one nothing, as before there were others."""
+    return {} if recipe.objective == LanguageModeling() else {"objective": recipe.objective.to_dict()}
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -5,10 +5,10 @@ from jaxtyping import Int64, UInt64
 
 _ROUNDS = 6
 _LEAST_SIDE = 5  # on a smaller grid six rounds leave the order of a few items measurably uneven
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
-_ROUND_OFFSETS = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN
+_ROUND_OFFSETS = np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN
 
 
 def permute(
@@ -23,8 +23,8 @@ def permute(
     """
     rows = max(_LEAST_SIDE, int(np.ceil(np.sqrt(size))))
     grid = np.uint64(rows), np.uint64(max(_LEAST_SIDE, -(-size // rows)))
-    start = _mix(np.array([seed], np.uint64))
-    round_keys = _mix(_mix(start + epoch.astype(np.uint64) * _GOLDEN) + _ROUND_OFFSETS)
+    start = mix(np.array([seed], np.uint64))
+    round_keys = mix(mix(start + epoch.astype(np.uint64) * GOLDEN) + _ROUND_OFFSETS)
     result = _feistel(index.astype(np.uint64), round_keys, *grid)
     while (outside := result >= size).any():
         result[outside] = _feistel(result[outside], round_keys[:, outside], *grid)
@@ -47,7 +47,7 @@ def _scatter(x: UInt64[np.ndarray, " k"]) -> UInt64[np.ndarray, " k"]:
     return x >> _32
 
 
-def _mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+def mix(x: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014); uint64 arrays wrap without a warning."""
     x = (x ^ (x >> _30)) * _FACTOR_1
     x = (x ^ (x >> _27)) * _FACTOR_2

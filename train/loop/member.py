@@ -10,7 +10,6 @@ from typing import Any
 
 from model import Execution, Params, accounting
 from train.data.folders import Data
-from train.data.mixture import PhasedLoader
 from train.hosts import agree, is_writer
 from train.loop.options import Shell
 from train.plan import Plan, Stage
@@ -41,9 +40,8 @@ class Member:
         self.plan = Plan.of(recipe.train, self.stop)
         train_config, hparams = recipe.train, recipe.hparams
         self.recipe, self.config, self.train_config, self.hparams = recipe, recipe.model, train_config, hparams
-        self.loader = PhasedLoader(
-            data.sources, self.plan, seed=hparams.order_seed, segment_documents=train_config.segment_documents
-        )
+        self.objective = recipe.objective
+        self.loader = self.objective.source(recipe.model, train_config, hparams, data.sources, self.plan)
         first = next(iter(data.sources.values())).manifest.splits
         self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}
         if isinstance(recipe.start, Branch) and not folder.exists():
@@ -150,13 +148,15 @@ class Member:
         """Append one step to the record. timing: `seconds` of this step, and what else was timed."""
         assert self.log is not None
         self.seconds += timing["seconds"]
-        known = {name: _finite(metrics[name]) for name in metric_names(self.config, self.train_config)}
-        for name in ("loss_tokens", "finite", "skipped_in_a_row"):
+        names = metric_names(self.config, self.train_config, self.objective)
+        known = {name: _finite(metrics[name]) for name in names}
+        for name in (self.objective.WEIGHT, "finite", "skipped_in_a_row"):
             del known[name]
         known["skipped"] = int(metrics["skipped"])
         known |= self._bits(known["loss"], "train", "")
         if "validation_loss" in metrics:
-            known["validation_loss"] = self.validation_loss = _finite(metrics["validation_loss"])
+            known |= {f"validation_{name}": _finite(metrics[f"validation_{name}"]) for name in self.objective.EVALUATED}
+            self.validation_loss = known["validation_loss"]
             known |= self._bits(self.validation_loss, "validation", "validation_")
         rolled_back = sum(back["to"] < step for back in self.rollbacks)
         rollbacks = {"rollbacks": rolled_back} if rolled_back else {}
@@ -171,7 +171,9 @@ class Member:
             self._losses.append(known["loss"])
 
     def _bits(self, nats: float | None, split: str, prefix: str) -> dict[str, float | None]:
-        """Perplexity, and bits per byte by the split's mean of bytes per token."""
+        """Perplexity, and bits per byte by the split's mean of bytes per token; of a likelihood of text."""
+        if not self.objective.LIKELIHOOD:
+            return {}
         if nats is None:
             return {f"{prefix}perplexity": None, f"{prefix}bits_per_byte": None}
         bits = nats / math.log(2) / self.bytes_per_token[split]
@@ -182,8 +184,8 @@ class Member:
         flops_6nd = flops_exact = 0.0
         for stage in self.plan.stages:
             tokens = min(max(step - stage.first_step, 0), stage.steps) * stage.tokens_per_step
-            flops_6nd += tokens * accounting.flops_per_token(self.config, stage.seq_len, "6N")
-            flops_exact += tokens * accounting.flops_per_token(self.config, stage.seq_len, "exact")
+            flops_6nd += tokens * self.objective.flops_per_token(self.config, stage.seq_len, "6N")
+            flops_exact += tokens * self.objective.flops_per_token(self.config, stage.seq_len, "exact")
         return {
             "tokens": self.plan.tokens(step),
             "epoch": self.loader.epoch(step),
@@ -194,7 +196,7 @@ class Member:
     def flops_of_step(self, step: int) -> float:
         """Exact FLOPs of one update, the `step`-th."""
         stage = self.plan.stage(step - 1)
-        return stage.tokens_per_step * accounting.flops_per_token(self.config, stage.seq_len, "exact")
+        return stage.tokens_per_step * self.objective.flops_per_token(self.config, stage.seq_len, "exact")
 
     def is_spike(self, loss: float) -> bool:
         """Whether a loss is out of line with those before it, by the policy of the TrainConfig."""

@@ -185,17 +185,12 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
     for other in recipes[1:]:
         if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
             raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
-    check_trainable(first.model, first.train)
+    first.objective.check(first.model, first.train)
     fresh = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if not Path(run).exists()]
     for start in dict.fromkeys(fresh):
         if isinstance(start, Weights):
             check_weights(start, first.model)
-    for name, source in opened.sources.items():
-        if source.manifest.vocab_size > first.model.vocab_size:
-            raise InputError(
-                f"the vocabulary of {name} ({source.manifest.vocab_size}) exceeds the model's "
-                f"vocab_size={first.model.vocab_size}"
-            )
+    first.objective.check_data(first.model, opened.sources)
     planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
     if first.train.spike_sigma > 0 and not planned:
         raise InputError(
@@ -227,15 +222,3 @@ def _executed(runs: Sequence[Folder]) -> dict | None:
                 del known["accumulate"]
             return known
     return None
-
-
-def check_trainable(config: ModelConfig, train_config: TrainConfig) -> None:
-    """Raise InputError on a model that a run cannot train on plain text, or not in rows of this length."""
-    if config.stack != "decoder" or config.head != "language-model":
-        raise InputError(
-            f"a run trains decoders on plain text, not stack={config.stack!r} with head={config.head!r}; "
-            "use train_step with batches of your own"
-        )
-    longest = max([train_config.seq_len, *(phase.seq_len or 0 for phase in train_config.phases)])
-    if longest > config.max_seq_len:
-        raise InputError(f"seq_len={longest} is longer than the model's context, max_seq_len={config.max_seq_len}")

@@ -22,6 +22,7 @@ from experiments.scaling.valleys.isoflop import fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model import ModelConfig, accounting
 from model.errors import InputError
+from train.objectives import LanguageModeling, Objective
 
 PARAMS = {
     "params_total": "every parameter, the embedding table once",
@@ -48,13 +49,13 @@ class Counts:
             raise InputError(f"a table of conventions needs at least one column of {', '.join(PARAMS)}")
 
 
-def count(config: ModelConfig, seq_len: int) -> dict[str, float]:
+def count(config: ModelConfig, seq_len: int, objective: Objective = LanguageModeling()) -> dict[str, float]:
     """Every column of `PARAMS`, and of `FLOPS` per training token, of one model."""
     counted = accounting.parameters(config)
     head = sum(size for name, size in counted.by_group.items() if name == "head" or name.startswith("head/"))
-    products = accounting.forward_flops_by_product(config, seq_len)
+    products = objective.forward_flops_by_product(config, seq_len)
     pairwise = sum(value for name, value in products.items() if name.endswith((" scores", " mix")))
-    exact = accounting.flops_per_token(config, seq_len)
+    exact = 3 * sum(products.values())
     return {
         "params_total": counted.total,
         "params_non_embedding": counted.non_embedding,

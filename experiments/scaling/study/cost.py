@@ -222,8 +222,9 @@ def _first_guess(design: Design, vocab_size: int) -> list[tuple[Trial, int]]:
 
 def _step_seconds(design: Design, speed: Speed) -> StepSeconds:
     shape = design.train_config(1)
-    return lambda config, rows: speed.step_seconds(config, shape.replace(batch_size=rows))
+    return lambda config, rows: speed.step_seconds(config, shape.replace(batch_size=rows), design.objective_of(config))
 
 
 def _trial(design: Design, config: ModelConfig, rows: int) -> Trial:
-    return Trial(Recipe(config, design.train_config(rows)), execution=design.execution)
+    recipe = Recipe(config, design.train_config(rows), objective=design.objective_of(config))
+    return Trial(recipe, execution=design.execution)

@@ -17,7 +17,9 @@ from model.execution import FIELDS as EXECUTION
 from model.parts import Part
 from train import TrainConfig
 from train.config import Schedule
-from train.overlay import overlay
+from train import objectives
+from train.objectives import Objective
+from train.overlay import OBJECTIVE, overlay
 from train.recipe import Recipe
 
 _SIZES = ("d_model", "params", "tokens", "flops")
@@ -242,7 +244,13 @@ class Design(Part):
         # A rung's warm-up is its own, in steps; none is none.
         own = {"warmup_fraction": 0.0} if not hparams.get("warmup_steps") else {}
         fields = self.shared_fields | own | hparams
-        return overlay(fields, Recipe(config, shape, steps=steps))[0]
+        return overlay(fields, Recipe(config, shape, steps=steps, objective=self.objective_of(config)))[0]
+
+    def objective_of(self, config: ModelConfig) -> Objective:
+        """The objective that trains a rung of this model, which `base_config` gave its ids. Raises InputError."""
+        named = objectives.get(str(self.set.get(OBJECTIVE, objectives.LanguageModeling.NAME))).resolved(config)
+        inside = {name: value for name, value in self.set.items() if name.startswith(f"{OBJECTIVE}.")}
+        return overlay(inside, Recipe(config, objective=named))[0].objective
 
     @property
     def execution(self) -> Execution:

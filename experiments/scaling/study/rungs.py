@@ -203,7 +203,8 @@ def _lay_out(
     for index, budget in enumerate(design.budgets):
         for width in _widths(design, base, budget):
             if width not in counts:
-                counts[width] = count(design.family.member(base, width), design.seq_len)
+                member = design.family.member(base, width)
+                counts[width] = count(member, design.seq_len, design.objective_of(member))
             rungs.append(_rung(design, base, index, width, counts[width], tokens_per_epoch))
     if design.branches:
         rungs = _branched(design, rungs)
@@ -329,4 +330,4 @@ def _batch_size(design: Design, sizes: dict[str, float]) -> int:
 def _check_fields(design: Design, base: ModelConfig) -> None:
     """What is wrong for every rung is said before any is laid out."""
     design.family.member(base, design.family.step(base))
-    overlay(design.shared_fields, Recipe(base, design.train_config(1)))
+    overlay(design.shared_fields, Recipe(base, design.train_config(1), objective=design.objective_of(base)))

@@ -1,0 +1,47 @@
+"""The ways to train, by name: language modelling, masked language modelling, span corruption, classification.
+
+A new one is one file and one line here; see docs/add-an-objective.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.errors import InputError, UnknownNameError
+from train.objectives.classification import Classification
+from train.objectives.language_modeling import LanguageModeling
+from train.objectives.masked import MaskedLanguageModeling
+from train.objectives.objective import Objective
+from train.objectives.spans import SpanCorruption
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.NAME: objective for objective in (LanguageModeling, MaskedLanguageModeling, SpanCorruption, Classification)
+}
+
+
+def get(name: str) -> Objective:
+    """Return the objective of a name, with its defaults. Raises UnknownNameError."""
+    if name not in OBJECTIVES:
+        raise UnknownNameError("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]()
+
+
+def from_dict(values: str | Mapping[str, Any]) -> Objective:
+    """Read `Objective.to_dict`'s output, or a name alone. Raises InputError."""
+    if isinstance(values, str):
+        return get(values)
+    fields = {name: value for name, value in values.items() if name != "name"}
+    if "name" not in values:
+        raise InputError(f"objective={dict(values)!r} has no name; give one of {', '.join(OBJECTIVES)}")
+    return type(get(values["name"])).from_dict(fields)
+
+
+__all__ = [
+    "OBJECTIVES",
+    "Classification",
+    "LanguageModeling",
+    "MaskedLanguageModeling",
+    "Objective",
+    "SpanCorruption",
+    "from_dict",
+    "get",
+]

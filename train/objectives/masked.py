@@ -1,0 +1,103 @@
+"""Masked language modelling (BERT, Devlin et al. 2019, section 3.1): predict chosen tokens from both sides."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import jax
+import numpy as np
+
+from model import InputError, ModelConfig
+from train.config import HParams, TrainConfig
+from train.data.manifest import Manifest
+from train.data.noise import Noise
+from train.data.shards import TokenShards
+from train.objectives.objective import Batch, BatchSpec, special_ids
+from train.objectives.tokens import TokenObjective
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLanguageModeling(TokenObjective):
+    """Choose each token with probability `HParams.mask_rate`; show a mask, a random token or the token itself.
+
+    mask_id: what stands for a masked token; None: the last id of the model's vocabulary. masked, random: shares of the
+    chosen tokens; the rest is shown as it is. evaluation_rate: the mask rate of validation, the same for all runs, so
+    that runs of other mask rates are compared on the same positions. The tokens at which documents end are never
+    chosen.
+    """
+
+    NAME: ClassVar[str] = "masked"
+    POSITIVE = ("evaluation_rate",)
+
+    mask_id: int | None = None
+    masked: float = 0.8
+    random: float = 0.1
+    evaluation_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masked + self.random > 1 + 1e-9:
+            raise InputError(f"masked={self.masked} and random={self.random} are shares and must sum to at most 1")
+        if self.evaluation_rate > 1:
+            raise InputError(f"evaluation_rate={self.evaluation_rate} must be at most 1")
+
+    def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
+        """Return an encoder with BERT's head and, unless mask_id is given, one more id for the mask."""
+        del manifest
+        if config.stack == "encoder" and config.head != "masked-language-model":
+            config = config.replace(head="masked-language-model", head_bias=True, pooler=False)
+        if self.mask_id is not None:
+            return config, self
+        return config.replace(vocab_size=config.vocab_size + 1), self.replace(mask_id=config.vocab_size)
+
+    def resolved(self, config: ModelConfig) -> Self:
+        """Return the objective with the mask's id named."""
+        return self.replace(mask_id=self._mask_id(config))
+
+    def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
+        """Raise InputError on a model without BERT's head, a mask_id outside its vocabulary, or a short context."""
+        if config.head != "masked-language-model":
+            raise InputError(
+                f"objective='masked' trains encoders with head='masked-language-model', not stack={config.stack!r} "
+                f"with head={config.head!r}; take a bert preset, or set stack=encoder head=masked-language-model"
+            )
+        if self.mask_id is not None and not 0 <= self.mask_id < config.vocab_size:
+            raise InputError(f"mask_id={self.mask_id} lies outside the vocabulary of {config.vocab_size}")
+        super().check(config, train_config)
+
+    def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
+        """Raise InputError where the mask's id is a piece of the data's text."""
+        super().check_data(config, sources)
+        for source in sources.values():
+            special_ids(source.manifest, [self._mask_id(config)], source.folder, "the mask")
+
+    def batch_spec(
+        self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
+    ) -> BatchSpec:
+        """Return those of text with a loss mask; padding, which only validation has, is told by segment ids."""
+        spec = super().batch_spec(config, train_config, batch_size, seq_len, evaluation=evaluation)
+        more = {"loss_mask": np.float32} | ({"segment_ids": np.int32} if evaluation else {})
+        return spec | {name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for name, dtype in more.items()}
+
+    def corrupt(
+        self, config: ModelConfig, batch: Batch, noise: Noise, manifest: Manifest, hparams: HParams | None
+    ) -> Batch:
+        """Return corrupted tokens, the original ones as targets, and a loss mask of the chosen ones.
+
+        Of two rates the higher one chooses all that the lower one does.
+        """
+        tokens = batch["tokens"]
+        rate = self.evaluation_rate if hparams is None else float(hparams.mask_rate)
+        real = batch["loss_mask"] > 0 if "loss_mask" in batch else np.ones(tokens.shape, bool)
+        chosen = (noise.uniform(0) < rate) & real & (tokens != manifest.eos_id)
+        kind = noise.uniform(1)
+        random = (noise.uniform(2) * manifest.vocab_size).astype(np.int32)
+        shown = np.where(kind < self.masked, np.int32(self._mask_id(config)), random)
+        corrupted = np.where(chosen & (kind < self.masked + self.random), shown, tokens)
+        made = {**batch, "tokens": corrupted, "targets": tokens, "loss_mask": chosen.astype(np.float32)}
+        if hparams is None and "segment_ids" not in batch:
+            made["segment_ids"] = real.astype(np.int32)
+        return made
+
+    def _mask_id(self, config: ModelConfig) -> int:
+        return config.vocab_size - 1 if self.mask_id is None else self.mask_id
