@@ -14,6 +14,7 @@ def prepare(
     vocab_size: int = 1024,
     validation_fraction: float = 0.05,
     text_field: str = "text",
+    label_field: str | None = None,
     tokenizer: Path | None = None,
     json: JsonFile = None,
 ) -> None:
@@ -30,6 +31,8 @@ def prepare(
         vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
         validation_fraction: Share of documents held out; a document's content alone decides its side.
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
+        label_field: The field or column that holds each document's label, to train a classifier: a string, a boolean
+            or a whole number; every distinct value is a class. Rows without one are skipped and counted.
         tokenizer: Use this sentencepiece model (a .model file or its folder) instead of training one.
         json: Also write the result as JSON to this file.
     """
@@ -42,6 +45,7 @@ def prepare(
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         text_field=text_field,
+        label_field=label_field,
         tokenizer=tokenizer,
     )
     content = manifest.to_json()
@@ -56,6 +60,11 @@ def prepare(
         f" {manifest.files_skipped:,} binary files;"
         f" {manifest.bytes_replaced:,} bytes that are no UTF-8 were replaced"
     )
+    if manifest.labels:
+        print(
+            f"  labels: {len(manifest.labels):,} classes; {manifest.unlabelled_skipped:,} documents without a label"
+            f" were skipped; {manifest.conflicting_labels:,} of the duplicates had another label than the first"
+        )
     write_document(json, {"folder": str(out), "manifest": content})
 
 
@@ -77,6 +86,7 @@ def inspect(
         json: Also write the result as JSON to this file.
     """
     import numpy as np
+    from rich.text import Text
 
     from experiments.commands.options import console, new_table, say, write_document
     from model.errors import InputError
@@ -103,7 +113,9 @@ def inspect(
     content = shards.manifest.to_json()
     out = console()
     out.print(f"{folder} (checksums verified)", highlight=False, markup=False, soft_wrap=True, style="bold")
-    for name in ("source", "hash", "vocab_size", "eos_id", "duplicates_dropped", "empty_skipped", "bytes_replaced"):
+    names = ["source", "hash", "vocab_size", "eos_id", "duplicates_dropped", "empty_skipped", "bytes_replaced"]
+    names += ["unlabelled_skipped", "conflicting_labels"] if shards.manifest.labels else []
+    for name in names:
         out.print(f"{name}: {content[name]}", highlight=False, markup=False, soft_wrap=True)
     columns = ("split", "documents", "bytes", "tokens", "bytes per token", "shards")
     splits = new_table(*columns)
@@ -111,6 +123,12 @@ def inspect(
         numbers = (part.documents, part.bytes, part.tokens)
         splits.add_row(name, *(f"{n:,}" for n in numbers), f"{part.bytes_per_token:.3f}", str(len(part.shards)))
     out.print(splits)
+    if shards.manifest.labels:
+        files = shards.manifest.label_files
+        classes = new_table("class", *files)
+        for label in shards.manifest.labels:
+            classes.add_row(Text(repr(label)), *(f"{file.counts[label]:,}" for file in files.values()))
+        out.print(classes)
     for row in decoded:
         out.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
     write_document(json, {"folder": str(folder), "split": split, "manifest": content, "rows": decoded})

@@ -140,6 +140,8 @@ def test_hub(monkeypatch):
     assert asked == [("owner/name", "train"), ("owner/name", "config", "validation")]
     with pytest.raises(InputError, match="no field 'body'"):
         texts(open_source("hf:owner/name", text_field="body"))
+    with pytest.raises(InputError, match="no field 'kind'; present are 'text'"):
+        texts(open_source("hf:owner/name", label_field="kind"))
     with pytest.raises(InputError, match="no data set id"):
         open_source("hf:")
 

@@ -1,5 +1,6 @@
 """The data floor: from raw text to batches, as NumPy arrays."""
 
+from train.data.labelled import LabelledDocuments, labelled_validation
 from train.data.loader import Loader, batches_in_order, validation_batches
 from train.data.manifest import load_manifest
 from train.data.mixture import PhasedLoader
@@ -13,5 +14,7 @@ __all__ = [
     "PhasedLoader",
     "batches_in_order",
     "validation_batches",
+    "LabelledDocuments",
+    "labelled_validation",
     "open_source",
 ]

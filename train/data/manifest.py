@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,21 @@ class Split:
 
 
 @dataclass(frozen=True)
+class LabelFile:
+    """One split's class indices, a document each in the order of the shards; `counts`: documents by class."""
+
+    name: str
+    sha256: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """What `prepare` wrote. `source_hash` is over the hashes of the documents in reading order."""
+    """What `prepare` wrote. `source_hash` is over the hashes of the documents, and of their labels, in reading order.
+
+    labels: the names of the classes, empty where documents have none; label_files: by split. `conflicting_labels` is
+    how many of the dropped duplicates had another label than the document that stayed.
+    """
 
     source: str
     source_hash: str
@@ -58,23 +71,35 @@ class Manifest:
     bytes_replaced: int
     arguments: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
+    unlabelled_skipped: int = 0
+    conflicting_labels: int = 0
+    labels: tuple[str, ...] = ()
+    label_files: dict[str, LabelFile] = field(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
-        """Names what a model is trained on: tokens and tokenizer, not the paths they came from or lie at."""
-        content = {
+        """Names what a model is trained on: tokens, labels and tokenizer, not the paths they came from or lie at."""
+        content: dict[str, Any] = {
             "schema_version": self.schema_version,
             "tokenizer_hash": self.tokenizer_hash,
             "vocab_size": self.vocab_size,
             "eos_id": self.eos_id,
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
+        if self.labels:
+            content["labels"] = self.labels
+            content["label_files"] = {name: asdict(file) for name, file in self.label_files.items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def dtype(self) -> np.dtype:
         """The integer type of the shards."""
         return token_dtype(self.vocab_size)
+
+    @property
+    def label_dtype(self) -> np.dtype:
+        """The integer type of the class indices."""
+        return token_dtype(len(self.labels))
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`, derived numbers included."""
@@ -85,7 +110,7 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """The smallest of uint16 and uint32 that holds every id below vocab_size."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -96,7 +121,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `manifest.json`: its schema, its own hash, the tokenizer and the size of every shard."""
+    """Read and check `manifest.json`: its schema, its own hash, the tokenizer, the size of all shards and labels."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -117,13 +142,13 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def verify_checksums(manifest: Manifest, folder: Path) -> None:
-    """Compare every shard's SHA-256 with the manifest's; `InputError` names the first that differs."""
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            if file_sha256(folder / shard.name) != shard.sha256:
-                raise InputError(
-                    f"{folder / shard.name} is damaged: its SHA-256 is not the manifest's; prepare the data again"
-                )
+    """Compare the SHA-256 of all shards and labels with the manifest's; `InputError` names the first that differs."""
+    files: list[Shard | LabelFile] = [shard for split in manifest.splits.values() for shard in split.shards]
+    for file in [*files, *manifest.label_files.values()]:
+        if file_sha256(folder / file.name) != file.sha256:
+            raise InputError(
+                f"{folder / file.name} is damaged: its SHA-256 is not the manifest's; prepare the data again"
+            )
 
 
 def _parse(content: Any, path: Path) -> Manifest:
@@ -134,8 +159,12 @@ def _parse(content: Any, path: Path) -> Manifest:
             " prepare the data again"
         )
     try:
-        fields = {name: content[name] for name in Manifest.__dataclass_fields__}
-        fields["splits"] = {
+        values = {
+            part.name: content[part.name]
+            for part in fields(Manifest)
+            if part.name in content or (part.default is MISSING and part.default_factory is MISSING)
+        }
+        values["splits"] = {
             name: Split(
                 documents=split["documents"],
                 bytes=split["bytes"],
@@ -144,8 +173,11 @@ def _parse(content: Any, path: Path) -> Manifest:
             )
             for name, split in content["splits"].items()
         }
-        manifest = Manifest(**fields)
+        values["labels"] = tuple(content.get("labels", ()))
+        values["label_files"] = {name: LabelFile(**file) for name, file in content.get("label_files", {}).items()}
+        manifest = Manifest(**values)
         intact = manifest.hash == content["hash"] and set(manifest.splits) == set(SPLITS)
+        intact = intact and set(manifest.label_files) == set(SPLITS if manifest.labels else ())
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged (missing or wrong: {error}); prepare the data again") from error
     if not intact:
@@ -159,17 +191,22 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
         raise InputError(f"{tokenizer} is missing; prepare the data again")
     if file_sha256(tokenizer) != manifest.tokenizer_hash:
         raise InputError(f"{tokenizer} is not the tokenizer that made the shards beside it; prepare the data again")
-    for split in manifest.splits.values():
+    for name, split in manifest.splits.items():
         for shard in split.shards:
-            path = folder / shard.name
-            if not path.is_file():
-                raise InputError(f"{path} is missing; prepare the data again")
-            try:
-                array = np.load(path, mmap_mode="r")
-            except (ValueError, OSError, EOFError) as error:
-                raise InputError(f"{path} is damaged or cut short ({error}); prepare the data again") from error
-            if array.shape != (shard.tokens,) or array.dtype != manifest.dtype:
-                raise InputError(
-                    f"{path} holds {array.dtype} {array.shape} where the manifest says {manifest.dtype}"
-                    f" ({shard.tokens},); prepare the data again"
-                )
+            _check_array(folder / shard.name, manifest.dtype, shard.tokens)
+        if manifest.labels:
+            _check_array(folder / manifest.label_files[name].name, manifest.label_dtype, split.documents)
+
+
+def _check_array(path: Path, dtype: np.dtype, length: int) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; prepare the data again")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}); prepare the data again") from error
+    if array.shape != (length,) or array.dtype != dtype:
+        raise InputError(
+            f"{path} holds {array.dtype} {array.shape} where the manifest says {dtype} ({length},);"
+            " prepare the data again"
+        )

