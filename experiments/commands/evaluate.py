@@ -1,10 +1,15 @@
 """`isoflop eval`: the loss of a trained model."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import JsonFile, Overrides
+
+if TYPE_CHECKING:
+    from model import ModelConfig
+    from train.objectives import Objective
 
 
 def evaluate(
@@ -15,6 +20,8 @@ def evaluate(
     seq_len: int | None = None,
     evaluate_tokens: int | None = None,
     batch_size: int = 8,
+    objective: str | None = None,
+    set: Overrides = (),
     json: JsonFile = None,
 ) -> None:
     """Loss, perplexity and bits per byte on a data folder's validation split.
@@ -22,14 +29,21 @@ def evaluate(
     Example: isoflop eval runs/first --data data/sotu
 
     A model with another tokenizer than the data's reads the same text, encoded with its own: compare bits per byte.
+    A run that was trained with another objective is evaluated by that one, beside a model that knows the frequencies
+    of the targets alone.
+
+    Example: isoflop eval exported/bert --data data/sotu --objective masked --set objective.mask_id=1024 --seq-len 128
 
     Args:
         model: A run directory, a Hugging Face folder or a GGUF file.
         data: A folder made by `isoflop data prepare`.
         tokenizer: The model's tokenizer, where none stands beside it.
-        seq_len: Tokens per row; the model's context by default.
+        seq_len: Tokens per row; by default the model's context, or of a run with another objective its own.
         evaluate_tokens: Use only the first so many tokens of the split.
         batch_size: Rows per step.
+        objective: What the model is evaluated by: language-modeling, masked, spans, classification; by default what a
+            run was trained by.
+        set: Fields of the objective, such as objective.evaluation_rate=0.3.
         json: Also write the numbers to this file.
     """
     from experiments.commands.options import say, write_document
@@ -38,6 +52,22 @@ def evaluate(
     from model.store import open_model
 
     opened = open_model(model, tokenizer or (data if (model / "run.json").is_file() else None))
+    chosen, trained_len = _objective(model, opened.config, objective, set)
+    if chosen.NAME != "language-modeling":
+        from experiments.evaluate.objective import evaluate_objective
+
+        values = evaluate_objective(
+            opened.config,
+            opened.params,
+            chosen,
+            data,
+            batch_size=batch_size,
+            seq_len=seq_len or trained_len,
+            max_tokens=evaluate_tokens,
+        )
+        write_document(json, values)
+        print(_in_words(values, chosen))
+        return
     values = measure(
         opened.config,
         opened.params,
@@ -55,4 +85,37 @@ def evaluate(
         f"loss {values['loss']:.4f} nats per token, perplexity {values['perplexity']:.2f}, "
         f"{values['bits_per_byte']:.4f} bits per byte over {values['tokens']:,} tokens "
         f"({values['bytes']:,} bytes) in rows of {values['seq_len']:,}"
+    )
+
+
+def _objective(
+    model: Path, config: "ModelConfig", name: str | None, changes: tuple[str, ...]
+) -> "tuple[Objective, int | None]":
+    """(The objective that is given, or a run's own, and the length of the run's rows)."""
+    from experiments.inputs import read_changes
+    from model.errors import InputError
+    from train import Recipe, objectives
+    from train.overlay import OBJECTIVE, overlay
+    from train.run import read_record, recipe_of
+
+    base, seq_len = objectives.LanguageModeling(), None
+    if (model / "run.json").is_file():
+        recipe = recipe_of(read_record(model))
+        base, seq_len = recipe.objective, recipe.train.seq_len
+    if name is not None and name != base.NAME:
+        base = objectives.get(name)
+    inside = read_changes(changes)
+    for field in inside:
+        if not field.startswith(f"{OBJECTIVE}."):
+            raise InputError(f"--set {field}: only fields of the objective can be set, such as objective.mask_id=103")
+    return overlay(inside, Recipe(config, objective=base))[0].objective, seq_len
+
+
+def _in_words(values: dict[str, Any], objective: "Objective") -> str:
+    means = ", ".join(f"{name} {values[name]:.4f}{' nats' * (name == 'loss')}" for name in objective.EVALUATED)
+    unigram = f"; a unigram model: {values['unigram_loss']:.4f}" if "unigram_loss" in values else ""
+    counted = objective.WEIGHT.removeprefix("loss_")
+    return (
+        f"{objective.NAME}: {means} over {values[objective.WEIGHT]:,} predicted {counted} in rows of "
+        f"{values['seq_len']:,}{unigram}"
     )

@@ -121,7 +121,8 @@ class Classification(Objective):
         count = self.count(batch) if count is None else count
         nats = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), labels[:, None], axis=-1)[:, 0]
         right = (jnp.argmax(out.logits, axis=-1) == labels).astype(jnp.float32)
-        loss, accuracy = (jnp.sum(values * mask) / count for values in (nats, right))
+        # Rows of padding have no token at all, so that what is computed of them may be no number.
+        loss, accuracy = (jnp.sum(jnp.where(mask > 0, values * mask, 0)) / count for values in (nats, right))
         total = loss
         if out.auxiliary and hparams is not None:
             balance = hparams.balance_loss * out.auxiliary["balance_loss"]
