@@ -23,7 +23,7 @@ from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
 OBJECTIVES = ("language-modeling",)
-LATER = {"hparams": ("data_seed",)}
+LATER = {"train_config": ("packing",), "hparams": ("data_seed",)}
 """Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},

@@ -11,6 +11,7 @@ from typing import Any
 from model import Execution, Params, accounting
 from train.data.folders import Data
 from train.data.mixture import PhasedLoader
+from train.data.rows import rows_of
 from train.hosts import agree, is_writer
 from train.loop.options import Shell
 from train.plan import Plan, Stage
@@ -41,9 +42,8 @@ class Member:
         self.plan = Plan.of(recipe.train, self.stop)
         train_config, hparams = recipe.train, recipe.hparams
         self.recipe, self.config, self.train_config, self.hparams = recipe, recipe.model, train_config, hparams
-        self.loader = PhasedLoader(
-            data.sources, self.plan, seed=hparams.order_seed, segment_documents=train_config.segment_documents
-        )
+        rows = rows_of(train_config)
+        self.loader = PhasedLoader(data.sources, self.plan, seed=hparams.order_seed, rows=rows)
         first = next(iter(data.sources.values())).manifest.splits
         self.bytes_per_token = {name: split.bytes_per_token for name, split in first.items()}
         if isinstance(recipe.start, Branch) and not folder.exists():
