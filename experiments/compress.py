@@ -23,7 +23,7 @@ from model import ModelConfig, Params, apply
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import bytes_of
-from train.data.loader import Batch
+from train.data.rows import Batch
 from train.data.shards import TokenShards
 from train.files import file_sha256
 from train.progress import progress_bar

@@ -101,9 +101,7 @@ def flops_per_token(
     return (3 if training else 1) * forward
 
 
-def forward_flops_by_product(
-    config: ModelConfig, seq_len: int, source_len: int | None = None
-) -> dict[str, float]:
+def forward_flops_by_product(config: ModelConfig, seq_len: int, source_len: int | None = None) -> dict[str, float]:
     """Exact forward FLOPs per token in a row of `seq_len`, by product, over all layers.
 
     source_len: tokens that an encoder-decoder's encoder reads for the row (None: seq_len), whose products are counted

@@ -61,7 +61,7 @@ def compile_program(
         batch_size=train_config.batch_size,
         seq_len=train_config.seq_len,
         optimizer=train_config.optimizer,
-        segment_documents=train_config.segment_documents,
+        segment_documents=train_config.tells_documents_apart,
     )
     rest = _compile_rest(config, shapes, lanes, mesh, execution.replace(accumulate=1, loss_chunks=1))
     return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
@@ -171,6 +171,6 @@ def _state(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mes
 def batch_spec(train_config: TrainConfig) -> dict[str, Any]:
     """What a batch of text holds, each [batch, seq], and its dtype."""
     spec: dict[str, Any] = {"tokens": np.int32, "targets": np.int32}
-    if train_config.segment_documents:
+    if train_config.tells_documents_apart:
         spec |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.float32}
     return spec

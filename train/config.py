@@ -15,6 +15,7 @@ from train.phases import Phase
 
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
+Packing = Literal["contiguous", "best-fit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,10 @@ class TrainConfig:
     """The static half: shapes and the choice of program.
 
     batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. schedule: see
-    `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether packed documents
-    attend only to themselves. norms: whether the metrics hold the norms of every group of parameters.
+    `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether documents in a row
+    attend only to themselves. packing: how rows are filled: "contiguous": with windows cut from the documents in a
+    line; "best-fit": with whole documents (`train/data/packing.py`), which then attend only to themselves. norms:
+    whether the metrics hold the norms of every group of parameters.
     max_skipped: consecutive steps that are not finite after which a run is diverged. spike_sigma: a loss more than so
     many standard deviations above the mean of the last `spike_window` losses rolls the run back, at most
     `max_rollbacks` times; 0: never.
@@ -36,6 +39,7 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     dropout: bool = False
     segment_documents: bool = False
+    packing: Packing = "contiguous"
     norms: bool = True
     max_skipped: int = 10
     spike_sigma: float = 0.0
@@ -48,7 +52,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name, choices in (("schedule", get_args(Schedule)), ("optimizer", get_args(Optimizer))):
+        kinds = {"schedule": Schedule, "optimizer": Optimizer, "packing": Packing}
+        for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)
         if isinstance(self.spike_sigma, bool) or not 0 <= self.spike_sigma < math.inf:
@@ -74,6 +79,11 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         """Tokens in one batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def tells_documents_apart(self) -> bool:
+        """Whether batches have segment_ids, positions and a loss_mask, so that documents attend only to themselves."""
+        return self.segment_documents or self.packing == "best-fit"
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -205,9 +215,7 @@ def stack_hparams(hparams: list[HParams]) -> HParams:
 _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(HParams.NAMES, (0, np.inf, "at least 0")),
     **dict.fromkeys(("beta1", "beta2", "dropout_rate"), (0, 1, "in [0, 1)")),
-    **dict.fromkeys(
-        ("warmup_fraction", "decay_fraction", "final_fraction", "mask_rate"), (0, 1 + 1e-9, "in [0, 1]")
-    ),
+    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction", "mask_rate"), (0, 1 + 1e-9, "in [0, 1]")),
     **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "seed"), (0, 2**31, "at least 0")),
     "data_seed": (-1, 2**31, "at least 0, or -1"),
 }

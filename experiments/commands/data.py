@@ -73,6 +73,7 @@ def inspect(
     *,
     split: str = "train",
     rows: int = 3,
+    packing: int | None = None,
     json: JsonFile = None,
 ) -> None:
     """Show what a data folder holds, verify its checksums, and decode a few stretches of it.
@@ -83,8 +84,11 @@ def inspect(
         folder: A folder made by `isoflop data prepare`.
         split: Whose tokens to decode: train or validation.
         rows: How many stretches of 64 tokens, evenly spread over the split.
+        packing: Also say how well whole documents fill rows of so many tokens (training's packing=best-fit).
         json: Also write the result as JSON to this file.
     """
+    import dataclasses
+
     import numpy as np
     from rich.text import Text
 
@@ -92,10 +96,13 @@ def inspect(
     from model.errors import InputError
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
+    from train.data.rows import PackedDocuments
     from train.data.shards import TokenShards
 
     if rows < 0:
         raise InputError(f"rows={rows} must not be negative")
+    if packing is not None and packing < 1:
+        raise InputError(f"packing={packing} must be at least 1")
     shards = TokenShards(folder, split)
     verify_checksums(shards.manifest, folder)
     tokenizer = load_tokenizer(folder)
@@ -129,6 +136,12 @@ def inspect(
         for label in shards.manifest.labels:
             classes.add_row(Text(repr(label)), *(f"{file.counts[label]:,}" for file in files.values()))
         out.print(classes)
+    document = {"folder": str(folder), "split": split, "manifest": content, "rows": decoded}
+    if packing is not None:
+        packed = {name: PackedDocuments(TokenShards(folder, name), packing).statistics for name in content["splits"]}
+        for name, statistics in packed.items():
+            out.print(f"packing of {name}: {statistics.describe()}", markup=False, highlight=False, soft_wrap=True)
+        document["packing"] = {name: dataclasses.asdict(statistics) for name, statistics in packed.items()}
     for row in decoded:
         out.print(f"{split}, token {row['start']:,}: {row['text']!r}", markup=False, highlight=False)
-    write_document(json, {"folder": str(folder), "split": split, "manifest": content, "rows": decoded})
+    write_document(json, document)

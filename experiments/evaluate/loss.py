@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import eval_step
 from train.data import batches_in_order, load_manifest, validation_batches
-from train.data.loader import Batch
+from train.data.rows import Batch
 from train.data.shards import TokenShards
 from train.files import file_sha256
 from train.progress import progress_bar

@@ -16,9 +16,9 @@ from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
 from train.compile import compile_program
 from train.config import stack_hparams
-from train.program import Program
 from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import Batch
+from train.program import Program
 from train.progress import progress_bar
 
 

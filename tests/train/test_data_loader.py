@@ -5,8 +5,8 @@ import pytest
 
 from model.errors import InputError
 from train.data import Loader, prepare, validation_batches
-from train.data.loader import segments
 from train.data.permutation import permute
+from train.data.rows import segments
 from train.data.shards import TokenShards
 
 
@@ -90,16 +90,16 @@ def test_batch_is_a_pure_function_of_seed_and_step(data):
 def test_every_token_is_predicted_once_per_epoch(data, batch_size, seq_len):
     loader = Loader(data, batch_size=batch_size, seq_len=seq_len, seed=0)
     stream = all_tokens(data, "train")
-    assert loader.windows_per_epoch == (len(stream) - 1) // seq_len
-    assert loader.tokens_per_epoch == loader.windows_per_epoch * seq_len
+    assert loader.rows_per_epoch == (len(stream) - 1) // seq_len
+    assert loader.tokens_per_epoch == loader.rows_per_epoch * seq_len
     expected = stream[1 : 1 + loader.tokens_per_epoch].reshape(-1, seq_len)
-    steps = range(-(-2 * loader.windows_per_epoch // batch_size))
+    steps = range(-(-2 * loader.rows_per_epoch // batch_size))
     targets = np.concatenate([loader.batch(step)["targets"] for step in steps])
     first, second = targets[: len(expected)], targets[len(expected) : 2 * len(expected)]
     assert sorted(map(bytes, first)) == sorted(map(bytes, expected)) == sorted(map(bytes, second))
     assert not np.array_equal(first, second), "two epochs in the same order"
     assert loader.epoch(0) == 0
-    assert loader.epoch(loader.windows_per_epoch) == batch_size
+    assert loader.epoch(loader.rows_per_epoch) == batch_size
 
 
 def test_targets_are_the_next_tokens(data):

@@ -275,4 +275,14 @@ def test_commands(corpus, tmp_path, capsys):
         command.inspect(out, json=tmp_path / "prepare.json" / "below-a-file.json")
     with pytest.raises(InputError, match="rows=-1"):
         command.inspect(out, rows=-1)
+    with pytest.raises(InputError, match="packing=0"):
+        command.inspect(out, packing=0)
+    command.inspect(out, packing=16, json=tmp_path / "inspect.json")
+    shown = " ".join(capsys.readouterr().out.split())
+    packing = json.loads((tmp_path / "inspect.json").read_text())["packing"]
+    for split, numbers in packing.items():
+        assert numbers["documents"] == load_manifest(out).splits[split].documents
+        assert numbers["tokens"] == load_manifest(out).splits[split].tokens
+        assert f"packing of {split}: {numbers['documents']:,} documents" in shown
+    assert list(packing) == ["train", "validation"]
     assert {path.name for path in tmp_path.iterdir()} == {"out", "prepare.json", "inspect.json"}

@@ -10,6 +10,7 @@ from model.errors import InputError
 from train import TrainConfig
 from train.data import Loader, PhasedLoader
 from train.data.mixture import LONGEST_BLOCK, Mixture
+from train.data.rows import rows_of
 from train.data.shards import TokenShards
 from train.phases import Phase
 from train.plan import Plan
@@ -106,11 +107,10 @@ def test_weights_too_small_to_count_are_refused():
 @pytest.mark.parametrize("segment_documents", [False, True])
 def test_one_source_and_one_stage_is_the_plain_loader(data, segment_documents):
     shards = TokenShards(data)
-    train_config = TrainConfig(batch_size=8, seq_len=32)
-    options = {"seed": 11, "segment_documents": segment_documents}
-    plain = Loader(shards, batch_size=8, seq_len=32, **options)
+    train_config = TrainConfig(batch_size=8, seq_len=32, segment_documents=segment_documents)
+    plain = Loader(shards, batch_size=8, seq_len=32, seed=11, segment_documents=segment_documents)
     for train in (train_config, train_config.replace(phases=(Phase("all", 10**6, mixture=(("text", 3.0),)),))):
-        phased = PhasedLoader({"text": shards}, Plan.of(train, 1000), **options)
+        phased = PhasedLoader({"text": shards}, Plan.of(train, 1000), seed=11, rows=rows_of(train))
         for step in (0, 1, 7, 500, 5000):
             assert same(plain.batch(step), phased.batch(step))
             assert plain.epoch(step) == phased.epoch(step)
@@ -174,10 +174,11 @@ def test_the_books_count_what_was_drawn():
 
 
 def test_hosts_load_their_rows_only():
+    segmented = rows_of(TRAIN.replace(segment_documents=True))
     for step in (0, 40, 120, 180):
-        whole = loader(segment_documents=True).batch(step)
+        whole = loader(rows=segmented).batch(step)
         size = len(whole["tokens"])
-        parts = [loader(segment_documents=True).batch(step, slice(start, start + 1)) for start in range(size)]
+        parts = [loader(rows=segmented).batch(step, slice(start, start + 1)) for start in range(size)]
         assert same({name: np.concatenate([part[name] for part in parts]) for name in whole}, whole)
 
 

@@ -51,6 +51,7 @@ def test_ids_stay_as_they_were_given():
     [
         {"model": PLAIN.model.replace(num_layers=1)},
         {"train": TrainConfig(seq_len=64)},
+        {"train": TrainConfig(packing="best-fit")},
         {"hparams": HParams(seed=1)},
         {"data": "1" * 64},
         {"data": {"web": "0" * 64, "good": "1" * 64}},

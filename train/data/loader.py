@@ -3,21 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 
 from model.errors import InputError
-from train.data.permutation import permute
+from train.data.rows import Batch, Windows, draw, segments
 from train.data.shards import TokenShards
-
-Batch = dict[str, np.ndarray]
 
 
 class Loader:
-    """Training batches: every window of `seq_len` predictions once per epoch, in an order from the seed.
+    """Training batches: each of the `Windows` of `seq_len` predictions once per epoch, in an order from the seed.
 
-    Windows start at multiples of `seq_len`, so each token but the first is predicted once per epoch; the
-    `(tokens - 1) % seq_len` tokens at the end, too few for a window, are left out. A batch may straddle
-    two epochs. `data` is a prepared folder (its train split) or opened `TokenShards`.
+    A batch may straddle two epochs. `data` is a prepared folder (its train split) or opened `TokenShards`.
     """
 
     def __init__(
@@ -32,46 +28,20 @@ class Loader:
         check_seed(seed)
         self.shards = open_split(data, "train", batch_size, seq_len)
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.segment_documents = segment_documents
-        self.windows_per_epoch = windows_per_epoch(self.shards, seq_len)
-        self.tokens_per_epoch = self.windows_per_epoch * seq_len
+        self.rows = Windows(self.shards, seq_len, segment_documents)
+        self.rows_per_epoch = len(self.rows)
+        self.tokens_per_epoch = self.rows_per_epoch * seq_len
 
     def batch(self, step: int) -> Batch:
-        """`tokens` and `targets` int32 [batch, seq].
-
-        With `segment_documents` also `segment_ids` (1, 2, … within the row), `positions` (restarting per
-        segment) and `loss_mask`, which leaves out the guess of the next document's first token.
-        """
+        """The batch of update number `step`, from 0; keys and shapes as of `Rows.take`."""
         if step < 0:
             raise InputError(f"step={step} must not be negative")
-        rows = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        windows = draw(self.shards, rows, self.seq_len, self.seed)
-        return as_batch(windows, self.shards.eos_id if self.segment_documents else None)
+        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        return draw(self.rows, index, self.seed)
 
     def epoch(self, step: int) -> float:
         """Epochs completed when the step begins."""
-        return step * self.batch_size / self.windows_per_epoch
-
-
-def draw(
-    shards: TokenShards, rows: Int64[np.ndarray, " rows"], seq_len: int, seed: int
-) -> Int32[np.ndarray, "rows window"]:
-    """The windows of seq_len + 1 tokens that stand at these places of the endless order: all of them once per epoch."""
-    size = windows_per_epoch(shards, seq_len)
-    epoch, place = np.divmod(rows, size)
-    return shards.windows(permute(place, size, seed, epoch) * seq_len, seq_len + 1)
-
-
-def windows_per_epoch(shards: TokenShards, seq_len: int) -> int:
-    """Windows of `seq_len` predictions that there are."""
-    return (len(shards) - 1) // seq_len
-
-
-def as_batch(windows: Int32[np.ndarray, "batch window"], eos_id: int | None) -> Batch:
-    """`tokens` and `targets`, and with the end token also what `segments` makes of them."""
-    tokens, targets = (np.ascontiguousarray(part) for part in (windows[:, :-1], windows[:, 1:]))
-    batch = {"tokens": tokens, "targets": targets}
-    return batch if eos_id is None else batch | segments(tokens, eos_id)
+        return step * self.batch_size / self.rows_per_epoch
 
 
 def validation_batches(
@@ -117,19 +87,6 @@ def batches_in_order(
     else:
         tokens = np.concatenate([np.full_like(targets[..., :1], first), targets[..., :-1]], axis=-1)
     return [{"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]} for i in range(shape[0])]
-
-
-def segments(tokens: Int32[np.ndarray, "batch seq"], eos_id: int) -> Batch:
-    """`segment_ids`, `positions` and `loss_mask` of rows; a new segment begins after each end token."""
-    ends = tokens == eos_id
-    starts = np.zeros_like(ends)
-    starts[:, 1:] = ends[:, :-1]
-    place = np.arange(tokens.shape[1], dtype=np.int32)
-    return {
-        "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) + np.int32(1),
-        "positions": place - np.maximum.accumulate(np.where(starts, place, np.int32(0)), axis=1),
-        "loss_mask": (~ends).astype(np.float32),
-    }
 
 
 def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]) -> np.ndarray:

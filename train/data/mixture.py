@@ -1,19 +1,22 @@
 """Batches of a run in phases, drawn from several sources by weight: pure arithmetic, so that a resume costs nothing."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Int64
 
 from model.errors import InputError, UnknownNameError
-from train.data.loader import Batch, as_batch, check_seed, draw, open_split, windows_per_epoch
+from train.data.loader import check_seed, open_split
+from train.data.noise import Noise
 from train.data.permutation import permute
+from train.data.rows import Batch, PackedDocuments, Rows, RowsOf, Windows, draw
 from train.data.shards import TokenShards
 from train.plan import Plan, Stage
 
 LONGEST_BLOCK = 1000
 _SHORTEST_BLOCK = 100  # the permutation of a few rows costs more than that of a hundred
+_NOISE = 2**31  # beyond the numbers of a stream's sources
 _EXACT = 1e-4  # a shorter block will do where its shares are that near to the weights
 
 
@@ -58,15 +61,25 @@ class PhasedLoader:
 
     sources: opened training splits by name, all of one tokenizer. Stages of one mixture and one seq_len are one
     stream of rows, which goes on where it stopped; another mixture or seq_len is a stream with orders of its own. Of a
-    source every window is drawn once per epoch of each stream, as `Loader` does, which is the case of one source and
+    source every row is drawn once per epoch of each stream, as `Loader` does, which is the case of one source and
     one stage.
+    rows: (source, seq_len) → the rows that it is read in. transform: what is made of the rows of a batch, with random
+    numbers of their own for each of their tokens; None: they are the batch.
     """
 
-    def __init__(self, sources: Mapping[str, TokenShards], plan: Plan, *, seed: int, segment_documents: bool = False):
+    def __init__(
+        self,
+        sources: Mapping[str, TokenShards],
+        plan: Plan,
+        *,
+        seed: int,
+        rows: RowsOf = Windows,
+        transform: Callable[[Batch, Noise], Batch] | None = None,
+    ):
         check_seed(seed)
         if not sources:
             raise InputError("a run needs at least one source of data")
-        self.sources, self.plan, self.seed = dict(sources), plan, seed
+        self.sources, self.plan, self.seed, self._transform = dict(sources), plan, seed, transform
         self._first = next(iter(self.sources))
         for name, shards in self.sources.items():
             if shards.manifest.tokenizer_hash != self.sources[self._first].manifest.tokenizer_hash:
@@ -74,23 +87,26 @@ class PhasedLoader:
                     f"the sources {self._first!r} and {name!r} were prepared with different tokenizers; "
                     "prepare both with one"
                 )
-        self._eos_id = self.sources[self._first].eos_id if segment_documents else None
+        self._rows: dict[tuple[str, int], Rows] = {}
         self._mixtures: list[Mixture] = []
         numbers: dict[tuple[tuple[tuple[str, float], ...], int], int] = {}
-        self._stream_of, self._first_row, rows = [], [], []
+        self._stream_of, self._first_row, drawn = [], [], []
         for stage in plan.stages:
             mixture = stage.mixture or ((self._first, 1.0),)
             number = numbers.setdefault((mixture, stage.seq_len), len(numbers))
             if number == len(self._mixtures):
                 self._check(stage, mixture)
+                for name, _ in mixture:
+                    if (name, stage.seq_len) not in self._rows:
+                        self._rows[name, stage.seq_len] = rows(self.sources[name], stage.seq_len)
                 self._mixtures.append(Mixture(dict(mixture), _fold(self.seed, number, 0)))
-                rows.append(0)
+                drawn.append(0)
             self._stream_of.append(number)
-            self._first_row.append(rows[number])
-            rows[number] += stage.steps * stage.batch_size
+            self._first_row.append(drawn[number])
+            drawn[number] += stage.steps * stage.batch_size
 
     def batch(self, step: int, rows: slice | None = None, *, skipped_rows: int = 0) -> Batch:
-        """The batch of update number `step`, from 0; keys and shapes as of `Loader.batch`.
+        """The batch of update number `step`, from 0; keys and shapes as of `Rows.take`.
 
         rows: only these of the batch, as one host of several loads. skipped_rows: of the stream, passed over before
         this batch, as after a spike in the loss; shapes, mixture and rate stay those of the step.
@@ -99,35 +115,48 @@ class PhasedLoader:
         number = self._stream_of[stage.index]
         first = self._first_row[stage.index] + (step - stage.first_step) * stage.batch_size + skipped_rows
         index = np.arange(first, first + stage.batch_size, dtype=np.int64)[rows or slice(None)]
-        windows = np.empty((len(index), stage.seq_len + 1), np.int32)
+        drawn = self._draw(number, stage.seq_len, index)
+        if self._transform is None:
+            return drawn
+        return self._transform(drawn, Noise.of_rows(_fold(self.seed, number, _NOISE), index, stage.seq_len))
+
+    def _draw(self, number: int, seq_len: int, index: Int64[np.ndarray, " rows"]) -> Batch:
+        """The rows of a stream with these numbers, each from its source."""
         mixture = self._mixtures[number]
         sources, own_rows = mixture.split(index)
+        batch: Batch = {}
         for source in np.unique(sources).tolist():
             here = sources == source
-            seed = self._seed(number, source)
-            windows[here] = draw(self.sources[mixture.names[source]], own_rows[here], stage.seq_len, seed)
-        return as_batch(windows, self._eos_id)
+            rows = self._rows[mixture.names[source], seq_len]
+            for name, values in draw(rows, own_rows[here], self._seed(number, source)).items():
+                batch.setdefault(name, np.empty((len(index), *values.shape[1:]), values.dtype))[here] = values
+        return batch
 
     def epoch(self, step: int) -> float:
-        """Windows of the first source drawn before the step, over the windows that there are."""
-        shards = self.sources[self._first]
-        drawn = self._windows_drawn(step)
-        return sum(windows.get(self._first, 0) / windows_per_epoch(shards, seq_len) for seq_len, windows in drawn)
+        """Rows of the first source drawn before the step, over the rows that there are."""
+        drawn = self._rows_drawn(step)
+        shares = (rows[self._first] / len(self._rows[self._first, seq]) for seq, rows in drawn if self._first in rows)
+        return sum(shares, 0.0)
 
     def sources_drawn(self, step: int) -> dict[str, int]:
-        """Tokens of each source in the batches before the step."""
-        drawn = self._windows_drawn(step)
-        return {name: sum(seq_len * windows.get(name, 0) for seq_len, windows in drawn) for name in self.sources}
+        """Tokens of each source in the batches before the step, unfilled slots of their rows included."""
+        drawn = self._rows_drawn(step)
+        return {name: sum(seq_len * rows.get(name, 0) for seq_len, rows in drawn) for name in self.sources}
 
-    def _windows_drawn(self, step: int) -> list[tuple[int, dict[str, int]]]:
-        """(seq_len, windows drawn of each source before the step) of each stream."""
+    def describe_packing(self) -> list[str]:
+        """Say of each source in rows of each length how well its documents fill them; nothing of windows."""
+        packed = [(name, rows) for (name, _), rows in self._rows.items() if isinstance(rows, PackedDocuments)]
+        return [f"packing of {name}: {rows.statistics.describe()}" for name, rows in packed]
+
+    def _rows_drawn(self, step: int) -> list[tuple[int, dict[str, int]]]:
+        """(seq_len, rows drawn of each source before the step) of each stream."""
         now = self.plan.stage(step)
-        rows: dict[int, tuple[int, int]] = {}
+        streams: dict[int, tuple[int, int]] = {}
         for stage in self.plan.stages[: now.index + 1]:
             steps = step - stage.first_step if stage is now else stage.steps
             seen = self._first_row[stage.index] + steps * stage.batch_size
-            rows[self._stream_of[stage.index]] = stage.seq_len, seen
-        return [(seq_len, self._mixtures[number].drawn(seen)) for number, (seq_len, seen) in rows.items()]
+            streams[self._stream_of[stage.index]] = stage.seq_len, seen
+        return [(seq_len, self._mixtures[number].drawn(seen)) for number, (seq_len, seen) in streams.items()]
 
     def _check(self, stage: Stage, mixture: tuple[tuple[str, float], ...]) -> None:
         for name, _ in mixture:

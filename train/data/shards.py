@@ -1,6 +1,7 @@
 """Token shards: plain .npy files of ids, each document followed by the end token, read by memory map."""
 
 import bisect
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -101,16 +102,35 @@ class TokenShards:
         """The `length` tokens from each start on, across shard borders; `InputError` past either end."""
         result = np.empty((len(starts), length), np.int32)
         for row, start in zip(result, starts.tolist(), strict=True):
-            if start < 0 or start + length > len(self):
-                raise InputError(
-                    f"tokens {start} to {start + length} were asked of {self.folder},"
-                    f" whose {self.split} split has {len(self)}"
-                )
-            filled, shard = 0, bisect.bisect_right(self._starts, start) - 1
-            while filled < length:
-                offset = start + filled - self._starts[shard]
-                part = self._arrays[shard][offset : offset + length - filled]
-                row[filled : filled + len(part)] = part
-                filled += len(part)
-                shard += 1
+            self._read(start, row)
         return result
+
+    def spans(self, starts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " total"]:
+        """The tokens of spans of several lengths, one after the other; `InputError` past either end."""
+        ends = np.cumsum(lengths).tolist()
+        result = np.empty(ends[-1] if ends else 0, np.int32)
+        for start, begin, end in zip(starts.tolist(), [0, *ends[:-1]], ends, strict=True):
+            self._read(start, result[begin:end])
+        return result
+
+    def stretches(self, length: int) -> Iterator[Integer[np.ndarray, " n"]]:
+        """All tokens in order, at most `length` at a time, as they lie in the files."""
+        for array in self._arrays:
+            for start in range(0, len(array), length):
+                yield array[start : start + length]
+
+    def _read(self, start: int, out: Int32[np.ndarray, " length"]) -> None:
+        """Fill `out` with the tokens from `start` on."""
+        length = len(out)
+        if start < 0 or start + length > len(self):
+            raise InputError(
+                f"tokens {start} to {start + length} were asked of {self.folder},"
+                f" whose {self.split} split has {len(self)}"
+            )
+        filled, shard = 0, bisect.bisect_right(self._starts, start) - 1
+        while filled < length:
+            offset = start + filled - self._starts[shard]
+            part = self._arrays[shard][offset : offset + length - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1

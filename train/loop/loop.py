@@ -65,6 +65,9 @@ class Loop:
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
         self.compile_seconds = 0.0
+        if shell.announce and is_writer():
+            for line in members[0].loader.describe_packing():
+                say(line)
         self._compile(self._earliest(members))
         self.hparams = self._stack_hparams()
         self.validation = validation_batches(
@@ -72,7 +75,7 @@ class Loop:
             batch_size=train_config.batch_size,
             seq_len=train_config.seq_len,
             max_tokens=shell.evaluate_tokens,
-            segment_documents=train_config.segment_documents,
+            segment_documents=train_config.tells_documents_apart,
         )
         self.feed = Feed(mesh, members, batch_spec(train_config))
         self.agreement = Agreement(mesh)

@@ -14,7 +14,8 @@ from train.objectives.objective import Objective
 from train.objectives.spans import SpanCorruption
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.NAME: objective for objective in (LanguageModeling, MaskedLanguageModeling, SpanCorruption, Classification)
+    objective.NAME: objective
+    for objective in (LanguageModeling, MaskedLanguageModeling, SpanCorruption, Classification)
 }
 
 

@@ -22,9 +22,7 @@ from train.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
-    """Cross-entropy of one label per document, whose front is read where it is longer than a row.
-
-    """
+    """Cross-entropy of one label per document, whose front is read where it is longer than a row."""
 
     NAME: ClassVar[str] = "classification"
     WEIGHT: ClassVar[str] = "loss_rows"

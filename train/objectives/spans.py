@@ -202,7 +202,9 @@ def _within_documents(
     return inside, starts & inside
 
 
-def _count_within(marks: Bool[np.ndarray, "rows seq"], first: Bool[np.ndarray, "rows seq"]) -> Int[np.ndarray, "rows seq"]:
+def _count_within(
+    marks: Bool[np.ndarray, "rows seq"], first: Bool[np.ndarray, "rows seq"]
+) -> Int[np.ndarray, "rows seq"]:
     """Return how many marks there were up to each place since the last `first`, int32."""
     so_far = np.cumsum(marks, axis=1, dtype=np.int32)
     before = so_far - marks

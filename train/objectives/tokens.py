@@ -18,7 +18,7 @@ from train.data.loader import validation_batches
 from train.data.manifest import Manifest
 from train.data.mixture import PhasedLoader
 from train.data.noise import Noise
-from train.data.rows import PackedDocuments, Rows, Windows
+from train.data.rows import rows_of
 from train.data.shards import TokenShards
 from train.objectives.objective import Batch, BatchSpec, Metrics, Objective, merge
 from train.plan import Plan
@@ -70,14 +70,8 @@ class TokenObjective(Objective):
     ) -> PhasedLoader:
         """Return rows in an order from the seed, each document or window once per epoch."""
         manifest = next(iter(sources.values())).manifest
-
-        def rows(shards: TokenShards, seq_len: int) -> Rows:
-            if train_config.packing == "best-fit":
-                return PackedDocuments(shards, seq_len)
-            return Windows(shards, seq_len, train_config.segment_documents)
-
         corrupt = functools.partial(self.corrupt, config, manifest=manifest, hparams=hparams)
-        return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=rows, transform=corrupt)
+        return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=rows_of(train_config), transform=corrupt)
 
     def validation(
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None

@@ -15,9 +15,8 @@ from model import Execution, ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
-from train import TrainConfig
+from train import TrainConfig, objectives
 from train.config import Schedule
-from train import objectives
 from train.objectives import Objective
 from train.overlay import OBJECTIVE, overlay
 from train.recipe import Recipe
