@@ -134,7 +134,7 @@ def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int, source_len:
     layer = matrices.layer_matrices(config, kind)
     for part in ("attention", "cross_attention") if kind.cross else ("attention",):
         name = part.replace("_", "-")
-        keys, products = seq_len, [_product(matrix) for matrix in layer if matrix.part == part]
+        keys, products = seq_len, [float(_product(matrix)) for matrix in layer if matrix.part == part]
         if part == "cross_attention":  # keys and values are made of the source's tokens
             keys = source_len
             products[1:3] = [once * source_len / seq_len for once in products[1:3]]

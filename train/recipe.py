@@ -73,9 +73,9 @@ class Recipe:
     too), or their hashes alone; `folders` then says where they are. hparams.total_steps 0 becomes `steps` where the
     schedule has a horizon. steps: updates; None: the schedule's horizon, or all of the phases. start: None: fresh
     parameters. objective: the loss and its batches (a name stands for its defaults); ids of special tokens that it
-    leaves open are named, from the end of the model's vocabulary. accumulate: the execution's microbatches where their number changes more than rounding (dropout,
-    experts), else 1. former: fields of the model's config that were counted into the id of a run by the version that
-    made it. Raises InputError on what contradicts itself.
+    leaves open are named, from the end of the model's vocabulary. accumulate: the execution's microbatches where their
+    number changes more than rounding (dropout, experts), else 1. former: fields of the model's config that were counted
+    into the id of a run by the version that made it. Raises InputError on what contradicts itself.
     """
 
     model: ModelConfig

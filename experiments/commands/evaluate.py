@@ -98,7 +98,8 @@ def _objective(
     from train.overlay import OBJECTIVE, overlay
     from train.run import read_record, recipe_of
 
-    base, seq_len = objectives.LanguageModeling(), None
+    base: Objective = objectives.LanguageModeling()
+    seq_len = None
     if (model / "run.json").is_file():
         recipe = recipe_of(read_record(model))
         base, seq_len = recipe.objective, recipe.train.seq_len

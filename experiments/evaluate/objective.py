@@ -67,7 +67,7 @@ def _unigram_loss(
         if loader.epoch(number) >= 1:
             break
         counts += _counts(loader.batch(number), config.vocab_size)
-    predicted = sum(_counts(batch, config.vocab_size) for batch in batches)
+    predicted = np.sum([_counts(batch, config.vocab_size) for batch in batches], axis=0)
     return float(-(predicted * np.log(counts / counts.sum())).sum() / predicted.sum())
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from train.objective import loss_and_sums
 
 from model import Execution, Experts, InputError, ModelConfig, init
 from train import HParams, TrainConfig
 from train.loop.memory import Memory
-from train.objective import loss_and_sums
 from train.step import eval_step, gradients
 
 DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=4, d_ff=24, max_seq_len=16)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from train.objective import finish, loss_and_sums
 
 from model import ModelConfig, apply, init
 from train import HParams, TrainConfig, eval_step, init_state, train_step
-from train.objective import finish, loss_and_sums
 from train.optimizer import decay_mask
 from train.step import metric_names
 

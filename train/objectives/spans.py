@@ -56,7 +56,7 @@ class SpanCorruption(TokenObjective):
         return self.replace(first_sentinel=self._first(config))
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on another model than an encoder-decoder, or rows that need more sentinels than there are."""
+        """Raise InputError on a model without two stacks, or on rows that need more sentinels than there are."""
         if config.stack != "encoder-decoder" or config.head != "language-model":
             raise InputError(
                 f"objective='spans' trains encoder-decoders with a language-model head, not stack={config.stack!r} "
