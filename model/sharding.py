@@ -173,6 +173,23 @@ def batch_sharding(mesh: Mesh | AbstractMesh, lanes: bool = False) -> NamedShard
     return NamedSharding(mesh, _spec([RULES[name] for name in names]))
 
 
+def batch_shardings(mesh: Mesh | AbstractMesh, batch: Any, lanes: bool = False) -> Any:
+    """Return a sharding for every array of a batch, [batch], [batch, seq], …; lanes: with an axis of lanes before.
+
+    A sequence that its axis does not divide is not split.
+    """
+    names = ("lanes",) * lanes + ("batch", "sequence")
+
+    def of(leaf: Any) -> NamedSharding:
+        rules = [RULES[name] for name in names[: len(leaf.shape)]]
+        if len(rules) == len(names):
+            parts = math.prod(mesh.shape.get(axis, 1) for axis in rules[-1])
+            rules[-1] = rules[-1] if leaf.shape[len(names) - 1] % parts == 0 else ()
+        return NamedSharding(mesh, _spec(rules))
+
+    return jax.tree.map(of, batch)
+
+
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int) -> None:
     """Raise InputError unless the mesh divides a batch evenly."""
     for field, length, name in (("batch_size", batch_size, "batch"), ("seq_len", seq_len, "sequence")):

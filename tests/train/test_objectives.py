@@ -1,0 +1,198 @@
+"""The laws of training hold for every objective: add one to `objective_cases.py` and they are run for it."""
+
+import functools
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from model import Execution, InputError, init
+from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
+from train.data import prepare
+from train.lanes.build import compiled_programs
+from train.objectives import OBJECTIVES, from_dict, get
+from train.objectives.objective import merge
+from train.run.metrics import read_metrics
+from train.step import gradients
+
+SCRIPT = Path(__file__).with_name("objective_cases.py")
+_MODULE = runpy.run_path(str(SCRIPT))
+CASES, HPARAMS, batch_of = _MODULE["CASES"], _MODULE["HPARAMS"], _MODULE["batch_of"]
+STEPS = 5
+QUIET = Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1)
+each = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Short documents whose class is the word that they hold."""
+    folder = tmp_path_factory.mktemp("labelled")
+    random = np.random.default_rng(0)
+    words = ["river", "mountain", "harbour"]
+    with (folder / "reviews.jsonl").open("w") as file:
+        for number in range(120):
+            word = words[number % 3]
+            text = " ".join(random.choice(["the", "old", word, "by", "night"], 2 + number % 23)) + f" {word} {number}"
+            file.write(json.dumps({"text": text, "label": word}) + "\n")
+    prepare(folder / "reviews.jsonl", folder / "data", vocab_size=320, validation_fraction=0.2, label_field="label")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def recipe_of_case(data, labelled):
+    """name → the recipe of a short run."""
+
+    def make(name):
+        case = CASES[name]
+        place = labelled if name == "classification" else data
+        return Recipe(case.config, case.train, HPARAMS, data=place, steps=STEPS, objective=case.objective)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(recipe_of_case, tmp_path_factory):
+    """name → a run without an interruption."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp("whole") / name
+        train(recipe_of_case(name), run=folder, shell=QUIET)
+        return folder
+
+    return run
+
+
+def params_of(case):
+    return jax.device_get(init(case.config, jax.random.key(3)))
+
+
+def test_every_objective_has_a_case():
+    assert {case.objective.NAME for case in CASES.values()} == set(OBJECTIVES)
+
+
+@each
+def test_resumed_is_uninterrupted(name, recipe_of_case, whole, crash, record, tmp_path):
+    with crash(3):
+        train(recipe_of_case(name), run=tmp_path / "run", shell=QUIET)
+    train(recipe_of_case(name), run=tmp_path / "run", shell=QUIET)
+    assert record(tmp_path / "run") == record(whole(name))
+    lines = read_metrics(whole(name))
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    assert {f"validation_{metric}" for metric in CASES[name].objective.EVALUATED} <= lines[-1].keys()
+    assert ("perplexity" in lines[-1]) == CASES[name].objective.LIKELIHOOD
+
+
+@pytest.mark.long
+@each
+def test_killed_is_uninterrupted(name, recipe_of_case, whole, record, tmp_path):
+    """A process that is killed at a random moment, and the same command again."""
+    program = (
+        "import json, sys; from train import Recipe, Shell, train\n"
+        "recipe = Recipe.from_dict(json.loads(sys.argv[1])).replace(folders=sys.argv[2])\n"
+        "train(recipe, run=sys.argv[3], shell=Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1))"
+    )
+    recipe, run = recipe_of_case(name), tmp_path / "run"
+    command = [sys.executable, "-c", program, json.dumps(recipe.to_dict()), recipe.folders, str(run)]
+    process = subprocess.Popen(command, env=os.environ)
+    while not (run / "checkpoints" / "1").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert subprocess.run(command, env=os.environ).returncode == 0
+    assert record(run) == record(whole(name))
+
+
+@each
+def test_lane_is_the_solo_run_of_one_program(name, recipe_of_case, whole, record, tmp_path):
+    whole(name)
+    recipe, before = recipe_of_case(name), compiled_programs()
+    other = recipe.replace(hparams=HPARAMS.replace(learning_rate=3e-3, mask_rate=0.1, seed=7))
+    runs = [tmp_path / "one", tmp_path / "other"]
+    population([recipe, other], runs=runs, shell=QUIET)
+    assert record(runs[0]) == record(whole(name))
+    train(other, run=tmp_path / "alone", shell=QUIET)
+    assert record(runs[1]) == record(tmp_path / "alone") != record(runs[0])
+    assert compiled_programs() == before
+
+
+@each
+def test_microbatches_add_up_with_uneven_masks(name):
+    case = CASES[name]
+    grads = {}
+    for parts in (1, 4):
+        compute = functools.partial(
+            gradients, case.config, case.train, objective=case.objective, execution=Execution(accumulate=parts)
+        )
+        grads[parts] = jax.device_get(jax.jit(compute)(params_of(case), batch_of(case), HPARAMS))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), *grads.values())
+    assert grads[1][1].keys() == {*case.objective.metric_names(case.config)}
+
+
+@each
+def test_frozen_parameters_are_read_alone(name):
+    """One step trains the chosen leaves as a step of all would, and no other."""
+    case = CASES[name]
+    objective = case.objective.replace(trainable=case.trainable)
+    params, batch = params_of(case), batch_of(case)
+    trainable, frozen = objective.split(params)
+    assert frozen and jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
+    before = jax.tree.map(np.copy, frozen)
+    state = init_state(case.config, case.train, HPARAMS, objective=objective).replace(params=trainable)
+    step = jax.jit(functools.partial(train_step, case.config, case.train, objective=objective))
+    new, metrics = step(state, batch, HPARAMS.replace(clip_norm=0.0), frozen=frozen)
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    assert jax.tree.structure(new.params) == jax.tree.structure(trainable)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new.params, trainable)
+    assert min(jax.tree.leaves(moved)) > 0
+    everything = jax.jit(functools.partial(gradients, case.config, case.train, objective=case.objective))
+    grads, all_metrics = everything(params, batch, HPARAMS)
+    own = jax.tree.map(lambda grad: np.square(grad).sum(), objective.split(grads)[0])
+    np.testing.assert_allclose(metrics["loss"], all_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(own))), rtol=1e-4)
+    loss = eval_step(case.config, trainable, batch, objective=objective, frozen=frozen)["loss"]
+    np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-5)
+
+
+def test_eight_devices_are_one(on_eight_devices):
+    found = on_eight_devices(SCRIPT, 2, "data=1", "data=2,fsdp=4", "data=2,sequence=2,tensor=2")
+    for name, losses in found.items():
+        for mesh in losses:
+            np.testing.assert_allclose(losses[mesh], losses["data=1"], rtol=2e-5, err_msg=f"{name} on {mesh}")
+
+
+@each
+def test_a_recipe_names_its_objective(name, recipe_of_case):
+    recipe = recipe_of_case(name)
+    again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe and again.run_id == recipe.run_id
+    assert from_dict(recipe.objective.to_dict()) == recipe.objective
+    other = recipe.replace(objective=recipe.objective.replace(trainable=("head",)))
+    assert other.run_id != recipe.run_id
+    with pytest.raises(InputError, match="did you mean|known|one of"):
+        get("maskd")
+
+
+def test_mask_rates_are_lanes_and_validated_alike(recipe_of_case, whole):
+    """The masks of validation are the same for every rate, seed and batch."""
+    recipe = recipe_of_case("masked")
+    batches = lambda rows: CASES["masked"].objective.validation(
+        recipe.model, TrainConfig(batch_size=rows, seq_len=32), recipe.folders, 256
+    )
+    flat = lambda rows, key: np.concatenate([batch[key].ravel() for batch in batches(rows)])[:256]
+    for key in ("tokens", "targets", "loss_mask"):
+        np.testing.assert_array_equal(flat(8, key), flat(2, key))
+    chosen = flat(8, "loss_mask").astype(bool)
+    assert 0.08 < chosen.mean() < 0.25
+    assert (flat(8, "tokens") == flat(8, "targets"))[~chosen].all()
+    shown = flat(8, "tokens")[chosen]
+    assert 0.6 < (shown == CASES["masked"].objective.mask_id).mean() <= 1
