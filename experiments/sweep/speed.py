@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.sweep.cohort import in_turn, lanes_for
+from experiments.sweep.cohort import lanes_for
 from experiments.sweep.trial import Trial
 from model import Execution, ModelConfig, accounting
 from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
-from train.compile import compile_program
 from train.config import stack_hparams
-from train.program import Program
+from train.lanes.build import compile_program, prefers_vmap
+from train.lanes.program import Program
 from train.progress import progress_bar
 
 
@@ -42,7 +42,7 @@ def flops_of_step(config: ModelConfig, train_config: TrainConfig) -> float:
 def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Speed:
     """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others lie between.
 
-    shapes: trials, and how many runs there are of each, which is how many may be side by side.
+    shapes: trials, and how many runs there are of each, which is how many may share a program.
     """
     size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train)
     ordered = sorted(shapes, key=size)
@@ -50,7 +50,7 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
     measured = []
     with progress_bar("timing the step", len(chosen)) as advance:
         for trial, runs in chosen:
-            lanes = 1 if in_turn() else lanes_for(trial, runs)
+            lanes = lanes_for(trial, runs) if prefers_vmap() else 1
             found = measure_step(trial.recipe.model, trial.recipe.train, lanes, seconds, trial.execution)
             measured.append(
                 {
@@ -111,7 +111,8 @@ def _step_times(
     hparams = stack_hparams([HParams(total_steps=1000, seed=seed) for seed in range(lanes)])
     shape = (lanes, train_config.batch_size, train_config.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
-    batch, active = {"tokens": tokens, "targets": tokens}, np.ones(lanes, bool)
+    hparams, batch = program.place(hparams), program.place({"tokens": tokens, "targets": tokens})
+    active = np.ones(lanes, bool)
     state = program.init(hparams)
     times: list[float] = []
     for _ in range(2):  # the first steps touch fresh memory
