@@ -31,10 +31,10 @@ from model.ambient import pinned
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.checksums import read_sealed, write_sealed
-from train.compile import compiled_programs
 from train.data import prepare as prepare_data
 from train.data.sources import NAMED
 from train.files import write_json
+from train.lanes.build import compiled_programs
 from train.run import describe_device, load_run, versions
 
 SCHEMA_VERSION = 2

@@ -19,8 +19,8 @@ from model import ModelConfig, Params, accounting
 from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, TrainConfig
-from train.compile import compile_program
 from train.config import stack_hparams
+from train.lanes.build import compile_program
 
 Turn = Callable[[int], tuple[float, list[float]]]
 """Make so many steps on fresh random tokens: (seconds of all together, the loss of each)."""

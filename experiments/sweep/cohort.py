@@ -1,4 +1,4 @@
-"""Cohorts: the trials of one static shape, and how many of them fit side by side."""
+"""Cohorts: the trials of one static shape, and how many of them fit into one program."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.layout import layer_kinds
 from train import HParams, TrainConfig, init_state
-from train.apart import side_by_side
+from train.lanes.build import prefers_vmap
 from train.loop.memory import device_memory
 from train.objectives import Objective
 
-_MOST_IN_TURN = 1  # of lanes that run one after the other each would push the others' state out of the cache
-_MOST_AT_ONCE = 64
+_MOST_SEQUENTIAL = 1  # of several lanes each would push the others' state out of the cache
+_MOST_VMAPPED = 64
 _USABLE = 0.5  # of a device's memory: the prediction is a rough one, and others may want some
 
 
@@ -53,21 +53,16 @@ def group(trials: Iterable[Trial]) -> list[Cohort]:
 def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | None = None) -> int:
     """How many lanes `count` trials of one static shape are trained in, the last batch about as full as the others.
 
-    At most `limit` (None: one where lanes run in turn), and what the memory of a device (bytes; None: this one's) is
-    predicted to hold; at least one.
+    At most `limit` (None: one where lanes run sequentially), and what the memory of a device (bytes; None: this one's)
+    is predicted to hold; at least one.
     """
     memory = device_memory() if memory is None else memory
-    most = _MOST_IN_TURN if in_turn() else _MOST_AT_ONCE
+    most = _MOST_VMAPPED if prefers_vmap() else _MOST_SEQUENTIAL
     state, temporary = state_bytes(trial), temporary_bytes(trial)
-    once, each = (temporary, state) if in_turn() else (0, state + temporary)
+    once, each = (0, state + temporary) if prefers_vmap() else (temporary, state)
     fit = max(1, int((_USABLE * memory - once) // each))
     most = min(limit or most, fit)
     return math.ceil(count / math.ceil(count / most))
-
-
-def in_turn() -> bool:
-    """Whether this machine runs the lanes of a program one after the other (`train/apart.py`)."""
-    return not side_by_side()
 
 
 def state_bytes(trial: Trial) -> int:
@@ -101,7 +96,7 @@ def temporary_bytes(trial: Trial) -> int:
 
 def memory_bytes(trial: Trial, lanes: int) -> int:
     """Of a device, predicted, while it trains so many lanes: their states, and what steps need that run at once."""
-    return lanes * state_bytes(trial) + (1 if in_turn() else lanes) * temporary_bytes(trial)
+    return lanes * state_bytes(trial) + (lanes if prefers_vmap() else 1) * temporary_bytes(trial)
 
 
 def _labels(trials: list[Trial]) -> list[str]:

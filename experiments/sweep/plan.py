@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from experiments.sweep.cohort import Cohort, group, in_turn, lanes_for, memory_bytes, state_bytes
+from experiments.sweep.cohort import Cohort, group, lanes_for, memory_bytes, state_bytes
 from experiments.sweep.record import Sweep
 from experiments.sweep.search.policies import hash_fraction, make_policy
 from experiments.sweep.search.simulate import play, tokens_used
@@ -13,6 +13,7 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model import accounting
 from model.ambient import pinned
+from train.lanes.build import prefers_vmap
 from train.run import read_record
 
 
@@ -61,8 +62,8 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
-    # Where lanes run at once, fewer of them are a smaller program; halving their number each time.
-    smaller = 0 if in_turn() or sweep.policy == "all" else int(math.log2(lanes))
+    # Where lanes run vmapped, fewer of them are a smaller program; halving their number each time.
+    smaller = int(math.log2(lanes)) if prefers_vmap() and sweep.policy != "all" else 0
     expected, validations = (sum(column) for column in zip(*(used[trial.id] for trial in cohort.trials), strict=True))
     return {
         "cohort": cohort.name,

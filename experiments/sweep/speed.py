@@ -9,16 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.sweep.cohort import in_turn, lanes_for
+from experiments.sweep.cohort import lanes_for
 from experiments.sweep.trial import Trial
 from model import Execution, ModelConfig
 from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
-from train.compile import compile_program
 from train.config import stack_hparams
+from train.lanes.build import compile_program, prefers_vmap
+from train.lanes.program import Program
 from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import Batch
-from train.program import Program
 from train.progress import progress_bar
 
 
@@ -46,7 +46,7 @@ def flops_of_step(config: ModelConfig, train_config: TrainConfig, objective: Obj
 def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Speed:
     """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others lie between.
 
-    shapes: trials, and how many runs there are of each, which is how many may be side by side.
+    shapes: trials, and how many runs there are of each, which is how many may share a program.
     """
     size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
     ordered = sorted(shapes, key=size)
@@ -54,7 +54,7 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
     measured = []
     with progress_bar("timing the step", len(chosen)) as advance:
         for trial, runs in chosen:
-            lanes = 1 if in_turn() else lanes_for(trial, runs)
+            lanes = lanes_for(trial, runs) if prefers_vmap() else 1
             recipe = trial.recipe
             found = measure_step(recipe.model, recipe.train, lanes, seconds, trial.execution, recipe.objective)
             measured.append(
@@ -135,6 +135,7 @@ def random_batch(config: ModelConfig, train_config: TrainConfig, objective: Obje
 def _step_times(program: Program, batch: Batch, seconds: float) -> list[float]:
     lanes = len(next(iter(batch.values())))
     hparams = stack_hparams([HParams(total_steps=1000, seed=seed) for seed in range(lanes)])
+    hparams, batch = program.place(hparams), program.place(batch)
     active = np.ones(lanes, bool)
     state = program.init(hparams)
     times: list[float] = []

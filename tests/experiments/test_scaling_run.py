@@ -15,7 +15,7 @@ from experiments.scaling.study.run import read_study, run_study, rungs_of, sweep
 from experiments.sweep.trials import plan_trials
 from experiments.sweep.worker import work
 from model.errors import InputError
-from train.compile import compiled_programs
+from train.lanes.build import compiled_programs
 
 
 @pytest.fixture

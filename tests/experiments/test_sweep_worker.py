@@ -18,7 +18,7 @@ from experiments.sweep.worker import plan, work
 from model import presets
 from train import Shell, population
 from train.branch import cooldown
-from train.compile import compiled_programs
+from train.lanes.build import compiled_programs
 from train.run import executions, read_record
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, rope_base=9_200.0)

@@ -11,9 +11,8 @@ import numpy as np
 from model import Experts, ModelConfig
 from model.sharding import batch_sharding, make_mesh, parse_mesh, replicated, shardings
 from train import HParams, TrainConfig, init_state, train_step
-from train.apart import as_lanes
-from train.compile import compile_program
 from train.config import stack_hparams
+from train.lanes.build import compile_program
 
 DENSE = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=8, num_kv_heads=8, d_ff=64, max_seq_len=16)
 EXPERTS = Experts(count=8, top_k=2, d_ff=32)
@@ -60,15 +59,15 @@ def train_lanes(mesh, steps):
     """(losses of six lanes, groups of devices that their step makes talk) of a program of eight lanes."""
     program = compile_program(DENSE, TRAIN, 8, mesh)
     own = [HPARAMS.replace(learning_rate=2e-3 * (i + 1), seed=i) for i in range(8)]
-    hparams, active, losses = as_lanes(mesh, stack_hparams(own)), np.arange(8) < 6, []
+    hparams, active, losses = program.place(stack_hparams(own)), np.arange(8) < 6, []
     state = program.init(hparams)
     for batch in batches(steps):
         rolled = {name: np.stack([np.roll(rows, i, axis=0) for i in range(8)]) for name, rows in batch.items()}
-        lanes = jax.device_put(as_lanes(mesh, rolled), batch_sharding(mesh, lanes=True))
+        lanes = program.place(rolled, batch_sharding(mesh, lanes=True))
         state, metrics = program.step(state, lanes, hparams, active)
         losses.append([np.asarray(loss).item() for loss in metrics["loss"][:6]])
-    assert [int(program.take(state, np.int32(lane)).step) for lane in (5, 6, 7)] == [steps, 0, 0]
-    return losses, groups_that_talk(program.step.as_text(), mesh.size) if mesh.size > 1 else []
+    assert [int(program.take(state, lane).step) for lane in (5, 6, 7)] == [steps, 0, 0]
+    return losses, groups_that_talk(program.executables.step.as_text(), mesh.size) if mesh.size > 1 else []
 
 
 def groups_that_talk(text, devices):

@@ -9,9 +9,9 @@ import pytest
 
 from model import presets
 from train import HParams, Shell, TrainConfig, population, train_step
-from train import lanes as lanes_module
-from train.compile import compiled_programs
-from train.seats import Seats
+from train.lanes import vmapped
+from train.lanes.build import compiled_programs
+from train.lanes.slots import Slots
 
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32)
 QUIET = Shell(evaluate_tokens=128)
@@ -24,7 +24,7 @@ def test_learning_rates_trace_the_step_once(data, tmp_path, monkeypatch):
         traces.append(1)
         return train_step(*arguments, **keywords)
 
-    monkeypatch.setattr(lanes_module, "train_step", counted)
+    monkeypatch.setattr(vmapped, "train_step", counted)
     # A static shape that no other test has compiled.
     config = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, num_layers=1, rope_base=9_999.0)
     train_config = TRAIN_CONFIG.replace(norms=False)
@@ -44,15 +44,15 @@ def test_whatever_the_order_of_ends_lanes_shrink_at_most_log2_times():
     for lanes, multiple in itertools.product((1, 2, 5, 8, 24, 40, 64), (1, 2, 8)):
         lanes = -(-lanes // multiple) * multiple
         for trials in {1, lanes // 2 + 1, lanes}:
-            seats, going_on, counts = Seats(lanes, tuple(range(trials))), set(range(trials)), set()
+            slots, going_on, counts = Slots(lanes, tuple(range(trials))), set(range(trials)), set()
             while going_on:
-                before, seats = seats, seats.compacted(going_on, multiple)
-                counts.add(seats.lanes)
-                assert going_on <= set(seats.members)
-                assert len(seats.members) <= seats.lanes < 2 * len(going_on) + multiple
-                assert not seats.lanes % multiple
-                held = [before.members[source] for source in seats.sources(before)]
-                assert held[: len(seats.members)] == list(seats.members)
+                before, slots = slots, slots.compacted(going_on, multiple)
+                counts.add(slots.lanes)
+                assert going_on <= set(slots.members)
+                assert len(slots.members) <= slots.lanes < 2 * len(going_on) + multiple
+                assert not slots.lanes % multiple
+                held = [before.members[source] for source in slots.sources(before)]
+                assert held[: len(slots.members)] == list(slots.members)
                 going_on -= set(random.permutation(list(going_on))[: random.integers(1, 5)].tolist())
             assert len(counts - {lanes}) <= math.ceil(math.log2(lanes))
 

@@ -9,7 +9,7 @@ import pytest
 
 from model import InputError, ModelConfig
 from train import HParams, Shell, TrainConfig, population, train
-from train.compile import compiled_programs
+from train.lanes.build import compiled_programs
 from train.recipe import Recipe
 from train.run.metrics import read_metrics
 

@@ -1,4 +1,4 @@
-"""A lane is its solo run, side by side or in turn, to rounding over 200 steps."""
+"""A lane is its solo run, vmapped or sequential, to rounding over 200 steps."""
 
 import functools
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 
 from model import presets
 from train import HParams, Shell, TrainConfig, init_state, population, train, train_step
-from train.compile import compiled_programs
 from train.data import Loader
+from train.lanes.build import compiled_programs
 from train.run.metrics import read_metrics
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("optimised")]
@@ -65,18 +65,18 @@ def solo_losses(hparams: HParams, data: Path, nudge: bool) -> np.ndarray:
     return np.array(result)
 
 
-# As accelerators run them; of another static shape, so that no program of lanes that lie apart is taken for it.
-STACKED = CONFIG.replace(norm_epsilon=1.1e-5)
+# As accelerators run them; of another static shape, so that no sequential program is taken for it.
+VMAPPED = CONFIG.replace(norm_epsilon=1.1e-5)
 
 
-@pytest.fixture(scope="module", params=["apart", "stacked"])
+@pytest.fixture(scope="module", params=["sequential", "vmapped"])
 def whole(request, optimised, data: Path, tmp_path_factory: pytest.TempPathFactory):
     """(config, run folders) of eight lanes over all their steps."""
-    config = STACKED if request.param == "stacked" else CONFIG
+    config = VMAPPED if request.param == "vmapped" else CONFIG
     folder = tmp_path_factory.mktemp(request.param)
     runs = [folder / str(i) for i in range(8)]
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "stacked":
+        if request.param == "vmapped":
             patch.setattr(jax, "default_backend", lambda: "gpu")
         population(config, TRAIN_CONFIG, LANES, data=data, runs=runs, steps=STEPS, shell=QUIET)
     return config, runs
@@ -97,8 +97,8 @@ def test_lane_equals_its_solo_run(whole, data, tmp_path, lane):
     assert abs(validation / solo.validation_loss - 1) <= max(1e-5, 10 * control)
 
 
-def test_lanes_side_by_side_change_no_bit_of_each_other(data, tmp_path, monkeypatch):
-    """What accelerators do: stacked and vmapped. One that overflows, one that ends, and padding leave the others be."""
+def test_vmapped_lanes_change_no_bit_of_each_other(data, tmp_path, monkeypatch):
+    """What accelerators do. One that overflows, one that ends, and padding leave the others be."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = CONFIG.replace(norm_epsilon=1.2e-5)  # another static shape, so that nothing compiled is used again
     before = compiled_programs()

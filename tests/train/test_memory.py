@@ -11,7 +11,7 @@ from model import Execution, ModelConfig
 from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, Phase, Shell, TrainConfig, train
-from train.compile import compile_program
+from train.lanes.build import compile_program
 from train.loop.memory import Memory, device_memory
 from train.loop.microbatch import choose_microbatches
 from train.plan import Plan

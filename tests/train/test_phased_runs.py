@@ -14,8 +14,8 @@ from model import ModelConfig
 from model.errors import InputError
 from model.runs import _as_phases_end
 from train import HParams, Shell, TrainConfig, load_run, standard_phases, train
-from train.compile import compiled_programs
 from train.data import mixture, prepare
+from train.lanes.build import compiled_programs
 from train.loop.feed import Feed
 from train.plan import Plan, describe, phases_rate
 from train.run import read_record

@@ -9,9 +9,9 @@ import pytest
 
 from model import Execution, ModelConfig
 from train import HParams, Shell, TrainConfig, init_state, population, train
-from train import lanes as lanes_module
 from train.agreement import Agreement
 from train.data.mixture import PhasedLoader
+from train.lanes import vmapped
 from train.loop.member import Member
 from train.run import executions
 from train.run.checkpoint import Checkpoints
@@ -53,7 +53,7 @@ def poisoned_step():
         return train_step(config, train_config, state, batch, hparams, execution=execution)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes_module, "train_step", step)
+        patch.setattr(vmapped, "train_step", step)
         yield
 
 

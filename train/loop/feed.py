@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from model.ambient import pinned
 from model.sharding import batch_sharding
-from train.apart import as_lanes
+from train.lanes.program import Program
 from train.loop.member import Member
 from train.plan import Stage
 
 
-class Seat(NamedTuple):
-    """A member that takes part in a step: the lane in which it sits, its number, and which of its steps it is."""
+class Slot(NamedTuple):
+    """A member that takes part in a step: its lane, its number, and which of its steps it is."""
 
     lane: int
     member: int
@@ -24,18 +24,20 @@ class Seat(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a step takes: the lanes of the program, and who takes part."""
+    """What a step takes: the program that runs it, and the members that take part."""
 
-    lanes: int
-    seats: tuple[Seat, ...]
+    program: Program
+    slots: tuple[Slot, ...]
 
 
 class Feed:
-    """Batches [lanes, batch, seq] over a mesh, or where lanes lie apart each lane's own; every process makes only the
-    rows that its own devices hold."""
+    """Batches [lanes, batch, seq] over a mesh, in the form of their program.
+
+    Every process makes only the rows that its own devices hold.
+    """
 
     def __init__(self, mesh: Mesh, members: Sequence[Member], names: dict[str, Any]):
-        self._mesh, self._sharding = mesh, batch_sharding(mesh, lanes=True)
+        self._sharding = batch_sharding(mesh, lanes=True)
         self._members, self._names = members, names
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Request, Future[Any]] | None = None
@@ -57,16 +59,16 @@ class Feed:
 
     @pinned()  # it runs in the thread too
     def _make(self, request: Request, stage: Stage) -> Any:
-        shape = (request.lanes, stage.batch_size, stage.seq_len)
+        shape = (request.program.lanes, stage.batch_size, stage.seq_len)
         where = self._sharding.addressable_devices_indices_map(shape).values()
         spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
         first, end = min(span[0] for span in spans), max(span[1] for span in spans)
         local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
-        for lane, member, step in request.seats:
+        for lane, member, step in request.slots:
             for name, values in self._members[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if self._sharding.is_fully_addressable:
-            return jax.device_put(as_lanes(self._mesh, local), self._sharding)
+            return request.program.place(local, self._sharding)
         return {name: self._from_rows(shape, values, first) for name, values in local.items()}
 
     def _from_rows(self, shape: tuple[int, ...], values: np.ndarray, first: int) -> jax.Array:

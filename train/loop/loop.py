@@ -18,30 +18,28 @@ from jax.sharding import Mesh
 from model import Execution
 from model.sharding import parts_of_lanes
 from train.agreement import CHECKPOINT, STOP, Agreement
-from train.apart import as_lanes, compacts
-from train.compile import batch_spec, compile_program, gather_lanes
-from train.config import HParams
 from train.data import validation_batches
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.loop.feed import Feed, Request, Seat
+from train.lanes.build import batch_spec, compacts, compile_program
+from train.lanes.program import LaneStates, Program
+from train.lanes.slots import Slots
+from train.loop.feed import Feed, Request, Slot
 from train.loop.member import Member
 from train.loop.memory import device_memory
 from train.loop.options import Shell
 from train.peak import peak_flops_per_second
 from train.plan import Stage
-from train.program import Lanes, Program
 from train.progress import progress_bar, say
-from train.seats import Seats
 from train.trace import Trace
 
 logger = logging.getLogger("isoflop")
 
 
 class _Step(NamedTuple):
-    """A step under way. taken: who takes it, and each one's life. evaluated: sums by the member's number."""
+    """A step under way. taken: who takes it, and each one's generation. evaluated: sums by the member's number."""
 
-    taken: list[tuple[Seat, int]]
+    taken: list[tuple[Slot, int]]
     metrics: Any
     evaluated: dict[int, list[Any]]
 
@@ -61,7 +59,7 @@ class Loop:
         config, train_config = members[0].config, members[0].train_config  # the same in all
         self.config, self.train_config, self.execution = config, train_config, execution
         self.members, self.mesh, self.shell = members, mesh, shell
-        self.seats = self._compacted(Seats(lanes, tuple(range(len(members)))))
+        self.slots = self._compacted(Slots(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
         self.compile_seconds = 0.0
@@ -69,7 +67,6 @@ class Loop:
             for line in members[0].loader.describe_packing():
                 say(line)
         self._compile(self._earliest(members))
-        self.hparams = self._stack_hparams()
         self.validation = validation_batches(
             data,
             batch_size=train_config.batch_size,
@@ -114,22 +111,26 @@ class Loop:
         request, begin = self._request(), time.perf_counter()
         batch = self.feed.take(request, self.stage)
         ready = time.perf_counter()
-        active = np.isin(np.arange(request.lanes), [seat.lane for seat in request.seats])
+        active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in request.slots])
         self.trace.step(self.state)
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
         self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
-        for seat in request.seats:
-            self.members[seat.member].step += 1
-        if (upcoming := self._request()).seats:
+        for slot in request.slots:
+            self.members[slot.member].step += 1
+        if (upcoming := self._request()).slots:
             self.feed.prepare(upcoming, self.stage)
         self.spent["data_seconds"] += ready - begin
         self.spent["dispatch_seconds"] += time.perf_counter() - ready
-        taken = [(seat, self.members[seat.member].lives) for seat in request.seats]
+        taken = [(slot, self.members[slot.member].generation) for slot in request.slots]
         evaluated = {s.member: self._evaluate(s.lane) for s, _ in taken if self._evaluation_due(self.members[s.member])}
         self._handle_pending()
         self.pending = _Step(taken, metrics, evaluated)
         self.dispatched += 1
-        members = [self.members[seat.member] for seat, life in taken if self.members[seat.member].lives == life]
+        members = [
+            self.members[slot.member]
+            for slot, generation in taken
+            if self.members[slot.member].generation == generation
+        ]
         finished = [member for member in members if member.step == member.stop]
         due = [member for member in members if self._checkpoint_due(member)]
         if finished or due:
@@ -148,26 +149,22 @@ class Loop:
 
     def _enter(self, stage: Stage) -> None:
         """Go on with a stage in as few lanes as need be; nothing where both are those under way."""
-        seats = self._compacted(self.seats)
-        if stage.index == self.stage.index and seats == self.seats:
+        slots = self._compacted(self.slots)
+        if stage.index == self.stage.index and slots == self.slots:
             return
         self._handle_pending()
-        seats, before = self._compacted(self.seats), self.seats  # the step before may have ended some
-        if seats != before:
-            self.state = gather_lanes(self.mesh, self.state, seats.sources(before))
-            self.seats = seats
-            self.hparams = self._stack_hparams()
+        slots, before = self._compacted(self.slots), self.slots  # the step before may have ended some
+        if slots != before:
+            self.state = self.program.compact(self.state, slots.sources(before))
+            self.slots = slots
         self._compile(stage)
 
-    def _compacted(self, seats: Seats) -> Seats:
-        """The seats without those that have ended, once that saves work; as they are while all go on."""
+    def _compacted(self, slots: Slots) -> Slots:
+        """Return the slots without members that have ended, once that saves work; the same ones while all go on."""
         going_on = {number for number, member in enumerate(self.members) if not member.ended}
         if len(going_on) == len(self.members) or not compacts(self.shell.compact):
-            return seats
-        return seats.compacted(going_on, parts_of_lanes(self.mesh))
-
-    def _stack_hparams(self) -> HParams:
-        return as_lanes(self.mesh, self.seats.stack([member.hparams for member in self.members]))
+            return slots
+        return slots.compacted(going_on, parts_of_lanes(self.mesh))
 
     def _earliest(self, members: Iterable[Member]) -> Stage:
         """The stage that is first in the plan, of those that the members are in."""
@@ -178,9 +175,10 @@ class Loop:
         self.stage = stage
         start = time.perf_counter()  # near to nothing where this process has compiled it before
         self.program: Program = compile_program(
-            self.config, self.train_config, self.seats.lanes, self.mesh, stage, self.execution
+            self.config, self.train_config, self.slots.lanes, self.mesh, stage, self.execution
         )
         self.compile_seconds += time.perf_counter() - start
+        self.hparams = self.program.place(self.slots.stack([member.hparams for member in self.members]))
         if self.shell.announce and is_writer():
             self._announce(stage)
         self.clock = time.perf_counter()
@@ -197,9 +195,9 @@ class Loop:
     def _request(self) -> Request:
         """Who takes part in the next step of this stage, and with which of its steps."""
         here = lambda member: member.active and member.stage.index == self.stage.index
-        seated = [(lane, number, self.members[number]) for lane, number in enumerate(self.seats.members)]
-        seats = tuple(Seat(lane, number, member.step) for lane, number, member in seated if here(member))
-        return Request(self.seats.lanes, seats)
+        held = [(lane, number, self.members[number]) for lane, number in enumerate(self.slots.members)]
+        slots = tuple(Slot(lane, number, member.step) for lane, number, member in held if here(member))
+        return Request(self.program, slots)
 
     def _handle_pending(self) -> None:
         """Write the metrics of the step before the one under way; this is where the loop may wait."""
@@ -212,19 +210,19 @@ class Loop:
         seconds, self.clock = now - self.clock, now
         timing = {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin} | self.spent
         self.spent = dict.fromkeys(self.spent, 0.0)
-        work = [self.members[seat.member].flops_of_step(seat.step + 1) for seat, _ in taken]
+        work = [self.members[slot.member].flops_of_step(slot.step + 1) for slot, _ in taken]
         timing["mfu"] = sum(work) / seconds / self.peak
-        for seat, life in taken:
-            member, step = self.members[seat.member], seat.step + 1
-            if member.ended or member.lives != life:
-                continue  # it diverged, or was put back, a step ago: this step does not count
-            values = {name: value[seat.lane].item() for name, value in metrics.items()}
+        for slot, generation in taken:
+            member, step = self.members[slot.member], slot.step + 1
+            if member.ended or member.generation != generation:
+                continue  # it diverged, or was rolled back, a step ago: this step does not count
+            values = {name: value[slot.lane].item() for name, value in metrics.items()}
             diverged = values["skipped_in_a_row"] >= self.train_config.max_skipped
             if member.is_spike(values["loss"]) and not diverged:
-                self._roll_back(seat.lane, member, step, values["loss"])
+                self._roll_back(slot.lane, member, step, values["loss"])
                 continue
-            if seat.member in evaluated:
-                nats, tokens = np.array(evaluated[seat.member], np.float64).sum(axis=0).tolist()
+            if slot.member in evaluated:
+                nats, tokens = np.array(evaluated[slot.member], np.float64).sum(axis=0).tolist()
                 values["validation_loss"] = nats / tokens
             per_second = member.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
             member.write(step, values, timing | {"tokens_per_second": per_second})
@@ -245,7 +243,7 @@ class Loop:
         said = "%s: loss %.4g at step %d is a spike; back to step %d, past that data"
         logger.warning(said, member.run.folder, loss, step, member.step)
         state = member.checkpoints.restore(back["to"], self.program.lane)
-        self.state = self.program.put(self.state, np.int32(lane), state)
+        self.state = self.program.put(self.state, lane, state)
 
     def _evaluation_due(self, member: Member) -> bool:
         every = self.shell.evaluate_every
@@ -262,28 +260,28 @@ class Loop:
     def _evaluate(self, lane: int) -> list[Any]:
         sums: list[Any] = [np.zeros(2, np.float32)]
         for batch in self.validation:
-            sums.append(self.program.evaluate(self.state, np.int32(lane), batch, sums[-1]))
+            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1]))
         return sums[1:]
 
-    def _start(self) -> Lanes:
+    def _start(self) -> LaneStates:
         state = self.program.init(self.hparams)
-        for lane, number in enumerate(self.seats.members):
-            member, index = self.members[number], np.int32(lane)
+        for lane, number in enumerate(self.slots.members):
+            member = self.members[number]
             restored = member.resume(self.program.lane)
             if restored is None and (params := member.initial_params(self.program.lane.params)) is not None:
-                restored = self.program.take(state, index).replace(params=params)  # type: ignore[attr-defined]
+                restored = self.program.take(state, lane).replace(params=params)  # type: ignore[attr-defined]
             if restored is not None:
-                state = self.program.put(state, index, restored)
+                state = self.program.put(state, lane, restored)
         return state
 
     def _save(self, members: list[Member]) -> None:
         for member in members:
             member.sync()
             score = member.last.get("validation_loss") if member.last.get("step") == member.step else None
-            lane = self.seats.lane(self.members.index(member))
+            lane = self.slots.lane(self.members.index(member))
             base = member.plan.stage(max(member.step - 1, 0)).rope_base
             config = {} if base is None or member.step == 0 else {"rope_base": base}
-            member.checkpoints.save(member.step, self.program.take(self.state, np.int32(lane)), score, config)
+            member.checkpoints.save(member.step, self.program.take(self.state, lane), score, config)
 
     def _compile_share(self) -> float:
         return self.compile_seconds / len(self.members)

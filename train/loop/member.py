@@ -66,7 +66,7 @@ class Member:
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
-        self.lives = 0  # how often it was put back: what was dispatched in an earlier life is not recorded
+        self.generation = 0  # how often it was rolled back: steps dispatched in an earlier generation are not recorded
         self._losses: collections.deque[float] = collections.deque(maxlen=train_config.spike_window)
 
     @property
@@ -221,7 +221,7 @@ class Member:
         self.run.update(rollbacks=[*self.rollbacks, back])
         self._finish_rollback()
         self.step = to
-        self.lives += 1
+        self.generation += 1
         self._open_log()
         self.run.begin(to)  # an execution that came later than this step holds from here on
         return True

@@ -5,9 +5,9 @@ from jax.sharding import Mesh
 from model import Execution, ModelConfig
 from model.errors import InputError
 from model.sharding import check_batch
-from train.compile import compile_program
 from train.config import TrainConfig
 from train.hosts import agree
+from train.lanes.build import compile_program
 from train.loop.memory import device_memory
 from train.loop.options import Shell
 from train.plan import Plan, Stage

@@ -18,7 +18,7 @@ class Shell:
     memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
     what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
     folder. compact: whether lanes move to a program of half as many once that holds all that go on; None: where
-    lanes run side by side, for where they run in turn one that has ended costs nothing.
+    lanes run vmapped, for where they run sequentially one that has ended costs nothing.
     """
 
     evaluate_every: int = 0

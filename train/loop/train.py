@@ -8,11 +8,11 @@ from pathlib import Path
 from model import Execution, ModelConfig
 from model.ambient import pinned
 from model.errors import InputError
-from model.sharding import check_batch, default_axes, make_mesh, parts_of_lanes
-from train.apart import lie_apart
+from model.sharding import check_batch, default_axes, make_mesh
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.hosts import agree
+from train.lanes.build import lanes_for
 from train.loop.loop import Loop
 from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
@@ -77,7 +77,7 @@ def population(
     The recipes differ in hyperparameters, steps and starts alone. In place of them: a config, a TrainConfig and several
     HParams. steps: for all, or one number each. A lane ends at its own horizon (`hparams.total_steps`, or its `steps`)
     and is frozen from there on; one that goes non-finite for `max_skipped` steps ends as "diverged". Neither changes a
-    bit of its neighbours; but where lanes run side by side (`Shell.compact`) those that are left then move to a program
+    bit of its neighbours; but where lanes run vmapped (`Shell.compact`) those that are left then move to a program
     of half as many lanes, which rounds differently. lanes (or the execution's): of the program, at least one each; the
     others are padding that is never active, so that calls with fewer recipes run the same program to the same bits. It
     is rounded up to what the mesh's population axis divides. Raises as `train` does.
@@ -98,9 +98,7 @@ def population(
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
     rows = math.gcd(*(stage.batch_size // execution.accumulate for stage in stages))
     mesh = make_mesh(execution.mesh or default_axes(rows), execution.platform)
-    if lie_apart(mesh):
-        lanes = len(chosen)  # lanes are no part of the program, so that nothing is to be filled up
-    lanes = -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
+    lanes = lanes_for(mesh, lanes, len(chosen))
     execution = choose_microbatches(config, train_config, lanes, mesh, shell, execution)
     if first.accumulate not in (1, execution.accumulate):
         raise InputError(

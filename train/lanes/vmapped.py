@@ -1,30 +1,90 @@
-"""K trials as lanes of one compiled program. A solo run is the program with one lane.
+"""Vmapped lanes: one state whose leaves are stacked [lanes, …]. A solo run is the program with one lane.
 
 A lane has its own hyperparameters, seed and data; all it shares with its neighbours is the compilation. A lane
 that is not active (past its horizon), or that skipped too many steps in a row, is handed on without touching a bit.
+Small models leave an accelerator idle, which lanes fill.
 
-Here lanes are stacked: every leaf is [lanes, …]. With a "population" axis several devices hold some each, run those
-alone, and where one lane is taken out or put in, each looks for it among its own: a lane moves and not the whole state.
+With a "population" axis several devices hold some lanes each, run those alone, and where one lane is taken out or put
+in, each looks for it among its own: a lane moves and not the whole state.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from model import Execution, ModelConfig
-from model.sharding import parts_of_lanes
+from model.sharding import parts_of_lanes, shardings
 from train.config import HParams, TrainConfig
+from train.lanes.program import LaneMetrics, Program
 from train.objective import Batch
-from train.program import LaneMetrics
 from train.state import TrainState, init_state
 from train.step import Metrics, eval_step, keep_if, train_step
 
 _OWN, _ALL = PartitionSpec("population"), PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Executables:
+    """The functions below, compiled ahead for one static shape and number of lanes; `put` when it is first called."""
+
+    init: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, LaneMetrics]]
+    evaluate: Callable[..., Array]
+    take: Callable[..., TrainState]
+    put: Callable[..., TrainState]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VmappedProgram(Program):
+    """Runs all lanes at once; hyperparameters, batches and the state have leaves [lanes, …]."""
+
+    mesh: Mesh
+    executables: Executables
+
+    def place(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
+        """Return the tree itself, or put it onto the devices."""
+        return tree if sharding is None else jax.device_put(tree, sharding)
+
+    def init(self, hparams: HParams) -> TrainState:
+        """Return a fresh state."""
+        return self.executables.init(hparams)
+
+    def step(
+        self, state: TrainState, batch: Batch, hparams: HParams, active: Bool[np.ndarray, " lanes"]
+    ) -> tuple[TrainState, LaneMetrics]:
+        """Run `step_lanes`: an inactive lane still costs its work."""
+        return self.executables.step(state, batch, hparams, active)
+
+    def evaluate(
+        self, state: TrainState, lane: int, batch: Batch, before: Float[Array | np.ndarray, "2"]
+    ) -> Float[Array, "2"]:
+        """Run `evaluate_lane`."""
+        return self.executables.evaluate(state, np.int32(lane), batch, before)
+
+    def take(self, state: TrainState, lane: int) -> TrainState:
+        """Return a copy of one lane's state."""
+        return self.executables.take(state, np.int32(lane))
+
+    def put(self, state: TrainState, lane: int, new: TrainState) -> TrainState:
+        """Run `replace_lane`."""
+        return self.executables.put(state, np.int32(lane), new)
+
+    def compact(self, state: TrainState, sources: Int[np.ndarray, " fewer"]) -> TrainState:
+        """Gather these lanes on the devices; padding repeats a lane."""
+        fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(sources), *leaf.shape[1:]), leaf.dtype), state)
+        take = jax.jit(
+            lambda state, sources: jax.tree.map(lambda leaf: leaf[sources], state),
+            out_shardings=shardings(self.mesh, fewer, lanes=True),
+        )
+        with jax.set_mesh(self.mesh):
+            return take(state, sources)
 
 
 def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> TrainState:

@@ -1,4 +1,4 @@
-"""A `Program` from a model and a shape: compiled ahead, so that it can never recompile unseen."""
+"""Build the `Program` of a model and a shape: choose its form and number of lanes, and compile it ahead."""
 
 import functools
 import time
@@ -9,21 +9,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
 
 from model import Execution, ModelConfig
 from model.ambient import pinned
-from model.sharding import batch_sharding, check_batch, replicated, shardings
-from train.apart import apart, gather, lie_apart
+from model.sharding import batch_sharding, check_batch, parts_of_lanes, replicated, shardings
 from train.config import HParams, TrainConfig
-from train.lanes import evaluate_lane, init_lanes, pick, replace_lane, step_lanes
+from train.lanes.program import Program
+from train.lanes.sequential import SequentialProgram
+from train.lanes.vmapped import (
+    Executables,
+    VmappedProgram,
+    evaluate_lane,
+    init_lanes,
+    pick,
+    replace_lane,
+    step_lanes,
+)
 from train.loop.memory import Memory
 from train.plan import Stage
-from train.program import Lanes, Program
 from train.state import TrainState
 
 # What runs once or rarely: compile time counts for more than speed; the numbers are the same.
 _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
+
+
+def prefers_vmap() -> bool:
+    """Return whether lanes run vmapped, so that one that has ended still costs its work; else sequentially."""
+    return jax.default_backend() != "cpu"
+
+
+def _is_sequential(mesh: Mesh) -> bool:
+    """Return whether several lanes run one after the other.
+
+    Not over several devices, where programs that are under way at once may wait for one another's collectives for ever.
+    """
+    return not prefers_vmap() and mesh.size == 1
+
+
+def lanes_for(mesh: Mesh, lanes: int, members: int) -> int:
+    """Return the number of lanes of a program for so many members: `lanes`, rounded up to what the mesh divides.
+
+    Sequential lanes are as many as the members, whatever `lanes` says: their number is no part of what is compiled, so
+    padding is useless.
+    """
+    if _is_sequential(mesh):
+        lanes = members
+    return -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
+
+
+def compacts(wanted: bool | None) -> bool:
+    """Return whether lanes move to a smaller program once enough have ended (`Shell.compact`)."""
+    return prefers_vmap() if wanted is None else wanted
 
 
 @functools.lru_cache(maxsize=64)
@@ -37,14 +73,14 @@ def compile_program(
     execution: Execution = Execution(),
 ) -> Program:
     """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
-    stacked, lane count.
+    vmapped, lane count.
 
     stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
     shapes. None: a run of one shape.
     """
     execution = execution.replace(mesh=None, lanes=None)  # which are arguments here
-    if lanes > 1 and lie_apart(mesh):
-        return apart(compile_program(config, train_config, 1, mesh, stage, execution), lanes)
+    if lanes > 1 and _is_sequential(mesh):
+        return SequentialProgram.of(compile_program(config, train_config, 1, mesh, stage, execution), lanes)
     start = time.perf_counter()
     if stage is not None and stage.rope_base is not None:
         config = config.replace(rope_base=stage.rope_base)
@@ -63,12 +99,12 @@ def compile_program(
         optimizer=train_config.optimizer,
         segment_documents=train_config.tells_documents_apart,
     )
-    rest = _compile_rest(config, shapes, lanes, mesh, execution.replace(accumulate=1, loss_chunks=1))
-    return Program(step=step, memory=memory, compile_seconds=time.perf_counter() - start, **rest)
+    lane, rest = _compile_rest(config, shapes, lanes, mesh, execution.replace(accumulate=1, loss_chunks=1))
+    return VmappedProgram(lanes, lane, memory, time.perf_counter() - start, mesh, Executables(step=step, **rest))
 
 
 def compiled_programs() -> int:
-    """How many training steps this process has compiled: one per static shape and number of stacked lanes."""
+    """How many training steps this process has compiled: one per static shape and number of vmapped lanes."""
     return _compile_step.cache_info().misses
 
 
@@ -104,7 +140,8 @@ def _compile_step(
 @functools.lru_cache(maxsize=64)
 def _compile_rest(
     config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, execution: Execution
-) -> dict[str, Any]:
+) -> tuple[TrainState, dict[str, Callable]]:
+    """Return the shapes and shardings of one lane, and all executables but the step."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     state, split = _state(config, train_config, lanes, mesh)
     lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
@@ -126,26 +163,12 @@ def _compile_rest(
     put = jax.jit(replace_lane, in_shardings=(split, everywhere, split_lane), out_shardings=split, donate_argnums=0)
     options = _RUN_ONCE if on_cpu and not jax.config.read("jax_disable_most_optimizations") else None
     with jax.set_mesh(mesh):
-        return {
+        return lane, {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
             "evaluate": evaluate.lower(state, index, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": _under(mesh, put),
-            "lane": lane,
         }
-
-
-def gather_lanes(mesh: Mesh, state: Lanes, sources: Int[np.ndarray, " fewer"]) -> Lanes:
-    """A state of fewer lanes: those of these numbers, in this order; one that comes twice is padding."""
-    if isinstance(state, list):
-        return gather(state, sources)
-    fewer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(sources), *leaf.shape[1:]), leaf.dtype), state)
-    take = jax.jit(
-        lambda state, sources: jax.tree.map(lambda leaf: leaf[sources], state),
-        out_shardings=shardings(mesh, fewer, lanes=True),
-    )
-    with jax.set_mesh(mesh):
-        return take(state, sources)
 
 
 def _under(mesh: Mesh, function: Callable) -> Callable:
