@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
-from train.objective import Batch
 
 from experiments.report.style import MUTED, ORANGE, WIDTH, log_axis, new_figure, note, sequence, styled
 from model import Execution, ModelConfig, Params, accounting, forward
@@ -22,6 +21,7 @@ from model.config import Parameterization
 from model.errors import InputError
 from train import HParams, TrainConfig, init_state, train_step
 from train.config import Optimizer
+from train.objectives.objective import Batch
 
 Axis = Literal["width", "depth"]
 Quantity = Literal["scale", "change"]

@@ -164,19 +164,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh, lanes: bool = False) -> NamedSharding:
-    """Of tokens [batch, seq] and all that comes with them; lanes: [lanes, batch, seq].
-
-    The axes must divide the batch: see `check_batch`.
-    """
-    names = ("lanes",) * lanes + ("batch", "sequence")
-    return NamedSharding(mesh, _spec([RULES[name] for name in names]))
-
-
 def batch_shardings(mesh: Mesh | AbstractMesh, batch: Any, lanes: bool = False) -> Any:
     """Return a sharding for every array of a batch, [batch], [batch, seq], …; lanes: with an axis of lanes before.
 
-    A sequence that its axis does not divide is not split.
+    The axes must divide the rows: see `check_batch`. A sequence that they do not divide is not split.
     """
     names = ("lanes",) * lanes + ("batch", "sequence")
 

@@ -13,7 +13,7 @@ from model.sharding import (
     AXES,
     RULES,
     abstract_mesh,
-    batch_sharding,
+    batch_shardings,
     check_batch,
     constrain,
     make_mesh,
@@ -145,8 +145,12 @@ def test_a_batch_that_does_not_divide_is_refused():
         check_batch(mesh, 6, 16)
     with pytest.raises(InputError, match=r"seq_len=18 does not divide over 4 devices \(sequence\)"):
         check_batch(mesh, 8, 18)
-    assert batch_sharding(mesh).shard_shape((8, 16)) == (2, 4)
-    assert batch_sharding(mesh, lanes=True).shard_shape((3, 8, 16)) == (3, 2, 4)
+    batch = {"tokens": jnp.zeros((8, 16)), "labels": jnp.zeros(8), "odd": jnp.zeros((8, 15))}
+    of = batch_shardings(mesh, batch)
+    shapes = {name: of[name].shard_shape(array.shape) for name, array in batch.items()}
+    assert shapes == {"tokens": (2, 4), "labels": (2,), "odd": (2, 15)}
+    lanes = batch_shardings(mesh, jnp.zeros((3, 8, 16)), lanes=True)
+    assert lanes.shard_shape((3, 8, 16)) == (3, 2, 4)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from model import Experts, ModelConfig
-from model.sharding import batch_sharding, make_mesh, parse_mesh, replicated, shardings
+from model.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
 from train import HParams, TrainConfig, init_state, train_step
 from train.config import stack_hparams
 from train.lanes.build import compile_program
@@ -41,7 +41,7 @@ def train_on(config, state, mesh, steps):
     of_state = shardings(mesh, state)
     step = jax.jit(
         functools.partial(train_step, config, TRAIN),
-        in_shardings=(of_state, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(of_state, batch_shardings(mesh, next(batches(1))), replicated(mesh)),
         out_shardings=(of_state, replicated(mesh)),
     )
     losses = []
@@ -63,7 +63,7 @@ def train_lanes(mesh, steps):
     state = program.init(hparams)
     for batch in batches(steps):
         rolled = {name: np.stack([np.roll(rows, i, axis=0) for i in range(8)]) for name, rows in batch.items()}
-        lanes = program.place(rolled, batch_sharding(mesh, lanes=True))
+        lanes = program.place(rolled, batch_shardings(mesh, rolled, lanes=True))
         state, metrics = program.step(state, lanes, hparams, active)
         losses.append([np.asarray(loss).item() for loss in metrics["loss"][:6]])
     assert [int(program.take(state, lane).step) for lane in (5, 6, 7)] == [steps, 0, 0]

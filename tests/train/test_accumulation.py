@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train.objective import loss_and_sums
 
 from model import Execution, Experts, InputError, ModelConfig, init
 from train import HParams, TrainConfig
 from train.loop.memory import Memory
+from train.objectives import LanguageModeling
 from train.step import eval_step, gradients
 
 DENSE = ModelConfig(vocab_size=64, d_model=16, num_layers=1, num_heads=4, d_ff=24, max_seq_len=16)
@@ -70,7 +70,7 @@ def test_chunks_of_a_sequence_add_up(of_cuts, cuts, chunks):
 
 def test_a_mean_of_the_cuts_means_would_be_wrong(of_cuts, batch, random_params):
     """The mask is uneven enough for the tests above to tell."""
-    metrics = jax.jit(lambda params, part: loss_and_sums(DENSE, params, part)[0])
+    metrics = jax.jit(lambda params, part: LanguageModeling().loss(DENSE, params, None, part)[0])
     halves = [{name: values[cut::2] for name, values in batch.items()} for cut in range(2)]
     mean = np.mean([metrics(random_params(DENSE), half) for half in halves])
     assert abs(mean / of_cuts("dense")[1]["loss"] - 1) > 1e-4
@@ -94,7 +94,8 @@ def test_chunks_need_no_room_for_all_logits():
     tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
 
     def temporary(chunks):
-        loss = functools.partial(loss_and_sums, config, execution=Execution(loss_chunks=chunks))
+        own, how = LanguageModeling(), Execution(loss_chunks=chunks)
+        loss = lambda params, batch, hparams: own.loss(config, params, None, batch, hparams, execution=how)
         function = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return Memory.of(function.lower(params, {"tokens": tokens, "targets": tokens}, HPARAMS).compile()).temporary
 

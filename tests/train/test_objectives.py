@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from model import Execution, InputError, init
-from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
+from train import Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
 from train.data import prepare
 from train.lanes.build import compiled_programs
 from train.objectives import OBJECTIVES, from_dict, get
@@ -145,7 +145,8 @@ def test_frozen_parameters_are_read_alone(name):
     objective = case.objective.replace(trainable=case.trainable)
     params, batch = params_of(case), batch_of(case)
     trainable, frozen = objective.split(params)
-    assert frozen and jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
+    assert frozen
+    assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(params)
     before = jax.tree.map(np.copy, frozen)
     state = init_state(case.config, case.train, HPARAMS, objective=objective).replace(params=trainable)
     step = jax.jit(functools.partial(train_step, case.config, case.train, objective=objective))
@@ -159,8 +160,8 @@ def test_frozen_parameters_are_read_alone(name):
     own = jax.tree.map(lambda grad: np.square(grad).sum(), objective.split(grads)[0])
     np.testing.assert_allclose(metrics["loss"], all_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(own))), rtol=1e-4)
-    loss = eval_step(case.config, trainable, batch, objective=objective, frozen=frozen)["loss"]
-    np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-5)
+    evaluate = jax.jit(functools.partial(eval_step, case.config, objective=objective))
+    np.testing.assert_allclose(evaluate(trainable, batch, frozen=frozen)["loss"], metrics["loss"], rtol=1e-5)
 
 
 def test_eight_devices_are_one(on_eight_devices):
@@ -174,11 +175,12 @@ def test_eight_devices_are_one(on_eight_devices):
 def test_a_recipe_names_its_objective(name, recipe_of_case):
     recipe = recipe_of_case(name)
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
-    assert again == recipe and again.run_id == recipe.run_id
+    assert again == recipe
+    assert again.run_id == recipe.run_id
     assert from_dict(recipe.objective.to_dict()) == recipe.objective
     other = recipe.replace(objective=recipe.objective.replace(trainable=("head",)))
     assert other.run_id != recipe.run_id
-    with pytest.raises(InputError, match="did you mean|known|one of"):
+    with pytest.raises(InputError, match="unknown objective 'maskd'"):
         get("maskd")
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train.objective import finish, loss_and_sums
 
 from model import ModelConfig, apply, init
 from train import HParams, TrainConfig, eval_step, init_state, train_step
+from train.objectives import LanguageModeling
 from train.optimizer import decay_mask
 from train.step import metric_names
 
@@ -25,8 +25,8 @@ DROPPING = TRAIN.replace(schedule="wsd", dropout=True)
 
 def loss_and_metrics(config, params, batch, hparams):
     """What is differentiated, and the metrics, of a whole batch."""
-    total, sums = loss_and_sums(config, params, batch, hparams)
-    return total, finish(sums)
+    total, sums = LanguageModeling().loss(config, params, None, batch, hparams)
+    return total, LanguageModeling().finish(sums)
 
 
 step_of = jax.jit(train_step, static_argnums=(0, 1))

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model import Execution, ModelConfig
 from model.ambient import pinned
-from model.sharding import batch_sharding, check_batch, parts_of_lanes, replicated, shardings
+from model.sharding import batch_shardings, check_batch, parts_of_lanes, replicated, shardings
 from train.config import HParams, TrainConfig
 from train.lanes.program import Program
 from train.lanes.sequential import SequentialProgram
@@ -26,6 +25,8 @@ from train.lanes.vmapped import (
     step_lanes,
 )
 from train.loop.memory import Memory
+from train.objectives import LanguageModeling, Objective
+from train.objectives.objective import BatchSpec
 from train.plan import Stage
 from train.state import TrainState
 
@@ -71,6 +72,7 @@ def compile_program(
     mesh: Mesh,
     stage: Stage | None = None,
     execution: Execution = Execution(),
+    objective: Objective = LanguageModeling(),
 ) -> Program:
     """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
     vmapped, lane count.
@@ -80,7 +82,7 @@ def compile_program(
     """
     execution = execution.replace(mesh=None, lanes=None)  # which are arguments here
     if lanes > 1 and _is_sequential(mesh):
-        return SequentialProgram.of(compile_program(config, train_config, 1, mesh, stage, execution), lanes)
+        return SequentialProgram.of(compile_program(config, train_config, 1, mesh, stage, execution, objective), lanes)
     start = time.perf_counter()
     if stage is not None and stage.rope_base is not None:
         config = config.replace(rope_base=stage.rope_base)
@@ -92,6 +94,7 @@ def compile_program(
         stage.batch_size if stage else train_config.batch_size,
         stage.seq_len if stage else train_config.seq_len,
         execution,
+        objective,
     )
     shapes = TrainConfig(  # schedule and phases are the step's alone
         batch_size=train_config.batch_size,
@@ -99,7 +102,8 @@ def compile_program(
         optimizer=train_config.optimizer,
         segment_documents=train_config.tells_documents_apart,
     )
-    lane, rest = _compile_rest(config, shapes, lanes, mesh, execution.replace(accumulate=1, loss_chunks=1))
+    plain = execution.replace(accumulate=1, loss_chunks=1)
+    lane, rest = _compile_rest(config, shapes, lanes, mesh, plain, objective)
     return VmappedProgram(lanes, lane, memory, time.perf_counter() - start, mesh, Executables(step=step, **rest))
 
 
@@ -117,17 +121,17 @@ def _compile_step(
     batch_size: int,
     seq_len: int,
     execution: Execution,
+    objective: Objective,
 ) -> tuple[Callable, Memory]:
     check_batch(mesh, batch_size // execution.accumulate, seq_len)
-    state, split = _state(config, train_config, lanes, mesh)
-    everywhere, rows = replicated(mesh), batch_sharding(mesh, lanes=True)
-    shape = (lanes, batch_size, seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
+    state, split = _state(config, train_config, lanes, mesh, objective)
+    batch = with_lanes(objective.batch_spec(config, train_config, batch_size, seq_len), lanes)
+    everywhere, rows = replicated(mesh), batch_shardings(mesh, batch, lanes=True)
     active = jax.ShapeDtypeStruct((lanes,), bool)
     # Metrics stay where their lanes are, if this process can read them there.
     measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
     step = jax.jit(
-        functools.partial(step_lanes, config, train_config, execution=execution),
+        functools.partial(step_lanes, config, train_config, objective=objective, execution=execution),
         in_shardings=(split, rows, everywhere, everywhere),
         out_shardings=(split, measured),
         donate_argnums=0,
@@ -139,22 +143,27 @@ def _compile_step(
 
 @functools.lru_cache(maxsize=64)
 def _compile_rest(
-    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, execution: Execution
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    mesh: Mesh,
+    execution: Execution,
+    objective: Objective,
 ) -> tuple[TrainState, dict[str, Callable]]:
     """Return the shapes and shardings of one lane, and all executables but the step."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    state, split = _state(config, train_config, lanes, mesh)
+    state, split = _state(config, train_config, lanes, mesh, objective)
     lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
     split_lane = shardings(mesh, lane)
     lane = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), lane, split_lane)
-    everywhere, rows = replicated(mesh), batch_sharding(mesh)
     shape = (train_config.batch_size, train_config.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in batch_spec(train_config).items()}
-    batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    batch = objective.batch_spec(config, train_config, *shape, evaluation=True)
+    everywhere, rows = replicated(mesh), batch_shardings(mesh, batch)
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    init = jax.jit(functools.partial(init_lanes, config, train_config), out_shardings=split)
+    before = jax.ShapeDtypeStruct((len(objective.EVALUATED) + 1,), jnp.float32)
+    init = jax.jit(functools.partial(init_lanes, config, train_config, objective=objective), out_shardings=split)
     evaluate = jax.jit(
-        functools.partial(evaluate_lane, config, execution=execution),
+        functools.partial(evaluate_lane, config, objective=objective, execution=execution),
         in_shardings=(split, everywhere, rows, everywhere),
         out_shardings=everywhere,
         keep_unused=True,
@@ -165,7 +174,7 @@ def _compile_rest(
     with jax.set_mesh(mesh):
         return lane, {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
-            "evaluate": evaluate.lower(state, index, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile(),
+            "evaluate": evaluate.lower(state, index, batch, before).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": _under(mesh, put),
         }
@@ -185,15 +194,15 @@ def _hparams(lanes: int) -> HParams:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((lanes,), leaf.dtype), HParams())
 
 
-def _state(config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh) -> tuple[TrainState, Any]:
+def _state(
+    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, objective: Objective
+) -> tuple[TrainState, Any]:
     """Shapes of the stacked state, and how it is split."""
-    state = jax.eval_shape(functools.partial(init_lanes, config, train_config), _hparams(lanes))
+    init = functools.partial(init_lanes, config, train_config, objective=objective)
+    state = jax.eval_shape(init, _hparams(lanes))
     return state, shardings(mesh, state, lanes=True)
 
 
-def batch_spec(train_config: TrainConfig) -> dict[str, Any]:
-    """What a batch of text holds, each [batch, seq], and its dtype."""
-    spec: dict[str, Any] = {"tokens": np.int32, "targets": np.int32}
-    if train_config.tells_documents_apart:
-        spec |= {"segment_ids": np.int32, "positions": np.int32, "loss_mask": np.float32}
-    return spec
+def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:
+    """Return the shapes of a batch with an axis of lanes before."""
+    return {name: jax.ShapeDtypeStruct((lanes, *array.shape), array.dtype) for name, array in spec.items()}

@@ -5,11 +5,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from train.loop.memory import Memory
-from train.objective import Batch
+from train.objectives.objective import Batch
 from train.state import TrainState
 
 LaneStates = Any
@@ -32,10 +31,10 @@ class Program(abc.ABC):
     compile_seconds: float
 
     @abc.abstractmethod
-    def place(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
+    def place(self, tree: Any, shardings: Any = None) -> Any:
         """Lay out a host tree with leaves [lanes, …] (hyperparameters, a batch) in the form of this program.
 
-        sharding: of the leaves on the devices; None: they stay on the host.
+        shardings: of every leaf on the devices; None: they stay on the host.
         """
 
     @abc.abstractmethod
@@ -50,9 +49,9 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(
-        self, state: LaneStates, lane: int, batch: Batch, before: Float[Array | np.ndarray, "2"]
-    ) -> Float[Array, "2"]:
-        """Return (summed nats, unmasked tokens) of one lane on one batch.
+        self, state: LaneStates, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+    ) -> Float[Array, " sums"]:
+        """Return the sums of one lane on one batch that the objective's means are made of, and last their weight.
 
         before: the result for the batch before, which orders the batches: see `train.lanes.vmapped.evaluate_lane`.
         """

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from train.lanes.program import LaneMetrics, Program
 from train.loop.memory import Memory
-from train.objective import Batch
+from train.objectives.objective import Batch
 from train.state import TrainState
 
 
@@ -31,12 +30,12 @@ class SequentialProgram(Program):
         memory = Memory(lanes * one.memory.state, one.memory.temporary)
         return cls(lanes, one.lane, memory, one.compile_seconds, one)
 
-    def place(self, tree: Any, sharding: NamedSharding | None = None) -> list:
+    def place(self, tree: Any, shardings: Any = None) -> list:
         """Split the tree into one for each lane, leaves [1, …]."""
         leaves, structure = jax.tree.flatten(tree)
         own = ([leaf[lane : lane + 1] for leaf in leaves] for lane in range(self.lanes))
         split = [jax.tree.unflatten(structure, leaves) for leaves in own]
-        return split if sharding is None else jax.device_put(split, sharding)
+        return split if shardings is None else jax.device_put(split, [shardings] * self.lanes)
 
     def init(self, hparams: list) -> list:
         """Return fresh states."""
@@ -55,8 +54,8 @@ class SequentialProgram(Program):
         return states, {name: [measured[n][name] if n in measured else nothing for n in lanes] for name in names}
 
     def evaluate(
-        self, state: list, lane: int, batch: Batch, before: Float[Array | np.ndarray, "2"]
-    ) -> Float[Array, "2"]:
+        self, state: list, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+    ) -> Float[Array, " sums"]:
         """Evaluate one lane's own state."""
         return self.one.evaluate(state[lane], 0, batch, before)
 

@@ -16,16 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from model import Execution, ModelConfig
 from model.sharding import parts_of_lanes, shardings
 from train.config import HParams, TrainConfig
 from train.lanes.program import LaneMetrics, Program
-from train.objective import Batch
+from train.objectives import LanguageModeling, Objective
+from train.objectives.objective import Batch, Metrics
 from train.state import TrainState, init_state
-from train.step import Metrics, eval_step, keep_if, train_step
+from train.step import eval_step, keep_if, train_step
 
 _OWN, _ALL = PartitionSpec("population"), PartitionSpec()
 
@@ -48,9 +49,9 @@ class VmappedProgram(Program):
     mesh: Mesh
     executables: Executables
 
-    def place(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
+    def place(self, tree: Any, shardings: Any = None) -> Any:
         """Return the tree itself, or put it onto the devices."""
-        return tree if sharding is None else jax.device_put(tree, sharding)
+        return tree if shardings is None else jax.device_put(tree, shardings)
 
     def init(self, hparams: HParams) -> TrainState:
         """Return a fresh state."""
@@ -63,8 +64,8 @@ class VmappedProgram(Program):
         return self.executables.step(state, batch, hparams, active)
 
     def evaluate(
-        self, state: TrainState, lane: int, batch: Batch, before: Float[Array | np.ndarray, "2"]
-    ) -> Float[Array, "2"]:
+        self, state: TrainState, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+    ) -> Float[Array, " sums"]:
         """Run `evaluate_lane`."""
         return self.executables.evaluate(state, np.int32(lane), batch, before)
 
@@ -87,9 +88,11 @@ class VmappedProgram(Program):
             return take(state, sources)
 
 
-def init_lanes(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> TrainState:
+def init_lanes(
+    config: ModelConfig, train_config: TrainConfig, hparams: HParams, *, objective: Objective = LanguageModeling()
+) -> TrainState:
     """Fresh lanes, stacked [lanes, …]; the leaves of `hparams` are [lanes]."""
-    return _over_lanes(functools.partial(init_state, config, train_config), hparams)
+    return _over_lanes(functools.partial(init_state, config, train_config, objective=objective), hparams)
 
 
 def step_lanes(
@@ -100,12 +103,13 @@ def step_lanes(
     hparams: HParams,
     active: Bool[Array, " lanes"],
     *,
+    objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
 ) -> tuple[TrainState, LaneMetrics]:
     """One `train_step` of every lane that is active and has not diverged; every metric is [lanes]."""
 
     def one(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
-        new, metrics = train_step(config, train_config, state, batch, hparams, execution=execution)
+        new, metrics = train_step(config, train_config, state, batch, hparams, objective=objective, execution=execution)
         alive = state.skipped_in_a_row < train_config.max_skipped
         return keep_if(active & alive, new, state), metrics
 
@@ -117,18 +121,21 @@ def evaluate_lane(
     state: TrainState,
     index: Int[Array, ""],
     batch: Batch,
-    before: Float[Array, "2"],
+    before: Float[Array, " means_and_weight"],
     *,
+    objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
-) -> Float[Array, "2"]:
-    """(summed nats, unmasked tokens) of one lane on one batch.
+) -> Float[Array, " means_and_weight"]:
+    """Return what one lane's means over one batch are sums of, and the weight of the batch.
 
+    That is, for `LanguageModeling`, (summed nats, unmasked tokens); see `Objective.evaluate`.
     before: what the batch before gave. It is not read, but makes the batches wait for one another: collectives of
     several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
     """
     del before
-    metrics = eval_step(config, pick(state.params, index), batch, execution=execution)
-    return jnp.stack([metrics["loss"] * metrics["loss_tokens"], metrics["loss_tokens"]])
+    metrics = eval_step(config, pick(state.params, index), batch, objective=objective, execution=execution)
+    weight = metrics[objective.WEIGHT]
+    return jnp.stack([*(metrics[name] * weight for name in objective.EVALUATED), weight])
 
 
 def _over_lanes(function: Callable, *arguments: Any) -> Any:

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from model.ambient import pinned
-from model.sharding import batch_sharding
+from model.sharding import batch_shardings
+from train.lanes.build import with_lanes
 from train.lanes.program import Program
 from train.loop.member import Member
 from train.plan import Stage
@@ -31,14 +32,13 @@ class Request(NamedTuple):
 
 
 class Feed:
-    """Batches [lanes, batch, seq] over a mesh, in the form of their program.
+    """Batches [lanes, batch, …] over a mesh, in the form of their program.
 
     Every process makes only the rows that its own devices hold.
     """
 
-    def __init__(self, mesh: Mesh, members: Sequence[Member], names: dict[str, Any]):
-        self._sharding = batch_sharding(mesh, lanes=True)
-        self._members, self._names = members, names
+    def __init__(self, mesh: Mesh, members: Sequence[Member]):
+        self._mesh, self._members = mesh, members
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[Request, Future[Any]] | None = None
 
@@ -59,22 +59,34 @@ class Feed:
 
     @pinned()  # it runs in the thread too
     def _make(self, request: Request, stage: Stage) -> Any:
-        shape = (request.program.lanes, stage.batch_size, stage.seq_len)
-        where = self._sharding.addressable_devices_indices_map(shape).values()
+        first_member, lanes = self._members[0], request.program.lanes
+        of_rows = first_member.batch_spec(stage)
+        shardings = batch_shardings(self._mesh, with_lanes(of_rows, lanes), lanes=True)
+        sharding = next(iter(shardings.values()))
+        where = sharding.addressable_devices_indices_map((lanes, stage.batch_size)).values()
         spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
         first, end = min(span[0] for span in spans), max(span[1] for span in spans)
-        local = {name: np.zeros((shape[0], end - first, shape[2]), dtype) for name, dtype in self._names.items()}
+        local = {name: np.zeros((lanes, end - first, *of.shape[1:]), of.dtype) for name, of in of_rows.items()}
         for lane, member, step in request.slots:
             for name, values in self._members[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
-        if self._sharding.is_fully_addressable:
-            return request.program.place(local, self._sharding)
-        return {name: self._from_rows(shape, values, first) for name, values in local.items()}
+        if sharding.is_fully_addressable:
+            return request.program.place(local, shardings)
+        made = _from_rows(stage.batch_size, first)
+        return {name: made(values, shardings[name]) for name, values in local.items()}
 
-    def _from_rows(self, shape: tuple[int, ...], values: np.ndarray, first: int) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[1].indices(shape[1])
-            return values[index[0], start - first : stop - first, index[2]]
 
-        callback: Callable[[Any], np.ndarray] = part
-        return jax.make_array_from_callback(shape, self._sharding, callback)
+def _from_rows(batch_size: int, first: int) -> Callable[[np.ndarray, NamedSharding], jax.Array]:
+    """Return what makes an array of all rows of those that a process holds, the first of them `first`."""
+
+    def make(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (values.shape[0], batch_size, *values.shape[2:])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[1].indices(batch_size)
+            return values[index[0], start - first : stop - first, *index[2:]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return make

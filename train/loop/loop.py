@@ -18,10 +18,9 @@ from jax.sharding import Mesh
 from model import Execution
 from model.sharding import parts_of_lanes
 from train.agreement import CHECKPOINT, STOP, Agreement
-from train.data import validation_batches
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.lanes.build import batch_spec, compacts, compile_program
+from train.lanes.build import compacts, compile_program
 from train.lanes.program import LaneStates, Program
 from train.lanes.slots import Slots
 from train.loop.feed import Feed, Request, Slot
@@ -58,6 +57,7 @@ class Loop:
     ):
         config, train_config = members[0].config, members[0].train_config  # the same in all
         self.config, self.train_config, self.execution = config, train_config, execution
+        self.objective = members[0].objective
         self.members, self.mesh, self.shell = members, mesh, shell
         self.slots = self._compacted(Slots(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
@@ -67,14 +67,8 @@ class Loop:
             for line in members[0].loader.describe_packing():
                 say(line)
         self._compile(self._earliest(members))
-        self.validation = validation_batches(
-            data,
-            batch_size=train_config.batch_size,
-            seq_len=train_config.seq_len,
-            max_tokens=shell.evaluate_tokens,
-            segment_documents=train_config.tells_documents_apart,
-        )
-        self.feed = Feed(mesh, members, batch_spec(train_config))
+        self.validation = self.objective.validation(config, train_config, data, shell.evaluate_tokens)
+        self.feed = Feed(mesh, members)
         self.agreement = Agreement(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
         self.state = self._start()
@@ -175,7 +169,7 @@ class Loop:
         self.stage = stage
         start = time.perf_counter()  # near to nothing where this process has compiled it before
         self.program: Program = compile_program(
-            self.config, self.train_config, self.slots.lanes, self.mesh, stage, self.execution
+            self.config, self.train_config, self.slots.lanes, self.mesh, stage, self.execution, self.objective
         )
         self.compile_seconds += time.perf_counter() - start
         self.hparams = self.program.place(self.slots.stack([member.hparams for member in self.members]))
@@ -222,8 +216,9 @@ class Loop:
                 self._roll_back(slot.lane, member, step, values["loss"])
                 continue
             if slot.member in evaluated:
-                nats, tokens = np.array(evaluated[slot.member], np.float64).sum(axis=0).tolist()
-                values["validation_loss"] = nats / tokens
+                *sums, weight = np.array(evaluated[slot.member], np.float64).sum(axis=0).tolist()
+                for name, of_batches in zip(self.objective.EVALUATED, sums, strict=True):
+                    values[f"validation_{name}"] = of_batches / weight
             per_second = member.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
             member.write(step, values, timing | {"tokens_per_second": per_second})
             if diverged:
@@ -258,7 +253,7 @@ class Loop:
         return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
 
     def _evaluate(self, lane: int) -> list[Any]:
-        sums: list[Any] = [np.zeros(2, np.float32)]
+        sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
         for batch in self.validation:
             sums.append(self.program.evaluate(self.state, lane, batch, sums[-1]))
         return sums[1:]

@@ -12,6 +12,7 @@ from model import Execution, Params, accounting
 from train.data.folders import Data
 from train.hosts import agree, is_writer
 from train.loop.options import Shell
+from train.objectives.objective import BatchSpec
 from train.plan import Plan, Stage
 from train.progress import say
 from train.recipe import Branch, Recipe, Weights
@@ -84,6 +85,10 @@ class Member:
     def stage(self) -> Stage:
         """What its next step is like."""
         return self.plan.stage(min(self.step, self.plan.total_steps - 1))
+
+    def batch_spec(self, stage: Stage) -> BatchSpec:
+        """Return the shapes of its batches in a stage."""
+        return self.objective.batch_spec(self.config, self.train_config, stage.batch_size, stage.seq_len)
 
     def batch(self, step: int, rows: slice) -> Any:
         """Its batch of update number `step`, past what rollbacks have skipped."""

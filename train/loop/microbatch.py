@@ -10,11 +10,18 @@ from train.hosts import agree
 from train.lanes.build import compile_program
 from train.loop.memory import device_memory
 from train.loop.options import Shell
+from train.objectives import Objective
 from train.plan import Plan, Stage
 
 
 def choose_microbatches(
-    config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, shell: Shell, execution: Execution
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    mesh: Mesh,
+    shell: Shell,
+    execution: Execution,
+    objective: Objective,
 ) -> Execution:
     """The execution with `accumulate` as the shell's `microbatch` wants it.
 
@@ -38,7 +45,7 @@ def choose_microbatches(
     needed = ""
     for count in _possible(mesh, stages, execution.accumulate):
         candidate = execution.replace(accumulate=count)
-        memory = compile_program(config, train_config, lanes, mesh, largest, candidate).memory
+        memory = compile_program(config, train_config, lanes, mesh, largest, candidate, objective).memory
         needed = memory.describe(limit)
         if memory.fits(limit):
             return candidate

@@ -99,7 +99,7 @@ def population(
     rows = math.gcd(*(stage.batch_size // execution.accumulate for stage in stages))
     mesh = make_mesh(execution.mesh or default_axes(rows), execution.platform)
     lanes = lanes_for(mesh, lanes, len(chosen))
-    execution = choose_microbatches(config, train_config, lanes, mesh, shell, execution)
+    execution = choose_microbatches(config, train_config, lanes, mesh, shell, execution, first.objective)
     if first.accumulate not in (1, execution.accumulate):
         raise InputError(
             f"the recipe has accumulate={first.accumulate}, which is part of a run with dropout or experts, and the "
