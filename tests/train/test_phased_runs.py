@@ -62,9 +62,9 @@ def whole(sources, tmp_path_factory):
         programs.append((stage.index, compiled_programs()))
         return take(self, request, stage)
 
-    def noting_draw(shards, index, seq_len, seed):
-        rows[shards.folder, seq_len] += len(index)
-        return draw(shards, index, seq_len, seed)
+    def noting_draw(windows, index, seed):
+        rows[windows.shards.folder, windows.seq_len] += len(index)
+        return draw(windows, index, seed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Feed, "take", noting_take)
