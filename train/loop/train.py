@@ -20,6 +20,7 @@ from train.loop.options import Shell
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
+from train.run.best import VALIDATION_METRICS
 from train.start import check_weights
 
 Folder = str | Path
@@ -178,6 +179,7 @@ def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
 
 def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell) -> None:
     first = recipes[0]
+    shell.check_metric(VALIDATION_METRICS)
     if len(recipes) != len(runs):
         raise InputError(f"{len(recipes)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):
