@@ -115,7 +115,7 @@ def test_a_run_that_stops_early_says_why(data, tmp_path, isoflop):
     assert (code, "finished after 6 steps" in out, "stopped early" in out) == (0, True, False), error
     assert "--patience 6 is as many validations as the run has, or more; it cannot stop early" in error
     code, _, error = isoflop(*few, "--keep-best", "validation_loss", "train_loss")
-    assert (code, "takes one metric at most, not validation_loss train_loss" in error) == (2, True), error
+    assert (code, "takes one metric at most" in error) == (2, True), error
 
 
 def test_more_workers_than_trials_are_not_started(data, tmp_path, caplog):
