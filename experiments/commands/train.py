@@ -79,11 +79,9 @@ def train(
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
         keep_every: A checkpoint is made every so many steps, and stays; 0: none.
-        keep_best: The checkpoint of the best validation stays too, by a validation metric of metrics.jsonl;
-            validation_loss where none is named. Each validation that improves on those before is saved.
+        keep_best: The best validation's checkpoint is made and stays, by METRIC of metrics.jsonl or validation_loss.
         keep_steps: Checkpoints of these steps are made, and stay (for `isoflop cool`).
-        patience: The run ends early once the metric of --keep-best, or else validation_loss, has not improved in so
-            many validations in a row (see --evaluate-every); 0: never.
+        patience: The run ends after so many validations in a row that do not improve --keep-best's metric; 0: never.
         wandb: A Weights & Biases project that gets the metrics too.
         profile: Write a trace of five steps to OUT/profile, for TensorBoard or Perfetto.
         distributed: One of several processes of one run, which Slurm or the TPU pod tells of each other.
