@@ -1,8 +1,9 @@
 """Read checkpoints: what one holds, which is the newest that is intact, the parameters without the rest.
 
 `RUN/checkpoints/STEP` holds two items of Orbax, `params` and `state` (all the rest, mostly the optimizer), the
-description `checkpoint.json` (step, score, the leaves of the whole state) and `checksums.json`. A state without
-parameters of its own is one item, `state`, as were all states of former versions. `train.run.checkpoint` writes them.
+description `checkpoint.json` (step, score and its metric, the leaves of the whole state) and `checksums.json`. A state
+without parameters of its own is one item, `state`, as were all states of former versions. `train.run.checkpoint` writes
+them.
 """
 
 import dataclasses

@@ -17,8 +17,26 @@ if TYPE_CHECKING:
 
     from train.data.manifest import Manifest
 
+
+def _metric_or_flag(words: list[str]) -> bool | str:
+    """The one name behind a flag, or True where it stands alone."""
+    if len(words) > 1:
+        raise ValueError(f"takes one metric at most, not {' '.join(words)}")
+    return words[0] if words else True
+
+
 JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 PlotFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+OptionalMetric = Annotated[
+    bool | str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[METRIC]",
+        instance_from_str=_metric_or_flag,
+        is_instance=lambda value: isinstance(value, (bool, str)),
+        str_from_instance=lambda value: [] if value is True else [str(value)],
+    ),
+]
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
 _FIGURES = (".svg", ".png", ".pdf")
 

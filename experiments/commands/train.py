@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile, Overrides
+from experiments.commands.options import JsonFile, OptionalMetric, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def train(
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 2,
     keep_every: int = 0,
-    keep_best: bool = False,
+    keep_best: OptionalMetric = False,
     keep_steps: tuple[int, ...] = (),
+    patience: int = 0,
     wandb: str | None = None,
     profile: bool = False,
     distributed: bool = False,
@@ -85,8 +86,9 @@ def train(
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay.
         keep_every: A checkpoint is made every so many steps, and stays; 0: none.
-        keep_best: The checkpoint with the lowest validation loss stays too.
+        keep_best: The best validation's checkpoint is made and stays, by METRIC of metrics.jsonl or validation_loss.
         keep_steps: Checkpoints of these steps are made, and stay (for `isoflop cool`).
+        patience: The run ends after so many validations in a row that do not improve --keep-best's metric; 0: never.
         wandb: A Weights & Biases project that gets the metrics too.
         profile: Write a trace of five steps to OUT/profile, for TensorBoard or Perfetto.
         distributed: One of several processes of one run, which Slurm or the TPU pod tells of each other.
@@ -134,6 +136,7 @@ def train(
         keep_every=keep_every,
         keep_best=keep_best,
         keep_steps=keep_steps,
+        patience=patience,
         microbatch=microbatch,
         announce=True,
         wandb=wandb,
@@ -144,7 +147,7 @@ def train(
         _show_plan(recipe.train)
     _say_what_is_cut(shell, manifest, recipe)
     result = run_training(recipe, run=out, shell=shell, execution=execution)
-    _tell(result, json)
+    _tell(result, json, recipe.horizon)
 
 
 def cool(
@@ -204,12 +207,12 @@ def cool(
         held = executions(read_record(trunk)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
-        results.append(_tell(result, None))
+        results.append(_tell(result, None, recipe.horizon))
     write_document(json, {"branches": results})
 
 
-def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
-    """The result in one sentence, and as a document."""
+def _tell(result: "Result", json: Path | None, steps: int) -> dict[str, Any]:
+    """The result in one sentence, and as a document. steps: that the run was to make."""
     import dataclasses
 
     from experiments.commands.options import write_document
@@ -225,18 +228,30 @@ def _tell(result: "Result", json: Path | None) -> dict[str, Any]:
         return values
     write_document(json, values)
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f}"
-    trouble = [
+    remarks = [
         counted(count, name)
         for name, count in (("skipped step", result.skipped), ("rollback", result.rollbacks))
         if count
     ]
+    if result.stopped_early is not None:
+        remarks.insert(0, _why_early(result.stopped_early, result.steps, steps))
     print(
         f"{result.run}: {result.status} after {counted(result.steps, 'step')}, {counted(result.tokens, 'token')} "
         f"({result.epochs:.2f} epochs); validation loss {loss} nats per token; "
         f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
-        + "".join(f"; {text}" for text in trouble)
+        + "".join(f"; {text}" for text in remarks)
     )
     return values
+
+
+def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
+    """Why a run ended before its last step."""
+    if early["best"] is None:
+        outcome = "has not been finite"
+    else:
+        outcome = f"has not improved on {early['best']:.4g} (step {early['best_step']:,})"
+    validations = counted(early["patience"], "validation")
+    return f"stopped early at step {step:,} of {steps:,}: {early['metric']} {outcome} in {validations}"
 
 
 def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> None:
@@ -252,6 +267,8 @@ def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> 
     for flag, every in (("--evaluate-every", shell.evaluate_every), ("--keep-every", shell.keep_every)):
         if every > last:
             say(f"{flag} {every:,} is more than the run's {last:,} steps; only its end counts")
+    if 0 < last <= shell.patience * shell.evaluate_every:
+        say(f"--patience {shell.patience:,} is as many validations as the run has, or more; it cannot stop early")
     if late := [step for step in shell.keep_steps if step > last]:
         say(f"--keep-steps {' '.join(map(str, late))}: the run ends at step {last:,}, before those checkpoints")
     if uses_horizon(train_config, hparams) and 0 < hparams.total_steps < last:

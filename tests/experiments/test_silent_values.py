@@ -26,6 +26,7 @@ REFUSED = {
     "generate r --prompt a --draft r --lookup 2": "--draft and --lookup are two ways",
     "report runs/a runs/a/": "a run is named twice",
     "cool trunk --at 3 3 --out o": "--at 3 3 has a step twice",
+    "train tiny --keep-best a --out b --keep-best c": "--keep-best is given twice (a, c)",
 }
 
 
@@ -99,6 +100,22 @@ def test_what_is_cut_is_said(data, tmp_path, isoflop):
         assert (code, f"{flag} {value} does nothing {where}" in error) == (0, True), error
     code, _, error = isoflop("data", "inspect", data, "--split", "validation", "--rows", 10**7)
     assert "--rows 10,000,000 is more than" in error
+
+
+def test_a_run_that_stops_early_says_why(data, tmp_path, isoflop):
+    arguments = ("train", "tiny", "--data", data, "--out", tmp_path / "run", "--batch-size", 4, "--seq-len", 32)
+    few = (*arguments, "--steps", 6, "--evaluate-tokens", 512, "--learning-rate", 0, "--evaluate-every", 1)
+    code, out, error = isoflop(*few, "--keep-best", "validation_perplexity", "--patience", 2)
+    assert code == 0, error
+    assert "finished after 3 steps" in out
+    assert "stopped early at step 3 of 6: validation_perplexity has not improved on" in out
+    assert "(step 1) in 2 validations" in out
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "3"]
+    code, out, error = isoflop(*few, "--patience", 6, "--keep-best")
+    assert (code, "finished after 6 steps" in out, "stopped early" in out) == (0, True, False), error
+    assert "--patience 6 is as many validations as the run has, or more; it cannot stop early" in error
+    code, _, error = isoflop(*few, "--keep-best", "validation_loss", "train_loss")
+    assert (code, "takes one metric at most" in error) == (2, True), error
 
 
 def test_more_workers_than_trials_are_not_started(data, tmp_path, caplog):

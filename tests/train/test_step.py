@@ -243,6 +243,7 @@ def test_init_scale_multiplies_matrices_only():
 # ---- hyperparameters
 
 OTHERS = {
+    "mask_rate": 0.3,
     "learning_rate": 1e-4,
     "weight_decay": 0,
     "beta1": 0.5,

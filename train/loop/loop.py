@@ -81,7 +81,7 @@ class Loop:
         stack.callback(self.feed.close)
         stack.callback(lambda: self.trace.close(self.state))
         for member in self.members:  # killed between its last checkpoint and the note that it is finished
-            if not member.ended and not member.active:
+            if not member.ended and member.done:
                 member.end("finished", self._compile_share())
         remaining = sum(member.stop - member.step for member in self._active())
         with interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
@@ -120,19 +120,21 @@ class Loop:
         self._handle_pending()
         self.pending = _Step(taken, metrics, evaluated)
         self.dispatched += 1
+        if evaluated and (self.shell.patience or self.shell.keep_best):  # it decides whether this step is the last
+            self._handle_pending()
         members = [
             self.members[slot.member]
             for slot, generation in taken
             if self.members[slot.member].generation == generation
         ]
-        finished = [member for member in members if member.step == member.stop]
-        due = [member for member in members if self._checkpoint_due(member)]
+        finished = [member for member in members if member.done]
+        due = [member for member in members if member.improved or self._checkpoint_due(member)]
         if finished or due:
             self._handle_pending()
             self._save([member for member in members if member in [*finished, *due] and not member.ended])
             self.saved_at, self.saved_after = time.perf_counter(), self.dispatched
             for member in finished:
-                if not member.ended and member.step == member.stop:
+                if not member.ended and member.done:
                     member.checkpoints.wait()
                     member.end("finished", self._compile_share())
             self.clock = time.perf_counter()
@@ -272,7 +274,7 @@ class Loop:
     def _save(self, members: list[Member]) -> None:
         for member in members:
             member.sync()
-            score = member.last.get("validation_loss") if member.last.get("step") == member.step else None
+            score = member.last.get(self.shell.metric) if member.last.get("step") == member.step else None
             lane = self.slots.lane(self.members.index(member))
             base = member.plan.stage(max(member.step - 1, 0)).rope_base
             config = {} if base is None or member.step == 0 else {"rope_base": base}

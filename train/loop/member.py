@@ -17,6 +17,7 @@ from train.plan import Plan, Stage
 from train.progress import say
 from train.recipe import Branch, Recipe, Weights
 from train.run import Result, Run
+from train.run.best import Best
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.start import check_branch, folder_of, params_of
@@ -55,6 +56,7 @@ class Member:
             keep=shell.keep_checkpoints,
             keep_every=shell.keep_every,
             keep_best=shell.keep_best,
+            higher_is_better=self.objective.rises(shell.metric),
             keep_steps=shell.keep_steps,
         )
         self.shell = shell
@@ -67,6 +69,7 @@ class Member:
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
+        self.best = Best(shell.metric, self.objective.rises(shell.metric))
         self.generation = 0  # how often it was rolled back: steps dispatched in an earlier generation are not recorded
         self._losses: collections.deque[float] = collections.deque(maxlen=train_config.spike_window)
 
@@ -74,7 +77,28 @@ class Member:
     def ended(self) -> bool:
         """Whether nothing is left to train."""
         record = self.run.record
-        return record["status"] == "diverged" or (record["status"] == "finished" and record["step"] >= self.stop)
+        if record["status"] != "finished":
+            return record["status"] == "diverged"
+        return record["step"] >= self.stop or self._stays_stopped(record.get("stopped_early"))
+
+    def _stays_stopped(self, early: dict[str, Any] | None) -> bool:
+        """Whether a run that stopped early would do so again: by the same metric and with no more patience."""
+        metric, patience = self.shell.metric, self.shell.patience
+        return early is not None and early["metric"] == metric and 0 < patience <= early["patience"]
+
+    @property
+    def done(self) -> bool:
+        """Whether it is at its last step: its horizon, or the step whose validation used up the patience."""
+        return self.step >= self.stop or self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self.shell.patience <= self.best.without and self.best.validated == self.step
+
+    @property
+    def improved(self) -> bool:
+        """Whether it is at the step of its best validation, whose checkpoint stays."""
+        return bool(self.shell.keep_best) and 0 < self.best.step == self.step
 
     @property
     def active(self) -> bool:
@@ -134,6 +158,9 @@ class Member:
             self.seconds = self.last.get("seconds", self.seconds)
             known = [record["validation_loss"] for record in begin.lines if "validation_loss" in record]
             self.validation_loss = known[-1] if known else None
+        # The record remembers, so that a kill changes no count.
+        rises = self.objective.rises(self.shell.metric)
+        self.best = Best.of(self.shell.metric, begin.lines, higher_is_better=rises)
         self._losses.clear()
         self._losses.extend(record["loss"] for record in begin.lines if record["loss"] is not None)
         self.run.update(metrics=begin.seal)  # before the file is cut: what it covers is there after a kill in between
@@ -171,6 +198,7 @@ class Member:
         stage = self.plan.stage(step - 1)
         if self.train_config.phases:
             self.last |= {"phase": stage.phase, "batch_size": stage.batch_size, "seq_len": stage.seq_len}
+        self.best = self.best.after(self.last)
         self.log.write(self.last | timing | {"seconds": self.seconds})
         if known["loss"] is not None:
             self._losses.append(known["loss"])
@@ -239,6 +267,11 @@ class Member:
     def end(self, status: str, compile_seconds: float) -> None:
         """Note how it went."""
         assert self.log is not None
+        early: dict[str, Any] = {}
+        if status == "finished" and self.step < self.stop:
+            best, patience = self.best, self.shell.patience
+            noted = {"metric": best.metric, "best_step": best.step, "best": best.value, "patience": patience}
+            early = {"stopped_early": noted}
         self.run.update(
             metrics=self.log.sync(),
             status=status,
@@ -250,6 +283,7 @@ class Member:
                 "validation_loss": self.validation_loss if status == "finished" else None,
                 "skipped": self.last.get("skipped", 0),
             },
+            **early,
         )
 
     def fail(self) -> None:
@@ -273,6 +307,7 @@ class Member:
             compile_seconds=record["compile_seconds"],
             rollbacks=len(self.rollbacks),
             branch_step=self.recipe.start.step if isinstance(self.recipe.start, Branch) else 0,
+            stopped_early=record.get("stopped_early"),
             **record["result"],
         )
 

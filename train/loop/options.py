@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from model.errors import InputError
 from model.execution import refuse_moved
+from train.run.best import metric_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,9 +14,11 @@ class Shell:
     evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
     same ones each time. checkpoint_every: steps; 0: by time alone. Of the checkpoints the newest `keep_checkpoints`
     stay, those of every `keep_every`-th step, those of `keep_steps` (which are then made), and with keep_best the one
-    with the lowest validation loss. checkpoint_start: save a fresh run before its first step, so that one that diverges
-    early still has parameters to look at. microbatch: rows per microbatch, in place of the execution's `accumulate`;
-    "auto": as many as the device's memory holds.
+    of the best validation (each that improves on those before is then saved). keep_best: the name of a validation
+    metric in metrics.jsonl; True: validation_loss. patience: the run ends once that metric (validation_loss where
+    keep_best is False) has not improved in so many validations in a row; 0: never. checkpoint_start: save a fresh run
+    before its first step, so that one that diverges early still has parameters to look at. microbatch: rows per
+    microbatch, in place of the execution's `accumulate`; "auto": as many as the device's memory holds.
     memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
     what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
     folder. compact: whether lanes move to a program of half as many once that holds all that go on; None: where
@@ -27,8 +31,9 @@ class Shell:
     checkpoint_seconds: float = 60.0
     keep_checkpoints: int = 2
     keep_every: int = 0
-    keep_best: bool = False
+    keep_best: bool | str = False
     keep_steps: tuple[int, ...] = ()
+    patience: int = 0
     checkpoint_start: bool = True
     microbatch: int | str | None = None
     memory: int | None = None
@@ -37,6 +42,25 @@ class Shell:
     profile: bool = False
     compact: bool | None = None
     description: str = "training"
+
+    @property
+    def metric(self) -> str:
+        """The validation metric that `keep_best` and `patience` go by."""
+        return metric_of(self.keep_best)
+
+    def check_metric(self, measured: tuple[str, ...]) -> None:
+        """Raise InputError where a run that measures these validation metrics cannot do what is requested."""
+        if self.metric not in measured:
+            raise InputError(
+                f"keep_best={self.keep_best!r} is no validation metric of this run; it measures {', '.join(measured)}"
+            )
+        if self.patience < 0:
+            raise InputError(f"patience={self.patience} must be at least 0 (0: never stop early)")
+        if self.patience and self.evaluate_every < 1:
+            raise InputError(
+                f"patience={self.patience} counts validations, and without evaluate_every there is one at the end "
+                "only; set evaluate_every to the steps between validations"
+            )
 
     def plans_checkpoint(self, step: int) -> bool:
         """Whether the step has a checkpoint however long the run takes."""

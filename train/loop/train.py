@@ -176,6 +176,7 @@ def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
 
 def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell) -> None:
     first = recipes[0]
+    shell.check_metric(first.objective.validation_metrics)
     if len(recipes) != len(runs):
         raise InputError(f"{len(recipes)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):

@@ -174,6 +174,16 @@ class Objective(Part, ABC):
         _, sums = self.loss(config, params, frozen, batch, execution=execution)
         return {name: sums[name] for name in (*self.EVALUATED, self.WEIGHT)}
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """What a validation adds to a run's record."""
+        of_text = ("perplexity", "bits_per_byte") if self.LIKELIHOOD else ()
+        return tuple(f"validation_{name}" for name in (*self.EVALUATED, *of_text))
+
+    def rises(self, metric: str) -> bool:
+        """Return whether a higher value of a validation metric is better."""
+        return metric.removeprefix("validation_") in self.HIGHER_IS_BETTER
+
     # ---- accounting
 
     def forward_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:

@@ -38,6 +38,7 @@ from model.errors import InputError
 from train.checksums import CHECKSUMS, checksums, read_intact, verify
 from train.files import sync_folder, sync_tree, write_json
 from train.hosts import agree, is_writer
+from train.run.best import DEFAULT_METRIC, Best, metric_of
 
 _FILE_OVERHEAD = 2**17  # bytes of Orbax's metadata, of the description and of the checksums
 _WRITING, _DELETED, _REPLACED = "writing", "deleted", "replaced"
@@ -47,8 +48,9 @@ class Checkpoints:
     """The checkpoints of one run.
 
     After each save these stay: the newest `keep`, multiples of `keep_every` (0: none), those of `keep_steps`, and with
-    `keep_best` the one of the lowest score. read_only: for a folder whose run another process may be training; nothing
-    is moved or removed. With several processes all of them call every method but `steps`, `whole_steps` and `close`.
+    `keep_best` the one of the best score. keep_best: the name of the metric that scores are of; True: validation_loss.
+    read_only: for a folder whose run another process may be training; nothing is moved or removed. With several
+    processes all of them call every method but `steps`, `whole_steps` and `close`.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Checkpoints:
         run: Path,
         keep: int = 2,
         keep_every: int = 0,
-        keep_best: bool = False,
+        keep_best: bool | str = False,
+        higher_is_better: bool = False,
         keep_steps: tuple[int, ...] = (),
         read_only: bool = False,
     ):
@@ -64,7 +67,8 @@ class Checkpoints:
             raise InputError(f"keep={keep} must be at least 1 and keep_every={keep_every} at least 0 (0: none)")
         self._folder = Path(run).absolute() / FOLDER
         self._keep, self._keep_every, self._keep_best, self._keep_steps = keep, keep_every, keep_best, keep_steps
-        self._read_only = read_only
+        self._metric, self._read_only = metric_of(keep_best), read_only
+        self._higher_is_better = higher_is_better
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._checkpointer: ocp.AsyncCheckpointer | None = None
@@ -74,10 +78,10 @@ class Checkpoints:
 
         state: a tree of NumPy arrays, the same in all processes, and jax.Arrays, sharded in any way; it may be donated
         or changed as soon as this returns. Its field `params`, where it has one, is stored as an item of its own.
-        score: what `keep_best` keeps the lowest of. config: fields of the model's config that are others at this step
-        than in the run's record. A checkpoint that the step has already is replaced. Raises OSError
-        (ENOSPC) before anything is begun where the disk has no room: a writer that fails half-way leaves little more
-        than a page of tracebacks.
+        score: the value of the metric that `keep_best` names. config: fields of the model's config that are others at
+        this step than in the run's record. A checkpoint that the step has already is replaced. Raises OSError (ENOSPC)
+        before anything is begun where the disk has no room: a writer that fails half-way leaves little more than a page
+        of tracebacks.
         """
         self.wait()
         state = jax.tree.map(_savable, state)
@@ -90,8 +94,12 @@ class Checkpoints:
             options = ocp.CompositeOptions(multiprocessing_options=own, async_options=at_once)
             handler = ocp.CompositeCheckpointHandler(composite_options=options)
             self._checkpointer = ocp.AsyncCheckpointer(handler, async_options=at_once, multiprocessing_options=own)
-        about = {"step": step, "score": None if score is None else float(score), "leaves": leaves_of(state)}
-        about |= {"config": dict(config or {})}
+        about: dict[str, Any] = {
+            "step": step,
+            "score": None if score is None else float(score),
+            "leaves": leaves_of(state),
+        }
+        about |= {"metric": self._metric, "config": dict(config or {})}
         if jax.process_count() > 1:  # the collectives of Orbax belong to the thread that runs all others
             self._write(step, state)
             left = None
@@ -217,15 +225,17 @@ class Checkpoints:
         if self._keep_every:
             kept |= {step for step in whole if step % self._keep_every == 0}
         if self._keep_best:
-            scored = [(score, step) for step in whole if (score := self._score(step)) is not None]
-            kept |= {step for _, step in sorted(scored)[:1]}
+            scores = [{"step": step, self._metric: self._score(step)} for step in whole]
+            best = Best.of(self._metric, scores, higher_is_better=self._higher_is_better)
+            kept |= {best.step} if best.value is not None else set()
         for step in self.steps():
             if step not in kept:
                 self._delete(step)
 
     def _score(self, step: int) -> float | None:
-        about = read_intact(self._path(step), ABOUT)
-        return None if about is None else about["score"]
+        """The value of the metric at a step; None where it is unknown or the score is of another metric."""
+        about = read_intact(self._path(step), ABOUT) or {"score": None}
+        return about["score"] if about.get("metric", DEFAULT_METRIC) == self._metric else None  # former ones: the loss
 
     def _delete(self, step: int) -> None:
         """Under a hidden name first: half a checkpoint never looks like one."""

@@ -54,6 +54,7 @@ class Run:
         if not held or before != self.execution:
             held.append((step, self.execution))
         rows = [{"from_step": first, **execution.to_dict()} for first, execution in held]
+        self.record.pop("stopped_early", None)
         self.update(status="running", executions=rows)
         now, old = self.execution.to_dict(), before.to_dict()
         changes = (f"{name}={now[name]} instead of {old[name]}" for name in EXECUTION if now[name] != old[name])
@@ -135,7 +136,8 @@ class Result:
     the training data; above 1 tokens were repeated. flops_6nd and flops_exact: of the whole run, by convention
     (see model/accounting.py), the trunk's part of a branch included; branch_step: the steps of that part, which the
     trunk has been charged for. skipped: steps that were not finite. seconds: training time without compilation, over
-    all restarts.
+    all restarts. stopped_early: of a run that its patience ended, the metric, its best value and that one's step
+    (None and 0 where no validation was finite), and the patience.
     """
 
     run: Path
@@ -153,6 +155,7 @@ class Result:
     skipped: int = 0
     rollbacks: int = 0
     branch_step: int = 0
+    stopped_early: dict[str, Any] | None = None
 
     @property
     def params(self) -> Params:
