@@ -1,15 +1,18 @@
 """Evaluation of a model by its training objective, beside what a model reaches that does not look at its input."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float64
 
 from model import ModelConfig, Params
 from train import HParams, TrainConfig, eval_step
 from train.data.folders import Data
+from train.data.manifest import load_manifest
 from train.objectives import Objective
 from train.objectives.tokens import TokenObjective
 from train.plan import Plan
@@ -30,8 +33,9 @@ def evaluate_objective(
 ) -> dict[str, Any]:
     """{"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
 
-    Of objectives that predict tokens also "unigram_loss", on the same positions: that of the frequencies of the
-    training split's targets, which is the least that a model can reach without looking at its input.
+    Of objectives that predict tokens also, on the same positions: "unigram_loss", that of the frequencies of the
+    training split's targets, and "context_free_loss", the least that a model can reach without looking at other
+    positions (`TokenObjective.context_free_nats`).
     Raises InputError where model, objective and data do not go together.
     """
     seq_len = seq_len or config.max_seq_len
@@ -52,26 +56,35 @@ def evaluate_objective(
     values = {"objective": objective.NAME} | {name: mean(name) for name in objective.EVALUATED}
     values |= {objective.WEIGHT: int(weights.sum()), "seq_len": seq_len}
     if isinstance(objective, TokenObjective):
-        values["unigram_loss"] = _unigram_loss(config, objective, train_config, opened, batches)
+        frequencies = _frequencies(config, objective, train_config, opened)
+        manifest = load_manifest(opened.first)
+        plain = lambda batch: -np.log(frequencies[batch["targets"]])
+        alone = lambda batch: objective.context_free_nats(config, batch, manifest, frequencies)
+        values |= {"unigram_loss": _mean(plain, batches), "context_free_loss": _mean(alone, batches)}
     return values
 
 
-def _unigram_loss(
-    config: ModelConfig, objective: TokenObjective, train_config: TrainConfig, data: Data, batches: list[Any]
-) -> float:
-    """Nats per predicted token of the frequencies in training batches, with one more count for every id."""
+def _frequencies(
+    config: ModelConfig, objective: TokenObjective, train_config: TrainConfig, data: Data
+) -> Float64[np.ndarray, " vocab"]:
+    """Frequencies of the targets in training batches, with one more count for every id."""
     steps = -(-_COUNTED // train_config.tokens_per_step)
     loader = objective.source(config, train_config, HParams(), data.sources, Plan.of(train_config, steps))
     counts = np.ones(config.vocab_size)
     for number in range(steps):
         if loader.epoch(number) >= 1:
             break
-        counts += _counts(loader.batch(number), config.vocab_size)
-    predicted = np.sum([_counts(batch, config.vocab_size) for batch in batches], axis=0)
-    return float(-(predicted * np.log(counts / counts.sum())).sum() / predicted.sum())
+        batch = loader.batch(number)
+        counts += np.bincount(batch["targets"].ravel(), _weights(batch).ravel(), minlength=config.vocab_size)
+    return counts / counts.sum()
 
 
-def _counts(batch: Any, vocab_size: int) -> np.ndarray:
-    targets, mask = batch["targets"], batch.get("loss_mask")
-    weights = None if mask is None else mask.ravel()
-    return np.bincount(targets.ravel(), weights, minlength=vocab_size)
+def _mean(nats: Callable[[Any], np.ndarray], batches: list[Any]) -> float:
+    """Mean over the predicted tokens of all batches."""
+    total = sum((nats(batch) * _weights(batch)).sum() for batch in batches)
+    return float(total / sum(_weights(batch).sum() for batch in batches))
+
+
+def _weights(batch: Any) -> np.ndarray:
+    """1 where a token is predicted, float64."""
+    return np.asarray(batch.get("loss_mask", np.ones(batch["targets"].shape)), np.float64)

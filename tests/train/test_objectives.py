@@ -9,23 +9,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from model import Execution, InputError, init
-from train import Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
+from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
 from train.data import prepare
+from train.data.noise import Noise
 from train.lanes.build import compiled_programs
-from train.objectives import OBJECTIVES, from_dict, get
+from train.objectives import OBJECTIVES, MaskedLanguageModeling, from_dict, get
 from train.objectives.objective import merge
 from train.run.metrics import read_metrics
 from train.step import gradients
 
 SCRIPT = Path(__file__).with_name("objective_cases.py")
 _MODULE = runpy.run_path(str(SCRIPT))
-CASES, HPARAMS, batch_of = _MODULE["CASES"], _MODULE["HPARAMS"], _MODULE["batch_of"]
+CASES, ENCODER, HPARAMS, batch_of = (_MODULE[name] for name in ("CASES", "ENCODER", "HPARAMS", "batch_of"))
 STEPS = 5
 QUIET = Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1)
 each = pytest.mark.parametrize("name", CASES)
@@ -198,3 +200,23 @@ def test_mask_rates_are_lanes_and_validated_alike(recipe_of_case, whole):
     assert (flat(8, "tokens") == flat(8, "targets"))[~chosen].all()
     shown = flat(8, "tokens")[chosen]
     assert 0.6 < (shown == CASES["masked"].objective.mask_id).mean() <= 1
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.1), (1.0, 0.0), (0.5, 0.0)])
+def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(shares):
+    """Of independent tokens nothing is known beyond the token at the same position."""
+    vocab = 8
+    config = ENCODER.replace(vocab_size=vocab + 1, head="masked-language-model", head_bias=True)
+    objective = MaskedLanguageModeling(mask_id=vocab, masked=shares[0], random=shares[1])
+    frequencies = np.arange(1, vocab + 1) / np.arange(1, vocab + 1).sum()
+    tokens = np.random.default_rng(0).choice(vocab, (2000, 64), p=frequencies).astype(np.int32)
+    manifest = SimpleNamespace(vocab_size=vocab, eos_id=-1)
+    noise = Noise.of_rows(0, np.arange(2000), 64)
+    batch = objective.corrupt(config, {"tokens": tokens}, noise, manifest, HParams(mask_rate=0.5))
+    chosen = batch["loss_mask"] > 0
+    nats = objective.context_free_nats(config, batch, manifest, np.append(frequencies, 0))[chosen].mean()
+    edges = [np.arange(vocab + 2) - 0.5, np.arange(vocab + 1) - 0.5]  # a mask is shown, but is no target
+    both = np.histogram2d(batch["tokens"][chosen], batch["targets"][chosen], edges)[0]
+    rows = both.sum(axis=1, keepdims=True)
+    entropy = -np.sum(both * np.log(np.divide(both, rows, out=np.ones_like(both), where=both > 0))) / both.sum()
+    assert nats == pytest.approx(entropy, abs=5e-3)

@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 import jax
 import numpy as np
+from jaxtyping import Float64
 
 from model import InputError, ModelConfig
 from train.config import HParams, TrainConfig
@@ -98,6 +99,21 @@ class MaskedLanguageModeling(TokenObjective):
         if hparams is None and "segment_ids" not in batch:
             made["segment_ids"] = real.astype(np.int32)
         return made
+
+    def context_free_nats(
+        self, config: ModelConfig, batch: Batch, manifest: Manifest, frequencies: Float64[np.ndarray, " vocab"]
+    ) -> Float64[np.ndarray, "batch seq"]:
+        """Return those of a unigram model that weighs whether the token that is shown was drawn or is the target.
+
+        A model learns this long before it looks at other positions: at the default shares its loss is about half a nat
+        below that of the frequencies alone.
+        """
+        shown, targets = batch["tokens"], batch["targets"]
+        kept = (1 - self.masked - self.random) * frequencies[shown]
+        drawn = np.full(shown.shape, self.random / manifest.vocab_size)
+        share = np.divide(kept, kept + drawn, out=np.zeros(shown.shape), where=kept + drawn > 0)
+        share = np.where(shown == self._mask_id(config), 0, share)
+        return -np.log((1 - share) * frequencies[targets] + share * (shown == targets))
 
     def _mask_id(self, config: ModelConfig) -> int:
         return config.vocab_size - 1 if self.mask_id is None else self.mask_id

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray
 
 from model import Execution, InputError, ModelConfig, Params, forward, head
 from model.layout import layer_kinds
@@ -91,6 +91,16 @@ class TokenObjective(Objective):
             noise = Noise.of_rows(_VALIDATION_SEED, number * train_config.batch_size + rows, train_config.seq_len)
             made.append(self.corrupt(config, batch, noise, shards.manifest, None))
         return made
+
+    def context_free_nats(
+        self, config: ModelConfig, batch: Batch, manifest: Manifest, frequencies: Float64[np.ndarray, " vocab"]
+    ) -> Float64[np.ndarray, "batch seq"]:
+        """Return the least nats of each target for who knows the targets' frequencies but sees no other position.
+
+        Here those of a unigram model: what stands at a position says nothing of its target.
+        """
+        del config, manifest
+        return -np.log(frequencies[batch["targets"]])
 
     def count(self, batch: Batch) -> Float[Array, ""]:
         """Return the tokens that the loss is a mean over, at least 1."""
