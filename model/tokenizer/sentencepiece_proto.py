@@ -7,6 +7,7 @@ https://protobuf.dev/programming-guides/encoding.
 import struct
 from collections.abc import Iterable
 
+CONTROL, UNUSED = 3, 5  # types of pieces
 _UNIGRAM, _BPE = 1, 2
 _VARINT, _BYTES, _FLOAT = 0, 2, 5
 
@@ -25,11 +26,12 @@ def model_proto(
     normalizer = _field(3, _VARINT, add_dummy_prefix) + _field(4, _VARINT, remove_extra_whitespaces)
     if precompiled_charsmap:
         normalizer += _field(2, _BYTES, precompiled_charsmap)
-    listed = b"".join(
-        _field(1, _BYTES, _field(1, _BYTES, text.encode()) + _field(2, _FLOAT, score) + _field(3, _VARINT, kind))
-        for text, score, kind in pieces
-    )
-    return listed + _field(2, _BYTES, trainer) + _field(3, _BYTES, normalizer)
+    return b"".join(piece(*each) for each in pieces) + _field(2, _BYTES, trainer) + _field(3, _BYTES, normalizer)
+
+
+def piece(text: str, score: float, kind: int) -> bytes:
+    """One more piece of a serialised ModelProto, wherever in it the bytes are put: ids follow the order of pieces."""
+    return _field(1, _BYTES, _field(1, _BYTES, text.encode()) + _field(2, _FLOAT, score) + _field(3, _VARINT, kind))
 
 
 def _field(number: int, wire: int, value: int | float | bytes) -> bytes:

@@ -12,6 +12,7 @@ from model import InputError, apply, presets
 from model.convert import load_hf, save_hf
 from model.quantized import save_quantized
 from model.store import open_model
+from model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -31,6 +32,51 @@ def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkey
     text = "The people of the United States"
     assert found.tokenizer.encode(text) == open_model(tmp_path / "hf", data).tokenizer.encode(text)
     np.testing.assert_array_equal(found.params["embedding"]["tokens"], params["embedding"]["tokens"])
+
+
+ENCODER = {"stack": "encoder", "head": "masked-language-model", "head_bias": True, "position": "learned"}
+ENCODER |= {"norm": "layernorm", "norm_epsilon": 1e-12, "norm_placement": "post", "embedding_norm": True}
+ENCODER |= {
+    "gated": False,
+    "activation": "gelu",
+    "use_bias": True,
+    "num_token_types": 2,
+    "num_layers": 1,
+    "num_kv_heads": 2,
+}
+T5 = {"stack": "encoder-decoder", "position": "relative", "attention_scale": 1.0, "scale_logits": True, "num_layers": 1}
+T5 |= {"gated": False, "activation": "relu", "norm_epsilon": 1e-6, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "objective", "names"),
+    [
+        (ENCODER | {"vocab_size": 321}, {"name": "masked"}, {320: "[MASK]"}),
+        (ENCODER | {"vocab_size": 328}, {"name": "masked", "mask_id": 322}, {322: "[MASK]"}),
+        (T5 | {"vocab_size": 322}, {"name": "spans", "sentinels": 2}, {321: "<extra_id_0>", 320: "<extra_id_1>"}),
+    ],
+)
+def test_the_tokens_of_an_objective_go_along(fields, objective, names, random_params, data, tmp_path, monkeypatch):
+    """The tokenizer knows them, reads texts as before, and the weights keep ids that no token has."""
+    config = presets.get("tiny").replace(**fields)
+    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, random_params(config)))
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"schema_version": 1, "data": str(data), "identity": {"objective": objective}}
+    (run / "run.json").write_text(json.dumps(record))
+    for _ in range(2):  # the second one replaces the first
+        convert(run, tmp_path / "hf")
+    found, before = open_model(tmp_path / "hf"), load_tokenizer(data)
+    assert {number: found.tokenizer.special_tokens[number] for number in names} == names
+    assert found.tokenizer.vocab_size == max(names) + 1
+    assert found.config.vocab_size == fields["vocab_size"]
+    number, name = next(iter(names.items()))
+    text = f"The people {name} of"
+    assert found.tokenizer.encode(text) == before.encode(text)
+    assert number in found.tokenizer.encode(text, special=True)
+    assert found.tokenizer.eos_ids == before.eos_ids
+    named = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert name in (named.get("mask_token"), *named.get("additional_special_tokens", ()))
 
 
 def test_rounded_weights_are_refused(model, tmp_path):

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
+from model.tokenizer.extend import add_special_tokens
 
 TEXTS = ["the people of this nation, 1234 glad hearts; l'été <nation>", "def f(x):\n\treturn x ** 2", "日本 🙂"] * 20
 SPECIAL = ["<s>", "</s>", "<|end|>", "<unk>", "<pad>"]
@@ -210,3 +211,17 @@ def test_bad_files(tmp_path, bpe):
                 load_tokenizer(tmp_path)
         (tmp_path / name).unlink()
     assert load_tokenizer(tmp_path).vocab_size == bpe.get_vocab_size()
+
+
+def test_special_tokens_are_added_after_the_vocabulary(tmp_path):
+    train("bpe").save(str(tmp_path / "tokenizer.json"))
+    before = load_tokenizer(tmp_path)
+    mask, end = before.vocab_size + 1, before.vocab_size + 2
+    add_special_tokens(tmp_path, {0: "<s>", mask: "[MASK]", end: "<extra_id_0>"})
+    after = load_tokenizer(tmp_path)
+    text = "the people [MASK] <extra_id_0>"
+    assert after.vocab_size == before.vocab_size + 3
+    assert after.encode(text) == before.encode(text)
+    assert after.encode(text, special=True)[-3::2] == [mask, end]
+    with pytest.raises(InputError, match="holds '<pad>' already, under another id"):
+        add_special_tokens(tmp_path, {after.vocab_size: "<pad>"})

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from model import InputError, ModelConfig
+from model.tokenizer.extend import MASK
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.noise import Noise
@@ -54,6 +55,10 @@ class MaskedLanguageModeling(TokenObjective):
     def resolved(self, config: ModelConfig) -> Self:
         """Return the objective with the mask's id named."""
         return self.replace(mask_id=self._mask_id(config))
+
+    def special_tokens(self, config: ModelConfig) -> dict[int, str]:
+        """Return the mask, by BERT's name."""
+        return {self._mask_id(config): MASK}
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model without BERT's head, a mask_id outside its vocabulary, or a short context."""

@@ -69,6 +69,11 @@ class Objective(Part, ABC):
         del config
         return self
 
+    def special_tokens(self, config: ModelConfig) -> dict[int, str]:
+        """Return the names, by their ids, of tokens that it shows or predicts and that no text holds."""
+        del config
+        return {}
+
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model that cannot be trained so, or not in rows of this length."""
         for seq_len in seq_lens(train_config):

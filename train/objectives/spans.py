@@ -55,6 +55,10 @@ class SpanCorruption(TokenObjective):
         """Return the objective with the first sentinel's id named."""
         return self.replace(first_sentinel=self._first(config))
 
+    def special_tokens(self, config: ModelConfig) -> dict[int, str]:
+        """Return the sentinels, by T5's names."""
+        return {self._first(config) - number: f"<extra_id_{number}>" for number in range(self.sentinels)}
+
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model without two stacks, or on rows that need more sentinels than there are."""
         if config.stack != "encoder-decoder" or config.head != "language-model":

@@ -2,9 +2,12 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from train.objectives import Objective
 
 
 def convert(
@@ -16,8 +19,9 @@ def convert(
 ) -> None:
     """Write a run, a GGUF file or a Hugging Face folder as a Hugging Face folder that Transformers loads.
 
-    Its tokenizer goes along. A run under muP or depth scaling is written as the same function without them: their
-    multipliers go into the weights, and a tied head that has one becomes a matrix of its own.
+    Its tokenizer goes along, with the mask or the sentinels of a run's objective as special tokens. A run under muP or
+    depth scaling is written as the same function without them: their multipliers go into the weights, and a tied head
+    that has one becomes a matrix of its own.
 
     Example: isoflop model convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
@@ -35,11 +39,12 @@ def convert(
     from model.quantized import RECORD
     from model.store import open_parameters, open_tokenizer
 
-    trained = None
+    trained, special = None, {}
     if (source / RECORD).is_file():
         raise InputError(f"{source} holds rounded weights; give the model that it was made of")
     if (source / "run.json").is_file():
         trained, params = open_parameters(source)
+        special = _objective(source).special_tokens(trained)
         config, params = fold(trained, params, dtype=dtype)
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():
@@ -50,8 +55,29 @@ def convert(
     with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
         if (tokenizer := open_tokenizer(source)) is not None:
             copy_tokenizer(tokenizer, target)
+            _add_special_tokens(target, special)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")
     if trained is not None and trained != config:
         untied = trained.tie_embeddings and not config.tie_embeddings
         and_head = "; the head, which was the token table, is a matrix of its own" if untied else ""
         print(f"the muP multipliers are folded into the weights{and_head}")
+
+
+def _objective(run: Path) -> "Objective":
+    """What a run was trained by."""
+    from train import objectives
+    from train.run import read_record
+
+    identity = read_record(run).get("identity", {})
+    return objectives.from_dict(identity.get("objective", objectives.LanguageModeling.NAME))
+
+
+def _add_special_tokens(target: Path, names: dict[int, str]) -> None:
+    from experiments.commands.options import say
+    from model.errors import InputError
+    from model.tokenizer.extend import add_special_tokens
+
+    try:
+        add_special_tokens(target, names)
+    except InputError as error:
+        say(f"the tokenizer is written without {', '.join(list(names.values())[:3])}: {error}")
