@@ -224,12 +224,16 @@ def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
     return ", ".join(f"{name}={before.get(name)} there, {after.get(name)} here" for name in names)
 
 
+def later_defaults() -> dict[str, Any]:
+    """Return what LATER's fields are where an identity leaves them out."""
+    return {name: _DEFAULTS[part][name] for part, names in LATER.items() for name in names}
+
+
 def _flat(recipe: Recipe, steps: bool) -> dict[str, Any]:
     """The fields by their own names, which are distinct between the parts of a recipe."""
     identity = recipe.replace(former={}).identity
     # With the defaults that the identity leaves out, so that both sides have a value.
-    defaults = {name: _DEFAULTS[part][name] for part, names in LATER.items() for name in names}
-    flat = defaults | {"accumulate": recipe.accumulate, "objective": recipe.objective.NAME}
+    flat = later_defaults() | {"accumulate": recipe.accumulate, "objective": recipe.objective.NAME}
     flat |= _flat_part(recipe.objective.to_dict(), "objective.")
     identity.pop("objective", None)
     for part in ("config", "train_config", "hparams"):

@@ -19,6 +19,9 @@ from train.data.shards import TokenShards
 from train.files import file_sha256
 from train.progress import progress_bar
 
+_OTHERS = {"masked-language-model": "masked", "language-model": "spans", "classifier": "classification"}
+"""What models that are no decoders of text are evaluated by, by their head."""
+
 
 def evaluate(
     config: ModelConfig,
@@ -63,7 +66,10 @@ def validation_set(
 ) -> tuple[list[Batch], float]:
     """(batches of the validation split in the model's ids, bytes of text per token); as in `evaluate`."""
     if config.head != "language-model" or config.stack != "decoder":
-        raise InputError(f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text")
+        hint = f"; evaluate it by objective={_OTHERS[config.head]}" if config.head in _OTHERS else ""
+        raise InputError(
+            f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text{hint}"
+        )
     manifest = load_manifest(data)
     if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
         return _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)

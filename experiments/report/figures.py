@@ -29,7 +29,7 @@ from model.errors import InputError
 from train.run.metrics import open_metrics
 
 SMOOTHING = 0.1  # a point of a loss curve is the mean over the steps within this share of its own step
-TRAINING_LOSS = "training loss (nats per token)"
+TRAINING_LOSS = "training loss (nats)"
 VALIDATION_LOSS = "validation loss (nats per token)"
 
 

@@ -11,12 +11,16 @@ from experiments.report.figures import holes_before, interrupted, smoothed
 from experiments.report.page import device_name, drawn, render
 from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
 from model.errors import InputError
+from train import objectives
 from train.files import write_atomically
+from train.objectives import Objective
+from train.overlay import OBJECTIVE
+from train.recipe import later_defaults
 from train.run import read_record
 from train.run.metrics import Metrics, open_metrics
 
 PANELS = (
-    ("loss", "loss (nats per token)"),
+    ("loss", "loss ({unit})"),
     ("learning_rate", "learning rate"),
     ("grad_norm", "norm of the gradient"),
     ("tokens_per_second", "tokens per second"),
@@ -44,7 +48,11 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
         _row(run, record, each, differing)
         for run, record, each, differing in zip(runs, records, read, _differences(records), strict=True)
     ]
-    figure = drawn("Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics))
+    units = {row["unit"] for row in rows}
+    unit = rows[0]["unit"] if len(units) == 1 else "nats"
+    figure = drawn(
+        "Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics, unit)
+    )
     page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
     write_atomically(path, page)
     return rows
@@ -54,6 +62,7 @@ def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[st
     lines = metrics.lines
     last = lines[-1] if lines else {}
     validated = [line for line in lines if line.get("validation_loss") is not None]
+    objective = _objective(record["identity"])
     speeds = [line["tokens_per_second"] for line in lines[1:] if line.get("tokens_per_second")]
     return {
         "run": str(run),
@@ -66,6 +75,14 @@ def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[st
         "loss": last.get("loss"),
         "validation_loss": validated[-1]["validation_loss"] if validated else None,
         "validation_bits_per_byte": validated[-1].get("validation_bits_per_byte") if validated else None,
+        "objective": objective.NAME,
+        "unit": objective.UNIT,
+        "likelihood": objective.LIKELIHOOD,
+        "evaluated": {
+            name: validated[-1].get(f"validation_{name}") if validated else None
+            for name in objective.EVALUATED
+            if name != "loss"
+        },
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
         "seconds": last.get("seconds"),
         "skipped": sum(line.get("skipped", 0) for line in lines),
@@ -76,21 +93,34 @@ def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[st
 
 
 def _differences(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each run, the settings in which the runs are not all alike."""
+    """Of each run, the settings in which the runs are not all alike; inside the objective where all have one kind."""
     flat = [_flatten(record["identity"]) for record in records]
-    names = sorted({name for one in flat for name in one if any(name not in o or o[name] != one[name] for o in flat)})
+    alike = len({one[OBJECTIVE] for one in flat}) == 1
+    names = sorted(
+        name
+        for name in {name for one in flat for name in one}
+        if (alike or not name.startswith(f"{OBJECTIVE}."))
+        and any(name not in one or one[name] != flat[0].get(name) for one in flat)
+    )
     return [{name: one.get(name) for name in names} for one in flat]
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = later_defaults()
     for name, value in identity.items():
-        found |= value if isinstance(value, dict) else {name: value}
-    return found
+        if name != OBJECTIVE:
+            found |= value if isinstance(value, dict) else {name: value}
+    objective = _objective(identity)
+    inside = {f"{OBJECTIVE}.{name}": value for name, value in objective.to_dict().items() if name != "name"}
+    return found | {OBJECTIVE: objective.NAME} | inside
+
+
+def _objective(identity: dict[str, Any]) -> Objective:
+    return objectives.from_dict(identity.get(OBJECTIVE, objectives.LanguageModeling.NAME))
 
 
 @styled
-def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> list[Figure]:
+def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], unit: str) -> list[Figure]:
     """One panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps nearby."""
     recorded = [
         (field, label) for field, label in PANELS if any(line.get(field) for lines in metrics for line in lines)
@@ -125,7 +155,7 @@ def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]]) -> li
             log_axis(axes.yaxis, min(norms), max(norms))
         else:
             axes.yaxis.set_major_formatter(lambda value, _: amount(value))
-        axes.set(xlabel="tokens", ylabel=label)
+        axes.set(xlabel="tokens", ylabel=label.format(unit=unit))
         if len(names) > 1:
             legend_aside(axes, entries=1)
     return figures_of(panels)

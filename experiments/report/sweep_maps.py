@@ -27,7 +27,7 @@ from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
 from experiments.report.sweep_figures import fullest, is_population
 from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
 
-LOSS = "validation loss (nats per token)"
+LOSS = "validation loss (nats)"
 Document = Mapping[str, Any]
 
 

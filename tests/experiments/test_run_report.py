@@ -40,6 +40,36 @@ def test_a_page_says_what_runs_reached_and_where_they_differ(tmp_path):
     assert "2.5000" in page
 
 
+def _trained_by(run: Path, objective: dict, **metrics: float) -> Path:
+    record = json.loads((run / "run.json").read_text())
+    record["identity"]["objective"] = objective
+    (run / "run.json").write_text(json.dumps(record))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | metrics)
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return run
+
+
+def test_a_page_says_what_the_loss_of_an_objective_is(tmp_path):
+    """One that is no likelihood of text has no bits per byte, and what it was trained with at a default counts too."""
+    low = _trained_by(_run(tmp_path / "low", [3.0, 2.0]), {"name": "masked"})
+    high = _trained_by(_run(tmp_path / "high", [3.0, 2.0], mask_rate=0.3), {"name": "masked", "evaluation_rate": 0.2})
+    write_run_page(tmp_path / "page.html", [low])
+    page = (tmp_path / "page.html").read_text()
+    assert "nats per predicted token" in page
+    assert "bits per byte" not in page
+    rows = write_run_page(tmp_path / "page.html", [low, high])
+    assert rows[0]["differing"] == {"mask_rate": 0.15, "objective.evaluation_rate": 0.15}
+    plain = _run(tmp_path / "plain", [3.0, 2.0])
+    rows = write_run_page(tmp_path / "page.html", [plain, low])
+    assert [row["differing"] for row in rows] == [{"objective": "language-modeling"}, {"objective": "masked"}]
+    labels = _trained_by(_run(tmp_path / "labels", [0.7, 0.6]), {"name": "classification"}, validation_accuracy=0.75)
+    write_run_page(tmp_path / "page.html", [labels])
+    page = (tmp_path / "page.html").read_text()
+    assert "nats per document" in page
+    assert "0.7500" in page
+
+
 def test_what_is_no_run_or_has_no_step_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"not a run: it has no run\.json"):
         write_run_page(tmp_path / "page.html", [tmp_path])

@@ -25,6 +25,7 @@ class Classification(Objective):
     """Cross-entropy of one label per document, whose front is read where it is longer than a row."""
 
     NAME: ClassVar[str] = "classification"
+    UNIT: ClassVar[str] = "nats per document"
     WEIGHT: ClassVar[str] = "loss_rows"
     EVALUATED: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 

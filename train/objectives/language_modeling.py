@@ -14,6 +14,7 @@ class LanguageModeling(TokenObjective):
 
     NAME: ClassVar[str] = "language-modeling"
     LIKELIHOOD: ClassVar[bool] = True
+    UNIT: ClassVar[str] = "nats per token"
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model that is no decoder with a language-model head, or has too short a context."""

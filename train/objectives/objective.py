@@ -32,13 +32,14 @@ class Objective(Part, ABC):
     compiles nothing. NAME: as recipes and the command line name it. LIKELIHOOD: whether its loss is the negative
     log-likelihood of text, so that perplexity and bits per byte say something. WEIGHT: the metric that counts what the
     other metrics are means over. EVALUATED: the means that `evaluate` returns. HIGHER_IS_BETTER: those of them that
-    are to grow.
+    are to grow. UNIT: of its loss.
 
     trainable: prefixes of parameter paths such as "head" or "layers/attention"; empty: everything is trained.
     """
 
     NAME: ClassVar[str]
     LIKELIHOOD: ClassVar[bool] = False
+    UNIT: ClassVar[str] = "nats"
     WEIGHT: ClassVar[str] = "loss_tokens"
     EVALUATED: ClassVar[tuple[str, ...]] = ("loss",)
     HIGHER_IS_BETTER: ClassVar[tuple[str, ...]] = ("accuracy",)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ class TokenObjective(Objective):
     A batch has tokens and targets int32 [batch, seq]; optionally loss_mask, segment_ids, positions, token_types, all
     [batch, seq]; for an encoder-decoder encoder_tokens and optionally encoder_segment_ids [batch, source].
     """
+
+    UNIT: ClassVar[str] = "nats per predicted token"
 
     def corrupt(
         self, config: ModelConfig, batch: Batch, noise: Noise, manifest: Manifest, hparams: HParams | None

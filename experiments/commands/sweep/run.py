@@ -176,7 +176,7 @@ def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
     from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
-    summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy}
+    summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy, "unit": results.unit}
     summary["warnings"] += record_troubles(results)
     return summary | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
 

@@ -19,7 +19,8 @@ from experiments.sweep.reading.summary import summarize
 
 
 def analyse(results: Results) -> dict[str, Any]:
-    """`summarize` of the results, and: sentence (the answer), importance, transfer, equal_flops, pareto, halving, cost.
+    """`summarize` of the results, and: unit (of the losses), sentence (the answer), importance, transfer, equal_flops,
+    pareto, halving, cost.
 
     A part that does not apply is None; one that cannot be had holds `refused`, with the reason. Of importances, see
     `experiments.sweep.reading.importance`; of transfer, `experiments.sweep.reading.optimum`. Losses are compared as by
@@ -28,7 +29,7 @@ def analyse(results: Results) -> dict[str, Any]:
     from experiments.report.figures import read_curve  # here, as it draws with matplotlib
 
     names = list(results.axes)
-    document = summarize(results.axes, results.rows, results.executions)
+    document = summarize(results.axes, results.rows, results.executions) | {"unit": results.unit}
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
     document["trials"] = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     every = with_shared_losses(results.rows)

@@ -13,6 +13,7 @@ from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import ENDED, Row
 from model.errors import InputError
 from train.files import write_atomically
+from train.objectives import LanguageModeling
 from train.run import read_record
 from train.run.metrics import troubles
 
@@ -34,7 +35,8 @@ class Results:
     member: its own id where it left it with other settings, as in a population, so that its fields hold only for the
     updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together
     with an axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried;
-    they are no axes (`experiments.sweep.reading.executions`).
+    they are no axes (`experiments.sweep.reading.executions`). unit: of the losses; "nats" where trials of several
+    objectives have different ones.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Results:
     policy: str = "all"
     sampler: str = "all"
     executions: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    unit: str = LanguageModeling.UNIT
 
     def fact(self, row: Mapping[str, Any], name: str) -> Any:
         """One of FACTS of a row, None where it is not known."""
@@ -90,7 +93,9 @@ def collect(
     axes, followers = _axes([name for name in names if name not in how], flat, searched=sampler != "all")
     tried = {name: list(dict.fromkeys(row[name] for row in flat)) for name in how}
     executions = {name: values for name, values in tried.items() if len(values) > 1}
-    return Results(folder, flat, axes, followers, objectives, policy, sampler, executions)
+    units = {row.trial.recipe.objective.UNIT for row in rows} or {Results.unit}
+    unit = units.pop() if len(units) == 1 else "nats"
+    return Results(folder, flat, axes, followers, objectives, policy, sampler, executions, unit)
 
 
 def record_troubles(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ from experiments.sweep.reading.scales import setting_text, text
 from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group
 from experiments.sweep.reading.summary import fate
 from experiments.words import is_or_are
+from train.objectives import LanguageModeling
 
 _STOPPED = {
     "worse": "{} worse by more than the seed noise",
@@ -30,7 +31,8 @@ def sentence(document: Mapping[str, Any], policy: str = "all") -> str:
     executions = _of_the_executions(document["executions"])
     if winner is None:
         return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _others(settings) + executions
-    said = [_reached(winner, len(settings), policy) + _told_apart(winner, settings)]
+    unit = document.get("unit", LanguageModeling.UNIT)
+    said = [_reached(winner, unit, len(settings), policy) + _told_apart(winner, settings)]
     if winner["lineage"] is not None:
         said.append(_along(winner["lineage"]))
     return " ".join(said) + _others(settings, policy) + executions
@@ -106,13 +108,13 @@ def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:
     return (*(row[name] for name in names), row["member"])
 
 
-def _reached(winner: Mapping[str, Any], total: int, policy: str) -> str:
+def _reached(winner: Mapping[str, Any], unit: str, total: int, policy: str) -> str:
     setting = setting_text(winner["setting"])
     if policy == "population":
         subject = f"The best member, {setting} at its end," if setting else "The best member"
     else:
         subject = setting or "The only setting"
-    said = f"{subject} reaches {winner['mean']:.4f} nats per token"
+    said = f"{subject} reaches {winner['mean']:.4f} {unit}"
     if winner["interval_95"] is not None:
         low, high = winner["interval_95"]
         said += f" (95 % interval {low:.4f} … {high:.4f})"
