@@ -110,6 +110,18 @@ def test_the_page_of_a_whole_sweep(tmp_path, words):
     assert text.count("<script>") == 1
 
 
+def test_losses_have_the_unit_of_their_objective(tmp_path, no_svg, words):
+    trials = [{"objective": "masked", "stack": "encoder", "mask_rate": rate} for rate in (0.15, 0.3)]
+    results = record(tmp_path, trials, seeds=2)
+    document = analyse(results)
+    assert f"{document['winner']['mean']:.4f} nats per predicted token" in document["sentence"]
+    said = words(page(results))
+    assert "only validation losses compare" in said
+    assert "nats per token" not in said
+    plain = record(tmp_path / "both", [*trials, {"learning_rate": 1e-3}], seeds=1, curves=False)
+    assert plain.unit == "nats"
+
+
 @pytest.mark.slow
 def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
     points = product({"d_model": [32, 64, 128], "learning_rate": RATES})
