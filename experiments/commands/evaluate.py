@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from experiments.commands.options import JsonFile, Overrides
+from experiments.words import counted
 
 if TYPE_CHECKING:
     from model import ModelConfig
@@ -117,8 +118,5 @@ def _in_words(values: dict[str, Any], objective: "Objective") -> str:
     unigram = f"; a unigram model: {values['unigram_loss']:.4f}" if "unigram_loss" in values else ""
     if unigram and values["unigram_loss"] - values["context_free_loss"] > 1e-3:
         unigram += f", {values['context_free_loss']:.4f} where it also reads the token shown at the position"
-    counted = objective.WEIGHT.removeprefix("loss_")
-    return (
-        f"{objective.NAME}: {means} over {values[objective.WEIGHT]:,} predicted {counted} in rows of "
-        f"{values['seq_len']:,}{unigram}"
-    )
+    number = counted(values[objective.WEIGHT], objective.UNIT.removeprefix("nats per "))
+    return f"{objective.NAME}: {means} over {number} in rows of {values['seq_len']:,}{unigram}"

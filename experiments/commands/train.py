@@ -11,6 +11,7 @@ from experiments.words import counted
 if TYPE_CHECKING:
     from train import Recipe, Result, Shell, TrainConfig
     from train.data.manifest import Manifest
+    from train.objectives import Objective
     from train.phases import Phase
 
 
@@ -228,6 +229,7 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
         return values
     write_document(json, values)
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f} {recipe.objective.UNIT}"
+    loss += "".join(f", {name} {value:.4f}" for name, value in _besides_loss(result, recipe.objective).items())
     remarks = [
         counted(count, name)
         for name, count in (("skipped step", result.skipped), ("rollback", result.rollbacks))
@@ -242,6 +244,18 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
         + "".join(f"; {text}" for text in remarks)
     )
     return values
+
+
+def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:
+    """What the run's last validation measured beside the loss, such as the accuracy."""
+    from train.run.metrics import open_metrics
+
+    names = [name for name in objective.EVALUATED if name != "loss"]
+    if result.validation_loss is None or not names:
+        return {}
+    last = open_metrics(result.run).lines[-1]
+    found = {name: last.get(f"validation_{name}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
