@@ -4,7 +4,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 Advance = Callable[..., None]
@@ -90,6 +90,11 @@ def progress_bar(description: str, total: float) -> Iterator[Advance]:
     with Progress(*columns, console=console, transient=False, refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda amount=1, note="": bar.update(task, advance=amount, note=note)
+
+
+def progress_bar_if(shown: bool, description: str, total: float) -> AbstractContextManager[Advance]:
+    """Show a bar where `shown` says that the work takes long enough for one."""
+    return progress_bar(description, total) if shown else nullcontext(lambda amount=1, note="": None)
 
 
 def _plain_lines(description: str, total: float) -> Advance:

@@ -124,7 +124,7 @@ def test_which_checkpoints_stay(tmp_path):
     assert save_all(tmp_path / "every", range(1, 8), keep=1, keep_every=3) == [3, 6, 7]
     assert save_all(tmp_path / "steps", range(1, 6), keep=1, keep_steps=(2, 9)) == [2, 5]
     assert save_all(tmp_path / "scored", range(1, 5), [3.0, 1.0, float("nan"), 2.0], keep=1, keep_best=True) == [2, 4]
-    accuracies = {"keep": 1, "keep_best": "validation_accuracy"}
+    accuracies = {"keep": 1, "keep_best": "validation_accuracy", "higher_is_better": True}
     assert save_all(tmp_path / "accuracy", range(1, 5), [0.3, 0.6, float("nan"), 0.5], **accuracies) == [2, 4]
     assert save_all(tmp_path / "unscored", range(1, 4), keep=1, keep_best=True) == [3]
     with pytest.raises(InputError, match="keep=0"):
@@ -148,7 +148,7 @@ def test_scores_of_another_metric_are_not_compared(tmp_path):
         write_json(folder / "checkpoint.json", about)
         write_json(folder / CHECKSUMS, checksums(folder))
     assert save_all(tmp_path, (3, 4), [3.0, 4.0], keep=1, keep_best="validation_loss") == [1, 4]
-    accuracies = {"keep": 1, "keep_best": "validation_accuracy"}
+    accuracies = {"keep": 1, "keep_best": "validation_accuracy", "higher_is_better": True}
     assert save_all(tmp_path, (5, 6, 7), [0.5, 0.7, 0.6], **accuracies) == [6, 7]
 
 

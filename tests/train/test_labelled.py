@@ -14,7 +14,7 @@ from model.errors import InputError
 from model.tokenizer import load_tokenizer
 from train.data import documents as documents_module
 from train.data import load_manifest, open_source, prepare
-from train.data.documents import Documents, document_bounds
+from train.data.documents import Documents, document_ends
 from train.data.labelled import LabelledDocuments, labelled_validation
 from train.data.manifest import verify_checksums
 from train.data.shards import TokenShards
@@ -52,7 +52,7 @@ def labels(path):
 
 
 def test_every_document_keeps_its_label(prepared, monkeypatch):
-    monkeypatch.setattr(documents_module, "_SCAN_AT_ONCE", 7)
+    monkeypatch.setattr(documents_module, "_SCANNED_AT_ONCE", 7)
     tokenizer, manifest = load_tokenizer(prepared), load_manifest(prepared)
     seen = []
     for split in ("train", "validation"):
@@ -76,7 +76,8 @@ def test_every_document_keeps_its_label(prepared, monkeypatch):
 
 def test_a_row_is_the_front_of_its_document(prepared):
     shards = TokenShards(prepared, "train")
-    documents, bounds = Documents(shards), document_bounds(shards)
+    documents, ends = Documents(shards), document_ends(shards)
+    bounds = np.stack([np.append(0, ends + 1)[:-1], ends], axis=1)
     stream = shards.windows(np.array([0]), len(shards))[0]
     assert np.array_equal(np.delete(stream, bounds[:, 1]), np.concatenate([stream[slice(*b)] for b in bounds]))
     assert (stream[bounds[:, 1]] == shards.eos_id).all()
@@ -97,7 +98,7 @@ def test_a_row_is_the_front_of_its_document(prepared):
 
 def test_a_document_of_no_tokens_is_its_end_token(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
-    file, end = copy / "tokens-train-00000.npy", document_bounds(TokenShards(copy, "train"))[0, 1]
+    file, end = copy / "tokens-train-00000.npy", document_ends(TokenShards(copy, "train"))[0]
     tokens = np.load(file)
     tokens[[0, end]] = tokens[[end, 0]]
     np.save(file, tokens)

@@ -12,11 +12,11 @@ import pytest
 from model import InputError, ModelConfig, init, presets
 from model.errors import UnknownNameError
 from train import HParams, Shell, TrainConfig, train
-from train.compile import batch_spec
 from train.data import PhasedLoader
 from train.data.packing import best_fit_decreasing
 from train.data.rows import PackedDocuments, Windows, rows_of
 from train.data.shards import TokenShards
+from train.objectives import LanguageModeling
 from train.plan import Plan
 from train.step import gradients
 
@@ -136,10 +136,14 @@ def test_rows_are_full(data):
 def test_the_packing_depends_on_the_tokens_alone():
     lengths = short_chats(300)
     whole = everything(PackedDocuments(Documents(lengths), 64))
+    config, shape = presets.get("tiny"), TrainConfig(packing="best-fit")
+    spec = LanguageModeling().batch_spec(config, shape, *next(iter(whole.values())).shape)
     for borders in ((), (1, 7, 7, 500, 900, 901)):
         again = everything(PackedDocuments(Documents(lengths, borders), 64))
         assert all(np.array_equal(whole[name], again[name]) for name in whole)
-        assert {name: value.dtype for name, value in again.items()} == batch_spec(TrainConfig(packing="best-fit"))
+        assert {name: (value.shape, value.dtype) for name, value in again.items()} == {
+            name: (array.shape, array.dtype) for name, array in spec.items()
+        }
 
 
 def test_the_seed_orders_the_rows():

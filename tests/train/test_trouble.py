@@ -44,13 +44,13 @@ def poisoned_step():
     The two numbers travel in those that a dense model has no use for.
     """
 
-    def step(config, train_config, state, batch, hparams, execution):
+    def step(config, train_config, state, batch, hparams, **how):
         first, count = hparams.router_z_loss, hparams.balance_loss
         bad = (state.step >= first) & (state.step < first + count)
         values = {name: getattr(hparams, name) for name in HParams.NAMES}
         values["z_loss"] = jnp.where(bad, jnp.nan, values["z_loss"])
         hparams = HParams.tree_unflatten(None, [values[name] for name in HParams.NAMES])
-        return train_step(config, train_config, state, batch, hparams, execution=execution)
+        return train_step(config, train_config, state, batch, hparams, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vmapped, "train_step", step)

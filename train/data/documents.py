@@ -5,19 +5,23 @@ from jaxtyping import Int32, Int64
 
 from model.errors import InputError
 from train.data.shards import TokenShards
+from train.progress import progress_bar_if
 
-_SCAN_AT_ONCE = 2**22  # tokens
+_SCANNED_AT_ONCE = 2**24  # tokens
+_TAKES_SECONDS = 2**29  # tokens
 
 
-def document_bounds(shards: TokenShards) -> Int64[np.ndarray, "documents 2"]:
-    """Where each document begins, and where the end token after it stands; memory is the result and one stretch."""
-    ends = [np.empty(0, np.int64)]
-    for start in range(0, len(shards), _SCAN_AT_ONCE):
-        stretch = shards.windows(np.array([start]), min(_SCAN_AT_ONCE, len(shards) - start))[0]
-        ends.append(start + np.flatnonzero(stretch == shards.eos_id))
-    end = np.concatenate(ends)
-    begin = np.concatenate([np.zeros(1, np.int64), end + 1])[: len(end)]
-    return np.stack([begin, end], axis=1)
+def document_ends(shards: TokenShards) -> Int64[np.ndarray, " documents"]:
+    """Return where the last token of each document lies; tokens past the last end token are a document too."""
+    found, scanned, count = [], 0, len(shards)
+    with progress_bar_if(count >= _TAKES_SECONDS, f"finding the documents of {shards.folder}", count) as advance:
+        for tokens in shards.stretches(_SCANNED_AT_ONCE):
+            found.append(np.flatnonzero(tokens == shards.eos_id) + scanned)
+            scanned += len(tokens)
+            advance(len(tokens))
+    ends = np.concatenate(found) if found else np.zeros(0, np.int64)
+    past = scanned - 1 - (int(ends[-1]) if len(ends) else -1)
+    return np.append(ends, scanned - 1) if past else ends
 
 
 class Documents:
@@ -28,7 +32,8 @@ class Documents:
 
     def __init__(self, shards: TokenShards):
         self.shards = shards
-        self._bounds = document_bounds(shards)
+        self._ends = document_ends(shards)
+        self._begins = np.append(0, self._ends + 1)[: len(self._ends)]
         listed = shards.manifest.splits[shards.split].documents
         if len(self) != listed:
             raise InputError(
@@ -37,12 +42,12 @@ class Documents:
             )
 
     def __len__(self) -> int:
-        return len(self._bounds)
+        return len(self._ends)
 
     @property
     def lengths(self) -> Int64[np.ndarray, " documents"]:
         """Tokens of each document without its end token."""
-        return self._bounds[:, 1] - self._bounds[:, 0]
+        return self._ends - self._begins
 
     def count_longer(self, seq_len: int) -> int:
         """How many documents `rows` of this seq_len cuts."""
@@ -64,8 +69,8 @@ class Documents:
                 f"there is no document {outside[0]} in the {self.shards.split} split of {self.shards.folder};"
                 f" its {len(self)} documents are numbered from 0"
             )
-        tokens = np.zeros((len(places), seq_len), np.int32)
         lengths = np.clip(self.lengths[places], 1, seq_len)
-        for row, begin, length in zip(tokens, self._bounds[places, 0], lengths.tolist(), strict=True):
-            row[:length] = self.shards.windows(np.array([begin]), length)[0]
-        return tokens, (np.arange(seq_len) < lengths[:, None]).astype(np.int32)
+        filled = np.arange(seq_len) < lengths[:, None]
+        tokens = np.zeros(filled.shape, np.int32)
+        tokens[filled] = self.shards.spans(self._begins[places], lengths)
+        return tokens, filled.astype(np.int32)

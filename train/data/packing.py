@@ -1,18 +1,14 @@
 """Best-fit packing: which pieces of documents share a row, so that hardly a slot stays unfilled and none is cropped."""
 
 import bisect
-import contextlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from train.data.shards import TokenShards
-from train.progress import Advance, progress_bar
+from train.progress import progress_bar_if
 
-_SCANNED_AT_ONCE = 2**24  # tokens
-_TAKES_SECONDS = {"tokens": 2**29, "documents": 2**22}
+_TAKES_SECONDS = 2**22  # documents
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def best_fit_decreasing(lengths: Int64[np.ndarray, " items"], capacity: int) -> 
     bins = np.empty(len(lengths), np.int64)  # in that order
     open_bins = _OpenBins(capacity)
     placed = 0
-    with _bar("packing documents", len(lengths), "documents") as advance:
+    with progress_bar_if(len(lengths) >= _TAKES_SECONDS, "packing documents", len(lengths)) as advance:
         for length in np.flatnonzero(counts)[::-1].tolist():
             end = placed + int(counts[length])
             while placed < end:
@@ -147,27 +143,7 @@ class _OpenBins:
         return room, bins[:needed]
 
 
-def document_ends(shards: TokenShards) -> Int64[np.ndarray, " documents"]:
-    """Return where the last token of each document lies; tokens past the last end token are a document too."""
-    found, scanned = [], 0
-    with _bar(f"finding the documents of {shards.folder}", len(shards), "tokens") as advance:
-        for tokens in shards.stretches(_SCANNED_AT_ONCE):
-            found.append(np.flatnonzero(tokens == shards.eos_id) + scanned)
-            scanned += len(tokens)
-            advance(len(tokens))
-    ends = np.concatenate(found) if found else np.zeros(0, np.int64)
-    past = scanned - 1 - (int(ends[-1]) if len(ends) else -1)
-    return np.append(ends, scanned - 1) if past else ends
-
-
 def ranges(starts: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"], step: int = 1) -> Int64[np.ndarray, " m"]:
     """Concatenate start, start + step, … of each start, so many as its count: [5, 9] and [2, 1] give [5, 6, 9]."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before * step, counts) + np.arange(int(counts.sum())) * step
-
-
-def _bar(description: str, total: int, what: str) -> AbstractContextManager[Advance]:
-    """A progress bar where so many tokens or documents take more than two seconds."""
-    if total < _TAKES_SECONDS[what]:
-        return contextlib.nullcontext(lambda amount=1, note="": None)
-    return progress_bar(description, total)

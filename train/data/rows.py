@@ -10,7 +10,8 @@ from jaxtyping import Int32, Int64
 
 from model.errors import InputError
 from train.config import TrainConfig
-from train.data.packing import Packing, PackingStatistics, document_ends, pack, ranges
+from train.data.documents import document_ends
+from train.data.packing import Packing, PackingStatistics, pack, ranges
 from train.data.permutation import permute
 from train.data.shards import TokenShards
 
