@@ -228,3 +228,9 @@ def test_what_names_no_objective_is_refused(values):
 def test_trainable_is_a_list_of_prefixes(trainable):
     with pytest.raises(InputError, match="must be a list of prefixes"):
         from_dict({"name": "masked", "trainable": trainable})
+
+
+def test_a_mask_rate_of_nothing_is_refused():
+    """It would train on no token, and finish."""
+    with pytest.raises(InputError, match=r"mask_rate=0 must be in \(0, 1\]"):
+        HPARAMS.replace(mask_rate=0)
