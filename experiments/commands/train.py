@@ -147,7 +147,7 @@ def train(
         _show_plan(recipe.train)
     _say_what_is_cut(shell, manifest, recipe)
     result = run_training(recipe, run=out, shell=shell, execution=execution)
-    _tell(result, json, recipe.horizon)
+    _tell(result, json, recipe)
 
 
 def cool(
@@ -207,12 +207,12 @@ def cool(
         held = executions(read_record(trunk)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
-        results.append(_tell(result, None, recipe.horizon))
+        results.append(_tell(result, None, recipe))
     write_document(json, {"branches": results})
 
 
-def _tell(result: "Result", json: Path | None, steps: int) -> dict[str, Any]:
-    """The result in one sentence, and as a document. steps: that the run was to make."""
+def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
+    """The result in one sentence, and as a document."""
     import dataclasses
 
     from experiments.commands.options import write_document
@@ -234,10 +234,11 @@ def _tell(result: "Result", json: Path | None, steps: int) -> dict[str, Any]:
         if count
     ]
     if result.stopped_early is not None:
-        remarks.insert(0, _why_early(result.stopped_early, result.steps, steps))
+        remarks.insert(0, _why_early(result.stopped_early, result.steps, recipe.horizon))
+    per = recipe.objective.WEIGHT.removeprefix("loss_").removesuffix("s")  # a token or a row
     print(
         f"{result.run}: {result.status} after {counted(result.steps, 'step')}, {counted(result.tokens, 'token')} "
-        f"({result.epochs:.2f} epochs); validation loss {loss} nats per token; "
+        f"({result.epochs:.2f} epochs); validation loss {loss} nats per {per}; "
         f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
         + "".join(f"; {text}" for text in remarks)
     )

@@ -1,5 +1,7 @@
 """What can be known to be wrong with a sweep before anything of it runs."""
 
+from collections.abc import Mapping
+
 from experiments.sweep.objectives import check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
@@ -10,7 +12,9 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model.errors import InputError
 from train.data import load_manifest
+from train.data.folders import Data
 from train.data.manifest import Manifest
+from train.data.shards import TokenShards
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 
@@ -28,7 +32,8 @@ def check_data(sweep: Sweep) -> Manifest:
 
 def check_sweep(sweep: Sweep) -> None:
     """Raise InputError on objectives, a sampler, a policy or trials that are wrong or do not go together."""
-    vocabulary = check_data(sweep).vocab_size
+    check_data(sweep)
+    sources = Data.open(sweep.data).sources
     if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
         raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
     if sweep.lanes is not None and sweep.lanes < 1:
@@ -37,7 +42,7 @@ def check_sweep(sweep: Sweep) -> None:
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
     for trial in trials:
-        _check_trial(trial, vocabulary)
+        _check_trial(trial, sources)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
                 f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
@@ -80,12 +85,11 @@ def _check_sampler(sweep: Sweep) -> None:
     check_axes(sweep.sampler, axes)
 
 
-def _check_trial(trial: Trial, vocabulary: int) -> None:
+def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
     """What `population` would refuse."""
-    config = trial.recipe.model
+    config, objective = trial.recipe.model, trial.recipe.objective
     try:
-        trial.recipe.objective.check(config, trial.recipe.train)
-        if config.vocab_size < vocabulary:
-            raise InputError(f"vocab_size={config.vocab_size} is less than that of the data, {vocabulary}")
+        objective.check(config, trial.recipe.train)
+        objective.check_data(config, sources)
     except InputError as error:
         raise InputError(f"{describe(trial.point)}: {error}") from None

@@ -225,3 +225,39 @@ def test_mask_rates_are_lanes_and_validated_alike(recipe_of_case, whole):
     assert (flat(8, "tokens") == flat(8, "targets"))[~chosen].all()
     shown = flat(8, "tokens")[chosen]
     assert 0.6 < (shown == CASES["masked"].objective.mask_id).mean() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "shell", "execution", "message"),
+    [
+        ({"trainable": ("final_norm",)}, QUIET, Execution(), "runs train all parameters; leave it out"),
+        ({}, QUIET, Execution(loss_chunks=16), "loss_chunks=16 does not divide the 8 tokens that the decoder predicts"),
+        ({}, Shell(evaluate_tokens=1), Execution(), "nothing to predict in the first 1 tokens of the validation split"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_folder_is_made(
+    changes, shell, execution, message, recipe_of_case, tmp_path
+):
+    recipe = recipe_of_case("spans")
+    recipe = recipe.replace(objective=recipe.objective.replace(**changes))
+    with pytest.raises(InputError, match=message):
+        train(recipe, run=tmp_path / "run", shell=shell, execution=execution)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [None, 5, [], {}, {"name": None}, {"name": ["masked"]}])
+def test_what_names_no_objective_is_refused(values):
+    with pytest.raises(InputError, match="must be a name or a mapping with one; the names are language-modeling"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("trainable", ["head", None, 5, [1]])
+def test_trainable_is_a_list_of_prefixes(trainable):
+    with pytest.raises(InputError, match="must be a list of prefixes"):
+        from_dict({"name": "masked", "trainable": trainable})
+
+
+def test_a_mask_rate_of_nothing_is_refused():
+    """It would train on no token, and finish."""
+    with pytest.raises(InputError, match=r"mask_rate=0 must be in \(0, 1\]"):
+        HPARAMS.replace(mask_rate=0)
