@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from experiments.sweep.objectives import check_speed, direction
+from experiments.sweep.objectives import LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.policies import make_policy
@@ -47,6 +47,11 @@ def check_sweep(sweep: Sweep) -> None:
             raise InputError(
                 f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
             )
+    if LOSS in sweep.objectives and len(names := sorted({trial.recipe.objective.NAME for trial in trials})) > 1:
+        raise InputError(
+            f"the losses of {' and '.join(names)} cannot be compared; run a sweep for each, or leave out the objective "
+            f"{LOSS}"
+        )
     if sweep.policy != "all":
         _check_recipes(sweep, trials)
     for trial in {trial.cohort: trial for trial in trials}.values():

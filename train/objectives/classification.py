@@ -44,6 +44,11 @@ class Classification(Objective):
                 f"objective='classification' trains encoders and decoders with head='classifier', not "
                 f"stack={config.stack!r} with head={config.head!r}; set head=classifier and one of these stacks"
             )
+        if train_config.tells_documents_apart:
+            raise InputError(
+                "objective='classification' reads one document a row; leave packing and segment_documents at their "
+                "defaults"
+            )
         super().check(config, train_config)
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
