@@ -216,7 +216,8 @@ def stack_hparams(hparams: list[HParams]) -> HParams:
 _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(HParams.NAMES, (0, np.inf, "at least 0")),
     **dict.fromkeys(("beta1", "beta2", "dropout_rate"), (0, 1, "in [0, 1)")),
-    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction", "mask_rate"), (0, 1 + 1e-9, "in [0, 1]")),
+    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction"), (0, 1 + 1e-9, "in [0, 1]")),
+    "mask_rate": (1e-9, 1 + 1e-9, "in (0, 1]"),
     **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "seed"), (0, 2**31, "at least 0")),
     "data_seed": (-1, 2**31, "at least 0, or -1"),
 }

@@ -1,6 +1,8 @@
 """What can be known to be wrong with a sweep before anything of it runs."""
 
-from experiments.sweep.objectives import check_speed, direction
+from collections.abc import Mapping
+
+from experiments.sweep.objectives import LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.policies import make_policy
@@ -10,7 +12,9 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model.errors import InputError
 from train.data import load_manifest
+from train.data.folders import Data
 from train.data.manifest import Manifest
+from train.data.shards import TokenShards
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 
@@ -28,7 +32,8 @@ def check_data(sweep: Sweep) -> Manifest:
 
 def check_sweep(sweep: Sweep) -> None:
     """Raise InputError on objectives, a sampler, a policy or trials that are wrong or do not go together."""
-    vocabulary = check_data(sweep).vocab_size
+    check_data(sweep)
+    sources = Data.open(sweep.data).sources
     if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
         raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
     if sweep.lanes is not None and sweep.lanes < 1:
@@ -37,11 +42,16 @@ def check_sweep(sweep: Sweep) -> None:
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
     for trial in trials:
-        _check_trial(trial, vocabulary)
+        _check_trial(trial, sources)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
                 f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
             )
+    if LOSS in sweep.objectives and len(names := sorted({trial.recipe.objective.NAME for trial in trials})) > 1:
+        raise InputError(
+            f"the losses of {' and '.join(names)} cannot be compared; run a sweep for each, or leave out the objective "
+            f"{LOSS}"
+        )
     if sweep.policy != "all":
         _check_recipes(sweep, trials)
     for trial in {trial.cohort: trial for trial in trials}.values():
@@ -80,12 +90,11 @@ def _check_sampler(sweep: Sweep) -> None:
     check_axes(sweep.sampler, axes)
 
 
-def _check_trial(trial: Trial, vocabulary: int) -> None:
+def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
     """What `population` would refuse."""
-    config = trial.recipe.model
+    config, objective = trial.recipe.model, trial.recipe.objective
     try:
-        trial.recipe.objective.check(config, trial.recipe.train)
-        if config.vocab_size < vocabulary:
-            raise InputError(f"vocab_size={config.vocab_size} is less than that of the data, {vocabulary}")
+        objective.check(config, trial.recipe.train)
+        objective.check_data(config, sources)
     except InputError as error:
         raise InputError(f"{describe(trial.point)}: {error}") from None

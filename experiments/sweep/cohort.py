@@ -16,6 +16,7 @@ from train import HParams, TrainConfig, init_state
 from train.lanes.build import prefers_vmap
 from train.loop.memory import device_memory
 from train.objectives import Objective
+from train.overlay import OBJECTIVE
 
 _MOST_SEQUENTIAL = 1  # of several lanes each would push the others' state out of the cache
 _MOST_VMAPPED = 64
@@ -102,12 +103,22 @@ def memory_bytes(trial: Trial, lanes: int) -> int:
 def _labels(trials: list[Trial]) -> list[str]:
     """The fields in which they differ, but those that follow from others."""
     recipes = [trial.recipe for trial in trials]
-    parts = [(trial.recipe.model, trial.recipe.train, trial.execution, trial.recipe.objective) for trial in trials]
-    flat = [{name: value for part in own for name, value in part.to_dict().items()} for own in parts]
+    flat = [_fields(trial) for trial in trials]
     plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
-    names = [name for name in flat[0] if len({fields[name] for fields in plain}) > 1]
+    shared = [name for name in flat[0] if all(name in fields for fields in flat)]  # not what one objective alone has
+    names = [name for name in shared if len({fields[name] for fields in plain}) > 1]
     given = [name for name in names if not all(name in recipe.model.derived for recipe in recipes)]
     return [", ".join(f"{name}={_short(fields[name])}" for name in given) for fields in flat]
+
+
+def _fields(trial: Trial) -> dict[str, Any]:
+    """The fields of a program, as settings name them."""
+    recipe = trial.recipe
+    parts = (recipe.model, recipe.train, trial.execution)
+    flat = {name: value for part in parts for name, value in part.to_dict().items()}
+    inside = {name: value for name, value in recipe.objective.to_dict().items() if name != "name"}
+    of_objective = {f"{OBJECTIVE}.{name}": value for name, value in inside.items()}
+    return flat | {OBJECTIVE: recipe.objective.NAME} | of_objective
 
 
 def _short(value: Any) -> str:

@@ -68,6 +68,7 @@ def define(
         HParams(warmup_fraction=0.05),
         manifest.hash,
         steps or 0,
+        folders=str(Path(data).resolve()),
     )
     source = None
     if space_file is not None:

@@ -101,7 +101,7 @@ def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
 def _hours(speed: Speed, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
     """Of so many tokens trained and validated; a validation is a forward pass alone, a third of its training."""
     steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
-    seconds = speed.step_seconds(cohort.config, cohort.train_config)
+    seconds = speed.step_seconds(cohort.config, cohort.train_config, cohort.trials[0].recipe.objective)
     return (steps * seconds + compiles * speed.compile_seconds) / 3600
 
 

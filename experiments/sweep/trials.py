@@ -19,7 +19,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
     found: dict[str, Trial] = {}
     for request in (*sweep.earlier, sweep.request):
         if request.listed:
-            for trial in list_trials(sweep.base, request.listed):
+            for trial in list_trials(_base(sweep), request.listed):
                 found.setdefault(trial.id, trial)
         elif request.sampler == "all":
             for point in request.space(sweep.folder).points():
@@ -34,8 +34,8 @@ def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None =
     Raises InputError on a point that is impossible.
     """
     chosen = (point["seed"],) if "seed" in point else sweep.seeds if seeds is None else seeds
-    plain = json.loads(json.dumps(point))
-    return [apply(sweep.base, {**plain, "seed": seed}) for seed in chosen]
+    plain, base = json.loads(json.dumps(point)), _base(sweep)
+    return [apply(base, {**plain, "seed": seed}) for seed in chosen]
 
 
 def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
@@ -45,3 +45,8 @@ def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
         points = random(sweep.space(), count).points()
         found += [trial for point in points for trial in trials_at(sweep, point)]
     return list({trial.id: trial for trial in found}.values())
+
+
+def _base(sweep: Sweep) -> Trial:
+    """The trial that points vary, with the place of its data, where an objective reads how many classes there are."""
+    return sweep.base.replace(recipe=sweep.base.recipe.replace(folders=str(sweep.data)))

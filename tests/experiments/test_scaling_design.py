@@ -141,7 +141,7 @@ def test_hours_are_filled_and_more_of_them_give_larger_budgets():
 def machine(monkeypatch):
     """A machine whose step takes a millisecond and its FLOPs at 10 GFLOP/s."""
 
-    def measure(config, train_config, lanes, seconds, execution):
+    def measure(config, train_config, lanes, seconds, execution, objective):
         flops = train_config.tokens_per_step * accounting.flops_per_token(config, train_config.seq_len)
         return {"step_seconds": lanes * (1e-3 + flops / 1e10), "compile_seconds": 2.0}
 
@@ -256,6 +256,11 @@ REFUSED = [
     (Design(base="stody-32", budgets=BUDGETS), "study-32"),
     (Design(budgets=BUDGETS, set={"betta2": 0.9}), "beta2"),
     (Design(budgets=BUDGETS, set={"beta2": 1.5}), "beta2=1.5"),
+    (Design(base="bert-base", budgets=BUDGETS), "trains decoders on plain text, not stack='encoder'"),
+    (
+        Design(base="t5-small", budgets=BUDGETS, seq_len=32, set={"objective": "spans", "loss_chunks": 16}),
+        "loss_chunks=16 does not divide the 8 tokens",
+    ),
 ]
 
 

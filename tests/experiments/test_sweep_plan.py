@@ -126,8 +126,11 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
         ({"axes": ["num_heads=1,3"]}, "num_heads=3 does not divide d_model=16"),
         ({"axes": ["seed=1,2"]}, "seed is not an axis: give --seeds"),
         ({"axes": ["seq_len=128"]}, "seq_len=128 is longer than the model's context, max_seq_len=64"),
-        ({"axes": ["vocab_size=100"]}, "vocab_size=100 is less than that of the data, 320"),
-        ({"axes": ["stack=encoder"]}, "a run trains decoders on plain text, not stack='encoder'"),
+        ({"axes": ["vocab_size=100"]}, r"the vocabulary of data \(320\) exceeds the model's vocab_size=100"),
+        (
+            {"axes": ["stack=encoder"]},
+            "trains decoders on plain text, not stack='encoder'",
+        ),
         ({"axes": ["learning_rate=loguniform:1e-4:1e-2"]}, "or search it with a sampler"),
         ({"seeds": 0}, "at least one seed"),
         ({"steps": None}, "a trial needs a length"),
@@ -184,6 +187,28 @@ def test_the_plan_adds_up(sweep):
     assert not made.folder.exists()
 
 
+def test_cohorts_of_several_objectives_are_told_apart(sweep, data):
+    """By the fields that they share; a setting that is wrong for an objective is said before a folder is made."""
+    encoder = ["stack=encoder", "objective=masked"]
+    made = sweep(axes=[*encoder, "objective.masked=0.5,0.8", "mask_rate=0.1,0.2"])
+    labels = [row["label"] for row in plan_sweep(made, probe=False)["cohorts"]]
+    assert labels == ["objective.masked=0.5", "objective.masked=0.8"]
+    trials = [trial for axes in (encoder, ["objective=language-modeling"]) for trial in plan_trials(sweep(axes=axes))]
+    assert [cohort.label.split(", ")[-1] for cohort in group(trials)] == [
+        "objective=masked",
+        "objective=language-modeling",
+    ]
+    for axes, message in (
+        ([*encoder, "objective.mask_id=5"], "the mask: id 5 is a piece of the data's vocabulary"),
+        ([*encoder[:1], "objective=classification"], "has no labels"),
+        (["stack=encoder-decoder", "objective=spans", "loss_chunks=16"], "loss_chunks=16 does not divide the 8 tokens"),
+        (["objective=language-modeling,masked"], "trains encoders|cannot be compared"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sweep(axes=axes)
+    assert not made.folder.exists()
+
+
 def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep, monkeypatch):
     """On a machine of known overhead and rate; the shape in the middle is not measured."""
     measured = []
@@ -191,7 +216,7 @@ def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep
     def step_seconds(config):
         return 0.02 + 128 * accounting.flops_per_token(config, 32) / 1e9
 
-    def measure(config, train_config, lanes, seconds, execution):
+    def measure(config, train_config, lanes, seconds, execution, objective):
         measured.append(config.num_layers)
         return {"step_seconds": lanes * step_seconds(config), "compile_seconds": 3.0}
 

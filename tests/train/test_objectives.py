@@ -17,9 +17,11 @@ import pytest
 
 from model import Execution, InputError, init
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
+from train.config import stack_hparams
 from train.data import prepare
 from train.data.noise import Noise
 from train.lanes.build import compiled_programs
+from train.lanes.vmapped import init_lanes, step_lanes
 from train.objectives import OBJECTIVES, MaskedLanguageModeling, from_dict, get
 from train.objectives.objective import merge
 from train.run.metrics import read_metrics
@@ -77,6 +79,13 @@ def params_of(case):
     return jax.device_get(init(case.config, jax.random.key(3)))
 
 
+@functools.cache
+def gradients_of(name):
+    """(parameters, batch, hyperparameters) → the gradients and metrics of the whole batch, compiled once."""
+    case = CASES[name]
+    return jax.jit(functools.partial(gradients, case.config, case.train, objective=case.objective))
+
+
 def test_every_objective_has_a_case():
     assert {case.objective.NAME for case in CASES.values()} == set(OBJECTIVES)
 
@@ -130,14 +139,33 @@ def test_lane_is_the_solo_run_of_one_program(name, recipe_of_case, whole, record
 @each
 def test_microbatches_add_up_with_uneven_masks(name):
     case = CASES[name]
-    grads = {}
-    for parts in (1, 4):
-        compute = functools.partial(
-            gradients, case.config, case.train, objective=case.objective, execution=Execution(accumulate=parts)
-        )
-        grads[parts] = jax.device_get(jax.jit(compute)(params_of(case), batch_of(case), HPARAMS))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), *grads.values())
-    assert grads[1][1].keys() == {*case.objective.metric_names(case.config)}
+    compute = functools.partial(gradients, case.config, case.train, objective=case.objective)
+    in_parts = jax.jit(functools.partial(compute, execution=Execution(accumulate=4)))
+    given = params_of(case), batch_of(case), HPARAMS
+    whole, parts = gradients_of(name)(*given), in_parts(*given)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), whole, parts)
+    assert whole[1].keys() == {*case.objective.metric_names(case.config)}
+
+
+@each
+def test_vmapped_lanes_are_steps_of_their_own(name):
+    """Lanes with other parameters, batches and hyperparameters; one that is not active is handed on."""
+    case, lanes = CASES[name], (0, 1, 2)
+    hparams = [HPARAMS.replace(seed=lane, learning_rate=0.01 * (1 + lane)) for lane in lanes]
+    stacked, batches = stack_hparams(hparams), [batch_of(case, lane) for lane in lanes]
+    state = jax.device_get(init_lanes(case.config, case.train, stacked, objective=case.objective))
+    step = jax.jit(functools.partial(step_lanes, case.config, case.train, objective=case.objective))
+    new, metrics = step(
+        state, jax.tree.map(lambda *rows: np.stack(rows), *batches), stacked, np.array([True, True, False])
+    )
+    for lane in (0, 1):
+        own = jax.tree.map(lambda leaf, lane=lane: leaf[lane], state.params)
+        grads, alone = gradients_of(name)(own, batches[lane], hparams[lane])
+        norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(jax.device_get(grads))))
+        np.testing.assert_allclose(metrics["loss"][lane], alone["loss"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"][lane], norm, rtol=1e-4)
+    assert new.step.tolist() == [1, 1, 0]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[2]), new, state)
 
 
 @each
@@ -157,8 +185,7 @@ def test_frozen_parameters_are_read_alone(name):
     assert jax.tree.structure(new.params) == jax.tree.structure(trainable)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new.params, trainable)
     assert min(jax.tree.leaves(moved)) > 0
-    everything = jax.jit(functools.partial(gradients, case.config, case.train, objective=case.objective))
-    grads, all_metrics = everything(params, batch, HPARAMS)
+    grads, all_metrics = gradients_of(name)(params, batch, HPARAMS)
     own = jax.tree.map(lambda grad: np.square(grad).sum(), objective.split(grads)[0])
     np.testing.assert_allclose(metrics["loss"], all_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(own))), rtol=1e-4)
@@ -220,3 +247,39 @@ def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(share
     rows = both.sum(axis=1, keepdims=True)
     entropy = -np.sum(both * np.log(np.divide(both, rows, out=np.ones_like(both), where=both > 0))) / both.sum()
     assert nats == pytest.approx(entropy, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shell", "execution", "message"),
+    [
+        ({"trainable": ("final_norm",)}, QUIET, Execution(), "runs train all parameters; leave it out"),
+        ({}, QUIET, Execution(loss_chunks=16), "loss_chunks=16 does not divide the 8 tokens that the decoder predicts"),
+        ({}, Shell(evaluate_tokens=1), Execution(), "nothing to predict in the first 1 tokens of the validation split"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_folder_is_made(
+    changes, shell, execution, message, recipe_of_case, tmp_path
+):
+    recipe = recipe_of_case("spans")
+    recipe = recipe.replace(objective=recipe.objective.replace(**changes))
+    with pytest.raises(InputError, match=message):
+        train(recipe, run=tmp_path / "run", shell=shell, execution=execution)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [None, 5, [], {}, {"name": None}, {"name": ["masked"]}])
+def test_what_names_no_objective_is_refused(values):
+    with pytest.raises(InputError, match="must be a name or a mapping with one; the names are language-modeling"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize("trainable", ["head", None, 5, [1]])
+def test_trainable_is_a_list_of_prefixes(trainable):
+    with pytest.raises(InputError, match="must be a list of prefixes"):
+        from_dict({"name": "masked", "trainable": trainable})
+
+
+def test_a_mask_rate_of_nothing_is_refused():
+    """It would train on no token, and finish."""
+    with pytest.raises(InputError, match=r"mask_rate=0 must be in \(0, 1\]"):
+        HPARAMS.replace(mask_rate=0)

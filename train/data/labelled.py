@@ -11,6 +11,16 @@ from train.data.loader import Batch
 from train.data.shards import TokenShards
 
 
+def classes_of(shards: TokenShards) -> tuple[str, ...]:
+    """Return the names that the labels index. Raises InputError where the folder was prepared without labels."""
+    if not shards.manifest.labels:
+        raise InputError(
+            f"{shards.folder} has no labels; make a folder that has them with"
+            " `isoflop data prepare SOURCE --out FOLDER --label-field FIELD`"
+        )
+    return shards.manifest.labels
+
+
 class LabelledDocuments:
     """The labelled documents of a split; `len` is their number, `classes` the names that the labels index.
 
@@ -18,16 +28,11 @@ class LabelledDocuments:
     """
 
     def __init__(self, shards: TokenShards, seq_len: int):
-        manifest = shards.manifest
-        if not manifest.labels:
-            raise InputError(
-                f"{shards.folder} has no labels; make a folder that has them with"
-                " `isoflop data prepare SOURCE --out FOLDER --label-field FIELD`"
-            )
+        classes = classes_of(shards)
         if seq_len < 1:
             raise InputError(f"seq_len={seq_len} must be at least 1")
-        self.documents, self.seq_len, self.classes = Documents(shards), seq_len, manifest.labels
-        self._labels = np.load(shards.folder / manifest.label_files[shards.split].name)
+        self.documents, self.seq_len, self.classes = Documents(shards), seq_len, classes
+        self._labels = np.load(shards.folder / shards.manifest.label_files[shards.split].name)
 
     def __len__(self) -> int:
         return len(self.documents)

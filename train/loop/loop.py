@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ from train.loop.feed import Feed, Request, Slot
 from train.loop.member import Member
 from train.loop.memory import device_memory
 from train.loop.options import Shell
+from train.objectives.objective import Batch
 from train.peak import peak_flops_per_second
 from train.plan import Stage
 from train.progress import progress_bar, say
@@ -50,7 +50,7 @@ class Loop:
         self,
         members: list[Member],
         lanes: int,
-        data: str | Path,
+        validation: list[Batch],
         mesh: Mesh,
         shell: Shell,
         execution: Execution,
@@ -67,7 +67,7 @@ class Loop:
             for line in members[0].loader.describe_packing():
                 say(line)
         self._compile(self._earliest(members))
-        self.validation = self.objective.validation(config, train_config, data, shell.evaluate_tokens)
+        self.validation = validation
         self.feed = Feed(mesh, members)
         self.agreement = Agreement(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size

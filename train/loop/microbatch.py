@@ -39,7 +39,7 @@ def choose_microbatches(
         if rows < 1 or largest.batch_size % rows:
             raise InputError(f"microbatch={given} is neither auto nor divides the batch of {largest.batch_size} rows")
         found = execution.replace(accumulate=largest.batch_size // rows)
-        train_config.check(found)
+        objective.check_execution(train_config, found)
         return found
     limit = agree(lambda: shell.memory or device_memory(mesh.local_devices[0]))
     needed = ""

@@ -94,7 +94,7 @@ def population(
     if execution.accumulate == 1:
         execution = execution.replace(accumulate=first.accumulate)
     execution = _as_before(execution, config, runs, shell)
-    train_config.check(execution)
+    first.objective.check_execution(train_config, execution)
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
     rows = math.gcd(*(stage.batch_size // execution.accumulate for stage in stages))
     mesh = make_mesh(execution.mesh or default_axes(rows), execution.platform)
@@ -107,6 +107,7 @@ def population(
         )
     for stage in stages:
         check_batch(mesh, stage.batch_size // execution.accumulate, stage.seq_len)
+    validation = first.objective.validation(config, train_config, opened.first, shell.evaluate_tokens)
     with ExitStack() as stack:
         members = []
         for recipe, folder in zip(chosen, runs, strict=True):
@@ -114,7 +115,7 @@ def population(
             stack.callback(members[-1].close)
         if not all(member.ended for member in members):
             try:
-                Loop(members, lanes, opened.first, mesh, shell, execution).run(stack)
+                Loop(members, lanes, validation, mesh, shell, execution).run(stack)
             except Exception:
                 for member in members:
                     member.fail()

@@ -30,10 +30,12 @@ def from_dict(values: str | Mapping[str, Any]) -> Objective:
     """Read `Objective.to_dict`'s output, or a name alone. Raises InputError."""
     if isinstance(values, str):
         return get(values)
-    fields = {name: value for name, value in values.items() if name != "name"}
-    if "name" not in values:
-        raise InputError(f"objective={dict(values)!r} has no name; give one of {', '.join(OBJECTIVES)}")
-    return type(get(values["name"])).from_dict(fields)
+    name = values.get("name") if isinstance(values, Mapping) else None
+    if not isinstance(name, str):
+        raise InputError(
+            f"objective={values!r} must be a name or a mapping with one; the names are {', '.join(OBJECTIVES)}"
+        )
+    return type(get(name)).from_dict({field: value for field, value in values.items() if field != "name"})
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, InputError, ModelConfig, Params, forward
 from train.config import HParams, TrainConfig
-from train.data.labelled import LabelledDocuments, labelled_validation
+from train.data.labelled import LabelledDocuments, classes_of, labelled_validation
 from train.data.manifest import Manifest
 from train.data.mixture import PhasedLoader
 from train.data.shards import TokenShards
@@ -43,7 +43,12 @@ class Classification(Objective):
         if config.head != "classifier" or config.stack == "encoder-decoder":
             raise InputError(
                 f"objective='classification' trains encoders and decoders with head='classifier', not "
-                f"stack={config.stack!r} with head={config.head!r}; set head=classifier"
+                f"stack={config.stack!r} with head={config.head!r}; set head=classifier and one of these stacks"
+            )
+        if train_config.tells_documents_apart:
+            raise InputError(
+                "objective='classification' reads one document a row; leave packing and segment_documents at their "
+                "defaults"
             )
         super().check(config, train_config)
 
@@ -51,7 +56,7 @@ class Classification(Objective):
         """Raise InputError on data without labels, or with more classes than the model has."""
         super().check_data(config, sources)
         for name, source in sources.items():
-            classes = LabelledDocuments(source, 1).classes
+            classes = classes_of(source)
             if len(classes) > config.num_labels:
                 raise InputError(
                     f"{name} has {len(classes)} classes and the model num_labels={config.num_labels}; "

@@ -68,7 +68,10 @@ class MaskedLanguageModeling(TokenObjective):
                 f"with head={config.head!r}; take a bert preset, or set stack=encoder head=masked-language-model"
             )
         if self.mask_id is not None and not 0 <= self.mask_id < config.vocab_size:
-            raise InputError(f"mask_id={self.mask_id} lies outside the vocabulary of {config.vocab_size}")
+            raise InputError(
+                f"mask_id={self.mask_id} lies outside the model's vocabulary; set vocab_size={self.mask_id + 1}, or "
+                f"a mask_id below {config.vocab_size}"
+            )
         super().check(config, train_config)
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:

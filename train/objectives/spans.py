@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
-from model import InputError, ModelConfig, accounting
+from model import Execution, InputError, ModelConfig, accounting
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.noise import Noise
@@ -66,6 +66,7 @@ class SpanCorruption(TokenObjective):
                 f"objective='spans' trains encoder-decoders with a language-model head, not stack={config.stack!r} "
                 f"with head={config.head!r}; take a t5 preset, or set stack=encoder-decoder"
             )
+        self._check_trainable()
         first = self._first(config)
         if not self.sentinels <= first + 1 <= config.vocab_size:
             raise InputError(
@@ -82,6 +83,17 @@ class SpanCorruption(TokenObjective):
                 raise InputError(
                     f"seq_len={seq_len} gives rows of {longest} tokens, longer than the model's context, "
                     f"max_seq_len={config.max_seq_len}"
+                )
+
+    def check_execution(self, train_config: TrainConfig, execution: Execution) -> None:
+        """Raise InputError unless the execution divides every batch, and every row that the decoder predicts."""
+        train_config.check(execution.replace(loss_chunks=1))
+        for seq_len in seq_lens(train_config):
+            target = self.lengths(seq_len, packed=train_config.tells_documents_apart)[1]
+            if target % execution.loss_chunks:
+                raise InputError(
+                    f"loss_chunks={execution.loss_chunks} does not divide the {target} tokens that the decoder "
+                    f"predicts of a row of seq_len={seq_len}; take a divisor of {target}"
                 )
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:

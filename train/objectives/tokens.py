@@ -92,6 +92,11 @@ class TokenObjective(Objective):
         for number, batch in enumerate(batches):
             noise = Noise.of_rows(_VALIDATION_SEED, number * train_config.batch_size + rows, train_config.seq_len)
             made.append(self.corrupt(config, batch, noise, shards.manifest, None))
+        if not any(batch["loss_mask"].any() for batch in made):
+            raise InputError(
+                f"nothing to predict in the first {max_tokens} tokens of the validation split of {shards.folder}; "
+                f"validate on more, such as evaluate_tokens={train_config.tokens_per_step}"
+            )
         return made
 
     def context_free_nats(

@@ -330,4 +330,7 @@ def _batch_size(design: Design, sizes: dict[str, float]) -> int:
 def _check_fields(design: Design, base: ModelConfig) -> None:
     """What is wrong for every rung is said before any is laid out."""
     design.family.member(base, design.family.step(base))
-    overlay(design.shared_fields, Recipe(base, design.train_config(1), objective=design.objective_of(base)))
+    shape, objective = design.train_config(1), design.objective_of(base)
+    overlay(design.shared_fields, Recipe(base, shape, objective=objective))
+    objective.check(base, shape)
+    objective.check_execution(shape, design.execution.replace(accumulate=1))  # the rows of a rung are not known yet

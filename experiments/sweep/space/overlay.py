@@ -29,7 +29,7 @@ def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
         if len(lengths) > 1:
             raise InputError(f"{' and '.join(lengths)} say the same thing; give one")
         trial = rebase(base, changes)
-        trial.recipe.train.check(trial.execution)
+        trial.recipe.objective.check_execution(trial.recipe.train, trial.execution)
         steps = _steps(trial.recipe, lengths)
     except UnknownNameError:
         raise
