@@ -58,7 +58,7 @@ def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) 
         if not Path(place).exists():
             raise InputError(
                 f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
-                "more; give them with --base"
+                "more; put them there again, or give them to open_model as base=PATH"
             )
     params = open_parameters(place)[1]
     if parameters_sha256(params) != sha256:
