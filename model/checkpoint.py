@@ -7,6 +7,7 @@ them.
 """
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from model.errors import InputError
+from model.parameterization import names_of
 from model.records import read_intact, verify
 
 FOLDER = "checkpoints"  # of a run directory
@@ -53,23 +55,36 @@ def newest_intact(
     return None
 
 
-def newest_params(run: Path, like: Any) -> tuple[dict[str, Any], Any] | None:
+def newest_params(run: Path, like: Any, *, partial: bool = False) -> tuple[dict[str, Any], Any] | None:
     """Return (what its checkpoint.json says, the parameters as arrays) of the newest checkpoint with intact parameters.
 
-    None if there is none. like: a tree of the parameters' shapes and dtypes. No byte of the optimizer is read, but in a
-    checkpoint of a former version, whose files hold both: those are verified whole. Raises InputError where the leaves
-    are not those saved.
+    None if there is none. like: a tree of the parameters' shapes and dtypes; partial: the run saved some of its leaves
+    alone, which are then returned. No byte of the optimizer is read, but in a checkpoint of a former version, whose
+    files hold both: those are verified whole. Raises InputError where the leaves are not those saved.
     """
     while (step := newest_intact(run / FOLDER, _trouble_of_params, warn)) is not None:
         path = run / FOLDER / str(step)
         try:
-            require_leaves(path, leaves_of(like, PARAMS), within=f"{PARAMS}/")
             about = read_intact(path, ABOUT) or {}
-            return about, jax.tree.map(jax.numpy.asarray, _restore_params(path, like))
+            saved = like
+            if partial:
+                saved = _only(like, set(about.get("leaves", ())), PARAMS)
+            require_leaves(path, leaves_of(saved, PARAMS), within=f"{PARAMS}/")
+            return about, jax.tree.map(jax.numpy.asarray, _restore_params(path, saved))
         except Exception:
             if path.exists():
                 raise  # else the process that trains the run has removed it: a newer one is there
     return None
+
+
+def _only(tree: Any, names: set[str], prefix: str) -> Any:
+    """Return the nested dict with the leaves of these names alone."""
+    if not isinstance(tree, dict):
+        return tree
+    parts = {name: _only(value, names, f"{prefix}/{name}") for name, value in tree.items()}
+    return {
+        name: part for name, part in parts.items() if (part if isinstance(part, dict) else f"{prefix}/{name}" in names)
+    }
 
 
 def _restore_params(path: Path, like: Any) -> Any:
@@ -102,6 +117,16 @@ def leaves_of(tree: Any, *prefix: str) -> dict[str, str]:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def parameters_sha256(params: Any) -> str:
+    """Hash names, dtypes, shapes and values of parameters, however they are stored."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda pair: names_of(pair[0])):
+        value = np.asarray(leaf)
+        digest.update(f"{'/'.join(names_of(path))} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def require_leaves(path: Path, leaves: dict[str, str], within: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from model.ambient import pinned
-from model.checkpoint import newest_params
+from model.checkpoint import newest_params, parameters_sha256
 from model.config import ModelConfig
 from model.errors import InputError
 from model.records import read_sealed
@@ -24,22 +24,52 @@ UNSEALED = ("status",)  # which may have to be written where there is no room fo
 
 
 @pinned()
-def load_run(folder: str | Path) -> tuple[ModelConfig, Params]:
+def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelConfig, Params]:
     """(config, parameters of the newest intact checkpoint). Raises InputError if there is none.
 
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
     way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
+    base: where the weights lie that the run started from, for one that holds only what it trained; None: where they
+    lay. Raises InputError where they are others.
     """
     from model.transformer import init
 
     record = read_record(folder)
     config = ModelConfig.from_dict(record["identity"]["config"])
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    found = newest_params(Path(folder), shapes)
+    partial = bool((record["identity"].get("objective") or {}).get("trainable"))
+    found = newest_params(Path(folder), shapes, partial=partial)
     if found is None:
         raise InputError(f"{folder} has no intact checkpoint; train it first")
     about, params = found
+    if partial:
+        params = _over(_base_of(Path(folder), record, base), params)
     return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
+
+
+def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
+    """Return the parameters that a run started from. Raises InputError where they are not there, or are others."""
+    from model.store import open_parameters
+
+    sha256 = record["identity"]["weights"]
+    place = given
+    if place is None:
+        place = _found(record["weights"], record.get("weights_beside"), folder)
+        if not Path(place).exists():
+            raise InputError(
+                f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
+                "more; put them there again, or give them to open_model as base=PATH"
+            )
+    params = open_parameters(place)[1]
+    if parameters_sha256(params) != sha256:
+        raise InputError(f"{place} holds other weights than {folder} started from")
+    return params
+
+
+def _over(base: Params, params: Params) -> Params:
+    """Return the base with the leaves of `params` in place of its own."""
+    below = lambda name: _over(base[name], params[name]) if isinstance(params[name], dict) else params[name]
+    return {name: below(name) if name in params else base[name] for name in base}
 
 
 def _as_phases_end(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:

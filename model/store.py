@@ -25,18 +25,20 @@ class Model(NamedTuple):
     tokenizer: "Tokenizer | None"
 
 
-def open_model(path: str | Path, tokenizer: str | Path | None = None) -> Model:
+def open_model(path: str | Path, tokenizer: str | Path | None = None, base: str | Path | None = None) -> Model:
     """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a GGUF model.
 
     tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own, or None where there is none.
+    base: where the weights lie that a run started from, which it needs where it holds only what it trained; None:
+    where they lay.
     Raises InputError where nothing can be opened; what it opens it leaves as it is.
     """
-    config, params = open_parameters(path)
+    config, params = open_parameters(path, base)
     return Model(config, params, open_tokenizer(path, tokenizer))
 
 
 @pinned()
-def open_parameters(path: str | Path) -> "tuple[ModelConfig, Params]":
+def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[ModelConfig, Params]":
     """Return only the config and the parameters of what `open_model` opens."""
     path = Path(path)
     if not path.exists():
@@ -44,7 +46,7 @@ def open_parameters(path: str | Path) -> "tuple[ModelConfig, Params]":
     if (path / "run.json").is_file():
         from model.runs import load_run
 
-        return load_run(path)
+        return load_run(path, base)
     if (path / "quantized.json").is_file():
         from model.quantized import load_quantized
 

@@ -124,8 +124,13 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
         _, dot, field = name.partition(".")
         if dot:
             _check_field(OBJECTIVE, kind, field)
-            values[field] = typed(name, value, kinds(kind)[field])
+            values[field] = _listed(typed(name, value, kinds(kind)[field]), kinds(kind)[field])
     return objective.replace(**values) if values else objective
+
+
+def _listed(value: Any, kind: Any) -> Any:
+    """Return a single text as a tuple of one where the field is a tuple."""
+    return (value,) if isinstance(value, str) and get_origin(kind) is tuple else value
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:

@@ -1,7 +1,6 @@
 """Open where a run starts that does not start fresh: at a checkpoint of another run, or from parameters alone."""
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 
 from model import ModelConfig, Params, init
+from model.checkpoint import parameters_sha256
 from model.errors import InputError
 from model.parameterization import names_of
 from model.store import open_parameters
@@ -37,28 +37,40 @@ def folder_of(branch: Branch) -> Path:
 def weights(path: str | Path) -> Weights:
     """A start from the parameters of whatever `model.store.open_model` opens. Raises InputError."""
     path = Path(path).resolve()
-    return Weights(_sha256(_plain(path)), path)
+    return Weights(parameters_sha256(_plain(path)), path)
 
 
-def check_weights(start: Weights, config: ModelConfig) -> None:
-    """Raise InputError where the weights are not those of the recipe, or not of its model."""
-    _opened(start, jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+class Bases:
+    """The parameters that runs of one model start from, each opened once."""
+
+    def __init__(self, config: ModelConfig):
+        self._config, self._opened = config, dict[Weights, Params]()
+
+    def of(self, start: Weights) -> Params:
+        """Return all parameters of a start, NumPy arrays on the host.
+
+        Raises InputError where they are not those of the recipe, or not of its model.
+        """
+        if start not in self._opened:
+            like = jax.eval_shape(functools.partial(init, self._config), jax.random.key(0))
+            self._opened[start] = _checked(start, like)
+        return self._opened[start]
+
+    def close(self) -> None:
+        """Let go of them."""
+        self._opened.clear()
 
 
-def params_of(start: Weights, like: Params) -> Params:
-    """The parameters that a run starts from, laid out as `like`, whose leaves have shapes, dtypes and shardings.
-
-    Raises InputError as `check_weights` does.
-    """
-    lay_out = lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
-    return jax.tree.map(lay_out, _opened(start, like), like)
+def lay_out(params: Params, like: Params) -> Params:
+    """Return parameters laid out as `like`, whose leaves have dtypes and shardings."""
+    return jax.tree.map(lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding), params, like)
 
 
-def _opened(start: Weights, like: Params) -> Params:
+def _checked(start: Weights, like: Params) -> Params:
     if start.path is None:
         raise InputError(f"the run starts from weights {start.sha256[:16]}…; give its Weights the path")
     params = _plain(start.path)
-    if _sha256(params) != start.sha256:
+    if parameters_sha256(params) != start.sha256:
         raise InputError(f"{start.path} holds other weights than the recipe names")
     there, here = (_shapes(tree) for tree in (params, like))
     wrong = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
@@ -77,16 +89,6 @@ def _plain(path: Path) -> Params:
     if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
         raise InputError(f"{path} holds rounded weights, which cannot be trained; give the model that it was made of")
     return params
-
-
-def _sha256(params: Params) -> str:
-    """Hash names, dtypes, shapes and values, however they are stored."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda pair: names_of(pair[0])):
-        value = np.asarray(leaf)
-        digest.update(f"{'/'.join(names_of(path))} {value.dtype} {value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
 
 
 def _shapes(tree: Params) -> dict[str, Any]:

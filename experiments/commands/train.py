@@ -9,7 +9,8 @@ from experiments.commands.options import JsonFile, OptionalMetric, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
-    from train import Recipe, Result, Shell, TrainConfig
+    from model import ModelConfig
+    from train import Recipe, Result, Shell, TrainConfig, Weights
     from train.data.manifest import Manifest
     from train.objectives import Objective
     from train.phases import Phase
@@ -21,7 +22,7 @@ def train(
     data: tuple[str, ...],
     out: Path,
     steps: int | None = None,
-    objective: str = "language-modeling",
+    objective: str | None = None,
     seed: int = 0,
     learning_rate: float = 3e-3,
     batch_size: int = 8,
@@ -59,15 +60,17 @@ def train(
     --mesh fsdp=8
 
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config, trained from fresh parameters; or
+            a run, a Hugging Face folder or a GGUF file, whose parameters training starts from.
         data: A folder made by `isoflop data prepare`, or several as NAME=FOLDER, whose names the mixtures of phases
             use; the first is also validated on.
         out: The run directory.
         steps: Updates to make; also the horizon of the schedule unless total_steps is set, and 20 times its warm-up
             unless warmup_steps is. With --phases: all of them.
         objective: What is learned: language-modeling (decoders), masked (encoders such as bert-base), spans
-            (encoder-decoders such as t5-small), classification (of data with labels). The model gets the head and
-            the ids for masks or sentinels that it needs; fields are set as --set objective.mean_span=4.
+            (encoder-decoders such as t5-small), classification (of data with labels); by default language-modeling,
+            or that of the run that is started from. A fresh model gets the head and the ids for masks or sentinels
+            that it needs; fields are set as --set objective.mean_span=4.
         seed: Of parameters, dropout and data order.
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
@@ -100,7 +103,7 @@ def train(
     """
     from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
-    from experiments.models import read_config
+    from experiments.models import is_stored, read_config
     from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
@@ -116,16 +119,22 @@ def train(
         say_unused("without --coordinator or --distributed", train, num_processes=num_processes, process_id=process_id)
     folders = _folders(data)
     manifest = load_manifest(next(iter(folders.values())))
-    config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
     base = TrainConfig(batch_size=batch_size, seq_len=seq_len, phases=_read_phases(phases) if phases else ())
     if steps is None and not base.phases:
         raise InputError("give --steps, or --phases")
     warmup = {} if steps is None else {"warmup_steps": max(1, steps // 20)}
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
-    named = {} if objective == "language-modeling" else {"objective": objective}
+    plain: dict[str, Any] = {"train": base, "hparams": hparams, "data": folders, "steps": steps}
+    if is_stored(preset):
+        config, start, own = _started_from(Path(preset), manifest)
+        plain |= {"start": start, "objective": objective or own}
+        named = {}
+    else:
+        config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
+        named = {} if objective is None else {"objective": objective}
     recipe, execution = overlay(
         named | read_changes(set),
-        Recipe(config.replace(compute_dtype=_dtype(precision)), base, hparams, data=folders, steps=steps),
+        Recipe(config.replace(compute_dtype=_dtype(precision)), **plain),
         Execution(mesh=parse_mesh(mesh) if mesh else None),
     )
     shell = Shell(
@@ -289,6 +298,30 @@ def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> 
         say(f"total_steps={int(hparams.total_steps):,} is fewer than the run's {last:,} steps; the schedule ends there")
     if not train_config.phases and hparams.warmup_steps > last:
         say(f"warmup_steps={int(hparams.warmup_steps):,} is more than the run's {last:,} steps; it ends below its rate")
+
+
+def _started_from(path: Path, manifest: "Manifest") -> "tuple[ModelConfig, Weights, Objective]":
+    """(The config of a stored model, the start from its parameters, and the objective of a run, or the plain one).
+
+    Raises InputError where the data were prepared with another tokenizer than the model's.
+    """
+    from model.errors import InputError
+    from model.store import open_model
+    from train import weights
+    from train.files import file_sha256
+    from train.objectives import LanguageModeling
+    from train.run import read_record, recipe_of
+
+    opened = open_model(path)
+    tokenizer = opened.tokenizer
+    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
+        raise InputError(
+            f"the data were prepared with another tokenizer than that of {path}; prepare them with "
+            f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"
+        )
+    is_run = (path / "run.json").is_file()
+    objective = recipe_of(read_record(path)).objective if is_run else LanguageModeling()
+    return opened.config, weights(path), objective.replace(trainable=())
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:

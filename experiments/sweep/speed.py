@@ -11,11 +11,11 @@ import numpy as np
 
 from experiments.sweep.cohort import lanes_for
 from experiments.sweep.trial import Trial
-from model import Execution, ModelConfig
+from model import Execution, ModelConfig, Params
 from model.sharding import default_axes, make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams
-from train.lanes.build import compile_program, prefers_vmap
+from train.lanes.build import compile_program, frozen_shapes, prefers_vmap
 from train.lanes.program import Program
 from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import Batch
@@ -98,7 +98,8 @@ def measure_step(
     axes = execution.mesh or default_axes(train_config.batch_size // execution.accumulate)
     mesh = make_mesh(axes, execution.platform)
     program = compile_program(config, train_config, lanes, mesh, execution=execution, objective=objective)
-    times = _step_times(program, random_batch(config, train_config, objective, lanes), seconds)
+    frozen = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), frozen_shapes(config, objective))
+    times = _step_times(program, random_batch(config, train_config, objective, lanes), frozen, seconds)
     tokens = lanes * train_config.tokens_per_step
     step = statistics.median(times)
     flops = {name: objective.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
@@ -132,7 +133,7 @@ def random_batch(config: ModelConfig, train_config: TrainConfig, objective: Obje
     return batch
 
 
-def _step_times(program: Program, batch: Batch, seconds: float) -> list[float]:
+def _step_times(program: Program, batch: Batch, frozen: Params, seconds: float) -> list[float]:
     lanes = len(next(iter(batch.values())))
     hparams = stack_hparams([HParams(total_steps=1000, seed=seed) for seed in range(lanes)])
     hparams, batch = program.place(hparams), program.place(batch)
@@ -140,13 +141,13 @@ def _step_times(program: Program, batch: Batch, seconds: float) -> list[float]:
     state = program.init(hparams)
     times: list[float] = []
     for _ in range(2):  # the first steps touch fresh memory
-        state, metrics = program.step(state, batch, hparams, active)
+        state, metrics = program.step(state, batch, hparams, active, frozen)
     jax.block_until_ready(metrics)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:
         start = time.perf_counter()
         for _ in range(4):
-            state, metrics = program.step(state, batch, hparams, active)
+            state, metrics = program.step(state, batch, hparams, active, frozen)
         jax.block_until_ready(metrics)
         times.append((time.perf_counter() - start) / 4)
     return times

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 
 from model import Execution, InputError, init
-from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step
+from model.store import open_model
+from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
 from train.data import prepare
 from train.data.noise import Noise
@@ -193,6 +195,35 @@ def test_frozen_parameters_are_read_alone(name):
     np.testing.assert_allclose(evaluate(trainable, batch, frozen=frozen)["loss"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["language-modeling", "classification"])
+def test_a_run_with_frozen_parameters(name, recipe_of_case, whole, crash, record, tmp_path):
+    """Its checkpoints hold what it trains; resumed and as a lane it is the same run, and it opens as a whole model."""
+    case, start = CASES[name], weights(whole(name))
+    objective = case.objective.replace(trainable=case.trainable)
+    recipe = recipe_of_case(name).replace(objective=objective, start=start)
+    train(recipe, run=tmp_path / "run", shell=QUIET)
+    with crash(3):
+        train(recipe, run=tmp_path / "resumed", shell=QUIET)
+    other = recipe.replace(hparams=HPARAMS.replace(seed=7, learning_rate=3e-3))
+    population([recipe, other], runs=[tmp_path / "resumed", tmp_path / "other"], shell=QUIET)
+    assert record(tmp_path / "resumed") == record(tmp_path / "run") != record(tmp_path / "other")
+    about = json.loads((tmp_path / "run" / "checkpoints" / str(STEPS) / "checkpoint.json").read_text())
+    saved = {leaf.removeprefix("params/") for leaf in about["leaves"] if leaf.startswith("params/")}
+    assert all(leaf.startswith(case.trainable) for leaf in saved)
+    before, after = open_model(whole(name)).params, open_model(tmp_path / "run").params
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(after):
+        was = functools.reduce(lambda tree, key: tree[key.key], path, before)
+        assert np.array_equal(was, leaf) != ("/".join(key.key for key in path) in saved)
+    shutil.copytree(whole(name), tmp_path / "base")
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
+    moved = json.loads((tmp_path / "elsewhere" / "run" / "run.json").read_text())
+    assert {"weights", "weights_beside"} <= moved.keys()
+    with pytest.raises(InputError, match="holds other weights than"):
+        open_model(tmp_path / "run", base=tmp_path / "other")
+    assert open_model(tmp_path / "run", base=tmp_path / "base").config == recipe.model
+
+
 def test_eight_devices_are_one(on_eight_devices):
     found = on_eight_devices(SCRIPT, 2, "data=1", "data=2,fsdp=4", "data=2,sequence=2,tensor=2")
     for name, losses in found.items():
@@ -252,7 +283,12 @@ def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(share
 @pytest.mark.parametrize(
     ("changes", "shell", "execution", "message"),
     [
-        ({"trainable": ("final_norm",)}, QUIET, Execution(), "runs train all parameters; leave it out"),
+        (
+            {"trainable": ("final_norm",)},
+            QUIET,
+            Execution(),
+            r"must come from a model; give the recipe start=weights\(PATH\)",
+        ),
         ({}, QUIET, Execution(loss_chunks=16), "loss_chunks=16 does not divide the 8 tokens that the decoder predicts"),
         ({}, Shell(evaluate_tokens=1), Execution(), "nothing to predict in the first 1 tokens of the validation split"),
     ],

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import Execution, ModelConfig
+from model import Execution, ModelConfig, Params
+from model import init as init_model
 from model.ambient import pinned
 from model.sharding import batch_shardings, check_batch, parts_of_lanes, replicated, shardings
 from train.config import HParams, TrainConfig
@@ -127,17 +128,17 @@ def _compile_step(
     state, split = _state(config, train_config, lanes, mesh, objective)
     batch = with_lanes(objective.batch_spec(config, train_config, batch_size, seq_len), lanes)
     everywhere, rows = replicated(mesh), batch_shardings(mesh, batch, lanes=True)
-    active = jax.ShapeDtypeStruct((lanes,), bool)
+    active, frozen = jax.ShapeDtypeStruct((lanes,), bool), frozen_shapes(config, objective)
     # Metrics stay where their lanes are, if this process can read them there.
     measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
     step = jax.jit(
         functools.partial(step_lanes, config, train_config, objective=objective, execution=execution),
-        in_shardings=(split, rows, everywhere, everywhere),
+        in_shardings=(split, rows, everywhere, everywhere, shardings(mesh, frozen)),
         out_shardings=(split, measured),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
-        compiled = step.lower(state, batch, _hparams(lanes), active).compile()
+        compiled = step.lower(state, batch, _hparams(lanes), active, frozen).compile()
     return compiled, Memory.of(compiled)
 
 
@@ -161,10 +162,11 @@ def _compile_rest(
     everywhere, rows = replicated(mesh), batch_shardings(mesh, batch)
     index = jax.ShapeDtypeStruct((), jnp.int32)
     before = jax.ShapeDtypeStruct((len(objective.EVALUATED) + 1,), jnp.float32)
+    frozen = frozen_shapes(config, objective)
     init = jax.jit(functools.partial(init_lanes, config, train_config, objective=objective), out_shardings=split)
     evaluate = jax.jit(
         functools.partial(evaluate_lane, config, objective=objective, execution=execution),
-        in_shardings=(split, everywhere, rows, everywhere),
+        in_shardings=(split, everywhere, rows, everywhere, shardings(mesh, frozen)),
         out_shardings=everywhere,
         keep_unused=True,
     )
@@ -174,7 +176,7 @@ def _compile_rest(
     with jax.set_mesh(mesh):
         return lane, {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
-            "evaluate": evaluate.lower(state, index, batch, before).compile(),
+            "evaluate": evaluate.lower(state, index, batch, before, frozen).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": _under(mesh, put),
         }
@@ -201,6 +203,11 @@ def _state(
     init = functools.partial(init_lanes, config, train_config, objective=objective)
     state = jax.eval_shape(init, _hparams(lanes))
     return state, shardings(mesh, state, lanes=True)
+
+
+def frozen_shapes(config: ModelConfig, objective: Objective) -> Params:
+    """Return the shapes of the parameters that an objective does not train."""
+    return objective.split(jax.eval_shape(functools.partial(init_model, config), jax.random.key(0)))[1]
 
 
 def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:

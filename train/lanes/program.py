@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from model import Params
 from train.loop.memory import Memory
 from train.objectives.objective import Batch
 from train.state import TrainState
@@ -43,13 +44,26 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, state: LaneStates, batch: Any, hparams: Any, active: Bool[np.ndarray, " lanes"]
+        self,
+        state: LaneStates,
+        batch: Any,
+        hparams: Any,
+        active: Bool[np.ndarray, " lanes"],
+        frozen: Params | None = None,
     ) -> tuple[LaneStates, LaneMetrics]:
-        """Return the states after one step of every active lane, and its metrics; `state` is donated."""
+        """Return the states after one step of every active lane, and its metrics; `state` is donated.
+
+        frozen: parameters that all lanes read (`Objective.split`), on the devices once; None where there are none.
+        """
 
     @abc.abstractmethod
     def evaluate(
-        self, state: LaneStates, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+        self,
+        state: LaneStates,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Return the sums of one lane on one batch that the objective's means are made of, and last their weight.
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from model import Params
 from train.lanes.program import LaneMetrics, Program
 from train.loop.memory import Memory
 from train.objectives.objective import Batch
@@ -42,22 +43,33 @@ class SequentialProgram(Program):
         return [self.one.init(own) for own in hparams]
 
     def step(
-        self, state: list, batch: list, hparams: list, active: Bool[np.ndarray, " lanes"]
+        self,
+        state: list,
+        batch: list,
+        hparams: list,
+        active: Bool[np.ndarray, " lanes"],
+        frozen: Params | None = None,
     ) -> tuple[list, LaneMetrics]:
         """Step the active lanes; the others' states are handed back and their metrics are 0."""
         states, measured = list(state), {}
         for lane in np.flatnonzero(active).tolist():
-            states[lane], measured[lane] = self.one.step(states[lane], batch[lane], hparams[lane], np.ones(1, bool))
+            own = states[lane], batch[lane], hparams[lane], np.ones(1, bool)
+            states[lane], measured[lane] = self.one.step(*own, frozen)
         names = next(iter(measured.values()), {})
         nothing = np.zeros(1, np.float32)
         lanes = range(self.lanes)
         return states, {name: [measured[n][name] if n in measured else nothing for n in lanes] for name in names}
 
     def evaluate(
-        self, state: list, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+        self,
+        state: list,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Evaluate one lane's own state."""
-        return self.one.evaluate(state[lane], 0, batch, before)
+        return self.one.evaluate(state[lane], 0, batch, before, frozen)
 
     def take(self, state: list, lane: int) -> TrainState:
         """Return a copy of one lane's state."""

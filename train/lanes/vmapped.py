@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from model import Execution, ModelConfig
+from model import Execution, ModelConfig, Params
 from model.sharding import parts_of_lanes, shardings
 from train.config import HParams, TrainConfig
 from train.lanes.program import LaneMetrics, Program
@@ -58,16 +58,26 @@ class VmappedProgram(Program):
         return self.executables.init(hparams)
 
     def step(
-        self, state: TrainState, batch: Batch, hparams: HParams, active: Bool[np.ndarray, " lanes"]
+        self,
+        state: TrainState,
+        batch: Batch,
+        hparams: HParams,
+        active: Bool[np.ndarray, " lanes"],
+        frozen: Params | None = None,
     ) -> tuple[TrainState, LaneMetrics]:
         """Run `step_lanes`: an inactive lane still costs its work."""
-        return self.executables.step(state, batch, hparams, active)
+        return self.executables.step(state, batch, hparams, active, frozen or {})
 
     def evaluate(
-        self, state: TrainState, lane: int, batch: Batch, before: Float[Array | np.ndarray, " sums"]
+        self,
+        state: TrainState,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Run `evaluate_lane`."""
-        return self.executables.evaluate(state, np.int32(lane), batch, before)
+        return self.executables.evaluate(state, np.int32(lane), batch, before, frozen or {})
 
     def take(self, state: TrainState, lane: int) -> TrainState:
         """Return a copy of one lane's state."""
@@ -92,7 +102,8 @@ def init_lanes(
     config: ModelConfig, train_config: TrainConfig, hparams: HParams, *, objective: Objective = LanguageModeling()
 ) -> TrainState:
     """Fresh lanes, stacked [lanes, …]; the leaves of `hparams` are [lanes]."""
-    return _over_lanes(functools.partial(init_state, config, train_config, objective=objective), hparams)
+    init = functools.partial(init_state, config, train_config, objective=objective)
+    return _over_lanes(lambda _, hparams: init(hparams), hparams)
 
 
 def step_lanes(
@@ -102,18 +113,26 @@ def step_lanes(
     batch: Batch,
     hparams: HParams,
     active: Bool[Array, " lanes"],
+    frozen: Params | None = None,
     *,
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
 ) -> tuple[TrainState, LaneMetrics]:
-    """One `train_step` of every lane that is active and has not diverged; every metric is [lanes]."""
+    """One `train_step` of every lane that is active and has not diverged; every metric is [lanes].
 
-    def one(state: TrainState, batch: Batch, hparams: HParams, active: Array) -> tuple[TrainState, Metrics]:
-        new, metrics = train_step(config, train_config, state, batch, hparams, objective=objective, execution=execution)
+    frozen: the parameters that all lanes read, once for all of them.
+    """
+
+    def one(
+        frozen: Params | None, state: TrainState, batch: Batch, hparams: HParams, active: Array
+    ) -> tuple[TrainState, Metrics]:
+        new, metrics = train_step(
+            config, train_config, state, batch, hparams, objective=objective, frozen=frozen, execution=execution
+        )
         alive = state.skipped_in_a_row < train_config.max_skipped
         return keep_if(active & alive, new, state), metrics
 
-    return _over_lanes(one, state, batch, hparams, active)
+    return _over_lanes(one, state, batch, hparams, active, shared=frozen)
 
 
 def evaluate_lane(
@@ -122,6 +141,7 @@ def evaluate_lane(
     index: Int[Array, ""],
     batch: Batch,
     before: Float[Array, " means_and_weight"],
+    frozen: Params | None = None,
     *,
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
@@ -133,24 +153,27 @@ def evaluate_lane(
     several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
     """
     del before
-    metrics = eval_step(config, pick(state.params, index), batch, objective=objective, execution=execution)
+    params = pick(state.params, index)
+    metrics = eval_step(config, params, batch, objective=objective, frozen=frozen, execution=execution)
     weight = metrics[objective.WEIGHT]
     return jnp.stack([*(metrics[name] * weight for name in objective.EVALUATED), weight])
 
 
-def _over_lanes(function: Callable, *arguments: Any) -> Any:
-    """The function on every lane, over the leading axis of all arguments.
+def _over_lanes(function: Callable, *arguments: Any, shared: Any = None) -> Any:
+    """Call `function(shared, …)` for every lane, over the leading axis of all arguments but `shared`.
 
     One lane alone runs as written: a solo run pays nothing for lanes. Devices of a population axis do so with their
     own lanes, each for itself.
     """
-    return _over_population(functools.partial(_over_own_lanes, function))(*arguments)
+    run = functools.partial(_over_own_lanes, function)
+    return _over_population(run, (_ALL, *[_OWN] * len(arguments)))(shared, *arguments)
 
 
-def _over_own_lanes(function: Callable, *arguments: Any) -> Any:
+def _over_own_lanes(function: Callable, shared: Any, *arguments: Any) -> Any:
+    own = functools.partial(function, shared)
     if jax.tree.leaves(arguments)[0].shape[0] > 1:
-        return jax.vmap(function)(*arguments)
-    result = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+        return jax.vmap(own)(*arguments)
+    result = own(*jax.tree.map(lambda leaf: leaf[0], arguments))
     return jax.tree.map(lambda leaf: leaf[None], result)
 
 

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from model import Execution
-from model.sharding import parts_of_lanes
+from model import Execution, Params
+from model.sharding import parts_of_lanes, shardings
 from train.agreement import CHECKPOINT, STOP, Agreement
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
-from train.lanes.build import compacts, compile_program
+from train.lanes.build import compacts, compile_program, frozen_shapes
 from train.lanes.program import LaneStates, Program
 from train.lanes.slots import Slots
 from train.loop.feed import Feed, Request, Slot
@@ -30,6 +30,8 @@ from train.objectives.objective import Batch
 from train.peak import peak_flops_per_second
 from train.plan import Stage
 from train.progress import progress_bar, say
+from train.recipe import Weights
+from train.start import Bases, lay_out
 from train.trace import Trace
 
 logger = logging.getLogger("isoflop")
@@ -51,6 +53,7 @@ class Loop:
         members: list[Member],
         lanes: int,
         validation: list[Batch],
+        bases: Bases,
         mesh: Mesh,
         shell: Shell,
         execution: Execution,
@@ -71,7 +74,9 @@ class Loop:
         self.feed = Feed(mesh, members)
         self.agreement = Agreement(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
-        self.state = self._start()
+        self.frozen = self._frozen(bases)
+        self.state = self._start(bases)
+        bases.close()
         self.dispatched = self.saved_after = 0
         self.trace = Trace(members[0].run.folder / "profile" if shell.profile else None)
         self.clock = self.saved_at = time.perf_counter()
@@ -107,7 +112,7 @@ class Loop:
         ready = time.perf_counter()
         active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in request.slots])
         self.trace.step(self.state)
-        self.state, metrics = self.program.step(self.state, batch, self.hparams, active)
+        self.state, metrics = self.program.step(self.state, batch, self.hparams, active, self.frozen)
         self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
         for slot in request.slots:
             self.members[slot.member].step += 1
@@ -257,16 +262,27 @@ class Loop:
     def _evaluate(self, lane: int) -> list[Any]:
         sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
         for batch in self.validation:
-            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1]))
+            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1], self.frozen))
         return sums[1:]
 
-    def _start(self) -> LaneStates:
+    def _frozen(self, bases: Bases) -> Params:
+        """Return the parameters that no lane trains, on the devices."""
+        shapes = frozen_shapes(self.config, self.objective)
+        if not shapes:
+            return shapes
+        start = self.members[0].recipe.start
+        assert isinstance(start, Weights)  # and the same in all
+        return jax.device_put(self.objective.split(bases.of(start))[1], shardings(self.mesh, shapes))
+
+    def _start(self, bases: Bases) -> LaneStates:
         state = self.program.init(self.hparams)
         for lane, number in enumerate(self.slots.members):
             member = self.members[number]
             restored = member.resume(self.program.lane)
-            if restored is None and (params := member.initial_params(self.program.lane.params)) is not None:
-                restored = self.program.take(state, lane).replace(params=params)  # type: ignore[attr-defined]
+            if restored is None and isinstance(member.recipe.start, Weights):
+                params, _ = self.objective.split(bases.of(member.recipe.start))
+                own = lay_out(params, self.program.lane.params)
+                restored = self.program.take(state, lane).replace(params=own)  # type: ignore[attr-defined]
             if restored is not None:
                 state = self.program.put(state, lane, restored)
         return state

@@ -4,11 +4,12 @@ import collections
 import dataclasses
 import logging
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from model import Execution, Params, accounting
+from model import Execution, accounting
 from train.data.folders import Data
 from train.hosts import agree, is_writer
 from train.loop.options import Shell
@@ -20,7 +21,7 @@ from train.run import Result, Run
 from train.run.best import Best
 from train.run.checkpoint import Checkpoints
 from train.run.metrics import Metrics, MetricsLog, open_metrics, troubles
-from train.start import check_branch, folder_of, params_of
+from train.start import check_branch, folder_of
 from train.step import metric_names
 
 logger = logging.getLogger("isoflop")
@@ -51,6 +52,10 @@ class Member:
         self.run = Run(folder, recipe, execution)
         if self.run.record.get("data") != data.place:
             self.run.update(data=data.place, data_beside=data.beside(folder))
+        if isinstance(recipe.start, Weights) and recipe.start.path is not None:
+            place = str(recipe.start.path)
+            if self.run.record.get("weights") != place:
+                self.run.update(weights=place, weights_beside=os.path.relpath(place, folder.resolve()))
         self.checkpoints = Checkpoints(
             folder,
             keep=shell.keep_checkpoints,
@@ -141,10 +146,6 @@ class Member:
             if (change := self.run.begin(self.step)) and is_writer():
                 say(f"{self.run.folder}: from step {self.step:,} on with {change}")
         return None if found is None else found[1]
-
-    def initial_params(self, like: Params) -> Params | None:
-        """The parameters that it starts from where its recipe names any, laid out as `like`."""
-        return params_of(self.recipe.start, like) if isinstance(self.recipe.start, Weights) else None
 
     def _open_log(self) -> None:
         """What the record said at the step from which the run goes on, and the log from there."""

@@ -20,7 +20,7 @@ from train.loop.options import Shell
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
-from train.start import check_weights
+from train.start import Bases
 
 Folder = str | Path
 
@@ -87,7 +87,8 @@ def population(
         raise InputError("a population needs at least one lane")
     first, opened = chosen[0], _open(chosen, data)
     config, train_config = first.model, first.train
-    _check(chosen, opened, runs, shell)
+    bases = Bases(config)
+    _check(chosen, opened, runs, shell, bases)
     lanes = lanes or execution.lanes or len(chosen)
     if lanes < len(chosen):
         raise InputError(f"lanes={lanes} is fewer than the {len(chosen)} members; give at least one lane to each")
@@ -115,7 +116,7 @@ def population(
             stack.callback(members[-1].close)
         if not all(member.ended for member in members):
             try:
-                Loop(members, lanes, validation, mesh, shell, execution).run(stack)
+                Loop(members, lanes, validation, bases, mesh, shell, execution).run(stack)
             except Exception:
                 for member in members:
                     member.fail()
@@ -175,7 +176,7 @@ def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
     return opened
 
 
-def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell) -> None:
+def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell, bases: Bases) -> None:
     first = recipes[0]
     shell.check_metric(first.objective.validation_metrics)
     if len(recipes) != len(runs):
@@ -189,7 +190,8 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
     fresh = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if not Path(run).exists()]
     for start in dict.fromkeys(fresh):
         if isinstance(start, Weights):
-            check_weights(start, first.model)
+            bases.of(start)
+    _check_frozen(recipes)
     first.objective.check_data(first.model, opened.sources)
     planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
     if first.train.spike_sigma > 0 and not planned:
@@ -197,6 +199,20 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
             f"spike_sigma={first.train.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
             "must not depend on the clock"
         )
+
+
+def _check_frozen(recipes: Sequence[Recipe]) -> None:
+    """Raise InputError where parameters are frozen that no weights give, or other ones for other lanes."""
+    first, trainable = recipes[0].start, recipes[0].objective.trainable
+    if not trainable:
+        return
+    if not isinstance(first, Weights):
+        raise InputError(
+            f"trainable={list(trainable)} leaves the other parameters as they are, so that they must come from a "
+            "model; give the recipe start=weights(PATH)"
+        )
+    if any(recipe.start != first for recipe in recipes):
+        raise InputError("lanes that share frozen parameters must start from the same weights")
 
 
 def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], shell: Shell) -> Execution:

@@ -80,19 +80,11 @@ class Objective(Part, ABC):
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model that cannot be trained so, or not in rows of this length."""
-        self._check_trainable()
         for seq_len in seq_lens(train_config):
             if seq_len > config.max_seq_len:
                 raise InputError(
                     f"seq_len={seq_len} is longer than the model's context, max_seq_len={config.max_seq_len}"
                 )
-
-    def _check_trainable(self) -> None:
-        if self.trainable:
-            raise InputError(
-                f"trainable={list(self.trainable)}: runs train all parameters; leave it out, or call train_step with "
-                "the two parts that Objective.split gives"
-            )
 
     def check_execution(self, train_config: TrainConfig, execution: Execution) -> None:
         """Raise InputError unless the execution divides every batch into its microbatches, and every row likewise."""

@@ -66,7 +66,6 @@ class SpanCorruption(TokenObjective):
                 f"objective='spans' trains encoder-decoders with a language-model head, not stack={config.stack!r} "
                 f"with head={config.head!r}; take a t5 preset, or set stack=encoder-decoder"
             )
-        self._check_trainable()
         first = self._first(config)
         if not self.sentinels <= first + 1 <= config.vocab_size:
             raise InputError(
