@@ -45,7 +45,7 @@ def losses(monkeypatch):
     plain, given = Loop._evaluate, {0: LOSSES}
 
     def evaluate(loop, lane):
-        member = loop.members[loop.seats.members[lane]]
+        member = loop.members[loop.slots.members[lane]]
         known = given.get(int(member.hparams.seed))
         return plain(loop, lane) if known is None else [np.array([known[member.step], 1.0])]
 
@@ -85,7 +85,7 @@ def test_a_killed_run_stops_at_the_same_step_and_more_patience_goes_on(data, tmp
 
     before = [path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.name != ".lock"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "Loop", None)
+        patch.setattr("train.loop.train.Loop", None)
         for patience in (3, 2):
             assert go(data, run, patience=patience).stopped_early == early
     assert before == [path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.name != ".lock"]

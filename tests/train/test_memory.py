@@ -102,7 +102,7 @@ def test_a_run_may_go_on_in_other_cuts(data, tmp_path, whole):
 def test_phases_are_cut_alike(monkeypatch):
     """One number of cuts for all stages, which the smallest batch can be cut into."""
 
-    def compile_nothing(config, train_config, lanes, mesh, stage, execution):
+    def compile_nothing(config, train_config, lanes, mesh, stage, execution, objective):
         assert stage.phase == "large"
         return SimpleNamespace(memory=Memory(0, 1600 // execution.accumulate))
 

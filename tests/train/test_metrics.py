@@ -13,6 +13,7 @@ from model.errors import InputError
 from train import HParams, Shell, TrainConfig, train
 from train.data import load_manifest
 from train.norms import groups_of
+from train.objectives import LanguageModeling
 from train.run.metrics import TIMING_FIELDS, read_metrics
 from train.trace import Trace
 
@@ -91,7 +92,7 @@ def test_losses_in_other_units(data, lines):
 def test_norms_of_the_groups_make_the_norm(lines, name):
     for line in lines:
         groups = {key for key in line if key.startswith(f"{name}/")}
-        assert groups == {f"{name}/{group}" for group in groups_of(CONFIG)}
+        assert groups == {f"{name}/{group}" for group in groups_of(CONFIG, LanguageModeling())}
         assert math.sqrt(sum(line[group] ** 2 for group in groups)) == pytest.approx(line[name], rel=1e-5)
         assert line[name] > 0
 

@@ -10,7 +10,7 @@ from train.hosts import agree
 from train.lanes.build import compile_program
 from train.loop.memory import device_memory
 from train.loop.options import Shell
-from train.objectives import Objective
+from train.objectives import LanguageModeling, Objective
 from train.plan import Plan, Stage
 
 
@@ -21,7 +21,7 @@ def choose_microbatches(
     mesh: Mesh,
     shell: Shell,
     execution: Execution,
-    objective: Objective,
+    objective: Objective = LanguageModeling(),
 ) -> Execution:
     """The execution with `accumulate` as the shell's `microbatch` wants it.
 
