@@ -9,7 +9,7 @@ runs. Rank and alpha enter as numbers (`mask_and_scale`), so that one program tr
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -56,7 +56,7 @@ class Adapter(Part):
     rank: int = 8
     alpha: float = 8.0
     rank_stabilised: bool = False
-    targets: tuple[str, ...] = TARGETS
+    targets: Sequence[str] = TARGETS  # always a tuple once made
 
     def __post_init__(self) -> None:
         targets = self.targets
@@ -185,7 +185,7 @@ def first_columns(tree: Params, rank: int) -> Params:
     return traverse_util.unflatten_dict(leaves)
 
 
-def _is_target(path: Path, names: tuple[str, ...]) -> bool:
+def _is_target(path: Path, names: Sequence[str]) -> bool:
     return "layers" in path and path[-1] == "weight" and path[-2] in names
 
 

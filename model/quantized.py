@@ -34,9 +34,7 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
     from safetensors.flax import save_file
 
     if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(params, is_leaf=is_weight)):
-        raise InputError(
-            "the parameters have low-rank adapters; fold them (model.adapters.fold), then round the result"
-        )
+        raise InputError("the parameters have low-rank adapters; fold these (model.adapters.fold) and round the result")
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file())):
         raise InputError(f"{folder} exists and holds no quantized model; give another folder")

@@ -185,8 +185,8 @@ def _checked(config: ModelConfig, adapter: Adapter, tree: dict) -> dict[Leaf, Pa
         *stack, d_in, d_out = shapes[path]
         if a.shape != (*stack, d_in, adapter.rank) or b.shape != (*stack, adapter.rank, d_out):
             raise InputError(
-                f"the adapter has a {list(a.shape)} and b {list(b.shape)} at {'/'.join(path)}, which rank {adapter.rank} "
-                f"of {list(shapes[path])} does not; give first_columns(tree, rank) and the Adapter of that rank"
+                f"the adapter has a {list(a.shape)} and b {list(b.shape)} at {'/'.join(path)}, not those of rank "
+                f"{adapter.rank} for {list(shapes[path])}; give first_columns(tree, rank) and the Adapter of that rank"
             )
         pairs[path] = (a, b)
     return pairs

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from infer import prepare
 from infer.quantize import quantize_int4
-from model import Execution, Experts, InputError, Latent, ModelConfig, apply, init_cache, presets
+from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
 from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
 from model.convert import save_hf
 from model.parameterization import rate_multipliers
@@ -34,18 +34,12 @@ KEY = jax.random.key(3)
 def trained(config, adapter=ADAPTER, seed=0, params=None):
     """An adapter whose b is not zero."""
     shapes = {(*path, "b"): shape for path, shape in adapted(config, adapter).items()}
-    base = jax.eval_shape(functools.partial(_init, config), KEY) if params is None else params
+    base = jax.eval_shape(functools.partial(init, config), KEY) if params is None else params
     tree = init_adapter(config, adapter, base, jax.random.fold_in(KEY, seed))
     random = np.random.default_rng(seed)
     noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
     assert shapes
     return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
-
-
-def _init(config, key):
-    import model
-
-    return model.init(config, key)
 
 
 def rounded(params, adapter=ADAPTER):
@@ -58,16 +52,18 @@ def rounded(params, adapter=ADAPTER):
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def logits(config, params, scan=True):
-    execution = Execution(scan_layers=scan)
-    return jax.jit(lambda params: apply(config, params, TOKENS, execution=execution))(params)
+def outputs(config, params, scan=True):
+    """Logits, and the final hidden states of the last token."""
+    run = functools.partial(forward, config, outputs=("hidden", "final_hidden"), execution=Execution(scan_layers=scan))
+    out = jax.jit(run)(params, TOKENS)
+    return out.logits, out.final_hidden[:, -1]
 
 
 def cached(config, params):
-    """Final hidden states of the last token, from a chunk and then one token at a time."""
+    """Final hidden states of the last token, from a chunk and then a token."""
     step = jax.jit(functools.partial(forward_cached, config))
     cache = init_cache(config, len(TOKENS), 12)
-    for start, stop in ((0, 7), (7, 8), (8, 9)):
+    for start, stop in ((0, 8), (8, 9)):
         chunk = TOKENS[:, start:stop]
         hidden, cache = step(params, chunk, jnp.full(len(TOKENS), stop - start, jnp.int32), cache)
     return hidden
@@ -79,25 +75,24 @@ def test_attached_is_merged_scanned_unrolled_and_cached(config, random_params):
     with_adapter = attach(params, trained(config), *mask_and_scale(ADAPTER))
     merged = fold(with_adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
-    expected = logits(config, merged)
-    assert np.abs(expected - logits(config, params)).max() > 0.1
+    expected, hidden = outputs(config, merged)
+    assert np.abs(expected - outputs(config, params)[0]).max() > 0.1
     for scan in (True, False):
-        np.testing.assert_allclose(logits(config, with_adapter, scan), expected, atol=1e-5 * float(expected.std()) * 5)
-    np.testing.assert_allclose(cached(config, with_adapter), cached(config, merged), atol=2e-5)
+        np.testing.assert_allclose(outputs(config, with_adapter, scan)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(cached(config, with_adapter), hidden, atol=1e-5)
 
 
 def test_a_rounded_base_is_merged_as_what_it_stands_for(random_params):
     params = rounded(jax.tree.map(jnp.asarray, random_params(CONFIG)))
     with_adapter = attach(params, trained(CONFIG, params=params), *mask_and_scale(ADAPTER))
-    expected = logits(CONFIG, fold(with_adapter))
-    for scan in (True, False):
-        np.testing.assert_allclose(logits(CONFIG, with_adapter, scan), expected, atol=1e-5)
+    expected, hidden = outputs(CONFIG, fold(with_adapter))
+    np.testing.assert_allclose(outputs(CONFIG, with_adapter)[0], expected, atol=1e-5)
     # `prepare` keeps the form, for a merged matrix would have to be rounded again.
-    prepared = prepare(CONFIG, with_adapter, "int4")
+    prepared = prepare(CONFIG, with_adapter)
     kept = prepared["layers"][0]["attention"]["query"]["weight"]
     assert isinstance(kept, LowRank)
     assert isinstance(kept.base, Int4)
-    np.testing.assert_allclose(cached(CONFIG, prepared), cached(CONFIG, with_adapter), rtol=0.1, atol=0.05)
+    np.testing.assert_allclose(cached(CONFIG, prepared), hidden, atol=1e-5)
 
 
 def test_prepare_merges_into_plain_matrices(random_params):
@@ -129,19 +124,15 @@ def test_lanes_of_several_ranks_share_one_base(form, random_params):
     for shape in ("[3,16,24]", "[3,24,16]", "[3,2,16,24]", "[3,2,24,16]", "[2,3,16,24]", "[2,3,24,16]"):
         assert shape not in program, shape
     losses, gradients = vmapped(stacked, params, ranks, alphas)
-    for lane, (rank, alpha) in enumerate(zip(ranks.tolist(), alphas.tolist(), strict=True)):
-        alone = Adapter(rank, alpha)
-        one, gradient = jax.jit(functools.partial(step, adapter=alone))(first_columns(lanes[lane], rank), params)
-        np.testing.assert_allclose(losses[lane], one, rtol=1e-5)
-        of_lane = jax.tree.map(lambda leaf, lane=lane: leaf[lane], gradients)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 + 1e-4 * float(jnp.abs(b).max())),
-            first_columns(of_lane, rank),
-            gradient,
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(of_lane):  # what the mask leaves out learns nothing
-            rest = leaf[..., rank:] if path[-1].key == "a" else leaf[..., rank:, :]
-            assert not np.asarray(rest).any()
+    lane, rank = 1, 2
+    alone = jax.jit(functools.partial(step, adapter=Adapter(rank, float(alphas[lane]))))
+    one, gradient = alone(first_columns(lanes[lane], rank), params)
+    np.testing.assert_allclose(losses[lane], one, rtol=1e-5)
+    of_lane = jax.tree.map(lambda leaf: leaf[lane], gradients)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    jax.tree.map(close, first_columns(of_lane, rank), gradient)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(of_lane):  # what the mask leaves out learns nothing
+        assert not np.asarray(leaf[..., rank:] if path[-1].key == "a" else leaf[..., rank:, :]).any()
 
 
 def test_ranks_are_nested_and_start_as_nothing(random_params):
@@ -167,14 +158,14 @@ def test_alpha_is_divided_by_the_rank_or_its_root():
 
 
 def test_factors_are_split_as_their_matrix():
-    params = jax.eval_shape(functools.partial(_init, CONFIG), KEY)
+    params = jax.eval_shape(functools.partial(init, CONFIG), KEY)
     tree = jax.eval_shape(lambda: init_adapter(CONFIG, ADAPTER, params, KEY))
     attached = jax.eval_shape(lambda tree, params: attach(params, tree, *mask_and_scale(ADAPTER)), tree, params)
     mesh = abstract_mesh({"fsdp": 2, "tensor": 2})
     bare, whole = shardings(mesh, tree)["layers"]["dense"], shardings(mesh, attached)["layers"]["dense"]
     for part, name, a, b in (
-        ("attention", "query", ("fsdp", None), ("fsdp", "tensor")),
-        ("attention", "output", ("tensor", "fsdp"), (None, "fsdp")),
+        ("attention", "query", ("fsdp", None), (None, ("tensor", "fsdp"))),
+        ("attention", "output", (("tensor", "fsdp"), None), (None, "fsdp")),
     ):
         alone, leaf = bare[part][name]["weight"], whole[part][name]["weight"]
         assert alone["a"].spec == leaf.a.spec == PartitionSpec(None, *a)
@@ -205,13 +196,13 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
     all_experts = CONFIG.replace(experts=Experts(count=4, top_k=2, d_ff=12))
     with pytest.raises(InputError, match="experts' stacked matrices get no adapter"):
         adapted(all_experts, Adapter(targets=("up",)))
-    with pytest.raises(InputError, match="query/weight has shape"):
+    with pytest.raises(InputError, match=r"weight has shape \[2, 16, .*the config asks for \[2, 32"):
         init_adapter(CONFIG.replace(d_model=32), ADAPTER, params, KEY)
-    with pytest.raises(InputError, match="does not fit layers/dense/attention/query"):
+    with pytest.raises(InputError, match=r"does not fit layers/dense/attention/.* matrix of shape \[3, 16, "):
         attach(random_params(CONFIG.replace(num_layers=3)), tree, *mask_and_scale(ADAPTER))
     with pytest.raises(InputError, match="the mask is for rank 2"):
         attach(params, tree, *mask_and_scale(Adapter(rank=2)))
-    with pytest.raises(InputError, match="attach first, then infer.prepare"):
+    with pytest.raises(InputError, match=r"attach first, then infer\.prepare"):
         attach(prepare(CONFIG, params), tree, *mask_and_scale(ADAPTER))
     with pytest.raises(InputError, match="no parameter layers/dense, which the adapter changes"):
         attach(random_params(all_experts), tree, *mask_and_scale(ADAPTER))
@@ -229,7 +220,7 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
 
 def test_every_linear_layer_of_every_architecture_has_a_target(variant):
     """All matrices inside layers but experts', routers and what weighs a shared expert."""
-    shapes = jax.eval_shape(functools.partial(_init, variant), KEY)
+    shapes = jax.eval_shape(functools.partial(init, variant), KEY)
     paths = [
         tuple(key.key for key in path)
         for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
