@@ -15,7 +15,7 @@ from model.dtypes import DTypeLike, dtype_name
 from model.layout import places
 from model.parameterization import names_of, role_of
 from model.sharding import spec_for
-from model.weights import Int4, Int8Experts, Transposed, is_weight, outputs_of
+from model.weights import Int4, Int8Experts, LowRank, Transposed, is_weight, merged, outputs_of
 
 # Matrices with one input, in the order in which their module takes the product's columns apart: see
 # `model.linear.side_by_side`.
@@ -36,7 +36,8 @@ def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32",
     Vectors (norm scales, biases) and routers stay float32. Tables that are only looked up are stored in bfloat16 where
     the weights are smaller than float32; the matrix that makes the logits is int8 under int4, which it would suffer
     from most (docs/LOG.md). Experts' matrices stay stacked, (count, in, out), and are int8 under int8-dynamic and int4
-    too. What was prepared before is left as it is.
+    too. What was prepared before is left as it is. A change of low rank (`LowRank`) is merged into a plain matrix, and
+    stays beside one in fewer bits, which is then not joined with others.
     weights: one of `infer.quantize.KINDS`, or a dtype of that name.
     mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
     Raises InputError for a weight type that there is not.
@@ -65,6 +66,7 @@ def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32",
 
     @functools.partial(jax.jit, static_argnums=1)
     def rewrite(tree: Params, prefix: tuple[str, ...]) -> Params:
+        tree = jax.tree.map(_merged, tree, is_leaf=is_weight)
         tree = _joined(tree, prefix[-1:]) if joins else tree
         return jax.tree_util.tree_map_with_path(
             lambda path, value: matrix((*prefix, *names_of(path)), value), tree, is_leaf=is_weight
@@ -87,13 +89,18 @@ def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32",
     return made | {"encoder": stack(params["encoder"], ("encoder",))} if "encoder" in params else made
 
 
+def _merged(weight: Any) -> Any:
+    """The plain matrix of a change of low rank to a plain one; all else as it is."""
+    return merged(weight) if isinstance(weight, LowRank) and not is_weight(weight.base) else weight
+
+
 def _joined(tree: Any, name: tuple[str, ...] = ()) -> Any:
     """The tree with matrices (and biases) of one input side by side under the first one's name."""
     if not isinstance(tree, Mapping):
         return tree
     tree = {key: _joined(value, (key,)) for key, value in tree.items()}
     names = _TOGETHER.get(*name) if name else None
-    if names is None or not all(part in tree for part in names) or is_weight(tree[names[0]]["weight"]):
+    if names is None or not all(part in tree and not is_weight(tree[part]["weight"]) for part in names):
         return tree
     first = {leaf: jnp.concatenate([tree[part][leaf] for part in names], axis=-1) for leaf in tree[names[0]]}
     return {key: value for key, value in tree.items() if key not in names} | {names[0]: first}
@@ -101,11 +108,16 @@ def _joined(tree: Any, name: tuple[str, ...] = ()) -> Any:
 
 def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
     """Every leaf where `model.sharding` puts the parameter that it stands for."""
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def one(path: tuple[Any, ...], value: Any) -> Any:
         names = (*prefix, *names_of(path))
+        alone = lambda names, leaf: jax.device_put(leaf, NamedSharding(mesh, spec_for(mesh, names, leaf.shape)))
+        if isinstance(value, LowRank):
+            factors = {name: alone((*names, name), getattr(value, name)) for name in ("a", "b", "mask")}
+            return LowRank(base=one(path, value.base), **factors, scale=jax.device_put(value.scale, whole))
         if not is_weight(value):
-            return jax.device_put(value, NamedSharding(mesh, spec_for(mesh, names, value.shape)))
+            return alone(names, value)
         if isinstance(value, Int8Experts):
             experts, inputs, outputs = (*spec_for(mesh, names, value.weight.shape), None, None, None)[:3]
             split = Int8Experts(PartitionSpec(experts, inputs, outputs), PartitionSpec(experts, outputs))

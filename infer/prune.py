@@ -15,7 +15,7 @@ from model.errors import InputError, UnknownNameError
 from model.layout import layer_kinds, places
 from model.linear import Linear
 from model.parameterization import names_of, role_of
-from model.weights import Transposed
+from model.weights import Transposed, is_weight
 
 Method = Literal["magnitude", "wanda"]
 Pattern = Literal["2:4"]
@@ -216,3 +216,5 @@ def _has(tree: Any, path: tuple[str, ...]) -> bool:
 def _check_plain(params: Params) -> None:
     if not isinstance(params.get("layers"), dict):
         raise InputError("pruning takes the parameters that init or training gives, not those of infer.prepare")
+    if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
+        raise InputError("pruning takes plain matrices; fold the adapters first (model.adapters.fold)")

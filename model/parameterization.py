@@ -20,6 +20,10 @@ Muon's updates have singular values near 0.2 · √max(fan_in, fan_out), so that
 al. 2025); what a matrix changes in its output keeps its size where they do not grow with width (Yang et al. 2023, "A
 Spectral Condition for Feature Learning"): 1/√w.
 
+The two factors of a low-rank adapter (`model.adapters`): a reads from many inputs into few and b the other way round,
+so that a learns as a readout's hidden side does, 1/w as fast under Adam, and b as a table does (Hayou et al. 2024,
+"LoRA+", find the same ratio).
+
 Weight decay is decoupled from all of this: each step takes learning_rate · weight_decay · w off every matrix, without
 its role's multiplier, so that the time over which a matrix forgets is the same at every width.
 """
@@ -79,6 +83,8 @@ TABLE: dict[str, Role] = {
     "router":    Role(lambda fan_in, s: (fan_in * s.width) ** -0.5, _one,   _per_w, _l_per_w, _per_w,      True),
     "head":      Role(lambda fan_in, s: (fan_in / s.width) ** -0.5, _per_w, _one,   _w,       _one,        True),
     "vector":    Role(lambda fan_in, s: 0.0,                        _one,   _one,   _l_w,     _one,        False),
+    "adapter_a": Role(lambda fan_in, s: (3 * fan_in) ** -0.5,       _one,   _per_w, _l_per_w, _per_w,      True),
+    "adapter_b": Role(lambda fan_in, s: 0.0,                        _one,   _one,   _l_w,     _one,        True),
 }
 # fmt: on
 
@@ -143,6 +149,8 @@ _BY_PAIR: dict[tuple[str, str], str] = {
     ("router", "weight"): "router",
     ("shared_gate", "weight"): "router",
     ("head", "weight"): "head",
+    ("weight", "a"): "adapter_a",
+    ("weight", "b"): "adapter_b",
 }
 
 
@@ -156,7 +164,7 @@ def role_of(path: tuple[str, ...]) -> str:
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
     """JAX's key path as names."""
-    return tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return tuple(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
 def decays(path: tuple[str, ...]) -> bool:

@@ -23,7 +23,7 @@ from model.errors import InputError
 from model.layout import places
 from model.records import json_text
 from model.stack import Params
-from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed, is_weight
+from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, LowRank, Transposed, is_weight
 
 RECORD, TENSORS = "quantized.json", "model.safetensors"
 ROUNDED = ("int8", "int8-dynamic", "int4")
@@ -33,6 +33,8 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
     """Write parameters prepared as `weights`, whole or not at all. Raises InputError where something else stands."""
     from safetensors.flax import save_file
 
+    if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(params, is_leaf=is_weight)):
+        raise InputError("the parameters have low-rank adapters; fold these (model.adapters.fold) and round the result")
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file())):
         raise InputError(f"{folder} exists and holds no quantized model; give another folder")

@@ -10,7 +10,7 @@ features may cut through a head; that costs communication, never correctness.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,13 @@ _BY_PAIR: dict[tuple[str, str], Axes] = {
     ("pooler", "weight"): ("embed", None),
     ("head", "weight"): ("embed", "vocab"),
     ("head", "bias"): ("vocab",),
+}
+# … those of the parts of a `model.weights.LowRank` by the axes of its matrix, …
+_OF_LOW_RANK: dict[str, Callable[[Axes], Axes]] = {
+    "base": lambda axes: axes,
+    "a": lambda axes: (axes[0], None),
+    "b": lambda axes: (None, axes[1]),
+    "mask": lambda axes: (None,),
 }
 # … or else by its last name.
 _BY_NAME: dict[str, Axes] = {
@@ -192,6 +199,8 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int) -> Non
 
 def parameter_axes(path: tuple[str, ...]) -> Axes:
     """The logical axes of the parameter at `path` in the public tree, those of layers and lanes left out."""
+    if _is_of_low_rank(path):
+        return _OF_LOW_RANK[path[-1]](parameter_axes(path[:-1]))
     axes = _BY_PAIR.get(path[-2:]) or _BY_NAME.get(path[-1])  # type: ignore[arg-type]
     if axes is None:
         raise KeyError(f"parameter {'/'.join(path)} has no axes in model/sharding.py")
@@ -221,9 +230,10 @@ def shardings(mesh: Mesh | AbstractMesh, tree: Any, lanes: bool = False) -> Any:
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # Parameters stand in dicts; counters, keys and the like are attributes of states.
-        if path and isinstance(path[-1], jax.tree_util.DictKey):
-            return NamedSharding(mesh, spec_for(mesh, names_of(path), leaf.shape, lanes))
+        # Parameters stand in dicts, some of their parts in a LowRank; counters and keys are attributes of states.
+        names = names_of(path)
+        if path and (isinstance(path[-1], jax.tree_util.DictKey) or _is_of_low_rank(names)):
+            return NamedSharding(mesh, spec_for(mesh, names, leaf.shape, lanes))
         return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, ["lanes"] * lanes))
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -256,6 +266,11 @@ def _traced_mesh() -> dict[str, int]:
     """The axes of the mesh under which is traced, without those that are not ours or not the compiler's to arrange."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: mesh.shape[axis] for axis in AXES if axis in mesh.auto_axes}
+
+
+def _is_of_low_rank(path: tuple[str, ...]) -> bool:
+    """Whether a path ends in a part of a `LowRank`; its scale is a number and has no axes."""
+    return path[-2:-1] == ("weight",) and path[-1] in _OF_LOW_RANK
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:

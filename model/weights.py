@@ -1,4 +1,6 @@
-"""The forms in which a weight can be stored, and the product with each; rows are outputs: (out, in), but of experts.
+"""The forms in which a weight can be stored, and the product with each.
+
+Rows are outputs, (out, in), but of experts and of the two factors of `LowRank`, which are read as plain matrices are.
 
 Their fields are Any because JAX also fills such trees with shapes and shardings.
 """
@@ -71,8 +73,23 @@ class Int8Experts:
     scale: Any  # float32 [count, out]
 
 
+@struct.dataclass
+class LowRank:
+    """base + (a · mask) @ b · scale: a matrix in any form and a trained change of low rank (LoRA, Hu et al. 2021).
+
+    mask is 1 for the columns of a that count and 0 for the others: adapters of several ranks have one shape, and
+    `jax.vmap` over a, b, mask and scale leaves the base as it is. Stacked layers put their axis before all of these.
+    """
+
+    base: Any  # [in, out], or any other stored form
+    a: Any  # float32 [in, rank]
+    b: Any  # float32 [rank, out]
+    mask: Any  # float32 [rank]
+    scale: Any  # float32 []
+
+
 _NAN_BITS = 0x7FC0  # of a bfloat16
-TYPES = (Transposed, Bits, Int8, Int8Dynamic, Int4, Int8Experts)
+TYPES = (Transposed, Bits, Int8, Int8Dynamic, Int4, Int8Experts, LowRank)
 
 
 def is_weight(x: Any) -> bool:
@@ -84,6 +101,9 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Any) -> Float[Array, "*batch 
     """`x @ weight` for every stored form, and for a plain array (in, out); the product runs in x's precision."""
     alone = jax.sharding.get_abstract_mesh().size <= 1  # rows that lie on several devices must not be joined
     joins = jax.default_backend() == "cpu" and alone
+    if isinstance(weight, LowRank):
+        inner = matmul(x, weight.a) * (weight.mask * weight.scale).astype(x.dtype)
+        return matmul(x, weight.base) + matmul(inner, weight.b)
     if isinstance(weight, Int8Dynamic):
         return _dynamic_product(x, weight)
     if is_weight(weight):
@@ -115,11 +135,35 @@ def plain(weight: Any) -> Float[Array, "d_in d_out"]:
     """The weight as a float array (in, out), for products that take it apart."""
     if not is_weight(weight):
         return weight
+    if isinstance(weight, LowRank):
+        return merged(weight)
     return (weight.weight if isinstance(weight, Transposed) else _widened(weight, jnp.float32)).T
+
+
+def merged(weight: LowRank) -> Float[Array, "*stack d_in d_out"]:
+    """The float32 matrices that a form with a change of low rank stands for, stacked as it is."""
+    if weight.a.ndim > 2:
+        return jax.vmap(merged)(weight)
+    change = jnp.matmul(weight.a * (weight.mask * weight.scale), weight.b, precision="highest")
+    return plain(weight.base).astype(jnp.float32) + change
+
+
+def shape_of(weight: Any) -> tuple[int, ...]:
+    """(…, in, out) of a matrix in any form, or of its shapes; experts' matrices are no single one."""
+    if isinstance(weight, LowRank):
+        return shape_of(weight.base)
+    if isinstance(weight, Int4):
+        return (*weight.packed.shape[:-2], weight.d_in, weight.packed.shape[-2])
+    if is_weight(weight):
+        *stack, outputs, inputs = weight.weight.shape
+        return (*stack, inputs, outputs)
+    return tuple(weight.shape)
 
 
 def outputs_of(weight: Any) -> int:
     """How many outputs a matrix in any form has."""
+    if isinstance(weight, LowRank):
+        return outputs_of(weight.base)
     return jax.tree.leaves(weight)[0].shape[0] if is_weight(weight) else weight.shape[-1]
 
 

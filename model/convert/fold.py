@@ -29,6 +29,7 @@ from model.parameterization import output_multiplier, role_of, scale_of
 from model.stack import Params
 
 _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
+_STANDARD: dict[str, Any] = {"parameterization": "standard", "base_d_model": None, "base_num_layers": None}
 
 
 def fold(config: ModelConfig, params: Params, *, dtype: DTypeLike | None = None) -> tuple[ModelConfig, Params]:
@@ -41,7 +42,6 @@ def fold(config: ModelConfig, params: Params, *, dtype: DTypeLike | None = None)
     model whose head is multiplied becomes untied. Raises InputError where bfloat16 cannot hold the result: with norms
     "sandwich" and `norm_offset` a scale is stored as its distance from 1.
     """
-    standard = config.replace(parameterization="standard", base_d_model=None, base_num_layers=None)
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     given = None if dtype is None else dtype_name(dtype, FLOATS)
     dtypes = {path: jnp.dtype(given or leaf.dtype) for path, leaf in leaves.items()}
@@ -58,14 +58,39 @@ def fold(config: ModelConfig, params: Params, *, dtype: DTypeLike | None = None)
     if of_table != 1:
         wide[_TABLE] = _scaled(leaves[_TABLE], of_table)
 
-    tied = _HEAD not in leaves
-    of_head = logit_multiplier(config) / (logit_multiplier(standard) * (of_table if tied else 1))
-    if config.head != "none" and not math.isclose(of_head, 1, rel_tol=1e-12):
+    if _scales_head(config):
+        tied = _HEAD not in leaves
         wide[_HEAD] = _scaled(leaves[_TABLE].T if tied else leaves[_HEAD], logit_multiplier(config))
         dtypes[_HEAD] = dtypes[_TABLE if tied else _HEAD]
-        standard = standard.replace(scale_logits=False, **({"tie_embeddings": False} if tied else {}))
 
-    return standard, traverse_util.unflatten_dict({path: _rounded(leaf, dtypes[path]) for path, leaf in wide.items()})
+    return folded(config), traverse_util.unflatten_dict(
+        {path: _rounded(leaf, dtypes[path]) for path, leaf in wide.items()}
+    )
+
+
+def folded(config: ModelConfig) -> ModelConfig:
+    """Return the config of what `fold` makes of a model."""
+    standard = config.replace(**_STANDARD)
+    if not _scales_head(config):
+        return standard
+    return standard.replace(scale_logits=False, **({"tie_embeddings": False} if _is_tied(config) else {}))
+
+
+def matrix_multiplier(config: ModelConfig, path: tuple[str, ...]) -> float:
+    """Return what `fold` multiplies the matrix of a layer at `path` by, and so also a change of that matrix."""
+    ends = config.norm_placement != "sandwich" and role_of(path) == "residual"
+    return output_multiplier(config, "residual") if ends else 1.0
+
+
+def _scales_head(config: ModelConfig) -> bool:
+    """Return whether the head's matrix takes a number, of which a tied table may have taken a part."""
+    of_table = (scale_of(config).d_model / config.d_model) ** 0.5 if config.scale_embedding else 1.0
+    standard = logit_multiplier(config.replace(**_STANDARD)) * (of_table if _is_tied(config) else 1)
+    return config.head != "none" and not math.isclose(logit_multiplier(config) / standard, 1, rel_tol=1e-12)
+
+
+def _is_tied(config: ModelConfig) -> bool:
+    return config.tie_embeddings and config.head in ("language-model", "masked-language-model")
 
 
 def _ends_branch(config: ModelConfig, path: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> bool:

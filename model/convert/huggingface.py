@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -24,6 +25,7 @@ from model.convert.plan import Leaf, Step, shapes_of, steps
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
 from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
+from model.weights import is_weight
 
 _WRITTEN_BY = {"written_by": "isoflop"}
 _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
@@ -84,7 +86,7 @@ def save_hf(
     folder = Path(folder).absolute()
     _check_params(config, params)
     config, params = fold(config, params)
-    family, raw = _choose_family(config, model_type)
+    family, raw = choose_family(config, model_type)
     leaves: dict[Leaf, Array] = traverse_util.flatten_dict(params)
     kept = _kept_files(folder)
     dtype = str(next(iter(leaves.values())).dtype)
@@ -176,7 +178,7 @@ def _is_superfluous(base: str, family: Family, config: ModelConfig) -> bool:
     return family.is_ignored(base, config) or base in heads
 
 
-def _choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, Raw]:
+def choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, Raw]:
     """The family and its config.json whose reading gives the same function again."""
     if model_type is not None and model_type not in FAMILIES:
         raise UnknownNameError("model_type", model_type, FAMILIES, guess=False)
@@ -201,6 +203,8 @@ def _check_params(config: ModelConfig, params: dict) -> None:
     """Raise InputError unless the parameters are the config's, in one precision."""
     if not isinstance(params, dict) or not isinstance(params.get("layers"), dict):
         raise InputError("save_hf takes the parameters that init or training gives, not those of infer.prepare")
+    if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
+        raise InputError("save_hf takes plain matrices; fold adapters and rounded weights (model.adapters.fold)")
     leaves: dict[Leaf, Any] = traverse_util.flatten_dict(params)
     shapes = shapes_of(config)
     for path in {*shapes, *leaves}:

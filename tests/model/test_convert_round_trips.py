@@ -46,7 +46,7 @@ def test_shards_hold_the_same_model(tmp_path, hf, assert_same):
 @pytest.mark.parametrize("name", [name for name in presets.names() if name != "flash-moe"])
 def test_every_preset_has_a_model_type(name):
     config = presets.get(name)
-    family, raw = huggingface._choose_family(config, None)
+    family, raw = huggingface.choose_family(config, None)
     assert raw["model_type"] == family.model_type
 
 
@@ -54,7 +54,7 @@ def test_what_transformers_wants_of_a_gemma(hf):
     """The classes of its text part, and a window even where no layer has one."""
     config, _ = hf("gemma3")
     for head, name in {"classifier": "Gemma3TextForSequenceClassification", "none": "Gemma3TextModel"}.items():
-        _, raw = huggingface._choose_family(config.replace(head=head, sliding_window=None), "gemma3_text")
+        _, raw = huggingface.choose_family(config.replace(head=head, sliding_window=None), "gemma3_text")
         assert raw["architectures"] == [name]
         assert raw["sliding_window"] == 4096
         assert set(raw["layer_types"]) == {"full_attention"}

@@ -1,0 +1,218 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): small trained changes of a frozen model's matrices.
+
+An adapter is a tree of {"a", "b"} at the paths of the matrices that it changes. `attach` puts it on a model of plain or
+rounded weights (QLoRA, Dettmers et al. 2023), whose leaves are then `model.weights.LowRank` and run wherever the model
+runs. Rank and alpha enter as numbers (`mask_and_scale`), so that one program trains adapters of several: column k of
+`a` is drawn from a key of its own, and the first columns of a large adapter are those of a small one.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from model.ambient import lenient
+from model.config import ModelConfig
+from model.errors import InputError, UnknownNameError
+from model.parts import Part
+from model.stack import Params
+from model.transformer import init
+from model.weights import LowRank, is_weight, merged, shape_of
+
+# The linear layers of attention and feed-forward, those of latent attention and of a shared expert among them.
+TARGETS = (
+    *("query", "key", "value", "output"),
+    *("query_down", "query_up", "key_value_down", "key_value_up"),
+    *("up", "gate", "down"),
+)
+_WITHOUT = {
+    "experts": "experts' matrices are stacked",
+    "router": "a router is trained whole",
+    "embedding": "a table is trained whole",
+    "tokens": "a table is trained whole",
+    "head": "a head is trained whole",
+}
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter(Part):
+    """What an adapter is: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
+
+    rank: of all matrices; the largest one where lanes have several. rank_stabilised: alpha / √rank instead, so that
+    larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices among TARGETS;
+    default: all, as QLoRA recommends. Those that a model lacks are passed over. Tables, heads, routers and the stacked
+    matrices of experts get none. Raises InputError on other names.
+    """
+
+    POSITIVE: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+
+    rank: int = 8
+    alpha: float = 8.0
+    rank_stabilised: bool = False
+    targets: Sequence[str] = TARGETS  # always a tuple once made
+
+    def __post_init__(self) -> None:
+        targets = self.targets
+        if not isinstance(targets, (list, tuple)) or not all(isinstance(name, str) for name in targets):
+            raise InputError(f"Adapter.targets={targets!r} must be a list of names such as ['query', 'value']")
+        for name in targets:
+            if name in _WITHOUT:
+                raise InputError(
+                    f"Adapter.targets names {name!r}, which gets no adapter: {_WITHOUT[name]}; "
+                    f"supported are {', '.join(TARGETS)}"
+                )
+            if name not in TARGETS:
+                raise UnknownNameError("adapter target", name, TARGETS, guess=False)
+        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
+        super().__post_init__()
+
+
+def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]]:
+    """Return the path and the shape, (layers, d_in, d_out), of every matrix that the adapter changes.
+
+    Raises InputError where there is none, or one is smaller than the rank.
+    """
+    tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    leaves = traverse_util.flatten_dict(tree)
+    found = {path: leaf.shape for path, leaf in leaves.items() if _is_target(path, adapter.targets)}
+    if not found:
+        there = [name for name in TARGETS if any(_is_target(path, (name,)) for path in leaves)]
+        experts = "; experts' stacked matrices get no adapter" if config.experts is not None else ""
+        raise InputError(
+            f"Adapter.targets={list(adapter.targets)} names none of the model's matrices, {', '.join(there)}{experts}"
+        )
+    for path, shape in found.items():
+        if adapter.rank > min(shape[-2:]):
+            raise InputError(
+                f"Adapter.rank={adapter.rank} exceeds {min(shape[-2:])}, the smaller side of {'/'.join(path)} "
+                f"({shape[-2]} × {shape[-1]}); take a smaller rank or leave out the target {path[-2]!r}"
+            )
+    return found
+
+
+@lenient()
+def init_adapter(config: ModelConfig, adapter: Adapter, params: Any, key: PRNGKeyArray) -> Params:
+    """Return a fresh adapter, which changes nothing yet: {"a": float32 [layers, d_in, rank], "b": …} at every path.
+
+    b is zero. a is uniform within ±1/√d_in, which is PEFT's default (Kaiming's with a slope of √5); every path and
+    column is drawn from a key of its own. params: the model's, in any form and stacked by layer, or their shapes.
+    Raises InputError on parameters of another config, and as `adapted` does.
+    """
+    shapes = adapted(config, adapter)
+    tree: dict[Path, Array] = {}
+    for path, shape in shapes.items():
+        there = shape_of(_leaf(params, path))
+        if there != shape:
+            raise InputError(
+                f"the parameter {'/'.join(path)} has shape {list(there)}; the config asks for {list(shape)}"
+            )
+        *stack, d_in, d_out = shape
+        of_path = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(of_path, jnp.arange(adapter.rank))
+        bound = d_in**-0.5
+        column = lambda key, size=(*stack, d_in), bound=bound: jax.random.uniform(key, size, jnp.float32, -bound, bound)
+        tree[(*path, "a")] = jnp.moveaxis(jax.vmap(column)(keys), 0, -1)
+        tree[(*path, "b")] = jnp.zeros((*stack, adapter.rank, d_out), jnp.float32)
+    return traverse_util.unflatten_dict(tree)
+
+
+def mask_and_scale(
+    adapter: Adapter, rank: int | Array | None = None, alpha: float | Array | None = None
+) -> tuple[Float[Array, " rank"], Float[Array, ""]]:
+    """Return which of an adapter's columns count, 0 or 1, and the number that its product is multiplied by.
+
+    rank and alpha may be traced numbers; None: the adapter's own. Raises InputError on a rank above the adapter's.
+    """
+    rank = adapter.rank if rank is None else rank
+    alpha = adapter.alpha if alpha is None else alpha
+    if isinstance(rank, int) and not 1 <= rank <= adapter.rank:
+        raise InputError(f"rank={rank} must be from 1 to the adapter's rank={adapter.rank}")
+    mask = (jnp.arange(adapter.rank) < rank).astype(jnp.float32)
+    size = jnp.asarray(rank, jnp.float32)
+    divisor = jnp.sqrt(size) if adapter.rank_stabilised else size
+    return mask, jnp.asarray(alpha, jnp.float32) / divisor
+
+
+@lenient()
+def attach(params: Params, tree: Params, mask: Float[Array, " rank"], scale: Float[Array, ""]) -> Params:
+    """Return the parameters with a `LowRank` at every path of an adapter; nothing is copied.
+
+    params: plain or in other stored forms, stacked by layer: `infer.prepare` comes after this. Raises InputError on an
+    adapter of another model.
+    """
+    leaves: dict[Path, Any] = {}
+    for path, factors in _pairs(tree).items():
+        base, (a, b) = _leaf(params, path), factors
+        shape = shape_of(base)
+        if (*a.shape[:-1], b.shape[-1]) != shape or a.shape[-1] != b.shape[-2] or b.shape[:-2] != shape[:-2]:
+            raise InputError(
+                f"the adapter does not fit {'/'.join(path)}: a {list(a.shape)} and b {list(b.shape)} change no matrix "
+                f"of shape {list(shape)}; give the model that the adapter was trained on"
+            )
+        if a.shape[-1] != mask.shape[-1]:
+            raise InputError(
+                f"the adapter has rank {a.shape[-1]} at {'/'.join(path)} and the mask is for rank {mask.shape[-1]}; "
+                "make it with mask_and_scale of the same Adapter"
+            )
+        stack = shape[:-2]
+        leaves[path] = LowRank(
+            base, a, b, jnp.broadcast_to(mask, (*stack, *mask.shape)), jnp.broadcast_to(scale, stack)
+        )
+    return _with_leaves(params, leaves)
+
+
+@lenient()
+def fold(params: Params) -> Params:
+    """Return the parameters with the plain float32 matrix in place of every `LowRank`; rounded bases are widened.
+
+    All other leaves are as they were.
+    """
+    merge = lambda leaf: merged(leaf) if isinstance(leaf, LowRank) else leaf
+    return jax.tree.map(merge, params, is_leaf=is_weight)
+
+
+def first_columns(tree: Params, rank: int) -> Params:
+    """Return the adapter of a smaller rank that the first columns of `a` and rows of `b` are, as a mask keeps them."""
+    cut = lambda path, leaf: leaf[..., :rank] if path[-1] == "a" else leaf[..., :rank, :]
+    leaves = {path: cut(path, leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _is_target(path: Path, names: Sequence[str]) -> bool:
+    return "layers" in path and path[-1] == "weight" and path[-2] in names
+
+
+def _pairs(tree: Params) -> dict[Path, tuple[Any, Any]]:
+    """Return the two factors of every path. Raises InputError on a tree of anything else."""
+    leaves = traverse_util.flatten_dict(tree)
+    paths = dict.fromkeys(path[:-1] for path in leaves)
+    if not paths or {(*path, name) for path in paths for name in ("a", "b")} != leaves.keys():
+        raise InputError('this is no adapter, which has "a" and "b" at every path; give the tree of init_adapter')
+    return {path: (leaves[(*path, "a")], leaves[(*path, "b")]) for path in paths}
+
+
+def _leaf(params: Any, path: Path) -> Any:
+    tree = params
+    for number, name in enumerate(path):
+        if isinstance(tree, tuple):
+            raise InputError("adapters go on parameters that are stacked by layer; attach first, then infer.prepare")
+        if not isinstance(tree, Mapping) or name not in tree:
+            raise InputError(f"the model has no parameter {'/'.join(path[: number + 1])}, which the adapter changes")
+        tree = tree[name]
+    return tree
+
+
+def _with_leaves(tree: Any, leaves: Mapping[Path, Any], path: Path = ()) -> Any:
+    """Return the tree with some leaves replaced; what is not below them is shared."""
+    if path in leaves:
+        return leaves[path]
+    if not isinstance(tree, Mapping):
+        return tree
+    return {name: _with_leaves(child, leaves, (*path, name)) for name, child in tree.items()}

@@ -1,0 +1,238 @@
+"""Low-rank adapters: the attached model is the merged one, however it runs, and a lane is its solo run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from infer import prepare
+from infer.quantize import quantize_int4
+from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
+from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
+from model.convert import save_hf
+from model.parameterization import rate_multipliers
+from model.quantized import save_quantized
+from model.sharding import abstract_mesh, shardings
+from model.transformer import forward_cached
+from model.weights import Int4, LowRank, is_weight
+
+CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, max_seq_len=16)
+MUP = CONFIG.replace(parameterization="mup", base_d_model=4, base_num_layers=1, gated=False, use_bias=True)
+LATENT = CONFIG.replace(
+    num_kv_heads=None,
+    latent=Latent(kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5, q_rank=10),
+    experts=Experts(count=4, top_k=2, d_ff=12, shared_d_ff=8, every=2),
+)
+ADAPTER = Adapter(rank=4, alpha=6.0)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), jnp.int32)
+KEY = jax.random.key(3)
+
+
+def trained(config, adapter=ADAPTER, seed=0, params=None):
+    """An adapter whose b is not zero."""
+    shapes = {(*path, "b"): shape for path, shape in adapted(config, adapter).items()}
+    base = jax.eval_shape(functools.partial(init, config), KEY) if params is None else params
+    tree = init_adapter(config, adapter, base, jax.random.fold_in(KEY, seed))
+    random = np.random.default_rng(seed)
+    noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
+    assert shapes
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
+
+
+def rounded(params, adapter=ADAPTER):
+    """The matrices that an adapter changes as int4, still stacked by layer."""
+
+    def one(path, leaf):
+        changes = path[0].key == "layers" and path[-1].key == "weight" and path[-2].key in adapter.targets
+        return jax.vmap(lambda matrix: quantize_int4(matrix.T))(leaf) if changes else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def outputs(config, params, scan=True):
+    """Logits, and the final hidden states of the last token."""
+    run = functools.partial(forward, config, outputs=("hidden", "final_hidden"), execution=Execution(scan_layers=scan))
+    out = jax.jit(run)(params, TOKENS)
+    return out.logits, out.final_hidden[:, -1]
+
+
+def cached(config, params):
+    """Final hidden states of the last token, from a chunk and then a token."""
+    step = jax.jit(functools.partial(forward_cached, config))
+    cache = init_cache(config, len(TOKENS), 12)
+    for start, stop in ((0, 8), (8, 9)):
+        chunk = TOKENS[:, start:stop]
+        hidden, cache = step(params, chunk, jnp.full(len(TOKENS), stop - start, jnp.int32), cache)
+    return hidden
+
+
+@pytest.mark.parametrize("config", [CONFIG, MUP, LATENT], ids=["plain", "mup", "latent-experts"])
+def test_attached_is_merged_scanned_unrolled_and_cached(config, random_params):
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    with_adapter = attach(params, trained(config), *mask_and_scale(ADAPTER))
+    merged = fold(with_adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    expected, hidden = outputs(config, merged)
+    assert np.abs(expected - outputs(config, params)[0]).max() > 0.1
+    for scan in (True, False):
+        np.testing.assert_allclose(outputs(config, with_adapter, scan)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(cached(config, with_adapter), hidden, atol=1e-5)
+
+
+def test_a_rounded_base_is_merged_as_what_it_stands_for(random_params):
+    params = rounded(jax.tree.map(jnp.asarray, random_params(CONFIG)))
+    with_adapter = attach(params, trained(CONFIG, params=params), *mask_and_scale(ADAPTER))
+    expected, hidden = outputs(CONFIG, fold(with_adapter))
+    np.testing.assert_allclose(outputs(CONFIG, with_adapter)[0], expected, atol=1e-5)
+    # `prepare` keeps the form, for a merged matrix would have to be rounded again.
+    prepared = prepare(CONFIG, with_adapter)
+    kept = prepared["layers"][0]["attention"]["query"]["weight"]
+    assert isinstance(kept, LowRank)
+    assert isinstance(kept.base, Int4)
+    np.testing.assert_allclose(cached(CONFIG, prepared), hidden, atol=1e-5)
+
+
+def test_prepare_merges_into_plain_matrices(random_params):
+    with_adapter = attach(random_params(CONFIG), trained(CONFIG), *mask_and_scale(ADAPTER))
+    prepared, expected = prepare(CONFIG, with_adapter), prepare(CONFIG, fold(with_adapter))
+    assert jax.tree.structure(prepared) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), prepared, expected)
+
+
+@pytest.mark.parametrize("form", ["plain", "int4"])
+def test_lanes_of_several_ranks_share_one_base(form, random_params):
+    """Each lane is its solo run of a smaller adapter, gradients too, and no program has a copy of the base a lane."""
+    params = jax.tree.map(jnp.asarray, random_params(CONFIG))
+    params = rounded(params) if form == "int4" else params
+    lanes = [trained(CONFIG, seed=seed) for seed in range(3)]
+    ranks, alphas = jnp.array([1, 2, 4]), jnp.array([3.0, 8.0, 2.0])
+
+    def loss(tree, params, adapter, rank=None, alpha=None):
+        out = apply(CONFIG, attach(params, tree, *mask_and_scale(adapter, rank, alpha)), TOKENS)
+        return jnp.mean(jnp.square(out))
+
+    step = jax.value_and_grad(loss)
+    vmapped = jax.jit(
+        jax.vmap(lambda tree, params, rank, alpha: step(tree, params, ADAPTER, rank, alpha), (0, None, 0, 0))
+    )
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
+    program = vmapped.lower(stacked, params, ranks, alphas).compile().as_text()
+    # Of a matrix [d_model, d_ff] a copy for each of three lanes would have such a shape; float activations have none.
+    for shape in ("[3,16,24]", "[3,24,16]", "[3,2,16,24]", "[3,2,24,16]", "[2,3,16,24]", "[2,3,24,16]"):
+        assert shape not in program, shape
+    losses, gradients = vmapped(stacked, params, ranks, alphas)
+    lane, rank = 1, 2
+    alone = jax.jit(functools.partial(step, adapter=Adapter(rank, float(alphas[lane]))))
+    one, gradient = alone(first_columns(lanes[lane], rank), params)
+    np.testing.assert_allclose(losses[lane], one, rtol=1e-5)
+    of_lane = jax.tree.map(lambda leaf: leaf[lane], gradients)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+    jax.tree.map(close, first_columns(of_lane, rank), gradient)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(of_lane):  # what the mask leaves out learns nothing
+        assert not np.asarray(leaf[..., rank:] if path[-1].key == "a" else leaf[..., rank:, :]).any()
+
+
+def test_ranks_are_nested_and_start_as_nothing(random_params):
+    params = random_params(CONFIG)
+    large, small = (init_adapter(CONFIG, ADAPTER.replace(rank=rank), params, KEY) for rank in (8, 2))
+    jax.tree.map(np.testing.assert_array_equal, first_columns(large, 2), small)
+    a = np.asarray(large["layers"]["dense"]["feed_forward"]["up"]["weight"]["a"])
+    assert a.shape == (2, 16, 8)
+    assert np.abs(a).max() <= 16**-0.5
+    np.testing.assert_allclose(a.std(), (3 * 16) ** -0.5, rtol=0.1)
+    assert len(np.unique(a)) == a.size  # no column, layer or path has another's numbers
+    assert not np.isin(a, large["layers"]["dense"]["feed_forward"]["gate"]["weight"]["a"]).any()
+    with_adapter = attach(params, small, *mask_and_scale(ADAPTER.replace(rank=2)))
+    jax.tree.map(np.testing.assert_array_equal, fold(with_adapter), params)
+
+
+def test_alpha_is_divided_by_the_rank_or_its_root():
+    mask, scale = jax.jit(functools.partial(mask_and_scale, ADAPTER))(2, 8.0)
+    assert (mask.tolist(), float(scale)) == ([1, 1, 0, 0], 4)
+    stabilised = ADAPTER.replace(rank_stabilised=True)
+    assert [float(mask_and_scale(adapter)[1]) for adapter in (ADAPTER, stabilised)] == [1.5, 3]
+    assert Adapter.from_dict(ADAPTER.replace(targets=["value", "query"]).to_dict()).targets == ("query", "value")
+
+
+def test_factors_are_split_as_their_matrix():
+    params = jax.eval_shape(functools.partial(init, CONFIG), KEY)
+    tree = jax.eval_shape(lambda: init_adapter(CONFIG, ADAPTER, params, KEY))
+    attached = jax.eval_shape(lambda tree, params: attach(params, tree, *mask_and_scale(ADAPTER)), tree, params)
+    mesh = abstract_mesh({"fsdp": 2, "tensor": 2})
+    bare, whole = shardings(mesh, tree)["layers"]["dense"], shardings(mesh, attached)["layers"]["dense"]
+    for part, name, a, b in (
+        ("attention", "query", ("fsdp", None), (None, ("tensor", "fsdp"))),
+        ("attention", "output", (("tensor", "fsdp"), None), (None, "fsdp")),
+    ):
+        alone, leaf = bare[part][name]["weight"], whole[part][name]["weight"]
+        assert alone["a"].spec == leaf.a.spec == PartitionSpec(None, *a)
+        assert alone["b"].spec == leaf.b.spec == PartitionSpec(None, *b)
+    assert whole["attention"]["query"]["weight"].base.spec == PartitionSpec(None, "fsdp", "tensor")
+    lanes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), tree)
+    of_lanes = shardings(abstract_mesh({"population": 2}), lanes, lanes=True)
+    assert all(spec.spec[0] == "population" for spec in jax.tree.leaves(of_lanes))
+
+
+def test_the_factor_that_reads_many_inputs_learns_more_slowly():
+    tree = trained(MUP)
+    rates = rate_multipliers(MUP, tree, "adam")["layers"]["dense"]["attention"]["output"]["weight"]
+    assert rates == {"a": 0.25, "b": 1.0}
+
+
+def test_what_cannot_be_is_an_error(tmp_path, random_params):
+    params = random_params(CONFIG)
+    tree = trained(CONFIG)
+    with pytest.raises(InputError, match="'experts', which gets no adapter: experts' matrices are stacked"):
+        Adapter(targets=("experts",))
+    with pytest.raises(InputError, match="unknown adapter target 'q_proj'; supported are 'query'"):
+        Adapter(targets=("q_proj",))
+    with pytest.raises(InputError, match=r"rank=9 exceeds 8.*attention/key/weight \(16 × 8\)"):
+        init_adapter(CONFIG, Adapter(rank=9), params, KEY)
+    with pytest.raises(InputError, match=r"\['gate'\] names none of the model's matrices, query, key"):
+        adapted(CONFIG.replace(gated=False), Adapter(targets=("gate",)))
+    all_experts = CONFIG.replace(experts=Experts(count=4, top_k=2, d_ff=12))
+    with pytest.raises(InputError, match="experts' stacked matrices get no adapter"):
+        adapted(all_experts, Adapter(targets=("up",)))
+    with pytest.raises(InputError, match=r"weight has shape \[2, 16, .*the config asks for \[2, 32"):
+        init_adapter(CONFIG.replace(d_model=32), ADAPTER, params, KEY)
+    with pytest.raises(InputError, match=r"does not fit layers/dense/attention/.* matrix of shape \[3, 16, "):
+        attach(random_params(CONFIG.replace(num_layers=3)), tree, *mask_and_scale(ADAPTER))
+    with pytest.raises(InputError, match="the mask is for rank 2"):
+        attach(params, tree, *mask_and_scale(Adapter(rank=2)))
+    with pytest.raises(InputError, match=r"attach first, then infer\.prepare"):
+        attach(prepare(CONFIG, params), tree, *mask_and_scale(ADAPTER))
+    with pytest.raises(InputError, match="no parameter layers/dense, which the adapter changes"):
+        attach(random_params(all_experts), tree, *mask_and_scale(ADAPTER))
+    with pytest.raises(InputError, match='has "a" and "b" at every path'):
+        attach(params, params, *mask_and_scale(ADAPTER))
+    with pytest.raises(InputError, match="rank=5 must be from 1 to the adapter's rank=4"):
+        mask_and_scale(ADAPTER, 5)
+    with_adapter = attach(params, tree, *mask_and_scale(ADAPTER))
+    assert any(map(is_weight, jax.tree.leaves(with_adapter, is_leaf=is_weight)))
+    with pytest.raises(InputError, match="fold these"):
+        save_quantized(CONFIG, with_adapter, tmp_path / "rounded", "int8")
+    with pytest.raises(InputError, match="save_hf takes plain matrices"):
+        save_hf(CONFIG, with_adapter, tmp_path / "saved")
+
+
+def test_every_linear_layer_of_every_architecture_has_a_target(variant):
+    """All matrices inside layers but experts', routers and what weighs a shared expert."""
+    shapes = jax.eval_shape(functools.partial(init, variant), KEY)
+    paths = [
+        tuple(key.key for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+        if path[-1].key == "weight" and "layers" in [key.key for key in path]
+    ]
+    wanted = {path for path in paths if path[-2] not in ("router", "shared_gate")}
+    assert set(adapted(variant, Adapter(rank=1))) == wanted
+    assert {path[-2] for path in wanted} <= set(TARGETS)
+
+
+def test_the_released_sizes_have_few_numbers():
+    """LoRA of rank 8 on query and value of a 7B model is 4.2 million numbers (Hu et al. 2021, section 4.2)."""
+    config = presets.get("llama2-7b")
+    shapes = adapted(config, Adapter(rank=8, targets=("query", "value")))
+    assert sum(layers * 8 * (d_in + d_out) for layers, d_in, d_out in shapes.values()) == 4_194_304
