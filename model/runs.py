@@ -37,14 +37,36 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     record = read_record(folder)
     config = ModelConfig.from_dict(record["identity"]["config"])
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    partial = bool((record["identity"].get("objective") or {}).get("trainable"))
-    found = newest_params(Path(folder), shapes, partial=partial)
+    objective = record["identity"].get("objective") or {}
+    partial, adapter = bool(objective.get("trainable")), objective.get("adapter")
+    found = newest_params(Path(folder), _adapter_shapes(config, adapter) if adapter else shapes, partial=partial)
     if found is None:
         raise InputError(f"{folder} has no intact checkpoint; train it first")
     about, params = found
     if partial:
         params = _over(_base_of(Path(folder), record, base), params)
+    elif adapter:
+        params = _folded(_base_of(Path(folder), record, base), params, adapter, record["hparams"])
     return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
+
+
+def _adapter_shapes(config: ModelConfig, values: Mapping[str, Any]) -> Params:
+    """Return the shapes of the adapter that a run trains, by the plain values in its record."""
+    from model.adapters import Adapter, init_adapter
+    from model.transformer import init
+
+    adapter = Adapter.from_dict(dict(values))
+    fresh = lambda key: init_adapter(config, adapter, init(config, key), key)
+    return jax.eval_shape(fresh, jax.random.key(0))
+
+
+def _folded(base: Params, tree: Params, values: Mapping[str, Any], hparams: Mapping[str, Any]) -> Params:
+    """Return the base with the adapter of a run added to its matrices."""
+    from model.adapters import Adapter, attach, fold, mask_and_scale
+
+    adapter = Adapter.from_dict(dict(values))
+    rank, alpha = hparams.get("lora_rank") or adapter.rank, hparams.get("lora_alpha") or adapter.alpha
+    return fold(attach(base, tree, *mask_and_scale(adapter, rank, alpha)))
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:

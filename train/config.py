@@ -131,6 +131,7 @@ class HParams:
     is 0, decay_fraction of total_steps. final_fraction: rate at the horizon over the peak.
     clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
+    lora_rank, lora_alpha: of a low-rank adapter, at most the objective's own rank; 0: the objective's.
     dropout_rate: used where TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
     predicts. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
@@ -153,6 +154,8 @@ class HParams:
     router_z_loss: Any = 0.001
     dropout_rate: Any = 0.0
     mask_rate: Any = 0.15
+    lora_rank: Any = 0
+    lora_alpha: Any = 0.0
     init_scale: Any = 1.0
     seed: Any = 0
     data_seed: Any = -1
@@ -218,7 +221,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("beta1", "beta2", "dropout_rate"), (0, 1, "in [0, 1)")),
     **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction"), (0, 1 + 1e-9, "in [0, 1]")),
     "mask_rate": (1e-9, 1 + 1e-9, "in (0, 1]"),
-    **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "seed"), (0, 2**31, "at least 0")),
+    **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "lora_rank", "seed"), (0, 2**31, "at least 0")),
     "data_seed": (-1, 2**31, "at least 0, or -1"),
 }
 

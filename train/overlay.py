@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model import Execution, ModelConfig
+from model.adapters import Adapter
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
@@ -119,12 +120,17 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
         named = objectives.get(str(changes[OBJECTIVE]))
         objective = base if type(named) is type(base) else named
     kind = type(objective)
-    values = {}
+    values: dict[str, Any] = {}
+    of_adapter: dict[str, Any] = {}
     for name, value in changes.items():
         _, dot, field = name.partition(".")
-        if dot:
+        if field.startswith("adapter."):
+            of_adapter[field.removeprefix("adapter.")] = value
+        elif dot:
             _check_field(OBJECTIVE, kind, field)
             values[field] = _listed(typed(name, value, kinds(kind)[field]), kinds(kind)[field])
+    if of_adapter:
+        values["adapter"] = replace_part(f"{OBJECTIVE}.adapter", Adapter, objective.adapter, of_adapter)
     return objective.replace(**values) if values else objective
 
 

@@ -24,7 +24,7 @@ from train.plan import Plan
 from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
-LATER = {"train_config": ("packing",), "hparams": ("data_seed", "mask_rate")}
+LATER = {"train_config": ("packing",), "hparams": ("data_seed", "mask_rate", "lora_rank", "lora_alpha")}
 """Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},

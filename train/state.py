@@ -50,9 +50,10 @@ def init_state(
     del frozen, execution
     key = jax.random.key(hparams.seed) if key is None else key
     init_key, step_key = jax.random.split(key)
+    adapter_key = jax.random.fold_in(init_key, 1)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if role_of(names_of(path)) == "vector" else leaf * hparams.init_scale,
-        objective.split(init(config, init_key))[0],
+        objective.trained(config, init(config, init_key), adapter_key),
     )
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -163,15 +163,16 @@ def eval_step(
     *,
     objective: Objective = LanguageModeling(),
     frozen: Params | None = None,
+    hparams: HParams | None = None,
     execution: Execution = Execution(),
 ) -> Metrics:
     """{"loss", "loss_tokens"} of one batch, or what else the objective evaluates, without dropout.
 
-    No expert drops a token.
+    No expert drops a token. hparams: give an adapter its rank and alpha (`Objective.merged`); nothing else is read.
     """
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    return objective.evaluate(config, params, frozen, batch, execution=execution)
+    return objective.evaluate(config, params, frozen, batch, hparams=hparams, execution=execution)
 
 
 def _rows(batch: Batch) -> int:

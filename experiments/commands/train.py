@@ -23,6 +23,7 @@ def train(
     out: Path,
     steps: int | None = None,
     objective: str | None = None,
+    lora: int | None = None,
     seed: int = 0,
     learning_rate: float = 3e-3,
     batch_size: int = 8,
@@ -71,6 +72,9 @@ def train(
             (encoder-decoders such as t5-small), classification (of data with labels); by default language-modeling,
             or that of the run that is started from. A fresh model gets the head and the ids for masks or sentinels
             that it needs; fields are set as --set objective.mean_span=4.
+        lora: Train a low-rank adapter of this rank on a stored model, whose own parameters stay as they are; lanes of
+            smaller ranks and other alphas by --set lora_rank=4 lora_alpha=16, its matrices by
+            objective.adapter.targets.
         seed: Of parameters, dropout and data order.
         learning_rate: The schedule's peak.
         batch_size: Rows per step.
@@ -128,10 +132,12 @@ def train(
     if is_stored(preset):
         config, start, own = _started_from(Path(preset), manifest)
         plain |= {"start": start, "objective": objective or own}
-        named = {}
+        named: dict[str, Any] = {}
     else:
         config = read_config(preset).replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
         named = {} if objective is None else {"objective": objective}
+    if lora is not None:
+        named |= {"objective.adapter.rank": lora}
     recipe, execution = overlay(
         named | read_changes(set),
         Recipe(config.replace(compute_dtype=_dtype(precision)), **plain),

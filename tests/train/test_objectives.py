@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from model import Execution, InputError, init
+from model.adapters import Adapter
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
@@ -222,6 +223,39 @@ def test_a_run_with_frozen_parameters(name, recipe_of_case, whole, crash, record
     with pytest.raises(InputError, match="holds other weights than"):
         open_model(tmp_path / "run", base=tmp_path / "other")
     assert open_model(tmp_path / "run", base=tmp_path / "base").config == recipe.model
+
+
+@pytest.mark.parametrize("name", ["language-modeling", "masked", "spans", "classification"])
+def test_low_rank_adapters(name, recipe_of_case, whole, crash, record, tmp_path):
+    """Ranks are lanes of one program over one base; a run resumes to the bit and opens as a model with its adapter."""
+    case, start = CASES[name], weights(whole(name))
+    objective = case.objective.replace(adapter=Adapter(rank=8, alpha=16.0))
+    recipe = recipe_of_case(name).replace(objective=objective, start=start)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).objective == objective
+    ranks = [recipe.replace(hparams=HPARAMS.replace(lora_rank=rank)) for rank in (2, 4, 8)]
+    runs = [tmp_path / str(rank) for rank in (2, 4, 8)]
+    before = compiled_programs()
+    with crash(3):
+        population(ranks, runs=runs, shell=QUIET)
+    population(ranks, runs=runs, shell=QUIET)
+    assert compiled_programs() == before + 1
+    train(recipe, run=tmp_path / "alone", shell=QUIET)
+    assert record(runs[2]) == record(tmp_path / "alone")
+    small = recipe.replace(objective=objective.replace(adapter=Adapter(rank=2, alpha=16.0)))
+    train(small, run=tmp_path / "small", shell=QUIET)
+    losses = [[line["loss"] for line in read_metrics(run)] for run in (runs[0], tmp_path / "small")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    about = json.loads((runs[0] / "checkpoints" / str(STEPS) / "checkpoint.json").read_text())
+    saved = [leaf for leaf in about["leaves"] if leaf.startswith("params/")]
+    assert {leaf.rpartition("/")[2] for leaf in saved} == {"a", "b"}
+    opened = open_model(runs[0])
+    assert jax.tree.structure(opened.params) == jax.tree.structure(open_model(whole(name)).params)
+    validation = case.objective.validation(recipe.model, case.train, recipe.folders, 256)
+    evaluate = jax.jit(functools.partial(eval_step, recipe.model, objective=case.objective))
+    found = [evaluate(opened.params, batch) for batch in validation]
+    weight = np.array([float(row[objective.WEIGHT]) for row in found])
+    loss = np.dot(weight, [float(row["loss"]) for row in found]) / weight.sum()
+    assert loss == pytest.approx(read_metrics(runs[0])[-1]["validation_loss"], rel=1e-5)
 
 
 def test_eight_devices_are_one(on_eight_devices):

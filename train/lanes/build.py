@@ -166,7 +166,7 @@ def _compile_rest(
     init = jax.jit(functools.partial(init_lanes, config, train_config, objective=objective), out_shardings=split)
     evaluate = jax.jit(
         functools.partial(evaluate_lane, config, objective=objective, execution=execution),
-        in_shardings=(split, everywhere, rows, everywhere, shardings(mesh, frozen)),
+        in_shardings=(split, everywhere, rows, everywhere, shardings(mesh, frozen), everywhere),
         out_shardings=everywhere,
         keep_unused=True,
     )
@@ -176,7 +176,7 @@ def _compile_rest(
     with jax.set_mesh(mesh):
         return lane, {
             "init": init.lower(_hparams(lanes)).compile(compiler_options=options),
-            "evaluate": evaluate.lower(state, index, batch, before, frozen).compile(),
+            "evaluate": evaluate.lower(state, index, batch, before, frozen, _hparams(lanes)).compile(),
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": _under(mesh, put),
         }
@@ -207,7 +207,7 @@ def _state(
 
 def frozen_shapes(config: ModelConfig, objective: Objective) -> Params:
     """Return the shapes of the parameters that an objective does not train."""
-    return objective.split(jax.eval_shape(functools.partial(init_model, config), jax.random.key(0)))[1]
+    return objective.frozen(jax.eval_shape(functools.partial(init_model, config), jax.random.key(0)))
 
 
 def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:

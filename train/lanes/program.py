@@ -63,6 +63,7 @@ class Program(abc.ABC):
         lane: int,
         batch: Batch,
         before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
         frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Return the sums of one lane on one batch that the objective's means are made of, and last their weight.

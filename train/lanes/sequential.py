@@ -66,10 +66,11 @@ class SequentialProgram(Program):
         lane: int,
         batch: Batch,
         before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
         frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Evaluate one lane's own state."""
-        return self.one.evaluate(state[lane], 0, batch, before, frozen)
+        return self.one.evaluate(state[lane], 0, batch, before, hparams[lane], frozen)
 
     def take(self, state: list, lane: int) -> TrainState:
         """Return a copy of one lane's state."""

@@ -74,10 +74,11 @@ class VmappedProgram(Program):
         lane: int,
         batch: Batch,
         before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
         frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
         """Run `evaluate_lane`."""
-        return self.executables.evaluate(state, np.int32(lane), batch, before, frozen or {})
+        return self.executables.evaluate(state, np.int32(lane), batch, before, frozen or {}, hparams)
 
     def take(self, state: TrainState, lane: int) -> TrainState:
         """Return a copy of one lane's state."""
@@ -142,6 +143,7 @@ def evaluate_lane(
     batch: Batch,
     before: Float[Array, " means_and_weight"],
     frozen: Params | None = None,
+    hparams: HParams | None = None,
     *,
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
@@ -153,8 +155,8 @@ def evaluate_lane(
     several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
     """
     del before
-    params = pick(state.params, index)
-    metrics = eval_step(config, params, batch, objective=objective, frozen=frozen, execution=execution)
+    params, own = pick((state.params, hparams), index)
+    metrics = eval_step(config, params, batch, objective=objective, frozen=frozen, hparams=own, execution=execution)
     weight = metrics[objective.WEIGHT]
     return jnp.stack([*(metrics[name] * weight for name in objective.EVALUATED), weight])
 

@@ -262,7 +262,7 @@ class Loop:
     def _evaluate(self, lane: int) -> list[Any]:
         sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
         for batch in self.validation:
-            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1], self.frozen))
+            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1], self.hparams, self.frozen))
         return sums[1:]
 
     def _frozen(self, bases: Bases) -> Params:
@@ -272,14 +272,14 @@ class Loop:
             return shapes
         start = self.members[0].recipe.start
         assert isinstance(start, Weights)  # and the same in all
-        return jax.device_put(self.objective.split(bases.of(start))[1], shardings(self.mesh, shapes))
+        return jax.device_put(self.objective.frozen(bases.of(start)), shardings(self.mesh, shapes))
 
     def _start(self, bases: Bases) -> LaneStates:
         state = self.program.init(self.hparams)
         for lane, number in enumerate(self.slots.members):
             member = self.members[number]
             restored = member.resume(self.program.lane)
-            if restored is None and isinstance(member.recipe.start, Weights):
+            if restored is None and isinstance(member.recipe.start, Weights) and self.objective.adapter is None:
                 params, _ = self.objective.split(bases.of(member.recipe.start))
                 own = lay_out(params, self.program.lane.params)
                 restored = self.program.take(state, lane).replace(params=own)  # type: ignore[attr-defined]

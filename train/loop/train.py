@@ -203,16 +203,24 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
 
 def _check_frozen(recipes: Sequence[Recipe]) -> None:
     """Raise InputError where parameters are frozen that no weights give, or other ones for other lanes."""
-    first, trainable = recipes[0].start, recipes[0].objective.trainable
-    if not trainable:
+    first, objective = recipes[0].start, recipes[0].objective
+    if not objective.freezes:
         return
+    given = f"trainable={list(objective.trainable)}" if objective.trainable else "an adapter"
     if not isinstance(first, Weights):
         raise InputError(
-            f"trainable={list(trainable)} leaves the other parameters as they are, so that they must come from a "
-            "model; give the recipe start=weights(PATH)"
+            f"{given} leaves the other parameters as they are, so that they must come from a model; give the recipe "
+            "start=weights(PATH)"
         )
     if any(recipe.start != first for recipe in recipes):
         raise InputError("lanes that share frozen parameters must start from the same weights")
+    if objective.adapter is not None:
+        for recipe in recipes:
+            if recipe.hparams.lora_rank > objective.adapter.rank:
+                raise InputError(
+                    f"lora_rank={int(recipe.hparams.lora_rank)} exceeds the adapter's rank={objective.adapter.rank}, "
+                    "which is the largest of its lanes; give that one the largest rank"
+                )
 
 
 def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], shell: Shell) -> Execution:

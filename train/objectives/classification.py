@@ -16,7 +16,7 @@ from train.data.labelled import LabelledDocuments, classes_of, labelled_validati
 from train.data.manifest import Manifest
 from train.data.mixture import PhasedLoader
 from train.data.shards import TokenShards
-from train.objectives.objective import Batch, BatchSpec, Metrics, Objective, merge
+from train.objectives.objective import Batch, BatchSpec, Metrics, Objective
 from train.plan import Plan
 
 
@@ -112,7 +112,7 @@ class Classification(Objective):
         """Return (total loss, {"loss", "total_loss", "accuracy", "loss_rows"})."""
         out = forward(
             config,
-            merge(params, frozen),
+            self.merged(params, frozen, hparams),
             batch["tokens"],
             segment_ids=batch["segment_ids"],
             dropout_rate=None if hparams is None else hparams.dropout_rate,

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, ModelConfig, Params, accounting
+from model.adapters import Adapter, attach, init_adapter, mask_and_scale
 from model.errors import InputError
 from model.parts import Part
 from train.config import HParams, TrainConfig
@@ -34,7 +36,8 @@ class Objective(Part, ABC):
     other metrics are means over. EVALUATED: the means that `evaluate` returns. HIGHER_IS_BETTER: those of them that
     are to grow. UNIT: of its loss.
 
-    trainable: prefixes of parameter paths such as "head" or "layers/attention"; empty: everything is trained.
+    trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: everything is trained.
+    adapter: low-rank changes of the model's matrices, which are then all that is trained.
     """
 
     NAME: ClassVar[str]
@@ -45,18 +48,22 @@ class Objective(Part, ABC):
     HIGHER_IS_BETTER: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     trainable: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         prefixes = self.trainable
         if not isinstance(prefixes, (list, tuple)) or not all(isinstance(prefix, str) for prefix in prefixes):
             raise InputError(f"trainable={prefixes!r} must be a list of prefixes of parameter paths, such as ['head']")
         object.__setattr__(self, "trainable", tuple(prefixes))
+        if isinstance(self.adapter, Mapping):
+            object.__setattr__(self, "adapter", Adapter.from_dict(dict(self.adapter)))
+        if self.trainable and self.adapter is not None:
+            raise InputError(f"trainable={list(prefixes)} and an adapter both say what is trained; give one")
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the name; `train.objectives.from_dict` reads them back."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
-        return {"name": self.NAME, **values}
+        return {"name": self.NAME, **_plain(super().to_dict())}
 
     # ---- the model and the data that it fits
 
@@ -126,11 +133,43 @@ class Objective(Part, ABC):
 
     # ---- parameters
 
+    @property
+    def freezes(self) -> bool:
+        """Whether parameters of the model are read alone."""
+        return bool(self.trainable) or self.adapter is not None
+
+    def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray) -> Params:
+        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key."""
+        if self.adapter is not None:
+            return init_adapter(config, self.adapter, params, key)
+        return self.split(params)[0]
+
+    def frozen(self, params: Params) -> Params:
+        """Return the parameters that are read alone; {} where there are none."""
+        return params if self.adapter is not None else self.split(params)[1]
+
+    def merged(self, params: Params, frozen: Params | None, hparams: HParams | None = None) -> Params:
+        """Return the parameters of the model from what is trained and what is not.
+
+        hparams: give the adapter's rank and alpha, which may be traced; None: the objective's own.
+        """
+        if not frozen or self.adapter is None:
+            return merge(params, frozen)
+        rank: Any = self.adapter.rank
+        alpha: Any = self.adapter.alpha
+        if hparams is not None:
+            rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, rank), rank)
+            alpha = jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, alpha)
+        return attach(frozen, params, *mask_and_scale(self.adapter, rank, alpha))
+
     def split(self, params: Params) -> tuple[Params, Params]:
         """Return (trainable, frozen): two trees that share no leaf and together are `params`.
 
-        Raises InputError where a prefix of `trainable` names no parameter.
+        Raises InputError where a prefix of `trainable` names no parameter, and for an adapter, which is no part of the
+        parameters (`trained`).
         """
+        if self.adapter is not None:
+            raise InputError("an adapter is no part of the parameters; take Objective.trained and Objective.frozen")
         if not self.trainable:
             return params, {}
         for prefix in self.trainable:
@@ -181,10 +220,14 @@ class Objective(Part, ABC):
         frozen: Params | None,
         batch: Batch,
         *,
+        hparams: HParams | None = None,
         execution: Execution = Execution(),
     ) -> Metrics:
-        """Return the means over one batch that EVALUATED names, and WEIGHT, by which batches are averaged."""
-        _, sums = self.loss(config, params, frozen, batch, execution=execution)
+        """Return the means over one batch that EVALUATED names, and WEIGHT, by which batches are averaged.
+
+        hparams: as `merged` takes them.
+        """
+        _, sums = self.loss(config, self.merged(params, frozen, hparams), None, batch, execution=execution)
         return {name: sums[name] for name in (*self.EVALUATED, self.WEIGHT)}
 
     @property
@@ -239,6 +282,13 @@ def special_ids(manifest: Manifest, ids: list[int], folder: Path, name: str) -> 
             f"{name}: id {taken[0]} is a piece of the data's vocabulary of {manifest.vocab_size}; give the model a "
             f"vocab_size of at least {manifest.vocab_size + len(ids)} and ids after the data's"
         )
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of tuples, however deep, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(below) for name, below in value.items()}
+    return [_plain(below) for below in value] if isinstance(value, (tuple, list)) else value
 
 
 def _below(tree: Any, path: list[str]) -> bool:

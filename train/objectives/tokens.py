@@ -20,7 +20,7 @@ from train.data.mixture import PhasedLoader
 from train.data.noise import Noise
 from train.data.rows import rows_of
 from train.data.shards import TokenShards
-from train.objectives.objective import Batch, BatchSpec, Metrics, Objective, merge
+from train.objectives.objective import Batch, BatchSpec, Metrics, Objective
 from train.plan import Plan
 
 _INPUTS = ("positions", "segment_ids", "token_types", "encoder_tokens", "encoder_segment_ids")
@@ -134,7 +134,7 @@ class TokenObjective(Objective):
         own. Of `execution.loss_chunks` pieces of the sequence only one has its logits in memory. Raises InputError
         where they do not divide the sequence.
         """
-        params = merge(params, frozen)
+        params = self.merged(params, frozen, hparams)
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
         rate = None if hparams is None else hparams.dropout_rate
         out = forward(
