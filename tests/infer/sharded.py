@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
-from infer.quantize import quantize_int4
+from infer.quantize import quantize_layers
 from model import Experts, ModelConfig, init
 from model.adapters import Adapter, attach, init_adapter, mask_and_scale
 from model.sharding import make_mesh, parse_mesh, shardings, under_mesh_of
@@ -36,8 +36,7 @@ def params_of(model):
     adapter = Adapter(rank=1)
     tree = jax.tree.map(lambda leaf: leaf + 0.2, init_adapter(DENSE, adapter, params, jax.random.key(1)))
     if model == "adapted-int4":
-        to_int4 = lambda leaf: jax.vmap(lambda matrix: quantize_int4(matrix.T))(leaf) if leaf.ndim == 3 else leaf
-        params = params | {"layers": jax.tree.map(to_int4, params["layers"])}
+        params = quantize_layers(params, "int4")
     return jax.device_get(attach(params, tree, *mask_and_scale(adapter)))
 
 
