@@ -114,8 +114,9 @@ def _sharded(mesh: Mesh, tree: Params, prefix: tuple[str, ...]) -> Params:
         names = (*prefix, *names_of(path))
         alone = lambda names, leaf: jax.device_put(leaf, NamedSharding(mesh, spec_for(mesh, names, leaf.shape)))
         if isinstance(value, LowRank):
-            factors = {name: alone((*names, name), getattr(value, name)) for name in ("a", "b", "mask")}
-            return LowRank(base=one(path, value.base), **factors, scale=jax.device_put(value.scale, whole))
+            factors = {name: alone((*names, name), getattr(value, name)) for name in ("a", "b")}
+            mask, scale = (jax.device_put(leaf, whole) for leaf in (value.mask, value.scale))
+            return LowRank(one(path, value.base), **factors, mask=mask, scale=scale)
         if not is_weight(value):
             return alone(names, value)
         if isinstance(value, Int8Experts):

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.adapters import TARGETS
 from model.ambient import lenient
 from model.dtypes import dtype_name
 from model.errors import InputError
-from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed
+from model.parameterization import names_of
+from model.stack import Params
+from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed, is_weight
 
 KINDS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")
 GROUP = 32  # inputs that share a scale of int4
@@ -39,6 +42,29 @@ def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
             return Int8Dynamic(stored.weight, stored.scale)
         case "int4":
             return quantize_int4(weight)
+
+
+@lenient()
+def quantize_layers(params: Params, kind: str) -> Params:
+    """Return parameters whose matrices of attention and feed-forward are stored as `kind`, still stacked by layer.
+
+    That is a frozen base to train adapters on (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers and
+    the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on prepared
+    parameters, on "int8-dynamic", whose rounded activations have no gradient, and as `make` does.
+    """
+    if not isinstance(params.get("layers"), dict):
+        raise InputError("quantize_layers takes the parameters that init or training gives, not those of infer.prepare")
+    if kind == "int8-dynamic":
+        raise InputError("weights int8-dynamic round activations, through which nothing learns; use int8 or int4")
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = names_of(path)
+        if is_weight(leaf) or "layers" not in names or names[-1] != "weight" or names[-2] not in TARGETS:
+            return leaf
+        _check_finite(jnp.asarray(leaf))
+        return jax.vmap(lambda matrix: make(matrix.T, kind))(jnp.asarray(leaf))
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
 
 @lenient()

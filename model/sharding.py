@@ -81,12 +81,11 @@ _BY_PAIR: dict[tuple[str, str], Axes] = {
     ("head", "weight"): ("embed", "vocab"),
     ("head", "bias"): ("vocab",),
 }
-# … those of the parts of a `model.weights.LowRank` by the axes of its matrix, …
+# … those of the matrices in a `model.weights.LowRank` by the axes of its matrix, …
 _OF_LOW_RANK: dict[str, Callable[[Axes], Axes]] = {
     "base": lambda axes: axes,
     "a": lambda axes: (axes[0], None),
     "b": lambda axes: (None, axes[1]),
-    "mask": lambda axes: (None,),
 }
 # … or else by its last name.
 _BY_NAME: dict[str, Axes] = {
@@ -269,7 +268,7 @@ def _traced_mesh() -> dict[str, int]:
 
 
 def _is_of_low_rank(path: tuple[str, ...]) -> bool:
-    """Whether a path ends in a part of a `LowRank`; its scale is a number and has no axes."""
+    """Whether a path ends in a matrix of a `LowRank`; its mask and scale are repeated."""
     return path[-2:-1] == ("weight",) and path[-1] in _OF_LOW_RANK
 
 

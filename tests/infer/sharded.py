@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
+from infer.quantize import quantize_layers
 from model import Experts, ModelConfig, init
+from model.adapters import Adapter, attach, init_adapter, mask_and_scale
 from model.sharding import make_mesh, parse_mesh, shardings, under_mesh_of
 from model.weights import bytes_of
 
@@ -17,6 +19,8 @@ MODELS = {
     "dense": DENSE,
     "untied": DENSE.replace(tie_embeddings=False, num_layers=2, sliding_window=4, layer_pattern=("local", "global")),
     "experts": DENSE.replace(experts=Experts(count=4, top_k=2, d_ff=32)),
+    "adapted": DENSE,
+    "adapted-int4": DENSE,
 }
 TOKENS = np.random.default_rng(1).integers(0, 32, (4, 8)).astype(np.int32)
 LENGTHS = np.array([5, 2, 4, 1], np.int32)
@@ -26,7 +30,14 @@ LENGTHS = np.array([5, 2, 4, 1], np.int32)
 def params_of(model):
     """Larger than at the start of training, so that tokens and their probabilities differ."""
     params = jax.device_get(init(MODELS[model], jax.random.key(0)))
-    return jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, params)
+    params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, params)
+    if not model.startswith("adapted"):
+        return params
+    adapter = Adapter(rank=1)
+    tree = jax.tree.map(lambda leaf: leaf + 0.2, init_adapter(DENSE, adapter, params, jax.random.key(1)))
+    if model == "adapted-int4":
+        params = quantize_layers(params, "int4")
+    return jax.device_get(attach(params, tree, *mask_and_scale(adapter)))
 
 
 def steps(config, params, rows, dtype):

@@ -85,6 +85,10 @@ def test_a_mesh_decodes_as_one_device_and_holds_its_part():
             {"model": "experts", "mesh": "data=2,expert=2", "weights": "int8"},
             {"model": "experts", "mesh": "expert=2,tensor=2", "weights": "int8"},
         ],
+        [
+            {"model": "adapted", "mesh": "fsdp=2,tensor=2", "weights": None},
+            {"model": "adapted-int4", "mesh": "tensor=2"},
+        ],
         [{"model": "dense", "mesh": mesh} | GENERATES for mesh in ("data=4", "tensor=2", "fsdp=2")],
         [
             {"model": "dense", "mesh": "data=2,tensor=2", "weights": "int4"} | GENERATES,
@@ -92,7 +96,7 @@ def test_a_mesh_decodes_as_one_device_and_holds_its_part():
         ],
         [{"model": "experts", "mesh": "expert=2", "weights": "int8"} | GENERATES],
     ],
-    ids=["weights", "trained", "experts", "texts", "texts-in-few-bits", "texts-of-experts"],
+    ids=["weights", "trained", "experts", "adapters", "texts", "texts-in-few-bits", "texts-of-experts"],
 )
 def test_so_do_all_meshes_with_all_weights(cases):
     assert_equal_and_split(*cases)

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from infer import prepare
-from infer.quantize import quantize_int4
+from infer.prune import prune
+from infer.quantize import KINDS, quantize_layers
 from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
 from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
 from model.convert import save_hf
@@ -17,7 +18,7 @@ from model.parameterization import rate_multipliers
 from model.quantized import save_quantized
 from model.sharding import abstract_mesh, shardings
 from model.transformer import forward_cached
-from model.weights import Int4, LowRank, is_weight
+from model.weights import Int4, LowRank, is_weight, matmul, plain
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, max_seq_len=16)
 MUP = CONFIG.replace(parameterization="mup", base_d_model=4, base_num_layers=1, gated=False, use_bias=True)
@@ -40,16 +41,6 @@ def trained(config, adapter=ADAPTER, seed=0, params=None):
     noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
     assert shapes
     return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
-
-
-def rounded(params, adapter=ADAPTER):
-    """The matrices that an adapter changes as int4, still stacked by layer."""
-
-    def one(path, leaf):
-        changes = path[0].key == "layers" and path[-1].key == "weight" and path[-2].key in adapter.targets
-        return jax.vmap(lambda matrix: quantize_int4(matrix.T))(leaf) if changes else leaf
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def outputs(config, params, scan=True):
@@ -83,7 +74,7 @@ def test_attached_is_merged_scanned_unrolled_and_cached(config, random_params):
 
 
 def test_a_rounded_base_is_merged_as_what_it_stands_for(random_params):
-    params = rounded(jax.tree.map(jnp.asarray, random_params(CONFIG)))
+    params = quantize_layers(random_params(CONFIG), "int4")
     with_adapter = attach(params, trained(CONFIG, params=params), *mask_and_scale(ADAPTER))
     expected, hidden = outputs(CONFIG, fold(with_adapter))
     np.testing.assert_allclose(outputs(CONFIG, with_adapter)[0], expected, atol=1e-5)
@@ -106,7 +97,7 @@ def test_prepare_merges_into_plain_matrices(random_params):
 def test_lanes_of_several_ranks_share_one_base(form, random_params):
     """Each lane is its solo run of a smaller adapter, gradients too, and no program has a copy of the base a lane."""
     params = jax.tree.map(jnp.asarray, random_params(CONFIG))
-    params = rounded(params) if form == "int4" else params
+    params = quantize_layers(params, form) if form != "plain" else params
     lanes = [trained(CONFIG, seed=seed) for seed in range(3)]
     ranks, alphas = jnp.array([1, 2, 4]), jnp.array([3.0, 8.0, 2.0])
 
@@ -133,6 +124,19 @@ def test_lanes_of_several_ranks_share_one_base(form, random_params):
     jax.tree.map(close, first_columns(of_lane, rank), gradient)
     for path, leaf in jax.tree_util.tree_leaves_with_path(of_lane):  # what the mask leaves out learns nothing
         assert not np.asarray(leaf[..., rank:] if path[-1].key == "a" else leaf[..., rank:, :]).any()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8-dynamic"])
+def test_every_form_of_a_base_has_the_gradients_of_what_it_stands_for(kind, random_params):
+    """Of few rows, which a CPU multiplies block by block."""
+    weight = quantize_layers(random_params(CONFIG), kind)["layers"]["dense"]["feed_forward"]["up"]["weight"]
+    weight = jax.tree.map(lambda leaf: leaf[0], weight)
+    factors = tuple(jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(((16, 2), (2, 24))))
+    loss = lambda x, factors, base: jnp.sum(jnp.sin(matmul(x, LowRank(base, *factors, jnp.ones(2), jnp.ones(())))))
+    for rows in (1, 20):
+        x = jax.random.normal(KEY, (rows, 16))
+        ours, expected = (jax.grad(loss, (0, 1))(x, factors, base) for base in (weight, plain(weight)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
 
 
 def test_ranks_are_nested_and_start_as_nothing(random_params):
@@ -212,6 +216,10 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
         mask_and_scale(ADAPTER, 5)
     with_adapter = attach(params, tree, *mask_and_scale(ADAPTER))
     assert any(map(is_weight, jax.tree.leaves(with_adapter, is_leaf=is_weight)))
+    with pytest.raises(InputError, match="through which nothing learns; use int8 or int4"):
+        quantize_layers(params, "int8-dynamic")
+    with pytest.raises(InputError, match="pruning takes plain matrices"):
+        prune(CONFIG, with_adapter)
     with pytest.raises(InputError, match="fold these"):
         save_quantized(CONFIG, with_adapter, tmp_path / "rounded", "int8")
     with pytest.raises(InputError, match="save_hf takes plain matrices"):
