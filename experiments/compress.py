@@ -17,10 +17,10 @@ from jaxtyping import Array, Int
 from experiments.evaluate.loss import validation_set
 from infer import init_cache, prepare
 from infer.prune import drop_layers, prune
-from infer.quantize import KINDS
 from infer.step import decode_step
 from model import ModelConfig, Params, apply
 from model.errors import InputError
+from model.quantize import KINDS
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import bytes_of
 from train.data.rows import Batch

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from infer.quantize import KINDS, make, quantize_experts
 from model import ModelConfig, Params
 from model.ambient import lenient
 from model.dtypes import DTypeLike, dtype_name
 from model.layout import places
 from model.parameterization import names_of, role_of
+from model.quantize import KINDS, make, quantize_experts
 from model.sharding import spec_for
 from model.weights import Int4, Int8Experts, LowRank, Transposed, is_weight, merged, outputs_of
 
@@ -38,7 +38,7 @@ def prepare(config: ModelConfig, params: Params, weights: DTypeLike = "float32",
     from most (docs/LOG.md). Experts' matrices stay stacked, (count, in, out), and are int8 under int8-dynamic and int4
     too. What was prepared before is left as it is. A change of low rank (`LowRank`) is merged into a plain matrix, and
     stays beside one in fewer bits, which is then not joined with others.
-    weights: one of `infer.quantize.KINDS`, or a dtype of that name.
+    weights: one of `model.quantize.KINDS`, or a dtype of that name.
     mesh: split by `model.sharding`'s table; matrices that "tensor" splits are not joined, for their columns would move.
     Raises InputError for a weight type that there is not.
     """

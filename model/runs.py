@@ -46,7 +46,7 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     if partial:
         params = _over(_base_of(Path(folder), record, base), params)
     elif adapter:
-        params = _folded(_base_of(Path(folder), record, base), params, adapter, record["hparams"])
+        params = _folded(_base_of(Path(folder), record, base), params, objective, record["hparams"])
     return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
 
 
@@ -60,11 +60,14 @@ def _adapter_shapes(config: ModelConfig, values: Mapping[str, Any]) -> Params:
     return jax.eval_shape(fresh, jax.random.key(0))
 
 
-def _folded(base: Params, tree: Params, values: Mapping[str, Any], hparams: Mapping[str, Any]) -> Params:
-    """Return the base with the adapter of a run added to its matrices."""
+def _folded(base: Params, tree: Params, objective: Mapping[str, Any], hparams: Mapping[str, Any]) -> Params:
+    """Return the base, as it was stored while it was trained on, with the adapter of a run added to its matrices."""
     from model.adapters import Adapter, attach, fold, mask_and_scale
+    from model.quantize import quantize_layers
 
-    adapter = Adapter.from_dict(dict(values))
+    adapter = Adapter.from_dict(dict(objective["adapter"]))
+    if kind := objective.get("base_weights"):
+        base = quantize_layers(base, kind)
     rank, alpha = hparams.get("lora_rank") or adapter.rank, hparams.get("lora_alpha") or adapter.alpha
     return fold(attach(base, tree, *mask_and_scale(adapter, rank, alpha)))
 

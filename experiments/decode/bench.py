@@ -9,11 +9,11 @@ import jax
 from experiments.decode.cells import Cell, check_cell, grid, measure
 from experiments.decode.roofline import step_cost
 from infer import prepare
-from infer.quantize import KINDS
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
 from model.dtypes import dtype_name
 from model.errors import InputError, UnknownNameError
+from model.quantize import KINDS
 from train.progress import progress_bar
 
 Build = Callable[[int | None], tuple[ModelConfig, Params]]

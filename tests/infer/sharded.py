@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from infer import GREEDY, decode_step, generate, init_cache, prefill, prepare
-from infer.quantize import quantize_layers
 from model import Experts, ModelConfig, init
 from model.adapters import Adapter, attach, init_adapter, mask_and_scale
+from model.quantize import quantize_layers
 from model.sharding import make_mesh, parse_mesh, shardings, under_mesh_of
 from model.weights import bytes_of
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from infer import prepare
-from infer.quantize import quantize_experts
 from model import Experts, InputError, ModelConfig, accounting, apply, init
 from model.dispatch import through_experts
 from model.grouped import batched_product, loop_product
+from model.quantize import quantize_experts
 from model.quantized import load_quantized, save_quantized
 from model.weights import Int8Experts, bytes_of
 

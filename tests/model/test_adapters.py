@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec
 
 from infer import prepare
 from infer.prune import prune
-from infer.quantize import KINDS, quantize_layers
 from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
 from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
 from model.convert import save_hf
 from model.parameterization import rate_multipliers
+from model.quantize import KINDS, quantize_layers
 from model.quantized import save_quantized
 from model.sharding import abstract_mesh, shardings
 from model.transformer import forward_cached

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.quantize import KINDS, make
+from model.quantize import KINDS, make
 from model.weights import Int4, Int8Dynamic, bytes_of, is_weight, matmul, outputs_of, plain, take_rows
 
 _OUT, _IN = 21, 50  # neither is a multiple of a block or a group

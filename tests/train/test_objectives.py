@@ -229,7 +229,8 @@ def test_a_run_with_frozen_parameters(name, recipe_of_case, whole, crash, record
 def test_low_rank_adapters(name, recipe_of_case, whole, crash, record, tmp_path):
     """Ranks are lanes of one program over one base; a run resumes to the bit and opens as a model with its adapter."""
     case, start = CASES[name], weights(whole(name))
-    objective = case.objective.replace(adapter=Adapter(rank=8, alpha=16.0))
+    base_weights = "int4" if name == "masked" else None
+    objective = case.objective.replace(adapter=Adapter(rank=8, alpha=16.0), base_weights=base_weights)
     recipe = recipe_of_case(name).replace(objective=objective, start=start)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).objective == objective
     ranks = [recipe.replace(hparams=HPARAMS.replace(lora_rank=rank)) for rank in (2, 4, 8)]

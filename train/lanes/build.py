@@ -207,7 +207,7 @@ def _state(
 
 def frozen_shapes(config: ModelConfig, objective: Objective) -> Params:
     """Return the shapes of the parameters that an objective does not train."""
-    return objective.frozen(jax.eval_shape(functools.partial(init_model, config), jax.random.key(0)))
+    return jax.eval_shape(lambda key: objective.frozen(init_model(config, key)), jax.random.key(0))
 
 
 def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:

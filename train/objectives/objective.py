@@ -12,8 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, attach, init_adapter, mask_and_scale
+from model.dtypes import dtype_name
 from model.errors import InputError
 from model.parts import Part
+from model.quantize import KINDS, quantize_layers
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.mixture import PhasedLoader
@@ -37,7 +39,8 @@ class Objective(Part, ABC):
     are to grow. UNIT: of its loss.
 
     trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: everything is trained.
-    adapter: low-rank changes of the model's matrices, which are then all that is trained.
+    adapter: low-rank changes of the model's matrices, which are then all that is trained. base_weights: how the
+    matrices under an adapter are stored (`model.quantize.KINDS`; None: as they are), "int4" as in QLoRA.
     """
 
     NAME: ClassVar[str]
@@ -49,6 +52,7 @@ class Objective(Part, ABC):
 
     trainable: tuple[str, ...] = ()
     adapter: Adapter | None = None
+    base_weights: str | None = None
 
     def __post_init__(self) -> None:
         prefixes = self.trainable
@@ -59,6 +63,10 @@ class Objective(Part, ABC):
             object.__setattr__(self, "adapter", Adapter.from_dict(dict(self.adapter)))
         if self.trainable and self.adapter is not None:
             raise InputError(f"trainable={list(prefixes)} and an adapter both say what is trained; give one")
+        if self.base_weights is not None:
+            dtype_name(self.base_weights, KINDS, "base_weights")
+            if self.adapter is None:
+                raise InputError(f"base_weights={self.base_weights!r} is for what lies under an adapter; give one too")
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +154,9 @@ class Objective(Part, ABC):
 
     def frozen(self, params: Params) -> Params:
         """Return the parameters that are read alone; {} where there are none."""
-        return params if self.adapter is not None else self.split(params)[1]
+        if self.adapter is None:
+            return self.split(params)[1]
+        return params if self.base_weights is None else quantize_layers(params, self.base_weights)
 
     def merged(self, params: Params, frozen: Params | None, hparams: HParams | None = None) -> Params:
         """Return the parameters of the model from what is trained and what is not.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.quantize import GROUP, make, quantize_int4, quantize_int8
 from model.errors import InputError, UnknownNameError
+from model.quantize import GROUP, make, quantize_int4, quantize_int8
 from model.weights import plain
 
 _WEIGHT = np.random.default_rng(1).standard_t(4, size=(16, 72)).astype(np.float32)  # a few entries stand out
