@@ -48,8 +48,8 @@ def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
 def quantize_layers(params: Params, kind: str) -> Params:
     """Return parameters whose matrices of attention and feed-forward are stored as `kind`, still stacked by layer.
 
-    That is a frozen base to train adapters on (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers and
-    the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on prepared
+    That is a frozen base to train adapters on (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers
+    and the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on prepared
     parameters, on "int8-dynamic", whose rounded activations have no gradient, and as `make` does.
     """
     if not isinstance(params.get("layers"), dict):
