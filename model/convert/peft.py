@@ -126,15 +126,15 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, dict]:
     pairs = _read_pairs(folder)
     standard = folded(config)
     modules = _modules_named(folder, standard, pairs)
-    default = _whole_or_number(folder, raw, "lora_alpha", 8), _whole_or_number(folder, raw, "r", 8)
+    usual_alpha, usual_rank = (_number(folder, raw, key, 8) for key in ("lora_alpha", "r"))
     stabilised = bool(raw.get("use_rslora"))
     divisor = lambda rank: rank**0.5 if stabilised else rank
     rank = max(a.shape[0] for a, _ in pairs.values())
-    common = default[0] / divisor(default[1])
+    common = usual_alpha / divisor(usual_rank)
     shapes = shapes_of(standard)
     leaves: dict[Leaf, np.ndarray] = {}
     for name, (a, b) in pairs.items():
-        alpha = _of_pattern(folder, raw, "alpha_pattern", name, default[0])
+        alpha = _of_pattern(folder, raw, "alpha_pattern", name, usual_alpha)
         ratio = alpha / divisor(a.shape[0]) / common
         for part in modules[name].parts:
             *stack, d_in, d_out = shapes[part.leaf]
@@ -144,8 +144,8 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, dict]:
             leaves[(*part.leaf, "a")][part.index][:, : a.shape[0]] = a.T
             leaves[(*part.leaf, "b")][part.index][: a.shape[0]] = b[part.start : part.stop].T * of_b
     targets = tuple(name for name in TARGETS if any(path[-3] == name for path in leaves))
-    alpha = default[0] if rank == default[1] else common * divisor(rank)
-    adapter = Adapter(rank, alpha, stabilised, targets)
+    usual = usual_alpha if rank == usual_rank else common * divisor(rank)
+    adapter = Adapter(rank, usual, stabilised, targets)
     return adapter, traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
 
 
@@ -300,7 +300,7 @@ def _read_pairs(folder: Path) -> dict[str, Pair]:
     return {name.removeprefix(_PREFIX): pair(name) for name in sorted(names)}  # type: ignore[misc]
 
 
-def _whole_or_number(folder: Path, raw: Raw, key: str, default: float) -> float:
+def _number(folder: Path, raw: Raw, key: str, default: float) -> float:
     value = raw.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
         raise InputError(f"{folder / CONFIG}: {key}={value!r} must be a number above 0")
@@ -313,7 +313,7 @@ def _of_pattern(folder: Path, raw: Raw, key: str, name: str, default: float) -> 
     for pattern in patterns if isinstance(patterns, dict) else ():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return _whole_or_number(folder, patterns, pattern, default)
+                return _number(folder, patterns, pattern, default)
         except re.error:
             raise InputError(f"{folder / CONFIG}: {key} has {pattern!r}, which is no regular expression") from None
     return default
