@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import Execution, InputError, init
+from model import Execution, InputError, apply, init
 from model.adapters import Adapter
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
@@ -90,7 +90,28 @@ def gradients_of(name):
 
 
 def test_every_objective_has_a_case():
-    assert {case.objective.NAME for case in CASES.values()} == set(OBJECTIVES)
+    here = {name for name, objective in OBJECTIVES.items() if objective.__module__.startswith("train.objectives.")}
+    assert {case.objective.NAME for case in CASES.values()} == here
+
+
+def test_the_page_shows_an_objective_in_forty_lines(monkeypatch):
+    """Without smoothing it is language modelling; with all of it the loss of a uniform target."""
+    monkeypatch.setattr("train.objectives.OBJECTIVES", dict(OBJECTIVES))
+    text = (Path(__file__).parents[2] / "docs" / "add-an-objective.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 40
+    names = {}
+    exec(code, names)
+    case, batch = CASES["language-modeling"], batch_of(CASES["language-modeling"])
+    params = params_of(case)
+    logits = jax.jit(functools.partial(apply, case.config))(params, batch["tokens"])
+    log_p, mask = np.asarray(jax.nn.log_softmax(logits)), batch["loss_mask"]
+    plain = np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+    for smoothing, expected in ((0.0, -plain), (1.0, -log_p.mean(-1))):
+        loss = jax.jit(functools.partial(names["SmoothedLabels"](smoothing=smoothing).loss, case.config))
+        total, sums = loss(params, None, batch, HPARAMS)
+        np.testing.assert_allclose(total, (expected * mask).sum() / mask.sum(), rtol=1e-5)
+        np.testing.assert_allclose(sums["loss"], (-plain * mask).sum() / mask.sum(), rtol=1e-5)
 
 
 @each

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray
 
 from model import Execution, InputError, ModelConfig, Params, forward, head
 from model.layout import layer_kinds
+from model.transformer import Output
 from train.config import HParams, TrainConfig
 from train.data.loader import validation_batches
 from train.data.manifest import Manifest
@@ -115,6 +116,29 @@ class TokenObjective(Objective):
         size = float(batch["targets"].size)
         return jnp.float32(size) if mask is None else jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1)
 
+    def run(
+        self,
+        config: ModelConfig,
+        params: Params,
+        batch: Batch,
+        hparams: HParams | None,
+        key: PRNGKeyArray | None,
+        *,
+        outputs: tuple[str, ...] = (),
+        execution: Execution = Execution(),
+    ) -> Output:
+        """Return what the model makes of a batch; params: all of them (`merged`). key: dropout is on when given."""
+        return forward(
+            config,
+            params,
+            batch["tokens"],
+            **{name: batch[name] for name in _INPUTS if name in batch},
+            dropout_rate=None if hparams is None else hparams.dropout_rate,
+            dropout_key=key,
+            outputs=outputs,
+            execution=execution,
+        )
+
     def loss(
         self,
         config: ModelConfig,
@@ -135,18 +159,7 @@ class TokenObjective(Objective):
         where they do not divide the sequence.
         """
         params = self.merged(params, frozen, hparams)
-        inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        rate = None if hparams is None else hparams.dropout_rate
-        out = forward(
-            config,
-            params,
-            batch["tokens"],
-            **inputs,
-            dropout_rate=rate,
-            dropout_key=key,
-            outputs=("final_hidden",),
-            execution=execution,
-        )
+        out = self.run(config, params, batch, hparams, key, outputs=("final_hidden",), execution=execution)
         count = self.count(batch) if count is None else count
         mask = batch.get("loss_mask")
         mask = None if mask is None else mask.astype(jnp.float32)
