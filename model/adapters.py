@@ -43,7 +43,7 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter(Part):
-    """What an adapter is: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
+    """The shape of an adapter: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
 
     rank: of all matrices; the largest one where lanes have several. rank_stabilised: alpha / √rank instead, so that
     larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices among TARGETS;

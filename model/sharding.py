@@ -268,7 +268,7 @@ def _traced_mesh() -> dict[str, int]:
 
 
 def _is_of_low_rank(path: tuple[str, ...]) -> bool:
-    """Whether a path ends in a matrix of a `LowRank`; its mask and scale are repeated."""
+    """Return whether a path ends in a matrix of a `LowRank`; its mask and scale are repeated."""
     return path[-2:-1] == ("weight",) and path[-1] in _OF_LOW_RANK
 
 

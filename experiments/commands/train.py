@@ -262,7 +262,7 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
 
 
 def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:
-    """What the run's last validation measured beside the loss, such as the accuracy."""
+    """Return the metrics of the run's last validation beside the loss, such as the accuracy."""
     from train.run.metrics import open_metrics
 
     names = [name for name in objective.EVALUATED if name != "loss"]

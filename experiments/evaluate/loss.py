@@ -20,7 +20,7 @@ from train.files import file_sha256
 from train.progress import progress_bar
 
 _OTHERS = {"masked-language-model": "masked", "language-model": "spans", "classifier": "classification"}
-"""What models that are no decoders of text are evaluated by, by their head."""
+"""The objectives that evaluate models other than decoders of text, by the model's head."""
 
 
 def evaluate(

@@ -93,7 +93,7 @@ def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[st
 
 
 def _differences(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each run, the settings in which the runs are not all alike; inside the objective where all have one kind."""
+    """Return for each run the settings that differ between runs; those of the objective where all have one kind."""
     flat = [_flatten(record["identity"]) for record in records]
     alike = len({one[OBJECTIVE] for one in flat}) == 1
     names = sorted(

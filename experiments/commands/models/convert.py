@@ -64,7 +64,7 @@ def convert(
 
 
 def _objective(run: Path) -> "Objective":
-    """What a run was trained by."""
+    """Return the objective that a run was trained by."""
     from train import objectives
     from train.run import read_record
 
