@@ -20,7 +20,7 @@ from experiments.allocator import keep_memory
 from experiments.commands import data, doctor, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import train as bench_train
-from experiments.commands.models import compress, convert, coordcheck, show
+from experiments.commands.models import compress, convert, coordcheck, merge, show
 from experiments.commands.scaling import fit, predict
 from experiments.commands.scaling import plan as scaling_plan
 from experiments.commands.scaling import report as scaling_report
@@ -88,6 +88,7 @@ COMMANDS: Tree = {
             "list": show.list_presets,
             "show": show.show,
             "convert": convert.convert,
+            "merge": merge.merge,
             "compress": compress.compress,
             "coordcheck": coordcheck.coordcheck,
             "transfer": coordcheck.transfer,

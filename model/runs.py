@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -16,6 +16,9 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.records import read_sealed
 from model.stack import Params
+
+if TYPE_CHECKING:
+    from model.adapters import Adapter
 
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
@@ -36,40 +39,54 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
 
     record = read_record(folder)
     config = ModelConfig.from_dict(record["identity"]["config"])
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     objective = record["identity"].get("objective") or {}
-    partial, adapter = bool(objective.get("trainable")), objective.get("adapter")
-    found = newest_params(Path(folder), _adapter_shapes(config, adapter) if adapter else shapes, partial=partial)
-    if found is None:
-        raise InputError(f"{folder} has no intact checkpoint; train it first")
-    about, params = found
+    if objective.get("adapter"):
+        config, adapter, tree = load_adapter(folder)
+        return config, _with_adapter(_base_of(Path(folder), record, base), adapter, tree, objective.get("base_weights"))
+    partial = bool(objective.get("trainable"))
+    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    about, params = _newest(folder, shapes, partial)
     if partial:
         params = _over(_base_of(Path(folder), record, base), params)
-    elif adapter:
-        params = _folded(_base_of(Path(folder), record, base), params, objective, record["hparams"])
     return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
 
 
-def _adapter_shapes(config: ModelConfig, values: Mapping[str, Any]) -> Params:
-    """Return the shapes of the adapter that a run trains, by the plain values in its record."""
-    from model.adapters import Adapter, init_adapter
+@pinned()
+def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
+    """(config of the base, the adapter as it is used, its newest intact factors) of a run that trains one.
+
+    A lane of a smaller rank gives that rank alone. Raises InputError where the run trains no adapter, or has no intact
+    checkpoint.
+    """
+    from model.adapters import Adapter, first_columns, init_adapter
     from model.transformer import init
 
-    adapter = Adapter.from_dict(dict(values))
-    fresh = lambda key: init_adapter(config, adapter, init(config, key), key)
-    return jax.eval_shape(fresh, jax.random.key(0))
+    record = read_record(folder)
+    config, hparams = ModelConfig.from_dict(record["identity"]["config"]), record["hparams"]
+    values = (record["identity"].get("objective") or {}).get("adapter")
+    if not values:
+        raise InputError(f"{folder} trains no adapter; train one with `isoflop train MODEL --lora RANK`")
+    largest = Adapter.from_dict(dict(values))
+    fresh = lambda key: init_adapter(config, largest, init(config, key), key)
+    about, tree = _newest(folder, jax.eval_shape(fresh, jax.random.key(0)), False)
+    rank, alpha = hparams.get("lora_rank") or largest.rank, hparams.get("lora_alpha") or largest.alpha
+    used = largest.replace(rank=int(rank), alpha=float(alpha))
+    return config.replace(**about.get("config", {})), used, first_columns(tree, used.rank)
 
 
-def _folded(base: Params, tree: Params, objective: Mapping[str, Any], hparams: Mapping[str, Any]) -> Params:
-    """Return the base, as it was stored while it was trained on, with the adapter of a run added to its matrices."""
-    from model.adapters import Adapter, attach, fold, mask_and_scale
+def _newest(folder: str | Path, like: Params, partial: bool) -> tuple[dict[str, Any], Params]:
+    found = newest_params(Path(folder), like, partial=partial)
+    if found is None:
+        raise InputError(f"{folder} has no intact checkpoint; train it first")
+    return found
+
+
+def _with_adapter(base: Params, adapter: "Adapter", tree: Params, kind: str | None) -> Params:
+    """Return the base, as it was stored while it was trained on, with an adapter added to its matrices."""
+    from model.adapters import attach, fold, mask_and_scale
     from model.quantize import quantize_layers
 
-    adapter = Adapter.from_dict(dict(objective["adapter"]))
-    if kind := objective.get("base_weights"):
-        base = quantize_layers(base, kind)
-    rank, alpha = hparams.get("lora_rank") or adapter.rank, hparams.get("lora_alpha") or adapter.alpha
-    return fold(attach(base, tree, *mask_and_scale(adapter, rank, alpha)))
+    return fold(attach(base if kind is None else quantize_layers(base, kind), tree, *mask_and_scale(adapter)))
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:

@@ -1,0 +1,55 @@
+"""`isoflop model merge`: a model with its low-rank adapter, as one model or as the adapter alone."""
+
+from pathlib import Path
+
+import tyro
+
+
+def merge(
+    source: tyro.conf.Positional[Path],
+    target: tyro.conf.Positional[Path],
+    *,
+    adapter: Path | None = None,
+    adapter_only: bool = False,
+) -> None:
+    """Add a low-rank adapter to the matrices of its model, and write that as a Hugging Face folder.
+
+    Example: isoflop model merge runs/lora out/merged
+
+    Example: isoflop model merge smollm2 out/merged --adapter my-peft-adapter
+
+    The tokenizer goes along. With --adapter-only the adapter of a run is written alone, in PEFT's format.
+
+    Args:
+        source: A run that trained an adapter (`isoflop train MODEL --lora RANK`), or, with --adapter, the adapter's
+            base: a run, a Hugging Face folder or a GGUF file.
+        target: The folder to make; it appears when it is complete.
+        adapter: A folder in PEFT's format.
+        adapter_only: Write the adapter of a run alone.
+    """
+    from contextlib import suppress
+
+    from experiments.commands.models.convert import convert
+    from experiments.models import copy_tokenizer
+    from model.convert import merge_adapter, save_peft
+    from model.errors import InputError
+    from model.runs import load_adapter, read_record
+    from model.store import open_tokenizer
+
+    if adapter is not None:
+        if adapter_only:
+            raise InputError(
+                "--adapter-only is for the adapter of a run; that of --adapter lies in its own folder already"
+            )
+        merge_adapter(source, adapter, target)
+        with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
+            if (tokenizer := open_tokenizer(source)) is not None:
+                copy_tokenizer(tokenizer, target)
+        print(f"{target}: {source} with {adapter}")
+        return
+    config, described, tree = load_adapter(source)
+    if not adapter_only:
+        convert(source, target)
+        return
+    save_peft(config, described, tree, target, base=read_record(source).get("weights"))
+    print(f"{target}: rank {described.rank}, alpha {described.alpha:g}")
