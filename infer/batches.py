@@ -42,12 +42,21 @@ class Batch:
     parents: list[int] = dataclasses.field(default_factory=list)
 
 
-class Shape(NamedTuple):
-    """What the programs of a batch are compiled for: lengths of rows, targets, prefixes, and stems.
+class Limits(NamedTuple):
+    """rows: of a batch, at most, a multiple of `multiple`; tokens: of a row, and of a prefix with its stem."""
 
-    capacity: of a stem and a prefix together. All but the first two are 0 for whole rows.
+    rows: int
+    multiple: int
+    tokens: int
+
+
+class Shape(NamedTuple):
+    """What the programs of a batch are compiled for: its rows, and lengths of rows, targets, prefixes, and stems.
+
+    capacity: of a stem and a prefix together. All but the first three are 0 for whole rows.
     """
 
+    rows: int
     width: int
     targets: int
     prefixes: int = 0
@@ -55,9 +64,10 @@ class Shape(NamedTuple):
     capacity: int = 0
     stem_width: int = 0
 
-    def cost(self, rows: int) -> int:
-        """Tokens that a batch of so many rows has programs read, padding included, without its stem."""
-        return rows * self.width + self.prefixes * self.prefix_width
+    @property
+    def cost(self) -> int:
+        """Tokens that a batch has programs read, padding included, without its stem."""
+        return self.rows * self.width + self.prefixes * self.prefix_width
 
 
 Plan = list[tuple[Shape, list[Batch]]]
@@ -70,24 +80,24 @@ def padded_length(length: int, most: int) -> int:
     return min(whole if length <= 8 else -(-length // step) * step, most)
 
 
-def tokens_read(plan: Plan, size: int) -> int:
-    """Tokens that a plan has programs read, padding included, with so many rows a batch."""
+def tokens_read(plan: Plan) -> int:
+    """Tokens that a plan has programs read, padding included."""
     total = 0
     for shape, batches in plan:
         stems = {id(prefix.stem) for batch in batches for prefix in batch.prefixes}
-        total += shape.cost(size) * len(batches) + shape.stem_width * len(stems)
+        total += shape.cost * len(batches) + shape.stem_width * len(stems)
     return total
 
 
-def plan_rows(rows: Iterable[Row], size: int, most: int, programs: int = MOST_PROGRAMS) -> Plan:
-    """Whole rows, the longest first. size: rows of a batch; most: tokens of a row; programs: at most so many shapes."""
+def plan_rows(rows: Iterable[Row], limits: Limits, programs: int = MOST_PROGRAMS) -> Plan:
+    """Whole rows, the longest first, in at most so many shapes."""
     ordered = sorted(rows, key=_order)
-    batches = [Batch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-    return _in_few_shapes(batches, size, most, programs)
+    batches = [Batch(ordered[start : start + limits.rows]) for start in range(0, len(ordered), limits.rows)]
+    return _in_few_shapes(batches, limits, programs)
 
 
-def plan_branches(prefixes: Iterable[Prefix], rows: Sequence[Row], size: int, most: int) -> Plan:
-    """Rows that branch from prefixes, then whole rows; most: tokens of a prefix, and of a row.
+def plan_branches(prefixes: Iterable[Prefix], rows: Sequence[Row], limits: Limits) -> Plan:
+    """Rows that branch from prefixes, then whole rows.
 
     Where any prefix has a stem all of them are read after one, which may be empty.
     """
@@ -96,8 +106,8 @@ def plan_branches(prefixes: Iterable[Prefix], rows: Sequence[Row], size: int, mo
         nothing, programs = np.zeros(0, np.int32), 3
         prefixes = [one if one.stem is not None else dataclasses.replace(one, stem=nothing) for one in prefixes]
     shapes = (MOST_PROGRAMS - bool(rows)) // programs
-    plan = _in_few_shapes(list(_packed(prefixes, size)), size, most, shapes)
-    return plan + plan_rows(rows, size, most, MOST_PROGRAMS - shapes * programs)
+    plan = _in_few_shapes(list(_packed(prefixes, limits.rows)), limits, shapes)
+    return plan + plan_rows(rows, limits, MOST_PROGRAMS - shapes * programs)
 
 
 def _order(row: Row) -> tuple:
@@ -126,14 +136,15 @@ def _packed(prefixes: Sequence[Prefix], size: int) -> Iterator[Batch]:
         yield batch
 
 
-def _shape(needs: Sequence[int], size: int, most: int) -> Shape:
-    """The smallest shape for this many tokens and prefixes: `needs` in the order of its fields."""
-    width, targets, prefixes, *lengths = needs
-    width = padded_length(width, most)
+def _shape(needs: Sequence[int], limits: Limits) -> Shape:
+    """The smallest shape for this many rows, tokens and prefixes: `needs` in the order of its fields."""
+    rows, width, targets, prefixes, *lengths = needs
+    rows = min(-(-bucket(rows) // limits.multiple) * limits.multiple, limits.rows)
+    width = padded_length(width, limits.tokens)
     if not prefixes:
-        return Shape(width, padded_length(targets, width))
-    lengths = [padded_length(length, most) if length else 0 for length in lengths]
-    return Shape(width, padded_length(targets, width), min(bucket(prefixes), size), *lengths)
+        return Shape(rows, width, padded_length(targets, width))
+    lengths = [padded_length(length, limits.tokens) if length else 0 for length in lengths]
+    return Shape(rows, width, padded_length(targets, width), bucket(prefixes), *lengths)
 
 
 def _needs(batch: Batch) -> tuple[int, ...]:
@@ -141,6 +152,7 @@ def _needs(batch: Batch) -> tuple[int, ...]:
     longest = lambda lengths: max(lengths, default=0)
     stem = lambda prefix: 0 if prefix.stem is None else len(prefix.stem)
     return (
+        len(batch.rows),
         longest(len(row.tokens) for row in batch.rows),
         longest(len(row.targets) for row in batch.rows),
         len(batch.prefixes),
@@ -150,14 +162,14 @@ def _needs(batch: Batch) -> tuple[int, ...]:
     )
 
 
-def _in_few_shapes(batches: Sequence[Batch], size: int, most: int, shapes: int) -> Plan:
+def _in_few_shapes(batches: Sequence[Batch], limits: Limits, shapes: int) -> Plan:
     """Consecutive batches of one shape, so that the padding is least.
 
     Shapes begin only where the length that the batches are ordered by goes to its next padded one.
     """
     together = lambda needs: tuple(map(max, zip(*needs, strict=True)))
     needs = list(map(_needs, batches))
-    length = lambda index: padded_length(max(needs[index][3 if batches[index].prefixes else 0], 1), most)
+    length = lambda index: padded_length(max(needs[index][4 if batches[index].prefixes else 1], 1), limits.tokens)
     runs = [list(run) for _, run in itertools.groupby(range(len(batches)), key=length)]
     needs = [together([needs[index] for index in run]) for run in runs]
 
@@ -169,13 +181,13 @@ def _in_few_shapes(batches: Sequence[Batch], size: int, most: int, shapes: int) 
         found = []
         for end in range(first + 1, len(runs) + 1) if left > 1 else [len(runs)]:
             rest, ends = best(end, left - 1)
-            cost = _shape(together(needs[first:end]), size, most).cost(size)
+            cost = _shape(together(needs[first:end]), limits).cost
             found.append((cost * sum(map(len, runs[first:end])) + rest, (end, *ends)))
         return min(found)
 
     plan, first = [], 0
     for end in best(0, shapes)[1]:
         inside = [batches[index] for run in runs[first:end] for index in run]
-        plan.append((_shape(together(needs[first:end]), size, most), inside))
+        plan.append((_shape(together(needs[first:end]), limits), inside))
         first = end
     return plan

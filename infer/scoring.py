@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.batches import Batch, Plan, Prefix, Row, Shape, plan_branches, plan_rows, tokens_read
+from infer.batches import Batch, Limits, Plan, Prefix, Row, Shape, plan_branches, plan_rows, tokens_read
 from infer.prefixes import Branch, branches
 from infer.prepare import prepare
-from infer.prompts import bucket
 from infer.score_step import read_prefixes, score_branches, score_rows
 from model import Execution, KVCache, ModelConfig, Params
 from model.errors import InputError
@@ -73,17 +72,17 @@ def score(
     """
     _check_options(config, batch_size, top_k)
     pairs = _checked(config, requests)
-    params, where = _placed(config, params, execution)
+    params = _placed(config, params, execution)
     key = lambda pair: (pair[0].tobytes(), pair[1].tobytes())
     unique = {key(pair): pair for pair in pairs}  # equal requests are scored once
     numbers = {one: number for number, one in enumerate(unique)}
-    with where:
+    with under_mesh_of(params):
         parts = parts_of("batch")
-        size = -(-min(batch_size, bucket(len(unique))) // parts) * parts
+        limits = Limits(-(-batch_size // parts) * parts, parts, config.max_seq_len)
         plan_for = _plan_sources if config.stack == "encoder-decoder" else _plan_decoder
-        plan = plan_for(config, list(unique.values()), size, share_prefixes)
+        plan = plan_for(config, list(unique.values()), limits, share_prefixes)
         found: dict[int, tuple[np.ndarray, ...]] = {}
-        steps = _batches(config, params, plan, size, top_k, execution)
+        steps = _batches(config, params, plan, top_k, execution)
         for rows, made in _with_bar(steps, sum(len(batches) for _, batches in plan)):
             for place, row in enumerate(rows):
                 found[row.number] = tuple(array[place, : len(row.targets)] for array in made)
@@ -169,46 +168,43 @@ def _check_fits(config: ModelConfig, number: int, context: int, continuation: in
         )
 
 
-def _placed(config: ModelConfig, params: Params, execution: Execution) -> tuple[Params, Any]:
-    """The parameters as arrays of a device or of the execution's mesh, and the context to run them in."""
+def _placed(config: ModelConfig, params: Params, execution: Execution) -> Params:
+    """The parameters as arrays of a device, or of the execution's mesh."""
     if execution.mesh is None:
-        params = jax.tree.map(jnp.asarray, params)
-    else:
-        mesh = make_mesh(execution.mesh, execution.platform)
-        if isinstance(params["layers"], tuple):
-            params = prepare(config, params, mesh=mesh)  # leaves the form that they have
-        else:
-            params = jax.device_put(params, shardings(mesh, params))
-    return params, under_mesh_of(params)
+        return jax.tree.map(jnp.asarray, params)
+    mesh = make_mesh(execution.mesh, execution.platform)
+    if isinstance(params["layers"], tuple):
+        return prepare(config, params, mesh=mesh)  # what is prepared keeps its form
+    return jax.device_put(params, shardings(mesh, params))
 
 
 # ---- in which batches
 
 
-def _plan_sources(config: ModelConfig, pairs: Sequence[_Ids], size: int, share: bool) -> Plan:
+def _plan_sources(config: ModelConfig, pairs: Sequence[_Ids], limits: Limits, share: bool) -> Plan:
     """Every context is a prefix; shared or not, those that are equal are one or several."""
     prefixes: dict[Any, Prefix] = {}
     for number, (context, continuation) in enumerate(pairs):
         tokens = np.concatenate([[config.decoder_start_token_id], continuation[:-1]]).astype(np.int32)
         prefix = prefixes.setdefault(context.tobytes() if share else number, Prefix(context, []))
         prefix.rows.append(Row(number, tokens, continuation))
-    return plan_branches(prefixes.values(), [], size, config.max_seq_len)
+    return plan_branches(prefixes.values(), [], limits)
 
 
-def _plan_decoder(config: ModelConfig, pairs: Sequence[_Ids], size: int, share: bool) -> Plan:
+def _plan_decoder(config: ModelConfig, pairs: Sequence[_Ids], limits: Limits, share: bool) -> Plan:
     rows = [Row(number, np.concatenate([*pair])[:-1], pair[1]) for number, pair in enumerate(pairs)]
-    apart = plan_rows(rows, size, config.max_seq_len)
+    apart = plan_rows(rows, limits)
     if not share:
         return apart
     rows.sort(key=lambda row: (row.tokens.astype(">i4").tobytes(), row.targets.tobytes()))
     # The last token of a context is read with the continuation: it predicts the first one.
     choices = branches([row.tokens for row in rows], [len(row.tokens) - len(row.targets) for row in rows])
-    plans = [_plan_branches(config, rows, choice, size) for choice in choices if choice]
-    best = min(plans, key=lambda plan: tokens_read(plan, size), default=apart)
-    return best if tokens_read(best, size) <= WORTH_BRANCHING * tokens_read(apart, size) else apart
+    plans = [_plan_branches(rows, choice, limits) for choice in choices if choice]
+    best = min(plans, key=tokens_read, default=apart)
+    return best if tokens_read(best) <= WORTH_BRANCHING * tokens_read(apart) else apart
 
 
-def _plan_branches(config: ModelConfig, rows: Sequence[Row], choice: Sequence[Branch], size: int) -> Plan:
+def _plan_branches(rows: Sequence[Row], choice: Sequence[Branch], limits: Limits) -> Plan:
     stems: dict[bytes, np.ndarray] = {}
     prefixes, left = [], set(range(len(rows)))
     for branch in choice:
@@ -219,21 +215,21 @@ def _plan_branches(config: ModelConfig, rows: Sequence[Row], choice: Sequence[Br
         stem = stems.setdefault(stem.tobytes(), stem)  # one array for all
         below = [rows[row]._replace(tokens=rows[row].tokens[branch.prefix :]) for row in members]
         prefixes.append(Prefix(tokens[branch.stem : branch.prefix], below, stem if branch.stem else None))
-    return plan_branches(prefixes, [rows[row] for row in sorted(left)], size, config.max_seq_len)
+    return plan_branches(prefixes, [rows[row] for row in sorted(left)], limits)
 
 
 # ---- on the device
 
 
 def _batches(
-    config: ModelConfig, params: Params, plan: Plan, size: int, top_k: int, execution: Execution
+    config: ModelConfig, params: Params, plan: Plan, top_k: int, execution: Execution
 ) -> Iterator[tuple[list[Row], tuple[np.ndarray, ...]]]:
     """The rows of every batch and what was found for them, some batches after they were sent off."""
     sent: list[tuple[list[Row], Any]] = []
     for shape, batches in plan:
         reader = _Reader(config, params, shape, execution)
         for batch in batches:
-            sent.append((batch.rows, _sent(config, params, shape, batch, reader, size, top_k, execution)))
+            sent.append((batch.rows, _sent(config, params, shape, batch, reader, top_k, execution)))
             if len(sent) > _AHEAD:
                 rows, made = sent.pop(0)
                 yield rows, jax.device_get(made)
@@ -241,13 +237,13 @@ def _batches(
         yield rows, jax.device_get(made)
 
 
-def _sent(config, params, shape: Shape, batch: Batch, reader: "_Reader", size: int, top_k: int, execution):
-    tokens, lengths = _padded([row.tokens for row in batch.rows], size, shape.width)
-    targets, counts = _padded([row.targets for row in batch.rows], size, shape.targets)
+def _sent(config, params, shape: Shape, batch: Batch, reader: "_Reader", top_k: int, execution):
+    tokens, lengths = _padded([row.tokens for row in batch.rows], shape.rows, shape.width)
+    targets, counts = _padded([row.targets for row in batch.rows], shape.rows, shape.targets)
     first, how = lengths - counts, {"top_k": top_k, "execution": execution}
     if not batch.prefixes:
         return score_rows(config, params, tokens, targets, first, **how)
-    parents = np.zeros(size, np.int32)
+    parents = np.zeros(shape.rows, np.int32)
     parents[: len(batch.rows)] = batch.parents
     cache = reader.read(batch)
     return score_branches(config, params, tokens, lengths, targets, first, cache, parents, **how)

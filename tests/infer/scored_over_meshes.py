@@ -1,4 +1,4 @@
-"""Scores over meshes of eight devices, beside those of one. Prints {case: largest error of a log-probability} as JSON."""
+"""Scores over meshes of eight devices, beside those of one. Prints {case: largest error} as JSON."""
 
 import json
 

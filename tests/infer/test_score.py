@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-import infer
 from infer import prepare, score
 from infer.batches import MOST_PROGRAMS, padded_length
 from infer.prefixes import Branch, branches
