@@ -23,12 +23,16 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """Rows low … high − 1 have exactly `depth` tokens in common; first: place of the first node below, in postorder."""
+    """Rows low … high − 1 have exactly `depth` tokens in common.
+
+    place: in postorder; the nodes below are those from `first` to there.
+    """
 
     depth: int
     low: int
     high: int
     first: int
+    place: int
 
 
 def branches(rows: Sequence[np.ndarray], shareable: Sequence[int]) -> tuple[list[Branch], list[Branch]]:
@@ -63,7 +67,7 @@ def _tree(in_common: Sequence[int], rows: int) -> list[_Node]:
         low, first = index - 1, len(nodes)
         while open_nodes[-1][0] > depth:
             closed, low, first = open_nodes.pop()
-            nodes.append(_Node(closed, low, index, first))
+            nodes.append(_Node(closed, low, index, first, len(nodes)))
         if open_nodes[-1][0] < depth:
             open_nodes.append((depth, low, first))
     return nodes
@@ -95,37 +99,27 @@ def _cover(nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, base
 
 
 def _with_stems(nodes: Sequence[_Node], tokens: np.ndarray) -> list[Branch]:
+    """Of every set of rows that has enough in common for a stem: that one, or those that a cover chooses of it."""
     found: list[Branch] = []
     end = int(tokens.size)
-    for place in range(len(nodes) - 1, -1, -1):
-        node = nodes[place]
+    for node in reversed(nodes):
         if node.depth < WORTH_SHARING or node.high > end:
             continue
         end = node.low  # whatever is below this node is decided here
-        _, chosen = _cover(nodes[node.first : place + 1], tokens, node.low, node.high, 0)
-        places = {id(one): index for index, one in enumerate(nodes[node.first : place + 1], node.first)}
-        cost, made = int(tokens[node.high] - tokens[node.low]), []
-        for one in chosen:
-            saved, below = _below(nodes, places[id(one)], tokens)
-            cost -= saved
-            made += below
-        saved, below = _below(nodes, place, tokens)
-        found += below if int(tokens[node.high] - tokens[node.low]) - saved < cost else made
+        _, chosen = _cover(nodes[node.first : node.place + 1], tokens, node.low, node.high, 0)
+        ways = [[_from(nodes, one, tokens) for one in stems] for stems in (chosen, [node])]
+        best = max(ways, key=lambda way: sum(saved for saved, _ in way))
+        found += [branch for _, below in best for branch in below]
     return found
 
 
-def _below(nodes: Sequence[_Node], place: int, tokens: np.ndarray) -> tuple[int, list[Branch]]:
-    """Return the tokens that this node saves as a stem, and its branches; as a prefix where no rows share more."""
-    node = nodes[place]
-    cost, chosen = _cover(nodes[node.first : place], tokens, node.low, node.high, node.depth)
+def _from(nodes: Sequence[_Node], node: _Node, tokens: np.ndarray) -> tuple[int, list[Branch]]:
+    """Return the tokens that a node saves as a stem, and its branches; as a prefix where no rows below share more."""
+    cost, chosen = _cover(nodes[node.first : node.place], tokens, node.low, node.high, node.depth)
     saved = int(tokens[node.high] - tokens[node.low]) - cost - node.depth
     if not chosen:
         return saved, [Branch(node.low, node.high, node.depth)]
-    made, low = [], node.low
-    for one in [*sorted(chosen, key=lambda one: one.low), None]:
-        upto = node.high if one is None else one.low
-        made += [Branch(row, row + 1, node.depth, node.depth) for row in range(low, upto)]
-        if one is not None:
-            made.append(Branch(one.low, one.high, one.depth, node.depth))
-            low = one.high
-    return saved, made
+    below = [Branch(one.low, one.high, one.depth, node.depth) for one in chosen]
+    covered = {row for one in below for row in range(one.low, one.high)}
+    alone = [row for row in range(node.low, node.high) if row not in covered]
+    return saved, below + [Branch(row, row + 1, node.depth, node.depth) for row in alone]

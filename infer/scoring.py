@@ -160,7 +160,9 @@ def _check_fits(config: ModelConfig, number: int, context: int, continuation: in
     if config.stack == "encoder-decoder":
         for name, length in (("context", context), ("continuation", continuation)):
             if length > most:
-                raise InputError(f"request {number}: its {name} of {length} tokens is longer than max_seq_len={most}")
+                raise InputError(
+                    f"request {number}: its {name} of {length} tokens is longer than max_seq_len={most}; shorten it"
+                )
     elif context + continuation - 1 > most:
         raise InputError(
             f"request {number}: {context} tokens of context and {continuation} of continuation, the last of which is "

@@ -115,18 +115,20 @@ def many():
 
 
 def test_neither_the_order_nor_the_batch_size_counts_and_programs_are_few(random_params):
-    params, pairs, compiled = random_params(BASE), many(), programs()
-    once = score(BASE, params, pairs)
+    """With a window that a stem does not fill and a prefix does."""
+    config = BASE.replace(sliding_window=80, layer_pattern=("local", "global"))
+    params, pairs, compiled = random_params(config), many(), programs()
+    once = score(config, params, pairs)
     assert programs() - compiled <= MOST_PROGRAMS
     assert read_prefixes._cache_size() >= 2, "the stem, and what follows it"
     order = np.random.default_rng(0).permutation(len(pairs))
-    again = score(BASE, params, [pairs[index] for index in order])
+    again = score(config, params, [pairs[index] for index in order])
     np.testing.assert_array_equal(again.logprobs, once.logprobs[order])
     assert programs() - compiled <= MOST_PROGRAMS, "of few lengths"
-    close(score(BASE, params, pairs, share_prefixes=False).logprobs, once.logprobs)
-    close(score(BASE, params, pairs, batch_size=5).logprobs, once.logprobs)
+    close(score(config, params, pairs, share_prefixes=False).logprobs, once.logprobs)
+    close(score(config, params, pairs, batch_size=5).logprobs, once.logprobs)
     for index in (0, len(pairs) - 1):
-        close(score(BASE, params, [pairs[index]]).logprobs, once.logprobs[index : index + 1])
+        close(score(config, params, [pairs[index]]).logprobs, once.logprobs[index : index + 1])
 
 
 def test_the_likeliest_tokens_and_greedy_continuations(random_params):
@@ -153,11 +155,12 @@ def test_of_equally_likely_tokens_the_first_is_greedy(random_params):
     np.testing.assert_array_equal(score(config, params, [([1], [0, 0]), ([1], [0, 4])]).greedy, [True, False])
 
 
-def test_prepared_parameters_and_logits_in_pieces_change_nothing(random_params, monkeypatch):
+def test_prepared_parameters_and_work_in_pieces_change_nothing(random_params, monkeypatch):
     params, pairs = random_params(BASE), requests()
     wanted = score(BASE, params, pairs).logprobs
     close(score(BASE, prepare(BASE, params), pairs).logprobs, wanted)
     monkeypatch.setattr("infer.score_step._MOST_LOGITS", 600)
+    monkeypatch.setattr("infer.score_step.CHUNK", 16)
     narrow = BASE.replace(norm_epsilon=1.001e-5)  # a config of its own: other programs
     close(score(narrow, params, pairs).logprobs, score(BASE, params, pairs, batch_size=8).logprobs)
 
