@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infer.batches import Batch, Limits, Plan, Prefix, Row, Shape, plan_branches, plan_rows, tokens_read
@@ -173,7 +172,7 @@ def _check_fits(config: ModelConfig, number: int, context: int, continuation: in
 def _placed(config: ModelConfig, params: Params, execution: Execution) -> Params:
     """The parameters as arrays of a device, or of the execution's mesh."""
     if execution.mesh is None:
-        return jax.tree.map(jnp.asarray, params)
+        return jax.device_put(params)  # arrays of devices stay where they lie
     mesh = make_mesh(execution.mesh, execution.platform)
     if isinstance(params["layers"], tuple):
         return prepare(config, params, mesh=mesh)  # what is prepared keeps its form
