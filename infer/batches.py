@@ -74,10 +74,10 @@ Plan = list[tuple[Shape, list[Batch]]]
 
 
 def padded_length(length: int, most: int) -> int:
-    """The next of the few lengths that programs are compiled for: beyond 32 at most an eighth more."""
+    """The next of the few lengths that programs are compiled for: at most an eighth more, or one token."""
     whole = bucket(length)
-    step = max(4, whole // 16)
-    return min(whole if length <= 4 else -(-length // step) * step, most)
+    step = max(2, whole // 16)
+    return min(whole if length <= 2 else -(-length // step) * step, most)
 
 
 def tokens_read(plan: Plan) -> int:
