@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from infer.engine import Engine
     from infer.request import Request
     from infer.sampling import GREEDY, Sampling
+    from infer.scoring import Scores, score
     from infer.speculative import Speculated, generate_speculative
     from infer.step import decode_step, prefill
     from infer.text import Detokenizer
@@ -23,6 +24,7 @@ else:
             "engine": ("Engine",),
             "request": ("Request",),
             "sampling": ("GREEDY", "Sampling"),
+            "scoring": ("Scores", "score"),
             "speculative": ("Speculated", "generate_speculative"),
             "step": ("decode_step", "prefill"),
             "text": ("Detokenizer",),
@@ -44,6 +46,8 @@ __all__ = [
     "Engine",
     "Request",
     "Detokenizer",
+    "score",
+    "Scores",
     "prepare",
     "Sampling",
     "GREEDY",
