@@ -244,6 +244,8 @@ def test_init_scale_multiplies_matrices_only():
 
 OTHERS = {
     "mask_rate": 0.3,
+    "lora_rank": 2,
+    "lora_alpha": 3.0,
     "learning_rate": 1e-4,
     "weight_decay": 0,
     "beta1": 0.5,
