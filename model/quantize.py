@@ -49,8 +49,8 @@ def quantize_layers(params: Params, kind: str) -> Params:
     """Return parameters whose matrices of attention and feed-forward are stored as `kind`, still stacked by layer.
 
     That is a frozen base to train adapters on (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers
-    and the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on prepared
-    parameters, on "int8-dynamic", whose rounded activations have no gradient, and as `make` does.
+    and the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on
+    prepared parameters, on "int8-dynamic", whose rounded activations have no gradient, and as `make` does.
     """
     if not isinstance(params.get("layers"), dict):
         raise InputError("quantize_layers takes the parameters that init or training gives, not those of infer.prepare")

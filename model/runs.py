@@ -4,11 +4,12 @@ import fcntl
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from model.ambient import pinned
 from model.checkpoint import newest_params, parameters_sha256
@@ -62,14 +63,37 @@ def _adapter_shapes(config: ModelConfig, values: Mapping[str, Any]) -> Params:
 
 def _folded(base: Params, tree: Params, objective: Mapping[str, Any], hparams: Mapping[str, Any]) -> Params:
     """Return the base, as it was stored while it was trained on, with the adapter of a run added to its matrices."""
-    from model.adapters import Adapter, attach, fold, mask_and_scale
+    from model.adapters import Adapter, attach, mask_and_scale
     from model.quantize import quantize_layers
+    from model.weights import LowRank, is_weight
 
     adapter = Adapter.from_dict(dict(objective["adapter"]))
     if kind := objective.get("base_weights"):
         base = quantize_layers(base, kind)
     rank, alpha = hparams.get("lora_rank") or adapter.rank, hparams.get("lora_alpha") or adapter.alpha
-    return fold(attach(base, tree, *mask_and_scale(adapter, rank, alpha)))
+    merge = lambda leaf: _merged(leaf) if isinstance(leaf, LowRank) else leaf
+    return jax.tree.map(merge, attach(base, tree, *mask_and_scale(adapter, rank, alpha)), is_leaf=is_weight)
+
+
+def _merged(weight: Any) -> np.ndarray:
+    """Return the matrices that a `LowRank` stands for, to the same bits on every machine.
+
+    A run that starts from them knows them by their hash, and the order in which a matrix product adds depends on the
+    device: here it is that of the columns.
+    """
+    from model.weights import is_weight, plain
+
+    base, a, b = weight.base, np.asarray(weight.a), np.asarray(weight.b)
+    if is_weight(base):
+        widen: Callable = plain
+        for _ in range(a.ndim - 2):
+            widen = jax.vmap(widen)
+        base = widen(base)
+    a = a * (np.asarray(weight.mask) * np.asarray(weight.scale)[..., None])[..., None, :]
+    change = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    for column in range(a.shape[-1]):
+        change += a[..., column, None] * b[..., None, column, :]
+    return np.asarray(base, np.float32) + change
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
