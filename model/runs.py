@@ -4,11 +4,12 @@ import fcntl
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from model.ambient import pinned
 from model.checkpoint import newest_params, parameters_sha256
@@ -83,10 +84,34 @@ def _newest(folder: str | Path, like: Params, partial: bool) -> tuple[dict[str, 
 
 def _with_adapter(base: Params, adapter: "Adapter", tree: Params, kind: str | None) -> Params:
     """Return the base, as it was stored while it was trained on, with an adapter added to its matrices."""
-    from model.adapters import attach, fold, mask_and_scale
+    from model.adapters import attach, mask_and_scale
     from model.quantize import quantize_layers
+    from model.weights import LowRank, is_weight
 
-    return fold(attach(base if kind is None else quantize_layers(base, kind), tree, *mask_and_scale(adapter)))
+    merge = lambda leaf: _merged(leaf) if isinstance(leaf, LowRank) else leaf
+    base = base if kind is None else quantize_layers(base, kind)
+    return jax.tree.map(merge, attach(base, tree, *mask_and_scale(adapter)), is_leaf=is_weight)
+
+
+def _merged(weight: Any) -> np.ndarray:
+    """Return the matrices that a `LowRank` stands for, to the same bits on every machine.
+
+    A run that starts from them knows them by their hash, and the order in which a matrix product adds depends on the
+    device: here it is that of the columns.
+    """
+    from model.weights import is_weight, plain
+
+    base, a, b = weight.base, np.asarray(weight.a), np.asarray(weight.b)
+    if is_weight(base):
+        widen: Callable = plain
+        for _ in range(a.ndim - 2):
+            widen = jax.vmap(widen)
+        base = widen(base)
+    a = a * (np.asarray(weight.mask) * np.asarray(weight.scale)[..., None])[..., None, :]
+    change = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    for column in range(a.shape[-1]):
+        change += a[..., column, None] * b[..., None, column, :]
+    return np.asarray(base, np.float32) + change
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:

@@ -29,6 +29,11 @@ def cooldown(
     record = read_record(trunk)
     recipe = recipe_of(record)
     train_config, hparams = recipe.train, recipe.hparams
+    if recipe.objective.freezes:
+        raise InputError(
+            f"{trunk} trains only part of its parameters, and a run cannot branch off one that does; train each length "
+            "as a run of its own"
+        )
     if decay_steps < 1:
         raise InputError(f"decay_steps={decay_steps} must be at least 1")
     if train_config.phases or train_config.schedule not in ("constant", "wsd"):

@@ -131,7 +131,8 @@ class HParams:
     is 0, decay_fraction of total_steps. final_fraction: rate at the horizon over the peak.
     clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
-    lora_rank, lora_alpha: of a low-rank adapter, at most the objective's own rank; 0: the objective's.
+    lora_rank, lora_alpha: of a low-rank adapter, at most the objective's own rank; 0: the objective's. A smaller rank
+    trains as an adapter of that rank does, except by Adafactor, whose clipping counts the columns that are left out.
     dropout_rate: used where TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
     predicts. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.

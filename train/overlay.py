@@ -125,7 +125,8 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
     for name, value in changes.items():
         _, dot, field = name.partition(".")
         if field.startswith("adapter."):
-            of_adapter[field.removeprefix("adapter.")] = value
+            inside = field.removeprefix("adapter.")
+            of_adapter[inside] = _listed(value, kinds(Adapter).get(inside))
         elif dot:
             _check_field(OBJECTIVE, kind, field)
             values[field] = _listed(typed(name, value, kinds(kind)[field]), kinds(kind)[field])
@@ -136,7 +137,7 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
 
 def _listed(value: Any, kind: Any) -> Any:
     """Return a single text as a tuple of one where the field is a tuple."""
-    return (value,) if isinstance(value, str) and get_origin(kind) is tuple else value
+    return (value,) if isinstance(value, str) and get_origin(kind) in (tuple, Sequence) else value
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:

@@ -327,7 +327,7 @@ def _started_from(path: Path, manifest: "Manifest") -> "tuple[ModelConfig, Weigh
         )
     is_run = (path / "run.json").is_file()
     objective = recipe_of(read_record(path)).objective if is_run else LanguageModeling()
-    return opened.config, weights(path), objective.replace(trainable=())
+    return opened.config, weights(path), objective.replace(trainable=(), adapter=None, base_weights=None)
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:

@@ -96,5 +96,10 @@ def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
     try:
         objective.check(config, trial.recipe.train)
         objective.check_data(config, sources)
+        if objective.freezes:
+            raise InputError(
+                "the trials of a sweep start from fresh parameters, which must all be trained; leave out trainable and "
+                "adapter, and give stored models to `isoflop train`"
+            )
     except InputError as error:
         raise InputError(f"{describe(trial.point)}: {error}") from None

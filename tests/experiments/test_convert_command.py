@@ -23,7 +23,7 @@ def model(random_params):
 
 def test_a_run_becomes_a_folder_with_its_tokenizer(model, data, tmp_path, monkeypatch):
     config, params = model
-    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, params))
+    monkeypatch.setattr("model.runs.load_run", lambda folder, base: (config, params))
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema_version": 1, "data": str(data)}))
@@ -59,7 +59,7 @@ T5 |= {"gated": False, "activation": "relu", "norm_epsilon": 1e-6, "num_kv_heads
 def test_the_tokens_of_an_objective_go_along(fields, objective, names, random_params, data, tmp_path, monkeypatch):
     """The tokenizer knows them, reads texts as before, and the weights keep ids that no token has."""
     config = presets.get("tiny").replace(**fields)
-    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, random_params(config)))
+    monkeypatch.setattr("model.runs.load_run", lambda folder, base: (config, random_params(config)))
     run = tmp_path / "run"
     run.mkdir()
     record = {"schema_version": 1, "data": str(data), "identity": {"objective": objective}}
@@ -91,7 +91,7 @@ def test_a_mup_run_becomes_the_same_function(tied, random_params, tmp_path, monk
         vocab_size=320, tie_embeddings=tied, parameterization="mup", base_d_model=12, base_num_layers=1
     )
     params = random_params(config)
-    monkeypatch.setattr("model.runs.load_run", lambda folder: (config, params))
+    monkeypatch.setattr("model.runs.load_run", lambda folder, base: (config, params))
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"schema_version": 1}))

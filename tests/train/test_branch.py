@@ -10,6 +10,7 @@ from model import ModelConfig, accounting
 from model.errors import InputError
 from train import HParams, Shell, TrainConfig, cooldown, init_state, train
 from train.data.mixture import PhasedLoader
+from train.objectives import LanguageModeling
 from train.recipe import Recipe
 from train.run import Run
 from train.run.checkpoint import Checkpoints
@@ -131,3 +132,7 @@ def test_where_a_trunk_cannot_be_left(trunk, tmp_path):
         Run(other, Recipe(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS))).close()
         with pytest.raises(InputError, match=words):
             cooldown(other, 13, 3)
+    frozen = Recipe(CONFIG, TRAIN, HPARAMS, steps=STEPS, objective=LanguageModeling(trainable=("final_norm",)))
+    Run(tmp_path / "frozen", frozen).close()
+    with pytest.raises(InputError, match="trains only part of its parameters, and a run cannot branch off"):
+        cooldown(tmp_path / "frozen", 6, 3)

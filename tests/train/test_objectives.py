@@ -27,6 +27,7 @@ from train.lanes.build import compiled_programs
 from train.lanes.vmapped import init_lanes, step_lanes
 from train.objectives import OBJECTIVES, MaskedLanguageModeling, from_dict, get
 from train.objectives.objective import merge
+from train.recipe import Weights
 from train.run.metrics import read_metrics
 from train.step import gradients
 
@@ -244,6 +245,12 @@ def test_a_run_with_frozen_parameters(name, recipe_of_case, whole, crash, record
     with pytest.raises(InputError, match="holds other weights than"):
         open_model(tmp_path / "run", base=tmp_path / "other")
     assert open_model(tmp_path / "run", base=tmp_path / "base").config == recipe.model
+    written = (tmp_path / "run" / "run.json").read_bytes()
+    gone = recipe.replace(start=Weights(start.sha256, tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"there is no model at .*gone"):
+        train(gone.replace(steps=STEPS + 1), run=tmp_path / "run", shell=QUIET)
+    assert (tmp_path / "run" / "run.json").read_bytes() == written
+    assert train(gone, run=tmp_path / "run", shell=QUIET).steps == STEPS  # nothing is left to train
 
 
 @pytest.mark.parametrize("name", ["language-modeling", "masked", "spans", "classification"])
@@ -357,6 +364,30 @@ def test_what_cannot_run_is_refused_before_a_folder_is_made(
     with pytest.raises(InputError, match=message):
         train(recipe, run=tmp_path / "run", shell=shell, execution=execution)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "hparams", "message"),
+    [
+        ({"trainable": ("nowhere",)}, HPARAMS, "trainable='nowhere' names no parameter"),
+        ({"adapter": Adapter(rank=17)}, HPARAMS, "Adapter.rank=17 exceeds 16"),
+        ({"adapter": Adapter(rank=2)}, HPARAMS.replace(lora_rank=3), "lora_rank=3 exceeds the adapter's rank=2"),
+        ({}, HPARAMS.replace(lora_alpha=3.0), "lora_alpha are for a low-rank adapter"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused_before_a_folder_is_made(
+    changes, hparams, message, recipe_of_case, whole, tmp_path
+):
+    recipe, start = recipe_of_case("language-modeling"), weights(whole("language-modeling"))
+    recipe = recipe.replace(objective=recipe.objective.replace(**changes), hparams=hparams, start=start)
+    with pytest.raises(InputError, match=message):
+        train(recipe, run=tmp_path / "run", shell=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_round_activations_are_no_base():
+    with pytest.raises(InputError, match="through which nothing learns"):
+        from_dict({"name": "language-modeling", "adapter": {"rank": 2}, "base_weights": "int8-dynamic"})
 
 
 @pytest.mark.parametrize("values", [None, 5, [], {}, {"name": None}, {"name": ["masked"]}])

@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from model import Execution, ModelConfig
+from model.adapters import adapted
 from model.ambient import pinned
 from model.errors import InputError
 from model.sharding import check_batch, default_axes, make_mesh
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.hosts import agree
-from train.lanes.build import lanes_for
+from train.lanes.build import frozen_shapes, lanes_for
 from train.loop.loop import Loop
 from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
@@ -20,6 +21,7 @@ from train.loop.options import Shell
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
+from train.run.checkpoint import Checkpoints
 from train.start import Bases
 
 Folder = str | Path
@@ -187,11 +189,11 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
         if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
             raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
     first.objective.check(first.model, first.train)
-    fresh = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if not Path(run).exists()]
-    for start in dict.fromkeys(fresh):
+    _check_frozen(recipes)
+    needed = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if _reads_start(recipe, Path(run))]
+    for start in dict.fromkeys(needed):
         if isinstance(start, Weights):
             bases.of(start)
-    _check_frozen(recipes)
     first.objective.check_data(first.model, opened.sources)
     planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
     if first.train.spike_sigma > 0 and not planned:
@@ -201,12 +203,30 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
         )
 
 
+def _reads_start(recipe: Recipe, run: Path) -> bool:
+    """Return whether the run reads what it starts from: at its first step, with frozen parameters at every start."""
+    if not (run / "run.json").exists():
+        return True
+    record = read_record(run)
+    ended = record["status"] == "diverged" or record.get("stopped_early") or record["step"] >= recipe.horizon
+    return not ended and (recipe.objective.freezes or not Checkpoints(run, read_only=True).steps())
+
+
 def _check_frozen(recipes: Sequence[Recipe]) -> None:
     """Raise InputError where parameters are frozen that no weights give, or other ones for other lanes."""
     first, objective = recipes[0].start, recipes[0].objective
+    if objective.adapter is None:
+        for recipe in recipes:
+            if recipe.hparams.lora_rank > 0 or recipe.hparams.lora_alpha > 0:
+                raise InputError("lora_rank and lora_alpha are for a low-rank adapter; give the objective an adapter")
     if not objective.freezes:
         return
     given = f"trainable={list(objective.trainable)}" if objective.trainable else "an adapter"
+    if isinstance(first, Branch):
+        raise InputError(
+            f"a run with {given} cannot branch off another run, whose checkpoints hold no frozen parameters; start "
+            "one of its own from the same weights"
+        )
     if not isinstance(first, Weights):
         raise InputError(
             f"{given} leaves the other parameters as they are, so that they must come from a model; give the recipe "
@@ -214,7 +234,9 @@ def _check_frozen(recipes: Sequence[Recipe]) -> None:
         )
     if any(recipe.start != first for recipe in recipes):
         raise InputError("lanes that share frozen parameters must start from the same weights")
+    frozen_shapes(recipes[0].model, objective)
     if objective.adapter is not None:
+        adapted(recipes[0].model, objective.adapter)
         for recipe in recipes:
             if recipe.hparams.lora_rank > objective.adapter.rank:
                 raise InputError(

@@ -65,6 +65,10 @@ class Objective(Part, ABC):
             raise InputError(f"trainable={list(prefixes)} and an adapter both say what is trained; give one")
         if self.base_weights is not None:
             dtype_name(self.base_weights, KINDS, "base_weights")
+            if self.base_weights == "int8-dynamic":
+                raise InputError(
+                    "base_weights='int8-dynamic' rounds activations, through which nothing learns; use int8 or int4"
+                )
             if self.adapter is None:
                 raise InputError(f"base_weights={self.base_weights!r} is for what lies under an adapter; give one too")
         super().__post_init__()
