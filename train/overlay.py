@@ -136,8 +136,8 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
 
 
 def _listed(value: Any, kind: Any) -> Any:
-    """Return a single text as a tuple of one where the field is a tuple."""
-    return (value,) if isinstance(value, str) and get_origin(kind) in (tuple, Sequence) else value
+    """Return "a,b" as a tuple where the field is one."""
+    return tuple(value.split(",")) if isinstance(value, str) and get_origin(kind) in (tuple, Sequence) else value
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:
