@@ -123,6 +123,7 @@ def _variants():
 _LONGEST = (
     "test_cached_variants",
     "test_variants",
+    "test_objectives",
     "test_phased_runs",
     "test_convert_logits",
     "test_cached",
