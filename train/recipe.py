@@ -161,7 +161,7 @@ class Recipe:
                     parts[part].pop(name, None)
         besides: dict[str, Any] = {"accumulate": self.accumulate} if self.accumulate != 1 else {}
         if self.objective != LanguageModeling():
-            besides["objective"] = self.objective.to_dict()
+            besides["objective"] = self.objective.identity
         data = dict(self.data) if isinstance(self.data, Mapping) else self.data
         return {**parts, "data": data, **besides, **(self.start.identity if self.start else {})}
 

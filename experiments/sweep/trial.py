@@ -132,7 +132,7 @@ class Trial:
 
 def _of_objective(recipe: Recipe) -> dict[str, Any]:
     """Return what the objective adds to the name of a shape; the plain one nothing, as before there were others."""
-    return {} if recipe.objective == LanguageModeling() else {"objective": recipe.objective.to_dict()}
+    return {} if recipe.objective == LanguageModeling() else {"objective": recipe.objective.identity}
 
 
 def _hash(content: dict[str, Any]) -> str:

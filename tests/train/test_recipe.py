@@ -10,6 +10,7 @@ from model import Execution, Experts, InputError, presets
 from model.convert import save_hf
 from model.quantized import save_quantized
 from train import Branch, HParams, Recipe, Shell, TrainConfig, Weights, load_run, population, train, weights
+from train.objectives import MaskedLanguageModeling
 from train.overlay import overlay
 from train.recipe import difference
 from train.run import Run, executions, read_record, recipe_of
@@ -44,6 +45,8 @@ def test_ids_stay_as_they_were_given():
     assert PLAIN.run_id == "f43b0dc6e1f30863"
     experts = PLAIN.replace(model=PLAIN.model.replace(experts=Experts(4, 2, 8)), train=TrainConfig(schedule="wsd"))
     assert experts.run_id == "3497c1bdd00b592a"
+    assert PLAIN.replace(objective=MaskedLanguageModeling(mask_id=3)).run_id == "70723f766821b022"
+    assert PLAIN.replace(objective="spans").objective.identity == {"name": "spans", "first_sentinel": 63}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ class Objective(Part, ABC):
         """Plain values for JSON, with the name; `train.objectives.from_dict` reads them back."""
         return {"name": self.NAME, **_plain(super().to_dict())}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a recipe's hash covers of it: the name, and the fields that are not at their defaults.
+
+        So a field that is added later changes no id. A default must never change: it is what old ids mean.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        different = [name for name, default in defaults.items() if getattr(self, name) != default]
+        values = self.to_dict()
+        return {"name": self.NAME, **{name: values[name] for name in different}}
+
     # ---- the model and the data that it fits
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
