@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix:
-    """What its rows branch from. stem: tokens before `tokens` that other prefixes have too: one array for all."""
+    """A prefix that rows branch from. stem: tokens before `tokens` that other prefixes have too, one array for all."""
 
     tokens: np.ndarray
     rows: list[Row]
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the programs of a batch are compiled for: its rows, and lengths of rows, targets, prefixes, and stems.
+    """The shape of the programs of a batch: its rows, and lengths of rows, targets, prefixes, and stems.
 
     capacity: of a stem and a prefix together. All but the first three are 0 for whole rows.
     """

@@ -1,4 +1,4 @@
-"""Which rows begin with the same tokens, and where reading those once and branching costs fewest tokens."""
+"""Find rows that begin with the same tokens, and where reading those once and branching costs fewest tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def branches(rows: Sequence[np.ndarray], shareable: Sequence[int]) -> tuple[list
 
 
 def _in_common(rows: Sequence[np.ndarray], shareable: Sequence[int]) -> list[int]:
-    """How many shareable tokens each row has in common with the one before it."""
+    """Return how many shareable tokens each row has in common with the one before it."""
     found = []
     for index in range(1, len(rows)):
         most = min(shareable[index - 1], shareable[index])
@@ -99,7 +99,7 @@ def _cover(nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, base
 
 
 def _with_stems(nodes: Sequence[_Node], tokens: np.ndarray) -> list[Branch]:
-    """Of every set of rows that has enough in common for a stem: that one, or those that a cover chooses of it."""
+    """Return for each set of rows with enough in common for a stem that set, or those that a cover chooses of it."""
     found: list[Branch] = []
     end = int(tokens.size)
     for node in reversed(nodes):
