@@ -82,7 +82,7 @@ class TrainConfig:
 
     @property
     def tells_documents_apart(self) -> bool:
-        """Whether batches have segment_ids, positions and a loss_mask, so that documents attend only to themselves."""
+        """True where batches have segment_ids, positions and loss_mask, so that documents attend only to themselves."""
         return self.segment_documents or self.packing == "best-fit"
 
     def replace(self, **changes: Any) -> Self:

@@ -128,7 +128,7 @@ def test_lanes_of_several_ranks_share_one_base(form, random_params):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8-dynamic"])
 def test_every_form_of_a_base_has_the_gradients_of_what_it_stands_for(kind, random_params):
-    """Of few rows, which a CPU multiplies block by block."""
+    """Few rows, which a CPU multiplies block by block."""
     weight = quantize_layers(random_params(CONFIG), kind)["layers"]["dense"]["feed_forward"]["up"]["weight"]
     weight = jax.tree.map(lambda leaf: leaf[0], weight)
     factors = tuple(jax.random.normal(jax.random.key(seed), shape) for seed, shape in enumerate(((16, 2), (2, 24))))

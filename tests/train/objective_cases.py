@@ -59,7 +59,7 @@ CASES = {
 
 
 class _Text:
-    """What `corrupt` reads of a manifest."""
+    """The fields of a manifest that `corrupt` reads."""
 
     eos_id, vocab_size = 2, VOCAB
 

@@ -98,7 +98,7 @@ def test_lane_equals_its_solo_run(whole, data, tmp_path, lane):
 
 
 def test_vmapped_lanes_change_no_bit_of_each_other(data, tmp_path, monkeypatch):
-    """What accelerators do. One that overflows, one that ends, and padding leave the others be."""
+    """Vmapped lanes, as on accelerators: one that overflows, one that ends, and padding change no other lane."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     config = CONFIG.replace(norm_epsilon=1.2e-5)  # another static shape, so that nothing compiled is used again
     before = compiled_programs()

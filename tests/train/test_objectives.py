@@ -332,7 +332,7 @@ def test_mask_rates_are_lanes_and_validated_alike(recipe_of_case, whole):
 
 @pytest.mark.parametrize("shares", [(0.8, 0.1), (1.0, 0.0), (0.5, 0.0)])
 def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(shares):
-    """Of independent tokens nothing is known beyond the token at the same position."""
+    """With independent tokens, only the token at the same position says anything of a target."""
     vocab = 8
     config = ENCODER.replace(vocab_size=vocab + 1, head="masked-language-model", head_bias=True)
     objective = MaskedLanguageModeling(mask_id=vocab, masked=shares[0], random=shares[1])

@@ -95,7 +95,7 @@ def test_every_prediction_is_made_once_and_no_document_that_fits_is_divided(seed
 
 
 def plain_best_fit(lengths, capacity):
-    """What is left in each bin when items are packed one by one."""
+    """Pack items one by one, and return the room left in each bin."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         fitting = [number for number, room in enumerate(rooms) if room >= length]
@@ -108,7 +108,7 @@ def plain_best_fit(lengths, capacity):
 
 @pytest.mark.parametrize("capacity", [1, 7, 40, 300])
 def test_many_at_once_are_packed_as_one_by_one(capacity):
-    """Of bins with equal room either may be chosen, so what is left in each of all bins is compared."""
+    """Either of two bins with equal room may be chosen, so the room left in all bins is compared."""
     random = np.random.default_rng(capacity)
     for lengths in (
         np.zeros(0, np.int64),

@@ -50,7 +50,7 @@ class Documents:
         return self._ends - self._begins
 
     def count_longer(self, seq_len: int) -> int:
-        """How many documents `rows` of this seq_len cuts."""
+        """Return how many documents `rows` of this seq_len cuts."""
         return int(np.count_nonzero(self.lengths > seq_len))
 
     def rows(
