@@ -49,10 +49,6 @@ class Documents:
         """Tokens of each document without its end token."""
         return self._ends - self._begins
 
-    def count_longer(self, seq_len: int) -> int:
-        """Return how many documents `rows` of this seq_len cuts."""
-        return int(np.count_nonzero(self.lengths > seq_len))
-
     def rows(
         self, places: Int64[np.ndarray, " n"], seq_len: int
     ) -> tuple[Int32[np.ndarray, "n seq_len"], Int32[np.ndarray, "n seq_len"]]:
