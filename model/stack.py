@@ -88,7 +88,8 @@ def _scan_group(config, layers, kinds, group: Group, run, x):
     for kind in dict.fromkeys(group.kinds):
         before, per_round = kinds[: group.first].count(kind), group.kinds.count(kind)
         end = before + per_round * group.repeats
-        shape = (group.repeats, per_round)
+        # With one layer a round, the loop's own slice is the layer: a slice of it would be kept for the backward pass.
+        shape = (group.repeats, per_round) if per_round > 1 else (group.repeats,)
         cut = lambda leaf, a=before, b=end, shape=shape: leaf[a:b].reshape(*shape, *leaf.shape[1:])
         xs[kind.name] = jax.tree.map(cut, layers[kind.name])
 
@@ -96,7 +97,9 @@ def _scan_group(config, layers, kinds, group: Group, run, x):
         number, trees = round_and_trees
         kept, seen = [], dict.fromkeys(trees, 0)
         for offset, kind in enumerate(group.kinds):
-            tree = jax.tree.map(lambda leaf, i=seen[kind.name]: leaf[i], trees[kind.name])
+            tree = trees[kind.name]
+            if group.kinds.count(kind) > 1:
+                tree = jax.tree.map(lambda leaf, i=seen[kind.name]: leaf[i], tree)
             seen[kind.name] += 1
             x, one = run(kind, tree, x, group.first + number * period + offset)
             kept.append(one)

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from model import ModelConfig
     from train import TrainConfig
 
+_LOADED = (
+    "Other programs were running (load average {:.1f}). They slow PyTorch most, whose threads wait for one another at "
+    "every operation: repeat it on a quiet machine."
+)
+
 
 def train(
     preset: tyro.conf.Positional[str],
@@ -20,7 +25,9 @@ def train(
     seq_len: int = 128,
     lanes: tuple[int, ...] = (1,),
     seconds: float = 5.0,
-    against: Literal["torch"] | None = None,
+    against: Literal["torch", "transformers"] | None = None,
+    lora: int = 0,
+    compile: bool = False,
     rounds: int = 7,
     json: JsonFile = None,
 ) -> None:
@@ -30,19 +37,26 @@ def train(
     `isoflop bench compare` compares two documents.
 
     With --against torch: in turns with the same step of a PyTorch model of the same shape, weights and data, run by
-    the Python that ISOFLOP_TORCH_PYTHON names (default: this one).
+    the Python that ISOFLOP_TORCH_PYTHON names (default: this one). With --against transformers: the model, a preset or
+    a stored one, is trained by both libraries, and with --lora an adapter of it by isoflop and by PEFT; every
+    contender is a process of its own, so that its peak memory can be told.
 
-    Example: isoflop bench train study-128 --lanes 1 4 --json train.json
+    Examples:
+        isoflop bench train study-128 --lanes 1 4 --json train.json
+        isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
 
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config.
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config; with --against transformers also
+            a run, a Hugging Face folder or a GGUF file.
         set: Fields to change, of the model or of how it runs, such as num_layers=4 remat=dots.
         batch_size: Rows per step and lane.
         seq_len: Tokens per row.
         lanes: Trials per program, each measured; with 1 among them, also as ratios to it.
         seconds: Measuring time per number of lanes; not read with --against.
         against: Whom to compare with.
-        rounds: With --against, turns of about a second that each contender gets.
+        lora: With --against transformers: the rank of an adapter, trained beside all parameters; 0: none.
+        compile: With --against transformers: torch.compile as one more contender.
+        rounds: With --against, turns that each contender gets: of about a second, or of two steps.
         json: Also write every number to this file.
     """
     from experiments.commands.options import console, new_table, say_unused, write_document
@@ -59,6 +73,15 @@ def train(
 
     if against is None:
         say_unused("without --against", train, rounds=rounds)
+    if against != "transformers":
+        say_unused("without --against transformers", train, lora=lora, compile=compile)
+    else:
+        if lanes != (1,):
+            raise InputError("--against compares one lane with one model: leave --lanes out")
+        _train_against_transformers(
+            preset, set, TrainConfig(batch_size=batch_size, seq_len=seq_len), lora, compile, rounds, json
+        )
+        return
     config = read_config(preset)
     config = config.replace(max_seq_len=max(config.max_seq_len, seq_len))
     config, execution = overlay_program(read_changes(set), config)
@@ -138,7 +161,61 @@ def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rou
         f"(within {result['loss_difference']:.0e})."
     )
     if result["load_average"] > 0.5:
+        console().print(_LOADED.format(result["load_average"]))
+
+
+def _train_against_transformers(
+    model: str,
+    changes: tuple[str, ...],
+    train_config: "TrainConfig",
+    lora: int,
+    compiled: bool,
+    rounds: int,
+    json: Path | None,
+) -> None:
+    import jax
+
+    from experiments.commands.options import console, new_table, origin, write_document
+    from experiments.inputs import read_changes
+    from experiments.models import is_stored, read_config
+    from experiments.peers.tune_bench import bench_against_transformers
+    from model import init
+    from model.store import open_parameters
+    from train.overlay import overlay_program
+
+    if is_stored(model):
+        config, params = open_parameters(model)
+    else:
+        config = read_config(model)
+        params = init(config, jax.random.key(0))
+    config, execution = overlay_program(read_changes(changes), config)
+    modes = ("eager", "compile") if compiled else ("eager",)
+    result = bench_against_transformers(
+        config, params, train_config, rank=lora, rounds=rounds, modes=modes, execution=execution
+    )
+    about = origin()
+    about["versions"] |= result.pop("versions")
+    shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len}
+    write_document(json, about | {"schema_version": 1, "model": model, "config": config.to_dict()} | shape | result)
+    names = ("trained", "step of", "tokens/s", "slowest … fastest", "isoflop over this", "peak memory", "compile s")
+    table = new_table(*names, title=f"medians of {rounds} rounds in turns (slowest … fastest)")
+    for kind in result["kinds"]:
+        for row in kind["contenders"]:
+            ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
+            table.add_row(
+                kind["trained"],
+                row["name"],
+                f"{row['tokens_per_second']:,.1f}",
+                f"{row['tokens_per_second_slowest']:,.1f} … {row['tokens_per_second_fastest']:,.1f}",
+                "" if row["name"] == "isoflop" else "{:.2f} ({:.2f} … {:.2f})".format(*ratio),
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['compile_seconds']:.1f}",
+            )
+    console().print(table)
+    for kind in result["kinds"]:
         console().print(
-            f"Other programs were running (load average {result['load_average']:.1f}). They slow PyTorch most, whose "
-            "threads wait for one another at every operation: repeat it on a quiet machine."
+            f"{kind['trained']}: {kind['trained_parameters']:,} of {kind['parameters']:,} parameters are trained; the "
+            f"first losses agree within {kind['loss_difference']:.0e}."
         )
+    if result["load_average"] > 0.5:
+        console().print(_LOADED.format(result["load_average"]))
