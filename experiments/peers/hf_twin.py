@@ -104,8 +104,6 @@ def main() -> None:
             "trained": sum(parameter.numel() for parameter in trainer.trained),
             "compile_seconds": compile_seconds,
             "versions": {name: version(name) for name in names},
-                name: version(name) for name in ("torch", "transformers", *(["peft"] if spec["adapter"] else []))
-            },
             "threads": torch.get_num_threads(),
         }
     )

@@ -1,0 +1,40 @@
+"""The step of a Transformers user, with PEFT too, is ours: same losses, and the bench tells both apart."""
+
+import os
+import sys
+
+import jax
+import pytest
+
+from experiments.peers.child import python_has
+from experiments.peers.tune_bench import bench_against_transformers
+from model import init, presets
+from model.errors import InputError
+from train import TrainConfig
+
+CONFIG = presets.get("tiny").replace(num_heads=4, num_kv_heads=2)
+TRAIN = TrainConfig(batch_size=2, seq_len=16)
+
+
+@pytest.mark.long
+def test_whole_models_and_adapters_train_alike(monkeypatch):
+    names = ("ISOFLOP_TORCH_PYTHON", "ISOFLOP_TRANSFORMERS_PYTHON")
+    python = next((os.environ[name] for name in names if os.environ.get(name)), sys.executable)
+    if not python_has(python, "peft"):
+        pytest.skip(f"{python} has no peft")
+    monkeypatch.setenv("ISOFLOP_TORCH_PYTHON", python)
+    params = init(CONFIG, jax.random.key(0))
+    result = bench_against_transformers(CONFIG, params, TRAIN, rank=4, rounds=2, steps_per_round=1)
+    whole, adapter = result["kinds"]
+    assert whole["trained_parameters"] == whole["parameters"]
+    assert adapter["trained_parameters"] < adapter["parameters"]
+    for kind in (whole, adapter):
+        assert kind["loss_difference"] < 1e-5
+        assert [row["name"] for row in kind["contenders"]] == ["isoflop", "transformers eager"]
+        assert all(row["peak_bytes"] > 0 for row in kind["contenders"])
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setenv("ISOFLOP_TORCH_PYTHON", "/nowhere/python")
+    with pytest.raises(InputError, match=r"has no transformers: install isoflop\[peers\]"):
+        bench_against_transformers(CONFIG, {}, TRAIN, rank=4)
