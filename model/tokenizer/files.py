@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.tokenizer.base import Tokenizer
-from model.tokenizer.folder import companion_files
+from model.tokenizer.folder import OF_TOKENIZERS, companion_files
+from model.tokenizer.load import NAMES
 
 _GGUF_KEYS = ("general.architecture", "tokenizer.")
 
@@ -34,11 +35,18 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write `tokenizer_files` into a folder; returns the path of the tokenizer's own."""
+    """Write `tokenizer_files` into a folder, in place of the tokenizer that is there; returns the path of its own."""
     files = tokenizer_files(tokenizer)
+    replace_tokenizer(folder, files)
+    return folder / next(iter(files))
+
+
+def replace_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a tokenizer into a folder, and remove those of another one."""
+    for name in {*NAMES, *OF_TOKENIZERS}.difference(files):
+        (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return folder / next(iter(files))
 
 
 def file_hashes(files: Mapping[str, bytes]) -> dict[str, str]:

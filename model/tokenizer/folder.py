@@ -8,8 +8,9 @@ from typing import Any
 from model.errors import InputError
 from model.tokenizer.base import Conventions
 
-_OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_OF_MODELS = ("generation_config.json", "config.json")
+OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+GENERATION = "generation_config.json"
+_OF_MODELS = (GENERATION, "config.json")
 
 
 def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_size: int) -> Conventions:
@@ -40,10 +41,10 @@ def companion_files(
     eos_ids: those that the tokenizer has by all of them; own_eos_id: that of its own file. `generation_config.json`
     holds the ids of a model's end tokens alone, and only where the tokenizer's own file does not give them.
     """
-    files = {name: _bytes(folder / name) for name in _OF_TOKENIZERS if (folder / name).is_file()}
+    files = {name: _bytes(folder / name) for name in OF_TOKENIZERS if (folder / name).is_file()}
     of_model = _model_eos_ids(folder, vocab_size)
     if of_model and eos_ids != (own_eos_id,):
-        files["generation_config.json"] = (json.dumps({"eos_token_id": of_model}) + "\n").encode()
+        files[GENERATION] = (json.dumps({"eos_token_id": of_model}) + "\n").encode()
     return files
 
 
