@@ -17,8 +17,8 @@ from model.gguf_parts import read_first_part
 from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_SPECIAL = (_UNKNOWN, _CONTROL)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_SPECIAL = (UNKNOWN, CONTROL)
 _MODELS = ("gpt2", "llama", "t5")
 _DEFAULT_UNKNOWN = {"llama": 0, "t5": 2}  # llama.cpp's
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
@@ -103,21 +103,21 @@ class Vocabulary:
         types = self.numbers("token_type", self._types_of_texts()).copy()
         if self.model != "gpt2":  # sentencepiece has one unknown token
             declared = self.id("unknown")
-            found = np.flatnonzero(types == _UNKNOWN)
+            found = np.flatnonzero(types == UNKNOWN)
             unknown = declared if declared is not None else found[0] if found.size else _DEFAULT_UNKNOWN[self.model]
-            types[found] = _CONTROL
+            types[found] = CONTROL
             if unknown < len(types):
-                types[unknown] = _UNKNOWN
+                types[unknown] = UNKNOWN
         # Some converters take a token that ends a turn for a word; no text may hold it.
         for name in ("bos", "eos", "eot", "eom"):
-            if (i := self.id(name)) is not None and types[i] != _UNKNOWN:
-                types[i] = _CONTROL
+            if (i := self.id(name)) is not None and types[i] != UNKNOWN:
+                types[i] = CONTROL
         return types
 
     def _types_of_texts(self) -> np.ndarray:
-        types = np.full(len(self.tokens), _NORMAL, np.int32)
+        types = np.full(len(self.tokens), NORMAL, np.int32)
         if self.model != "gpt2":
-            types[[_BYTE_NAME.fullmatch(token) is not None for token in self.tokens]] = _BYTE
+            types[[_BYTE_NAME.fullmatch(token) is not None for token in self.tokens]] = BYTE
         return types
 
     def owners(self, *, special_first: bool) -> list[int]:
@@ -126,7 +126,7 @@ class Vocabulary:
         The last user-defined token of a text has it, else the last that texts are made of. special_first: before these
         the last special one, as in texts in which special tokens are read.
         """
-        rank = {_USER_DEFINED: 3, _UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
+        rank = {USER_DEFINED: 3, UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
         best: dict[str, tuple[int, int]] = {}
         for i, (token, kind) in enumerate(zip(self.tokens, self.types.tolist(), strict=True)):
             best[token] = max(best.get(token, (-1, -1)), (rank.get(kind, 2), i))
@@ -185,7 +185,7 @@ def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
 def byte_level_library(vocabulary: Vocabulary, names: list[str]) -> Any:
     """Build the tokenizer of the `tokenizers` library, with these names of the tokens."""
     import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
+    from tokenizers import models, pre_tokenizers
 
     rule = pre_tokenizer(vocabulary.get("pre", str, "default"))
     merges = [_pair(merge) for merge in vocabulary.get("merges", list)]
@@ -200,15 +200,22 @@ def byte_level_library(vocabulary: Vocabulary, names: list[str]) -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    for kind, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
+    for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
         texts = [names[i] for i in np.flatnonzero(vocabulary.types == kind)]
         library.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
+    put_around(library, vocabulary, names)
+    return library
+
+
+def put_around(library: Any, vocabulary: Vocabulary, names: list[str]) -> None:
+    """Have a tokenizer of the library put the begin and end tokens around a text that the model was trained to see."""
+    from tokenizers import processors
+
     before, after = vocabulary.around()
     library.post_processor = processors.TemplateProcessing(
         single=[*(names[i] for i in before), "$A", *(names[i] for i in after)],
         special_tokens=[(names[i], i) for i in {*before, *after}],
     )
-    return library
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -223,7 +230,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     repeated = np.flatnonzero(owners != np.arange(len(owners))).tolist()
     types = vocabulary.types.copy()
     plain = [i for i in repeated if types[i] not in _SPECIAL]
-    types[plain] = _UNUSED
+    types[plain] = UNUSED
     processor = parse_model(sentencepiece_model(vocabulary, vocabulary.names(owners), types))
     if processor is None:
         raise InputError(
@@ -251,7 +258,7 @@ def sentencepiece_model(vocabulary: Vocabulary, names: list[str], types: np.ndar
     return model_proto(
         zip(names, scores.tolist(), types.tolist(), strict=True),
         unigram=vocabulary.model == "t5",
-        byte_fallback=bool((types == _BYTE).any()),
+        byte_fallback=bool((types == BYTE).any()),
         add_dummy_prefix=vocabulary.adds_prefix,
         remove_extra_whitespaces=vocabulary.get("remove_extra_whitespaces", bool, False),
         precompiled_charsmap=charsmap.astype(np.uint8).tobytes(),

@@ -7,7 +7,7 @@ from model.tokenizer.files import tokenizer_files
 
 # What tokenizers differ in: spaces, line ends, digits, contractions, capitals, accents, scripts, odd characters.
 _TEXTS = (
-    *("", " ", "   ", "\n", "\n\n x", "\t", " a", "a ", "a  b", "a\r\nb", " \n \n", "\u00a0a", "\u2581a", "\ufeffa"),
+    *("", " ", "   ", "\n", "\n\n x", "\t", " a", "a ", "a  b", "a\r\nb", " \n \n", "\u00a0a", "\ufeffa"),
     *(
         "1234567 12,345.67",
         "x1y2",
@@ -36,8 +36,11 @@ def same_ids(first: Tokenizer, second: Tokenizer, texts: Iterable[str] = ()) -> 
 
 
 def _same_texts(first: Tokenizer, second: Tokenizer) -> bool:
-    """Return whether every id of both has one text; a special token of either has none."""
+    """Return whether every id of both has one text; a special token of either has none.
+
+    Spaces alone count as none: a space at the beginning of a text is dropped by some libraries only.
+    """
     hidden = {*first.special_tokens, *second.special_tokens}
     shared = (i for i in range(min(first.vocab_size, second.vocab_size)) if i not in hidden)
     pairs = ((first.decode([i]), second.decode([i])) for i in shared)
-    return all(one == other or not (one and other) for one, other in pairs)
+    return all(one == other or not (one + other).strip(" ") for one, other in pairs)

@@ -33,8 +33,9 @@ def texts(count=80, seed=0):
 def write_gguf(path, tokens, types, *, part=None, tensor=True, **more):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(path.stem)
+    kinds = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array, int: writer.add_uint32}
     for key, value in {"model": "gpt2", "tokens": tokens, "token_type": types, **more}.items():
-        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}[type(value)]
+        add = kinds[type(value)]
         add("tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}", value)
     if part is not None:
         writer.add_uint16("split.no", part)
@@ -233,6 +234,27 @@ def test_what_cannot_be_used_is_refused(places, bpe, corpus, tmp_path):
     refused("ends within its metadata", tmp_path / "data")
     with pytest.raises(InputError, match=r"tokenizer\.gguf is not the tokenizer that made the shards"):
         load_manifest(tmp_path / "data")
+
+
+@pytest.mark.parametrize("more", [{}, {"add_space_prefix": False}])
+def test_pieces_are_exported_for_both_libraries(places, more, tmp_path):
+    """A GGUF file's sentencepiece vocabulary as tokenizer.model, and as tokenizer.json with merges."""
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{byte:02X}>", 6) for byte in range(256))]
+    words = ["▁", "t", "h", "e", "th", "▁the", "he", "▁t", "\n", "▁▁", "é"]
+    tokens, types = map(list, zip(*pieces, *((word, 1) for word in words), strict=True))
+    scores = [-float(i) for i in range(len(tokens))]
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    file = write_gguf(tmp_path / "a.gguf", tokens, types, model="llama", scores=scores, **ids, **more)
+    given = load_tokenizer(file)
+    export_tokenizer(given, tmp_path)
+    both = [load_tokenizer(tmp_path / name) for name in ("tokenizer.json", "tokenizer.model")]
+    for text in [*texts(), " the", "  the", "the\n the", "<s>the</s> the", ""]:
+        for special in (False, True):
+            for found in both:
+                assert found.encode(text, special=special) == given.encode(text, special=special)
+                assert found.decode(given.encode(text)) == given.decode(given.encode(text))
+    assert [found.encode("the", add_special_tokens=True)[0] for found in both] == [1, 1]
+    assert [found.eos_ids for found in both] == [(2,), (2,)]
 
 
 def test_what_no_other_file_can_say_is_not_exported(bpe, tmp_path):
