@@ -155,6 +155,9 @@ def test_a_folder_holds_the_ids_and_the_tokenizer(kind, places, corpus, tmp_path
     with pytest.raises(InputError, match="is no model"):
         open_parameters(out)
     assert open_tokenizer(out).path == stored.path
+    if stored.path.suffix == ".gguf":
+        with pytest.raises(InputError, match="holds no weights"):
+            open_parameters(stored.path)
 
 
 def test_a_tokenizer_is_known_in_other_files(places, bpe, library, corpus, tmp_path):
@@ -209,6 +212,20 @@ def test_what_says_more_about_a_tokenizer_belongs_to_the_data(places, corpus, tm
     file.unlink()
     with pytest.raises(InputError, match=r"chat_template\.jinja is missing"):
         load_manifest(file.parent)
+
+
+def test_a_model_beside_a_tokenizer_changes_no_data(places, corpus, tmp_path):
+    """A folder that was exported of a run says of the end token what its tokenizer says; manifests stay as they were."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    shutil.copy(places["model"], folder)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    alone, beside = (
+        prepare(corpus, tmp_path / f"out{number}", tokenizer=place, **OPTIONS)
+        for number, place in enumerate([places["model"], folder])
+    )
+    assert alone == beside
+    assert (beside.tokenizer_file, beside.tokenizer_companions) == ("tokenizer.model", {})
 
 
 def test_what_cannot_be_used_is_refused(places, bpe, corpus, tmp_path):
