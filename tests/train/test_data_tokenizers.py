@@ -215,7 +215,7 @@ def test_what_says_more_about_a_tokenizer_belongs_to_the_data(places, corpus, tm
 
 
 def test_a_model_beside_a_tokenizer_changes_no_data(places, corpus, tmp_path):
-    """A folder that was exported of a run says of the end token what its tokenizer says; manifests stay as they were."""
+    """An exported run names the end token that its tokenizer has anyway; manifests stay as they were."""
     folder = tmp_path / "exported"
     folder.mkdir()
     shutil.copy(places["model"], folder)
