@@ -23,9 +23,9 @@ from model.errors import InputError
 from model.quantize import KINDS
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.weights import bytes_of
+from train.data import gives_ids_of
 from train.data.rows import Batch
 from train.data.shards import TokenShards
-from train.files import file_sha256
 from train.progress import progress_bar
 
 _STEPS, _ROUNDS = 32, 3  # decode steps per timing, and timings of which the median counts
@@ -155,7 +155,7 @@ def calibration_tokens(
     shards = TokenShards(data, "train")
     wanted = rows * seq_len
     ids = shards.windows(np.array([0]), min(3 * wanted, len(shards)))[0]
-    if tokenizer is not None and file_sha256(tokenizer.path) != shards.manifest.tokenizer_hash:
+    if tokenizer is not None and not gives_ids_of(tokenizer, data):
         text = load_tokenizer(data).decode(ids[ids != shards.eos_id].tolist())
         ids = np.array(tokenizer.encode(text), np.int32)
     rows = min(rows, len(ids) // seq_len)

@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
 _AS_EVER = ("none", "auto", True, False)  # of remat, attention_kernel and scan_layers: how a model runs anyway
-_TOKENIZER_FILES = (
-    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template*",
-)
 
 
 def read_config(preset: str) -> "ModelConfig":
@@ -55,18 +51,32 @@ def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokeniz
     raise InputError(f"no tokenizer stands beside {model}; give one with --tokenizer")
 
 
-def copy_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Put a model's tokenizer beside its weights; of a GGUF file what stands before the weights."""
-    import shutil
+def copy_tokenizer(model: str | Path, folder: Path) -> bool:
+    """Put the tokenizer of a stored model into a Hugging Face folder, and return whether there was one to be read.
 
-    from model.gguf_header import read_gguf_header
+    One that cannot be read is no error but is said.
+    """
+    from experiments.commands.options import say
+    from model.store import open_tokenizer
 
-    if tokenizer.path.suffix == ".gguf":
-        header = read_gguf_header(tokenizer.path)
-        start = min((tensor.start for tensor in header.tensors.values()), default=None)
-        with tokenizer.path.open("rb") as source:
-            (folder / "tokenizer.gguf").write_bytes(source.read(start))
-        return
-    for file in {file for pattern in _TOKENIZER_FILES for file in tokenizer.path.parent.glob(pattern)}:
-        if file.is_file() and file.parent.resolve() != folder.resolve():
-            shutil.copy2(file, folder / file.name)
+    try:  # weights are worth having where the tokenizer cannot be read
+        tokenizer = open_tokenizer(model)
+    except InputError as error:
+        say(f"no tokenizer is written: {error}")
+        return False
+    if tokenizer is not None:
+        export_tokenizer(tokenizer, folder)
+    return tokenizer is not None
+
+
+def export_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Put a tokenizer into a Hugging Face folder; one that Transformers could not open as a GGUF file, for isoflop."""
+    from experiments.commands.options import say
+    from model.tokenizer.export import export_tokenizer as export
+    from model.tokenizer.files import save_tokenizer
+
+    try:
+        export(tokenizer, folder)
+    except InputError as error:
+        file = save_tokenizer(tokenizer, folder)
+        say(f"{error}; {file.name} is written, which isoflop reads and Transformers does not")

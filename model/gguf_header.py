@@ -7,8 +7,9 @@ several arrays of every string: seconds for a vocabulary of 49,000, many times w
 import dataclasses
 import mmap
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from model.errors import InputError
 _MAGIC = b"GGUF"
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,21 @@ def read_gguf_header(path: str | Path) -> Header:
     What is no GGUF file, ends before its weights or holds what the format does not know is an `InputError`. Whether
     the weights themselves are all there is for those to find out who know how long each type is.
     """
-    path = Path(path)
+    return _mapped(Path(path), lambda reader: reader.read())
+
+
+def read_gguf_metadata(path: str | Path, prefixes: tuple[str, ...]) -> bytes:
+    """Return a GGUF file without weights that holds, byte for byte, the metadata whose keys begin with these prefixes.
+
+    Raises what `read_gguf_header` raises.
+    """
+    return _mapped(Path(path), lambda reader: reader.without_weights(prefixes))
+
+
+def _mapped(path: Path, use: "Callable[[_Reader], _T]") -> _T:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, path).read()
+            return use(_Reader(data, path))
     except ValueError as error:  # an empty file cannot be mapped
         if isinstance(error, InputError):
             raise
@@ -62,6 +75,18 @@ class _Reader:
         self._at = len(_MAGIC)
 
     def read(self) -> Header:
+        _, tensors, pairs = self._counts()
+        metadata = {key: value for key, value, _ in self._pairs(pairs)}
+        table = [self._tensor() for _ in range(tensors)]
+        return Header(metadata, self._placed(table, metadata.get("general.alignment", 32)), self._order == ">")
+
+    def without_weights(self, prefixes: tuple[str, ...]) -> bytes:
+        version, _, pairs = self._counts()
+        kept = [self._data[place] for key, _, place in self._pairs(pairs) if key.startswith(prefixes)]
+        return _MAGIC + struct.pack(f"{self._order}IQQ", version, 0, len(kept)) + b"".join(kept)
+
+    def _counts(self) -> tuple[int, int, int]:
+        """The version, and the numbers of tensors and of metadata."""
         if self._data[: len(_MAGIC)] != _MAGIC:
             raise InputError(f"{self._path} is not a GGUF file: it does not begin with GGUF")
         version = self._number("I")
@@ -70,13 +95,15 @@ class _Reader:
             version = self._number("I")
         if version not in (2, 3):
             raise InputError(f"{self._path} is GGUF version {version}; only 2 and 3 are known, convert it anew")
-        tensors, pairs = self._number("Q"), self._number("Q")
-        metadata = {}
-        for _ in range(pairs):
+        return version, self._number("Q"), self._number("Q")
+
+    def _pairs(self, count: int) -> Iterator[tuple[str, Any, slice]]:
+        """Each key, its value and where in the file both are."""
+        for _ in range(count):
+            start = self._at
             key = self._string()
-            metadata[key] = self._value(self._number("I"))
-        table = [self._tensor() for _ in range(tensors)]
-        return Header(metadata, self._placed(table, metadata.get("general.alignment", 32)), self._order == ">")
+            value = self._value(self._number("I"))
+            yield key, value, slice(start, self._at)
 
     def _tensor(self) -> tuple[str, StoredTensor]:
         """One entry of the table, with an offset from where the weights begin."""

@@ -7,6 +7,7 @@ from typing import Any
 from model.errors import InputError
 from model.gguf_header import Header, read_gguf_header
 
+TOKENIZER_NAME = "tokenizer.gguf"  # a file of metadata alone, which is no model
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -61,10 +62,11 @@ def read_first_part(path: Path) -> tuple[Path, Header]:
 def find_gguf(folder: Path) -> Path | None:
     """Return the one GGUF model of a folder, of a model in parts the first file that is there; None: there is none.
 
+    Neither what sees images for a model nor a stored tokenizer (`tokenizer.gguf`) is one.
     Raises InputError, listing them, where there are several.
     """
     models: dict[str, Path] = {}
-    for file in sorted(set(folder.glob("*.gguf")) - set(folder.glob("mmproj*"))):  # those see images for a model
+    for file in sorted(set(folder.glob("*.gguf")) - {*folder.glob("mmproj*"), folder / TOKENIZER_NAME}):
         match = _PART.fullmatch(file.name)
         models.setdefault(match[1] if match else file.name, file)
     if len(models) > 1:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from model.stack import Params
     from model.tokenizer import Tokenizer
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-
 
 class Model(NamedTuple):
     """An opened model; tokenizer: None where none stands beside it."""
@@ -70,6 +68,7 @@ def open_tokenizer(path: str | Path, given: str | Path | None = None) -> "Tokeni
     None where there is none, or where the data folder of a run is gone.
     """
     from model.tokenizer import load_tokenizer
+    from model.tokenizer.load import NAMES
 
     path = Path(path)
     if given is not None:
@@ -79,7 +78,7 @@ def open_tokenizer(path: str | Path, given: str | Path | None = None) -> "Tokeni
 
         folder = data_folder(path)
         return load_tokenizer(folder) if folder is not None and folder.is_dir() else None
-    beside = any((path / name).is_file() for name in _TOKENIZERS) or _gguf(path) is not None
+    beside = any((path / name).is_file() for name in NAMES) or _gguf(path) is not None
     return load_tokenizer(path) if beside else None
 
 

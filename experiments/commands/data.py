@@ -22,6 +22,8 @@ def prepare(
 
     Example: isoflop data prepare sotu --out data/sotu
 
+    Example: isoflop data prepare sotu --out data/smollm2 --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf
+
     The folder appears when it is complete; asked again with the same arguments and corpus, nothing is done.
 
     Args:
@@ -33,7 +35,8 @@ def prepare(
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
         label_field: The field or column that holds each document's label, to train a classifier: a string, a boolean
             or a whole number; every distinct value is a class. Rows without one are skipped and counted.
-        tokenizer: Use this sentencepiece model (a .model file or its folder) instead of training one.
+        tokenizer: Use this tokenizer instead of training one: a sentencepiece .model, a tokenizer.json, a GGUF file, or
+            a folder of one, such as a data folder, a run or a model.
         json: Also write the result as JSON to this file.
     """
     from experiments.commands.options import write_document

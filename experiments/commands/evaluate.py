@@ -51,8 +51,11 @@ def evaluate(
     from experiments.evaluate.loss import evaluate as measure
     from experiments.models import need_tokenizer
     from model.store import open_model
+    from model.tokenizer import load_tokenizer
 
-    opened = open_model(model, tokenizer or (data if (model / "run.json").is_file() else None))
+    opened = open_model(model, tokenizer)
+    if opened.tokenizer is None and (model / "run.json").is_file():  # the data of the run are gone
+        opened = opened._replace(tokenizer=load_tokenizer(data))
     chosen, trained_len = _objective(model, opened.config, objective, set)
     if chosen.NAME != "language-modeling":
         from experiments.evaluate.objective import evaluate_objective

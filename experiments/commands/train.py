@@ -130,7 +130,7 @@ def train(
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
     plain: dict[str, Any] = {"train": base, "hparams": hparams, "data": folders, "steps": steps}
     if is_stored(preset):
-        config, start, own = _started_from(Path(preset), manifest)
+        config, start, own = _started_from(Path(preset), next(iter(folders.values())))
         plain |= {"start": start, "objective": objective or own}
         named: dict[str, Any] = {}
     else:
@@ -306,7 +306,7 @@ def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> 
         say(f"warmup_steps={int(hparams.warmup_steps):,} is more than the run's {last:,} steps; it ends below its rate")
 
 
-def _started_from(path: Path, manifest: "Manifest") -> "tuple[ModelConfig, Weights, Objective]":
+def _started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
     """(The config of a stored model, the start from its parameters, and the objective of a run, or the plain one).
 
     Raises InputError where the data were prepared with another tokenizer than the model's.
@@ -314,13 +314,13 @@ def _started_from(path: Path, manifest: "Manifest") -> "tuple[ModelConfig, Weigh
     from model.errors import InputError
     from model.store import open_model
     from train import weights
-    from train.files import file_sha256
+    from train.data import gives_ids_of
     from train.objectives import LanguageModeling
     from train.run import read_record, recipe_of
 
     opened = open_model(path)
     tokenizer = opened.tokenizer
-    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
+    if tokenizer is not None and not gives_ids_of(tokenizer, data):
         raise InputError(
             f"the data were prepared with another tokenizer than that of {path}; prepare them with "
             f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"

@@ -13,10 +13,9 @@ from model import ModelConfig, Params
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import eval_step
-from train.data import batches_in_order, load_manifest, validation_batches
+from train.data import batches_in_order, gives_ids_of, load_manifest, validation_batches
 from train.data.rows import Batch
 from train.data.shards import TokenShards
-from train.files import file_sha256
 from train.progress import progress_bar
 
 _OTHERS = {"masked-language-model": "masked", "language-model": "spans", "classifier": "classification"}
@@ -35,9 +34,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"loss" (nats per token), "perplexity", "bits_per_byte", "tokens", "bytes", "seq_len"}.
 
-    seq_len None: the model's context. tokenizer: the model's; where it is not the one that made the data, the split's
-    documents are encoded with it. bits_per_byte compares models across tokenizers: all nats over all bytes of text,
-    the documents' end tokens being predicted too.
+    seq_len None: the model's context. tokenizer: the model's; where it does not give the data's ids, the split's
+    documents are encoded with it, and each row begins with its begin token if the model wants one. The data's own ids
+    are read as in training, without it. bits_per_byte compares models across tokenizers: all nats over all bytes of
+    text, the documents' end tokens being predicted too.
     """
     seq_len = seq_len or config.max_seq_len
     batches, bytes_per_token = validation_set(
@@ -71,7 +71,7 @@ def validation_set(
             f"a model with stack={config.stack!r} and head={config.head!r} has no loss on plain text{hint}"
         )
     manifest = load_manifest(data)
-    if tokenizer is not None and file_sha256(tokenizer.path) != manifest.tokenizer_hash:
+    if tokenizer is not None and not gives_ids_of(tokenizer, data):
         return _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)
     if manifest.vocab_size > config.vocab_size:
         raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")

@@ -40,6 +40,8 @@ def load_gguf(file: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
         raise InputError(f"{file} holds no model: its general.type is {values['general.type']!r}")
     if name not in ARCHITECTURES:
         raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES, guess=False)
+    if not tensors:
+        raise InputError(f"{file} holds no weights; give the GGUF file of a model")
     architecture = ARCHITECTURES[name]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:

@@ -8,6 +8,10 @@ from typing import Any
 from model.errors import InputError
 from model.tokenizer.base import Conventions
 
+OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+GENERATION = "generation_config.json"
+_OF_MODELS = (GENERATION, "config.json")
+
 
 def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_size: int) -> Conventions:
     """The special tokens and the chat template that a model's folder names.
@@ -19,10 +23,7 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
     config = read_tokenizer_config(folder)
     names = _special_tokens(config)
     eos_ids = [token_id(names["eos_token"])] if "eos_token" in names else []
-    for file in ("generation_config.json", "config.json"):
-        if ids := _ids(_read(folder / file).get("eos_token_id"), vocab_size):
-            eos_ids += ids
-            break
+    eos_ids += _model_eos_ids(folder, vocab_size)
     return Conventions(
         eos_ids=tuple(dict.fromkeys(i for i in eos_ids if i is not None)),
         bos_id=token_id(names["bos_token"]) if "bos_token" in names else None,
@@ -30,6 +31,21 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
         template_tokens=names,
         special_names=frozenset([*names.values(), *_more_special(config)]),
     )
+
+
+def companion_files(
+    folder: Path, eos_ids: tuple[int, ...], own_eos_id: int | None, vocab_size: int
+) -> dict[str, bytes]:
+    """Return what of the files beside a tokenizer `read_conventions` reads, with their contents.
+
+    eos_ids: those that the tokenizer has by all of them; own_eos_id: that of its own file. `generation_config.json`
+    holds the ids of a model's end tokens alone, and only where the tokenizer's own file does not give them.
+    """
+    files = {name: _bytes(folder / name) for name in OF_TOKENIZERS if (folder / name).is_file()}
+    of_model = _model_eos_ids(folder, vocab_size)
+    if of_model and eos_ids != (own_eos_id,):
+        files[GENERATION] = (json.dumps({"eos_token_id": of_model}) + "\n").encode()
+    return files
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
@@ -55,6 +71,12 @@ def _more_special(config: dict[str, Any]) -> list[str]:
     given += [token for token in added if isinstance(token, dict) and token.get("special") is True]
     texts = [token.get("content") if isinstance(token, dict) else token for token in given]
     return [text for text in texts if isinstance(text, str) and text]
+
+
+def _model_eos_ids(folder: Path, vocab_size: int) -> list[int]:
+    """The ids of end tokens in the first of a model's files that names any."""
+    found = (_ids(_read(folder / file).get("eos_token_id"), vocab_size) for file in _OF_MODELS)
+    return next((ids for ids in found if ids), [])
 
 
 def _ids(given: Any, vocab_size: int) -> list[int]:
@@ -102,4 +124,11 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
         raise InputError(f"cannot read {file}: {error}") from error

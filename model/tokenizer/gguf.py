@@ -17,8 +17,8 @@ from model.gguf_parts import read_first_part
 from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_SPECIAL = (_UNKNOWN, _CONTROL)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_SPECIAL = (UNKNOWN, CONTROL)
 _MODELS = ("gpt2", "llama", "t5")
 _DEFAULT_UNKNOWN = {"llama": 0, "t5": 2}  # llama.cpp's
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
@@ -34,14 +34,19 @@ def load_gguf_tokenizer(file: Path) -> Tokenizer:
     are 0; types that are missing follow from the texts of bytes and the ids of special tokens.
     Another kind, and metadata that are damaged or lack more than these, are an `InputError`.
     """
-    file, header = read_first_part(file)
-    vocabulary = _Vocabulary(file, header.metadata)
+    vocabulary = read_vocabulary(file)
     if vocabulary.model == "gpt2":
         return _byte_level_bpe(vocabulary)
     return _sentencepiece(vocabulary)
 
 
-class _Vocabulary:
+def read_vocabulary(file: Path) -> "Vocabulary":
+    """Read and check the metadata of a GGUF file, or of the model whose part it is, that are about its tokenizer."""
+    file, header = read_first_part(file)
+    return Vocabulary(file, header.metadata)
+
+
+class Vocabulary:
     """The metadata of a tokenizer, checked as far as every kind needs it."""
 
     def __init__(self, file: Path, metadata: dict[str, Any]):
@@ -85,25 +90,34 @@ class _Vocabulary:
             raise InputError(f"{self.file} is damaged: tokenizer.ggml.{key}={i}, but it has {len(self.tokens)} tokens")
         return i if i >= 0 else None
 
+    def is_special(self, i: int) -> bool:
+        """Return whether a token gives no text and comes out of none."""
+        return self.types[i] in _SPECIAL
+
+    @property
+    def adds_prefix(self) -> bool:
+        """Whether sentencepiece reads a text as if a space stood before it."""
+        return self.get("add_space_prefix", bool, self.model != "t5")
+
     def _types(self) -> np.ndarray:
         types = self.numbers("token_type", self._types_of_texts()).copy()
         if self.model != "gpt2":  # sentencepiece has one unknown token
             declared = self.id("unknown")
-            found = np.flatnonzero(types == _UNKNOWN)
+            found = np.flatnonzero(types == UNKNOWN)
             unknown = declared if declared is not None else found[0] if found.size else _DEFAULT_UNKNOWN[self.model]
-            types[found] = _CONTROL
+            types[found] = CONTROL
             if unknown < len(types):
-                types[unknown] = _UNKNOWN
+                types[unknown] = UNKNOWN
         # Some converters take a token that ends a turn for a word; no text may hold it.
         for name in ("bos", "eos", "eot", "eom"):
-            if (i := self.id(name)) is not None and types[i] != _UNKNOWN:
-                types[i] = _CONTROL
+            if (i := self.id(name)) is not None and types[i] != UNKNOWN:
+                types[i] = CONTROL
         return types
 
     def _types_of_texts(self) -> np.ndarray:
-        types = np.full(len(self.tokens), _NORMAL, np.int32)
+        types = np.full(len(self.tokens), NORMAL, np.int32)
         if self.model != "gpt2":
-            types[[_BYTE_NAME.fullmatch(token) is not None for token in self.tokens]] = _BYTE
+            types[[_BYTE_NAME.fullmatch(token) is not None for token in self.tokens]] = BYTE
         return types
 
     def owners(self, *, special_first: bool) -> list[int]:
@@ -112,7 +126,7 @@ class _Vocabulary:
         The last user-defined token of a text has it, else the last that texts are made of. special_first: before these
         the last special one, as in texts in which special tokens are read.
         """
-        rank = {_USER_DEFINED: 3, _UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
+        rank = {USER_DEFINED: 3, UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
         best: dict[str, tuple[int, int]] = {}
         for i, (token, kind) in enumerate(zip(self.tokens, self.types.tolist(), strict=True)):
             best[token] = max(best.get(token, (-1, -1)), (rank.get(kind, 2), i))
@@ -123,6 +137,7 @@ class _Vocabulary:
         return [token if owners[i] == i else f"{_REPEATED}{i}" for i, token in enumerate(self.tokens)]
 
     def conventions(self) -> Conventions:
+        """What the file says of special tokens and chats; end tokens are its eos, eot and eom."""
         ends = [self.id(name) for name in ("eos", "eot", "eom")]
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "separator"}
         ids = {name: self.id(key) for name, key in names.items()}
@@ -134,15 +149,19 @@ class _Vocabulary:
             template_tokens={f"{name}_token": self.tokens[i] for name, i in ids.items() if i is not None},
         )
 
-    def around(self, *, bos: bool, eos: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the model was trained to see before and after a text; `bos` and `eos` are its kind's habit."""
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the model was trained to see before and after a text: its kind's habit, where the file says nothing."""
+        if self.model == "gpt2":
+            bos, eos = pre_tokenizer(self.get("pre", str, "default")).adds_bos, False
+        else:
+            bos, eos = self.model == "llama", self.model == "t5"
         begin, end = self.id("bos"), self.id("eos")
         before = (begin,) if begin is not None and self.get("add_bos_token", bool, bos) else ()
         after = (end,) if end is not None and self.get("add_eos_token", bool, eos) else ()
         return before, after
 
 
-def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
+def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import decoders
 
     from model.tokenizer.foreign import ForeignTokenizer
@@ -158,15 +177,15 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> Tokenizer:
     decoder, tokens = decoders.ByteLevel(), vocabulary.tokens
     hidden = np.isin(vocabulary.types, _SPECIAL).tolist()
     for_special, for_plain = (vocabulary.owners(special_first=first) for first in (True, False))
-    library = _library(vocabulary, vocabulary.names(for_special))
-    plain = None if for_plain == for_special else _library(vocabulary, vocabulary.names(for_plain))
+    library = byte_level_library(vocabulary, vocabulary.names(for_special))
+    plain = None if for_plain == for_special else byte_level_library(vocabulary, vocabulary.names(for_plain))
     return ByteLevelTokenizer(library, vocabulary.file, vocabulary.conventions(), plain=plain)
 
 
-def _library(vocabulary: _Vocabulary, names: list[str]) -> Any:
+def byte_level_library(vocabulary: Vocabulary, names: list[str]) -> Any:
     """Build the tokenizer of the `tokenizers` library, with these names of the tokens."""
     import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
+    from tokenizers import models, pre_tokenizers
 
     rule = pre_tokenizer(vocabulary.get("pre", str, "default"))
     merges = [_pair(merge) for merge in vocabulary.get("merges", list)]
@@ -181,15 +200,22 @@ def _library(vocabulary: _Vocabulary, names: list[str]) -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    for kind, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
+    for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
         texts = [names[i] for i in np.flatnonzero(vocabulary.types == kind)]
         library.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    before, after = vocabulary.around(bos=rule.adds_bos, eos=False)
+    put_around(library, vocabulary, names)
+    return library
+
+
+def put_around(library: Any, vocabulary: Vocabulary, names: list[str]) -> None:
+    """Have a tokenizer of the library put the begin and end tokens around a text that the model was trained to see."""
+    from tokenizers import processors
+
+    before, after = vocabulary.around()
     library.post_processor = processors.TemplateProcessing(
         single=[*(names[i] for i in before), "$A", *(names[i] for i in after)],
         special_tokens=[(names[i], i) for i in {*before, *after}],
     )
-    return library
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -197,33 +223,21 @@ def _pair(merge: str) -> tuple[str, str]:
     return merge[:1] + first, second
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     from model.tokenizer.sentencepiece import SentencepieceTokenizer, parse_model
-    from model.tokenizer.sentencepiece_proto import model_proto
 
-    unigram = vocabulary.model == "t5"
-    scores = vocabulary.numbers("scores", np.zeros(len(vocabulary.tokens), np.float32))
-    charsmap = vocabulary.get("precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
     owners = vocabulary.owners(special_first=False)
     repeated = np.flatnonzero(owners != np.arange(len(owners))).tolist()
     types = vocabulary.types.copy()
     plain = [i for i in repeated if types[i] not in _SPECIAL]
-    types[plain] = _UNUSED
-    model = model_proto(
-        zip(vocabulary.names(owners), scores.tolist(), types.tolist(), strict=True),
-        unigram=unigram,
-        byte_fallback=bool((types == _BYTE).any()),
-        add_dummy_prefix=vocabulary.get("add_space_prefix", bool, not unigram),
-        remove_extra_whitespaces=vocabulary.get("remove_extra_whitespaces", bool, False),
-        precompiled_charsmap=charsmap.astype(np.uint8).tobytes(),
-    )
-    processor = parse_model(model)
+    types[plain] = UNUSED
+    processor = parse_model(sentencepiece_model(vocabulary, vocabulary.names(owners), types))
     if processor is None:
         raise InputError(
             f"{vocabulary.file} is damaged: sentencepiece cannot use its tokens;"
             " it needs one unknown token, and all 256 bytes or none"
         )
-    before, after = vocabulary.around(bos=not unigram, eos=unigram)
+    before, after = vocabulary.around()
     return SentencepieceTokenizer(
         processor,
         vocabulary.file,
@@ -232,4 +246,20 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
         after=after,
         same={i: owners[i] for i in plain},
         names={i: vocabulary.tokens[i] for i in repeated if i not in plain},
+    )
+
+
+def sentencepiece_model(vocabulary: Vocabulary, names: list[str], types: np.ndarray) -> bytes:
+    """Return the serialised model of the sentencepiece library, with these names and types of the tokens."""
+    from model.tokenizer.sentencepiece_proto import model_proto
+
+    scores = vocabulary.numbers("scores", np.zeros(len(names), np.float32))
+    charsmap = vocabulary.get("precompiled_charsmap", np.ndarray, np.zeros(0, np.uint8))
+    return model_proto(
+        zip(names, scores.tolist(), types.tolist(), strict=True),
+        unigram=vocabulary.model == "t5",
+        byte_fallback=bool((types == BYTE).any()),
+        add_dummy_prefix=vocabulary.adds_prefix,
+        remove_extra_whitespaces=vocabulary.get("remove_extra_whitespaces", bool, False),
+        precompiled_charsmap=charsmap.astype(np.uint8).tobytes(),
     )

@@ -5,14 +5,15 @@ from pathlib import Path
 from model.errors import InputError
 from model.tokenizer.base import Tokenizer
 
-# The first that is there: where a folder has both, tokenizer.json also knows the tokens that were added later.
-_NAMES = ("tokenizer.json", "tokenizer.model")
+# The first that is there: where a folder has several, tokenizer.json also knows the tokens that were added later.
+NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 _EXPECTED = "tokenizer.json, tokenizer.model or a .gguf file"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder of one.
 
+    A data folder and a model's folder hold one; of a run it is that of its data.
     The files beside it (`tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
     `config.json`, `chat_template.jinja`) say which tokens begin and end a text and how a chat is written.
     What is missing, damaged or of an unknown kind is an `InputError`.
@@ -37,15 +38,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _find(path: Path) -> Path:
-    if path.is_dir():
-        inside = next((path / name for name in _NAMES if (path / name).is_file()), None)
-        if inside is None:
-            from model.gguf_parts import find_gguf
-
-            inside = find_gguf(path)
-        if inside is None:
-            raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
+        return path
+    inside = next((path / name for name in NAMES if (path / name).is_file()), None)
+    if inside is not None:
         return inside
-    if not path.is_file():
-        raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
-    return path
+    if (path / "run.json").is_file():
+        return _find(_data_folder(path))
+    from model.gguf_parts import find_gguf
+
+    inside = find_gguf(path)
+    if inside is None:
+        raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
+    return inside
+
+
+def _data_folder(run: Path) -> Path:
+    from model.runs import data_folder
+
+    folder = data_folder(run)
+    if folder is None or not folder.is_dir():
+        where = "it names no data folder" if folder is None else f"its data folder {folder} is gone"
+        raise InputError(f"the run {run} holds no tokenizer and {where}; give the tokenizer itself")
+    return folder

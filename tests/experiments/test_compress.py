@@ -108,8 +108,8 @@ def test_the_report_compares_forms_and_survives_one_that_fails(data, random_para
 def test_the_tokenizer_of_a_gguf_file_goes_along_without_the_weights(tmp_path):
     import gguf
 
-    from experiments.models import copy_tokenizer
     from model.tokenizer import load_tokenizer
+    from model.tokenizer.files import save_tokenizer
 
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
@@ -125,7 +125,7 @@ def test_the_tokenizer_of_a_gguf_file_goes_along_without_the_weights(tmp_path):
     writer.close()
     whole = load_tokenizer(tmp_path / "model.gguf")
     (tmp_path / "small").mkdir()
-    copy_tokenizer(whole, tmp_path / "small")
+    save_tokenizer(whole, tmp_path / "small")
     copied = load_tokenizer(tmp_path / "small")
     assert copied.path.stat().st_size < 4096
     assert copied.encode("abba") == whole.encode("abba") == [2, 1, 0]

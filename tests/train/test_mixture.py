@@ -28,9 +28,9 @@ WEIGHTS = (
 class Numbers(TokenShards):
     """A source whose tokens say where they stand: 1000 · its number + place."""
 
-    def __init__(self, number, tokens, tokenizer="one"):
-        self.folder, self.split, self.eos_id = Path(f"source{number}"), "train", 999_999
-        self.manifest = SimpleNamespace(tokenizer_hash=tokenizer)
+    def __init__(self, number, tokens, eos_id=999_999):
+        self.folder, self.split, self.eos_id = Path(f"source{number}"), "train", eos_id
+        self.manifest = SimpleNamespace(tokenizer_files={"tokenizer.model": str(eos_id)})
         self._tokens = 1000 * number + np.arange(tokens, dtype=np.int32)
 
     def __len__(self):
@@ -195,7 +195,7 @@ def test_sources_must_fit_the_plan():
     with pytest.raises(InputError, match="unknown source of phase 'mixed' 'books'"):
         PhasedLoader({"web": SOURCES["web"]}, PLAN, seed=0)
     with pytest.raises(InputError, match="different tokenizers"):
-        PhasedLoader({**SOURCES, "code": Numbers(3, 500, tokenizer="two")}, PLAN, seed=0)
+        PhasedLoader({**SOURCES, "code": Numbers(3, 500, eos_id=0)}, PLAN, seed=0)
     with pytest.raises(InputError, match="corpus too small"):
         PhasedLoader({"web": SOURCES["web"], "books": Numbers(2, 15)}, PLAN, seed=0)
     with pytest.raises(InputError, match="at least one source"):

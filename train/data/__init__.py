@@ -5,6 +5,7 @@ from train.data.loader import Loader, batches_in_order, validation_batches
 from train.data.manifest import load_manifest
 from train.data.mixture import PhasedLoader
 from train.data.prepare import prepare
+from train.data.same_ids import gives_ids_of
 from train.data.sources import open_source
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "LabelledDocuments",
     "labelled_validation",
     "open_source",
+    "gives_ids_of",
 ]

@@ -15,7 +15,6 @@ from train.files import file_sha256
 SCHEMA_VERSION = 1
 SPLITS = ("train", "validation")
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Manifest:
     """What `prepare` wrote. `source_hash` is over the hashes of the documents, and of their labels, in reading order.
 
     labels: the names of the classes, empty where documents have none; label_files: by split. `conflicting_labels` is
-    how many of the dropped duplicates had another label than the document that stayed.
+    how many of the dropped duplicates had another label than the document that stayed. tokenizer_companions: the
+    SHA-256 of each file beside `tokenizer_file` that says more about the tokenizer, by its name.
     """
 
     source: str
@@ -75,6 +75,8 @@ class Manifest:
     conflicting_labels: int = 0
     labels: tuple[str, ...] = ()
     label_files: dict[str, LabelFile] = field(default_factory=dict)
+    tokenizer_file: str = "tokenizer.model"
+    tokenizer_companions: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
@@ -89,7 +91,16 @@ class Manifest:
         if self.labels:
             content["labels"] = self.labels
             content["label_files"] = {name: asdict(file) for name, file in self.label_files.items()}
+        if self.tokenizer_file != "tokenizer.model":
+            content["tokenizer_file"] = self.tokenizer_file
+        if self.tokenizer_companions:
+            content["tokenizer_companions"] = self.tokenizer_companions
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def tokenizer_files(self) -> dict[str, str]:
+        """The SHA-256 of each file of the tokenizer by its name, its own first."""
+        return {self.tokenizer_file: self.tokenizer_hash, **self.tokenizer_companions}
 
     @property
     def dtype(self) -> np.dtype:
@@ -186,11 +197,12 @@ def _parse(content: Any, path: Path) -> Manifest:
 
 
 def _check_files(manifest: Manifest, folder: Path) -> None:
-    tokenizer = folder / TOKENIZER_NAME
-    if not tokenizer.is_file():
-        raise InputError(f"{tokenizer} is missing; prepare the data again")
-    if file_sha256(tokenizer) != manifest.tokenizer_hash:
-        raise InputError(f"{tokenizer} is not the tokenizer that made the shards beside it; prepare the data again")
+    for name, sha256 in manifest.tokenizer_files.items():
+        file, part = folder / name, "" if name == manifest.tokenizer_file else "from "
+        if not file.is_file():
+            raise InputError(f"{file} is missing; prepare the data again")
+        if file_sha256(file) != sha256:
+            raise InputError(f"{file} is not {part}the tokenizer that made the shards beside it; prepare them again")
     for name, split in manifest.splits.items():
         for shard in split.shards:
             _check_array(folder / shard.name, manifest.dtype, shard.tokens)

@@ -11,6 +11,7 @@ from train.data.loader import check_seed, open_split
 from train.data.noise import Noise
 from train.data.permutation import permute
 from train.data.rows import Batch, PackedDocuments, Rows, RowsOf, Windows, draw
+from train.data.same_ids import have_same_ids
 from train.data.shards import TokenShards
 from train.plan import Plan, Stage
 
@@ -81,8 +82,9 @@ class PhasedLoader:
             raise InputError("a run needs at least one source of data")
         self.sources, self.plan, self.seed, self._transform = dict(sources), plan, seed, transform
         self._first = next(iter(self.sources))
+        first = self.sources[self._first]
         for name, shards in self.sources.items():
-            if shards.manifest.tokenizer_hash != self.sources[self._first].manifest.tokenizer_hash:
+            if shards is not first and not have_same_ids(first, shards):
                 raise InputError(
                     f"the sources {self._first!r} and {name!r} were prepared with different tokenizers; "
                     "prepare both with one"

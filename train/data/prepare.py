@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import io
+import json
 import os
 import shutil
 from array import array
@@ -15,10 +16,10 @@ import numpy as np
 
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer.files import file_hashes, save_tokenizer, tokenizer_files
 from train.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     LabelFile,
     Manifest,
     Split,
@@ -48,11 +49,13 @@ def prepare(
     label_field: str | None = None,
     shard_tokens: int = 2**26,
 ) -> Manifest:
-    """Write a data folder: token shards of both splits, `tokenizer.model` and `manifest.json`.
+    """Write a data folder: token shards of both splits, the tokenizer and `manifest.json`.
 
     Exact duplicates are dropped (the first stays). A document goes to the validation split when its SHA-256,
     read as a fraction, is below `validation_fraction`: no document moves when others come or go. `tokenizer`
-    is an existing sentencepiece model; without one, one of `vocab_size` is trained on the training split.
+    is whatever `load_tokenizer` opens: a tokenizer's file, a folder of one, a GGUF file, a run; without one, a
+    sentencepiece model of `vocab_size` is trained on the training split. Each document is encoded without a begin token
+    and followed by one end token, the first of the tokenizer's.
 
     With a `label_field`, each document is labelled with that field of its row (a string, a boolean or a whole number,
     as text). Every distinct value is a class; the classes are sorted. `labels-SPLIT.npy` holds the index of the class
@@ -78,7 +81,7 @@ def prepare(
     arguments = {
         "vocab_size": given.vocab_size if given else vocab_size,
         "validation_fraction": validation_fraction,
-        "tokenizer": file_sha256(given.path) if given else None,
+        "tokenizer": _hash_of(given) if given else None,
         "text_field": text_field,
         "label_field": label_field,
         "shard_tokens": shard_tokens,
@@ -165,14 +168,14 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
         )
     if arguments["label_field"] is not None:
         _check_classes(reading, corpus.name, fraction)
-    path = folder / TOKENIZER_NAME
     if given is None:
         with progress_bar(f"training a tokenizer of {arguments['vocab_size']} pieces", 1.0) as advance:
-            train_tokenizer(sample, path, vocab_size=arguments["vocab_size"])
+            path = train_tokenizer(sample, folder, vocab_size=arguments["vocab_size"])
             advance()
     else:
-        path.write_bytes(given.path.read_bytes())
+        path = save_tokenizer(given, folder)
     tokenizer = load_tokenizer(path)
+    stored = file_hashes(tokenizer_files(tokenizer))
 
     again = _Reading(corpus, fraction)
     splits = _encode(again, corpus, folder, tokenizer, arguments["shard_tokens"])
@@ -182,7 +185,9 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
     manifest = Manifest(
         source=corpus.name,
         source_hash=reading.source_hash,
-        tokenizer_hash=file_sha256(path),
+        tokenizer_file=path.name,
+        tokenizer_hash=stored.pop(path.name),
+        tokenizer_companions=stored,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_ids[0],
         splits=splits,
@@ -323,6 +328,14 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+def _hash_of(tokenizer: Tokenizer) -> str:
+    """Name a tokenizer by the hash of its file, or of all hashes where it has several files."""
+    hashes = file_hashes(tokenizer_files(tokenizer))
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _short(digest: str) -> str:

@@ -54,12 +54,13 @@ def compress(
     from experiments.commands.options import origin, output, say_fewer_tokens, say_unused, write_document
     from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
-    from experiments.models import copy_tokenizer, need_tokenizer
+    from experiments.models import export_tokenizer, need_tokenizer
     from infer import prepare
     from model.convert import save_hf
     from model.errors import InputError
     from model.quantized import RECORD, ROUNDED, save_quantized
     from model.store import open_model
+    from model.tokenizer.files import save_tokenizer
     from model.weights import bytes_of
     from train.data import load_manifest
 
@@ -84,7 +85,7 @@ def compress(
         else:
             save_hf(config, params, target)
         if opened.tokenizer is not None:
-            copy_tokenizer(opened.tokenizer, target)
+            (save_tokenizer if method in ROUNDED else export_tokenizer)(opened.tokenizer, target)
     before = f"{opened.config.num_layers} layers, {bytes_of(opened.params):,} bytes as opened"
     print(f"{target}: {config.num_layers} layers, {bytes_of(params):,} bytes of weights (of {before})")
     if json is None:

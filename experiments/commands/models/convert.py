@@ -1,6 +1,5 @@
 """`isoflop model convert`: other people's weights as a Hugging Face folder."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +36,7 @@ def convert(
     from model.convert import fold, load_hf, save_hf
     from model.errors import InputError
     from model.quantized import RECORD
-    from model.store import open_parameters, open_tokenizer
+    from model.store import open_parameters
 
     trained, special = None, {}
     if (source / RECORD).is_file():
@@ -52,10 +51,8 @@ def convert(
         config = load_hf(target)[0]
     else:
         raise InputError(f"there is no model at {source}; give a run directory, a .gguf file or a Hugging Face folder")
-    with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
-        if (tokenizer := open_tokenizer(source)) is not None:
-            copy_tokenizer(tokenizer, target)
-            _add_special_tokens(target, special)
+    if copy_tokenizer(source, target) and special:
+        _add_special_tokens(target, special)
     print(f"{target}: {accounting.parameters(config).total:,} parameters")
     if trained is not None and trained != config:
         untied = trained.tie_embeddings and not config.tie_embeddings

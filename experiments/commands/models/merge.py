@@ -27,14 +27,11 @@ def merge(
         adapter: A folder in PEFT's format.
         adapter_only: Write the adapter of a run alone.
     """
-    from contextlib import suppress
-
     from experiments.commands.models.convert import convert
     from experiments.models import copy_tokenizer
     from model.convert import merge_adapter, save_peft
     from model.errors import InputError
     from model.runs import load_adapter, read_record
-    from model.store import open_tokenizer
 
     if adapter is not None:
         if adapter_only:
@@ -42,9 +39,7 @@ def merge(
                 "--adapter-only is for the adapter of a run; that of --adapter lies in its own folder already"
             )
         merge_adapter(source, adapter, target)
-        with suppress(InputError):  # weights are worth having where the tokenizer cannot be read
-            if (tokenizer := open_tokenizer(source)) is not None:
-                copy_tokenizer(tokenizer, target)
+        copy_tokenizer(source, target)
         print(f"{target}: {source} with {adapter}")
         return
     config, described, tree = load_adapter(source)

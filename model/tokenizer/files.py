@@ -1,0 +1,54 @@
+"""What a tokenizer is stored as: files that `load_tokenizer` opens again, with the same ids and end tokens."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from model.tokenizer.base import Tokenizer
+from model.tokenizer.folder import OF_TOKENIZERS, companion_files
+from model.tokenizer.load import NAMES
+
+_GGUF_KEYS = ("general.architecture", "tokenizer.")
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the names and contents of the files of a tokenizer, its own first, then those that say more about it.
+
+    `tokenizer.model` of sentencepiece, `tokenizer.json` of Hugging Face, `tokenizer.gguf` with the metadata of a GGUF
+    file that are about its tokenizer.
+    """
+    path = tokenizer.path
+    if path.suffix == ".gguf":
+        from model.gguf_header import read_gguf_metadata
+        from model.gguf_parts import TOKENIZER_NAME
+
+        return {TOKENIZER_NAME: read_gguf_metadata(path, _GGUF_KEYS)}
+    content = path.read_bytes()
+    own_eos_id = None
+    if path.suffix == ".json":
+        name = "tokenizer.json"
+    else:
+        from model.tokenizer.sentencepiece import parse_model
+
+        name, own_eos_id = "tokenizer.model", parse_model(content).eos_id()
+    return {name: content} | companion_files(path.parent, tokenizer.eos_ids, own_eos_id, tokenizer.vocab_size)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Write `tokenizer_files` into a folder, in place of the tokenizer that is there; returns the path of its own."""
+    files = tokenizer_files(tokenizer)
+    replace_tokenizer(folder, files)
+    return folder / next(iter(files))
+
+
+def replace_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a tokenizer into a folder, and remove those of another one."""
+    for name in {*NAMES, *OF_TOKENIZERS}.difference(files):
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def file_hashes(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its name."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
