@@ -38,9 +38,8 @@ def prefill(
     tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
     that would run past the capacity gets NaN logits and nothing is written past the end. encoder_tokens: what an
     encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
-    fresh: the cache is known to be empty, and is not looked at. edits: as `model.forward` takes them, of the activations
-    at this chunk's tokens, but not of "attention". Raises InputError where encoder tokens do not fit the cache, and
-    where edits do not fit the chunk.
+    fresh: the cache is known to be empty, and is not looked at. edits: as `model.forward` takes them, of this chunk's
+    activations, but not of "attention". Raises InputError where encoder tokens do not fit the cache or edits the chunk.
     """
     hidden, cache = forward_cached(
         config,

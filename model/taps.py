@@ -98,11 +98,14 @@ WholeEdits = dict[str, tuple[Edit, ...]]
 """The same after `check_edits`: all arrays have all axes, and the layers' axis is as long as the activation's."""
 
 
-def check_edits(edits: Edits | None, shapes: Mapping[str, tuple[int, ...]]) -> WholeEdits:
-    """Return the edits with all axes, one entry per layer; shapes: of the activations that can be edited.
+def check_edits(edits: Any, shapes: Mapping[str, tuple[int, ...]]) -> WholeEdits:
+    """Return edits (see Edits; None: none) with all axes, the layers' at its full length.
 
+    shapes: of the activations that can be edited.
     Raises InputError on an unknown name, on what is no Edit, and where shapes do not broadcast.
     """
+    if not isinstance(edits, Mapping | None):
+        raise InputError(f"edits is of type {type(edits).__name__}; give a dict such as {{'hidden': Edit.zero()}}")
     whole: WholeEdits = {}
     for name, given in (edits or {}).items():
         if name not in shapes:
