@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from model import Execution, KVCache, ModelConfig, Params, head
 from model.ambient import lenient
+from model.taps import Edits
 from model.transformer import forward_cached
 
 
@@ -29,6 +30,7 @@ def prefill(
     encoder_tokens: Int[Array, "batch source"] | None = None,
     encoder_lengths: Int[Array, " batch"] | None = None,
     fresh: bool = False,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
@@ -36,10 +38,20 @@ def prefill(
     tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
     that would run past the capacity gets NaN logits and nothing is written past the end. encoder_tokens: what an
     encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
-    fresh: the cache is known to be empty, and is not looked at. Raises InputError where they do not fit the cache.
+    fresh: the cache is known to be empty, and is not looked at. edits: as `model.forward` takes them, of this chunk's
+    activations, but not of "attention". Raises InputError where encoder tokens do not fit the cache or edits the chunk.
     """
     hidden, cache = forward_cached(
-        config, params, tokens, lengths, cache, encoder_tokens, encoder_lengths, fresh=fresh, execution=execution
+        config,
+        params,
+        tokens,
+        lengths,
+        cache,
+        encoder_tokens,
+        encoder_lengths,
+        fresh=fresh,
+        edits=edits,
+        execution=execution,
     )
     return head(config, params, hidden), cache
 
@@ -52,11 +64,14 @@ def decode_step(
     token: Int[Array, " batch"],
     cache: KVCache,
     *,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Append one token to every row: float32 logits of the next one, and the cache.
 
-    A row that is full gets NaN logits and nothing is written.
+    A row that is full gets NaN logits and nothing is written. edits: as in `prefill`, of one token.
     """
-    hidden, cache = forward_cached(config, params, token[:, None], jnp.ones_like(token), cache, execution=execution)
+    hidden, cache = forward_cached(
+        config, params, token[:, None], jnp.ones_like(token), cache, edits=edits, execution=execution
+    )
     return head(config, params, hidden), cache

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from model.heads import head
     from model.parts import Experts, Latent, RopeScaling
     from model.stack import Params
+    from model.taps import Edit
     from model.transformer import Output, apply, encode, forward, init, sentence_embedding
 else:
     __getattr__, __dir__ = lazy(
@@ -27,6 +28,7 @@ else:
             "heads": ("head",),
             "parts": ("Experts", "Latent", "RopeScaling"),
             "stack": ("Params",),
+            "taps": ("Edit",),
             "transformer": ("Output", "apply", "encode", "forward", "init", "sentence_embedding"),
         },
     )
@@ -46,6 +48,7 @@ __all__ = [
     "sentence_embedding",
     "Output",
     "Params",
+    "Edit",
     "KVCache",
     "init_cache",
     "accounting",

@@ -19,18 +19,18 @@ from model.norm import Normalize
 from model.parameterization import constant
 from model.position import rotate
 from model.sharding import constrain
+from model.taps import NO_TAPS, Taps
 
 Entry = tuple[Any, ...]
 """What a layer's cache holds of one attention: see `model.cache.LayerCache`."""
-Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None, Float[Array, "batch heads seq key"] | None]
-"""The mixed values, the cache with this chunk in it, and the attention weights (float32), where they were wanted."""
+Mixed = tuple[Float[Array, "batch seq d_model"], Entry | None]
+"""The mixed values, and the cache with this chunk in it."""
 
 
 class Attention(nn.Module):
     """MHA (Vaswani et al. 2017), MQA (Shazeer 2019) or GQA (Ainslie et al. 2023), by `num_kv_heads`."""
 
     config: ModelConfig
-    wants_weights: bool = False
 
     @nn.compact
     def __call__(
@@ -39,6 +39,7 @@ class Attention(nn.Module):
         context: Context,
         cache: Entry | None = None,
         dropout: Dropout | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Mixed:
         """Causal or not, windowed or not: as the context's mask says."""
         config = self.config
@@ -57,11 +58,11 @@ class Attention(nn.Module):
             sinks = self.param("sinks", constant(0.0), (config.num_heads,))
         scale = config.attention_scale or config.head_dim**-0.5
         others = (cache, dropout, sinks, context.bias, config.attention_softcap)
-        plain = not self.wants_weights and all(other is None for other in others)
+        plain = not taps.touches("attention") and all(other is None for other in others)
         kernel = choose_kernel(context, query, plain)
         if kernel != "xla":
-            return merge(config, attend_fused(kernel, query, key, value, context, scale)), None, None
-        mixed, weights = attend(
+            return merge(config, attend_fused(kernel, query, key, value, context, scale), taps), None
+        mixed = attend(
             query,
             keys,
             values,
@@ -71,10 +72,11 @@ class Attention(nn.Module):
             softcap=config.attention_softcap,
             sinks=sinks,
             dropout=dropout,
+            taps=taps,
         )
         if cache is not None:
             cache = remember(cache, (key, value), context, mixed)
-        return merge(config, mixed), cache, weights if self.wants_weights else None
+        return merge(config, mixed, taps), cache
 
 
 class CrossAttention(nn.Module):
@@ -105,8 +107,8 @@ class CrossAttention(nn.Module):
             key, value = (stored(entry, query.dtype) for entry in cache)
         assert context.encoder_mask is not None
         scale = config.attention_scale or config.head_dim**-0.5
-        mixed, weights = attend(query, (key,), (value,), context.encoder_mask, scale=scale, dropout=dropout)
-        return merge(config, mixed), cache, weights
+        mixed = attend(query, (key,), (value,), context.encoder_mask, scale=scale, dropout=dropout)
+        return merge(config, mixed), cache
 
 
 def projection(config: ModelConfig, name: str, heads: int) -> Linear:
@@ -114,10 +116,12 @@ def projection(config: ModelConfig, name: str, heads: int) -> Linear:
     return Linear(config, heads * config.head_dim, "hidden", config.attention_bias, name=name)
 
 
-def merge(config: ModelConfig, mixed: Float[Array, "batch heads seq head_dim"]) -> Float[Array, "batch seq d_model"]:
+def merge(
+    config: ModelConfig, mixed: Float[Array, "batch heads seq head_dim"], taps: Taps = NO_TAPS
+) -> Float[Array, "batch seq d_model"]:
     """Heads side by side through the output matrix."""
     batch, heads, seq, head_dim = mixed.shape
-    joined = mixed.transpose(0, 2, 1, 3).reshape(batch, seq, heads * head_dim)
+    joined = taps("heads", mixed.transpose(0, 2, 1, 3)).reshape(batch, seq, heads * head_dim)
     return Linear(config, config.d_model, "residual", config.attention_output_bias, name="output")(joined)
 
 
@@ -158,7 +162,8 @@ def attend(
     softcap: float | None = None,
     sinks: Float[Array, " heads"] | None = None,
     dropout: Dropout | None = None,
-) -> tuple[Float[Array, "batch heads seq value_dim"], Float[Array, "batch heads seq key"]]:
+    taps: Taps = NO_TAPS,
+) -> Float[Array, "batch heads seq value_dim"]:
     """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros.
 
     keys and values come in one or several parts, one after the other along the axis that the mask calls "key": to join
@@ -186,9 +191,15 @@ def attend(
         beside = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:-1], 1))
         weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
     weights = weights if dropout is None else dropout(weights)
+    if taps.touches("attention"):
+        weights = taps("attention", jnp.where(_sees_any(mask), weights, 0.0))
     grouped = weights.astype(values[0].dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
     parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
     pieces = [jnp.einsum("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
     mixed = functools.reduce(jnp.add, pieces).reshape(batch, heads, seq, values[0].shape[-1])
-    sees = mask.any(axis=-1)[:, None, :, None]  # the softmax of no scores at all is an even one
-    return jnp.where(sees, mixed, 0), jnp.where(sees, weights, 0.0)
+    return jnp.where(_sees_any(mask), mixed, 0)
+
+
+def _sees_any(mask: Bool[Array, "mask_rows seq_or_one key"]) -> Bool[Array, "mask_rows 1 seq_or_one 1"]:
+    """Which query sees a key: the softmax of no scores at all is an even one."""
+    return mask.any(axis=-1)[:, None, :, None]

@@ -17,6 +17,7 @@ from model.moe import ExpertFeedForward
 from model.norm import Normalize
 from model.parameterization import output_multiplier
 from model.sharding import constrain
+from model.taps import NO_TAPS, Taps
 
 
 class Block(nn.Module):
@@ -28,7 +29,6 @@ class Block(nn.Module):
 
     config: ModelConfig
     kind: LayerKind
-    wants_weights: bool = False  # of attention
 
     @nn.compact
     def __call__(
@@ -37,25 +37,22 @@ class Block(nn.Module):
         context: Context,
         cache: LayerCache | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, Float[Array, "batch heads seq key"] | None, dict]:
-        """The residual stream after this layer, its cache, its attention weights, and what its experts report."""
+        taps: Taps = NO_TAPS,
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, dict]:
+        """The residual stream after this layer, its cache, and what its experts report."""
         config = self.config
         cached = {} if cache is None else dict(cache)
         reports: dict[str, Array] = {}
-        weights: list[Array | None] = []
 
         def attention(x: Array) -> Array:
             module = LatentAttention if config.latent is not None else Attention
-            y, kept, seen = module(config, self.wants_weights, name="attention")(
-                x, context, cached.get("self"), dropout and dropout.at(0)
-            )
-            weights.append(seen)
+            y, kept = module(config, name="attention")(x, context, cached.get("self"), dropout and dropout.at(0), taps)
             if kept is not None:
                 cached["self"] = kept
             return y
 
         def cross_attention(x: Array) -> Array:
-            y, kept, _ = CrossAttention(config, name="cross_attention")(
+            y, kept = CrossAttention(config, name="cross_attention")(
                 x, context, cached.get("cross"), dropout and dropout.at(3)
             )
             if kept is not None:
@@ -69,13 +66,15 @@ class Block(nn.Module):
             reports.update(report)
             return y
 
-        x = self._add_branch("attention", attention, x, dropout and dropout.at(1))
+        x = self._add_branch("attention", attention, x, dropout and dropout.at(1), taps)
         if self.kind.cross:
-            x = self._add_branch("cross_attention", cross_attention, x, dropout and dropout.at(4))
-        x = self._add_branch("feed_forward", feed_forward, x, dropout and dropout.at(2))
-        return x, None if cache is None else cached, weights[0], reports
+            x = self._add_branch("cross_attention", cross_attention, x, dropout and dropout.at(4), taps)
+        x = self._add_branch("feed_forward", feed_forward, x, dropout and dropout.at(2), taps)
+        return x, None if cache is None else cached, reports
 
-    def _add_branch(self, name: str, branch: Callable[[Array], Array], x: Array, dropout: Dropout | None) -> Array:
+    def _add_branch(
+        self, name: str, branch: Callable[[Array], Array], x: Array, dropout: Dropout | None, taps: Taps
+    ) -> Array:
         config = self.config
         normalize = lambda name: Normalize(config, name=name)
         y = branch(x if config.norm_placement == "post" else normalize(f"{name}_norm")(x))
@@ -83,6 +82,6 @@ class Block(nn.Module):
             y = normalize(f"{name}_post_norm")(y)
         y = y if dropout is None else dropout(y)
         multiplier = output_multiplier(config, "residual")
-        x = x + (y if multiplier == 1 else multiplier * y)
+        x = x + taps(f"{name}_output", y if multiplier == 1 else multiplier * y)
         x = constrain(x, "batch", "sequence", None)
         return normalize(f"{name}_norm")(x) if config.norm_placement == "post" else x

@@ -1,9 +1,9 @@
 """Which program computes attention: plain XLA, cuDNN's fused kernel, or a Pallas kernel of JAX's own.
 
 The fused ones never write the scores to memory. They know causal masks, windows and segments, but no bias, softcap,
-sinks or dropout, nor do they hand out weights: there, and with a cache, it is XLA. "auto" takes cuDNN on NVIDIA GPUs in
-bfloat16, Pallas on a single TPU, and XLA for every shape that the kernel of that device does not take. Pallas runs on a
-CPU too, interpreted: for tests.
+sinks or dropout, nor do they hand out weights or take edits of them: there, and with a cache, it is XLA. "auto" takes
+cuDNN on NVIDIA GPUs in bfloat16, Pallas on a single TPU, and XLA for every shape that the kernel of that device does
+not take. Pallas runs on a CPU too, interpreted: for tests.
 """
 
 from typing import NamedTuple

@@ -11,6 +11,7 @@ from model.dropout import Dropout
 from model.linear import Linear
 from model.norm import Normalize
 from model.position import rotate, score_factor
+from model.taps import NO_TAPS, Taps
 
 _EPSILON = 1e-6  # of the norms between the down- and up-projections, whatever the config's others are
 
@@ -23,7 +24,6 @@ class LatentAttention(nn.Module):
     """
 
     config: ModelConfig
-    wants_weights: bool = False
 
     @nn.compact
     def __call__(
@@ -32,6 +32,7 @@ class LatentAttention(nn.Module):
         context: Context,
         cache: Entry | None = None,
         dropout: Dropout | None = None,
+        taps: Taps = NO_TAPS,
     ) -> Mixed:
         """As `Attention`; the cache entry is one array [batch, 1, slots, kv_rank + rope_dim]."""
         config = self.config
@@ -56,21 +57,22 @@ class LatentAttention(nn.Module):
         key_rope = turn(down[:, None, :, latent.kv_rank :])
         up = linear("key_value_up", heads * (latent.nope_dim + latent.v_dim))
         scale = config.attention_scale or config.head_dim**-0.5 * score_factor(config.rope_scaling)
+        softcap = config.attention_softcap
         score = lambda query, key, value: attend(
-            query, key, value, context.mask, scale=scale, softcap=config.attention_softcap, dropout=dropout
+            query, key, value, context.mask, scale=scale, softcap=softcap, dropout=dropout, taps=taps
         )
         if cache is None:
             key_nope, value = jnp.split(split_heads(up(compressed), heads), [latent.nope_dim], axis=-1)
             key_rope = jnp.broadcast_to(key_rope, (*key_nope.shape[:-1], latent.rope_dim))
             key = jnp.concatenate([key_nope, key_rope], axis=-1)
-            mixed, weights = score(jnp.concatenate([query_nope, query_rope], axis=-1), (key,), (value,))
+            mixed = score(jnp.concatenate([query_nope, query_rope], axis=-1), (key,), (value,))
         else:
             matrix = up.matrix().astype(dtype).reshape(latent.kv_rank, heads, -1)
             key_up, value_up = matrix[..., : latent.nope_dim], matrix[..., latent.nope_dim :]
             new = jnp.concatenate([compressed[:, None], key_rope], axis=-1)
             (keys,) = seen(cache, (new,), context)
             query = jnp.concatenate([jnp.einsum("bhsn,rhn->bhsr", query_nope, key_up), query_rope], axis=-1)
-            mixed, weights = score(query, keys, keys)
+            mixed = score(query, keys, keys)
             cache = remember(cache, (new,), context, mixed)
             mixed = jnp.einsum("bhsr,rhv->bhsv", mixed[..., : latent.kv_rank], value_up)
-        return merge(config, mixed), cache, weights if self.wants_weights else None
+        return merge(config, mixed, taps), cache

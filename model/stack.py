@@ -13,6 +13,7 @@ from model.execution import Execution
 from model.layout import Group, LayerKind, groups, layer_kinds, places_of
 from model.norm import Normalize
 from model.parameterization import initializer
+from model.taps import Taps, edit_embedded, edits_of
 
 Params = dict[str, Any]
 """{"embedding": …, "layers": {kind: every leaf stacked over the layers of that kind}, "final_norm": …, "head": …, …}.
@@ -46,42 +47,42 @@ def init_stack(config: ModelConfig, key: Array, encoder: bool) -> Params:
     return stack
 
 
-def run_layers(config, stack, kinds, x, contexts, dropout, outputs, execution):
-    """The residual stream after all layers; per layer what was requested; of every expert layer its report."""
+def run_layers(config, stack, kinds, x, contexts, dropout, wanted, edits, execution):
+    """The residual stream after all layers; by name the activations wanted; of every expert layer its report.
 
-    def layer(kind, tree, x, index):
+    wanted: names in `model.taps.TAPS`. edits: of `check_edits`.
+    """
+
+    def layer(kind, tree, x, index, edits):
         at_layer = None if dropout is None else dropout.at(index)
-        y, _, weights, report = Block(config, kind, wants_weights).apply(
-            {"params": tree}, x, contexts[kind.name], None, at_layer
-        )
-        return y, (y if "hidden" in outputs else None, weights if wants_weights else None, report)
+        taps = Taps(wanted, edits)
+        y, _, report = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], None, at_layer, taps)
+        y = taps("hidden", y)
+        return y, (taps.kept, report)
 
-    wants_weights = "attention" in outputs
     run, scans = layer, execution.scans(config)
     if execution.remat != "none":
         run = jax.checkpoint(layer, static_argnums=0, policy=_KEPT[execution.remat], prevent_cse=not scans)
 
-    kept, first = [], x
+    x, edits = edit_embedded(x, edits)
+    kept, embedded = [], x
     if scans and not isinstance(stack["layers"], tuple):
         for group in groups(kinds):
-            x, one = _scan_group(config, stack["layers"], kinds, group, run, x)
+            x, one = _scan_group(config, stack["layers"], kinds, group, run, x, edits)
             kept.append(one)
     else:
         trees = layer_trees(stack["layers"], kinds)
         for index, (kind, tree) in enumerate(zip(kinds, trees, strict=True)):
-            x, one = run(kind, tree, x, index)
+            x, one = run(kind, tree, x, index, edits_of(edits, index))
             kept.append(jax.tree.map(lambda leaf: leaf[None], one))
-    hidden, attention, reports = zip(*kept, strict=True)
-    joined = lambda parts: jnp.concatenate([part for part in parts if part is not None])
-    return (
-        x,
-        joined([first[None], *hidden]) if "hidden" in outputs else None,
-        joined(attention) if "attention" in outputs else None,
-        [report for report in reports if report],
-    )
+    layers, reports = zip(*kept, strict=True)
+    parts = {name: [part[name] for part in layers] for name in wanted}
+    if "hidden" in parts:
+        parts["hidden"].insert(0, embedded[None])
+    return x, {name: jnp.concatenate(found) for name, found in parts.items()}, [report for report in reports if report]
 
 
-def _scan_group(config, layers, kinds, group: Group, run, x):
+def _scan_group(config, layers, kinds, group: Group, run, x, edits):
     """One repeating group by `lax.scan`: x after it, and what was kept of its layers, leading axis [layers]."""
     period = len(group.kinds)
     xs: dict[str, Any] = {}
@@ -92,25 +93,27 @@ def _scan_group(config, layers, kinds, group: Group, run, x):
         shape = (group.repeats, per_round) if per_round > 1 else (group.repeats,)
         cut = lambda leaf, a=before, b=end, shape=shape: leaf[a:b].reshape(*shape, *leaf.shape[1:])
         xs[kind.name] = jax.tree.map(cut, layers[kind.name])
+    last = group.first + period * group.repeats
+    rounds = lambda leaf: leaf[group.first : last].reshape(group.repeats, period, *leaf.shape[1:])
 
-    def body(x, round_and_trees):
-        number, trees = round_and_trees
+    def body(x, of_round):
+        number, trees, edits = of_round
         kept, seen = [], dict.fromkeys(trees, 0)
         for offset, kind in enumerate(group.kinds):
             tree = trees[kind.name]
             if group.kinds.count(kind) > 1:
                 tree = jax.tree.map(lambda leaf, i=seen[kind.name]: leaf[i], tree)
             seen[kind.name] += 1
-            x, one = run(kind, tree, x, group.first + number * period + offset)
+            x, one = run(kind, tree, x, group.first + number * period + offset, edits_of(edits, offset))
             kept.append(one)
         return x, kept
 
-    x, kept = jax.lax.scan(body, x, (jnp.arange(group.repeats), xs))
+    x, kept = jax.lax.scan(body, x, (jnp.arange(group.repeats), xs, jax.tree.map(rounds, edits)))
     # Back into the order of the layers; a layer without experts has nothing to report.
-    hidden, attention, reports = zip(*kept, strict=True)
+    taps, reports = zip(*kept, strict=True)
     in_order = lambda *parts: jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
     together = lambda trees: jax.tree.map(in_order, *trees) if trees else {}
-    return x, (together(hidden), together(attention), together([report for report in reports if report]))
+    return x, (together(taps), together([report for report in reports if report]))
 
 
 def layer_trees(layers: Any, kinds: tuple[LayerKind, ...]):

@@ -21,16 +21,17 @@ from model.heads import Pooling, classify, head, init_head, pool
 from model.layout import layer_kinds
 from model.norm import Normalize
 from model.stack import Params, auxiliary_of, init_stack, layer_trees, run_layers
+from model.taps import TAPS, Edits, Taps, check_edits, edit_embedded, edits_of, tap_shapes
 
-OUTPUTS = ("final_hidden", "hidden", "attention")
+OUTPUTS = ("final_hidden", *TAPS)
 
 
 @struct.dataclass
 class Output:
-    """What a pass gives; a field that was not asked for is None.
+    """What a pass gives; a field that was not requested is None.
 
-    logits: see `model.heads.head`. hidden: the main stack's residual stream before the first layer and after each
-    one. attention: the weights of each of its layers. auxiliary: of a mixture of experts, {"balance_loss",
+    logits: see `model.heads.head`. hidden, attention, heads, attention_output, feed_forward_output: activations of the
+    main stack after their edits, see `model.taps.TAPS`. auxiliary: of a mixture of experts, {"balance_loss",
     "router_z_loss", "dropped": means over layers, "expert_use": [expert layers, experts]}.
     """
 
@@ -39,6 +40,9 @@ class Output:
     hidden: Float[Array, "layers_and_one batch seq d_model"] | None
     attention: Float[Array, "layers batch heads seq seq"] | None
     auxiliary: dict[str, Array]
+    heads: Float[Array, "layers batch seq heads value_dim"] | None = None
+    attention_output: Float[Array, "layers batch seq d_model"] | None = None
+    feed_forward_output: Float[Array, "layers batch seq d_model"] | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,17 +76,23 @@ def forward(
     dropout_rate: Float[Array, ""] | float | None = None,
     dropout_key: PRNGKeyArray | None = None,
     outputs: tuple[str, ...] = (),
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
     """One pass over whole rows: causal, or for an encoder both ways.
 
     segment_ids: tokens attend within their own segment (and the encoder's of the same id); 0 is padding. positions:
     default 0, 1, … within each segment. encoder_tokens: what an encoder-decoder's encoder reads; tokens are the
-    decoder's. dropout: on when a key is given. outputs: any of "hidden" and "attention" in addition to the logits;
-    ("final_hidden",) alone skips the head (`head` makes the logits of it). execution: how it runs.
+    decoder's. dropout: on when a key is given. outputs: names in `model.taps.TAPS` of activations in addition to the
+    logits; ("final_hidden",) alone skips the head (`head` makes the logits of it). edits: {name in TAPS: Edit}, changes
+    of activations that everything after them sees, such as {"hidden": Edit.patch(value, where)}; an edit of
+    "attention" leaves the other weights of a row as they are, so that a row need not sum to 1 after it. "attention" in
+    either takes plain XLA instead of a fused kernel. execution: how it runs.
     Raises InputError when the row is longer than `max_seq_len`, or inputs and config do not belong together.
     """
     _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
+    whole_edits = check_edits(edits, tap_shapes(config, *tokens.shape))
+    taps = [name for name in TAPS if name in outputs]
     dropout = None
     if dropout_key is not None:
         dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
@@ -99,7 +109,7 @@ def forward(
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, token_types, real)
     if dropout is not None:
         x = dropout.at(config.num_layers)(x)
-    x, hidden, attention, reports = run_layers(config, params, kinds, x, contexts, dropout, outputs, execution)
+    x, tapped, reports = run_layers(config, params, kinds, x, contexts, dropout, taps, whole_edits, execution)
     final_hidden = _final_norm(config, params, x)
     logits = None
     if outputs != ("final_hidden",) and config.head != "none":
@@ -110,9 +120,8 @@ def forward(
     return Output(
         logits=logits,
         final_hidden=final_hidden if "final_hidden" in outputs else None,
-        hidden=hidden,
-        attention=attention,
         auxiliary=auxiliary_of(reports),
+        **{name: tapped.get(name) for name in TAPS},
     )
 
 
@@ -140,7 +149,7 @@ def encode(
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     if dropout is not None:
         x = dropout.at(len(kinds))(x)
-    x, *_ = run_layers(config, stack, kinds, x, contexts, dropout, (), execution)
+    x, *_ = run_layers(config, stack, kinds, x, contexts, dropout, (), {}, execution)
     return _final_norm(config, stack, x)
 
 
@@ -173,14 +182,19 @@ def forward_cached(
     *,
     fresh: bool = False,
     every: bool = False,
+    edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch *seq d_model"], KVCache]:
     """Append a chunk to the cache: the final hidden state of each row's last token (every: of all), and the cache.
 
     tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not written past
     it and its hidden state is NaN. encoder_tokens: encoded, and their keys and values kept for the chunks to come.
-    fresh: the cache is known to be empty, which spares looking at it.
+    fresh: the cache is known to be empty, which spares looking at it. edits: as `forward` takes them, of this chunk's
+    tokens, but not of "attention".
     """
+    shapes = tap_shapes(config, *tokens.shape)
+    del shapes["attention"]  # its keys are slots of the cache
+    whole_edits = check_edits(edits, shapes)
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     encoder = encoder_mask = None
     sources = cache.encoder_lengths
@@ -192,9 +206,13 @@ def forward_cached(
     contexts = with_cache(config, params, kinds, cache, real, encoder, encoder_mask, fresh)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
+    x, whole_edits = edit_embedded(x, whole_edits)
     layers = []
-    for kind, tree, layer in zip(kinds, layer_trees(params["layers"], kinds), cache.layers, strict=True):
-        x, layer, _, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer)
+    trees = layer_trees(params["layers"], kinds)
+    for index, (kind, tree, layer) in enumerate(zip(kinds, trees, cache.layers, strict=True)):
+        taps = Taps((), edits_of(whole_edits, index))
+        x, layer, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer, taps=taps)
+        x = taps("hidden", x)
         layers.append(layer)
     if not every:
         x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
