@@ -35,6 +35,7 @@ SCRIPT = Path(__file__).with_name("objective_cases.py")
 _MODULE = runpy.run_path(str(SCRIPT))
 CASES, ENCODER, HPARAMS, batch_of = (_MODULE[name] for name in ("CASES", "ENCODER", "HPARAMS", "batch_of"))
 STEPS = 5
+UNROLLED = Execution(scan_layers=False)
 QUIET = Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1)
 each = pytest.mark.parametrize("name", CASES)
 
@@ -216,6 +217,28 @@ def test_frozen_parameters_are_read_alone(name):
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(own))), rtol=1e-4)
     evaluate = jax.jit(functools.partial(eval_step, case.config, objective=objective))
     np.testing.assert_allclose(evaluate(trainable, batch, frozen=frozen)["loss"], metrics["loss"], rtol=1e-5)
+
+
+@each
+def test_flops_counted_are_those_of_the_program(name, products_of):
+    """To the unit: of a step of everything, of the chosen leaves alone, and of an adapter."""
+    case = CASES[name]
+    lora = case.objective.replace(adapter=Adapter(rank=4))
+    params = jax.eval_shape(functools.partial(init, case.config), jax.random.key(0))
+    rows, seq_len = case.train.batch_size, case.train.seq_len
+    spec = case.objective.batch_spec(case.config, case.train, rows, seq_len)
+    batch = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), spec)
+    counted = []
+    for objective in (case.objective, case.objective.replace(trainable=case.trainable), lora):
+        compute = functools.partial(gradients, case.config, case.train, objective=objective, execution=UNROLLED)
+        trained = jax.eval_shape(functools.partial(objective.trained, case.config), params, jax.random.key(0))
+        frozen = jax.eval_shape(objective.frozen, params)
+        products = products_of(
+            lambda *args, run=compute: run(*args[:3], frozen=args[3]), trained, batch, HPARAMS, frozen
+        )
+        counted.append(rows * seq_len * objective.flops_per_token(case.config, seq_len))
+        assert products == pytest.approx(counted[-1], rel=1e-12)
+    assert max(counted[1:]) < counted[0]
 
 
 @pytest.mark.parametrize("name", ["language-modeling", "classification"])

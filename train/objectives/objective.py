@@ -15,6 +15,7 @@ from model.adapters import Adapter, attach, init_adapter, mask_and_scale
 from model.dtypes import dtype_name
 from model.errors import InputError
 from model.parts import Part
+from model.products import ALL, Trained
 from model.quantize import KINDS, quantize_layers
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
@@ -267,18 +268,38 @@ class Objective(Part, ABC):
 
     # ---- accounting
 
-    def forward_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
-        """Return the exact forward FLOPs per token of a row of `seq_len` tokens of text, by product."""
-        return accounting.forward_flops_by_product(config, seq_len)
+    def lengths_of_row(self, seq_len: int) -> tuple[int, int | None]:
+        """Return what a row of `seq_len` tokens of text becomes: the tokens of the model's row, and of its encoder's.
+
+        None: as many. Without padding.
+        """
+        return seq_len, None
+
+    @property
+    def selection(self) -> Trained:
+        """Return what is trained, as FLOPs are counted by."""
+        if self.adapter is not None:
+            return Trained.factors(self.adapter.rank, tuple(self.adapter.targets))
+        return Trained(self.trainable) if self.trainable else ALL
+
+    def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Return the exact FLOPs of training per token of a row of `seq_len` tokens of text, by product.
+
+        An adapter counts with its own rank, that of the largest lane: smaller ones are masked and cost the same.
+        """
+        target, source = self.lengths_of_row(seq_len)
+        products = accounting.training_flops_by_product(config, target, source, self.selection)
+        return {name: once * target / seq_len for name, once in products.items()}
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, convention: accounting.Convention = "exact") -> float:
         """Return the FLOPs of training per token of a row of `seq_len` tokens of text.
 
-        "6N": of all parameters, whichever of the text's tokens pass through them.
+        "6N": of all parameters, whichever are trained and whichever of the text's tokens pass through them. "exact":
+        of the products that the gradient of what is trained needs.
         """
         if convention != "exact":
             return accounting.flops_per_token(config, seq_len, convention)
-        return 3 * sum(self.forward_flops_by_product(config, seq_len).values())
+        return sum(self.training_flops_by_product(config, seq_len).values())
 
 
 def merge(params: Params, frozen: Params | None) -> Params:
