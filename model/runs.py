@@ -34,7 +34,7 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
     way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
     base: where the weights lie that the run started from, for one that holds only what it trained; None: where they
-    lay. Raises InputError where they are others.
+    lay. Raises InputError where they are others, and on a base for a run that holds a whole model.
     """
     from model.transformer import init
 
@@ -47,6 +47,8 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     partial = bool(objective.get("trainable"))
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     about, params = _newest(folder, shapes, partial)
+    if base is not None and not partial:
+        raise InputError(f"{folder} holds a whole model and needs no base; leave --base out (base of open_model)")
     if partial:
         params = _over(_base_of(Path(folder), record, base), params)
     return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
@@ -125,7 +127,7 @@ def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) 
         if not Path(place).exists():
             raise InputError(
                 f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
-                "more; put them there again, or give them to open_model as base=PATH"
+                "more; give where they are with --base PATH (base=PATH of open_model)"
             )
     params = open_parameters(place)[1]
     if parameters_sha256(params) != sha256:

@@ -149,13 +149,16 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, dict]:
     return adapter, traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+def merge_adapter(
+    base: str | Path, adapter: str | Path, out: str | Path, base_of_run: str | Path | None = None
+) -> None:
     """Write a Hugging Face folder of a model with the change of an adapter in its float32 matrices.
 
     base: what `open_model` opens, with plain weights. adapter: a folder in PEFT's format. Tokenizer files are left to
-    the caller. Raises InputError as `load_peft` and `save_hf` do, and on a base of rounded weights.
+    the caller. base_of_run: what `open_model` takes as the base of a run. Raises InputError as `load_peft` and
+    `save_hf` do, and on a base of rounded weights.
     """
-    config, params = open_parameters(base)
+    config, params = open_parameters(base, base_of_run)
     if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
         raise InputError(f"{base} holds rounded weights; give the model that it was made of")
     described, tree = load_peft(adapter, config)
