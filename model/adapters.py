@@ -178,6 +178,14 @@ def fold(params: Params) -> Params:
     return jax.tree.map(merge, params, is_leaf=is_weight)
 
 
+@lenient()
+def masked(tree: Params, mask: Float[Array, " rank"]) -> Params:
+    """Return an adapter with zeros in the columns of `a` that do not count."""
+    cut = lambda path, leaf: leaf * mask if path[-1] == "a" else leaf
+    leaves = {path: cut(path, leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return traverse_util.unflatten_dict(leaves)
+
+
 def first_columns(tree: Params, rank: int) -> Params:
     """Return the adapter of a smaller rank that the first columns of `a` and rows of `b` are, as a mask keeps them."""
     cut = lambda path, leaf: leaf[..., :rank] if path[-1] == "a" else leaf[..., :rank, :]

@@ -48,7 +48,7 @@ def test_a_moved_base_is_asked_for_and_taken(command, places, data, tmp_path, mo
     run, moved = places
     with pytest.raises(InputError, match=r"are not at .*base any more; give where they are with --base PATH"):
         COMMANDS[command](run, data, tmp_path / "out", None)
-    with pytest.raises(InputError, match="needs no base; leave --base out|trains no adapter"):
+    with pytest.raises(InputError, match=r"needs no base; leave --base out|trains no adapter"):
         COMMANDS[command](moved, data, tmp_path / "out", run)
 
     def base_of(folder, record, given):

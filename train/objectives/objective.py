@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, ModelConfig, Params, accounting
-from model.adapters import Adapter, attach, init_adapter, mask_and_scale
+from model.adapters import Adapter, attach, init_adapter, mask_and_scale, masked
 from model.dtypes import dtype_name
 from model.errors import InputError
 from model.parts import Part
@@ -162,10 +162,14 @@ class Objective(Part, ABC):
         """Whether parameters of the model are read alone."""
         return bool(self.trainable) or self.adapter is not None
 
-    def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray) -> Params:
-        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key."""
+    def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray, hparams: HParams | None = None) -> Params:
+        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key.
+
+        hparams: give the adapter's rank; columns that it masks are zero, and stay so.
+        """
         if self.adapter is not None:
-            return init_adapter(config, self.adapter, params, key)
+            tree = init_adapter(config, self.adapter, params, key)
+            return tree if hparams is None else masked(tree, mask_and_scale(self.adapter, *self._size(hparams))[0])
         return self.split(params)[0]
 
     def frozen(self, params: Params) -> Params:
@@ -181,12 +185,14 @@ class Objective(Part, ABC):
         """
         if not frozen or self.adapter is None:
             return merge(params, frozen)
-        rank: Any = self.adapter.rank
-        alpha: Any = self.adapter.alpha
-        if hparams is not None:
-            rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, rank), rank)
-            alpha = jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, alpha)
-        return attach(frozen, params, *mask_and_scale(self.adapter, rank, alpha))
+        size = () if hparams is None else self._size(hparams)
+        return attach(frozen, params, *mask_and_scale(self.adapter, *size))
+
+    def _size(self, hparams: HParams) -> tuple[Any, Any]:
+        """The rank and the alpha that hyperparameters, which may be traced, give the adapter."""
+        assert self.adapter is not None
+        rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, self.adapter.rank), self.adapter.rank)
+        return rank, jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, self.adapter.alpha)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Return (trainable, frozen): two trees that share no leaf and together are `params`.
