@@ -198,10 +198,15 @@ def parameter_bytes(config: ModelConfig, dtype: DTypeLike = "float32") -> int:
     return parameters(config).total * jnp.dtype(dtype_name(dtype, _STORED)).itemsize
 
 
-def training_bytes(config: ModelConfig) -> dict[str, int]:
-    """What training holds per parameter, all in float32: 16 bytes. Activations come on top and are not estimated."""
-    size = parameter_bytes(config, "float32")
-    return {"parameters": size, "gradients": size, "Adam moments": 2 * size}
+def training_bytes(config: ModelConfig, trained: int | None = None, frozen: int = 0) -> dict[str, int]:
+    """What training holds per parameter, all in float32: 16 bytes. Activations come on top and are not estimated.
+
+    trained, frozen: bytes of the parameters that are trained (None: all) and of those that are not, which have neither
+    gradients nor moments.
+    """
+    size = parameter_bytes(config, "float32") if trained is None else trained
+    held = {"parameters": size, "gradients": size, "Adam moments": 2 * size}
+    return held | ({"frozen parameters": frozen} if frozen else {})
 
 
 def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, int]:

@@ -231,7 +231,9 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
     import dataclasses
 
     from experiments.commands.options import write_document
+    from experiments.started import in_words, started_from_weights
     from train.hosts import is_writer
+    from train.run import read_record
 
     own = 1 - result.branch_step / result.steps if result.steps else 1
     values = dataclasses.asdict(result) | {
@@ -241,7 +243,8 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
     }
     if not is_writer():
         return values
-    write_document(json, values)
+    started = started_from_weights(result.run, read_record(result.run))
+    write_document(json, values | ({} if started is None else {"started": started}))
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f} {recipe.objective.UNIT}"
     loss += "".join(f", {name} {value:.4f}" for name, value in _besides_loss(result, recipe.objective).items())
     remarks = [
@@ -257,6 +260,8 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
         f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
         + "".join(f"; {text}" for text in remarks)
     )
+    if started is not None:
+        print(f"{result.run} {in_words(started)}")
     return values
 
 

@@ -1,6 +1,7 @@
-"""Commands that open a run which holds only what it trained find its base with --base where it was moved."""
+"""A run that holds only what it trained: commands find its base with --base where it was moved, and say what it is."""
 
 import inspect
+import json
 
 import pytest
 
@@ -10,13 +11,19 @@ from experiments.commands.generate import generate
 from experiments.commands.models.compress import compress
 from experiments.commands.models.convert import convert
 from experiments.commands.models.merge import merge
+from experiments.commands.models.show import show
 from experiments.commands.options import BasePath
-from model import InputError, presets
+from experiments.report.run_page import write_run_page
+from experiments.started import in_words, started_from_weights
+from model import InputError, accounting, presets
 from model.adapters import Adapter
 from model.convert import load_hf
+from model.runs import load_adapter
 from model.store import open_parameters
+from model.weights import count_of
 from train import HParams, Recipe, Shell, TrainConfig, train, weights
 from train.objectives import LanguageModeling
+from train.run import read_record
 
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, d_ff=48, vocab_size=320)
 COMMANDS = {
@@ -74,3 +81,47 @@ def test_converted_with_its_moved_base(places, tmp_path):
                   lambda: open_parameters(tmp_path / "out", moved)):  # fmt: skip
         with pytest.raises(InputError, match="is no run, so that it has no base"):
             wrong()
+
+
+def test_what_a_run_started_from_is_said_wherever_it_is_shown(places, tmp_path, capsys):
+    """Its base by hash and place, the adapter, and how much is trained; the base itself need not be there."""
+    run, moved = places
+    record = read_record(run)
+    started = started_from_weights(run, record)
+    assert (started["sha256"], started["path"]) == (weights(moved).sha256, str(moved.with_name("base")))
+    targets = ["query", "key", "value", "output", "up", "gate", "down"]
+    assert started["adapter"] == {"rank": 2, "alpha": 8.0, "targets": targets}
+    held = count_of(load_adapter(run)[2])
+    assert started["trained"] == {"parameters": held, "bytes": 4 * held}
+    total = accounting.parameters(TINY).total
+    assert started["frozen"] == {"parameters": total, "bytes": 4 * total}
+    sentence = in_words(started)
+    start = f"started from weights {started['sha256'][:16]}… of {moved.with_name('base')}"
+    assert sentence.startswith(f"{start}; trains a low-rank adapter (rank 2, alpha 8) of query, key")
+    assert write_run_page(tmp_path / "page.html", [run, moved])[1]["started"] is None
+    assert started["sha256"][:16] in (tmp_path / "page.html").read_text()
+    show(str(run), json=tmp_path / "show.json")
+    assert sentence in capsys.readouterr().out
+    shown = json.loads((tmp_path / "show.json").read_text())
+    assert shown["started"] == started
+    assert shown["training_bytes"]["frozen parameters"] == 4 * total
+    per_token = LanguageModeling(adapter=Adapter(rank=2)).flops_per_token(TINY, 32)
+    assert shown["flops_per_token"]["training FLOPs per token (exact)"] == per_token
+
+
+def test_a_lane_a_chosen_part_and_a_rounded_base_are_said(places):
+    """A lane has its own rank; a part is named by its prefixes; frozen bytes are those of the form that is held."""
+    run, _ = places
+    record = read_record(run)
+    lane = started_from_weights(run, record | {"hparams": record["hparams"] | {"lora_rank": 1}})
+    assert lane["adapter"]["rank"] == 1
+    assert 2 * lane["trained"]["parameters"] == started_from_weights(run, record)["trained"]["parameters"]
+    part = {"name": "language-modeling", "trainable": ["final_norm"]}
+    said = started_from_weights(run, record | {"identity": record["identity"] | {"objective": part}})
+    assert said["trained"]["parameters"] + said["frozen"]["parameters"] == accounting.parameters(TINY).total
+    assert "trains final_norm: " in in_words(said)
+    rounded = record["identity"]["objective"] | {"base_weights": "int4"}
+    said = started_from_weights(run, record | {"identity": record["identity"] | {"objective": rounded}})
+    assert said["frozen"]["parameters"] == accounting.parameters(TINY).total
+    assert said["frozen"]["bytes"] < 4 * said["frozen"]["parameters"]
+    assert "frozen in int4: " in in_words(said)
