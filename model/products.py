@@ -22,7 +22,7 @@ class Trained:
     """Which parameters are trained: those below prefixes of their paths, or low-rank factors beside matrices.
 
     prefixes: such as "layers/dense/attention"; ("",): all parameters. rank, targets: of low-rank factors, and the names
-    of the matrices in layers that have them.
+    of the matrices that have them (`model.adapters`).
     """
 
     prefixes: tuple[str, ...] = ("",)
@@ -106,10 +106,10 @@ class _Count:
         those of the row.
         """
         self.put(name, share * matrix.flops, x, self.trained.touches((*path, "weight")))
-        rank = self.trained.rank if matrix.part != "experts" and path[-1] in self.trained.targets else 0
-        if rank and "layers" in path:
-            self.put("adapters", share * 2 * matrix.rows * rank, x, True)
-            self.put("adapters", share * 2 * rank * matrix.columns, True, True)
+        if ("experts" if matrix.part == "experts" else path[-1]) in self.trained.targets:
+            once = 2 * share * matrix.used * self.trained.rank
+            self.put("adapters", once * matrix.rows, x, True)
+            self.put("adapters", once * matrix.columns, True, True)
             return True
         return x or (matrix.used > 0 and self.trained.touches(path))
 

@@ -259,6 +259,7 @@ PARTS = [
     (EXPERTS, Trained(("layers/experts/feed_forward/experts/down",))),
     (EXPERTS, Trained(("layers/experts/feed_forward/shared_gate",))),
     (EXPERTS, LORA),
+    (EXPERTS.replace(tie_embeddings=False), Trained.factors(4, ("up", "experts", "head"))),
     (CLASSIFIER, Trained(("head", "pooler"))),
     (CLASSIFIER, LORA),
     (GATED.replace(attention_sinks=True, norm_placement="sandwich"), Trained(("layers/dense/attention/sinks",))),

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from model import Execution, InputError, apply, init
+from model import Execution, Experts, InputError, apply, init
 from model.adapters import Adapter
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
@@ -316,6 +316,30 @@ def test_low_rank_adapters(name, recipe_of_case, whole, crash, record, tmp_path)
     weight = np.array([float(row[objective.WEIGHT]) for row in found])
     loss = np.dot(weight, [float(row["loss"]) for row in found]) / weight.sum()
     assert loss == pytest.approx(read_metrics(runs[0])[-1]["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_run_with_an_adapter_of_experts_and_head_opens_as_it_was_trained(recipe_of_case, tmp_path):
+    recipe = recipe_of_case("language-modeling")
+    config = recipe.model.replace(experts=Experts(count=4, top_k=2, d_ff=12), tie_embeddings=False)
+    recipe = recipe.replace(model=config, steps=2)
+    train(recipe, run=tmp_path / "base", shell=QUIET)
+    objective = recipe.objective.replace(adapter=Adapter(rank=4, targets=("experts", "head")))
+    recipe = recipe.replace(objective=objective, start=weights(tmp_path / "base"))
+    train(recipe, run=tmp_path / "run", shell=QUIET)
+    opened = open_model(tmp_path / "run")
+    before = open_model(tmp_path / "base").params
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), opened.params, before)
+    assert {"/".join(key.key for key in path) for path, new in jax.tree_util.tree_leaves_with_path(changed) if new} == {
+        *(f"layers/experts/feed_forward/experts/{name}" for name in ("up", "gate", "down")),
+        "head/weight",
+    }
+    validation = objective.validation(config, recipe.train, recipe.folders, 256)
+    evaluate = jax.jit(functools.partial(eval_step, config))
+    found = [evaluate(opened.params, batch) for batch in validation]
+    weight = np.array([float(row["loss_tokens"]) for row in found])
+    loss = np.dot(weight, [float(row["loss"]) for row in found]) / weight.sum()
+    assert loss == pytest.approx(read_metrics(tmp_path / "run")[-1]["validation_loss"], rel=1e-5)
 
 
 def test_eight_devices_are_one(on_eight_devices):
