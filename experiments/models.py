@@ -8,6 +8,8 @@ from model.errors import InputError
 if TYPE_CHECKING:
     from model import ModelConfig
     from model.tokenizer import Tokenizer
+    from train import Weights
+    from train.objectives import Objective
 
 _AS_EVER = ("none", "auto", True, False)  # of remat, attention_kernel and scan_layers: how a model runs anyway
 
@@ -37,6 +39,29 @@ def read_config(preset: str) -> "ModelConfig":
 def is_stored(model: str) -> bool:
     """Return whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
     return Path(model).exists() and not model.endswith(".json")
+
+
+def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
+    """Return the config of a stored model, the start from its parameters, and the objective of a run, or the plain one.
+
+    Raises InputError where the data were prepared with another tokenizer than the model's.
+    """
+    from model.store import open_model
+    from train import weights
+    from train.data import gives_ids_of
+    from train.objectives import LanguageModeling
+    from train.run import read_record, recipe_of
+
+    opened = open_model(path)
+    tokenizer = opened.tokenizer
+    if tokenizer is not None and not gives_ids_of(tokenizer, data):
+        raise InputError(
+            f"the data were prepared with another tokenizer than that of {path}; prepare them with "
+            f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"
+        )
+    is_run = (path / "run.json").is_file()
+    objective = recipe_of(read_record(path)).objective if is_run else LanguageModeling()
+    return opened.config, weights(path), objective.replace(trainable=(), adapter=None, base_weights=None)
 
 
 def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokenizer":

@@ -17,7 +17,8 @@ from model import matrices
 from model.config import ModelConfig
 from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
-from model.layout import LayerKind, layer_kinds
+from model.layout import layer_kinds
+from model.products import ALL, Trained, flops_by_product
 from model.stack import Params
 
 Convention = Literal["exact", "6N"]
@@ -84,21 +85,24 @@ def flops_per_token(
     convention: Convention = "exact",
     training: bool = True,
     source_len: int | None = None,
+    trained: Trained = ALL,
 ) -> float:
     """FLOPs of one token in a row of `seq_len`, of an encoder-decoder's decoder where the encoder reads `source_len`.
 
-    source_len None: as many as the row has.
+    source_len None: as many as the row has. trained: what training changes; default: all parameters.
 
     "6N": 6 per active parameter in training, 2 in a forward pass; the embedding table counts once
-    (Kaplan et al. 2020, section 2.1, with embeddings). "exact": every product of `forward_flops_by_product`,
-    times 3 in training (gradients by input and by weight); no softmax, norms or optimizer.
+    (Kaplan et al. 2020, section 2.1, with embeddings). It counts all parameters, whichever are trained. "exact": every
+    product of `forward_flops_by_product`, and in training those of the gradients, `training_flops_by_product`: twice as
+    many again where all is trained. No softmax, norms, recomputation or optimizer.
     """
     if convention == "6N":
         return (6 if training else 2) * parameters(config).active
     if convention != "exact":
         raise InputError(f"convention={convention!r} must be 'exact' or '6N'")
-    forward = sum(forward_flops_by_product(config, seq_len, source_len).values())
-    return (3 if training else 1) * forward
+    if training:
+        return sum(training_flops_by_product(config, seq_len, source_len, trained).values())
+    return sum(forward_flops_by_product(config, seq_len, source_len).values())
 
 
 def forward_flops_by_product(config: ModelConfig, seq_len: int, source_len: int | None = None) -> dict[str, float]:
@@ -110,41 +114,20 @@ def forward_flops_by_product(config: ModelConfig, seq_len: int, source_len: int 
     too. Latent attention makes every head's keys and values. Of the routed experts a token's top_k count, without the
     padding of their batches. A classifier's head sees one token of the row.
     """
-    flops: dict[str, float] = collections.defaultdict(float)
-    source_len = seq_len if source_len is None else source_len
-    for encoder in (False, True) if config.stack == "encoder-decoder" else (False,):
-        prefix, own_len = ("encoder ", source_len) if encoder else ("", seq_len)
-        for kind, count in collections.Counter(layer_kinds(config, encoder)).items():
-            for name, once in _layer_flops(config, kind, own_len, source_len).items():
-                flops[prefix + name] += count * once * own_len / seq_len
-    rows = seq_len if config.head == "classifier" else 1
-    for matrix in matrices.head_matrices(config):
-        flops["head"] += _product(matrix) / rows
-    return dict(flops)
+    return dict(flops_by_product(config, seq_len, source_len).forward)
 
 
-def _product(matrix: matrices.Matrix) -> int:
-    return 2 * matrix.used * matrix.rows * matrix.columns
+def training_flops_by_product(
+    config: ModelConfig, seq_len: int, source_len: int | None = None, trained: Trained = ALL
+) -> dict[str, float]:
+    """Exact FLOPs of training per token in a row of `seq_len`, by product, forward and backward.
 
-
-def _layer_flops(config: ModelConfig, kind: LayerKind, seq_len: int, source_len: int) -> dict[str, float]:
-    """Per token in one layer."""
-    flops: dict[str, float] = collections.defaultdict(float)
-    value_dim = config.head_dim if config.latent is None else config.latent.v_dim
-    layer = matrices.layer_matrices(config, kind)
-    for part in ("attention", "cross_attention") if kind.cross else ("attention",):
-        name = part.replace("_", "-")
-        keys, products = seq_len, [float(_product(matrix)) for matrix in layer if matrix.part == part]
-        if part == "cross_attention":  # keys and values are made of the source's tokens
-            keys = source_len
-            products[1:3] = [once * source_len / seq_len for once in products[1:3]]
-        flops[f"{name} projections"] = sum(products)
-        flops[f"{name} scores"] = 2 * keys * config.num_heads * config.head_dim
-        flops[f"{name} mix"] = 2 * keys * config.num_heads * value_dim
-    for matrix in layer:
-        if "attention" not in matrix.part:
-            flops[matrix.part.replace("_", "-")] += _product(matrix)
-    return flops
+    A matrix counts 3 times its forward product where it is trained and something below it too, 2 times where one of
+    both is, and once where neither is. Low-rank factors (rank and targets of `trained`) are products of their own,
+    "adapters", of as many columns as they are stored with.
+    """
+    forward, backward = flops_by_product(config, seq_len, source_len, trained)
+    return {name: once + backward[name] for name, once in forward.items()}
 
 
 def kv_cache_bytes(
@@ -174,13 +157,13 @@ def decode_step_flops(config: ModelConfig, batch: int, length: int) -> int:
     Every product, as `flops_per_token` counts them: attention over the filled cache alone, of a window's layer over no
     more than its window. Latent attention is absorbed: every head attends to the latent vectors themselves.
     """
-    flops = sum(_product(matrix) for matrix in matrices.head_matrices(config))
+    flops = sum(matrix.flops for matrix in matrices.head_matrices(config))
     query, value = config.head_dim, config.head_dim
     if config.latent is not None:
         query, value = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
     for kind in layer_kinds(config):
         seen = length if kind.window is None else min(length, kind.window)
-        flops += sum(_product(matrix) for matrix in matrices.layer_matrices(config, kind))
+        flops += sum(matrix.flops for matrix in matrices.layer_matrices(config, kind))
         flops += 2 * seen * config.num_heads * (query + value)
     return batch * flops
 
@@ -215,10 +198,15 @@ def parameter_bytes(config: ModelConfig, dtype: DTypeLike = "float32") -> int:
     return parameters(config).total * jnp.dtype(dtype_name(dtype, _STORED)).itemsize
 
 
-def training_bytes(config: ModelConfig) -> dict[str, int]:
-    """What training holds per parameter, all in float32: 16 bytes. Activations come on top and are not estimated."""
-    size = parameter_bytes(config, "float32")
-    return {"parameters": size, "gradients": size, "Adam moments": 2 * size}
+def training_bytes(config: ModelConfig, trained: int | None = None, frozen: int = 0) -> dict[str, int]:
+    """What training holds per parameter, all in float32: 16 bytes. Activations come on top and are not estimated.
+
+    trained, frozen: bytes of the parameters that are trained (None: all) and of those that are not, which have neither
+    gradients nor moments.
+    """
+    size = parameter_bytes(config, "float32") if trained is None else trained
+    held = {"parameters": size, "gradients": size, "Adam moments": 2 * size}
+    return held | ({"frozen parameters": frozen} if frozen else {})
 
 
 def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, int]:

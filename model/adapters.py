@@ -31,13 +31,14 @@ TARGETS = (
     *("query_down", "query_up", "key_value_down", "key_value_up"),
     *("up", "gate", "down"),
 )
+# What an adapter changes where it is named: the matrices of all routed experts, and a head that is no token table.
+FURTHER = ("experts", "head")
 _WITHOUT = {
-    "experts": "experts' matrices are stacked",
     "router": "a router is trained whole",
     "embedding": "a table is trained whole",
     "tokens": "a table is trained whole",
-    "head": "a head is trained whole",
 }
+ALL_TARGETS = (*TARGETS, *FURTHER)
 Path = tuple[str, ...]
 
 
@@ -46,9 +47,10 @@ class Adapter(Part):
     """The shape of an adapter: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
 
     rank: of all matrices; the largest one where lanes have several. rank_stabilised: alpha / √rank instead, so that
-    larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices among TARGETS;
-    default: all, as QLoRA recommends. Those that a model lacks are passed over. Tables, heads, routers and the stacked
-    matrices of experts get none. Raises InputError on other names.
+    larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices among TARGETS and
+    FURTHER; default: all TARGETS, as QLoRA recommends. Those that a model lacks are passed over. "experts": every
+    routed expert gets factors of its own, for all its matrices. Tables and routers get none. Raises InputError on other
+    names.
     """
 
     POSITIVE: ClassVar[tuple[str, ...]] = ("rank", "alpha")
@@ -66,28 +68,28 @@ class Adapter(Part):
             if name in _WITHOUT:
                 raise InputError(
                     f"Adapter.targets names {name!r}, which gets no adapter: {_WITHOUT[name]}; "
-                    f"supported are {', '.join(TARGETS)}"
+                    f"supported are {', '.join(ALL_TARGETS)}"
                 )
-            if name not in TARGETS:
-                raise UnknownNameError("adapter target", name, TARGETS, guess=False)
-        object.__setattr__(self, "targets", tuple(name for name in TARGETS if name in targets))
+            if name not in ALL_TARGETS:
+                raise UnknownNameError("adapter target", name, ALL_TARGETS, guess=False)
+        object.__setattr__(self, "targets", tuple(name for name in ALL_TARGETS if name in targets))
         super().__post_init__()
 
 
 def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]]:
-    """Return the path and the shape, (layers, d_in, d_out), of every matrix that the adapter changes.
+    """Return the path and the shape, (…, d_in, d_out), of every matrix that the adapter changes.
+
+    Before the last two axes stand layers, and experts.
 
     Raises InputError where there is none, or one is smaller than the rank.
     """
     tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     leaves = traverse_util.flatten_dict(tree)
-    found = {path: leaf.shape for path, leaf in leaves.items() if _is_target(path, adapter.targets)}
+    found = {path: leaf.shape for path, leaf in leaves.items() if target_of(path) in adapter.targets}
     if not found:
-        there = [name for name in TARGETS if any(_is_target(path, (name,)) for path in leaves)]
-        experts = "; experts' stacked matrices get no adapter" if config.experts is not None else ""
-        raise InputError(
-            f"Adapter.targets={list(adapter.targets)} names none of the model's matrices, {', '.join(there)}{experts}"
-        )
+        there = {target_of(path) for path in leaves}
+        named = ", ".join(name for name in ALL_TARGETS if name in there)
+        raise InputError(f"Adapter.targets={list(adapter.targets)} names none of the model's matrices, {named}")
     for path, shape in found.items():
         if adapter.rank > min(shape[-2:]):
             raise InputError(
@@ -99,7 +101,7 @@ def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]
 
 @lenient()
 def init_adapter(config: ModelConfig, adapter: Adapter, params: Any, key: PRNGKeyArray) -> Params:
-    """Return a fresh adapter, which changes nothing yet: {"a": float32 [layers, d_in, rank], "b": …} at every path.
+    """Return a fresh adapter, which changes nothing yet: {"a": float32 […, d_in, rank], "b": …} at every path.
 
     b is zero. a is uniform within ±1/√d_in, which is PEFT's default (Kaiming's with a slope of √5); every path and
     column is drawn from a key of its own. params: the model's, in any form and stacked by layer, or their shapes.
@@ -178,6 +180,14 @@ def fold(params: Params) -> Params:
     return jax.tree.map(merge, params, is_leaf=is_weight)
 
 
+@lenient()
+def masked(tree: Params, mask: Float[Array, " rank"]) -> Params:
+    """Return an adapter with zeros in the columns of `a` that do not count."""
+    cut = lambda path, leaf: leaf * mask if path[-1] == "a" else leaf
+    leaves = {path: cut(path, leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return traverse_util.unflatten_dict(leaves)
+
+
 def first_columns(tree: Params, rank: int) -> Params:
     """Return the adapter of a smaller rank that the first columns of `a` and rows of `b` are, as a mask keeps them."""
     cut = lambda path, leaf: leaf[..., :rank] if path[-1] == "a" else leaf[..., :rank, :]
@@ -185,8 +195,11 @@ def first_columns(tree: Params, rank: int) -> Params:
     return traverse_util.unflatten_dict(leaves)
 
 
-def _is_target(path: Path, names: Sequence[str]) -> bool:
-    return "layers" in path and path[-1] == "weight" and path[-2] in names
+def target_of(path: Path) -> str | None:
+    """Return the name among ALL_TARGETS by which an adapter has the parameter at a path; None where it has none."""
+    if path == ("head", "weight") or ("layers" in path and path[-2] == "experts"):
+        return path[-2]
+    return path[-2] if "layers" in path and path[-1] == "weight" and path[-2] in TARGETS else None
 
 
 def _pairs(tree: Params) -> dict[Path, tuple[Any, Any]]:

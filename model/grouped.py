@@ -8,6 +8,8 @@ Three forms of the same product, for three kinds of machine:
   parallel work, and on which jaxlib 0.10 expands a ragged product to one of every row with every matrix.
 - `ragged_product`: `jax.lax.ragged_dot`, rows sorted by group without padding. TPUs have a kernel for it.
 
+All take matrices with a change of low rank (`LowRank`): three products, the change's two without its matrix.
+
 All take matrices in int8 too. Those are widened where they are used, a block's or a row's at a time: their scales
 belong to outputs, so that the product can be scaled instead.
 
@@ -16,6 +18,7 @@ differentiated. Both therefore bring rules of their own: reverse mode of every o
 `vmap` that become more groups of one product.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -23,11 +26,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.weights import Int8Experts
+from model.weights import Int8Experts, LowRank
 
 Form = Literal["loop", "batched", "ragged"]
 Product = Callable[[Array, Array, Array], Array]
-Matrices = Float[Array, "count d_in d_out"] | Int8Experts
+Plain = Float[Array, "count d_in d_out"] | Int8Experts
+Matrices = Plain | LowRank
 
 
 def form_for_backend() -> Form:
@@ -39,15 +43,30 @@ def form_for_backend() -> Form:
     return forms.get(jax.default_backend(), "batched")
 
 
-def own_product(rows: Float[Array, "count size d_in"], weights: Matrices) -> Float[Array, "count size d_out"]:
+def _takes_low_rank(product: Callable) -> Callable:
+    """The product, which then takes `LowRank`s of such matrices as it takes the matrices."""
+
+    @functools.wraps(product)
+    def run(rows: Array, weights: Matrices, *groups: Array) -> Array:
+        if not isinstance(weights, LowRank):
+            return product(rows, weights, *groups)
+        a = weights.a * (weights.mask * weights.scale[:, None])[:, None]
+        return product(rows, weights.base, *groups) + product(product(rows, a, *groups), weights.b, *groups)
+
+    return run
+
+
+@_takes_low_rank
+def own_product(rows: Float[Array, "count size d_in"], weights: Plain) -> Float[Array, "count size d_out"]:
     """As many blocks as matrices, each times its own, in the rows' precision."""
     if isinstance(weights, Int8Experts):
         return rows @ weights.weight.astype(rows.dtype) * weights.scale[:, None].astype(rows.dtype)
     return rows @ weights.astype(rows.dtype)
 
 
+@_takes_low_rank
 def batched_product(
-    rows: Float[Array, "blocks size d_in"], weights: Matrices, group: Int[Array, " blocks"]
+    rows: Float[Array, "blocks size d_in"], weights: Plain, group: Int[Array, " blocks"]
 ) -> Float[Array, "blocks size d_out"]:
     """Every block times its group's matrix, in the rows' precision."""
     return own_product(rows, jax.tree.map(lambda leaf: leaf[group], weights))
@@ -174,8 +193,9 @@ _ragged_with_rules = _with_rules(
 )
 
 
+@_takes_low_rank
 def loop_product(
-    rows: Float[Array, "blocks size d_in"], weights: Matrices, group: Int[Array, " blocks"]
+    rows: Float[Array, "blocks size d_in"], weights: Plain, group: Int[Array, " blocks"]
 ) -> Float[Array, "blocks size d_out"]:
     """Every block times its group's matrix, in the rows' precision; the matrices' gradient adds up in float32."""
     if isinstance(weights, Int8Experts):
@@ -183,8 +203,9 @@ def loop_product(
     return _loop_with_rules(rows, weights, group)
 
 
+@_takes_low_rank
 def ragged_product(
-    rows: Float[Array, "rows d_in"], weights: Matrices, sizes: Int[Array, " count"]
+    rows: Float[Array, "rows d_in"], weights: Plain, sizes: Int[Array, " count"]
 ) -> Float[Array, "rows d_out"]:
     """Rows sorted by group times their group's matrix, as `loop_product`; `sizes` must add up to the number of rows."""
     if isinstance(weights, Int8Experts):

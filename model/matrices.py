@@ -12,11 +12,12 @@ from model.layout import LayerKind
 class Matrix(NamedTuple):
     """Of a token's product [rows] @ [rows, columns]. bias: a vector of `columns` comes with it.
 
-    stored: how many alike there are; 0: the product is with a table that is counted elsewhere. used: how many of them
-    a token is multiplied with.
+    part: the group in which it counts. path: of its module, in a layer or in the model. stored: how many alike there
+    are; 0: the product is with a table that is counted elsewhere. used: how many of them a token is multiplied with.
     """
 
     part: str
+    path: tuple[str, ...]
     rows: int
     columns: int
     bias: bool = False
@@ -27,6 +28,11 @@ class Matrix(NamedTuple):
     def size(self) -> int:
         """Parameters of one."""
         return self.rows * self.columns + self.bias * self.columns
+
+    @property
+    def flops(self) -> int:
+        """Of a token's product with those of them that it is multiplied with."""
+        return 2 * self.used * self.rows * self.columns
 
 
 def embedding_tables(config: ModelConfig) -> dict[str, int]:
@@ -65,12 +71,16 @@ def layer_vectors(config: ModelConfig, kind: LayerKind) -> dict[str, int]:
 def head_matrices(config: ModelConfig) -> list[Matrix]:
     """What follows the last layer. Only a classifier reads the pooler; a tied head is stored as the token table."""
     width, makes_tokens = config.d_model, config.head in ("language-model", "masked-language-model")
-    matrices = [Matrix("pooler", width, width, True, used=int(config.head == "classifier"))] if config.pooler else []
+    matrices = (
+        [Matrix("pooler", ("pooler",), width, width, True, used=int(config.head == "classifier"))]
+        if config.pooler
+        else []
+    )
     if config.head == "masked-language-model":
-        matrices.append(Matrix("head", width, width, True))
+        matrices.append(Matrix("head", ("head", "transform"), width, width, True))
     if config.head != "none":
         stored = 0 if makes_tokens and config.tie_embeddings else 1
-        matrices.append(Matrix("head", width, _outputs(config), stored=stored))
+        matrices.append(Matrix("head", ("head",), width, _outputs(config), stored=stored))
     return matrices
 
 
@@ -86,41 +96,46 @@ def _outputs(config: ModelConfig) -> int:
 
 def _attention(config: ModelConfig, part: str) -> list[Matrix]:
     width, heads, kv_heads = config.d_model, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    into = [Matrix(part, width, columns, config.attention_bias) for columns in (heads, kv_heads, kv_heads)]
-    return [*into, Matrix(part, heads, width, config.attention_output_bias)]
+    columns = {"query": heads, "key": kv_heads, "value": kv_heads}
+    into = [Matrix(part, (part, name), width, count, config.attention_bias) for name, count in columns.items()]
+    return [*into, Matrix(part, (part, "output"), heads, width, config.attention_output_bias)]
 
 
 def _latent_attention(config: ModelConfig) -> list[Matrix]:
     """Over whole rows: every head's keys and values are made from the latent vector."""
     latent, width, heads = config.latent, config.d_model, config.num_heads
     assert latent is not None
-    query = [Matrix("attention", width, heads * config.head_dim)]
+    matrix = lambda name, *sizes: Matrix("attention", ("attention", name), *sizes)
+    query = [matrix("query", width, heads * config.head_dim)]
     if latent.q_rank is not None:
         query = [
-            Matrix("attention", width, latent.q_rank, config.attention_bias),
-            Matrix("attention", latent.q_rank, heads * config.head_dim),
+            matrix("query_down", width, latent.q_rank, config.attention_bias),
+            matrix("query_up", latent.q_rank, heads * config.head_dim),
         ]
     return [
         *query,
-        Matrix("attention", width, latent.kv_rank + latent.rope_dim, config.attention_bias),
-        Matrix("attention", latent.kv_rank, heads * (latent.nope_dim + latent.v_dim)),
-        Matrix("attention", heads * latent.v_dim, width, config.attention_output_bias),
+        matrix("key_value_down", width, latent.kv_rank + latent.rope_dim, config.attention_bias),
+        matrix("key_value_up", latent.kv_rank, heads * (latent.nope_dim + latent.v_dim)),
+        matrix("output", heads * latent.v_dim, width, config.attention_output_bias),
     ]
 
 
-def _feed_forward(config: ModelConfig, part: str, d_ff: int) -> list[Matrix]:
-    up = Matrix(part, config.d_model, d_ff, config.use_bias)
-    return [up] * (2 if config.gated else 1) + [Matrix(part, d_ff, config.d_model, config.use_bias)]
+def _feed_forward(config: ModelConfig, part: str, d_ff: int, *below: str) -> list[Matrix]:
+    """below: the names of modules between the layer's feed-forward and the matrices."""
+    path = ("feed_forward", *below)
+    names = ("up", "gate") if config.gated else ("up",)
+    into = [Matrix(part, (*path, name), config.d_model, d_ff, config.use_bias) for name in names]
+    return [*into, Matrix(part, (*path, "down"), d_ff, config.d_model, config.use_bias)]
 
 
 def _experts(config: ModelConfig) -> list[Matrix]:
     experts = config.experts
     assert experts is not None
-    routed = _feed_forward(config, "experts", experts.d_ff)
-    matrices = [Matrix("router", config.d_model, experts.count)]
+    routed = _feed_forward(config, "experts", experts.d_ff, "experts")
+    matrices = [Matrix("router", ("feed_forward", "router"), config.d_model, experts.count)]
     matrices += [m._replace(bias=False, stored=experts.count, used=experts.top_k) for m in routed]
     if experts.shared_d_ff:
-        matrices += _feed_forward(config, "shared expert", experts.shared_d_ff)
+        matrices += _feed_forward(config, "shared expert", experts.shared_d_ff, "shared")
         if experts.shared_gate:
-            matrices.append(Matrix("shared expert", config.d_model, 1))
+            matrices.append(Matrix("shared expert", ("feed_forward", "shared_gate"), config.d_model, 1))
     return matrices

@@ -15,7 +15,7 @@ from model.linear import Linear
 from model.parameterization import constant, initializer
 from model.parts import Experts
 from model.sharding import constrain
-from model.weights import Int8Experts, matmul
+from model.weights import Int8Experts, LowRank, matmul
 
 
 class Routing(NamedTuple):
@@ -128,6 +128,10 @@ class ExpertWeights(nn.Module):
 
 
 def _constrained(weight: Matrices, inputs: str | None, outputs: str | None) -> Matrices:
+    if isinstance(weight, LowRank):
+        base = _constrained(weight.base, inputs, outputs)
+        a, b = constrain(weight.a, "experts", inputs, None), constrain(weight.b, "experts", None, outputs)
+        return LowRank(base, a, b, weight.mask, weight.scale)
     if not isinstance(weight, Int8Experts):
         return constrain(weight, "experts", inputs, outputs)
     return Int8Experts(

@@ -151,6 +151,8 @@ _BY_PAIR: dict[tuple[str, str], str] = {
     ("head", "weight"): "head",
     ("weight", "a"): "adapter_a",
     ("weight", "b"): "adapter_b",
+    **{(name, "a"): "adapter_a" for name in ("up", "gate", "down")},  # of experts
+    **{(name, "b"): "adapter_b" for name in ("up", "gate", "down")},
 }
 
 

@@ -34,22 +34,28 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
     way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
     base: where the weights lie that the run started from, for one that holds only what it trained; None: where they
-    lay. Raises InputError where they are others.
+    lay. Raises InputError where they are others, and on a base for a run that holds a whole model.
     """
-    from model.transformer import init
-
     record = read_record(folder)
-    config = ModelConfig.from_dict(record["identity"]["config"])
     objective = record["identity"].get("objective") or {}
     if objective.get("adapter"):
         config, adapter, tree = load_adapter(folder)
         return config, _with_adapter(_base_of(Path(folder), record, base), adapter, tree, objective.get("base_weights"))
-    partial = bool(objective.get("trainable"))
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    about, params = _newest(folder, shapes, partial)
-    if partial:
-        params = _over(_base_of(Path(folder), record, base), params)
-    return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
+    config, params = _own(folder, record)
+    if objective.get("trainable"):
+        return config, _over(_base_of(Path(folder), record, base), params)
+    if base is not None:
+        raise InputError(f"{folder} holds a whole model and needs no base; leave --base out (base of open_model)")
+    return config, params
+
+
+@pinned()
+def load_config(folder: str | Path) -> ModelConfig:
+    """Return the config that `load_run` does, without the base of a run that holds only what it trained."""
+    record = read_record(folder)
+    if (record["identity"].get("objective") or {}).get("adapter"):
+        return load_adapter(folder)[0]
+    return _own(folder, record)[0]
 
 
 @pinned()
@@ -73,6 +79,16 @@ def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
     rank, alpha = hparams.get("lora_rank") or largest.rank, hparams.get("lora_alpha") or largest.alpha
     used = largest.replace(rank=int(rank), alpha=float(alpha))
     return config.replace(**about.get("config", {})), used, first_columns(tree, used.rank)
+
+
+def _own(folder: str | Path, record: Mapping[str, Any]) -> tuple[ModelConfig, Params]:
+    """Return the config at the newest intact checkpoint, and the parameters that it holds."""
+    from model.transformer import init
+
+    config = ModelConfig.from_dict(record["identity"]["config"])
+    partial = bool((record["identity"].get("objective") or {}).get("trainable"))
+    about, params = _newest(folder, jax.eval_shape(functools.partial(init, config), jax.random.key(0)), partial)
+    return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
 
 
 def _newest(folder: str | Path, like: Params, partial: bool) -> tuple[dict[str, Any], Params]:
@@ -121,11 +137,11 @@ def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) 
     sha256 = record["identity"]["weights"]
     place = given
     if place is None:
-        place = _found(record["weights"], record.get("weights_beside"), folder)
+        place = str(weights_of(folder, record))
         if not Path(place).exists():
             raise InputError(
                 f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
-                "more; put them there again, or give them to open_model as base=PATH"
+                "more; give where they are with --base PATH (base=PATH of open_model)"
             )
     params = open_parameters(place)[1]
     if parameters_sha256(params) != sha256:
@@ -195,6 +211,12 @@ def data_of(run: str | Path, record: Mapping[str, Any]) -> str | dict[str, str]:
     if isinstance(places, str):
         return _found(places, beside, Path(run))
     return {name: _found(place, (beside or {}).get(name), Path(run)) for name, place in places.items()}
+
+
+def weights_of(run: str | Path, record: Mapping[str, Any]) -> str | None:
+    """Return where the weights are that a run started from, as `data_of` does; None where its `run.json` names none."""
+    place = record.get("weights")
+    return None if place is None else _found(place, record.get("weights_beside"), Path(run))
 
 
 def data_folder(run: str | Path) -> Path | None:

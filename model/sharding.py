@@ -84,8 +84,8 @@ _BY_PAIR: dict[tuple[str, str], Axes] = {
 # … those of the matrices in a `model.weights.LowRank` by the axes of its matrix, …
 _OF_LOW_RANK: dict[str, Callable[[Axes], Axes]] = {
     "base": lambda axes: axes,
-    "a": lambda axes: (axes[0], None),
-    "b": lambda axes: (None, axes[1]),
+    "a": lambda axes: (*axes[:-1], None),
+    "b": lambda axes: (*axes[:-2], None, axes[-1]),
 }
 # … or else by its last name.
 _BY_NAME: dict[str, Axes] = {
@@ -269,7 +269,7 @@ def _traced_mesh() -> dict[str, int]:
 
 def _is_of_low_rank(path: tuple[str, ...]) -> bool:
     """Return whether a path ends in a matrix of a `LowRank`; its mask and scale are repeated."""
-    return path[-2:-1] == ("weight",) and path[-1] in _OF_LOW_RANK
+    return path[-1] in _OF_LOW_RANK and (path[-2:-1] == ("weight",) or path[-3:-2] == ("experts",))
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:

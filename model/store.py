@@ -45,6 +45,8 @@ def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[
         from model.runs import load_run
 
         return load_run(path, base)
+    if base is not None:
+        raise InputError(f"{path} is no run, so that it has no base; leave --base out (base of open_model)")
     if (path / "quantized.json").is_file():
         from model.quantized import load_quantized
 

@@ -172,6 +172,11 @@ def bytes_of(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def count_of(tree: Any) -> int:
+    """How many numbers all arrays of a tree have."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 # On a CPU the product of few rows with anything but x's own type first widens the whole matrix, at a fraction of the
 # memory's speed (docs/LOG.md). Widened a block at a time, which stays in the core's cache, it is read once as stored.
 _FEW_ROWS = {Int8: 3, Bits: 16, Int4: 16}

@@ -185,6 +185,34 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+def _products(jaxpr) -> int:
+    """2 · output elements · contracted length of every product of a traced program, as often as a scan runs it."""
+    from jax.extend.core import jaxprs_in_params
+
+    total = 0
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name != "while", "a loop's body would count once"
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(map(_products, jaxprs_in_params(equation.params)))
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2 * equation.outvars[0].aval.size * int(np.prod(lengths))
+    return total
+
+
+@pytest.fixture(scope="session")
+def products_of():
+    """(function, *arguments) → FLOPs of all matrix products in its traced program, without those that nothing reads."""
+    from jax.interpreters.partial_eval import dce_jaxpr
+
+    def count(function, *arguments) -> int:
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+        return _products(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+    return count
+
+
 @pytest.fixture(scope="session")
 def random_params():
     """(config, seed=0) → float32 parameters where no bias is zero, no scale is one and no table is small.
@@ -214,6 +242,17 @@ def random_params():
         return jax.tree_util.tree_map_with_path(lambda path, leaf: draw(path, leaf, random), shapes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def record():
+    """run → its lines, without what may differ between equal runs."""
+    from train.run.metrics import TIMING_FIELDS, read_metrics
+
+    def without_times(line):
+        return {name: value for name, value in line.items() if name not in TIMING_FIELDS}
+
+    return lambda run: [without_times(line) for line in read_metrics(run)]
 
 
 @pytest.fixture(scope="session")

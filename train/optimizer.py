@@ -1,5 +1,6 @@
 """Optimizers from Optax with traced hyperparameters, and what they apply to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def make_optimizer(config: ModelConfig, train_config: TrainConfig, hparams: HPar
         case "sgd":
             direction = optax.trace(decay=hparams.beta1)
         case "adafactor":
-            direction = _adafactor()
+            direction = _adafactor(hparams.lora_rank)
         case "lion":
             direction = optax.scale_by_lion(b1=hparams.beta1, b2=hparams.beta2)
         case "muon":
@@ -70,18 +71,32 @@ def clip_by_norm(grads: Params, norm: Float[Array, ""], clip_norm: Float[Array, 
     return jax.tree.map(lambda grad: grad * factor, grads)
 
 
-def _adafactor() -> optax.GradientTransformation:
+def _adafactor(lora_rank: Any) -> optax.GradientTransformation:
     """Shazeer and Stern 2018 (algorithms 4 and 5) without momentum and relative steps: the second moment as its row and
     column means where both axes have 128 or more, the decay 1 − t^−0.8, every matrix's update cut to an RMS of 1.
+
+    Of a low-rank factor only the columns below `lora_rank` (0: all) count in that RMS, the others being masked, and its
+    second moment is never factored: a lane of a smaller rank is then what an adapter of that rank is alone.
     """
-    return _each_alone(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+
+    def of_leaf(path: tuple[str, ...], leaf: Any) -> optax.GradientTransformation:
+        axis = {"adapter_a": -1, "adapter_b": -2}.get(role_of(path))
+        if axis is None:
+            return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        columns = leaf.shape[axis]
+        counted = jnp.where(lora_rank > 0, jnp.minimum(lora_rank, columns), columns)
+        share = jnp.sqrt(counted / columns).astype(jnp.float32)  # Optax's mean is over the masked zeros too
+        return optax.chain(optax.scale_by_factored_rms(factored=False), optax.clip_by_block_rms(share))
+
+    return _each_alone(of_leaf)
 
 
-def _each_alone(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+def _each_alone(of_leaf: Callable[[tuple[str, ...], Any], optax.GradientTransformation]) -> Any:
     """The transformation of every single matrix or vector of a stack, as though each were a parameter of its own.
 
     Optax takes a leaf for one parameter: of [layers, d_in, d_out] it would factor the two longest axes, which may be
     the layers, and cut all layers by one RMS. The state keeps Optax's form, with trees like the parameters' in it.
+    of_leaf: the transformation by the leaf's path and the leaf; all have states of one form.
     """
 
     def mapped(path: tuple[Any, ...], leaf: Any, function: Any) -> Any:
@@ -91,14 +106,15 @@ def _each_alone(transform: optax.GradientTransformation) -> optax.GradientTransf
         return function
 
     def init(params: Params) -> Any:
-        one = lambda path, leaf: mapped(path, leaf, transform.init)(leaf)
+        one = lambda path, leaf: mapped(path, leaf, of_leaf(names_of(path), leaf).init)(leaf)
         states = jax.tree_util.tree_map_with_path(one, params)
         return jax.tree.transpose(jax.tree.structure(params), None, states)
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
         outer = jax.tree.structure(params)
-        inner = jax.tree.structure(jax.eval_shape(transform.init, jnp.zeros(1, jnp.float32)))
-        one = lambda path, leaf, *rest: mapped(path, leaf, transform.update)(leaf, *rest)
+        any_leaf = of_leaf(("embedding", "tokens"), None).init
+        inner = jax.tree.structure(jax.eval_shape(any_leaf, jnp.zeros(1, jnp.float32)))
+        one = lambda path, leaf, *rest: mapped(path, leaf, of_leaf(names_of(path), leaf).update)(leaf, *rest)
         states = jax.tree.transpose(inner, outer, state)
         pairs = jax.tree_util.tree_map_with_path(one, updates, states, params)
         return jax.tree.transpose(outer, None, pairs)

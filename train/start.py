@@ -40,6 +40,29 @@ def weights(path: str | Path) -> Weights:
     return Weights(parameters_sha256(_plain(path)), path)
 
 
+def open_weights(start: Weights) -> Params:
+    """Return all parameters of a start. Raises InputError where nothing says where they lie, or others lie there."""
+    if start.path is None:
+        raise InputError(f"the run starts from weights {start.sha256[:16]}…; give its Weights the path")
+    params = _plain(start.path)
+    if parameters_sha256(params) != start.sha256:
+        raise InputError(f"{start.path} holds other weights than the recipe names")
+    return params
+
+
+def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
+    """Raise InputError where parameters, those of the model at `path`, are not of the config's shapes."""
+    like = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    there, here = (_shapes(tree) for tree in (params, like))
+    wrong = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"the weights of {path} do not fit the model: {name} is {there.get(name, 'absent')} there and "
+            f"{here.get(name, 'absent')} in the recipe"
+        )
+
+
 class Bases:
     """The parameters that runs of one model start from, each opened once."""
 
@@ -52,8 +75,9 @@ class Bases:
         Raises InputError where they are not those of the recipe, or not of its model.
         """
         if start not in self._opened:
-            like = jax.eval_shape(functools.partial(init, self._config), jax.random.key(0))
-            self._opened[start] = _checked(start, like)
+            params = open_weights(start)
+            check_fits(params, self._config, start.path)
+            self._opened[start] = params
         return self._opened[start]
 
     def close(self) -> None:
@@ -64,23 +88,6 @@ class Bases:
 def lay_out(params: Params, like: Params) -> Params:
     """Return parameters laid out as `like`, whose leaves have dtypes and shardings."""
     return jax.tree.map(lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding), params, like)
-
-
-def _checked(start: Weights, like: Params) -> Params:
-    if start.path is None:
-        raise InputError(f"the run starts from weights {start.sha256[:16]}…; give its Weights the path")
-    params = _plain(start.path)
-    if parameters_sha256(params) != start.sha256:
-        raise InputError(f"{start.path} holds other weights than the recipe names")
-    there, here = (_shapes(tree) for tree in (params, like))
-    wrong = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"the weights of {start.path} do not fit the model: {name} is {there.get(name, 'absent')} there and "
-            f"{here.get(name, 'absent')} in the recipe"
-        )
-    return params
 
 
 def _plain(path: Path) -> Params:

@@ -53,7 +53,7 @@ def init_state(
     adapter_key = jax.random.fold_in(init_key, 1)
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if role_of(names_of(path)) == "vector" else leaf * hparams.init_scale,
-        objective.trained(config, init(config, init_key), adapter_key),
+        objective.trained(config, init(config, init_key), adapter_key, hparams),
     )
     return TrainState(
         step=jnp.zeros((), jnp.int32),

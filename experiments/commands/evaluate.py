@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from experiments.commands.options import JsonFile, Overrides
+from experiments.commands.options import BasePath, JsonFile, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def evaluate(
     *,
     data: Path,
     tokenizer: Path | None = None,
+    base: BasePath = None,
     seq_len: int | None = None,
     evaluate_tokens: int | None = None,
     batch_size: int = 8,
@@ -39,6 +40,7 @@ def evaluate(
         model: A run directory, a Hugging Face folder or a GGUF file.
         data: A folder made by `isoflop data prepare`.
         tokenizer: The model's tokenizer, where none stands beside it.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
         seq_len: Tokens per row; by default the model's context, or of a run with another objective its own.
         evaluate_tokens: Use only the first so many tokens of the split.
         batch_size: Rows per step.
@@ -53,7 +55,7 @@ def evaluate(
     from model.store import open_model
     from model.tokenizer import load_tokenizer
 
-    opened = open_model(model, tokenizer)
+    opened = open_model(model, tokenizer, base)
     if opened.tokenizer is None and (model / "run.json").is_file():  # the data of the run are gone
         opened = opened._replace(tokenizer=load_tokenizer(data))
     chosen, trained_len = _objective(model, opened.config, objective, set)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import BasePath, JsonFile
 
 if TYPE_CHECKING:
     from infer import Completion
@@ -19,6 +19,7 @@ def generate(
     chat: bool = False,
     system: str | None = None,
     tokenizer: Path | None = None,
+    base: BasePath = None,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -53,6 +54,7 @@ def generate(
         chat: Each prompt is a message to a chat model, put into its own chat format.
         system: The system message of a chat.
         tokenizer: The model's tokenizer (a file, or a folder such as the data's), where none stands beside it.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
         max_new_tokens: Most tokens to add to each prompt.
         temperature: 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
@@ -110,7 +112,7 @@ def generate(
         say_unused("without --draft or --lookup", generate, tokens_ahead=tokens_ahead)
     if not chat:
         say_unused("without --chat", generate, system=system)
-    opened = open_model(model, tokenizer)
+    opened = open_model(model, tokenizer, base)
     words = need_tokenizer(opened.tokenizer, model)
     if top_k > opened.config.vocab_size:
         say(f"--top-k {top_k:,} is more than the vocabulary of {opened.config.vocab_size:,}; all of it is kept")

@@ -37,6 +37,8 @@ OptionalMetric = Annotated[
         str_from_instance=lambda value: [] if value is True else [str(value)],
     ),
 ]
+BasePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+"""Where the weights lie now that a run started from, of which it holds only what it trained."""
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
 _FIGURES = (".svg", ".png", ".pdf")
 

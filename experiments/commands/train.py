@@ -9,8 +9,7 @@ from experiments.commands.options import JsonFile, OptionalMetric, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
-    from model import ModelConfig
-    from train import Recipe, Result, Shell, TrainConfig, Weights
+    from train import Recipe, Result, Shell, TrainConfig
     from train.data.manifest import Manifest
     from train.objectives import Objective
     from train.phases import Phase
@@ -107,7 +106,7 @@ def train(
     """
     from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
-    from experiments.models import is_stored, read_config
+    from experiments.models import is_stored, read_config, started_from
     from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
@@ -130,7 +129,7 @@ def train(
     hparams = HParams(learning_rate=learning_rate, seed=seed, **warmup)
     plain: dict[str, Any] = {"train": base, "hparams": hparams, "data": folders, "steps": steps}
     if is_stored(preset):
-        config, start, own = _started_from(Path(preset), next(iter(folders.values())))
+        config, start, own = started_from(Path(preset), next(iter(folders.values())))
         plain |= {"start": start, "objective": objective or own}
         named: dict[str, Any] = {}
     else:
@@ -232,7 +231,9 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
     import dataclasses
 
     from experiments.commands.options import write_document
+    from experiments.started import in_words, started_from_weights
     from train.hosts import is_writer
+    from train.run import read_record
 
     own = 1 - result.branch_step / result.steps if result.steps else 1
     values = dataclasses.asdict(result) | {
@@ -242,7 +243,8 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
     }
     if not is_writer():
         return values
-    write_document(json, values)
+    started = started_from_weights(result.run, read_record(result.run))
+    write_document(json, values | ({} if started is None else {"started": started}))
     loss = "none" if result.validation_loss is None else f"{result.validation_loss:.4f} {recipe.objective.UNIT}"
     loss += "".join(f", {name} {value:.4f}" for name, value in _besides_loss(result, recipe.objective).items())
     remarks = [
@@ -258,6 +260,8 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
         f"{values['tokens_per_second']:,.0f} tokens/s and {values['flops_6nd_per_second']:.3g} FLOP/s (6ND) on average"
         + "".join(f"; {text}" for text in remarks)
     )
+    if started is not None:
+        print(f"{result.run} {in_words(started)}")
     return values
 
 
@@ -304,30 +308,6 @@ def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> 
         say(f"total_steps={int(hparams.total_steps):,} is fewer than the run's {last:,} steps; the schedule ends there")
     if not train_config.phases and hparams.warmup_steps > last:
         say(f"warmup_steps={int(hparams.warmup_steps):,} is more than the run's {last:,} steps; it ends below its rate")
-
-
-def _started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
-    """(The config of a stored model, the start from its parameters, and the objective of a run, or the plain one).
-
-    Raises InputError where the data were prepared with another tokenizer than the model's.
-    """
-    from model.errors import InputError
-    from model.store import open_model
-    from train import weights
-    from train.data import gives_ids_of
-    from train.objectives import LanguageModeling
-    from train.run import read_record, recipe_of
-
-    opened = open_model(path)
-    tokenizer = opened.tokenizer
-    if tokenizer is not None and not gives_ids_of(tokenizer, data):
-        raise InputError(
-            f"the data were prepared with another tokenizer than that of {path}; prepare them with "
-            f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"
-        )
-    is_run = (path / "run.json").is_file()
-    objective = recipe_of(read_record(path)).objective if is_run else LanguageModeling()
-    return opened.config, weights(path), objective.replace(trainable=(), adapter=None, base_weights=None)
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:

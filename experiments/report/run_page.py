@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from experiments.report.figures import holes_before, interrupted, smoothed
 from experiments.report.page import device_name, drawn, render
 from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
+from experiments.started import in_words, started_from_weights
 from model.errors import InputError
 from train import objectives
 from train.files import write_atomically
@@ -53,7 +54,13 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
     figure = drawn(
         "Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics, unit)
     )
-    page = render("run.html.jinja", title=", ".join(run.resolve().name for run in runs), rows=rows, figure=figure)
+    page = render(
+        "run.html.jinja",
+        title=", ".join(run.resolve().name for run in runs),
+        rows=rows,
+        figure=figure,
+        in_words=in_words,
+    )
     write_atomically(path, page)
     return rows
 
@@ -88,6 +95,7 @@ def _row(run: Path, record: dict[str, Any], metrics: Metrics, differing: dict[st
         "skipped": sum(line.get("skipped", 0) for line in lines),
         "rollbacks": len(record.get("rollbacks", ())),
         "differing": differing,
+        "started": started_from_weights(run, record),
         "trouble": metrics.trouble,
     }
 

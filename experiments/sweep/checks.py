@@ -10,11 +10,17 @@ from experiments.sweep.search.samplers import check_axes, make_sampler
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
+from model import Params
+from model.checkpoint import parameters_sha256
 from model.errors import InputError
+from model.store import open_parameters
 from train.data import load_manifest
 from train.data.folders import Data
 from train.data.manifest import Manifest
 from train.data.shards import TokenShards
+from train.loop.train import check_frozen
+from train.recipe import Weights
+from train.start import check_fits
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 
@@ -30,6 +36,20 @@ def check_data(sweep: Sweep) -> Manifest:
     return manifest
 
 
+def check_weights(sweep: Sweep) -> Params | None:
+    """The parameters that the sweep's trials start from; None: fresh ones. Raises InputError where others are there."""
+    start = sweep.base.recipe.start
+    if sweep.weights is None or not isinstance(start, Weights):
+        return None
+    hint = f"`isoflop sweep resume {sweep.folder} --base PATH` goes on with them at another place"
+    if not sweep.weights.exists():
+        raise InputError(f"the weights that the sweep {sweep.folder} starts from are not at {sweep.weights}; {hint}")
+    params = open_parameters(sweep.weights)[1]
+    if parameters_sha256(params) != start.sha256:
+        raise InputError(f"{sweep.weights} holds other weights than the sweep {sweep.folder} starts from; {hint}")
+    return params
+
+
 def check_sweep(sweep: Sweep) -> None:
     """Raise InputError on objectives, a sampler, a policy or trials that are wrong or do not go together."""
     check_data(sweep)
@@ -41,6 +61,7 @@ def check_sweep(sweep: Sweep) -> None:
     _check_sampler(sweep)
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
+    _check_start(sweep, trials)
     for trial in trials:
         _check_trial(trial, sources)
         if trial.parent is not None and sweep.policy != "all":
@@ -90,16 +111,36 @@ def _check_sampler(sweep: Sweep) -> None:
     check_axes(sweep.sampler, axes)
 
 
+def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
+    """Raise InputError where trials have other shapes than the weights, or go on from runs that hold no whole model."""
+    params = check_weights(sweep)
+    if params is None:
+        return
+    for config, trial in {trial.recipe.model: trial for trial in trials}.items():
+        try:
+            check_fits(params, config, sweep.weights)
+        except InputError as error:
+            raise InputError(f"{describe(trial.point)}: {error}") from None
+    if any(trial.recipe.objective.freezes for trial in trials):
+        if sweep.policy == "population":
+            raise InputError(
+                "--policy population copies checkpoints, which hold no frozen parameters; take --policy halving"
+            )
+        if any(trial.parent is not None for trial in trials):
+            raise InputError("branches go on from checkpoints, which hold no frozen parameters; train all parameters")
+
+
 def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
     """What `population` would refuse."""
     config, objective = trial.recipe.model, trial.recipe.objective
     try:
         objective.check(config, trial.recipe.train)
         objective.check_data(config, sources)
-        if objective.freezes:
+        if objective.freezes and trial.recipe.start is None:
             raise InputError(
-                "the trials of a sweep start from fresh parameters, which must all be trained; leave out trainable and "
-                "adapter, and give stored models to `isoflop train`"
+                "what trainable and adapter leave as it is must come from a model; give the sweep a run, a Hugging "
+                "Face folder or a GGUF file in place of the preset"
             )
+        check_frozen([trial.recipe])
     except InputError as error:
         raise InputError(f"{describe(trial.point)}: {error}") from None

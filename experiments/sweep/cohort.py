@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.sweep.trial import Trial
-from model import ModelConfig, accounting
+from model import ModelConfig, accounting, init
 from model.layout import layer_kinds
+from model.weights import bytes_of
 from train import HParams, TrainConfig, init_state
-from train.lanes.build import prefers_vmap
+from train.lanes.build import frozen_shapes, prefers_vmap
 from train.loop.memory import device_memory
 from train.objectives import Objective
 from train.overlay import OBJECTIVE
@@ -61,7 +62,7 @@ def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | 
     most = _MOST_VMAPPED if prefers_vmap() else _MOST_SEQUENTIAL
     state, temporary = state_bytes(trial), temporary_bytes(trial)
     once, each = (0, state + temporary) if prefers_vmap() else (temporary, state)
-    fit = max(1, int((_USABLE * memory - once) // each))
+    fit = max(1, int((_USABLE * memory - once - frozen_bytes(trial)) // each))
     most = min(limit or most, fit)
     return math.ceil(count / math.ceil(count / most))
 
@@ -92,12 +93,28 @@ def temporary_bytes(trial: Trial) -> int:
     floats = layer + layers * config.d_model if execution.remat == "full" else layers * layer
     size = jnp.dtype(config.compute_dtype).itemsize
     logits = 3 * 4 * config.vocab_size / execution.loss_chunks
-    return int(2 * accounting.parameter_bytes(config) + tokens * (floats * size + logits))
+    return int(2 * _trained_bytes(config, trial.recipe.objective) + tokens * (floats * size + logits))
+
+
+def frozen_bytes(trial: Trial) -> int:
+    """Of the parameters that no lane trains, on the devices once."""
+    return bytes_of(frozen_shapes(trial.recipe.model, trial.recipe.objective))
+
+
+@functools.lru_cache(maxsize=256)
+def _trained_bytes(config: ModelConfig, objective: Objective) -> int:
+    if not objective.freezes:
+        return accounting.parameter_bytes(config)
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return bytes_of(jax.eval_shape(functools.partial(objective.trained, config), params, jax.random.key(0)))
 
 
 def memory_bytes(trial: Trial, lanes: int) -> int:
-    """Of a device, predicted, while it trains so many lanes: their states, and what steps need that run at once."""
-    return lanes * state_bytes(trial) + (lanes if prefers_vmap() else 1) * temporary_bytes(trial)
+    """Of a device, predicted, while it trains so many lanes: their states, what steps need that run at once, and
+    what none of them trains.
+    """
+    temporary = (lanes if prefers_vmap() else 1) * temporary_bytes(trial)
+    return lanes * state_bytes(trial) + temporary + frozen_bytes(trial)
 
 
 def _labels(trials: list[Trial]) -> list[str]:

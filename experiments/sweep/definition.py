@@ -19,7 +19,8 @@ from model import ModelConfig
 from model.errors import InputError
 from train import HParams, TrainConfig
 from train.data import load_manifest
-from train.recipe import Recipe, difference
+from train.objectives import LanguageModeling, Objective
+from train.recipe import Recipe, Weights, difference
 
 _SAME = ("data_hash", "objectives", "policy", "evaluate_tokens")  # of a sweep, however often it is added to
 
@@ -46,13 +47,16 @@ def define(
     storage: str | None = None,
     lanes: int | None = None,
     evaluate_tokens: int = 65_536,
+    weights: Weights | None = None,
+    objective: Objective | None = None,
 ) -> Sweep:
     """A sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is written.
 
-    config: gets the vocabulary of the data. steps: of every trial whose point has no length of its own. space_file: a
-    Python file. listed: trials by name, in place of axes and a space. base: fields of all trials. seeds: how many, or
-    which; None: those of the file's outermost `replicate`, or one. Warm-up is 5 % of the steps unless the base gives
-    another.
+    config: gets the vocabulary of the data, unless all trials start from weights, whose model it then is. steps: of
+    every trial whose point has no length of its own. space_file: a Python file. listed: trials by name, in place of
+    axes and a space. base: fields of all trials. seeds: how many, or which; None: those of the file's outermost
+    `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another. objective: what
+    is learned, unless the base says so; None: language modelling.
 
     From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
     calls asked for, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
@@ -62,12 +66,16 @@ def define(
     manifest = load_manifest(data)
     if storage is not None:
         check_given(storage)
+    if weights is None:
+        config = config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,))
     start = Recipe(
-        config.replace(vocab_size=manifest.vocab_size, eos_token_ids=(manifest.eos_id,)),
+        config,
         TrainConfig(batch_size=batch_size, seq_len=seq_len),
         HParams(warmup_fraction=0.05),
         manifest.hash,
         steps or 0,
+        LanguageModeling() if objective is None else objective,
+        weights,
         folders=str(Path(data).resolve()),
     )
     source = None
@@ -98,6 +106,7 @@ def define(
         storage=None if storage is None else kept(storage, Path(folder)),
         lanes=lanes,
         evaluate_tokens=evaluate_tokens,
+        weights=None if weights is None else weights.path,
         id=new_id(Path(folder)),
         space_source=source,
         listed=tuple(listed),

@@ -20,6 +20,7 @@ from experiments.sweep.trial import Trial
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.files import write_atomically
+from train.recipe import Recipe, Weights
 
 SCHEMA_VERSION = 1
 
@@ -87,6 +88,7 @@ class Sweep:
     `address.kept` gives it; None: SQLite in the folder. lanes: at most so many trials side by side; None: as many as
     memory holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder asked for; their
     trials stay part of the sweep.
+    weights: where the parameters lie that the base starts from, whose hash it names; None: trials start fresh.
     id: the name of its study in a storage, wherever the folder lies; None where an older version made the sweep.
     """
 
@@ -108,6 +110,7 @@ class Sweep:
     space_source: str | None = None
     listed: tuple[Listed, ...] = ()
     earlier: tuple[Request, ...] = ()
+    weights: Path | None = None
     id: str | None = None
 
     @property
@@ -146,6 +149,12 @@ class Sweep:
         """The run directory of a trial."""
         return self.folder / "runs" / trial.id
 
+    def placed(self, recipe: Recipe) -> Recipe:
+        """Return a recipe of the sweep with the place of the weights that it starts from."""
+        if not isinstance(recipe.start, Weights):
+            return recipe
+        return recipe.replace(start=Weights(recipe.start.sha256, self.weights))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the sources of the spaces stay in their files."""
         plain = {"schema_version": SCHEMA_VERSION}
@@ -155,15 +164,17 @@ class Sweep:
         return plain | {
             "base": self.base.to_dict(),
             "data": str(self.data),
+            "weights": None if self.weights is None else str(self.weights),
             "beside": self._beside(),
             "listed": [entry.to_dict() for entry in self.listed],
             "earlier": [request.to_dict() for request in self.earlier],
         }
 
     def _beside(self) -> dict[str, str]:
-        """Return the paths of data and storage relative to the folder, to find them when all move together."""
+        """Return the paths of data, weights and storage relative to the folder, to find them when all move together."""
         file = None if self.storage is None else file_of(self.storage)
         places = {"data": self.data} | ({"storage": file} if file is not None and file.is_absolute() else {})
+        places |= {} if self.weights is None else {"weights": self.weights}
         return {name: os.path.relpath(place.resolve(), self.folder.resolve()) for name, place in places.items()}
 
     @classmethod
@@ -187,6 +198,8 @@ class Sweep:
             request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
             base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
             base = base.replace(recipe=base.recipe.replace(data=content.pop("data_hash", base.recipe.data)))
+            if (weights := content.pop("weights", None)) is not None:
+                content["weights"] = _moved(Path(weights), folder, beside.get("weights"))
             sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content) | request)
             if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
                 moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))

@@ -39,11 +39,17 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
     return ledger
 
 
-def with_places(sweep: Sweep, data: Path | None = None, storage: str | None = None) -> Sweep:
-    """The sweep with its data or its storage at another place; None: where they were.
+def with_places(
+    sweep: Sweep, data: Path | None = None, storage: str | None = None, weights: Path | None = None
+) -> Sweep:
+    """The sweep with its data, its storage or the weights that it starts from at another place; None: where they were.
 
-    Raises InputError where the storage does not hold the sweep's trials.
+    Raises InputError where the storage does not hold the sweep's trials, and on weights for one that starts fresh.
     """
+    if weights is not None:
+        if sweep.weights is None:
+            raise InputError(f"the trials of {sweep.folder} start from fresh parameters; leave --base out")
+        sweep = dataclasses.replace(sweep, weights=weights.resolve())
     if storage is not None:
         check_given(storage)
         sweep = with_storage(sweep, kept(without_password(storage), sweep.folder))

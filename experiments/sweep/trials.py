@@ -48,5 +48,7 @@ def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
 
 
 def _base(sweep: Sweep) -> Trial:
-    """The trial that points vary, with the place of its data, where an objective reads how many classes there are."""
-    return sweep.base.replace(recipe=sweep.base.recipe.replace(folders=str(sweep.data)))
+    """The trial that points vary, with the places of its data, where an objective reads how many classes there are, and
+    of its weights.
+    """
+    return sweep.base.replace(recipe=sweep.placed(sweep.base.recipe).replace(folders=str(sweep.data)))

@@ -199,9 +199,9 @@ class _Cohort:
         return first.name or textwrap.shorten(describe(first.point), 60, placeholder=" …")
 
     def _recipe(self, trial: Trial) -> Recipe:
-        """The trial's recipe; of a branch from where it leaves its parent's run."""
+        """The trial's recipe, with the place of its weights; of a branch from where it leaves its parent's run."""
         if trial.parent is None:
-            return trial.recipe
+            return self.sweep.placed(trial.recipe)
         name, step = trial.parent
         parent = (self.sweep.folder / "runs" / name).resolve()
         return trial.recipe.replace(start=Branch(read_record(parent)["run_id"], step, parent))

@@ -77,7 +77,9 @@ def folded(config: ModelConfig) -> ModelConfig:
 
 
 def matrix_multiplier(config: ModelConfig, path: tuple[str, ...]) -> float:
-    """Return what `fold` multiplies the matrix of a layer at `path` by, and so also a change of that matrix."""
+    """Return what `fold` multiplies the matrix of a layer or of an untied head at `path` by, and a change of it too."""
+    if path == ("head", "weight"):
+        return logit_multiplier(config) if _scales_head(config) else 1.0
     ends = config.norm_placement != "sandwich" and role_of(path) == "residual"
     return output_multiplier(config, "residual") if ends else 1.0
 

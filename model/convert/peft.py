@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from model.adapters import TARGETS, Adapter, adapted, attach, fold, mask_and_scale
+from model.adapters import ALL_TARGETS, Adapter, adapted, attach, fold, mask_and_scale, target_of
 from model.ambient import pinned
 from model.config import ModelConfig
 from model.convert.families import FAMILIES
@@ -80,6 +80,7 @@ def save_peft(
     ranks: dict[str, int] = {}
     others: list[str] = []
     transposed = set()
+    written: set[Leaf] = set()
     for name, step in _modules(family, standard).items():
         pairs = [leaves.get(part.leaf) for part in step.parts]
         if not any(pairs):
@@ -89,6 +90,12 @@ def save_peft(
         tensors |= {f"{_PREFIX}{name}{_A}": a.T, f"{_PREFIX}{name}{_B}": b.T}
         ranks[name] = a.shape[1]
         transposed.add(step.row.transposed)
+        written |= {part.leaf for part in step.parts}
+    if missing := leaves.keys() - written:
+        raise InputError(
+            f"the adapter changes {'/'.join(min(missing))}, which {family.model_type} stores in no matrix of "
+            "its own; write the merged model with `isoflop model merge`"
+        )
     targets = _suffixes(ranks, others)
     wide = {name: rank for name, rank in ranks.items() if rank != adapter.rank}
     power = 0.5 if adapter.rank_stabilised else 1
@@ -143,19 +150,22 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, dict]:
             of_b = ratio / matrix_multiplier(config, part.leaf)
             leaves[(*part.leaf, "a")][part.index][:, : a.shape[0]] = a.T
             leaves[(*part.leaf, "b")][part.index][: a.shape[0]] = b[part.start : part.stop].T * of_b
-    targets = tuple(name for name in TARGETS if any(path[-3] == name for path in leaves))
+    targets = tuple(name for name in ALL_TARGETS if any(path[-3] == name for path in leaves))
     usual = usual_alpha if rank == usual_rank else common * divisor(rank)
     adapter = Adapter(rank, usual, stabilised, targets)
     return adapter, traverse_util.unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+def merge_adapter(
+    base: str | Path, adapter: str | Path, out: str | Path, base_of_run: str | Path | None = None
+) -> None:
     """Write a Hugging Face folder of a model with the change of an adapter in its float32 matrices.
 
     base: what `open_model` opens, with plain weights. adapter: a folder in PEFT's format. Tokenizer files are left to
-    the caller. Raises InputError as `load_peft` and `save_hf` do, and on a base of rounded weights.
+    the caller. base_of_run: what `open_model` takes as the base of a run. Raises InputError as `load_peft` and
+    `save_hf` do, and on a base of rounded weights.
     """
-    config, params = open_parameters(base)
+    config, params = open_parameters(base, base_of_run)
     if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
         raise InputError(f"{base} holds rounded weights; give the model that it was made of")
     described, tree = load_peft(adapter, config)
@@ -234,13 +244,13 @@ def _modules_named(folder: Path, config: ModelConfig, pairs: Mapping[str, Any]) 
         unknown = missing if not unknown or len(missing) < len(unknown) else unknown
     name = (unknown or list(pairs))[0]
     raise InputError(
-        f"{folder} adapts {name}, which is no matrix of attention or feed-forward in a model of this config; give an "
-        "adapter of this model, without tables, heads, routers and experts"
+        f"{folder} adapts {name}, which is no matrix that takes an adapter in a model of this config; give an "
+        "adapter of this model, without tables and routers"
     )
 
 
 def _has_target(step: Step | None) -> bool:
-    return step is not None and all("layers" in part.leaf and part.leaf[-2] in TARGETS for part in step.parts)
+    return step is not None and all(target_of(part.leaf) is not None for part in step.parts)
 
 
 def _check_shapes(folder: Path, modules: Mapping[str, Step], pairs: Mapping[str, Pair]) -> None:

@@ -131,7 +131,10 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
             {"axes": ["stack=encoder"]},
             "trains decoders on plain text, not stack='encoder'",
         ),
-        ({"base": {"objective.adapter.rank": 2}}, "start from fresh parameters, which must all be trained"),
+        (
+            {"base": {"objective.adapter.rank": 2}},
+            "must come from a model; give the sweep a run",
+        ),
         ({"axes": ["learning_rate=loguniform:1e-4:1e-2"]}, "or search it with a sampler"),
         ({"seeds": 0}, "at least one seed"),
         ({"steps": None}, "a trial needs a length"),

@@ -13,12 +13,13 @@ from infer.prune import prune
 from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
 from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
 from model.convert import save_hf
+from model.grouped import batched_product, loop_product, own_product, ragged_product
 from model.parameterization import rate_multipliers
 from model.quantize import KINDS, quantize_layers
 from model.quantized import save_quantized
 from model.sharding import abstract_mesh, shardings
 from model.transformer import forward_cached
-from model.weights import Int4, LowRank, is_weight, matmul, plain
+from model.weights import Int4, LowRank, is_weight, matmul, merged, plain
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=24, max_seq_len=16)
 MUP = CONFIG.replace(parameterization="mup", base_d_model=4, base_num_layers=1, gated=False, use_bias=True)
@@ -27,7 +28,9 @@ LATENT = CONFIG.replace(
     latent=Latent(kv_rank=12, nope_dim=6, rope_dim=4, v_dim=5, q_rank=10),
     experts=Experts(count=4, top_k=2, d_ff=12, shared_d_ff=8, every=2),
 )
+EXPERTS = CONFIG.replace(experts=Experts(count=4, top_k=2, d_ff=12), tie_embeddings=False)
 ADAPTER = Adapter(rank=4, alpha=6.0)
+FURTHER = ADAPTER.replace(targets=("value", "experts", "head"))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 9)), jnp.int32)
 KEY = jax.random.key(3)
 
@@ -60,10 +63,14 @@ def cached(config, params):
     return hidden
 
 
-@pytest.mark.parametrize("config", [CONFIG, MUP, LATENT], ids=["plain", "mup", "latent-experts"])
-def test_attached_is_merged_scanned_unrolled_and_cached(config, random_params):
+@pytest.mark.parametrize(
+    ("config", "adapter"),
+    [(CONFIG, ADAPTER), (MUP, ADAPTER), (LATENT, ADAPTER), (EXPERTS, FURTHER)],
+    ids=["plain", "mup", "latent-experts", "of-experts-and-head"],
+)
+def test_attached_is_merged_scanned_unrolled_and_cached(config, adapter, random_params):
     params = jax.tree.map(jnp.asarray, random_params(config))
-    with_adapter = attach(params, trained(config), *mask_and_scale(ADAPTER))
+    with_adapter = attach(params, trained(config, adapter), *mask_and_scale(adapter))
     merged = fold(with_adapter)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     expected, hidden = outputs(config, merged)
@@ -139,6 +146,46 @@ def test_every_form_of_a_base_has_the_gradients_of_what_it_stands_for(kind, rand
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
 
 
+@pytest.mark.parametrize("form", ["loop", "batched", "ragged", "own"])
+def test_every_product_of_experts_takes_factors(form):
+    """Values and gradients are those of the merged matrices; with a lane's mask, and for lanes that share the base."""
+    rows_of, count, group = 3, 4, jnp.array([2, 0, 1, 3])
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    rows, base, a, b = draw(0, 4, rows_of, 5), draw(1, count, 5, 6), draw(2, 2, count, 5, 2), draw(3, 2, count, 2, 6)
+    mask, scale = jnp.broadcast_to(jnp.array([1.0, 0.0]), (count, 2)), jnp.full(count, 3.0)
+
+    def run(rows, weights):
+        if form == "ragged":
+            return ragged_product(rows.reshape(-1, 5), weights, jnp.full(count, rows_of))
+        if form == "own":
+            return own_product(rows, weights)
+        return {"loop": loop_product, "batched": batched_product}[form](rows, weights, group)
+
+    def loss(factors, rows, merge):
+        weights = LowRank(base, *factors, mask, scale)
+        return jnp.sum(jnp.sin(run(rows, merged(weights) if merge else weights)))
+
+    lanes = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (0, None, None)), static_argnums=2)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5),
+        lanes((a, b), rows, False),
+        lanes((a, b), rows, True),
+    )
+
+
+def test_factors_of_experts_are_split_as_their_matrices():
+    """Over devices that hold some experts each, and inside an expert as its matrix."""
+    params = jax.eval_shape(functools.partial(init, EXPERTS), KEY)
+    tree = jax.eval_shape(lambda: init_adapter(EXPERTS, FURTHER, params, KEY))
+    attached = jax.eval_shape(lambda tree, params: attach(params, tree, *mask_and_scale(FURTHER)), tree, params)
+    mesh = abstract_mesh({"expert": 2, "tensor": 2})
+    bare = shardings(mesh, tree)["layers"]["experts"]["feed_forward"]["experts"]["down"]
+    whole = shardings(mesh, attached)["layers"]["experts"]["feed_forward"]["experts"]["down"]
+    assert bare["a"].spec == whole.a.spec == PartitionSpec(None, "expert", "tensor", None)
+    assert bare["b"].spec == whole.b.spec == PartitionSpec(None, "expert", None, None)
+    assert whole.base.spec == PartitionSpec(None, "expert", "tensor", None)
+
+
 def test_ranks_are_nested_and_start_as_nothing(random_params):
     params = random_params(CONFIG)
     large, small = (init_adapter(CONFIG, ADAPTER.replace(rank=rank), params, KEY) for rank in (8, 2))
@@ -189,8 +236,8 @@ def test_the_factor_that_reads_many_inputs_learns_more_slowly():
 def test_what_cannot_be_is_an_error(tmp_path, random_params):
     params = random_params(CONFIG)
     tree = trained(CONFIG)
-    with pytest.raises(InputError, match="'experts', which gets no adapter: experts' matrices are stacked"):
-        Adapter(targets=("experts",))
+    with pytest.raises(InputError, match="'router', which gets no adapter: a router is trained whole"):
+        Adapter(targets=("router",))
     with pytest.raises(InputError, match="unknown adapter target 'q_proj'; supported are 'query'"):
         Adapter(targets=("q_proj",))
     with pytest.raises(InputError, match=r"rank=9 exceeds 8.*attention/key/weight \(16 × 8\)"):
@@ -198,8 +245,10 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
     with pytest.raises(InputError, match=r"\['gate'\] names none of the model's matrices, query, key"):
         adapted(CONFIG.replace(gated=False), Adapter(targets=("gate",)))
     all_experts = CONFIG.replace(experts=Experts(count=4, top_k=2, d_ff=12))
-    with pytest.raises(InputError, match="experts' stacked matrices get no adapter"):
+    with pytest.raises(InputError, match=r"\['up'\] names none of the model's matrices, query, key, .*, experts"):
         adapted(all_experts, Adapter(targets=("up",)))
+    with pytest.raises(InputError, match=r"\['head'\] names none"):  # the token table makes the logits
+        adapted(CONFIG, Adapter(targets=("head",)))
     with pytest.raises(InputError, match=r"weight has shape \[2, 16, .*the config asks for \[2, 32"):
         init_adapter(CONFIG.replace(d_model=32), ADAPTER, params, KEY)
     with pytest.raises(InputError, match=r"does not fit layers/dense/attention/.* matrix of shape \[3, 16, "):

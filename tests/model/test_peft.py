@@ -61,6 +61,18 @@ def test_what_is_written_is_read_back(name, hf, tmp_path):
     assert_close(change(params, adapter, third), change(params, adapter, again))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
+def test_experts_and_heads_are_written_where_they_are_modules(name, hf, tmp_path):
+    config, params = hf(name)
+    targets = ("output", "experts") if config.tie_embeddings else ("output", "experts", "head")
+    adapter = ADAPTER.replace(targets=targets)
+    tree = trained(config, params, adapter)
+    save_peft(config, adapter, tree, tmp_path / "adapter")
+    read, again = load_peft(tmp_path / "adapter", config)
+    assert set(read.targets) == set(targets)
+    assert_close(change(params, adapter, tree), change(params, read, again))
+
+
 def test_the_files_are_as_peft_has_them(hf, tmp_path):
     config, params = hf("gpt2")
     adapter = ADAPTER.replace(targets=("query", "value", "output"), rank_stabilised=True)
@@ -82,12 +94,14 @@ def test_a_mup_models_adapter_is_that_of_its_export(hf, tmp_path):
     """PEFT's files belong to the exported model, whose matrices hold the multipliers."""
     config, params = hf("llama")
     config = config.replace(parameterization="mup", base_d_model=8, base_num_layers=1)
-    tree = trained(config, params)
-    save_peft(config, ADAPTER, tree, tmp_path / "adapter")
+    assert not config.tie_embeddings
+    adapter = ADAPTER.replace(targets=(*ADAPTER.targets, "head"))
+    tree = trained(config, params, adapter)
+    save_peft(config, adapter, tree, tmp_path / "adapter")
     standard, exported = without_multipliers(config, params)
-    expected = without_multipliers(config, change(params, ADAPTER, tree))[1]
+    expected = without_multipliers(config, change(params, adapter, tree))[1]
     assert_close(change(exported, *load_peft(tmp_path / "adapter", standard)), expected)
-    assert_close(change(params, *load_peft(tmp_path / "adapter", config)), change(params, ADAPTER, tree))
+    assert_close(change(params, *load_peft(tmp_path / "adapter", config)), change(params, adapter, tree))
 
 
 def test_a_lanes_columns_are_written_alone(hf, tmp_path):
@@ -163,7 +177,7 @@ def test_an_adapter_of_something_else_is_an_error(hf, tmp_path):
     save_peft(config, ADAPTER, tree, folder)
     with pytest.raises(InputError, match=r"by lora_A \[3, 24\] and lora_B \[16, 3\], but the model's is 32 × 24"):
         load_peft(folder, config.replace(d_model=32))
-    with pytest.raises(InputError, match=r"adapts model\.layers\.1.*no matrix of attention or feed-forward"):
+    with pytest.raises(InputError, match=r"adapts model\.layers\.1.*no matrix that takes an adapter"):
         load_peft(folder, config.replace(num_layers=1))
     save_peft(hf("gpt2")[0], ADAPTER, trained(*hf("gpt2")), tmp_path / "gpt2")
     with pytest.raises(InputError, match=r"adapts transformer\.h\.0\.attn\.c_attn, which is no matrix"):
@@ -171,7 +185,7 @@ def test_an_adapter_of_something_else_is_an_error(hf, tmp_path):
     with pytest.raises(InputError, match="no target of it"):
         save_peft(config, ADAPTER.replace(targets=("query",)), tree, folder)
     _renamed(folder, r"model\.layers\.0\.mlp\.up_proj", "lm_head")
-    with pytest.raises(InputError, match="adapts lm_head, which is no matrix of attention or feed-forward"):
+    with pytest.raises(InputError, match="changes lm_head by lora_A"):
         load_peft(folder, config)
     _renamed(folder, r"lm_head\.lora_A\.weight", "lm_head.lora_embedding_A")
     with pytest.raises(InputError, match="pairs of lora_A and lora_B"):

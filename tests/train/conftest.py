@@ -1,4 +1,4 @@
-"""Shared by the tests of training: what a run recorded, a program that ends in the middle of one, many devices."""
+"""Shared by the tests of training: a program that ends in the middle of one, many devices."""
 
 import json
 import os
@@ -9,17 +9,6 @@ from contextlib import contextmanager
 import pytest
 
 from train.data import PhasedLoader
-from train.run.metrics import TIMING_FIELDS, read_metrics
-
-
-@pytest.fixture(scope="session")
-def record():
-    """run → its lines, without what may differ between equal runs."""
-
-    def without_times(line):
-        return {name: value for name, value in line.items() if name not in TIMING_FIELDS}
-
-    return lambda run: [without_times(line) for line in read_metrics(run)]
 
 
 @pytest.fixture(scope="session")

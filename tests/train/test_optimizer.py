@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from model import ModelConfig
+from model.adapters import first_columns
 from train import HParams, TrainConfig
 from train.config import stack_hparams
-from train.optimizer import make_optimizer
+from train.optimizer import clip_by_norm, make_optimizer
 
 CONFIG = ModelConfig(vocab_size=32, d_model=16, num_layers=2, num_heads=2, max_seq_len=16)
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor", "lion", "muon")
@@ -175,3 +176,38 @@ def test_hidden_matrices_of_a_wide_model_learn_slower(name):
         factor = 0.25 if path[-1].key == "weight" else 1.0
         expected = factor * dict(_leaves(at_base))[path]
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def factors(d_in, rank, d_out):
+    return {"layers": {"dense": {"attention": {"query": {"weight": {"a": (2, d_in, rank), "b": (2, rank, d_out)}}}}}}
+
+
+def cut(tree, rank):
+    """The tree of an adapter with zeros beyond the first columns of a and rows of b."""
+    keep = lambda path, leaf: np.arange(leaf.shape[-1]) if path[-1].key == "a" else np.arange(leaf.shape[-2])[:, None]
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * (keep(path, leaf) < rank), tree)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("sizes", "rank"), [((6, 4, 5), 2), ((140, 130, 129), 3), ((140, 130, 129), 129)])
+def test_a_lane_of_a_smaller_rank_is_an_adapter_of_that_rank_alone(name, sizes, rank):
+    """Masked columns have no gradient: their updates are zero, and nothing that others are scaled by counts them."""
+    shapes, hparams = factors(*sizes), HParams(weight_decay=0.1, beta1=0.8, lora_rank=rank)
+
+    @jax.jit
+    def updates(params, grads, hparams):
+        optimizer = make_optimizer(CONFIG, TrainConfig(optimizer=name), hparams)
+        state, made = optimizer.init(params), []
+        for grad in grads:
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grad)))
+            update, state = optimizer.update(clip_by_norm(grad, norm, jnp.float32(20.0)), state, params)
+            made.append(update)
+        return made
+
+    whole = [cut(draw(shapes, seed, 10.0**seed), rank) for seed in range(4)]
+    small = [first_columns(tree, rank) for tree in whole]
+    lane, alone = (updates(params, grads, hparams) for params, *grads in (whole, small))
+    for ours, theirs in zip(lane, alone, strict=True):
+        same = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+        jax.tree.map(same, first_columns(ours, rank), theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, cut(ours, rank))

@@ -189,7 +189,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
         if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
             raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
     first.objective.check(first.model, first.train)
-    _check_frozen(recipes)
+    check_frozen(recipes)
     needed = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if _reads_start(recipe, Path(run))]
     for start in dict.fromkeys(needed):
         if isinstance(start, Weights):
@@ -212,7 +212,7 @@ def _reads_start(recipe: Recipe, run: Path) -> bool:
     return not ended and (recipe.objective.freezes or not Checkpoints(run, read_only=True).steps())
 
 
-def _check_frozen(recipes: Sequence[Recipe]) -> None:
+def check_frozen(recipes: Sequence[Recipe]) -> None:
     """Raise InputError where parameters are frozen that no weights give, or other ones for other lanes."""
     first, objective = recipes[0].start, recipes[0].objective
     if objective.adapter is None:

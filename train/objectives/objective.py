@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, ModelConfig, Params, accounting
-from model.adapters import Adapter, attach, init_adapter, mask_and_scale
+from model.adapters import Adapter, attach, init_adapter, mask_and_scale, masked
 from model.dtypes import dtype_name
 from model.errors import InputError
 from model.parts import Part
+from model.products import ALL, Trained
 from model.quantize import KINDS, quantize_layers
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
@@ -161,10 +162,14 @@ class Objective(Part, ABC):
         """Whether parameters of the model are read alone."""
         return bool(self.trainable) or self.adapter is not None
 
-    def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray) -> Params:
-        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key."""
+    def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray, hparams: HParams | None = None) -> Params:
+        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key.
+
+        hparams: give the adapter's rank; columns that it masks are zero, and stay so.
+        """
         if self.adapter is not None:
-            return init_adapter(config, self.adapter, params, key)
+            tree = init_adapter(config, self.adapter, params, key)
+            return tree if hparams is None else masked(tree, mask_and_scale(self.adapter, *self._size(hparams))[0])
         return self.split(params)[0]
 
     def frozen(self, params: Params) -> Params:
@@ -180,12 +185,14 @@ class Objective(Part, ABC):
         """
         if not frozen or self.adapter is None:
             return merge(params, frozen)
-        rank: Any = self.adapter.rank
-        alpha: Any = self.adapter.alpha
-        if hparams is not None:
-            rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, rank), rank)
-            alpha = jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, alpha)
-        return attach(frozen, params, *mask_and_scale(self.adapter, rank, alpha))
+        size = () if hparams is None else self._size(hparams)
+        return attach(frozen, params, *mask_and_scale(self.adapter, *size))
+
+    def _size(self, hparams: HParams) -> tuple[Any, Any]:
+        """The rank and the alpha that hyperparameters, which may be traced, give the adapter."""
+        assert self.adapter is not None
+        rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, self.adapter.rank), self.adapter.rank)
+        return rank, jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, self.adapter.alpha)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Return (trainable, frozen): two trees that share no leaf and together are `params`.
@@ -267,18 +274,38 @@ class Objective(Part, ABC):
 
     # ---- accounting
 
-    def forward_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
-        """Return the exact forward FLOPs per token of a row of `seq_len` tokens of text, by product."""
-        return accounting.forward_flops_by_product(config, seq_len)
+    def lengths_of_row(self, seq_len: int) -> tuple[int, int | None]:
+        """Return what a row of `seq_len` tokens of text becomes: the tokens of the model's row, and of its encoder's.
+
+        None: as many. Without padding.
+        """
+        return seq_len, None
+
+    @property
+    def selection(self) -> Trained:
+        """Return what is trained, as FLOPs are counted by."""
+        if self.adapter is not None:
+            return Trained.factors(self.adapter.rank, tuple(self.adapter.targets))
+        return Trained(self.trainable) if self.trainable else ALL
+
+    def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
+        """Return the exact FLOPs of training per token of a row of `seq_len` tokens of text, by product.
+
+        An adapter counts with its own rank, that of the largest lane: smaller ones are masked and cost the same.
+        """
+        target, source = self.lengths_of_row(seq_len)
+        products = accounting.training_flops_by_product(config, target, source, self.selection)
+        return {name: once * target / seq_len for name, once in products.items()}
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, convention: accounting.Convention = "exact") -> float:
         """Return the FLOPs of training per token of a row of `seq_len` tokens of text.
 
-        "6N": of all parameters, whichever of the text's tokens pass through them.
+        "6N": of all parameters, whichever are trained and whichever of the text's tokens pass through them. "exact":
+        of the products that the gradient of what is trained needs.
         """
         if convention != "exact":
             return accounting.flops_per_token(config, seq_len, convention)
-        return 3 * sum(self.forward_flops_by_product(config, seq_len).values())
+        return sum(self.training_flops_by_product(config, seq_len).values())
 
 
 def merge(params: Params, frozen: Params | None) -> Params:

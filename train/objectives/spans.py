@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
-from model import Execution, InputError, ModelConfig, accounting
+from model import Execution, InputError, ModelConfig
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.noise import Noise
@@ -170,11 +170,10 @@ class SpanCorruption(TokenObjective):
             made |= {"encoder_segment_ids": _compress(documents, keep, source), "segment_ids": segments}
         return made
 
-    def forward_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
-        """Return the exact forward FLOPs per token of text, whichever stack it passes through, without padding."""
+    def lengths_of_row(self, seq_len: int) -> tuple[int, int]:
+        """Return the tokens of the decoder's and of the encoder's row, without padding."""
         source, target = self.lengths(seq_len)
-        products = accounting.forward_flops_by_product(config, target, source)
-        return {name: once * target / seq_len for name, once in products.items()}
+        return target, source
 
     def _first(self, config: ModelConfig) -> int:
         return config.vocab_size - 1 if self.first_sentinel is None else self.first_sentinel

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile, PlotFile
+from experiments.commands.options import BasePath, JsonFile, PlotFile
 
 if TYPE_CHECKING:
     from experiments.decode.cells import Cell
@@ -22,6 +22,7 @@ def decode(
     batch: tuple[int, ...] = (1, 8),
     prompt: tuple[int, ...] = (32,),
     context: tuple[int, ...] = (),
+    base: BasePath = None,
     weights: tuple[str, ...] = ("float32",),
     cache: tuple[str, ...] = (),
     kv_heads: tuple[int, ...] = (),
@@ -60,6 +61,7 @@ def decode(
         batch: Rows decoded at a time.
         prompt: Tokens prefilled in each row.
         context: Tokens in the cache when decoding begins; by default the prompt.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
         weights: How weights are stored, such as float32 or bfloat16.
         cache: How the cache is stored: float32, bfloat16 or int8; by default the compute precision.
         kv_heads: Numbers of KV heads, for presets only.
@@ -100,7 +102,7 @@ def decode(
                 say(f"--load is of one kind of requests: of --{name.replace('_', '-')}, the first value {values[0]}")
     if not against:
         say_unused("without --against", decode, rounds=rounds)
-    config, build, is_random = _open(model, seed)
+    config, build, is_random = _open(model, base, seed)
     cells = (
         read_grid(read_json(grid), str(grid))
         if grid is not None
@@ -132,17 +134,22 @@ def decode(
         sys.exit(130)
 
 
-def _open(model: str, seed: int) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
+def _open(
+    model: str, base: Path | None, seed: int
+) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
     """(config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
     from experiments.models import is_stored, read_config
     from model import init
+    from model.errors import InputError
     from model.store import open_parameters
 
     if is_stored(model):
-        config, params = open_parameters(model)
+        config, params = open_parameters(model, base)
         return config, lambda _: (config, params), False
+    if base is not None:
+        raise InputError(f"{model} is no run, so that it has no base; leave --base out")
     config = read_config(model)
 
     def build(count: int | None) -> "tuple[ModelConfig, Params]":

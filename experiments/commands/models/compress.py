@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import BasePath, JsonFile
 
 if TYPE_CHECKING:
     from model import ModelConfig, Params
@@ -25,6 +25,7 @@ def compress(
     drop_layers: int = 0,
     data: Path | None = None,
     tokenizer: Path | None = None,
+    base: BasePath = None,
     json: JsonFile = None,
     seq_len: int = 256,
     evaluate_tokens: int = 8192,
@@ -46,6 +47,7 @@ def compress(
         drop_layers: First remove so many layers, those that change the residual stream least.
         data: A folder made by `isoflop data prepare`: wanda, --drop-layers and --json read its text.
         tokenizer: The model's tokenizer, where none stands beside it.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
         json: Compare every form on validation text, and write the numbers to this file too.
         seq_len: Tokens per row of the text.
         evaluate_tokens: Validation tokens that the comparison reads.
@@ -74,7 +76,7 @@ def compress(
         say_unused("without --json", compress, evaluate_tokens=evaluate_tokens, batch_size=batch_size)
     elif data is not None:
         say_fewer_tokens(evaluate_tokens, load_manifest(data))
-    opened = open_model(source, tokenizer)
+    opened = open_model(source, tokenizer, base)
     if data is not None:
         need_tokenizer(opened.tokenizer, source)
     config, params = _smaller(opened, method, sparsity, pattern, drop_layers, data, seq_len)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from experiments.commands.options import BasePath
+
 if TYPE_CHECKING:
     from train.objectives import Objective
 
@@ -15,6 +17,7 @@ def convert(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     model_type: str | None = None,
+    base: BasePath = None,
 ) -> None:
     """Write a run, a GGUF file or a Hugging Face folder as a Hugging Face folder that Transformers loads.
 
@@ -29,6 +32,7 @@ def convert(
         target: The folder to make; it appears when it is complete. A model written by isoflop before is replaced.
         dtype: Precision of the weights that are written.
         model_type: The family to write as, such as llama or gpt2, where the config fits several.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
     """
     from experiments.models import copy_tokenizer
     from model import accounting
@@ -42,11 +46,13 @@ def convert(
     if (source / RECORD).is_file():
         raise InputError(f"{source} holds rounded weights; give the model that it was made of")
     if (source / "run.json").is_file():
-        trained, params = open_parameters(source)
+        trained, params = open_parameters(source, base)
         special = _objective(source).special_tokens(trained)
         config, params = fold(trained, params, dtype=dtype)
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():
+        if base is not None:
+            raise InputError(f"{source} is no run, so that it has no base; leave --base out")
         write(source, target, dtype=dtype, model_type=model_type)
         config = load_hf(target)[0]
     else:

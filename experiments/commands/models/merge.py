@@ -4,6 +4,8 @@ from pathlib import Path
 
 import tyro
 
+from experiments.commands.options import BasePath
+
 
 def merge(
     source: tyro.conf.Positional[Path],
@@ -11,6 +13,7 @@ def merge(
     *,
     adapter: Path | None = None,
     adapter_only: bool = False,
+    base: BasePath = None,
 ) -> None:
     """Add a low-rank adapter to the matrices of its model, and write that as a Hugging Face folder.
 
@@ -26,6 +29,7 @@ def merge(
         target: The folder to make; it appears when it is complete.
         adapter: A folder in PEFT's format.
         adapter_only: Write the adapter of a run alone.
+        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
     """
     from experiments.commands.models.convert import convert
     from experiments.models import copy_tokenizer
@@ -38,13 +42,13 @@ def merge(
             raise InputError(
                 "--adapter-only is for the adapter of a run; that of --adapter lies in its own folder already"
             )
-        merge_adapter(source, adapter, target)
+        merge_adapter(source, adapter, target, base)
         copy_tokenizer(source, target)
         print(f"{target}: {source} with {adapter}")
         return
     config, described, tree = load_adapter(source)
     if not adapter_only:
-        convert(source, target)
+        convert(source, target, base=base)
         return
-    save_peft(config, described, tree, target, base=read_record(source).get("weights"))
+    save_peft(config, described, tree, target, base=base or read_record(source).get("weights"))
     print(f"{target}: rank {described.rank}, alpha {described.alpha:g}")

@@ -1,5 +1,6 @@
 """`isoflop model`: the architectures and their books."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
@@ -81,13 +82,20 @@ def show(
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
+    from experiments.started import in_words, started_from_weights
     from model.errors import InputError
+    from model.runs import load_config, read_record
     from model.sharding import parse_mesh
     from model.store import open_parameters
     from train.overlay import overlay_program
 
-    own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
+    started = None
+    if (Path(preset) / "run.json").is_file():
+        own, started = load_config(preset), started_from_weights(Path(preset), read_record(preset))
+    else:
+        own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
     config, execution = overlay_program(read_changes(set), own)
+    started = started if config == own else None  # what it trained is not of another shape
     seq_len = config.max_seq_len if seq_len is None else seq_len
     if batch < 1 or seq_len < 1:
         raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
@@ -97,12 +105,15 @@ def show(
             f"or --set max_seq_len={seq_len} too"
         )
     held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
-    document = _books(config, seq_len, batch, dtype) | {"published": _published(preset, config), "mesh": held}
+    document = _books(config, seq_len, batch, dtype, started) | {"started": started}
+    document |= {"published": _published(preset, config), "mesh": held}
     document["attention_kernels"] = _kernels(config, seq_len, execution)
     write_document(json, document)
     out = console()
     out.print(f"{preset}: {tables.describe(config)}", highlight=False, markup=False, style="bold")
     out.print(tables.fields(config), highlight=False, markup=False, style="dim")
+    if started is not None:
+        out.print(f"{in_words(started)}.", highlight=False, markup=False, soft_wrap=True)
     out.print()
     out.print(tables.parameter_table(document))
     if document["published"] is not None:
@@ -122,12 +133,24 @@ def show(
         out.print(holdings.MESH_NOTE, highlight=False, style="dim")
 
 
-def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[str, Any]:
+def _books(
+    config: "ModelConfig", seq_len: int, batch: int, dtype: str, started: dict[str, Any] | None
+) -> dict[str, Any]:
+    """started: of a run that started from weights, what of them is trained."""
     from model import accounting
+    from model.products import ALL, Trained
 
+    trained, held = ALL, {}
+    if started is not None:
+        trained = Trained(tuple(started["trainable"])) if started["trainable"] else ALL
+        if (adapter := started["adapter"]) is not None:
+            trained = Trained.factors(adapter["rank"], tuple(adapter["targets"]))
+        held = {name: started[name]["bytes"] for name in ("trained", "frozen")}
     counts = accounting.parameters(config)
     flops: dict[str, float] = {
-        f"{mode} FLOPs per token ({convention})": accounting.flops_per_token(config, seq_len, convention, training)
+        f"{mode} FLOPs per token ({convention})": accounting.flops_per_token(
+            config, seq_len, convention, training, trained=trained
+        )
         for mode, training in (("training", True), ("forward", False))
         for convention in ("6N", "exact")
     }
@@ -145,8 +168,9 @@ def _books(config: "ModelConfig", seq_len: int, batch: int, dtype: str) -> dict[
         "dtype": dtype,
         "flops_per_token": flops,
         "forward_flops_exact_by_product": accounting.forward_flops_by_product(config, seq_len),
+        "training_flops_exact_by_product": accounting.training_flops_by_product(config, seq_len, trained=trained),
         "kv_cache_bytes": accounting.kv_cache_bytes(config, batch, seq_len, dtype),
-        "training_bytes": accounting.training_bytes(config),
+        "training_bytes": accounting.training_bytes(config, **held),
         "serving_bytes": accounting.serving_bytes(config, batch, seq_len, dtype),
     }
 

@@ -103,8 +103,9 @@ def flops_table(document: dict[str, Any]) -> "Table":
     table = new_table(f"FLOPs per token at {document['seq_len']:,} tokens", "forward", "training", "share")
     products = document["forward_flops_exact_by_product"]
     exact = sum(products.values())
-    for name, flops in products.items():
-        table.add_row(name, f"{flops:,.0f}", f"{3 * flops:,.0f}", f"{flops / exact:.1%}")
+    for name, training in document["training_flops_exact_by_product"].items():
+        flops = products.get(name, 0.0)
+        table.add_row(name, f"{flops:,.0f}", f"{training:,.0f}", f"{flops / exact:.1%}")
     table.add_section()
     for convention, label in (("exact", "exact: all products"), ("6N", "6N: active parameters alone")):
         forward, training = (

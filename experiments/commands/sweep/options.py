@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,7 +20,8 @@ class SweepOptions:
     """The definition of a sweep."""
 
     preset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
-    """A preset (see `isoflop model list`) or a JSON file of a model config."""
+    """A preset (see `isoflop model list`) or a JSON file of a model config, trained from fresh parameters; or a run, a
+    Hugging Face folder or a GGUF file, whose parameters every trial starts from."""
     data: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """A folder made by `isoflop data prepare`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -35,6 +36,9 @@ class SweepOptions:
     """Runs per setting; their spread is the noise of the result. By default 1, or the file's `replicate`."""
     base: Overrides = ()
     """Other fields for all trials, such as schedule=wsd num_layers=3."""
+    lora: Annotated[int | None, tyro.conf.arg(metavar="RANK")] = None
+    """Train low-rank adapters of a stored model, whose own parameters are on the devices once for all lanes; RANK is
+    the largest of --set lora_rank=2,4,8."""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Rows per step."""
     seq_len: Annotated[int, tyro.conf.arg(metavar="N")] = 128
@@ -71,21 +75,30 @@ class SweepOptions:
     def define(self) -> "Sweep":
         """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.inputs import read_changes
-        from experiments.models import read_config
+        from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password
         from experiments.sweep.definition import define
 
         settings = _SETTINGS.get(self.policy, ())
         self._say_unused(settings)
+        base = read_changes(self.base)
+        start: dict[str, Any] = {}
+        if is_stored(self.preset):
+            config, weights, objective = started_from(Path(self.preset), Path(self.data))
+            start = {"weights": weights, "objective": objective}
+        else:
+            config = read_config(self.preset)
+        if self.lora is not None:
+            base["objective.adapter.rank"] = self.lora
         sweep = define(
-            read_config(self.preset),
+            config,
             data=self.data,
             folder=self.out,
             steps=self.steps,
             axes=self.set,
             space_file=self.space,
             seeds=self.seeds,
-            base=read_changes(self.base),
+            base=base,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             objectives=self.objective,
@@ -97,6 +110,7 @@ class SweepOptions:
             storage=None if self.storage is None else without_password(self.storage),
             lanes=self.lanes,
             evaluate_tokens=self.evaluate_tokens,
+            **start,
         )
         self._say_what_is_cut(sweep)
         return sweep

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from experiments.commands.options import JsonFile
+from experiments.commands.options import BasePath, JsonFile
 from experiments.commands.sweep.options import ONE_WORKER, Options, WorkerOptions, Workers
 from experiments.words import counted
 
@@ -32,6 +32,9 @@ def run(
     Example: isoflop sweep run study-24 --data data/sotu --out sweeps/lr --steps 200
     --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
 
+    Example: isoflop sweep run runs/first --data data/sotu --out sweeps/lora --steps 100 --lora 8
+    --set lora_rank=2,4,8 learning_rate=3e-3,1e-2 --lanes 3
+
     Args:
         dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
@@ -52,6 +55,7 @@ def resume(
     *,
     retry_failed: bool = False,
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    base: BasePath = None,
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
     new_id: bool = False,
     workers: Workers = ONE_WORKER,
@@ -65,16 +69,18 @@ def resume(
         folder: The folder of the sweep.
         retry_failed: Try again what an exception ended.
         data: Where the sweep's data lie now, if they were moved.
+        base: Where the model lies now that its trials start from, if it was moved.
         storage: Where the sweep's storage is now, if it was moved.
         new_id: Make a copied folder a sweep of its own, in the same storage, with what its runs have found.
         json: Also write the summary to this file.
     """
-    from experiments.sweep.checks import check_data
+    from experiments.sweep.checks import check_data, check_weights
     from experiments.sweep.record import Sweep
     from experiments.sweep.run import begin, separate, with_places
 
-    sweep = with_places(Sweep.read(folder), data, storage)
+    sweep = with_places(Sweep.read(folder), data, storage, base)
     check_data(sweep)
+    check_weights(sweep)
     if new_id:
         sweep = separate(sweep)
     ledger = begin(sweep, workers.heartbeat, workers.grace)
@@ -115,6 +121,7 @@ def worker(
     folder: tyro.conf.Positional[Path],
     *,
     data: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    base: BasePath = None,
     heartbeat: int = 15,
     grace: int = 90,
 ) -> None:
@@ -125,17 +132,19 @@ def worker(
     Args:
         folder: The folder of the sweep, as this machine sees it.
         data: The sweep's data, where this machine sees them elsewhere.
+        base: The model that its trials start from, where this machine sees it elsewhere.
         heartbeat: Seconds between its signs of life.
         grace: Seconds without one after which another worker counts as dead.
     """
-    from experiments.sweep.checks import check_data
+    from experiments.sweep.checks import check_data, check_weights
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.record import Sweep
     from experiments.sweep.run import with_places
     from experiments.sweep.worker import work
 
-    sweep = with_places(Sweep.read(folder), data)
+    sweep = with_places(Sweep.read(folder), data, weights=base)
     check_data(sweep)
+    check_weights(sweep)
     ledger = Ledger(sweep, interval=heartbeat, grace=grace)
     work(sweep, ledger)
     _stop_at_failures(ledger)

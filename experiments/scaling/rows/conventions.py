@@ -53,15 +53,15 @@ def count(config: ModelConfig, seq_len: int, objective: Objective = LanguageMode
     """Every column of `PARAMS`, and of `FLOPS` per training token, of one model."""
     counted = accounting.parameters(config)
     head = sum(size for name, size in counted.by_group.items() if name == "head" or name.startswith("head/"))
-    products = objective.forward_flops_by_product(config, seq_len)
+    products = objective.training_flops_by_product(config, seq_len)
     pairwise = sum(value for name, value in products.items() if name.endswith((" scores", " mix")))
-    exact = 3 * sum(products.values())
+    exact = sum(products.values())
     return {
         "params_total": counted.total,
         "params_non_embedding": counted.non_embedding,
         "params_without_head": counted.non_embedding - head,
         "flops_exact": exact,
-        "flops_without_attention": exact - 3 * pairwise,
+        "flops_without_attention": exact - pairwise,
     }
 
 
