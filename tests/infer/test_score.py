@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from infer import prepare, score
 from infer.batches import MOST_PROGRAMS, padded_length
 from infer.prefixes import Branch, branches
-from infer.score_step import read_prefixes, score_branches, score_rows
+from infer.score_step import read_prefixes, score_rows
 from model import Experts, InputError, Latent, ModelConfig, apply
 
 whole = jax.jit(apply, static_argnums=0)
@@ -70,7 +71,7 @@ def close(found, wanted):
 
 
 def programs():
-    return sum(one._cache_size() for one in (read_prefixes, score_rows, score_branches))
+    return sum(one._cache_size() for one in (read_prefixes, score_rows))
 
 
 def check_scores_are_those_of_whole_passes(config, params):
@@ -248,16 +249,33 @@ def test_a_bar_is_shown_once_it_takes_long(monkeypatch, random_params):
     assert totals == [sum(advances)]
 
 
+def errors_over_meshes(devices, *commands):
+    """{case: largest error} of one process or several at the same time, each with its own arguments."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    program = [sys.executable, Path(__file__).with_name("scored_over_meshes.py")]
+    options = {"env": os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen([*program, *command], **options, **pipes) for command in commands]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors for _, errors in said)
+    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+
+
 @pytest.mark.long
 def test_meshes_score_as_one_device_does():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("scored_over_meshes.py")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = errors_over_meshes(8, [])
     assert len(found) == 5
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.long
+def test_each_of_two_processes_has_all_scores():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    for found in errors_over_meshes(1, [coordinator, "0"], [coordinator, "1"]):
+        assert found["processes"] < 1e-5
