@@ -59,10 +59,11 @@ def score(
     without a token that begins a text. Of an encoder-decoder the encoder reads the context, and the decoder the
     continuation after `decoder_start_token_id`.
 
-    batch_size: rows of a pass, rounded up to what a mesh divides. top_k: gives `top_logprobs`. share_prefixes: what
-    contexts begin with in common is read once into a cache, from which they branch, where that saves a fifth of the
-    work; False: never. execution: its mesh, if it has one, is the one over which params are placed; else the programs
-    run where params lie, prepared (`prepare`) or not.
+    batch_size: rows of a pass, rounded up to what a mesh divides and to whole groups of rows after one prefix. top_k:
+    gives `top_logprobs`. share_prefixes: what contexts begin with in common is read once into a cache, from which they
+    branch, where that saves a fifth of the work; False: never. execution: its mesh, if it has one, is the one over
+    which params are placed; else the programs run where params lie, prepared (`prepare`) or not. Over several processes
+    each of them calls with the same requests and gets all results.
 
     A call compiles at most four programs; lengths are rounded up, so that most calls share them. Batches depend on the
     set of requests alone: their order changes no bit, nor does what stands in padding. Another batch_size, other

@@ -163,9 +163,9 @@ def attend(
     """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros.
 
     keys and values come in one or several parts, one after the other along the axis that the mask calls "key": to join
-    them would copy them. Each row of a part with a third of the batch's rows, say, serves three rows of the batch that
-    stand side by side: they branch from it. softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head
-    beside the keys that takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
+    them would copy them. A part may have a row for each n rows of the batch that stand side by side and branch from it.
+    softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head beside the keys that
+    takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
     """
     query = constrain(query, "batch", "heads", "sequence", None)
     whole = lambda x: constrain(x, "batch", "kv_heads", None, None)  # every query sees the whole row
@@ -202,7 +202,7 @@ def _with_branches(product: str, x: Array, part: Array, **options: Any) -> Array
     if branches == 1:
         return jnp.einsum(product, x, part, **options)
     # Branches go into the query axis, too: no copy of the part for each of them.
-    fold = lambda x: x.reshape(rows, branches, *x.shape[1:]).swapaxes(1, 2).reshape(rows, x.shape[1], -1, x.shape[3])
-    unfold = lambda x: x.reshape(*x.shape[:2], branches, -1, x.shape[3]).swapaxes(1, 2).reshape(-1, *shape, x.shape[3])
-    shape = x.shape[1:3]
-    return unfold(jnp.einsum(product, fold(x), part, **options))
+    heads, queries = x.shape[1:3]
+    folded = x.reshape(rows, branches, heads, queries, -1).swapaxes(1, 2).reshape(rows, heads, branches * queries, -1)
+    made = jnp.einsum(product, folded, part, **options)
+    return made.reshape(rows, heads, branches, queries, -1).swapaxes(1, 2).reshape(rows * branches, heads, queries, -1)

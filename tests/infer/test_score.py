@@ -1,6 +1,7 @@
 """Scores are the log-probabilities of whole passes, however requests are batched, ordered and branched."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from infer import prepare, score
-from infer.batches import MOST_PROGRAMS, padded_length
+from infer.batches import MOST_PROGRAMS, Limits, Prefix, Row, padded_length, plan_branches
 from infer.prefixes import Branch, branches
 from infer.score_step import read_prefixes, score_rows
 from model import Experts, InputError, Latent, ModelConfig, apply
@@ -223,6 +224,36 @@ def test_branches_are_where_fewest_tokens_are_read():
     assert set(one_level) == {Branch(0, 3, 100), Branch(3, 5, 161), Branch(5, 7, 161)}
     assert set(with_stems) == {Branch(0, 3, 100), Branch(3, 5, 161, 90), Branch(5, 7, 161, 90)}
     assert branches([], []) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "limits", "size"),
+    [
+        ([4] * 9, Limits(16, 1, 128), 4),
+        ([5] * 3, Limits(16, 1, 128), 5),
+        ([4, 4, 5, 4], Limits(16, 1, 128), 5),
+        ([40, 3], Limits(16, 1, 128), 5),
+        ([1] * 5, Limits(16, 1, 128), 1),
+        ([4] * 9, Limits(16, 8, 128), 2),
+    ],
+)
+def test_rows_of_a_prefix_stand_together(counts, limits, size):
+    """In groups of a size that needs little padding, each on one device."""
+    numbers = iter(range(sum(counts)))
+    token = lambda number: np.full(2, number, np.int32)
+    rows = [[Row(number, token(number), token(number)) for number in itertools.islice(numbers, n)] for n in counts]
+    prefixes = [Prefix(token(of_one[0].number), of_one) for of_one in rows]
+    found = []
+    for shape, batches in plan_branches(prefixes, [], limits):
+        assert shape.size == size
+        assert shape.groups % limits.multiple == 0
+        for batch in batches:
+            assert len(batch.groups) == len(batch.parents) <= shape.groups
+            assert len(batch.prefixes) <= shape.prefixes
+            for group, parent in zip(batch.groups, batch.parents, strict=True):
+                assert len(group) <= size
+                found += [(row.number, batch.prefixes[parent].tokens[0]) for row in group]
+    assert sorted(found) == [(row.number, of_one[0].number) for of_one in rows for row in of_one]
 
 
 def test_padded_lengths_are_few_and_near():
