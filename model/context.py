@@ -105,13 +105,12 @@ def with_cache(
         # The window of a local layer is a ring: position p stands in slot p mod size.
         newest = lengths[:, None] - 1
         keys = chunk if fresh else jnp.concatenate([newest - (newest - jnp.arange(size)[None]) % size, chunk], axis=1)
-        slots = jnp.where(written & (positions >= end[:, None] - size), positions % size, size)
         contexts[kind.name] = Context(
             mask=(keys >= 0)[:, None, :] & _visible(positions, keys, kind.window),
             bias=_bias(config, stack, kind, positions, keys),
             rotary=_rotary(config, kind, positions),
             real=real,
-            slots=None if branches else slots,
+            slots=None if branches else jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
             fresh=fresh,
             encoder=encoder,
             encoder_mask=encoder_mask,
