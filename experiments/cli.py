@@ -19,6 +19,7 @@ import tyro
 from experiments.allocator import keep_memory
 from experiments.commands import data, doctor, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
+from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
 from experiments.commands.scaling import fit, predict
@@ -80,7 +81,12 @@ COMMANDS: Tree = {
     ),
     "bench": (
         "Measure this machine on a model.",
-        {"decode": decode.decode, "train": bench_train.train, "compare": compare.compare},
+        {
+            "decode": decode.decode,
+            "score": bench_score.score,
+            "train": bench_train.train,
+            "compare": compare.compare,
+        },
     ),
     "model": (
         "Look at architectures, convert weights, check how they scale.",

@@ -35,34 +35,49 @@ class Prefix:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """parents: the place among `prefixes` of each row's own. Whole rows have no prefixes."""
+    """Groups of rows: each of rows after one prefix, parents[i] of `prefixes`, or of one whole row and no prefix."""
 
-    rows: list[Row]
+    groups: list[list[Row]]
     prefixes: list[Prefix] = dataclasses.field(default_factory=list)
     parents: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def rows(self) -> list[Row]:
+        """All of them, group after group."""
+        return [row for group in self.groups for row in group]
+
 
 class Limits(NamedTuple):
-    """rows: of a batch, at most, a multiple of `multiple`; tokens: of a row, and of a prefix with its stem."""
+    """groups: of a batch, at most, a multiple of `multiple`, each with `size` rows at most.
 
-    rows: int
+    tokens: of a row, and of a prefix with its stem.
+    """
+
+    groups: int
     multiple: int
     tokens: int
+    size: int = 1
 
 
 class Shape(NamedTuple):
-    """The shape of the programs of a batch: its rows, and lengths of rows, targets, prefixes, and stems.
+    """The shape of the programs of a batch: groups and their rows, and lengths of rows, targets, prefixes, and stems.
 
-    capacity: of a stem and a prefix together. All but the first three are 0 for whole rows.
+    capacity: of a stem and a prefix together. All but the first four are 0 for whole rows.
     """
 
-    rows: int
+    groups: int
+    size: int
     width: int
     targets: int
     prefixes: int = 0
     prefix_width: int = 0
     capacity: int = 0
     stem_width: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of all groups."""
+        return self.groups * self.size
 
     @property
     def cost(self) -> int:
@@ -91,8 +106,8 @@ def tokens_read(plan: Plan) -> int:
 
 def plan_rows(rows: Iterable[Row], limits: Limits, programs: int = MOST_PROGRAMS) -> Plan:
     """Whole rows, the longest first, in at most so many shapes."""
-    ordered = sorted(rows, key=_order)
-    batches = [Batch(ordered[start : start + limits.rows]) for start in range(0, len(ordered), limits.rows)]
+    ordered, size = [[row] for row in sorted(rows, key=_order)], limits.groups
+    batches = [Batch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
     return _in_few_shapes(batches, limits, programs)
 
 
@@ -106,7 +121,8 @@ def plan_branches(prefixes: Iterable[Prefix], rows: Sequence[Row], limits: Limit
         nothing, programs = np.zeros(0, np.int32), 3
         prefixes = [one if one.stem is not None else dataclasses.replace(one, stem=nothing) for one in prefixes]
     shapes = (MOST_PROGRAMS - bool(rows)) // programs
-    plan = _in_few_shapes(list(_packed(prefixes, limits.rows)), limits, shapes)
+    grouped = _grouped([len(prefix.rows) for prefix in prefixes], limits)
+    plan = _in_few_shapes(list(_packed(prefixes, grouped)), grouped, shapes)
     return plan + plan_rows(rows, limits, MOST_PROGRAMS - shapes * programs)
 
 
@@ -115,7 +131,19 @@ def _order(row: Row) -> tuple:
     return -len(row.tokens), -len(row.targets), row.tokens.tobytes(), row.targets.tobytes()
 
 
-def _packed(prefixes: Sequence[Prefix], size: int) -> Iterator[Batch]:
+def _grouped(counts: Sequence[int], limits: Limits) -> Limits:
+    """Limits with the size of groups that suits prefixes of so many rows each.
+
+    That with least padding, where a group itself, which needs a copy of its prefix, counts as a row. Groups are no
+    larger than the rows of one device, and about as many rows as before fill a batch.
+    """
+    sizes = range(1, min(max(counts, default=1), limits.groups // limits.multiple) + 1)
+    size = min(sizes, key=lambda size: sum(-(-count // size) for count in counts) * (size + 1))
+    groups = -(-limits.groups // (size * limits.multiple)) * limits.multiple
+    return limits._replace(groups=groups, size=size)
+
+
+def _packed(prefixes: Sequence[Prefix], limits: Limits) -> Iterator[Batch]:
     """Prefixes of one stem after the other, the longest first; one with many rows goes on in the next batch."""
     stem = lambda prefix: b"" if prefix.stem is None else prefix.stem.tobytes()
     batch = Batch([])
@@ -125,34 +153,36 @@ def _packed(prefixes: Sequence[Prefix], size: int) -> Iterator[Batch]:
     for prefix in sorted(prefixes, key=order):
         rows = prefix.rows
         while rows:
-            if batch.rows and (len(batch.rows) == size or batch.prefixes[0].stem is not prefix.stem):
+            if batch.groups and (len(batch.groups) == limits.groups or batch.prefixes[0].stem is not prefix.stem):
                 yield batch
                 batch = Batch([])
-            taken, rows = rows[: size - len(batch.rows)], rows[size - len(batch.rows) :]
-            batch.parents.extend([len(batch.prefixes)] * len(taken))
-            batch.prefixes.append(prefix)
-            batch.rows.extend(taken)
-    if batch.rows:
+            if not batch.prefixes or batch.prefixes[-1] is not prefix:
+                batch.prefixes.append(prefix)
+            batch.parents.append(len(batch.prefixes) - 1)
+            batch.groups.append(rows[: limits.size])
+            rows = rows[limits.size :]
+    if batch.groups:
         yield batch
 
 
 def _shape(needs: Sequence[int], limits: Limits) -> Shape:
-    """The smallest shape for this many rows, tokens and prefixes: `needs` in the order of its fields."""
-    rows, width, targets, prefixes, *lengths = needs
-    rows = min(-(-bucket(rows) // limits.multiple) * limits.multiple, limits.rows)
+    """The smallest shape for `needs`, see `_needs`."""
+    groups, width, targets, prefixes, *lengths = needs
+    groups = min(-(-bucket(groups) // limits.multiple) * limits.multiple, limits.groups)
     width = padded_length(width, limits.tokens)
+    shape = Shape(groups, limits.size, width, padded_length(targets, width))
     if not prefixes:
-        return Shape(rows, width, padded_length(targets, width))
+        return shape
     lengths = [padded_length(length, limits.tokens) if length else 0 for length in lengths]
-    return Shape(rows, width, padded_length(targets, width), bucket(prefixes), *lengths)
+    return Shape(*shape[:4], min(bucket(prefixes), groups), *lengths)
 
 
 def _needs(batch: Batch) -> tuple[int, ...]:
-    """The fields of `Shape` without padding."""
+    """The fields of `Shape` but `size`, without padding."""
     longest = lambda lengths: max(lengths, default=0)
     stem = lambda prefix: 0 if prefix.stem is None else len(prefix.stem)
     return (
-        len(batch.rows),
+        len(batch.groups),
         longest(len(row.tokens) for row in batch.rows),
         longest(len(row.targets) for row in batch.rows),
         len(batch.prefixes),

@@ -13,7 +13,8 @@ from infer.prompts import CHUNK
 from model import Execution, KVCache, ModelConfig, Params, head, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
-from model.transformer import forward, forward_cached
+from model.sharding import constrain
+from model.transformer import forward, forward_branches, forward_cached
 
 _MOST_LOGITS = 2**25  # in memory at a time
 
@@ -57,40 +58,30 @@ def score_rows(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "batch seq"],
-    targets: Int[Array, "batch scored"],
-    first: Int[Array, " batch"],
-    *,
-    top_k: int,
-    execution: Execution,
-) -> tuple[Array, ...]:
-    """See `_scored`. Nothing is masked: what a causal model makes of a token does not depend on padding after it."""
-    if config.experts is not None:
-        config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    out = forward(config, params, tokens, outputs=("final_hidden",), execution=execution)
-    assert out.final_hidden is not None
-    return _scored(config, params, out.final_hidden, targets, first, top_k, execution)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "execution"))
-@lenient()
-def score_branches(
-    config: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     targets: Int[Array, "batch scored"],
     first: Int[Array, " batch"],
-    cache: KVCache,
-    parents: Int[Array, " batch"],
+    cache: KVCache | None = None,
+    parents: Int[Array, " groups"] | None = None,
     *,
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
-    """See `_scored`. The cache that would hold these tokens, too, is not made: its writes have no reader."""
-    room = cache.capacity + tokens.shape[1]
-    branched = take(cache, parents).replace(capacity=room)
-    hidden, _ = forward_cached(config, params, tokens, lengths, branched, every=True, execution=execution)
-    return _scored(config, params, hidden, targets, first, top_k, execution)
+    """See `_scored`. With a cache, groups of rows branch from its rows `parents`, each group as many as the others.
+
+    All processes of a mesh hold the results. Whole rows are not masked: what a causal model makes of a token does not
+    depend on padding after it.
+    """
+    if cache is None:
+        if config.experts is not None:
+            config = config.replace(experts=config.experts.replace(dispatch="dropless"))
+        hidden = forward(config, params, tokens, outputs=("final_hidden",), execution=execution).final_hidden
+        assert hidden is not None
+    else:
+        assert parents is not None
+        hidden = forward_branches(config, params, tokens, lengths, take(cache, parents))
+    found = _scored(config, params, hidden, targets, first, top_k, execution)
+    return tuple(constrain(x, *[None] * x.ndim) for x in found)
 
 
 def _scored(

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from infer.batches import Batch, Limits, Plan, Prefix, Row, Shape, plan_branches, plan_rows, tokens_read
 from infer.prefixes import Branch, branches
 from infer.prepare import prepare
-from infer.score_step import read_prefixes, score_branches, score_rows
+from infer.score_step import read_prefixes, score_rows
 from model import Execution, KVCache, ModelConfig, Params
 from model.errors import InputError
 from model.progress import progress_bar
@@ -59,10 +59,11 @@ def score(
     without a token that begins a text. Of an encoder-decoder the encoder reads the context, and the decoder the
     continuation after `decoder_start_token_id`.
 
-    batch_size: rows of a pass, rounded up to what a mesh divides. top_k: gives `top_logprobs`. share_prefixes: what
-    contexts begin with in common is read once into a cache, from which they branch, where that saves a fifth of the
-    work; False: never. execution: its mesh, if it has one, is the one over which params are placed; else the programs
-    run where params lie, prepared (`prepare`) or not.
+    batch_size: rows of a pass, rounded up to what a mesh divides and to whole groups of rows after one prefix. top_k:
+    gives `top_logprobs`. share_prefixes: what contexts begin with in common is read once into a cache, from which they
+    branch, where that saves a fifth of the work; False: never. execution: its mesh, if it has one, is the one over
+    which params are placed; else the programs run where params lie, prepared (`prepare`) or not. Over several processes
+    each of them calls with the same requests and gets all results.
 
     A call compiles at most four programs; lengths are rounded up, so that most calls share them. Batches depend on the
     set of requests alone: their order changes no bit, nor does what stands in padding. Another batch_size, other
@@ -83,7 +84,7 @@ def score(
         found: dict[int, tuple[np.ndarray, ...]] = {}
         steps = _batches(config, params, plan, top_k, execution)
         for rows, made in _with_bar(steps, sum(len(batches) for _, batches in plan)):
-            for place, row in enumerate(rows):
+            for place, row in rows.items():
                 found[row.number] = tuple(array[place, : len(row.targets)] for array in made)
     return _scores([found[numbers[key(pair)]] for pair in pairs], top_k)
 
@@ -224,30 +225,30 @@ def _plan_branches(rows: Sequence[Row], choice: Sequence[Branch], limits: Limits
 
 def _batches(
     config: ModelConfig, params: Params, plan: Plan, top_k: int, execution: Execution
-) -> Iterator[tuple[list[Row], tuple[np.ndarray, ...]]]:
-    """The rows of every batch and what was found for them, some batches after they were sent off."""
-    sent: list[tuple[list[Row], Any]] = []
+) -> Iterator[tuple[dict[int, Row], tuple[np.ndarray, ...]]]:
+    """The rows of every batch by place, and arrays of what was found there, some batches after they were sent off."""
+    sent: list[tuple[dict[int, Row], Any]] = []
+
+    def send(shape: Shape, rows: Mapping[int, Row], *prefixes: Any) -> tuple[jax.Array, ...]:
+        tokens, lengths = _padded({place: row.tokens for place, row in rows.items()}, shape.rows, shape.width)
+        targets, counts = _padded({place: row.targets for place, row in rows.items()}, shape.rows, shape.targets)
+        rows_and_targets = (tokens, lengths, targets, lengths - counts)
+        return score_rows(config, params, *rows_and_targets, *prefixes, top_k=top_k, execution=execution)
+
     for shape, batches in plan:
         reader = _Reader(config, params, shape, execution)
         for batch in batches:
-            sent.append((batch.rows, _sent(config, params, shape, batch, reader, top_k, execution)))
+            rows = {
+                number * shape.size + place: row
+                for number, group in enumerate(batch.groups)
+                for place, row in enumerate(group)
+            }
+            sent.append((rows, send(shape, rows, *reader.read(batch))))
             if len(sent) > _AHEAD:
                 rows, made = sent.pop(0)
                 yield rows, jax.device_get(made)
     for rows, made in sent:
         yield rows, jax.device_get(made)
-
-
-def _sent(config, params, shape: Shape, batch: Batch, reader: "_Reader", top_k: int, execution):
-    tokens, lengths = _padded([row.tokens for row in batch.rows], shape.rows, shape.width)
-    targets, counts = _padded([row.targets for row in batch.rows], shape.rows, shape.targets)
-    first, how = lengths - counts, {"top_k": top_k, "execution": execution}
-    if not batch.prefixes:
-        return score_rows(config, params, tokens, targets, first, **how)
-    parents = np.zeros(shape.rows, np.int32)
-    parents[: len(batch.rows)] = batch.parents
-    cache = reader.read(batch)
-    return score_branches(config, params, tokens, lengths, targets, first, cache, parents, **how)
 
 
 class _Reader:
@@ -259,36 +260,41 @@ class _Reader:
         self._stem: tuple[np.ndarray | None, KVCache | None] = (None, None)
         self._prefixes: tuple[list[Prefix], KVCache | None] = ([], None)
 
-    def read(self, batch: Batch) -> KVCache:
-        """The cache of a batch's prefixes, one row each."""
+    def read(self, batch: Batch) -> tuple[KVCache, np.ndarray] | tuple[()]:
+        """The cache of a batch's prefixes, one row each, and which of them each group has; nothing for whole rows."""
+        if not batch.prefixes:
+            return ()
         shape, stem = self._shape, batch.prefixes[0].stem
         if stem is not None and stem is not self._stem[0]:
-            padded = _padded([stem], 1, shape.stem_width)
+            padded = _padded({0: stem}, 1, shape.stem_width)
             self._stem = stem, self._read(self._params, *padded, capacity=shape.stem_width)
         if batch.prefixes != self._prefixes[0]:
-            padded = _padded([prefix.tokens for prefix in batch.prefixes], shape.prefixes, shape.prefix_width)
+            tokens = {place: prefix.tokens for place, prefix in enumerate(batch.prefixes)}
+            padded = _padded(tokens, shape.prefixes, shape.prefix_width)
             cache = self._read(self._params, *padded, self._stem[1], capacity=shape.capacity)
             self._prefixes = batch.prefixes, cache
         assert self._prefixes[1] is not None
-        return self._prefixes[1]
+        parents = np.zeros(shape.groups, np.int32)
+        parents[: len(batch.parents)] = batch.parents
+        return self._prefixes[1], parents
 
 
-def _padded(rows: Sequence[np.ndarray], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [size, width], padded with 0 at the right and below, and the lengths."""
+def _padded(rows: Mapping[int, np.ndarray], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in their places of int32 [size, width], padded with 0, and the lengths."""
     padded, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-    for place, row in enumerate(rows):
+    for place, row in rows.items():
         padded[place, : len(row)], lengths[place] = row, len(row)
     return padded, lengths
 
 
 def _with_bar(steps: Iterator, total: int) -> Iterator:
-    """The same steps, with a progress bar once they have taken more than two seconds."""
+    """The same steps, with a progress bar once they have taken more than two seconds; of processes the first has it."""
     start, advance = time.perf_counter(), None
     with contextlib.ExitStack() as stack:
         for done, step in enumerate(steps, 1):
             yield step
             if advance is not None:
                 advance()
-            elif done < total and time.perf_counter() - start > _QUIET_SECONDS:
+            elif done < total and jax.process_index() == 0 and time.perf_counter() - start > _QUIET_SECONDS:
                 advance = stack.enter_context(progress_bar("scoring", total))
                 advance(done)

@@ -142,19 +142,20 @@ def remember(cache: Entry, new: tuple[Array, ...], context: Context, mixed: Floa
     """The cache with the chunk in it. A row whose attention gave an infinity is not written.
 
     That makes the write wait for the attention, so that compilers see that nobody reads the cache after it and write
-    in place; a copy of the cache would cost as much as reading it.
+    in place; a copy of the cache would cost as much as reading it. A context without slots leaves the cache as it is.
     """
+    if context.slots is None:
+        return cache
     if context.fresh and new[0].shape[2] <= slots_of(cache[0]):
         return tuple(fill(old, x) for old, x in zip(cache, new, strict=True))
-    assert context.slots is not None
     slots = jnp.where(jnp.isinf(mixed[:, 0, :1, 0]), slots_of(cache[0]), context.slots)
     return tuple(append(old, x, slots) for old, x in zip(cache, new, strict=True))
 
 
 def attend(
     query: Float[Array, "batch heads seq head_dim"],
-    keys: tuple[Float[Array, "batch kv_heads _ head_dim"], ...],
-    values: tuple[Float[Array, "batch kv_heads _ value_dim"], ...],
+    keys: tuple[Float[Array, "_ kv_heads _ head_dim"], ...],
+    values: tuple[Float[Array, "_ kv_heads _ value_dim"], ...],
     mask: Bool[Array, "mask_rows seq_or_one key"],
     *,
     scale: float,
@@ -167,8 +168,9 @@ def attend(
     """Scaled dot-product attention; softmax in float32. A query that sees no key gives zeros.
 
     keys and values come in one or several parts, one after the other along the axis that the mask calls "key": to join
-    them would copy them. softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head
-    beside the keys that takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
+    them would copy them. A part may have a row for each n rows of the batch that stand side by side and branch from it.
+    softcap: scores become cap · tanh(scores / cap) (Gemma 2, section 2). sinks: a logit per head beside the keys that
+    takes weight and gives nothing (Xiao et al. 2023; as in gpt-oss).
     """
     query = constrain(query, "batch", "heads", "sequence", None)
     whole = lambda x: constrain(x, "batch", "kv_heads", None, None)  # every query sees the whole row
@@ -177,7 +179,7 @@ def attend(
     kv_heads = keys[0].shape[1]
     # Folding the group into the query axis makes every variant one batched product over KV heads.
     query = query.reshape(batch, kv_heads, heads // kv_heads * seq, head_dim) * scale
-    product = lambda key: jnp.einsum("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
+    product = lambda key: _with_branches("bkqh,bkth->bkqt", query, key, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([product(key) for key in keys], axis=-1) if len(keys) > 1 else product(keys[0])
     scores = scores.reshape(batch, heads, seq, -1)
     if softcap is not None:
@@ -195,7 +197,7 @@ def attend(
         weights = taps("attention", jnp.where(_sees_any(mask), weights, 0.0))
     grouped = weights.astype(values[0].dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
     parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
-    pieces = [jnp.einsum("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
+    pieces = [_with_branches("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
     mixed = functools.reduce(jnp.add, pieces).reshape(batch, heads, seq, values[0].shape[-1])
     return jnp.where(_sees_any(mask), mixed, 0)
 
@@ -203,3 +205,15 @@ def attend(
 def _sees_any(mask: Bool[Array, "mask_rows seq_or_one key"]) -> Bool[Array, "mask_rows 1 seq_or_one 1"]:
     """Which query sees a key: the softmax of no scores at all is an even one."""
     return mask.any(axis=-1)[:, None, :, None]
+
+
+def _with_branches(product: str, x: Array, part: Array, **options: Any) -> Array:
+    """Return the einsum of x [batch, kv_heads, query, …] and a part, with fewer rows where x branches from them."""
+    rows, branches = part.shape[0], x.shape[0] // part.shape[0]
+    if branches == 1:
+        return jnp.einsum(product, x, part, **options)
+    # Branches go into the query axis, too: no copy of the part for each of them.
+    heads, queries = x.shape[1:3]
+    folded = x.reshape(rows, branches, heads, queries, -1).swapaxes(1, 2).reshape(rows, heads, branches * queries, -1)
+    made = jnp.einsum(product, folded, part, **options)
+    return made.reshape(rows, heads, branches, queries, -1).swapaxes(1, 2).reshape(rows * branches, heads, queries, -1)

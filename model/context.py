@@ -20,7 +20,8 @@ class Context:
 
     mask: which key each query sees. bias: added to the scores, or None. rotary: tables for this pass's tokens, or
     None. real: False for padding. slots: with a cache, where each token's key and value are written (the cache's
-    size or more: not written); keys are then the cache's slots as they were before this chunk, followed by the chunk.
+    size or more: not written; None: none of them is); keys are then the cache's slots as they were before this chunk,
+    followed by the chunk.
     fresh: the cache was empty, so that the chunk alone is seen.
     encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
     segment_ids, causal, window: what the mask of a pass over whole rows was made of, for kernels that make their own.
@@ -85,28 +86,31 @@ def with_cache(
     encoder: Float[Array, "batch source d_model"] | None = None,
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
     fresh: bool = False,
+    branches: int = 0,
 ) -> dict[str, Context]:
     """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding.
 
-    fresh: the cache is known to be empty.
+    fresh: the cache is known to be empty. branches: so many rows of the chunk, one after the other, follow each row of
+    the cache, and none is written to it; 0: one does, and is.
     """
     seq = real.shape[1]
-    positions = cache.lengths[:, None] + jnp.arange(seq)[None]
-    written = real & (positions < cache.capacity)
-    end = cache.lengths + jnp.sum(written, axis=1)
+    lengths = jnp.repeat(cache.lengths, branches) if branches else cache.lengths
+    positions = lengths[:, None] + jnp.arange(seq)[None]
+    written = real if branches else real & (positions < cache.capacity)
+    end = lengths + jnp.sum(written, axis=1)
     contexts = {}
     chunk = jnp.where(written, positions, -1)
     for kind in dict.fromkeys(kinds):
         size = cache.slots_of(kinds.index(kind))
         # The window of a local layer is a ring: position p stands in slot p mod size.
-        newest = cache.lengths[:, None] - 1
+        newest = lengths[:, None] - 1
         keys = chunk if fresh else jnp.concatenate([newest - (newest - jnp.arange(size)[None]) % size, chunk], axis=1)
         contexts[kind.name] = Context(
             mask=(keys >= 0)[:, None, :] & _visible(positions, keys, kind.window),
             bias=_bias(config, stack, kind, positions, keys),
             rotary=_rotary(config, kind, positions),
             real=real,
-            slots=jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
+            slots=None if branches else jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
             fresh=fresh,
             encoder=encoder,
             encoder_mask=encoder_mask,

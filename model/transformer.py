@@ -21,7 +21,7 @@ from model.heads import Pooling, classify, head, init_head, pool
 from model.layout import layer_kinds
 from model.norm import Normalize
 from model.stack import Params, auxiliary_of, init_stack, layer_trees, run_layers
-from model.taps import TAPS, Edits, Taps, check_edits, edit_embedded, edits_of, tap_shapes
+from model.taps import TAPS, Edits, Taps, WholeEdits, check_edits, edit_embedded, edits_of, tap_shapes
 
 OUTPUTS = ("final_hidden", *TAPS)
 
@@ -207,22 +207,56 @@ def forward_cached(
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
     x, whole_edits = edit_embedded(x, whole_edits)
-    layers = []
-    trees = layer_trees(params["layers"], kinds)
-    for index, (kind, tree, layer) in enumerate(zip(kinds, trees, cache.layers, strict=True)):
-        taps = Taps((), edits_of(whole_edits, index))
-        x, layer, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer, taps=taps)
-        x = taps("hidden", x)
-        layers.append(layer)
+    x, layers = _run_cached_layers(config, params, kinds, x, contexts, cache, whole_edits)
     if not every:
         x = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     end = cache.lengths + lengths
     full = (end > cache.capacity).reshape(-1, *(1,) * (x.ndim - 1))
     final_hidden = jnp.where(full, jnp.nan, _final_norm(config, params, x))
     cache = cache.replace(  # type: ignore[attr-defined]
-        layers=tuple(layers), lengths=jnp.minimum(end, cache.capacity), encoder_lengths=sources
+        layers=layers, lengths=jnp.minimum(end, cache.capacity), encoder_lengths=sources
     )
     return final_hidden, cache
+
+
+@lenient()
+def forward_branches(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    cache: KVCache,
+) -> Float[Array, "batch seq d_model"]:
+    """The final hidden states of rows that branch from the cache's, which stays as it is.
+
+    With n times as many rows as the cache has, rows r · n … r · n + n − 1 follow its row r. Its keys and values are not
+    copied for them. tokens are right-padded, lengths count the real ones; there is no limit by the capacity.
+    """
+    rows, seq = tokens.shape
+    branches = rows // cache.lengths.shape[0]
+    real = jnp.arange(seq)[None] < lengths[:, None]
+    encoder_mask = None
+    if cache.encoder_lengths is not None:
+        sources = jnp.repeat(cache.encoder_lengths, branches)
+        encoder_mask = (jnp.arange(cache.encoder_capacity)[None] < sources[:, None])[:, None]
+    kinds = layer_kinds(config)
+    contexts = with_cache(config, params, kinds, cache, real, encoder_mask=encoder_mask, branches=branches)
+    positions = jnp.repeat(cache.lengths, branches)[:, None] + jnp.arange(seq)[None]
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
+    x, _ = _run_cached_layers(config, params, kinds, x, contexts, cache, {})
+    return _final_norm(config, params, x)
+
+
+def _run_cached_layers(config, params, kinds, x, contexts, cache: KVCache, edits: WholeEdits):
+    """The residual stream after all layers, and their caches."""
+    layers = []
+    trees = layer_trees(params["layers"], kinds)
+    for index, (kind, tree, layer) in enumerate(zip(kinds, trees, cache.layers, strict=True)):
+        taps = Taps((), edits_of(edits, index))
+        x, layer, _ = Block(config, kind).apply({"params": tree}, x, contexts[kind.name], layer, taps=taps)
+        x = taps("hidden", x)
+        layers.append(layer)
+    return x, tuple(layers)
 
 
 def _final_norm(config: ModelConfig, stack: Params, x: Array) -> Array:

@@ -1,6 +1,10 @@
-"""Scores over meshes of eight devices, beside those of one. Prints {case: largest error} as JSON."""
+"""Scores over meshes of eight devices, or of two processes, beside those of one. Prints {case: largest error} as JSON.
+
+Arguments, for processes: the coordinator and the number of this one of two, see `train.hosts`.
+"""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -8,6 +12,7 @@ import numpy as np
 from infer import prepare, score
 from model import Execution, ModelConfig, init
 from model.sharding import make_mesh, shardings
+from train.hosts import initialize
 
 CONFIG = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=4, d_ff=64, max_seq_len=128)
 
@@ -21,19 +26,34 @@ def requests():
     return [(context, draw(3)) for context in contexts for _ in range(4)] + [(draw(9), draw(7)) for _ in range(3)]
 
 
-def main():
+def over(**axes):
+    return Execution(mesh=axes)
+
+
+def over_devices(params, pairs):
     """Data and tensor, of plain and of prepared parameters, placed by `score` or before it."""
-    params, pairs = jax.device_get(init(CONFIG, jax.random.key(0))), requests()
-    one = score(CONFIG, params, pairs)
     mesh = make_mesh({"data": 4, "tensor": 2})
-    over = lambda **axes: Execution(mesh=axes)
-    found = {
+    return {
         "data": score(CONFIG, params, pairs, execution=over(data=8)),
         "data-tensor": score(CONFIG, params, pairs, execution=over(data=2, tensor=4)),
         "apart": score(CONFIG, params, pairs, share_prefixes=False, execution=over(data=4, tensor=2)),
         "prepared": score(CONFIG, prepare(CONFIG, params), pairs, execution=over(data=4, tensor=2)),
         "placed": score(CONFIG, jax.device_put(params, shardings(mesh, params)), pairs),
     }
+
+
+def over_processes(params, pairs):
+    """Each process has all scores."""
+    return {"processes": score(CONFIG, params, pairs, top_k=1, execution=over(data=2))}
+
+
+def main():
+    """See above."""
+    if len(sys.argv) > 1:
+        initialize(sys.argv[1], 2, int(sys.argv[2]))
+    params, pairs = jax.device_get(init(CONFIG, jax.random.key(0))), requests()
+    one = score(CONFIG, params, pairs)
+    found = (over_processes if len(sys.argv) > 1 else over_devices)(params, pairs)
     error = lambda scores: max(np.abs(np.subtract(*pair)).max() for pair in zip(scores.tokens, one.tokens, strict=True))
     print(json.dumps({name: float(error(scores)) for name, scores in found.items()}))
 

@@ -1,8 +1,10 @@
 """Scores are the log-probabilities of whole passes, however requests are batched, ordered and branched."""
 
 import contextlib
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,9 @@ import numpy as np
 import pytest
 
 from infer import prepare, score
-from infer.batches import MOST_PROGRAMS, padded_length
+from infer.batches import MOST_PROGRAMS, Limits, Prefix, Row, padded_length, plan_branches
 from infer.prefixes import Branch, branches
-from infer.score_step import read_prefixes, score_branches, score_rows
+from infer.score_step import read_prefixes, score_rows
 from model import Experts, InputError, Latent, ModelConfig, apply
 
 whole = jax.jit(apply, static_argnums=0)
@@ -70,7 +72,7 @@ def close(found, wanted):
 
 
 def programs():
-    return sum(one._cache_size() for one in (read_prefixes, score_rows, score_branches))
+    return sum(one._cache_size() for one in (read_prefixes, score_rows))
 
 
 def check_scores_are_those_of_whole_passes(config, params):
@@ -224,6 +226,36 @@ def test_branches_are_where_fewest_tokens_are_read():
     assert branches([], []) == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("counts", "limits", "size"),
+    [
+        ([4] * 9, Limits(16, 1, 128), 4),
+        ([5] * 3, Limits(16, 1, 128), 5),
+        ([4, 4, 5, 4], Limits(16, 1, 128), 5),
+        ([40, 3], Limits(16, 1, 128), 5),
+        ([1] * 5, Limits(16, 1, 128), 1),
+        ([4] * 9, Limits(16, 8, 128), 2),
+    ],
+)
+def test_rows_of_a_prefix_stand_together(counts, limits, size):
+    """In groups of a size that needs little padding, each on one device."""
+    numbers = iter(range(sum(counts)))
+    token = lambda number: np.full(2, number, np.int32)
+    rows = [[Row(number, token(number), token(number)) for number in itertools.islice(numbers, n)] for n in counts]
+    prefixes = [Prefix(token(of_one[0].number), of_one) for of_one in rows]
+    found = []
+    for shape, batches in plan_branches(prefixes, [], limits):
+        assert shape.size == size
+        assert shape.groups % limits.multiple == 0
+        for batch in batches:
+            assert len(batch.groups) == len(batch.parents) <= shape.groups
+            assert len(batch.prefixes) <= shape.prefixes
+            for group, parent in zip(batch.groups, batch.parents, strict=True):
+                assert len(group) <= size
+                found += [(row.number, batch.prefixes[parent].tokens[0]) for row in group]
+    assert sorted(found) == [(row.number, of_one[0].number) for of_one in rows for row in of_one]
+
+
 def test_padded_lengths_are_few_and_near():
     lengths = sorted({padded_length(length, 4000) for length in range(1, 4001)})
     assert len(lengths) < 75
@@ -248,16 +280,33 @@ def test_a_bar_is_shown_once_it_takes_long(monkeypatch, random_params):
     assert totals == [sum(advances)]
 
 
+def errors_over_meshes(devices, *commands):
+    """{case: largest error} of one process or several at the same time, each with its own arguments."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    program = [sys.executable, Path(__file__).with_name("scored_over_meshes.py")]
+    options = {"env": os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen([*program, *command], **options, **pipes) for command in commands]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(errors for _, errors in said)
+    return [json.loads(output.splitlines()[-1]) for output, _ in said]
+
+
 @pytest.mark.long
 def test_meshes_score_as_one_device_does():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("scored_over_meshes.py")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (found,) = errors_over_meshes(8, [])
     assert len(found) == 5
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.long
+def test_each_of_two_processes_has_all_scores():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    for found in errors_over_meshes(1, [coordinator, "0"], [coordinator, "1"]):
+        assert found["processes"] < 1e-5
