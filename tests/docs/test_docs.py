@@ -56,7 +56,7 @@ def spoken(page: Path) -> list[list[str]]:
     if page.name == "reference.md":  # docstrings, which name parts of commands
         return []
     text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
-    return [shlex.split(code) for code in re.findall(r"`(isoflop [^`]+)`", text)]
+    return [shlex.split(code) for code in re.findall(r"`(isoflop\s[^`]+)`", text)]
 
 
 def typed(block: Block) -> Iterator[list[str]]:
