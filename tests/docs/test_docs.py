@@ -1,7 +1,7 @@
 """README.md and docs/ hold: links resolve, command lines parse, and every block of code runs as it stands.
 
-A block whose first line is a comment with a file's name is written to that file. One behind `<!-- not run: why -->` is
-not run; its command lines are only parsed. The blocks of a page run in order in a copy of the code of the page's own.
+A block whose first line is a comment with a file's name is written to that file. A block below `<!-- not run: why -->`
+is not run; its command lines are only parsed. The blocks of a page run in order, in the page's own copy of the code.
 """
 
 import functools
@@ -24,7 +24,7 @@ CONFIGS = ROOT / "experiments/configs"
 PAGES = [ROOT / "README.md", CONFIGS / "README.md", *CONFIGS.glob("*.sh")]
 PAGES += sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")
 QUICK = ("isoflop model list", "isoflop model show", "isoflop completion", "isoflop doctor")
-"""Commands in a page's text that are run, too."""
+"""Commands in a page's text that are run as well."""
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -52,23 +52,15 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def spoken(page: Path) -> list[list[str]]:
-    """The `isoflop …` in a page's text; one that begins with … goes on where the last whole command ended."""
-    commands: list[list[str]] = []
-    whole: list[str] = []
-    for code in re.findall(r"`((?:isoflop|…) [^`]+)`", _BLOCK.sub("", page.read_text(encoding="utf-8"))):
-        words = shlex.split(code)
-        if words[0] == "…":
-            words = [*whole, *words[1:]]
-        elif "…" in words:  # the command is meant, whatever its arguments
-            words = words[: words.index("…")]
-        elif cli.find(words[1:])[2]:
-            whole = words
-        commands.append(words)
-    return commands
+    """Return the commands of `isoflop` in a page's text."""
+    if page.name == "reference.md":  # docstrings, which name parts of commands
+        return []
+    text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return [shlex.split(code) for code in re.findall(r"`(isoflop\s[^`]+)`", text)]
 
 
 def typed(block: Block) -> Iterator[list[str]]:
-    """The `isoflop …` of a block of shell, without what redirects, joins or precedes them."""
+    """Yield the commands of `isoflop` in a block of shell, without what redirects, joins or precedes them."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True
@@ -83,7 +75,7 @@ def typed(block: Block) -> Iterator[list[str]]:
 
 
 def parse(words: list[str]) -> None:
-    """Fail unless the command line is one of `isoflop`'s; of a command's bare name, whether there is such a one."""
+    """Fail unless `isoflop` takes the command line; a bare name must be that of a command or a group."""
     program, called, left = cli.find(words[1:])
     if isinstance(called, tuple):
         assert not left, f"{program} has no {left[0]}"
