@@ -6,6 +6,7 @@ from contextlib import suppress
 
 # glibc's `mallopt` parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_NEVER = -1  # a number would be an int, and so at most 2 GiB
 
 
 def keep_memory() -> None:
@@ -19,6 +20,6 @@ def keep_memory() -> None:
         return
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1)):
             libc.mallopt(parameter, value)
         libc.mallopt(_M_TOP_PAD, 2**26)
