@@ -71,6 +71,7 @@ def score(
     Raises InputError for a model that predicts no next token, and names the first request that cannot be scored.
     """
     _check_options(config, batch_size, top_k)
+    batch_size, top_k = int(batch_size), int(top_k)
     pairs = _checked(config, requests)
     params = _placed(config, params, execution)
     key = lambda pair: (pair[0].tobytes(), pair[1].tobytes())
@@ -110,9 +111,10 @@ def _check_options(config: ModelConfig, batch_size: int, top_k: int) -> None:
             f"a model with stack={config.stack!r} and head={config.head!r} predicts no next token; score needs a "
             "decoder or an encoder-decoder with head='language-model'"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
+    whole = lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole(batch_size) and batch_size >= 1):
         raise InputError(f"batch_size={batch_size!r} must be a whole number of at least 1")
-    if not isinstance(top_k, int) or not 0 <= top_k <= config.vocab_size:
+    if not (whole(top_k) and 0 <= top_k <= config.vocab_size):
         raise InputError(f"top_k={top_k!r} must be a whole number in 0 … {config.vocab_size}, the vocabulary's size")
 
 

@@ -199,7 +199,8 @@ def attend(
     parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
     pieces = [_with_branches("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
     mixed = functools.reduce(jnp.add, pieces).reshape(batch, heads, seq, values[0].shape[-1])
-    return jnp.where(_sees_any(mask), mixed, 0)
+    # Weights that were looked at are zero already where nothing is seen, or what an edit made of them.
+    return mixed if taps.touches("attention") else jnp.where(_sees_any(mask), mixed, 0)
 
 
 def _sees_any(mask: Bool[Array, "mask_rows seq_or_one key"]) -> Bool[Array, "mask_rows 1 seq_or_one 1"]:

@@ -50,7 +50,8 @@ class Edit:
 
     Each is None, which leaves that part out, or an array that broadcasts against the whole activation, layers first
     (see TAPS): a scalar, a vector of size d_model, or an array with axes of size 1, the layers' too. Numbers are
-    rounded to the activation's dtype. A pytree: `jax.jit`, `jax.vmap` and `jax.grad` take edits like other inputs.
+    rounded to the activation's dtype. A value goes with neither factor nor shift: a tuple of edits applies one after
+    the other. A pytree: `jax.jit`, `jax.vmap` and `jax.grad` take edits like other inputs.
     """
 
     value: Any = None
@@ -102,7 +103,8 @@ def check_edits(edits: Any, shapes: Mapping[str, tuple[int, ...]]) -> WholeEdits
     """Return edits (see Edits; None: none) with all axes, the layers' at its full length.
 
     shapes: of the activations that can be edited.
-    Raises InputError on an unknown name, on what is no Edit, and where shapes do not broadcast.
+    Raises InputError on an unknown name, on what is no Edit, on a value beside a factor or a shift, and where fields
+    are no numbers (`where`: booleans) or do not broadcast.
     """
     if not isinstance(edits, Mapping | None):
         raise InputError(f"edits is of type {type(edits).__name__}; give a dict such as {{'hidden': Edit.zero()}}")
@@ -136,14 +138,15 @@ def edit_embedded(
 
 def _whole(name: str, edit: Edit, shape: tuple[int, ...]) -> Edit:
     arrays = {field: getattr(edit, field) for field in ("value", "factor", "shift", "where")}
+    if edit.value is not None and not (edit.factor is None and edit.shift is None):
+        raise InputError(
+            f"edits[{name!r}] has a value beside a factor or a shift, which it would replace; give a tuple of two "
+            "edits, which are applied in order"
+        )
     for field, given in arrays.items():
         if given is None:
             continue
-        array = jnp.asarray(given)
-        if (field == "where") != (array.dtype == bool):
-            raise InputError(
-                f"edits[{name!r}].{field} is of dtype {array.dtype}; where is a boolean mask, the others are numbers"
-            )
+        array = _numbers(name, field, given)
         if not _broadcasts(array.shape, shape):
             axes = ", ".join(f"{axis}={size}" for axis, size in zip(TAPS[name], shape, strict=True))
             raise InputError(
@@ -153,6 +156,22 @@ def _whole(name: str, edit: Edit, shape: tuple[int, ...]) -> Edit:
         array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
         arrays[field] = jnp.broadcast_to(array, (shape[0], *array.shape[1:]))
     return Edit(**arrays)
+
+
+def _numbers(name: str, field: str, given: Any) -> Array:
+    """A field's array: booleans for `where`, else real numbers."""
+    try:
+        array = jnp.asarray(given)
+    except (TypeError, ValueError):  # text, or lists of several lengths
+        kind = f"of type {type(given).__name__}"
+    else:
+        kinds = (jnp.bool_,) if field == "where" else (jnp.floating, jnp.integer)
+        if any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+            return array
+        kind = f"of dtype {array.dtype}"
+    raise InputError(
+        f"edits[{name!r}].{field} is {kind}; where is a boolean mask, the others are arrays of real numbers"
+    )
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -1,6 +1,7 @@
 """The whole model: tokens → vectors → its stacks of layers → logits. All functions are pure."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def forward(
     encoder_segment_ids: Int[Array, "batch source"] | None = None,
     dropout_rate: Float[Array, ""] | float | None = None,
     dropout_key: PRNGKeyArray | None = None,
-    outputs: tuple[str, ...] = (),
+    outputs: Sequence[str] = (),
     edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
@@ -91,6 +92,7 @@ def forward(
     Raises InputError when the row is longer than `max_seq_len`, or inputs and config do not belong together.
     """
     _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
+    outputs = tuple(outputs)
     whole_edits = check_edits(edits, tap_shapes(config, *tokens.shape))
     taps = [name for name in TAPS if name in outputs]
     dropout = None
@@ -291,6 +293,8 @@ def _check_inputs(config, tokens, token_types, encoder_tokens, outputs) -> None:
         raise InputError(f"a model with stack={config.stack!r} {need} encoder_tokens")
     if token_types is not None and not config.num_token_types:
         raise InputError("token_types were given to a model with num_token_types=0")
+    if isinstance(outputs, str):
+        raise InputError(f"outputs={outputs!r} is a text; give a tuple of names, such as ({outputs!r},)")
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise InputError(f"outputs has {sorted(unknown)}; it takes {', '.join(map(repr, OUTPUTS))}")

@@ -169,7 +169,8 @@ def test_prepared_parameters_and_work_in_pieces_change_nothing(random_params, mo
 
 def test_arrays_and_equal_requests_are_taken_and_nothing_gives_nothing(random_params):
     params, pairs = random_params(BASE), requests()[:2]
-    found = score(BASE, params, (pair for pair in [*pairs, tuple(map(np.array, pairs[0]))]))
+    given = (pair for pair in [*pairs, tuple(map(np.array, pairs[0]))])
+    found = score(BASE, params, given, batch_size=np.int64(16), top_k=np.int64(0))
     assert found.logprobs[2] == found.logprobs[0]
     nothing = score(BASE, params, [])
     assert (nothing.logprobs.shape, nothing.tokens, nothing.greedy.shape) == ((0,), [], (0,))
@@ -202,7 +203,7 @@ def test_other_bad_input():
     for config in (BASE.replace(head="scalar"), BASE.replace(stack="encoder", head="masked-language-model")):
         with pytest.raises(InputError, match="predicts no next token; score needs a decoder"):
             score(config, {}, [([1], [2])])
-    for options in ({"batch_size": 0}, {"top_k": 33}, {"top_k": -1}):
+    for options in ({"batch_size": 0}, {"batch_size": 2.0}, {"top_k": 33}, {"top_k": -1}, {"top_k": True}):
         with pytest.raises(InputError, match=next(iter(options))):
             score(BASE, {}, [([1], [2])], **options)
 

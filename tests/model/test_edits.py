@@ -265,6 +265,17 @@ def test_shapes_broadcast(random_params):
         np.testing.assert_array_equal(logits({"attention_output": Edit.add(short)}), logits(whole))
 
 
+def test_edited_weights_mix_the_values_of_padding_too(random_params):
+    """The first token sees itself alone; a query of padding, which sees nothing, is made to look there as well."""
+    segment_ids = jnp.ones((2, SEQ), jnp.int32).at[:, -1].set(0)
+    where = jnp.zeros((SEQ, SEQ), bool).at[-1, 0].set(True)
+    look = {"attention": Edit.patch(1.0, where)}
+    run_padded = functools.partial(forward, BASE, segment_ids=segment_ids, outputs=("heads",), execution=SCANNED)
+    heads = jax.jit(lambda params: run_padded(params, TOKENS, edits=look).heads)(random_params(BASE))
+    np.testing.assert_allclose(heads[:, :, -1], heads[:, :, 0], atol=1e-6)
+    assert np.abs(heads).max() > 0.1
+
+
 def test_weights_of_attention_are_edited_in_plain_xla():
     """A fused kernel takes other edits; Pallas refuses this window wherever it is meant."""
     config, execution = BASE.replace(sliding_window=4), Execution(attention_kernel="pallas")
@@ -292,6 +303,13 @@ def test_weights_of_attention_are_edited_in_plain_xla():
         ({"hidden": Edit.zero(jnp.ones((1, 1, 1, 4, 2, SEQ, 16), bool))}, "does not broadcast"),
         ({"hidden": Edit.zero(where=jnp.arange(4))}, r"edits\['hidden'\].where is of dtype int32; where is a boolean"),
         ({"hidden": jnp.zeros(3)}, "give an Edit, such as"),
+        (
+            {"hidden": Edit(value=1.0, shift=2.0)},
+            r"edits\['hidden'\] has a value beside a factor or a shift, ",
+        ),
+        ({"hidden": Edit.add(1j)}, r"edits\['hidden'\].shift is of dtype complex64; .* real numbers"),
+        ({"heads": Edit.scale("2")}, r"edits\['heads'\].factor is of type str; .* real numbers"),
+        ({"heads": Edit.patch([[1.0], [1.0, 2.0]])}, r"edits\['heads'\].value is of type list"),
     ],
 )
 def test_what_cannot_be_is_said(edits, message):
@@ -300,3 +318,11 @@ def test_what_cannot_be_is_said(edits, message):
         jax.eval_shape(lambda params: forward(BASE, params, TOKENS, edits=edits), shapes)
     with pytest.raises(InputError, match="edits is of type Edit; give a dict"):
         check_edits(Edit.zero(), {})
+
+
+def test_outputs_are_a_tuple_or_a_list():
+    shapes = jax.eval_shape(functools.partial(init, BASE), jax.random.key(0))
+    logits_of = lambda **options: jax.eval_shape(lambda params: forward(BASE, params, TOKENS, **options).logits, shapes)
+    assert logits_of(outputs=["final_hidden"]) is None, "the head is skipped"
+    with pytest.raises(InputError, match=r"outputs='hidden' is a text; give a tuple of names, such as \('hidden',\)"):
+        logits_of(outputs="hidden")
