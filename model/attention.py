@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -13,6 +12,7 @@ from model.cache import append, fill, slots_of, stored
 from model.config import ModelConfig
 from model.context import Context
 from model.dropout import Dropout
+from model.elementwise import softmax
 from model.kernels import attend_fused, choose_kernel
 from model.linear import Linear, side_by_side
 from model.norm import Normalize
@@ -187,16 +187,20 @@ def attend(
     if bias is not None:
         scores = scores + bias
     scores = jnp.where(mask[:, None], scores, -1e30)
-    if sinks is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
+    if sinks is not None:
         beside = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)[..., :-1]
-    weights = weights if dropout is None else dropout(weights)
+        scores = jnp.concatenate([scores, beside], axis=-1)
+    by_head = lambda x: x.reshape(batch, heads, seq, -1)
+    grouped = lambda x: x.reshape(batch, kv_heads, heads // kv_heads * seq, -1)
+    # Softmax in the shape that the product takes: its result is kept for both gradients once.
+    weights = softmax(grouped(scores))
+    weights = weights if sinks is None else weights[..., :-1]
+    weights = weights if dropout is None else grouped(dropout(by_head(weights)))
     if taps.touches("attention"):
-        weights = taps("attention", jnp.where(_sees_any(mask), weights, 0.0))
-    grouped = weights.astype(values[0].dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
-    parts = jnp.split(grouped, np.cumsum([value.shape[2] for value in values])[:-1], axis=-1)
+        weights = grouped(taps("attention", jnp.where(_sees_any(mask), by_head(weights), 0.0)))
+    weights = weights.astype(values[0].dtype)
+    ends = np.cumsum([value.shape[2] for value in values])[:-1]
+    parts = jnp.split(weights, ends, axis=-1) if len(values) > 1 else [weights]
     pieces = [_with_branches("bkqt,bkth->bkqh", part, value) for part, value in zip(parts, values, strict=True)]
     mixed = functools.reduce(jnp.add, pieces).reshape(batch, heads, seq, values[0].shape[-1])
     # Weights that were looked at are zero already where nothing is seen, or what an edit made of them.

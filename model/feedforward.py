@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig
+from model.elementwise import keep_inputs
 from model.errors import InputError
 from model.linear import Linear, side_by_side
 from model.sharding import constrain
@@ -42,8 +43,8 @@ class FeedForward(nn.Module):
         into = lambda name: Linear(config, width, "hidden", config.use_bias, name=name)
         if config.gated:
             hidden, gate = side_by_side(x, into("up"), into("gate"))
-            hidden = activation(gate) * hidden
+            hidden = keep_inputs(lambda hidden, gate: activation(gate) * hidden)(hidden, gate)
         else:
-            hidden = activation(into("up")(x))
+            hidden = keep_inputs(activation)(into("up")(x))
         hidden = constrain(hidden, "batch", "sequence", "hidden")
         return Linear(config, config.d_model, "residual", config.use_bias, name="down")(hidden)

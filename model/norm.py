@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.config import ModelConfig, Norm
+from model.elementwise import keep_inputs
 from model.parameterization import constant
 
 
@@ -23,11 +24,17 @@ class Normalize(nn.Module):
         epsilon = self.epsilon or config.norm_epsilon
         start = constant(0.0 if config.norm_offset else 1.0)
         scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
-        y = x.astype(jnp.float32)
-        if norm == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-        y = y * (1 + scale if config.norm_offset else scale)
+        bias = None
         if norm == "layernorm" and config.norm_bias:
-            y = y + self.param("bias", constant(0.0), (x.shape[-1],)).astype(jnp.float32)
-        return y.astype(x.dtype)
+            bias = self.param("bias", constant(0.0), (x.shape[-1],)).astype(jnp.float32)
+
+        def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
+            y = x.astype(jnp.float32)
+            if norm == "layernorm":
+                y = y - jnp.mean(y, axis=-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+            y = y * (1 + scale if config.norm_offset else scale)
+            y = y if bias is None else y + bias
+            return y.astype(x.dtype)
+
+        return keep_inputs(normalize)(x, scale, bias)

@@ -115,7 +115,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Any) -> Float[Array, "*batch 
     weight = jnp.asarray(weight, x.dtype)
     if not joins or weight.ndim != 2:
         return x @ weight
-    return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[-1])
+    return _product(x, weight)
 
 
 def take_rows(weight: Any, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d_in"]:
@@ -261,19 +261,25 @@ def _widened(weight: Any, dtype: Any) -> Array:
 
 
 @jax.custom_vjp
-def _product(x: Array, weight: Array) -> Array:
+def _product(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
     """`x @ weight` with a gradient of the weight that transposes the narrower of x and y's gradient.
 
     A CPU's product copies a transposed left side first, which for a wide one takes nearly as long as the product
-    (docs/LOG.md). Reverse mode only.
+    (docs/LOG.md). What is kept for the gradient is x itself, so that products of one x keep it once. Reverse mode only.
     """
-    return x @ weight
+    return (_rows(x) @ weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def _rows(x: Float[Array, "*batch features"]) -> Float[Array, "rows features"]:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _product_back(saved: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
     x, weight = saved
-    narrow = change.shape[-1] < x.shape[-1]
-    return change @ weight.T, (change.T @ x).T if narrow else x.T @ change
+    rows, of_rows = _rows(x), _rows(change)
+    narrow = of_rows.shape[-1] < rows.shape[-1]
+    of_weight = (of_rows.T @ rows).T if narrow else rows.T @ of_rows
+    return (of_rows @ weight.T).reshape(x.shape), of_weight
 
 
-_product.defvjp(lambda x, weight: (x @ weight, (x, weight)), _product_back)
+_product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_back)
