@@ -33,8 +33,9 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
 
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
     way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
-    base: where the weights lie that the run started from, for one that holds only what it trained; None: where they
-    lay. Raises InputError where they are others, and on a base for a run that holds a whole model.
+    base: where the weights lie that the run started from, for one that holds only what it trained, or where that is
+    such a run too, those that it started from; None: where they lay. Raises InputError where they are others, and on a
+    base for a run that holds a whole model.
     """
     record = read_record(folder)
     objective = record["identity"].get("objective") or {}
@@ -131,22 +132,38 @@ def _merged(weight: Any) -> np.ndarray:
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
-    """Return the parameters that a run started from. Raises InputError where they are not there, or are others."""
+    """Return the parameters that a run started from. Raises InputError where they are not there, or are others.
+
+    given: where they are now, or those that a run below them started from.
+    """
     from model.store import open_parameters
 
-    sha256 = record["identity"]["weights"]
-    place = given
-    if place is None:
-        place = str(weights_of(folder, record))
-        if not Path(place).exists():
-            raise InputError(
-                f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
-                "more; give where they are with --base PATH (base=PATH of open_model)"
-            )
+    sha256, recorded = record["identity"]["weights"], weights_of(folder, record)
+    place = Path(str(recorded) if given is None else given)
+    if not place.exists() and given is None:
+        raise InputError(
+            f"{folder} holds only what it trained, and the weights that it started from are not at {place} any more; "
+            "give where they are with --base PATH (base=PATH of open_model), or first write the whole model with "
+            f"`isoflop model convert {folder} OUT --base PATH`"
+        )
     params = open_parameters(place)[1]
+    if given is not None and _needs_base(recorded) and parameters_sha256(params) != sha256:
+        place = Path(str(recorded))
+        params = open_parameters(place, given)[1]
     if parameters_sha256(params) != sha256:
-        raise InputError(f"{place} holds other weights than {folder} started from")
+        raise InputError(
+            f"{place} holds other weights than {folder} started from; give where those are with --base PATH "
+            "(base=PATH of open_model)"
+        )
     return params
+
+
+def _needs_base(place: str | None) -> bool:
+    """Return whether a run is there that holds only what it trained."""
+    if place is None or not (Path(place) / "run.json").is_file():
+        return False
+    objective = read_record(place)["identity"].get("objective") or {}
+    return bool(objective.get("adapter") or objective.get("trainable"))
 
 
 def _over(base: Params, params: Params) -> Params:

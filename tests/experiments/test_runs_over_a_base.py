@@ -3,6 +3,8 @@
 import inspect
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.commands.bench.decode import decode
@@ -65,6 +67,26 @@ def test_a_moved_base_is_asked_for_and_taken(command, places, data, tmp_path, mo
     with pytest.raises(RuntimeError, match=f"opens {moved}"):
         COMMANDS[command](run, data, tmp_path / "out", moved)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_moved_base_of_a_base_is_taken(places, data, tmp_path):
+    """A run over a run that holds only what it trained: --base is for whichever of them lost its own."""
+    run, moved = places
+    recipe = Recipe(TINY, TrainConfig(batch_size=2, seq_len=32), HParams(), data=data, steps=1)
+    moved.rename(moved.with_name("base"))
+    try:
+        whole = open_parameters(run)[1]
+        objective = LanguageModeling(trainable=("final_norm",))
+        train(recipe.replace(objective=objective, start=weights(run)), run=tmp_path / "norm", shell=Shell())
+        expected = open_parameters(tmp_path / "norm")[1]
+    finally:
+        moved.with_name("base").rename(moved)
+    with pytest.raises(InputError, match=rf"write the whole model with `isoflop model convert {run} OUT --base PATH`"):
+        open_parameters(tmp_path / "norm")
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "norm", moved)[1], expected)
+    convert(run, tmp_path / "whole", base=moved)
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "whole")[1], whole)
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "norm", tmp_path / "whole")[1], expected)
 
 
 def test_it_is_one_option():
