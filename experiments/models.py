@@ -44,8 +44,9 @@ def is_stored(model: str) -> bool:
 def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
     """Return the config of a stored model, the start from its parameters, and the objective of a run, or the plain one.
 
-    Raises InputError where the data were prepared with another tokenizer than the model's.
+    Raises InputError where the data were prepared with another tokenizer than the model's; says so where it has none.
     """
+    from experiments.commands.options import say
     from model.store import open_model
     from train import weights
     from train.data import gives_ids_of
@@ -54,7 +55,9 @@ def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objecti
 
     opened = open_model(path)
     tokenizer = opened.tokenizer
-    if tokenizer is not None and not gives_ids_of(tokenizer, data):
+    if tokenizer is None:
+        say(f"no tokenizer stands beside {path}: that {data} was prepared with the model's tokenizer is not checked")
+    elif not gives_ids_of(tokenizer, data):
         raise InputError(
             f"the data were prepared with another tokenizer than that of {path}; prepare them with "
             f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"

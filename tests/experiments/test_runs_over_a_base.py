@@ -15,6 +15,7 @@ from experiments.commands.models.convert import convert
 from experiments.commands.models.merge import merge
 from experiments.commands.models.show import show
 from experiments.commands.options import BasePath
+from experiments.models import started_from
 from experiments.report.run_page import write_run_page
 from experiments.started import in_words, started_from_weights
 from model import InputError, accounting, presets
@@ -94,7 +95,7 @@ def test_it_is_one_option():
         assert inspect.signature(command).parameters["base"].annotation == BasePath
 
 
-def test_converted_with_its_moved_base(places, tmp_path):
+def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     """The folder holds the base with the adapter; a GGUF or Hugging Face folder has no base to move."""
     run, moved = places
     convert(run, tmp_path / "out", base=moved)
@@ -103,6 +104,11 @@ def test_converted_with_its_moved_base(places, tmp_path):
                   lambda: open_parameters(tmp_path / "out", moved)):  # fmt: skip
         with pytest.raises(InputError, match="is no run, so that it has no base"):
             wrong()
+    started_from(tmp_path / "out", data)
+    assert not capsys.readouterr().err
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    started_from(tmp_path / "out", data)
+    assert f"no tokenizer stands beside {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_what_a_run_started_from_is_said_wherever_it_is_shown(places, tmp_path, capsys):
