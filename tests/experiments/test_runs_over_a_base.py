@@ -84,6 +84,9 @@ def test_the_moved_base_of_a_base_is_taken(places, data, tmp_path):
         moved.with_name("base").rename(moved)
     with pytest.raises(InputError, match=rf"write the whole model with `isoflop model convert {run} OUT --base PATH`"):
         open_parameters(tmp_path / "norm")
+    for target in (run, moved.with_name("base")):
+        with pytest.raises(InputError, match=f"{target} holds weights that {tmp_path}/norm needs"):
+            convert(tmp_path / "norm", target)
     jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "norm", moved)[1], expected)
     convert(run, tmp_path / "whole", base=moved)
     jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "whole")[1], whole)
@@ -104,6 +107,11 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
                   lambda: open_parameters(tmp_path / "out", moved)):  # fmt: skip
         with pytest.raises(InputError, match="is no run, so that it has no base"):
             wrong()
+    merge(run, tmp_path / "adapter", adapter_only=True)
+    for here, at in ((tmp_path / "out", None), (run, moved)):
+        target = at or here
+        with pytest.raises(InputError, match=f"{target} holds weights that {here} needs; give another folder"):
+            merge(here, target, adapter=tmp_path / "adapter", base=at)
     started_from(tmp_path / "out", data)
     assert not capsys.readouterr().err
     (tmp_path / "out" / "tokenizer.model").unlink()
