@@ -44,7 +44,8 @@ def is_stored(model: str) -> bool:
 def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
     """Return the config of a stored model, the start from its parameters, and the objective of a run, or the plain one.
 
-    Raises InputError where the data were prepared with another tokenizer than the model's; says so where it has none.
+    Raises InputError where the data were prepared with another tokenizer than the model's, or that has no end token;
+    says so where the model has none.
     """
     from experiments.commands.options import say
     from model.store import open_model
@@ -57,6 +58,11 @@ def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objecti
     tokenizer = opened.tokenizer
     if tokenizer is None:
         say(f"no tokenizer stands beside {path}: that {data} was prepared with the model's tokenizer is not checked")
+    elif not tokenizer.eos_ids:
+        raise InputError(
+            f"the tokenizer of {path}, {tokenizer.path}, has no end token to follow each document of the data; "
+            "name it as eos_token in a tokenizer_config.json beside it"
+        )
     elif not gives_ids_of(tokenizer, data):
         raise InputError(
             f"the data were prepared with another tokenizer than that of {path}; prepare them with "

@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from experiments.commands.bench.decode import decode
 from experiments.commands.evaluate import evaluate
@@ -117,6 +118,13 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     (tmp_path / "out" / "tokenizer.model").unlink()
     started_from(tmp_path / "out", data)
     assert f"no tokenizer stands beside {tmp_path / 'out'}" in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "out" / name
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token_id"}))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "out" / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"has no end token.*name it as eos_token in a tokenizer_config"):
+        started_from(tmp_path / "out", data)
 
 
 def test_what_a_run_started_from_is_said_wherever_it_is_shown(places, tmp_path, capsys):
