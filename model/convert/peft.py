@@ -32,7 +32,7 @@ from model.convert.fields import Raw
 from model.convert.fold import folded, matrix_multiplier
 from model.convert.huggingface import choose_family, save_hf
 from model.convert.plan import Leaf, Step, shapes_of, steps
-from model.convert.tensors import read_json
+from model.convert.tensors import read_json, read_tensors
 from model.errors import InputError
 from model.store import open_parameters
 from model.weights import is_weight
@@ -293,16 +293,10 @@ def _read_record(folder: Path) -> Raw:
 
 def _read_pairs(folder: Path) -> dict[str, Pair]:
     """Return lora_A and lora_B of every module, by the module's name."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     if not (folder / TENSORS).is_file():
         pickle = "; adapter_model.bin is a pickle and not read" if (folder / "adapter_model.bin").is_file() else ""
         raise InputError(f"{folder} has no {TENSORS}{pickle}; save the adapter with PEFT's save_pretrained")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{folder / TENSORS} is cut off or not a safetensors file: {error}") from None
+    tensors = read_tensors(folder / TENSORS)
     names = {name[: -len(_A)] for name in tensors if name.endswith(_A)}
     wanted = {f"{name}{end}" for name in names for end in (_A, _B)}
     for name in sorted(tensors.keys() ^ wanted):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -190,6 +191,9 @@ def test_an_adapter_of_something_else_is_an_error(hf, tmp_path):
     whole = load_file(file)
     save_file({name: t[:0] if "lora_A" in name else t[:, :0].copy() for name, t in whole.items()}, file)
     with pytest.raises(InputError, match=r"by lora_A \[0, 24\]"):
+        load_peft(folder, config)
+    save_file({name: t.astype(ml_dtypes.float8_e4m3fn) for name, t in whole.items()}, file)
+    with pytest.raises(InputError, match="is stored as F8_E4M3; isoflop reads F64"):
         load_peft(folder, config)
     save_file(whole, file)
     _renamed(folder, r"model\.layers\.0\.mlp\.up_proj", "lm_head")
