@@ -88,10 +88,11 @@ def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokeniz
 def copy_tokenizer(model: str | Path, folder: Path) -> bool:
     """Put the tokenizer of a stored model into a Hugging Face folder, and return whether there was one to be read.
 
-    One that cannot be read is no error but is said.
+    One that cannot be read is no error but is said, and so is a tokenizer that stays in the folder for want of another.
     """
     from experiments.commands.options import say
     from model.store import open_tokenizer
+    from model.tokenizer.load import NAMES
 
     try:  # weights are worth having where the tokenizer cannot be read
         tokenizer = open_tokenizer(model)
@@ -100,6 +101,8 @@ def copy_tokenizer(model: str | Path, folder: Path) -> bool:
         return False
     if tokenizer is not None:
         export_tokenizer(tokenizer, folder)
+    elif kept := [name for name in NAMES if (folder / name).is_file()]:
+        say(f"no tokenizer stands beside {model}: {folder} keeps the {kept[0]} that it had")
     return tokenizer is not None
 
 

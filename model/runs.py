@@ -140,21 +140,21 @@ def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) 
 
     sha256, recorded = record["identity"]["weights"], weights_of(folder, record)
     place = Path(str(recorded) if given is None else given)
+    remedy = (
+        "give where they are with --base PATH (base=PATH of open_model), or first write the whole model with "
+        f"`isoflop model convert {folder} OUT --base PATH`"
+    )
     if not place.exists() and given is None:
         raise InputError(
             f"{folder} holds only what it trained, and the weights that it started from are not at {place} any more; "
-            "give where they are with --base PATH (base=PATH of open_model), or first write the whole model with "
-            f"`isoflop model convert {folder} OUT --base PATH`"
+            f"{remedy}"
         )
     params = open_parameters(place)[1]
     if given is not None and _needs_base(recorded) and parameters_sha256(params) != sha256:
         place = Path(str(recorded))
         params = open_parameters(place, given)[1]
     if parameters_sha256(params) != sha256:
-        raise InputError(
-            f"{place} holds other weights than {folder} started from; give where those are with --base PATH "
-            "(base=PATH of open_model)"
-        )
+        raise InputError(f"{place} holds other weights than those that {folder} started from; {remedy}")
     return params
 
 

@@ -118,6 +118,11 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     (tmp_path / "out" / "tokenizer.model").unlink()
     started_from(tmp_path / "out", data)
     assert f"no tokenizer stands beside {tmp_path / 'out'}" in capsys.readouterr().err
+    merge(tmp_path / "out", tmp_path / "kept", adapter=tmp_path / "adapter")
+    (tmp_path / "kept" / "tokenizer.model").touch()
+    assert "keeps" not in capsys.readouterr().err
+    merge(tmp_path / "out", tmp_path / "kept", adapter=tmp_path / "adapter")
+    assert f"{tmp_path / 'kept'} keeps the tokenizer.model that it had" in capsys.readouterr().err
     for name in ("config.json", "generation_config.json"):
         file = tmp_path / "out" / name
         values = json.loads(file.read_text())
