@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -237,12 +238,34 @@ def weights_of(run: str | Path, record: Mapping[str, Any]) -> str | None:
 
 
 def data_folder(run: str | Path) -> Path | None:
-    """Return the folder of a run's first data, whose tokenizer it used; it may be gone. None: the record names none."""
+    """Return the folder of a run's first data, whose tokenizer it used; it may be gone. None: the record names none.
+
+    A warning says so where other data are there now, whose tokenizer may be another one.
+    """
     record = read_record(run)
     if not record.get("data"):
         return None
-    places = data_of(run, record)
-    return Path(places if isinstance(places, str) else next(iter(places.values())))
+    places, hashes = data_of(run, record), record.get("identity", {}).get("data")
+    name, place = ("", places) if isinstance(places, str) else next(iter(places.items()))
+    folder, trained_on = Path(place), hashes.get(name) if isinstance(hashes, Mapping) else hashes
+    there = _manifest_hash(folder)
+    if trained_on and there and there != trained_on:
+        logger.warning(
+            "%s holds other data now than %s was trained on, and maybe another tokenizer; put the former folder back, "
+            "or give the tokenizer itself",
+            folder,
+            run,
+        )
+    return folder
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    """Return the hash by which a data folder's manifest names it; None where there is no manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest.get("hash") if isinstance(manifest, dict) else None
 
 
 def _found(place: str, beside: str | None, run: Path) -> str:

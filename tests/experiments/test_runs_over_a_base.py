@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -22,10 +23,12 @@ from experiments.started import in_words, started_from_weights
 from model import InputError, accounting, presets
 from model.adapters import Adapter
 from model.convert import load_hf
-from model.runs import load_adapter
+from model.runs import UNSEALED, data_folder, load_adapter
 from model.store import open_parameters
+from model.tokenizer import load_tokenizer
 from model.weights import count_of
 from train import HParams, Recipe, Shell, TrainConfig, train, weights
+from train.checksums import write_sealed
 from train.objectives import LanguageModeling
 from train.run import read_record
 
@@ -130,6 +133,20 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "out" / "tokenizer.json"))
     with pytest.raises(InputError, match=r"has no end token.*name it as eos_token in a tokenizer_config"):
         started_from(tmp_path / "out", data)
+
+
+def test_other_data_in_the_place_of_a_runs_own_are_said(places, data, tmp_path, caplog):
+    """The tokenizer of a run is that of its data folder, which may have been prepared again with another one."""
+    run, moved = places
+    assert load_tokenizer(moved).path.parent == data_folder(run)
+    assert not caplog.records
+    shutil.copytree(moved, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    record = read_record(tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"hash": "0"}))
+    write_sealed(tmp_path / "run" / "run.json", record | {"data": str(tmp_path / "data")}, UNSEALED)
+    assert data_folder(tmp_path / "run") == tmp_path / "data"
+    assert "holds other data now" in caplog.text
 
 
 def test_what_a_run_started_from_is_said_wherever_it_is_shown(places, tmp_path, capsys):
