@@ -44,8 +44,10 @@ def is_stored(model: str) -> bool:
 def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
     """Return the config of a stored model, the start from its parameters, and the objective of a run, or the plain one.
 
-    Raises InputError where the data were prepared with another tokenizer than the model's.
+    Raises InputError where the data were prepared with another tokenizer than the model's, or that has no end token;
+    says so where the model has none.
     """
+    from experiments.commands.options import say
     from model.store import open_model
     from train import weights
     from train.data import gives_ids_of
@@ -54,7 +56,14 @@ def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objecti
 
     opened = open_model(path)
     tokenizer = opened.tokenizer
-    if tokenizer is not None and not gives_ids_of(tokenizer, data):
+    if tokenizer is None:
+        say(f"no tokenizer stands beside {path}: that {data} was prepared with the model's tokenizer is not checked")
+    elif not tokenizer.eos_ids:
+        raise InputError(
+            f"the tokenizer of {path}, {tokenizer.path}, has no end token to follow each document of the data; "
+            "name it as eos_token in a tokenizer_config.json beside it"
+        )
+    elif not gives_ids_of(tokenizer, data):
         raise InputError(
             f"the data were prepared with another tokenizer than that of {path}; prepare them with "
             f"`isoflop data prepare SOURCE --out FOLDER --tokenizer {tokenizer.path}`"
@@ -79,10 +88,11 @@ def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokeniz
 def copy_tokenizer(model: str | Path, folder: Path) -> bool:
     """Put the tokenizer of a stored model into a Hugging Face folder, and return whether there was one to be read.
 
-    One that cannot be read is no error but is said.
+    One that cannot be read is no error but is said, and so is a tokenizer that stays in the folder for want of another.
     """
     from experiments.commands.options import say
     from model.store import open_tokenizer
+    from model.tokenizer.load import NAMES
 
     try:  # weights are worth having where the tokenizer cannot be read
         tokenizer = open_tokenizer(model)
@@ -91,6 +101,8 @@ def copy_tokenizer(model: str | Path, folder: Path) -> bool:
         return False
     if tokenizer is not None:
         export_tokenizer(tokenizer, folder)
+    elif kept := [name for name in NAMES if (folder / name).is_file()]:
+        say(f"no tokenizer stands beside {model}: {folder} keeps the {kept[0]} that it had")
     return tokenizer is not None
 
 

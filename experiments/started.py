@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.commands.options import bytes_in_words
+from model.errors import InputError
 
 if TYPE_CHECKING:
     from model.adapters import Adapter
@@ -68,6 +69,23 @@ def in_words(started: Mapping[str, Any]) -> str:
         return said
     form = f" in {started['base_weights']}" if started["base_weights"] else ""
     return f"{said}; frozen{form}: {frozen['parameters']:,} parameters, {bytes_in_words(frozen['bytes'])}"
+
+
+def check_target(source: Path, target: Path, *others: Path | None) -> None:
+    """Raise InputError where a model written to `target` would replace weights that the run `source` is made of.
+
+    Those are the weights that it started from, those that these started from if they are a run too, and the `others`.
+    """
+    from model.runs import read_record, weights_of
+
+    places, place = [other for other in others if other is not None], source
+    while (place / "run.json").is_file() and (below := weights_of(place, read_record(place))) is not None:
+        place = Path(below)
+        if place in places:
+            break
+        places.append(place)
+    if target.resolve() in (place.resolve() for place in places):
+        raise InputError(f"{target} holds weights that {source} needs; give another folder")
 
 
 def _adapter(adapter: "Adapter", factors: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -33,8 +34,9 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
 
     Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
     way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
-    base: where the weights lie that the run started from, for one that holds only what it trained; None: where they
-    lay. Raises InputError where they are others, and on a base for a run that holds a whole model.
+    base: where the weights lie that the run started from, for one that holds only what it trained, or where that is
+    such a run too, those that it started from; None: where they lay. Raises InputError where they are others, and on a
+    base for a run that holds a whole model.
     """
     record = read_record(folder)
     objective = record["identity"].get("objective") or {}
@@ -131,22 +133,38 @@ def _merged(weight: Any) -> np.ndarray:
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
-    """Return the parameters that a run started from. Raises InputError where they are not there, or are others."""
+    """Return the parameters that a run started from. Raises InputError where they are not there, or are others.
+
+    given: where they are now, or those that a run below them started from.
+    """
     from model.store import open_parameters
 
-    sha256 = record["identity"]["weights"]
-    place = given
-    if place is None:
-        place = str(weights_of(folder, record))
-        if not Path(place).exists():
-            raise InputError(
-                f"{folder} holds only what it trained, and the weights that it started from are not at {place} any "
-                "more; give where they are with --base PATH (base=PATH of open_model)"
-            )
+    sha256, recorded = record["identity"]["weights"], weights_of(folder, record)
+    place = Path(str(recorded) if given is None else given)
+    remedy = (
+        "give where they are with --base PATH (base=PATH of open_model), or first write the whole model with "
+        f"`isoflop model convert {folder} OUT --base PATH`"
+    )
+    if not place.exists() and given is None:
+        raise InputError(
+            f"{folder} holds only what it trained, and the weights that it started from are not at {place} any more; "
+            f"{remedy}"
+        )
     params = open_parameters(place)[1]
+    if given is not None and _needs_base(recorded) and parameters_sha256(params) != sha256:
+        place = Path(str(recorded))
+        params = open_parameters(place, given)[1]
     if parameters_sha256(params) != sha256:
-        raise InputError(f"{place} holds other weights than {folder} started from")
+        raise InputError(f"{place} holds other weights than those that {folder} started from; {remedy}")
     return params
+
+
+def _needs_base(place: str | None) -> bool:
+    """Return whether a run is there that holds only what it trained."""
+    if place is None or not (Path(place) / "run.json").is_file():
+        return False
+    objective = read_record(place)["identity"].get("objective") or {}
+    return bool(objective.get("adapter") or objective.get("trainable"))
 
 
 def _over(base: Params, params: Params) -> Params:
@@ -220,12 +238,34 @@ def weights_of(run: str | Path, record: Mapping[str, Any]) -> str | None:
 
 
 def data_folder(run: str | Path) -> Path | None:
-    """Return the folder of a run's first data, whose tokenizer it used; it may be gone. None: the record names none."""
+    """Return the folder of a run's first data, whose tokenizer it used; it may be gone. None: the record names none.
+
+    A warning says so where other data are there now, whose tokenizer may be another one.
+    """
     record = read_record(run)
     if not record.get("data"):
         return None
-    places = data_of(run, record)
-    return Path(places if isinstance(places, str) else next(iter(places.values())))
+    places, hashes = data_of(run, record), record.get("identity", {}).get("data")
+    name, place = ("", places) if isinstance(places, str) else next(iter(places.items()))
+    folder, trained_on = Path(place), hashes.get(name) if isinstance(hashes, Mapping) else hashes
+    there = _manifest_hash(folder)
+    if trained_on and there and there != trained_on:
+        logger.warning(
+            "%s holds other data now than %s was trained on, and maybe another tokenizer; put the former folder back, "
+            "or give the tokenizer itself",
+            folder,
+            run,
+        )
+    return folder
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    """Return the hash by which a data folder's manifest names it; None where there is no manifest."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest.get("hash") if isinstance(manifest, dict) else None
 
 
 def _found(place: str, beside: str | None, run: Path) -> str:

@@ -32,7 +32,7 @@ from model.convert.fields import Raw
 from model.convert.fold import folded, matrix_multiplier
 from model.convert.huggingface import choose_family, save_hf
 from model.convert.plan import Leaf, Step, shapes_of, steps
-from model.convert.tensors import read_json
+from model.convert.tensors import read_json, read_tensors
 from model.errors import InputError
 from model.store import open_parameters
 from model.weights import is_weight
@@ -142,6 +142,12 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, dict]:
     leaves: dict[Leaf, np.ndarray] = {}
     for name, (a, b) in pairs.items():
         alpha = _of_pattern(folder, raw, "alpha_pattern", name, usual_alpha)
+        named_rank = _of_pattern(folder, raw, "rank_pattern", name, usual_rank)
+        if named_rank != a.shape[0]:
+            raise InputError(
+                f"{folder}: {name} has rank {a.shape[0]} in {TENSORS} and {named_rank} by {CONFIG}; "
+                "take both files from one save_pretrained"
+            )
         ratio = alpha / divisor(a.shape[0]) / common
         for part in modules[name].parts:
             *stack, d_in, d_out = shapes[part.leaf]
@@ -256,7 +262,7 @@ def _has_target(step: Step | None) -> bool:
 def _check_shapes(folder: Path, modules: Mapping[str, Step], pairs: Mapping[str, Pair]) -> None:
     for name, (a, b) in pairs.items():
         shape = modules[name].shape if modules[name].row.transposed else modules[name].shape[::-1]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != shape:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != shape or not a.size:
             raise InputError(
                 f"{folder} changes {name} by lora_A {list(a.shape)} and lora_B {list(b.shape)}, but the model's is "
                 f"{shape[0]} × {shape[1]}; give an adapter of this model"
@@ -287,16 +293,10 @@ def _read_record(folder: Path) -> Raw:
 
 def _read_pairs(folder: Path) -> dict[str, Pair]:
     """Return lora_A and lora_B of every module, by the module's name."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     if not (folder / TENSORS).is_file():
         pickle = "; adapter_model.bin is a pickle and not read" if (folder / "adapter_model.bin").is_file() else ""
         raise InputError(f"{folder} has no {TENSORS}{pickle}; save the adapter with PEFT's save_pretrained")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{folder / TENSORS} is cut off or not a safetensors file: {error}") from None
+    tensors = read_tensors(folder / TENSORS)
     names = {name[: -len(_A)] for name in tensors if name.endswith(_A)}
     wanted = {f"{name}{end}" for name in names for end in (_A, _B)}
     for name in sorted(tensors.keys() ^ wanted):
@@ -320,7 +320,9 @@ def _number(folder: Path, raw: Raw, key: str, default: float) -> float:
 def _of_pattern(folder: Path, raw: Raw, key: str, name: str, default: float) -> float:
     """Return a module's own number: that of the first pattern that the end of its name matches."""
     patterns = raw.get(key) or {}
-    for pattern in patterns if isinstance(patterns, dict) else ():
+    if not isinstance(patterns, dict):
+        raise InputError(f"{folder / CONFIG}: {key}={patterns!r} must be an object of module names and numbers")
+    for pattern in patterns:
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return _number(folder, patterns, pattern, default)

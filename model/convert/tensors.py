@@ -53,11 +53,7 @@ class TensorFolder:
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """A copy of one tensor, in the precision of the file."""
-        if self._dtypes[name] not in _READ:
-            raise InputError(
-                f"the tensor {name} in {self._files[name]} is stored as {self._dtypes[name]}; "
-                f"isoflop reads {', '.join(_READ)}"
-            )
+        _check_dtype(name, self._files[name], self._dtypes[name])
         with _open(self._files[name]) as file:
             return file.get_tensor(name)
 
@@ -88,6 +84,19 @@ class TensorFolder:
                 part = tensors.get_slice(name)
                 self._files[name] = file
                 self.shapes[name], self._dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Return all tensors of a file by name, in the precision of the file. Raises InputError as `TensorFolder` does."""
+    with _open(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # not a dict
+            _check_dtype(name, file, tensors.get_slice(name).get_dtype())
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _check_dtype(name: str, file: Path, dtype: str) -> None:
+    if dtype not in _READ:
+        raise InputError(f"the tensor {name} in {file} is stored as {dtype}; isoflop reads {', '.join(_READ)}")
 
 
 @contextlib.contextmanager

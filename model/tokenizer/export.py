@@ -25,7 +25,7 @@ from model.tokenizer.gguf import (
     read_vocabulary,
     sentencepiece_model,
 )
-from model.tokenizer.load import load_tokenizer
+from model.tokenizer.load import NAMES, load_tokenizer
 from model.tokenizer.same import same_ids
 
 _ANY, _CLASSES = "PreTrainedTokenizerFast", {"llama": "LlamaTokenizer", "t5": "T5Tokenizer"}  # of Transformers
@@ -55,10 +55,15 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     else:
         found = {file for pattern in _PATTERNS for file in tokenizer.path.parent.glob(pattern) if file.is_file()}
-        files = {file.name: file.read_bytes() for file in found}
+        files = {file.name: file.read_bytes() for file in found if file.name not in _before(tokenizer.path.name)}
     replace_tokenizer(folder, files)
     if tokenizer.eos_ids and load_tokenizer(folder).eos_ids != tokenizer.eos_ids:
         _name_end_tokens(folder, tokenizer.eos_ids)
+
+
+def _before(name: str) -> tuple[str, ...]:
+    """Return the names of files that are taken for a folder's tokenizer before the one of this name."""
+    return NAMES[: NAMES.index(name)] if name in NAMES else ()
 
 
 def _converted(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """Which file of a path holds the tokenizer, and who reads it."""
 
+import json
 from pathlib import Path
 
 from model.errors import InputError
@@ -13,7 +14,8 @@ _EXPECTED = "tokenizer.json, tokenizer.model or a .gguf file"
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder of one.
 
-    A data folder and a model's folder hold one; of a run it is that of its data.
+    A data folder holds the one that its manifest names, a model's folder the first of NAMES; of a run it is that of its
+    data.
     The files beside it (`tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
     `config.json`, `chat_template.jinja`) say which tokens begin and end a text and how a chat is written.
     What is missing, damaged or of an unknown kind is an `InputError`.
@@ -42,7 +44,7 @@ def _find(path: Path) -> Path:
         if not path.is_file():
             raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
         return path
-    inside = next((path / name for name in NAMES if (path / name).is_file()), None)
+    inside = next((path / name for name in (*_of_data(path), *NAMES) if (path / name).is_file()), None)
     if inside is not None:
         return inside
     if (path / "run.json").is_file():
@@ -53,6 +55,18 @@ def _find(path: Path) -> Path:
     if inside is None:
         raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
     return inside
+
+
+def _of_data(folder: Path) -> tuple[str, ...]:
+    """Return the name of the tokenizer's file that the manifest of a data folder gives; nothing of any other folder."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    if not isinstance(manifest, dict) or "tokenizer_hash" not in manifest:
+        return ()
+    name = manifest.get("tokenizer_file", "tokenizer.model")
+    return (name,) if name in NAMES else ()
 
 
 def _data_folder(run: Path) -> Path:

@@ -158,6 +158,9 @@ def parse_model(model: bytes) -> Any:
 
     try:
         processor = SentencePieceProcessor(model_proto=model) if model else None
-    except (RuntimeError, OSError):
+        if processor is None or not processor.get_piece_size():
+            return None
+        processor.id_to_piece(list(range(processor.get_piece_size())))
+    except (RuntimeError, OSError, UnicodeDecodeError):  # the library also raises the last on its own message
         return None
-    return processor if processor is not None and processor.get_piece_size() else None
+    return processor

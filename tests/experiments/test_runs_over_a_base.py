@@ -2,8 +2,12 @@
 
 import inspect
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
+import tokenizers
 
 from experiments.commands.bench.decode import decode
 from experiments.commands.evaluate import evaluate
@@ -13,15 +17,18 @@ from experiments.commands.models.convert import convert
 from experiments.commands.models.merge import merge
 from experiments.commands.models.show import show
 from experiments.commands.options import BasePath
+from experiments.models import started_from
 from experiments.report.run_page import write_run_page
 from experiments.started import in_words, started_from_weights
 from model import InputError, accounting, presets
 from model.adapters import Adapter
 from model.convert import load_hf
-from model.runs import load_adapter
+from model.runs import UNSEALED, data_folder, load_adapter
 from model.store import open_parameters
+from model.tokenizer import load_tokenizer
 from model.weights import count_of
 from train import HParams, Recipe, Shell, TrainConfig, train, weights
+from train.checksums import write_sealed
 from train.objectives import LanguageModeling
 from train.run import read_record
 
@@ -67,12 +74,35 @@ def test_a_moved_base_is_asked_for_and_taken(command, places, data, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_the_moved_base_of_a_base_is_taken(places, data, tmp_path):
+    """A run over a run that holds only what it trained: --base is for whichever of them lost its own."""
+    run, moved = places
+    recipe = Recipe(TINY, TrainConfig(batch_size=2, seq_len=32), HParams(), data=data, steps=1)
+    moved.rename(moved.with_name("base"))
+    try:
+        whole = open_parameters(run)[1]
+        objective = LanguageModeling(trainable=("final_norm",))
+        train(recipe.replace(objective=objective, start=weights(run)), run=tmp_path / "norm", shell=Shell())
+        expected = open_parameters(tmp_path / "norm")[1]
+    finally:
+        moved.with_name("base").rename(moved)
+    with pytest.raises(InputError, match=rf"write the whole model with `isoflop model convert {run} OUT --base PATH`"):
+        open_parameters(tmp_path / "norm")
+    for target in (run, moved.with_name("base")):
+        with pytest.raises(InputError, match=f"{target} holds weights that {tmp_path}/norm needs"):
+            convert(tmp_path / "norm", target)
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "norm", moved)[1], expected)
+    convert(run, tmp_path / "whole", base=moved)
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "whole")[1], whole)
+    jax.tree.map(np.testing.assert_array_equal, open_parameters(tmp_path / "norm", tmp_path / "whole")[1], expected)
+
+
 def test_it_is_one_option():
     for command in (generate, evaluate, convert, merge, compress, decode):
         assert inspect.signature(command).parameters["base"].annotation == BasePath
 
 
-def test_converted_with_its_moved_base(places, tmp_path):
+def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     """The folder holds the base with the adapter; a GGUF or Hugging Face folder has no base to move."""
     run, moved = places
     convert(run, tmp_path / "out", base=moved)
@@ -81,6 +111,42 @@ def test_converted_with_its_moved_base(places, tmp_path):
                   lambda: open_parameters(tmp_path / "out", moved)):  # fmt: skip
         with pytest.raises(InputError, match="is no run, so that it has no base"):
             wrong()
+    merge(run, tmp_path / "adapter", adapter_only=True)
+    for here, at in ((tmp_path / "out", None), (run, moved)):
+        target = at or here
+        with pytest.raises(InputError, match=f"{target} holds weights that {here} needs; give another folder"):
+            merge(here, target, adapter=tmp_path / "adapter", base=at)
+    started_from(tmp_path / "out", data)
+    assert not capsys.readouterr().err
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    started_from(tmp_path / "out", data)
+    assert f"no tokenizer stands beside {tmp_path / 'out'}" in capsys.readouterr().err
+    merge(tmp_path / "out", tmp_path / "kept", adapter=tmp_path / "adapter")
+    (tmp_path / "kept" / "tokenizer.model").touch()
+    assert "keeps" not in capsys.readouterr().err
+    merge(tmp_path / "out", tmp_path / "kept", adapter=tmp_path / "adapter")
+    assert f"{tmp_path / 'kept'} keeps the tokenizer.model that it had" in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        file = tmp_path / "out" / name
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in values.items() if key != "eos_token_id"}))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "out" / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"has no end token.*name it as eos_token in a tokenizer_config"):
+        started_from(tmp_path / "out", data)
+
+
+def test_other_data_in_the_place_of_a_runs_own_are_said(places, data, tmp_path, caplog):
+    """The tokenizer of a run is that of its data folder, which may have been prepared again with another one."""
+    run, moved = places
+    assert load_tokenizer(moved).path.parent == data_folder(run)
+    assert not caplog.records
+    shutil.copytree(moved, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    record = read_record(tmp_path / "run")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"hash": "0"}))
+    write_sealed(tmp_path / "run" / "run.json", record | {"data": str(tmp_path / "data")}, UNSEALED)
+    assert data_folder(tmp_path / "run") == tmp_path / "data"
+    assert "holds other data now" in caplog.text
 
 
 def test_what_a_run_started_from_is_said_wherever_it_is_shown(places, tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -159,6 +160,8 @@ def _renamed(folder, old, new):
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base too"),
         ({"lora_alpha": "8"}, "lora_alpha='8' must be a number above 0"),
         ({"alpha_pattern": {"(": 3}}, "which is no regular expression"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\] must be an object"),
+        ({"r": 5}, r"has rank 3 in adapter_model\.safetensors and 5 by adapter_config"),
     ],
 )
 def test_a_record_that_says_something_else_is_an_error(values, sentence, hf, tmp_path):
@@ -184,6 +187,15 @@ def test_an_adapter_of_something_else_is_an_error(hf, tmp_path):
         load_peft(tmp_path / "gpt2", config)
     with pytest.raises(InputError, match="no target of it"):
         save_peft(config, ADAPTER.replace(targets=("query",)), tree, folder)
+    file = folder / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({name: t[:0] if "lora_A" in name else t[:, :0].copy() for name, t in whole.items()}, file)
+    with pytest.raises(InputError, match=r"by lora_A \[0, 24\]"):
+        load_peft(folder, config)
+    save_file({name: t.astype(ml_dtypes.float8_e4m3fn) for name, t in whole.items()}, file)
+    with pytest.raises(InputError, match="is stored as F8_E4M3; isoflop reads F64"):
+        load_peft(folder, config)
+    save_file(whole, file)
     _renamed(folder, r"model\.layers\.0\.mlp\.up_proj", "lm_head")
     with pytest.raises(InputError, match="changes lm_head by lora_A"):
         load_peft(folder, config)

@@ -155,12 +155,15 @@ def test_bad_texts_and_ids(tokenizer):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
 
 
-def test_bad_files(tmp_path):
+def test_bad_files(tokenizer, tmp_path):
     with pytest.raises(InputError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    for content in (b"", b"junk" * 100, bytes(100)):
+    model = tokenizer.path.read_bytes()
+    assert b"<0x41>" in model
+    twice, no_text = (model.replace(b"<0x41>", name) for name in (b"<0x42>", b"<\xe4x41>"))
+    for content in (b"", b"junk" * 100, bytes(100), twice, no_text):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(InputError, match=r"bad\.model is not a sentencepiece model"):
             load_tokenizer(tmp_path / "bad.model")

@@ -228,6 +228,16 @@ def test_a_model_beside_a_tokenizer_changes_no_data(places, corpus, tmp_path):
     assert (beside.tokenizer_file, beside.tokenizer_companions) == ("tokenizer.model", {})
 
 
+def test_another_tokenizer_beside_the_datas_own_is_not_taken(places, corpus, tmp_path):
+    """A data folder's tokenizer is the one of its manifest, and it alone goes into the folder of a model."""
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    prepare(corpus, out, tokenizer=places["model"], **OPTIONS)
+    shutil.copy(places["json"], out)
+    exported.mkdir()
+    export_tokenizer(load_tokenizer(out), exported)
+    assert load_tokenizer(out).path.name == load_tokenizer(exported).path.name == "tokenizer.model"
+
+
 def test_what_cannot_be_used_is_refused(places, bpe, corpus, tmp_path):
     def refused(match, tokenizer):
         with pytest.raises(InputError, match=match) as raised:

@@ -405,7 +405,7 @@ def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(share
             {"trainable": ("final_norm",)},
             QUIET,
             Execution(),
-            r"must come from a model; give the recipe start=weights\(PATH\)",
+            r"must come from a model; give a run, .* \(start=weights\(PATH\) of a Recipe\)",
         ),
         ({}, QUIET, Execution(loss_chunks=16), "loss_chunks=16 does not divide the 8 tokens that the decoder predicts"),
         ({}, Shell(evaluate_tokens=1), Execution(), "nothing to predict in the first 1 tokens of the validation split"),

@@ -73,7 +73,10 @@ def prepare(
     if given is None:
         check_vocab_size(vocab_size)
     elif not given.eos_ids:
-        raise InputError(f"the tokenizer {given.path} has no end token, which must follow each document; take another")
+        raise InputError(
+            f"the tokenizer {given.path} has no end token, which must follow each document; take another, or name it "
+            "as eos_token in a tokenizer_config.json beside a tokenizer.json"
+        )
     if not 0 < validation_fraction < 1:
         raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
     if shard_tokens < 1:

@@ -229,8 +229,8 @@ def check_frozen(recipes: Sequence[Recipe]) -> None:
         )
     if not isinstance(first, Weights):
         raise InputError(
-            f"{given} leaves the other parameters as they are, so that they must come from a model; give the recipe "
-            "start=weights(PATH)"
+            f"{given} leaves the other parameters as they are, so that they must come from a model; give a run, a "
+            "Hugging Face folder or a GGUF file in place of the preset (start=weights(PATH) of a Recipe)"
         )
     if any(recipe.start != first for recipe in recipes):
         raise InputError("lanes that share frozen parameters must start from the same weights")

@@ -57,6 +57,7 @@ def compress(
     from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
     from experiments.models import export_tokenizer, need_tokenizer
+    from experiments.started import check_target
     from infer import prepare
     from model.convert import save_hf
     from model.errors import InputError
@@ -76,6 +77,7 @@ def compress(
         say_unused("without --json", compress, evaluate_tokens=evaluate_tokens, batch_size=batch_size)
     elif data is not None:
         say_fewer_tokens(evaluate_tokens, load_manifest(data))
+    check_target(source, target, base)
     opened = open_model(source, tokenizer, base)
     if data is not None:
         need_tokenizer(opened.tokenizer, source)

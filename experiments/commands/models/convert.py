@@ -35,6 +35,7 @@ def convert(
         base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
     """
     from experiments.models import copy_tokenizer
+    from experiments.started import check_target
     from model import accounting
     from model.convert import convert as write
     from model.convert import fold, load_hf, save_hf
@@ -43,6 +44,7 @@ def convert(
     from model.store import open_parameters
 
     trained, special = None, {}
+    check_target(source, target, base)
     if (source / RECORD).is_file():
         raise InputError(f"{source} holds rounded weights; give the model that it was made of")
     if (source / "run.json").is_file():

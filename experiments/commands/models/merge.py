@@ -33,6 +33,7 @@ def merge(
     """
     from experiments.commands.models.convert import convert
     from experiments.models import copy_tokenizer
+    from experiments.started import check_target
     from model.convert import merge_adapter, save_peft
     from model.errors import InputError
     from model.runs import load_adapter, read_record
@@ -42,6 +43,7 @@ def merge(
             raise InputError(
                 "--adapter-only is for the adapter of a run; that of --adapter lies in its own folder already"
             )
+        check_target(source, target, source, base)
         merge_adapter(source, adapter, target, base)
         copy_tokenizer(source, target)
         print(f"{target}: {source} with {adapter}")
