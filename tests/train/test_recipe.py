@@ -106,7 +106,7 @@ def test_recipes_are_lanes(recipe, whole, tmp_path):
     assert losses(tmp_path / "a") == losses(whole)
     assert results[0].validation_loss != results[1].validation_loss
     other = recipe.replace(model=CONFIG.replace(d_ff=40))
-    with pytest.raises(InputError, match="differ in hyperparameters, steps and starts alone: d_ff="):
+    with pytest.raises(InputError, match="differ in hyperparameters, steps and starts, not in d_ff="):
         population([recipe, other], runs=[tmp_path / "c", tmp_path / "d"], shell=QUIET)
     with pytest.raises(InputError, match="hparams is part of the recipe"):
         train(recipe, hparams=HParams(), run=tmp_path / "c", shell=QUIET)
