@@ -1,4 +1,4 @@
-"""How parameters are found: pure steps, and the shell that runs them."""
+"""Train models: pure steps, and the loop with files, checkpoints and processes around them."""
 
 from typing import TYPE_CHECKING
 

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from model import Execution, Params
 from model.sharding import parts_of_lanes, shardings
-from train.agreement import CHECKPOINT, STOP, Agreement
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
 from train.lanes.build import compacts, compile_program, frozen_shapes
@@ -29,6 +28,7 @@ from train.loop.options import RunOptions
 from train.objectives.objective import Batch
 from train.peak import peak_flops_per_second
 from train.plan import Stage
+from train.preemption import CHECKPOINT, STOP, PreemptionSync
 from train.progress import progress_bar, say
 from train.recipe import Weights
 from train.start import Bases, lay_out
@@ -75,7 +75,7 @@ class Loop:
         self._compile(self._earliest(members))
         self.validation = validation
         self.feed = Feed(mesh, members)
-        self.agreement = Agreement(mesh)
+        self.preemption = PreemptionSync(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
         self.frozen = self._frozen(bases)
         self.state = self._start(bases)
@@ -96,7 +96,7 @@ class Loop:
             if self.options.checkpoint_start:
                 self._save([member for member in self._active() if not agree(member.checkpoints.steps)])
             self.clock = time.perf_counter()
-            while self._active() and not self.agreement.has(STOP):
+            while self._active() and not self.preemption.is_requested(STOP):
                 advance(self._step(interrupted), self._note())
             self._handle_pending()
             stopped = self._active()
@@ -104,7 +104,7 @@ class Loop:
             for member in stopped:
                 member.checkpoints.wait()
                 member.end("interrupted", self._compile_share())
-            if interrupted() or self.agreement.has(STOP):  # also in the last step: the caller must stop
+            if interrupted() or self.preemption.is_requested(STOP):  # also in the last step: the caller must stop
                 raise KeyboardInterrupt
 
     def _step(self, interrupted: Callable[[], bool]) -> int:
@@ -116,7 +116,7 @@ class Loop:
         active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in request.slots])
         self.trace.step(self.state)
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active, self.frozen)
-        self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
+        self.preemption.request(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
         for slot in request.slots:
             self.members[slot.member].step += 1
         if (upcoming := self._request()).slots:
@@ -261,7 +261,7 @@ class Loop:
 
     def _checkpoint_due(self, member: Member) -> bool:
         # With several processes a request arrives one step late, so one that a save has just met must not count again.
-        by_time = self.agreement.has(CHECKPOINT) and self.dispatched > self.saved_after + 2
+        by_time = self.preemption.is_requested(CHECKPOINT) and self.dispatched > self.saved_after + 2
         return by_time or self.options.plans_checkpoint(member.step)
 
     def _is_time_to_save(self) -> bool:
