@@ -56,7 +56,7 @@ def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = E
         objective=objective,
         train=recipe.train.replace(**of_train) if of_train else recipe.train,
         hparams=recipe.hparams.replace(**of_hparams) if of_hparams else recipe.hparams,
-        former={**recipe.former, **{name: value for name, value in of_execution.items() if name in recipe.former}},
+        former={name: of_execution.get(name, value) for name, value in recipe.former.items()},
     )
     return made.under(execution), execution
 
@@ -152,7 +152,11 @@ def kinds(cls: Any) -> dict[str, Any]:
     """Return the type of every settable field; a field whose default is None, to be derived, also takes None."""
     hints = get_type_hints(cls)
     settings = [field for field in dataclasses.fields(cls) if field.name != "derived"]
-    return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in settings}
+    found = {}
+    for field in settings:
+        hint = hints[field.name]
+        found[field.name] = hint | None if field.default is None else hint
+    return found
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:

@@ -101,11 +101,10 @@ class Recipe:
             places = {"": data} if isinstance(data, (str, Path)) else data
             folders = {name: str(Path(place).resolve()) for name, place in places.items()}
             hashes = {name: load_manifest(folder).hash for name, folder in folders.items()}
-            alone = len(folders) == 1
-            put("data", next(iter(hashes.values())) if alone else FrozenDict(hashes))
-            put("folders", next(iter(folders.values())) if alone else FrozenDict(folders))
+            put("data", _single_or_frozen(hashes))
+            put("folders", _single_or_frozen(folders))
         elif isinstance(data, Mapping):
-            put("data", FrozenDict(data) if len(data) > 1 else next(iter(data.values())))
+            put("data", _single_or_frozen(data))
         if isinstance(self.folders, Mapping):
             put("folders", FrozenDict({name: str(place) for name, place in self.folders.items()}))
         put("former", FrozenDict(self.former))
@@ -249,6 +248,11 @@ def _flat_part(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def _single_or_frozen(values: Mapping[str, Any]) -> Any:
+    """Return the value itself if there is only one, whose name then does not matter, else a hashable mapping."""
+    return next(iter(values.values())) if len(values) == 1 else FrozenDict(values)
 
 
 def _is_hash(data: Any) -> bool:

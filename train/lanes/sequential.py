@@ -21,7 +21,7 @@ from train.state import TrainState
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequentialProgram(Program):
-    """Runs the program of one lane for each of several; hyperparameters, batches and states are lists [lanes]."""
+    """Run the program of one lane for each of several; hyperparameters, batches and states are lists [lanes]."""
 
     one: Program
 

@@ -44,7 +44,7 @@ class Executables:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VmappedProgram(Program):
-    """Runs all lanes at once; hyperparameters, batches and the state have leaves [lanes, …]."""
+    """Run all lanes in one program; hyperparameters, batches and the state have leaves [lanes, …]."""
 
     mesh: Mesh
     executables: Executables

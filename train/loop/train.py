@@ -174,7 +174,7 @@ def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
     first = recipes[0]
     place = first.folders if data is None else data
     if place is None:
-        raise InputError(f"nothing says where the data {first.data!r} lie; give data=FOLDER")
+        raise InputError(f"the folder of the data {first.data!r} is not known; give data=FOLDER")
     opened = Data.open(place)
     if opened.hash != first.data:
         raise InputError(f"{opened.place} holds other data than the recipe names")
@@ -234,7 +234,7 @@ def _check_frozen(recipes: Sequence[Recipe]) -> None:
         )
     if not isinstance(first, Weights):
         raise InputError(
-            f"{given} leaves the other parameters as they are, so that they must come from a model; give the recipe "
+            f"{given} leaves the other parameters unchanged, so that they must come from a model; give the recipe "
             "start=weights(PATH)"
         )
     if any(recipe.start != first for recipe in recipes):
