@@ -89,7 +89,7 @@ def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield (name, function that lowers the program) for every preset and for variants of a tiny model."""
     from model import Execution, Experts, presets
     from model.adapters import Adapter
-    from train import TrainConfig, objectives
+    from train import TrainConfig, objectives, standard_phases
 
     language_modeling = objectives.LanguageModeling()
     for name in presets.names():
@@ -115,6 +115,7 @@ def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
         "dropout": {"train_config": shape.replace(dropout=True)},
         "segments": {"train_config": shape.replace(segment_documents=True)},
         "no-norms": {"train_config": shape.replace(norms=False)},
+        "phases": {"train_config": shape.replace(phases=standard_phases(100_000, 8, 64))},
         "experts": {"config": tiny.replace(experts=Experts(count=4, top_k=2, d_ff=8))},
         "mup": {"config": tiny.replace(parameterization="mup", base_d_model=8)},
         "lora": {"objective": objectives.LanguageModeling(adapter=adapter)},
