@@ -28,11 +28,11 @@ from typing import Any
 # Without most optimisations XLA compiles these small programs several times faster; one CPU device on any machine.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 LONGEST = 4096  # tokens of context: rotary tables are constants of a program, and presets go up to a million tokens
-# Patterns of keys, at any depth of a document, whose values two runs of one commit do not share.
+# Patterns of keys, or of COMMAND/key, at any depth of a document, whose values two runs of one commit do not share.
 VOLATILE = (
     *("*second*", "*_at", "host", "versions", "extras", "compile_cache", "command", "commit", "load_average"),
-    *("samples", "ceilings", "bound", "share_of_*", "peak_memory_bytes", "compiles_from_cache"),
-    *("before", "after", "spread", "times", "machine_times", "verdict", "changed"),  # of `bench compare`
+    *("samples", "ceilings", "bound", "worker", "mfu", "share_of_*", "peak_memory_bytes", "compiles_from_cache"),
+    *(f"bench compare/{key}" for key in ("before", "after", "spread", "*times", "interval_95", "verdict", "changed")),
 )
 
 _ROWS = "--seq-len 32 --batch-size 4 --evaluate-tokens 256"
@@ -253,7 +253,8 @@ def record_commands() -> dict[str, Any]:
             call = [sys.executable, "-m", "experiments.cli", *line.split(), "--json", str(file)]
             done = subprocess.run(call, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             if file.exists():
-                record[name] = stable(json.loads(file.read_text(encoding="utf-8").replace(str(folder), "FOLDER")))
+                text = file.read_text(encoding="utf-8").replace(str(folder), "FOLDER")
+                record[name] = stable(json.loads(text), name)
             if done.returncode or not file.exists():
                 record[name] = {"exit code": done.returncode}
                 print(f"{name}: exit code {done.returncode}: {done.stderr[-2000:]}", file=sys.stderr)
@@ -264,12 +265,13 @@ def record_commands() -> dict[str, Any]:
     return record
 
 
-def stable(value: Any) -> Any:
-    """Return a document without the keys that VOLATILE names."""
+def stable(value: Any, command: str = "") -> Any:
+    """Return a command's document without the keys that VOLATILE names."""
     if isinstance(value, dict):
-        is_volatile = lambda key: any(fnmatch.fnmatchcase(key, pattern) for pattern in VOLATILE)
-        return {key: stable(entry) for key, entry in value.items() if not is_volatile(key)}
-    return [stable(entry) for entry in value] if isinstance(value, list) else value
+        names = lambda key: (key, f"{command}/{key}")
+        is_volatile = lambda key: any(fnmatch.filter(names(key), pattern) for pattern in VOLATILE)
+        return {key: stable(entry, command) for key, entry in value.items() if not is_volatile(key)}
+    return [stable(entry, command) for entry in value] if isinstance(value, list) else value
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
