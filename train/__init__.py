@@ -1,4 +1,4 @@
-"""How parameters are found: pure steps, and the shell that runs them."""
+"""Train models: pure steps, and the loop with files, checkpoints and processes around them."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ from model.lazy import lazy
 if TYPE_CHECKING:
     from train.branch import cooldown
     from train.config import HParams, TrainConfig
-    from train.loop.options import Shell
+    from train.loop.options import RunOptions, Shell
     from train.loop.train import population, train
     from train.phases import Phase, standard_phases
     from train.recipe import Branch, Recipe, Weights, difference
@@ -24,7 +24,7 @@ else:
             "phases": ("Phase", "standard_phases"),
             "recipe": ("Branch", "Recipe", "Weights", "difference"),
             "run": ("Result", "load_run"),
-            "loop.options": ("Shell",),
+            "loop.options": ("RunOptions", "Shell"),
             "start": ("weights",),
             "state": ("TrainState", "init_state"),
             "step": ("eval_step", "train_step"),
@@ -50,6 +50,7 @@ __all__ = [
     "population",
     "cooldown",
     "Result",
+    "RunOptions",
     "Shell",
     "load_run",
 ]

@@ -1,7 +1,7 @@
-"""Branch and cool: from one trunk at a constant rate, cool-downs at chosen steps, each a run of its own.
+"""Branch off a base run at a constant rate: decay phases that begin at chosen steps, each a run of its own.
 
-The trunk's compute is spent once, however many branches it has (Hägele et al. 2024, "Scaling Laws and Compute-Optimal
-Training Beyond Fixed Training Durations"): one model size gives losses at several numbers of tokens.
+The base run's compute is spent once, however many branches it has (Hägele et al. 2024, "Scaling Laws and
+Compute-Optimal Training Beyond Fixed Training Durations"): one model size gives losses at several numbers of tokens.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ def cooldown(
     final_fraction: float = 0.0,
     data: str | Path | Mapping[str, str | Path] | None = None,
 ) -> Recipe:
-    """The run that leaves `trunk` after `step` updates and cools down linearly to `final_fraction` of the peak.
+    """Return the recipe of a run that branches off the base run `trunk` after `step` updates, and decays from there.
 
-    Up to that step it is the trunk, bit by bit; its data go on where the trunk's do. data: where those lie now; None:
-    where they were. Raises InputError where the trunk's rate is not yet, or no longer, at its peak at that step, and
-    where the data are not those of the trunk.
+    The rate decays linearly to `final_fraction` of the peak in `decay_steps` updates. Up to `step` the branch equals
+    the base run bit by bit, and its data continue where the base run's would. data: where the data are now; None: where
+    they were. Raises InputError if the base run's rate is not at its peak at that step, or if the data are not its own.
     """
     record = read_record(trunk)
     recipe = recipe_of(record)
@@ -38,14 +38,16 @@ def cooldown(
         raise InputError(f"decay_steps={decay_steps} must be at least 1")
     if train_config.phases or train_config.schedule not in ("constant", "wsd"):
         kind = "a plan of phases" if train_config.phases else f"schedule={train_config.schedule!r}"
-        raise InputError(f"{trunk} has {kind}; a trunk needs schedule=constant or wsd")
+        raise InputError(f"{trunk} has {kind}; a base run needs schedule=constant or wsd")
     total = int(hparams.total_steps)
     warmup = int(hparams.warmup_steps) or round(float(hparams.warmup_fraction) * total)
     own_decay = int(hparams.decay_steps) or round(float(hparams.decay_fraction) * total)
     end = None if train_config.schedule == "constant" else total - own_decay
     if step < warmup or (end is not None and step > end):
-        until = "" if end is None else f" and {end}, where its own cool-down begins"
-        raise InputError(f"{trunk} cannot be left at step {step}: take one between {warmup}, the end of warm-up{until}")
+        until = "" if end is None else f" and {end}, where its own decay phase begins"
+        raise InputError(
+            f"no run can branch off {trunk} at step {step}: take one between {warmup}, the end of warm-up{until}"
+        )
     opened = Data.open(data_of(trunk, record) if data is None else data)
     if opened.hash != recipe.data:
         raise InputError(f"{opened.place} holds other data than {trunk} was trained on; give those with --data")

@@ -1,7 +1,7 @@
-"""The other destinations of a run's numbers besides `metrics.jsonl`: TensorBoard and Weights & Biases.
+"""Send a run's numbers to TensorBoard and Weights & Biases, besides `metrics.jsonl`.
 
-None of them can stop or hold up a run. Each is written by a thread of its own, and one that raises, or takes nothing
-any more, is dropped with one warning.
+Neither can stop or delay a run. Each is written by a thread of its own, and is dropped with one warning if it raises or
+stops taking numbers.
 """
 
 import importlib
@@ -20,23 +20,23 @@ from model.errors import InputError
 from train.files import write_all
 from train.run import read_record
 
-CLOSE_SECONDS = 60.0  # that a channel gets at the end of a run for what it has not written yet
-_WAITING = 10_000  # steps
+CLOSE_SECONDS = 60.0  # time that a channel gets at the end of a run to write the rest
+_WAITING = 10_000  # steps that a channel may be behind
 logger = logging.getLogger("isoflop")
 
 
 class Sink(Protocol):
-    """What a channel writes to, in its own thread."""
+    """Destination of a channel, called in the channel's own thread."""
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Take the numbers of one step."""
+        """Write the numbers of one step."""
 
     def close(self) -> None:
-        """Finish."""
+        """Finish writing."""
 
 
 class Channel:
-    """Hands steps over to a sink, which is opened in the channel's thread when the first one comes."""
+    """Pass steps to a sink, which is opened in the channel's thread at the first step."""
 
     def __init__(self, name: str, open_sink: Callable[[], Sink]):
         self._name, self._open_sink = name, open_sink
@@ -45,14 +45,14 @@ class Channel:
         self._dropped = threading.Event()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Hand over one step; returns at once."""
-        if self._thread is None:  # a daemon: one that hangs does not keep the process
+        """Pass one step on, without waiting."""
+        if self._thread is None:  # a daemon, so that a hanging channel does not keep the process alive
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._put((step, numbers))
 
     def close(self) -> None:
-        """Wait until the sink has everything, but no longer than `CLOSE_SECONDS`."""
+        """Wait until the sink has written everything, at most `CLOSE_SECONDS`."""
         if self._thread is None:
             return
         self._put(None)
@@ -74,18 +74,18 @@ class Channel:
             while (entry := self._steps.get()) is not None and not self._dropped.is_set():
                 sink.write(*entry)
             sink.close()
-        except BaseException as failure:  # whatever it is, the run goes on
+        except BaseException as failure:  # no failure of a channel may stop the run
             self._drop(f"{type(failure).__name__}: {failure}")
 
     def _drop(self, reason: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
-            said = "%s gets no more of this run (%s); the run is not affected, and metrics.jsonl has every step"
-            logger.warning(said, self._name, reason)
+            message = "%s gets no more of this run (%s); the run is not affected, and metrics.jsonl has every step"
+            logger.warning(message, self._name, reason)
 
 
 class TensorBoard:
-    """An event file, one event a step; what an earlier process wrote from `first_step` on is hidden."""
+    """Event file with one event per step; events that an earlier process wrote from `first_step` on are hidden."""
 
     def __init__(self, folder: Path, first_step: int):
         from tensorboardX.proto.event_pb2 import SessionLog
@@ -104,22 +104,22 @@ class TensorBoard:
         self._write_event(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def _write_event(self, **fields: Any) -> None:
-        """A TFRecord: length, its checksum, the event, its checksum."""
+        """Append a TFRecord: length, its checksum, the event, its checksum."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.record_writer import masked_crc32c
 
         content = Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(content))
-        checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-        write_all(self._file, length + checksums[0] + content + checksums[1])
+        checksum = lambda part: struct.pack("<I", masked_crc32c(part))
+        write_all(self._file, length + checksum(length) + content + checksum(content))
 
 
 class WandB:
-    """A Weights & Biases run of the folder's name, which goes on when the folder's run does."""
+    """Weights & Biases run with the folder's name, which is resumed when the folder's run is."""
 
     def __init__(self, project: str, folder: Path):
         import wandb
@@ -128,7 +128,7 @@ class WandB:
         self._run = wandb.init(
             project=project,
             name=folder.name,
-            id=record.get("wandb_id", record["run_id"]),  # folders from before there were ids of their own: as then
+            id=record.get("wandb_id", record["run_id"]),  # older folders have no id of their own
             resume="allow",
             dir=folder,
             config=record["identity"],
@@ -136,13 +136,13 @@ class WandB:
 
     @classmethod
     def channel(cls, project: str, folder: Path) -> Channel:
-        """Raise InputError where the library is not installed; whatever else is wrong with it drops the channel."""
+        """Return a run's channel. Raises InputError if the library is missing; other failures drop it later."""
         try:
             importlib.import_module("wandb")
         except ImportError:
             raise InputError("Weights & Biases is not installed: pip install 'isoflop[wandb]'") from None
         except Exception as failure:
-            logger.debug("import wandb: %s", failure)  # raised again, and said, where the channel opens it
+            logger.debug("import wandb: %s", failure)  # raised again, and reported, when the channel opens
         return Channel("Weights & Biases", lambda: cls(project, folder))
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

@@ -13,5 +13,5 @@ from train.files import write_atomically
 
 
 def write_sealed(path: Path, document: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
-    """Write a JSON document with a checksum of its fields, but for those named in `besides`, whole or not at all."""
+    """Write a JSON document atomically, with a checksum of all its fields except those named in `besides`."""
     write_atomically(path, json_text(document | {"checksum": seal(document, besides)}))

@@ -1,5 +1,7 @@
-"""What a training run is made of: `TrainConfig` is static (it changes a shape or the program),
-`HParams` is data (traced, so that a sweep over it compiles nothing).
+"""Configure a training run by two dataclasses.
+
+`TrainConfig` is static: its fields change a shape or the program. `HParams` is data: its fields are traced, so that a
+sweep over them compiles nothing.
 """
 
 import dataclasses
@@ -20,17 +22,17 @@ Packing = Literal["contiguous", "best-fit"]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The static half: shapes and the choice of program.
+    """Static fields: shapes and the choice of program.
 
     batch_size: rows per step. seq_len: tokens per row. optimizer: see `train/optimizer.py`. schedule: see
     `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether documents in a row
-    attend only to themselves. packing: how rows are filled: "contiguous": with windows cut from the documents in a
-    line; "best-fit": with whole documents (`train/data/packing.py`), which then attend only to themselves. norms:
-    whether the metrics hold the norms of every group of parameters.
-    max_skipped: consecutive steps that are not finite after which a run is diverged. spike_sigma: a loss more than so
-    many standard deviations above the mean of the last `spike_window` losses rolls the run back, at most
-    `max_rollbacks` times; 0: never.
-    phases: what the run goes through (`train/plan.py`), in place of `schedule`; empty: one shape throughout.
+    attend only to themselves. packing: how rows are filled: "contiguous": with windows of the concatenated documents;
+    "best-fit": with whole documents (`train/data/packing.py`), which then attend only to themselves. norms: whether the
+    metrics include the norms of every group of parameters.
+    max_skipped: the number of consecutive steps that are not finite after which a run ends as diverged. spike_sigma: a
+    loss more than so many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
+    most `max_rollbacks` times; 0: never.
+    phases: the phases of the run (`train/plan.py`), instead of `schedule`; empty: one shape throughout.
     """
 
     batch_size: int = 8
@@ -67,7 +69,7 @@ class TrainConfig:
         object.__setattr__(self, "phases", tuple(phases))
 
     def check(self, execution: Execution) -> None:
-        """Raise InputError unless the execution divides every batch into its microbatches, and every row likewise."""
+        """Raise InputError unless `accumulate` divides every batch size and `loss_chunks` every row length."""
         batch_sizes = [self.batch_size, *(size for phase in self.phases for size in phase.batch_sizes)]
         seq_lens = [self.seq_len, *(phase.seq_len for phase in self.phases if phase.seq_len)]
         for name, shape, sizes in (("accumulate", "batch_size", batch_sizes), ("loss_chunks", "seq_len", seq_lens)):
@@ -77,16 +79,16 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one batch."""
+        """Return the tokens in one batch."""
         return self.batch_size * self.seq_len
 
     @property
     def tells_documents_apart(self) -> bool:
-        """True where batches have segment_ids, positions and loss_mask, so that documents attend only to themselves."""
+        """Return whether documents attend only to themselves, by the batches' segment_ids, positions and loss_mask."""
         return self.segment_documents or self.packing == "best-fit"
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         for name in MOVED:
             if name in changes:
                 raise InputError(moved(type(self), name))
@@ -94,14 +96,14 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {**dataclasses.asdict(self), "phases": [phase.to_dict() for phase in self.phases]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one.
+        """Read `to_dict`'s output; missing fields get their defaults. Raises InputError on unknown ones.
 
-        Those of MOVED, which former versions wrote, are left out.
+        Fields of MOVED, which older versions wrote, are ignored.
         """
         values = {name: value for name, value in values.items() if name not in MOVED}
         _refuse_unknown("TrainConfig field", values, cls.__dataclass_fields__)
@@ -109,7 +111,7 @@ class TrainConfig:
 
 
 MOVED = ("accumulate", "loss_chunks")
-"""Fields that are now those of `model.execution.Execution`."""
+"""Fields that have moved to `model.execution.Execution`."""
 refuse_moved(TrainConfig, *MOVED)
 _LEAST = {
     **dict.fromkeys(("batch_size", "seq_len", "max_skipped"), 1),
@@ -121,19 +123,19 @@ _LEAST = {
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class HParams:
-    """The traced half: every leaf a strong float32 or int32 scalar, so that no weak type doubles a compile.
+    """Traced fields: every leaf is a strongly typed float32 or int32 scalar, as weak types would compile a second time.
 
     learning_rate: the schedule's peak. weight_decay: of matrices only; decoupled, times the learning rate ("adam":
     added to the gradient). beta1, beta2, epsilon: Adam's; both betas are also Lion's, beta1 the momentum of "sgd" and
     "muon"; "adafactor" has none of them.
-    warmup_steps: linear from 0; where it is 0, warmup_fraction of total_steps. total_steps: the schedule's horizon;
-    0: the steps that `train` is asked for. decay_steps: the last part of a "wsd" schedule, falling linearly; where it
-    is 0, decay_fraction of total_steps. final_fraction: rate at the horizon over the peak.
+    warmup_steps: linear from 0; if 0, warmup_fraction of total_steps. total_steps: the schedule's horizon; 0: the steps
+    that `train` runs. decay_steps: the last part of a "wsd" schedule, which falls linearly; if 0, decay_fraction of
+    total_steps. final_fraction: rate at the horizon over the peak.
     clip_norm: global gradient norm; 0: no clipping. z_loss: weight of mean(log Z)².
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
     lora_rank, lora_alpha: of a low-rank adapter, at most the objective's own rank; 0: the objective's. A smaller rank
-    trains as an adapter of that rank does, except by Adafactor, whose clipping counts the columns that are left out.
-    dropout_rate: used where TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
+    trains as an adapter of that rank does, except with Adafactor, whose clipping counts the unused columns too.
+    dropout_rate: used if TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
     predicts. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
     """
@@ -179,29 +181,31 @@ class HParams:
         return hash(tuple(self.to_dict().items()))
 
     def replace(self, **changes: float) -> "HParams":
-        """A copy with some values changed."""
+        """Return a copy with some values changed."""
         _refuse_unknown("hyperparameter", changes, self.DEFAULTS)
         return HParams(**{**self.to_dict(), **changes})
 
     @property
     def order_seed(self) -> int:
-        """What decides the order of the data."""
+        """Return the seed of the order of the data."""
         return int(self.seed if self.data_seed < 0 else self.data_seed)
 
     def to_dict(self) -> dict[str, float]:
-        """Plain numbers for JSON: the shortest decimal that reads back to the same float32."""
-        return {
-            name: int(value) if isinstance(self.DEFAULTS[name], int) else float(str(np.float32(value)))
-            for name, value in ((name, getattr(self, name)) for name in self.NAMES)
-        }
+        """Return plain numbers for JSON: the shortest decimals that read back to the same float32."""
+        numbers: dict[str, float] = {}
+        for name in self.NAMES:
+            value = getattr(self, name)
+            is_whole = isinstance(self.DEFAULTS[name], int)
+            numbers[name] = int(value) if is_whole else float(str(np.float32(value)))
+        return numbers
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """For JAX."""
+        """Return the leaves for JAX."""
         return tuple(getattr(self, name) for name in self.NAMES), None
 
     @classmethod
     def tree_unflatten(cls, _: None, leaves: tuple[Any, ...]) -> "HParams":
-        """For JAX: the leaves may be tracers, so nothing is converted or checked."""
+        """Rebuild from leaves for JAX; they may be tracers, so nothing is converted or checked."""
         new = object.__new__(cls)
         for name, leaf in zip(cls.NAMES, leaves, strict=True):
             object.__setattr__(new, name, leaf)
@@ -213,7 +217,7 @@ HParams.NAMES = tuple(HParams.DEFAULTS)
 
 
 def stack_hparams(hparams: list[HParams]) -> HParams:
-    """One HParams whose leaves are arrays [lanes]."""
+    """Stack hyperparameters into one HParams with leaves [lanes]."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *hparams)
 
 
@@ -228,7 +232,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 
 
 def _strong(name: str, value: float, whole: bool) -> np.int32 | np.float32:
-    """The value as a strongly typed scalar; refused where it, or what float32 makes of it, is out of range."""
+    """Return the value as a strongly typed scalar. Raises InputError if it, or its float32 value, is out of range."""
     low, high, words = _RANGES[name]
     if not low <= value < high or (whole and value != int(value)):
         raise InputError(f"{name}={value!r} must be {'a whole number, ' if whole else ''}{words}")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, flushed, then renamed. And what to say where a disk refuses them."""
+"""Write files atomically (written to a temporary name, synced, then renamed), and explain errors of the disk."""
 
 import errno
 import os
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 from model.records import file_sha256 as file_sha256
 from model.records import json_text
 
-_THREADS = 8  # that wait for the disk
+_THREADS = 8  # threads that wait for the disk
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace `path` in one step: a reader, or a run after a kill, sees the old content or the new.
 
-    What is no regular file, such as /dev/stdout or a named pipe, is written to as it is.
+    Anything but a regular file, such as /dev/stdout or a named pipe, is written to directly.
     """
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -32,30 +32,30 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        with suppress(OSError):  # where it could not be made it cannot be removed
+        with suppress(OSError):  # it may never have been created
             beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from error  # with the path that the caller knows
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomically` of indented JSON; NaN and infinities become null, which every reader takes."""
+    """Write indented JSON atomically; NaN and infinities become null, which every reader accepts."""
     write_atomically(Path(path), json_text(value))
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:
-    """Write to an unbuffered file. A disk that has filled raises here, and not when the file is closed."""
+    """Write all content to an unbuffered file; a full disk raises here instead of when the file is closed."""
     try:
         while content:
             content = content[file.write(content) :]
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file.name)) from error  # which the system does not say
+        raise OSError(error.errno, error.strerror, str(file.name)) from error  # the system's error lacks the path
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk: what was created, renamed or removed there survives a power cut."""
+    """Sync the names in a folder to the disk, so that what was created, renamed or removed survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,13 +64,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder on the disk, with all that is in it; at once, as a disk takes many for little more than one."""
+    """Sync a folder and all that is in it to the disk, concurrently: many syncs take little longer than one."""
     with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(sync_folder, [folder, *folder.rglob("*")]))  # of a file: its content
+        list(threads.map(sync_folder, [folder, *folder.rglob("*")]))  # also syncs the content of a file
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError where a file could not be written at that path, before what it will hold is computed."""
+    """Raise OSError if no file can be written at that path; called before its content is computed."""
     if path.is_dir():
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
@@ -86,13 +86,13 @@ def check_writable(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a disk, or one's share of it, had no room. Orbax and TensorStore wrap the system's error in their own."""
+    """Return whether the disk or the quota was full. Orbax and TensorStore wrap the system's error in their own."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def refusal(error: OSError) -> str:
-    """Say in one sentence what the system refused of which file, and what would be right."""
+    """Return one sentence that says which file cannot be used, why, and what to do."""
     path, reason = error.filename, error.strerror or str(error)
     if isinstance(path, bytes):
         path = os.fsdecode(path)

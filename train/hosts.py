@@ -1,7 +1,7 @@
-"""What the processes of one run need from each other; with one process nothing is ever sent.
+"""Coordinate the processes of one run; a single process never communicates.
 
 Every process runs the same program, so each function here must be called by all of them in the same order. Process 0
-is the writer: it alone makes logs, records and decisions about files. The others ask it, through `agree`.
+is the writer: it alone writes logs and records and decides about files. The others get its results through `agree`.
 """
 
 import json
@@ -16,10 +16,10 @@ from model.errors import InputError
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the processes of one run; call it before anything else of JAX.
+    """Join the processes of one run; call this before anything else of JAX.
 
-    coordinator: host:port of process 0. What is None is found by JAX itself, which knows Slurm, Open MPI and TPU pods.
-    Raises InputError where something is missing and cannot be found, or contradicts itself.
+    coordinator: host:port of process 0. Arguments that are None are found by JAX, which knows Slurm, Open MPI and TPU
+    pods. Raises InputError if one is missing and cannot be found, or if they contradict each other.
     """
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
         raise InputError(
@@ -40,16 +40,16 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 def is_writer() -> bool:
-    """Whether this process writes logs and records: process 0."""
+    """Return whether this process writes logs and records: process 0 does."""
     return jax.process_index() == 0
 
 
 def agree(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function(*args)` gives in process 0, in all processes; also a barrier for them.
+    """Call `function(*args)` in process 0 and return its value in all processes; also a barrier for them.
 
-    The function is called there only. With several processes its value travels as JSON, so a tuple becomes a list.
-    What it raises is raised in all of them with the same text: an InputError as such, an OSError with its errno, and
-    anything else, outside process 0, as a RuntimeError.
+    With several processes the value is sent as JSON, so a tuple becomes a list. An exception is raised in all of them
+    with the same text: an InputError as such, an OSError with its errno, and any other, outside process 0, as a
+    RuntimeError.
     """
     if jax.process_count() == 1:
         return function(*args)
@@ -57,7 +57,7 @@ def agree(function: Callable[..., Any], *args: Any) -> Any:
     if is_writer():
         try:
             message = json.dumps({"value": function(*args)}).encode()
-        except Exception as error:  # raised below, once the others know
+        except Exception as error:  # raised below, after the others have been told
             failure, message = error, json.dumps(_described(error)).encode()
     answer = json.loads(_broadcast(message))
     if failure is not None:
@@ -68,9 +68,13 @@ def agree(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _broadcast(message: bytes) -> bytes:
-    """Process 0's bytes; the length goes first, and is rounded up so that few programs are compiled."""
+    """Return process 0's bytes. The length is sent first; then the bytes, padded so that few programs are compiled.
+
+    Example: messages of up to 256 bytes are sent as 256 bytes, one of 300 bytes as 512.
+    """
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(message), np.int32)))
-    padded = np.zeros(max(256, 1 << (length - 1).bit_length()), np.uint8)
+    next_power_of_two = 1 << (length - 1).bit_length()
+    padded = np.zeros(max(256, next_power_of_two), np.uint8)
     if is_writer():
         padded[:length] = np.frombuffer(message, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)[:length].tobytes()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop can grant when it suits."""
+"""Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps."""
 
 import signal
 import threading

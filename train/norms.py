@@ -1,4 +1,4 @@
-"""Norms of a tree of parameters, gradients or updates: by the part of the model, and of all of it."""
+"""Compute norms of a tree of parameters, gradients or updates: by part of the model, and in total."""
 
 import functools
 
@@ -12,7 +12,10 @@ from train.objectives.objective import Objective
 
 
 def group_of(path: tuple[str, ...]) -> str:
-    """The part of the model that the parameter at `path` belongs to."""
+    """Return the part of the model that the parameter at `path` belongs to.
+
+    Example: ("layers", "dense", "attention", "query", "weight") is in "attention".
+    """
     if "layers" in path:
         part = path[path.index("layers") + 2]
         return "norm" if part.endswith("norm") else part
@@ -22,7 +25,7 @@ def group_of(path: tuple[str, ...]) -> str:
 
 
 def norms_by_group(tree: Params) -> dict[str, Float[Array, ""]]:
-    """The Euclidean norm of every group, in float32."""
+    """Return the Euclidean norm of every group, in float32."""
     squares: dict[str, Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         group = group_of(names_of(path))
@@ -31,7 +34,7 @@ def norms_by_group(tree: Params) -> dict[str, Float[Array, ""]]:
 
 
 def total_norm(norms: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-    """The norm of the whole tree from those of its groups."""
+    """Return the norm of the whole tree from those of its groups."""
     return jnp.sqrt(sum(jnp.square(norm) for norm in norms.values()))
 
 

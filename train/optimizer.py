@@ -1,4 +1,4 @@
-"""Optimizers from Optax with traced hyperparameters, and what they apply to."""
+"""Build optimizers from Optax with traced hyperparameters, scaled by the role of each parameter."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from model import ModelConfig, Params
 from model.parameterization import Family, decays, names_of, rate_multipliers, role_of
 from train.config import HParams, Optimizer, TrainConfig
 
-# Which column of the table of roles scales an optimizer's rates. Lion's and Adafactor's updates have entries of one
-# size whatever the gradient's is, as Adam's have, so they scale with width as Adam's do.
+# The column of the table of roles that scales an optimizer's rates. The entries of Lion's and Adafactor's updates do
+# not depend on the size of the gradient, like Adam's, so they scale with width as Adam's do.
 FAMILIES: dict[Optimizer, Family] = {
     **dict.fromkeys(("adamw", "adam", "adafactor", "lion"), "adam"),
     "sgd": "sgd",
@@ -24,12 +24,13 @@ ORTHOGONALIZED = ("hidden", "residual")  # the roles that Muon is for; tables, v
 
 
 def make_optimizer(config: ModelConfig, train_config: TrainConfig, hparams: HParams) -> optax.GradientTransformation:
-    """The update before the learning rate: a direction by name, each role at its own multiple of the rate
-    (`model.parameterization`), decay on matrices only and at the plain rate (Loshchilov and Hutter 2019).
+    """Return the transformation of gradients into updates, before the learning rate.
 
-    "adamw"; "adam" (Kingma and Ba 2015), whose decay is added to the gradient instead; "sgd", with momentum beta1;
-    "adafactor" (Shazeer and Stern 2018), see below; "lion" (Chen et al. 2023), the sign of beta1's mean with a
-    momentum of beta2; "muon" (Jordan et al. 2024), with momentum beta1, and Adam where it does not apply.
+    Each role has its own multiple of the rate (`model.parameterization`); decay applies to matrices only, at the plain
+    rate (Loshchilov and Hutter 2019). The optimizers by name: "adamw"; "adam" (Kingma and Ba 2015), whose decay is
+    added to the gradient instead; "sgd", with momentum beta1; "adafactor" (Shazeer and Stern 2018), see below; "lion"
+    (Chen et al. 2023), the sign of beta1's mean with a momentum of beta2; "muon" (Jordan et al. 2024), with momentum
+    beta1, and Adam where it does not apply.
     """
     adam = optax.scale_by_adam(b1=hparams.beta1, b2=hparams.beta2, eps=hparams.epsilon)
     decay = optax.add_decayed_weights(hparams.weight_decay, mask=decay_mask)
@@ -51,7 +52,7 @@ def make_optimizer(config: ModelConfig, train_config: TrainConfig, hparams: HPar
 
 
 def scale_by_role(config: ModelConfig, family: Family) -> optax.GradientTransformation:
-    """Multiply every update by its role's learning-rate multiplier; nothing is computed where all are 1."""
+    """Multiply every update by its role's learning-rate multiplier; a multiplier of 1 adds no operation."""
 
     def update(updates: Params, params: Params | None = None) -> Params:
         multipliers = rate_multipliers(config, updates, family)
@@ -61,22 +62,24 @@ def scale_by_role(config: ModelConfig, family: Family) -> optax.GradientTransfor
 
 
 def decay_mask(params: Params) -> Any:
-    """True where weight decay applies; a parameter without a role in the table is an error."""
+    """Return a tree that is true where weight decay applies; a parameter without a role in the table is an error."""
     return jax.tree_util.tree_map_with_path(lambda path, _: decays(names_of(path)), params)
 
 
 def clip_by_norm(grads: Params, norm: Float[Array, ""], clip_norm: Float[Array, ""]) -> Params:
-    """Scale so that the global norm is at most `clip_norm`; 0 does nothing (Pascanu et al. 2013)."""
+    """Scale gradients so that their global norm is at most `clip_norm`; 0: no clipping (Pascanu et al. 2013)."""
     factor = jnp.where(clip_norm > 0, jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)), 1.0)
     return jax.tree.map(lambda grad: grad * factor, grads)
 
 
 def _adafactor(lora_rank: Any) -> optax.GradientTransformation:
-    """Shazeer and Stern 2018 (algorithms 4 and 5) without momentum and relative steps: the second moment as its row and
-    column means where both axes have 128 or more, the decay 1 − t^−0.8, every matrix's update cut to an RMS of 1.
+    """Return Adafactor (Shazeer and Stern 2018, algorithms 4 and 5) without momentum and relative steps.
 
-    Of a low-rank factor only the columns below `lora_rank` (0: all) count in that RMS, the others being masked, and its
-    second moment is never factored: a lane of a smaller rank is then what an adapter of that rank is alone.
+    The second moment is kept as row and column means if both axes have at least 128 entries, its decay is 1 − t^−0.8,
+    and every matrix's update is clipped to an RMS of 1.
+
+    In a low-rank factor only the columns below `lora_rank` (0: all) count in that RMS, as the others are masked, and
+    its second moment is never factored: a lane of a smaller rank then equals an adapter of that rank.
     """
 
     def of_leaf(path: tuple[str, ...], leaf: Any) -> optax.GradientTransformation:
@@ -92,10 +95,10 @@ def _adafactor(lora_rank: Any) -> optax.GradientTransformation:
 
 
 def _each_alone(of_leaf: Callable[[tuple[str, ...], Any], optax.GradientTransformation]) -> Any:
-    """The transformation of every single matrix or vector of a stack, as though each were a parameter of its own.
+    """Apply a transformation to every single matrix or vector of a stack, as if each were a parameter of its own.
 
-    Optax takes a leaf for one parameter: of [layers, d_in, d_out] it would factor the two longest axes, which may be
-    the layers, and cut all layers by one RMS. The state keeps Optax's form, with trees like the parameters' in it.
+    Optax treats a leaf as one parameter: of [layers, d_in, d_out] it would factor the two longest axes, which may
+    include the layers, and clip all layers by one RMS. The state keeps Optax's form, with trees like the parameters'.
     of_leaf: the transformation by the leaf's path and the leaf; all have states of one form.
     """
 
@@ -123,8 +126,8 @@ def _each_alone(of_leaf: Callable[[tuple[str, ...], Any], optax.GradientTransfor
 
 
 def _muon(hparams: HParams) -> optax.GradientTransformation:
-    """Momentum with its singular values set near 1, times 0.2 · √max(fan_in, fan_out)."""
-    # A leaf's last two axes are one matrix; the axes before them count layers and experts, each orthogonalised alone.
+    """Return Muon: momentum with its singular values set near 1, times 0.2 · √max(fan_in, fan_out)."""
+    # A leaf's last two axes are one matrix; those along the other axes (layers, experts) are orthogonalised separately.
     axes = lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
     to_rms = lambda leaf: leaf * (MUON_RMS * max(leaf.shape[-2:]) ** 0.5)
     return optax.chain(

@@ -1,8 +1,8 @@
-"""Flat field names over a recipe and its execution: what is unknown, or of another type, is refused.
+"""Apply changes by flat field names to a recipe and its execution; unknown names and wrong types raise InputError.
 
-A name belongs to one of ModelConfig, TrainConfig, HParams and Execution. A name with a dot reaches into a part of the
-model (`experts.count`), which is made where the base has none and all it needs is given, or into the training objective
-(`objective.mask_id`); `objective` itself is one by its name.
+A name belongs to one of ModelConfig, TrainConfig, HParams and Execution. A name with a dot is a field of a part of the
+model (`experts.count`), which is created if the base has none and all its required fields are given, or of the training
+objective (`objective.mask_id`); `objective` itself is given by name.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ _WARMUPS = ("warmup_steps", "warmup_fraction")
 
 
 def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = Execution()) -> tuple[Recipe, Execution]:
-    """Apply each change to the part that has the field, all changes of one part at once.
+    """Apply each change to the part that has the field, all changes of one part together.
 
-    Of `warmup_steps` and `warmup_fraction` the one that is given replaces the other. Another objective than the
-    recipe's gives the model the head and the ids that it needs (`Objective.fit`). Raises InputError; but whether the
-    microbatches divide the batch is for who trains to check (`TrainConfig.check`).
+    Giving one of `warmup_steps` and `warmup_fraction` resets the other. A new objective gives the model the head and
+    the ids that it needs (`Objective.fit`). Raises InputError. Whether the microbatches divide the batch is not checked
+    here, but before training (`TrainConfig.check`).
     """
     check_names(changes, fields())
     of_train = _typed_changes(changes, kinds(TrainConfig))
@@ -49,20 +49,20 @@ def overlay(changes: Mapping[str, Any], recipe: Recipe, execution: Execution = E
         given = {name: getattr(model, name) for name in of_model if "." not in name}
         fitted, with_ids = objective.fit(model, _manifest(recipe))
         model = fitted.replace(**given)
-        # A vocabulary that was given has room for the ids already.
+        # A vocabulary size that was given includes the objective's ids already.
         objective = objective.resolved(model) if "vocab_size" in given else with_ids
     made = recipe.replace(
         model=model,
         objective=objective,
         train=recipe.train.replace(**of_train) if of_train else recipe.train,
         hparams=recipe.hparams.replace(**of_hparams) if of_hparams else recipe.hparams,
-        former={**recipe.former, **{name: value for name, value in of_execution.items() if name in recipe.former}},
+        former={name: of_execution.get(name, value) for name, value in recipe.former.items()},
     )
     return made.under(execution), execution
 
 
 def overlay_model(changes: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
-    """Apply each change to the model's config, all at once, those inside its parts among them. Raises InputError."""
+    """Apply all changes to the model's config together, including those of its parts. Raises InputError."""
     check_names(changes, list(kinds(ModelConfig)))
     made = _typed_changes(changes, kinds(ModelConfig))
     inside: dict[str, dict[str, Any]] = {}
@@ -78,7 +78,7 @@ def overlay_model(changes: Mapping[str, Any], config: ModelConfig) -> ModelConfi
 
 
 def overlay_program(changes: Mapping[str, Any], config: ModelConfig) -> tuple[ModelConfig, Execution]:
-    """Apply each change to the model's config or to a plain execution, where nothing is trained. Raises InputError."""
+    """Apply changes to a model's config and to a default execution, for use without training. Raises InputError."""
     check_names(changes, [*kinds(ModelConfig), *EXECUTION])
     of_execution = _typed_changes(changes, kinds(Execution))
     of_model = {name: value for name, value in changes.items() if name not in of_execution}
@@ -86,14 +86,14 @@ def overlay_program(changes: Mapping[str, Any], config: ModelConfig) -> tuple[Mo
 
 
 def fields() -> list[str]:
-    """The names of all fields that `overlay` takes."""
+    """Return the names of all fields that `overlay` takes."""
     return [*kinds(ModelConfig), *kinds(TrainConfig), *HParams.DEFAULTS, *EXECUTION, OBJECTIVE]
 
 
 def check_names(changes: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise UnknownNameError for a name that is neither one of `known` nor of a field inside a part of the model.
+    """Raise UnknownNameError for a name that is neither in `known` nor a field of a part of the model.
 
-    Those inside the objective depend on which one it is; `overlay` checks them.
+    Fields of the objective depend on which objective it is; `overlay` checks them.
     """
     for name in changes:
         part, dot, below = name.partition(".")
@@ -106,7 +106,7 @@ def check_names(changes: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def replace_part(name: str, kind: Any, part: Any, changes: Mapping[str, Any]) -> Any:
-    """A part of a config with some fields changed, or one of this kind where there is none. Raises InputError."""
+    """Return a part of a config with some fields changed, or a new one if it is None. Raises InputError."""
     for field in changes:
         _check_field(name, kind, field)
     values = {field: typed(f"{name}.{field}", value, kinds(kind)[field]) for field, value in changes.items()}
@@ -114,7 +114,7 @@ def replace_part(name: str, kind: Any, part: Any, changes: Mapping[str, Any]) ->
 
 
 def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective:
-    """Return the objective of these changes, all of one name at its defaults but for the fields that are given."""
+    """Return the objective after these changes; a new name starts from its defaults."""
     objective = base
     if OBJECTIVE in changes:
         named = objectives.get(str(changes[OBJECTIVE]))
@@ -136,12 +136,12 @@ def _overlay_objective(changes: Mapping[str, Any], base: Objective) -> Objective
 
 
 def _listed(value: Any, kind: Any) -> Any:
-    """Return "a,b" as a tuple where the field is one."""
+    """Return "a,b" as a tuple if the field is one."""
     return tuple(value.split(",")) if isinstance(value, str) and get_origin(kind) in (tuple, Sequence) else value
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:
-    """Return the manifest of the first data of a recipe; None where it does not say where they lie."""
+    """Return the manifest of a recipe's first data folder; None if the recipe does not know its folders."""
     if recipe.folders is None:
         return None
     return load_manifest(recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values())))
@@ -149,16 +149,20 @@ def _manifest(recipe: Recipe) -> Manifest | None:
 
 @functools.cache
 def kinds(cls: Any) -> dict[str, Any]:
-    """The type of every field that is a setting; None stands for a default that is derived too."""
+    """Return the type of every settable field; a field whose default is None, to be derived, also takes None."""
     hints = get_type_hints(cls)
     settings = [field for field in dataclasses.fields(cls) if field.name != "derived"]
-    return {f.name: hints[f.name] | None if f.default is None else hints[f.name] for f in settings}
+    found = {}
+    for field in settings:
+        hint = hints[field.name]
+        found[field.name] = hint | None if field.default is None else hint
+    return found
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value, whole numbers as floats where the field is one, so that 1 and 1.0 name the same trial.
+    """Return the value; for a float field as a float, so that 1 and 1.0 name the same trial.
 
-    Raises InputError where it is of another type.
+    Raises InputError if it is of another type.
     """
     arms = _arms(kind)
     if value is None and type(None) in arms:
@@ -194,7 +198,7 @@ def _check_field(part: str, kind: Any, field: str) -> None:
 
 @functools.cache
 def _parts() -> dict[str, Any]:
-    """The parts of a model, by the field that holds them."""
+    """Return the types of a model's parts by the field that holds them."""
     found = {}
     for name, kind in kinds(ModelConfig).items():
         for arm in _arms(kind):

@@ -1,4 +1,4 @@
-"""What a device can do at most: the denominator of MFU (PaLM, appendix B)."""
+"""Look up or measure a device's peak FLOP/s: the denominator of MFU (PaLM, appendix B)."""
 
 import functools
 import re
@@ -13,14 +13,14 @@ from model.errors import InputError
 
 
 class Peak(NamedTuple):
-    """flops_per_second: dense bfloat16 products, without sparsity. kinds: how JAX's `device_kind` begins."""
+    """Peak of a device. flops_per_second: dense bfloat16 products; kinds: how JAX's `device_kind` begins."""
 
     flops_per_second: float
     kinds: tuple[str, ...]
 
 
-# From the vendors' data sheets, where a number for sparse matrices is halved; of consumer cards, whose sheets give
-# none, from NVIDIA's white papers on their architectures (bfloat16 with float32 accumulation); of TPUs from Google
+# From the vendors' data sheets, where numbers for sparse matrices are halved; for consumer cards, whose sheets have no
+# number, from NVIDIA's white papers on their architectures (bfloat16 with float32 accumulation); for TPUs from Google
 # Cloud's pages on each version.
 PEAKS = {
     "a10": Peak(125e12, ("NVIDIA A10",)),
@@ -59,9 +59,9 @@ _BESIDES = re.compile(r"nvidia|amd|google|cloud|geforce|instinct|tesla|tpu|sxm\d
 
 
 def device_named(name: str) -> str:
-    """The key of PEAKS for a device as people write it: "H100", "NVIDIA A100-SXM4-80GB", "TPU v5e", "RTX 4090".
+    """Return the key of PEAKS for a device as people write it: "H100", "NVIDIA A100-SXM4-80GB", "TPU v5e", "RTX 4090".
 
-    Raises InputError, with all that are known, where there is none.
+    Raises InputError, with all known devices, if there is none.
     """
     plain = lambda text: _BESIDES.sub("", text.lower())
     for key in PEAKS:
@@ -71,26 +71,31 @@ def device_named(name: str) -> str:
 
 
 def peak_flops_per_second(dtype: DTypeLike) -> float:
-    """FLOP/s of one device: the table's for bfloat16 on a known device, else a measurement."""
+    """Return the FLOP/s of one device: the table's for bfloat16 on a known device, else a measurement."""
     dtype = dtype_name(dtype, FLOATS)
     known = known_peak(jax.devices()[0].device_kind)
     return known if dtype == "bfloat16" and known is not None else measured_peak(dtype)
 
 
 def known_peak(kind: str) -> float | None:
-    """The table's number for a `device_kind`: of the longest name that it begins with, as whole words."""
-    fitting = {
-        name: peak.flops_per_second
-        for peak in PEAKS.values()
-        for name in peak.kinds
-        if re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", kind) and "Laptop" not in kind
-    }
+    """Return the table's FLOP/s for a `device_kind`: those of the longest name in the table that it begins with.
+
+    Example: "NVIDIA H100 PCIe" begins with "NVIDIA H100" and "NVIDIA H100 PCIe"; the second one counts. Names match as
+    whole words: "NVIDIA A100" does not match "NVIDIA A10".
+    """
+    if "Laptop" in kind:
+        return None
+    fitting = {}
+    for peak in PEAKS.values():
+        for name in peak.kinds:
+            if re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", kind):
+                fitting[name] = peak.flops_per_second
     return fitting[max(fitting, key=len)] if fitting else None
 
 
 @functools.lru_cache(maxsize=4)
 def measured_peak(dtype: str) -> float:
-    """FLOP/s of the best of several square matrix products, large enough for the device to be busy."""
+    """Return the FLOP/s of the fastest of several square matrix products, large enough to keep the device busy."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)

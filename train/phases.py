@@ -1,4 +1,4 @@
-"""Phases: what a run goes through, each a number of tokens with data, shapes and learning rates of its own."""
+"""Define the phases of a run, each a number of tokens with data, shapes and learning rates of its own."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ RateShape = Literal["constant", "linear", "cosine"]
 
 @dataclasses.dataclass(frozen=True)
 class Phase(Part):
-    """A stretch of a run by its tokens, with data, shapes and learning rates of its own (`train/plan.py`).
+    """Number of tokens of a run with data, shapes and learning rates of their own (`train/plan.py`).
 
     batch_sizes: in order, each for an equal share of the tokens; empty: the TrainConfig's. seq_len None: the
-    TrainConfig's. mixture: (source, weight) pairs, the weights relative; empty: the first source alone. rate: how the
-    factor of the peak goes from where the phase before it ended (0 at the start of the run) to `final`; "constant":
-    `final` throughout. rope_base: the model's from this phase on; None: as it was.
+    TrainConfig's. mixture: (source, weight) pairs with relative weights; empty: the first source alone. rate: how the
+    factor of the peak changes from the end of the previous phase (0 at the start of the run) to `final`; "constant":
+    `final` throughout. rope_base: the model's from this phase on; None: unchanged.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Phase(Part):
             raise InputError(f"phase {self.name!r}: rope_base=0 must be positive")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, lists where the fields are tuples."""
+        """Return plain values for JSON, with lists for tuples."""
         mixture = [list(pair) for pair in self.mixture]
         return {**super().to_dict(), "batch_sizes": list(self.batch_sizes), "mixture": mixture}
 
@@ -81,12 +81,12 @@ def standard_phases(
     long_context: float = 0.05,
     final: float = 0.1,
 ) -> tuple[Phase, ...]:
-    """The usual course of a pre-training run of `total_tokens`.
+    """Return the usual phases of a pre-training run of `total_tokens`.
 
-    A linear warm-up; the bulk at the peak, with batches of a quarter, a half and all of `batch_size` for a third of
-    it each; annealing, linear to `final` of the peak, on `annealing_mixture`; and, with `long_seq_len`, a last phase
-    of longer rows at the annealed rate, with `long_rope_base` and as many tokens per step. warmup, annealing and
-    long_context: shares of the tokens; empty mixtures: the first source, and what came before.
+    These are a linear warm-up; the bulk at the peak, one third each with batches of a quarter, a half and all of
+    `batch_size`; annealing, linear to `final` of the peak, on `annealing_mixture`; and, with `long_seq_len`, a last
+    phase of longer rows at the annealed rate, with `long_rope_base` and as many tokens per step. warmup, annealing and
+    long_context: shares of the tokens. An empty mixture is the first source; an empty annealing_mixture is `mixture`.
     """
     if long_seq_len is None:
         long_context = 0.0
@@ -98,7 +98,7 @@ def standard_phases(
             f"warmup={warmup} and annealing={annealing} must be positive and, with long_context={long_context}, leave "
             "a share of the tokens for the bulk"
         )
-    growth = tuple(dict.fromkeys(max(1, batch_size // cut) for cut in (4, 2, 1)))
+    growth = tuple(dict.fromkeys(max(1, batch_size // divisor) for divisor in (4, 2, 1)))  # of 2 rows: 1, 2
     before, after = tuple(mixture), tuple(annealing_mixture) or tuple(mixture)
     tokens = lambda share: math.ceil(total_tokens * share)
     shape: dict[str, Any] = {"seq_len": seq_len}

@@ -1,7 +1,7 @@
-"""The plan of a run in phases: which step has which shape, data and learning rate, by arithmetic alone.
+"""Plan a run in phases: compute by arithmetic alone which step has which shape, data and learning rate.
 
-A phase is a number of tokens with data, shapes and rates of its own. Its batches may grow, so a phase is one or more
-stages: stretches of steps of one shape, for which one program is compiled.
+A phase is a number of tokens with data, shapes and rates of its own. Its batch size may grow, so a phase consists of
+one or more stages: consecutive steps of one shape, for which one program is compiled.
 """
 
 import bisect
@@ -22,12 +22,12 @@ from train.phases import RateShape
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stretch of steps of one shape.
+    """Consecutive steps of one shape.
 
-    phase: its name; index: the stage's own number in the plan. first_step: the number of its first update, from 0;
-    first_token: tokens seen before it. mixture, rope_base: as in `Phase`, with rope_base from earlier phases kept.
-    rate, initial, final: the shape and the two ends of the phase's factor of the peak; first_share, last_share: how
-    much of the phase's tokens is seen before and after the stage.
+    phase: its name; index: the stage's number in the plan. first_step: the number of its first update, from 0;
+    first_token: tokens seen before it. mixture, rope_base: as in `Phase`, with rope_base carried over from earlier
+    phases. rate, initial, final: the shape and the two ends of the phase's factor of the peak; first_share, last_share:
+    the share of the phase's tokens that has been seen before and after the stage.
     """
 
     phase: str
@@ -47,38 +47,38 @@ class Stage:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one batch."""
+        """Return the tokens in one batch."""
         return self.batch_size * self.seq_len
 
     @property
     def tokens(self) -> int:
-        """Tokens of all its steps."""
+        """Return the tokens of all its steps."""
         return self.steps * self.tokens_per_step
 
     @property
     def end_step(self) -> int:
-        """The number of the first update after it."""
+        """Return the number of the first update after it."""
         return self.first_step + self.steps
 
     @property
     def last_step(self) -> int:
-        """The number of its last update."""
+        """Return the number of its last update."""
         return self.end_step - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All stages of a run, in order. A step past the end belongs to the last stage, which then goes on."""
+    """All stages of a run, in order. Steps past the end belong to the last stage."""
 
     stages: tuple[Stage, ...]
 
     @classmethod
     def of(cls, train_config: TrainConfig, steps: int | None = None) -> "Plan":
-        """The plan of a run of `steps` updates.
+        """Return the plan of a run of `steps` updates.
 
-        Without phases it is one stage. With them their tokens decide, each stage's rounded up to whole steps; `steps`
-        may be less than the plan has (the run then stops before its end), and None is all of it. Raises InputError
-        where `steps` is more, or missing without phases.
+        Without phases it is one stage. With phases, their tokens determine it, each stage rounded up to whole steps;
+        `steps` may be fewer than the plan has (the run then stops early), None means all. Raises InputError if `steps`
+        is more than that, or missing without phases.
         """
         if not train_config.phases:
             if steps is None or steps < 1:
@@ -91,27 +91,33 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole plan."""
+        """Return the number of updates of the whole plan."""
         return self.stages[-1].end_step
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole plan."""
+        """Return the tokens of the whole plan."""
         return self.stages[-1].first_token + self.stages[-1].tokens
 
     def stage(self, step: int) -> Stage:
-        """The stage of update number `step`, from 0. Raises InputError for a negative one."""
+        """Return the stage of update number `step`, from 0. Raises InputError for a negative one."""
         if step < 0:
             raise InputError(f"step={step} must not be negative")
-        return self.stages[bisect.bisect_right([stage.first_step for stage in self.stages], step) - 1]
+        starts = [stage.first_step for stage in self.stages]  # starts at 0, 10 and 30: step 10 is in the second stage
+        return self.stages[bisect.bisect_right(starts, step) - 1]
 
     def tokens(self, step: int) -> int:
-        """Tokens seen after `step` updates."""
+        """Return the tokens seen after `step` updates."""
         stage = self.stage(step)
         return stage.first_token + (step - stage.first_step) * stage.tokens_per_step
 
 
 def _stages(train_config: TrainConfig) -> list[Stage]:
+    """Return the stages of all phases.
+
+    Example: a phase of 1,000 tokens with rows of 10 tokens and batches of 4 and 8 rows has 500 tokens for each size:
+    ⌈500 / 40⌉ = 13 steps (520 tokens), then ⌈500 / 80⌉ = 7 steps (560 tokens).
+    """
     stages: list[Stage] = []
     step = token = 0
     rope_base, factor = None, 0.0
@@ -120,7 +126,7 @@ def _stages(train_config: TrainConfig) -> list[Stage]:
         sizes = phase.batch_sizes or (train_config.batch_size,)
         ends = [phase.tokens * number // len(sizes) for number in range(len(sizes) + 1)]
         shares = [end - start for start, end in itertools.pairwise(ends)]
-        steps = [-(-share // (size * seq_len)) for share, size in zip(shares, sizes, strict=True)]
+        steps = [-(-share // (size * seq_len)) for share, size in zip(shares, sizes, strict=True)]  # rounded up
         total = sum(count * size * seq_len for count, size in zip(steps, sizes, strict=True))
         rope_base = rope_base if phase.rope_base is None else phase.rope_base
         seen = 0
@@ -150,16 +156,20 @@ def _stages(train_config: TrainConfig) -> list[Stage]:
 
 
 def phases_rate(plan: Plan, hparams: HParams, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update number `step` (the first is 0): the peak times the phase's factor at the update's end.
+    """Return the rate of update number `step` (the first is 0): the peak times the phase's factor after the update.
 
-    So the first update of a warm-up from 0 already moves, and the last one of a phase has its `final`. Past the end
-    the last rate stays.
+    Therefore the first update of a warm-up from 0 has a positive rate, and the last update of a phase has `final`. Past
+    the end of the plan the last rate is kept.
     """
     return hparams.learning_rate * _factor(plan, step)
 
 
 def _factor(plan: Plan, step: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Shares of a phase, not tokens, are what is traced: a count of tokens does not fit an int32."""
+    """Return the factor of the peak after update number `step`.
+
+    Shares of a phase are traced instead of tokens, whose count does not fit an int32. Example: in a linear phase from
+    0 to 1 with one stage of the steps 10–14, update 11 is the second of five: share 0.4, factor 0.4.
+    """
     of = lambda value: jnp.asarray(np.array([value(stage) for stage in plan.stages], np.float32))
     ends = np.array([stage.end_step for stage in plan.stages], np.int32)
     index = jnp.minimum(jnp.searchsorted(ends, step, side="right"), len(plan.stages) - 1)
@@ -167,13 +177,13 @@ def _factor(plan: Plan, step: Int[Array, "..."]) -> Float[Array, "..."]:
     per_step = of(lambda stage: (stage.last_share - stage.first_share) / stage.steps)
     share = jnp.minimum(of(lambda stage: stage.first_share)[index] + done * per_step[index], 1.0)
     is_cosine, is_constant = of(lambda stage: stage.rate == "cosine"), of(lambda stage: stage.rate == "constant")
-    way = jnp.where(is_cosine[index] > 0, 0.5 * (1 - jnp.cos(jnp.pi * share)), share)
-    way = jnp.where(is_constant[index] > 0, 1.0, way)
-    return of(lambda stage: stage.initial)[index] * (1 - way) + of(lambda stage: stage.final)[index] * way
+    progress = jnp.where(is_cosine[index] > 0, 0.5 * (1 - jnp.cos(jnp.pi * share)), share)  # from initial to final
+    progress = jnp.where(is_constant[index] > 0, 1.0, progress)
+    return of(lambda stage: stage.initial)[index] * (1 - progress) + of(lambda stage: stage.final)[index] * progress
 
 
 def describe(plan: Plan) -> list[dict[str, Any]]:
-    """One row per stage: phase, first and last step (from 1), tokens before and after, shapes, mixture, rates.
+    """Return one row per stage: phase, first and last step (from 1), tokens before and after, shapes, mixture, rates.
 
     rate_first and rate_last: the factor of the peak at the stage's first and last update; a run without phases takes
     its factor from the schedule instead.

@@ -1,4 +1,4 @@
-"""The progress bars of `model.progress`, under the name that training and experiments import them by."""
+"""Re-export the progress bars of `model.progress` for training and experiments."""
 
 from model.progress import Advance, Patient, patient, progress_bar, progress_bar_if, say
 

@@ -1,7 +1,7 @@
-"""A recipe: all that decides a run's numbers, under one name. Its hash is the run's id.
+"""Define the recipe of a run: all that determines its numbers. The hash of the recipe is the run's id.
 
-Not part of it: how the run is executed (`model.execution.Execution`), where its data and its folder lie, its options
-(checkpoints, validation), and versions of libraries.
+A recipe does not include how the run is executed (`model.execution.Execution`), where its data and its folder are, its
+options (`train.loop.options.RunOptions`), and the versions of libraries.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
 LATER = {"train_config": ("packing",), "hparams": ("data_seed", "mask_rate", "lora_rank", "lora_alpha")}
-"""Fields by part that were added after ids were first given: they enter the hash only where not at their default."""
+"""Fields by part that were added later: they enter the hash only if not at their default, so that old ids stay."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},
     "train_config": {field.name: field.default for field in dataclasses.fields(TrainConfig)},
     "hparams": HParams.DEFAULTS,
 }
-_NOT_HASHED = ("norms",)  # of the TrainConfig: it adds metrics and changes no number
+_NOT_HASHED = ("norms",)  # of the TrainConfig: it adds metrics and changes no other number
 _HASH_LENGTH = 64  # of a prepared data folder's SHA-256, in hexadecimal digits
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """A start from another run's checkpoint: its run id, after how many steps, and where that run lies."""
+    """Start from another run's checkpoint: its run id, the number of its steps, and its folder."""
 
     run_id: str
     step: int
@@ -45,15 +45,15 @@ class Branch:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that it adds to the identity of a run."""
+        """Return the fields that it adds to the identity of a run."""
         return {"branch": {"run_id": self.run_id, "step": self.step}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A start from parameters alone: the SHA-256 of their values, and what `model.store.open_model` reads them from.
+    """Start from parameters alone: the SHA-256 of their values, and the path that `model.store.open_model` opens.
 
-    The optimizer is fresh and the step 0.
+    The optimizer is fresh and the step is 0.
     """
 
     sha256: str
@@ -61,21 +61,21 @@ class Weights:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that it adds to the identity of a run."""
+        """Return the fields that it adds to the identity of a run."""
         return {"weights": self.sha256}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a run's numbers.
+    """All that determines a run's numbers.
 
-    data: a folder made by `isoflop data prepare`, several by the names that mixtures use (the first is validated on
-    too), or their hashes alone; `folders` then says where they are. hparams.total_steps 0 becomes `steps` where the
-    schedule has a horizon. steps: updates; None: the schedule's horizon, or all of the phases. start: None: fresh
-    parameters. objective: the loss and its batches (a name stands for its defaults); ids of special tokens that it
-    leaves open are named, from the end of the model's vocabulary. accumulate: the execution's microbatches where their
-    number changes more than rounding (dropout, experts), else 1. former: fields of the model's config that were counted
-    into the id of a run by the version that made it. Raises InputError on what contradicts itself.
+    data: a folder made by `isoflop data prepare`, several by the names that mixtures use (validation uses the first),
+    or only their hashes; `folders` then says where they are. hparams.total_steps 0 becomes `steps` if the schedule has
+    a horizon. steps: updates; None: the schedule's horizon, or all of the phases. start: None: fresh parameters.
+    objective: the loss and its batches (a name: with its defaults); ids of special tokens that it leaves open are taken
+    from the end of the model's vocabulary. accumulate: the execution's number of microbatches if it changes more than
+    rounding (dropout, experts), else 1. former: fields of the model's config that the version that made the run counted
+    into its id. Raises InputError if fields contradict each other.
     """
 
     model: ModelConfig
@@ -101,29 +101,28 @@ class Recipe:
             places = {"": data} if isinstance(data, (str, Path)) else data
             folders = {name: str(Path(place).resolve()) for name, place in places.items()}
             hashes = {name: load_manifest(folder).hash for name, folder in folders.items()}
-            alone = len(folders) == 1
-            put("data", next(iter(hashes.values())) if alone else FrozenDict(hashes))
-            put("folders", next(iter(folders.values())) if alone else FrozenDict(folders))
+            put("data", _single_or_frozen(hashes))
+            put("folders", _single_or_frozen(folders))
         elif isinstance(data, Mapping):
-            put("data", FrozenDict(data) if len(data) > 1 else next(iter(data.values())))
+            put("data", _single_or_frozen(data))
         if isinstance(self.folders, Mapping):
             put("folders", FrozenDict({name: str(place) for name, place in self.folders.items()}))
         put("former", FrozenDict(self.former))
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @property
     def horizon(self) -> int:
-        """The steps that it trains. Raises InputError where nothing says so."""
+        """Return the number of steps that it trains. Raises InputError if nothing determines it."""
         steps = self.steps
         if steps is None and not self.train.phases:
             steps = int(self.hparams.total_steps)
         return Plan.of(self.train, steps).total_steps if steps is None else steps
 
     def with_horizon(self) -> Self:
-        """The recipe with its number of steps, and with that as the schedule's horizon where nothing else is."""
+        """Return the recipe with its number of steps, which is also the schedule's horizon unless one is set."""
         Plan.of(self.train, self.horizon)  # checks it
         hparams = self.hparams
         if uses_horizon(self.train, hparams) and hparams.total_steps == 0:
@@ -131,19 +130,19 @@ class Recipe:
         return self.replace(steps=self.horizon, hparams=hparams)
 
     def under(self, execution: Execution) -> Self:
-        """The recipe with the execution's microbatches where they change more than rounding.
+        """Return the recipe with the execution's number of microbatches, if it changes more than rounding.
 
-        Former versions left their number out of the id all the same, and so does what goes on from them.
+        Older versions never counted that number into the id, and runs that continue from them do not either.
         """
         counts = (self.train.dropout or self.model.experts is not None) and not self.former
         return self.replace(accumulate=execution.accumulate if counts else 1)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The plain values that the hash is taken of.
+        """Return the plain values that are hashed.
 
-        The horizon is left out where the schedule does not read it, so that more steps are the same run; of LATER's
-        fields those at their default.
+        The horizon is left out if the schedule does not read it, so that a run of more steps is the same run. Fields of
+        LATER are left out if they have their default.
         """
         train_config, hparams = self.train.to_dict(), self.hparams.to_dict()
         for name in _NOT_HASHED:
@@ -167,21 +166,21 @@ class Recipe:
 
     @property
     def run_id(self) -> str:
-        """The hash that names the run, wherever its folder is."""
+        """Return the hash that identifies the run, wherever its folder is."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def as_in(self, there: Self) -> Self:
-        """The recipe counted as the version did that made `there`, whose id it has where nothing else differs."""
+        """Return the recipe hashed as by the version that made `there`: the id is the same if nothing else differs."""
         return self.replace(former=there.former, accumulate=1) if there.former else self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back to an equal recipe."""
+        """Return plain values for JSON; `from_dict` reads them back to an equal recipe."""
         values = self.identity | {"config": self.model.to_dict(), "train_config": self.train.to_dict()}
         return values | {"hparams": self.hparams.to_dict(), "steps": self.steps, "former": dict(self.former)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output, or the identity that a run keeps in run.json; former versions' too."""
+        """Read `to_dict`'s output or the identity in a run's run.json, including those of older versions."""
         config = values["config"]
         start: Branch | Weights | None = None
         if branch := values.get("branch"):
@@ -203,9 +202,9 @@ class Recipe:
 
 
 def former_execution(values: Mapping[str, Any], otherwise: Execution = Execution()) -> Execution:
-    """Return the execution that a former version kept among the fields of the configs.
+    """Return the execution that an older version kept among the fields of the configs.
 
-    otherwise: what stands for the fields that it did not keep.
+    otherwise: has the fields that it did not keep.
     """
     config, train_config = values.get("config", {}), values.get("train_config", {})
     moved = ((config, MOVED_FROM_MODEL), (train_config, MOVED_FROM_TRAIN))
@@ -213,26 +212,26 @@ def former_execution(values: Mapping[str, Any], otherwise: Execution = Execution
 
 
 def difference(there: Recipe, here: Recipe, *, steps: bool = False) -> str:
-    """Say in which fields two recipes differ; empty where they are the same run.
+    """Return in words the fields in which two recipes differ; "" if they are the same run.
 
     steps: whether another number of steps counts too.
     """
     before, after = (_flat(recipe, steps) for recipe in (there, here.as_in(there)))
-    follow = {*there.model.derived} & {*here.model.derived}  # what a field that differs makes of them needs no mention
+    follow = {*there.model.derived} & {*here.model.derived}  # derived fields differ because others do: no need to list
     names = [name for name in dict.fromkeys((*before, *after)) if before.get(name) != after.get(name)]
     names = [name for name in names if name not in follow] or names
     return ", ".join(f"{name}={before.get(name)} there, {after.get(name)} here" for name in names)
 
 
 def later_defaults() -> dict[str, Any]:
-    """Return what LATER's fields are where an identity leaves them out."""
+    """Return the values of LATER's fields in an identity that leaves them out."""
     return {name: _DEFAULTS[part][name] for part, names in LATER.items() for name in names}
 
 
 def _flat(recipe: Recipe, steps: bool) -> dict[str, Any]:
-    """The fields by their own names, which are distinct between the parts of a recipe."""
+    """Return all fields by name; the names are distinct between the parts of a recipe."""
     identity = recipe.replace(former={}).identity
-    # With the defaults that the identity leaves out, so that both sides have a value.
+    # Begin with defaults that the identity leaves out, so that both recipes have a value.
     flat = later_defaults() | {"accumulate": recipe.accumulate, "objective": recipe.objective.NAME}
     flat |= _flat_part(recipe.objective.to_dict(), "objective.")
     identity.pop("objective", None)
@@ -251,8 +250,13 @@ def _flat_part(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _single_or_frozen(values: Mapping[str, Any]) -> Any:
+    """Return the value itself if there is only one, whose name then does not matter, else a hashable mapping."""
+    return next(iter(values.values())) if len(values) == 1 else FrozenDict(values)
+
+
 def _is_hash(data: Any) -> bool:
-    """Return whether these are hashes, and not folders; no data at all counts as a hash."""
+    """Return whether these are hashes instead of folders; no data at all counts as a hash."""
     values = data.values() if isinstance(data, Mapping) else [data]
     return all(isinstance(value, str) and _looks_hashed(value) for value in values)
 

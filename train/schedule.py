@@ -1,4 +1,4 @@
-"""Learning-rate schedules as arithmetic on traced scalars: a new horizon or warm-up compiles nothing."""
+"""Compute learning-rate schedules by arithmetic on traced scalars: a new horizon or warm-up compiles nothing."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -8,19 +8,19 @@ from train.plan import Plan, phases_rate
 
 
 def rate(train_config: TrainConfig, hparams: HParams, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update number `step` (the first is 0): that of the run's phases, or else of its schedule."""
+    """Return the rate of update number `step` (the first is 0), by the run's phases or else by its schedule."""
     if train_config.phases:
         return phases_rate(Plan.of(train_config), hparams, step)
     return learning_rate(train_config.schedule, hparams, step)
 
 
 def learning_rate(schedule: Schedule, hparams: HParams, step: Int[Array, ""]) -> Float[Array, ""]:
-    """The rate of update number `step` (the first is 0).
+    """Return the rate of update number `step` (the first is 0).
 
     Linear warm-up to the peak over `warmup_steps` updates (0: `warmup_fraction` of `total_steps`, to the nearest
     step), then by name: "constant"; "linear" and "cosine" to `final_fraction` of the peak at `total_steps`; "wsd" (Hu
-    et al. 2024) constant, then linear over the last `decay_steps` (0: `decay_fraction`) of `total_steps`; past the
-    horizon the final rate stays. "inverse_sqrt" (Vaswani et al. 2017, section 5.3) falls with 1/√step from the end of
+    et al. 2024) constant, then linear over the last `decay_steps` (0: `decay_fraction`) of `total_steps`; after the
+    horizon the final rate is kept. "inverse_sqrt" (Vaswani et al. 2017, section 5.3) falls with 1/√step from the end of
     the warm-up on, without end.
     """
     step = step.astype(jnp.float32)
@@ -47,7 +47,7 @@ def learning_rate(schedule: Schedule, hparams: HParams, step: Int[Array, ""]) ->
 
 
 def uses_horizon(train_config: TrainConfig, hparams: HParams) -> bool:
-    """Whether a rate depends on `total_steps`, so that a longer run is another run."""
+    """Return whether a rate depends on `total_steps`, so that a longer run is a different run."""
     if train_config.phases:
         return False
     by_fraction = hparams.warmup_steps == 0 and hparams.warmup_fraction > 0

@@ -1,4 +1,4 @@
-"""Open where a run starts that does not start fresh: at a checkpoint of another run, or from parameters alone."""
+"""Open the start of a run that does not start fresh: a checkpoint of another run, or parameters alone."""
 
 import functools
 from pathlib import Path
@@ -19,7 +19,7 @@ from train.run.checkpoint import Checkpoints
 
 
 def check_branch(branch: Branch) -> None:
-    """Raise InputError where the base run has no checkpoint of the step, or nothing says where it lies."""
+    """Raise InputError if the base run has no checkpoint of the step, or if its folder is not known."""
     folder = folder_of(branch)
     there = agree(Checkpoints(folder, read_only=True).steps)
     if branch.step not in there:
@@ -28,14 +28,14 @@ def check_branch(branch: Branch) -> None:
 
 
 def folder_of(branch: Branch) -> Path:
-    """The folder of the run that a branch starts from. Raises InputError where nothing says where it lies."""
+    """Return the folder of the run that a branch starts from. Raises InputError if it is not known."""
     if branch.folder is None:
         raise InputError(f"the run starts from step {branch.step} of run {branch.run_id}; give its Branch the folder")
     return branch.folder
 
 
 def weights(path: str | Path) -> Weights:
-    """A start from the parameters of whatever `model.store.open_model` opens. Raises InputError."""
+    """Return a start from the parameters of anything that `model.store.open_model` opens. Raises InputError."""
     path = Path(path).resolve()
     return Weights(parameters_sha256(_plain(path)), path)
 
@@ -64,7 +64,7 @@ def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
 
 
 class Bases:
-    """The parameters that runs of one model start from, each opened once."""
+    """Open the parameters that runs of one model start from, each once."""
 
     def __init__(self, config: ModelConfig):
         self._config, self._opened = config, dict[Weights, Params]()
@@ -72,7 +72,7 @@ class Bases:
     def of(self, start: Weights) -> Params:
         """Return all parameters of a start, NumPy arrays on the host.
 
-        Raises InputError where they are not those of the recipe, or not of its model.
+        Raises InputError if they are not those of the recipe, or do not fit its model.
         """
         if start not in self._opened:
             params = open_weights(start)
@@ -81,17 +81,17 @@ class Bases:
         return self._opened[start]
 
     def close(self) -> None:
-        """Let go of them."""
+        """Release all of them."""
         self._opened.clear()
 
 
 def lay_out(params: Params, like: Params) -> Params:
-    """Return parameters laid out as `like`, whose leaves have dtypes and shardings."""
+    """Return parameters with the dtypes and shardings of the leaves of `like`."""
     return jax.tree.map(lambda value, leaf: jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding), params, like)
 
 
 def _plain(path: Path) -> Params:
-    """Return the parameters at a path. Raises InputError where they are rounded ones, which cannot be trained."""
+    """Return the parameters at a path. Raises InputError if they are rounded, which cannot be trained."""
     params = open_parameters(path)[1]
     if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
         raise InputError(f"{path} holds rounded weights, which cannot be trained; give the model that it was made of")

@@ -1,4 +1,4 @@
-"""Everything that a training run carries from step to step."""
+"""Define the state that training carries from step to step, and initialize it."""
 
 from typing import Any
 
@@ -18,9 +18,11 @@ from train.optimizer import make_optimizer
 
 @struct.dataclass
 class TrainState:
-    """step: batches seen, int32 []. optimizer: Optax's state. rng: the raw key of dropout, uint32 [words]; the key of a
-    step is folded from it. skipped, skipped_in_a_row: steps that were not finite and changed nothing, in all and up to
-    now, int32 []. Leaves are Any because JAX also fills the tree with shapes, shardings and stacked lanes.
+    """State of training after some steps.
+
+    step: batches seen, int32 []. optimizer: Optax's state. rng: the raw key of dropout, uint32 [words]; the step's key
+    is folded from it. skipped, skipped_in_a_row: steps that were not finite and changed nothing, in total and since the
+    last finite one, int32 []. Leaves are Any because JAX also fills the tree with shapes, shardings and stacked lanes.
     """
 
     step: Any
@@ -42,10 +44,10 @@ def init_state(
     frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> TrainState:
-    """The state before the first step: fresh parameters, of which it holds those that the objective trains.
+    """Return the state before the first step, with fresh values of the parameters that the objective trains.
 
-    key None: `jax.random.key(hparams.seed)`. Works under jit and vmap. frozen, execution: taken as `train_step` takes
-    them; they change no state.
+    key None: `jax.random.key(hparams.seed)`. Works under jit and vmap. frozen, execution: accepted for symmetry with
+    `train_step`; they do not affect the state.
     """
     del frozen, execution
     key = jax.random.key(hparams.seed) if key is None else key
@@ -66,5 +68,5 @@ def init_state(
 
 
 def _in_float32(leaf: Any) -> Any:
-    """Optax gives constants such as Muon's coefficients JAX's default dtype, which may be float64."""
+    """Cast float64 to float32: Optax gives constants such as Muon's coefficients JAX's default dtype."""
     return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf

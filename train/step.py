@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: pure functions, to be jitted, vmapped and sharded as one likes."""
+"""Run one training step or one evaluation step: pure functions, to be jitted, vmapped and sharded freely."""
 
 import functools
 from typing import Any
@@ -26,7 +26,7 @@ _METRICS = (*_NORMS, "learning_rate", "finite", "skipped", "skipped_in_a_row")
 def metric_names(
     config: ModelConfig, train_config: TrainConfig, objective: Objective = LanguageModeling()
 ) -> tuple[str, ...]:
-    """Return the names of what `train_step` measures."""
+    """Return the names of the metrics of `train_step`."""
     groups = groups_of(config, objective) if train_config.norms else ()
     norms = [f"{name}/{group}" for name in _NORMS for group in groups]
     return (*objective.metric_names(config), *_METRICS, *norms)
@@ -44,13 +44,13 @@ def train_step(
     frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> tuple[TrainState, Metrics]:
-    """One update of `state.params`; the parameters `frozen` (`Objective.split`) are read alone.
+    """Update `state.params` once; the parameters `frozen` (`Objective.split`) are only read.
 
-    metrics: those of the objective (loss and total_loss; of text in nats per unmasked token), grad_norm (before
-    clipping), param_norm (after the update), update_norm (of what was subtracted), each also by group where
-    `train_config.norms` says so, learning_rate, finite, skipped and skipped_in_a_row. Where the loss, the gradient or
-    the new parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters and
-    optimizer are handed back as they came.
+    metrics: those of the objective (loss and total_loss; for text in nats per unmasked token), grad_norm (before
+    clipping), param_norm (after the update), update_norm (of what was subtracted), each also by group if
+    `train_config.norms`, learning_rate, finite, skipped and skipped_in_a_row. If the loss, the gradient or the new
+    parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters and optimizer are
+    returned unchanged.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
     grads, metrics = gradients(
@@ -106,17 +106,18 @@ def gradients(
     frozen: Params | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Params, Metrics]:
-    """The gradient of `total_loss` over the whole batch, and its metrics, by `execution.accumulate` microbatches.
+    """Return the gradient of `total_loss` over the batch, and its metrics, from `execution.accumulate` microbatches.
 
-    The result does not depend on their number, but for rounding, the experts' balance loss and dropout. Raises
-    InputError where it does not divide the batch.
+    The result does not depend on their number, except for rounding, the experts' balance loss and dropout. Raises
+    InputError if it does not divide the batch.
     """
     microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution)
     if (rows := _rows(batch)) % microbatches:
         raise InputError(f"accumulate={microbatches} does not divide the batch's {rows} rows")
     count = objective.count(batch)
     own_loss = functools.partial(objective.loss, config, count=count, microbatches=microbatches, execution=execution)
-    # Microbatch k of n takes rows k, k + n, k + 2n, …: as evenly spread over the devices as the whole batch.
+    # Microbatch k of n takes rows k, k + n, k + 2n, …, spread as evenly over the devices as the whole batch: of 8 rows
+    # in 2 microbatches the first takes the rows 0, 2, 4, 6 and the second the rows 1, 3, 5, 7.
     split = lambda x, parts: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     def one(part: Batch, key: Array | None) -> tuple[dict[str, Array], Params]:
@@ -141,18 +142,18 @@ def gradients(
     return grads, objective.finish(sums)
 
 
-_WORTH_HALVING = 1024  # tokens in a batch, from which on it pays
+_WORTH_SPLITTING = 1024  # tokens in a batch, from which on two independent parts are faster on a CPU
 
 
 def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution) -> int:
-    """Return the number of independent parts of one program that a batch is split into: 2 on a CPU where it pays.
+    """Return the number of independent parts of one program that a batch is split into: 2 on a CPU if that is faster.
 
-    XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not wait
-    for one another side by side (docs/LOG.md). Experts are left whole, for the sake of their balance loss.
+    XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not depend
+    on each other concurrently (docs/LOG.md). Batches of experts stay whole because of their balance loss.
     """
     rows, tokens = _rows(batch), max(leaf.size for leaf in jax.tree.leaves(batch))
     on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_HALVING and config.experts is None else 1
+    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_SPLITTING and config.experts is None else 1
 
 
 @lenient()
@@ -166,9 +167,9 @@ def eval_step(
     hparams: HParams | None = None,
     execution: Execution = Execution(),
 ) -> Metrics:
-    """{"loss", "loss_tokens"} of one batch, or what else the objective evaluates, without dropout.
+    """Return {"loss", "loss_tokens"} of one batch, or the objective's own metrics, without dropout.
 
-    No expert drops a token. hparams: give an adapter its rank and alpha (`Objective.merged`); nothing else is read.
+    No expert drops a token. hparams: read only for an adapter's rank and alpha (`Objective.merged`).
     """
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
@@ -180,5 +181,5 @@ def _rows(batch: Batch) -> int:
 
 
 def keep_if(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """The tree `new` where the condition holds, else `old`, without touching a bit of it."""
+    """Return the tree `new` if the condition holds, else `old`, bit by bit."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,21 +1,21 @@
-"""A profiler's trace of a few steps, for TensorBoard or Perfetto."""
+"""Record a profiler's trace of a few steps, for TensorBoard or Perfetto."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
 
-_STEPS = range(5, 10)  # of a process: after the first ones, which are slower
+_STEPS = range(5, 10)  # of a process; the first steps are slower
 
 
 class Trace:
-    """Starts and stops by itself; `folder` None: no trace. What is begun is ended by `close`."""
+    """Start and stop a trace at fixed steps; folder None: no trace. `close` ends a trace that is still running."""
 
     def __init__(self, folder: Path | None):
         self._folder, self._step, self._running = folder, 0, False
 
     def step(self, state: Any) -> None:
-        """Call before every step, with what it waits for."""
+        """Start or stop the trace if it is time; call this before every step, with the state that the step reads."""
         if self._folder is not None and self._step == _STEPS.start:
             jax.profiler.start_trace(str(self._folder))
             self._running = True
@@ -24,7 +24,7 @@ class Trace:
         self._step += 1
 
     def close(self, state: Any = None) -> None:
-        """End a trace under way, once `state` is there."""
+        """End a running trace after `state` has been computed."""
         if self._running:
             self._running = False
             jax.block_until_ready(state)

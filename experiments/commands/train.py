@@ -9,7 +9,7 @@ from experiments.commands.options import JsonFile, OptionalMetric, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
-    from train import Recipe, Result, Shell, TrainConfig
+    from train import Recipe, Result, RunOptions, TrainConfig
     from train.data.manifest import Manifest
     from train.objectives import Objective
     from train.phases import Phase
@@ -110,7 +110,7 @@ def train(
     from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
-    from train import HParams, Recipe, Shell, TrainConfig
+    from train import HParams, Recipe, RunOptions, TrainConfig
     from train import train as run_training
     from train.data import load_manifest
     from train.hosts import initialize
@@ -142,7 +142,7 @@ def train(
         Recipe(config.replace(compute_dtype=_dtype(precision)), **plain),
         Execution(mesh=parse_mesh(mesh) if mesh else None),
     )
-    shell = Shell(
+    shell = RunOptions(
         evaluate_every=evaluate_every,
         evaluate_tokens=evaluate_tokens,
         checkpoint_every=checkpoint_every,
@@ -202,7 +202,7 @@ def cool(
     from model import Execution
     from model.errors import InputError
     from model.sharding import parse_mesh
-    from train import Shell, cooldown
+    from train import RunOptions, cooldown
     from train import train as run_training
     from train.data import load_manifest
     from train.run import executions, read_record
@@ -218,7 +218,7 @@ def cool(
         if not results:
             first = recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values()))
             say_fewer_tokens(evaluate_tokens, load_manifest(first))
-        shell = Shell(evaluate_tokens=evaluate_tokens, description=f"cooling down from step {step}")
+        shell = RunOptions(evaluate_tokens=evaluate_tokens, description=f"cooling down from step {step}")
         held = executions(read_record(trunk)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
@@ -287,7 +287,7 @@ def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
     return f"stopped early at step {step:,} of {steps:,}: {early['metric']} {outcome} in {validations}"
 
 
-def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> None:
+def _say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
     """Say which of the numbers asked for are beyond what there is, or beyond the run's end."""
     from experiments.commands.options import say, say_fewer_tokens
     from train.hosts import is_writer

@@ -25,7 +25,7 @@ from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import plan_trials, trials_at
 from model.ambient import pinned
-from train import Result, Shell, population
+from train import Result, RunOptions, population
 from train.files import is_full
 from train.recipe import Branch, Recipe
 from train.run import BusyError, is_held, read_record
@@ -173,7 +173,7 @@ class _Cohort:
         steps = self.left_at
         if self.sweep.policy == "population":
             steps = steps.union(*(self.worker.policy.rungs(claim.trial) for claim in self.claims))
-        shell = Shell(
+        shell = RunOptions(
             evaluate_tokens=self.sweep.evaluate_tokens,
             keep_checkpoints=1,
             checkpoint_start=first.recipe.train.spike_sigma > 0,  # else the start is made again from the seed

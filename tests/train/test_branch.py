@@ -126,7 +126,7 @@ def test_where_a_trunk_cannot_be_left(trunk, tmp_path):
         cooldown(trunk, 6, 0)
     with pytest.raises(InputError, match="is not a run"):
         cooldown(tmp_path / "nowhere", 6, 3)
-    for schedule, words in (("cosine", "schedule='cosine'"), ("wsd", r"step 13: .* and 11, where its own cool-down")):
+    for schedule, words in (("cosine", "schedule='cosine'"), ("wsd", r"step 13: .* and 11, where its own decay phase")):
         other = tmp_path / schedule
         train_config = TRAIN.replace(schedule=schedule)
         Run(other, Recipe(CONFIG, train_config, HPARAMS.replace(total_steps=STEPS))).close()

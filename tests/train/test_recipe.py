@@ -106,7 +106,7 @@ def test_recipes_are_lanes(recipe, whole, tmp_path):
     assert losses(tmp_path / "a") == losses(whole)
     assert results[0].validation_loss != results[1].validation_loss
     other = recipe.replace(model=CONFIG.replace(d_ff=40))
-    with pytest.raises(InputError, match="differ in hyperparameters, steps and starts alone: d_ff="):
+    with pytest.raises(InputError, match="differ in hyperparameters, steps and starts, not in d_ff="):
         population([recipe, other], runs=[tmp_path / "c", tmp_path / "d"], shell=QUIET)
     with pytest.raises(InputError, match="hparams is part of the recipe"):
         train(recipe, hparams=HParams(), run=tmp_path / "c", shell=QUIET)
@@ -202,7 +202,7 @@ def test_what_a_former_version_did_not_note_of_an_execution_is_as_it_is_now(reci
 
 def test_a_recipe_says_what_is_missing(recipe, data, tmp_path):
     hashes = recipe.replace(data=recipe.data, folders=None)
-    with pytest.raises(InputError, match=r"nothing says where the data .* lie; give data=FOLDER"):
+    with pytest.raises(InputError, match=r"the folder of the data .* is not known; give data=FOLDER"):
         train(hashes, run=tmp_path / "run", shell=QUIET)
     with pytest.raises(InputError, match="holds other data than the recipe names"):
         train(recipe.replace(data="0" * 64), run=tmp_path / "run", data=data, shell=QUIET)

@@ -9,10 +9,10 @@ import pytest
 
 from model import Execution, ModelConfig
 from train import HParams, Shell, TrainConfig, init_state, population, train
-from train.agreement import Agreement
 from train.data.mixture import PhasedLoader
 from train.lanes import vmapped
 from train.loop.member import Member
+from train.preemption import PreemptionSync
 from train.run import executions
 from train.run.checkpoint import Checkpoints
 from train.step import train_step
@@ -171,8 +171,8 @@ def test_an_interruption_before_the_spike_changes_no_bit(whole, garbage, data, t
     """What it saved is newer than the checkpoint that the uninterrupted run goes back to."""
     with monkeypatch.context() as patch:
         asked = []
-        patch.setattr(Agreement, "has", lambda self, wish: wish == 1 and len(asked) >= 10)
-        patch.setattr(Agreement, "ask", lambda self, wish: asked.append(wish))
+        patch.setattr(PreemptionSync, "is_requested", lambda self, flag: flag == 1 and len(asked) >= 10)
+        patch.setattr(PreemptionSync, "request", lambda self, flags: asked.append(flags))
         with pytest.raises(KeyboardInterrupt):
             train(CONFIG, TRAIN, HPARAMS, data=data, run=tmp_path / "run", steps=STEPS, shell=SHELL)
     assert Checkpoints(tmp_path / "run").steps() == [8, 10]

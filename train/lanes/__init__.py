@@ -1,1 +1,1 @@
-"""K members of a population as the lanes of one training program: its interface, its two forms, who has which lane."""
+"""Run K members of a population as the lanes of one training program, vmapped or sequential."""

@@ -1,6 +1,7 @@
 """Build the `Program` of a model and a shape: choose its form and number of lanes, and compile it ahead."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,19 +32,19 @@ from train.objectives.objective import BatchSpec
 from train.plan import Stage
 from train.state import TrainState
 
-# What runs once or rarely: compile time counts for more than speed; the numbers are the same.
+# For programs that run once or rarely, compile time matters more than speed; the numbers are the same.
 _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 def prefers_vmap() -> bool:
-    """Return whether lanes run vmapped, so that one that has ended still costs its work; else sequentially."""
+    """Return whether lanes run vmapped, where a lane that has ended still costs its work; else sequentially."""
     return jax.default_backend() != "cpu"
 
 
 def _is_sequential(mesh: Mesh) -> bool:
     """Return whether several lanes run one after the other.
 
-    Not over several devices, where programs that are under way at once may wait for one another's collectives for ever.
+    Never on several devices: programs that run at the same time there could wait for each other's collectives forever.
     """
     return not prefers_vmap() and mesh.size == 1
 
@@ -51,21 +52,23 @@ def _is_sequential(mesh: Mesh) -> bool:
 def lanes_for(mesh: Mesh, lanes: int, members: int) -> int:
     """Return the number of lanes of a program for so many members: `lanes`, rounded up to what the mesh divides.
 
-    Sequential lanes are as many as the members, whatever `lanes` says: their number is no part of what is compiled, so
-    padding is useless.
+    There are as many sequential lanes as members, whatever `lanes` is: their number is not compiled into a program, so
+    padding would be useless. Example: 6 vmapped lanes on a mesh with population=4 become 8, two per device.
     """
     if _is_sequential(mesh):
         lanes = members
-    return -(-lanes // parts_of_lanes(mesh)) * parts_of_lanes(mesh)
+    parts = parts_of_lanes(mesh)
+    lanes_per_part = math.ceil(lanes / parts)
+    return lanes_per_part * parts
 
 
 def compacts(wanted: bool | None) -> bool:
-    """Return whether lanes move to a smaller program once enough have ended (`Shell.compact`)."""
+    """Return whether lanes move to a smaller program once enough have ended (`RunOptions.compact`)."""
     return prefers_vmap() if wanted is None else wanted
 
 
 @functools.lru_cache(maxsize=64)
-@pinned()  # what it compiles is kept for callers under any settings
+@pinned()  # compiled programs are shared by callers under any settings
 def compile_program(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -75,13 +78,12 @@ def compile_program(
     execution: Execution = Execution(),
     objective: Objective = LanguageModeling(),
 ) -> Program:
-    """Compile init, step and evaluation for `lanes` lanes: once per static shape and process, and, where lanes are
-    vmapped, lane count.
+    """Compile init, step and evaluation for `lanes` lanes, once per process, static shape and number of vmapped lanes.
 
-    stage: of a run in phases, whose batches and rotary base the step then has; evaluation keeps the TrainConfig's
-    shapes. None: a run of one shape.
+    stage: for a run in phases, gives the step's batch shape and rotary base; evaluation keeps the TrainConfig's shapes.
+    None: a run of one shape.
     """
-    execution = execution.replace(mesh=None, lanes=None)  # which are arguments here
+    execution = execution.replace(mesh=None, lanes=None)  # both are arguments here
     if lanes > 1 and _is_sequential(mesh):
         return SequentialProgram.of(compile_program(config, train_config, 1, mesh, stage, execution, objective), lanes)
     start = time.perf_counter()
@@ -97,7 +99,7 @@ def compile_program(
         execution,
         objective,
     )
-    shapes = TrainConfig(  # schedule and phases are the step's alone
+    shapes = TrainConfig(  # without schedule and phases, which only the step reads
         batch_size=train_config.batch_size,
         seq_len=train_config.seq_len,
         optimizer=train_config.optimizer,
@@ -109,7 +111,7 @@ def compile_program(
 
 
 def compiled_programs() -> int:
-    """How many training steps this process has compiled: one per static shape and number of vmapped lanes."""
+    """Return how many training steps this process has compiled: one per static shape and number of vmapped lanes."""
     return _compile_step.cache_info().misses
 
 
@@ -129,7 +131,7 @@ def _compile_step(
     batch = with_lanes(objective.batch_spec(config, train_config, batch_size, seq_len), lanes)
     everywhere, rows = replicated(mesh), batch_shardings(mesh, batch, lanes=True)
     active, frozen = jax.ShapeDtypeStruct((lanes,), bool), frozen_shapes(config, objective)
-    # Metrics stay where their lanes are, if this process can read them there.
+    # Metrics stay on their lanes' devices if this process can read them there.
     measured = everywhere if jax.process_count() > 1 else NamedSharding(mesh, PartitionSpec("population"))
     step = jax.jit(
         functools.partial(step_lanes, config, train_config, objective=objective, execution=execution),
@@ -183,7 +185,7 @@ def _compile_rest(
 
 
 def _under(mesh: Mesh, function: Callable) -> Callable:
-    """The function as traced for a mesh, whenever that is."""
+    """Return the function so that it is traced under the mesh, whenever it is called first."""
 
     def run(*arguments: Any) -> Any:
         with jax.set_mesh(mesh):
@@ -199,7 +201,7 @@ def _hparams(lanes: int) -> HParams:
 def _state(
     config: ModelConfig, train_config: TrainConfig, lanes: int, mesh: Mesh, objective: Objective
 ) -> tuple[TrainState, Any]:
-    """Shapes of the stacked state, and how it is split."""
+    """Return the shapes and the shardings of the stacked state."""
     init = functools.partial(init_lanes, config, train_config, objective=objective)
     state = jax.eval_shape(init, _hparams(lanes))
     return state, shardings(mesh, state, lanes=True)
@@ -211,5 +213,5 @@ def frozen_shapes(config: ModelConfig, objective: Objective) -> Params:
 
 
 def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:
-    """Return the shapes of a batch with an axis of lanes before."""
+    """Return the shapes of a batch with a leading axis of lanes."""
     return {name: jax.ShapeDtypeStruct((lanes, *array.shape), array.dtype) for name, array in spec.items()}

@@ -1,4 +1,4 @@
-"""The interface of a training program with K lanes; its callers need not know which form its states have."""
+"""Define the interface of a training program with K lanes, whatever form its states have."""
 
 import abc
 import dataclasses
@@ -13,17 +13,17 @@ from train.objectives.objective import Batch
 from train.state import TrainState
 
 LaneStates = Any
-"""The states of all lanes, in the form of the program that made them."""
+"""States of all lanes, in the form of the program that made them."""
 LaneMetrics = dict[str, Any]
-"""By name: the values of all lanes, an array [lanes] or a list."""
+"""Values of all lanes by the metric's name: an array [lanes] or a list."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program(abc.ABC):
-    """Executables for one static shape; being compiled ahead, they can never recompile unseen.
+    """Executables for one static shape; compiled ahead of time, they can never recompile silently.
 
     lanes: their number. lane: shapes and shardings of one lane's state. memory: of a step, on one device.
-    compile_seconds: of all executables. Hyperparameters and batches are given as `place` lays them out.
+    compile_seconds: of all executables. Hyperparameters and batches are passed in the form that `place` returns.
     """
 
     lanes: int
@@ -35,7 +35,7 @@ class Program(abc.ABC):
     def place(self, tree: Any, shardings: Any = None) -> Any:
         """Lay out a host tree with leaves [lanes, …] (hyperparameters, a batch) in the form of this program.
 
-        shardings: of every leaf on the devices; None: they stay on the host.
+        shardings: of every leaf on the devices; None: the leaves stay on the host.
         """
 
     @abc.abstractmethod
@@ -66,9 +66,9 @@ class Program(abc.ABC):
         hparams: Any,
         frozen: Params | None = None,
     ) -> Float[Array, " sums"]:
-        """Return the sums of one lane on one batch that the objective's means are made of, and last their weight.
+        """Return the sums for one lane and one batch from which the objective's means are computed, then their weight.
 
-        before: the result for the batch before, which orders the batches: see `train.lanes.vmapped.evaluate_lane`.
+        before: the result of the previous batch, which orders the batches: see `train.lanes.vmapped.evaluate_lane`.
         """
 
     @abc.abstractmethod
@@ -81,7 +81,7 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def compact(self, state: LaneStates, sources: Int[np.ndarray, " fewer"]) -> LaneStates:
-        """Return the states of the lanes `sources`, in this order, for a program with as many lanes.
+        """Return the states of the lanes `sources`, in this order, for a program with that number of lanes.
 
-        A lane that comes twice is padding the second time.
+        A repeated lane is padding. Example: sources [1, 3, 3] moves lane 1 to lane 0 and lane 3 to lane 1.
         """

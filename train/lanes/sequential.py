@@ -1,8 +1,8 @@
-"""Sequential lanes: a list of states, over which the program of one lane runs one after the other.
+"""Run lanes sequentially: the program of one lane runs for each state in a list.
 
-The cores of a CPU are busy with one lane. Stacked, a lane would be copied out of the array and back at every step,
-which costs a CPU 12 % of the step of a million parameters (docs/LOG.md). As a state of its own a lane is the solo run,
-bit by bit, and an inactive one costs nothing.
+One lane keeps the cores of a CPU busy. In a stacked state, a lane would be copied out of the array and back at every
+step, which takes 12 % of a step of a million parameters on a CPU (docs/LOG.md). With a state of its own, a lane equals
+the solo run bit by bit, and an inactive lane costs nothing.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from train.state import TrainState
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SequentialProgram(Program):
-    """Runs the program of one lane for each of several; hyperparameters, batches and states are lists [lanes]."""
+    """Run the program of one lane for each of several; hyperparameters, batches and states are lists [lanes]."""
 
     one: Program
 
@@ -32,10 +32,12 @@ class SequentialProgram(Program):
         return cls(lanes, one.lane, memory, one.compile_seconds, one)
 
     def place(self, tree: Any, shardings: Any = None) -> list:
-        """Split the tree into one for each lane, leaves [1, …]."""
+        """Split the tree into one per lane, with leaves [1, …]."""
         leaves, structure = jax.tree.flatten(tree)
-        own = ([leaf[lane : lane + 1] for leaf in leaves] for lane in range(self.lanes))
-        split = [jax.tree.unflatten(structure, leaves) for leaves in own]
+        split = []
+        for lane in range(self.lanes):
+            leaves_of_lane = [leaf[lane : lane + 1] for leaf in leaves]
+            split.append(jax.tree.unflatten(structure, leaves_of_lane))
         return split if shardings is None else jax.device_put(split, [shardings] * self.lanes)
 
     def init(self, hparams: list) -> list:
@@ -50,15 +52,16 @@ class SequentialProgram(Program):
         active: Bool[np.ndarray, " lanes"],
         frozen: Params | None = None,
     ) -> tuple[list, LaneMetrics]:
-        """Step the active lanes; the others' states are handed back and their metrics are 0."""
+        """Step the active lanes; return the others' states unchanged, with metrics 0."""
         states, measured = list(state), {}
         for lane in np.flatnonzero(active).tolist():
-            own = states[lane], batch[lane], hparams[lane], np.ones(1, bool)
-            states[lane], measured[lane] = self.one.step(*own, frozen)
+            states[lane], measured[lane] = self.one.step(
+                states[lane], batch[lane], hparams[lane], np.ones(1, bool), frozen
+            )
         names = next(iter(measured.values()), {})
-        nothing = np.zeros(1, np.float32)
-        lanes = range(self.lanes)
-        return states, {name: [measured[n][name] if n in measured else nothing for n in lanes] for name in names}
+        inactive = dict.fromkeys(names, np.zeros(1, np.float32))
+        by_lane = [measured.get(lane, inactive) for lane in range(self.lanes)]
+        return states, {name: [metrics[name] for metrics in by_lane] for name in names}
 
     def evaluate(
         self,
@@ -82,8 +85,16 @@ class SequentialProgram(Program):
         return [own if number == lane else other for number, other in enumerate(state)]
 
     def compact(self, state: list, sources: Int[np.ndarray, " fewer"]) -> Any:
-        """Return the states of these lanes, for one lane its own; padding is None, because a state is donated."""
+        """Return the states of these lanes, for a single lane the state itself.
+
+        Padding is None: a state is donated, so it cannot be in the list twice. Example: sources [1, 3, 3] gives
+        [state[1], state[3], None].
+        """
         numbers = sources.tolist()
         if len(numbers) == 1:
             return state[numbers[0]]
-        return [state[n] if n not in numbers[:place] else None for place, n in enumerate(numbers)]
+        states: list[Any] = []
+        for place, number in enumerate(numbers):
+            is_padding = number in numbers[:place]
+            states.append(None if is_padding else state[number])
+        return states

@@ -1,11 +1,11 @@
-"""Vmapped lanes: one state whose leaves are stacked [lanes, …]. A solo run is the program with one lane.
+"""Run lanes vmapped: one state with leaves stacked [lanes, …]. A solo run is the program with one lane.
 
-A lane has its own hyperparameters, seed and data; all it shares with its neighbours is the compilation. A lane
-that is not active (past its horizon), or that skipped too many steps in a row, is handed on without touching a bit.
-Small models leave an accelerator idle, which lanes fill.
+A lane has its own hyperparameters, seed and data and shares only the compilation with the other lanes. The state of a
+lane that is not active (past its horizon), or that skipped too many steps in a row, stays the same bit by bit. Lanes
+use the time that an accelerator would idle with one small model.
 
-With a "population" axis several devices hold some lanes each, run those alone, and where one lane is taken out or put
-in, each looks for it among its own: a lane moves and not the whole state.
+With a "population" axis every device holds and runs some of the lanes. To read or write one lane, each device looks for
+it among its own, so that one lane is moved instead of the whole state.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ _OWN, _ALL = PartitionSpec("population"), PartitionSpec()
 
 @dataclasses.dataclass(frozen=True)
 class Executables:
-    """The functions below, compiled ahead for one static shape and number of lanes; `put` when it is first called."""
+    """Functions of this file, compiled for one static shape and number of lanes; `put` compiles when first called."""
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, LaneMetrics]]
@@ -44,7 +44,7 @@ class Executables:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VmappedProgram(Program):
-    """Runs all lanes at once; hyperparameters, batches and the state have leaves [lanes, …]."""
+    """Run all lanes in one program; hyperparameters, batches and the state have leaves [lanes, …]."""
 
     mesh: Mesh
     executables: Executables
@@ -102,7 +102,7 @@ class VmappedProgram(Program):
 def init_lanes(
     config: ModelConfig, train_config: TrainConfig, hparams: HParams, *, objective: Objective = LanguageModeling()
 ) -> TrainState:
-    """Fresh lanes, stacked [lanes, …]; the leaves of `hparams` are [lanes]."""
+    """Return fresh lanes, stacked [lanes, …]; the leaves of `hparams` are [lanes]."""
     init = functools.partial(init_state, config, train_config, objective=objective)
     return _over_lanes(lambda _, hparams: init(hparams), hparams)
 
@@ -119,9 +119,9 @@ def step_lanes(
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
 ) -> tuple[TrainState, LaneMetrics]:
-    """One `train_step` of every lane that is active and has not diverged; every metric is [lanes].
+    """Run `train_step` for every lane that is active and has not diverged; every metric is [lanes].
 
-    frozen: the parameters that all lanes read, once for all of them.
+    frozen: parameters that all lanes read; a single copy for all of them.
     """
 
     def one(
@@ -148,11 +148,11 @@ def evaluate_lane(
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
 ) -> Float[Array, " means_and_weight"]:
-    """Return what one lane's means over one batch are sums of, and the weight of the batch.
+    """Return the sums from which one lane's means are computed, for one batch, and last the batch's weight.
 
-    That is, for `LanguageModeling`, (summed nats, unmasked tokens); see `Objective.evaluate`.
-    before: what the batch before gave. It is not read, but makes the batches wait for one another: collectives of
-    several programs at once can block all threads of a CPU's devices, each waiting for its own partners.
+    For `LanguageModeling` these are (summed nats, unmasked tokens); see `Objective.evaluate`.
+    before: the result of the previous batch. It is not read, but makes the batches run one after the other: collectives
+    of several programs at the same time can block all threads of a CPU's devices, each waiting for its partners.
     """
     del before
     params, own = pick((state.params, hparams), index)
@@ -164,8 +164,8 @@ def evaluate_lane(
 def _over_lanes(function: Callable, *arguments: Any, shared: Any = None) -> Any:
     """Call `function(shared, …)` for every lane, over the leading axis of all arguments but `shared`.
 
-    One lane alone runs as written: a solo run pays nothing for lanes. Devices of a population axis do so with their
-    own lanes, each for itself.
+    A single lane runs without vmap, so that a solo run pays nothing for lanes. On a mesh with a population axis each
+    device does this with its own lanes.
     """
     run = functools.partial(_over_own_lanes, function)
     return _over_population(run, (_ALL, *[_OWN] * len(arguments)))(shared, *arguments)
@@ -180,9 +180,9 @@ def _over_own_lanes(function: Callable, shared: Any, *arguments: Any) -> Any:
 
 
 def _over_population(function: Callable, in_specs: Any = _OWN, out_specs: Any = _OWN) -> Callable:
-    """The function as each device of the population axis runs it on its own lanes; other axes stay the compiler's.
+    """Return the function mapped over the population axis, each device with its own lanes; other axes stay automatic.
 
-    To be called while a program is traced under `jax.set_mesh`; without such an axis, the function itself.
+    Call this while a program is traced under `jax.set_mesh`. Without a population axis it returns the function itself.
     """
     if parts_of_lanes() == 1:
         return function
@@ -190,7 +190,7 @@ def _over_population(function: Callable, in_specs: Any = _OWN, out_specs: Any = 
 
 
 def pick(stacked: Any, index: Int[Array, ""]) -> Any:
-    """One lane of a tree whose leaves are [lanes, …]."""
+    """Return one lane of a tree whose leaves are [lanes, …]."""
 
     def own(stacked: Any, index: Array) -> Any:
         here, mine = _place(stacked, index)
@@ -203,7 +203,7 @@ def pick(stacked: Any, index: Int[Array, ""]) -> Any:
 
 
 def replace_lane(stacked: Any, index: Int[Array, ""], lane: Any) -> Any:
-    """The tree with one lane replaced."""
+    """Return the tree with one lane replaced."""
 
     def own(stacked: Any, index: Array, lane: Any) -> Any:
         here, mine = _place(stacked, index)
@@ -215,7 +215,11 @@ def replace_lane(stacked: Any, index: Int[Array, ""], lane: Any) -> Any:
 
 
 def _place(stacked: Any, index: Array) -> tuple[Array, Array]:
-    """(where the lane is among a device's own, whether it is one of them)."""
+    """Return (the lane's index among this device's lanes, whether it is one of them).
+
+    Example: with 2 lanes per device, lane 5 has index 1 on the third device, which holds the lanes 4 and 5; on the
+    other devices the index is clipped to a valid one and the second value is False.
+    """
     count = jax.tree.leaves(stacked)[0].shape[0]
     here = index - jax.lax.axis_index("population") * count
     return jnp.clip(here, 0, count - 1), (here >= 0) & (here < count)

@@ -1,1 +1,1 @@
-"""The training loop around the pure step: its entry points, the members of a population, their data."""
+"""Run the training loop around the pure step: its entry points, the members of a population, their data."""

@@ -1,12 +1,13 @@
-"""Batches that lie on the devices before they are requested: made and sent by a thread while the step before runs."""
+"""Prepare the next batch in a thread while a step runs, so that it is on the devices when it is requested."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Shaped
 
 from model.ambient import pinned
 from model.sharding import batch_shardings
@@ -17,7 +18,7 @@ from train.plan import Stage
 
 
 class Slot(NamedTuple):
-    """A member that takes part in a step: its lane, its number, and which of its steps it is."""
+    """Member that takes part in a step. lane, member: numbers; step: which of the member's own steps it is, from 0."""
 
     lane: int
     member: int
@@ -25,16 +26,16 @@ class Slot(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a step takes: the program that runs it, and the members that take part."""
+    """Batch that a step needs: for which program, and for which members."""
 
     program: Program
     slots: tuple[Slot, ...]
 
 
 class Feed:
-    """Batches [lanes, batch, …] over a mesh, in the form of their program.
+    """Supply batches [lanes, batch, …] over a mesh, in the form that their program takes.
 
-    Every process makes only the rows that its own devices hold.
+    Every process builds only the rows that its own devices hold.
     """
 
     def __init__(self, mesh: Mesh, members: Sequence[Member]):
@@ -43,50 +44,65 @@ class Feed:
         self._ahead: tuple[Request, Future[Any]] | None = None
 
     def prepare(self, request: Request, stage: Stage) -> None:
-        """Begin with the next request."""
+        """Start to build the batch of the next request."""
         self._ahead = (request, self._thread.submit(self._make, request, stage))
 
     def take(self, request: Request, stage: Stage) -> Any:
-        """The batch of a request: the prepared one, or, where something came between, another."""
+        """Return the batch of a request: the prepared one, or a new one if another request was prepared."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == request:
             return ahead[1].result()
         return self._make(request, stage)
 
     def close(self) -> None:
-        """Let the thread go."""
+        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    @pinned()  # it runs in the thread too
+    @pinned()  # also for the thread
     def _make(self, request: Request, stage: Stage) -> Any:
-        first_member, lanes = self._members[0], request.program.lanes
-        of_rows = first_member.batch_spec(stage)
-        shardings = batch_shardings(self._mesh, with_lanes(of_rows, lanes), lanes=True)
-        sharding = next(iter(shardings.values()))
-        where = sharding.addressable_devices_indices_map((lanes, stage.batch_size)).values()
-        spans = [index[1].indices(stage.batch_size) for index in where if index is not None]
-        first, end = min(span[0] for span in spans), max(span[1] for span in spans)
-        local = {name: np.zeros((lanes, end - first, *of.shape[1:]), of.dtype) for name, of in of_rows.items()}
+        lanes, batch_size = request.program.lanes, stage.batch_size
+        spec = self._members[0].batch_spec(stage)  # the same for all members
+        shardings = batch_shardings(self._mesh, with_lanes(spec, lanes), lanes=True)
+        sharding = next(iter(shardings.values()))  # which splits the rows as all others do
+        first, end = _own_rows(sharding, lanes, batch_size)
+        local = {}
+        for name, array in spec.items():
+            local[name] = np.zeros((lanes, end - first, *array.shape[1:]), array.dtype)
         for lane, member, step in request.slots:
             for name, values in self._members[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if sharding.is_fully_addressable:
             return request.program.place(local, shardings)
-        made = _from_rows(stage.batch_size, first)
-        return {name: made(values, shardings[name]) for name, values in local.items()}
+        return {name: _from_own_rows(values, shardings[name], batch_size, first) for name, values in local.items()}
 
 
-def _from_rows(batch_size: int, first: int) -> Callable[[np.ndarray, NamedSharding], jax.Array]:
-    """Return what makes an array of all rows of those that a process holds, the first of them `first`."""
+def _own_rows(sharding: NamedSharding, lanes: int, batch_size: int) -> tuple[int, int]:
+    """Return the first row, and one past the last row, that the devices of this process hold of [lanes, batch, …].
 
-    def make(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        shape = (values.shape[0], batch_size, *values.shape[2:])
+    Example: 16 rows over 8 devices of two processes are 2 rows per device; the devices of the second process hold the
+    rows 8–9, 10–11, 12–13 and 14–15, so its rows are (8, 16).
+    """
+    starts, ends = [], []
+    for index in sharding.addressable_devices_indices_map((lanes, batch_size)).values():
+        if index is not None:
+            start, end, _ = index[1].indices(batch_size)
+            starts.append(start)
+            ends.append(end)
+    return min(starts), max(ends)
 
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            start, stop, _ = index[1].indices(batch_size)
-            return values[index[0], start - first : stop - first, *index[2:]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+def _from_own_rows(
+    values: Shaped[np.ndarray, "lanes own_rows ..."], sharding: NamedSharding, batch_size: int, first: int
+) -> Shaped[jax.Array, "lanes batch ..."]:
+    """Assemble an array of all rows, of which this process gives those from row `first` on.
 
-    return make
+    Example: with first=8, JAX asks a device's callback for the rows 10–11 of the batch, which are values[:, 2:4].
+    """
+
+    def rows_of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, end, _ = index[1].indices(batch_size)
+        return values[index[0], start - first : end - first, *index[2:]]
+
+    shape = (values.shape[0], batch_size, *values.shape[2:])
+    return jax.make_array_from_callback(shape, sharding, rows_of_device)

@@ -1,7 +1,7 @@
-"""The loop around the pure step: data in, metrics and checkpoints out, and nothing lost on a kill.
+"""Run the loop around the pure step: data in, metrics and checkpoints out, and nothing lost on a kill.
 
-It never waits for the device: it dispatches step t, then handles the metrics of step t − 1. With several processes all
-of them run it; they take the same decisions because they take them from the same numbers.
+It does not wait for the step that it dispatches: it dispatches step t, then handles the metrics of step t − 1. With
+several processes all of them run it; they take the same decisions because they base them on the same numbers.
 """
 
 import logging
@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from model import Execution, Params
 from model.sharding import parts_of_lanes, shardings
-from train.agreement import CHECKPOINT, STOP, Agreement
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible
 from train.lanes.build import compacts, compile_program, frozen_shapes
@@ -25,10 +24,11 @@ from train.lanes.slots import Slots
 from train.loop.feed import Feed, Request, Slot
 from train.loop.member import Member
 from train.loop.memory import device_memory
-from train.loop.options import Shell
+from train.loop.options import RunOptions
 from train.objectives.objective import Batch
 from train.peak import peak_flops_per_second
 from train.plan import Stage
+from train.preemption import CHECKPOINT, STOP, PreemptionSync
 from train.progress import progress_bar, say
 from train.recipe import Weights
 from train.start import Bases, lay_out
@@ -38,7 +38,10 @@ logger = logging.getLogger("isoflop")
 
 
 class _Step(NamedTuple):
-    """A step under way. taken: who takes it, and each one's generation. evaluated: sums by the member's number."""
+    """Step that is dispatched and whose metrics have not been read yet.
+
+    taken: each slot, with the generation that its member had. evaluated: the validation sums of members, by number.
+    """
 
     taken: list[tuple[Slot, int]]
     metrics: Any
@@ -46,7 +49,7 @@ class _Step(NamedTuple):
 
 
 class Loop:
-    """One population on its way; made once, run once."""
+    """Train one population; built once, run once."""
 
     def __init__(
         self,
@@ -55,45 +58,45 @@ class Loop:
         validation: list[Batch],
         bases: Bases,
         mesh: Mesh,
-        shell: Shell,
+        options: RunOptions,
         execution: Execution,
     ):
-        config, train_config = members[0].config, members[0].train_config  # the same in all
+        config, train_config = members[0].config, members[0].train_config  # the same in all members
         self.config, self.train_config, self.execution = config, train_config, execution
         self.objective = members[0].objective
-        self.members, self.mesh, self.shell = members, mesh, shell
+        self.members, self.mesh, self.options = members, mesh, options
         self.slots = self._compacted(Slots(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
         self.compile_seconds = 0.0
-        if shell.announce and is_writer():
+        if options.announce and is_writer():
             for line in members[0].loader.describe_packing():
                 say(line)
         self._compile(self._earliest(members))
         self.validation = validation
         self.feed = Feed(mesh, members)
-        self.agreement = Agreement(mesh)
+        self.preemption = PreemptionSync(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
         self.frozen = self._frozen(bases)
         self.state = self._start(bases)
         bases.close()
         self.dispatched = self.saved_after = 0
-        self.trace = Trace(members[0].run.folder / "profile" if shell.profile else None)
+        self.trace = Trace(members[0].run.folder / "profile" if options.profile else None)
         self.clock = self.saved_at = time.perf_counter()
 
     def run(self, stack: ExitStack) -> None:
-        """Train until every member has ended; what is to be closed at the end goes onto `stack`."""
+        """Train until every member has ended. Callbacks that close what was opened are pushed onto `stack`."""
         stack.callback(self.feed.close)
         stack.callback(lambda: self.trace.close(self.state))
-        for member in self.members:  # killed between its last checkpoint and the note that it is finished
+        for member in self.members:  # those killed between the last checkpoint and the record of the end
             if not member.ended and member.done:
                 member.end("finished", self._compile_share())
         remaining = sum(member.stop - member.step for member in self._active())
-        with interruptible() as interrupted, progress_bar(self.shell.description, remaining) as advance:
-            if self.shell.checkpoint_start:
+        with interruptible() as interrupted, progress_bar(self.options.description, remaining) as advance:
+            if self.options.checkpoint_start:
                 self._save([member for member in self._active() if not agree(member.checkpoints.steps)])
             self.clock = time.perf_counter()
-            while self._active() and not self.agreement.has(STOP):
+            while self._active() and not self.preemption.is_requested(STOP):
                 advance(self._step(interrupted), self._note())
             self._handle_pending()
             stopped = self._active()
@@ -101,11 +104,11 @@ class Loop:
             for member in stopped:
                 member.checkpoints.wait()
                 member.end("interrupted", self._compile_share())
-            if interrupted() or self.agreement.has(STOP):  # also in the last step: the caller must not go on
+            if interrupted() or self.preemption.is_requested(STOP):  # also in the last step: the caller must stop
                 raise KeyboardInterrupt
 
     def _step(self, interrupted: Callable[[], bool]) -> int:
-        """Dispatch one step of every member that is active and in the earliest stage; how many there were."""
+        """Dispatch one step of every active member in the earliest stage; return how many took part."""
         self._enter(self._earliest(self._active()))
         request, begin = self._request(), time.perf_counter()
         batch = self.feed.take(request, self.stage)
@@ -113,7 +116,7 @@ class Loop:
         active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in request.slots])
         self.trace.step(self.state)
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active, self.frozen)
-        self.agreement.ask(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
+        self.preemption.request(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
         for slot in request.slots:
             self.members[slot.member].step += 1
         if (upcoming := self._request()).slots:
@@ -121,17 +124,19 @@ class Loop:
         self.spent["data_seconds"] += ready - begin
         self.spent["dispatch_seconds"] += time.perf_counter() - ready
         taken = [(slot, self.members[slot.member].generation) for slot in request.slots]
-        evaluated = {s.member: self._evaluate(s.lane) for s, _ in taken if self._evaluation_due(self.members[s.member])}
+        evaluated = {}
+        for slot in request.slots:
+            if self._evaluation_due(self.members[slot.member]):
+                evaluated[slot.member] = self._evaluate(slot.lane)
         self._handle_pending()
         self.pending = _Step(taken, metrics, evaluated)
         self.dispatched += 1
-        if evaluated and (self.shell.patience or self.shell.keep_best):  # it decides whether this step is the last
+        if evaluated and (self.options.patience or self.options.keep_best):  # this step may be the last
             self._handle_pending()
-        members = [
-            self.members[slot.member]
-            for slot, generation in taken
-            if self.members[slot.member].generation == generation
-        ]
+        members = []  # without those that were rolled back meanwhile
+        for slot, generation in taken:
+            if self.members[slot.member].generation == generation:
+                members.append(self.members[slot.member])
         finished = [member for member in members if member.done]
         due = [member for member in members if member.improved or self._checkpoint_due(member)]
         if finished or due:
@@ -149,44 +154,44 @@ class Loop:
         return [member for member in self.members if member.active]
 
     def _enter(self, stage: Stage) -> None:
-        """Go on with a stage in as few lanes as need be; nothing where both are those under way."""
+        """Switch to a stage and to as few lanes as needed; do nothing if both are the current ones."""
         slots = self._compacted(self.slots)
         if stage.index == self.stage.index and slots == self.slots:
             return
         self._handle_pending()
-        slots, before = self._compacted(self.slots), self.slots  # the step before may have ended some
+        slots, before = self._compacted(self.slots), self.slots  # the pending step may have ended some members
         if slots != before:
             self.state = self.program.compact(self.state, slots.sources(before))
             self.slots = slots
         self._compile(stage)
 
     def _compacted(self, slots: Slots) -> Slots:
-        """Return the slots without members that have ended, once that saves work; the same ones while all go on."""
-        going_on = {number for number, member in enumerate(self.members) if not member.ended}
-        if len(going_on) == len(self.members) or not compacts(self.shell.compact):
+        """Return the slots without the members that have ended, if that saves work; else the same slots."""
+        remaining = {number for number, member in enumerate(self.members) if not member.ended}
+        if len(remaining) == len(self.members) or not compacts(self.options.compact):
             return slots
-        return slots.compacted(going_on, parts_of_lanes(self.mesh))
+        return slots.compacted(remaining, parts_of_lanes(self.mesh))
 
     def _earliest(self, members: Iterable[Member]) -> Stage:
-        """The stage that is first in the plan, of those that the members are in."""
+        """Return the earliest stage in the plan that any of the members is in."""
         return min((member.stage for member in members), key=lambda stage: stage.index)
 
     def _compile(self, stage: Stage) -> None:
-        """Have the program of a stage for the lanes that there are."""
+        """Compile the program of a stage for the current number of lanes, or fetch it from the cache."""
         self.stage = stage
-        start = time.perf_counter()  # near to nothing where this process has compiled it before
+        start = time.perf_counter()  # almost no time if this process has compiled it before
         self.program: Program = compile_program(
             self.config, self.train_config, self.slots.lanes, self.mesh, stage, self.execution, self.objective
         )
         self.compile_seconds += time.perf_counter() - start
         self.hparams = self.program.place(self.slots.stack([member.hparams for member in self.members]))
-        if self.shell.announce and is_writer():
+        if self.options.announce and is_writer():
             self._announce(stage)
         self.clock = time.perf_counter()
 
     def _announce(self, stage: Stage) -> None:
-        """The memory that the program needs, against what there is."""
-        limit = self.shell.memory or device_memory(self.mesh.local_devices[0])
+        """Print the memory that the program needs, and warn if the device has less."""
+        limit = self.options.memory or device_memory(self.mesh.local_devices[0])
         memory, count = self.program.memory, self.execution.accumulate
         split = f" in {count} microbatches" if count > 1 else ""
         say(f"memory: {memory.describe(limit)} for {stage.batch_size} × {stage.seq_len} tokens{split}")
@@ -194,14 +199,16 @@ class Loop:
             logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")
 
     def _request(self) -> Request:
-        """Who takes part in the next step of this stage, and with which of its steps."""
-        here = lambda member: member.active and member.stage.index == self.stage.index
-        held = [(lane, number, self.members[number]) for lane, number in enumerate(self.slots.members)]
-        slots = tuple(Slot(lane, number, member.step) for lane, number, member in held if here(member))
-        return Request(self.program, slots)
+        """Return the request of the next step: the active members in this stage, each with its own step number."""
+        slots = []
+        for lane, number in enumerate(self.slots.members):
+            member = self.members[number]
+            if member.active and member.stage.index == self.stage.index:
+                slots.append(Slot(lane, number, member.step))
+        return Request(self.program, tuple(slots))
 
     def _handle_pending(self) -> None:
-        """Write the metrics of the step before the one under way; this is where the loop may wait."""
+        """Read and record the metrics of the pending step; only here does the loop wait for the device."""
         if self.pending is None:
             return
         (taken, metrics, evaluated), self.pending = self.pending, None
@@ -211,21 +218,22 @@ class Loop:
         seconds, self.clock = now - self.clock, now
         timing = {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin} | self.spent
         self.spent = dict.fromkeys(self.spent, 0.0)
-        work = [self.members[slot.member].flops_of_step(slot.step + 1) for slot, _ in taken]
-        timing["mfu"] = sum(work) / seconds / self.peak
+        flops = sum(self.members[slot.member].flops_of_step(slot.step + 1) for slot, _ in taken)
+        timing["mfu"] = flops / seconds / self.peak
         for slot, generation in taken:
             member, step = self.members[slot.member], slot.step + 1
             if member.ended or member.generation != generation:
-                continue  # it diverged, or was rolled back, a step ago: this step does not count
+                continue  # it diverged or was rolled back one step ago: this step does not count
             values = {name: value[slot.lane].item() for name, value in metrics.items()}
             diverged = values["skipped_in_a_row"] >= self.train_config.max_skipped
             if member.is_spike(values["loss"]) and not diverged:
                 self._roll_back(slot.lane, member, step, values["loss"])
                 continue
             if slot.member in evaluated:
+                # Of every batch: the weighted sums of the means, then the weight; see `evaluate_lane`.
                 *sums, weight = np.array(evaluated[slot.member], np.float64).sum(axis=0).tolist()
-                for name, of_batches in zip(self.objective.EVALUATED, sums, strict=True):
-                    values[f"validation_{name}"] = of_batches / weight
+                for name, total in zip(self.objective.EVALUATED, sums, strict=True):
+                    values[f"validation_{name}"] = total / weight
             per_second = member.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
             member.write(step, values, timing | {"tokens_per_second": per_second})
             if diverged:
@@ -242,22 +250,22 @@ class Loop:
             self._diverge(member, step)
             return
         back = member.rollbacks[-1]
-        said = "%s: loss %.4g at step %d is a spike; back to step %d, past that data"
-        logger.warning(said, member.run.folder, loss, step, member.step)
+        message = "%s: loss %.4g at step %d is a spike; back to step %d, past that data"
+        logger.warning(message, member.run.folder, loss, step, member.step)
         state = member.checkpoints.restore(back["to"], self.program.lane)
         self.state = self.program.put(self.state, lane, state)
 
     def _evaluation_due(self, member: Member) -> bool:
-        every = self.shell.evaluate_every
+        every = self.options.evaluate_every
         return member.step == member.stop or (every > 0 and member.step % every == 0)
 
     def _checkpoint_due(self, member: Member) -> bool:
-        # Of several processes' wishes some are heard after they were met.
-        by_time = self.agreement.has(CHECKPOINT) and self.dispatched > self.saved_after + 2
-        return by_time or self.shell.plans_checkpoint(member.step)
+        # With several processes a request arrives one step late, so one that a save has just met must not count again.
+        by_time = self.preemption.is_requested(CHECKPOINT) and self.dispatched > self.saved_after + 2
+        return by_time or self.options.plans_checkpoint(member.step)
 
     def _is_time_to_save(self) -> bool:
-        return time.perf_counter() - self.saved_at > self.shell.checkpoint_seconds
+        return time.perf_counter() - self.saved_at > self.options.checkpoint_seconds
 
     def _evaluate(self, lane: int) -> list[Any]:
         sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
@@ -271,7 +279,7 @@ class Loop:
         if not shapes:
             return shapes
         start = self.members[0].recipe.start
-        assert isinstance(start, Weights)  # and the same in all
+        assert isinstance(start, Weights)  # the same in all members
         return jax.device_put(self.objective.frozen(bases.of(start)), shardings(self.mesh, shapes))
 
     def _start(self, bases: Bases) -> LaneStates:
@@ -280,9 +288,9 @@ class Loop:
             member = self.members[number]
             restored = member.resume(self.program.lane)
             if restored is None and isinstance(member.recipe.start, Weights) and self.objective.adapter is None:
-                params, _ = self.objective.split(bases.of(member.recipe.start))
-                own = lay_out(params, self.program.lane.params)
-                restored = self.program.take(state, lane).replace(params=own)  # type: ignore[attr-defined]
+                given, _ = self.objective.split(bases.of(member.recipe.start))
+                params = lay_out(given, self.program.lane.params)
+                restored = self.program.take(state, lane).replace(params=params)  # type: ignore[attr-defined]
             if restored is not None:
                 state = self.program.put(state, lane, restored)
         return state
@@ -290,7 +298,7 @@ class Loop:
     def _save(self, members: list[Member]) -> None:
         for member in members:
             member.sync()
-            score = member.last.get(self.shell.metric) if member.last.get("step") == member.step else None
+            score = member.last.get(self.options.metric) if member.last.get("step") == member.step else None
             lane = self.slots.lane(self.members.index(member))
             base = member.plan.stage(max(member.step - 1, 0)).rope_base
             config = {} if base is None or member.step == 0 else {"rope_base": base}

@@ -1,4 +1,4 @@
-"""A member: the host's side of one lane, and what a caller says and is told of it."""
+"""Manage one member of a population on the host: its run directory, record, data and checkpoints."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 from model import Execution, accounting
 from train.data.folders import Data
 from train.hosts import agree, is_writer
-from train.loop.options import Shell
+from train.loop.options import RunOptions
 from train.objectives.objective import BatchSpec
 from train.plan import Plan, Stage
 from train.progress import say
@@ -28,14 +28,14 @@ logger = logging.getLogger("isoflop")
 
 
 class Member:
-    """The host's side of one lane: its run directory, its data order, its place."""
+    """Host side of one lane: its run directory, its data order, the step it is at."""
 
     def __init__(
         self,
         recipe: Recipe,
         folder: Path,
         data: Data,
-        shell: Shell,
+        options: RunOptions,
         execution: Execution = Execution(),
     ):
         recipe = recipe.with_horizon()
@@ -58,15 +58,15 @@ class Member:
                 self.run.update(weights=place, weights_beside=os.path.relpath(place, folder.resolve()))
         self.checkpoints = Checkpoints(
             folder,
-            keep=shell.keep_checkpoints,
-            keep_every=shell.keep_every,
-            keep_best=shell.keep_best,
-            higher_is_better=self.objective.rises(shell.metric),
-            keep_steps=shell.keep_steps,
+            keep=options.keep_checkpoints,
+            keep_every=options.keep_every,
+            keep_best=options.keep_best,
+            higher_is_better=self.objective.rises(options.metric),
+            keep_steps=options.keep_steps,
         )
-        self.shell = shell
+        self.options = options
         self.log: MetricsLog | None = None
-        # Where it will go on, unless that checkpoint turns out to be damaged: `resume` knows.
+        # Training continues here, unless `resume` finds this checkpoint damaged.
         self.step = self.run.record["step"] if self.ended else max(agree(self.checkpoints.steps), default=0)
         if self.ended and is_writer():
             for trouble in troubles([folder]):
@@ -74,45 +74,45 @@ class Member:
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
-        self.best = Best(shell.metric, self.objective.rises(shell.metric))
-        self.generation = 0  # how often it was rolled back: steps dispatched in an earlier generation are not recorded
+        self.best = Best(options.metric, self.objective.rises(options.metric))
+        self.generation = 0  # the number of rollbacks: steps dispatched in an earlier generation are not recorded
         self._losses: collections.deque[float] = collections.deque(maxlen=train_config.spike_window)
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to train."""
+        """Return whether nothing is left to train."""
         record = self.run.record
         if record["status"] != "finished":
             return record["status"] == "diverged"
         return record["step"] >= self.stop or self._stays_stopped(record.get("stopped_early"))
 
     def _stays_stopped(self, early: dict[str, Any] | None) -> bool:
-        """Whether a run that stopped early would do so again: by the same metric and with no more patience."""
-        metric, patience = self.shell.metric, self.shell.patience
+        """Return whether a run that stopped early would do so again: same metric, and no more patience than then."""
+        metric, patience = self.options.metric, self.options.patience
         return early is not None and early["metric"] == metric and 0 < patience <= early["patience"]
 
     @property
     def done(self) -> bool:
-        """Whether it is at its last step: its horizon, or the step whose validation used up the patience."""
+        """Return whether it is at its last step: the horizon, or the step whose validation used up the patience."""
         return self.step >= self.stop or self._out_of_patience
 
     @property
     def _out_of_patience(self) -> bool:
-        return 0 < self.shell.patience <= self.best.without and self.best.validated == self.step
+        return 0 < self.options.patience <= self.best.without and self.best.validated == self.step
 
     @property
     def improved(self) -> bool:
-        """Whether it is at the step of its best validation, whose checkpoint stays."""
-        return bool(self.shell.keep_best) and 0 < self.best.step == self.step
+        """Return whether it is at the step of its best validation, whose checkpoint is kept."""
+        return bool(self.options.keep_best) and 0 < self.best.step == self.step
 
     @property
     def active(self) -> bool:
-        """Whether it has steps to go."""
+        """Return whether it has steps left."""
         return not self.ended and self.step < self.stop
 
     @property
     def stage(self) -> Stage:
-        """What its next step is like."""
+        """Return the stage of its next step."""
         return self.plan.stage(min(self.step, self.plan.total_steps - 1))
 
     def batch_spec(self, stage: Stage) -> BatchSpec:
@@ -120,17 +120,17 @@ class Member:
         return self.objective.batch_spec(self.config, self.train_config, stage.batch_size, stage.seq_len)
 
     def batch(self, step: int, rows: slice) -> Any:
-        """Its batch of update number `step`, past what rollbacks have skipped."""
+        """Return these rows of the batch of update number `step`, after the rows that rollbacks skipped."""
         skipped = [back["skipped_rows"] for back in self.rollbacks if back["to"] <= step]
         return self.loader.batch(step, rows, skipped_rows=skipped[-1] if skipped else 0)
 
     @property
     def rollbacks(self) -> list[dict[str, Any]]:
-        """Each from which recorded step to which, for which loss, and the rows of data skipped since the start."""
+        """Return one entry per rollback: from step `at` to step `to`, the loss, and all rows of data skipped so far."""
         return self.run.record["rollbacks"]
 
     def resume(self, like: Any) -> Any | None:
-        """The newest intact state, or None for a fresh start; the record is cut to it."""
+        """Return the newest intact state, or None for a fresh start, and truncate the record to its step."""
         if self.rollbacks and not self.rollbacks[-1]["done"]:
             self._finish_rollback()
         found = self.checkpoints.restore_newest(like)
@@ -139,8 +139,8 @@ class Member:
             found = self.recipe.start.step, base.restore(self.recipe.start.step, like)
         if not self.ended:
             self.step = 0 if found is None else found[0]
-            if self.shell.announce and is_writer() and self.run.record["status"] != "planned":
-                where = f"going on from step {self.step:,}" if found else "no checkpoint was made yet: starting anew"
+            if self.options.announce and is_writer() and self.run.record["status"] != "planned":
+                where = f"going on from step {self.step:,}" if found else "no checkpoint yet: starting from step 0"
                 say(f"{self.run.folder}: {where}")
             self._open_log()
             if (change := self.run.begin(self.step)) and is_writer():
@@ -148,7 +148,7 @@ class Member:
         return None if found is None else found[1]
 
     def _open_log(self) -> None:
-        """What the record said at the step from which the run goes on, and the log from there."""
+        """Read the record up to the current step, and open the log to append to it."""
         if self.log is not None:
             self.log.close()
         begin = Metrics(*agree(self._record_up_to_here))
@@ -159,26 +159,26 @@ class Member:
             self.seconds = self.last.get("seconds", self.seconds)
             known = [record["validation_loss"] for record in begin.lines if "validation_loss" in record]
             self.validation_loss = known[-1] if known else None
-        # The record remembers, so that a kill changes no count.
-        rises = self.objective.rises(self.shell.metric)
-        self.best = Best.of(self.shell.metric, begin.lines, higher_is_better=rises)
+        # Counted from the record, so that a restart changes no count.
+        rises = self.objective.rises(self.options.metric)
+        self.best = Best.of(self.options.metric, begin.lines, higher_is_better=rises)
         self._losses.clear()
         self._losses.extend(record["loss"] for record in begin.lines if record["loss"] is not None)
-        self.run.update(metrics=begin.seal)  # before the file is cut: what it covers is there after a kill in between
+        self.run.update(metrics=begin.seal)  # before the file is truncated, so that a kill in between is safe
         self.log = MetricsLog(
-            self.run.folder, begin, tensorboard_every=max(1, self.stop // 100), wandb=self.shell.wandb
+            self.run.folder, begin, tensorboard_every=max(1, self.stop // 100), wandb=self.options.wandb
         )
 
     def _record_up_to_here(self) -> tuple[Any, ...]:
         return dataclasses.astuple(open_metrics(self.run.folder, self.step).up_to(self.step))
 
     def sync(self) -> None:
-        """Have the record on the disk, before a checkpoint that relies on it."""
+        """Sync the record to the disk, before a checkpoint that relies on it."""
         if self.log is not None:
             self.run.update(metrics=self.log.sync())
 
     def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """Append one step to the record. timing: `seconds` of this step, and what else was timed."""
+        """Append one step to the record. timing: the `seconds` of this step, and other timings."""
         assert self.log is not None
         self.seconds += timing["seconds"]
         names = metric_names(self.config, self.train_config, self.objective)
@@ -193,7 +193,7 @@ class Member:
             known |= self._bits(self.validation_loss, "validation", "validation_")
         rolled_back = sum(back["to"] < step for back in self.rollbacks)
         rollbacks = {"rollbacks": rolled_back} if rolled_back else {}
-        self.last = {"step": step, **self.books(step)} | known | rollbacks
+        self.last = {"step": step, **self.totals(step)} | known | rollbacks
         if len(self.loader.sources) > 1:
             self.last |= {f"tokens/{name}": drawn for name, drawn in self.loader.sources_drawn(step).items()}
         stage = self.plan.stage(step - 1)
@@ -205,7 +205,7 @@ class Member:
             self._losses.append(known["loss"])
 
     def _bits(self, nats: float | None, split: str, prefix: str) -> dict[str, float | None]:
-        """Perplexity, and bits per byte by the split's mean of bytes per token; of a likelihood of text."""
+        """Return perplexity and bits per byte (of the split's mean token); {} unless the loss is a likelihood."""
         if not self.objective.LIKELIHOOD:
             return {}
         if nats is None:
@@ -213,11 +213,13 @@ class Member:
         bits = nats / math.log(2) / self.bytes_per_token[split]
         return {f"{prefix}perplexity": math.exp(min(nats, 700)), f"{prefix}bits_per_byte": bits}
 
-    def books(self, step: int) -> dict[str, float]:
-        """Tokens, epochs and FLOPs up to a step."""
+    def totals(self, step: int) -> dict[str, float]:
+        """Return tokens, epochs and FLOPs up to a step."""
         flops_6nd = flops_exact = 0.0
         for stage in self.plan.stages:
-            tokens = min(max(step - stage.first_step, 0), stage.steps) * stage.tokens_per_step
+            # A stage of the steps 100–149 has 0 steps done at step 80, 20 at step 120 and 50 at step 200.
+            steps_done = min(max(step - stage.first_step, 0), stage.steps)
+            tokens = steps_done * stage.tokens_per_step
             flops_6nd += tokens * self.objective.flops_per_token(self.config, stage.seq_len, "6N")
             flops_exact += tokens * self.objective.flops_per_token(self.config, stage.seq_len, "exact")
         return {
@@ -228,36 +230,39 @@ class Member:
         }
 
     def flops_of_step(self, step: int) -> float:
-        """Exact FLOPs of one update, the `step`-th."""
+        """Return the exact FLOPs of one update; step: its number, from 1."""
         stage = self.plan.stage(step - 1)
         return stage.tokens_per_step * self.objective.flops_per_token(self.config, stage.seq_len, "exact")
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss is out of line with those before it, by the policy of the TrainConfig."""
+        """Return whether a loss is a spike: `spike_sigma` standard deviations above the mean of those before it."""
         sigma, window = self.train_config.spike_sigma, self.train_config.spike_window
         if sigma <= 0 or len(self._losses) < window or not math.isfinite(loss):
             return False
         return loss > statistics.fmean(self._losses) + sigma * statistics.pstdev(self._losses)
 
     def roll_back(self, step: int, loss: float) -> bool:
-        """Go back to the newest checkpoint before the step whose loss spiked, past the data since; False: too often.
+        """Go back to the newest checkpoint before the step whose loss spiked, and skip the data since then.
 
-        Checkpoints at planned steps come first: those that the time or an interruption made differ from one execution
-        to the next. Noted in `run.json` before anything is removed, so that a kill in between loses nothing.
+        Return False, and change nothing, if there is no such checkpoint or no rollback is left. Checkpoints of planned
+        steps are preferred: the others depend on time and interruptions, which differ from one execution to the next.
+        The rollback is recorded in `run.json` before anything is removed, so that a kill in between loses nothing.
         """
         earlier = [saved for saved in agree(self.checkpoints.steps) if saved < step]
-        earlier = [saved for saved in earlier if self.shell.plans_checkpoint(saved)] or earlier
+        earlier = [saved for saved in earlier if self.options.plans_checkpoint(saved)] or earlier
         if not earlier or len(self.rollbacks) >= self.train_config.max_rollbacks:
             return False
-        to, before = earlier[-1], self.rollbacks[-1]["skipped_rows"] if self.rollbacks else 0
+        to = earlier[-1]
+        # A spike at step 12 and a checkpoint of step 10: the batches of the updates number 10 and 11 are skipped.
         rows = sum(self.plan.stage(index).batch_size for index in range(to, step))
-        back = {"at": step, "to": to, "loss": loss, "skipped_rows": before + rows, "done": False}
+        skipped_before = self.rollbacks[-1]["skipped_rows"] if self.rollbacks else 0
+        back = {"at": step, "to": to, "loss": loss, "skipped_rows": skipped_before + rows, "done": False}
         self.run.update(rollbacks=[*self.rollbacks, back])
         self._finish_rollback()
         self.step = to
         self.generation += 1
         self._open_log()
-        self.run.begin(to)  # an execution that came later than this step holds from here on
+        self.run.begin(to)  # the present execution, which began later, now holds from here on
         return True
 
     def _finish_rollback(self) -> None:
@@ -266,11 +271,11 @@ class Member:
         self.run.update(rollbacks=[*before, back | {"done": True}])
 
     def end(self, status: str, compile_seconds: float) -> None:
-        """Note how it went."""
+        """Record how the run ended."""
         assert self.log is not None
         early: dict[str, Any] = {}
         if status == "finished" and self.step < self.stop:
-            best, patience = self.best, self.shell.patience
+            best, patience = self.best, self.options.patience
             noted = {"metric": best.metric, "best_step": best.step, "best": best.value, "patience": patience}
             early = {"stopped_early": noted}
         self.run.update(
@@ -288,22 +293,22 @@ class Member:
         )
 
     def fail(self) -> None:
-        """Note that an exception stopped it."""
+        """Record that an exception stopped the run."""
         if not self.ended:
             self.run.fail()
 
     def result(self) -> Result:
-        """What the caller is told."""
-        record, books = self.run.record, self.books(self.run.record["step"])
+        """Return the result that the caller gets."""
+        record, totals = self.run.record, self.totals(self.run.record["step"])
         return Result(
             run=self.run.folder,
             status=record["status"],
             steps=record["step"],
-            tokens=int(books["tokens"]),
-            epochs=books["epoch"],
+            tokens=int(totals["tokens"]),
+            epochs=totals["epoch"],
             parameters=accounting.parameters(self.config).total,
-            flops_6nd=books["flops_6nd"],
-            flops_exact=books["flops_exact"],
+            flops_6nd=totals["flops_6nd"],
+            flops_exact=totals["flops_exact"],
             seconds=record["seconds"],
             compile_seconds=record["compile_seconds"],
             rollbacks=len(self.rollbacks),
@@ -313,7 +318,7 @@ class Member:
         )
 
     def close(self) -> None:
-        """Wait for checkpoints, release the run directory."""
+        """Wait for checkpoints, then release the run directory."""
         try:
             self.checkpoints.close()
         finally:
@@ -323,5 +328,5 @@ class Member:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return the value, or None if it is not finite: JSON has no NaN."""
     return value if math.isfinite(value) else None

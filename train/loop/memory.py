@@ -1,4 +1,4 @@
-"""What a compiled step needs of a device's memory, by XLA's own analysis, and what the device has."""
+"""Compare the memory that a compiled step needs, by XLA's own analysis, with what the device has."""
 
 import dataclasses
 import os
@@ -13,14 +13,14 @@ _USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to frag
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. state: arguments and results, donated ones once; temporary: all that lies between."""
+    """Bytes on one device. state: arguments and results, donated ones counted once; temporary: intermediate values."""
 
     state: int
     temporary: int
 
     @classmethod
     def of(cls, compiled: Any) -> "Memory":
-        """Of a compiled program; zero where the backend does not tell."""
+        """Return the memory of a compiled program; zeros if the backend has no analysis."""
         analysis = compiled.memory_analysis()
         if analysis is None:
             return cls(0, 0)
@@ -29,15 +29,15 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the sum of both."""
         return self.state + self.temporary
 
     def fits(self, limit: int) -> bool:
-        """Whether a device of `limit` bytes holds it."""
+        """Return whether a device of `limit` bytes holds it."""
         return self.total <= _USABLE * limit
 
     def describe(self, limit: int) -> str:
-        """One line for people."""
+        """Return one line for people."""
         size = lambda count: f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
         return (
             f"{size(self.total)} of {size(limit)} per device "
@@ -46,7 +46,7 @@ class Memory:
 
 
 def device_memory(device: jax.Device | None = None) -> int:
-    """Bytes that a program may use on a device: of a CPU, what the machine has free now, over its devices."""
+    """Return the bytes that a program may use on a device; for a CPU the free memory, divided among its devices."""
     device = device or jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -55,7 +55,7 @@ def device_memory(device: jax.Device | None = None) -> int:
 
 
 def _free_memory() -> int:
-    """Of this machine; what caches hold is free too, where the kernel says how much that is."""
+    """Return the free memory of this machine, with reclaimable caches where the kernel reports them."""
     with suppress(OSError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -9,7 +9,7 @@ from train.config import TrainConfig
 from train.hosts import agree
 from train.lanes.build import compile_program
 from train.loop.memory import device_memory
-from train.loop.options import Shell
+from train.loop.options import RunOptions
 from train.objectives import LanguageModeling, Objective
 from train.plan import Plan, Stage
 
@@ -19,29 +19,29 @@ def choose_microbatches(
     train_config: TrainConfig,
     lanes: int,
     mesh: Mesh,
-    shell: Shell,
+    options: RunOptions,
     execution: Execution,
     objective: Objective = LanguageModeling(),
 ) -> Execution:
-    """The execution with `accumulate` as the shell's `microbatch` wants it.
+    """Return the execution with `accumulate` set as `options.microbatch` says.
 
-    "auto" compiles the largest step of the run with the execution's own number of microbatches, then twice and four
-    times as many and so on, until XLA's own analysis says that it fits. Raises InputError where no number of them does,
-    or `microbatch` does not divide the batch.
+    "auto" compiles the largest step of the run with the execution's own number of microbatches, then with twice and
+    four times as many and so on, until it fits by XLA's own analysis. Raises InputError if no number of microbatches
+    fits, or if `microbatch` does not divide the batch.
     """
-    if shell.microbatch is None:
+    if options.microbatch is None:
         return execution
     stages = Plan.of(train_config, None if train_config.phases else 1).stages
     largest = max(stages, key=lambda stage: stage.tokens_per_step)
-    if shell.microbatch != "auto":
-        given = str(shell.microbatch)
+    if options.microbatch != "auto":
+        given = str(options.microbatch)
         rows = int(given) if given.isdecimal() else 0
         if rows < 1 or largest.batch_size % rows:
             raise InputError(f"microbatch={given} is neither auto nor divides the batch of {largest.batch_size} rows")
         found = execution.replace(accumulate=largest.batch_size // rows)
         objective.check_execution(train_config, found)
         return found
-    limit = agree(lambda: shell.memory or device_memory(mesh.local_devices[0]))
+    limit = agree(lambda: options.memory or device_memory(mesh.local_devices[0]))
     needed = ""
     for count in _possible(mesh, stages, execution.accumulate):
         candidate = execution.replace(accumulate=count)
@@ -53,7 +53,11 @@ def choose_microbatches(
 
 
 def _possible(mesh: Mesh, stages: tuple[Stage, ...], least: int) -> list[int]:
-    """Return `least`, 2 · `least`, … as far as they divide every stage's batch into rows that the mesh divides."""
+    """Return `least`, 2 · `least`, … as long as they divide every stage's batch into rows that the mesh divides.
+
+    Example: a batch of 24 rows on a mesh that splits rows over 2 devices gives 1, 2 and 4: the microbatches of 24, 12
+    and 6 rows split evenly; 8 microbatches would have 3 rows.
+    """
     found, count = [], least
     while all(stage.batch_size % count == 0 for stage in stages):
         try:

@@ -1,4 +1,4 @@
-"""What a run does beside training."""
+"""Set the options of a run: validation, checkpoints, memory and reports."""
 
 import dataclasses
 
@@ -8,21 +8,21 @@ from train.run.best import metric_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
-    """What a run does beside training; none of it changes a loss, but by rounding.
+class RunOptions:
+    """Options of a run besides training itself; none of them changes a loss, except by rounding.
 
     evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
-    same ones each time. checkpoint_every: steps; 0: by time alone. Of the checkpoints the newest `keep_checkpoints`
-    stay, those of every `keep_every`-th step, those of `keep_steps` (which are then made), and with keep_best the one
-    of the best validation (each that improves on those before is then saved). keep_best: the name of a validation
-    metric in metrics.jsonl; True: validation_loss. patience: the run ends once that metric (validation_loss where
-    keep_best is False) has not improved in so many validations in a row; 0: never. checkpoint_start: save a fresh run
-    before its first step, so that one that diverges early still has parameters to look at. microbatch: rows per
-    microbatch, in place of the execution's `accumulate`; "auto": as many as the device's memory holds.
-    memory: bytes per device to plan for; None: what the device has. announce: say in one line, before the first step,
-    what memory it needs. wandb: a Weights & Biases project. profile: write a trace of a few steps into the run's
-    folder. compact: whether lanes move to a program of half as many once that holds all that go on; None: where
-    lanes run vmapped, for where they run sequentially one that has ended costs nothing.
+    same ones each time. checkpoint_every: steps; 0: by time alone. These checkpoints are kept: the newest
+    `keep_checkpoints`, those of every `keep_every`-th step and of `keep_steps` (which are also saved then), and with
+    keep_best the one of the best validation (saved at each improvement). keep_best: the name of a validation metric in
+    metrics.jsonl; True: validation_loss. patience: the run ends once that metric (validation_loss if keep_best is
+    False) has not improved in so many validations in a row; 0: never. checkpoint_start: save a fresh run before its
+    first step, so that one that diverges early still has parameters to look at. microbatch: rows per microbatch,
+    instead of the execution's `accumulate`; "auto": as many as the device's memory holds.
+    memory: bytes per device to plan for; None: what the device has. announce: print the memory that the program needs
+    in one line, before the first step. wandb: a Weights & Biases project. profile: write a trace of a few steps into
+    the run's folder. compact: whether lanes move to a program of half as many lanes once that holds all members still
+    training; None: only if lanes run vmapped, as a sequential lane that has ended costs nothing.
     """
 
     evaluate_every: int = 0
@@ -45,11 +45,11 @@ class Shell:
 
     @property
     def metric(self) -> str:
-        """The validation metric that `keep_best` and `patience` go by."""
+        """Return the validation metric that `keep_best` and `patience` use."""
         return metric_of(self.keep_best)
 
     def check_metric(self, measured: tuple[str, ...]) -> None:
-        """Raise InputError where a run that measures these validation metrics cannot do what is requested."""
+        """Raise InputError if a run that measures these validation metrics cannot do what is requested."""
         if self.metric not in measured:
             raise InputError(
                 f"keep_best={self.keep_best!r} is no validation metric of this run; it measures {', '.join(measured)}"
@@ -63,9 +63,11 @@ class Shell:
             )
 
     def plans_checkpoint(self, step: int) -> bool:
-        """Whether the step has a checkpoint however long the run takes."""
+        """Return whether the step is saved whatever time the run takes."""
         by_step = any(every > 0 and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
         return by_step or step in self.keep_steps
 
 
-refuse_moved(Shell, "mesh")
+refuse_moved(RunOptions, "mesh")
+
+Shell = RunOptions  # the former name, which callers of `train` use

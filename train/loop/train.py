@@ -1,4 +1,4 @@
-"""Check and open what a caller requests, and hand it to the loop."""
+"""Check the arguments of `train` and `population`, open what they name, and run the loop."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from train.lanes.build import frozen_shapes, lanes_for
 from train.loop.loop import Loop
 from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
-from train.loop.options import Shell
+from train.loop.options import RunOptions
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
@@ -36,14 +36,14 @@ def train(
     run: Folder,
     data: Places | None = None,
     steps: int | None = None,
-    shell: Shell = Shell(),
+    shell: RunOptions = RunOptions(),
     branch: Branch | None = None,
     execution: Execution = Execution(),
 ) -> Result:
     """Train a recipe to its last step. The same call again resumes the run, also under another execution.
 
-    In place of a recipe: a config, TrainConfig and HParams, with the recipe's data, steps and start (`branch`). data:
-    beside a recipe where its data lie now. Raises InputError on bad input, before anything is written, and
+    Instead of a recipe it takes a config, TrainConfig and HParams, with the recipe's data, steps and start (`branch`).
+    data: with a recipe, where its data are now. Raises InputError on bad input, before anything is written, and
     KeyboardInterrupt after Ctrl-C or SIGTERM, once the state is saved.
     """
     single = None if hparams is None else [hparams]
@@ -70,19 +70,19 @@ def population(
     data: Places | None = None,
     steps: int | Sequence[int] | None = None,
     lanes: int | None = None,
-    shell: Shell = Shell(),
+    shell: RunOptions = RunOptions(),
     branches: Sequence[Branch | None] | None = None,
     execution: Execution = Execution(),
 ) -> list[Result]:
     """Train one lane per recipe, all in one compiled program, each with a run directory of its own.
 
-    The recipes differ in hyperparameters, steps and starts alone. In place of them: a config, a TrainConfig and several
-    HParams. steps: for all, or one number each. A lane ends at its own horizon (`hparams.total_steps`, or its `steps`)
-    and is frozen from there on; one that goes non-finite for `max_skipped` steps ends as "diverged". Neither changes a
-    bit of its neighbours; but where lanes run vmapped (`Shell.compact`) those that are left then move to a program
-    of half as many lanes, which rounds differently. lanes (or the execution's): of the program, at least one each; the
-    others are padding that is never active, so that calls with fewer recipes run the same program to the same bits. It
-    is rounded up to what the mesh's population axis divides. Raises as `train` does.
+    The recipes may differ in hyperparameters, steps and starts only. Instead of recipes: a config, a TrainConfig and
+    several HParams. steps: for all, or one number each. A lane ends at its own horizon (`hparams.total_steps`, or its
+    `steps`) and its state stays fixed from then on; one that is not finite for `max_skipped` steps in a row ends as
+    "diverged". Neither changes a bit of the other lanes; but vmapped lanes that remain (`RunOptions.compact`) then move
+    to a program of half as many lanes, which rounds differently. lanes (or the execution's): of the program, at least
+    one per recipe; the others are padding that is never active, so that calls with fewer recipes run the same program
+    with the same bits. The number is rounded up to a multiple of the mesh's population axis. Raises as `train` does.
     """
     chosen = _recipes(recipes, train_config, hparams, data, steps, branches)
     if not chosen:
@@ -134,7 +134,7 @@ def _recipes(
     steps: int | Sequence[int] | None,
     branches: Sequence[Branch | None] | None,
 ) -> list[Recipe]:
-    """The recipes of a call in either form. Raises InputError where the two are mixed."""
+    """Return the recipes of a call in either form. Raises InputError if the two are mixed."""
     if not isinstance(recipes, ModelConfig):
         given = {"train_config": train_config, "hparams": hparams, "branch": branches}
         for name, value in given.items():
@@ -144,7 +144,10 @@ def _recipes(
             raise InputError("give a list of Recipes, or a ModelConfig with its TrainConfig, HParams and data")
         found = list(recipes)
         counts = _steps_of_each(steps, len(found))
-        return [one if count is None else one.replace(steps=count) for one, count in zip(found, counts, strict=True)]
+        for number, count in enumerate(counts):
+            if count is not None:
+                found[number] = found[number].replace(steps=count)
+        return found
     if train_config is None or hparams is None or data is None:
         raise InputError("give a Recipe, or a ModelConfig with its TrainConfig, HParams and data")
     if branches is not None and len(branches) != len(hparams):
@@ -167,27 +170,29 @@ def _steps_of_each(steps: int | Sequence[int] | None, count: int) -> list[int | 
 
 
 def _open(recipes: Sequence[Recipe], data: Places | None) -> Data:
-    """The data of the recipes. Raises InputError where it is not known where they lie, or others lie there."""
+    """Return the data of the recipes. Raises InputError if their folder is not known or holds other data."""
     first = recipes[0]
     place = first.folders if data is None else data
     if place is None:
-        raise InputError(f"nothing says where the data {first.data!r} lie; give data=FOLDER")
+        raise InputError(f"the folder of the data {first.data!r} is not known; give data=FOLDER")
     opened = Data.open(place)
     if opened.hash != first.data:
         raise InputError(f"{opened.place} holds other data than the recipe names")
     return opened
 
 
-def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell, bases: Bases) -> None:
+def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, options: RunOptions, bases: Bases) -> None:
     first = recipes[0]
-    shell.check_metric(first.objective.validation_metrics)
+    options.check_metric(first.objective.validation_metrics)
     if len(recipes) != len(runs):
         raise InputError(f"{len(recipes)} sets of hyperparameters but {len(runs)} run folders were given")
     if len({str(Path(run).absolute()) for run in runs}) < len(runs):
         raise InputError("two lanes have the same run folder; every lane needs its own")
     for other in recipes[1:]:
-        if apart := difference(first, other.replace(hparams=first.hparams, start=first.start)):
-            raise InputError(f"the lanes of a population differ in hyperparameters, steps and starts alone: {apart}")
+        if differing := difference(first, other.replace(hparams=first.hparams, start=first.start)):
+            raise InputError(
+                f"the lanes of a population may differ in hyperparameters, steps and starts, not in {differing}"
+            )
     first.objective.check(first.model, first.train)
     check_frozen(recipes)
     needed = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if _reads_start(recipe, Path(run))]
@@ -195,7 +200,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
         if isinstance(start, Weights):
             bases.of(start)
     first.objective.check_data(first.model, opened.sources)
-    planned = shell.checkpoint_every or shell.keep_every or shell.keep_steps
+    planned = options.checkpoint_every or options.keep_every or options.keep_steps
     if first.train.spike_sigma > 0 and not planned:
         raise InputError(
             f"spike_sigma={first.train.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
@@ -204,7 +209,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, shell: Shell
 
 
 def _reads_start(recipe: Recipe, run: Path) -> bool:
-    """Return whether the run reads what it starts from: at its first step, with frozen parameters at every start."""
+    """Return whether the run reads its start: before its first step or, with frozen parameters, whenever it resumes."""
     if not (run / "run.json").exists():
         return True
     record = read_record(run)
@@ -213,7 +218,7 @@ def _reads_start(recipe: Recipe, run: Path) -> bool:
 
 
 def check_frozen(recipes: Sequence[Recipe]) -> None:
-    """Raise InputError where parameters are frozen that no weights give, or other ones for other lanes."""
+    """Raise InputError unless frozen parameters come from weights, the same ones for all lanes."""
     first, objective = recipes[0].start, recipes[0].objective
     if objective.adapter is None:
         for recipe in recipes:
@@ -229,7 +234,7 @@ def check_frozen(recipes: Sequence[Recipe]) -> None:
         )
     if not isinstance(first, Weights):
         raise InputError(
-            f"{given} leaves the other parameters as they are, so that they must come from a model; give a run, a "
+            f"{given} leaves the other parameters unchanged, so that they must come from a model; give a run, a "
             "Hugging Face folder or a GGUF file in place of the preset (start=weights(PATH) of a Recipe)"
         )
     if any(recipe.start != first for recipe in recipes):
@@ -245,26 +250,26 @@ def check_frozen(recipes: Sequence[Recipe]) -> None:
                 )
 
 
-def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], shell: Shell) -> Execution:
-    """The execution with what it leaves open as the runs have it that there are, or else by its rules.
+def _as_before(execution: Execution, config: ModelConfig, runs: Sequence[Folder], options: RunOptions) -> Execution:
+    """Return the execution with its open fields set as in existing runs, or else by the default rules.
 
-    Open is scan_layers=None; and with microbatch="auto" their number, which then grows where it must.
+    Open are scan_layers=None and, with microbatch="auto", the number of microbatches, which may then only grow.
     """
     before = agree(lambda: _executed(runs))
     if execution.scan_layers is None:
         known = before and before["scan_layers"]
         execution = execution.replace(scan_layers=execution.scans(config) if known is None else known)
-    if shell.microbatch == "auto" and before is not None and "accumulate" in before:
+    if options.microbatch == "auto" and before is not None and "accumulate" in before:
         execution = execution.replace(accumulate=before["accumulate"])
     return execution
 
 
 def _executed(runs: Sequence[Folder]) -> dict | None:
-    """What is known of the newest execution of the first run that has begun."""
+    """Return the known fields of the newest execution of the first run that has begun; None if none has."""
     for folder in runs:
         if (Path(folder) / "run.json").exists() and (found := executions(record := read_record(folder))):
             known = found[-1][1].to_dict()
-            if "executions" not in record:  # by a version that did not note its microbatches
+            if "executions" not in record:  # older versions did not record the microbatches
                 del known["accumulate"]
             return known
     return None

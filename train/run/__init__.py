@@ -1,4 +1,4 @@
-"""The run directory: its record, its checkpoints, its metrics."""
+"""Read and write the run directory: its record, its checkpoints, its metrics."""
 
 from typing import TYPE_CHECKING
 

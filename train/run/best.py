@@ -1,4 +1,4 @@
-"""The best value of a validation metric so far, by the lines of a run's record."""
+"""Track the best value of a validation metric over the lines of a run's record."""
 
 import dataclasses
 import math
@@ -9,14 +9,14 @@ DEFAULT_METRIC = "validation_loss"
 
 
 def metric_of(keep_best: bool | str) -> str:
-    """The metric by which a run's validations are compared."""
+    """Return the name of the metric by which a run's validations are compared."""
     return keep_best if isinstance(keep_best, str) else DEFAULT_METRIC
 
 
 def improves(value: float | None, best: float | None, *, higher_is_better: bool = False) -> bool:
-    """Return whether a value is better than the best before; one that is not finite (or None) never is.
+    """Return whether a value is better than the best so far; None and values that are not finite never are.
 
-    best: None where there is none yet.
+    best: None if there is none yet.
     """
     if value is None or not math.isfinite(value):
         return False
@@ -27,10 +27,10 @@ def improves(value: float | None, best: float | None, *, higher_is_better: bool 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best validation of a run up to a step.
+    """Best validation of a run up to a step.
 
-    value, step: of the best one; None and 0 while none was finite. validated: the step of the latest validation.
-    without: validations since the best one, none of which improved on it.
+    value, step: of the best validation; None and 0 while no value was finite. validated: the step of the latest
+    validation. without: the number of validations since the best one, none of which improved on it.
     """
 
     metric: str
@@ -42,14 +42,14 @@ class Best:
 
     @classmethod
     def of(cls, metric: str, lines: Iterable[Mapping[str, Any]], *, higher_is_better: bool = False) -> Self:
-        """Return the best validation among a record's lines."""
+        """Return the best validation among the lines of a record."""
         best = cls(metric, higher_is_better)
         for line in lines:
             best = best.after(line)
         return best
 
     def after(self, line: Mapping[str, Any]) -> Self:
-        """Return the best validation once one more line is written."""
+        """Return the best validation after one more line."""
         if self.metric not in line:
             return self
         step, value = line["step"], line[self.metric]

@@ -1,13 +1,13 @@
-"""Orbax checkpoints that are verified before they are believed.
+"""Save and restore Orbax checkpoints; each is verified before it is used.
 
 `RUN/checkpoints/STEP` holds the parameters and the rest of the state as Orbax wrote them (see `model.checkpoint`),
 `checkpoint.json` and `checksums.json`. Orbax notices most damage, but one flipped bit in an array file restores
-silently wrong: so the checksums are the SHA-256 of every other file, and a checkpoint that does not agree with them is
-damaged.
+silently wrong: the checksums are therefore the SHA-256 of every other file, and a checkpoint that does not match them
+is damaged.
 
-A checkpoint is made under a hidden name and renamed when it is whole, and renamed to a hidden name before it is
-deleted. So a kill at any moment leaves whole checkpoints and hidden leftovers, which the run's next process removes.
-All processes of a run must see the same folder; process 0 decides, names and deletes.
+A checkpoint is written under a hidden name and renamed when it is complete, and renamed to a hidden name before it is
+deleted. A kill at any moment thus leaves complete checkpoints and hidden leftovers, which the run's next process
+removes. All processes of a run must see the same folder; process 0 decides, renames and deletes.
 """
 
 import errno
@@ -45,12 +45,12 @@ _WRITING, _DELETED, _REPLACED = "writing", "deleted", "replaced"
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Save, restore and delete the checkpoints of one run.
 
-    After each save these stay: the newest `keep`, multiples of `keep_every` (0: none), those of `keep_steps`, and with
-    `keep_best` the one of the best score. keep_best: the name of the metric that scores are of; True: validation_loss.
-    read_only: for a folder whose run another process may be training; nothing is moved or removed. With several
-    processes all of them call every method but `steps`, `whole_steps` and `close`.
+    After each save these are kept: the newest `keep`, multiples of `keep_every` (0: none), those of `keep_steps`, and
+    with `keep_best` the one with the best score. keep_best: the name of the metric of the scores; True:
+    validation_loss. read_only: for a folder whose run another process may be training; nothing is moved or removed.
+    With several processes all of them must call every method but `steps`, `whole_steps` and `close`.
     """
 
     def __init__(
@@ -74,22 +74,22 @@ class Checkpoints:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
 
     def save(self, step: int, state: Any, score: float | None = None, config: Mapping[str, Any] | None = None) -> None:
-        """Copy the state to the host, then write it in the background; a failed earlier save is raised here.
+        """Copy the state to the host, then write it in the background; an earlier save that failed raises here.
 
         state: a tree of NumPy arrays, the same in all processes, and jax.Arrays, sharded in any way; it may be donated
-        or changed as soon as this returns. Its field `params`, where it has one, is stored as an item of its own.
-        score: the value of the metric that `keep_best` names. config: fields of the model's config that are others at
-        this step than in the run's record. A checkpoint that the step has already is replaced. Raises OSError (ENOSPC)
-        before anything is begun where the disk has no room: a writer that fails half-way leaves little more than a page
-        of tracebacks.
+        or changed as soon as this returns. Its field `params`, if it has one, is stored as an item of its own.
+        score: the value of the metric that `keep_best` names. config: fields of the model's config whose value at this
+        step is not the one in the run's record. An existing checkpoint of the step is replaced. Raises OSError (ENOSPC)
+        before it writes anything if the disk has too little room: Orbax reports a write that fails half-way by little
+        more than a page of tracebacks.
         """
         self.wait()
         state = jax.tree.map(_savable, state)
         agree(self._make_room, step, 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _FILE_OVERHEAD)
         if self._checkpointer is None:
-            # Lanes are saved at once: without names of their own their processes would meet at each other's barriers.
+            # Lanes save concurrently: without a prefix of their own they would wait at each other's barriers.
             own = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=str(self._folder))
-            # Directories are made at once, for what waits for them waits by a clock that may jump.
+            # Directories are created synchronously: Orbax would wait for them by the wall clock, which may jump.
             at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             options = ocp.CompositeOptions(multiprocessing_options=own, async_options=at_once)
             handler = ocp.CompositeCheckpointHandler(composite_options=options)
@@ -110,9 +110,9 @@ class Checkpoints:
         self._writer.start()
 
     def wait(self) -> None:
-        """Until the save under way is on the disk; raises in all processes what went wrong with it.
+        """Wait until the save under way is on the disk; raise its error, if any, in all processes.
 
-        What the disk refused is an OSError with its errno. The checkpoints before it are as they were.
+        An error of the disk is an OSError with its errno. Earlier checkpoints are not affected.
         """
         if self._writer is None:
             return
@@ -122,7 +122,7 @@ class Checkpoints:
         agree(_raise, failure)
 
     def close(self) -> None:
-        """Wait for this process's part, and let go of Orbax's threads."""
+        """Wait for this process's part of a save, and stop Orbax's threads."""
         try:
             _raise(self._join())
         finally:
@@ -131,35 +131,35 @@ class Checkpoints:
                 self._checkpointer = None
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint on the disk, intact or not, oldest first.
+        """Return the steps with a checkpoint on the disk, intact or not, oldest first.
 
-        As this process sees it: while a save is under way, several processes must ask through `agree`.
+        Processes may see the folder at different moments of a save: several of them must call this through `agree`.
         """
         return steps_in(self._folder)
 
     def whole_steps(self) -> list[int]:
-        """Steps whose checkpoint was finished, oldest first; what it says now is not verified."""
+        """Return the steps whose checkpoint was completed, oldest first, without verifying its content."""
         return [step for step in self.steps() if (self._path(step) / CHECKSUMS).is_file()]
 
     def restore_newest(self, like: Any, at_most: int | None = None) -> tuple[int, Any] | None:
-        """(step, state) of the newest intact checkpoint, of at most that step; None if there is none.
+        """Return (step, state) of the newest intact checkpoint, up to step `at_most`; None if there is none.
 
-        like: a tree of shapes and dtypes. A leaf with a sharding comes back as a jax.Array laid out so, on any mesh;
-        without one as a NumPy array. Each damaged checkpoint on the way is named in a warning and moved to
-        `RUN/damaged/`, so that its step can be written again. Raises InputError where the leaves are not those saved.
+        like: a tree of shapes and dtypes. A leaf with a sharding is restored as a jax.Array of that layout, on any
+        mesh; a leaf without one as a NumPy array. Each damaged checkpoint on the way is reported by a warning and moved
+        to `RUN/damaged/`, so that its step can be saved again. Raises InputError if the leaves are not those saved.
         """
         self.wait()
         step = agree(self._newest_intact, at_most, leaves_of(like))
         return None if step is None else (step, restore(self._path(step), like))
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of that step, as `restore_newest` gives it. Raises InputError if there is none or it is damaged."""
+        """Return the state of a step as `restore_newest` does. Raises InputError if it is missing or damaged."""
         self.wait()
         agree(self._must_be_intact, step, leaves_of(like))
         return restore(self._path(step), like)
 
     def discard_after(self, step: int) -> None:
-        """Delete every checkpoint of a later step, the last one first, so that the run can go on from this one."""
+        """Delete every checkpoint of a later step, the last one first, so that the run can continue from this one."""
         self.wait()
         agree(self._discard_after, step)
 
@@ -170,7 +170,7 @@ class Checkpoints:
         return self._folder / f".{step}.{kind}"
 
     def _written(self, step: int) -> Path:
-        """Return where Orbax writes a checkpoint, beside its own temporary folder, before it is renamed."""
+        """Return where Orbax writes a checkpoint, next to its own temporary folder, before it is renamed."""
         return self._hidden(step, _WRITING) / str(step)
 
     def _join(self) -> BaseException | None:
@@ -193,7 +193,7 @@ class Checkpoints:
         self._checkpointer.save(self._written(step), args=ocp.args.Composite(**items))
 
     def _finish(self, step: int, about: dict[str, Any], state: Any) -> None:
-        """Write the state, unless that is under way (None), and publish it."""
+        """Write the state (None: Orbax is writing it already), wait for it, and publish it."""
         try:
             assert self._checkpointer is not None
             if state is not None:
@@ -211,7 +211,8 @@ class Checkpoints:
         written, replaced = self._written(step), self._hidden(step, _REPLACED)
         write_json(written / ABOUT, about)
         write_json(written / CHECKSUMS, checksums(written))
-        sync_tree(written)  # before it is named, and named before older ones go: a power cut leaves one that is whole
+        # Synced before the rename, and renamed before older ones are deleted: a power cut leaves a complete one.
+        sync_tree(written)
         if self._path(step).exists():
             os.rename(self._path(step), replaced)
         os.rename(written, self._path(step))
@@ -227,18 +228,20 @@ class Checkpoints:
         if self._keep_best:
             scores = [{"step": step, self._metric: self._score(step)} for step in whole]
             best = Best.of(self._metric, scores, higher_is_better=self._higher_is_better)
-            kept |= {best.step} if best.value is not None else set()
+            if best.value is not None:
+                kept.add(best.step)
         for step in self.steps():
             if step not in kept:
                 self._delete(step)
 
     def _score(self, step: int) -> float | None:
-        """The value of the metric at a step; None where it is unknown or the score is of another metric."""
+        """Return the metric at a step; None if it is unknown or the stored score is of another metric."""
         about = read_intact(self._path(step), ABOUT) or {"score": None}
-        return about["score"] if about.get("metric", DEFAULT_METRIC) == self._metric else None  # former ones: the loss
+        metric = about.get("metric", DEFAULT_METRIC)  # older versions scored by the loss alone
+        return about["score"] if metric == self._metric else None
 
     def _delete(self, step: int) -> None:
-        """Under a hidden name first: half a checkpoint never looks like one."""
+        """Delete under a hidden name: a checkpoint that is half deleted must not look like a complete one."""
         os.rename(self._path(step), self._hidden(step, _DELETED))
         shutil.rmtree(self._hidden(step, _DELETED), ignore_errors=True)
 
@@ -253,7 +256,7 @@ class Checkpoints:
         for path in [] if self._read_only else self._folder.glob(".*"):
             found = re.fullmatch(rf"\.(\d+)\.({_WRITING}|{_DELETED}|{_REPLACED})", path.name)
             if found and found[2] == _REPLACED and not self._path(int(found[1])).exists():
-                os.rename(path, self._path(int(found[1])))  # killed before the new one had taken its place
+                os.rename(path, self._path(int(found[1])))  # killed between the two renames of a replacement
             elif found:
                 shutil.rmtree(path)
 
@@ -284,16 +287,20 @@ class Checkpoints:
 
 
 def _savable(leaf: Any) -> Any:
-    """Orbax takes no NumPy scalar, and no jax.Array of one process among several: process 0 writes its own."""
+    """Return a leaf in a form that Orbax saves.
+
+    Orbax takes no NumPy scalars and, with several processes, no jax.Array that a single process holds: those become
+    NumPy arrays, which process 0 writes.
+    """
     if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
         return leaf
     return np.asarray(leaf)
 
 
 def _on_host(state: Any) -> Any:
-    """The state as NumPy arrays that neither a donation nor the caller changes any more.
+    """Return the state as NumPy arrays that neither a donation nor the caller can change.
 
-    Of a jax.Array on a CPU it is a view: JAX donates no buffer that has a view, and copies it then.
+    A jax.Array on a CPU becomes a view of its buffer: JAX does not donate a buffer that has a view, but copies it.
     """
     leaves = jax.tree.leaves(state)
     for leaf in leaves:
@@ -303,7 +310,7 @@ def _on_host(state: Any) -> Any:
 
 
 def _disk_error(failure: BaseException, folder: Path) -> BaseException:
-    """TensorStore puts the error of the operating system into the text of a ValueError; make it an OSError again."""
+    """Convert a failure back to an OSError: TensorStore puts the errno into the text of a ValueError."""
     found = re.search(r"(?:os_error_code='|OS error )(\d+)", str(failure))
     if found is None:
         return failure

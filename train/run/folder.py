@@ -1,4 +1,4 @@
-"""The run directory: what a run is and how it went. `model.runs` reads it."""
+"""Write the run directory: what a run is and how it went. `model.runs` reads it."""
 
 import dataclasses
 import datetime
@@ -27,11 +27,11 @@ from train.recipe import Recipe, difference, former_execution
 
 
 class BusyError(InputError):
-    """Another process writes this run."""
+    """Raised if another process is writing the run."""
 
 
 class Run:
-    """An open run directory. One program at a time: a second one is refused. Of several processes the first writes."""
+    """Hold a run directory open for one program; a second one gets BusyError. Of several processes process 0 writes."""
 
     def __init__(self, folder: Path, recipe: Recipe, execution: Execution = Execution()):
         self.folder, self.recipe, self.execution = Path(folder), recipe, execution
@@ -45,9 +45,9 @@ class Run:
             write_sealed(self.folder / "run.json", self.record, UNSEALED)
 
     def begin(self, step: int) -> str | None:
-        """Note that training goes on from this step, and under which execution; in words where that is another one.
+        """Record that training continues from a step; return how the execution differs from the one before, if it does.
 
-        What ran after the step is trained again, so that an execution that began there is forgotten.
+        Steps after it are trained again, so executions that began later are removed from the record.
         """
         held = [(first, execution) for first, execution in executions(self.record, self.execution) if first < step]
         before = held[-1][1] if held else self.execution
@@ -61,15 +61,15 @@ class Run:
         return ", ".join(changes) or None
 
     def fail(self) -> None:
-        """Note that an exception stopped it; on a full disk only the status is overwritten, in place."""
+        """Record that an exception stopped the run; on a full disk only the status is overwritten, in place."""
         try:
             self.update(status="failed")
-        except OSError as error:  # what went wrong is raised by the caller
+        except OSError as error:  # the caller raises what stopped the run
             if is_full(error):
                 _overwrite_status(self.folder / "run.json", "failed")
 
     def close(self) -> None:
-        """Let another program open it."""
+        """Release the lock, so that another program can open the run."""
         if self._lock is not None:
             self._lock.close()
 
@@ -109,7 +109,7 @@ class Run:
             "rollbacks": [],
             "executions": [],
             "result": None,
-            "wandb_id": secrets.token_hex(8),  # of the folder: another one with this run is another run there
+            "wandb_id": secrets.token_hex(8),  # a run trained in a second folder is a run of its own there
         }
         write_sealed(path, record, UNSEALED)
         return record
@@ -121,7 +121,7 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
             except OSError:
-                if remaining:  # one that only looks whether a process holds it (`is_held`) has it for microseconds
+                if remaining:  # `is_held` takes the lock for microseconds to see whether it is free
                     time.sleep(0.02)
         lock.close()
         raise BusyError(f"{self.folder} is being written by another process; wait for it or stop it")
@@ -129,15 +129,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run went.
+    """Outcome of a run.
 
     status: finished, diverged or interrupted. loss: training cross-entropy of the last step, nats per token.
     validation_loss: on the fixed validation tokens at the run's end (None unless finished). epochs: passes over
     the training data; above 1 tokens were repeated. flops_6nd and flops_exact: of the whole run, by convention
-    (see model/accounting.py), the trunk's part of a branch included; branch_step: the steps of that part, which the
-    trunk has been charged for. skipped: steps that were not finite. seconds: training time without compilation, over
-    all restarts. stopped_early: of a run that its patience ended, the metric, its best value and that one's step
-    (None and 0 where no validation was finite), and the patience.
+    (see model/accounting.py); for a branch this includes the base run's steps up to branch_step, which the base run
+    counts too. skipped: steps that were not finite. seconds: training time without compilation, over all restarts.
+    stopped_early: for a run that ended because of its patience: the metric, its best value and the step of that value
+    (None and 0 if no validation was finite), and the patience.
     """
 
     run: Path
@@ -159,28 +159,28 @@ class Result:
 
     @property
     def params(self) -> Params:
-        """The parameters of the run's newest checkpoint."""
+        """Return the parameters of the run's newest checkpoint."""
         return load_run(self.run)[1]
 
 
 def recipe_of(record: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run, by its `run.json`."""
+    """Return the recipe of a run from its `run.json`."""
     return Recipe.from_dict({**record["identity"], "hparams": record["hparams"]})
 
 
 def executions(record: Mapping[str, Any], otherwise: Execution = Execution()) -> list[tuple[int, Execution]]:
-    """Return how a run was executed, by its `run.json`: (the step from which on, the execution), in order.
+    """Return the executions of a run from its `run.json`, in order: (the step each one began at, the execution).
 
-    otherwise: what stands for the microbatches, mesh and so on that former versions did not note.
+    otherwise: has the fields, such as microbatches and mesh, that older versions did not record.
     """
-    if "executions" not in record:  # of a version that kept it among the configs' fields
+    if "executions" not in record:  # older versions kept it among the configs' fields
         return [(0, former_execution(record["identity"], otherwise))]
     rows = (dict(row) for row in record["executions"])
     return [(row.pop("from_step"), Execution.from_dict(row)) for row in rows]
 
 
 def _overwrite_status(path: Path, status: str) -> None:
-    """Replace the status in place by a word that is no longer, which needs no room on the disk."""
+    """Overwrite the status in place by a word of at most its length, which needs no room on the disk."""
     content = path.read_bytes()
     found = re.search(rb'"status": "(\w+)"', content)
     if found and len(found[1]) >= len(status):
@@ -191,12 +191,12 @@ def _overwrite_status(path: Path, status: str) -> None:
 
 
 def describe_device() -> dict[str, Any]:
-    """The kind and count of devices that JAX sees."""
+    """Return the platform, kind and count of the devices that JAX sees."""
     devices = jax.devices()
     return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries whose numerics a run depends on."""
+    """Return the versions of Python and of the libraries whose numerics a run depends on."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

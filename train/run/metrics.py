@@ -1,8 +1,8 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a line, written by `MetricsLog` and judged whenever it is read.
+"""Write and read the record of a run, `metrics.jsonl`: one JSON object per line, checked whenever it is read.
 
-`run.json` holds a seal: how far the file reached when it was last synced, and the SHA-256 of it up to there. So a line
-that was lost, cannot be read or was changed since is noticed and named. Folders from before there were seals are judged
-by their steps alone, which follow one another.
+`run.json` holds a seal: how far the file reached when it was last synced, and the SHA-256 of that part. A line that was
+lost, cannot be read or has been changed since is thereby detected and reported. Folders from before there were seals
+are checked by their step numbers alone, which must be consecutive.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ TIMING_FIELDS = (
 """The only fields that may differ between a resumed run and an uninterrupted one."""
 NAME = "metrics.jsonl"
 _NEEDED = ("step", "tokens", "flops_6nd")  # numbers in every line; `loss` is there too, but may be null
-_Numbered = tuple[int, bytes, dict[str, Any]]  # of a line: its number in the file, its bytes, what they say
+_Numbered = tuple[int, bytes, dict[str, Any]]  # a line: its number in the file, its bytes, its parsed content
 logger = logging.getLogger("isoflop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """The lines of a `metrics.jsonl` that can be read, in order, and in words what is wrong with it (None: nothing).
+    """Readable lines of a `metrics.jsonl`, in order, and a description of what is wrong with it (None: nothing).
 
-    raw: the same lines as they are written. doubtful: the last step whose line may not say what the run
-    wrote; 0 if all agree with the seal.
+    raw: the same lines as they are in the file. doubtful: the last step whose line may not be what the run wrote; 0 if
+    all lines match the seal.
     """
 
     lines: list[dict[str, Any]]
@@ -51,21 +51,21 @@ class Metrics:
     doubtful: int
 
     def up_to(self, step: int) -> "Metrics":
-        """The lines of no later step."""
+        """Return the metrics without the lines of later steps."""
         count = sum(line["step"] <= step for line in self.lines)
         return Metrics(self.lines[:count], self.raw[:count], self.trouble, min(self.doubtful, step))
 
     @property
     def seal(self) -> dict[str, Any]:
-        """Return what `run.json` says of a file of just these lines."""
+        """Return the seal in `run.json` of a file that holds just these lines."""
         return _seal(self.lines[-1]["step"] if self.lines else 0, "".join(self.raw).encode(), self.doubtful)
 
 
 def open_metrics(folder: str | Path, step: int = 0) -> Metrics:
-    """Read and judge a run's metrics. step: up to which they should reach, where `run.json` does not say.
+    """Read and check a run's metrics. step: the step they should reach, if `run.json` does not say.
 
-    A last line that a kill cut short, past what the seal covers, is left out without a word. Raises InputError where
-    the file is there but cannot be opened, or `run.json` is damaged.
+    A last line that a kill cut short, past what the seal covers, is dropped silently. Raises InputError if the file
+    exists but cannot be opened, or if `run.json` is damaged.
     """
     path = Path(folder) / NAME
     while True:
@@ -77,26 +77,27 @@ def open_metrics(folder: str | Path, step: int = 0) -> Metrics:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         if record and read_record(folder).get("metrics") != record.get("metrics"):
-            continue  # the run has cut its record in between
+            continue  # the run truncated its record between the two reads
         if not record and (path.parent / ".lock").exists():
             raise InputError(f"{folder} has no run.json any more, which says what a run is; put back a copy of it")
         return _judge(path, content, record, step)
 
 
 def troubles(folders: Iterable[Path]) -> list[str]:
-    """Return what is wrong with the records of these runs, a sentence each; a run that has no folder is passed over."""
+    """Return what is wrong with the records of these runs, one sentence each; runs without a folder are skipped."""
     found = []
     for folder in folders:
         try:
             trouble = open_metrics(folder).trouble if folder.is_dir() else None
         except InputError as error:
             trouble = str(error)
-        found += [trouble] if trouble else []
+        if trouble:
+            found.append(trouble)
     return found
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics; a warning names what is missing or cannot be read (see `open_metrics`)."""
+    """Return the readable lines of a run's metrics; a warning reports what is missing or damaged (`open_metrics`)."""
     metrics = open_metrics(folder)
     if metrics.trouble:
         logger.warning("%s", metrics.trouble)
@@ -104,10 +105,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends lines after those of `begin`, what `metrics.jsonl` is cut to first.
+    """Append lines to `metrics.jsonl`, which is first truncated to the lines of `begin`.
 
-    wandb: a Weights & Biases project that gets the same numbers. Of several processes the first writes. A line that the
-    disk refuses is an OSError; TensorBoard and Weights & Biases can neither stop nor hold up a run.
+    wandb: a Weights & Biases project that gets the same numbers. With several processes process 0 writes. A line that
+    cannot be written raises OSError; TensorBoard and Weights & Biases can neither stop nor delay a run.
     """
 
     def __init__(self, folder: Path, begin: Metrics, tensorboard_every: int, wandb: str | None = None):
@@ -119,7 +120,7 @@ class MetricsLog:
         there = path.read_bytes() if path.exists() else b""
         aside = folder / "damaged" / NAME
         if begin.trouble and there and not (aside.exists() and there.startswith(content)):
-            write_atomically(aside, there)  # before lines go that might still be read by eye
+            write_atomically(aside, there)  # a person may still be able to read the lines that are dropped
         if there != content:
             write_atomically(path, content)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 – lives as long as the run
@@ -147,14 +148,14 @@ class MetricsLog:
                 channel.write(step, numbers)
 
     def sync(self) -> dict[str, Any]:
-        """Have everything on the disk, and return the seal; called before a checkpoint that relies on it."""
+        """Sync the file to the disk and return its seal; called before a checkpoint that relies on it."""
         if self._file is None:
             return {}
         os.fsync(self._file.fileno())
         return _describe(self._step, self._bytes, self._sha256.hexdigest(), self._doubtful)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the file and the channels."""
         if self._file is not None:
             self._file.close()
         for channel in self._channels:
@@ -170,21 +171,24 @@ def _describe(step: int, size: int, sha256: str, doubtful: int) -> dict[str, Any
 
 
 def _judge(path: Path, content: bytes | None, record: dict[str, Any], step: int) -> Metrics:
+    """Compare the content of a `metrics.jsonl` (None: there is no file) with the seal of its `run.json`."""
     text, seal = content or b"", record.get("metrics")
-    if not seal:  # of a folder from before there were seals
+    if not seal:  # a folder from before there were seals
         ended = record.get("status") in ("finished", "diverged")
         seal = _seal(record.get("step", 0) if ended else 0, b"", 0)
     intact = hashlib.sha256(text[: seal["bytes"]]).hexdigest() == seal["sha256"]
     doubtful = seal["doubtful"] if intact else seal["step"]
     pieces = text.split(b"\n")
     if not pieces[-1] or len(text) > seal["bytes"]:
-        del pieces[-1]  # nothing, or what a kill cut short
+        del pieces[-1]  # empty, or a line that a kill cut short
     parsed = [(number, piece, _parse(piece)) for number, piece in enumerate(pieces, start=1)]
     whole = _in_order([(number, piece, line) for number, piece, line in parsed if line is not None])
     damaged = sorted({number for number, _, _ in parsed} - {number for number, _, _ in whole})
     there = {line["step"] for _, _, line in whole}
-    first = 1 + ((record.get("identity") or {}).get("branch") or {"step": 0})["step"]
-    missing = [number for number in range(first, max(step, seal["step"], *there, 0) + 1) if number not in there]
+    branch = (record.get("identity") or {}).get("branch")
+    first = branch["step"] + 1 if branch else 1  # a branch at step 100 records its steps from 101 on
+    last = max(step, seal["step"], *there, 0)
+    missing = [number for number in range(first, last + 1) if number not in there]
     trouble = []
     if content is None and missing:
         trouble.append("the file is missing")
@@ -203,7 +207,7 @@ def _judge(path: Path, content: bytes | None, record: dict[str, Any], step: int)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """One step's numbers, and the names of its phase and the like; None where they cannot be read."""
+    """Return the fields of a line: a step's numbers, and names such as its phase; None if they cannot be read."""
     try:
         record = json.loads(line.decode())
         plain = all(value is None or isinstance(value, (int, float, str)) for value in record.values())
@@ -214,7 +218,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _in_order(lines: list[_Numbered]) -> list[_Numbered]:
-    """The lines whose steps rise; one that has jumped ahead goes, and not all those behind it."""
+    """Return the lines whose steps rise; a line that jumps ahead is dropped, instead of all lines after it.
+
+    Example: of the steps 1, 2, 90, 3, 4 the line of step 90 is dropped.
+    """
     kept: list[_Numbered] = []
     for index, (number, raw, line) in enumerate(lines):
         before = kept[-1][2]["step"] if kept else 0
@@ -225,7 +232,7 @@ def _in_order(lines: list[_Numbered]) -> list[_Numbered]:
 
 
 def _ranges(name: str, numbers: list[int]) -> str:
-    """`steps 3, 7–9` of the rising numbers 3, 7, 8, 9."""
+    """Return `steps 3, 7–9` for the rising numbers 3, 7, 8, 9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
