@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from experiments.decode.bench import bench_decode
+from experiments.bench.decode.grid import bench_decode
 from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table

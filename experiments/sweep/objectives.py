@@ -46,7 +46,7 @@ def direction(name: str) -> str:
 def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
     """Raise InputError where a model's speed of decoding cannot be measured, before it is trained."""
     if not _OF_THE_RUN.issuperset(names):
-        from experiments.decode.bench import check_grid
+        from experiments.bench.decode.grid import check_grid
 
         check_grid(trial.recipe.model, [_cell(trial)], _STEPS, _REPEATS)
 
@@ -59,7 +59,7 @@ def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
     """
     import jax
 
-    from experiments.decode.bench import run_grid
+    from experiments.bench.decode.grid import run_grid
     from model import init
     from train.checksums import read_sealed
 
@@ -108,7 +108,7 @@ def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folde
 
 
 def _cell(trial: Trial) -> Any:
-    from experiments.decode.cells import Cell
+    from experiments.bench.decode.cells import Cell
 
     decode = trial.decode
     return Cell(batch=decode.batch, prompt=decode.context, weights=decode.weights, cache=decode.cache)

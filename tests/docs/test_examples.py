@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.decode.bench import check_grid, read_grid
+from experiments.bench.decode.grid import check_grid, read_grid
 from experiments.scaling.study.design import Design
 from experiments.sweep.space.file import load_space
 from model import presets

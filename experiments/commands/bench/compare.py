@@ -38,11 +38,11 @@ def compare(
         any: Compare documents of different models or devices too.
         json: Also write every number to this file.
     """
+    from experiments.bench.compare import compare as join
+    from experiments.bench.compare import regressions
+    from experiments.bench.machine import has_changed, in_words
+    from experiments.bench.render import COORDINATES, TRAINING_COORDINATES, words_of
     from experiments.commands.options import console, new_table, write_document
-    from experiments.decode.compare import compare as join
-    from experiments.decode.compare import regressions
-    from experiments.decode.machine import has_changed, in_words
-    from experiments.decode.render import COORDINATES, TRAINING_COORDINATES, words_of
     from model.errors import InputError
 
     limit = None if fail_above is None else _share(fail_above)

@@ -1,4 +1,4 @@
-"""Our training step of a given model beside that of Transformers, and with LoRA beside PEFT, in turns."""
+"""Our training step of a given model beside that of Transformers, and with LoRA beside PEFT, in interleaved rounds."""
 
 import contextlib
 import json
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from experiments.decode.probes import cores
-from experiments.peers.child import Child, python_has
-from experiments.peers.train_bench import WARM_UP_STEPS, measure_rounds, summarize
-from experiments.peers.twin import torch_python
+from experiments.bench.ceilings import cores
+from experiments.bench.peers.child import Child, python_has
+from experiments.bench.peers.twin import torch_python
+from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
+from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
 from model.convert import save_hf, save_peft
 from model.errors import InputError
 from train import HParams, TrainConfig
 
-_HERE = Path(__file__).parent
+_PEER = Path(__file__).parents[1] / "peers/hf_twin.py"
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 LOSS_TOLERANCE = 1e-4
 
@@ -85,8 +85,8 @@ def bench_against_transformers(
             adapter = Adapter(rank=rank, alpha=float(rank))
             save_peft(config, adapter, init_adapter(config, adapter, params, jax.random.key(0)), folder / "adapter")
             kinds[f"LoRA {rank}"] = str(folder / "adapter")
-        commands = {"isoflop": [sys.executable, "-m", "experiments.peers.own_twin"]}
-        commands |= {f"transformers {mode}": [python, str(_HERE / "hf_twin.py")] for mode in modes}
+        commands = {"isoflop": [sys.executable, "-m", "experiments.bench.peers.own_twin"]}
+        commands |= {f"transformers {mode}": [python, str(_PEER)] for mode in modes}
         document: dict[str, Any] = {"load_average": load_average, "rounds": rounds, "kinds": [], "versions": {}}
         for kind, place in kinds.items():
             with contextlib.ExitStack() as children:
@@ -106,13 +106,10 @@ def _measured(
 ) -> dict[str, Any]:
     """Return the numbers of one kind of training, a row per contender. Raises RuntimeError unless they train alike."""
     losses = {name: contender.run(WARM_UP_STEPS)[1] for name, contender in contenders.items()}
-    own = np.array(losses["isoflop"])
-    difference = max(float(np.max(np.abs(np.array(other) / own - 1))) for other in losses.values())
-    if not difference < LOSS_TOLERANCE:
-        raise RuntimeError(f"the contenders do not train alike: their first losses are {losses}")
-    turns = {name: contender.run for name, contender in contenders.items()}
+    difference = loss_difference(losses, LOSS_TOLERANCE)
+    runs: dict[str, TrainSteps] = {name: contender.run for name, contender in contenders.items()}
     tokens = shape["batch_size"] * shape["seq_len"]
-    speeds = measure_rounds(turns, dict.fromkeys(turns, steps), rounds, tokens)
+    speeds = tokens_per_second(runs, dict.fromkeys(runs, steps), rounds, tokens)
     flops = {name: accounting.flops_per_token(config, shape["seq_len"], name) for name in ("6N", "exact")}
     ready = {name: contender.ready for name, contender in contenders.items()}
     return {

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.decode.cells import Cell
-from experiments.decode.probes import Ceilings
+from experiments.bench.ceilings import Ceilings
+from experiments.bench.decode.cells import Cell
 from model import ModelConfig, Params, accounting
 
 BOOTSTRAPS = 2000

@@ -15,7 +15,7 @@ from typing import Any
 Answer = dict[str, Any]
 
 
-class OfTorch:
+class TorchPeer:
     """A Hugging Face folder, all on one device; what its subclasses share."""
 
     def __init__(self, spec: dict[str, Any]):
@@ -45,7 +45,7 @@ class OfTorch:
         return time.perf_counter()
 
 
-class Transformers(OfTorch):
+class TransformersPeer(TorchPeer):
     """`generate`, as people call it; its first token is timed by a call for one token."""
 
     def run(self) -> Answer:
@@ -70,7 +70,7 @@ class Transformers(OfTorch):
         return made[:, self.prompt.shape[1] :].tolist()
 
 
-class Torch(OfTorch):
+class CompiledTorchPeer(TorchPeer):
     """A loop by hand over the same model: a static cache, and the decode step compiled."""
 
     def cell(self, tokens: list[list[int]], steps: int) -> None:
@@ -106,7 +106,7 @@ class Torch(OfTorch):
         return made.logits[:, -1].argmax(-1, keepdim=True)
 
 
-class LlamaCpp:
+class LlamaCppPeer:
     """llama.cpp through its C interface, one sequence, keys and values in float32."""
 
     def __init__(self, spec: dict[str, Any]):
@@ -155,13 +155,16 @@ class LlamaCpp:
         return int(self.numpy.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 
+PEERS = {"transformers": TransformersPeer, "torch": CompiledTorchPeer, "llama.cpp": LlamaCppPeer}
+
+
 def main() -> None:
     """Read the spec from the command line, then answer line by line; what fails in a cell is its answer's "error"."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the answers
     say = lambda answer: print(json.dumps(answer), file=answers, flush=True)
     spec = json.loads(sys.argv[1])
-    peer: Any = {"transformers": Transformers, "torch": Torch, "llama.cpp": LlamaCpp}[spec["name"]](spec)
+    peer: Any = PEERS[spec["name"]](spec)
     say({"ready": True, "versions": peer.versions})
     for line in sys.stdin:
         told = json.loads(line)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from experiments.decode.cells import Cell, check_cell, grid, measure
-from experiments.decode.roofline import step_cost
+from experiments.bench.decode.cells import Cell, check_cell, grid, measure
+from experiments.bench.decode.roofline import step_cost
 from infer import prepare
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.decode.machine import compare_ceilings, has_changed, per_ceiling, times_of
-from experiments.decode.render import COORDINATES, TRAINING_COORDINATES
+from experiments.bench.machine import compare_ceilings, has_changed, per_ceiling, times_of
+from experiments.bench.render import COORDINATES, TRAINING_COORDINATES
 from model.errors import InputError, UnknownNameError
 
 METRICS = ("seconds_per_step", "time_to_first_token_seconds", "time_per_output_token_seconds", "step_seconds")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.peers.kin import check_fields
+from experiments.bench.peers.twin import check_fields
 from model import ModelConfig, Params
 from model.convert import fold
 

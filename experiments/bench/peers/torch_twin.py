@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Fields = dict[str, Any]
 
 
-class Norm(nn.Module):
+class TorchNorm(nn.Module):
     """RMSNorm or LayerNorm over the features."""
 
     def __init__(self, model: Fields):
@@ -47,7 +47,7 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
-class Attention(nn.Module):
+class TorchAttention(nn.Module):
     """Causal attention with grouped key/value heads; one matrix makes queries, keys and values."""
 
     def __init__(self, model: Fields):
@@ -77,7 +77,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class FeedForward(nn.Module):
+class TorchFeedForward(nn.Module):
     """Plain, or gated with one matrix for gate and up."""
 
     def __init__(self, model: Fields):
@@ -95,13 +95,13 @@ class FeedForward(nn.Module):
         return self.down(self.activation(hidden))
 
 
-class Block(nn.Module):
+class TorchBlock(nn.Module):
     """Two branches of the residual stream, each normalised before."""
 
     def __init__(self, model: Fields):
         super().__init__()
-        self.attention_norm, self.attention = Norm(model), Attention(model)
-        self.feed_forward_norm, self.feed_forward = Norm(model), FeedForward(model)
+        self.attention_norm, self.attention = TorchNorm(model), TorchAttention(model)
+        self.feed_forward_norm, self.feed_forward = TorchNorm(model), TorchFeedForward(model)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [batch, seq, d_model]."""
@@ -109,7 +109,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class Decoder(nn.Module):
+class TorchDecoder(nn.Module):
     """Tokens to the loss, so that all of it compiles as one graph."""
 
     def __init__(self, model: Fields, seq_len: int):
@@ -117,8 +117,8 @@ class Decoder(nn.Module):
         width, vocabulary = model["d_model"], model["vocab_size"]
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(model["max_seq_len"], width) if model["position"] == "learned" else None
-        self.layers = nn.ModuleList(Block(model) for _ in range(model["num_layers"]))
-        self.final_norm = Norm(model)
+        self.layers = nn.ModuleList(TorchBlock(model) for _ in range(model["num_layers"]))
+        self.final_norm = TorchNorm(model)
         self.head = nn.Linear(width, vocabulary, bias=False)
         if model["tie_embeddings"]:
             self.head.weight = self.tokens.weight
@@ -140,12 +140,12 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-class Trainer:
+class TorchTrainer:
     """The step: loss and gradient, clipping by the global norm, fused AdamW."""
 
     def __init__(self, spec: Fields):
         self.spec, self.device = spec, torch.device(spec["device"])
-        decoder = Decoder(spec["model"], spec["seq_len"])
+        decoder = TorchDecoder(spec["model"], spec["seq_len"])
         if spec.get("weights"):
             with np.load(spec["weights"]) as weights:
                 decoder.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights})
@@ -218,7 +218,7 @@ def main() -> None:
     if spec["device"] == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as XLA takes by default
     torch.manual_seed(spec["seed"])
-    trainer = Trainer(spec)
+    trainer = TorchTrainer(spec)
     compile_seconds = trainer.prepare()
     say(
         {

@@ -1,4 +1,4 @@
-"""`infer.score` with shared prefixes, without, and a plain pass with all its logits, in turns on one machine."""
+"""`infer.score` with shared prefixes, without, and a plain pass with all its logits, measured in interleaved rounds."""
 
 import functools
 import statistics
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from experiments.peers.turns import in_turns, middle_and_ends
+from experiments.bench.rounds import interleaved, median_and_range
 from infer import prepare, score
 from infer.batches import padded_length
 from model import ModelConfig, Params, apply
 from model.errors import InputError
 from model.progress import progress_bar
 
-Request = tuple[list[int], list[int]]
+ScoreRequest = tuple[list[int], list[int]]
 MOST_LOGITS = 2**28  # of a plain pass, 1 GiB; with more it is not measured
 
 
@@ -46,7 +46,7 @@ def bench_score(
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
     params = prepare(config, params)
     rows = []
-    with progress_bar("scoring in turns", len(prefixes) * rounds) as advance:
+    with progress_bar("scoring", len(prefixes) * rounds) as advance:
         for prefix in prefixes:
             scored = continuation or max(1, prefix // 10)
             requests = _draw(config, prefix, scored, contexts, continuations, seed)
@@ -77,9 +77,9 @@ def _check(config, prefixes, continuation, continuations, contexts, batch_size, 
 
 def _draw(
     config: ModelConfig, prefix: int, continuation: int, contexts: int, continuations: int, seed: int
-) -> list[Request]:
+) -> list[ScoreRequest]:
     random = np.random.default_rng(seed)
-    found: list[Request] = []
+    found: list[ScoreRequest] = []
     for _ in range(contexts):
         context = random.integers(0, config.vocab_size, prefix).tolist()
         ids = random.integers(0, config.vocab_size, (continuations, continuation))
@@ -90,7 +90,7 @@ def _draw(
 def _measure(
     config: ModelConfig,
     params: Params,
-    requests: list[Request],
+    requests: list[ScoreRequest],
     batch_size: int,
     rounds: int,
     advance: Callable[..., None],
@@ -111,16 +111,16 @@ def _measure(
     for name, turn in turns.items():
         first_calls[name], found[name] = _timed(turn)
     samples: dict[str, list[float]] = {name: [] for name in turns}
-    for number, name in enumerate(in_turns(list(turns), rounds), 1):
+    for number, name in enumerate(interleaved(list(turns), rounds), 1):
         samples[name].append(_timed(turns[name])[0])
         if number % len(turns) == 0:
             advance()
     over = lambda name, other: [theirs / own for own, theirs in zip(samples[name], samples[other], strict=True)]
     row: dict[str, Any] = {"requests": len(requests)}
     row |= {f"{name}_seconds": statistics.median(seconds) for name, seconds in samples.items()}
-    row |= middle_and_ends("shared_over_unshared", over("shared", "unshared"))
+    row |= median_and_range("shared_over_unshared", over("shared", "unshared"))
     if "apply" in turns:
-        row |= middle_and_ends("unshared_over_apply", over("unshared", "apply"))
+        row |= median_and_range("unshared_over_apply", over("unshared", "apply"))
     difference = max(float(np.abs(found["unshared"] - other).max()) for other in found.values())
     return row | {"largest_difference": difference, "first_call_seconds": first_calls, "samples": samples}
 
@@ -132,7 +132,7 @@ def _timed(turn: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
 
 
 def _plain_passes(
-    config: ModelConfig, params: Params, requests: list[Request], batch_size: int, length: int
+    config: ModelConfig, params: Params, requests: list[ScoreRequest], batch_size: int, length: int
 ) -> Callable[[], np.ndarray]:
     """Return a call that gives the log-probability of every request from logits of whole rows."""
     count = -(-len(requests) // batch_size) * batch_size

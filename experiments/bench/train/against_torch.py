@@ -1,20 +1,20 @@
-"""Our training step beside the same step of PyTorch, in turns on one machine."""
+"""Our training step beside the same step of PyTorch, in interleaved rounds on one machine."""
 
 import contextlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.decode.probes import cores
-from experiments.peers.turns import in_turns, middle_and_ends
-from experiments.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
+from experiments.bench.ceilings import cores
+from experiments.bench.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
+from experiments.bench.rounds import TrainSteps, loss_difference, median_and_range, tokens_per_second
 from model import ModelConfig, Params, accounting
 from model.errors import InputError
 from model.sharding import make_mesh
@@ -22,12 +22,9 @@ from train import HParams, TrainConfig
 from train.config import stack_hparams
 from train.lanes.build import compile_program
 
-Turn = Callable[[int], tuple[float, list[float]]]
-"""Make so many steps on fresh random tokens: (seconds of all together, the loss of each)."""
-
 MODES = ("eager", "compile")
 WARM_UP_STEPS = 3
-TURN_SECONDS = 1.0
+ROUND_SECONDS = 1.0
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
@@ -39,7 +36,7 @@ def bench_against_torch(
     steps_per_round: int | None = None,
     modes: tuple[str, ...] = MODES,
 ) -> dict[str, Any]:
-    """Tokens per second of our step and of PyTorch's, measured in turns that never overlap.
+    """Return the tokens per second of our step and of PyTorch's, measured in interleaved rounds that never overlap.
 
     Both start from our weights, see the same tokens and use the same optimizer at a constant rate; their losses over
     the warm-up steps must agree. On a CPU PyTorch has all cores, as XLA has. steps_per_round: of every contender; None:
@@ -55,23 +52,23 @@ def bench_against_torch(
     train_config = train_config.replace(schedule="constant")
     threads = cores() if jax.default_backend() == "cpu" else None
     hparams = HParams()
-    ours = Ours(config, train_config, hparams)
+    ours = IsoflopStep(config, train_config, hparams)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isoflop-twin-")))
         np.savez(folder / "weights.npz", **twin_weights(config, ours.params()))  # type: ignore[arg-type]
-        turns: dict[str, Turn] = {"isoflop": ours.run}
+        contenders: dict[str, TrainSteps] = {"isoflop": ours.run}
         ready: dict[str, dict[str, Any]] = {}
         for mode in modes:  # one after the other: each compiles alone
             spec = twin_spec(config, train_config, hparams, mode, folder / "weights.npz", threads)
             twin = stack.enter_context(Twin(spec, folder / f"{mode}.log"))
-            ready[mode], turns[f"torch {mode}"] = twin.ready, twin.run
+            ready[mode], contenders[f"torch {mode}"] = twin.ready, twin.run
         parameters = {"isoflop": ours.parameters} | {f"torch {mode}": ready[mode]["parameters"] for mode in modes}
         if len(set(parameters.values())) > 1:
             raise RuntimeError(f"the models differ: parameters are {parameters}")
-        steps, loss_difference = _warm_up(turns, LOSS_TOLERANCE[config.compute_dtype])
+        steps, loss_difference = _warm_up(contenders, LOSS_TOLERANCE[config.compute_dtype])
         if steps_per_round is not None:
             steps = dict.fromkeys(steps, steps_per_round)
-        speeds = measure_rounds(turns, steps, rounds, train_config.tokens_per_step)
+        speeds = tokens_per_second(contenders, steps, rounds, train_config.tokens_per_step)
     flops = {name: accounting.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
     compile_seconds = {"isoflop": ours.compile_seconds} | {f"torch {m}": ready[m]["compile_seconds"] for m in modes}
     return {
@@ -84,12 +81,12 @@ def bench_against_torch(
         "torch_threads": ready[modes[0]]["threads"] if modes else None,
         "contenders": [
             summarize(name, speeds, flops) | {"steps_per_round": steps[name], "compile_seconds": compile_seconds[name]}
-            for name in turns
+            for name in contenders
         ],
     }
 
 
-class Ours:
+class IsoflopStep:
     """Our step as the training loop drives it: donated state, batches from the host, no wait between steps."""
 
     def __init__(self, config: ModelConfig, train_config: TrainConfig, hparams: HParams):
@@ -101,11 +98,11 @@ class Ours:
         self.state = self.program.init(self.hparams)
 
     def params(self) -> Params:
-        """The parameters as they are now, on the host."""
+        """Return the parameters as they are now, on the host."""
         return jax.tree.map(lambda leaf: np.asarray(leaf)[0], self.state.params)
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """A `Turn`."""
+        """Train so many steps: (seconds of all together, the loss of each)."""
         shape = (count, 1, self.train_config.batch_size, self.train_config.seq_len + 1)
         rows = self.random.integers(0, self.config.vocab_size, shape)
         tokens, targets = (np.ascontiguousarray(part, np.int32) for part in (rows[..., :-1], rows[..., 1:]))
@@ -119,38 +116,24 @@ class Ours:
         return time.perf_counter() - start, [float(loss[0]) for loss in losses]
 
 
-def _warm_up(turns: Mapping[str, Turn], tolerance: float) -> tuple[dict[str, int], float]:
-    """(steps that fill a turn, the largest relative difference between the losses of the first steps)."""
-    losses = {name: turn(WARM_UP_STEPS)[1] for name, turn in turns.items()}
-    reference = np.array(losses["isoflop"])
-    difference = max(float(np.max(np.abs(np.array(other) / reference - 1))) for other in losses.values())
-    if not difference < tolerance:
-        raise RuntimeError(f"the contenders do not train alike: their first losses are {losses}")
-    return {name: _steps_that_fill_a_turn(turn) for name, turn in turns.items()}, difference
+def _warm_up(contenders: Mapping[str, TrainSteps], tolerance: float) -> tuple[dict[str, int], float]:
+    """Return (steps that fill about a second, the relative difference between the losses of the first steps)."""
+    losses = {name: train(WARM_UP_STEPS)[1] for name, train in contenders.items()}
+    difference = loss_difference(losses, tolerance)
+    return {name: _steps_in_a_round(train) for name, train in contenders.items()}, difference
 
 
-def _steps_that_fill_a_turn(turn: Turn) -> int:
+def _steps_in_a_round(train: TrainSteps) -> int:
     count = WARM_UP_STEPS
-    while (seconds := turn(count)[0]) < TURN_SECONDS / 4:  # a longer look at fast steps
+    while (seconds := train(count)[0]) < ROUND_SECONDS / 4:  # a longer look at fast steps
         count *= 2
-    return max(1, round(TURN_SECONDS * count / seconds))
-
-
-def measure_rounds(
-    turns: Mapping[str, Turn], steps: Mapping[str, int], rounds: int, tokens_per_step: int
-) -> dict[str, list[float]]:
-    """Tokens per second of every contender in every round."""
-    speeds: dict[str, list[float]] = {name: [] for name in turns}
-    for name in in_turns(list(turns), rounds):
-        seconds, _ = turns[name](steps[name])
-        speeds[name].append(tokens_per_step * steps[name] / seconds)
-    return speeds
+    return max(1, round(ROUND_SECONDS * count / seconds))
 
 
 def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Mapping[str, float]) -> dict[str, Any]:
-    """Median, slowest and fastest round; our speed over this contender's, round by round and of the fastest rounds.
+    """Return a contender's median, slowest and fastest round, and our speed over its own.
 
-    The fastest are those that other programs disturbed least.
+    The ratio is taken round by round, and of the fastest rounds, which other programs disturbed least.
     """
     own = speeds[name]
     ratios = [ours / theirs for ours, theirs in zip(speeds["isoflop"], own, strict=True)]
@@ -161,7 +144,7 @@ def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Map
         "tokens_per_second_slowest": min(own),
         "tokens_per_second_fastest": max(own),
         "tokens_per_second_by_round": own,
-        **middle_and_ends("isoflop_over_this", ratios),
+        **median_and_range("isoflop_over_this", ratios),
         "isoflop_over_this_at_best": max(speeds["isoflop"]) / max(own),
         "flops_6nd_per_second": flops_per_token["6N"] * median,
         "flops_exact_per_second": flops_per_token["exact"] * median,

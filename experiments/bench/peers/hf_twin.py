@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 Fields = dict[str, Any]
 
 
-class Trainer:
+class TransformersTrainer:
     """The step: loss and gradient, clipping by the global norm, fused AdamW on what is trained."""
 
     def __init__(self, spec: Fields):
@@ -94,7 +94,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(spec["seed"])
-    trainer = Trainer(spec)
+    trainer = TransformersTrainer(spec)
     compile_seconds = trainer.prepare()
     names = ("torch", "transformers", "peft") if spec["adapter"] else ("torch", "transformers")
     say(

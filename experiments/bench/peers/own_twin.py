@@ -23,7 +23,7 @@ from train.lanes.build import compile_program
 from train.objectives import LanguageModeling
 
 
-class Trainer:
+class IsoflopTrainer:
     """The step as the training loop drives it: donated state, batches from the host, no wait between steps."""
 
     def __init__(self, spec: dict[str, Any]):
@@ -63,7 +63,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the answers
     say = lambda answer: print(json.dumps(answer), file=answers, flush=True)
-    trainer = Trainer(json.loads(sys.argv[1]))
+    trainer = IsoflopTrainer(json.loads(sys.argv[1]))
     say(
         {
             "ready": True,

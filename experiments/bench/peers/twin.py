@@ -1,17 +1,16 @@
-"""PyTorch's side of a comparison: which models it can be, its weights, and the child process that trains it."""
+"""PyTorch's side of a comparison: the models that a peer supports, its weights, the child process that trains it."""
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.peers.child import Child, python_has
-from experiments.peers.kin import check_fields
+from experiments.bench.peers.child import Child, python_has
 from model import ModelConfig, Params
 from model.errors import InputError
 from train import HParams, TrainConfig
@@ -19,7 +18,12 @@ from train import HParams, TrainConfig
 TWIN = Path(__file__).with_name("torch_twin.py")
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 
-# What the twin can be, beside its shape.
+_SHAPE = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
+# These change nothing in the logits of a model whose other fields are as they must be.
+_IDLE = {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
+_IDLE |= {"num_labels", "base_d_model", "zero_readout", "eos_token_ids", "decoder_start_token_id"}
+
+# Fields of which the PyTorch twin supports any value, and those of which it supports some.
 _FREE = {"rope_base", "attention_scale", "norm", "norm_epsilon", "gated", "use_bias", "norm_bias", "attention_bias"}
 _FREE |= {"attention_output_bias", "tie_embeddings", "compute_dtype"}
 _SOME: dict[str, tuple[Any, ...]] = {
@@ -29,8 +33,23 @@ _SOME: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_fields(
+    config: ModelConfig, free: Collection[str], words: str, some: Mapping[str, tuple[Any, ...]] | None = None
+) -> None:
+    """Raise InputError, with these words, for the first field whose value the peer does not support.
+
+    The shape and the fields in `free` may have any value, those in `some` the values given, all others their default.
+    """
+    default = ModelConfig(vocab_size=2, d_model=2, num_layers=1, num_heads=1).to_dict()
+    for name, value in config.to_dict().items():
+        allowed = (some or {}).get(name, (default[name],))
+        if name not in {*_SHAPE, *_IDLE, *free} and value not in allowed:
+            wish = " or ".join(repr(choice) for choice in allowed)
+            raise InputError(f"{name}={value!r} {words}; it must be {wish}")
+
+
 def check_has_twin(config: ModelConfig, train_config: TrainConfig) -> None:
-    """Raises InputError for a model or a step that the PyTorch side does not have."""
+    """Raise InputError for a model or a step that the PyTorch side does not have."""
     check_fields(config, _FREE, "has no twin in PyTorch to compare with", _SOME)
     wanted = TrainConfig(batch_size=train_config.batch_size, seq_len=train_config.seq_len)
     for name, value in train_config.replace(schedule=wanted.schedule).to_dict().items():

@@ -40,7 +40,7 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.4, rounds: int = 3) -> Ceilings:
-    """Both ceilings, each measured `rounds` times in turns.
+    """Both ceilings, each measured `rounds` times, interleaved.
 
     size: bytes of the buffer that is read; None: `buffer_bytes()`. seconds: per form of reading, over all rounds.
     """

@@ -1,4 +1,4 @@
-"""Our generation beside other programs': the same weights and prompts, in turns on one machine."""
+"""Our generation beside other programs': the same weights and prompts, in interleaved rounds on one machine."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.decode.cells import Cell
-from experiments.decode.probes import cores
-from experiments.peers.child import Child, python_has
-from experiments.peers.gguf_out import write_gguf
-from experiments.peers.turns import in_turns, middle_and_ends
+from experiments.bench.ceilings import cores
+from experiments.bench.decode.cells import Cell
+from experiments.bench.peers.child import Child, python_has
+from experiments.bench.peers.gguf_out import write_gguf
+from experiments.bench.rounds import interleaved, median_and_range
 from infer import Sampling, prepare, stream
 from infer.decode import ROOM
 from model import ModelConfig, Params
 from model.convert import save_hf
 from model.errors import InputError
 
-PEER = Path(__file__).with_name("decode_peer.py")
+PEER = Path(__file__).parents[1] / "peers/decode_peer.py"
 PEERS = {  # what it needs, and the variable that names a Python that has it
     "transformers": ("transformers", "ISOFLOP_TRANSFORMERS_PYTHON"),
     "torch": ("transformers", "ISOFLOP_TORCH_PYTHON"),
@@ -114,7 +114,7 @@ def _measure(
             turns[name] = functools.partial(_asked, peer, {"do": "run"})
         except InputError as error:
             about[name] = {"error": str(error)}
-    answers, failed = take_turns(turns, rounds)
+    answers, failed = answers_by_round(turns, rounds)
     about |= {name: about[name] | {"error": words} for name, words in failed.items()}
     place = _place(cell, config.compute_dtype, steps, rounds)
     return [
@@ -145,11 +145,11 @@ def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -
     return turn
 
 
-def take_turns(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """(every contender's answers, why those stopped that did)."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     failed: dict[str, str] = {}
-    for name in in_turns(list(turns), rounds):
+    for name in interleaved(list(turns), rounds):
         if name not in failed:
             try:
                 answers[name].append(turns[name]())
@@ -177,7 +177,7 @@ def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, 
         "samples": {"time_to_first_token_seconds": first.tolist(), "seconds_per_step": step.tolist()},
     }
     for of, ratios in (("decode", step / our_step), ("first_token", first / our_first)):
-        row |= middle_and_ends(f"isoflop_over_this_{of}", ratios.tolist())
+        row |= median_and_range(f"isoflop_over_this_{of}", ratios.tolist())
     return row
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.decode.render import COORDINATES
+from experiments.bench.render import COORDINATES
 from experiments.report.style import MUTED, PALETTE, log_axis, new_figure, styled
 from model.errors import InputError
 
