@@ -22,6 +22,7 @@ from experiments.commands.bench import compare, decode
 from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
+from experiments.commands.repeated import each_once
 from experiments.commands.scaling import fit, predict
 from experiments.commands.scaling import plan as scaling_plan
 from experiments.commands.scaling import report as scaling_report
@@ -30,7 +31,6 @@ from experiments.commands.sweep import plan as sweep_plan
 from experiments.commands.sweep import replay
 from experiments.commands.sweep import report as sweep_report
 from experiments.commands.sweep import run as sweep_run
-from experiments.repeated import each_once
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
 

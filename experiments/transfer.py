@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.coordcheck import PARAMETERIZATIONS, TITLES, resize
 from experiments.report.style import INK, WIDTH, log_axis, new_figure, sequence, styled
+from experiments.sweep.analysis.optimum import log_parabola
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
-from experiments.sweep.reading.optimum import log_parabola
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from model import Execution, ModelConfig
 from model.ambient import pinned
@@ -44,7 +44,7 @@ def learning_rate_transfer(
 ) -> dict[str, Any]:
     """Sweep the same rates at every width, one compiled program each; the same call again resumes.
 
-    "cells" has a sweep's summary (`experiments.sweep.reading.summary`) for every parameterization and width, with
+    "cells" has a sweep's summary (`experiments.sweep.analysis.summary`) for every parameterization and width, with
     "optimum_per_seed": the rate at the vertex of a parabola through the best loss and its neighbours, None at the
     grid's edge. "spread": the highest over the lowest best rate of all widths, by the mean over seeds.
     """

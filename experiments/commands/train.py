@@ -231,7 +231,7 @@ def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, An
     import dataclasses
 
     from experiments.commands.options import write_document
-    from experiments.started import in_words, started_from_weights
+    from experiments.runs.started import in_words, started_from_weights
     from train.hosts import is_writer
     from train.run import read_record
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.objectives import LOSS, direction
-from experiments.sweep.reading.executions import one_per_training
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, Row, State
 from experiments.words import counted

@@ -348,7 +348,7 @@ def test_a_law_takes_the_place_of_a_definitions_own_optimum(tmp_path):
 
 
 def test_a_plan_of_a_large_study_is_a_definition_that_reads_back(large):
-    from experiments.report.commands import _toml
+    from experiments.study.command_lines import _toml
 
     for changes in ({}, {"tokens_per_parameter": 8.0, "law": ""}):
         design = Design.read(large).replace(**changes)

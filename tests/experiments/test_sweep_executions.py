@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
-from experiments.report.sweep_figures import execution_bars
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.executions import compare_executions
+from experiments.sweep.analysis.results import collect, read_results, write_tables
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
+from experiments.sweep.figures.bars import execution_bars
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.live import standing
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.executions import compare_executions
-from experiments.sweep.reading.results import collect, read_results, write_tables
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.search.recorded import read_recorded

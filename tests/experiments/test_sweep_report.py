@@ -10,12 +10,12 @@ import tomllib
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
 from experiments.scaling.study.design import Law
-from experiments.sweep.reading import analysis
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.results import collect, write_tables
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis import document as analysis
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.results import collect, write_tables
 from experiments.sweep.row import Row
 from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply

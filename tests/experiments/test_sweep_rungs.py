@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.sentence import sentence
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.live import standing, table
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.sentence import sentence
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import Row
 from experiments.sweep.space.overlay import apply
@@ -258,7 +258,7 @@ def test_text_of_every_figure_can_be_read_on_a_phone(tmp_path, phone_figures, po
 
 def test_the_losses_of_the_figure_are_all_inside_its_frame(tmp_path):
     """What was stopped is drawn at its rung, as the caption says; before, only the winner's dot was there."""
-    from experiments.report.sweep_figures import axis_panels
+    from experiments.sweep.figures.panels import axis_panels
 
     document = analyse(collect(tmp_path, rows_of(halved()), policy="halving"))
     (figure,) = axis_panels(document)

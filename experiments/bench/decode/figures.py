@@ -1,13 +1,25 @@
-"""Two pictures of a grid: what throughput costs in latency, and how far every cell is from the roof."""
+"""Figures of the decode benchmark: throughput against latency, distance from the roofline, speed over the batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments.bench.render import COORDINATES
-from experiments.report.style import MUTED, PALETTE, log_axis, new_figure, styled
+from experiments.report.style import (
+    MUTED,
+    PALETTE,
+    figures_of,
+    legend_aside,
+    log_axis,
+    new_figure,
+    new_panels,
+    sequence,
+    styled,
+)
 from model.errors import InputError
 
 _SERIES = [name for name in COORDINATES if name not in ("batch", "steps")]
@@ -88,3 +100,35 @@ def _draw_ceilings(axes: Axes, cells: list[dict[str, Any]], ceilings: dict[str, 
         color=MUTED,
     )
     axes.set(title="Roofline of a decode step", xlabel="FLOP per byte read", ylabel="FLOP per second")
+
+
+@styled
+def throughput(cells: Sequence[dict[str, Any]]) -> list[Figure]:
+    """Draw prefill and decode tokens per second over the batch, a line per context; bars from slowest to fastest."""
+    panels = new_panels(2, 3.5)
+    contexts = sorted({cell["context"] for cell in cells})
+    batches = sorted({cell["batch"] for cell in cells})
+    colours = sequence(len(contexts))
+    for axes, kind, speed_of in zip(panels, ("prefill", "decode"), ("", "_aggregate"), strict=True):
+        extent = []
+        for i, (context, colour) in enumerate(zip(contexts, colours, strict=True)):
+            row = sorted((cell for cell in cells if cell["context"] == context), key=lambda cell: cell["batch"])
+            # Set apart sideways, so that bars of different contexts do not hide each other.
+            shift = 1 + 0.06 * (i - (len(contexts) - 1) / 2)
+            x = [cell["batch"] * shift for cell in row]
+            speed = np.array([cell[f"{kind}_tokens_per_second{speed_of}"] for cell in row])
+            ends = [
+                np.array([cell.get(f"{kind}_tokens_per_second_{end}", middle) for cell, middle in zip(row, speed)])  # noqa: B905
+                for end in ("slowest", "fastest")
+            ]
+            bars = np.maximum([speed - ends[0], ends[1] - speed], 0)
+            axes.errorbar(x, speed, yerr=bars, fmt="o-", color=colour, capsize=3, label=f"{context:,}")
+            extent += [*ends[0], *ends[1]]
+        log_axis(axes.xaxis, batches[0], batches[-1], margin=0.08)
+        axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+        axes.xaxis.set_minor_locator(NullLocator())
+        log_axis(axes.yaxis, min(extent), max(extent))
+        axes.set(xlabel="batch (sequences)", title=kind.capitalize())
+        axes.set_ylabel("tokens per second, whole batch")
+        legend_aside(axes, title="context (tokens)")
+    return figures_of(panels)

@@ -82,7 +82,7 @@ def show(
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
-    from experiments.started import in_words, started_from_weights
+    from experiments.runs.started import in_words, started_from_weights
     from model.errors import InputError
     from model.runs import load_config, read_record
     from model.sharding import parse_mesh

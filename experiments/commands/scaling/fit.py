@@ -86,7 +86,7 @@ def fit(
             write_tables(tables, analysis)
         print(tables)
     if report is not None:
-        from experiments.report.scaling_page import write_scaling_page
+        from experiments.scaling.report import write_scaling_page
 
         with output(report):
             write_scaling_page(report, analysis, table.resolve().name, None if tables is None else str(tables))
@@ -95,7 +95,7 @@ def fit(
         if analysis.fits.isoflop is None and analysis.fits.parametric is None:
             print(f"nothing to draw: {plot} is not written", file=sys.stderr)
         else:
-            from experiments.scaling.plots import overview
+            from experiments.scaling.figures.laws import overview
 
             figure = overview(analysis.fits.isoflop, analysis.fits.parametric)
             write_plot(plot, figure, "IsoFLOP valleys and compute-optimal sizes")

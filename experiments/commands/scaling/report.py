@@ -57,8 +57,8 @@ def write_report(
     from experiments.commands.options import console, output
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
-    from experiments.report.scaling_page import write_scaling_page
     from experiments.scaling.analysis import STAGES, analyse
+    from experiments.scaling.report import write_scaling_page
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from experiments.scaling.study.run import table_troubles

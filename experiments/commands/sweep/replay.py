@@ -64,7 +64,7 @@ def replay(
     write_document(json, document)
     show(document)
     if plot is not None:
-        from experiments.sweep.search.replay_plot import reached
+        from experiments.sweep.figures.lines import reached
 
         write_plot(plot, reached(document), "share of searches in the best region against trials")
 

@@ -101,8 +101,8 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     """
     from experiments.commands.options import console, write_document
     from experiments.sweep import live
+    from experiments.sweep.analysis.results import read_results, record_troubles
     from experiments.sweep.ledger import Ledger
-    from experiments.sweep.reading.results import read_results, record_troubles
     from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
@@ -180,9 +180,9 @@ def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | N
 
 
 def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
+    from experiments.sweep.analysis.results import read_results, record_troubles
+    from experiments.sweep.analysis.summary import summarize
     from experiments.sweep.live import standing
-    from experiments.sweep.reading.results import read_results, record_troubles
-    from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
     summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy, "unit": results.unit}
@@ -212,9 +212,9 @@ def _stop_at_failures(ledger: "Ledger") -> None:
 def show(summary: dict[str, Any]) -> None:
     """Print the settings, best first, and what a reader should beware of."""
     from experiments.commands.options import console, new_table
-    from experiments.sweep.reading.scales import text
-    from experiments.sweep.reading.sentence import sentence
-    from experiments.sweep.reading.summary import fate
+    from experiments.sweep.analysis.scales import text
+    from experiments.sweep.analysis.sentence import sentence
+    from experiments.sweep.analysis.summary import fate
 
     out, names, standing = console(), list(summary["axes"]), summary["standing"]
     states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
@@ -242,7 +242,7 @@ def show(summary: dict[str, Any]) -> None:
 def _speeds(found: dict[str, Any]) -> "Table":
     """The speed of every execution, the fastest first."""
     from experiments.commands.options import new_table
-    from experiments.sweep.reading.scales import text
+    from experiments.sweep.analysis.scales import text
 
     table = new_table(*found["axes"], "trials", "training tokens/s", "± trials", "of the fastest")
     for row in found["executions"][:_SHOWN]:

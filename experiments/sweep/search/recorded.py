@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
+from experiments.sweep.analysis.scales import is_number
+from experiments.sweep.analysis.settings import candidates_of, group, pooled_noise
 from experiments.sweep.objectives import DIRECTIONS
-from experiments.sweep.reading.executions import one_per_training
-from experiments.sweep.reading.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
-from experiments.sweep.reading.scales import is_number
-from experiments.sweep.reading.settings import candidates_of, group, pooled_noise
 from experiments.words import counted
 from model.errors import InputError, UnknownNameError
 

@@ -3,27 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.report import sweep_figures, sweep_maps
-from experiments.report.figures import Curve, read_curve
 from experiments.report.page import Drawn, drawn, drawn_twice, render
-from experiments.sweep.reading.curves import MOST, UNEQUAL, chosen
-from experiments.sweep.reading.executions import one_per_training
-from experiments.sweep.reading.results import Results, Tables
-from experiments.sweep.reading.scales import MANY, distinct, is_number, text
-from experiments.sweep.reading.settings import by_setting
-from experiments.sweep.reading.summary import fate
+from experiments.runs.curves import LossCurve, read_curve
+from experiments.sweep.analysis.curves import MOST, UNEQUAL, chosen
+from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.results import Results, Tables
+from experiments.sweep.analysis.scales import MANY, distinct, is_number, text
+from experiments.sweep.analysis.settings import by_setting
+from experiments.sweep.analysis.summary import fate
+from experiments.sweep.figures import bars, lines, maps, panels
 from experiments.words import counted
 from train.files import write_atomically
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_ROWS = 1000  # of the table of settings
 
 
 def write_sweep_page(path: Path, results: Results, document: dict[str, Any], tables: Tables | None = None) -> None:
     """Write the report of a sweep: self-contained, whole or absent.
 
-    document: `experiments.sweep.reading.analysis.analyse` of the results. tables: those beside the page, if any.
+    document: `experiments.sweep.analysis.document.analyse` of the results. tables: those beside the page, if any.
     """
-    write_atomically(path, render("sweep.html.jinja", **_view(results, document, tables)))
+    write_atomically(path, render(TEMPLATE, **_view(results, document, tables)))
 
 
 def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> dict[str, Any]:
@@ -46,13 +47,13 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
             row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
         ),
         "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
-        "beyond": sweep_figures.goes_beyond(document),
+        "beyond": panels.goes_beyond(document),
         "fate": fate,
         "everywhere": [*results.axes, *results.executions],
         "total_settings": len(document["settings"]),
         "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
         "began": {row["member"]: row["parent_steps"] for row in results.rows},
-        "rung_in_words": sweep_figures.rung_in_words,
+        "rung_in_words": panels.rung_in_words,
         "running": sum(document["counts"][state] for state in ("planned", "running")),
         "order": sorted(document["settings"], key=_place)[:MOST_ROWS],
         "winning": None if winner is None else winner["setting"] | {"member": winner["member"]},
@@ -83,12 +84,12 @@ def _seeds(results: Results) -> int:
 
 def _compared_at(document: dict[str, Any]) -> str:
     """Return which losses the figures of all axes together show."""
-    rows, steps = sweep_figures.fullest(document)
+    rows, steps = panels.fullest(document)
     total = len(document["settings"])
     if steps is None:
-        what = "members" if sweep_figures.is_population(document) else "settings"
+        what = "members" if panels.is_population(document) else "settings"
         return "" if len(rows) == total else f"Of the {len(rows)} {what} of {total} that were trained to the end. "
-    where = sweep_figures.rung_in_words(steps)
+    where = panels.rung_in_words(steps)
     return f"Losses after {where}, where the most settings can be compared: {len(rows)} of {total}. "
 
 
@@ -115,46 +116,46 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
     few = None if len(names) > 1 else "It takes two axes that vary."
     curves = _curves(results)
     # Nothing is ranked alone: a line or a cell without another says nothing.
-    single = None if len(sweep_figures.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
+    single = None if len(panels.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
     refused = [found.get("refused") for found in document["importance"].values()]
     found = {
-        "axes": drawn("Loss against each axis", lambda: sweep_figures.axis_panels(document), no_loss or no_axes),
+        "axes": drawn("Loss against each axis", lambda: panels.axis_panels(document), no_loss or no_axes),
         "curves": drawn_twice(
             "Training loss of runs over tokens",
-            lambda width: sweep_figures.learning_curves(curves, _costs_differ(results), width),
+            lambda width: lines.learning_curves(curves, _costs_differ(results), width),
             None if curves else "No run has left a learning curve beside this sweep.",
         ),
         "parallel": drawn_twice(
             "Settings as lines through their values",
-            lambda width: sweep_figures.parallel_coordinates(document, width),
+            lambda width: lines.parallel_coordinates(document, width),
             no_loss or no_axes or few or single,
         ),
         "importance": drawn_twice(
             "Importance of each axis",
-            lambda width: sweep_figures.importance_bars(document["importance"], width),
+            lambda width: bars.importance_bars(document["importance"], width),
             None if None in refused else f"Importances were refused: {refused[0]}.",
         ),
-        "pairs": drawn("Loss over pairs of axes", lambda: sweep_maps.pair_maps(document), no_loss or few or single),
+        "pairs": drawn("Loss over pairs of axes", lambda: maps.pair_maps(document), no_loss or few or single),
     }
     if document["executions"] is not None:
         timed = any(row["tokens_per_second"] for row in document["executions"]["executions"])
         found["executions"] = drawn_twice(
             "Training tokens per second of each execution",
-            lambda width: sweep_figures.execution_bars(document["executions"], width),
+            lambda width: bars.execution_bars(document["executions"], width),
             None if timed else "No trial has a speed yet.",
         )
     if document["pareto"] is not None:
-        found["pareto"] = drawn("Pareto front", lambda: sweep_maps.pareto_front(document["pareto"]))
+        found["pareto"] = drawn("Pareto front", lambda: maps.pareto_front(document["pareto"]))
     if document["transfer"] is not None:
         found["transfer"] = drawn(
             "Optimum of the learning rate at each size",
-            lambda: sweep_maps.rate_transfer(document["transfer"]),
+            lambda: maps.rate_transfer(document["transfer"]),
             None if any(row["line"] for row in document["transfer"]["sizes"]) else "No size has a loss.",
         )
     return found
 
 
-def _curves(results: Results) -> list[tuple[dict[str, Any], Curve]]:
+def _curves(results: Results) -> list[tuple[dict[str, Any], LossCurve]]:
     pairs = [(row, read_curve(results.folder / row["run"], points=120)) for row in chosen(results.rows)]
     return [(row, curve) for row, curve in pairs if curve is not None]
 

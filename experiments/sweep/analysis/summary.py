@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from experiments.sweep.reading.comparisons import best_of_many, selected_interval
-from experiments.sweep.reading.executions import compare_executions, one_per_training
-from experiments.sweep.reading.optimum import rate_optimum
-from experiments.sweep.reading.rungs import Rungs, lineage, verdicts
-from experiments.sweep.reading.scales import MANY, distinct, edge_of, is_number, text
-from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group, pooled_noise
+from experiments.sweep.analysis.comparisons import best_of_many, selected_interval
+from experiments.sweep.analysis.executions import compare_executions, one_per_training
+from experiments.sweep.analysis.optimum import rate_optimum
+from experiments.sweep.analysis.rungs import Rungs, lineage, verdicts
+from experiments.sweep.analysis.scales import MANY, distinct, edge_of, is_number, text
+from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
 from experiments.words import counted, is_or_are
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.sweep.analysis.scales import text
 from experiments.sweep.objectives import TRAINING_SPEED
-from experiments.sweep.reading.scales import text
 from experiments.sweep.row import State
 from experiments.sweep.trial import Trial
 from model import Execution
@@ -177,7 +177,7 @@ def compare_executions(
     difference, typical = float(np.ptp(apart)), abs(float(np.mean(apart)))
     limit, limit_by = UNEXPLAINED * typical, "1 % of the loss"
     if noise is not None:
-        from experiments.sweep.reading.comparisons import largest_of_many  # here, as it imports SciPy
+        from experiments.sweep.analysis.comparisons import largest_of_many  # here, as it imports SciPy
 
         pairs = sum(math.comb(len(losses), 2) for losses in ended)
         reach = largest_of_many(pairs, freedom) * noise * math.sqrt(2)

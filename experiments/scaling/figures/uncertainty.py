@@ -1,4 +1,4 @@
-"""Figures of a page of scaling laws that `experiments.scaling.plots` has not: contours, clouds, and held-out runs."""
+"""Figures that say how far scaling laws can be trusted: loss contours, clouds of bootstrap draws, held-out runs."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -22,8 +22,8 @@ from experiments.report.style import (
     sequence,
     styled,
 )
+from experiments.scaling.figures.laws import FLOPS, PARAMS, TOKENS, drawn_of
 from experiments.scaling.law.parametric import ParametricFit
-from experiments.scaling.plots import FLOPS, PARAMS, TOKENS, drawn_of
 from experiments.scaling.rows.thin import DOTS, sample
 from experiments.scaling.valleys.isoflop import IsoflopFit
 

@@ -23,9 +23,9 @@ from experiments.report.style import (
     sequence,
     styled,
 )
-from experiments.report.sweep_axes import loss_colours, place_axis, tick_labels
-from experiments.report.sweep_figures import fullest, is_population
-from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of
+from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of
+from experiments.sweep.figures.axes import loss_colours, place_axis, tick_labels
+from experiments.sweep.figures.panels import fullest, is_population
 
 LOSS = "validation loss (nats)"
 Document = Mapping[str, Any]

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.analysis.executions import execution_names, execution_value, recipe_id
+from experiments.sweep.analysis.scales import MANY, distinct, is_number
 from experiments.sweep.objectives import TRAINING_SPEED, training_speed
-from experiments.sweep.reading.executions import execution_names, execution_value, recipe_id
-from experiments.sweep.reading.scales import MANY, distinct, is_number
 from experiments.sweep.row import ENDED, Row
 from model.errors import InputError
 from train.files import write_atomically
@@ -35,7 +35,7 @@ class Results:
     member: its own id where it left it with other settings, as in a population, so that its fields hold only for the
     updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together
     with an axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried;
-    they are no axes (`experiments.sweep.reading.executions`). unit: of the losses; "nats" where trials of several
+    they are no axes (`experiments.sweep.analysis.executions`). unit: of the losses; "nats" where trials of several
     objectives have different ones.
     """
 

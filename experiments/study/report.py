@@ -4,19 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.report import figures
-from experiments.report.commands import commands
+from experiments.bench.decode.figures import throughput
 from experiments.report.page import Drawn, device_name, drawn, drawn_twice, known, render
-from experiments.report.sweep_figures import axis_panels, goes_beyond
-from experiments.scaling import plots
+from experiments.runs.curves import LossCurve, read_curve
+from experiments.scaling.figures import laws
 from experiments.scaling.fit import fit_both
 from experiments.scaling.law.problem import LARGEST_EXPONENT
 from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from experiments.scaling.valleys.isoflop import DEFAULT
+from experiments.study import figures
+from experiments.study.command_lines import commands
+from experiments.sweep.figures.panels import axis_panels, goes_beyond
 from train.checksums import read_sealed
 from train.files import write_atomically
 from train.run.metrics import troubles
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
 CURVES = {"spline": "smoothing spline", "skewed": "skewed parabola", "parabola": "parabola"}
@@ -29,7 +32,7 @@ def write_study_page(folder: Path, document: dict[str, Any]) -> None:
 
     What is missing (a refused fit, no prediction, a diverged run) is said in a sentence where its figure would be.
     """
-    write_atomically(folder / "report.html", render("study.html.jinja", **_view(folder, document)))
+    write_atomically(folder / "report.html", render(TEMPLATE, **_view(folder, document)))
 
 
 def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
         ),
         "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
-            lambda: plots.compute_optimal(isoflop, parametric),
+            lambda: laws.compute_optimal(isoflop, parametric),
             "Both estimators were refused, so there is no N*(C)." if parametric is None and isoflop is None else None,
         ),
         "held_out": drawn_twice(
@@ -125,13 +128,13 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
         ),
         "decode": drawn(
             "Prefill and decode throughput over batch size",
-            lambda: figures.decode_throughput(cells),
+            lambda: throughput(cells),
             None if cells else "Decoding was not measured.",
         ),
     }
     if isoflop is not None:
         found["valleys"] = drawn_twice(
-            "Loss over parameters for each budget", lambda width: plots.valleys(isoflop, width)
+            "Loss over parameters for each budget", lambda width: laws.valleys(isoflop, width)
         )
     else:
         found["valleys"] = drawn_twice(
@@ -145,19 +148,19 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
         held = [measured] if known(measured.get("loss")) else []
         found["measured"] = drawn(
             "Measured over predicted loss",
-            lambda: plots.measured_predicted(parametric, held),
+            lambda: laws.measured_predicted(parametric, held),
         )
-        found["residuals"] = drawn("Residuals over N, D and C", lambda: plots.residuals(parametric))
+        found["residuals"] = drawn("Residuals over N, D and C", lambda: laws.residuals(parametric))
     return found
 
 
-def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[figures.Curve]:
-    read = [figures.read_curve(folder / "ladder" / row["run"]) for row in rows]
+def _curves(folder: Path, rows: Sequence[dict[str, Any]]) -> list[LossCurve]:
+    read = [read_curve(folder / "ladder" / row["run"]) for row in rows]
     return [curve for curve in read if curve is not None]
 
 
-def _held_out_curve(folder: Path, measured: dict[str, Any]) -> figures.Curve | None:
-    return figures.read_curve(folder / "ladder" / measured["run"]) if measured else None
+def _held_out_curve(folder: Path, measured: dict[str, Any]) -> LossCurve | None:
+    return read_curve(folder / "ladder" / measured["run"]) if measured else None
 
 
 def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:

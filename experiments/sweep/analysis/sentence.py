@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.sweep.analysis.executions import execution_text
+from experiments.sweep.analysis.rungs import verdicts
+from experiments.sweep.analysis.scales import setting_text, text
+from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group
+from experiments.sweep.analysis.summary import fate
 from experiments.sweep.objectives import direction
-from experiments.sweep.reading.executions import execution_text
-from experiments.sweep.reading.rungs import verdicts
-from experiments.sweep.reading.scales import setting_text, text
-from experiments.sweep.reading.settings import Setting, by_setting, candidates_of, group
-from experiments.sweep.reading.summary import fate
 from experiments.words import is_or_are
 from train.objectives import LanguageModeling
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.reading.scales import distinct, is_number, scale_of
-from experiments.sweep.reading.settings import by_setting
+from experiments.sweep.analysis.scales import distinct, is_number, scale_of
+from experiments.sweep.analysis.settings import by_setting
 from experiments.words import counted
 
 FEWEST = 10  # finished trials

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.report.figures import holes_before, interrupted, smoothed
 from experiments.report.page import device_name, drawn, render
 from experiments.report.style import PALETTE, amount, figures_of, legend_aside, log_axis, new_panels, styled
-from experiments.started import in_words, started_from_weights
+from experiments.runs.curves import holes_before, interrupted, smoothed
+from experiments.runs.started import in_words, started_from_weights
 from model.errors import InputError
 from train import objectives
 from train.files import write_atomically
@@ -20,6 +20,7 @@ from train.recipe import later_defaults
 from train.run import read_record
 from train.run.metrics import Metrics, open_metrics
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PANELS = (
     ("loss", "loss ({unit})"),
     ("learning_rate", "learning rate"),
@@ -55,7 +56,7 @@ def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
         "Loss, learning rate, gradient norm and speed", lambda: _curves([run.name for run in runs], metrics, unit)
     )
     page = render(
-        "run.html.jinja",
+        TEMPLATE,
         title=", ".join(run.resolve().name for run in runs),
         rows=rows,
         figure=figure,

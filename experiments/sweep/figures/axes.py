@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from experiments.sweep.reading.scales import MANY, distinct, positions, scale_of, text
+from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of, text
 
 LONGEST = 12  # letters of a tick's label
 

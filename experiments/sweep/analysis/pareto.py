@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 from experiments.sweep.objectives import direction
-from experiments.sweep.reading.settings import by_setting, candidates_of, group
 
 NOISES = 2.0  # standard errors of a difference within which two settings count as equal
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from experiments.bench.decode.grid import bench_decode
-from experiments.report.study_page import write_study_page
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.cost import plan_study
@@ -22,9 +21,10 @@ from experiments.scaling.study.family import Family
 from experiments.scaling.study.held_out import nearest_to_optimum
 from experiments.scaling.study.run import run_study as run_ladder
 from experiments.scaling.study.rungs import expected_optimum
+from experiments.study.report import write_study_page
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from infer import Sampling, generate, prepare
 from model.ambient import pinned

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.sweep.reading.settings import by_setting, candidates_of, group
+from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 
 if TYPE_CHECKING:
-    from experiments.report.figures import Curve
+    from experiments.runs.curves import LossCurve
 
 MOST = 60  # runs in one figure
 UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
-Read = Callable[[Mapping[str, Any]], "Curve | None"]
+Read = Callable[[Mapping[str, Any]], "LossCurve | None"]
 
 
 def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read
     return {"flops_6nd": common, "ratio": ratio, "settings": sorted(found, key=lambda row: row["loss"])}
 
 
-def _at(curve: "Curve | None", flops: float) -> float | None:
+def _at(curve: "LossCurve | None", flops: float) -> float | None:
     if curve is None or curve.flops[-1] < flops / UNEQUAL:
         return None
     return float(np.interp(np.log(flops), np.log(curve.flops), curve.loss))

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from experiments.sweep.reading.comparisons import best_of_many
-from experiments.sweep.reading.settings import Setting, by_setting, pooled_noise
+from experiments.sweep.analysis.comparisons import best_of_many
+from experiments.sweep.analysis.settings import Setting, by_setting, pooled_noise
 
 Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
 """A stopped setting against the winner after equal tokens. worse, equal, better: against the seed noise there.

@@ -4,29 +4,30 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.sweep.analysis.curves import equal_flops
+from experiments.sweep.analysis.executions import one_per_training, with_shared_losses
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.optimum import transfer
+from experiments.sweep.analysis.pareto import pareto
+from experiments.sweep.analysis.results import Results, record_troubles
+from experiments.sweep.analysis.rungs import Rungs
+from experiments.sweep.analysis.scales import setting_text
+from experiments.sweep.analysis.sentence import leader, sentence
+from experiments.sweep.analysis.settings import candidates_of
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.objectives import LOSS, TRAINING_SPEED
-from experiments.sweep.reading.curves import equal_flops
-from experiments.sweep.reading.executions import one_per_training, with_shared_losses
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.optimum import transfer
-from experiments.sweep.reading.pareto import pareto
-from experiments.sweep.reading.results import Results, record_troubles
-from experiments.sweep.reading.rungs import Rungs
-from experiments.sweep.reading.scales import setting_text
-from experiments.sweep.reading.sentence import leader, sentence
-from experiments.sweep.reading.settings import candidates_of
-from experiments.sweep.reading.summary import summarize
 
 
 def analyse(results: Results) -> dict[str, Any]:
     """`summarize` of the results, and: unit (of the losses), sentence (the answer), importance, transfer, equal_flops,
     pareto, halving, cost.
 
-    A part that does not apply is None; one that cannot be had holds `refused`, with the reason. Of importances, see
-    `experiments.sweep.reading.importance`; of transfer, `experiments.sweep.reading.optimum`. Losses are compared as by
-    `summarize`, with one run for all executions of a recipe; other objectives, and pareto, tell executions apart.
+    A part that does not apply is None; one that cannot be computed holds `refused`, with the reason.
+    `experiments.sweep.analysis.importance` describes importances, `experiments.sweep.analysis.optimum` transfer. Losses
+    are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto, keep
+    executions apart.
     """
-    from experiments.report.figures import read_curve  # here, as it draws with matplotlib
+    from experiments.runs.curves import read_curve  # here, as it draws with matplotlib
 
     names = list(results.axes)
     document = summarize(results.axes, results.rows, results.executions) | {"unit": results.unit}

@@ -5,14 +5,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from experiments.report import scaling_figures
 from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.report.style import amount
-from experiments.scaling import plots
 from experiments.scaling.analysis import NAMES, Analysis
+from experiments.scaling.figures import laws, uncertainty
 from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
 from train.files import write_atomically
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_LEFT_OUT = 200  # lines of a table that a person reads
 
 
@@ -21,7 +21,7 @@ def write_scaling_page(path: Path, analysis: Analysis, title: str, tables: str |
 
     tables: where the same numbers are, as the page shall say it.
     """
-    write_atomically(path, render("scaling.html.jinja", **_view(analysis, title, tables)))
+    write_atomically(path, render(TEMPLATE, **_view(analysis, title, tables)))
 
 
 def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
@@ -67,32 +67,32 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
     found = {
         "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
-            lambda: plots.compute_optimal(isoflop, parametric, others, _minima(analysis)),
+            lambda: laws.compute_optimal(isoflop, parametric, others, _minima(analysis)),
             neither,
         ),
         "contours": drawn_twice(
-            "Loss over N and D", lambda width: scaling_figures.contours(parametric, isoflop, width), no_law_or
+            "Loss over N and D", lambda width: uncertainty.contours(parametric, isoflop, width), no_law_or
         ),
-        "residuals": drawn("Residuals over N, D and C", lambda: plots.residuals(parametric), no_law_or),
+        "residuals": drawn("Residuals over N, D and C", lambda: laws.residuals(parametric), no_law_or),
         "clouds": drawn(
             "Bootstrap draws of the exponents",
-            lambda: scaling_figures.clouds(parametric, valleys),
+            lambda: uncertainty.clouds(parametric, valleys),
             None if parametric is not None or valleys else "No estimator has an interval.",
         ),
         "held_out": drawn(
             "Held-out runs and their predictions",
-            lambda: scaling_figures.held_out(tested),
+            lambda: uncertainty.held_out(tested),
             None if tested else "No held-out run has both a prediction and a loss.",
         ),
     }
     if isoflop is not None:
         found["valleys"] = drawn_twice(
-            "Loss over parameters for each budget", lambda width: plots.valleys(isoflop, width)
+            "Loss over parameters for each budget", lambda width: laws.valleys(isoflop, width)
         )
     else:
         found["valleys"] = drawn_twice(
             "Loss over compute, by size",
-            lambda width: scaling_figures.losses(table.params, table.tokens, table.loss, width),
+            lambda width: uncertainty.losses(table.params, table.tokens, table.loss, width),
         )
     return found
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.sweep.reading.scales import is_number
-from experiments.sweep.reading.settings import NEAR, Setting
-from experiments.sweep.reading.size_law import fit_size_law
+from experiments.sweep.analysis.scales import is_number
+from experiments.sweep.analysis.settings import NEAR, Setting
+from experiments.sweep.analysis.size_law import fit_size_law
 from model.errors import InputError
 
 NEIGHBOURS = 2  # on either side of the best

@@ -1,4 +1,4 @@
-"""Figures of a scaling study: fits in, a matplotlib Figure out; nothing is shown or saved."""
+"""Figures of fitted scaling laws: fits in, a matplotlib Figure out; nothing is shown or saved."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
