@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from experiments.allocator import keep_memory
 from experiments.commands import data, doctor, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import score as bench_score
@@ -31,6 +30,7 @@ from experiments.commands.sweep import plan as sweep_plan
 from experiments.commands.sweep import replay
 from experiments.commands.sweep import report as sweep_report
 from experiments.commands.sweep import run as sweep_run
+from experiments.process import keep_memory, open_standard_streams, use_compile_cache
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
 
@@ -122,7 +122,7 @@ def _pinned(command: Callable[..., None]) -> Callable[..., None]:
 
 def main() -> None:
     """Entry point of the `isoflop` command."""
-    _open_standard_streams()
+    open_standard_streams()
     stderr = sys.stderr
     try:
         _run()
@@ -138,7 +138,7 @@ def _run() -> None:
     handler = logging.lastResort  # the one that asks for sys.stderr at each message: it changes below
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler] if handler else None)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
-    _use_compile_cache()
+    use_compile_cache()
     keep_memory()
     program, called, arguments = find(sys.argv[1:])
     try:
@@ -192,16 +192,6 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
     return prepared
 
 
-def _open_standard_streams() -> None:
-    """Give a process that was started without them stdin, stdout and stderr: the next file opened would become one."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 – stays open
-
-
 _DESCRIPTION = """Language-model research in JAX: sweeps, scaling laws, decode throughput.
 
 Start with `isoflop study`: a whole scaling-law study on real text in minutes. Every command has --help with an example.
@@ -253,14 +243,6 @@ def _parser(tree: Tree) -> Any:
         )
         commands.append(Annotated[Any, subcommand])
     return Union[tuple(commands)]  # noqa: UP007 – made of a list
-
-
-def _use_compile_cache() -> None:
-    """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads when it is imported, later
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def _what_is_full(error: Exception) -> str:

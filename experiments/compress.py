@@ -32,7 +32,7 @@ _STEPS, _ROUNDS = 32, 3  # decode steps per timing, and timings of which the med
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class CompressedModel:
     """One row of the report. make: the parameters as they are used; cache: the KV cache's dtype."""
 
     name: str
@@ -40,24 +40,26 @@ class Form:
     cache: str | None = None
 
 
-def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]) -> list[Form]:
+def forms(
+    config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]
+) -> list[CompressedModel]:
     """Every form that the report compares; the first is what the others are compared with."""
-    stored = lambda kind: Form(kind, lambda: (config, prepare(config, params, kind)))
+    stored = lambda kind: CompressedModel(kind, lambda: (config, prepare(config, params, kind)))
 
-    def pruned(name: str, method: str, **how: Any) -> Form:
+    def pruned(name: str, method: str, **how: Any) -> CompressedModel:
         smaller = lambda: prune(config, params, method, calibration=calibration, **how)
-        return Form(name, lambda: (config, prepare(config, smaller())))
+        return CompressedModel(name, lambda: (config, prepare(config, smaller())))
 
-    def shorter(count: int) -> Form:
+    def shorter(count: int) -> CompressedModel:
         def make() -> tuple[ModelConfig, Params]:
             few, rest = drop_layers(config, params, count, calibration)
             return few, prepare(few, rest)
 
-        return Form(f"{count} layer{'s' * (count > 1)} dropped", make)
+        return CompressedModel(f"{count} layer{'s' * (count > 1)} dropped", make)
 
     return [
         *(stored(kind) for kind in KINDS),
-        Form("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
+        CompressedModel("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
         pruned("magnitude 50 %", "magnitude", sparsity=0.5),
         pruned("magnitude 2:4", "magnitude", pattern="2:4"),
         pruned("wanda 2:4", "wanda", pattern="2:4"),

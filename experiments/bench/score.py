@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from experiments.bench.rounds import interleaved, median_and_range
+from experiments.inputs import check_at_least_one
+from experiments.models import check_is_decoder
 from infer import prepare, score
 from infer.batches import padded_length
 from model import ModelConfig, Params, apply
@@ -56,17 +58,13 @@ def bench_score(
 
 
 def _check(config, prefixes, continuation, continuations, contexts, batch_size, rounds) -> None:
-    if config.stack != "decoder" or config.head != "language-model":
-        raise InputError(
-            f"bench score measures decoder language models; this one has stack={config.stack!r}, head={config.head!r}"
-        )
+    check_is_decoder(config, "bench score")
     counts = {"continuations": continuations, "contexts": contexts, "batch_size": batch_size, "rounds": rounds}
     if continuation is not None:
         counts["continuation"] = continuation
-    for name, count in [*counts.items(), *(("prefix", prefix) for prefix in prefixes)]:
-        if count < 1:
-            raise InputError(f"{name}={count} must be at least 1")
+    check_at_least_one(**counts)
     for prefix in prefixes:
+        check_at_least_one(prefix=prefix)
         scored = continuation or max(1, prefix // 10)
         if prefix + scored - 1 > config.max_seq_len:
             raise InputError(

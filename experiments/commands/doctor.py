@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.commands.options import JsonFile, bytes_in_words
-from experiments.words import counted
+from experiments.commands.options import JsonFile
+from experiments.words import bytes_in_words, counted
 
 ENABLES = {
     "study": "isoflop study, data prepare sotu",

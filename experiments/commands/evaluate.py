@@ -49,9 +49,10 @@ def evaluate(
         set: Fields of the objective, such as objective.evaluation_rate=0.3.
         json: Also write the numbers to this file.
     """
-    from experiments.commands.options import say, write_document
+    from experiments.commands.options import write_document
     from experiments.evaluate.loss import evaluate as measure
     from experiments.models import need_tokenizer
+    from experiments.words import say
     from model.store import open_model
     from model.tokenizer import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""What several commands share: kinds of flags, the console, files that are written, numbers in words."""
+"""What several commands share: kinds of flags, the console, files that are written."""
 
 import errno
 import inspect
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from experiments.words import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,11 +100,6 @@ def output(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def say(sentence: str) -> None:
-    """Tell on stderr what a command does otherwise than it was asked."""
-    print(f"isoflop: {sentence}", file=sys.stderr)
-
-
 def say_fewer_tokens(requested: int, manifest: "Manifest") -> None:
     """Say so where --evaluate-tokens is given, and more than the validation split has: all of it is read, and no more.
 
@@ -149,29 +146,3 @@ def write_plot(path: Path, figure: "Figure", label: str) -> None:
         figure.savefig(buffer, format=suffix[1:], dpi=150)
     with output(path):
         write_atomically(path, buffer.getvalue())
-
-
-def count_in_words(count: float) -> str:
-    """Three digits: 6.74B."""
-    return _in_units(count, 1000, ("", "k", "M", "B", "T"))
-
-
-def bytes_in_words(size: float) -> str:
-    """Three digits: 1.25 GiB."""
-    return _in_units(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
-    index = 0
-    while value >= base - 0.5 and index + 1 < len(units):
-        value, index = value / base, index + 1
-    decimals = 0 if index == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f}{units[index]}"
-
-
-def hours_in_words(hours: float | None) -> str:
-    """52 s, 12 min, 3.4 h; a dash where they are not known."""
-    if hours is None:
-        return "–"
-    seconds = 3600 * hours
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

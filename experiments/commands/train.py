@@ -289,7 +289,8 @@ def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
 
 def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> None:
     """Say which of the numbers asked for are beyond what there is, or beyond the run's end."""
-    from experiments.commands.options import say, say_fewer_tokens
+    from experiments.commands.options import say_fewer_tokens
+    from experiments.words import say
     from train.hosts import is_writer
     from train.schedule import uses_horizon
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.options import bytes_in_words
+from experiments.words import bytes_in_words
 
 if TYPE_CHECKING:
     from model.adapters import Adapter

@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
-from experiments.scaling.forms.choose import Choice, forms_for
+from experiments.scaling.forms.choose import FormChoice, forms_for
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
-from experiments.scaling.rows.curves import Curve
+from experiments.scaling.rows.curves import TrainingCurve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit
 from experiments.words import counted
@@ -38,7 +38,7 @@ class Analysis:
 
     fits: Fits
     envelope: EnvelopeFit | None
-    choice: Choice | None
+    choice: FormChoice | None
     conventions: dict[str, Any] | None
     held_out: dict[str, Any] | None
     refused: dict[str, str]
@@ -184,7 +184,7 @@ def analyse(
     table: Table,
     *,
     counts: Counts | None = None,
-    curves: Sequence[Curve] = (),
+    curves: Sequence[TrainingCurve] = (),
     held_out: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
     forms: Sequence[str] | None = None,

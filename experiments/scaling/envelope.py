@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of
-from experiments.scaling.rows.curves import Curve
+from experiments.scaling.rows.curves import TrainingCurve
 from experiments.words import counted
 from model.errors import InputError
 
@@ -40,7 +40,7 @@ class EnvelopeFit:
     schedules: list[str]
     bootstraps: int
     seed: int
-    _curves: list[Curve] = field(repr=False)
+    _curves: list[TrainingCurve] = field(repr=False)
     _grid: Float[np.ndarray, " flops"] = field(repr=False)
     _losses: Float[np.ndarray, "curves flops"] = field(repr=False)
 
@@ -150,7 +150,7 @@ def _laws(crossings: list[dict[str, float]]) -> np.ndarray:
 
 
 def fit_envelope(
-    curves: Sequence[Curve],
+    curves: Sequence[TrainingCurve],
     *,
     bootstraps: int = 1000,
     seed: int = 0,
@@ -206,7 +206,7 @@ def fit_envelope(
     )
 
 
-def _why_not(curve: Curve, on_envelope: bool, params: np.ndarray) -> str:
+def _why_not(curve: TrainingCurve, on_envelope: bool, params: np.ndarray) -> str:
     if not on_envelope:
         return "never the best size at any compute that two runs share"
     edge = "smallest" if curve.params == params.min() else "largest" if curve.params == params.max() else None
@@ -217,9 +217,9 @@ def _why_not(curve: Curve, on_envelope: bool, params: np.ndarray) -> str:
     return "best where its neighbours have no points: the curves do not overlap there"
 
 
-def _usable(curve: Curve) -> Curve | None:
+def _usable(curve: TrainingCurve) -> TrainingCurve | None:
     good = np.isfinite(curve.loss) & (curve.loss > 0) & (curve.tokens > 0)
     tokens, first = np.unique(curve.tokens[good], return_index=True)
     if len(tokens) < 3:
         return None
-    return Curve(curve.name, curve.params, tokens, curve.loss[good][first], curve.schedule)
+    return TrainingCurve(curve.name, curve.params, tokens, curve.loss[good][first], curve.schedule)

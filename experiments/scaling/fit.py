@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
+from experiments.scaling.forms.choose import SIMPLE_FORMS, FormChoice, choose
 from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.outliers import LEVEL, screen_residuals
@@ -170,7 +170,7 @@ def fit_both(
 
 def choose_form(
     fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, *, delta: float = 1e-3, bootstraps: int = 100, seed: int = 0
-) -> Choice:
+) -> FormChoice:
     """`choose` between forms, without the runs that the best-fitting of them takes for gross outliers.
 
     Those would decide a mean square; but what only a wrong form cannot explain (repeated data, say) speaks for the

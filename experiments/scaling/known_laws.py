@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.fit import isoflop_warnings, parametric_warnings
-from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
+from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, TableKind, simulate
 from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.trials import main, run_trials
 from experiments.scaling.valleys.isoflop import fit_isoflop
@@ -49,7 +49,9 @@ def estimate(name: str, table: dict[str, Any], bootstraps: int, *, screen: bool 
     return fit_isoflop(**table, method=name, bootstraps=bootstraps, screen=screen)  # type: ignore[arg-type]
 
 
-def trial(case: Case, name: str, seed: int, bootstraps: int, memory: dict[Any, Any] | None = None) -> dict[str, Any]:
+def trial(
+    case: TableKind, name: str, seed: int, bootstraps: int, memory: dict[Any, Any] | None = None
+) -> dict[str, Any]:
     """{value, inside, width, shift} per exponent, or {refused}.
 
     Tables with outliers are screened. shift is against the fit of the table's honest runs alone, in that fit's
@@ -93,7 +95,7 @@ def _standard_errors(fit: Any, name: str) -> dict[str, float]:
     return {"alpha": alpha.std(), "beta": beta.std(), "a": share.std(), "b": share.std()}
 
 
-def summarise(case: Case, name: str, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(case: TableKind, name: str, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Bias over spread, coverage and shift per exponent, with whether each meets its limit."""
     valid = [one for one in trials if "refused" not in one]
     row: dict[str, Any] = {"case": case.name, "estimator": name, "tables": len(trials)}

@@ -32,7 +32,7 @@ CLOUD_KINDS = ("6ND", "flops", "sizes")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ValleyKind:
     """One kind of experiment. noise: standard deviation of ln L; span: largest over middle size of a budget; drift: ln
     of the factor by which the windows of the first and last budget miss the optimum, to either side.
     """
@@ -54,17 +54,17 @@ class Shape:
 
 
 _SHAPES = (
-    Shape("centred"),
-    Shape("off centre", drift=math.log(1.8)),
-    Shape("skewed", alpha=0.2, beta=0.6),
-    Shape("few sizes", sizes=5),
-    Shape("falling curvature", alpha=0.6, beta=0.5),
-    Shape("skewed, wide, off centre", alpha=0.2, beta=0.6, span=6.0, drift=math.log(1.8), required=False),
+    ValleyKind("centred"),
+    ValleyKind("off centre", drift=math.log(1.8)),
+    ValleyKind("skewed", alpha=0.2, beta=0.6),
+    ValleyKind("few sizes", sizes=5),
+    ValleyKind("falling curvature", alpha=0.6, beta=0.5),
+    ValleyKind("skewed, wide, off centre", alpha=0.2, beta=0.6, span=6.0, drift=math.log(1.8), required=False),
 )
 SHAPES = tuple(replace(shape, noise=noise) for noise in (0.003, 0.01) for shape in _SHAPES)
 
 
-def simulate(shape: Shape, seed: int) -> dict[str, Any]:
+def simulate(shape: ValleyKind, seed: int) -> dict[str, Any]:
     """Columns params, tokens, loss of one experiment."""
     alpha, beta, total = shape.alpha, shape.beta, shape.alpha + shape.beta
     # At the optimum the terms stand in the ratio beta : alpha.
@@ -95,7 +95,7 @@ def cloud(kind: str, runs: int, seed: int) -> dict[str, Any]:
     return table | ({"flops": 6 * params * tokens * (1 + 300 * params**-0.4)} if kind == "flops" else {})
 
 
-def trial(shape: Shape, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
+def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
     """{error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
     try:
         fit = fit_isoflop(**simulate(shape, seed), method=method, bootstraps=bootstraps)
@@ -110,7 +110,7 @@ def trial(shape: Shape, method: Method, seed: int, bootstraps: int) -> dict[str,
     }
 
 
-def summarise(shape: Shape, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(shape: ValleyKind, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
     together = zip(*trials.values(), strict=True)
     answered = np.array([all("refused" not in one for one in of_seed) for of_seed in together])

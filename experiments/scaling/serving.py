@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from experiments.scaling.law.intervals import percentile_interval
-from experiments.scaling.law.numbers import LARGEST_LOG
+from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
 from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
 from model.errors import InputError

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.forms.choose import Choice
-from experiments.scaling.law.intervals import own_interval_warnings, percentile_interval
-from experiments.scaling.law.numbers import LARGEST_LOG, exponential
+from experiments.scaling.forms.choose import FormChoice
+from experiments.scaling.law.intervals import LARGEST_LOG, exponential, own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
@@ -131,7 +130,7 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
     }
 
 
-def planned_by_form(choice: Choice, params: float, tokens: float) -> dict[str, Any]:
+def planned_by_form(choice: FormChoice, params: float, tokens: float) -> dict[str, Any]:
     """{losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
 
     An interval is conditional on its form of law; this is what the form itself leaves open.

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from experiments.bench.decode.grid import bench_decode
+from experiments.inputs import check_free
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.cost import plan_study
 from experiments.scaling.study.design import Design, Law
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.held_out import nearest_to_optimum
 from experiments.scaling.study.run import run_study as run_ladder
 from experiments.scaling.study.rungs import expected_optimum
@@ -262,7 +263,7 @@ def _design(settings: Settings) -> Design:
     return Design(
         # Small models have one depth: where it steps from 2 layers to 3, a law through both is wrong (docs/LOG.md).
         base="study-32",
-        family=Family(ff_ratio=8 / 3) if on_cpu else Family(ff_ratio=8 / 3, aspect_ratio=32.0, head_dim=32),
+        family=ModelFamily(ff_ratio=8 / 3) if on_cpu else ModelFamily(ff_ratio=8 / 3, aspect_ratio=32.0, head_dim=32),
         hours=settings.minutes * LADDER_SHARE / 60,
         count=5,
         budget_factor=2.25,  # the square of the sizes' factor, so that neighbouring budgets share four of five shapes
@@ -309,6 +310,5 @@ def _claim(folder: Path, settings: Settings) -> None:
                 "choose another --out or those settings"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no study; choose another --out")
+    check_free(folder, "study", "holds no study", "choose another --out")
     write_sealed(path, wanted)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.objectives import LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.search.samplers import check_axes, make_sampler
 from experiments.sweep.space.kinds import describe
@@ -56,8 +57,8 @@ def check_sweep(sweep: Sweep) -> None:
     sources = Data.open(sweep.data).sources
     if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
         raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
-    if sweep.lanes is not None and sweep.lanes < 1:
-        raise InputError(f"lanes={sweep.lanes} must be at least 1")
+    if sweep.lanes is not None:
+        check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
@@ -78,7 +79,7 @@ def check_sweep(sweep: Sweep) -> None:
     for trial in {trial.cohort: trial for trial in trials}.values():
         check_speed(trial, sweep.objectives)
     # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
-    policy.decide([Row(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
+    policy.decide([LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
 
 
 def _check_recipes(sweep: Sweep, trials: list[Trial]) -> None:

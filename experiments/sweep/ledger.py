@@ -25,7 +25,7 @@ from experiments.sweep.distributions import Known
 from experiments.sweep.identity import study_name, take_place
 from experiments.sweep.objectives import direction
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row, State
+from experiments.sweep.row import LedgerRow, State
 from experiments.sweep.storage import Storage
 from experiments.sweep.trial import Trial
 from model.errors import InputError
@@ -83,7 +83,7 @@ class Ledger:
             self.storage.create(_planned(trial, params, distributions))
         return len(new)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LedgerRow]:
         """All trials, in the order in which they were planned."""
         rows = []
         for attempts in self._attempts().values():
@@ -96,7 +96,7 @@ class Ledger:
                 state = "diverged"
             values = None if now.values is None else tuple(now.values)
             facts = attributes.get("facts", {}) | ({"reason": attributes["reason"]} if state == "failed" else {})
-            rows.append(Row(attempts[0].number, trial, state, _rungs(attempts), values, facts))
+            rows.append(LedgerRow(attempts[0].number, trial, state, _rungs(attempts), values, facts))
         return sorted(rows, key=lambda row: row.number)
 
     def claim(self, until: Mapping[str, int], limit: int) -> list[Claim]:

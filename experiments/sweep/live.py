@@ -14,7 +14,7 @@ from experiments.sweep.analysis.results import collect
 from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.objectives import LOSS, direction
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import ENDED, Row, State
+from experiments.sweep.row import ENDED, LedgerRow, State
 from experiments.words import counted
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _RECENT = 32
 """So many of the newest results tell how fast the sweep is now: it may have rested in between."""
 
 
-def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any]:
+def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[str, Any]:
     """How the sweep stands. asked: points drawn by its sampler.
 
     tokens_expected is what is needed if nothing more is stopped early. seconds_left is by the newest results; None
@@ -51,7 +51,7 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
     }
 
 
-def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
+def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
     """The best mean of the first objective over finished replicates, and the noise of one run there.
 
     A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
@@ -140,7 +140,7 @@ def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda
             time.sleep(2.0)
 
 
-def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _cohort(name: str, rows: Sequence[LedgerRow]) -> dict[str, Any]:
     members = [row for row in rows if row.trial.cohort == name]
     recipe = members[0].trial.recipe
     config, train_config = recipe.model, recipe.train
@@ -153,17 +153,17 @@ def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _planned_tokens(row: Row) -> int:
+def _planned_tokens(row: LedgerRow) -> int:
     """Return the tokens that the trial trains itself; those before it branches off are trained by its parent."""
     return row.trial.steps * row.trial.recipe.train.tokens_per_step - _shared_tokens(row)
 
 
-def _shared_tokens(row: Row) -> int:
+def _shared_tokens(row: LedgerRow) -> int:
     parent = row.trial.parent
     return 0 if parent is None else parent[1] * row.trial.recipe.train.tokens_per_step
 
 
-def _tokens(sweep: Sweep, row: Row) -> int:
+def _tokens(sweep: Sweep, row: LedgerRow) -> int:
     """Seen by a trial itself up to now, by its record where it is under way."""
     known = int(row.facts.get("tokens", row.steps_done * row.trial.recipe.train.tokens_per_step))
     if row.state == "running":
@@ -183,7 +183,7 @@ def _recorded_tokens(path: Path) -> int:
         return 0
 
 
-def _seconds_left(rows: Sequence[Row], tokens: dict[str, int], left: int) -> float | None:
+def _seconds_left(rows: Sequence[LedgerRow], tokens: dict[str, int], left: int) -> float | None:
     timed = [row for row in rows if "ended_at" in row.facts and "claimed_at" in row.facts]
     recent = sorted(timed, key=lambda row: row.facts["ended_at"])[-_RECENT:]
     if not recent or left <= 0:

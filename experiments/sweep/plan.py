@@ -6,8 +6,7 @@ from typing import Any
 
 from experiments.sweep.cohort import Cohort, group, lanes_for, memory_bytes, state_bytes
 from experiments.sweep.record import Sweep
-from experiments.sweep.search.policies import hash_fraction, make_policy
-from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.search.policies import hash_fraction, make_policy, play, tokens_used
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials

@@ -14,7 +14,7 @@ from typing import Any, Self
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.branches import Listed
 from experiments.sweep.space import Replicate, Space, grid, product
-from experiments.sweep.space.file import load_space
+from experiments.sweep.space.build import load_space
 from experiments.sweep.space.values import parse_axes
 from experiments.sweep.trial import Trial
 from model.errors import InputError
@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class TrialRequest:
     """What one call asked for: the trials of a sweep are those of all its calls.
 
     sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
@@ -109,7 +109,7 @@ class Sweep:
     evaluate_tokens: int = 65_536
     space_source: str | None = None
     listed: tuple[Listed, ...] = ()
-    earlier: tuple[Request, ...] = ()
+    earlier: tuple[TrialRequest, ...] = ()
     weights: Path | None = None
     id: str | None = None
 
@@ -137,9 +137,9 @@ class Sweep:
         return file is None or not file.resolve().is_relative_to(self.folder.resolve())
 
     @property
-    def request(self) -> Request:
+    def request(self) -> TrialRequest:
         """What the newest call asked for."""
-        return Request(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
+        return TrialRequest(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
 
     def space(self) -> Space:
         """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
@@ -192,9 +192,10 @@ class Sweep:
             raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
         del content["schema_version"]
         try:
-            earlier = tuple(Request.read(values, folder) for values in content.pop("earlier"))
-            own = {field.name: content[field.name] for field in dataclasses.fields(Request) if field.name in content}
-            made = Request.read(own, folder)
+            earlier = tuple(TrialRequest.read(values, folder) for values in content.pop("earlier"))
+            names = [field.name for field in dataclasses.fields(TrialRequest)]
+            own = {name: content[name] for name in names if name in content}
+            made = TrialRequest.read(own, folder)
             request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
             base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
             base = base.replace(recipe=base.recipe.replace(data=content.pop("data_hash", base.recipe.data)))

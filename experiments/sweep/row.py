@@ -12,7 +12,7 @@ ENDED: tuple[State, ...] = ("finished", "pruned", "diverged")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One trial as the ledger has it.
 
     number: in the order in which trials were planned. rungs: validation losses by updates made, up to now. values:
@@ -49,7 +49,7 @@ class Decision:
 class Policy(Protocol):
     """Decides from the ledger alone, and of the same facts always the same: so any worker may ask, at any time."""
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
         """What is to be done next. rows: all trials, by number."""
         ...
 
@@ -61,7 +61,7 @@ class Policy(Protocol):
 class RunAll:
     """Every trial to its end. One that leaves another's run waits for its end, and is pruned if that diverged."""
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
         """All that are planned, and wait for no other, are ready."""
         states = {row.trial.id: row.state for row in rows}
         ready, prune = {}, []

@@ -9,7 +9,7 @@ from experiments.sweep.address import check_given, file_of, kept, without_passwo
 from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.record import Sweep, locked, new_id
-from experiments.sweep.row import ENDED, Row
+from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
 from experiments.words import counted
@@ -92,7 +92,7 @@ def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -
     return launch.follow(started, lambda going: live.watch(look, going))
 
 
-def run_sweep(sweep: Sweep, workers: int = 0) -> list[Row]:
+def run_sweep(sweep: Sweep, workers: int = 0) -> list[LedgerRow]:
     """Train what the sweep plans and has not trained yet; its ledger's rows, by number.
 
     workers: so many processes instead of this one. Raises UnfinishedError where trials failed, and KeyboardInterrupt

@@ -19,7 +19,7 @@ from experiments.sweep.branches import leaves
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import TRAINING_SPEED, check_speed, direction, training_speed, values
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import ENDED, Row
+from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
@@ -85,7 +85,7 @@ class _Worker:
             time.sleep(wait)
             wait = min(1.5 * wait, 5.0)
 
-    def _train(self, rows: list[Row], ready: Mapping[str, int]) -> bool:
+    def _train(self, rows: list[LedgerRow], ready: Mapping[str, int]) -> bool:
         """Claim trials of one cohort and train them; whether there were any."""
         trials = {row.trial.id: row.trial for row in rows if row.trial.id in ready}
         sizes = Counter(trial.cohort for trial in trials.values())
@@ -104,7 +104,7 @@ class _Worker:
             _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members)), standing).run()
         return True
 
-    def _lanes(self, cohort: str, rows: list[Row]) -> int:
+    def _lanes(self, cohort: str, rows: list[LedgerRow]) -> int:
         """How many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
         from experiments.sweep.cohort import lanes_for
 

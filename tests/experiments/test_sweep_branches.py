@@ -7,8 +7,8 @@ import pytest
 from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.plan import plan_sweep
-from experiments.sweep.row import Row, RunAll
-from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.row import LedgerRow, RunAll
+from experiments.sweep.search.policies import play, tokens_used
 from experiments.sweep.trials import plan_trials
 from model import InputError, presets
 
@@ -45,7 +45,7 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     branches = [trial for trial in trials if trial.parent is not None]
     assert [trial.parent for trial in branches] == [(trunks[s], step) for step in (8, 12) for s in (0, 1)]
     assert len({trial.id for trial in trials}) == 6
-    rows = [Row(i, trial, "planned", {}, None, {}) for i, trial in enumerate(trials)]
+    rows = [LedgerRow(i, trial, "planned", {}, None, {}) for i, trial in enumerate(trials)]
     assert set(RunAll().decide(rows).ready) == set(trunks.values())
     ended = play(RunAll(), trials, lambda trial, step: 1.0)
     assert {row.state for row in ended} == {"finished"}

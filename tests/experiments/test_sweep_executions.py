@@ -16,7 +16,7 @@ from experiments.sweep.figures.bars import execution_bars
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.live import standing
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
@@ -53,7 +53,7 @@ def rows_of(points, seeds=2, loss=None, state="finished", objectives=BOTH, base=
             known = facts | {"loss": value}
             values = tuple(known[name] for name in objectives) if now == "finished" else None
             rungs = {STEPS: value} if now == "finished" else {}
-            found.append(Row(len(found), trial, now, rungs, values, {} if now == "planned" else facts))
+            found.append(LedgerRow(len(found), trial, now, rungs, values, {} if now == "planned" else facts))
     return found
 
 

@@ -11,7 +11,7 @@ from experiments.sweep.analysis.sentence import sentence
 from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.live import standing, table
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
 from model import presets
@@ -31,7 +31,7 @@ def row(number, point, state, rungs, parent=None, seed=0, objectives=("loss",), 
     values = None
     if state == "finished":
         values = tuple({"loss": rungs[steps], "tokens_per_second": speed}[name] for name in objectives)
-    return Row(number, trial, state, rungs, values, facts if rungs else {})
+    return LedgerRow(number, trial, state, rungs, values, facts if rungs else {})
 
 
 def rows_of(described, **about):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.inputs import check_at_least_one
 from infer import KVCache, Sampling, decode_step, init_cache, prefill
 from infer.decode import ROOM, Rows, decode
 from infer.generate import start_rows
@@ -44,10 +45,8 @@ class Cell:
 
 
 def check_cell(config: ModelConfig, cell: Cell, steps: int) -> None:
-    """Raises InputError, in one sentence, for a cell that no model of this shape can run."""
-    for name, value in (("batch", cell.batch), ("prompt", cell.prompt), ("context", cell.depth), ("steps", steps)):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
+    """Raise InputError, in one sentence, for a cell that no model of this shape can run."""
+    check_at_least_one(batch=cell.batch, prompt=cell.prompt, context=cell.depth, steps=steps)
     for name, value in (("prompt", cell.prompt), ("context", cell.depth)):
         if value + steps > config.max_seq_len:
             raise InputError(

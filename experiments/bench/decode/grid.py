@@ -8,6 +8,8 @@ import jax
 
 from experiments.bench.decode.cells import Cell, check_cell, grid, measure
 from experiments.bench.decode.roofline import step_cost
+from experiments.inputs import check_at_least_one
+from experiments.models import check_is_decoder
 from infer import prepare
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
@@ -53,15 +55,11 @@ def read_grid(cells: Any, source: str) -> list[Cell]:
 
 
 def check_grid(config: ModelConfig, cells: Sequence[Cell], steps: int, repeats: int) -> None:
-    """Raises InputError for a cell that cannot run, before anything is measured."""
-    if config.stack != "decoder" or config.head != "language-model":
-        raise InputError(
-            f"bench decode measures decoder language models; this one has stack={config.stack!r}, head={config.head!r}"
-        )
+    """Raise InputError for a cell that cannot run, before anything is measured."""
+    check_is_decoder(config, "bench decode")
     if not cells:
         raise InputError("the grid has no cells")
-    if repeats < 1:
-        raise InputError(f"repeats={repeats} must be at least 1")
+    check_at_least_one(repeats=repeats)
     for cell in cells:
         check_cell(config, cell, steps)
         dtype_name(cell.weights, KINDS, "weight type")

@@ -15,8 +15,8 @@ import numpy as np
 from experiments.bench.ceilings import cores
 from experiments.bench.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
 from experiments.bench.rounds import TrainSteps, loss_difference, median_and_range, tokens_per_second
+from experiments.inputs import check_at_least_one
 from model import ModelConfig, Params, accounting
-from model.errors import InputError
 from model.sharding import make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams
@@ -45,8 +45,7 @@ def bench_against_torch(
     finds its compile cache filled. Raises InputError where PyTorch is not installed or the model has no twin.
     """
     check_has_twin(config, train_config)
-    if rounds < 1:
-        raise InputError(f"rounds={rounds} must be at least 1")
+    check_at_least_one(rounds=rounds)
     require_torch()
     load_average = os.getloadavg()[0]
     train_config = train_config.replace(schedule="constant")

@@ -15,6 +15,7 @@ from experiments.bench.peers.child import Child, python_has
 from experiments.bench.peers.twin import torch_python
 from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
 from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
+from experiments.inputs import check_at_least_one
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
 from model.convert import save_hf, save_peft
@@ -61,8 +62,7 @@ def bench_against_transformers(
     resident memory of the process, its libraries and the loading of the weights included.
     Raises InputError where Transformers or PEFT is not installed, or the model has no form there.
     """
-    if rounds < 1 or steps_per_round < 1:
-        raise InputError(f"rounds={rounds} and steps_per_round={steps_per_round} must be at least 1")
+    check_at_least_one(rounds=rounds, steps_per_round=steps_per_round)
     if not rank and not full:
         raise InputError("nothing to compare: give a rank, or full=True")
     python = torch_python()

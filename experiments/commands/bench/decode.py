@@ -84,8 +84,9 @@ def decode(
     from experiments.bench.decode.cells import grid as combine
     from experiments.bench.decode.grid import check_grid, read_grid
     from experiments.bench.document import describe
-    from experiments.commands.options import check_plot, say, say_unused, write_document, write_plot
+    from experiments.commands.options import check_plot, say_unused, write_document, write_plot
     from experiments.inputs import read_json
+    from experiments.words import say
     from model.errors import InputError
 
     check_plot(plot)

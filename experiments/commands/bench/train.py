@@ -31,7 +31,7 @@ def train(
     rounds: int = 7,
     json: JsonFile = None,
 ) -> None:
-    """Tokens per second and FLOP/s of the training step, alone and with several lanes side by side.
+    """Measure tokens per second and FLOP/s of the training step, alone and with several lanes of one program.
 
     The machine's ceilings are measured before and after; the share of its product rate has their interval.
     `isoflop bench compare` compares two documents.
@@ -41,9 +41,9 @@ def train(
     a stored one, is trained by both libraries, and with --lora an adapter of it by isoflop and by PEFT; every
     contender is a process of its own, so that its peak memory can be told.
 
-    Examples:
-        isoflop bench train study-128 --lanes 1 4 --json train.json
-        isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
+    Example: isoflop bench train study-128 --lanes 1 4 --json train.json
+
+    Example: isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config; with --against transformers also

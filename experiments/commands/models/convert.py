@@ -76,7 +76,7 @@ def _objective(run: Path) -> "Objective":
 
 
 def _add_special_tokens(target: Path, names: dict[int, str]) -> None:
-    from experiments.commands.options import say
+    from experiments.words import say
     from model.errors import InputError
     from model.tokenizer.extend import add_special_tokens
 

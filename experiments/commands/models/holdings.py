@@ -3,7 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.options import bytes_in_words, new_table
+from experiments.commands.options import new_table
+from experiments.words import bytes_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.options import bytes_in_words, count_in_words, new_table
+from experiments.commands.options import new_table
+from experiments.words import bytes_in_words, count_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table

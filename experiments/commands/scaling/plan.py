@@ -105,7 +105,8 @@ def read_design(
 
 def show_plan(document: dict[str, Any]) -> None:
     """Every run as a row, and all of it in a few lines."""
-    from experiments.commands.options import bytes_in_words, console, count_in_words, hours_in_words, new_table
+    from experiments.commands.options import console, new_table
+    from experiments.words import bytes_in_words, count_in_words, hours_in_words
 
     out, hardware = console(), document["hardware"]
     names = ("run", "d_model", "layers", "N", "non-emb.", "D", "D/N", "epochs", "steps", "6ND", "exact", "rate")
@@ -143,8 +144,8 @@ def _remarks(row: dict[str, Any]) -> str:
 
 def summary(document: dict[str, Any]) -> list[str]:
     """The plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
-    from experiments.commands.options import bytes_in_words
-    from experiments.commands.options import hours_in_words as hours
+    from experiments.words import bytes_in_words
+    from experiments.words import hours_in_words as hours
 
     total, design, alone = document["total"], document["design"], document["without_branches"]
     hardware = document["hardware"]
@@ -195,7 +196,7 @@ def _peak(hardware: dict[str, Any]) -> str:
 
 def _optima(document: dict[str, Any]) -> list[str]:
     """Return where the optima are expected, by whom, and how far a published law was fitted."""
-    from experiments.commands.options import count_in_words
+    from experiments.words import count_in_words
 
     law, optima, middle = document["law"], document["optima"], document["design"]["tokens_per_parameter"]
     if law is None:

@@ -8,7 +8,7 @@ import tyro
 from experiments.commands.options import JsonFile
 
 if TYPE_CHECKING:
-    from experiments.scaling.rows.curves import Curve
+    from experiments.scaling.rows.curves import TrainingCurve
 
 Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 
@@ -95,7 +95,7 @@ def write_report(
     return document
 
 
-def _curves(folder: Path) -> "list[Curve]":
+def _curves(folder: Path) -> "list[TrainingCurve]":
     from experiments.scaling.rows.curves import curves_of_table
     from experiments.scaling.study.run import read_study
 

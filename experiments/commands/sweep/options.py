@@ -127,9 +127,10 @@ class SweepOptions:
 
     def _say_what_is_cut(self, sweep: "Sweep") -> None:
         """Say which of the numbers asked for are beyond what there is."""
-        from experiments.commands.options import say, say_fewer_tokens
+        from experiments.commands.options import say_fewer_tokens
         from experiments.sweep.space import Values
         from experiments.sweep.trials import expected_trials
+        from experiments.words import say
         from train.data import load_manifest
 
         say_fewer_tokens(self.evaluate_tokens, load_manifest(self.data))

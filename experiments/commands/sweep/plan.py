@@ -29,7 +29,8 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
 
 def show_plan(document: dict[str, Any]) -> None:
     """The cohorts as a table, and all of it in one line."""
-    from experiments.commands.options import bytes_in_words, console, hours_in_words, new_table
+    from experiments.commands.options import console, new_table
+    from experiments.words import bytes_in_words, hours_in_words
 
     out = console()
     names = ("shape", "trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)")
@@ -56,7 +57,7 @@ def show_plan(document: dict[str, Any]) -> None:
 
 def summary(document: dict[str, Any]) -> str:
     """The plan in one line."""
-    from experiments.commands.options import bytes_in_words, hours_in_words
+    from experiments.words import bytes_in_words, hours_in_words
 
     total, expected = document["total"], document["expected"]
     about = "about " if document["estimated"] else ""

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from experiments.scaling.forms.fit import FormFit, fit_rows
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import COLUMNS, Rows, frontier, reason_against, resample, usable
+from experiments.scaling.forms.rows import COLUMNS, UsableRuns, frontier, reason_against, resample, usable
 from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import SAMPLE, sample
@@ -57,7 +57,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """The form to use, and why."""
 
     winner: str
@@ -101,7 +101,7 @@ def choose(
     delta: float | int = 1e-3,
     bootstraps: int = 200,
     seed: int = 0,
-) -> Choice:
+) -> FormChoice:
     """Choose between `forms` on one set of rows: those usable by all of them.
 
     Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
@@ -121,7 +121,7 @@ def choose(
         rows = frontier(rows)
     whole = len(rows)
     chosen = sample(whole, SAMPLE, seed)
-    rows = Rows({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
+    rows = UsableRuns({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
     group = _groups(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
@@ -190,7 +190,7 @@ def choose(
         "runs": len(rows),
         "of_runs": whole,
     }
-    return Choice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
+    return FormChoice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 
 
 def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:

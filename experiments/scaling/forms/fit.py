@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.forms.form import LARGEST_RATE, Features, Form, Scale, features_of
+from experiments.scaling.forms.form import LARGEST_RATE, Features, LawForm, SolverScale, features_of
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import Rows, frontier, reason_against, resample, usable
+from experiments.scaling.forms.rows import UsableRuns, frontier, reason_against, resample, usable
 from experiments.scaling.forms.terms import evaluate
 from experiments.scaling.law.huber import Minimum, best_of, newton
-from experiments.scaling.law.intervals import Intervals, intervals_of
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import Intervals, exponential, intervals_of
 from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
@@ -27,17 +26,17 @@ _BLOCK_ELEMENTS = 10_000  # rows × problems solved at once: the fastest of 3k, 
 
 
 @dataclass(frozen=True)
-class Problem:
+class FormProblem:
     """A form and the runs it is fitted to, in the solver's coordinates."""
 
-    form: Form
+    form: LawForm
     features: Features
     log_loss: Float[np.ndarray, " rows"]
-    scale: Scale
+    scale: SolverScale
     delta: float
 
     @classmethod
-    def of(cls, form: Form, columns: Mapping[str, np.ndarray], delta: float) -> "Problem":
+    def of(cls, form: LawForm, columns: Mapping[str, np.ndarray], delta: float) -> "FormProblem":
         """The problem of these columns, the loss among them."""
         features, log_loss = features_of(columns), np.log(columns["loss"])
         return cls(form, features, log_loss, form.scale(features, log_loss), delta)
@@ -82,7 +81,7 @@ class Problem:
 class FormFit:
     """A converged fit of one form. Columns in their own units, losses in nats per token."""
 
-    form: Form
+    form: LawForm
     values: dict[str, float]
     """Every unknown by name."""
     objective: float
@@ -92,8 +91,8 @@ class FormFit:
     starts_at_best: int
     bootstraps: int
     seed: int
-    rows: Rows = field(repr=False)
-    problem: Problem = field(repr=False)
+    rows: UsableRuns = field(repr=False)
+    problem: FormProblem = field(repr=False)
     scaled: Float[np.ndarray, " unknowns"] = field(repr=False)
 
     @property
@@ -173,11 +172,11 @@ def fit_form(
     return fit_rows(form, frontier(rows) if form.frontier else rows, delta=delta, bootstraps=bootstraps, seed=seed)
 
 
-def fit_rows(form: Form, rows: Rows, *, delta: float | int, bootstraps: int, seed: int) -> FormFit:
+def fit_rows(form: LawForm, rows: UsableRuns, *, delta: float | int, bootstraps: int, seed: int) -> FormFit:
     """Fit rows as they are, in their order; raises as `fit_form` does."""
     if reason := reason_against(form, rows.columns):
         raise InputError(reason)
-    problem = Problem.of(form, rows.columns, float(delta))
+    problem = FormProblem.of(form, rows.columns, float(delta))
     end = problem.minimise(problem.grid)
     chosen, at_best = best_of(end.objective, end.gradient, len(rows), delta)
     best = end.theta[chosen]

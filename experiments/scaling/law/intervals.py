@@ -1,4 +1,4 @@
-"""Percentile intervals of bootstrap draws, in the shape that every fit hands out."""
+"""Percentile intervals of bootstrap draws, infinite ones included, in the shape that every fit hands out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,30 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.numbers import quantiles
-
 LEVELS = (80, 95)
+LARGEST_LOG = 700.0  # e^700 is still a number
 MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
 
 Intervals = dict[str, dict[int | float, tuple[float, float]]]
+
+
+def exponential(log: Any) -> Any:
+    """Return e^x, infinite beyond the largest number: documents show an infinite bound as null."""
+    with np.errstate(over="ignore"):
+        return np.exp(log)
+
+
+def quantiles(draws: np.ndarray, per_cent: list[float]) -> np.ndarray:
+    """Return percentiles along the first axis, without NaN draws; infinite draws count as beyond all others.
+
+    A percentile between a number and an infinite draw is infinite; one of no draws at all is NaN.
+    """
+    draws = np.asarray(draws, np.float64)
+    empty = np.isnan(draws).all(axis=0)
+    finite = np.where(empty, 0.0, np.clip(draws, -1e300, 1e300))  # a difference of infinite draws would be NaN
+    found = np.nanpercentile(finite, per_cent, axis=0)
+    found = np.where(np.abs(found) > 1e250, np.copysign(np.inf, found), found)
+    return np.where(empty, np.nan, found)
 
 
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:

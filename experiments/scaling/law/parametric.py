@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.inputs import check_at_least_one
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
-from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
+from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricProblem
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
 from experiments.words import counted
@@ -79,7 +80,7 @@ class ParametricFit:
     seed: int
     table: Table = field(repr=False)
     """The runs that entered, and those that did not (`.dropped`)."""
-    _problem: Problem = field(repr=False)
+    _problem: ParametricProblem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
     outliers: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """[{params, tokens, loss, reason}] of the runs that screening left out; empty unless it was requested."""
@@ -219,7 +220,7 @@ def fit_parametric(
 def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> ParametricFit:
     """The fit of every run of a clean, sorted table."""
     _check(table)
-    problem = Problem.of(table, float(delta))
+    problem = ParametricProblem.of(table, float(delta))
     chosen_from = problem.of_rows(sample(len(table), SAMPLE, seed))
     starts = chosen_from.starts()
     theta, objective, gradient = chosen_from.minimise(starts)
@@ -280,8 +281,7 @@ def check_settings(delta: float | int, bootstraps: int) -> None:
     """Refuse settings that no table could make sense of."""
     if not delta > 0:
         raise InputError(f"delta={delta} must be positive; Hoffmann et al. use 1e-3")
-    if bootstraps < 1:
-        raise InputError(f"bootstraps={bootstraps} must be at least 1")
+    check_at_least_one(bootstraps=bootstraps)
 
 
 def _check(table: Table) -> None:
@@ -311,7 +311,7 @@ def _check(table: Table) -> None:
         )
 
 
-def _check_terms(problem: Problem, theta: np.ndarray, alpha: float, beta: float) -> None:
+def _check_terms(problem: ParametricProblem, theta: np.ndarray, alpha: float, beta: float) -> None:
     """Refuse a fit in which N or D plays no part: its exponent would be noise."""
     _, (_, share_n, share_d) = log_law(theta[None], problem.x, problem.y)
     for letter, name, exponent, share in (("N", "alpha", alpha, share_n), ("D", "beta", beta, share_d)):

@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
 from experiments.scaling.law.huber import minimise
-from experiments.scaling.law.intervals import draw_counts
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import draw_counts, exponential
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import samples
 
@@ -20,7 +19,7 @@ _BLOCK_ELEMENTS = 60_000  # rows Ã— problems solved at once: the fastest of 15kâ
 
 
 @dataclass(frozen=True)
-class Problem:
+class ParametricProblem:
     """The runs in the solver's coordinates: x and y are log N and log D, centred and of unit spread."""
 
     x: Float[np.ndarray, " rows"]
@@ -31,14 +30,14 @@ class Problem:
     delta: float
 
     @classmethod
-    def of(cls, table: Table, delta: float) -> "Problem":
+    def of(cls, table: Table, delta: float) -> "ParametricProblem":
         """The runs of a table, with N in parameters and D in tokens; delta: of Huber's loss."""
         log_n, log_d = np.log(table.params), np.log(table.tokens)
         centre, spread = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
         x, y = (log_n - centre[0]) / spread[0], (log_d - centre[1]) / spread[1]
         return cls(x, y, np.log(table.loss), centre, spread, delta)
 
-    def of_rows(self, rows: Int[np.ndarray, " chosen"]) -> "Problem":
+    def of_rows(self, rows: Int[np.ndarray, " chosen"]) -> "ParametricProblem":
         """The same problem of fewer runs, in the same coordinates."""
         return replace(self, x=self.x[rows], y=self.y[rows], log_loss=self.log_loss[rows])
 

@@ -46,7 +46,7 @@ class Hardware:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A design with the ladder that it makes on some data, and the machine's speed, where it was timed.
 
     design: with budgets, also where hours were asked for. tokens_per_epoch: None without data. hardware: whose hours
@@ -159,7 +159,7 @@ def plan_study(
     probe: bool = True,
     probe_seconds: float = 1.0,
     hardware: Hardware | None = None,
-) -> Plan:
+) -> StudyPlan:
     """The plan of a design; nothing is trained but steps on random tokens, which are timed.
 
     data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
@@ -185,7 +185,7 @@ def plan_study(
     rungs = size(design, speed)
     if design.hours:
         design = design.with_budgets(tuple(sorted({rung.budget_flops for rung in rungs})))
-    return Plan(design, rungs, vocabulary, epoch, speed, hardware)
+    return StudyPlan(design, rungs, vocabulary, epoch, speed, hardware)
 
 
 def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
 from model import Execution, ModelConfig
@@ -105,7 +105,7 @@ class Design(Part):
     """D/N where the optimum is expected, at the middle budget. 8 is what small studies of small vocabularies find."""
     optimum_exponent: float = 0.5
     """The expected optimum grows as N* ∝ C to this power; a pilot's fit may say another one than a half."""
-    family: Family = dataclasses.field(default_factory=Family)
+    family: ModelFamily = dataclasses.field(default_factory=ModelFamily)
     """The shapes of the sizes."""
     batch_size: int | Law = 2
     """Rows per step; a law of params, tokens, flops is rounded to a power of two."""
@@ -315,10 +315,10 @@ def _read_tables(design: Design) -> None:
     put("budgets", tuple(design.budgets))
     if not isinstance(design.set, dict):
         raise InputError(f"set={design.set!r} must be a table of fields and their values")
-    if not isinstance(design.family, (dict, Family)):
+    if not isinstance(design.family, (dict, ModelFamily)):
         raise InputError(f"family={design.family!r} must be a table, such as {{aspect_ratio = 16}}")
     if isinstance(design.family, dict):
-        put("family", Family.from_dict(design.family))
+        put("family", ModelFamily.from_dict(design.family))
     for name, kind, words in (("learning_rate", (int, float), "positive"), ("batch_size", int, "positive whole")):
         value = getattr(design, name)
         if isinstance(value, dict):

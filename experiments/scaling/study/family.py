@@ -11,7 +11,7 @@ from model.parts import Part
 
 
 @dataclasses.dataclass(frozen=True)
-class Family(Part):
+class ModelFamily(Part):
     """How shapes follow from d_model; 0: as in the base.
 
     A law holds within a family that changes one thing smoothly: where small members would differ in depth by a whole
@@ -98,7 +98,7 @@ class Family(Part):
 
 
 @functools.lru_cache(maxsize=4096)
-def _member(family: Family, base: ModelConfig, d_model: int) -> ModelConfig:
+def _member(family: ModelFamily, base: ModelConfig, d_model: int) -> ModelConfig:
     fields = family.overrides(base, d_model)
     inside = {name.partition(".")[2]: fields.pop(name) for name in list(fields) if "." in name}
     if inside:

@@ -13,7 +13,7 @@ from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.rungs import Rung
 from experiments.scaling.use import optimal, planned_loss
 from experiments.scaling.valleys.spline import Spline
-from experiments.scaling.valleys.valley import PARABOLA, Shape, Valley, reason_against
+from experiments.scaling.valleys.valley import PARABOLA, Valley, ValleyShape, reason_against
 from experiments.words import counted
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
@@ -147,7 +147,7 @@ def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
     return found
 
 
-def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: ValleyShape) -> dict[str, Any]:
     """{params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each estimator's N* did."""
     if not rows:
         return {"refused": "none of its runs has a loss"}

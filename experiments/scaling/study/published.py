@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from model import ModelConfig
 from model.errors import InputError
 
@@ -87,7 +87,7 @@ def middle_of(budgets: Sequence[float]) -> float:
 def _family(given: dict[str, Any], base: ModelConfig, budgets: Sequence[float]) -> dict[str, Any]:
     own = base.head_dim if base.latent is None else base.d_model // base.num_heads
     head_dim = max(64, own)
-    usual = Family(depth="base" if "aspect_ratio" in given else "published", head_dim=head_dim, ff_multiple=128)
+    usual = ModelFamily(depth="base" if "aspect_ratio" in given else "published", head_dim=head_dim, ff_multiple=128)
     together = head_dim * base.num_heads // base.num_kv_heads  # the step in width that keeps the base's groups whole
     if budgets and together <= usual.nearest(base, LAWS[DEFAULT_LAW].optimum(budgets[0])) / _FINE:
         usual = usual.replace(width_multiple=together)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.inputs import check_free
 from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
@@ -19,7 +20,7 @@ from experiments.scaling.study.rungs import Rung, plan_rungs
 from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.run import run_sweep
 from experiments.words import counted
 from model.ambient import pinned
@@ -104,7 +105,7 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
     return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
 
 
-def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
+def _row(rung: Rung, row: LedgerRow, sweep: Sweep) -> dict[str, Any]:
     """A line of runs.csv: the rung and what came of it."""
     planned = rung.to_dict()
     del planned["seconds"]
@@ -158,10 +159,8 @@ def _check_folder(folder: Path, design: Design) -> None:
         differences = design.differences(there)
         if differences:
             raise InputError(f"{folder} holds a study that differs: {differences}; choose another --out")
-    elif folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a study needs a folder of its own")
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no study; choose another --out")
+    else:
+        check_free(folder, "study", "holds no study", "choose another --out")
 
 
 def _say(text: str) -> None:

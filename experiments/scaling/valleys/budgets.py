@@ -10,7 +10,14 @@ from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import evenly, most_per_budget
 from experiments.scaling.valleys.recognise import BY_CHANCE, recognise_budgets
-from experiments.scaling.valleys.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
+from experiments.scaling.valleys.valley import (
+    MINIMUM_SIZES,
+    PARABOLA,
+    Valley,
+    ValleyShape,
+    group_budgets,
+    reason_against,
+)
 from model.errors import InputError
 
 TOO_FEW = "too few to say which is wrong"
@@ -139,7 +146,7 @@ def _centred(params: np.ndarray) -> np.ndarray:
     return np.log(params) - np.log(params).mean()
 
 
-def with_shape(valley: Valley, shape: Shape) -> Valley:
+def with_shape(valley: Valley, shape: ValleyShape) -> Valley:
     """The same runs under another curve; a reason that lies in the runs stays."""
     reason = valley.reason if valley.runs_at_fault else reason_against(valley.params, valley.loss, shape)
     return replace(valley, shape=shape, reason=reason)

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
-from experiments.scaling.law.numbers import exponential
+from experiments.inputs import check_at_least_one
+from experiments.scaling.law.intervals import Intervals, exponential, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.recognise import BY_CHANCE
@@ -23,8 +23,8 @@ from experiments.scaling.valleys.valley import (
     PARABOLA,
     SAME_BUDGET,
     Convex,
-    Shape,
     Valley,
+    ValleyShape,
     group_budgets,
     rejection,
     tokens_line,
@@ -73,7 +73,7 @@ class IsoflopFit:
     seed: int
     dropped: list[dict[str, Any]] = field(repr=False)
     method: Method = DEFAULT
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     thinned: str | None = None
     """What was done with fewer rows than the table has, in words; None where nothing was."""
 
@@ -184,7 +184,7 @@ class IsoflopFit:
 
 
 def _minima(
-    method: str, shape: Shape, us: list[np.ndarray], losses: list[np.ndarray]
+    method: str, shape: ValleyShape, us: list[np.ndarray], losses: list[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
     if method == "skewed":
@@ -253,8 +253,7 @@ def fit_isoflop(
 
     Raises `InputError` with the reasons where fewer than two budgets are accepted.
     """
-    if bootstraps < 1:
-        raise InputError(f"bootstraps={bootstraps} must be at least 1")
+    check_at_least_one(bootstraps=bootstraps)
     if method not in METHODS:
         raise InputError(f"method={method!r} must be one of {', '.join(METHODS)}")
     table = _sorted(clean(params, tokens, loss, flops))
@@ -262,7 +261,7 @@ def fit_isoflop(
     rows = len(table)
     table, budgets, most = fewer_per_budget(table, budgets)
     valleys = valleys_of(table, budgets, screen=screen)
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     if method != "parabola":
         sound = [v for v in valleys if v.reason is None] or [v for v in valleys if not v.runs_at_fault]
         if sound:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import exponential
 from experiments.words import counted
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
@@ -18,7 +18,7 @@ STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to nois
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 
 
-class Shape(Protocol):
+class ValleyShape(Protocol):
     """A family of curves with three coefficients' worth of freedom or more, and its minimum."""
 
     @property
@@ -60,7 +60,7 @@ class Convex:
         return loss @ np.linalg.pinv(self.basis(u)).T
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
-        """As `Shape` says."""
+        """As `ValleyShape` says."""
         return self.basis(at) @ np.linalg.pinv(self.basis(u))
 
     def minimum(self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]) -> tuple[Any, Any, Any]:
@@ -116,7 +116,7 @@ class Valley:
     """The parabola's: c0 + c1·u + c2·u² with u = ln N − mean(ln N); None with fewer than three sizes."""
     reason: str | None
     """Why the valley is rejected, or None."""
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
     runs_at_fault: bool = False
@@ -176,7 +176,7 @@ def rejection(
     return flat, edge, outside
 
 
-def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | None:
+def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> str | None:
     """Why this budget's minimum cannot be trusted, in words, or None."""
     sizes = np.unique(params)
     if len(sizes) < MINIMUM_SIZES:

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.sweep.analysis.executions import execution_names, execution_value, recipe_id
 from experiments.sweep.analysis.scales import MANY, distinct, is_number
 from experiments.sweep.objectives import TRAINING_SPEED, training_speed
-from experiments.sweep.row import ENDED, Row
+from experiments.sweep.row import ENDED, LedgerRow
 from model.errors import InputError
 from train.files import write_atomically
 from train.objectives import LanguageModeling
@@ -79,7 +79,7 @@ def read_results(folder: str | Path) -> Results:
 
 def collect(
     folder: Path,
-    rows: Iterable[Row],
+    rows: Iterable[LedgerRow],
     *,
     objectives: tuple[str, ...] = ("loss",),
     policy: str = "all",
@@ -115,7 +115,7 @@ def record_troubles(results: Results) -> list[str]:
 
 
 def _flat(
-    row: Row, names: Sequence[str], how: Sequence[str], objectives: Sequence[str], *, population: bool
+    row: LedgerRow, names: Sequence[str], how: Sequence[str], objectives: Sequence[str], *, population: bool
 ) -> dict[str, Any]:
     """how: those of the names that are of the execution, where a trial that does not name one has its default."""
     trial, facts = row.trial, row.facts

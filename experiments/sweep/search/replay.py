@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.search.recorded import Recorded, is_ordered
 from experiments.sweep.search.samplers import make_sampler
-from model.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,7 @@ def compare_samplers(
     there. Raises InputError.
     """
     budget = len(recorded.losses) if budget is None else budget
-    for name, value in (("replays", replays), ("trials", budget), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
+    check_at_least_one(replays=replays, trials=budget, batch=batch)
     for sampler in samplers:
         make_sampler(sampler, 0)  # refused before hours are spent on the others
     document: dict[str, Any] = {

@@ -12,7 +12,9 @@ a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins
 """
 
 import builtins
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.sweep.space.kinds import (
@@ -76,24 +78,21 @@ def grid(**axes: Any) -> Space:
 
 def product(*spaces: Space) -> Space:
     """Every point of each space with every point of the others; the last varies fastest."""
-    if not spaces:
-        raise InputError("a product of no spaces has no points; give at least one space")
+    _check_any("product", spaces)
     _disjoint("product", spaces)
     return Product(spaces)
 
 
 def chain(*spaces: Space) -> Space:
     """The points of one space after those of another."""
-    if not spaces:
-        raise InputError("a chain of no spaces has no points; give at least one space")
+    _check_any("chain", spaces)
     return Chain(spaces)
 
 
 def zip(*spaces: Space, **axes: Any) -> Space:
     """The first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
     sides = (*spaces, *(grid(**{name: values}) for name, values in axes.items()))
-    if not sides:
-        raise InputError("a zip of no spaces has no points; give at least one space")
+    _check_any("zip", sides)
     _disjoint("zip", sides)
     rows = [side.points() for side in sides]
     if len({len(side) for side in rows}) > 1:
@@ -136,6 +135,32 @@ def random(space: Space, count: int, seed: int = 0) -> Space:
 def quasirandom(space: Space, count: int, seed: int = 0) -> Space:
     """`count` points of a scrambled Sobol sequence (Owen 1998), which fills the space more evenly than `random`."""
     return Drawn(space, _positive(count), seed, sobol=True)
+
+
+def load_space(source: str, path: Path) -> Space:
+    """Return the `space` that a file's text defines; it must stand alone, as the sweep keeps a copy of it.
+
+    Raises InputError, with file and line, where it fails or has none.
+    """
+    names: dict[str, object] = {"__name__": "space", "__file__": str(path)}
+    try:
+        exec(compile(source, str(path), "exec"), names)
+    except SyntaxError as error:
+        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}, line {lines[-1] if lines else '?'}: {kind}{error}") from error
+    space = names.get("space")
+    if not isinstance(space, Space):
+        found = "has no `space`" if space is None else f"has a {type(space).__name__} as its `space`"
+        raise InputError(f"{path} {found}; end it with, for example, space = grid(learning_rate=[1e-3, 3e-3])")
+    return space
+
+
+def _check_any(what: str, spaces: Sequence[Space]) -> None:
+    if not spaces:
+        raise InputError(f"a {what} of no spaces has no points; give at least one space")
 
 
 def _disjoint(what: str, spaces: Sequence[Space]) -> None:

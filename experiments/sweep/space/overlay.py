@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Trial
 from model import accounting
@@ -72,8 +73,7 @@ def _steps(recipe: Recipe, lengths: Mapping[str, Any]) -> int:
     steps = steps or phases or 0
     if steps == 0 and not lengths:
         raise InputError("a trial needs a length: give --steps, or steps, tokens or tokens_per_parameter on an axis")
-    if steps < 1:
-        raise InputError(f"steps={steps} must be at least 1")
+    check_at_least_one(steps=steps)
     if phases is not None and steps > phases:
         raise InputError(f"steps={steps} exceed the {phases} of the phases")
     return steps
