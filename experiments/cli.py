@@ -121,7 +121,7 @@ def _pinned(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Entry point of the `isoflop` command."""
+    """Run the `isoflop` command."""
     open_standard_streams()
     stderr = sys.stderr
     try:
@@ -173,7 +173,7 @@ _FAILURES = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # of a disk; t
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which first makes sure that the files can be written that it will write at its end.
+    """Return the command, which first makes sure that the files can be written that it will write at its end.
 
     What it says on stderr on its way can neither stop it nor hold it up.
     """
@@ -214,7 +214,7 @@ FORMER_FLAGS: dict[str, dict[str, str]] = {
 
 
 def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
-    """(what the first words name, the command or group of them that it is, the words that are left)."""
+    """Return (what the first words name, the command or group of them that it is, the words that are left)."""
     called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
     words, left = ["isoflop"], list(arguments)
     while isinstance(called, tuple) and left and left[0] in called[1]:
@@ -225,13 +225,13 @@ def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[st
 
 
 def _present_name(word: str, renamed: dict[str, str]) -> str:
-    """A flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
+    """Return a flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
     flag, equals, value = word.partition("=")
     return renamed.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 
 
 def _parser(tree: Tree) -> Any:
-    """Of a group: each command with the first sentence of its description; all of it stands in its own help."""
+    """Return the parser of a group: each command with the first sentence of its description."""
     commands = []
     for name, entry in tree.items():
         if isinstance(entry, tuple):

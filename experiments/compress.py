@@ -43,7 +43,7 @@ class CompressedModel:
 def forms(
     config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]
 ) -> list[CompressedModel]:
-    """Every form that the report compares; the first is what the others are compared with."""
+    """Return every form that the report compares; the first is what the others are compared with."""
     stored = lambda kind: CompressedModel(kind, lambda: (config, prepare(config, params, kind)))
 
     def pruned(name: str, method: str, **how: Any) -> CompressedModel:
@@ -83,8 +83,9 @@ def report(
     decode_batches: Sequence[int] = (1, 8),
     only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per form: its bits per byte on validation text, the change in %, how often its likeliest token is that
-    of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored too).
+    """Return one row per form: its bits per byte on validation text, the change in %, how often its likeliest token is
+    that of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored
+    too).
 
     A form that cannot be measured is {"form", "reason"}; after Ctrl-C, INTERRUPTED, it is the last. only: names of
     forms besides the first.
@@ -128,7 +129,7 @@ def report(
 
 
 def decode_speed(config: ModelConfig, params: Params, batch: int, cache_dtype: str | None = None) -> float:
-    """Tokens per second of all rows together: the median of short greedy runs that stay on the device."""
+    """Return tokens per second of all rows together: the median of short greedy runs that stay on the device."""
     steps = min(_STEPS, config.max_seq_len)
     seconds = []
     for number in range(_ROUNDS + 1):
@@ -153,7 +154,7 @@ def _greedy(config: ModelConfig, params: Params, batch: int, steps: int, cache_d
 def calibration_tokens(
     config: ModelConfig, data: str | Path, tokenizer: Tokenizer | None, rows: int, seq_len: int
 ) -> Int[np.ndarray, "rows seq"]:
-    """Rows of training text in the model's ids, fewer where the data is short."""
+    """Return rows of training text in the model's ids, fewer where the data is short."""
     shards = TokenShards(data, "train")
     wanted = rows * seq_len
     ids = shards.windows(np.array([0]), min(3 * wanted, len(shards)))[0]
@@ -169,7 +170,7 @@ def calibration_tokens(
 def _quality(
     config: ModelConfig, params: Params, batches: list[Batch], cache: str | None
 ) -> tuple[float, float, list[np.ndarray]]:
-    """(nats, predicted tokens, the likeliest token at every place) over all batches."""
+    """Return (nats, predicted tokens, the likeliest token at every place) over all batches."""
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
     score = functools.partial(_score if cache is None else functools.partial(_score_cached, dtype=cache), config)

@@ -89,7 +89,7 @@ def learning_rate_transfer(
 
 
 def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
-    """The best rate of one seed, between the grid's points."""
+    """Return the best rate of one seed, between the grid's points."""
     known = sorted((t["learning_rate"], t["loss"]) for t in trials if t["seed"] == seed and t["loss"] is not None)
     best = min(range(len(known)), key=lambda i: known[i][1], default=0)
     if not 0 < best < len(known) - 1:
@@ -100,7 +100,7 @@ def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
 
 
 def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
-    """None where a width has no best rate, for every rate lost a run."""
+    """Return the spread; None where a width has no best rate, as every rate lost a run."""
     winners = [cell["winner"] for cell in cells if cell["parameterization"] == name]
     if not all(winners):
         return None
@@ -110,7 +110,7 @@ def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
 
 @styled
 def transfer_figure(document: dict[str, Any]) -> Figure:
-    """Loss over learning rate, a line per width, the parameterizations side by side; rings mark the best rates.
+    """Draw loss over learning rate, a line per width, the parameterizations side by side; rings mark the best rates.
 
     Lines are means over seeds, small dots single runs.
     """

@@ -35,12 +35,12 @@ class Ceilings:
     matmul_flops_per_second_measured: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return dataclasses.asdict(self)
 
 
 def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.4, rounds: int = 3) -> Ceilings:
-    """Both ceilings, each measured `rounds` times, interleaved.
+    """Return both ceilings, each measured `rounds` times, interleaved.
 
     size: bytes of the buffer that is read; None: `buffer_bytes()`. seconds: per form of reading, over all rounds.
     """
@@ -57,7 +57,9 @@ def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.
 
 
 def best_of(before: Ceilings, after: Ceilings) -> Ceilings:
-    """The higher of both, since what else ran meanwhile can only lower a ceiling, with the measurements of both."""
+    """Return the higher of both, since what else ran meanwhile can only lower a ceiling, with the
+    measurements of both.
+    """
     higher = max(before, after, key=lambda ceilings: ceilings.read_bytes_per_second)
     return dataclasses.replace(
         higher,
@@ -69,7 +71,7 @@ def best_of(before: Ceilings, after: Ceilings) -> Ceilings:
 
 
 def buffer_bytes() -> int:
-    """Eight times the last-level cache, at least 256 MiB, at most 2 GiB; 1 GiB on an accelerator."""
+    """Return eight times the last-level cache, at least 256 MiB, at most 2 GiB; 1 GiB on an accelerator."""
     if jax.default_backend() != "cpu":
         return 1 << 30
     units = {"K": 1 << 10, "M": 1 << 20}
@@ -81,12 +83,12 @@ def buffer_bytes() -> int:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reads(size: int) -> dict[str, Callable[[], Any]]:
-    """Ways to read `size` bytes once: decode can be no faster than the best of them."""
+    """Return ways to read `size` bytes once: decode can be no faster than the best of them."""
     table, vector = jnp.ones((size // (4 * COLUMNS), COLUMNS), jnp.float32), jnp.ones(COLUMNS, jnp.float32)
     product, total, largest = jax.jit(jnp.matmul), jax.jit(jnp.sum), jax.jit(lambda x: jnp.max(x, axis=1))
     reads: dict[str, Callable[[], Any]] = {

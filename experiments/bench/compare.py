@@ -70,7 +70,7 @@ def compare(
 def ratio(
     before: list[float], after: list[float], seed: int = 0, times: Sequence[float] = (1.0, 1.0)
 ) -> dict[str, Any]:
-    """Medians of two samples of seconds, their ratio with its interval and spread, and the verdict.
+    """Return medians of two samples of seconds, their ratio with its interval and spread, and the verdict.
 
     times: from the least to the most by which the machine alone may have multiplied a time.
     """
@@ -95,7 +95,7 @@ def ratio(
 
 
 def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
-    """Those that are slower, beyond noise, by more than this share."""
+    """Return those that are slower, beyond noise, by more than this share."""
     return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
 
 

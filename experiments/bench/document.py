@@ -20,7 +20,9 @@ SCHEMA_VERSION = 2
 
 
 def describe(config: ModelConfig, model: str, random_weights: bool) -> dict[str, Any]:
-    """The model, its config's hash, the device and its driver, versions, the commit, load and the command line."""
+    """Return the model, its config's hash, the device and its driver, versions, the commit, load and the
+    command line.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["isoflop", *sys.argv[1:]]),
@@ -36,17 +38,19 @@ def describe(config: ModelConfig, model: str, random_weights: bool) -> dict[str,
 
 
 def config_hash(config: ModelConfig) -> str:
-    """Of every field of the config."""
+    """Return a short hash of every field of the config."""
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def driver() -> str:
-    """What JAX says about its platform: the version of the accelerator's driver and runtime, where there are any."""
+    """Return what JAX says about its platform: the version of the accelerator's driver and runtime, where there are
+    any.
+    """
     return jax.devices()[0].client.platform_version.strip().replace("\n", ", ")
 
 
 def commit() -> str:
-    """`git describe` where this code lies in a repository, else the package's version."""
+    """Return `git describe` where this code lies in a repository, else the package's version."""
     file = Path(__file__)
     try:
         # An installed package may lie, untracked, in a repository of something else.

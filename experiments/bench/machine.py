@@ -8,7 +8,7 @@ _CEILINGS = {"read_bytes_per_second": "read bandwidth", "matmul_flops_per_second
 
 
 def compare_ceilings(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """{ceiling, before, after, ratio, times, changed} of every ceiling that both documents have.
+    """Return {ceiling, before, after, ratio, times, changed} of every ceiling that both documents have.
 
     ratio: after over before. times: from the least to the most by which the machine alone may have multiplied a time,
     of all measurements of that ceiling; 1 is always between. changed: the ceilings differ by more than LIMIT.
@@ -43,7 +43,9 @@ def has_changed(ceilings: Sequence[dict[str, Any]]) -> bool:
 
 
 def times_of(ceilings: Sequence[dict[str, Any]]) -> list[float]:
-    """From the least to the most by which the machine alone may have multiplied a time, by whichever ceiling."""
+    """Return the smallest and largest factor by which the machine alone may have multiplied a time, over
+    all ceilings.
+    """
     return [
         min((row["times"][0] for row in ceilings), default=1.0),
         max((row["times"][1] for row in ceilings), default=1.0),
@@ -51,7 +53,7 @@ def times_of(ceilings: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def per_ceiling(ratio: float, metric: str, bound: str | None, ceilings: Sequence[dict[str, Any]]) -> float | None:
-    """A ratio of times as it would be on one machine, where the ceiling that binds it decided all of it.
+    """Return a ratio of times as it would be on one machine, where the ceiling that binds it decided all of it.
 
     A prefill and a training step are bound by the product rate. None where that ceiling is not known.
     """

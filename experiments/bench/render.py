@@ -15,7 +15,9 @@ COORDINATES = ("kv_heads", "weights", "cache", "batch", "prompt", "context", "st
 
 
 def render(document: dict[str, Any], form: Format) -> str:
-    """The document as text; csv, jsonl and md hold its cells, or its loads, alone, csv and md without raw samples."""
+    """Return the document as text; csv, jsonl and md hold its cells, or its loads, alone, csv and md without raw
+    samples.
+    """
     rows = document["cells"] or document.get("load", [])
     if form == "json":
         return json.dumps(document, indent=1)
@@ -30,7 +32,8 @@ def render(document: dict[str, Any], form: Format) -> str:
 
 
 def cell_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, column names, cells as text) twice, so that they fit a terminal: the loop on the device, the host's wait.
+    """Return (title, column names, cells as text) twice, so that they fit a terminal: the loop on the device, the
+    host's wait.
 
     Each with the coordinates that differ or matter, then medians, or the error.
     """
@@ -115,13 +118,13 @@ def ceilings_in_words(ceilings: dict[str, Any]) -> str:
 
 
 def words_of(row: dict[str, Any]) -> str:
-    """A cell's coordinates in words."""
+    """Return a cell's coordinates in words."""
     names = ("contender", "rate_requests_per_second", *COORDINATES, *TRAINING_COORDINATES)
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names if row.get(name) is not None)
 
 
 def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(column names, cells as text) of rows of `peers.decode_bench`."""
+    """Return (column names, cells as text) of rows of `decode.against_peers`."""
     header = [
         "batch",
         "prompt",
@@ -156,7 +159,7 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(column names, cells as text) of rows of `load.bench_load`."""
+    """Return (column names, cells as text) of rows of `decode.load.bench_load`."""
     header = ["requests/s offered", "served", "tok/s", "good/s", "first token s"]
     header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
     spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")

@@ -93,7 +93,7 @@ def _measure(
     rounds: int,
     advance: Callable[..., None],
 ) -> dict[str, Any]:
-    """The measured part of a row."""
+    """Return the measured part of a row."""
     turns: dict[str, Callable[[], np.ndarray]] = {
         name: lambda share=share: (
             score(  # type: ignore[misc]

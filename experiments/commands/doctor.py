@@ -54,7 +54,7 @@ def doctor(*, json: JsonFile = None) -> None:
 
 
 def _told(look: Callable[[], Found]) -> Found:
-    """What was found, or the error that says why nothing was: an installation may be broken anywhere."""
+    """Return what was found, or the error that says why nothing was: an installation may be broken anywhere."""
     try:
         return look()
     except Exception as error:
@@ -63,7 +63,7 @@ def _told(look: Callable[[], Found]) -> Found:
 
 
 def _packages() -> dict[str, dict[str, str | None]]:
-    """By extra ("": what isoflop always needs): each package with its version, None where it is not installed."""
+    """Return by extra ("": what isoflop always needs) each package with its version, None where it is not installed."""
     import re
     from importlib.metadata import PackageNotFoundError, requires, version
 

@@ -26,7 +26,7 @@ def evaluate(
     set: Overrides = (),
     json: JsonFile = None,
 ) -> None:
-    """Loss, perplexity and bits per byte on a data folder's validation split.
+    """Measure loss, perplexity and bits per byte on a data folder's validation split.
 
     Example: isoflop eval runs/first --data data/sotu
 
@@ -98,7 +98,7 @@ def evaluate(
 def _objective(
     model: Path, config: "ModelConfig", name: str | None, changes: tuple[str, ...]
 ) -> "tuple[Objective, int | None]":
-    """(The objective that is given, or a run's own, and the length of the run's rows)."""
+    """Return (the objective that is given, or a run's own, and the length of the run's rows)."""
     from experiments.inputs import read_changes
     from model.errors import InputError
     from train import Recipe, objectives

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _metric_or_flag(words: list[str]) -> bool | str:
-    """The one name behind a flag, or True where it stands alone."""
+    """Return the one name behind a flag, or True where it stands alone."""
     if len(words) > 1:
         raise ValueError(f"takes one metric at most, not {' '.join(words)}")
     return words[0] if words else True
@@ -46,14 +46,14 @@ _FIGURES = (".svg", ".png", ".pdf")
 
 
 def console() -> "Console":
-    """Standard output; wide enough for a table where it is no terminal but a file or a pipe."""
+    """Return standard output; wide enough for a table where it is no terminal but a file or a pipe."""
     from rich.console import Console
 
     return Console() if Console().is_terminal else Console(width=160)
 
 
 def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Table":
-    """An empty table: words in the first column to the left, numbers to the right."""
+    """Return an empty table: words in the first column to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
 
@@ -65,7 +65,7 @@ def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Tab
 
 
 def origin() -> dict[str, Any]:
-    """What a document of measurements says of how it was made: the command, the device, versions."""
+    """Return what a document of measurements says of how it was made: the command, the device, versions."""
     import shlex
 
     from train.run import describe_device, versions
@@ -89,7 +89,7 @@ def write_document(path: Path | None, document: dict[str, Any]) -> None:
 
 @contextmanager
 def output(path: Path) -> Iterator[None]:
-    """Around writing to a path from the command line: where it cannot be written, one sentence says so."""
+    """Raise InputError, in one sentence, where writing to a path from the command line fails."""
     from model.errors import InputError
 
     try:

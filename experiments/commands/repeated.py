@@ -11,7 +11,7 @@ _CHANGES = ("--set", "--base")
 
 
 def each_once(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
-    """The arguments with every flag once: `--set a=1 --seed 2 --set b=3` as `--set a=1 b=3 --seed 2`.
+    """Return the arguments with every flag once: `--set a=1 --seed 2 --set b=3` as `--set a=1 b=3 --seed 2`.
 
     Raises InputError where a flag of one value is given twice, or a field both by its own flag and by --set.
     """
@@ -29,7 +29,7 @@ def each_once(command: Callable[..., None], arguments: Sequence[str]) -> list[st
 
 
 def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Every flag with the words behind it; what stands before the first one is behind the flag ""."""
+    """Return every flag with the words behind it; what stands before the first one is behind the flag ""."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for word in arguments:
         if word.startswith("--") and len(word) > 2:
@@ -41,12 +41,12 @@ def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _list_flags(command: Callable[..., None]) -> set[str]:
-    """The flags of a command that take several values."""
+    """Return the flags of a command that take several values."""
     return {f"--{name.replace('_', '-')}" for name, kind in _parameters(command) if typing.get_origin(kind) is tuple}
 
 
 def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """The names and types of a command's parameters, and of the fields of those that are dataclasses."""
+    """Yield the names and types of a command's parameters, and of the fields of those that are dataclasses."""
     for name, parameter in inspect.signature(command).parameters.items():
         kind = parameter.annotation
         while typing.get_origin(kind) is typing.Annotated:

@@ -227,7 +227,7 @@ def cool(
 
 
 def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
-    """The result in one sentence, and as a document."""
+    """Return the result in one sentence, and as a document."""
     import dataclasses
 
     from experiments.commands.options import write_document
@@ -278,7 +278,7 @@ def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:
 
 
 def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
-    """Why a run ended before its last step."""
+    """Return why a run ended before its last step."""
     if early["best"] is None:
         outcome = "has not been finite"
     else:
@@ -312,7 +312,7 @@ def _say_what_is_cut(shell: "Shell", manifest: "Manifest", recipe: "Recipe") -> 
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:
-    """One folder, or NAME=FOLDER several times."""
+    """Return one folder, or NAME=FOLDER several times."""
     from model.errors import InputError
 
     if len(data) == 1 and "=" not in data[0]:
@@ -329,7 +329,7 @@ def _folders(data: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _read_phases(path: Path) -> "tuple[Phase, ...]":
-    """A JSON list of phases."""
+    """Return a JSON list of phases."""
     import json
 
     from model.errors import InputError
@@ -353,7 +353,7 @@ def _dtype(precision: str) -> Any:
 
 
 def _show_plan(train_config: "TrainConfig") -> None:
-    """The phases as a table, on stderr like all that is said under way."""
+    """Print the phases as a table on stderr, as all progress."""
     from rich.console import Console
 
     from experiments.commands.options import new_table

@@ -31,7 +31,7 @@ def evaluate_objective(
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """{"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
+    """Return {"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
 
     Of objectives that predict tokens also, on the same positions: "unigram_loss", that of the frequencies of the
     training split's targets, and "context_free_loss", the least that a model can reach without looking at other
@@ -67,7 +67,7 @@ def evaluate_objective(
 def _frequencies(
     config: ModelConfig, objective: TokenObjective, train_config: TrainConfig, data: Data
 ) -> Float64[np.ndarray, " vocab"]:
-    """Frequencies of the targets in training batches, with one more count for every id."""
+    """Return frequencies of the targets in training batches, with one more count for every id."""
     steps = -(-_COUNTED // train_config.tokens_per_step)
     loader = objective.source(config, train_config, HParams(), data.sources, Plan.of(train_config, steps))
     counts = np.ones(config.vocab_size)
@@ -80,11 +80,11 @@ def _frequencies(
 
 
 def _mean(nats: Callable[[Any], np.ndarray], batches: list[Any]) -> float:
-    """Mean over the predicted tokens of all batches."""
+    """Return mean over the predicted tokens of all batches."""
     total = sum((nats(batch) * _weights(batch)).sum() for batch in batches)
     return float(total / sum(_weights(batch).sum() for batch in batches))
 
 
 def _weights(batch: Any) -> np.ndarray:
-    """1 where a token is predicted, float64."""
+    """Return 1 where a token is predicted, float64."""
     return np.asarray(batch.get("loss_mask", np.ones(batch["targets"].shape)), np.float64)

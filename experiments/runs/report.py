@@ -130,7 +130,9 @@ def _objective(identity: dict[str, Any]) -> Objective:
 
 @styled
 def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], unit: str) -> list[Figure]:
-    """One panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps nearby."""
+    """Draw one panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps
+    nearby.
+    """
     recorded = [
         (field, label) for field, label in PANELS if any(line.get(field) for lines in metrics for line in lines)
     ]

@@ -124,7 +124,9 @@ class Analysis:
         return [{"about": about, "text": text} for about, text in found]
 
     def _outside_own_intervals(self) -> list[tuple[str, str]]:
-        """(about, text): estimates outside their own intervals, but for those of the law and the default valleys."""
+        """Return (about, text): estimates outside their own intervals, but for those of the law and the default
+        valleys.
+        """
         fits = [fit for fit in (self.fits.parametric, self.fits.isoflop, self.envelope) if fit is not None]
         if min(fit.bootstraps for fit in fits) < MINIMUM_VALID_DRAWS:
             return []
@@ -167,7 +169,7 @@ class Analysis:
         return {name: fit.document() for name, fit in fits.items()}
 
     def document(self) -> dict[str, Any]:
-        """Plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
+        """Return plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
         return self.fits.document() | {
             "envelope": None if self.envelope is None else self.envelope.document(),
             "forms": None if self.choice is None else self.choice.document() | {"fits": self._laws()},
@@ -245,7 +247,9 @@ def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:
 
 
 def _outside(fit: ParametricFit) -> list[str]:
-    """Where the law puts the optimum of the smallest or largest compute beyond every run's N or D."""
+    """Return sentences on where the law puts the optimum of the smallest or largest compute beyond every
+    run's N or D.
+    """
     found = []
     flops = 6 * fit.table.params * fit.table.tokens
     for which, budget in (("smallest", float(flops.min())), ("largest", float(flops.max()))):
@@ -260,7 +264,7 @@ def _outside(fit: ParametricFit) -> list[str]:
 
 
 def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
-    """`Analysis.exponents` of the law and the valleys."""
+    """Return `Analysis.exponents` of the law and the valleys."""
     found: list[dict[str, Any]] = []
     if fits.parametric is not None:
         found.append(_exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table)))

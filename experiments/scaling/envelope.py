@@ -85,7 +85,9 @@ class EnvelopeFit:
         return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def document(self) -> dict[str, Any]:
-        """Plain values for JSON; intervals are null where too few resamples crossed, with the reason in warnings."""
+        """Return plain values for JSON; intervals are null where too few resamples crossed, with the reason in
+        warnings.
+        """
         names = (
             "a",
             "b",
@@ -111,7 +113,7 @@ class EnvelopeFit:
 def _crossings(
     params: np.ndarray, grid: Float[np.ndarray, " flops"], losses: Float[np.ndarray, "runs flops"]
 ) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Where the envelope passes from a size to the next larger, and which sizes are ever on it.
+    """Return where the envelope passes from a size to the next larger one, and which sizes are ever on it.
 
     Only such points speak of an optimum: between them the best size of the table is not the best size. At a hand-over
     both are equally good, and for a valley that is symmetric in ln N the optimum is their geometric mean.
@@ -155,7 +157,7 @@ def fit_envelope(
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> EnvelopeFit:
-    """Approach 1 from training curves of runs at three sizes or more; C = 6·N·D.
+    """Fit the envelope (approach 1 of Hoffmann et al.) from training curves of runs at three sizes or more; C = 6·N·D.
 
     Raises `InputError` where fewer than two pairs of neighbouring sizes cross.
     """

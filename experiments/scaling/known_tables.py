@@ -49,12 +49,12 @@ CLEAN = (TableKind("clean", noise=0.0), TableKind("clean, off centre", noise=0.0
 
 
 def law(params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The true loss in nats per token."""
+    """Return the true loss in nats per token."""
     return TRUTH["E"] + TRUTH["A"] * params ** -TRUTH["alpha"] + TRUTH["B"] * tokens ** -TRUTH["beta"]
 
 
 def simulate(case: TableKind, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(The honest runs of a table, the whole table), as columns params, tokens, loss.
+    """Return (the honest runs of a table, the whole table), as columns params, tokens, loss.
 
     Tables of one ladder and seed share their noise whatever spoils them.
     """

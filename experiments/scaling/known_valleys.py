@@ -65,7 +65,7 @@ SHAPES = tuple(replace(shape, noise=noise) for noise in (0.003, 0.01) for shape 
 
 
 def simulate(shape: ValleyKind, seed: int) -> dict[str, Any]:
-    """Columns params, tokens, loss of one experiment."""
+    """Return columns params, tokens, loss of one experiment."""
     alpha, beta, total = shape.alpha, shape.beta, shape.alpha + shape.beta
     # At the optimum the terms stand in the ratio beta : alpha.
     A = MIDDLE["reducible"] * beta / total * MIDDLE["params"] ** alpha
@@ -96,7 +96,7 @@ def cloud(kind: str, runs: int, seed: int) -> dict[str, Any]:
 
 
 def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
-    """{error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
+    """Return {error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
     try:
         fit = fit_isoflop(**simulate(shape, seed), method=method, bootstraps=bootstraps)
         intervals = fit.intervals["a"]
@@ -111,7 +111,7 @@ def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict
 
 
 def summarise(shape: ValleyKind, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
+    """Return errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
     together = zip(*trials.values(), strict=True)
     answered = np.array([all("refused" not in one for one in of_seed) for of_seed in together])
     rows = {}
@@ -142,7 +142,7 @@ def summarise(shape: ValleyKind, trials: dict[str, Sequence[dict[str, Any]]]) ->
 
 
 def cloud_trial(kind: str, runs: int, seed: int) -> dict[str, Any]:
-    """{budgets: how many were found in one cloud}."""
+    """Return {budgets: how many were found in one cloud}."""
     try:
         return {"budgets": len(fit_isoflop(**cloud(kind, runs, seed), bootstraps=1).accepted)}
     except InputError:
@@ -150,7 +150,7 @@ def cloud_trial(kind: str, runs: int, seed: int) -> dict[str, Any]:
 
 
 def _job(job: tuple[Any, ...]) -> Any:
-    """One experiment by every method, or one cloud of each kind and size."""
+    """Return one experiment by every method, or one cloud of each kind and size."""
     kind, seed, bootstraps = job
     if kind == "clouds":
         return [cloud_trial(name, runs, seed) for name in CLOUD_KINDS for runs in CLOUDS]
@@ -164,7 +164,7 @@ def study(
     ledger: Path | None = None,
     advance: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The whole document; `trials.run_trials` describes `ledger` and `advance`."""
+    """Return the whole document; `trials.run_trials` describes `ledger` and `advance`."""
     kinds = (*range(len(SHAPES)), "clouds")
     jobs = [(kind, seed, bootstraps) for seed in range(seeds) for kind in kinds]
     done = run_trials(jobs, _job, processes, ledger, advance)
@@ -188,7 +188,7 @@ def study(
 
 
 def show(document: dict[str, Any]) -> str:
-    """A table for the terminal."""
+    """Return a table for the terminal."""
     lines = [f"{'':34} {'error':>7} {'bias':>8} {'80 %':>7} {'95 %':>7} {'refused':>8}"]
     for row in document["shapes"]:
         for method, found in row["methods"].items():

@@ -98,13 +98,13 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
 
 
 def _minima(analysis: Analysis) -> list[dict[str, float]]:
-    """The minima {flops, params, tokens, loss} measured at budgets that were held out of every fit."""
+    """Return the minima {flops, params, tokens, loss} measured at budgets that were held out of every fit."""
     budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
     return [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
 
 
 def _predictors(held_out: dict[str, Any] | None) -> dict[str, str]:
-    """The names of a prediction's estimators; those of before the method was written down used the parabola."""
+    """Return the names of a prediction's estimators; those of before the method was written down used the parabola."""
     valleys = (held_out or {}).get("valleys") or {"method": "parabola"}
     methods = {name: NAMES[f"isoflop.{name}"] for name in METHODS}
     return NAMES | methods | {"isoflop": methods[valleys["method"]]}
@@ -125,7 +125,7 @@ def _equal(one: IsoflopFit | None, other: IsoflopFit | None) -> bool:
 
 
 def _rejected(budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[{flops, reason}] with the budgets of one reason together, in the order of the first."""
+    """Return [{flops, reason}] with the budgets of one reason together, in the order of the first."""
     together: dict[str, list[float]] = {}
     for budget in budgets:
         together.setdefault(budget["reason"], []).append(budget["flops"])
@@ -133,7 +133,9 @@ def _rejected(budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _left_out(analysis: Analysis) -> list[dict[str, str]]:
-    """[{run, of, reason}]: rows dropped for one reason together; of an outlier, all estimators that left it out."""
+    """Return [{run, of, reason}]: rows dropped for one reason together; of an outlier, all estimators
+    that left it out.
+    """
     dropped: dict[str, list[int]] = {}
     outliers: dict[tuple[str, str], list[str]] = {}
     for row in analysis.left_out:
@@ -156,7 +158,7 @@ def _left_out(analysis: Analysis) -> list[dict[str, str]]:
 
 
 def _spans(rows: list[int]) -> str:
-    """3, 7–9."""
+    """Write row numbers with their ranges: 3, 7–9."""
     spans: list[list[int]] = []
     for row in sorted(rows):
         if spans and row == spans[-1][-1] + 1:

@@ -12,7 +12,7 @@ Command = dict[str, str]
 
 
 def commands(document: dict[str, Any]) -> list[Command]:
-    """{what, text} per stage, with the numbers of this study; stages that found nothing are left out."""
+    """Return {what, text} per stage, with the numbers of this study; stages that found nothing are left out."""
     settings, found = document["settings"], document.get("sweep") or {}
     shape = f"--batch-size {settings['batch_size']} --seq-len {settings['seq_len']}"
     listed = [
@@ -49,7 +49,7 @@ def commands(document: dict[str, Any]) -> list[Command]:
 
 
 def _toml(design: dict[str, Any]) -> str:
-    """The definition of a study (`experiments/scaling/study/design.py`), defaults left out.
+    """Return the definition of a study (`experiments/scaling/study/design.py`), defaults left out.
 
     At the scale of published models a key that is left out has another default, so that all are there.
     """
@@ -83,7 +83,7 @@ def _sweep(sweep: dict[str, Any], shape: str) -> Command:
 
 
 def _model_commands(document: dict[str, Any], run: str) -> list[Command]:
-    """What was done with the held-out model."""
+    """Return what was done with the held-out model."""
     settings, listed = document["settings"], []
     if cells := document.get("decode"):
         batches, contexts = (
@@ -112,7 +112,9 @@ def _command(what: str, text: str, before: str = "") -> Command:
 
 
 def _model(config: dict[str, Any], file: str) -> tuple[str, str]:
-    """This model as a command takes it: a preset where it is one, else a file and the shell text that makes it."""
+    """Return the model as a command takes it: a preset where it is one, else a file and the shell text
+    that makes it.
+    """
     preset = f"study-{config['d_model']}"
     if preset in presets.names():
         ours = {"vocab_size": config["vocab_size"], "eos_token_ids": tuple(config["eos_token_ids"])}

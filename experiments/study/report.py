@@ -36,7 +36,7 @@ def write_study_page(folder: Path, document: dict[str, Any]) -> None:
 
 
 def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """What the template is filled with: the document's parts, never None, and what is derived from them."""
+    """Return what the template is filled with: the document's parts, never None, and what is derived from them."""
     parts = {name: document.get(name) or {} for name in ("settings", "data", "plan", "sweep", "fit", "totals")}
     parts |= {name: document.get(name) or {} for name in ("prediction", "heldout", "device", "versions")}
     every, cells = document.get("ladder") or [], _measured(document)
@@ -171,7 +171,7 @@ def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _undetermined(parametric: dict[str, Any]) -> list[str]:
-    """Exponents whose 95 % interval reaches an end of the search: the runs do not determine them."""
+    """Return exponents whose 95 % interval reaches an end of the search: the runs do not determine them."""
     names = []
     for name in ("alpha", "beta"):
         interval = (parametric.get("intervals") or {}).get(name, {}).get("95") or [None, None]
@@ -182,7 +182,7 @@ def _undetermined(parametric: dict[str, Any]) -> list[str]:
 
 
 def _weak_test(prediction: dict[str, Any]) -> float | None:
-    """The width of the predicted interval as a share of the prediction, where it is wide."""
+    """Return the width of the predicted interval as a share of the prediction, where it is wide."""
     if not known(prediction.get("loss")) or prediction.get("interval_95") is None:
         return None
     low, high = prediction["interval_95"]
@@ -191,7 +191,7 @@ def _weak_test(prediction: dict[str, Any]) -> float | None:
 
 
 def _best_first(sweep: dict[str, Any]) -> list[dict[str, Any]]:
-    """A sweep's settings, those that lost a run after the others."""
+    """Return a sweep's settings, those that lost a run after the others."""
     last = float("inf")
     return sorted(
         sweep.get("settings", ()),
@@ -200,7 +200,7 @@ def _best_first(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
-    """Wall seconds and compiled programs of each stage, where the study's own notes are there."""
+    """Return wall seconds and compiled programs of each stage, where the study's own notes are there."""
     stages = []
     for path in (folder / "stages").glob("*.json"):
         note = read_sealed(path)
@@ -209,5 +209,5 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
 
 
 def _measured(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of the decode benchmark that did not fail."""
+    """Return the cells of the decode benchmark that did not fail."""
     return [cell for cell in document.get("decode") or [] if "error" not in cell]

@@ -161,12 +161,15 @@ class _Study:
         return run_ladder(self._tuned(), self.data, self.ladder)
 
     def _fit(self) -> dict[str, Any]:
-        """Both fits, without the runs that diverged, saw data twice or are held out: those are listed as dropped."""
+        """Return both fits, without the runs that diverged, saw data twice or are held out: those are listed as
+        dropped.
+        """
         return fit_both(read_table(self.ladder / "runs.csv")).document()
 
     def _test(self) -> dict[str, Any]:
-        """Of the budget that was predicted before it was trained: {prediction, heldout} of the run that is nearest to
-        the size that was called optimal there, and all of its runs.
+        """Return {prediction, heldout} of the budget that was predicted before it was trained.
+
+        heldout is its run nearest to the predicted optimum; prediction holds all of its runs.
         """
         tested = read_sealed(self.ladder / "held_out.json")
         rows = {row["name"]: row for row in self.found["ladder"]}
@@ -239,8 +242,9 @@ class _Study:
         }
 
     def _tuned(self) -> Design:
-        """The design with the sweep's best rate, as 1 / d_model from the proxy's: the vertex of the parabola through
-        the best and its neighbours, or else the best itself (docs/LOG.md)."""
+        """Return the design with the sweep's best rate, as 1 / d_model from the proxy's: the vertex of the parabola
+        through the best and its neighbours, or else the best itself (docs/LOG.md).
+        """
         sweep = self.found["sweep"]
         if sweep["winner"] is None:
             raise InputError("the sweep has no winner: every learning rate diverged; nothing can be transferred")
@@ -251,13 +255,15 @@ class _Study:
         return design.replace(learning_rate=law, set=design.set | {"beta2": best["beta2"]})
 
     def _model(self) -> Any:
-        """(config, params) of the run that was the test; None where it diverged."""
+        """Return (config, params) of the run that was the test; None where it diverged."""
         run = self.found["test"]["heldout"]
         return None if run["loss"] is None else load_run(self.ladder / run["run"])
 
 
 def _design(settings: Settings) -> Design:
-    """Four budgets to fit and one to predict, of five sizes each; its rate is the sweep's to find."""
+    """Return a design of four budgets to fit and one to predict, of five sizes each; its rate is the
+    sweep's to find.
+    """
     on_cpu = jax.default_backend() == "cpu"
     assert settings.batch_size is not None
     return Design(

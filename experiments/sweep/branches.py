@@ -31,7 +31,7 @@ class Listed:
         object.__setattr__(self, "point", FrozenDict(self.point))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self) | {"point": dict(self.point)}
 
     @classmethod
@@ -42,7 +42,7 @@ class Listed:
 
 
 def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
-    """The trials over the base of their sweep, with their parents.
+    """Return the trials over the base of their sweep, with their parents.
 
     Raises InputError where there is no such trunk, or it is not at its peak rate where it is left.
     """
@@ -67,7 +67,7 @@ def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
 
 
 def leaves(trials: Sequence[Trial], trunks: Sequence[str]) -> set[int]:
-    """The updates after which branches leave these trials."""
+    """Return the updates after which branches leave these trials."""
     return {trial.parent[1] for trial in trials if trial.parent is not None and trial.parent[0] in trunks}
 
 

@@ -27,7 +27,7 @@ _PROBES = 16  # points of a searched space that stand for those that are drawn
 
 
 def check_data(sweep: Sweep) -> Manifest:
-    """The sweep's data. Raises InputError where the folder does not hold them any more."""
+    """Return the sweep's data. Raises InputError where the folder does not hold them any more."""
     hint = f"`isoflop sweep resume {sweep.folder} --data FOLDER` goes on with them at another place"
     if not sweep.data.exists():
         raise InputError(f"the data of the sweep {sweep.folder} are not at {sweep.data} any more; {hint}")
@@ -38,7 +38,10 @@ def check_data(sweep: Sweep) -> Manifest:
 
 
 def check_weights(sweep: Sweep) -> Params | None:
-    """The parameters that the sweep's trials start from; None: fresh ones. Raises InputError where others are there."""
+    """Return the parameters that the sweep's trials start from; None: fresh ones.
+
+    Raises InputError where others are there.
+    """
     start = sweep.base.recipe.start
     if sweep.weights is None or not isinstance(start, Weights):
         return None
@@ -132,7 +135,7 @@ def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
 
 
 def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
-    """What `population` would refuse."""
+    """Raise InputError for a trial that `population` would refuse."""
     config, objective = trial.recipe.model, trial.recipe.objective
     try:
         objective.check(config, trial.recipe.train)

@@ -51,7 +51,8 @@ def define(
     weights: Weights | None = None,
     objective: Objective | None = None,
 ) -> Sweep:
-    """A sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is written.
+    """Return a sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is
+    written.
 
     config: gets the vocabulary of the data, unless all trials start from weights, whose model it then is. steps: of
     every trial whose point has no length of its own. space_file: a Python file. listed: trials by name, in place of
@@ -118,7 +119,7 @@ def define(
 
 
 def _joined(sweep: Sweep) -> Sweep:
-    """The sweep together with what its folder holds."""
+    """Return the sweep together with what its folder holds."""
     folder = sweep.folder
     if not (folder / "sweep.json").exists():
         check_free(folder, "sweep", "has no sweep.json", "choose another folder for the sweep")
@@ -157,7 +158,7 @@ def _listed(names: set[str]) -> str:
 
 
 def _covers(new: TrialRequest, old: TrialRequest) -> bool:
-    """Whether the new request has every trial of the old one."""
+    """Return whether the new request has every trial of the old one."""
     same = dataclasses.replace(old, seeds=new.seeds) == new
     return same and set(old.seeds) <= set(new.seeds)
 

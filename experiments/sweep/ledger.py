@@ -84,7 +84,7 @@ class Ledger:
         return len(new)
 
     def rows(self) -> list[LedgerRow]:
-        """All trials, in the order in which they were planned."""
+        """Return all trials, in the order in which they were planned."""
         rows = []
         for attempts in self._attempts().values():
             now = _current(attempts)
@@ -100,7 +100,7 @@ class Ledger:
         return sorted(rows, key=lambda row: row.number)
 
     def claim(self, until: Mapping[str, int], limit: int) -> list[Claim]:
-        """At most `limit` of these planned trials, by id, each with the update up to which it may go."""
+        """Return at most `limit` of these planned trials, by id, each with the update up to which it may go."""
         claims: list[Claim] = []
         there = self._attempts()
         for name, updates in until.items():
@@ -202,7 +202,7 @@ class Ledger:
         return len(failed)
 
     def asked(self) -> int:
-        """How many points the sampler has drawn."""
+        """Return how many points the sampler has drawn."""
         return len(self._asked())
 
     def ask(self, count: int, total: int, sampler: Callable[[int], Any], draw: Callable[[Any], list[Trial]]) -> int:
@@ -241,7 +241,7 @@ class Ledger:
         return len(drawn)
 
     def _plan_asked(self, key: int, trials: list[Trial]) -> None:
-        """The attempt that was asked for becomes the first replicate; the others are added with its parameters."""
+        """Make the drawn attempt the first replicate, and add the others with its parameters."""
         frozen = self.storage.call(self.storage.optuna.get_trial, key)
         there = self._attempts()
         for trial in trials[1:]:
@@ -273,7 +273,7 @@ class Ledger:
         self.storage.create(again)
 
     def _attempts(self) -> dict[str, list[Any]]:
-        """The attempts at every trial, by its id and in their order; those that never counted are left out."""
+        """Return the attempts at every trial, by its id and in their order; those that never counted are left out."""
         attempts: dict[str, list[Any]] = {}
         for frozen in self.storage.trials():
             name = frozen.user_attrs.get("id")
@@ -316,10 +316,10 @@ def _planned(trial: Trial, params: dict, distributions: dict, rungs: Mapping[int
 
 
 def _current(attempts: list[Any]) -> Any:
-    """The attempt that counts: the first that has not failed, or else the last."""
+    """Return the attempt that counts: the first that has not failed, or else the last."""
     return next((attempt for attempt in attempts if attempt.state.name != "FAIL"), attempts[-1])
 
 
 def _rungs(attempts: list[Any]) -> dict[int, float]:
-    """What any of them has reported: they are attempts at one and the same run."""
+    """Return what any of them has reported: they are attempts at one and the same run."""
     return {step: loss for attempt in attempts for step, loss in sorted(attempt.intermediate_values.items())}

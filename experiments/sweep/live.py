@@ -25,7 +25,7 @@ _RECENT = 32
 
 
 def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[str, Any]:
-    """How the sweep stands. asked: points drawn by its sampler.
+    """Return how the sweep stands. asked: points drawn by its sampler.
 
     tokens_expected is what is needed if nothing more is stopped early. seconds_left is by the newest results; None
     before the first one.
@@ -52,7 +52,7 @@ def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[st
 
 
 def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
-    """The best mean of the first objective over finished replicates, and the noise of one run there.
+    """Return the best mean of the first objective over finished replicates, and the noise of one run there.
 
     A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
     population that left another's run is one of its own, with its values from update `from_steps` on. Of losses all
@@ -80,7 +80,7 @@ def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
 
 
 def table(document: dict[str, Any]) -> "RenderableType":
-    """The document for a terminal."""
+    """Return the document for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -103,7 +103,7 @@ def table(document: dict[str, Any]) -> "RenderableType":
 
 
 def _words(found: dict[str, Any]) -> str:
-    """The best so far in one line."""
+    """Return the best so far in one line."""
     highest = direction(found["objective"]) == "maximize"
     setting = setting_text(found["setting"]) or "the base"
     if found["from_steps"]:
@@ -164,7 +164,7 @@ def _shared_tokens(row: LedgerRow) -> int:
 
 
 def _tokens(sweep: Sweep, row: LedgerRow) -> int:
-    """Seen by a trial itself up to now, by its record where it is under way."""
+    """Return the tokens that a trial itself has seen up to now, by its record while it runs."""
     known = int(row.facts.get("tokens", row.steps_done * row.trial.recipe.train.tokens_per_step))
     if row.state == "running":
         known = max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
@@ -172,7 +172,7 @@ def _tokens(sweep: Sweep, row: LedgerRow) -> int:
 
 
 def _recorded_tokens(path: Path) -> int:
-    """Of the last whole line of a record that may be being written."""
+    """Return the tokens in the last whole line of a record that may still be written to."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)

@@ -37,7 +37,7 @@ _STEPS, _REPEATS = 16, 5
 
 
 def direction(name: str) -> str:
-    """ "minimize" or "maximize". Raises UnknownNameError."""
+    """Return "minimize" or "maximize". Raises UnknownNameError."""
     if name not in DIRECTIONS:
         raise UnknownNameError("objective", name, DIRECTIONS)
     return DIRECTIONS[name]
@@ -52,7 +52,7 @@ def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
 
 
 def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
-    """The numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
+    """Return the numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
 
     Measured once per shape and `Decode`, and kept in `folder/speed`, so that all trials of a shape have one value,
     whichever worker finished them. Raises RuntimeError where the measurement fails.

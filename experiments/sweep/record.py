@@ -46,7 +46,7 @@ class TrialRequest:
         return frozenset(name for entry in self.listed for name in entry.point)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the source of the space stays in its file."""
+        """Return plain values for JSON; the source of the space stays in its file."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["space_source"]
         return values | {"listed": [entry.to_dict() for entry in self.listed]}
@@ -63,7 +63,7 @@ class TrialRequest:
         return cls(seeds=request.seeds, listed=tuple(map(Listed.from_former, json.loads(json.dumps(points)))))
 
     def space(self, folder: Path) -> Space:
-        """The product of the axes with the file's space, without its seeds. Raises InputError."""
+        """Return the product of the axes with the file's space, without its seeds. Raises InputError."""
         axes = parse_axes(self.axes)
         if "seed" in axes:
             raise InputError("seed is not an axis: give --seeds, so that they count as replicates")
@@ -142,11 +142,14 @@ class Sweep:
         return TrialRequest(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
 
     def space(self) -> Space:
-        """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
+        """Return what the newest call varies, without seeds.
+
+        Raises InputError on axes and files that cannot be read.
+        """
         return self.request.space(self.folder)
 
     def run_folder(self, trial: Trial) -> Path:
-        """The run directory of a trial."""
+        """Return the run directory of a trial."""
         return self.folder / "runs" / trial.id
 
     def placed(self, recipe: Recipe) -> Recipe:
@@ -156,7 +159,7 @@ class Sweep:
         return recipe.replace(start=Weights(recipe.start.sha256, self.weights))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the sources of the spaces stay in their files."""
+        """Return plain values for JSON; the sources of the spaces stay in their files."""
         plain = {"schema_version": SCHEMA_VERSION}
         for field in dataclasses.fields(self):
             if field.name not in ("folder", "space_source"):
@@ -179,7 +182,10 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """What `write` wrote; the data are not looked at. Raises InputError where there is none, or it is damaged."""
+        """Return what `write` wrote; the data are not looked at.
+
+        Raises InputError where there is none, or it is damaged.
+        """
         folder = Path(folder)
         path = folder / "sweep.json"
         try:
@@ -210,7 +216,9 @@ class Sweep:
         return sweep
 
     def write(self) -> None:
-        """`sweep.json`, after the spaces' files that it names: a kill leaves the old definition or the new one."""
+        """Write `sweep.json`, after the spaces' files that it names: a kill leaves the old definition or
+        the new one.
+        """
         for request in (*self.earlier, self.request):
             if request.space_file is not None and request.space_source is not None:
                 write_atomically(self.folder / request.space_file, request.space_source)
@@ -226,12 +234,12 @@ class Sweep:
 
 
 def new_id(folder: Path) -> str:
-    """An id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
+    """Return an id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
     return f"{folder.resolve().name}-{secrets.token_hex(6)}"
 
 
 def id_in(folder: Path) -> str | None:
-    """The id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
+    """Return the id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
     try:
         return json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("id")
     except (OSError, ValueError, AttributeError):
@@ -240,7 +248,7 @@ def id_in(folder: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Around a change to `sweep.json` that depends on what it says: one process at a time."""
+    """Lock `sweep.json` for a change that depends on its content: one process at a time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 – held until the block ends
@@ -254,7 +262,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _moved(place: Path, folder: Path, beside: str | None) -> Path:
-    """The place, or what lies where it lay beside the folder, if only that is there."""
+    """Return the place, or what lies where it lay beside the folder, if only that is there."""
     if beside is None or place.exists():
         return place
     other = Path(os.path.normpath(folder.resolve() / beside))

@@ -65,19 +65,21 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
 
 
 def _place(setting: dict[str, Any]) -> tuple[bool, bool, float, float]:
-    """Candidates first, then by what each was trained for: the tokens of its last rung, and its loss there."""
+    """Return the key that sorts candidates first, then by what each was trained for: the tokens of its last rung, and
+    its loss there.
+    """
     stopped = setting["stopped"] or {"tokens": 0, "mean": 0.0}
     loss = stopped["mean"] if setting["mean"] is None else setting["mean"]
     return bool(fate(setting)), setting["mean"] is None, -stopped["tokens"], loss
 
 
 def _given(results: Results, name: str) -> list[Any]:
-    """The values of an axis that trials began with; a population finds others on its way."""
+    """Return the values of an axis that trials began with; a population finds others on its way."""
     return distinct(row[name] for row in results.rows if row["member"] is None)
 
 
 def _seeds(results: Results) -> int:
-    """The most trials that a setting began with."""
+    """Return the most trials that a setting began with."""
     rows = [row for row in one_per_training(results.rows) if row["member"] is None]
     return max(len(members) for members in by_setting(list(results.axes), rows).values())
 
@@ -161,6 +163,6 @@ def _curves(results: Results) -> list[tuple[dict[str, Any], LossCurve]]:
 
 
 def _costs_differ(results: Results) -> bool:
-    """Whether a step costs more in some trials than in others, so that FLOPs are the fair abscissa."""
+    """Return whether a step costs more in some trials than in others, so that FLOPs are the fair abscissa."""
     costs = [row["flops_6nd"] / results.fact(row, "tokens") for row in results.rows if row["flops_6nd"]]
     return bool(costs) and max(costs) > UNEQUAL * min(costs)

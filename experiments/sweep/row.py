@@ -50,11 +50,11 @@ class Policy(Protocol):
     """Decides from the ledger alone, and of the same facts always the same: so any worker may ask, at any time."""
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """What is to be done next. rows: all trials, by number."""
+        """Return what is to be done next. rows: all trials, by number."""
         ...
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """The numbers of updates at which a trial may be stopped or left, its end last."""
+        """Return the numbers of updates at which a trial may be stopped or left, its end last."""
         ...
 
 
@@ -62,7 +62,7 @@ class RunAll:
     """Every trial to its end. One that leaves another's run waits for its end, and is pruned if that diverged."""
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """All that are planned, and wait for no other, are ready."""
+        """Return as ready all trials that are planned and wait for no other."""
         states = {row.trial.id: row.state for row in rows}
         ready, prune = {}, []
         for row in rows:
@@ -74,5 +74,5 @@ class RunAll:
         return Decision(ready, tuple(prune))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """Its end."""
+        """Return the end of the trial alone."""
         return (trial.steps,)

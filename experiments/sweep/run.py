@@ -42,7 +42,8 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
 def with_places(
     sweep: Sweep, data: Path | None = None, storage: str | None = None, weights: Path | None = None
 ) -> Sweep:
-    """The sweep with its data, its storage or the weights that it starts from at another place; None: where they were.
+    """Return the sweep with its data, its storage or the weights that it starts from at another place; None: where they
+    were.
 
     Raises InputError where the storage does not hold the sweep's trials, and on weights for one that starts fresh.
     """
@@ -71,7 +72,7 @@ def separate(sweep: Sweep) -> Sweep:
 
 
 def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
-    """As many workers as were asked for, but not more than there are trials left, which is then said."""
+    """Return the requested number of workers, or the number of trials left where that is smaller, and say so."""
     left = sum(row.state not in ENDED for row in ledger.rows())
     if sweep.sampler != "all":
         left += max(0, sweep.trials - ledger.asked()) * len(sweep.seeds)
@@ -84,7 +85,9 @@ def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
 
 
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:
-    """Work here, or show how workers that were started get on, until the end; what became of those that ended badly."""
+    """Train here, or show how workers that were started get on, until the end; what became of those that ended
+    badly.
+    """
     if started is None:
         work(sweep, ledger)
         return []

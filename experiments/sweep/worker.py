@@ -105,7 +105,7 @@ class _Worker:
         return True
 
     def _lanes(self, cohort: str, rows: list[LedgerRow]) -> int:
-        """How many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
+        """Return how many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
         from experiments.sweep.cohort import lanes_for
 
         if cohort not in self.lanes:
@@ -146,7 +146,7 @@ class _Cohort:
         self.claims, self.limit, self.claimed_at = claims, limit, time.time()
 
     def run(self) -> None:
-        """Every claim is ended or handed back, whatever happens."""
+        """Train what is claimed; every claim is ended or handed back, whatever happens."""
         try:
             self._leave_whatis_held()
             if self.claims:
@@ -199,7 +199,9 @@ class _Cohort:
         return first.name or textwrap.shorten(describe(first.point), 60, placeholder=" …")
 
     def _recipe(self, trial: Trial) -> Recipe:
-        """The trial's recipe, with the place of its weights; of a branch from where it leaves its parent's run."""
+        """Return the trial's recipe, with the place of its weights; of a branch from where it leaves its
+        parent's run.
+        """
         if trial.parent is None:
             return self.sweep.placed(trial.recipe)
         name, step = trial.parent
@@ -263,7 +265,7 @@ def _facts(result: Result, lanes: int) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, also between two trainings."""
+    """Let SIGTERM end the work as Ctrl-C does, also between two trainings."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -44,7 +44,8 @@ Turn = Callable[[], dict[str, Any]]
 def bench_against(
     model: tuple[ModelConfig, Params], cells: Sequence[Cell], names: Sequence[str], *, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row per (batch, prompt) of the cells and program, ours first; what goes wrong in one stands as its "error".
+    """Return one row per (batch, prompt) of the cells and program, ours first; what goes wrong in one stands as its
+    "error".
 
     All compute in the precision of the cell's weights, float32 or bfloat16.
 
@@ -73,7 +74,7 @@ def bench_against(
 def _start(
     stack: contextlib.ExitStack, name: str, config: ModelConfig, params: Params, dtype: str, folder: Path
 ) -> Child | str:
-    """The program with these weights, or why it has none."""
+    """Return the program with these weights, or why it has none."""
     path = folder / ("model.gguf" if name == "llama.cpp" else "model")
     try:
         if name == "llama.cpp":
@@ -129,7 +130,7 @@ def _place(cell: Cell, dtype: str, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -> Turn:
-    """Our turn: what `infer.generate` does, told when the first token came."""
+    """Return our turn: what `infer.generate` does, told when the first token came."""
     rows = prompts.tolist()
     greedy = Sampling(temperature=0.0, stop_ids=())
 
@@ -146,7 +147,7 @@ def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -
 
 
 def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """(every contender's answers, why those stopped that did)."""
+    """Return (every contender's answers, why those stopped that did)."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     failed: dict[str, str] = {}
     for name in interleaved(list(turns), rounds):
@@ -159,7 +160,7 @@ def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, lis
 
 
 def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians and extremes of one contender, our speed over its own round by round, and how its tokens agree."""
+    """Return medians and extremes of one contender, our speed over its own round by round, and how its tokens agree."""
     first, step = _times(answers[name])
     our_first, our_step = _times(answers["isoflop"])
     mine, theirs = (np.array(answers[of][-1]["tokens"]) for of in ("isoflop", name))
@@ -182,7 +183,7 @@ def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, 
 
 
 def _times(answers: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds to the first token, seconds of every later one) by round."""
+    """Return (seconds to the first token, seconds of every later one) by round."""
     first, whole = (np.array([answer[part] for answer in answers]) for part in ("first", "all"))
     return first, (whole - first) / (len(answers[0]["tokens"][0]) - 1)
 

@@ -56,12 +56,12 @@ def check_cell(config: ModelConfig, cell: Cell, steps: int) -> None:
 
 @jax.jit
 def choose(logits: Array) -> Array:
-    """The likeliest token of every row, int32 [batch]."""
+    """Return the likeliest token of every row, int32 [batch]."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def measure(config: ModelConfig, params: Params, cell: Cell, steps: int, repeats: int) -> dict[str, Any]:
-    """Medians, tails and raw samples of one cell; params are prepared, and kv_heads and weights already in them.
+    """Return medians, tails and raw samples of one cell; params are prepared, and kv_heads and weights already in them.
 
     A repeat prefills the prompt into a fresh cache and chooses (time_to_first_token); brings the cache to the context
     by more such chunks, untimed; decodes `steps` tokens with the host waiting for each (time_per_output_token; of it
@@ -118,7 +118,9 @@ class _Run:
         self.token = self.tokens[:, 0]
 
     def compile(self) -> dict[str, Any]:
-        """Seconds of tracing and compiling each program before it runs; `compiles_from_cache` were on disk already."""
+        """Return seconds of tracing and compiling each program before it runs; `compiles_from_cache` were on disk
+        already.
+        """
         loaded, cache = COMPILES["from cache"], self._cache()
         lengths = jnp.full(self.cell.batch, self.cell.prompt, jnp.int32)
         programs = {
@@ -134,7 +136,7 @@ class _Run:
         return seconds | {"compiles_from_cache": COMPILES["from cache"] - loaded}
 
     def once(self) -> dict[str, list[float]]:
-        """The samples of one repeat."""
+        """Return the samples of one repeat."""
         token, cache, first = self._prefill()
         token, cache, total, host = self._steps(token, cache)
         return {
@@ -186,7 +188,9 @@ class _Run:
         return time.perf_counter() - start
 
     def _rows(self, token: Array, cache: KVCache) -> Rows:
-        """Greedy rows at the context, as `generate` makes them; what the prompts were does not matter to them."""
+        """Return greedy rows at the context, as `generate` makes them; what the prompts were does not
+        matter to them.
+        """
         greedy = Sampling(temperature=0.0, stop_ids=())
         prompts = [[0] * self.cell.depth] * self.cell.batch
         rows = start_rows(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
@@ -196,7 +200,7 @@ class _Run:
         return jnp.int32(steps), jnp.zeros(self.cell.batch, bool)
 
     def _at_depth(self, cache: KVCache) -> KVCache:
-        """Back to the context: what lies beyond a row's length is neither seen nor read."""
+        """Return the cache at the context again: what lies beyond a row's length is neither seen nor read."""
         lengths = jnp.full(self.cell.batch, self.cell.depth, jnp.int32)
         return jax.block_until_ready(cache.replace(lengths=lengths))  # type: ignore[attr-defined]
 
@@ -219,7 +223,7 @@ jax.monitoring.register_event_listener(_count)
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most that was ever held until now: of the device where it counts, else of this whole process."""
+    """Return the most that was ever held until now: of the device where it counts, else of this whole process."""
     stats: dict[str, int] = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return {"peak_memory_bytes": stats["peak_bytes_in_use"], "peak_memory_source": "device, since the start"}
@@ -229,7 +233,7 @@ def peak_memory() -> dict[str, Any]:
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
-    """Every combination of the axes' values; cells with the same model (kv_heads, weights) stand together."""
+    """Return every combination of the axes' values; cells with the same model (kv_heads, weights) stand together."""
     order = ("kv_heads", "weights", "cache", "batch", "prompt", "context")
     names = [name for name in order if axes.get(name)]
     return [

@@ -28,7 +28,7 @@ _MARKERS = "osD^vP"
 
 @styled
 def draw(document: dict[str, Any]) -> Figure:
-    """Left the frontier, a point per batch; right the roofline with this machine's two ceilings."""
+    """Draw the frontier, a point per batch, and beside it the roofline with this machine's two ceilings."""
     cells = [cell for cell in document["cells"] if "error" not in cell]
     if not cells:
         raise InputError("no cell was measured, so that there is nothing to draw")

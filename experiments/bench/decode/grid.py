@@ -32,13 +32,16 @@ def bench_decode(
     repeats: int = 7,
     weights: str = "float32",
 ) -> list[dict[str, Any]]:
-    """One row per (batch, context), where the context is the prompt: `run_grid` of these cells. Raises InputError."""
+    """Return one row per (batch, context), where the context is the prompt: `run_grid` of these cells.
+
+    Raises InputError.
+    """
     cells = grid(batch=batches, prompt=contexts, weights=(weights,))
     return run_grid(lambda _: (config, params), config, cells, steps=steps, repeats=repeats)
 
 
 def read_grid(cells: Any, source: str) -> list[Cell]:
-    """The cells of a JSON list of objects with the fields of `Cell`; raises InputError, naming the source."""
+    """Return the cells of a JSON list of objects with the fields of `Cell`; raises InputError, naming the source."""
     known = [field.name for field in dataclasses.fields(Cell)]
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise InputError(f'{source} must be a JSON list of cells, such as [{{"batch": 1, "prompt": 32}}]')
@@ -78,7 +81,7 @@ def run_grid(
     repeats: int,
     stopped: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per cell, in order: its coordinates, `cells.measure`, its bytes and FLOPs.
+    """Return one row per cell, in order: its coordinates, `cells.measure`, its bytes and FLOPs.
 
     What goes wrong in a cell (no memory, a defect) stands in its row as "error" and ends nothing. On Ctrl-C `stopped`
     is called, the rows so far are handed back and the rest is left out; without it, KeyboardInterrupt is raised.

@@ -11,7 +11,10 @@ from model.errors import InputError
 
 
 def arrivals(rate: float, requests: int, seed: int) -> list[float]:
-    """Seconds at which requests arrive: a Poisson process, the first after a gap as long as any. The seed decides."""
+    """Return seconds at which requests arrive: a Poisson process, the first after a gap as long as any.
+
+    The seed decides.
+    """
     if rate <= 0 or requests < 1:
         raise InputError(f"a load needs a positive rate and at least one request, not {rate:g} a second, {requests}")
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum().tolist()
@@ -48,7 +51,7 @@ def drive(
 def summarize(
     run: dict[str, Any], *, rate: float, ttft_limit: float | None = None, tpot_limit: float | None = None
 ) -> dict[str, Any]:
-    """One row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
+    """Return one row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
 
     time_to_first_token and end_to_end count from a request's arrival. The engine hands out the tokens of a step
     together, as a chunk: inter_chunk_latency is the gap between two chunks of a request, which is what a client of a
@@ -92,7 +95,7 @@ def summarize(
 
 
 def chunks(token_times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(The gap before each chunk after the first, its tokens); tokens that came at one time are a chunk.
+    """Return (the gap before each chunk after the first, its tokens); tokens that came at one time are a chunk.
 
     chunks([1, 1, 3, 3, 3]) is ([2.0], [3]): three tokens came together, two seconds after the ones before.
     """
@@ -101,7 +104,7 @@ def chunks(token_times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _per_output_token(token_times: Sequence[float]) -> float | None:
-    """Seconds from the first token to the last, over the tokens after the first; None of one token or none."""
+    """Return seconds from the first token to the last, over the tokens after the first; None of one token or none."""
     return (token_times[-1] - token_times[0]) / (len(token_times) - 1) if len(token_times) > 1 else None
 
 
@@ -119,7 +122,7 @@ def bench_load(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """One row per rate, each on a fresh engine that is warm; errors stand in the row.
+    """Return one row per rate, each on a fresh engine that is warm; errors stand in the row.
 
     Prompts are random, of half to one and a half times `prompt` tokens; the seed decides them and the arrivals.
     """

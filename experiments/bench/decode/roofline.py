@@ -19,7 +19,7 @@ NOTE = (
 
 
 def step_cost(config: ModelConfig, params: Params, cell: Cell, steps: int) -> dict[str, float]:
-    """Bytes and FLOPs of the step in the middle of the stretch; params: prepared arrays, or their shapes."""
+    """Return bytes and FLOPs of the step in the middle of the stretch; params: prepared arrays, or their shapes."""
     length = cell.depth + (steps + 1) // 2
     read = accounting.decode_step_bytes(config, params, cell.batch, length, cell.cache)
     return {
@@ -31,9 +31,10 @@ def step_cost(config: ModelConfig, params: Params, cell: Cell, steps: int) -> di
 
 
 def shares(cost: dict[str, float], seconds_per_step: float, ceilings: Ceilings) -> dict[str, Any]:
-    """The step against both ceilings. bound: the one that alone would take longer; its share is the step's efficiency.
+    """Return the step against both ceilings.
 
-    Over 1 where the weights fit a cache, which is faster than the memory that the probe reads.
+    bound: the one that alone would take longer; its share is the step's efficiency. Over 1 where the weights fit a
+    cache, which is faster than the memory that the probe reads.
     """
     read = cost["bytes_read_per_step_filled"] / ceilings.read_bytes_per_second / seconds_per_step
     compute = cost["flops_exact_per_step"] / ceilings.matmul_flops_per_second / seconds_per_step
@@ -49,7 +50,7 @@ def shares(cost: dict[str, float], seconds_per_step: float, ceilings: Ceilings) 
 
 
 def add_shares(rows: list[dict[str, Any]], ceilings: Ceilings) -> None:
-    """`shares` into every row that was measured, and the interval of its share of the bound."""
+    """Add `shares` to every row that was measured, and the interval of its share of the bound."""
     for row in rows:
         if "error" not in row:
             row |= shares(row, row["seconds_per_step"], ceilings)

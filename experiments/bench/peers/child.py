@@ -45,7 +45,7 @@ class Child:
         self.close(GRACE_SECONDS if kind is None else 0)
 
     def ask(self, line: str) -> dict[str, Any]:
-        """Its answer to one line; raises InputError with its last words where it ended instead."""
+        """Return the child's answer to one line. Raises InputError with its last words where it ended instead."""
         with contextlib.suppress(BrokenPipeError):  # the missing answer says why
             print(line, file=_open(self.process.stdin), flush=True)
         return self._answer()
@@ -70,7 +70,7 @@ class Child:
 
 
 def python_has(python: str, module: str) -> bool:
-    """Whether that Python can be started and finds the module."""
+    """Return whether that Python can be started and finds the module."""
     look = f"import importlib.util as u, sys; sys.exit(not u.find_spec({module!r}))"
     try:
         return subprocess.run([python, "-c", look], capture_output=True).returncode == 0

@@ -39,7 +39,7 @@ class TorchPeer:
         self.prompt, self.steps = self.torch.tensor(tokens, device=self.device), steps
 
     def now(self) -> float:
-        """Seconds, when all that was started is done."""
+        """Return the time in seconds, after everything that was started is done."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
         return time.perf_counter()
@@ -49,7 +49,7 @@ class TransformersPeer(TorchPeer):
     """`generate`, as people call it; its first token is timed by a call for one token."""
 
     def run(self) -> Answer:
-        """One turn."""
+        """Generate once and return the times and tokens."""
         start = self.now()
         self._generate(1)
         middle = self.now()
@@ -88,7 +88,7 @@ class CompiledTorchPeer(TorchPeer):
             self.step, self.note = self._choose, f"eager: {' '.join(str(error).split())[:200]}"
 
     def run(self) -> Answer:
-        """One turn."""
+        """Generate once and return the times and tokens."""
         with self.torch.inference_mode():
             start = self.now()
             self.cache.reset()
@@ -138,7 +138,7 @@ class LlamaCppPeer:
         self.prompt, self.steps = tokens[0], steps
 
     def run(self) -> Answer:
-        """One turn."""
+        """Generate once and return the times and tokens."""
         start = time.perf_counter()
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
         chosen = [self._choose(self.prompt)]

@@ -24,12 +24,12 @@ _PARTS = {
 
 
 def check_is_llama(config: ModelConfig) -> None:
-    """Raises InputError, with the field, for an architecture that llama.cpp's "llama" is not."""
+    """Raise InputError, with the field, for an architecture that llama.cpp's "llama" is not."""
     check_fields(config, _FREE, "is no llama, on which alone llama.cpp is compared")
 
 
 def write_gguf(config: ModelConfig, params: Params, file: Path) -> None:
-    """All weights in float32, with a stand-in vocabulary: token ids go in and come out.
+    """Write all weights in float32, with a stand-in vocabulary: token ids go in and come out.
 
     params: plain, as `init` makes them; muP's multipliers are folded into them. llama.cpp turns neighbouring features
     of a head together where we turn its two halves, so that query and key rows are stored in that order. Raises

@@ -41,7 +41,7 @@ class TorchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if self.layer and model["norm_bias"] else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [batch, seq, d_model]."""
+        """Apply to x [batch, seq, d_model]."""
         if self.layer:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
@@ -59,7 +59,7 @@ class TorchAttention(nn.Module):
         self.output = nn.Linear(self.heads * self.head_dim, model["d_model"], bias=model["attention_output_bias"])
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [batch, seq, d_model]; rotary: (cos, sin) [seq, head_dim / 2]."""
+        """Apply to x [batch, seq, d_model]; rotary: (cos, sin) [seq, head_dim / 2]."""
         batch, seq, _ = x.shape
         heads = self.qkv(x).view(batch, seq, -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -87,7 +87,7 @@ class TorchFeedForward(nn.Module):
         self.down = nn.Linear(model["d_ff"], model["d_model"], bias=model["use_bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [batch, seq, d_model]."""
+        """Apply to x [batch, seq, d_model]."""
         hidden = self.up(x)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
@@ -104,7 +104,7 @@ class TorchBlock(nn.Module):
         self.feed_forward_norm, self.feed_forward = TorchNorm(model), TorchFeedForward(model)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [batch, seq, d_model]."""
+        """Apply to x [batch, seq, d_model]."""
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -129,7 +129,7 @@ class TorchDecoder(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, in float32; both [batch, seq]."""
+        """Return mean cross-entropy in nats, in float32; both [batch, seq]."""
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]]
@@ -155,7 +155,7 @@ class TorchTrainer:
         self.random = np.random.default_rng(spec["seed"])
 
     def prepare(self) -> float:
-        """Seconds of a first forward and backward pass, compilation included; nothing is learnt."""
+        """Return seconds of a first forward and backward pass, compilation included; nothing is learnt."""
         start = time.perf_counter()
         shape = (self.spec["batch_size"], self.spec["seq_len"] + 1)
         rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -165,7 +165,7 @@ class TorchTrainer:
         return time.perf_counter() - start
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """(seconds of all steps together, the loss of each)."""
+        """Return (seconds of all steps together, the loss of each)."""
         shape = (count, self.spec["batch_size"], self.spec["seq_len"] + 1)
         batches = torch.from_numpy(self.random.integers(0, self.spec["model"]["vocab_size"], shape))
         batches = batches.pin_memory() if self.device.type == "cuda" else batches
@@ -191,7 +191,7 @@ class TorchTrainer:
             return self.loss(tokens, targets)
 
     def _make_optimizer(self, values: Fields) -> torch.optim.Optimizer:
-        """Decay on matrices and the token table; none on vectors and positions."""
+        """Return parameter groups: weight decay on matrices and the token table, none on vectors and positions."""
         named = dict(self.decoder.named_parameters())
         plain = [p for name, p in named.items() if p.ndim < 2 or name.startswith("positions.")]
         decayed = [p for p in named.values() if not any(p is other for other in plain)]

@@ -72,12 +72,12 @@ class Twin(Child):
 
 
 def torch_python() -> str:
-    """The Python that runs the twin: ISOFLOP_TORCH_PYTHON, or else this one."""
+    """Return the Python that runs the twin: ISOFLOP_TORCH_PYTHON, or else this one."""
     return os.environ.get("ISOFLOP_TORCH_PYTHON") or sys.executable
 
 
 def require_torch() -> None:
-    """Raises InputError if that Python has no torch."""
+    """Raise InputError if that Python has no torch."""
     python = torch_python()
     if not python_has(python, "torch"):
         raise InputError(
@@ -88,7 +88,7 @@ def require_torch() -> None:
 def twin_spec(
     config: ModelConfig, train_config: TrainConfig, hparams: HParams, mode: str, weights: Path, threads: int | None
 ) -> dict[str, Any]:
-    """What `torch_twin.py` is told."""
+    """Return the specification that `torch_twin.py` reads from its command line."""
     values = hparams.to_dict()
     return {
         "model": config.to_dict(),
@@ -105,7 +105,9 @@ def twin_spec(
 
 
 def twin_weights(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Our parameters under the twin's names, matrices (out, in), joined where the twin has one matrix for several."""
+    """Return our parameters under the twin's names, matrices (out, in), joined where the twin has one matrix for
+    several.
+    """
     tokens = params["embedding"]["tokens"]
     weights = {"tokens.weight": tokens, **_norm("final_norm", params["final_norm"])}
     weights["head.weight"] = tokens if config.tie_embeddings else params["head"]["weight"].T

@@ -41,7 +41,7 @@ def decode(
     json: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """Latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
+    """Measure latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
 
     A cell that fails, for want of memory or otherwise, is a row with its error. Seconds per step are of a loop that
     never leaves the device; the latency per token with the host waiting for each stands beside it, compile time apart.
@@ -138,7 +138,7 @@ def decode(
 def _open(
     model: str, base: Path | None, seed: int
 ) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
-    """(config, how to build it with so many KV heads, whether its weights are random)."""
+    """Return (config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
     from experiments.models import is_stored, read_config
@@ -163,7 +163,7 @@ def _open(
 def _measure(
     document: dict[str, Any], config: "ModelConfig", build: Any, cells: "list[Cell]", steps: int, repeats: int
 ) -> bool:
-    """Ceilings and cells into the document; whether Ctrl-C ended it early."""
+    """Add ceilings and cells to the document, and return whether Ctrl-C ended the measurement early."""
     from experiments.bench.ceilings import best_of, measure_ceilings
     from experiments.bench.decode.grid import run_grid
     from experiments.bench.decode.roofline import NOTE, add_shares

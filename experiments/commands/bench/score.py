@@ -20,7 +20,7 @@ def score(
     seed: int = 0,
     json: JsonFile = None,
 ) -> None:
-    """How fast `infer.score` is, with prefixes read once and without, beside a plain pass with all its logits.
+    """Measure `infer.score` with prefixes read once and without, beside a plain pass with all its logits.
 
     All contenders take turns on the same random requests: several continuations of each prefix, as in a
     multiple-choice benchmark. Where four continuations of a tenth of their prefix each are scored, reading the prefix

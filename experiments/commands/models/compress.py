@@ -118,7 +118,7 @@ def _smaller(
     data: Path | None,
     seq_len: int,
 ) -> "tuple[ModelConfig, Params]":
-    """The model without the layers and entries that are to go, in a plain precision."""
+    """Return the model without the layers and entries that are to go, in a plain precision."""
     import jax
 
     from experiments.compress import calibration_tokens

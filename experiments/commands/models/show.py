@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def list_presets(*, json: JsonFile = None) -> None:
-    """All presets in a table: first our own, then released models.
+    """List all presets in a table: first isoflop's own, then released models.
 
     Example: isoflop model list
 
@@ -63,7 +63,7 @@ def show(
     mesh: str | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Parameters by group, FLOPs per token and memory of one architecture; of a preset no array is made.
+    """Show parameters by group, FLOPs per token and memory of one architecture; for a preset no array is made.
 
     Example: isoflop model show llama3-8b --set num_layers=24 --seq-len 4096 --batch 8
 
@@ -136,7 +136,7 @@ def show(
 def _books(
     config: "ModelConfig", seq_len: int, batch: int, dtype: str, started: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """started: of a run that started from weights, what of them is trained."""
+    """Return the accounting of a model. started: of a run that started from weights, what of them is trained."""
     from model import accounting
     from model.products import ALL, Trained
 
@@ -176,7 +176,7 @@ def _books(
 
 
 def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dict[str, tuple[str, str]]:
-    """Each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
+    """Return each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
     from model.errors import InputError
     from model.kernels import kernels_of
 
@@ -187,7 +187,7 @@ def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dic
 
 
 def _published(name: str, config: "ModelConfig") -> dict[str, Any] | None:
-    """The count of the released model, where `config` still is its architecture; of our own presets nothing."""
+    """Return the count of the released model, where `config` still is its architecture; of our own presets nothing."""
     from model import presets
 
     if name not in presets.names() or presets.get(name) != config:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show(console: "Console", analysis: "Analysis") -> None:
-    """A compact account: every estimator, the optima, whatever did not enter, and what to beware of."""
+    """Print a summary: every estimator, the optima, the rows left out, and the warnings."""
     from collections import Counter
 
     from experiments.commands.options import new_table

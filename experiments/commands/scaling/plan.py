@@ -92,7 +92,10 @@ def read_design(
     law: str | None = None,
     at_scale: bool = False,
 ) -> "Design":
-    """The design of a file (None: of an empty one), with what the command line says instead. Raises InputError."""
+    """Return the design of a file (None: of an empty one), with what the command line says instead.
+
+    Raises InputError.
+    """
     from experiments.scaling.study.design import Design
     from model.errors import InputError
 
@@ -104,7 +107,7 @@ def read_design(
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """Every run as a row, and all of it in a few lines."""
+    """Print every run as a row, and the totals in a few lines."""
     from experiments.commands.options import console, new_table
     from experiments.words import bytes_in_words, count_in_words, hours_in_words
 
@@ -143,7 +146,7 @@ def _remarks(row: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """The plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
+    """Return the plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
     from experiments.words import bytes_in_words
     from experiments.words import hours_in_words as hours
 

@@ -56,7 +56,7 @@ def run(
 
 
 def _with_budgets(design: "Design", data: Path, out: Path) -> "Design":
-    """A design in hours with the budgets that fit into them: those of a study that is under way stay."""
+    """Return a design in hours with the budgets that fit into them: those of a study that is under way stay."""
     from experiments.scaling.study.cost import plan_study
     from experiments.scaling.study.run import read_study
 

@@ -73,7 +73,7 @@ class SweepOptions:
     """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
 
     def define(self) -> "Sweep":
-        """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        """Return the sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.inputs import read_changes
         from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password

@@ -8,7 +8,7 @@ from experiments.words import counted
 
 
 def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None:
-    """What a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
+    """Show what a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
 
     Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written.
 
@@ -28,7 +28,7 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """The cohorts as a table, and all of it in one line."""
+    """Print the cohorts as a table, and the totals in one line."""
     from experiments.commands.options import console, new_table
     from experiments.words import bytes_in_words, hours_in_words
 
@@ -56,7 +56,7 @@ def show_plan(document: dict[str, Any]) -> None:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The plan in one line."""
+    """Return the plan in one line."""
     from experiments.words import bytes_in_words, hours_in_words
 
     total, expected = document["total"], document["expected"]

@@ -90,7 +90,7 @@ def resume(
 
 
 def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
-    """How a sweep stands: its cohorts, the best so far with its noise, what is left.
+    """Show the state of a sweep: its cohorts, the best so far with its noise, what is left.
 
     Example: isoflop sweep status sweeps/lr --watch
 
@@ -125,7 +125,7 @@ def worker(
     heartbeat: int = 15,
     grace: int = 90,
 ) -> None:
-    """One worker of a sweep, which is what --workers and --launcher start; any number may run, on any machine.
+    """Run one worker of a sweep, as --workers and --launcher start it; any number may run, on any machine.
 
     Example: isoflop sweep worker sweeps/lr
 
@@ -151,7 +151,7 @@ def worker(
 
 
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
-    """Work here, or have others work; then say what came of it."""
+    """Train the sweep here or with other workers, then print its result."""
     from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
     from experiments.sweep import launch
@@ -240,7 +240,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def _speeds(found: dict[str, Any]) -> "Table":
-    """The speed of every execution, the fastest first."""
+    """Return the speed of every execution, the fastest first."""
     from experiments.commands.options import new_table
     from experiments.sweep.analysis.scales import text
 

@@ -43,7 +43,7 @@ FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey 1977, "Exp
 
 
 def drawn_of(shown: int, runs: int) -> str:
-    """The end of a title where a figure shows fewer runs than there are; else nothing."""
+    """Return the end of a title where a figure shows fewer runs than there are; else nothing."""
     return "" if shown == runs else f", {shown:,} of {runs:,} runs"
 
 
@@ -101,7 +101,7 @@ def _draw_optimal(
     others: Mapping[str, Any] = MappingProxyType({}),
     measured: Sequence[Mapping[str, float]] = (),
 ) -> None:
-    """N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands, the others' lines."""
+    """Draw N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands, the others' lines."""
     if isoflop is not None:
         budgets = np.array([optimum["flops"] for optimum in isoflop.optima])
         points = np.array([optimum[name] for optimum in isoflop.optima])
@@ -150,7 +150,7 @@ def _draw_optimal(
 
 @styled
 def valleys(isoflop: IsoflopFit, width: float = WIDTH) -> Figure:
-    """Loss over N for each budget, with its curve and minimum; rejected budgets dashed and pale."""
+    """Draw loss over N for each budget, with its curve and minimum; rejected budgets dashed and pale."""
     figure = new_figure(width, 4.2)
     _draw_valleys(figure.subplots(), isoflop.valleys)
     return figure
@@ -163,7 +163,7 @@ def compute_optimal(
     others: Mapping[str, Any] = MappingProxyType({}),
     measured: Sequence[Mapping[str, float]] = (),
 ) -> list[Figure]:
-    """N*(C) and D*(C); at least one of the first two fits is needed.
+    """Draw N*(C) and D*(C); at least one of the first two fits is needed.
 
     others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
     budgets that no fit has seen.
@@ -176,7 +176,7 @@ def compute_optimal(
 
 @styled
 def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Figure:
-    """Valleys, N*(C) and D*(C) in one figure, as `isoflop scaling fit --plot` writes; one fit is enough."""
+    """Draw valleys, N*(C) and D*(C) in one figure, as `isoflop scaling fit --plot` writes; one fit is enough."""
     figure = new_figure(WIDTH, 7.4 if isoflop is not None else 3.8)
     if isoflop is not None:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1))
@@ -191,7 +191,7 @@ def overview(isoflop: IsoflopFit | None, parametric: ParametricFit | None) -> Fi
 
 @styled
 def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = (), level: int | float = 95) -> Figure:
-    """Measured over predicted loss: dots are the fitted runs, stars `held_out` ones {params, tokens, loss}."""
+    """Draw measured over predicted loss: dots are the fitted runs, stars `held_out` ones {params, tokens, loss}."""
     figure = new_figure(4.2, 3.9)
     axes = figure.subplots()
     table = fit.table
@@ -225,7 +225,7 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
 
 @styled
 def residuals(fit: ParametricFit) -> list[Figure]:
-    """Relative residuals over N, D and C: a law of the right form leaves no trend."""
+    """Draw relative residuals over N, D and C: a law of the right form leaves no trend."""
     axes = new_panels(3, 2.9)
     shown = sample(len(fit.table), DOTS, 0)
     percent = -100 * fit.residuals[shown]  # measured above the law is positive

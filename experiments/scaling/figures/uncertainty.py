@@ -32,7 +32,7 @@ MANY_SIZES = 60  # in a figure
 
 @styled
 def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float = WIDTH) -> Figure:
-    """The law's loss over N and D, runs as dots of the same scale, and the compute-optimal path."""
+    """Draw the law's loss over N and D, runs as dots of the same scale, and the compute-optimal path."""
     figure = new_figure(width, 5.0 if width > NARROW else 4.6)
     axes = figure.subplots()
     table = fit.table
@@ -79,7 +79,7 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float
 
 @styled
 def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> list[Figure]:
-    """Bootstrap draws: alpha against beta of the law, and the distribution of a of every estimator."""
+    """Draw the bootstrap's draws: alpha against beta of the law, and the distribution of a of every estimator."""
     panels = new_panels(2 if parametric is not None else 1, 3.4)
     shares: dict[str, np.ndarray] = {}
     if parametric is not None:
@@ -113,7 +113,9 @@ def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> 
 
 @styled
 def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval, measured}."""
+    """Draw predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval,
+    measured}.
+    """
     left, right = new_panels(2, 3.4)
     known = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     params = np.array([run["params"] for run in known])
@@ -145,7 +147,7 @@ def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
 
 @styled
 def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, width: float = WIDTH) -> Figure:
-    """The runs themselves, for a table in which no valley was found: loss over compute, coloured by size.
+    """Draw the runs themselves, for a table in which no valley was found: loss over compute, coloured by size.
 
     With MANY_SIZES or more a line through each would be a tangle: dots alone are drawn.
     """
@@ -170,6 +172,6 @@ def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, width: floa
 
 
 def _within(draws: np.ndarray) -> np.ndarray:
-    """Without the few far draws that would squeeze all others into a corner."""
+    """Return the draws without the few far ones that would squeeze all others into a corner."""
     low, high = np.nanpercentile(draws, [0.5, 99.5])
     return (draws >= low) & (draws <= high)

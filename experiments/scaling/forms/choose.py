@@ -32,7 +32,7 @@ LEVEL = 95
 
 
 def forms_for(table: Table) -> tuple[str, ...]:
-    """What to choose between by default: the simple forms, and those of the table's own columns."""
+    """Return what to choose between by default: the simple forms, and those of the table's own columns."""
     more = () if table.unique_tokens is None else ("repeated-data", "repeated-data-params")
     return SIMPLE_FORMS + more + (() if table.active_params is None else ("experts",))
 
@@ -82,7 +82,7 @@ class FormChoice:
         return f"the forms of law are compared on {used:,} of {rows:,} runs, drawn at random: each is fitted many times"
 
     def document(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
+        """Return plain numbers, strings, lists and dicts."""
         plain = {name: getattr(self, name) for name in ("winner", "best", "told_apart", "reason", "decided_by")}
         scores = [asdict(score) for score in self.scores]
         for score in scores:
@@ -194,7 +194,7 @@ def choose(
 
 
 def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
-    """Each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
+    """Return each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
     groups = group_budgets(flops)
     number = np.empty(len(flops), np.int64)
     if len(groups) > len(flops) / 2:
@@ -208,7 +208,7 @@ def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
 def _errors(
     fit: FormFit, held: Bool[np.ndarray, "tests rows"], counts: Float[np.ndarray, "draws rows"]
 ) -> Float[np.ndarray, "tests draws rows"]:
-    """log L̂ − log L of all runs by the form refitted to each draw without each set of held-out runs."""
+    """Return log L̂ − log L of all runs by the form refitted to each draw without each set of held-out runs."""
     weights = (counts[None] * ~held[:, None]).reshape(-1, counts.shape[1])
     theta = fit.problem.refit(fit.scaled, weights)
     predicted = fit.problem.log_prediction(theta, fit.rows.columns)
@@ -216,7 +216,7 @@ def _errors(
 
 
 def _mean(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.ndarray, " draws"]:
-    """The mean over held-out runs, each as often as it was drawn; NaN for a draw without any."""
+    """Return the mean over held-out runs, each as often as it was drawn; NaN for a draw without any."""
     weights = counts[None] * held[:, None]
     with np.errstate(invalid="ignore"):
         return (weights * errors).sum((0, 2)) / weights.sum((0, 2))
@@ -227,6 +227,6 @@ def _rms(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.n
 
 
 def _interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """Of the bootstrap draws; the first entry is the table itself."""
+    """Return the interval of the bootstrap draws; the first entry is the table itself."""
     low, high = percentile_interval(draws[1:], LEVEL)
     return float(low), float(high)

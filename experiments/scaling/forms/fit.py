@@ -37,7 +37,7 @@ class FormProblem:
 
     @classmethod
     def of(cls, form: LawForm, columns: Mapping[str, np.ndarray], delta: float) -> "FormProblem":
-        """The problem of these columns, the loss among them."""
+        """Return the problem of these columns, the loss among them."""
         features, log_loss = features_of(columns), np.log(columns["loss"])
         return cls(form, features, log_loss, form.scale(features, log_loss), delta)
 
@@ -47,7 +47,9 @@ class FormProblem:
         return self.form.starts(self.features, self.log_loss, self.scale)
 
     def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None) -> Minimum:
-        """Every problem's minimum from its own start; `weights` [problems, rows] count the runs, None each once."""
+        """Return every problem's minimum from its own start; `weights` [problems, rows] count the runs,
+        None each once.
+        """
         lower, upper = self.form.bounds(self.scale)
 
         def derivatives(theta: np.ndarray, weights: np.ndarray):
@@ -65,7 +67,9 @@ class FormProblem:
         return Minimum(*(np.concatenate([getattr(part, key) for part in parts]) for key in Minimum.__annotations__))
 
     def refit(self, best: np.ndarray, weights: Float[np.ndarray, "draws rows"]) -> np.ndarray:
-        """Scaled θ of every weighting of the runs: the lowest minimum from `best` and a few starts of the grid."""
+        """Return scaled θ of every weighting of the runs: the lowest minimum from `best` and a few
+        starts of the grid.
+        """
         picks = np.linspace(0, len(self.grid) - 1, self.form.extra_starts + 2)[1:-1].astype(int)
         first = np.concatenate([best[None], self.grid[picks]])
         end = self.minimise(np.tile(first, (len(weights), 1)), np.repeat(weights, len(first), axis=0))
@@ -73,7 +77,7 @@ class FormProblem:
         return end.theta.reshape(len(weights), len(first), -1)[np.arange(len(weights)), lowest]
 
     def log_prediction(self, theta: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """log L̂ [problems, rows] of other runs at scaled θ."""
+        """Return log L̂ [problems, rows] of other runs at scaled θ."""
         return self.form.predict(theta, features_of(columns), self.scale)
 
 
@@ -115,7 +119,7 @@ class FormFit:
         return intervals_of(dict(zip(self.form.unknowns, self.draws.T, strict=True)))
 
     def predict(self, **columns: Any) -> Any:
-        """The loss of runs given by the form's columns (`params=`, `tokens=` …); arrays broadcast."""
+        """Return the loss of runs given by the form's columns (`params=`, `tokens=` …); arrays broadcast."""
         if set(columns) != set(self.form.needs):
             raise InputError(f"{self.form.name} predicts from {', '.join(self.form.needs)}; got {', '.join(columns)}")
         arrays = np.broadcast_arrays(*(np.asarray(values, np.float64) for values in columns.values()))
@@ -123,7 +127,7 @@ class FormFit:
         return exponential(self.problem.log_prediction(self.scaled[None], flat))[0].reshape(arrays[0].shape)[()]
 
     def document(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; a bound that is not finite is null."""
+        """Return plain numbers, strings, lists and dicts; a bound that is not finite is null."""
         return {
             "form": self.form.name,
             "formula": self.form.formula,

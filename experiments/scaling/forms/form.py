@@ -25,7 +25,10 @@ Features = dict[str, np.ndarray]
 
 
 def features_of(columns: Columns) -> Features:
-    """ln N, ln D … of the columns present. With active parameters N is those, and G the expansion total/active."""
+    """Return ln N, ln D … of the columns present.
+
+    With active parameters N is those, and G the expansion total/active.
+    """
     logs = {name: np.log(values) for name, values in columns.items()}
     found = {}
     if "params" in logs:
@@ -82,7 +85,7 @@ class LawForm:
         return self.coefficients + self.rates
 
     def scale(self, features: Features, log_loss: np.ndarray) -> SolverScale:
-        """The coordinates in which this table's problem is well conditioned."""
+        """Return the coordinates in which this table's problem is well conditioned."""
         unit: dict[str, float] = {}
         for _, powers in self.parts:
             for rate, feature in powers:
@@ -91,7 +94,7 @@ class LawForm:
         return SolverScale(centre, unit, float(log_loss.min()), float(log_loss.max()))
 
     def terms(self, theta: Float[np.ndarray, "problems unknowns"], features: Features, scale: SolverScale) -> Terms:
-        """The law's terms at scaled θ; their Jacobians do not depend on θ."""
+        """Return the law's terms at scaled θ; their Jacobians do not depend on θ."""
         rows = len(next(iter(features.values())))
         jacobians = []
         for i, (_, powers) in enumerate(self.parts):
@@ -103,14 +106,14 @@ class LawForm:
         return Terms([theta @ jacobian[0] for jacobian in jacobians], jacobians)
 
     def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
-        """The box of scaled θ: terms may fade, rates lie in 0…10 or −10…10."""
+        """Return the box of scaled θ: terms may fade, rates lie in 0…10 or −10…10."""
         span = [LARGEST_RATE * scale.unit[rate] for rate in self.rates]
         lower = [-most if rate in self.signed else 0.0 for rate, most in zip(self.rates, span, strict=True)]
         count = len(self.coefficients)
         return np.array([scale.lowest - FADED] * count + lower), np.array([scale.highest + FADED] * count + span)
 
     def natural(self, theta: Float[np.ndarray, "problems unknowns"], scale: SolverScale) -> np.ndarray:
-        """θ in the units of the columns, [problems, unknowns]; a floor that faded to its bound is 0."""
+        """Return θ in the units of the columns, [problems, unknowns]; a floor that faded to its bound is 0."""
         values = np.array(theta)
         for k, rate in enumerate(self.rates, start=len(self.coefficients)):
             values[:, k] /= scale.unit[rate]
@@ -122,7 +125,9 @@ class LawForm:
         return values
 
     def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """A grid over the positive rates; given them the law is linear, so coefficients are least squares of L̂/L."""
+        """Return a grid over the positive rates; given them the law is linear, so coefficients are least squares of
+        L̂/L.
+        """
         grid = itertools.product(*([0.0] if rate in self.signed else START_RATES for rate in self.rates))
         units = np.array([scale.unit[rate] for rate in self.rates])
         return self.with_coefficients(np.array(list(grid)) * units, features, log_loss, scale)
@@ -141,5 +146,5 @@ class LawForm:
         return theta
 
     def predict(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Float[np.ndarray, "problems rows"]:
-        """log L̂ at scaled θ."""
+        """Return log L̂ at scaled θ."""
         return log_prediction(self.terms(theta, features, scale), theta)

@@ -16,19 +16,19 @@ class KaplanForm(LawForm):
     """Kaplan et al. 2020, equation 1.5: with τ = α_D the terms are (Nc/N)^α_N and (Dc/D)^α_D, and no floor."""
 
     def terms(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Terms:
-        """The same two terms, at the temperature α_D."""
+        """Return the same two terms, at the temperature α_D."""
         plain = super().terms(theta, features, scale)
         temperature = self.unknowns.index("alpha_D"), scale.unit["alpha_D"]
         return Terms(plain.values, plain.jacobians, temperature=temperature)
 
     def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
-        """α_D stays above zero: the law divides by it."""
+        """Return the bounds of the rates; α_D stays above zero, as the law divides by it."""
         lower, upper = super().bounds(scale)
         lower[self.unknowns.index("alpha_D")] = 1e-4 * scale.unit["alpha_D"]
         return lower, upper
 
     def natural(self, theta: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """Nc and Dc from (Nc)^α_N and (Dc)^α_D."""
+        """Return Nc and Dc from (Nc)^α_N and (Dc)^α_D."""
         values = super().natural(theta, scale)
         with np.errstate(all="ignore"):  # a draw that lost a term has no scale for it: infinite
             for i, k in ((0, 2), (1, 3)):
@@ -36,7 +36,7 @@ class KaplanForm(LawForm):
         return values
 
     def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """A grid over both exponents; either term alone starts at half of the mean loss."""
+        """Return a grid over both exponents; either term alone starts at half of the mean loss."""
         grid = np.array(list(itertools.product(START_RATES, repeat=2)))
         level = log_loss.mean() - grid[:, 1:] * np.log(2)
         return np.concatenate([level, level, grid * [scale.unit[rate] for rate in self.rates]], axis=1)
@@ -114,7 +114,7 @@ FORMS: dict[str, LawForm] = {form.name: form for form in _ALL}
 
 
 def get(name: str) -> LawForm:
-    """A form by name. Raises `UnknownNameError` with the close ones."""
+    """Return a form by name. Raises `UnknownNameError` with the close ones."""
     if name not in FORMS:
         raise UnknownNameError("form of law", name, FORMS)
     return FORMS[name]

@@ -32,7 +32,7 @@ class _Worth:
 
 
 def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
-    """φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
+    """Return φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
     limit = np.exp(rho)
     z = np.minimum(np.expm1(m) / limit, 500.0)  # beyond, e^−z is nothing; and nothing overflows
     left = np.exp(-z)
@@ -66,7 +66,7 @@ class RepeatedForm(LawForm):
         return super().unknowns + (("R_D", "R_N") if self.excess else ("R_D",))
 
     def terms(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Terms:
-        """The floor, the term of N (or N') and that of D', with all that depends on θ in them."""
+        """Return the floor, the term of N (or N') and that of D', with all that depends on θ in them."""
         rows, count = len(features["D"]), theta.shape[1]
         N, D, U = (features[name][None] for name in ("N", "D", "U"))
         shape = (len(theta), count, rows)
@@ -122,7 +122,7 @@ class RepeatedForm(LawForm):
         return Terms([u_floor, u_params, u_tokens], [floor, j_params, j_tokens], curvature)
 
     def _excess(self, theta: np.ndarray, N: np.ndarray, U: np.ndarray, scale: SolverScale):
-        """m = ln(N/U_N) where positive, its gradient and its second derivatives.
+        """Return m = ln(N/U_N) where positive, its gradient and its second derivatives.
 
         N and D are optimal together where αA·N^−α = βB·D^−β, which gives U_N at D = U.
         """
@@ -147,20 +147,20 @@ class RepeatedForm(LawForm):
         return np.clip(m, 0.0, LARGEST_EXCESS), d_m, second
 
     def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
-        """Rates stay above zero, as U_N divides by them; R* lies in 0.01 … 10,000."""
+        """Return the bounds; rates stay above zero, as U_N divides by them, and R* lies in 0.01 … 10,000."""
         lower, upper = super().bounds(scale)
         lower[3:5] = [1e-3 * scale.unit[rate] for rate in self.rates]
         extra = len(self.unknowns) - 5
         return np.append(lower, [np.log(WORTH[0])] * extra), np.append(upper, [np.log(WORTH[1])] * extra)
 
     def natural(self, theta: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """R* are counts of repetitions."""
+        """Return θ in the units of the columns; R* are counts of repetitions."""
         values = super().natural(theta, scale)
         values[:, 5:] = np.exp(theta[:, 5:])
         return values
 
     def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """Exponents on a grid, coefficients as if all tokens were fresh, R* few or many."""
+        """Return starts with exponents on a grid, coefficients as if all tokens were fresh, R* few or many."""
         plain = LawForm(self.name, self.formula, self.source, self.needs, self.parts)
         units = np.array([scale.unit[rate] for rate in self.rates])
         rates = np.array([(alpha, beta) for alpha in START_RATES for beta in START_RATES]) * units

@@ -29,7 +29,8 @@ class UsableRuns:
 
 
 def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns:
-    """The columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are dropped.
+    """Return the columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are
+    dropped.
 
     Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is asked for and absent
     it is 6·N·D. Raises `InputError` for a column that is missing, is not of numbers, or differs in length.
@@ -70,7 +71,7 @@ def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns
 
 
 def frontier(rows: UsableRuns) -> UsableRuns:
-    """The runs with a lower loss than every run of the same or less compute."""
+    """Return the runs with a lower loss than every run of the same or less compute."""
     flops, loss = rows.columns["flops"], rows.columns["loss"]
     order = np.lexsort((loss, flops))
     best = np.minimum.accumulate(np.append(np.inf, loss[order][:-1]))
@@ -83,7 +84,7 @@ def frontier(rows: UsableRuns) -> UsableRuns:
 
 
 def reason_against(form: LawForm, columns: Mapping[str, np.ndarray]) -> str | None:
-    """Why these runs cannot carry the form's unknowns; None where they can."""
+    """Return why these runs cannot determine the form's unknowns; None where they can."""
     rows = len(columns["loss"])
     if rows <= len(form.unknowns):
         unknowns = len(form.unknowns)
@@ -121,6 +122,6 @@ def reason_against(form: LawForm, columns: Mapping[str, np.ndarray]) -> str | No
 def resample(
     form: LawForm, columns: Mapping[str, np.ndarray], rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """`draw_counts` of the columns that the form wants to see vary."""
+    """Return `draw_counts` of the columns that the form wants to see vary."""
     varied = [columns[name] for name in form.needs if name in ("params", "tokens", "flops")]
     return draw_counts(varied, len(form.unknowns), rng, count)

@@ -33,14 +33,14 @@ def quantiles(draws: np.ndarray, per_cent: list[float]) -> np.ndarray:
 
 
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:
-    """The central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
+    """Return the central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
     tail = (100.0 - level) / 2
     low, high = quantiles(draws, [tail, 100.0 - tail])
     return low, high
 
 
 def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
-    """`intervals["a"][95] -> (low, high)` from one array of draws per name; LEVELS in per cent."""
+    """Return `intervals["a"][95] -> (low, high)` from one array of draws per name; LEVELS in per cent."""
     return {
         name: {
             level: (float(low), float(high)) for level in LEVELS for low, high in [percentile_interval(values, level)]
@@ -50,7 +50,7 @@ def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
 
 
 def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> list[str]:
-    """A sentence for each value outside one of its own intervals, by the highest such level."""
+    """Return a sentence for each value outside one of its own intervals, by the highest such level."""
     found = []
     for name, value in values.items():
         outside = [
@@ -68,7 +68,7 @@ def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> 
 def draw_counts(
     columns: Sequence[np.ndarray], least: int, rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """How often each run is drawn in `count` tables of runs drawn with replacement.
+    """Return how often each run is drawn in `count` tables of runs drawn with replacement.
 
     Tables of fewer than `least` different runs, or of fewer than MINIMUM_DISTINCT values in one of the columns, carry
     no fit and are drawn again.
@@ -86,6 +86,6 @@ def draw_counts(
 
 
 def _same_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that puts rows of one value side by side, and where each value begins in it."""
+    """Return the order that puts rows of one value side by side, and where each value begins in it."""
     order = np.argsort(values, kind="stable")
     return order, np.flatnonzero(np.append(True, np.diff(values[order]) != 0))

@@ -37,7 +37,7 @@ class Optimum:
 
 
 def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
-    """E + A·N^−α + B·D^−β for θ = (E, A, B, α, β); draws come first, then the shape of N and D."""
+    """Return E + A·N^−α + B·D^−β for θ = (E, A, B, α, β); draws come first, then the shape of N and D."""
     N, D = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(D, np.float64))
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     E, A, B, alpha, beta = (part.reshape(part.shape + (1,) * N.ndim) for part in parts)
@@ -46,7 +46,7 @@ def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
 
 
 def optimum(theta: Float[np.ndarray, "*draws 5"], C: Any) -> tuple[Any, Any]:
-    """N* and D* that minimise the law at C = 6·N·D FLOPs.
+    """Return N* and D* that minimise the law at C = 6·N·D FLOPs.
 
     N* = G·(C/6)^a and D* = (C/6)^b / G with G = (αA/βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4).
     """
@@ -145,16 +145,17 @@ class ParametricFit:
         return intervals_of(draws)
 
     def predict(self, N: Any, D: Any) -> Any:
-        """The loss in nats per token at N parameters and D tokens; arrays broadcast."""
+        """Return the loss in nats per token at N parameters and D tokens; arrays broadcast."""
         return law(self.theta, N, D)[()]
 
     def predict_interval(self, N: Any, D: Any, level: int | float = 95) -> tuple[Any, Any]:
-        """Where the measured loss of one *new* run at (N, D) should fall, in `level` per cent of such runs.
+        """Return the interval in which the measured loss of one *new* run at (N, D) should fall, in `level` per cent of
+        such runs.
 
-        It joins the two uncertainties that the table can speak of: the law's own (each bootstrap draw's
-        prediction) and the scatter of single runs about it (the residuals of the best fit, resampled;
-        widened by √(n/(n−5)) as five fitted numbers make residuals too small). It does not cover a law of
-        another form beyond the ladder, nor a new run trained by another recipe.
+        It joins the two uncertainties that the table can speak of: the law's own (each bootstrap draw's prediction) and
+        the scatter of single runs about it (the residuals of the best fit, resampled; widened by √(n/(n−5)) as five
+        fitted numbers make residuals too small). It does not cover a law of another form beyond the ladder, nor a new
+        run trained by another recipe.
         """
         residuals = self.residuals
         count = len(residuals)
@@ -174,12 +175,12 @@ class ParametricFit:
         return low[()], high[()]
 
     def optimal(self, C: Any) -> Optimum:
-        """The compute-optimal N*, D* and loss at C = 6·N·D FLOPs, in closed form; arrays broadcast."""
+        """Return the compute-optimal N*, D* and loss at C = 6·N·D FLOPs, in closed form; arrays broadcast."""
         params, tokens = optimum(self.theta, C)
         return Optimum(params[()], tokens[()], self.predict(params, tokens))
 
     def optimal_interval(self, C: Any, level: int | float = 95) -> dict[str, tuple[Any, Any]]:
-        """`{"params": (low, high), "tokens": (low, high)}` of the optimum at C, by percentile bootstrap."""
+        """Return `{"params": (low, high), "tokens": (low, high)}` of the optimum at C, by percentile bootstrap."""
         params, tokens = optimum(self.draws, C)
         return {"params": percentile_interval(params, level), "tokens": percentile_interval(tokens, level)}
 
@@ -218,7 +219,7 @@ def fit_parametric(
 
 
 def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> ParametricFit:
-    """The fit of every run of a clean, sorted table."""
+    """Return the fit of every run of a clean, sorted table."""
     _check(table)
     problem = ParametricProblem.of(table, float(delta))
     chosen_from = problem.of_rows(sample(len(table), SAMPLE, seed))
@@ -251,7 +252,7 @@ def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> Parame
 
 
 def _screened(whole: ParametricFit) -> ParametricFit:
-    """The fit without gross outliers, as `fit_parametric` says."""
+    """Return the fit without gross outliers, as `fit_parametric` says."""
     fit, table = whole, whole.table
     keep, residuals = np.ones(len(table), bool), whole.residuals
     for _ in range(ROUNDS):

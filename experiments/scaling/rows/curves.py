@@ -25,7 +25,9 @@ class TrainingCurve:
     schedule: str = "unknown"
 
     def smoothed(self) -> Float[np.ndarray, " points"]:
-        """Local straight lines in ln D under a Gaussian kernel: a falling curve keeps its slope, also at its ends."""
+        """Return local straight lines in ln D under a Gaussian kernel: a falling curve keeps its slope, also at its
+        ends.
+        """
         x = np.log(self.tokens)
         result = np.empty(len(x))
         for i, at in enumerate(x):
@@ -40,7 +42,7 @@ class TrainingCurve:
 
 
 def curves_of_table(path: str | Path, schedule: str = "unknown") -> list[TrainingCurve]:
-    """Training curves from a table with the columns run, params, tokens and loss, one row per (run, step).
+    """Read training curves from a table with the columns run, params, tokens and loss, one row per (run, step).
 
     Raises `InputError` for a table that cannot be read and for a run of several sizes.
     """

@@ -41,7 +41,7 @@ class Hardware:
         return Speed(0.0, self.devices * PEAKS[self.device].flops_per_second * self.mfu, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the peak of one device."""
+        """Return plain values, with the peak of one device."""
         return dataclasses.asdict(self) | {"peak_flops_per_second": PEAKS[self.device].flops_per_second}
 
 
@@ -61,8 +61,8 @@ class StudyPlan:
     hardware: Hardware | None = None
 
     def document(self) -> dict[str, Any]:
-        """Plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches,
-        hardware, probe}.
+        """Return plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total,
+        without_branches, hardware, probe}.
 
         law: {name, source, fitted} of the published law that places the optima, None where the design itself does.
         optima: {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
@@ -160,7 +160,7 @@ def plan_study(
     probe_seconds: float = 1.0,
     hardware: Hardware | None = None,
 ) -> StudyPlan:
-    """The plan of a design; nothing is trained but steps on random tokens, which are timed.
+    """Return the plan of a design; nothing is trained but steps on random tokens, which are timed.
 
     data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
     devices, and nothing is timed. Raises InputError on a design that these data or this machine cannot carry, and where
@@ -189,7 +189,7 @@ def plan_study(
 
 
 def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:
-    """(The vocabulary, tokens of an epoch) of the data, or of the base without any."""
+    """Return (the vocabulary, tokens of an epoch) of the data, or of the base without any."""
     if data is None:
         return read_config(design.base).vocab_size, None
     return load_manifest(data).vocab_size, Loader(data, batch_size=1, seq_len=design.seq_len, seed=0).tokens_per_epoch

@@ -74,7 +74,7 @@ class Law(Part):
             raise InputError(f"a law needs both centre and exponent of a size; {lacking[0]} has one of them")
 
     def at(self, sizes: Mapping[str, float]) -> float:
-        """The law's value where sizes by name are as given."""
+        """Return the law's value where sizes by name are as given."""
         return self.value * math.prod((sizes[name] / self.centre[name]) ** p for name, p in self.exponents.items())
 
 
@@ -159,7 +159,7 @@ class Design(Part):
 
     @classmethod
     def read(cls, path: str | Path | None, *, at_scale: bool = False, **instead: Any) -> Self:
-        """The design in a TOML file (None: an empty one), with some keys instead of the file's.
+        """Return the design in a TOML file (None: an empty one), with some keys instead of the file's.
 
         From a middle budget of `published.AT_SCALE` on, or where at_scale is true, the keys that are left out are those
         of published models (`published.defaults_at_scale`). Raises InputError, with the path, on anything wrong.
@@ -207,11 +207,11 @@ class Design(Part):
         return cls(**values)
 
     def with_budgets(self, budgets: tuple[float, ...]) -> Self:
-        """The same study of these budgets, in place of hours."""
+        """Return the same study of these budgets, in place of hours."""
         return self.replace(budgets=budgets, hours=0.0)
 
     def differences(self, there: "Design") -> str:
-        """The fields in which another design differs, in words; empty where none does.
+        """Return the fields in which another design differs, in words; empty where none does.
 
         A base in a file is not compared by its path: the study's sweeps compare what it holds. How the runs are
         executed may change.
@@ -224,21 +224,21 @@ class Design(Part):
         return ", ".join(f"{name}={other[name]} there, {one[name]} here" for name in one if one[name] != other[name])
 
     def base_config(self, vocab_size: int) -> ModelConfig:
-        """The base with the data's vocabulary and the design's rows. Raises InputError."""
+        """Return the base with the data's vocabulary and the design's rows. Raises InputError."""
         from experiments.models import read_config
 
         config = read_config(self.base).replace(vocab_size=vocab_size, max_seq_len=self.seq_len, eos_token_ids=())
         return self._overlay(config, TrainConfig())[0].model
 
     def train_config(self, batch_size: int) -> TrainConfig:
-        """The static half of how a rung of so many rows is trained. Raises InputError."""
+        """Return the static half of how a rung of so many rows is trained. Raises InputError."""
         from experiments.models import read_config
 
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
         return self._overlay(read_config(self.base), shape)[0].train
 
     def recipe(self, config: ModelConfig, batch_size: int, steps: int, **hparams: float) -> Recipe:
-        """The recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
+        """Return the recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len)
         # A rung's warm-up is its own, in steps; none is none.
         own = {"warmup_fraction": 0.0} if not hparams.get("warmup_steps") else {}
@@ -246,7 +246,10 @@ class Design(Part):
         return overlay(fields, Recipe(config, shape, steps=steps, objective=self.objective_of(config)))[0]
 
     def objective_of(self, config: ModelConfig) -> Objective:
-        """The objective that trains a rung of this model, which `base_config` gave its ids. Raises InputError."""
+        """Return the objective that trains a rung of this model, which `base_config` gave its ids.
+
+        Raises InputError.
+        """
         named = objectives.get(str(self.set.get(OBJECTIVE, objectives.LanguageModeling.NAME))).resolved(config)
         inside = {name: value for name, value in self.set.items() if name.startswith(f"{OBJECTIVE}.")}
         return overlay(inside, Recipe(config, objective=named))[0].objective
@@ -306,7 +309,7 @@ class Design(Part):
 
 
 def _read_tables(design: Design) -> None:
-    """Plain values, as TOML and JSON give them, become what the fields hold."""
+    """Convert the plain values that TOML and JSON give to what the fields hold."""
     put = lambda name, value: object.__setattr__(design, name, value)
     if not isinstance(design.base, str):
         raise InputError(f"base={design.base!r} must be a preset's name or a JSON file of a model config")

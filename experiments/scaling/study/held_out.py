@@ -112,7 +112,7 @@ def _of_run(fits: Fits, laws: Mapping[str, FormFit], rung: Rung) -> dict[str, An
 
 
 def _by_form(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """{form: {mean, rms}} of measured over predicted, less 1."""
+    """Return {form: {mean, rms}} of measured over predicted, less 1."""
     tested = [run for run in runs if run["measured"] is not None]
     errors: dict[str, list[float]] = {}
     for run in tested:
@@ -133,7 +133,9 @@ def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:
 
 
 def _valleys(fits: Fits) -> dict[str, Any] | None:
-    """The curve through the valleys, which the tested budget's own will be judged by; None where they were refused."""
+    """Return the curve through the valleys, which the tested budget's own will be judged by; None where they were
+    refused.
+    """
     if fits.isoflop is None or not isinstance(fits.isoflop.shape, Spline):
         return None
     return {"method": fits.isoflop.method, "smoothing": fits.isoflop.shape.smoothing}
@@ -148,7 +150,9 @@ def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
 
 
 def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: ValleyShape) -> dict[str, Any]:
-    """{params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each estimator's N* did."""
+    """Return {params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each
+    estimator's N* did.
+    """
     if not rows:
         return {"refused": "none of its runs has a loss"}
     params, tokens, loss = (np.array([row[name] for row in rows], np.float64) for name in ("params", "tokens", "loss"))

@@ -65,7 +65,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
 
 
 def read_study(folder: Path) -> Design | None:
-    """The design of the study that the folder holds, if it holds one."""
+    """Return the design of the study that the folder holds, if it holds one."""
     path = folder / "design.json"
     if not path.exists():
         return None
@@ -76,13 +76,13 @@ def read_study(folder: Path) -> Design | None:
 
 
 def rungs_of(design: Design, data: str | Path) -> list[Rung]:
-    """The runs of a design with budgets on these data."""
+    """Return the runs of a design with budgets on these data."""
     loader = Loader(Path(data), batch_size=1, seq_len=design.seq_len, seed=0)
     return plan_rungs(design, load_manifest(data).vocab_size, loader.tokens_per_epoch)
 
 
 def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Path) -> Sweep | None:
-    """The sweep that trains these rungs, by their names; None of none. Writes nothing."""
+    """Return the sweep that trains these rungs, by their names; None of none. Writes nothing."""
     if not rungs:
         return None
     return define(
@@ -106,7 +106,7 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
 
 
 def _row(rung: Rung, row: LedgerRow, sweep: Sweep) -> dict[str, Any]:
-    """A line of runs.csv: the rung and what came of it."""
+    """Return a line of runs.csv: the rung and what came of it."""
     planned = rung.to_dict()
     del planned["seconds"]
     lost = row.state != "finished"
@@ -120,7 +120,7 @@ def _row(rung: Rung, row: LedgerRow, sweep: Sweep) -> dict[str, Any]:
 
 
 def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
+    """Write runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
     write_csv(folder / "runs.csv", rows)
     points = []
     for row in rows:

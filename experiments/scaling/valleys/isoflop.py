@@ -102,7 +102,7 @@ class IsoflopFit:
         return [{"flops": v.flops, "reason": v.reason} for v in self.valleys if v.reason is not None]
 
     def optimal(self, C: Any) -> Size:
-        """N* and D* at a budget of C FLOPs; arrays are fine."""
+        """Return N* and D* at a budget of C FLOPs; arrays are fine."""
         log_c = np.log(np.asarray(C, np.float64))
         params = exponential(np.log(self.params_coefficient) + self.a * log_c)
         return Size(params[()], exponential(np.log(self.tokens_coefficient) + self.b * log_c)[()])
@@ -113,7 +113,7 @@ class IsoflopFit:
         return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def optimal_interval(self, C: Any, level: int | float = 95) -> dict[str, tuple[Any, Any]]:
-        """`{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
+        """Return `{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
         log_c = np.log(np.asarray(C, np.float64))
         draws = self.draws.reshape(len(self.draws), 4, *(1,) * log_c.ndim)
         params = percentile_interval(exponential(draws[:, 0] + draws[:, 1] * log_c), level)
@@ -186,14 +186,14 @@ class IsoflopFit:
 def _minima(
     method: str, shape: ValleyShape, us: list[np.ndarray], losses: list[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
+    """Return (vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
     if method == "skewed":
         return skewed_minima(us, losses)
     return [shape.minimum(u, loss)[::2] for u, loss in zip(us, losses, strict=True)]
 
 
 def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, float]:
-    """Relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
+    """Return relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
 
     `shared` coefficients were found from all valleys together.
     """
@@ -216,7 +216,7 @@ def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, f
 def _power_law(
     log_c: Float[np.ndarray, " budgets"], log_y: Float[np.ndarray, "draws budgets"]
 ) -> Float[np.ndarray, "draws 2"]:
-    """(log coefficient, exponent) of y ∝ C^exponent by least squares in logs; NaN budgets are left out."""
+    """Return (log coefficient, exponent) of y ∝ C^exponent by least squares in logs; NaN budgets are left out."""
     valid = np.isfinite(log_y)
     count = valid.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -305,7 +305,7 @@ def fit_isoflop(
 
 
 def _sorted(table: Table) -> Table:
-    """By parameters, tokens and loss, so that nothing depends on the order of the rows."""
+    """Return the table sorted by parameters, tokens and loss, so that nothing depends on the order of its rows."""
     order = np.lexsort((table.loss, table.tokens, table.params))
     flops = None if table.flops is None else table.flops[order]
     return Table(table.params[order], table.tokens[order], table.loss[order], flops, table.dropped)

@@ -8,7 +8,7 @@ from scipy import optimize, stats
 
 @functools.cache
 def best_of_many(others: int, freedom: int) -> float:
-    """By how many standard errors of a difference a mean may exceed the lowest and still belong to the best.
+    """Return how many standard errors of a difference a mean may exceed the lowest and still belong to the best.
 
     Settings within it hold the truly best one with 95 % probability, however the truth lies (subset selection,
     Gupta 1965; multiple comparisons with the best, Hsu 1984). It is Dunnett's one-sided critical value (1955) for
@@ -27,7 +27,8 @@ def best_of_many(others: int, freedom: int) -> float:
 
 @functools.cache
 def largest_of_many(count: int, freedom: int) -> float:
-    """The 97.5 % quantile of the largest of `count` independent t statistics that share one estimate of the variance.
+    """Return the 97.5 % quantile of the largest of `count` independent t statistics that share one estimate of the
+    variance.
 
     So many standard errors the lowest of `count` means may lie below its truth: the price of having chosen it.
     """
@@ -40,7 +41,7 @@ def largest_of_many(count: int, freedom: int) -> float:
 
 
 def selected_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:
-    """95 % interval of the mean of the setting with the lowest of `candidates` means. error: its standard error.
+    """Return 95 % interval of the mean of the setting with the lowest of `candidates` means. error: its standard error.
 
     The lowest of many means is too low on average. Upwards the interval therefore covers every candidate at once.
     Downwards it needs no such care: the chosen mean is not above that of the truly best, whose truth is not higher.
@@ -55,7 +56,7 @@ def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _deviation_nodes(freedom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights for an estimated standard deviation over its truth, even in probability's tails."""
+    """Return nodes and weights for an estimated standard deviation over its truth, even in probability's tails."""
     nodes, weights = np.polynomial.legendre.leggauss(128)
     low, high = np.sqrt(stats.chi2.ppf([1e-9, 1 - 1e-9], freedom) / freedom)
     scale = (high - low) / 2 * nodes + (high + low) / 2

@@ -1,22 +1,22 @@
 """Learning curves of a sweep's runs, and settings of unlike cost compared at the same cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from experiments.runs.curves import LossCurve
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
-
-if TYPE_CHECKING:
-    from experiments.runs.curves import LossCurve
 
 MOST = 60  # runs in one figure
 UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
-Read = Callable[[Mapping[str, Any]], "LossCurve | None"]
+Read = Callable[[Mapping[str, Any]], LossCurve | None]
 
 
 def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most sixty runs to draw: the best, the worst and what lies evenly between, those without a loss last."""
+    """Return at most sixty runs to draw: the best, the worst and what lies evenly between, those without
+    a loss last.
+    """
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
     order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
     if len(order) <= MOST:
@@ -25,7 +25,7 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:
-    """Settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
+    """Return settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
 
     Settings that were trained to the end are compared, of a population those that kept their settings. None where all
     cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (dearest to cheapest),
@@ -56,7 +56,7 @@ def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read
     return {"flops_6nd": common, "ratio": ratio, "settings": sorted(found, key=lambda row: row["loss"])}
 
 
-def _at(curve: "LossCurve | None", flops: float) -> float | None:
+def _at(curve: LossCurve | None, flops: float) -> float | None:
     if curve is None or curve.flops[-1] < flops / UNEQUAL:
         return None
     return float(np.interp(np.log(flops), np.log(curve.flops), curve.loss))

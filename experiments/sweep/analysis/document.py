@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.runs.curves import read_curve
 from experiments.sweep.analysis.curves import equal_flops
 from experiments.sweep.analysis.executions import one_per_training, with_shared_losses
 from experiments.sweep.analysis.importance import importances
@@ -19,16 +20,14 @@ from experiments.sweep.objectives import LOSS, TRAINING_SPEED
 
 
 def analyse(results: Results) -> dict[str, Any]:
-    """`summarize` of the results, and: unit (of the losses), sentence (the answer), importance, transfer, equal_flops,
-    pareto, halving, cost.
+    """Return `summarize` of the results, and: unit (of the losses), sentence (the answer), importance, transfer,
+    equal_flops, pareto, halving, cost.
 
     A part that does not apply is None; one that cannot be computed holds `refused`, with the reason.
     `experiments.sweep.analysis.importance` describes importances, `experiments.sweep.analysis.optimum` transfer. Losses
     are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto, keep
     executions apart.
     """
-    from experiments.runs.curves import read_curve  # here, as it draws with matplotlib
-
     names = list(results.axes)
     document = summarize(results.axes, results.rows, results.executions) | {"unit": results.unit}
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
@@ -63,7 +62,9 @@ def analyse(results: Results) -> dict[str, Any]:
 
 
 def _one_speed_a_program(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the mean training speed of their program: of two trials of one program neither is the faster one."""
+    """Return rows with the mean training speed of their program: of two trials of one program neither is the faster
+    one.
+    """
     speeds: dict[str, list[float]] = {}
     for row in rows:
         if row["state"] == "finished" and row[TRAINING_SPEED] is not None:
@@ -104,7 +105,7 @@ def _halving(results: Results) -> dict[str, Any] | None:
 
 
 def _cost(results: Results) -> dict[str, Any]:
-    """Totals over all trials; what a trial shares with a run that it left counts once.
+    """Return totals over all trials; what a trial shares with a run that it left counts once.
 
     run_seconds: each run's own clock, so that lanes of one program count its time K times.
     worker_seconds: time in which a worker had a claim, the last of each trial, overlaps counted once; None if unknown.
@@ -128,7 +129,7 @@ def _cost(results: Results) -> dict[str, Any]:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, reached))

@@ -41,7 +41,7 @@ def execution_value(trial: Trial, name: str) -> Any:
 
 
 def execution_text(execution: Mapping[str, Any]) -> str:
-    """An execution in a line, such as remat=dots, accumulate=2; what is chosen by itself is "auto"."""
+    """Return an execution in a line, such as remat=dots, accumulate=2; what is chosen by itself is "auto"."""
     return ", ".join(f"{name}={'auto' if value is None else text(value)}" for name, value in execution.items())
 
 

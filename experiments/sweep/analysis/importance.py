@@ -17,7 +17,7 @@ Evaluate = Callable[[Any, int], dict[str, float]]
 
 
 def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
-    """How much each axis matters for the loss: shares that add up to 1, by one estimator after another.
+    """Return how much each axis matters for the loss: shares that add up to 1, by one estimator after another.
 
     rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
     or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here

@@ -23,7 +23,7 @@ def log_parabola(
     noise: float | None,
     freedom: int,
 ) -> dict[str, Any]:
-    """Weighted least squares of mean losses against log rates: {learning_rate, loss, interval_95, curvature …}.
+    """Fit weighted least squares of mean losses against log rates: {learning_rate, loss, interval_95, curvature …}.
 
     seeds: runs behind each mean, the weights. noise: the standard deviation of one run, known to `freedom` degrees of
     freedom; the scatter around the parabola is pooled with it, and replaces it where it is significantly larger
@@ -61,7 +61,9 @@ def log_parabola(
 
 
 def _variance(noise: float | None, freedom: int, scatter: float, left: int) -> tuple[float | None, int, bool]:
-    """(variance of one run around the parabola, its degrees of freedom, whether the parabola fits only roughly)."""
+    """Return (variance of one run around the parabola, its degrees of freedom, whether the parabola fits
+    only roughly).
+    """
     if noise is None:
         return (scatter / left, left, False) if left else (None, 0, False)
     if left and noise > 0 and scatter / left / noise**2 > stats.f.ppf(0.95, left, freedom):
@@ -70,7 +72,10 @@ def _variance(noise: float | None, freedom: int, scatter: float, left: int) -> t
 
 
 def _fieller(c1: float, c2: float, covariance: np.ndarray, bound: float) -> tuple[tuple[float, float] | None, str]:
-    """All x with (c1 + 2·c2·x)² ≤ bound · its variance, where that is an interval. bound: t² times the variance."""
+    """Return all x with (c1 + 2·c2·x)² ≤ bound · its variance, where that is an interval.
+
+    bound: t² times the variance.
+    """
     a = 4 * (c2**2 - bound * covariance[2, 2])
     b = 4 * (c1 * c2 - bound * covariance[1, 2])
     c = c1**2 - bound * covariance[1, 1]
@@ -83,7 +88,7 @@ def _fieller(c1: float, c2: float, covariance: np.ndarray, bound: float) -> tupl
 def rate_optimum(
     names: Sequence[str], best: Setting, candidates: Sequence[Setting], noise: float | None, freedom: int
 ) -> dict[str, Any]:
-    """`log_parabola` through `best` and its neighbours in learning rate, all other axes at the values of `best`.
+    """Return `log_parabola` through `best` and its neighbours in learning rate, all other axes at the values of `best`.
 
     candidates: settings that were trained to the end. Only those up to 0.5 nats above the best and at most two to
     either side, but always the next one.
@@ -114,7 +119,7 @@ def rate_optimum(
 
 
 def _line(names: Sequence[str], best: Setting, candidates: Sequence[Setting]) -> list[Setting]:
-    """The settings that have all but the rate of `best`, by their rates, as far as these have a logarithm."""
+    """Return the settings that have all but the rate of `best`, by their rates, as far as these have a logarithm."""
     others = [name for name in names if name != "learning_rate"]
     held = [row for row in candidates if row["member"] is None and all(row[name] == best[name] for name in others)]
     return sorted((row for row in held if _is_positive(row["learning_rate"])), key=lambda row: row["learning_rate"])
@@ -127,7 +132,7 @@ def _is_positive(rate: Any) -> bool:
 def transfer(
     names: Sequence[str], candidates: Sequence[Setting], noise: float | None, freedom: int
 ) -> dict[str, Any] | None:
-    """The optimum of the learning rate at each size; None where the sweep has no axis of size or none of rates.
+    """Return the optimum of the learning rate at each size; None where the sweep has no axis of size or none of rates.
 
     {axis, sizes: [{size, best (setting), mean, optimum or refused}], law, factor_per_doubling, interval_95}: the power
     law of the optimum in the size (`size_law`), weighted by the intervals where every size has one, and by how much the
@@ -162,7 +167,7 @@ def _numbers(rows: Sequence[Setting], name: str) -> list[float]:
 
 
 def _law(axis: str, sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    """{law, factor_per_doubling, interval_95}: None where too few sizes have an optimum."""
+    """Return {law, factor_per_doubling, interval_95}: None where too few sizes have an optimum."""
     found = [(row["size"], row["optimum"]) for row in sizes if row["optimum"] is not None]
     intervals = [optimum["interval_95"] for _, optimum in found]
     known = intervals if found and None not in intervals else None

@@ -13,7 +13,7 @@ NOISES = 2.0  # standard errors of a difference within which two settings count 
 
 
 def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, " settings"]:
-    """Which rows no other row dominates: none is at least as low in every objective and lower in one."""
+    """Return which rows no other row dominates: none is at least as low in every objective and lower in one."""
     lower_or_equal = (values[:, None, :] <= values[None, :, :]).all(-1)
     lower = (values[:, None, :] < values[None, :, :]).any(-1)
     return np.logical_not((lower_or_equal & lower).any(0))
@@ -22,7 +22,8 @@ def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, 
 def near_front(
     values: Float[np.ndarray, "settings objectives"], errors: Float[np.ndarray, "settings objectives"]
 ) -> Bool[np.ndarray, " settings"]:
-    """Which dominated rows might well be on the front: no row dominates them by more than the noise in any objective.
+    """Return which dominated rows might well be on the front: no row dominates them by more than the noise in any
+    objective.
 
     errors: standard errors of the means. A row stays dominated where another one is better by more than twice the
     standard error of the difference in at least one objective, and not worse by more than that in any.
@@ -35,7 +36,8 @@ def near_front(
 
 
 def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
-    """The front of the means over seeds of settings that may win; None with a single objective or nothing finished.
+    """Return the front of the means over seeds of settings that may win; None with a single objective or nothing
+    finished.
 
     They are those that were trained to the end and lost no run to divergence: `candidates_of`. {objectives,
     directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the

@@ -50,7 +50,7 @@ class Results:
     unit: str = LanguageModeling.UNIT
 
     def fact(self, row: Mapping[str, Any], name: str) -> Any:
-        """One of FACTS of a row, None where it is not known."""
+        """Return one of FACTS of a row, None where it is not known."""
         return row[_column(name, row)]
 
     def spent(self, row: Mapping[str, Any], name: str) -> float:
@@ -63,7 +63,10 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """The results of the sweep in a folder. Raises InputError where it holds none, or its storage is out of reach."""
+    """Return the results of the sweep in a folder.
+
+    Raises InputError where it holds none, or its storage is out of reach.
+    """
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.record import Sweep
 
@@ -85,7 +88,7 @@ def collect(
     policy: str = "all",
     sampler: str = "all",
 ) -> Results:
-    """Results of rows as the ledger has them."""
+    """Return results of rows as the ledger has them."""
     rows = sorted(rows, key=lambda row: row.number)
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
     how = execution_names(names, (row.trial for row in rows))
@@ -117,7 +120,10 @@ def record_troubles(results: Results) -> list[str]:
 def _flat(
     row: LedgerRow, names: Sequence[str], how: Sequence[str], objectives: Sequence[str], *, population: bool
 ) -> dict[str, Any]:
-    """how: those of the names that are of the execution, where a trial that does not name one has its default."""
+    """Return the trial as a flat row.
+
+    how: names that are of the execution, where a trial that does not name one has its default.
+    """
     trial, facts = row.trial, row.facts
     point = row.trial.point
     last = row.rungs[row.steps_done] if row.rungs else None
@@ -161,7 +167,7 @@ def _column(name: str, row: Mapping[str, Any]) -> str:
 def _axes(
     names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, searched: bool
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Fields that vary, without those that tell apart no more than an earlier one does (width → heads)."""
+    """Return fields that vary, without those that tell apart no more than an earlier one does (width → heads)."""
     axes: dict[str, list[Any]] = {}
     followers: dict[str, str] = {}
     points = len({tuple(row[name] for name in names) for row in rows})
@@ -189,7 +195,7 @@ class Tables:
 
 
 def write_tables(results: Results) -> Tables:
-    """`results.csv` and, where pyarrow is installed, `results.parquet` in the sweep's folder."""
+    """Return `results.csv` and, where pyarrow is installed, `results.parquet` in the sweep's folder."""
     rows = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     columns = list(rows[0]) if rows else ["id"]
     text = io.StringIO()
@@ -210,7 +216,7 @@ def write_tables(results: Results) -> Tables:
 
 
 def _alike(values: list[Any]) -> list[Any]:
-    """One type for a column: whole numbers, numbers, truth values, or text."""
+    """Return one type for a column: whole numbers, numbers, truth values, or text."""
     known = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in known) or all(isinstance(value, str) for value in known):
         return values

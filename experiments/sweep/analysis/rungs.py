@@ -104,11 +104,11 @@ class Rungs:
         return pooled_noise(settings, min(row["mean"] for row in settings))
 
     def _own(self, row: Mapping[str, Any]) -> dict[int, float]:
-        """Losses by rung, of what the trial trained itself."""
+        """Return losses by rung, of what the trial trained itself."""
         return {_nearest(self._levels, _tokens(row, step)): loss for step, loss in row["rungs"].items()}
 
     def _along(self, row: Mapping[str, Any] | None) -> dict[int, float]:
-        """Losses by rung from the start, those before it left another's run among them."""
+        """Return losses by rung from the start, those before it left another's run among them."""
         found: dict[int, float] = {}
         limit = math.inf
         while row is not None:
@@ -142,12 +142,13 @@ def _tokens(row: Mapping[str, Any], steps: int) -> int:
 
 
 def _steps(row: Mapping[str, Any], tokens: int) -> int:
-    """The trial's updates nearest to so many tokens."""
+    """Return the trial's updates nearest to so many tokens."""
     return round(tokens * row["planned_steps"] / row["planned_tokens"])
 
 
 def _levels(rows: Rows) -> list[int]:
-    """Tokens at each rung, by the trials with the smallest steps; others join the nearest within half a step of each.
+    """Return tokens at each rung, by the trials with the smallest steps; others join the nearest within half a step of
+    each.
 
     Rungs of one trial are never put together.
     """

@@ -10,18 +10,18 @@ MANY = 12  # distinct values: above it an axis was drawn from an interval, not l
 
 
 def is_number(value: Any) -> bool:
-    """A number, and no truth value."""
+    """Return a number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """Every value once without the missing: numbers in order, or else in the order in which they come."""
+    """Return every value once without the missing: numbers in order, or else in the order in which they come."""
     found = list(dict.fromkeys(value for value in values if value is not None))
     return sorted(found) if all(map(is_number, found)) else found
 
 
 def scale_of(values: Iterable[Any]) -> Scale:
-    """How an axis is best read: by the logarithm where that spaces its values more evenly, else linearly.
+    """Return how an axis is best read: by the logarithm where that spaces its values more evenly, else linearly.
 
     "rank": names, and few numbers that neither line spaces well, such as 0, 0.01, 0.1.
     """
@@ -42,7 +42,7 @@ def _unevenness(values: Sequence[float] | np.ndarray) -> float:
 
 
 def positions(values: Sequence[Any], among: Sequence[Any]) -> np.ndarray:
-    """Where `values` lie on the axis that has the values `among`, by its scale: log10, the number, or the rank.
+    """Return where `values` lie on the axis that has the values `among`, by its scale: log10, the number, or the rank.
 
     A missing value is NaN.
     """
@@ -54,7 +54,7 @@ def positions(values: Sequence[Any], among: Sequence[Any]) -> np.ndarray:
 
 
 def edge_of(values: Sequence[Any], value: Any) -> Literal["lowest", "highest"] | None:
-    """Whether a value lies at the end of an axis of numbers, so that a better one may lie beyond.
+    """Return whether a value lies at the end of an axis of numbers, so that a better one may lie beyond.
 
     Of two values one is always at an end, and names have none. Zero is a border, not an end, where nothing lies below
     it. Of many that were drawn from an interval, those in the outer twentieth of it count as its end.
@@ -70,7 +70,7 @@ def edge_of(values: Sequence[Any], value: Any) -> Literal["lowest", "highest"] |
 
 
 def text(value: Any) -> str:
-    """A value as its author would type it."""
+    """Return a value as its author would type it."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -79,5 +79,5 @@ def text(value: Any) -> str:
 
 
 def setting_text(setting: Mapping[str, Any]) -> str:
-    """A setting in a line: learning_rate=0.004, num_layers=2."""
+    """Return a setting in a line: learning_rate=0.004, num_layers=2."""
     return ", ".join(f"{name}={text(value)}" for name, value in setting.items() if value is not None)

@@ -46,12 +46,14 @@ def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Set
 
 
 def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
-    """Settings that may win: with a mean, and with no seed that diverged or was pruned while others went on."""
+    """Return settings that may win: with a mean, and with no seed that diverged or was pruned while others went on."""
     return [row for row in settings if row["seeds"] and not row["lost"] and not row["pruned"]]
 
 
 def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None, int]:
-    """(standard deviation of one run over seeds, its degrees of freedom) of the replicated settings near the best."""
+    """Return (standard deviation of one run over seeds, its degrees of freedom) of the replicated settings near the
+    best.
+    """
     replicated = [row for row in settings if row["std"] is not None]
     near = [row for row in replicated if row["mean"] < best + NEAR] or replicated
     freedom = sum(row["seeds"] - 1 for row in near)

@@ -37,24 +37,24 @@ class SizeLaw:
     """Of (ln value, exponents …) at unit scatter."""
 
     def interval(self, name: str, level: int | float = 95) -> tuple[float, float]:
-        """Of one exponent, in per cent."""
+        """Return the interval of one exponent; level in per cent."""
         k = list(self.exponents).index(name)
         half = self._quantile(level) * self.scatter * np.sqrt(self._covariance[k + 1, k + 1])
         return float(self.exponents[name] - half), float(self.exponents[name] + half)
 
     def predict(self, **sizes: float) -> float:
-        """y* at sizes by name, all those of the law."""
+        """Return y* at sizes by name, all those of the law."""
         return float(np.exp(self._at(sizes) @ [np.log(self.value), *self.exponents.values()]))
 
     def predict_interval(self, level: int | float = 95, **sizes: float) -> tuple[float, float]:
-        """Where the best value of a new size should be found: the law's uncertainty and the scatter of one optimum."""
+        """Return the interval of the best value at a new size: the law's uncertainty and the scatter of one optimum."""
         at = self._at(sizes)
         half = self._quantile(level) * self.scatter * np.sqrt(1 + at @ self._covariance @ at)
         best = self.predict(**sizes)
         return float(best * np.exp(-half)), float(best * np.exp(half))
 
     def document(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
+        """Return plain numbers, strings, lists and dicts."""
         return {
             "value": self.value,
             "centre": self.centre,
@@ -114,7 +114,9 @@ def fit_size_law(
 
 
 def _noise(squares: float, left: int, precision: float | None) -> tuple[float, float]:
-    """(scatter, its degrees of freedom), `left` of them in the residuals; `precision` where intervals know it."""
+    """Return (scatter, its degrees of freedom), `left` of them in the residuals; `precision` where
+    intervals know it.
+    """
     if precision is not None and squares * precision <= (stats.chi2.ppf(0.95, left) if left else np.inf):
         return float(precision**-0.5), np.inf
     return float(np.sqrt(squares / left)), left
@@ -123,7 +125,7 @@ def _noise(squares: float, left: int, precision: float | None) -> tuple[float, f
 def _columns(
     sizes: Mapping[str, Any], best: Any, intervals: Any
 ) -> tuple[list[Float[np.ndarray, " rows"]], Float[np.ndarray, "rows 2"] | None]:
-    """The sizes and then `best` as float64, and the intervals."""
+    """Return the sizes and then `best` as float64, and the intervals."""
     try:
         columns = [np.asarray(column, np.float64) for column in (*sizes.values(), best)]
         width = None if intervals is None else np.asarray(intervals, np.float64)
@@ -138,7 +140,7 @@ def _columns(
 def _usable(
     columns: Sequence[np.ndarray], width: np.ndarray | None
 ) -> tuple[Bool[np.ndarray, " rows"], list[dict[str, Any]]]:
-    """Which rows enter, and why the others do not."""
+    """Return which rows enter, and why the others do not."""
     kept, dropped = np.zeros(columns[-1].size, bool), []
     for i in range(len(kept)):
         if not all(np.isfinite(column[i]) and column[i] > 0 for column in columns):
@@ -153,7 +155,7 @@ def _usable(
 
 
 def _check(names: Sequence[str], logs: Sequence[np.ndarray], dropped: Sequence[dict[str, Any]], needed: int) -> None:
-    """Raises `InputError` where the rows cannot carry the law."""
+    """Raise `InputError` where the rows cannot carry the law."""
     rows, left_out = len(logs[0]), ""
     if dropped:
         left_out = (

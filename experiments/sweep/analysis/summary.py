@@ -17,19 +17,20 @@ from experiments.words import counted, is_or_are
 def summarize(
     axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]], executions: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The document of a sweep. axes: name → the values tried. trials: flat rows with every axis, seed, loss and state.
+    """Return the document of a sweep. axes: name → the values tried.
 
-    executions: fields of Execution that vary and are no axes; the document's part of that name compares them (see
-    `executions.py`). Rows with a `recipe` in common are one run: where losses are compared, one row with their mean.
-    settings: per setting the mean loss over its finished seeds, and how many runs diverged (`lost`), were pruned,
-    failed or are pending; those never enter a mean. stopped: of a setting that was stopped early, how it stood there
-    against the winner, at equal tokens (see `rungs.py`). seed_noise: the standard deviation of one run over seeds,
-    pooled over the settings within 0.5 nats of the best, where it matters. winner: the lowest mean among settings that
-    were trained to the end (`candidates` of them), its 95 % interval, which allows for its having been chosen, and
-    those of the candidates that cannot be told apart from it: with the winner they hold the best of the candidates
-    with 95 % probability (see `comparisons.py`). A setting that lost a run to divergence or of which only a part was
-    pruned is no candidate. lineage: of a winner whose settings changed along its run, as in a population. optimum: see
-    `optimum.py`; None where it is refused, and optimum_refused says why. warnings: sentences.
+    trials: flat rows with every axis, seed, loss and state. executions: fields of Execution that vary and are no axes;
+    the document's part of that name compares them (see `executions.py`). Rows with a `recipe` in common are one run:
+    where losses are compared, one row with their mean. settings: per setting the mean loss over its finished seeds, and
+    how many runs diverged (`lost`), were pruned, failed or are pending; those never enter a mean. stopped: of a setting
+    that was stopped early, how it stood there against the winner, at equal tokens (see `rungs.py`). seed_noise: the
+    standard deviation of one run over seeds, pooled over the settings within 0.5 nats of the best, where it matters.
+    winner: the lowest mean among settings that were trained to the end (`candidates` of them), its 95 % interval, which
+    allows for its having been chosen, and those of the candidates that cannot be told apart from it: with the winner
+    they hold the best of the candidates with 95 % probability (see `comparisons.py`). A setting that lost a run to
+    divergence or of which only a part was pruned is no candidate. lineage: of a winner whose settings changed along its
+    run, as in a population. optimum: see `optimum.py`; None where it is refused, and optimum_refused says why.
+    warnings: sentences.
     """
     names, runs = list(axes), one_per_training(trials)
     settings = group(names, runs)
@@ -117,7 +118,10 @@ def _winner(
     freedom: int,
     stopped: int,
 ) -> dict[str, Any]:
-    """stopped: settings that competed with it at a rung; its interval allows for its having been chosen from all."""
+    """Return the winner.
+
+    stopped: settings that competed with it at a rung; its interval allows for its having been chosen from all.
+    """
     winner = {
         "setting": {name: best[name] for name in names},
         "member": best["member"],

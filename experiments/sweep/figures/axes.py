@@ -16,7 +16,7 @@ LONGEST = 12  # letters of a tick's label
 
 
 def tick_labels(values: Sequence[Any]) -> list[str]:
-    """Labels as short as they can be while values that differ look different."""
+    """Return labels as short as they can be while values that differ look different."""
     for digits in (2, 3, 4, 6):
         labels = [_short(value, digits) for value in values]
         if len(set(labels)) == len(set(map(str, values))):
@@ -34,7 +34,7 @@ def _short(value: Any, digits: int) -> str:
 
 
 def ticks(among: Sequence[Any], most: int = 6) -> tuple[list[float], list[str]]:
-    """(positions, labels) of at most about `most` ticks for an axis of these values."""
+    """Return (positions, labels) of at most about `most` ticks for an axis of these values."""
     listed, scale = distinct(among), scale_of(among)
     if len(listed) > MANY and scale == "log":
         low, high = math.floor(math.log10(listed[0])), math.ceil(math.log10(listed[-1]))
@@ -85,7 +85,7 @@ def place_axis(axis: Axis, among: Sequence[Any], most: int = 6) -> None:
 
 
 def readable_top(losses: Sequence[float]) -> float:
-    """Where a loss axis should end so that a few very bad runs do not press the good ones together."""
+    """Return where a loss axis should end so that a few very bad runs do not press the good ones together."""
     found = np.sort(np.asarray(losses, float))
     low, middle, high = found[0], float(np.median(found)), found[-1]
     return float(high) if middle <= low else float(min(high, low + 3 * (middle - low)))

@@ -34,9 +34,9 @@ MOST_LINES = 250  # of parallel coordinates
 def learning_curves(
     curves: Sequence[tuple[Mapping[str, Any], LossCurve]], by_flops: bool, width: float = WIDTH
 ) -> Figure:
-    """Smoothed training loss of runs, coloured by their last validation loss. by_flops: over FLOPs, else over tokens.
+    """Draw smoothed training loss of runs, coloured by their last validation loss.
 
-    A cross ends a run that diverged, a bar one that was pruned.
+    by_flops: over FLOPs, else over tokens. A cross ends a run that diverged, a bar one that was pruned.
     """
     figure = new_figure(width, 4.0 if width > NARROW else 3.4)
     axes = figure.subplots()
@@ -66,7 +66,7 @@ def learning_curves(
 
 @styled
 def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
-    """A line per setting through its values and its mean loss, coloured by it; the best are drawn last.
+    """Draw a line per setting through its values and its mean loss, coloured by it; the best are drawn last.
 
     Losses are those of `fullest`. Lines are set a little apart where values coincide. In a narrow figure the
     coordinates lie below each other.
@@ -112,7 +112,7 @@ def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
 
 
 def _unit(places: np.ndarray, among: Sequence[Any]) -> np.ndarray:
-    """Positions on 0…1 of their axis."""
+    """Return positions on 0…1 of their axis."""
     everything = positions([value for value in among if value is not None], among)
     span = everything.max() - everything.min()
     return (places - everything.min()) / span if span > 0 else np.where(np.isnan(places), np.nan, 0.5)
@@ -127,7 +127,10 @@ def _coordinate(
     upright: bool,
     side: int = -1,
 ) -> None:
-    """side: of the labels of an upright coordinate, -1 left, 1 right; they are below one that lies."""
+    """Draw one axis with its labels.
+
+    side: of the labels of an upright coordinate, -1 left, 1 right; they are below one that lies.
+    """
     halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     if not upright:
         axes.plot([0, 1], [-x, -x], color=MUTED, linewidth=0.9, zorder=4)
@@ -162,7 +165,7 @@ def _colour_bar(figure: Figure, axes: Any, colours: Any, norm: Any, label: str, 
 
 @styled
 def reached(document: Mapping[str, Any]) -> Figure:
-    """Of `compare_samplers`' document: solid, the best region was tried; dashed, it is what the search would name."""
+    """Draw `compare_samplers`' document: solid, the best region was tried; dashed, it is what the search would name."""
     figure = new_figure(5.5, 3.4)
     axes = figure.subplots()
     trials = np.arange(document["budget"] + 1)

@@ -32,7 +32,7 @@ Document = Mapping[str, Any]
 
 
 def pairs_of(document: Document) -> list[tuple[str, str]]:
-    """The pairs of the two or three axes that matter most, or of the first ones where that is not known."""
+    """Return the pairs of the two or three axes that matter most, or of the first ones where that is not known."""
     names, found = list(document["axes"]), document["importance"]["ped_anova"]
     if "refused" not in found:
         names.sort(key=lambda name: -found[name]["share"])
@@ -42,7 +42,7 @@ def pairs_of(document: Document) -> list[tuple[str, str]]:
 
 @styled
 def pair_maps(document: Document) -> list[Figure]:
-    """The lowest mean loss over all other axes, at each pair of values of the axes that matter most.
+    """Draw the lowest mean loss over all other axes, at each pair of values of the axes that matter most.
 
     Losses are those of `fullest`. Cells where most pairs of values were tried, otherwise dots, with contours between
     them where both axes are numbers. A ring marks the winner.
@@ -131,7 +131,9 @@ def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
 
 @styled
 def pareto_front(found: Document) -> list[Figure]:
-    """The first objective against each other one: the front joined, what is within its noise hollow, the rest grey."""
+    """Draw the first objective against each other one: the front joined, what is within its noise hollow, the rest
+    grey.
+    """
     names, settings = found["objectives"], found["settings"]
     panels = new_panels(len(names) - 1, 3.6)
     values = np.array([row["values"] for row in settings])
@@ -167,7 +169,7 @@ def pareto_front(found: Document) -> list[Figure]:
 
 
 def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
-    """The values of the settings on the front beside their points, where they are few."""
+    """Write the values of the settings on the front beside their points, where they are few."""
     ends = sorted((row for row in settings if row["place"] == "front"), key=lambda row: row["values"][1])
     if len(ends) > 8:
         return
@@ -179,7 +181,7 @@ def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
 
 @styled
 def rate_transfer(found: Document) -> list[Figure]:
-    """First: loss over the learning rate at each size with its parabola. Then: the optima over size, with intervals.
+    """Draw loss over the learning rate at each size with its parabola, then the optima over size, with intervals.
 
     The second is left out where fewer than two sizes have an optimum.
     """

@@ -27,7 +27,8 @@ Document = Mapping[str, Any]
 
 @styled
 def axis_panels(document: Document) -> list[Figure]:
-    """Loss against each axis: every finished trial faint; in blue the settings that share the winner's other values.
+    """Draw loss against each axis: every finished trial faint; in blue the settings that share the winner's other
+    values.
 
     The band is ± the seed noise of one run. Hollow marks are losses at the rungs of a sweep that stops trials, darker
     at later rungs, so that each is seen against the others after the same tokens; lines join those that share the
@@ -49,7 +50,9 @@ def axis_panels(document: Document) -> list[Figure]:
 
 
 def _frame(document: Document) -> tuple[float, float]:
-    """The lowest and the highest loss that `axis_panels` shows where it is; of what was stopped, all but the worst."""
+    """Return the lowest and the highest loss that `axis_panels` shows where it is; of what was stopped, all but the
+    worst.
+    """
     losses = _shown_losses(document)
     stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
     top = max(readable_top(some) for some in (losses, stopped) if some)
@@ -70,7 +73,7 @@ def goes_beyond(document: Document) -> bool:
 
 
 def _stops(document: Document) -> list[Any]:
-    """The rungs of a sweep before its last one."""
+    """Return the rungs of a sweep before its last one."""
     return document["halving"]["rungs"][:-1] if document.get("halving") else []
 
 
@@ -104,7 +107,7 @@ def _draw_rungs(panel: Axes, name: str, document: Document, rungs: Sequence[Any]
 
 
 def rung_in_words(steps: Any) -> str:
-    """7 updates; 7 or 14 updates, where batch sizes differ."""
+    """Write the updates of a rung: 7 updates; 7 or 14 updates, where batch sizes differ."""
     listed = steps if isinstance(steps, list) else [steps]
     return " or ".join(f"{step:,}" for step in listed) + " updates"
 
@@ -146,7 +149,7 @@ def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
 
 
 def fullest(document: Document) -> tuple[list[Any], Any]:
-    """(settings with a mean, updates after which) where the most have one; None as updates: at the end.
+    """Return (settings with a mean, updates after which) where the most have one; None as updates: at the end.
 
     After early stopping few settings have a loss at the end; at an earlier rung all can be compared.
     """

@@ -54,12 +54,12 @@ class Population:
         return tuple(range(interval, steps, interval))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """The exchanges after it was born, and its end."""
+        """Return the exchanges after it was born, and its end."""
         steps, born = trial.steps, trial.parent[1] if trial.parent else 0
         return (*(step for step in self.generations(steps) if step > born), steps)
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Raises InputError where members of one population have different numbers of steps."""
+        """Raise InputError where members of one population have different numbers of steps."""
         populations: dict[str, list[LedgerRow]] = {}
         for row in sorted(rows, key=lambda row: row.trial.id):
             populations.setdefault(row.trial.shape, []).append(row)
@@ -140,7 +140,7 @@ class Population:
 
 
 def _perturbed(hparams: HParams, name: str, value: float, factor: float) -> float:
-    """The value times the factor, to six digits; as it was where that is out of range."""
+    """Return the value times the factor, to six digits; as it was where that is out of range."""
     moved = 1 - (1 - value) * factor if name in NEAR_ONE else value * factor
     moved = float(f"{moved:.6g}")
     try:

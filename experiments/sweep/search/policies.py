@@ -20,7 +20,7 @@ STEADY = ("constant", "inverse_sqrt")
 
 
 def make_policy(sweep: "Sweep") -> Policy:
-    """The policy that a sweep names, with its settings.
+    """Return the policy that a sweep names, with its settings.
 
     Raises UnknownNameError on a policy or a setting that does not exist, InputError on a setting out of range.
     """
@@ -89,7 +89,7 @@ class Halving:
         return tuple(sorted({*self.gates(trial), trial.steps}))
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Raises InputError where the trials' losses at equal tokens say nothing of each other's ends."""
+        """Raise InputError where the trials' losses at equal tokens say nothing of each other's ends."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         points = [_Point(members, self.gates(members[0].trial)) for members in by_point(rows).values()]
         allowed = self._allowed(points)
@@ -105,7 +105,7 @@ class Halving:
         return Decision(ready, tuple(row.trial.id for row in prune))
 
     def _allowed(self, points: "list[_Point]") -> "dict[str, int | None]":
-        """By point: how many of its rungs it may leave behind; None: it is to be pruned."""
+        """Return by point how many of its rungs it may leave behind; None: it is to be pruned."""
         allowed: dict[str, int | None] = {point.key: 0 for point in points}
         pool, unsettled = points, False
         for level in range(max((len(point.gates) for point in points), default=0)):
@@ -146,7 +146,7 @@ class Hyperband:
         return self._brackets()[self.bracket(trial)].rungs(trial)
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Every bracket decides alone. Raises InputError where the trials are not comparable."""
+        """Decide in every bracket alone. Raises InputError where the trials are not comparable."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         brackets = self._brackets()
         members: list[list[LedgerRow]] = [[] for _ in brackets]
@@ -157,7 +157,7 @@ class Hyperband:
         return Decision(ready, tuple(name for decision in decisions for name in decision.prune))
 
     def bracket(self, trial: Trial) -> int:
-        """Which of the brackets its point is in; 0 starts at min_fraction."""
+        """Return which of the brackets its point is in; 0 starts at min_fraction."""
         count = len(self._brackets())
         shares = [self.eta**rungs / (rungs + 1) for rungs in range(count - 1, -1, -1)]
         place = hash_fraction(trial.point_key) * sum(shares)
@@ -180,21 +180,21 @@ class _Point:
         self.pruned = any(row.state == "pruned" for row in rows)
 
     def arrived(self, level: int) -> bool:
-        """Whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
+        """Return whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
         if not self.pruned and not all(self._here(row, level) or self._beyond(row, level) for row in self.rows):
             return False
         return any(self._loss(row, level) is not None or _lost(row) for row in self.rows)
 
     def absent(self, level: int) -> bool:
-        """Whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
+        """Return whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
         return self.pruned or self.passed(level)
 
     def passed(self, level: int) -> bool:
-        """Whether a replicate has already gone beyond it."""
+        """Return whether a replicate has already gone beyond it."""
         return any(self._beyond(row, level) for row in self.rows)
 
     def score(self, level: int) -> tuple[bool, float, str]:
-        """Smaller is better."""
+        """Return the key by which trials are ranked; smaller is better."""
         losses = [self._loss(row, level) for row in self.rows]
         found = sorted(loss for loss in losses if loss is not None and math.isfinite(loss))
         lost = any(loss is None and _lost(row) for loss, row in zip(losses, self.rows, strict=True))
@@ -203,7 +203,7 @@ class _Point:
         return lost, mean, hashlib.sha256(self.key.encode()).hexdigest()
 
     def target(self, row: LedgerRow, allowed: int) -> int | None:
-        """Up to where a planned replicate may go; None: it waits."""
+        """Return up to where a planned replicate may go; None: it waits."""
         end = row.trial.steps
         goals = (*self.gates, end)[: allowed + 1]
         later = [goal for goal in goals if goal > row.steps_done]
@@ -223,7 +223,7 @@ class _Point:
 
 
 def by_point(rows: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
-    """The replicates of every point, in an order that does not depend on that of the rows."""
+    """Return the replicates of every point, in an order that does not depend on that of the rows."""
     points: dict[str, list[LedgerRow]] = {}
     for row in sorted(rows, key=lambda row: row.trial.id):
         points.setdefault(row.trial.point_key, []).append(row)
@@ -231,7 +231,7 @@ def by_point(rows: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides."""
+    """Return a number in [0, 1) that only the text decides."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
@@ -274,7 +274,10 @@ def _check_number(name: str, value: Any, low: float, high: float, words: str) ->
 
 
 def play(policy: Policy, trials: Sequence[Trial], loss: Callable[[Trial, int], float | None]) -> list[LedgerRow]:
-    """The rows of a sweep that has ended. loss: of a trial after so many updates; None: it has diverged by then."""
+    """Return the rows of a sweep that has ended.
+
+    loss: of a trial after so many updates; None: it has diverged by then.
+    """
     rows = [LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)]
     while True:
         decision = policy.decide(rows)
@@ -299,6 +302,6 @@ def _advanced(row: LedgerRow, step: int, loss: Callable[[Trial, int], float | No
 
 
 def tokens_used(row: LedgerRow) -> int:
-    """Tokens that a trial has trained on: up to its last rung, from where it left its parent's run."""
+    """Return tokens that a trial has trained on: up to its last rung, from where it left its parent's run."""
     born = row.trial.parent[1] if row.trial.parent else 0
     return max(0, row.steps_done - born) * row.trial.recipe.train.tokens_per_step

@@ -28,7 +28,10 @@ class Replay:
 
 
 def replay_search(recorded: Recorded, sampler: str, seed: int, budget: int, batch: int = 1) -> Replay:
-    """One search of `budget` trials, asked for `batch` at a time and then all told. Raises InputError."""
+    """Run one search of `budget` trials, of which `batch` at a time are requested and then reported.
+
+    Raises InputError.
+    """
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
@@ -108,7 +111,9 @@ def compare_samplers(
 
 
 def quartiles(trials: Sequence[int | None]) -> list[int | None]:
-    """Lower quartile, median and upper quartile, each one of the numbers; those that never came count as largest."""
+    """Return lower quartile, median and upper quartile, each one of the numbers; those that never came count as
+    largest.
+    """
     numbers = [math.inf if number is None else number for number in trials]
     cuts = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
     return [int(cut) if math.isfinite(cut) else None for cut in cuts]

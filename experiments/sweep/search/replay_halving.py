@@ -24,7 +24,8 @@ class RecordedRun(NamedTuple):
     training: dict[int, float]
 
     def at(self, step: int) -> float | None:
-        """The loss after `step` updates: a validation near them, or else the training loss of the tenth before them.
+        """Return the loss after `step` updates: a validation near them, or else the training loss of the tenth before
+        them.
 
         None where the run had diverged by then.
         """
@@ -41,7 +42,8 @@ class RecordedRun(NamedTuple):
 def replay_halving(
     recorded: Recorded, curves: Sequence[RecordedRun], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
 ) -> dict[str, Any]:
-    """Successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a point.
+    """Replay successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a
+    point.
 
     tokens_fraction: of the full sweep's. chosen: the point of the best mean among those that it trained to the end;
     within_noise: whether that is one of the full sweep's best region, excess: by how much its mean over all seeds, in
@@ -76,7 +78,7 @@ def replay_halving(
 
 
 def read_curves(recorded: Recorded) -> list[RecordedRun]:
-    """The curves of all runs of a sweep's folder; none of a table."""
+    """Return the curves of all runs of a sweep's folder; none of a table."""
     if recorded.folder is None:
         return []
     from experiments.sweep.record import Sweep

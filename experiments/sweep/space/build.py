@@ -69,7 +69,7 @@ __all__ = [
 
 
 def grid(**axes: Any) -> Space:
-    """Every combination of the axes' values. An axis: a sequence of values, one value, or a distribution.
+    """Return every combination of the axes' values. An axis: a sequence of values, one value, or a distribution.
 
     The last axis varies fastest. Without axes: one point, the base itself. Names with a dot: `grid(**{"a.b": [1, 2]})`.
     """
@@ -77,20 +77,20 @@ def grid(**axes: Any) -> Space:
 
 
 def product(*spaces: Space) -> Space:
-    """Every point of each space with every point of the others; the last varies fastest."""
+    """Return every point of each space with every point of the others; the last varies fastest."""
     _check_any("product", spaces)
     _disjoint("product", spaces)
     return Product(spaces)
 
 
 def chain(*spaces: Space) -> Space:
-    """The points of one space after those of another."""
+    """Return the points of one space after those of another."""
     _check_any("chain", spaces)
     return Chain(spaces)
 
 
 def zip(*spaces: Space, **axes: Any) -> Space:
-    """The first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
+    """Return the first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
     sides = (*spaces, *(grid(**{name: values}) for name, values in axes.items()))
     _check_any("zip", sides)
     _disjoint("zip", sides)
@@ -103,7 +103,9 @@ def zip(*spaces: Space, **axes: Any) -> Space:
 
 
 def branch(name: str, sides: Mapping[Any, Space]) -> Space:
-    """A choice on which further axes depend: the field `name` has a key of `sides`, with the points of its space."""
+    """Return a choice on which further axes depend: the field `name` has a key of `sides`, with the points of its
+    space.
+    """
     if not sides:
         raise InputError(f"the branch {name} has no values")
     taken = [product(Grid({name: Values((value,))}), side) for value, side in sides.items()]
@@ -111,7 +113,7 @@ def branch(name: str, sides: Mapping[Any, Space]) -> Space:
 
 
 def replicate(space: Space, seeds: int | Sequence[int]) -> Space:
-    """Every point with every seed, seeds varying fastest. seeds: how many, from 0 on, or which."""
+    """Return every point with every seed, seeds varying fastest. seeds: how many, from 0 on, or which."""
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen:
         raise InputError("replicate needs at least one seed")
@@ -120,7 +122,7 @@ def replicate(space: Space, seeds: int | Sequence[int]) -> Space:
 
 
 def derive(space: Space, function: Callable[[Point], Point]) -> Space:
-    """Every point with the fields that `function(point)` gives, which replace fields of the same name."""
+    """Return every point with the fields that `function(point)` gives, which replace fields of the same name."""
     return Derived(space, function)
 
 

@@ -18,7 +18,7 @@ LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 
 
 def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
-    """The trial at a point: the base with some fields changed, its horizon that of the run.
+    """Return the trial at a point: the base with some fields changed, its horizon that of the run.
 
     Beside the fields of `train.overlay` a point may have one of LENGTHS, and `decode.batch` and the like of `Decode`; a
     name that begins with "_" is passed over. Raises InputError, with the point, on a field that is unknown or of the
@@ -44,7 +44,9 @@ def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
 
 
 def rebase(base: Trial, changes: Mapping[str, Any]) -> Trial:
-    """The base itself with some fields changed, `decode.batch` and the like among them; its length stays as it is."""
+    """Return the base itself with some fields changed, `decode.batch` and the like among them; its length stays as it
+    is.
+    """
     speed = {name: value for name, value in changes.items() if name.startswith("decode.")}
     others = {name: value for name, value in changes.items() if name not in speed}
     for name in LENGTHS:
