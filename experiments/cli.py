@@ -58,7 +58,7 @@ COMMANDS: Tree = {
     "generate": generate.generate,
     "eval": evaluate.evaluate,
     "sweep": (
-        "Train many settings side by side.",
+        "Train many settings in as few programs as there are shapes.",
         {
             "plan": sweep_plan.plan,
             "run": sweep_run.run,

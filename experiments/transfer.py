@@ -110,7 +110,8 @@ def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
 
 @styled
 def transfer_figure(document: dict[str, Any]) -> Figure:
-    """Draw loss over learning rate, a line per width, the parameterizations side by side; rings mark the best rates.
+    """Draw loss over learning rate, a line per width, the parameterizations next to each other; rings mark the best
+    rates.
 
     Lines are means over seeds, small dots single runs.
     """

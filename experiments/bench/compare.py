@@ -1,4 +1,4 @@
-"""Two benchmark documents side by side: which cells became faster, which slower, and which differ by noise alone."""
+"""Comparison of two benchmark documents: which cells became faster, which slower, and which differ by noise alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +41,9 @@ def compare(
     moved = has_changed(machine) and not anything
     cells = [{tuple(row.get(name) for name in names): row for row in doc["cells"]} for doc in (before, after)]
     if any(len(by_place) < len(doc["cells"]) for by_place, doc in zip(cells, (before, after), strict=True)):
-        raise InputError(f"a document has several cells that differ in {', '.join(across)} alone; measure them apart")
+        raise InputError(
+            f"a document has several cells that differ in {', '.join(across)} alone; measure them separately"
+        )
     rows, alone = [], []
     for place in list(dict.fromkeys([*cells[0], *cells[1]])):
         pair = [by_place.get(place) for by_place in cells]

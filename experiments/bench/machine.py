@@ -16,8 +16,8 @@ def compare_ceilings(before: dict[str, Any], after: dict[str, Any]) -> list[dict
     pair = [document.get("ceilings") or {} for document in (before, after)]
     found = []
     for name, words in _CEILINGS.items():
-        alike = name != "matmul_flops_per_second" or len({one.get("matmul_dtype") for one in pair}) == 1
-        if not all(name in one for one in pair) or not alike:
+        is_same = name != "matmul_flops_per_second" or len({one.get("matmul_dtype") for one in pair}) == 1
+        if not all(name in one for one in pair) or not is_same:
             continue
         measured = [one.get(f"{name}_measured") or [one[name]] for one in pair]
         ratio = pair[1][name] / pair[0][name]

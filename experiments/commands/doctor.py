@@ -30,7 +30,7 @@ Found = tuple[dict[str, Any], str]
 def doctor(*, json: JsonFile = None) -> None:
     """Tell what is here: versions, memory, devices and whether they compute, the compile cache, optional packages.
 
-    Whatever is missing or broken is told, never a failure.
+    What is missing or broken is reported and is no failure.
 
     Example: isoflop doctor --json doctor.json
 
@@ -143,7 +143,7 @@ def _compile_cache() -> Found:
 
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     if not folder:
-        return {"folder": None}, "off: every process compiles anew"
+        return {"folder": None}, "off: every process compiles again"
     sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
     words = (
         f"{folder}, {counted(len(sizes), 'file')}, {bytes_in_words(sum(sizes))}; to clear "

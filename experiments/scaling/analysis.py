@@ -1,4 +1,4 @@
-"""All that a table of runs says of its scaling laws: every estimator, a choice of form, and what to beware of."""
+"""All that a table of runs says of its scaling laws: every estimator, a choice of form, and warnings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """The fits of one table. What was refused is None, with its reason in `refused`; what was not asked for, too.
+    """The fits of one table. What was refused is None, with its reason in `refused`; what was not requested, too.
 
     conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`. notes: on the runs.
     """

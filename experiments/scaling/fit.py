@@ -21,7 +21,7 @@ from model.errors import InputError
 SCHEMA_VERSION = 1
 MANY_OUTLIERS = 0.1  # of the rows
 FEW_ROWS = 20  # four per unknown
-SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that nobody would fit
+SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that no one would fit
 FAR_FROM_6ND = 100.0  # times: conventions of N and attention make less than ten
 LARGE_LOSS = 15.0  # nats per token: a guess among 3 million tokens
 FEW_BUDGETS = 4

@@ -47,7 +47,7 @@ LADDER_SHARE = 0.62  # of the minutes; the rest is data, sweep, fits, decode and
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the study was asked for; a folder belongs to one of these.
+    """The settings of a study; a folder belongs to one of these.
 
     batch_size None: 2 on a CPU, where small models want many small steps (docs/LOG.md), 64 on an accelerator.
     """

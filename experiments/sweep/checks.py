@@ -70,7 +70,7 @@ def check_sweep(sweep: Sweep) -> None:
         _check_trial(trial, sources)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
-                f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
+                f"branches wait for their base runs, which --policy {sweep.policy} may stop; take --policy all"
             )
     if LOSS in sweep.objectives and len(names := sorted({trial.recipe.objective.NAME for trial in trials})) > 1:
         raise InputError(

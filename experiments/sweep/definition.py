@@ -61,7 +61,7 @@ def define(
     is learned, unless the base says so; None: language modelling.
 
     From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
-    calls asked for, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
+    calls requested, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
     those of this call. Raises InputError, with the difference, where it holds another sweep or something else, and on
     whatever `check_sweep` refuses.
     """

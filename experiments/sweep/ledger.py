@@ -3,10 +3,10 @@
 Underneath lies an Optuna study, one Optuna trial per attempt at a trial: planned is WAITING, running RUNNING, finished
 COMPLETE, pruned and diverged PRUNED, failed FAIL. Optuna's atomic change from WAITING to RUNNING is the claim.
 
-Every trial is finished once, whoever dies when. An attempt whose worker went silent is ended by FAIL, which is final
-and has one winner, and a new attempt takes its place; of several attempts at one trial that have not failed, the first
-counts, and only that one is ever claimed. Results are of the run directories, so that nothing trained is lost with an
-attempt; a worker that was only slow is told that its claim is gone when it reports.
+Every trial is finished once, whichever worker dies and when. An attempt whose worker went silent is ended by FAIL,
+which is final and has one winner, and a new attempt takes its place; of several attempts at one trial that have not
+failed, the first counts, and only that one is ever claimed. Results are of the run directories, so that nothing trained
+is lost with an attempt; a worker that was only slow learns that its claim is gone when it reports.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ logger = logging.getLogger("isoflop")
 DEAD, DUPLICATE, REPEATED = "its worker died", "a duplicate", "drawn before"
 _STATES: dict[str, State] = {"WAITING": "planned", "RUNNING": "running", "COMPLETE": "finished", "PRUNED": "pruned"}
 _ASKED_SECONDS = 600.0
-"""How long drawing a point may take; whoever needs longer has died."""
+"""How long drawing a point may take; a worker that needs longer has died."""
 
 
 @dataclasses.dataclass(frozen=True)

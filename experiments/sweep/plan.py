@@ -58,7 +58,7 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     objective = first.recipe.objective
     lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
     steps = [trial.steps for trial in cohort.trials]
-    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
+    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a base run has made
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
     # Where lanes run vmapped, fewer of them are a smaller program; halving their number each time.

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class TrialRequest:
-    """What one call asked for: the trials of a sweep are those of all its calls.
+    """What one call requested: the trials of a sweep are those of all its calls.
 
     sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
     trials by name, in place of a space.
@@ -79,17 +79,17 @@ class Sweep:
     """The definition of a sweep.
 
     folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
-    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder
-    of the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in
-    `folder` whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these.
-    seeds: of the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every
-    point of the space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all).
-    policy: "all", "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as
-    `address.kept` gives it; None: SQLite in the folder. lanes: at most so many trials side by side; None: as many as
-    memory holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder asked for; their
-    trials stay part of the sweep.
-    weights: where the parameters lie that the base starts from, whose hash it names; None: trials start fresh.
-    id: the name of its study in a storage, wherever the folder lies; None where an older version made the sweep.
+    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder of
+    the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder`
+    whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of
+    the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every point of the
+    space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all",
+    "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives
+    it; None: SQLite in the folder. lanes: at most so many trials in one program, vmapped; None: as many as memory
+    holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder requested; their trials
+    stay part of the sweep. weights: where the parameters lie that the base starts from, whose hash it names; None:
+    trials start fresh. id: the name of its study in a storage, wherever the folder lies; None where an older version
+    made the sweep.
     """
 
     folder: Path
@@ -138,7 +138,7 @@ class Sweep:
 
     @property
     def request(self) -> TrialRequest:
-        """What the newest call asked for."""
+        """The request of the newest call."""
         return TrialRequest(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
 
     def space(self) -> Space:

@@ -66,10 +66,10 @@ class RunAll:
         states = {row.trial.id: row.state for row in rows}
         ready, prune = {}, []
         for row in rows:
-            trunk = "finished" if row.trial.parent is None else states[row.trial.parent[0]]
-            if row.state == "planned" and trunk in ("diverged", "pruned"):
+            base_run = "finished" if row.trial.parent is None else states[row.trial.parent[0]]
+            if row.state == "planned" and base_run in ("diverged", "pruned"):
                 prune.append(row.trial.id)
-            elif row.state == "planned" and trunk == "finished":
+            elif row.state == "planned" and base_run == "finished":
                 ready[row.trial.id] = row.trial.steps
         return Decision(ready, tuple(prune))
 

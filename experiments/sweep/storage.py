@@ -135,7 +135,7 @@ class Storage:
         return self.call(self.optuna.create_new_trial, self.study_id, template)
 
     def beat(self, key: int) -> None:
-        """Say that whoever has this trial is alive. Tried once: the next one comes soon."""
+        """Say that the worker of this trial is alive. Tried once: the next one comes soon."""
         if self.database:
             self.database.record_heartbeat(key)
         else:

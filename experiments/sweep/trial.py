@@ -43,7 +43,7 @@ class Trial:
 
     @functools.cached_property
     def id(self) -> str:
-        """The hash of its content: one and the same trial has one id, whoever plans it."""
+        """The hash of its content: one and the same trial has one id, whichever call plans it."""
         parent = {"parent": list(self.parent)} if self.parent else {}
         decode = {"decode": self.decode.to_dict()} if self.decode != Decode() else {}
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}

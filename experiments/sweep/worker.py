@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from experiments.sweep.branches import leaves
+from experiments.sweep.branches import branch_points
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import TRAINING_SPEED, check_speed, direction, training_speed, values
 from experiments.sweep.record import Sweep
@@ -101,7 +101,7 @@ class _Worker:
         ended = sum(row.state in ENDED for row in rows)
         standing = f"{ended} of {len(rows)} done" if len(rows) > len(claims) else ""
         with self.ledger.beat(claims):
-            _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members)), standing).run()
+            _Cohort(self, claims, limit, branch_points([row.trial for row in rows], list(members)), standing).run()
         return True
 
     def _lanes(self, cohort: str, rows: list[LedgerRow]) -> int:

@@ -230,7 +230,7 @@ BAD = {
     "hours = 1.0\n[learning_rate]\nvalue = 0.02\ncentre = {}\nexponents = { d_model = -1 }": "both centre and exponent",
     "hours = 1.0\n[learning_rate]\nvalue = 0.02\ncentre = { d_model = 32 }": "Law lacks exponents",
     "hours = 1.0\nbranches = true\n[batch_size]\nvalue = 2\ncentre = { flops = 1e11 }\nexponents = { flops = 0.3 }": (
-        "leave one trunk"
+        "leave one base run"
     ),
     "hours = 1.0\n[family]\nhead_size = 8": "did you mean 'head_dim'",
     "hours = 1.0\n[set]\nlearning_rate = 0.1": "set.learning_rate is not free",

@@ -93,7 +93,7 @@ def test_stopped_settings_are_compared_where_they_were_stopped(tmp_path):
 def test_with_one_seed_only_the_higher_loss_is_known(tmp_path):
     once = [described[:3] for described in halved()]
     document = analyse(collect(tmp_path, rows_of(once), policy="halving"))
-    assert "with one seed each nobody can say how sure that is" in document["sentence"]
+    assert "with one seed each it is not known how sure that is" in document["sentence"]
     assert "alone: 4 at a higher loss." in document["sentence"]
     assert "worse" not in document["sentence"]
 

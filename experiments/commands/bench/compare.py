@@ -82,9 +82,7 @@ def compare(
             print(f"{file}: other programs were running (load average {document['load_average']:.1f})")
     changed = f"the machine changed between the documents: {in_words(result['machine'])}, in 1e9 a second"
     if moved:
-        print(
-            f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again, side by side."
-        )
+        print(f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again together.")
     for row in result["alone"]:
         print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
     if limit is not None and moved and not any:

@@ -39,7 +39,7 @@ def train(
     With --against torch: interleaved with the same step of a PyTorch model of the same shape, weights and data, run by
     the Python that ISOFLOP_TORCH_PYTHON names (default: this one). With --against transformers: the model, a preset or
     a stored one, is trained by both libraries, and with --lora an adapter of it by isoflop and by PEFT; every
-    contender is a process of its own, so that its peak memory can be told.
+    contender is a process of its own, so that its peak memory can be measured.
 
     Example: isoflop bench train study-128 --lanes 1 4 --json train.json
 

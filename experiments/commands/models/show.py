@@ -1,4 +1,4 @@
-"""`isoflop model`: the architectures and their books."""
+"""`isoflop model`: the architectures and their accounting."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,7 +105,7 @@ def show(
             f"or --set max_seq_len={seq_len} too"
         )
     held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
-    document = _books(config, seq_len, batch, dtype, started) | {"started": started}
+    document = _accounting(config, seq_len, batch, dtype, started) | {"started": started}
     document |= {"published": _published(preset, config), "mesh": held}
     document["attention_kernels"] = _kernels(config, seq_len, execution)
     write_document(json, document)
@@ -133,7 +133,7 @@ def show(
         out.print(holdings.MESH_NOTE, highlight=False, style="dim")
 
 
-def _books(
+def _accounting(
     config: "ModelConfig", seq_len: int, batch: int, dtype: str, started: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return the accounting of a model. started: of a run that started from weights, what of them is trained."""

@@ -1,4 +1,4 @@
-"""How `isoflop model` writes the books down for people."""
+"""Tables of `isoflop model`: parameters, FLOPs and memory."""
 
 import dataclasses
 import json

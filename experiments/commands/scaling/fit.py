@@ -31,7 +31,7 @@ def fit(
 ) -> None:
     """Fit scaling laws to anyone's table of runs, with confidence intervals.
 
-    Every estimator that the table can carry, side by side: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
+    Every estimator that the table can determine: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
     valleys by spline, skewed parabola and parabola, and with --curves the envelope of training curves; which form of
     law the held-out error prefers; and, where the table has other counts of N and C, the exponents under each. One that
     the table cannot carry is refused with the reason.

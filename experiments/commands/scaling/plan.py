@@ -50,7 +50,7 @@ def plan(
         data: A folder made by `isoflop data prepare`; without one the vocabulary is the base's, and epochs are unknown.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on the machine, for all runs together, instead of the definition's budgets or hours.
-        branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
+        branches: Whether runs of one size branch off one base run and cool down, instead of what the definition says.
         law: Where the optimum is expected: besiroglu (Besiroglu et al. 2024), or hoffmann-1, hoffmann-2, hoffmann-3
             (Hoffmann et al. 2022, by approach), instead of the definition's tokens per parameter.
         device: What the study is to run on, such as h100, a100, tpu-v5e (their peaks: `train/peak.py`).
@@ -146,7 +146,7 @@ def _remarks(row: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """Return the plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
+    """Return the plan in words: what it is, what it costs, what branches save, and its warnings."""
     from experiments.words import bytes_in_words
     from experiments.words import hours_in_words as hours
 

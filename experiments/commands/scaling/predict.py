@@ -42,9 +42,9 @@ def predict(
 ) -> None:
     """Predict from a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
 
-    Every answer has its interval and says how far it lies from the runs. A planned run's loss is told by every form of
-    law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the model
-    that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+    Every answer has its interval and says how far it lies from the runs. A planned run's loss is predicted by every
+    form of law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the
+    model that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
 
     A question that the laws cannot answer, such as a loss below the floor, is refused with the reason (in --json: null,
     with the reason under "refused" beside it); the others are answered. Exit code 0 where any was answered, else 2.

@@ -23,7 +23,7 @@ def report(
     screen: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
+    """Fit the runs of a study again and write its page, its numbers and its tables into its folder.
 
     Example: isoflop scaling report studies/sotu
 

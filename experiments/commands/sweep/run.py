@@ -1,4 +1,4 @@
-"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, side by side in as few programs as there are
+"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, in as few programs as there are
 shapes."""
 
 import sys
@@ -210,7 +210,7 @@ def _stop_at_failures(ledger: "Ledger") -> None:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the settings, best first, and what a reader should beware of."""
+    """Print the settings, best first, and the warnings."""
     from experiments.commands.options import console, new_table
     from experiments.sweep.analysis.scales import text
     from experiments.sweep.analysis.sentence import sentence

@@ -1,9 +1,9 @@
 """The choice between forms of law by the error on runs that they have not seen, not by the fit.
 
-Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held
-out in turn (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held out,
-all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that interval
-excludes zero; of forms that cannot be told apart the one with the fewest unknowns is taken.
+Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held out
+one after the other (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held
+out, all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that
+interval excludes zero; of forms that cannot be distinguished the one with the fewest unknowns is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ class FormChoice:
 
     winner: str
     best: str
-    """The lowest held-out error; the winner is simpler where the two cannot be told apart."""
+    """The lowest held-out error; the winner is simpler where the two cannot be distinguished."""
     told_apart: bool
     """Whether every other form is worse beyond noise."""
     reason: str

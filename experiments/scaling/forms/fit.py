@@ -1,7 +1,7 @@
 """Fit any form of law to a table of runs: the same objective, solver and bootstrap for all.
 
 The objective is that of the parametric fit, Σ Huber_δ over natural-log residuals; every start runs until its
-gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved side by side.
+gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved in one batch.
 """
 
 from collections.abc import Mapping

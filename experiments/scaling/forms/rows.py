@@ -32,7 +32,7 @@ def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns
     """Return the columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are
     dropped.
 
-    Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is asked for and absent
+    Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is requested and absent
     it is 6·N·D. Raises `InputError` for a column that is missing, is not of numbers, or differs in length.
     """
     if isinstance(table, Table):

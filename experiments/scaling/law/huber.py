@@ -1,6 +1,6 @@
 """A batched Newton solver for the Huber objective of a parametric scaling law.
 
-One call minimises many problems side by side (starts, bootstrap draws); `minimise` is of the three terms
+One call minimises a batch of problems (starts, bootstrap draws); `minimise` is of the three terms
 E + A·N^−α + B·D^−β, each problem
 
     f(θ) = Σ_i w_i · Huber_δ( LSE(e, a − α·x_i, b − β·y_i) − l_i )

@@ -86,6 +86,6 @@ def draw_counts(
 
 
 def _same_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order that puts rows of one value side by side, and where each value begins in it."""
+    """Return the order that puts rows of one value next to each other, and where each value begins in it."""
     order = np.argsort(values, kind="stable")
     return order, np.flatnonzero(np.append(True, np.diff(values[order]) != 0))

@@ -200,7 +200,7 @@ def fit_parametric(
     Minimises the sum of Huber_delta over natural-log residuals from 49 starts, each to a vanishing
     gradient, and keeps the best. The result depends neither on the order of the rows nor on exact
     duplicates (they are dropped, as are non-finite and non-positive rows; see `.table.dropped`).
-    `bootstraps` and `seed` govern the intervals, which are computed when first asked for. E = 0 is allowed.
+    `bootstraps` and `seed` govern the intervals, which are computed when first requested. E = 0 is allowed.
 
     Every usable run enters: Huber's loss bounds what a wrong one does. With `screen`, runs that no noise of the table
     explains are left out and listed (`.outliers`). Residuals of the robust fit show which they are

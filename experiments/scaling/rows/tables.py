@@ -1,4 +1,4 @@
-"""The numbers of an analysis as CSV tables, for whoever would rather plot them otherwise."""
+"""The numbers of an analysis as CSV tables, for other plots."""
 
 import csv
 import io

@@ -49,7 +49,7 @@ class Hardware:
 class StudyPlan:
     """A design with the ladder that it makes on some data, and the machine's speed, where it was timed.
 
-    design: with budgets, also where hours were asked for. tokens_per_epoch: None without data. hardware: whose hours
+    design: with budgets, also where hours were requested. tokens_per_epoch: None without data. hardware: whose hours
     they are; None: this machine's.
     """
 
@@ -68,11 +68,11 @@ class StudyPlan:
         optima: {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
         memory_bytes: on this machine, None where the hardware is another; state_bytes: parameters and moments.
 
-        A rung's flops are those of its law, from the first token on; total counts what is trained, so that a trunk's
+        A rung's flops are those of its law, from the first token on; total counts what is trained, so that a base run's
         part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
-        checkpoint_bytes: of every run's end, and of trunks where they are left. without_branches: the same runs, each
-        from its start, and the share of FLOPs and hours that branches save (of the runs that are not held out, too);
-        None without branches.
+        checkpoint_bytes: of every run's end, and of base runs where branches leave them. without_branches: the same
+        runs, each from its start, and the share of FLOPs and hours that branches save (of the runs that are not held
+        out, too); None without branches.
         """
         by_shape = [self._shape(members) for members in shapes(self.rungs).values()]
         needs = {name: row for row in by_shape for name in row["names"]}
@@ -164,7 +164,7 @@ def plan_study(
 
     data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
     devices, and nothing is timed. Raises InputError on a design that these data or this machine cannot carry, and where
-    hours are asked for without `probe` and `hardware`.
+    hours are requested without `probe` and `hardware`.
     """
     vocabulary, epoch = _text(design, data)
     size = lambda given, speed: plan_rungs(

@@ -114,15 +114,15 @@ class Design(Part):
     learning_rate: float | Law = dataclasses.field(
         default_factory=lambda: Law(0.02, {"d_model": 32.0}, {"d_model": -1.0})
     )
-    """The schedule's peak, alike for all or by a law."""
+    """The schedule's peak, the same for all or by a law."""
     warmup_fraction: float = 0.05
-    """Of a run's steps; of the shortest run, where runs share a trunk."""
+    """Of a run's steps; of the shortest run, where runs share a base run."""
     schedule: Schedule = "cosine"
     """Of runs that share nothing; with branches all are "wsd"."""
     final_fraction: float = 0.0
     """Learning rate at the end over the peak."""
     branches: bool = False
-    """Train one trunk per size and cool it down at every budget's tokens, instead of each run from its start."""
+    """Train one base run per size and cool it down at every budget's tokens, instead of each run from its start."""
     decay_fraction: float = 0.2
     """Of a run's steps, for its cool-down under "wsd"."""
     seeds: int = 1
@@ -153,7 +153,7 @@ class Design(Part):
             moving = [name for name in ("tokens", "flops") if isinstance(law, Law) and law.exponents.get(name)]
             if moving:
                 raise InputError(
-                    f"with branches all runs of a size leave one trunk, so {field} cannot be a law of {moving[0]}; "
+                    f"with branches all runs of a size leave one base run, so {field} cannot be a law of {moving[0]}; "
                     "take d_model or params"
                 )
 

@@ -70,7 +70,7 @@ def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any
     seq_len = given.get("seq_len", found["seq_len"])
     found["batch_size"] = _power(0.2920, 0.3271, 1 / seq_len)
     found["learning_rate"] = _power(0.3118, -0.1250)
-    if given.get("branches"):  # runs of one size share a trunk, so that neither may depend on their own FLOPs
+    if given.get("branches"):  # runs of one size share a base run, so that neither may depend on their own FLOPs
         middle = middle_of(given["budgets"]) if given.get("budgets") else 1e20
         found["batch_size"] = 2 ** max(0, round(math.log2(_at(found["batch_size"], middle))))
         found["learning_rate"] = _at(found["learning_rate"], middle)

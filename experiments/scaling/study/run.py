@@ -1,6 +1,6 @@
 """Running a scaling study: its runs as sweeps, their table, the prediction before its test, and the test.
 
-A study's folder holds design.json (what was asked for), sweep/ (the runs of the fitted budgets: a sweep like any other,
+A study's folder holds design.json (what was requested), sweep/ (the runs of the fitted budgets: a sweep like any other,
 which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.csv, prediction.json, held_out/ (the runs
 that were predicted) and held_out.json.
 """

@@ -1,4 +1,4 @@
-"""The ladder of a design: which sizes are trained on how many tokens, and which runs leave which trunk."""
+"""The ladder of a design: which sizes are trained on how many tokens, and which runs branch off which base run."""
 
 import dataclasses
 import math
@@ -81,7 +81,7 @@ class Rung:
 
     @property
     def steps(self) -> int:
-        """Updates to its end, those of its trunk included."""
+        """Updates to its end, those of its base run included."""
         return self.recipe.horizon
 
     @property
@@ -111,7 +111,7 @@ class Rung:
 
     @property
     def share_trained(self) -> float:
-        """Of its steps, those that it trains itself; the others are its trunk's."""
+        """Of its steps, those that it trains itself; the others are its base run's."""
         return 1 - self.leave_step / self.steps
 
     @property
@@ -135,16 +135,15 @@ def plan_rungs(
     """Return every run of the study, by budget, then by size, then by seed.
 
     Sizes are taken from one series, `size_factor` apart, through the optimum expected at the middle budget: of each
-    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor
-    = size_factor^(1 / optimum_exponent).
+    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor =
+    size_factor^(1 / optimum_exponent).
 
-    With branches, the fitted runs of one shape and seed share a trunk: the one of most tokens, whose own cool-down is
-    its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
-    them. Held-out runs leave no trunk and are none: nothing of them is trained before they are
-    predicted.
+    With branches, the fitted runs of one shape and seed share a base run: the one of most tokens, whose own cool-down
+    is its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
+    them. Held-out runs neither branch off nor are branched off: nothing of them is trained before they are predicted.
 
-    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given
-    and no `seconds_of`, or too few.
+    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given and
+    no `seconds_of`, or too few.
     """
     base = design.base_config(vocabulary)
     _check_fields(design, base)
@@ -292,7 +291,7 @@ def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
                 own = dataclasses.replace(own, trunk=trunk.name, leave_step=rung.steps - rung.decay_steps)
                 if own.leave_step < max(1, warmup):
                     raise InputError(
-                        f"{rung.name} would leave its trunk after {own.leave_step} steps, in a warm-up of {warmup}; "
+                        f"{rung.name} would leave its base run after {own.leave_step} steps, in a warm-up of {warmup}; "
                         "give smaller warmup_fraction and decay_fraction, or a larger budget"
                     )
             branched[rung.name] = own

@@ -140,7 +140,7 @@ class IsoflopFit:
         left: how large the noise is, is itself uncertain (Student's argument). What the true valley has beyond
         the curve counts as noise, which widens the intervals.
 
-        Each draw is then treated as the data were: a skew is found anew; a valley that comes out non-convex,
+        Each draw is then treated as the data were: a skew is fitted again; a valley that comes out non-convex,
         with its lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws,
         and a draw with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
 

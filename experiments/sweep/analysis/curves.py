@@ -28,7 +28,7 @@ def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read
     """Return settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
 
     Settings that were trained to the end are compared, of a population those that kept their settings. None where all
-    cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (dearest to cheapest),
+    cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (most expensive to cheapest),
     settings: [{setting, flops_6nd, loss, seeds}] best first}, or {ratio, refused: why}. read: the learning curve of a
     row. The training loss is smoothed over a tenth of the steps, and interpolated in log FLOPs.
     """

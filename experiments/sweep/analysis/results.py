@@ -167,7 +167,7 @@ def _column(name: str, row: Mapping[str, Any]) -> str:
 def _axes(
     names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, searched: bool
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Return fields that vary, without those that tell apart no more than an earlier one does (width → heads)."""
+    """Return fields that vary, without those that distinguish no more than an earlier one does (width → heads)."""
     axes: dict[str, list[Any]] = {}
     followers: dict[str, str] = {}
     points = len({tuple(row[name] for name in names) for row in rows})

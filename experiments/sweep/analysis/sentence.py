@@ -129,11 +129,11 @@ def _reached(winner: Mapping[str, Any], unit: str, total: int, policy: str) -> s
 def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     if winner["interval_95"] is None:
         if any(row["member"] is not None for row in settings):
-            return "; no two had the same settings throughout, so nobody can say how sure that is."
+            return "; no two had the same settings throughout, so it is not known how sure that is."
         single = all(
             row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] == 1 for row in settings
         )
-        return f"; {'with one seed each' if single else 'without a second seed'} nobody can say how sure that is."
+        return f"; {'with one seed each' if single else 'without a second seed'} it is not known how sure that is."
     others, equal = winner["candidates"] - 1, len(winner["indistinguishable"])
     if others == 0:
         return "."

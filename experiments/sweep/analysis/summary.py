@@ -29,8 +29,8 @@ def summarize(
     allows for its having been chosen, and those of the candidates that cannot be told apart from it: with the winner
     they hold the best of the candidates with 95 % probability (see `comparisons.py`). A setting that lost a run to
     divergence or of which only a part was pruned is no candidate. lineage: of a winner whose settings changed along its
-    run, as in a population. optimum: see `optimum.py`; None where it is refused, and optimum_refused says why.
-    warnings: sentences.
+    run, as in a population. optimum: see `optimum.py`; None where it cannot be determined, and optimum_refused says
+    why. warnings: sentences.
     """
     names, runs = list(axes), one_per_training(trials)
     settings = group(names, runs)

@@ -1,7 +1,7 @@
 """Replays of a search on a recorded grid: how many trials each sampler needs, seed after seed, at no training.
 
-The sampler asks for a point of the grid and is told the loss of one of its runs, chosen at random: the noise that a
-search meets. An axis of numbers is asked for by rank, so that its spacing is the grid's; another one by name.
+The sampler asks for a point of the grid and receives the loss of one of its runs, chosen at random: the noise that a
+search meets. An axis of numbers is suggested by rank, so that its spacing is the grid's; another one by name.
 """
 
 import dataclasses
@@ -115,8 +115,8 @@ def quartiles(trials: Sequence[int | None]) -> list[int | None]:
     largest.
     """
     numbers = [math.inf if number is None else number for number in trials]
-    cuts = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
-    return [int(cut) if math.isfinite(cut) else None for cut in cuts]
+    values = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
+    return [int(value) if math.isfinite(value) else None for value in values]
 
 
 def _suggest(trial: Any, axes: dict[str, list[Any]]) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The space of a sweep, as a small algebra: what may vary, and together with what.
 
 A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
-another, so that a search may choose them; of a branch only the axes of the side that is taken are asked for. A point is
+another, so that a search may choose them; of a branch only the axes of the side that is taken are suggested. A point is
 a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins with "_" is no field: it is there for
 `derive` to read, and for the report. A file of a sweep ends, for example, in
 

@@ -204,7 +204,7 @@ class Derived(_Within):
 class Drawn(_Within):
     """Some points of a space: independent ones, or those of a Sobol sequence."""
 
-    _TRIES = 100  # draws per point that is asked for, after which a space counts as exhausted
+    _TRIES = 100  # draws per requested point, after which a space counts as exhausted
 
     def __init__(self, space: Space, count: int, seed: int, sobol: bool):
         super().__init__(space)
