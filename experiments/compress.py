@@ -44,10 +44,14 @@ def forms(
     config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]
 ) -> list[CompressedModel]:
     """Return every form that the report compares; the first is what the others are compared with."""
-    stored = lambda kind: CompressedModel(kind, lambda: (config, prepare(config, params, kind)))
+
+    def stored(kind: str) -> CompressedModel:
+        return CompressedModel(kind, lambda: (config, prepare(config, params, kind)))
 
     def pruned(name: str, method: str, **how: Any) -> CompressedModel:
-        smaller = lambda: prune(config, params, method, calibration=calibration, **how)
+        def smaller() -> Params:
+            return prune(config, params, method, calibration=calibration, **how)
+
         return CompressedModel(name, lambda: (config, prepare(config, smaller())))
 
     def shorter(count: int) -> CompressedModel:

@@ -106,9 +106,9 @@ def _values(document: dict[str, Any], name: str) -> set[Any]:
 
 
 def _check_alike(before: dict[str, Any], after: dict[str, Any]) -> None:
-    kind = lambda document: {
-        name: document["device"].get(name) for name in ("platform", "kind", "count", "host", "cores")
-    }
+    def kind(document: dict[str, Any]) -> dict[str, Any]:
+        return {name: document["device"].get(name) for name in ("platform", "kind", "count", "host", "cores")}
+
     for name, values in (
         ("models (config_hash)", [document["config_hash"] for document in (before, after)]),
         ("devices", [kind(document) for document in (before, after)]),

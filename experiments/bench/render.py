@@ -100,15 +100,20 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _bars(header: list[str], lines: list[list[str]]) -> str:
-    bar = lambda cells: "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+    def bar(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
     return "\n".join(bar(line) for line in (header, ["---:"] * len(header), *lines))
 
 
 def ceilings_in_words(ceilings: dict[str, Any]) -> str:
     """reads 31.2 GB/s (XLA sum; measured 28.9 … 31.2), multiplies 190 GFLOP/s (float32; measured 171 … 190)."""
-    measured = lambda name, unit, digits: " … ".join(
-        f"{bound(ceilings.get(f'{name}_measured') or [ceilings[name]]) / unit:,.{digits}f}" for bound in (min, max)
-    )
+
+    def measured(name: str, unit: float, digits: int) -> str:
+        return " … ".join(
+            f"{bound(ceilings.get(f'{name}_measured') or [ceilings[name]]) / unit:,.{digits}f}" for bound in (min, max)
+        )
+
     read, product = "read_bytes_per_second", "matmul_flops_per_second"
     return (
         f"reads {ceilings[read] / 1e9:.1f} GB/s ({ceilings['read_form']}; measured {measured(read, 1e9, 1)}), "
@@ -143,8 +148,13 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
         if "error" in row:
             lines.append([*line, "failed", *[""] * (len(header) - 4)])
             continue
-        ms = lambda name, row=row: f"{1e3 * row[name]:.3g}"
-        times = lambda name, row=row: f"{row[name]:.2f} ({row[f'{name}_lowest']:.2f} … {row[f'{name}_highest']:.2f})"
+
+        def ms(name: str, row: dict[str, Any] = row) -> str:
+            return f"{1e3 * row[name]:.3g}"
+
+        def times(name: str, row: dict[str, Any] = row) -> str:
+            return f"{row[name]:.2f} ({row[f'{name}_lowest']:.2f} … {row[f'{name}_highest']:.2f})"
+
         each = "seconds_per_step"
         line += [
             ms("time_to_first_token_seconds"),
@@ -164,7 +174,10 @@ def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
     spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")
     after = ("time_per_output_token_seconds", "end_to_end_seconds")
-    with_tail = lambda row, names: [_with_tail(row[name], row[f"{name}_p99"]) for name in names]
+
+    def with_tail(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+        return [_with_tail(row[name], row[f"{name}_p99"]) for name in names]
+
     lines = []
     for row in rows:
         line = [f"{row['rate_requests_per_second']:g}"]

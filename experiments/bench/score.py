@@ -113,7 +113,10 @@ def _measure(
         samples[name].append(_timed(turns[name])[0])
         if number % len(turns) == 0:
             advance()
-    over = lambda name, other: [theirs / own for own, theirs in zip(samples[name], samples[other], strict=True)]
+
+    def over(name: str, other: str) -> list[float]:
+        return [theirs / own for own, theirs in zip(samples[name], samples[other], strict=True)]
+
     row: dict[str, Any] = {"requests": len(requests)}
     row |= {f"{name}_seconds": statistics.median(seconds) for name, seconds in samples.items()}
     row |= median_and_range("shared_over_unshared", over("shared", "unshared"))

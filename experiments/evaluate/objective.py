@@ -52,14 +52,22 @@ def evaluate_objective(
             rows.append({name: float(value) for name, value in jax.device_get(step(params, batch)).items()})
             advance()
     weights = np.array([row[objective.WEIGHT] for row in rows])
-    mean = lambda name: float(np.dot([row[name] for row in rows], weights) / weights.sum())
+
+    def mean(name: str) -> float:
+        return float(np.dot([row[name] for row in rows], weights) / weights.sum())
+
     values = {"objective": objective.NAME} | {name: mean(name) for name in objective.EVALUATED}
     values |= {objective.WEIGHT: int(weights.sum()), "seq_len": seq_len}
     if isinstance(objective, TokenObjective):
         frequencies = _frequencies(config, objective, train_config, opened)
         manifest = load_manifest(opened.first)
-        plain = lambda batch: -np.log(frequencies[batch["targets"]])
-        alone = lambda batch: objective.context_free_nats(config, batch, manifest, frequencies)
+
+        def plain(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return -np.log(frequencies[batch["targets"]])
+
+        def alone(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return objective.context_free_nats(config, batch, manifest, frequencies)
+
         values |= {"unigram_loss": _mean(plain, batches), "context_free_loss": _mean(alone, batches)}
     return values
 

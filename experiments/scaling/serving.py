@@ -175,8 +175,13 @@ def serving_optimum(
         raise InputError(f"none of the bootstrap's laws reaches a loss of {target:g}; ask for a higher one")
     draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])
     trained = np.array([tokens_for_loss(theta, n, target) for theta, n in zip(reaching, draws, strict=True)])
-    training = lambda n, d: 6 * n * d * cost.training_unit
-    serving = lambda n: served_tokens * float(cost(n))
+
+    def training(n: Any, d: Any) -> Any:
+        return 6 * n * d * cost.training_unit
+
+    def serving(n: float) -> float:
+        return served_tokens * float(cost(n))
+
     total, total_alone = (
         training(params, tokens) + serving(params),
         training(alone["params"], alone["tokens"]) + serving(alone["params"]),

@@ -29,7 +29,10 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
         sizes, seen = (np.concatenate([getattr(v, name) for v in fit.accepted]) for name in ("params", "tokens"))
         flops = np.array([v.flops for v in fit.accepted])
     compute = 6 * params * tokens * _convention(fit)
-    outside = lambda value, values: float(max(value / values.max(), 1.0) * min(value / values.min(), 1.0))
+
+    def outside(value: float, values: np.ndarray) -> float:
+        return float(max(value / values.max(), 1.0) * min(value / values.min(), 1.0))
+
     times = {"params_times": outside(params, sizes), "tokens_times": outside(tokens, seen)}
     ratio = float(compute / flops.max())
     warnings = []

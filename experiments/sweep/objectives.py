@@ -68,7 +68,10 @@ def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "speed" / f"{key}.json"
     if not path.exists():
-        build = lambda _: (config, init(config, jax.random.key(0)))
+
+        def build(_: int | None) -> tuple[Any, Any]:
+            return (config, init(config, jax.random.key(0)))
+
         row = run_grid(build, config, [_cell(trial)], steps=_STEPS, repeats=_REPEATS)[0]
         if "error" in row:
             raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
@@ -91,7 +92,10 @@ def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -
     if started is None:
         work(sweep, ledger)
         return []
-    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+
+    def look() -> dict[str, Any]:
+        return live.standing(sweep, ledger.rows(), ledger.asked())
+
     return launch.follow(started, lambda going: live.watch(look, going))
 
 

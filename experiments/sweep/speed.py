@@ -48,7 +48,10 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
 
     shapes: trials, and how many runs there are of each, which is how many may share a program.
     """
-    size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
+
+    def size(shape: Any) -> float:
+        return flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
+
     ordered = sorted(shapes, key=size)
     chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     measured = []

@@ -81,7 +81,10 @@ def measure(config: ModelConfig, params: Params, cell: Cell, steps: int, repeats
         for name, values in run.once().items():
             samples.setdefault(name, []).extend(values)
     median = {name: float(np.median(values)) for name, values in samples.items()}
-    tail = lambda name, percent: float(np.percentile(samples[name], percent))
+
+    def tail(name: str, percent: float) -> float:
+        return float(np.percentile(samples[name], percent))
+
     first, each, loop = "time_to_first_token_seconds", "time_per_output_token_seconds", "seconds_per_step"
     return {
         "steps": steps,
@@ -154,7 +157,10 @@ class _Run:
 
     def _prefill(self) -> tuple[Array, KVCache, float]:
         cell, cache = self.cell, self._cache()
-        fill = lambda count: jax.block_until_ready(jnp.full(cell.batch, count, jnp.int32))
+
+        def fill(count: int) -> Array:
+            return jax.block_until_ready(jnp.full(cell.batch, count, jnp.int32))
+
         lengths = fill(cell.prompt)
         start = time.perf_counter()
         logits, cache = prefill(self.config, self.params, self.tokens, lengths, cache, fresh=True)

@@ -62,7 +62,10 @@ def main() -> None:
     """Read the spec from the command line, then answer line by line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between the answers
-    say = lambda answer: print(json.dumps(answer), file=answers, flush=True)
+
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
     trainer = IsoflopTrainer(json.loads(sys.argv[1]))
     say(
         {

@@ -121,7 +121,10 @@ def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
     alone, spread = answer["training_optimal"], answer["interval"]
     low, high = spread["params"]
     hours = answer["unit"] == "seconds"
-    amount = lambda value: f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
+
+    def amount(value: float) -> str:
+        return f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
+
     _say(
         console,
         f"Serving {answer['served_tokens']:.4g} tokens at loss {answer['target']:.4f}: N {answer['params']:.4g} "

@@ -107,7 +107,10 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
 
     sweep = Sweep.read(folder)
     ledger = Ledger(sweep, read_only=True)
-    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+
+    def look() -> dict[str, Any]:
+        return live.standing(sweep, ledger.rows(), ledger.asked())
+
     if watch:
         live.watch(look)
     document = look() | {"warnings": record_troubles(read_results(sweep.folder))}

@@ -80,7 +80,10 @@ def read_counts(
     require(path, [tokens, loss], present)
     counts = [name for name in (tokens, *PARAMS, *FLOPS) if name in present]
     numbers, _ = read_numbers(path, records, dict.fromkeys(counts, True) | {loss: False})
-    column = lambda name: np.array(numbers[name])
+
+    def column(name: str) -> np.ndarray:
+        return np.array(numbers[name])
+
     return Counts(
         column(tokens),
         column(loss),

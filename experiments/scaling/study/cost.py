@@ -167,13 +167,16 @@ def plan_study(
     hours are requested without `probe` and `hardware`.
     """
     vocabulary, epoch = _text(design, data)
-    size = lambda given, speed: plan_rungs(
-        given,
-        vocabulary,
-        epoch,
-        None if speed is None else _step_seconds(design, speed),
-        0.0 if speed is None else speed.compile_seconds,
-    )
+
+    def size(given: Design, speed: Speed | None) -> list[Rung]:
+        return plan_rungs(
+            given,
+            vocabulary,
+            epoch,
+            None if speed is None else _step_seconds(design, speed),
+            0.0 if speed is None else speed.compile_seconds,
+        )
+
     speed = None if hardware is None else hardware.speed
     if hardware is None and probe and design.hours:
         # The sizes follow from the speed, and the speed from the sizes: the first guess is the base and a smaller one.

@@ -310,7 +310,10 @@ class Design(Part):
 
 def _read_tables(design: Design) -> None:
     """Convert the plain values that TOML and JSON give to what the fields hold."""
-    put = lambda name, value: object.__setattr__(design, name, value)
+
+    def put(name: str, value: Any) -> None:
+        object.__setattr__(design, name, value)
+
     if not isinstance(design.base, str):
         raise InputError(f"base={design.base!r} must be a preset's name or a JSON file of a model config")
     if not isinstance(design.budgets, (list, tuple)):

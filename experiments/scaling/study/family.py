@@ -96,7 +96,10 @@ class ModelFamily(Part):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.params(base, middle * step) < params else (low, middle)
-        off = lambda multiple: abs(math.log(self.params(base, multiple * step) / params))
+
+        def off(multiple: int) -> float:
+            return abs(math.log(self.params(base, multiple * step) / params))
+
         return step * min((low, high), key=off)
 
 

@@ -147,7 +147,10 @@ def plan_rungs(
     """
     base = design.base_config(vocabulary)
     _check_fields(design, base)
-    lay_out = lambda given: _lay_out(given, base, tokens_per_epoch, seconds_of)
+
+    def lay_out(given: Design) -> list[Rung]:
+        return _lay_out(given, base, tokens_per_epoch, seconds_of)
+
     if not design.hours:
         return lay_out(design)
     if seconds_of is None:

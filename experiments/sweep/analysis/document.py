@@ -93,7 +93,10 @@ def _halving(results: Results) -> dict[str, Any] | None:
     if results.policy == "all" and not pruned:
         return None
     spent = sum(results.spent(row, "tokens") for row in results.rows)
-    own = lambda row: row["planned_tokens"] * (row["planned_steps"] - row["parent_steps"]) // row["planned_steps"]
+
+    def own(row: dict[str, Any]) -> int:
+        return row["planned_tokens"] * (row["planned_steps"] - row["parent_steps"]) // row["planned_steps"]
+
     full = sum(map(own, results.rows))
     return {
         "rungs": Rungs(list(results.axes), one_per_training(results.rows)).table(),
@@ -110,8 +113,13 @@ def _cost(results: Results) -> dict[str, Any]:
     run_seconds: each run's own clock, so that lanes of one program count its time K times.
     worker_seconds: time in which a worker had a claim, the last of each trial, overlaps counted once; None if unknown.
     """
-    total = lambda name: sum(results.fact(row, name) or 0 for row in results.rows)
-    spent = lambda name: sum(results.spent(row, name) for row in results.rows)
+
+    def total(name: str) -> float:
+        return sum(results.fact(row, name) or 0 for row in results.rows)
+
+    def spent(name: str) -> float:
+        return sum(results.spent(row, name) for row in results.rows)
+
     spans: dict[str, list[tuple[float, float]]] = {}
     for row in results.rows:
         if row["worker"] is not None and row["claimed_at"] is not None and row["ended_at"] is not None:

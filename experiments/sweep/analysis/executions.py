@@ -56,7 +56,10 @@ def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     They have the recipe, the planned steps, what they branched off from and the benchmark of decoding in common. A row
     without `recipe` stands alone.
     """
-    belongs = lambda row: row.get("recipe") is not None and {"id", "planned_steps"} <= row.keys()
+
+    def belongs(row: Mapping[str, Any]) -> bool:
+        return row.get("recipe") is not None and {"id", "planned_steps"} <= row.keys()
+
     by_id = {row["id"]: row for row in rows if belongs(row)}
     numbers: dict[Any, int] = {}
     known: dict[str, int] = {}
@@ -203,7 +206,10 @@ def _speeds(names: Sequence[str], trainings: Sequence[Sequence[dict[str, Any]]])
     for number, members in enumerate(trainings):
         for row in members:
             found.setdefault(tuple(row[name] for name in names), {}).setdefault(number, []).append(row)
-    speed = lambda row: row.get(TRAINING_SPEED)
+
+    def speed(row: Mapping[str, Any]) -> Any:
+        return row.get(TRAINING_SPEED)
+
     timed = {key: {number for number, members in own.items() if any(map(speed, members))} for key, own in found.items()}
     known = [numbers for numbers in timed.values() if numbers]
     shared = set.intersection(*known) if known else set()

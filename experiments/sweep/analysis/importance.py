@@ -108,8 +108,13 @@ def _frozen(names: Sequence[str], row: Mapping[str, Any], distributions: Mapping
     from optuna.trial import create_trial
 
     has = [name for name in names if row[name] is not None]
-    number = lambda value: float(value) if is_number(value) else value
-    categorical = lambda name: hasattr(distributions[name], "choices")
+
+    def number(value: Any) -> Any:
+        return float(value) if is_number(value) else value
+
+    def categorical(name: str) -> bool:
+        return hasattr(distributions[name], "choices")
+
     return create_trial(
         params={name: row[name] if categorical(name) else number(row[name]) for name in has},
         distributions={name: distributions[name] for name in has},

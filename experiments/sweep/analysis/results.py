@@ -176,7 +176,10 @@ def _axes(
         kinds = len(set(column))
         if kinds < 2:
             continue
-        same = lambda other: len({(row[other], row[name]) for row in rows}) == kinds == len({r[other] for r in rows})  # noqa: B023
+
+        def same(other: str) -> bool:
+            return len({(row[other], row[name]) for row in rows}) == kinds == len({r[other] for r in rows})  # noqa: B023
+
         leader = next((other for other in axes if same(other)), None)
         # Where values are drawn, each may stand once: then any two fields would seem to go together.
         most = points // 2 if searched else max(MANY, points // 2)

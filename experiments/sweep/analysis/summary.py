@@ -90,7 +90,10 @@ def _compare_stopped(
 ) -> None:
     """Give every setting `stopped`: None, or how it stood against the best where it was stopped."""
     members, rungs = by_setting(names, trials), Rungs(names, trials)
-    of = lambda row: members[(*(row[name] for name in names), row["member"])]
+
+    def of(row: dict[str, Any]) -> list[Any]:
+        return members[(*(row[name] for name in names), row["member"])]
+
     for row in settings:
         row["stopped"] = rungs.stopped(of(row), [] if best is None else of(best)) if row["pruned"] else None
 
@@ -136,7 +139,10 @@ def _winner(
         return winner
     others = [row for row in candidates if row is not best]
     critical = best_of_many(len(others), freedom) if others else 0.0
-    reach = lambda row: critical * noise * math.sqrt(1 / row["seeds"] + 1 / best["seeds"])
+
+    def reach(row: dict[str, Any]) -> float:
+        return critical * noise * math.sqrt(1 / row["seeds"] + 1 / best["seeds"])
+
     error = noise / math.sqrt(best["seeds"])
     return winner | {
         "interval_95": list(selected_interval(best["mean"], error, len(candidates) + stopped, freedom)),
@@ -205,7 +211,10 @@ def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
     said = verdicts(settings)
     lower, never = said.get("lower", 0), said.get("not compared", 0)
     close = said.get("equal", 0) + said.get("better", 0)
-    were = lambda count: "1 setting was" if count == 1 else f"{count} settings were"
+
+    def were(count: int) -> str:
+        return "1 setting was" if count == 1 else f"{count} settings were"
+
     return [
         *(
             [

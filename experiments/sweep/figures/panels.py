@@ -119,7 +119,10 @@ def _on_the_line(row: Mapping[str, Any], name: str, document: Document) -> bool:
 
 def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
     among = document["axes"][name]
-    place = lambda rows: positions([row.get(name) for row in rows], among)
+
+    def place(rows: Sequence[Any]) -> np.ndarray:
+        return positions([row.get(name) for row in rows], among)
+
     finished = [trial for trial in document["trials"] if trial["loss"] is not None]
     inside = [trial for trial in finished if trial["loss"] <= top]
     panel.plot(place(inside), [trial["loss"] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)

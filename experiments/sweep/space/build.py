@@ -98,7 +98,10 @@ def zip(*spaces: Space, **axes: Any) -> Space:
     if len({len(side) for side in rows}) > 1:
         lengths = ", ".join(f"{'/'.join(s.names)}: {len(p)}" for s, p in builtins.zip(sides, rows, strict=True))
         raise InputError(f"a zip needs sides of equal length, not {lengths}")
-    fixed = lambda point: Grid({name: Values((value,)) for name, value in point.items()})
+
+    def fixed(point: Point) -> Grid:
+        return Grid({name: Values((value,)) for name, value in point.items()})
+
     return Chain([fixed(merged(row)) for row in builtins.zip(*rows, strict=True)])
 
 

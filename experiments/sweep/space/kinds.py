@@ -251,7 +251,10 @@ class Drawn(_Within):
 
 def describe(point: Mapping[str, Any]) -> str:
     """Return a point for people: `d_model=64, schedule=wsd`; the base itself where it is empty."""
-    show = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    def show(value: Any) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
     return ", ".join(f"{name}={show(value)}" for name, value in point.items()) or "the base"
 
 
