@@ -226,7 +226,7 @@ def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str
 
 @styled
 def coordinate_figure(check: dict[str, Any]) -> Figure:
-    """Draw size of the activations, and of what training added to them, over width or depth; a line per place."""
+    """Draw the size of the activations, and of what training added to them, over width or depth; a line per place."""
     names = list(dict.fromkeys(row["parameterization"] for row in check["table"]))
     figure = new_figure(WIDTH, 6.2)
     panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)

@@ -46,7 +46,7 @@ _FIGURES = (".svg", ".png", ".pdf")
 
 
 def console() -> "Console":
-    """Return standard output; wide enough for a table where it is no terminal but a file or a pipe."""
+    """Return the standard output; wide enough for a table where it is no terminal but a file or a pipe."""
     from rich.console import Console
 
     return Console() if Console().is_terminal else Console(width=160)

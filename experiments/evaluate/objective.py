@@ -75,7 +75,7 @@ def evaluate_objective(
 def _frequencies(
     config: ModelConfig, objective: TokenObjective, train_config: TrainConfig, data: Data
 ) -> Float64[np.ndarray, " vocab"]:
-    """Return frequencies of the targets in training batches, with one more count for every id."""
+    """Return the frequencies of the targets in training batches, with one more count for every id."""
     steps = -(-_COUNTED // train_config.tokens_per_step)
     loader = objective.source(config, train_config, HParams(), data.sources, Plan.of(train_config, steps))
     counts = np.ones(config.vocab_size)
@@ -88,7 +88,7 @@ def _frequencies(
 
 
 def _mean(nats: Callable[[Any], np.ndarray], batches: list[Any]) -> float:
-    """Return mean over the predicted tokens of all batches."""
+    """Return the mean over the predicted tokens of all batches."""
     total = sum((nats(batch) * _weights(batch)).sum() for batch in batches)
     return float(total / sum(_weights(batch).sum() for batch in batches))
 

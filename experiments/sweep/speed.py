@@ -34,12 +34,12 @@ class Speed:
     def step_seconds(
         self, config: ModelConfig, train_config: TrainConfig, objective: Objective = LanguageModeling()
     ) -> float:
-        """Return predicted seconds of a step of that shape."""
+        """Return the predicted seconds of a step of that shape."""
         return self.overhead_seconds + flops_of_step(config, train_config, objective) / self.flops_per_second
 
 
 def flops_of_step(config: ModelConfig, train_config: TrainConfig, objective: Objective) -> float:
-    """Return exact FLOPs of one training step of one run."""
+    """Return the exact FLOPs of one training step of one run."""
     return train_config.tokens_per_step * objective.flops_per_token(config, train_config.seq_len, "exact")
 
 

@@ -129,7 +129,7 @@ class TorchDecoder(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return mean cross-entropy in nats, in float32; both [batch, seq]."""
+        """Return the mean cross-entropy in nats, in float32; both [batch, seq]."""
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]]

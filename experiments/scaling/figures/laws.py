@@ -225,7 +225,7 @@ def measured_predicted(fit: ParametricFit, held_out: Sequence[dict[str, Any]] = 
 
 @styled
 def residuals(fit: ParametricFit) -> list[Figure]:
-    """Draw relative residuals over N, D and C: a law of the right form leaves no trend."""
+    """Draw the relative residuals over N, D and C: a law of the right form leaves no trend."""
     axes = new_panels(3, 2.9)
     shown = sample(len(fit.table), DOTS, 0)
     percent = -100 * fit.residuals[shown]  # measured above the law is positive

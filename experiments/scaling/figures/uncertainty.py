@@ -113,7 +113,7 @@ def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> 
 
 @styled
 def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Draw predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval,
+    """Draw the predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval,
     measured}.
     """
     left, right = new_panels(2, 3.4)

@@ -31,7 +31,7 @@ def robust_scale(values: Float[np.ndarray, " values"]) -> float:
 
 
 def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Return relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass
+    """Return the relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass
     through.
     """
     degree = 3 if len(np.unique(u)) >= CUBIC_SIZES else 2

@@ -15,7 +15,7 @@ DOTS = 2_000
 
 
 def sample(rows: int, most: int, seed: int) -> Int[np.ndarray, " sample"]:
-    """Return row numbers, ascending: all of them, or `most` drawn without replacement."""
+    """Return the row numbers, ascending: all of them, or `most` drawn without replacement."""
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng([seed, rows]).choice(rows, size=most, replace=False))

@@ -193,7 +193,7 @@ def _minima(
 
 
 def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, float]:
-    """Return relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
+    """Return the relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
 
     `shared` coefficients were found from all valleys together.
     """

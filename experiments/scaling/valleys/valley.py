@@ -197,7 +197,7 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> 
 
 
 def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " members"]]:
-    """Return row numbers by budget, ascending.
+    """Return the row numbers by budget, ascending.
 
     A run joins while it is within 5 % of the run below it and the group stays within ±5 % of its middle, so that a
     dense ladder of budgets cannot chain into one.

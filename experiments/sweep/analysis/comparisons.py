@@ -41,7 +41,9 @@ def largest_of_many(count: int, freedom: int) -> float:
 
 
 def selected_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:
-    """Return 95 % interval of the mean of the setting with the lowest of `candidates` means. error: its standard error.
+    """Return the 95 % interval of the mean of the setting with the lowest of `candidates` means.
+
+    error: its standard error.
 
     The lowest of many means is too low on average. Upwards the interval therefore covers every candidate at once.
     Downwards it needs no such care: the chosen mean is not above that of the truly best, whose truth is not higher.

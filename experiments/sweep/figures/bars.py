@@ -22,7 +22,7 @@ from experiments.sweep.analysis.executions import execution_text
 
 @styled
 def importance_bars(importance: Mapping[str, Any], width: float = WIDTH) -> Figure:
-    """Draw shares of every axis by each estimator that was not refused, with 95 % whiskers."""
+    """Draw the shares of every axis by each estimator that was not refused, with 95 % whiskers."""
     listed = (
         ("ped_anova", "PED-ANOVA: to be among the best", BLUE),
         ("fanova", "fANOVA: variance everywhere", ORANGE),
@@ -51,7 +51,9 @@ def importance_bars(importance: Mapping[str, Any], width: float = WIDTH) -> Figu
 
 @styled
 def execution_bars(found: Mapping[str, Any], width: float = WIDTH) -> Figure:
-    """Draw mean training tokens per second of every execution, the fastest on top; whiskers: the spread over trials."""
+    """Draw the mean training tokens per second of every execution, the fastest on top; whiskers: the spread over
+    trials.
+    """
     timed = [row for row in found["executions"] if row["tokens_per_second"]][::-1]
     figure = new_figure(width, 0.8 + 0.36 * len(timed))
     axes = figure.subplots()

@@ -34,7 +34,7 @@ MOST_LINES = 250  # of parallel coordinates
 def learning_curves(
     curves: Sequence[tuple[Mapping[str, Any], LossCurve]], by_flops: bool, width: float = WIDTH
 ) -> Figure:
-    """Draw smoothed training loss of runs, coloured by their last validation loss.
+    """Draw the smoothed training loss of runs, coloured by their last validation loss.
 
     by_flops: over FLOPs, else over tokens. A cross ends a run that diverged, a bar one that was pruned.
     """
@@ -112,7 +112,7 @@ def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
 
 
 def _unit(places: np.ndarray, among: Sequence[Any]) -> np.ndarray:
-    """Return positions on 0…1 of their axis."""
+    """Return the positions on 0…1 of their axis."""
     everything = positions([value for value in among if value is not None], among)
     span = everything.max() - everything.min()
     return (places - everything.min()) / span if span > 0 else np.where(np.isnan(places), np.nan, 0.5)

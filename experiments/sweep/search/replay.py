@@ -111,7 +111,7 @@ def compare_samplers(
 
 
 def quartiles(trials: Sequence[int | None]) -> list[int | None]:
-    """Return lower quartile, median and upper quartile, each one of the numbers; those that never came count as
+    """Return the lower quartile, median and upper quartile, each one of the numbers; those that never came count as
     largest.
     """
     numbers = [math.inf if number is None else number for number in trials]
