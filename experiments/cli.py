@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from experiments.allocator import keep_memory
 from experiments.commands import data, doctor, evaluate, generate, report, study, train
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
+from experiments.commands.repeated import each_once
 from experiments.commands.scaling import fit, predict
 from experiments.commands.scaling import plan as scaling_plan
 from experiments.commands.scaling import report as scaling_report
@@ -30,7 +30,7 @@ from experiments.commands.sweep import plan as sweep_plan
 from experiments.commands.sweep import replay
 from experiments.commands.sweep import report as sweep_report
 from experiments.commands.sweep import run as sweep_run
-from experiments.repeated import each_once
+from experiments.process import keep_memory, open_standard_streams, use_compile_cache
 
 Tree = dict[str, "Callable[..., None] | tuple[str, Tree]"]
 
@@ -58,7 +58,7 @@ COMMANDS: Tree = {
     "generate": generate.generate,
     "eval": evaluate.evaluate,
     "sweep": (
-        "Train many settings side by side.",
+        "Train many settings in as few programs as there are shapes.",
         {
             "plan": sweep_plan.plan,
             "run": sweep_run.run,
@@ -121,8 +121,8 @@ def _pinned(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Entry point of the `isoflop` command."""
-    _open_standard_streams()
+    """Run the `isoflop` command."""
+    open_standard_streams()
     stderr = sys.stderr
     try:
         _run()
@@ -138,7 +138,7 @@ def _run() -> None:
     handler = logging.lastResort  # the one that asks for sys.stderr at each message: it changes below
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler] if handler else None)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
-    _use_compile_cache()
+    use_compile_cache()
     keep_memory()
     program, called, arguments = find(sys.argv[1:])
     try:
@@ -173,7 +173,7 @@ _FAILURES = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # of a disk; t
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, which first makes sure that the files can be written that it will write at its end.
+    """Return the command, which first makes sure that the files can be written that it will write at its end.
 
     What it says on stderr on its way can neither stop it nor hold it up.
     """
@@ -190,16 +190,6 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
         command(*arguments, **options)
 
     return prepared
-
-
-def _open_standard_streams() -> None:
-    """Give a process that was started without them stdin, stdout and stderr: the next file opened would become one."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 – stays open
 
 
 _DESCRIPTION = """Language-model research in JAX: sweeps, scaling laws, decode throughput.
@@ -224,7 +214,7 @@ FORMER_FLAGS: dict[str, dict[str, str]] = {
 
 
 def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
-    """(what the first words name, the command or group of them that it is, the words that are left)."""
+    """Return (what the first words name, the command or group of them that it is, the words that are left)."""
     called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
     words, left = ["isoflop"], list(arguments)
     while isinstance(called, tuple) and left and left[0] in called[1]:
@@ -235,13 +225,13 @@ def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[st
 
 
 def _present_name(word: str, renamed: dict[str, str]) -> str:
-    """A flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
+    """Return a flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
     flag, equals, value = word.partition("=")
     return renamed.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 
 
 def _parser(tree: Tree) -> Any:
-    """Of a group: each command with the first sentence of its description; all of it stands in its own help."""
+    """Return the parser of a group: each command with the first sentence of its description."""
     commands = []
     for name, entry in tree.items():
         if isinstance(entry, tuple):
@@ -253,14 +243,6 @@ def _parser(tree: Tree) -> Any:
         )
         commands.append(Annotated[Any, subcommand])
     return Union[tuple(commands)]  # noqa: UP007 – made of a list
-
-
-def _use_compile_cache() -> None:
-    """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads when it is imported, later
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def _what_is_full(error: Exception) -> str:

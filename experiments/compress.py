@@ -32,7 +32,7 @@ _STEPS, _ROUNDS = 32, 3  # decode steps per timing, and timings of which the med
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class CompressedModel:
     """One row of the report. make: the parameters as they are used; cache: the KV cache's dtype."""
 
     name: str
@@ -40,24 +40,30 @@ class Form:
     cache: str | None = None
 
 
-def forms(config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]) -> list[Form]:
-    """Every form that the report compares; the first is what the others are compared with."""
-    stored = lambda kind: Form(kind, lambda: (config, prepare(config, params, kind)))
+def forms(
+    config: ModelConfig, params: Params, calibration: Int[Array | np.ndarray, "batch seq"]
+) -> list[CompressedModel]:
+    """Return every form that the report compares; the first is what the others are compared with."""
 
-    def pruned(name: str, method: str, **how: Any) -> Form:
-        smaller = lambda: prune(config, params, method, calibration=calibration, **how)
-        return Form(name, lambda: (config, prepare(config, smaller())))
+    def stored(kind: str) -> CompressedModel:
+        return CompressedModel(kind, lambda: (config, prepare(config, params, kind)))
 
-    def shorter(count: int) -> Form:
+    def pruned(name: str, method: str, **how: Any) -> CompressedModel:
+        def smaller() -> Params:
+            return prune(config, params, method, calibration=calibration, **how)
+
+        return CompressedModel(name, lambda: (config, prepare(config, smaller())))
+
+    def shorter(count: int) -> CompressedModel:
         def make() -> tuple[ModelConfig, Params]:
             few, rest = drop_layers(config, params, count, calibration)
             return few, prepare(few, rest)
 
-        return Form(f"{count} layer{'s' * (count > 1)} dropped", make)
+        return CompressedModel(f"{count} layer{'s' * (count > 1)} dropped", make)
 
     return [
         *(stored(kind) for kind in KINDS),
-        Form("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
+        CompressedModel("int8 cache", lambda: (config, prepare(config, params)), cache="int8"),
         pruned("magnitude 50 %", "magnitude", sparsity=0.5),
         pruned("magnitude 2:4", "magnitude", pattern="2:4"),
         pruned("wanda 2:4", "wanda", pattern="2:4"),
@@ -81,8 +87,9 @@ def report(
     decode_batches: Sequence[int] = (1, 8),
     only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per form: its bits per byte on validation text, the change in %, how often its likeliest token is that
-    of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored too).
+    """Return one row per form: its bits per byte on validation text, the change in %, how often its likeliest token is
+    that of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored
+    too).
 
     A form that cannot be measured is {"form", "reason"}; after Ctrl-C, INTERRUPTED, it is the last. only: names of
     forms besides the first.
@@ -126,7 +133,7 @@ def report(
 
 
 def decode_speed(config: ModelConfig, params: Params, batch: int, cache_dtype: str | None = None) -> float:
-    """Tokens per second of all rows together: the median of short greedy runs that stay on the device."""
+    """Return tokens per second of all rows together: the median of short greedy runs that stay on the device."""
     steps = min(_STEPS, config.max_seq_len)
     seconds = []
     for number in range(_ROUNDS + 1):
@@ -151,7 +158,7 @@ def _greedy(config: ModelConfig, params: Params, batch: int, steps: int, cache_d
 def calibration_tokens(
     config: ModelConfig, data: str | Path, tokenizer: Tokenizer | None, rows: int, seq_len: int
 ) -> Int[np.ndarray, "rows seq"]:
-    """Rows of training text in the model's ids, fewer where the data is short."""
+    """Return rows of training text in the model's ids, fewer where the data is short."""
     shards = TokenShards(data, "train")
     wanted = rows * seq_len
     ids = shards.windows(np.array([0]), min(3 * wanted, len(shards)))[0]
@@ -167,7 +174,7 @@ def calibration_tokens(
 def _quality(
     config: ModelConfig, params: Params, batches: list[Batch], cache: str | None
 ) -> tuple[float, float, list[np.ndarray]]:
-    """(nats, predicted tokens, the likeliest token at every place) over all batches."""
+    """Return (nats, predicted tokens, the likeliest token at every place) over all batches."""
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
     score = functools.partial(_score if cache is None else functools.partial(_score_cached, dtype=cache), config)

@@ -97,7 +97,8 @@ def coordinate_check(
 def resize(
     config: ModelConfig, axis: Axis, size: int, base: int, parameterization: Parameterization = "standard"
 ) -> ModelConfig:
-    """The model at that width, by more heads of the same size and everything else in proportion, or at that depth.
+    """Return the model at that width, by more heads of the same size and everything else in proportion, or at that
+    depth.
 
     Under "mup" it equals the standard one at size `base`: the smallest that is compared.
     """
@@ -129,13 +130,15 @@ def _in_proportion(name: str, value: int, size: int, d_model: int) -> int:
 
 
 def places(config: ModelConfig) -> list[str]:
-    """Where activations are measured, in order: the residual stream before and after every layer, and what follows."""
+    """Return the places where activations are measured, in order: the residual stream before and after every layer, and
+    what follows.
+    """
     layers = [f"layer {i + 1} of {config.num_layers}" for i in range(config.num_layers - 1)]
     return ["embedding", *layers, "last layer", "final hidden", "logits"]
 
 
 def random_batch(config: ModelConfig, rows: int = 4, seq_len: int = 32, seed: int = 0) -> Batch:
-    """Tokens drawn evenly, each the target of the one before it."""
+    """Return tokens drawn evenly, each the target of the one before it."""
     length = min(seq_len, config.max_seq_len)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length + 1), dtype=np.int32)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
@@ -149,7 +152,7 @@ def trajectory(
     steps: int,
     execution: Execution = Execution(),
 ) -> dict[str, Any]:
-    """{"scale", "change": [steps + 1][places], "loss": [steps]} of one run."""
+    """Return {"scale", "change": [steps + 1][places], "loss": [steps]} of one run."""
     state = _init_state(config, train_config, hparams)
     start = now = activations(config, state.params, batch, execution)
     scale, change, loss = [_sizes(start)], [[0.0] * len(places(config))], []
@@ -170,7 +173,7 @@ _train_step = jax.jit(train_step, static_argnums=(0, 1), static_argnames="execut
 def activations(
     config: ModelConfig, params: Params, batch: Batch, execution: Execution = Execution()
 ) -> list[np.ndarray]:
-    """The residual stream before and after every layer, the final hidden states and the logits, in float32."""
+    """Return the residual stream before and after every layer, the final hidden states and the logits, in float32."""
     hidden, *rest = jax.device_get(_forward(config, params, batch["tokens"], execution))
     return [np.asarray(array, np.float32) for array in (*hidden, *rest)]
 
@@ -186,26 +189,29 @@ def _sizes(arrays: list[np.ndarray]) -> list[float]:
 
 
 def growth(check: dict[str, Any], parameterization: Parameterization, quantity: Quantity) -> dict[str, float]:
-    """By place: `quantity` after the last step at the largest size over that at the smallest, means over seeds."""
+    """Return by place: `quantity` after the last step at the largest size over that at the smallest,
+    means over seeds.
+    """
     rows = [row for row in check["table"] if row["parameterization"] == parameterization]
     small, large = at_the_end(rows[0], quantity), at_the_end(rows[-1], quantity)
     return {name: large[name] / small[name] if small[name] else math.inf for name in compared(rows)}
 
 
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """The places that every size has: models of different depth share the embedding, the last layer and what follows
-    it.
+    """Return the places that every size has: models of different depth share the embedding, the last layer and what
+    follows it.
     """
     return [name for name in rows[0]["places"] if all(name in row["places"] for row in rows)]
 
 
 def at_the_end(row: dict[str, Any], quantity: Quantity) -> dict[str, float]:
-    """By place: the mean over seeds after the last step."""
+    """Return by place the mean over seeds after the last step."""
     return dict(zip(row["places"], np.mean([run[-1] for run in row[quantity]], axis=0).tolist(), strict=True))
 
 
 def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str, Any]:
-    """{"holds", "place", "growth"}: whether what training adds keeps its size everywhere, and where it does so least.
+    """Return {"holds", "place", "growth"}: whether what training adds keeps its size everywhere, and where it does so
+    least.
 
     The change is judged, not the activations: those hide behind what initialisation put there, both when training
     adds more with every size and when it adds less (the stream's layers then stop learning). Logits through a tied
@@ -220,7 +226,7 @@ def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str
 
 @styled
 def coordinate_figure(check: dict[str, Any]) -> Figure:
-    """Size of the activations, and of what training added to them, over width or depth; a line per place."""
+    """Draw the size of the activations, and of what training added to them, over width or depth; a line per place."""
     names = list(dict.fromkeys(row["parameterization"] for row in check["table"]))
     figure = new_figure(WIDTH, 6.2)
     panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)

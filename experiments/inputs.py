@@ -1,4 +1,4 @@
-"""What people hand in as text or small files: values, NAME=VALUE changes, JSON."""
+"""Read what people hand in as text or small files, and check counts and folders that they name."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from model.errors import InputError
 
 
 def read_value(text: str) -> Any:
-    """A value as in JSON; .5 and 1. are numbers too; anything else is text."""
+    """Read a value as in JSON; .5 and 1. are numbers too; anything else is text."""
     with suppress(ValueError):
         return json.loads(text)
     with suppress(ValueError):
@@ -19,7 +19,7 @@ def read_value(text: str) -> Any:
 
 
 def read_changes(texts: Iterable[str]) -> dict[str, Any]:
-    """`num_layers=4` and the like as {name: value}. Raises InputError where one is not of that form, or comes twice."""
+    """Read `num_layers=4` and the like as {name: value}. Raises InputError for another form, or a name given twice."""
     changes: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -32,8 +32,26 @@ def read_changes(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. Raises InputError where it cannot be read."""
+    """Return the content of a JSON file. Raises InputError where it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
+
+
+def check_at_least_one(**counts: int) -> None:
+    """Raise InputError, naming it, for the first count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name}={count} must be at least 1")
+
+
+def check_free(folder: Path, kind: str, lacking: str, advice: str) -> None:
+    """Raise InputError unless a new sweep or study (`kind`) may begin in this folder: it is absent or empty.
+
+    Hidden files do not count. lacking: the sign of an earlier one that the folder does not have; advice: what to do.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; a {kind} needs a folder of its own")
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and {lacking}; {advice}")

@@ -16,8 +16,8 @@ _AS_EVER = ("none", "auto", True, False)  # of remat, attention_kernel and scan_
 
 def read_config(preset: str) -> "ModelConfig":
     """Return the config of a preset's name or of a JSON file. Raises InputError."""
-    from experiments.commands.options import say
     from experiments.inputs import read_json
+    from experiments.words import say
     from model import ModelConfig, presets
     from model.config import MOVED
 
@@ -34,6 +34,14 @@ def read_config(preset: str) -> "ModelConfig":
     else:
         config = presets.get(preset)
     return config
+
+
+def check_is_decoder(config: "ModelConfig", command: str) -> None:
+    """Raise InputError, naming the command, unless the model is a decoder language model."""
+    if config.stack != "decoder" or config.head != "language-model":
+        raise InputError(
+            f"{command} measures decoder language models; this one has stack={config.stack!r}, head={config.head!r}"
+        )
 
 
 def is_stored(model: str) -> bool:
@@ -90,7 +98,7 @@ def copy_tokenizer(model: str | Path, folder: Path) -> bool:
 
     One that cannot be read is no error but is said, and so is a tokenizer that stays in the folder for want of another.
     """
-    from experiments.commands.options import say
+    from experiments.words import say
     from model.store import open_tokenizer
     from model.tokenizer.load import NAMES
 
@@ -108,7 +116,7 @@ def copy_tokenizer(model: str | Path, folder: Path) -> bool:
 
 def export_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
     """Put a tokenizer into a Hugging Face folder; one that Transformers could not open as a GGUF file, for isoflop."""
-    from experiments.commands.options import say
+    from experiments.words import say
     from model.tokenizer.export import export_tokenizer as export
     from model.tokenizer.files import save_tokenizer
 

@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.coordcheck import PARAMETERIZATIONS, TITLES, resize
 from experiments.report.style import INK, WIDTH, log_axis, new_figure, sequence, styled
+from experiments.sweep.analysis.optimum import log_parabola
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
-from experiments.sweep.reading.optimum import log_parabola
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.run import run_sweep
 from model import Execution, ModelConfig
 from model.ambient import pinned
@@ -44,7 +44,7 @@ def learning_rate_transfer(
 ) -> dict[str, Any]:
     """Sweep the same rates at every width, one compiled program each; the same call again resumes.
 
-    "cells" has a sweep's summary (`experiments.sweep.reading.summary`) for every parameterization and width, with
+    "cells" has a sweep's summary (`experiments.sweep.analysis.summary`) for every parameterization and width, with
     "optimum_per_seed": the rate at the vertex of a parabola through the best loss and its neighbours, None at the
     grid's edge. "spread": the highest over the lowest best rate of all widths, by the mean over seeds.
     """
@@ -89,7 +89,7 @@ def learning_rate_transfer(
 
 
 def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
-    """The best rate of one seed, between the grid's points."""
+    """Return the best rate of one seed, between the grid's points."""
     known = sorted((t["learning_rate"], t["loss"]) for t in trials if t["seed"] == seed and t["loss"] is not None)
     best = min(range(len(known)), key=lambda i: known[i][1], default=0)
     if not 0 < best < len(known) - 1:
@@ -100,7 +100,7 @@ def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
 
 
 def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
-    """None where a width has no best rate, for every rate lost a run."""
+    """Return the spread; None where a width has no best rate, as every rate lost a run."""
     winners = [cell["winner"] for cell in cells if cell["parameterization"] == name]
     if not all(winners):
         return None
@@ -110,7 +110,8 @@ def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
 
 @styled
 def transfer_figure(document: dict[str, Any]) -> Figure:
-    """Loss over learning rate, a line per width, the parameterizations side by side; rings mark the best rates.
+    """Draw loss over learning rate, a line per width, the parameterizations next to each other; rings mark the best
+    rates.
 
     Lines are means over seeds, small dots single runs.
     """

@@ -95,7 +95,9 @@ def inspect(
     import numpy as np
     from rich.text import Text
 
-    from experiments.commands.options import console, new_table, say, write_document
+    from experiments.commands.options import console, new_table, write_document
+    from experiments.inputs import check_at_least_one
+    from experiments.words import say
     from model.errors import InputError
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
@@ -104,8 +106,8 @@ def inspect(
 
     if rows < 0:
         raise InputError(f"rows={rows} must not be negative")
-    if packing is not None and packing < 1:
-        raise InputError(f"packing={packing} must be at least 1")
+    if packing is not None:
+        check_at_least_one(packing=packing)
     shards = TokenShards(folder, split)
     verify_checksums(shards.manifest, folder)
     tokenizer = load_tokenizer(folder)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.commands.options import JsonFile, bytes_in_words
-from experiments.words import counted
+from experiments.commands.options import JsonFile
+from experiments.words import bytes_in_words, counted
 
 ENABLES = {
     "study": "isoflop study, data prepare sotu",
@@ -30,7 +30,7 @@ Found = tuple[dict[str, Any], str]
 def doctor(*, json: JsonFile = None) -> None:
     """Tell what is here: versions, memory, devices and whether they compute, the compile cache, optional packages.
 
-    Whatever is missing or broken is told, never a failure.
+    What is missing or broken is reported and is no failure.
 
     Example: isoflop doctor --json doctor.json
 
@@ -54,7 +54,7 @@ def doctor(*, json: JsonFile = None) -> None:
 
 
 def _told(look: Callable[[], Found]) -> Found:
-    """What was found, or the error that says why nothing was: an installation may be broken anywhere."""
+    """Return what was found, or the error that says why nothing was: an installation may be broken anywhere."""
     try:
         return look()
     except Exception as error:
@@ -63,7 +63,7 @@ def _told(look: Callable[[], Found]) -> Found:
 
 
 def _packages() -> dict[str, dict[str, str | None]]:
-    """By extra ("": what isoflop always needs): each package with its version, None where it is not installed."""
+    """Return by extra ("": what isoflop always needs) each package with its version, None where it is not installed."""
     import re
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -143,7 +143,7 @@ def _compile_cache() -> Found:
 
     folder = getattr(jax.config, "jax_compilation_cache_dir", None)
     if not folder:
-        return {"folder": None}, "off: every process compiles anew"
+        return {"folder": None}, "off: every process compiles again"
     sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
     words = (
         f"{folder}, {counted(len(sizes), 'file')}, {bytes_in_words(sum(sizes))}; to clear "

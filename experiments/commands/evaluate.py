@@ -26,7 +26,7 @@ def evaluate(
     set: Overrides = (),
     json: JsonFile = None,
 ) -> None:
-    """Loss, perplexity and bits per byte on a data folder's validation split.
+    """Measure loss, perplexity and bits per byte on a data folder's validation split.
 
     Example: isoflop eval runs/first --data data/sotu
 
@@ -49,9 +49,10 @@ def evaluate(
         set: Fields of the objective, such as objective.evaluation_rate=0.3.
         json: Also write the numbers to this file.
     """
-    from experiments.commands.options import say, write_document
+    from experiments.commands.options import write_document
     from experiments.evaluate.loss import evaluate as measure
     from experiments.models import need_tokenizer
+    from experiments.words import say
     from model.store import open_model
     from model.tokenizer import load_tokenizer
 
@@ -97,7 +98,7 @@ def evaluate(
 def _objective(
     model: Path, config: "ModelConfig", name: str | None, changes: tuple[str, ...]
 ) -> "tuple[Objective, int | None]":
-    """(The objective that is given, or a run's own, and the length of the run's rows)."""
+    """Return (the objective that is given, or a run's own, and the length of the run's rows)."""
     from experiments.inputs import read_changes
     from model.errors import InputError
     from train import Recipe, objectives

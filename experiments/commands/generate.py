@@ -79,8 +79,9 @@ def generate(
     """
     import jax
 
-    from experiments.commands.options import say, say_unused, write_document
+    from experiments.commands.options import say_unused, write_document
     from experiments.models import need_tokenizer
+    from experiments.words import say
     from infer import Sampling, prepare
     from infer import stream as run_generation
     from model.errors import InputError

@@ -1,4 +1,4 @@
-"""What several commands share: kinds of flags, the console, files that are written, numbers in words."""
+"""What several commands share: kinds of flags, the console, files that are written."""
 
 import errno
 import inspect
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from experiments.words import say
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _metric_or_flag(words: list[str]) -> bool | str:
-    """The one name behind a flag, or True where it stands alone."""
+    """Return the one name behind a flag, or True where it stands alone."""
     if len(words) > 1:
         raise ValueError(f"takes one metric at most, not {' '.join(words)}")
     return words[0] if words else True
@@ -44,14 +46,14 @@ _FIGURES = (".svg", ".png", ".pdf")
 
 
 def console() -> "Console":
-    """Standard output; wide enough for a table where it is no terminal but a file or a pipe."""
+    """Return the standard output; wide enough for a table where it is no terminal but a file or a pipe."""
     from rich.console import Console
 
     return Console() if Console().is_terminal else Console(width=160)
 
 
 def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Table":
-    """An empty table: words in the first column to the left, numbers to the right."""
+    """Return an empty table: words in the first column to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
 
@@ -63,7 +65,7 @@ def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Tab
 
 
 def origin() -> dict[str, Any]:
-    """What a document of measurements says of how it was made: the command, the device, versions."""
+    """Return what a document of measurements says of how it was made: the command, the device, versions."""
     import shlex
 
     from train.run import describe_device, versions
@@ -87,7 +89,7 @@ def write_document(path: Path | None, document: dict[str, Any]) -> None:
 
 @contextmanager
 def output(path: Path) -> Iterator[None]:
-    """Around writing to a path from the command line: where it cannot be written, one sentence says so."""
+    """Raise InputError, in one sentence, where writing to a path from the command line fails."""
     from model.errors import InputError
 
     try:
@@ -96,11 +98,6 @@ def output(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def say(sentence: str) -> None:
-    """Tell on stderr what a command does otherwise than it was asked."""
-    print(f"isoflop: {sentence}", file=sys.stderr)
 
 
 def say_fewer_tokens(requested: int, manifest: "Manifest") -> None:
@@ -149,29 +146,3 @@ def write_plot(path: Path, figure: "Figure", label: str) -> None:
         figure.savefig(buffer, format=suffix[1:], dpi=150)
     with output(path):
         write_atomically(path, buffer.getvalue())
-
-
-def count_in_words(count: float) -> str:
-    """Three digits: 6.74B."""
-    return _in_units(count, 1000, ("", "k", "M", "B", "T"))
-
-
-def bytes_in_words(size: float) -> str:
-    """Three digits: 1.25 GiB."""
-    return _in_units(size, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _in_units(value: float, base: int, units: tuple[str, ...]) -> str:
-    index = 0
-    while value >= base - 0.5 and index + 1 < len(units):
-        value, index = value / base, index + 1
-    decimals = 0 if index == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{decimals}f}{units[index]}"
-
-
-def hours_in_words(hours: float | None) -> str:
-    """52 s, 12 min, 3.4 h; a dash where they are not known."""
-    if hours is None:
-        return "–"
-    seconds = 3600 * hours
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -27,7 +27,7 @@ def report(
         json: Also write what each run reached to this file.
     """
     from experiments.commands.options import console, output, write_document
-    from experiments.report.run_page import write_run_page
+    from experiments.runs.report import write_run_page
     from model.errors import InputError
 
     if not runs:

@@ -16,7 +16,7 @@ def study(
     seed: int = 0,
     json: JsonFile = None,
 ) -> None:
-    """A complete scaling-law study on this machine: data, sweep, ladder, fit, prediction, decode, report.
+    """Run a complete scaling-law study on this machine: data, sweep, ladder, fit, prediction, decode, report.
 
     A short probe measures this machine and sizes the compute budgets so that the study takes about `minutes`. Stop
     it at any time: the same command goes on where it was. The page to read at the end is OUT/report.html.

@@ -99,7 +99,7 @@ def train(
         wandb: A Weights & Biases project that gets the metrics too.
         profile: Write a trace of five steps to OUT/profile, for TensorBoard or Perfetto.
         distributed: One of several processes of one run, which Slurm or the TPU pod tells of each other.
-        coordinator: HOST:PORT of process 0, where nobody else tells it; with --num-processes and --process-id.
+        coordinator: HOST:PORT of process 0, where no scheduler gives it; with --num-processes and --process-id.
         num_processes: Processes of this run.
         process_id: The number of this one.
         json: Also write the result to this file.
@@ -166,7 +166,7 @@ def train(
 
 
 def cool(
-    trunk: tyro.conf.Positional[Path],
+    base_run: tyro.conf.Positional[Path],
     *,
     at: tuple[int, ...],
     out: Path,
@@ -180,18 +180,18 @@ def cool(
 ) -> None:
     """Branch off a run at a constant rate and cool down, once per step in --at: a loss for each number of tokens.
 
-    The trunk must have checkpoints of these steps: train it with --set schedule=constant and with --keep-every or
+    The base run must have checkpoints of these steps: train it with --set schedule=constant and with --keep-every or
     --keep-steps. Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the
-    trunk's.
+    base run's.
 
-    Example: isoflop cool runs/trunk --at 1000 2000 4000 --out runs/cooled
+    Example: isoflop cool runs/base --at 1000 2000 4000 --out runs/cooled
 
     Args:
-        trunk: The run directory to leave.
+        base_run: The run directory to leave.
         at: After how many of its steps; one branch each.
         out: A folder that gets one run directory per branch, named after its step.
-        data: Where the trunk's data lie now, if they were moved; several as NAME=FOLDER.
-        decay_fraction: Steps of the cool-down over those of the trunk's part.
+        data: Where the base run's data lie now, if they were moved; several as NAME=FOLDER.
+        decay_fraction: Steps of the cool-down over those of the base run's part.
         decay_steps: Steps of the cool-down, instead of a fraction.
         final_fraction: The rate at the end over the peak.
         mesh: Devices to train on, such as data=2,fsdp=4; all on data by default.
@@ -214,12 +214,12 @@ def cool(
     results: list[dict[str, Any]] = []
     folders = _folders(data) if data else None
     for step in at:
-        recipe = cooldown(trunk, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
+        recipe = cooldown(base_run, step, decay_steps or max(1, round(decay_fraction * step)), final_fraction, folders)
         if not results:
             first = recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values()))
             say_fewer_tokens(evaluate_tokens, load_manifest(first))
         shell = RunOptions(evaluate_tokens=evaluate_tokens, description=f"cooling down from step {step}")
-        held = executions(read_record(trunk)) or [(0, Execution())]
+        held = executions(read_record(base_run)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
         results.append(_tell(result, None, recipe))
@@ -227,11 +227,11 @@ def cool(
 
 
 def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
-    """The result in one sentence, and as a document."""
+    """Return the result in one sentence, and as a document."""
     import dataclasses
 
     from experiments.commands.options import write_document
-    from experiments.started import in_words, started_from_weights
+    from experiments.runs.started import in_words, started_from_weights
     from train.hosts import is_writer
     from train.run import read_record
 
@@ -278,7 +278,7 @@ def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:
 
 
 def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
-    """Why a run ended before its last step."""
+    """Return why a run ended before its last step."""
     if early["best"] is None:
         outcome = "has not been finite"
     else:
@@ -288,8 +288,9 @@ def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
 
 
 def _say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
-    """Say which of the numbers asked for are beyond what there is, or beyond the run's end."""
-    from experiments.commands.options import say, say_fewer_tokens
+    """Say which of the requested numbers are larger than what exists, or beyond the run's end."""
+    from experiments.commands.options import say_fewer_tokens
+    from experiments.words import say
     from train.hosts import is_writer
     from train.schedule import uses_horizon
 
@@ -311,7 +312,7 @@ def _say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe"
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:
-    """One folder, or NAME=FOLDER several times."""
+    """Return one folder, or NAME=FOLDER several times."""
     from model.errors import InputError
 
     if len(data) == 1 and "=" not in data[0]:
@@ -328,7 +329,7 @@ def _folders(data: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _read_phases(path: Path) -> "tuple[Phase, ...]":
-    """A JSON list of phases."""
+    """Return a JSON list of phases."""
     import json
 
     from model.errors import InputError
@@ -352,7 +353,7 @@ def _dtype(precision: str) -> Any:
 
 
 def _show_plan(train_config: "TrainConfig") -> None:
-    """The phases as a table, on stderr like all that is said under way."""
+    """Print the phases as a table on stderr, as all progress."""
     from rich.console import Console
 
     from experiments.commands.options import new_table

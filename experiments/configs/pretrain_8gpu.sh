@@ -2,7 +2,7 @@
 # mixture that becomes better towards the end, batches that double, and a rate that falls linearly over the last 3B tokens.
 #   bash experiments/configs/pretrain_8gpu.sh
 #
-# What it costs, by the books:
+# What it costs, by the accounting:
 #   isoflop model show llama3.2-1b --seq-len 4096 --mesh fsdp=8 \
 #     --set max_seq_len=4096 vocab_size=32768 eos_token_ids=2 rope_scaling=null
 # 6.24e9 FLOPs a token (6N), 7.85e9 exact, so 1.26e20 (6ND) and 1.59e20 in all; 1.45 GiB of parameters and moments on each

@@ -32,7 +32,7 @@ def evaluate(
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """{"loss" (nats per token), "perplexity", "bits_per_byte", "tokens", "bytes", "seq_len"}.
+    """Return {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens", "bytes", "seq_len"}.
 
     seq_len None: the model's context. tokenizer: the model's; where it does not give the data's ids, the split's
     documents are encoded with it, and each row begins with its begin token if the model wants one. The data's own ids
@@ -64,7 +64,7 @@ def validation_set(
     seq_len: int,
     max_tokens: int | None = None,
 ) -> tuple[list[Batch], float]:
-    """(batches of the validation split in the model's ids, bytes of text per token); as in `evaluate`."""
+    """Return (batches of the validation split in the model's ids, bytes of text per token); as in `evaluate`."""
     if config.head != "language-model" or config.stack != "decoder":
         hint = f"; evaluate it by objective={_OTHERS[config.head]}" if config.head in _OTHERS else ""
         raise InputError(
@@ -80,7 +80,7 @@ def validation_set(
 
 
 def validation_texts(data: str | Path) -> list[str]:
-    """The documents of the validation split, as they were before they were encoded."""
+    """Return the documents of the validation split, as they were before they were encoded."""
     shards = TokenShards(data, "validation")
     tokens = shards.windows(np.array([0]), len(shards))[0]
     tokenizer = load_tokenizer(data)
@@ -91,7 +91,7 @@ def validation_texts(data: str | Path) -> list[str]:
 def _encoded_anew(
     data: str | Path, tokenizer: Tokenizer, batch_size: int, seq_len: int, max_tokens: int | None
 ) -> tuple[list[Batch], float]:
-    """(batches of the split in this tokenizer's ids, its bytes per token), an end token after each document."""
+    """Return (batches of the split in this tokenizer's ids, its bytes per token), an end token after each document."""
     texts = validation_texts(data)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     encoded = [np.array([*ids, *end], np.int32) for ids in tokenizer.encode_batch(texts)]
@@ -105,7 +105,7 @@ def _encoded_anew(
 
 
 def _sums(config: ModelConfig, params: Params, batches: Sequence[Batch]) -> tuple[float, float]:
-    """(nats, predicted tokens) over all batches."""
+    """Return (nats, predicted tokens) over all batches."""
     step = jax.jit(functools.partial(eval_step, config))
     sums = []
     with progress_bar("evaluating", len(batches)) as advance:

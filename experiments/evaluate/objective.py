@@ -31,7 +31,7 @@ def evaluate_objective(
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """{"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
+    """Return {"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
 
     Of objectives that predict tokens also, on the same positions: "unigram_loss", that of the frequencies of the
     training split's targets, and "context_free_loss", the least that a model can reach without looking at other
@@ -52,14 +52,22 @@ def evaluate_objective(
             rows.append({name: float(value) for name, value in jax.device_get(step(params, batch)).items()})
             advance()
     weights = np.array([row[objective.WEIGHT] for row in rows])
-    mean = lambda name: float(np.dot([row[name] for row in rows], weights) / weights.sum())
+
+    def mean(name: str) -> float:
+        return float(np.dot([row[name] for row in rows], weights) / weights.sum())
+
     values = {"objective": objective.NAME} | {name: mean(name) for name in objective.EVALUATED}
     values |= {objective.WEIGHT: int(weights.sum()), "seq_len": seq_len}
     if isinstance(objective, TokenObjective):
         frequencies = _frequencies(config, objective, train_config, opened)
         manifest = load_manifest(opened.first)
-        plain = lambda batch: -np.log(frequencies[batch["targets"]])
-        alone = lambda batch: objective.context_free_nats(config, batch, manifest, frequencies)
+
+        def plain(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return -np.log(frequencies[batch["targets"]])
+
+        def alone(batch: dict[str, np.ndarray]) -> np.ndarray:
+            return objective.context_free_nats(config, batch, manifest, frequencies)
+
         values |= {"unigram_loss": _mean(plain, batches), "context_free_loss": _mean(alone, batches)}
     return values
 
@@ -67,7 +75,7 @@ def evaluate_objective(
 def _frequencies(
     config: ModelConfig, objective: TokenObjective, train_config: TrainConfig, data: Data
 ) -> Float64[np.ndarray, " vocab"]:
-    """Frequencies of the targets in training batches, with one more count for every id."""
+    """Return the frequencies of the targets in training batches, with one more count for every id."""
     steps = -(-_COUNTED // train_config.tokens_per_step)
     loader = objective.source(config, train_config, HParams(), data.sources, Plan.of(train_config, steps))
     counts = np.ones(config.vocab_size)
@@ -80,11 +88,11 @@ def _frequencies(
 
 
 def _mean(nats: Callable[[Any], np.ndarray], batches: list[Any]) -> float:
-    """Mean over the predicted tokens of all batches."""
+    """Return the mean over the predicted tokens of all batches."""
     total = sum((nats(batch) * _weights(batch)).sum() for batch in batches)
     return float(total / sum(_weights(batch).sum() for batch in batches))
 
 
 def _weights(batch: Any) -> np.ndarray:
-    """1 where a token is predicted, float64."""
+    """Return 1 where a token is predicted, float64."""
     return np.asarray(batch.get("loss_mask", np.ones(batch["targets"].shape)), np.float64)

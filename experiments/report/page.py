@@ -1,4 +1,4 @@
-"""Pages: templates beside this file, filled with numbers as people write them. A None becomes a dash."""
+"""The frame of every page: fill a template with figures and with numbers as people write them; None is a dash."""
 
 import math
 import re
@@ -19,25 +19,28 @@ Drawn = dict[str, Any]
 """{"svg": a figure for a template, "reason": why there is none}; one of them is None."""
 
 
-def render(template: str, **values: Any) -> str:
-    """Fill `template` (a file of this folder). All text is escaped but what is Markup already."""
+def render(template: Path, **values: Any) -> str:
+    """Return the text of a template file, filled; it may extend and import the templates of this folder.
+
+    All text is escaped except Markup.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= FILTERS | {"counted": counted}
-    text = environment.get_template(template).render(**values)
+    text = environment.get_template(template.name).render(**values)
     return re.sub(r"(?<=\d) %", "\u00a0%", text)  # a line never breaks between a number and its per cent sign
 
 
 def inline(figure: Figure, label: str) -> Markup:
-    """The figure as SVG for a page; `label` is for readers who cannot see it."""
+    """Return the figure as SVG for a page; `label` is for readers who cannot see it."""
     return Markup(style.svg(figure, label))
 
 
 def drawn(label: str, draw: Callable[[], Figure | Sequence[Figure]], reason: str | None = None) -> Drawn:
-    """A figure for the page, or the sentence that says why there is none, where it is given.
+    """Return a figure for the page, or, where a reason is given, the sentence that says why there is none.
 
     Several figures are panels, which stand beside each other where there is room, and below each other on a phone.
     """
@@ -55,7 +58,7 @@ def drawn(label: str, draw: Callable[[], Figure | Sequence[Figure]], reason: str
 
 
 def drawn_twice(label: str, draw: Callable[[float], Figure], reason: str | None = None) -> Drawn:
-    """A figure for the page as `drawn`, as wide as its column and, for a phone, as narrow as a panel.
+    """Return a figure as `drawn`, twice: as wide as its column and, for a phone, as narrow as a panel.
 
     draw: takes the width in inches.
     """
@@ -68,7 +71,7 @@ def drawn_twice(label: str, draw: Callable[[float], Figure], reason: str | None 
 
 
 def device_name(device: dict[str, Any]) -> str:
-    """What a run was made on: CPU, 8 × NVIDIA H100."""
+    """Return the device that a run was made on in words: CPU, 8 × NVIDIA H100."""
     kind, platform = device.get("kind", "unknown"), device.get("platform", "unknown")
     name = kind.upper() if kind == "cpu" else kind if kind == platform else f"{kind} ({platform})"
     count = device.get("count", 1)
@@ -76,7 +79,7 @@ def device_name(device: dict[str, Any]) -> str:
 
 
 def known(value: Any) -> bool:
-    """Whether a number is there and finite."""
+    """Return whether a number is there and finite."""
     return value is not None and math.isfinite(value)
 
 
@@ -93,31 +96,31 @@ def _minus(text: str) -> str:
 
 @_dash_if_unknown
 def integer(value: float) -> str:
-    """12,345."""
+    """Write a whole number: 12,345."""
     return _minus(f"{value:,.0f}")
 
 
 @_dash_if_unknown
 def fixed(value: float, digits: int = 4) -> str:
-    """3.6463."""
+    """Write a number with fixed decimals: 3.6463."""
     return _minus(f"{value:.{digits}f}")
 
 
 @_dash_if_unknown
 def signed(value: float, digits: int = 4) -> str:
-    """+0.0123, with its sign always."""
+    """Write a number with its sign always: +0.0123."""
     return _minus(f"{value:+.{digits}f}")
 
 
 @_dash_if_unknown
 def percent(value: float, digits: int = 1) -> str:
-    """A ratio as signed per cent."""
+    """Write a ratio as signed per cent: +1.2 %."""
     return _minus(f"{100 * value:+.{digits}f}") + " %"
 
 
 @_dash_if_unknown
 def number(value: float, digits: int = 3) -> str:
-    """Significant digits; very large and very small numbers with a power of ten."""
+    """Write significant digits; very large and very small numbers with a power of ten."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         text = f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
         return _minus(text)
@@ -127,26 +130,26 @@ def number(value: float, digits: int = 3) -> str:
 
 @_dash_if_unknown
 def amount(value: float) -> str:
-    """4.08M."""
+    """Write a count with a suffix: 4.08M."""
     return _minus(style.amount(value))
 
 
 @_dash_if_unknown
 def general(value: float) -> str:
-    """A setting as its author would type it: 0.04, 1e-08."""
+    """Write a setting as its author would type it: 0.04, 1e-08."""
     return f"{value:g}"
 
 
 @_dash_if_unknown
 def duration(seconds: float) -> str:
-    """52 s, 7.9 minutes, 1.4 hours."""
+    """Write seconds in a readable unit: 52 s, 7.9 minutes, 1.4 hours."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def interval(pair: Sequence[float | None] | None, write: Callable[..., str] = number, *arguments: Any) -> str:
-    """`low … high`; a bound that is not known is a dash."""
+    """Write `low … high`; a bound that is not known is a dash."""
     if pair is None:
         return DASH
     low, high = (write(bound, *arguments) for bound in pair)

@@ -66,7 +66,7 @@ styled: Callable[[Draw], Draw] = mpl.rc_context(STYLE)
 
 @mpl.rc_context(STYLE)
 def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
-    """An empty figure of the given size in inches whose axes never overlap."""
+    """Make an empty figure of the given size in inches whose axes never overlap."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -109,7 +109,7 @@ def sequence(count: int) -> list[Any]:
 
 
 def amount(value: float, digits: int = 3) -> str:
-    """A count as people say it: 25k, 1.3M, 70B, 15T."""
+    """Return a count as people say it: 25k, 1.3M, 70B, 15T."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * (1 - 1e-9):
             scaled = value / limit
@@ -118,7 +118,7 @@ def amount(value: float, digits: int = 3) -> str:
 
 
 def power_of_ten(value: float) -> str:
-    """A count in mathtext, three digits and a power of ten."""
+    """Return a count in mathtext, three digits and a power of ten."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     mantissa = value / 10.0**exponent
     if abs(mantissa - 1) < 1e-6:
@@ -148,12 +148,12 @@ def log_axis(axis: Axis, low: float, high: float, *, powers: bool = False, margi
 
 
 def note(axes: Axes, text: str) -> None:
-    """A quiet remark above the right end of the axes, where no data can be."""
+    """Put a remark in grey above the right end of the axes, where no data can be."""
     axes.set_title(text, loc="right", fontsize=8, fontweight="normal", color=MUTED)
 
 
 def svg(figure: Figure, label: str = "") -> str:
-    """The figure as one `<svg>` element for inline HTML: no XML header, no date, the same bytes every time.
+    """Return the figure as one `<svg>` element for inline HTML: no XML header, no date, the same bytes every time.
 
     It shrinks with its container; `label` is what a screen reader says.
     """

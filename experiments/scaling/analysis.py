@@ -1,4 +1,4 @@
-"""All that a table of runs says of its scaling laws: every estimator, a choice of form, and what to beware of."""
+"""All that a table of runs says of its scaling laws: every estimator, a choice of form, and warnings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
-from experiments.scaling.forms.choose import Choice, forms_for
+from experiments.scaling.forms.choose import FormChoice, forms_for
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.rows.conventions import Counts, conventions
-from experiments.scaling.rows.curves import Curve
+from experiments.scaling.rows.curves import TrainingCurve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit
 from experiments.words import counted
@@ -31,14 +31,14 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """The fits of one table. What was refused is None, with its reason in `refused`; what was not asked for, too.
+    """The fits of one table. What was refused is None, with its reason in `refused`; what was not requested, too.
 
     conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`. notes: on the runs.
     """
 
     fits: Fits
     envelope: EnvelopeFit | None
-    choice: Choice | None
+    choice: FormChoice | None
     conventions: dict[str, Any] | None
     held_out: dict[str, Any] | None
     refused: dict[str, str]
@@ -124,7 +124,9 @@ class Analysis:
         return [{"about": about, "text": text} for about, text in found]
 
     def _outside_own_intervals(self) -> list[tuple[str, str]]:
-        """(about, text): estimates outside their own intervals, but for those of the law and the default valleys."""
+        """Return (about, text): estimates outside their own intervals, but for those of the law and the default
+        valleys.
+        """
         fits = [fit for fit in (self.fits.parametric, self.fits.isoflop, self.envelope) if fit is not None]
         if min(fit.bootstraps for fit in fits) < MINIMUM_VALID_DRAWS:
             return []
@@ -167,7 +169,7 @@ class Analysis:
         return {name: fit.document() for name, fit in fits.items()}
 
     def document(self) -> dict[str, Any]:
-        """Plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
+        """Return plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
         return self.fits.document() | {
             "envelope": None if self.envelope is None else self.envelope.document(),
             "forms": None if self.choice is None else self.choice.document() | {"fits": self._laws()},
@@ -184,7 +186,7 @@ def analyse(
     table: Table,
     *,
     counts: Counts | None = None,
-    curves: Sequence[Curve] = (),
+    curves: Sequence[TrainingCurve] = (),
     held_out: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
     forms: Sequence[str] | None = None,
@@ -245,7 +247,9 @@ def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:
 
 
 def _outside(fit: ParametricFit) -> list[str]:
-    """Where the law puts the optimum of the smallest or largest compute beyond every run's N or D."""
+    """Return sentences on where the law puts the optimum of the smallest or largest compute beyond every
+    run's N or D.
+    """
     found = []
     flops = 6 * fit.table.params * fit.table.tokens
     for which, budget in (("smallest", float(flops.min())), ("largest", float(flops.max()))):
@@ -260,7 +264,7 @@ def _outside(fit: ParametricFit) -> list[str]:
 
 
 def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
-    """`Analysis.exponents` of the law and the valleys."""
+    """Return `Analysis.exponents` of the law and the valleys."""
     found: list[dict[str, Any]] = []
     if fits.parametric is not None:
         found.append(_exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table)))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, intervals_of
-from experiments.scaling.rows.curves import Curve
+from experiments.scaling.rows.curves import TrainingCurve
 from experiments.words import counted
 from model.errors import InputError
 
@@ -40,7 +40,7 @@ class EnvelopeFit:
     schedules: list[str]
     bootstraps: int
     seed: int
-    _curves: list[Curve] = field(repr=False)
+    _curves: list[TrainingCurve] = field(repr=False)
     _grid: Float[np.ndarray, " flops"] = field(repr=False)
     _losses: Float[np.ndarray, "curves flops"] = field(repr=False)
 
@@ -85,7 +85,9 @@ class EnvelopeFit:
         return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def document(self) -> dict[str, Any]:
-        """Plain values for JSON; intervals are null where too few resamples crossed, with the reason in warnings."""
+        """Return plain values for JSON; intervals are null where too few resamples crossed, with the reason in
+        warnings.
+        """
         names = (
             "a",
             "b",
@@ -111,7 +113,7 @@ class EnvelopeFit:
 def _crossings(
     params: np.ndarray, grid: Float[np.ndarray, " flops"], losses: Float[np.ndarray, "runs flops"]
 ) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Where the envelope passes from a size to the next larger, and which sizes are ever on it.
+    """Return where the envelope passes from a size to the next larger one, and which sizes are ever on it.
 
     Only such points speak of an optimum: between them the best size of the table is not the best size. At a hand-over
     both are equally good, and for a valley that is symmetric in ln N the optimum is their geometric mean.
@@ -150,12 +152,12 @@ def _laws(crossings: list[dict[str, float]]) -> np.ndarray:
 
 
 def fit_envelope(
-    curves: Sequence[Curve],
+    curves: Sequence[TrainingCurve],
     *,
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> EnvelopeFit:
-    """Approach 1 from training curves of runs at three sizes or more; C = 6·N·D.
+    """Fit the envelope (approach 1 of Hoffmann et al.) from training curves of runs at three sizes or more; C = 6·N·D.
 
     Raises `InputError` where fewer than two pairs of neighbouring sizes cross.
     """
@@ -206,7 +208,7 @@ def fit_envelope(
     )
 
 
-def _why_not(curve: Curve, on_envelope: bool, params: np.ndarray) -> str:
+def _why_not(curve: TrainingCurve, on_envelope: bool, params: np.ndarray) -> str:
     if not on_envelope:
         return "never the best size at any compute that two runs share"
     edge = "smallest" if curve.params == params.min() else "largest" if curve.params == params.max() else None
@@ -217,9 +219,9 @@ def _why_not(curve: Curve, on_envelope: bool, params: np.ndarray) -> str:
     return "best where its neighbours have no points: the curves do not overlap there"
 
 
-def _usable(curve: Curve) -> Curve | None:
+def _usable(curve: TrainingCurve) -> TrainingCurve | None:
     good = np.isfinite(curve.loss) & (curve.loss > 0) & (curve.tokens > 0)
     tokens, first = np.unique(curve.tokens[good], return_index=True)
     if len(tokens) < 3:
         return None
-    return Curve(curve.name, curve.params, tokens, curve.loss[good][first], curve.schedule)
+    return TrainingCurve(curve.name, curve.params, tokens, curve.loss[good][first], curve.schedule)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.forms.choose import SIMPLE_FORMS, Choice, choose
+from experiments.scaling.forms.choose import SIMPLE_FORMS, FormChoice, choose
 from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
 from experiments.scaling.law.outliers import LEVEL, screen_residuals
@@ -21,7 +21,7 @@ from model.errors import InputError
 SCHEMA_VERSION = 1
 MANY_OUTLIERS = 0.1  # of the rows
 FEW_ROWS = 20  # four per unknown
-SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that nobody would fit
+SMALL_FLOPS = 1e8  # of the largest run: 100 steps of a model that no one would fit
 FAR_FROM_6ND = 100.0  # times: conventions of N and attention make less than ten
 LARGE_LOSS = 15.0  # nats per token: a guess among 3 million tokens
 FEW_BUDGETS = 4
@@ -57,7 +57,7 @@ class Fits:
         return [] if self.parametric is None else self.parametric.outliers
 
     def document(self) -> dict[str, Any]:
-        """The JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
+        """Return the JSON contract of `isoflop scaling fit`: plain numbers, strings, lists and dicts, no NaN."""
         flops = "6·N·D" if self.table.flops is None else "the table's"
         parametric = isoflop = None
         if self.parametric is not None:
@@ -109,7 +109,7 @@ class Fits:
 
 
 def _intervals(intervals: Intervals) -> dict[str, dict[str, list[float | None]]]:
-    """Levels as strings; a bound that no draw gave (infinite, NaN) is null, which JSON can hold."""
+    """Return levels as strings; a bound that no draw gave (infinite, NaN) is null, which JSON can hold."""
     return {
         name: {f"{level:g}": [bound if np.isfinite(bound) else None for bound in pair] for level, pair in by.items()}
         for name, by in intervals.items()
@@ -125,7 +125,7 @@ def fit_both(
     screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Fits:
-    """Both fits with their bootstraps done; `advance(share, what)` is called as they go, with 1 for each in all.
+    """Return both fits with their bootstraps done; `advance(share, what)` is called as they go, with 1 for each in all.
 
     screen: leave gross outliers out and list them; by default every usable run enters.
     """
@@ -170,7 +170,7 @@ def fit_both(
 
 def choose_form(
     fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, *, delta: float = 1e-3, bootstraps: int = 100, seed: int = 0
-) -> Choice:
+) -> FormChoice:
     """`choose` between forms, without the runs that the best-fitting of them takes for gross outliers.
 
     Those would decide a mean square; but what only a wrong form cannot explain (repeated data, say) speaks for the
@@ -192,7 +192,9 @@ def choose_form(
 
 
 def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float, ...]]:
-    """(params, tokens, loss) of the parametric law's outliers, or those of the form with the lowest objective."""
+    """Return (params, tokens, loss) of the parametric law's outliers, or those of the form with the
+    lowest objective.
+    """
     out: set[tuple[float, ...]] = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
     if not out:
         return out
@@ -211,7 +213,7 @@ def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float
 
 
 def table_warnings(table: Table) -> list[str]:
-    """Where the numbers look like other units than counts and nats."""
+    """Return sentences on numbers that look like other units than counts and nats."""
     found = []
     compute = 6 * table.params * table.tokens
     if len(table) and compute.max() < SMALL_FLOPS:
@@ -226,7 +228,7 @@ def table_warnings(table: Table) -> list[str]:
 
 
 def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> list[str]:
-    """What its numbers should be read with, when `outliers` were left out of it."""
+    """Return what its numbers should be read with, when `outliers` were left out of it."""
     found = []
     rows = len(fit.table) + len(outliers)
     if len(outliers) > MANY_OUTLIERS * rows:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from experiments.scaling.fit import isoflop_warnings, parametric_warnings
-from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, Case, simulate
+from experiments.scaling.known_tables import CASES, CLEAN, TRUTH, TableKind, simulate
 from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.trials import main, run_trials
 from experiments.scaling.valleys.isoflop import fit_isoflop
@@ -43,14 +43,18 @@ FEW_VALID = 2  # fewer accepted fits have no spread
 
 
 def estimate(name: str, table: dict[str, Any], bootstraps: int, *, screen: bool = False) -> Any:
-    """One estimator's fit of a table, screened for gross outliers or not; raises `InputError` where it refuses."""
+    """Return one estimator's fit of a table, screened for gross outliers or not; raises `InputError`
+    where it refuses.
+    """
     if name == "parametric":
         return fit_parametric(**table, bootstraps=bootstraps, screen=screen)
     return fit_isoflop(**table, method=name, bootstraps=bootstraps, screen=screen)  # type: ignore[arg-type]
 
 
-def trial(case: Case, name: str, seed: int, bootstraps: int, memory: dict[Any, Any] | None = None) -> dict[str, Any]:
-    """{value, inside, width, shift} per exponent, or {refused}.
+def trial(
+    case: TableKind, name: str, seed: int, bootstraps: int, memory: dict[Any, Any] | None = None
+) -> dict[str, Any]:
+    """Return {value, inside, width, shift} per exponent, or {refused}.
 
     Tables with outliers are screened. shift is against the fit of the table's honest runs alone, in that fit's
     bootstrap standard errors. `memory` keeps fits for other cases of the same seed, which share tables.
@@ -93,8 +97,8 @@ def _standard_errors(fit: Any, name: str) -> dict[str, float]:
     return {"alpha": alpha.std(), "beta": beta.std(), "a": share.std(), "b": share.std()}
 
 
-def summarise(case: Case, name: str, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Bias over spread, coverage and shift per exponent, with whether each meets its limit."""
+def summarise(case: TableKind, name: str, trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return bias over spread, coverage and shift per exponent, with whether each meets its limit."""
     valid = [one for one in trials if "refused" not in one]
     row: dict[str, Any] = {"case": case.name, "estimator": name, "tables": len(trials)}
     row["refused"] = len(trials) - len(valid)
@@ -126,7 +130,7 @@ def summarise(case: Case, name: str, trials: Sequence[dict[str, Any]]) -> dict[s
 
 
 def clean_errors() -> list[dict[str, Any]]:
-    """The largest relative error per estimator on tables without noise."""
+    """Return the largest relative error per estimator on tables without noise."""
     rows = []
     for case in CLEAN:
         table, _ = simulate(case, 0)
@@ -144,7 +148,7 @@ def clean_errors() -> list[dict[str, Any]]:
 
 
 def _job(arguments: tuple[str, int, int]) -> list[dict[str, Any]]:
-    """Every case of one seed, by one estimator."""
+    """Return every case of one seed, by one estimator."""
     name, seed, bootstraps = arguments
     memory: dict[Any, Any] = {}
     return [trial(case, name, seed, bootstraps, memory) for case in CASES]
@@ -157,7 +161,7 @@ def study(
     ledger: Path | None = None,
     advance: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The whole document; `trials.run_trials` describes `ledger` and `advance`."""
+    """Return the whole document; `trials.run_trials` describes `ledger` and `advance`."""
     jobs = [(name, seed, bootstraps) for seed in range(seeds) for name in EXPONENTS]
     done = run_trials(jobs, _job, processes, ledger, advance)
     found = {
@@ -179,7 +183,7 @@ def study(
 
 
 def show(document: dict[str, Any]) -> str:
-    """A table for the terminal."""
+    """Return a table for the terminal."""
     lines = [f"{'clean':34} largest relative error"]
     for row in document["clean"]:
         missed = "" if row["met"] or not row["required"] else "  misses"

@@ -15,7 +15,7 @@ BUDGET_WRONG_BY = 1.02
 
 
 @dataclass(frozen=True)
-class Case:
+class TableKind:
     """One kind of table. noise: standard deviation of ln L; span: largest over middle size of a budget; drift: ln of
     the factor by which the windows of the first and last budget miss the optimum, to either side.
     """
@@ -35,26 +35,26 @@ class Case:
 
 
 CASES = (
-    Case("centred"),
-    Case("off centre", drift=math.log(1.8)),
-    Case("outliers", outliers="added"),
-    Case("replaced", outliers="replaced"),
-    Case("mild", outliers="mild", required=False),
-    Case("low", outliers="low", required=False),
-    Case("budget", outliers="budget", required=False),
-    Case("5 × 7", budgets=5, sizes=7, required=False),
-    Case("few", budgets=3, sizes=4, required=False),
+    TableKind("centred"),
+    TableKind("off centre", drift=math.log(1.8)),
+    TableKind("outliers", outliers="added"),
+    TableKind("replaced", outliers="replaced"),
+    TableKind("mild", outliers="mild", required=False),
+    TableKind("low", outliers="low", required=False),
+    TableKind("budget", outliers="budget", required=False),
+    TableKind("5 × 7", budgets=5, sizes=7, required=False),
+    TableKind("few", budgets=3, sizes=4, required=False),
 )
-CLEAN = (Case("clean", noise=0.0), Case("clean, off centre", noise=0.0, drift=math.log(1.8)))
+CLEAN = (TableKind("clean", noise=0.0), TableKind("clean, off centre", noise=0.0, drift=math.log(1.8)))
 
 
 def law(params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The true loss in nats per token."""
+    """Return the true loss in nats per token."""
     return TRUTH["E"] + TRUTH["A"] * params ** -TRUTH["alpha"] + TRUTH["B"] * tokens ** -TRUTH["beta"]
 
 
-def simulate(case: Case, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(The honest runs of a table, the whole table), as columns params, tokens, loss.
+def simulate(case: TableKind, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (the honest runs of a table, the whole table), as columns params, tokens, loss.
 
     Tables of one ladder and seed share their noise whatever spoils them.
     """

@@ -32,7 +32,7 @@ CLOUD_KINDS = ("6ND", "flops", "sizes")
 
 
 @dataclass(frozen=True)
-class Shape:
+class ValleyKind:
     """One kind of experiment. noise: standard deviation of ln L; span: largest over middle size of a budget; drift: ln
     of the factor by which the windows of the first and last budget miss the optimum, to either side.
     """
@@ -54,18 +54,18 @@ class Shape:
 
 
 _SHAPES = (
-    Shape("centred"),
-    Shape("off centre", drift=math.log(1.8)),
-    Shape("skewed", alpha=0.2, beta=0.6),
-    Shape("few sizes", sizes=5),
-    Shape("falling curvature", alpha=0.6, beta=0.5),
-    Shape("skewed, wide, off centre", alpha=0.2, beta=0.6, span=6.0, drift=math.log(1.8), required=False),
+    ValleyKind("centred"),
+    ValleyKind("off centre", drift=math.log(1.8)),
+    ValleyKind("skewed", alpha=0.2, beta=0.6),
+    ValleyKind("few sizes", sizes=5),
+    ValleyKind("falling curvature", alpha=0.6, beta=0.5),
+    ValleyKind("skewed, wide, off centre", alpha=0.2, beta=0.6, span=6.0, drift=math.log(1.8), required=False),
 )
 SHAPES = tuple(replace(shape, noise=noise) for noise in (0.003, 0.01) for shape in _SHAPES)
 
 
-def simulate(shape: Shape, seed: int) -> dict[str, Any]:
-    """Columns params, tokens, loss of one experiment."""
+def simulate(shape: ValleyKind, seed: int) -> dict[str, Any]:
+    """Return columns params, tokens, loss of one experiment."""
     alpha, beta, total = shape.alpha, shape.beta, shape.alpha + shape.beta
     # At the optimum the terms stand in the ratio beta : alpha.
     A = MIDDLE["reducible"] * beta / total * MIDDLE["params"] ** alpha
@@ -95,8 +95,8 @@ def cloud(kind: str, runs: int, seed: int) -> dict[str, Any]:
     return table | ({"flops": 6 * params * tokens * (1 + 300 * params**-0.4)} if kind == "flops" else {})
 
 
-def trial(shape: Shape, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
-    """{error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
+def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
+    """Return {error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
     try:
         fit = fit_isoflop(**simulate(shape, seed), method=method, bootstraps=bootstraps)
         intervals = fit.intervals["a"]
@@ -110,8 +110,8 @@ def trial(shape: Shape, method: Method, seed: int, bootstraps: int) -> dict[str,
     }
 
 
-def summarise(shape: Shape, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
+def summarise(shape: ValleyKind, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Return errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
     together = zip(*trials.values(), strict=True)
     answered = np.array([all("refused" not in one for one in of_seed) for of_seed in together])
     rows = {}
@@ -142,7 +142,7 @@ def summarise(shape: Shape, trials: dict[str, Sequence[dict[str, Any]]]) -> dict
 
 
 def cloud_trial(kind: str, runs: int, seed: int) -> dict[str, Any]:
-    """{budgets: how many were found in one cloud}."""
+    """Return {budgets: how many were found in one cloud}."""
     try:
         return {"budgets": len(fit_isoflop(**cloud(kind, runs, seed), bootstraps=1).accepted)}
     except InputError:
@@ -150,7 +150,7 @@ def cloud_trial(kind: str, runs: int, seed: int) -> dict[str, Any]:
 
 
 def _job(job: tuple[Any, ...]) -> Any:
-    """One experiment by every method, or one cloud of each kind and size."""
+    """Return one experiment by every method, or one cloud of each kind and size."""
     kind, seed, bootstraps = job
     if kind == "clouds":
         return [cloud_trial(name, runs, seed) for name in CLOUD_KINDS for runs in CLOUDS]
@@ -164,7 +164,7 @@ def study(
     ledger: Path | None = None,
     advance: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
-    """The whole document; `trials.run_trials` describes `ledger` and `advance`."""
+    """Return the whole document; `trials.run_trials` describes `ledger` and `advance`."""
     kinds = (*range(len(SHAPES)), "clouds")
     jobs = [(kind, seed, bootstraps) for seed in range(seeds) for kind in kinds]
     done = run_trials(jobs, _job, processes, ledger, advance)
@@ -188,7 +188,7 @@ def study(
 
 
 def show(document: dict[str, Any]) -> str:
-    """A table for the terminal."""
+    """Return a table for the terminal."""
     lines = [f"{'':34} {'error':>7} {'bias':>8} {'80 %':>7} {'95 %':>7} {'refused':>8}"]
     for row in document["shapes"]:
         for method, found in row["methods"].items():

@@ -32,7 +32,7 @@ BUDGETS = 10
 
 
 def table(kind: str, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Columns params, tokens and loss of `rows` runs of the known law."""
+    """Return columns params, tokens and loss of `rows` runs of the known law."""
     rng = np.random.default_rng([seed, rows])
     if kind == "cloud":
         params, tokens = 10 ** rng.uniform(6, 10, rows), 10 ** rng.uniform(8, 12, rows)
@@ -44,7 +44,7 @@ def table(kind: str, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def measure(kind: str, rows: int, bootstraps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """{kind, rows, seconds, gigabytes, thinned, estimates, refused, met} of one fit by the command line."""
+    """Return {kind, rows, seconds, gigabytes, thinned, estimates, refused, met} of one fit by the command line."""
     with tempfile.TemporaryDirectory() as folder:
         path, document = Path(folder) / "runs.csv", Path(folder) / "fit.json"
         columns = table(kind, rows)
@@ -86,7 +86,7 @@ def measure(kind: str, rows: int, bootstraps: int, extra: Sequence[str] = ()) ->
 
 
 def study(rows: Sequence[int], bootstraps: int, advance: Callable[..., None]) -> dict[str, Any]:
-    """The whole document."""
+    """Return the whole document."""
     found = []
     for kind in KINDS:
         for count in rows:
@@ -104,7 +104,7 @@ def study(rows: Sequence[int], bootstraps: int, advance: Callable[..., None]) ->
 
 
 def show(document: dict[str, Any]) -> str:
-    """A table for the terminal."""
+    """Return a table for the terminal."""
     lines = [f"{'table':24} {'seconds':>8} {'GB':>6}  a by law, by valleys (truth {TRUTH['a']:.4f})"]
     for row in document["tables"]:
         estimates = row.get("estimates_of_a", {}).values()
@@ -116,7 +116,7 @@ def show(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     from train.progress import progress_bar
 
     parser = argparse.ArgumentParser(description="Time and peak memory of `isoflop scaling fit` by rows.")

@@ -26,7 +26,8 @@ class Questions:
 
 
 def answer(fits: Fits, asked: Questions) -> dict[str, list[Answer]]:
-    """{"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in the order of the questions.
+    """Return {"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in the order of the
+    questions.
 
     A question without an answer keeps what was asked; all else is null, with the reason under "refused" beside it.
     Raises InputError, with every reason, where no question has an answer.
@@ -104,7 +105,7 @@ def _serving(fits: Fits, goal: dict[str, float], tokens: float, cost: ServingCos
 
 
 def _law(fits: Fits) -> ParametricFit:
-    """The law that speaks of losses. Raises InputError where it was refused."""
+    """Return the law that speaks of losses. Raises InputError where it was refused."""
     if fits.parametric is None:
         raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
     return fits.parametric

@@ -30,7 +30,7 @@ NAMES = ("E", "alpha", "beta", "a")
 
 
 def simulate(seed: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """(Columns params, tokens, loss, the law behind them) of one cloud of 30 to 300 runs."""
+    """Return (columns params, tokens, loss, the law behind them) of one cloud of 30 to 300 runs."""
     rng = np.random.default_rng([seed, 11])
     rows = int(10 ** rng.uniform(1.5, 2.5))
     truth = {"E": rng.uniform(1.4, 2.2), "alpha": rng.uniform(0.25, 0.45), "beta": rng.uniform(0.25, 0.45)}
@@ -44,7 +44,7 @@ def simulate(seed: int) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def trial(seed: int, bootstraps: int) -> dict[str, Any]:
-    """{rows, crash, budgets, refused, inside: {name: bool}} of one cloud."""
+    """Return {rows, crash, budgets, refused, inside: {name: bool}} of one cloud."""
     columns, truth = simulate(seed)
     found: dict[str, Any] = {"seed": seed, "rows": len(columns["loss"]), "crash": None, "budgets": 0, "refused": {}}
     try:
@@ -67,7 +67,7 @@ def trial(seed: int, bootstraps: int) -> dict[str, Any]:
 
 
 def summarise(trials: Sequence[dict[str, Any]], bootstraps: int) -> dict[str, Any]:
-    """The document of these clouds, with whether each limit is met."""
+    """Return the document of these clouds, with whether each limit is met."""
     fitted = [one["inside"] for one in trials if "inside" in one]
     coverage = {name: float(np.mean([one[name] for one in fitted])) for name in NAMES} if fitted else {}
     crashes = [one for one in trials if one["crash"] is not None]
@@ -96,7 +96,7 @@ def _job(arguments: tuple[int, int]) -> dict[str, Any]:
 
 
 def study(clouds: int, bootstraps: int, processes: int, advance: Callable[..., None]) -> dict[str, Any]:
-    """The whole document; `advance()` is called after every cloud."""
+    """Return the whole document; `advance()` is called after every cloud."""
     jobs = [(seed, bootstraps) for seed in range(clouds)]
     trials = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -107,7 +107,7 @@ def study(clouds: int, bootstraps: int, processes: int, advance: Callable[..., N
 
 
 def show(document: dict[str, Any]) -> str:
-    """A few lines for the terminal."""
+    """Return a few lines for the terminal."""
     word = {True: "", False: "  misses"}
     met = document["met"]
     coverage = ", ".join(f"{name} {100 * value:.1f} %" for name, value in document["coverage_95"].items())
@@ -121,7 +121,7 @@ def show(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     from train.progress import progress_bar
 
     parser = argparse.ArgumentParser(description="Laws, intervals and refusals on random clouds of runs.")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from experiments.scaling.law.intervals import percentile_interval
-from experiments.scaling.law.numbers import LARGEST_LOG
+from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
 from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
 from model.errors import InputError
@@ -44,14 +43,14 @@ class ServingCost:
             )
 
     def __call__(self, params: Any) -> Any:
-        """The cost of one token of a model with N parameters."""
+        """Return the cost of one token of a model with N parameters."""
         return self.coefficient * np.asarray(params, np.float64) ** self.exponent
 
     @classmethod
     def through(
         cls, params: Sequence[float], seconds_per_token: Sequence[float], training_flops_per_second: float
     ) -> "ServingCost":
-        """The power law in N through measured seconds per token; training runs at so many 6ND FLOPs a second.
+        """Return the power law in N through measured seconds per token; training runs at so many 6ND FLOPs a second.
 
         One point gives a cost proportional to N, as reading the weights is. Raises `InputError` on values that are not
         positive.
@@ -75,7 +74,7 @@ class ServingCost:
     def measured(
         cls, documents: Sequence[str | Path], training_flops_per_second: float, *, batch: int | None = None
     ) -> "ServingCost":
-        """From the JSON files of `isoflop bench decode`, one per model size.
+        """Read the cost from the JSON files of `isoflop bench decode`, one per model size.
 
         `batch` picks the cells (None: the largest). The cost per token of a cell is its seconds
         per step over its batch; of a size, the median over its contexts and weights. Cells that failed, or that changed
@@ -107,7 +106,7 @@ class ServingCost:
 
 
 def training_rate(path: str | Path) -> float:
-    """FLOPs a second (6·N·D) of one training run, from the JSON file of `isoflop bench train`.
+    """Return the FLOPs per second (6·N·D) of one training run, from the JSON file of `isoflop bench train`.
 
     The row of one lane counts (where there is none: the fastest); of a comparison, isoflop's own. Raises `InputError`
     for another file.
@@ -138,7 +137,7 @@ def _document(path: str | Path, command: str, needs: Sequence[str]) -> dict[str,
 
 
 def tokens_for_loss(theta: np.ndarray, params: Any, target: float) -> Any:
-    """D at which a model of N parameters reaches the target; inf where it never does."""
+    """Return the D at which a model of N parameters reaches the target; inf where it never does."""
     E, A, B, alpha, beta = theta
     left = target - E - A * np.asarray(params, np.float64) ** -alpha
     return np.where(left > 0, (B / np.where(left > 0, left, 1.0)) ** (1 / beta), np.inf)
@@ -153,7 +152,8 @@ def serving_optimum(
     cost: ServingCost = ServingCost(),
     level: int | float = 95,
 ) -> dict[str, Any]:
-    """The model of least lifetime cost at a loss: 6·N·D of training plus `served_tokens` times the cost of one token.
+    """Return the model of least lifetime cost at a loss: 6·N·D of training plus `served_tokens` times the cost of one
+    token.
 
     The loss is `target`, or what `training_flops` would reach compute-optimally (Sardana & Frankle 2023, equation 3,
     with their 2·N·M the default cost). The answer has the same loss by a smaller model trained for longer, the more so
@@ -175,8 +175,13 @@ def serving_optimum(
         raise InputError(f"none of the bootstrap's laws reaches a loss of {target:g}; ask for a higher one")
     draws = np.array([_cheapest(theta, target, served_tokens, cost) for theta in reaching])
     trained = np.array([tokens_for_loss(theta, n, target) for theta, n in zip(reaching, draws, strict=True)])
-    training = lambda n, d: 6 * n * d * cost.training_unit
-    serving = lambda n: served_tokens * float(cost(n))
+
+    def training(n: Any, d: Any) -> Any:
+        return 6 * n * d * cost.training_unit
+
+    def serving(n: float) -> float:
+        return served_tokens * float(cost(n))
+
     total, total_alone = (
         training(params, tokens) + serving(params),
         training(alone["params"], alone["tokens"]) + serving(alone["params"]),
@@ -209,7 +214,7 @@ def serving_optimum(
 
 
 def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: ServingCost) -> float:
-    """N of the least training and serving cost: in ln N the zero of the total's derivative.
+    """Return the N of the least training and serving cost: in ln N the zero of the total's derivative.
 
     With x = A·N^−α and D from the rest, d ln D / d ln N = −αx / (β·(L − E − x)); a sign change is sought between the
     smallest model that reaches the loss at all and one e^12 times the training optimum.

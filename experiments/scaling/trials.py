@@ -15,7 +15,7 @@ def run_trials(
     ledger: Path | None = None,
     advance: Callable[..., None] | None = None,
 ) -> dict[tuple[Any, ...], Any]:
-    """`{job: work(job)}`, calling `advance()` after each; jobs are tuples and results values that JSON can hold.
+    """Return `{job: work(job)}`, calling `advance()` after each; jobs are tuples and results values that JSON can hold.
 
     What is done is kept in the `ledger`, one line of JSON per job, and is not done again.
     """

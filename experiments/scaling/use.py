@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.scaling.forms.choose import Choice
-from experiments.scaling.law.intervals import own_interval_warnings, percentile_interval
-from experiments.scaling.law.numbers import LARGEST_LOG, exponential
+from experiments.scaling.forms.choose import FormChoice
+from experiments.scaling.law.intervals import LARGEST_LOG, exponential, own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
 from model.errors import InputError
@@ -20,7 +19,7 @@ FAR = 10.0  # times the largest compute of the fit, beyond which an answer is wa
 
 
 def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float) -> dict[str, Any]:
-    """How far (N, D) lies from the runs: compute over the largest fitted, N and D over their ranges, and words.
+    """Return how far (N, D) lies from the runs: compute over the largest fitted, N and D over their ranges, and words.
 
     `params_times` and `tokens_times` are 1 inside the range, above 1 beyond its top, below 1 beneath its bottom.
     """
@@ -30,7 +29,10 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
         sizes, seen = (np.concatenate([getattr(v, name) for v in fit.accepted]) for name in ("params", "tokens"))
         flops = np.array([v.flops for v in fit.accepted])
     compute = 6 * params * tokens * _convention(fit)
-    outside = lambda value, values: float(max(value / values.max(), 1.0) * min(value / values.min(), 1.0))
+
+    def outside(value: float, values: np.ndarray) -> float:
+        return float(max(value / values.max(), 1.0) * min(value / values.min(), 1.0))
+
     times = {"params_times": outside(params, sizes), "tokens_times": outside(tokens, seen)}
     ratio = float(compute / flops.max())
     warnings = []
@@ -46,12 +48,12 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
 
 
 def is_far(extrapolated: dict[str, Any]) -> bool:
-    """Whether an answer's compute is more than `FAR` times the largest of the fit."""
+    """Return whether an answer's compute is more than `FAR` times the largest of the fit."""
     return extrapolated["flops_over_largest"] > FAR
 
 
 def in_words(extrapolated: dict[str, Any]) -> str:
-    """What `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
+    """Return what `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
     ratio = extrapolated["flops_over_largest"]
     warnings = list(extrapolated["warnings"])
     times = f"{ratio:,.0f}" if 100 <= ratio < 1e9 else f"{ratio:.3g}"
@@ -68,7 +70,7 @@ def in_words(extrapolated: dict[str, Any]) -> str:
 
 
 def _convention(fit: ParametricFit | IsoflopFit) -> float:
-    """C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law knows 6·N·D only."""
+    """Return C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law knows 6·N·D only."""
     if isinstance(fit, ParametricFit):
         return 1.0
     ratios = [np.log(v.flops) - np.log(6 * v.params * v.tokens).mean() for v in fit.accepted]
@@ -76,7 +78,7 @@ def _convention(fit: ParametricFit | IsoflopFit) -> float:
 
 
 def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | float = 95) -> dict[str, Any]:
-    """Per estimator {params, tokens, loss, intervals, extrapolation} of the compute-optimal run at C FLOPs.
+    """Return per estimator {params, tokens, loss, intervals, extrapolation} of the compute-optimal run at C FLOPs.
 
     Only the parametric law speaks of a loss. An interval that the table cannot carry is None.
     """
@@ -106,14 +108,14 @@ def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | 
 
 
 def _optimal_losses(fit: ParametricFit, C: float, level: int | float) -> tuple[Any, Any]:
-    """Of the law's loss at each draw's own optimum."""
+    """Return the interval of the law's loss at each draw's own optimum."""
     params, tokens = optimum(fit.draws, C)
     losses = [law(theta, n, d) for theta, n, d in zip(fit.draws, params, tokens, strict=True)]
     return percentile_interval(np.array(losses), level)
 
 
 def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> dict[str, Any]:
-    """{loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
+    """Return {loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
     require_positive("params", params)
     require_positive("tokens", tokens)
     require_positive("6·params·tokens", 6.0 * params * tokens)
@@ -131,8 +133,8 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
     }
 
 
-def planned_by_form(choice: Choice, params: float, tokens: float) -> dict[str, Any]:
-    """{losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
+def planned_by_form(choice: FormChoice, params: float, tokens: float) -> dict[str, Any]:
+    """Return {losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
 
     An interval is conditional on its form of law; this is what the form itself leaves open.
     """
@@ -144,7 +146,7 @@ def planned_by_form(choice: Choice, params: float, tokens: float) -> dict[str, A
 
 
 def log_compute(theta: np.ndarray, target: float) -> float:
-    """ln of the least C = 6ND at which the law reaches the target; +inf where it never does.
+    """Return ln of the least C = 6ND at which the law reaches the target; +inf where it never does.
 
     Along the optimum both terms are powers of C, C^(−αβ/(α+β)), in the fixed ratio β : α.
     """
@@ -159,7 +161,7 @@ def log_compute(theta: np.ndarray, target: float) -> float:
 
 
 def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95) -> dict[str, Any]:
-    """{flops, params, tokens, interval, extrapolation}: the least compute that reaches a loss.
+    """Return {flops, params, tokens, interval, extrapolation}: the least compute that reaches a loss.
 
     An upper bound of None means that some of the interval's laws never reach it. Raises `InputError` for a target at or
     below the floor E.
@@ -196,6 +198,6 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
 
 
 def require_positive(name: str, value: float) -> None:
-    """Raises `InputError` for zero, negative, infinite and NaN values."""
+    """Raise `InputError` for zero, negative, infinite and NaN values."""
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name}={value} must be a positive number")

@@ -14,7 +14,7 @@ _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")
 
 
 def file_of(url: str) -> Path | None:
-    """The file of a `journal:FILE` or `sqlite:///FILE` address; None where a server is addressed."""
+    """Return the file of a `journal:FILE` or `sqlite:///FILE` address; None where a server is addressed."""
     if url.startswith("journal:"):
         return Path(url.removeprefix("journal:"))
     found = _SQLITE.fullmatch(url)
@@ -22,7 +22,7 @@ def file_of(url: str) -> Path | None:
 
 
 def with_file(url: str, file: Path) -> str:
-    """The address with another file."""
+    """Return the address with another file."""
     prefix = "journal:" if url.startswith("journal:") else url[: url.index(":///") + 4]
     return f"{prefix}{file}"
 
@@ -39,7 +39,7 @@ def check_given(url: str) -> None:
 
 
 def kept(url: str, folder: Path) -> str:
-    """The address as `sweep.json` keeps it, from what a person gave in the working directory."""
+    """Return the address as `sweep.json` keeps it, from what a person gave in the working directory."""
     file = file_of(url)
     if file is None:
         return url
@@ -50,13 +50,13 @@ def kept(url: str, folder: Path) -> str:
 
 
 def opened(url: str, folder: Path) -> str:
-    """The address to open, from what `sweep.json` of the folder keeps."""
+    """Return the address to open, from what `sweep.json` of the folder keeps."""
     file = file_of(url)
     return url if file is None else with_file(url, folder.absolute() / file)
 
 
 def opened_by_older(url: str, folder: Path) -> str:
-    """The address to open where an older version wrote `sweep.json`: it kept relative files as they were given.
+    """Return the address to open where an older version wrote `sweep.json`: it kept relative files as they were given.
 
     They were relative to the working directory, which most often lay above the sweep's folder: the first place that has
     the file is taken, and the working directory where there is none.
@@ -69,7 +69,7 @@ def opened_by_older(url: str, folder: Path) -> str:
 
 
 def shown(url: str) -> str:
-    """The address without its password."""
+    """Return the address without its password."""
     if file_of(url) is not None:
         return url
     from sqlalchemy.engine import make_url
@@ -78,7 +78,7 @@ def shown(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """A PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
+    """Return a PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
 
     Workers that this process starts have it from there; others need it set, or a ~/.pgpass.
     """

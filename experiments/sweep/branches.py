@@ -31,7 +31,7 @@ class Listed:
         object.__setattr__(self, "point", FrozenDict(self.point))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self) | {"point": dict(self.point)}
 
     @classmethod
@@ -42,9 +42,9 @@ class Listed:
 
 
 def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
-    """The trials over the base of their sweep, with their parents.
+    """Return the trials over the base of their sweep, with their parents.
 
-    Raises InputError where there is no such trunk, or it is not at its peak rate where it is left.
+    Raises InputError where there is no such base run, or it is not at its peak rate where it is left.
     """
     entries = list(listed)
     made = [apply(base, entry.point).replace(name=entry.name) for entry in entries]
@@ -54,10 +54,10 @@ def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
         if entry.trunk is not None:
             trunk, of_trunk = named.get((entry.trunk, _seed(trial)), (None, None))
             if trunk is None or of_trunk is None:
-                raise UnknownNameError("trunk", entry.trunk, sorted({str(name) for name, _ in named}))
+                raise UnknownNameError("base run", entry.trunk, sorted({str(name) for name, _ in named}))
             try:
                 if of_trunk.trunk is not None:
-                    raise InputError(f"its trunk {trunk.name!r} is itself a branch")
+                    raise InputError(f"its base run {trunk.name!r} is itself a branch")
                 _check(trunk, trial, entry.leave_step)
             except InputError as error:
                 raise InputError(f"{describe(trial.point)}: {error}") from None
@@ -66,19 +66,19 @@ def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
     return found
 
 
-def leaves(trials: Sequence[Trial], trunks: Sequence[str]) -> set[int]:
-    """The updates after which branches leave these trials."""
+def branch_points(trials: Sequence[Trial], trunks: Sequence[str]) -> set[int]:
+    """Return the updates after which branches leave these trials."""
     return {trial.parent[1] for trial in trials if trial.parent is not None and trial.parent[0] in trunks}
 
 
 def _check(trunk: Trial, branch: Trial, step: int) -> None:
     mine, other = branch.recipe, trunk.recipe
     if branch.cohort != trunk.cohort or mine.train.schedule != "wsd":
-        raise InputError("a branch has the model and the TrainConfig of its trunk, both with schedule=wsd")
+        raise InputError("a branch has the model and the TrainConfig of its base run, both with schedule=wsd")
     for name in HParams.NAMES:
         here, there = float(getattr(mine.hparams, name)), float(getattr(other.hparams, name))
         if name not in _OWN and here != there:
-            raise InputError(f"{name}={here:g}, but {there:g} in its trunk, up to the step that both share")
+            raise InputError(f"{name}={here:g}, but {there:g} in its base run, up to the step that both share")
     warmup = int(mine.hparams.warmup_steps)
     last = min(_constant_until(trial) for trial in (trunk, branch))
     if not warmup or not warmup <= step <= last:

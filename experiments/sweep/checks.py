@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.objectives import LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.search.samplers import check_axes, make_sampler
 from experiments.sweep.space.kinds import describe
@@ -26,7 +27,7 @@ _PROBES = 16  # points of a searched space that stand for those that are drawn
 
 
 def check_data(sweep: Sweep) -> Manifest:
-    """The sweep's data. Raises InputError where the folder does not hold them any more."""
+    """Return the sweep's data. Raises InputError where the folder does not hold them any more."""
     hint = f"`isoflop sweep resume {sweep.folder} --data FOLDER` goes on with them at another place"
     if not sweep.data.exists():
         raise InputError(f"the data of the sweep {sweep.folder} are not at {sweep.data} any more; {hint}")
@@ -37,7 +38,10 @@ def check_data(sweep: Sweep) -> Manifest:
 
 
 def check_weights(sweep: Sweep) -> Params | None:
-    """The parameters that the sweep's trials start from; None: fresh ones. Raises InputError where others are there."""
+    """Return the parameters that the sweep's trials start from; None: fresh ones.
+
+    Raises InputError where others are there.
+    """
     start = sweep.base.recipe.start
     if sweep.weights is None or not isinstance(start, Weights):
         return None
@@ -56,8 +60,8 @@ def check_sweep(sweep: Sweep) -> None:
     sources = Data.open(sweep.data).sources
     if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
         raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
-    if sweep.lanes is not None and sweep.lanes < 1:
-        raise InputError(f"lanes={sweep.lanes} must be at least 1")
+    if sweep.lanes is not None:
+        check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
@@ -66,7 +70,7 @@ def check_sweep(sweep: Sweep) -> None:
         _check_trial(trial, sources)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
-                f"branches wait for their trunks, which --policy {sweep.policy} may stop; take --policy all"
+                f"branches wait for their base runs, which --policy {sweep.policy} may stop; take --policy all"
             )
     if LOSS in sweep.objectives and len(names := sorted({trial.recipe.objective.NAME for trial in trials})) > 1:
         raise InputError(
@@ -78,7 +82,7 @@ def check_sweep(sweep: Sweep) -> None:
     for trial in {trial.cohort: trial for trial in trials}.values():
         check_speed(trial, sweep.objectives)
     # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
-    policy.decide([Row(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
+    policy.decide([LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
 
 
 def _check_recipes(sweep: Sweep, trials: list[Trial]) -> None:
@@ -131,7 +135,7 @@ def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
 
 
 def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
-    """What `population` would refuse."""
+    """Raise InputError for a trial that `population` would refuse."""
     config, objective = trial.recipe.model, trial.recipe.objective
     try:
         objective.check(config, trial.recipe.train)

@@ -44,7 +44,7 @@ class Cohort:
 
 
 def group(trials: Iterable[Trial]) -> list[Cohort]:
-    """The cohorts, in the order of their first trials."""
+    """Return the cohorts, in the order of their first trials."""
     members: dict[str, list[Trial]] = {}
     for trial in trials:
         members.setdefault(trial.cohort, []).append(trial)
@@ -53,7 +53,8 @@ def group(trials: Iterable[Trial]) -> list[Cohort]:
 
 
 def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | None = None) -> int:
-    """How many lanes `count` trials of one static shape are trained in, the last batch about as full as the others.
+    """Return how many lanes `count` trials of one static shape are trained in, the last batch about as full as the
+    others.
 
     At most `limit` (None: one where lanes run sequentially), and what the memory of a device (bytes; None: this one's)
     is predicted to hold; at least one.
@@ -68,7 +69,9 @@ def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | 
 
 
 def state_bytes(trial: Trial) -> int:
-    """Of one lane between steps: parameters, the optimizer's state and counters; also what its checkpoint holds."""
+    """Return the bytes of one lane between steps: parameters, the optimizer's state and counters; also what its
+    checkpoint holds.
+    """
     return _state_bytes(trial.recipe.model, trial.recipe.train, trial.recipe.objective)
 
 
@@ -79,7 +82,8 @@ def _state_bytes(config: ModelConfig, train_config: TrainConfig, objective: Obje
 
 
 def temporary_bytes(trial: Trial) -> int:
-    """Of one lane within a step, predicted: gradients, updates, and the activations that the backward pass reads.
+    """Predict the bytes of one lane within a step: gradients, updates, and the activations that the backward pass
+    reads.
 
     Of a layer and token: residuals and norms, queries, keys and values, the scores of whole rows, the feed-forward;
     once a layer under remat. Of the head the logits, their probabilities and gradients.
@@ -97,7 +101,7 @@ def temporary_bytes(trial: Trial) -> int:
 
 
 def frozen_bytes(trial: Trial) -> int:
-    """Of the parameters that no lane trains, on the devices once."""
+    """Return the bytes of the parameters that no lane trains, on the devices once."""
     return bytes_of(frozen_shapes(trial.recipe.model, trial.recipe.objective))
 
 
@@ -110,7 +114,7 @@ def _trained_bytes(config: ModelConfig, objective: Objective) -> int:
 
 
 def memory_bytes(trial: Trial, lanes: int) -> int:
-    """Of a device, predicted, while it trains so many lanes: their states, what steps need that run at once, and
+    """Predict the bytes of a device that trains so many lanes: their states, what steps need that run at once, and
     what none of them trains.
     """
     temporary = (lanes if prefers_vmap() else 1) * temporary_bytes(trial)
@@ -118,7 +122,7 @@ def memory_bytes(trial: Trial, lanes: int) -> int:
 
 
 def _labels(trials: list[Trial]) -> list[str]:
-    """The fields in which they differ, but those that follow from others."""
+    """Return the fields in which they differ, but those that follow from others."""
     recipes = [trial.recipe for trial in trials]
     flat = [_fields(trial) for trial in trials]
     plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
@@ -129,7 +133,7 @@ def _labels(trials: list[Trial]) -> list[str]:
 
 
 def _fields(trial: Trial) -> dict[str, Any]:
-    """The fields of a program, as settings name them."""
+    """Return the fields of a program, as settings name them."""
     recipe = trial.recipe
     parts = (recipe.model, recipe.train, trial.execution)
     flat = {name: value for part in parts for name, value in part.to_dict().items()}
@@ -139,5 +143,5 @@ def _fields(trial: Trial) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A part of a model by its values alone."""
+    """Return a part of a model by its values alone."""
     return "/".join(map(str, value.values())) if isinstance(value, dict) else str(value)

@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.inputs import check_free
 from experiments.sweep.address import check_given, kept
 from experiments.sweep.branches import Listed
 from experiments.sweep.checks import check_sweep
 from experiments.sweep.identity import with_storage
-from experiments.sweep.record import Request, Sweep, new_id
+from experiments.sweep.record import Sweep, TrialRequest, new_id
 from experiments.sweep.space import Replicate
-from experiments.sweep.space.file import load_space
+from experiments.sweep.space.build import load_space
 from experiments.sweep.space.overlay import rebase
 from experiments.sweep.trial import Trial
 from model import ModelConfig
@@ -50,7 +51,8 @@ def define(
     weights: Weights | None = None,
     objective: Objective | None = None,
 ) -> Sweep:
-    """A sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is written.
+    """Return a sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is
+    written.
 
     config: gets the vocabulary of the data, unless all trials start from weights, whose model it then is. steps: of
     every trial whose point has no length of its own. space_file: a Python file. listed: trials by name, in place of
@@ -59,7 +61,7 @@ def define(
     is learned, unless the base says so; None: language modelling.
 
     From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
-    calls asked for, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
+    calls requested, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
     those of this call. Raises InputError, with the difference, where it holds another sweep or something else, and on
     whatever `check_sweep` refuses.
     """
@@ -117,13 +119,10 @@ def define(
 
 
 def _joined(sweep: Sweep) -> Sweep:
-    """The sweep together with what its folder holds."""
+    """Return the sweep together with what its folder holds."""
     folder = sweep.folder
     if not (folder / "sweep.json").exists():
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; a sweep needs a folder of its own")
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and has no sweep.json; choose another folder for the sweep")
+        check_free(folder, "sweep", "has no sweep.json", "choose another folder for the sweep")
         return sweep
     there = Sweep.read(folder)
     sweep = dataclasses.replace(sweep, base=sweep.base.replace(recipe=sweep.base.recipe.as_in(there.base.recipe)))
@@ -146,11 +145,11 @@ def _joined(sweep: Sweep) -> Sweep:
     return dataclasses.replace(sweep, storage=storage, earlier=earlier, id=there.id)
 
 
-def _requests(sweep: Sweep) -> tuple[Request, ...]:
+def _requests(sweep: Sweep) -> tuple[TrialRequest, ...]:
     return (*sweep.earlier, sweep.request)
 
 
-def _names(request: Request, folder: Path) -> Collection[str]:
+def _names(request: TrialRequest, folder: Path) -> Collection[str]:
     return request.names if request.listed else request.space(folder).names
 
 
@@ -158,8 +157,8 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "no axis"
 
 
-def _covers(new: Request, old: Request) -> bool:
-    """Whether the new request has every trial of the old one."""
+def _covers(new: TrialRequest, old: TrialRequest) -> bool:
+    """Return whether the new request has every trial of the old one."""
     same = dataclasses.replace(old, seeds=new.seeds) == new
     return same and set(old.seeds) <= set(new.seeds)
 

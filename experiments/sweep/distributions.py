@@ -29,7 +29,7 @@ class Known:
             self._distributions[name] = _widened(self._distributions.get(name), own)
 
     def describe(self, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters of a point, and their distributions. Seeds are no parameter: they make replicates."""
+        """Return the parameters of a point, and their distributions. Seeds are no parameter: they make replicates."""
         params = {
             name: to_category(value)
             for name, value in point.items()
@@ -39,7 +39,7 @@ class Known:
 
 
 def _widened(known: Any, values: list[Any]) -> Any:
-    """A distribution that holds the values, and is compatible with the known one."""
+    """Return a distribution that holds the values, and is compatible with the known one."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(known, CategoricalDistribution):

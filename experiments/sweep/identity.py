@@ -25,7 +25,7 @@ _MOST_PLACES = 16
 
 
 def study_name(sweep: Sweep, storage: Storage) -> str:
-    """The name of the sweep's study, whether or not the storage holds it yet.
+    """Return the name of the sweep's study, whether or not the storage holds it yet.
 
     Raises InputError where an older version made the sweep, and several studies of the storage could be its own.
     """
@@ -67,7 +67,7 @@ def take_place(sweep: Sweep, storage: Storage) -> None:
 
 
 def keep_id(folder: Path, name: str) -> Sweep:
-    """The sweep of a folder, which keeps this name of its study as its id where it has none yet."""
+    """Return the sweep of a folder, which keeps this name of its study as its id where it has none yet."""
     with locked(folder):
         sweep = Sweep.read(folder)
         if sweep.id is None and sweep.storage is not None:
@@ -77,13 +77,13 @@ def keep_id(folder: Path, name: str) -> Sweep:
 
 
 def with_id(sweep: Sweep, name: str) -> Sweep:
-    """The sweep with an id, and with the address of its storage as goes with one."""
+    """Return the sweep with an id, and with the address of its storage as goes with one."""
     storage = None if sweep.storage is None else kept(sweep.address, sweep.folder)
     return dataclasses.replace(sweep, id=name, storage=storage)
 
 
 def with_storage(sweep: Sweep, storage: str) -> Sweep:
-    """The sweep with its storage at another address, as `address.kept` gives it.
+    """Return the sweep with its storage at another address, as `address.kept` gives it.
 
     Raises InputError where the trials of the sweep are not there.
     """
@@ -138,7 +138,7 @@ def _by_path(folder: Path) -> str:
 
 
 def _known_trials(sweep: Sweep) -> set[str]:
-    """Ids of trials that are surely the sweep's: those of its points, and of the runs in its folder."""
+    """Return ids of trials that are surely the sweep's: those of its points, and of the runs in its folder."""
     runs = sweep.folder / "runs"
     there = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
     return there | {trial.id for trial in plan_trials(sweep)}
@@ -160,5 +160,5 @@ def _holds(place: Path, name: str) -> bool:
 
 
 def _older_siblings(here: Path, name: str) -> list[str]:
-    """The folder beside this one for whose path an older version named the study, if it is there."""
+    """Return the folder beside this one for whose path an older version named the study, if it is there."""
     return [str(place) for place in here.parent.iterdir() if place.is_dir() and name.endswith(_by_path(place))]

@@ -18,7 +18,7 @@ class Workers(Protocol):
     """Workers that were started."""
 
     def going(self) -> bool:
-        """Whether any of them still works."""
+        """Return whether any of them still works."""
         ...
 
     def stop(self) -> None:
@@ -26,12 +26,12 @@ class Workers(Protocol):
         ...
 
     def failures(self) -> list[str]:
-        """What became of those that ended badly, one sentence each."""
+        """Return what became of those that ended badly, one sentence each."""
         ...
 
 
 def worker_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
-    """What a worker is: `isoflop sweep worker FOLDER`, by this Python."""
+    """Return what a worker is: `isoflop sweep worker FOLDER`, by this Python."""
     return [sys.executable, "-m", "experiments.cli", "sweep", "worker", str(folder.resolve()), *options]
 
 
@@ -44,11 +44,11 @@ class LocalWorkers:
         self.processes = [_start(worker_command(folder, options), log) for log in self.logs]
 
     def going(self) -> bool:
-        """Whether any of them still works."""
+        """Return whether any of them still works."""
         return any(process.poll() is None for process in self.processes)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL for one that has not saved its state after two minutes."""
+        """Send SIGTERM, and SIGKILL to a worker that has not saved its state after two minutes."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -60,7 +60,7 @@ class LocalWorkers:
                 process.kill()
 
     def failures(self) -> list[str]:
-        """Of those that ended with another code than 0 and 1, which failed trials give."""
+        """Return a sentence on each worker that ended with a code other than 0 and 1, which failed trials give."""
         return [
             f"a worker ended with code {process.returncode}; its last words are in {log}"
             for process, log in zip(self.processes, self.logs, strict=True)
@@ -95,7 +95,7 @@ class SlurmWorkers:
             raise InputError(f"Slurm cannot start the workers: {words}") from None
 
     def going(self) -> bool:
-        """Whether any of them waits or works. `squeue` is asked, for accounting is not set up everywhere."""
+        """Return whether any of them waits or works. `squeue` is asked, for accounting is not set up everywhere."""
         if all(job.paths.result_pickle.exists() for job in self.jobs):
             return False
         names = ",".join(job.job_id for job in self.jobs)
@@ -105,12 +105,12 @@ class SlurmWorkers:
         return bool(asked.stdout.strip())
 
     def stop(self) -> None:
-        """`scancel`: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
+        """Call `scancel`: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
         for job in self.jobs:
             job.cancel(check=False)
 
     def failures(self) -> list[str]:
-        """Of the jobs that ended without a word, and of those that ended badly."""
+        """Return a sentence on each job that ended without a message, and on those that failed."""
         return [
             f"job {job.job_id} ended badly; see {job.paths.stderr}"
             for job in self.jobs

@@ -3,10 +3,10 @@
 Underneath lies an Optuna study, one Optuna trial per attempt at a trial: planned is WAITING, running RUNNING, finished
 COMPLETE, pruned and diverged PRUNED, failed FAIL. Optuna's atomic change from WAITING to RUNNING is the claim.
 
-Every trial is finished once, whoever dies when. An attempt whose worker went silent is ended by FAIL, which is final
-and has one winner, and a new attempt takes its place; of several attempts at one trial that have not failed, the first
-counts, and only that one is ever claimed. Results are of the run directories, so that nothing trained is lost with an
-attempt; a worker that was only slow is told that its claim is gone when it reports.
+Every trial is finished once, whichever worker dies and when. An attempt whose worker went silent is ended by FAIL,
+which is final and has one winner, and a new attempt takes its place; of several attempts at one trial that have not
+failed, the first counts, and only that one is ever claimed. Results are of the run directories, so that nothing trained
+is lost with an attempt; a worker that was only slow learns that its claim is gone when it reports.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from experiments.sweep.distributions import Known
 from experiments.sweep.identity import study_name, take_place
 from experiments.sweep.objectives import direction
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row, State
+from experiments.sweep.row import LedgerRow, State
 from experiments.sweep.storage import Storage
 from experiments.sweep.trial import Trial
 from model.errors import InputError
@@ -34,7 +34,7 @@ logger = logging.getLogger("isoflop")
 DEAD, DUPLICATE, REPEATED = "its worker died", "a duplicate", "drawn before"
 _STATES: dict[str, State] = {"WAITING": "planned", "RUNNING": "running", "COMPLETE": "finished", "PRUNED": "pruned"}
 _ASKED_SECONDS = 600.0
-"""How long drawing a point may take; whoever needs longer has died."""
+"""How long drawing a point may take; a worker that needs longer has died."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Ledger:
             self.storage.create(_planned(trial, params, distributions))
         return len(new)
 
-    def rows(self) -> list[Row]:
-        """All trials, in the order in which they were planned."""
+    def rows(self) -> list[LedgerRow]:
+        """Return all trials, in the order in which they were planned."""
         rows = []
         for attempts in self._attempts().values():
             now = _current(attempts)
@@ -96,11 +96,11 @@ class Ledger:
                 state = "diverged"
             values = None if now.values is None else tuple(now.values)
             facts = attributes.get("facts", {}) | ({"reason": attributes["reason"]} if state == "failed" else {})
-            rows.append(Row(attempts[0].number, trial, state, _rungs(attempts), values, facts))
+            rows.append(LedgerRow(attempts[0].number, trial, state, _rungs(attempts), values, facts))
         return sorted(rows, key=lambda row: row.number)
 
     def claim(self, until: Mapping[str, int], limit: int) -> list[Claim]:
-        """At most `limit` of these planned trials, by id, each with the update up to which it may go."""
+        """Return at most `limit` of these planned trials, by id, each with the update up to which it may go."""
         claims: list[Claim] = []
         there = self._attempts()
         for name, updates in until.items():
@@ -202,7 +202,7 @@ class Ledger:
         return len(failed)
 
     def asked(self) -> int:
-        """How many points the sampler has drawn."""
+        """Return how many points the sampler has drawn."""
         return len(self._asked())
 
     def ask(self, count: int, total: int, sampler: Callable[[int], Any], draw: Callable[[Any], list[Trial]]) -> int:
@@ -241,7 +241,7 @@ class Ledger:
         return len(drawn)
 
     def _plan_asked(self, key: int, trials: list[Trial]) -> None:
-        """The attempt that was asked for becomes the first replicate; the others are added with its parameters."""
+        """Make the drawn attempt the first replicate, and add the others with its parameters."""
         frozen = self.storage.call(self.storage.optuna.get_trial, key)
         there = self._attempts()
         for trial in trials[1:]:
@@ -273,7 +273,7 @@ class Ledger:
         self.storage.create(again)
 
     def _attempts(self) -> dict[str, list[Any]]:
-        """The attempts at every trial, by its id and in their order; those that never counted are left out."""
+        """Return the attempts at every trial, by its id and in their order; those that never counted are left out."""
         attempts: dict[str, list[Any]] = {}
         for frozen in self.storage.trials():
             name = frozen.user_attrs.get("id")
@@ -316,10 +316,10 @@ def _planned(trial: Trial, params: dict, distributions: dict, rungs: Mapping[int
 
 
 def _current(attempts: list[Any]) -> Any:
-    """The attempt that counts: the first that has not failed, or else the last."""
+    """Return the attempt that counts: the first that has not failed, or else the last."""
     return next((attempt for attempt in attempts if attempt.state.name != "FAIL"), attempts[-1])
 
 
 def _rungs(attempts: list[Any]) -> dict[int, float]:
-    """What any of them has reported: they are attempts at one and the same run."""
+    """Return what any of them has reported: they are attempts at one and the same run."""
     return {step: loss for attempt in attempts for step, loss in sorted(attempt.intermediate_values.items())}

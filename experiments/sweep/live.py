@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.objectives import LOSS, direction
-from experiments.sweep.reading.executions import one_per_training
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.scales import setting_text
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import ENDED, Row, State
+from experiments.sweep.row import ENDED, LedgerRow, State
 from experiments.words import counted
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ _RECENT = 32
 """So many of the newest results tell how fast the sweep is now: it may have rested in between."""
 
 
-def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any]:
-    """How the sweep stands. asked: points drawn by its sampler.
+def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[str, Any]:
+    """Return how the sweep stands. asked: points drawn by its sampler.
 
     tokens_expected is what is needed if nothing more is stopped early. seconds_left is by the newest results; None
     before the first one.
@@ -51,8 +51,8 @@ def standing(sweep: Sweep, rows: Sequence[Row], asked: int = 0) -> dict[str, Any
     }
 
 
-def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The best mean of the first objective over finished replicates, and the noise of one run there.
+def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
+    """Return the best mean of the first objective over finished replicates, and the noise of one run there.
 
     A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
     population that left another's run is one of its own, with its values from update `from_steps` on. Of losses all
@@ -80,7 +80,7 @@ def _best(sweep: Sweep, rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def table(document: dict[str, Any]) -> "RenderableType":
-    """The document for a terminal."""
+    """Return the document for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -103,7 +103,7 @@ def table(document: dict[str, Any]) -> "RenderableType":
 
 
 def _words(found: dict[str, Any]) -> str:
-    """The best so far in one line."""
+    """Return the best so far in one line."""
     highest = direction(found["objective"]) == "maximize"
     setting = setting_text(found["setting"]) or "the base"
     if found["from_steps"]:
@@ -140,7 +140,7 @@ def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda
             time.sleep(2.0)
 
 
-def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _cohort(name: str, rows: Sequence[LedgerRow]) -> dict[str, Any]:
     members = [row for row in rows if row.trial.cohort == name]
     recipe = members[0].trial.recipe
     config, train_config = recipe.model, recipe.train
@@ -153,18 +153,18 @@ def _cohort(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _planned_tokens(row: Row) -> int:
+def _planned_tokens(row: LedgerRow) -> int:
     """Return the tokens that the trial trains itself; those before it branches off are trained by its parent."""
     return row.trial.steps * row.trial.recipe.train.tokens_per_step - _shared_tokens(row)
 
 
-def _shared_tokens(row: Row) -> int:
+def _shared_tokens(row: LedgerRow) -> int:
     parent = row.trial.parent
     return 0 if parent is None else parent[1] * row.trial.recipe.train.tokens_per_step
 
 
-def _tokens(sweep: Sweep, row: Row) -> int:
-    """Seen by a trial itself up to now, by its record where it is under way."""
+def _tokens(sweep: Sweep, row: LedgerRow) -> int:
+    """Return the tokens that a trial itself has seen up to now, by its record while it runs."""
     known = int(row.facts.get("tokens", row.steps_done * row.trial.recipe.train.tokens_per_step))
     if row.state == "running":
         known = max(known, _recorded_tokens(sweep.run_folder(row.trial) / "metrics.jsonl"))
@@ -172,7 +172,7 @@ def _tokens(sweep: Sweep, row: Row) -> int:
 
 
 def _recorded_tokens(path: Path) -> int:
-    """Of the last whole line of a record that may be being written."""
+    """Return the tokens in the last whole line of a record that may still be written to."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -183,7 +183,7 @@ def _recorded_tokens(path: Path) -> int:
         return 0
 
 
-def _seconds_left(rows: Sequence[Row], tokens: dict[str, int], left: int) -> float | None:
+def _seconds_left(rows: Sequence[LedgerRow], tokens: dict[str, int], left: int) -> float | None:
     timed = [row for row in rows if "ended_at" in row.facts and "claimed_at" in row.facts]
     recent = sorted(timed, key=lambda row: row.facts["ended_at"])[-_RECENT:]
     if not recent or left <= 0:

@@ -37,7 +37,7 @@ _STEPS, _REPEATS = 16, 5
 
 
 def direction(name: str) -> str:
-    """ "minimize" or "maximize". Raises UnknownNameError."""
+    """Return "minimize" or "maximize". Raises UnknownNameError."""
     if name not in DIRECTIONS:
         raise UnknownNameError("objective", name, DIRECTIONS)
     return DIRECTIONS[name]
@@ -46,20 +46,20 @@ def direction(name: str) -> str:
 def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
     """Raise InputError where a model's speed of decoding cannot be measured, before it is trained."""
     if not _OF_THE_RUN.issuperset(names):
-        from experiments.decode.bench import check_grid
+        from experiments.bench.decode.grid import check_grid
 
         check_grid(trial.recipe.model, [_cell(trial)], _STEPS, _REPEATS)
 
 
 def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
-    """The numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
+    """Return the numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
 
     Measured once per shape and `Decode`, and kept in `folder/speed`, so that all trials of a shape have one value,
     whichever worker finished them. Raises RuntimeError where the measurement fails.
     """
     import jax
 
-    from experiments.decode.bench import run_grid
+    from experiments.bench.decode.grid import run_grid
     from model import init
     from train.checksums import read_sealed
 
@@ -68,7 +68,10 @@ def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / "speed" / f"{key}.json"
     if not path.exists():
-        build = lambda _: (config, init(config, jax.random.key(0)))
+
+        def build(_: int | None) -> tuple[Any, Any]:
+            return (config, init(config, jax.random.key(0)))
+
         row = run_grid(build, config, [_cell(trial)], steps=_STEPS, repeats=_REPEATS)[0]
         if "error" in row:
             raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")
@@ -108,7 +111,7 @@ def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folde
 
 
 def _cell(trial: Trial) -> Any:
-    from experiments.decode.cells import Cell
+    from experiments.bench.decode.cells import Cell
 
     decode = trial.decode
     return Cell(batch=decode.batch, prompt=decode.context, weights=decode.weights, cache=decode.cache)

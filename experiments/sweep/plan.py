@@ -6,8 +6,7 @@ from typing import Any
 
 from experiments.sweep.cohort import Cohort, group, lanes_for, memory_bytes, state_bytes
 from experiments.sweep.record import Sweep
-from experiments.sweep.search.policies import hash_fraction, make_policy
-from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.search.policies import hash_fraction, make_policy, play, tokens_used
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
@@ -19,7 +18,7 @@ from train.run import read_record
 
 @pinned()
 def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
-    """The plan as a document.
+    """Return the plan as a document.
 
     cohorts: of each the trials, lanes, compiles, parameters, steps, and sums over its trials: tokens, FLOPs (6ND and
     exact), bytes of their checkpoints. memory_bytes: predicted, of a device, while it trains. total: the sums.
@@ -59,7 +58,7 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     objective = first.recipe.objective
     lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
     steps = [trial.steps for trial in cohort.trials]
-    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a trunk has made
+    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a base run has made
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
     # Where lanes run vmapped, fewer of them are a smaller program; halving their number each time.
@@ -87,7 +86,9 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
 
 
 def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
-    """(tokens, validations) of every trial under the policy; of a population's children at their parents' place."""
+    """Return (tokens, validations) of every trial under the policy; of a population's children at their
+    parents' place.
+    """
     used = {trial.id: (0, 0) for trial in trials}
     first: dict[str, str] = {}
     for row in play(make_policy(sweep), trials, lambda trial, step: hash_fraction(trial.id)):
@@ -99,7 +100,9 @@ def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
 
 
 def _hours(speed: Speed, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
-    """Of so many tokens trained and validated; a validation is a forward pass alone, a third of its training."""
+    """Return the hours of so many tokens trained and validated; a validation is a forward pass alone, a third of its
+    training.
+    """
     steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
     seconds = speed.step_seconds(cohort.config, cohort.train_config, cohort.trials[0].recipe.objective)
     return (steps * seconds + compiles * speed.compile_seconds) / 3600

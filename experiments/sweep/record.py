@@ -14,7 +14,7 @@ from typing import Any, Self
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.branches import Listed
 from experiments.sweep.space import Replicate, Space, grid, product
-from experiments.sweep.space.file import load_space
+from experiments.sweep.space.build import load_space
 from experiments.sweep.space.values import parse_axes
 from experiments.sweep.trial import Trial
 from model.errors import InputError
@@ -26,8 +26,8 @@ SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What one call asked for: the trials of a sweep are those of all its calls.
+class TrialRequest:
+    """What one call requested: the trials of a sweep are those of all its calls.
 
     sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
     trials by name, in place of a space.
@@ -46,7 +46,7 @@ class Request:
         return frozenset(name for entry in self.listed for name in entry.point)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the source of the space stays in its file."""
+        """Return plain values for JSON; the source of the space stays in its file."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["space_source"]
         return values | {"listed": [entry.to_dict() for entry in self.listed]}
@@ -63,7 +63,7 @@ class Request:
         return cls(seeds=request.seeds, listed=tuple(map(Listed.from_former, json.loads(json.dumps(points)))))
 
     def space(self, folder: Path) -> Space:
-        """The product of the axes with the file's space, without its seeds. Raises InputError."""
+        """Return the product of the axes with the file's space, without its seeds. Raises InputError."""
         axes = parse_axes(self.axes)
         if "seed" in axes:
             raise InputError("seed is not an axis: give --seeds, so that they count as replicates")
@@ -79,17 +79,17 @@ class Sweep:
     """The definition of a sweep.
 
     folder: holds `sweep.json`, a copy of the space's file, `runs/ID` of every trial, and the ledger where that is a
-    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder
-    of the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in
-    `folder` whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these.
-    seeds: of the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every
-    point of the space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all).
-    policy: "all", "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as
-    `address.kept` gives it; None: SQLite in the folder. lanes: at most so many trials side by side; None: as many as
-    memory holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder asked for; their
-    trials stay part of the sweep.
-    weights: where the parameters lie that the base starts from, whose hash it names; None: trials start fresh.
-    id: the name of its study in a storage, wherever the folder lies; None where an older version made the sweep.
+    file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder of
+    the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder`
+    whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of
+    the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every point of the
+    space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all",
+    "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives
+    it; None: SQLite in the folder. lanes: at most so many trials in one program, vmapped; None: as many as memory
+    holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder requested; their trials
+    stay part of the sweep. weights: where the parameters lie that the base starts from, whose hash it names; None:
+    trials start fresh. id: the name of its study in a storage, wherever the folder lies; None where an older version
+    made the sweep.
     """
 
     folder: Path
@@ -109,7 +109,7 @@ class Sweep:
     evaluate_tokens: int = 65_536
     space_source: str | None = None
     listed: tuple[Listed, ...] = ()
-    earlier: tuple[Request, ...] = ()
+    earlier: tuple[TrialRequest, ...] = ()
     weights: Path | None = None
     id: str | None = None
 
@@ -137,16 +137,19 @@ class Sweep:
         return file is None or not file.resolve().is_relative_to(self.folder.resolve())
 
     @property
-    def request(self) -> Request:
-        """What the newest call asked for."""
-        return Request(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
+    def request(self) -> TrialRequest:
+        """The request of the newest call."""
+        return TrialRequest(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
 
     def space(self) -> Space:
-        """What the newest call varies, without seeds. Raises InputError on axes and files that cannot be read."""
+        """Return what the newest call varies, without seeds.
+
+        Raises InputError on axes and files that cannot be read.
+        """
         return self.request.space(self.folder)
 
     def run_folder(self, trial: Trial) -> Path:
-        """The run directory of a trial."""
+        """Return the run directory of a trial."""
         return self.folder / "runs" / trial.id
 
     def placed(self, recipe: Recipe) -> Recipe:
@@ -156,7 +159,7 @@ class Sweep:
         return recipe.replace(start=Weights(recipe.start.sha256, self.weights))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the sources of the spaces stay in their files."""
+        """Return plain values for JSON; the sources of the spaces stay in their files."""
         plain = {"schema_version": SCHEMA_VERSION}
         for field in dataclasses.fields(self):
             if field.name not in ("folder", "space_source"):
@@ -179,7 +182,10 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """What `write` wrote; the data are not looked at. Raises InputError where there is none, or it is damaged."""
+        """Return what `write` wrote; the data are not looked at.
+
+        Raises InputError where there is none, or it is damaged.
+        """
         folder = Path(folder)
         path = folder / "sweep.json"
         try:
@@ -192,9 +198,10 @@ class Sweep:
             raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
         del content["schema_version"]
         try:
-            earlier = tuple(Request.read(values, folder) for values in content.pop("earlier"))
-            own = {field.name: content[field.name] for field in dataclasses.fields(Request) if field.name in content}
-            made = Request.read(own, folder)
+            earlier = tuple(TrialRequest.read(values, folder) for values in content.pop("earlier"))
+            names = [field.name for field in dataclasses.fields(TrialRequest)]
+            own = {name: content[name] for name in names if name in content}
+            made = TrialRequest.read(own, folder)
             request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
             base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
             base = base.replace(recipe=base.recipe.replace(data=content.pop("data_hash", base.recipe.data)))
@@ -209,7 +216,9 @@ class Sweep:
         return sweep
 
     def write(self) -> None:
-        """`sweep.json`, after the spaces' files that it names: a kill leaves the old definition or the new one."""
+        """Write `sweep.json`, after the spaces' files that it names: a kill leaves the old definition or
+        the new one.
+        """
         for request in (*self.earlier, self.request):
             if request.space_file is not None and request.space_source is not None:
                 write_atomically(self.folder / request.space_file, request.space_source)
@@ -225,12 +234,12 @@ class Sweep:
 
 
 def new_id(folder: Path) -> str:
-    """An id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
+    """Return an id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
     return f"{folder.resolve().name}-{secrets.token_hex(6)}"
 
 
 def id_in(folder: Path) -> str | None:
-    """The id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
+    """Return the id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
     try:
         return json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("id")
     except (OSError, ValueError, AttributeError):
@@ -239,7 +248,7 @@ def id_in(folder: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Around a change to `sweep.json` that depends on what it says: one process at a time."""
+    """Lock `sweep.json` for a change that depends on its content: one process at a time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 – held until the block ends
@@ -253,7 +262,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _moved(place: Path, folder: Path, beside: str | None) -> Path:
-    """The place, or what lies where it lay beside the folder, if only that is there."""
+    """Return the place, or what lies where it lay beside the folder, if only that is there."""
     if beside is None or place.exists():
         return place
     other = Path(os.path.normpath(folder.resolve() / beside))

@@ -12,7 +12,7 @@ ENDED: tuple[State, ...] = ("finished", "pruned", "diverged")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """One trial as the ledger has it.
 
     number: in the order in which trials were planned. rungs: validation losses by updates made, up to now. values:
@@ -49,30 +49,30 @@ class Decision:
 class Policy(Protocol):
     """Decides from the ledger alone, and of the same facts always the same: so any worker may ask, at any time."""
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
-        """What is to be done next. rows: all trials, by number."""
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
+        """Return what is to be done next. rows: all trials, by number."""
         ...
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """The numbers of updates at which a trial may be stopped or left, its end last."""
+        """Return the numbers of updates at which a trial may be stopped or left, its end last."""
         ...
 
 
 class RunAll:
     """Every trial to its end. One that leaves another's run waits for its end, and is pruned if that diverged."""
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
-        """All that are planned, and wait for no other, are ready."""
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
+        """Return as ready all trials that are planned and wait for no other."""
         states = {row.trial.id: row.state for row in rows}
         ready, prune = {}, []
         for row in rows:
-            trunk = "finished" if row.trial.parent is None else states[row.trial.parent[0]]
-            if row.state == "planned" and trunk in ("diverged", "pruned"):
+            base_run = "finished" if row.trial.parent is None else states[row.trial.parent[0]]
+            if row.state == "planned" and base_run in ("diverged", "pruned"):
                 prune.append(row.trial.id)
-            elif row.state == "planned" and trunk == "finished":
+            elif row.state == "planned" and base_run == "finished":
                 ready[row.trial.id] = row.trial.steps
         return Decision(ready, tuple(prune))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """Its end."""
+        """Return the end of the trial alone."""
         return (trial.steps,)

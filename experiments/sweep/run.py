@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
 from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.record import Sweep, locked, new_id
-from experiments.sweep.row import ENDED, Row
+from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work
 from experiments.words import counted
@@ -42,7 +43,8 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
 def with_places(
     sweep: Sweep, data: Path | None = None, storage: str | None = None, weights: Path | None = None
 ) -> Sweep:
-    """The sweep with its data, its storage or the weights that it starts from at another place; None: where they were.
+    """Return the sweep with its data, its storage or the weights that it starts from at another place; None: where they
+    were.
 
     Raises InputError where the storage does not hold the sweep's trials, and on weights for one that starts fresh.
     """
@@ -71,7 +73,7 @@ def separate(sweep: Sweep) -> Sweep:
 
 
 def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
-    """As many workers as were asked for, but not more than there are trials left, which is then said."""
+    """Return the requested number of workers, or the number of trials left where that is smaller, and say so."""
     left = sum(row.state not in ENDED for row in ledger.rows())
     if sweep.sampler != "all":
         left += max(0, sweep.trials - ledger.asked()) * len(sweep.seeds)
@@ -84,15 +86,20 @@ def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
 
 
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:
-    """Work here, or show how workers that were started get on, until the end; what became of those that ended badly."""
+    """Train here, or show how workers that were started get on, until the end; what became of those that ended
+    badly.
+    """
     if started is None:
         work(sweep, ledger)
         return []
-    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+
+    def look() -> dict[str, Any]:
+        return live.standing(sweep, ledger.rows(), ledger.asked())
+
     return launch.follow(started, lambda going: live.watch(look, going))
 
 
-def run_sweep(sweep: Sweep, workers: int = 0) -> list[Row]:
+def run_sweep(sweep: Sweep, workers: int = 0) -> list[LedgerRow]:
     """Train what the sweep plans and has not trained yet; its ledger's rows, by number.
 
     workers: so many processes instead of this one. Raises UnfinishedError where trials failed, and KeyboardInterrupt

@@ -34,12 +34,12 @@ class Speed:
     def step_seconds(
         self, config: ModelConfig, train_config: TrainConfig, objective: Objective = LanguageModeling()
     ) -> float:
-        """Predicted seconds of a step of that shape."""
+        """Return the predicted seconds of a step of that shape."""
         return self.overhead_seconds + flops_of_step(config, train_config, objective) / self.flops_per_second
 
 
 def flops_of_step(config: ModelConfig, train_config: TrainConfig, objective: Objective) -> float:
-    """Exact FLOPs of one training step of one run."""
+    """Return the exact FLOPs of one training step of one run."""
     return train_config.tokens_per_step * objective.flops_per_token(config, train_config.seq_len, "exact")
 
 
@@ -48,7 +48,10 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
 
     shapes: trials, and how many runs there are of each, which is how many may share a program.
     """
-    size = lambda shape: flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
+
+    def size(shape: Any) -> float:
+        return flops_of_step(shape[0].recipe.model, shape[0].recipe.train, shape[0].recipe.objective)
+
     ordered = sorted(shapes, key=size)
     chosen = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
     measured = []
@@ -71,7 +74,7 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
 
 
 def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
-    """(overhead, rate); without overhead where no line goes through the two: in proportion to the larger one."""
+    """Return (overhead, rate); without overhead where no line goes through the two: in proportion to the larger one."""
     small, large = measured[0], measured[-1]
     work = large["flops_exact_per_step"] - small["flops_exact_per_step"]
     longer = large["step_seconds"] - small["step_seconds"]
@@ -90,10 +93,11 @@ def measure_step(
     execution: Execution = Execution(),
     objective: Objective = LanguageModeling(),
 ) -> dict[str, Any]:
-    """Median time of the real training step on random tokens, measured for about `seconds` after two warm-up steps.
+    """Measure the median time of the real training step on random tokens, measured for about `seconds` after two
+    warm-up steps.
 
-    Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps,
-    as samples are.
+    Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps, as
+    samples are.
     """
     axes = execution.mesh or default_axes(train_config.batch_size // execution.accumulate)
     mesh = make_mesh(axes, execution.platform)

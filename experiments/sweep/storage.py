@@ -86,13 +86,13 @@ class Storage:
             self.study_id = self.call(self.optuna.get_study_id_from_name, self.name)
 
     def studies(self) -> dict[str, int]:
-        """The keys of all studies in the storage, by their names."""
+        """Return the keys of all studies in the storage, by their names."""
         if self.optuna is None:
             return {}
         return {study.study_name: study._study_id for study in self.call(self.optuna.get_all_studies)}
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Any:
-        """The function's answer, however often the database has to be asked.
+        """Return the function's answer, however often the database has to be asked.
 
         Raises InputError where the file of the database may not be written.
         """
@@ -115,14 +115,14 @@ class Storage:
                 wait = min(2 * wait, 5)
 
     def trials(self, study_id: int | None = None) -> list[Any]:
-        """All trials of the study, or of another one, as Optuna has them, by number; not to be changed."""
+        """Return all trials of the study, or of another one, as Optuna has them, by number; not to be changed."""
         if study_id is None and self.study_id is None:
             self._find_study()
         key = self.study_id if study_id is None else study_id
         return [] if key is None else self.call(self.optuna.get_all_trials, key, deepcopy=False)
 
     def attribute(self, name: str, study_id: int | None = None) -> Any:
-        """An attribute of the study, or of another one; None where it was not set."""
+        """Return an attribute of the study, or of another one; None where it was not set."""
         key = self.study_id if study_id is None else study_id
         return self.call(self.optuna.get_study_user_attrs, key).get(name)
 
@@ -135,14 +135,14 @@ class Storage:
         return self.call(self.optuna.create_new_trial, self.study_id, template)
 
     def beat(self, key: int) -> None:
-        """Say that whoever has this trial is alive. Tried once: the next one comes soon."""
+        """Say that the worker of this trial is alive. Tried once: the next one comes soon."""
         if self.database:
             self.database.record_heartbeat(key)
         else:
             self.optuna.set_trial_user_attr(key, BEAT, time.time())
 
     def stale(self) -> list[int]:
-        """The keys of running trials whose last heartbeat is too long ago."""
+        """Return the keys of running trials whose last heartbeat is too long ago."""
         if self.database:
             return self.call(self.database._get_stale_trial_ids, self.study_id)
         running = [trial for trial in self.trials() if trial.state.name == "RUNNING"]
@@ -160,7 +160,9 @@ class Storage:
         return True
 
     def move(self, key: int, state: str, values: list[float] | None = None) -> bool:
-        """Change a trial's state, atomically; False where it has ended, or on the way to RUNNING was not WAITING."""
+        """Change a trial's state, atomically; False where it has ended, or on the way to RUNNING was not
+        WAITING.
+        """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -240,7 +242,9 @@ def _connect(file: Path, mode: str) -> sqlite3.Connection:
 
 
 def _whole(file: Path) -> Path:
-    """The SQLite file, or a copy where a killed writer left a half-written change that a reader may not take back."""
+    """Return the SQLite file, or a copy where a killed writer left a half-written change that a reader may not take
+    back.
+    """
     try:
         connection = _connect(file, "ro")
         try:
@@ -263,7 +267,9 @@ def _whole(file: Path) -> Path:
 
 
 def _engine(url: str, file: Path | None, read_only: bool) -> dict[str, Any]:
-    """Settings of SQLAlchemy's engine; a SQLite file is opened here, as its path may have characters of a URL."""
+    """Return settings of SQLAlchemy's engine; a SQLite file is opened here, as its path may have
+    characters of a URL.
+    """
     from sqlalchemy.pool import QueuePool
 
     if file is not None:
@@ -302,7 +308,7 @@ def _is_read_only(error: BaseException | None) -> bool:
 
 
 def _is_transient(error: BaseException | None) -> bool:
-    """Whether the database was away or busy, and not that it refused what it was given."""
+    """Return whether the database was away or busy, and not that it refused what it was given."""
     from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     while error is not None:

@@ -43,7 +43,7 @@ class Trial:
 
     @functools.cached_property
     def id(self) -> str:
-        """The hash of its content: one and the same trial has one id, whoever plans it."""
+        """The hash of its content: one and the same trial has one id, whichever call plans it."""
         parent = {"parent": list(self.parent)} if self.parent else {}
         decode = {"decode": self.decode.to_dict()} if self.decode != Decode() else {}
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}
@@ -79,16 +79,16 @@ class Trial:
         return json.dumps({name: value for name, value in self.point.items() if name != "seed"}, sort_keys=True)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def under(self, execution: Execution) -> Self:
-        """The trial under another execution, but for the fields of it that are its axes."""
+        """Return the trial under another execution, but for the fields of it that are its axes."""
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}
         return self.replace(execution=execution.replace(**varied))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "recipe": self.recipe.to_dict(),
             "point": dict(self.point),

@@ -12,7 +12,7 @@ from experiments.sweep.trial import Trial
 
 
 def plan_trials(sweep: Sweep) -> list[Trial]:
-    """The trials that are listed or enumerated (sampler "all"), in the order of the calls; seeds vary fastest.
+    """Return the trials that are listed or enumerated (sampler "all"), in the order of the calls; seeds vary fastest.
 
     One and the same trial stands there once. Raises InputError on a point that is impossible.
     """
@@ -29,7 +29,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
 
 
 def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None = None) -> list[Trial]:
-    """A trial of the point for every seed (None: the sweep's); one alone where the point has a seed.
+    """Return a trial of the point for every seed (None: the sweep's); one alone where the point has a seed.
 
     Raises InputError on a point that is impossible.
     """
@@ -39,7 +39,7 @@ def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None =
 
 
 def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
-    """`plan_trials` and, where a sampler has yet to draw, those of `count` random points in place of its own."""
+    """Return `plan_trials` and, where a sampler has yet to draw, those of `count` random points in place of its own."""
     found = plan_trials(sweep)
     if sweep.sampler != "all":
         points = random(sweep.space(), count).points()
@@ -48,7 +48,7 @@ def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
 
 
 def _base(sweep: Sweep) -> Trial:
-    """The trial that points vary, with the places of its data, where an objective reads how many classes there are, and
-    of its weights.
+    """Return the trial that points vary, with the places of its data, where an objective reads how many classes there
+    are, and of its weights.
     """
     return sweep.base.replace(recipe=sweep.placed(sweep.base.recipe).replace(folders=str(sweep.data)))

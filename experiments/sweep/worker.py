@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from experiments.sweep.branches import leaves
+from experiments.sweep.branches import branch_points
 from experiments.sweep.ledger import Claim, Ledger
 from experiments.sweep.objectives import TRAINING_SPEED, check_speed, direction, training_speed, values
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import ENDED, Row
+from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.search.policies import make_policy
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Trial
@@ -85,7 +85,7 @@ class _Worker:
             time.sleep(wait)
             wait = min(1.5 * wait, 5.0)
 
-    def _train(self, rows: list[Row], ready: Mapping[str, int]) -> bool:
+    def _train(self, rows: list[LedgerRow], ready: Mapping[str, int]) -> bool:
         """Claim trials of one cohort and train them; whether there were any."""
         trials = {row.trial.id: row.trial for row in rows if row.trial.id in ready}
         sizes = Counter(trial.cohort for trial in trials.values())
@@ -101,11 +101,11 @@ class _Worker:
         ended = sum(row.state in ENDED for row in rows)
         standing = f"{ended} of {len(rows)} done" if len(rows) > len(claims) else ""
         with self.ledger.beat(claims):
-            _Cohort(self, claims, limit, leaves([row.trial for row in rows], list(members)), standing).run()
+            _Cohort(self, claims, limit, branch_points([row.trial for row in rows], list(members)), standing).run()
         return True
 
-    def _lanes(self, cohort: str, rows: list[Row]) -> int:
-        """How many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
+    def _lanes(self, cohort: str, rows: list[LedgerRow]) -> int:
+        """Return how many lanes a cohort's program has: the same for all its batches, so that it is compiled once."""
         from experiments.sweep.cohort import lanes_for
 
         if cohort not in self.lanes:
@@ -146,7 +146,7 @@ class _Cohort:
         self.claims, self.limit, self.claimed_at = claims, limit, time.time()
 
     def run(self) -> None:
-        """Every claim is ended or handed back, whatever happens."""
+        """Train what is claimed; every claim is ended or handed back, whatever happens."""
         try:
             self._leave_whatis_held()
             if self.claims:
@@ -199,7 +199,9 @@ class _Cohort:
         return first.name or textwrap.shorten(describe(first.point), 60, placeholder=" …")
 
     def _recipe(self, trial: Trial) -> Recipe:
-        """The trial's recipe, with the place of its weights; of a branch from where it leaves its parent's run."""
+        """Return the trial's recipe, with the place of its weights; of a branch from where it leaves its
+        parent's run.
+        """
         if trial.parent is None:
             return self.sweep.placed(trial.recipe)
         name, step = trial.parent
@@ -263,7 +265,7 @@ def _facts(result: Result, lanes: int) -> dict[str, Any]:
 
 @contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, also between two trainings."""
+    """Let SIGTERM end the work as Ctrl-C does, also between two trainings."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

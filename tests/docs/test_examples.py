@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.decode.bench import check_grid, read_grid
+from experiments.bench.decode.grid import check_grid, read_grid
 from experiments.scaling.study.design import Design
-from experiments.sweep.space.file import load_space
+from experiments.sweep.space.build import load_space
 from model import presets
 from train import TrainConfig
 from train.plan import Plan

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.decode.compare import compare, ratio, regressions
+from experiments.bench.compare import compare, ratio, regressions
 from model.errors import InputError
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import model
-from experiments.decode.bench import bench_decode, check_grid, read_grid, run_grid
-from experiments.decode.cells import Cell, grid, measure
-from experiments.decode.document import config_hash, describe
-from experiments.decode.probes import Ceilings, best_of, measure_ceilings
-from experiments.decode.render import cell_tables, render
-from experiments.decode.roofline import add_shares, shares, step_cost
+from experiments.bench.ceilings import Ceilings, best_of, measure_ceilings
+from experiments.bench.decode.cells import Cell, grid, measure
+from experiments.bench.decode.grid import bench_decode, check_grid, read_grid, run_grid
+from experiments.bench.decode.roofline import add_shares, shares, step_cost
+from experiments.bench.document import config_hash, describe
+from experiments.bench.render import cell_tables, render
 from infer import decode_step, prepare
 from model import Experts, Latent, ModelConfig, accounting
 from model.errors import InputError
@@ -80,8 +80,8 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch):
             raise KeyboardInterrupt
         return next_one
 
-    monkeypatch.setattr("experiments.decode.bench.measure", measured)
-    monkeypatch.setattr("experiments.decode.bench.prepare", lambda config, params, weights: shapes(config))
+    monkeypatch.setattr("experiments.bench.decode.grid.measure", measured)
+    monkeypatch.setattr("experiments.bench.decode.grid.prepare", lambda config, params, weights: shapes(config))
     called = []
     build = lambda _: (TINY, None)
     cells = [Cell(1, 4), Cell(2, 4), Cell(3, 4)]
@@ -237,7 +237,7 @@ def test_formats_hold_the_same_numbers(rows):
 
 
 def test_the_picture_has_a_point_per_cell(rows):
-    from experiments.decode.plots import draw
+    from experiments.bench.decode.figures import draw
 
     document = {"cells": rows, "ceilings": dataclasses.asdict(CEILINGS)}
     frontier, roof = draw(document).axes
@@ -259,7 +259,7 @@ def test_a_context_beyond_the_prompt_is_filled_with_chunks_of_it(random_params, 
         return real(config, params, token, cache)
 
     spy.lower = real.lower
-    monkeypatch.setattr("experiments.decode.cells.decode_step", spy)
+    monkeypatch.setattr("experiments.bench.decode.cells.decode_step", spy)
     measure(TINY, prepare(TINY, random_params(TINY)), Cell(2, 4, 6), 3, 1)
     assert seen == [[6, 6], [7, 7], [8, 8]] * 2
 

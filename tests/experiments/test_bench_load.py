@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import infer
-from experiments.decode.load import arrivals, bench_load, drive, summarize
-from experiments.decode.render import load_table
+from experiments.bench.decode.load import arrivals, bench_load, drive, summarize
+from experiments.bench.render import load_table
 from model import ModelConfig
 from model.errors import InputError
 

@@ -6,9 +6,9 @@ import statistics
 import jax
 import pytest
 
+from experiments.bench.score import bench_score
 from experiments.commands.bench.compare import compare
 from experiments.commands.bench.score import score
-from experiments.peers.score_bench import bench_score
 from model import init, presets
 from model.errors import InputError
 
@@ -36,7 +36,7 @@ def test_contenders_score_alike_and_ratios_are_of_rounds(tmp_path, capsys):
 
 
 def test_a_pass_with_too_many_logits_is_left_out(monkeypatch):
-    monkeypatch.setattr("experiments.peers.score_bench.MOST_LOGITS", 4 * 40 * 64)
+    monkeypatch.setattr("experiments.bench.score.MOST_LOGITS", 4 * 40 * 64)
     params = init(TINY, jax.random.key(0))
     (row,) = bench_score(TINY, params, prefixes=(40,), continuations=3, contexts=2, batch_size=4, rounds=1)
     assert set(row["samples"]) == {"shared", "unshared"}

@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 
+from experiments.bench.ceilings import Ceilings
+from experiments.bench.peers.twin import check_has_twin
+from experiments.bench.rounds import tokens_per_second
+from experiments.bench.train.against_torch import bench_against_torch, summarize
 from experiments.commands.bench.train import train
-from experiments.decode.probes import Ceilings
-from experiments.peers.train_bench import bench_against_torch, measure_rounds, summarize
-from experiments.peers.twin import check_has_twin
 from model import Experts, RopeScaling, presets
 from model.errors import InputError
 from train import TrainConfig
@@ -60,7 +61,7 @@ def test_lanes_are_compared_with_one(tmp_path, monkeypatch):
         return row | dict.fromkeys(speeds, 100.0 * lanes**0.5) | dict.fromkeys(others, 1.0)
 
     monkeypatch.setattr("experiments.sweep.speed.measure_step", measured)
-    monkeypatch.setattr("experiments.decode.probes.measure_ceilings", lambda dtype: CEILINGS)
+    monkeypatch.setattr("experiments.bench.ceilings.measure_ceilings", lambda dtype: CEILINGS)
     for lanes, ratios in (((4, 1, 16), [2, 1, 4]), ((4, 16), [None, None])):
         train("tiny", lanes=lanes, json=tmp_path / "lanes.json")
         rows = json.loads((tmp_path / "lanes.json").read_text())["rows"]
@@ -112,7 +113,7 @@ def test_everyone_begins_in_turn_and_speeds_are_tokens_over_seconds():
         "a": contender("a", [0.2, 0.2, 0.1]),
         "b": contender("b", [0.4, 0.8, 1.6]),
     }
-    speeds = measure_rounds(turns, {"isoflop": 10, "a": 5, "b": 1}, 3, tokens_per_step=8)
+    speeds = tokens_per_second(turns, {"isoflop": 10, "a": 5, "b": 1}, 3, tokens_per_step=8)
     assert order == ["isoflop", "a", "b", "a", "b", "isoflop", "b", "isoflop", "a"]
     assert speeds["isoflop"] == pytest.approx([80, 40, 20])
     assert speeds["b"] == pytest.approx([20, 10, 5])

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.decode.cells import Cell
-from experiments.peers import decode_bench
-from experiments.peers.decode_bench import bench_against, summarize, take_turns
-from experiments.peers.gguf_out import check_is_llama, write_gguf
+from experiments.bench.decode import against_peers as decode_bench
+from experiments.bench.decode.against_peers import answers_by_round, bench_against, summarize
+from experiments.bench.decode.cells import Cell
+from experiments.bench.peers.gguf_out import check_is_llama, write_gguf
 from model import ModelConfig, presets
 from model.convert import fold, load_gguf
 from model.errors import InputError
@@ -60,7 +60,7 @@ def test_everyone_begins_in_turn_and_who_fails_is_left_out():
 
         return run
 
-    answers, failed = take_turns({name: turn(name) for name in ("isoflop", "a", "b")}, 3)
+    answers, failed = answers_by_round({name: turn(name) for name in ("isoflop", "a", "b")}, 3)
     assert "".join(name[0] for name in order) == "iab" + "abi" + "ia"
     assert {name: len(each) for name, each in answers.items()} == {"isoflop": 3, "a": 3, "b": 1}
     assert failed == {"b": "it broke"}

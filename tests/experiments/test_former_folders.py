@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep.definition import define
-from experiments.sweep.record import Request, Sweep
+from experiments.sweep.record import Sweep, TrialRequest
 from experiments.sweep.trials import plan_trials
 from model import presets
 
@@ -287,6 +287,6 @@ def test_the_file_of_a_search_is_read_and_not_enumerated(tmp_path):
         'space = branch("optimizer", {"adamw": grid(beta2=uniform(0.9, 0.99)), "sgd": grid(clip_norm=[0.5, 1.0])})\n'
     )
     former = {"axes": [], "space_file": "space.py", "seeds": [0, 1], "sampler": "random"}
-    request = Request.read(former, tmp_path)
+    request = TrialRequest.read(former, tmp_path)
     assert (request.listed, request.seeds) == ((), (0, 1))
     assert set(request.space(tmp_path).names) == {"optimizer", "beta2", "clip_norm"}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.report.figures import read_curve
 from experiments.report.page import number
+from experiments.runs.curves import read_curve
 
 
 def test_curves_are_thinned_not_bent(tmp_path, write_metrics):

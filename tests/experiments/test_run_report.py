@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report.run_page import write_run_page
+from experiments.runs.report import write_run_page
 from model.errors import InputError
 
 

@@ -18,8 +18,8 @@ from experiments.commands.models.merge import merge
 from experiments.commands.models.show import show
 from experiments.commands.options import BasePath
 from experiments.models import started_from
-from experiments.report.run_page import write_run_page
-from experiments.started import in_words, started_from_weights
+from experiments.runs.report import write_run_page
+from experiments.runs.started import in_words, started_from_weights
 from model import InputError, accounting, presets
 from model.adapters import Adapter
 from model.convert import load_hf

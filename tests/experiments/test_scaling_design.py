@@ -10,7 +10,7 @@ from experiments.commands.scaling.plan import plan, show_plan
 from experiments.scaling.rows.conventions import FLOPS, PARAMS, count
 from experiments.scaling.study import cost
 from experiments.scaling.study.design import Design, Law
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import LAWS
 from experiments.scaling.study.rungs import expected_optimum, plan_rungs, shapes
 from model import accounting
@@ -27,14 +27,14 @@ DESIGNS = {
     "far apart": Design(budgets=(1e11, 1e12, 2e13), sizes=7, size_factor=1.3, optimum_exponent=0.6, held_out=2),
     "four sizes": Design(budgets=(1e15, 3e15), sizes=4, size_factor=2.0, batch_size=16),
     "grouped heads": Design(
-        base="llama3-8b", budgets=(1e16, 2e16), family=Family(aspect_ratio=32, head_dim=16), batch_size=16
+        base="llama3-8b", budgets=(1e16, 2e16), family=ModelFamily(aspect_ratio=32, head_dim=16), batch_size=16
     ),
     "multi-query": Design(
-        base="tiny", budgets=(1e14, 4e14), family=Family(head_dim=32, ff_ratio=3.0, width_multiple=32)
+        base="tiny", budgets=(1e14, 4e14), family=ModelFamily(head_dim=32, ff_ratio=3.0, width_multiple=32)
     ),
-    "wide heads": Design(base="gemma3-1b", budgets=(1e16, 2e16), family=Family(head_dim=64, aspect_ratio=64)),
-    "learned positions": Design(base="gpt2-small", budgets=(1e16, 2e16), family=Family(aspect_ratio=64)),
-    "experts": Design(base="flash-moe", budgets=(1e17, 2e17), family=Family(aspect_ratio=64)),
+    "wide heads": Design(base="gemma3-1b", budgets=(1e16, 2e16), family=ModelFamily(head_dim=64, aspect_ratio=64)),
+    "learned positions": Design(base="gpt2-small", budgets=(1e16, 2e16), family=ModelFamily(aspect_ratio=64)),
+    "experts": Design(base="flash-moe", budgets=(1e17, 2e17), family=ModelFamily(aspect_ratio=64)),
 }
 
 
@@ -230,7 +230,7 @@ BAD = {
     "hours = 1.0\n[learning_rate]\nvalue = 0.02\ncentre = {}\nexponents = { d_model = -1 }": "both centre and exponent",
     "hours = 1.0\n[learning_rate]\nvalue = 0.02\ncentre = { d_model = 32 }": "Law lacks exponents",
     "hours = 1.0\nbranches = true\n[batch_size]\nvalue = 2\ncentre = { flops = 1e11 }\nexponents = { flops = 0.3 }": (
-        "leave one trunk"
+        "leave one base run"
     ),
     "hours = 1.0\n[family]\nhead_size = 8": "did you mean 'head_dim'",
     "hours = 1.0\n[set]\nlearning_rate = 0.1": "set.learning_rate is not free",
@@ -251,8 +251,8 @@ def test_bad_input_is_one_sentence_with_the_file(text, tmp_path):
 REFUSED = [
     (Design(budgets=(1e8, 2e8)), "too small"),
     (Design(budgets=(1e12, 2e12), batch_size=100_000), "steps of"),
-    (Design(budgets=BUDGETS, family=Family(head_dim=8, width_multiple=12)), "multiple of 8, the head_dim"),
-    (Design(budgets=BUDGETS, family=Family(head_dim=3)), "must be even"),
+    (Design(budgets=BUDGETS, family=ModelFamily(head_dim=8, width_multiple=12)), "multiple of 8, the head_dim"),
+    (Design(budgets=BUDGETS, family=ModelFamily(head_dim=3)), "must be even"),
     (Design(base="stody-32", budgets=BUDGETS), "study-32"),
     (Design(budgets=BUDGETS, set={"betta2": 0.9}), "beta2"),
     (Design(budgets=BUDGETS, set={"beta2": 1.5}), "beta2=1.5"),
@@ -348,7 +348,7 @@ def test_a_law_takes_the_place_of_a_definitions_own_optimum(tmp_path):
 
 
 def test_a_plan_of_a_large_study_is_a_definition_that_reads_back(large):
-    from experiments.report.commands import _toml
+    from experiments.study.command_lines import _toml
 
     for changes in ({}, {"tokens_per_parameter": 8.0, "law": ""}):
         design = Design.read(large).replace(**changes)

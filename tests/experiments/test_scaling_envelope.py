@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling.envelope import fit_envelope
-from experiments.scaling.rows.curves import Curve, curves_of_table
+from experiments.scaling.rows.curves import TrainingCurve, curves_of_table
 from model.errors import InputError
 
 A = 0.28 / 0.62
@@ -20,7 +20,7 @@ def curves(sizes=None, noise=0.0, points=120, seed=0, schedule="constant"):
     made = []
     for i, size in enumerate(sizes):
         loss = (1.7 + 400 * size**-0.34 + 410 * tokens**-0.28) * np.exp(rng.normal(0, noise, points))
-        made.append(Curve(f"run{i}", float(size), tokens, loss, schedule))
+        made.append(TrainingCurve(f"run{i}", float(size), tokens, loss, schedule))
     return made
 
 
@@ -44,13 +44,13 @@ def test_noise_is_smoothed_and_intervals_hold_the_truth():
 
 def test_smoothing_keeps_a_straight_line():
     tokens = np.geomspace(1e6, 1e9, 50)
-    curve = Curve("line", 1.0, tokens, 5 - 0.1 * np.log(tokens))
+    curve = TrainingCurve("line", 1.0, tokens, 5 - 0.1 * np.log(tokens))
     np.testing.assert_allclose(curve.smoothed(), curve.loss, rtol=1e-9)
 
 
 def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warned_of():
     made = curves(schedule="cosine")
-    worse = Curve("worse", 5e8 * 1.01, made[0].tokens, made[0].loss + 3, "cosine")
+    worse = TrainingCurve("worse", 5e8 * 1.01, made[0].tokens, made[0].loss + 3, "cosine")
     fit = fit_envelope([*made, worse], bootstraps=10)
     assert [(r["name"], r["reason"]) for r in fit.rejected] == [
         ("worse", "never the best size at any compute that two runs share")
@@ -59,7 +59,7 @@ def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warn
     with pytest.raises(InputError, match="2 model sizes"):
         fit_envelope(made[:2])
     with pytest.raises(InputError, match=r"crossings? of neighbouring sizes found"):
-        fit_envelope([Curve(c.name, c.params, c.tokens, c.loss + 10 * i) for i, c in enumerate(made)])
+        fit_envelope([TrainingCurve(c.name, c.params, c.tokens, c.loss + 10 * i) for i, c in enumerate(made)])
 
 
 def test_curves_are_read_from_tables(tmp_path):

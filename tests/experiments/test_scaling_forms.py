@@ -7,7 +7,7 @@ import pytest
 
 from experiments.scaling import fit_parametric
 from experiments.scaling.forms.choose import choose
-from experiments.scaling.forms.fit import Problem, fit_form
+from experiments.scaling.forms.fit import FormProblem, fit_form
 from experiments.scaling.forms.registry import FORMS, get
 from experiments.scaling.forms.terms import evaluate
 from model.errors import InputError, UnknownNameError
@@ -84,7 +84,7 @@ def test_clean_data_come_back(name):
 @pytest.mark.parametrize("name", TRUTHS)
 def test_derivatives_are_those_of_the_objective(name):
     form = get(name)
-    problem = Problem.of(form, table(name, rows=20, noise=0.1), 1.0)
+    problem = FormProblem.of(form, table(name, rows=20, noise=0.1), 1.0)
     rng = np.random.default_rng(0)
     theta = problem.grid[[len(problem.grid) // 2]] + rng.normal(0, 0.1, (1, len(form.unknowns)))
     weights = rng.integers(0, 3, (1, 20)).astype(float)

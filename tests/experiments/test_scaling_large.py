@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.report.style import svg
-from experiments.scaling import fit_isoflop, fit_parametric, plots
+from experiments.scaling import fit_isoflop, fit_parametric
+from experiments.scaling.figures import laws
 from experiments.scaling.forms.choose import choose
 from experiments.scaling.known_tables import TRUTH
 from experiments.scaling.large_tables import table
@@ -71,7 +72,7 @@ def test_forms_are_compared_on_a_sample_and_say_so():
 
 
 def test_figures_of_many_runs_stay_small(large):
-    figures = plots.residuals(large[1])
+    figures = laws.residuals(large[1])
     for figure in figures:
         assert figure.axes[0].get_title(loc="right").endswith(", 2,000 of 8,000 runs")
     assert sum(len(svg(figure, "residuals")) for figure in figures) < 1_500_000

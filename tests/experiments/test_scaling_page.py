@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments.report.scaling_page import write_scaling_page
 from experiments.scaling.analysis import analyse
 from experiments.scaling.known_laws import CASES, TRUTH, simulate
+from experiments.scaling.report import write_scaling_page
 from experiments.scaling.rows.table import clean
 from experiments.scaling.rows.tables import write_tables
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.scaling import fit_isoflop, fit_parametric
 from experiments.scaling.fit import fit_both, parametric_warnings
-from experiments.scaling.known_tables import Case, simulate
+from experiments.scaling.known_tables import TableKind, simulate
 from experiments.scaling.rows.table import clean
 
 TRUTH = {"E": 1.82, "A": 482.0, "B": 2085.0, "alpha": 0.348, "beta": 0.366}
@@ -65,7 +65,7 @@ def test_screening_finds_the_runs_that_are_wrong(heavy_tailed):
 @pytest.mark.parametrize("budgets, sizes, span, drift", [(9, 9, 30, 1.2), (12, 5, 30, 1.2), (6, 9, 4, 0)])  # noqa: PT006
 def test_a_table_without_noise_has_no_outlier(budgets, sizes, span, drift):
     """No cubic follows a law to the walls of a wide window, and what it misses there is not noise."""
-    table, _ = simulate(Case("clean", budgets=budgets, sizes=sizes, span=span, drift=drift, noise=0.0), 0)
+    table, _ = simulate(TableKind("clean", budgets=budgets, sizes=sizes, span=span, drift=drift, noise=0.0), 0)
     fits = fit_both(clean(**table), bootstraps=1, screen=True)
     assert fits.parametric_outliers == []
     assert fits.isoflop is not None

@@ -243,14 +243,14 @@ def test_the_command_writes_json_and_a_figure(tmp_path, capsys):
 
 def test_every_figure_draws(fits):
     from experiments.report.style import svg
-    from experiments.scaling import plots
+    from experiments.scaling.figures import laws
 
     figures = [
-        plots.valleys(fits.isoflop),
-        *plots.compute_optimal(fits.isoflop),
-        plots.overview(None, fits.parametric),
-        plots.measured_predicted(fits.parametric, [{"params": 1e7, "tokens": 1e8, "loss": 2.3}]),
-        *plots.residuals(fits.parametric),
+        laws.valleys(fits.isoflop),
+        *laws.compute_optimal(fits.isoflop),
+        laws.overview(None, fits.parametric),
+        laws.measured_predicted(fits.parametric, [{"params": 1e7, "tokens": 1e8, "loss": 2.3}]),
+        *laws.residuals(fits.parametric),
     ]
     for figure in figures:
         assert svg(figure, "a <label>").count("a &lt;label&gt;") == 1

@@ -2,8 +2,7 @@
 
 import pytest
 
-from experiments import repeated
-from experiments.commands import report, train
+from experiments.commands import repeated, report, train
 from experiments.commands.sweep import run as sweep_run
 from experiments.sweep.definition import define
 from experiments.sweep.run import begin, useful_workers

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import study
-from experiments.decode.bench import bench_decode
+from experiments.bench.decode.grid import bench_decode
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.run import read_study
 from experiments.study import Settings, run_study
+from experiments.study import run as study
 from experiments.sweep.speed import Speed
 from model import InputError
 

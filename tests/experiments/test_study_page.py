@@ -8,13 +8,13 @@ import tomllib
 import numpy as np
 import pytest
 
-from experiments.report import study_page
-from experiments.report.commands import commands
 from experiments.scaling.fit import fit_both
 from experiments.scaling.rows.table import read_table
 from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
-from experiments.sweep.reading.summary import summarize
+from experiments.study import report as study_page
+from experiments.study.command_lines import commands
+from experiments.sweep.analysis.summary import summarize
 from model import presets
 
 FITS = {}

@@ -7,8 +7,8 @@ import pytest
 from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.plan import plan_sweep
-from experiments.sweep.row import Row, RunAll
-from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.row import LedgerRow, RunAll
+from experiments.sweep.search.policies import play, tokens_used
 from experiments.sweep.trials import plan_trials
 from model import InputError, presets
 
@@ -45,7 +45,7 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     branches = [trial for trial in trials if trial.parent is not None]
     assert [trial.parent for trial in branches] == [(trunks[s], step) for step in (8, 12) for s in (0, 1)]
     assert len({trial.id for trial in trials}) == 6
-    rows = [Row(i, trial, "planned", {}, None, {}) for i, trial in enumerate(trials)]
+    rows = [LedgerRow(i, trial, "planned", {}, None, {}) for i, trial in enumerate(trials)]
     assert set(RunAll().decide(rows).ready) == set(trunks.values())
     ended = play(RunAll(), trials, lambda trial, step: 1.0)
     assert {row.state for row in ended} == {"finished"}
@@ -59,15 +59,15 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
 @pytest.mark.parametrize(
     ("entries", "arguments", "message"),
     [
-        ((TRUNK, dataclasses.replace(EARLY, trunk="lnog")), {}, "unknown trunk 'lnog'; did you mean 'long'"),
+        ((TRUNK, dataclasses.replace(EARLY, trunk="lnog")), {}, "unknown base run 'lnog'; did you mean 'long'"),
         ((TRUNK, dataclasses.replace(EARLY, leave_step=9)), {}, r"leave_step=9 must lie .* warmup_steps=2 .* and 8"),
         ((TRUNK, dataclasses.replace(EARLY, leave_step=1)), {}, "leave_step=1 must lie between the end of the warm-up"),
         ((with_point(TRUNK, decay_steps=9), LATE), {}, "leave_step=12 must lie between .* and 11"),
-        ((TRUNK, with_point(EARLY, beta2=0.5)), {}, "beta2=0.5, but 0.95 in its trunk"),
-        ((TRUNK, with_point(EARLY, num_layers=1)), {}, "has the model and the TrainConfig of its trunk"),
+        ((TRUNK, with_point(EARLY, beta2=0.5)), {}, "beta2=0.5, but 0.95 in its base run"),
+        ((TRUNK, with_point(EARLY, num_layers=1)), {}, "has the model and the TrainConfig of its base run"),
         ((), {"base": {"schedule": "cosine"}}, "both with schedule=wsd"),
-        ((), {"policy": "halving", "steps": 20}, "branches wait for their trunks, which --policy halving may stop"),
-        ((TRUNK, EARLY, dataclasses.replace(LATE, trunk="early")), {}, "its trunk 'early' is itself a branch"),
+        ((), {"policy": "halving", "steps": 20}, "branches wait for their base runs, which --policy halving may stop"),
+        ((TRUNK, EARLY, dataclasses.replace(LATE, trunk="early")), {}, "its base run 'early' is itself a branch"),
     ],
 )
 def test_a_trunk_that_cannot_be_left_so_is_refused(sweep, entries, arguments, message):

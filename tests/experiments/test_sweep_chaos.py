@@ -98,7 +98,7 @@ def undisturbed(data, tmp_path_factory):
     return {row.trial.id: row.values for row in ledger.rows()}
 
 
-class Workers:
+class MortalWorkers:
     """Workers of one sweep, of which one dies now and then and is replaced."""
 
     def __init__(self, folder: Path, count: int):
@@ -161,7 +161,7 @@ def test_workers_are_killed_and_the_database_restarts(postgresql, data, undistur
     sweep = define_sweep(tmp_path / "sweep", data, postgresql.url)
     ledger = Ledger(sweep, interval=1, grace=3)
     plan(sweep, ledger)
-    workers = Workers(sweep.folder, 3)
+    workers = MortalWorkers(sweep.folder, 3)
 
     def restart():
         postgresql.stop()
@@ -178,7 +178,7 @@ def test_the_one_worker_of_a_file_is_killed(data, undisturbed, tmp_path):
     sweep = define_sweep(tmp_path / "sweep", data)
     ledger = Ledger(sweep, interval=1, grace=3)
     plan(sweep, ledger)
-    workers = Workers(sweep.folder, 1)
+    workers = MortalWorkers(sweep.folder, 1)
     torment(sweep, ledger, workers, every=(3, 9))
     assert workers.killed > 1
     check(ledger, undisturbed)

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
-from experiments.report.sweep_figures import execution_bars
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.executions import compare_executions
+from experiments.sweep.analysis.results import collect, read_results, write_tables
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
+from experiments.sweep.figures.bars import execution_bars
 from experiments.sweep.ledger import Ledger
 from experiments.sweep.live import standing
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.executions import compare_executions
-from experiments.sweep.reading.results import collect, read_results, write_tables
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
@@ -53,7 +53,7 @@ def rows_of(points, seeds=2, loss=None, state="finished", objectives=BOTH, base=
             known = facts | {"loss": value}
             values = tuple(known[name] for name in objectives) if now == "finished" else None
             rungs = {STEPS: value} if now == "finished" else {}
-            found.append(Row(len(found), trial, now, rungs, values, {} if now == "planned" else facts))
+            found.append(LedgerRow(len(found), trial, now, rungs, values, {} if now == "planned" else facts))
     return found
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from experiments.sweep import storage
 from experiments.sweep.address import check_given
+from experiments.sweep.analysis.results import read_results
 from experiments.sweep.checks import check_data
 from experiments.sweep.definition import define
 from experiments.sweep.identity import _by_path
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.reading.results import read_results
 from experiments.sweep.record import Sweep
 from experiments.sweep.run import begin, separate, with_places
 from model import InputError, presets

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row, RunAll
+from experiments.sweep.row import LedgerRow, RunAll
 from experiments.sweep.search.evolve import Population
-from experiments.sweep.search.policies import Halving, Hyperband, hash_fraction, make_policy
-from experiments.sweep.search.simulate import play, tokens_used
+from experiments.sweep.search.policies import Halving, Hyperband, hash_fraction, make_policy, play, tokens_used
 from experiments.sweep.trial import Trial
 from model import Execution, InputError, presets
 from train import HParams, Recipe, TrainConfig
@@ -67,7 +66,7 @@ def test_the_tokens_of_halving_are_what_the_rungs_say():
 
 
 def test_a_decision_depends_on_no_order_of_the_rows_and_is_taken_again_after_a_crash_in_between():
-    rows = [Row(i, one, "planned", {9: falling(one, 9)}, None, {}) for i, one in enumerate(grid(27, 2))]
+    rows = [LedgerRow(i, one, "planned", {9: falling(one, 9)}, None, {}) for i, one in enumerate(grid(27, 2))]
     decision = halving().decide(rows)
     assert len(decision.ready) == 18
     assert len(decision.prune) == 36
@@ -88,7 +87,7 @@ def test_replicates_stand_and_fall_by_their_mean():
 
 
 def test_the_synchronous_rung_waits_for_all_and_the_asynchronous_one_for_none():
-    rows = [Row(i, one, "planned", {9: falling(one, 9)}, None, {}) for i, one in enumerate(grid(6))]
+    rows = [LedgerRow(i, one, "planned", {9: falling(one, 9)}, None, {}) for i, one in enumerate(grid(6))]
     late = dataclasses.replace(rows[0], rungs={}, state="running")
     waiting = halving().decide([late, *rows[1:]])
     assert not waiting.ready
@@ -120,13 +119,13 @@ def test_points_of_an_extended_sweep_are_ranked_among_all_that_were_there_and_th
     before = {row.trial.id: row.state for row in rows}
     added = grid(9, start=9)  # rates 0.010 … 0.018, with the winner
     policy = halving()
-    rows += [Row(9 + i, one, "planned", {}, None, {}) for i, one in enumerate(added)]
+    rows += [LedgerRow(9 + i, one, "planned", {}, None, {}) for i, one in enumerate(added)]
     assert policy.decide(rows).ready == {one.id: 9 for one in added}
     rows[9:] = [dataclasses.replace(row, rungs={9: falling(row.trial, 9)}) for row in rows[9:]]
     decision = policy.decide(rows)
     assert len(decision.ready) == 6  # 18 / 3, all of them new ones
     assert not set(decision.prune) & set(before)
-    one_seed_more = [Row(20 + i, one, "planned", {}, None, {}) for i, one in enumerate(_with_seed(rows[:9], 5))]
+    one_seed_more = [LedgerRow(20 + i, one, "planned", {}, None, {}) for i, one in enumerate(_with_seed(rows[:9], 5))]
     decision = policy.decide([*rows[:9], *one_seed_more])
     survivors = {one.trial.id for one, row in zip(one_seed_more, rows, strict=False) if row.state == "finished"}
     assert set(decision.ready) == survivors
@@ -200,7 +199,7 @@ def test_a_population_keeps_its_size_and_its_rates_gather_where_the_loss_is_low(
 
 def test_a_generation_is_decided_again_as_it_was_whatever_of_it_is_in_the_ledger():
     policy = Population(seed=1)
-    rows = [Row(i, one, "planned", {8: by_rate(one, 8)}, None, {}) for i, one in enumerate(members(20))]
+    rows = [LedgerRow(i, one, "planned", {8: by_rate(one, 8)}, None, {}) for i, one in enumerate(members(20))]
     decision = policy.decide(rows)
     assert len(decision.prune) == len(decision.add) == 4
     assert not decision.ready
@@ -209,15 +208,15 @@ def test_a_generation_is_decided_again_as_it_was_whatever_of_it_is_in_the_ledger
     assert [child.id for child in policy.decide(executed).add] == [child.id for child in decision.add]
     pruned = [dataclasses.replace(row, state="pruned") if row.trial.id in decision.prune else row for row in rows]
     assert policy.decide(pruned).add == decision.add
-    some = [*pruned, *(Row(30 + i, one, "planned", {}, None, {}) for i, one in enumerate(decision.add[:3]))]
+    some = [*pruned, *(LedgerRow(30 + i, one, "planned", {}, None, {}) for i, one in enumerate(decision.add[:3]))]
     assert policy.decide(some).add == decision.add[3:]
-    whole = [*some, Row(33, decision.add[3], "planned", {}, None, {})]
+    whole = [*some, LedgerRow(33, decision.add[3], "planned", {}, None, {})]
     after = policy.decide(whole)
     assert not after.add
     assert not after.prune
     assert set(after.ready.values()) == {16}
     assert len(after.ready) == 20
-    newcomer = Row(40, trial(77, learning_rate=0.5, weight_decay=0.1), "planned", {}, None, {})
+    newcomer = LedgerRow(40, trial(77, learning_rate=0.5, weight_decay=0.1), "planned", {}, None, {})
     late = policy.decide([*whole, newcomer])
     assert late.ready == after.ready | {newcomer.trial.id: 8}
     arrived = dataclasses.replace(newcomer, rungs={8: 9.0})

@@ -13,7 +13,7 @@ import pytest
 from experiments.sweep.search.policies import Halving
 from experiments.sweep.search.recorded import Recorded, read_recorded
 from experiments.sweep.search.replay import compare_samplers, quartiles, replay_search
-from experiments.sweep.search.replay_halving import Curve, replay_halving
+from experiments.sweep.search.replay_halving import RecordedRun, replay_halving
 from experiments.sweep.trial import Trial
 from model import InputError, presets
 from train import HParams, Recipe, TrainConfig
@@ -153,7 +153,7 @@ def curves(recorded, crossing=0.0):
             recipe = base.replace(hparams=base.hparams.replace(**values, seed=seed))
             early = crossing * AXES["learning_rate"].index(point[0])
             at = {step: end + 3 / step - 3 / 81 + early * (81 - step) / 81 for step in (9, 27, 81)}
-            made.append(Curve(Trial(recipe, {**values, "seed": seed}), at, {9: 5.0, 27: 4.0}))
+            made.append(RecordedRun(Trial(recipe, {**values, "seed": seed}), at, {9: 5.0, 27: 4.0}))
     return made
 
 
@@ -177,7 +177,7 @@ def test_without_validations_at_the_rungs_the_loss_of_training_stands_in(recorde
     bare = []
     for curve in curves(recorded):
         training = {step: curve.validation[81] + 3 / step for step in range(1, 82)}
-        bare.append(Curve(curve.trial, {81: curve.validation[81]}, training))
+        bare.append(RecordedRun(curve.trial, {81: curve.validation[81]}, training))
     document = replay_halving(recorded, bare, replays=2)
     assert document["rungs"] == "training"
     assert document["chosen"] == recorded.named(recorded.best)

@@ -10,13 +10,13 @@ import tomllib
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
 from experiments.scaling.study.design import Law
-from experiments.sweep.reading import analysis
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.results import collect, write_tables
-from experiments.sweep.row import Row
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis import document as analysis
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.results import collect, write_tables
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.recorded import read_recorded
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
@@ -67,7 +67,7 @@ def record(folder, points, *, seeds=3, noise=0.004, loss=surface, fate=None, cur
             values = tuple(
                 {"loss": final, "tokens_per_second": fast}[name] for name in about.get("objectives", ["loss"])
             )
-        rows.append(Row(len(rows), trial, state, rungs, values, facts if done else {}))
+        rows.append(LedgerRow(len(rows), trial, state, rungs, values, facts if done else {}))
         if curves and done:
             write_metrics(folder / run, done, final, per_token, diverged=state == "diverged", rng=rng)
     return collect(folder, rows, **about)

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from experiments.report import sweep_page
+from experiments.sweep import report as sweep_page
+from experiments.sweep.analysis.document import analyse
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.results import collect
+from experiments.sweep.analysis.sentence import sentence
+from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.live import standing, table
-from experiments.sweep.reading.analysis import analyse
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.results import collect
-from experiments.sweep.reading.sentence import sentence
-from experiments.sweep.reading.summary import summarize
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.space.overlay import apply
 from experiments.sweep.trial import Trial
 from model import presets
@@ -31,7 +31,7 @@ def row(number, point, state, rungs, parent=None, seed=0, objectives=("loss",), 
     values = None
     if state == "finished":
         values = tuple({"loss": rungs[steps], "tokens_per_second": speed}[name] for name in objectives)
-    return Row(number, trial, state, rungs, values, facts if rungs else {})
+    return LedgerRow(number, trial, state, rungs, values, facts if rungs else {})
 
 
 def rows_of(described, **about):
@@ -93,7 +93,7 @@ def test_stopped_settings_are_compared_where_they_were_stopped(tmp_path):
 def test_with_one_seed_only_the_higher_loss_is_known(tmp_path):
     once = [described[:3] for described in halved()]
     document = analyse(collect(tmp_path, rows_of(once), policy="halving"))
-    assert "with one seed each nobody can say how sure that is" in document["sentence"]
+    assert "with one seed each it is not known how sure that is" in document["sentence"]
     assert "alone: 4 at a higher loss." in document["sentence"]
     assert "worse" not in document["sentence"]
 
@@ -258,7 +258,7 @@ def test_text_of_every_figure_can_be_read_on_a_phone(tmp_path, phone_figures, po
 
 def test_the_losses_of_the_figure_are_all_inside_its_frame(tmp_path):
     """What was stopped is drawn at its rung, as the caption says; before, only the winner's dot was there."""
-    from experiments.report.sweep_figures import axis_panels
+    from experiments.sweep.figures.panels import axis_panels
 
     document = analyse(collect(tmp_path, rows_of(halved()), policy="halving"))
     (figure,) = axis_panels(document)

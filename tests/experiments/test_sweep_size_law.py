@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling.study.design import Law
-from experiments.sweep.reading.size_law import fit_size_law
+from experiments.sweep.analysis.size_law import fit_size_law
 from model.errors import InputError
 
 SIZES = np.geomspace(1e6, 1e9, 7)

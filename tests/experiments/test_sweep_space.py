@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.sweep import space as s
-from experiments.sweep.space.file import load_space
+from experiments.sweep.space.build import load_space
 from experiments.sweep.space.values import parse_axes, parse_axis
 from model.errors import InputError
 

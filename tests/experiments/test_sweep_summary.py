@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.sweep.reading.comparisons import best_of_many, largest_of_many, selected_interval
-from experiments.sweep.reading.importance import importances
-from experiments.sweep.reading.optimum import log_parabola
-from experiments.sweep.reading.pareto import front, near_front
-from experiments.sweep.reading.scales import edge_of, scale_of
-from experiments.sweep.reading.summary import summarize
+from experiments.sweep.analysis.comparisons import best_of_many, largest_of_many, selected_interval
+from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.optimum import log_parabola
+from experiments.sweep.analysis.pareto import front, near_front
+from experiments.sweep.analysis.scales import edge_of, scale_of
+from experiments.sweep.analysis.summary import summarize
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
 

@@ -136,7 +136,7 @@ def test_a_search_fills_the_lanes_and_measures_the_speed_of_a_shape_once(make, m
     asked = []
     if not real:
         measure = lambda *arguments, **named: asked.append(named) or [{"decode_tokens_per_second_aggregate": 7.0}]
-        monkeypatch.setattr("experiments.decode.bench.run_grid", measure)
+        monkeypatch.setattr("experiments.bench.decode.grid.run_grid", measure)
     sweep = make(
         axes=("learning_rate=loguniform:1e-3:1e-1",),
         sampler="tpe",

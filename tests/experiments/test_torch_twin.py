@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.peers import twin
-from experiments.peers.train_bench import Ours, bench_against_torch
-from experiments.peers.twin import Twin, twin_spec, twin_weights
+from experiments.bench.peers import twin
+from experiments.bench.peers.twin import Twin, twin_spec, twin_weights
+from experiments.bench.train.against_torch import IsoflopStep, bench_against_torch
 from model import ModelConfig, accounting, init, presets
 from model.errors import InputError
 from train import HParams, TrainConfig
@@ -55,7 +55,7 @@ def torch_python(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_weights_and_tokens_give_the_same_losses(name, torch_python, tmp_path):
     config, hparams = CONFIGS[name], HParams(learning_rate=3e-2)
-    ours = Ours(config, TRAIN, hparams)
+    ours = IsoflopStep(config, TRAIN, hparams)
     np.savez(tmp_path / "weights.npz", **twin_weights(config, ours.params()))
     spec = twin_spec(config, TRAIN, hparams, "eager", tmp_path / "weights.npz", threads=1)
     with Twin(spec, tmp_path / "log") as theirs:

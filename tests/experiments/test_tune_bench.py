@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 
-from experiments.peers.child import python_has
-from experiments.peers.tune_bench import bench_against_transformers
+from experiments.bench.peers.child import python_has
+from experiments.bench.train.against_transformers import bench_against_transformers
 from model import init, presets
 from model.errors import InputError
 from train import TrainConfig

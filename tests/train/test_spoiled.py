@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.report.run_page import write_run_page
+from experiments.runs.report import write_run_page
 from model import InputError, ModelConfig
 from train import HParams, Shell, TrainConfig, load_run, train
 from train.run import read_record

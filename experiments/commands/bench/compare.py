@@ -38,11 +38,11 @@ def compare(
         any: Compare documents of different models or devices too.
         json: Also write every number to this file.
     """
+    from experiments.bench.compare import compare as join
+    from experiments.bench.compare import regressions
+    from experiments.bench.machine import has_changed, in_words
+    from experiments.bench.render import COORDINATES, TRAINING_COORDINATES, words_of
     from experiments.commands.options import console, new_table, write_document
-    from experiments.decode.compare import compare as join
-    from experiments.decode.compare import regressions
-    from experiments.decode.machine import has_changed, in_words
-    from experiments.decode.render import COORDINATES, TRAINING_COORDINATES, words_of
     from model.errors import InputError
 
     limit = None if fail_above is None else _share(fail_above)
@@ -82,9 +82,7 @@ def compare(
             print(f"{file}: other programs were running (load average {document['load_average']:.1f})")
     changed = f"the machine changed between the documents: {in_words(result['machine'])}, in 1e9 a second"
     if moved:
-        print(
-            f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again, side by side."
-        )
+        print(f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again together.")
     for row in result["alone"]:
         print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
     if limit is not None and moved and not any:

@@ -10,7 +10,7 @@ import tyro
 from experiments.commands.options import BasePath, JsonFile, PlotFile
 
 if TYPE_CHECKING:
-    from experiments.decode.cells import Cell
+    from experiments.bench.decode.cells import Cell
     from model import ModelConfig, Params
 
 QUIET = 0.5  # load average beside which a measurement is one of the machine's other work too
@@ -41,7 +41,7 @@ def decode(
     json: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """Latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
+    """Measure latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
 
     A cell that fails, for want of memory or otherwise, is a row with its error. Seconds per step are of a loop that
     never leaves the device; the latency per token with the host waiting for each stands beside it, compile time apart.
@@ -68,7 +68,7 @@ def decode(
         grid: A JSON file with a list of cells instead: [{"batch": 1, "prompt": 32, "weights": "bfloat16"}, …].
         steps: Tokens decoded in each repeat.
         repeats: Measurements of each cell.
-        against: Programs to compare with, on the same weights in turns; ISOFLOP_TRANSFORMERS_PYTHON,
+        against: Programs to compare with, on the same weights, in interleaved rounds; ISOFLOP_TRANSFORMERS_PYTHON,
             ISOFLOP_TORCH_PYTHON and ISOFLOP_LLAMA_PYTHON name the Python that has them.
         rounds: With --against, turns that each contender gets.
         load: Rates in requests per second at which the serving engine is loaded, instead of the grid.
@@ -81,11 +81,12 @@ def decode(
         json: Also write every number, with the raw samples, to this file.
         plot: Also draw throughput against latency, and the roofline (.svg, .png or .pdf).
     """
-    from experiments.commands.options import check_plot, say, say_unused, write_document, write_plot
-    from experiments.decode.bench import check_grid, read_grid
-    from experiments.decode.cells import grid as combine
-    from experiments.decode.document import describe
+    from experiments.bench.decode.cells import grid as combine
+    from experiments.bench.decode.grid import check_grid, read_grid
+    from experiments.bench.document import describe
+    from experiments.commands.options import check_plot, say_unused, write_document, write_plot
     from experiments.inputs import read_json
+    from experiments.words import say
     from model.errors import InputError
 
     check_plot(plot)
@@ -119,14 +120,14 @@ def decode(
     interrupted = _measure(document, config, build, cells, steps, repeats)
     if against and not interrupted:
         write_document(json, document)  # what is measured by now outlives whatever happens to the comparison
-        from experiments.peers.decode_bench import CONVENTION, bench_against
+        from experiments.bench.decode.against_peers import CONVENTION, bench_against
 
         document["against"] = bench_against(build(None), cells, against, steps=steps, rounds=rounds)
         document["against_convention"] = CONVENTION
     write_document(json, document)
     _show(document, format)
     if plot is not None:
-        from experiments.decode.plots import draw
+        from experiments.bench.decode.figures import draw
 
         write_plot(plot, draw(document), "throughput against speed, and the roofline of a decode step")
     if interrupted:
@@ -137,7 +138,7 @@ def decode(
 def _open(
     model: str, base: Path | None, seed: int
 ) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
-    """(config, how to build it with so many KV heads, whether its weights are random)."""
+    """Return (config, how to build it with so many KV heads, whether its weights are random)."""
     import jax
 
     from experiments.models import is_stored, read_config
@@ -162,10 +163,10 @@ def _open(
 def _measure(
     document: dict[str, Any], config: "ModelConfig", build: Any, cells: "list[Cell]", steps: int, repeats: int
 ) -> bool:
-    """Ceilings and cells into the document; whether Ctrl-C ended it early."""
-    from experiments.decode.bench import run_grid
-    from experiments.decode.probes import best_of, measure_ceilings
-    from experiments.decode.roofline import NOTE, add_shares
+    """Add ceilings and cells to the document, and return whether Ctrl-C ended the measurement early."""
+    from experiments.bench.ceilings import best_of, measure_ceilings
+    from experiments.bench.decode.grid import run_grid
+    from experiments.bench.decode.roofline import NOTE, add_shares
 
     interrupted: list[bool] = []
     ceilings = measure_ceilings(config.compute_dtype)
@@ -197,8 +198,8 @@ def _load(
     form: str,
     json: Path | None,
 ) -> None:
+    from experiments.bench.decode.load import bench_load
     from experiments.commands.options import write_document
-    from experiments.decode.load import bench_load
     from infer import prepare
     from infer.engine import Engine
 
@@ -222,15 +223,15 @@ def _load(
 
 
 def _show(document: dict[str, Any], form: str) -> None:
+    from experiments.bench.render import against_table, cell_tables, load_table, render, words_of
     from experiments.commands.options import console, new_table
-    from experiments.decode.render import against_table, cell_tables, load_table, render, words_of
 
     if form != "table":
         print(render(document, form))  # type: ignore[arg-type]
         return
     tables = cell_tables(document["cells"]) if document["cells"] else []
     if document.get("against"):
-        tables.append(("medians of rounds in turns; slowest … fastest", *against_table(document["against"])))
+        tables.append(("medians of interleaved rounds; slowest … fastest", *against_table(document["against"])))
     if document.get("load"):
         tables.append(("requests that arrive at random; medians (p99)", *load_table(document["load"])))
     out = console()
@@ -247,7 +248,7 @@ def _show(document: dict[str, Any], form: str) -> None:
 
 
 def _say_how(document: dict[str, Any]) -> None:
-    from experiments.decode.render import ceilings_in_words
+    from experiments.bench.render import ceilings_in_words
 
     if "ceilings" in document:
         own = "random" if document["random_weights"] else "its own"

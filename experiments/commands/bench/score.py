@@ -20,7 +20,7 @@ def score(
     seed: int = 0,
     json: JsonFile = None,
 ) -> None:
-    """How fast `infer.score` is, with prefixes read once and without, beside a plain pass with all its logits.
+    """Measure `infer.score` with prefixes read once and without, beside a plain pass with all its logits.
 
     All contenders take turns on the same random requests: several continuations of each prefix, as in a
     multiple-choice benchmark. Where four continuations of a tenth of their prefix each are scored, reading the prefix
@@ -45,10 +45,10 @@ def score(
     """
     import jax
 
+    from experiments.bench.document import describe
+    from experiments.bench.score import bench_score
     from experiments.commands.options import console, new_table, write_document
-    from experiments.decode.document import describe
     from experiments.models import is_stored, read_config
-    from experiments.peers.score_bench import bench_score
     from model import init
     from model.store import open_parameters
 
@@ -75,7 +75,7 @@ def score(
     write_document(json, document)
     names = ("prefix + continuation", "requests/s: shared", "unshared", "apply", "shared over unshared")
     table = new_table(
-        *names, "unshared over apply", title=f"medians of {rounds} rounds in turns (lowest … highest ratio)"
+        *names, "unshared over apply", title=f"medians of {rounds} interleaved rounds (lowest … highest ratio)"
     )
     for row in document["lengths"]:
         speeds = [

@@ -31,19 +31,19 @@ def train(
     rounds: int = 7,
     json: JsonFile = None,
 ) -> None:
-    """Tokens per second and FLOP/s of the training step, alone and with several lanes side by side.
+    """Measure tokens per second and FLOP/s of the training step, alone and with several lanes of one program.
 
     The machine's ceilings are measured before and after; the share of its product rate has their interval.
     `isoflop bench compare` compares two documents.
 
-    With --against torch: in turns with the same step of a PyTorch model of the same shape, weights and data, run by
+    With --against torch: interleaved with the same step of a PyTorch model of the same shape, weights and data, run by
     the Python that ISOFLOP_TORCH_PYTHON names (default: this one). With --against transformers: the model, a preset or
     a stored one, is trained by both libraries, and with --lora an adapter of it by isoflop and by PEFT; every
-    contender is a process of its own, so that its peak memory can be told.
+    contender is a process of its own, so that its peak memory can be measured.
 
-    Examples:
-        isoflop bench train study-128 --lanes 1 4 --json train.json
-        isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
+    Example: isoflop bench train study-128 --lanes 1 4 --json train.json
+
+    Example: isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
 
     Args:
         preset: A preset (see `isoflop model list`) or a JSON file of a model config; with --against transformers also
@@ -59,11 +59,11 @@ def train(
         rounds: With --against, turns that each contender gets: of about a second, or of two steps.
         json: Also write every number to this file.
     """
+    from experiments.bench.ceilings import best_of, measure_ceilings
+    from experiments.bench.decode.roofline import share_interval
+    from experiments.bench.document import describe
+    from experiments.bench.render import ceilings_in_words
     from experiments.commands.options import console, new_table, say_unused, write_document
-    from experiments.decode.document import describe
-    from experiments.decode.probes import best_of, measure_ceilings
-    from experiments.decode.render import ceilings_in_words
-    from experiments.decode.roofline import share_interval
     from experiments.inputs import read_changes
     from experiments.models import read_config
     from experiments.sweep.speed import measure_step
@@ -131,8 +131,8 @@ def train(
 def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rounds: int, json: Path | None) -> None:
     import os
 
+    from experiments.bench.train.against_torch import bench_against_torch
     from experiments.commands.options import console, new_table, origin, write_document
-    from experiments.peers.train_bench import bench_against_torch
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU both must find memory
     result = bench_against_torch(config, train_config, rounds=rounds)
@@ -140,7 +140,7 @@ def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rou
     about["versions"] |= {"torch": result["torch_version"]}
     write_document(json, about | {"config": config.to_dict()} | result)
     names = ("step of", "tokens/s", "slowest … fastest", "isoflop over this", "at best", "FLOP/s (exact)", "compile s")
-    table = new_table(*names, title=f"medians of {rounds} rounds in turns (slowest … fastest)")
+    table = new_table(*names, title=f"medians of {rounds} interleaved rounds (slowest … fastest)")
     for row in result["contenders"]:
         ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
         table.add_row(
@@ -175,10 +175,10 @@ def _train_against_transformers(
 ) -> None:
     import jax
 
+    from experiments.bench.train.against_transformers import bench_against_transformers
     from experiments.commands.options import console, new_table, origin, write_document
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
-    from experiments.peers.tune_bench import bench_against_transformers
     from model import init
     from model.store import open_parameters
     from train.overlay import overlay_program
@@ -198,7 +198,7 @@ def _train_against_transformers(
     shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len}
     write_document(json, about | {"schema_version": 1, "model": model, "config": config.to_dict()} | shape | result)
     names = ("trained", "step of", "tokens/s", "slowest … fastest", "isoflop over this", "peak memory", "compile s")
-    table = new_table(*names, title=f"medians of {rounds} rounds in turns (slowest … fastest)")
+    table = new_table(*names, title=f"medians of {rounds} interleaved rounds (slowest … fastest)")
     for kind in result["kinds"]:
         for row in kind["contenders"]:
             ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])

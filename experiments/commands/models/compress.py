@@ -57,7 +57,7 @@ def compress(
     from experiments.compress import INTERRUPTED
     from experiments.compress import report as measure
     from experiments.models import export_tokenizer, need_tokenizer
-    from experiments.started import check_target
+    from experiments.runs.started import check_target
     from infer import prepare
     from model.convert import save_hf
     from model.errors import InputError
@@ -120,7 +120,7 @@ def _smaller(
     data: Path | None,
     seq_len: int,
 ) -> "tuple[ModelConfig, Params]":
-    """The model without the layers and entries that are to go, in a plain precision."""
+    """Return the model without the layers and entries that are to go, in a plain precision."""
     import jax
 
     from experiments.compress import calibration_tokens

@@ -35,7 +35,7 @@ def convert(
         base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
     """
     from experiments.models import copy_tokenizer
-    from experiments.started import check_target
+    from experiments.runs.started import check_target
     from model import accounting
     from model.convert import convert as write
     from model.convert import fold, load_hf, save_hf
@@ -78,7 +78,7 @@ def _objective(run: Path) -> "Objective":
 
 
 def _add_special_tokens(target: Path, names: dict[int, str]) -> None:
-    from experiments.commands.options import say
+    from experiments.words import say
     from model.errors import InputError
     from model.tokenizer.extend import add_special_tokens
 

@@ -3,7 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.options import bytes_in_words, new_table
+from experiments.commands.options import new_table
+from experiments.words import bytes_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +16,7 @@ BYTES = 4  # parameters and Adam's two moments are float32
 
 
 def holdings(config: "ModelConfig", axes: dict[str, int]) -> dict[str, Any]:
-    """{"axes", "devices", "groups", "total", "parameters"}: bytes of every group, whole and on one device.
+    """Return {"axes", "devices", "groups", "total", "parameters"}: bytes of every group, whole and on one device.
 
     Adam's state is two moments of the parameters' shapes. copies: how often a byte is held over the mesh, on average.
     A group's split is that of its largest parameter.
@@ -77,7 +78,7 @@ def _largest(leaves: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mesh_table(held: dict[str, Any]) -> "Table":
-    """A line per group, and their sum."""
+    """Return a line per group, and their sum."""
     used = ", ".join(f"{name}={size}" for name, size in held["axes"].items() if size > 1) or "one device"
     table = new_table(f"training on {used}", "whole", "per device", "with Adam", "copies", "split of the largest")
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
@@ -102,7 +103,7 @@ def _numbers(held: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _split(shape: list[int], split: list[list[str]], axes: dict[str, int]) -> str:
-    """32 × 4096/fsdp 4 × 4096."""
+    """Write a shape with its sharding: 32 × 4096/fsdp 4 × 4096."""
     parts = [
         f"{length:,}" + (f"/{'·'.join(names)} {math.prod(axes[name] for name in names)}" if names else "")
         for length, names in zip(shape, split, strict=True)

@@ -33,7 +33,7 @@ def merge(
     """
     from experiments.commands.models.convert import convert
     from experiments.models import copy_tokenizer
-    from experiments.started import check_target
+    from experiments.runs.started import check_target
     from model.convert import merge_adapter, save_peft
     from model.errors import InputError
     from model.runs import load_adapter, read_record

@@ -1,4 +1,4 @@
-"""`isoflop model`: the architectures and their books."""
+"""`isoflop model`: the architectures and their accounting."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def list_presets(*, json: JsonFile = None) -> None:
-    """All presets in a table: first our own, then released models.
+    """List all presets in a table: first isoflop's own, then released models.
 
     Example: isoflop model list
 
@@ -63,7 +63,7 @@ def show(
     mesh: str | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Parameters by group, FLOPs per token and memory of one architecture; of a preset no array is made.
+    """Show parameters by group, FLOPs per token and memory of one architecture; for a preset no array is made.
 
     Example: isoflop model show llama3-8b --set num_layers=24 --seq-len 4096 --batch 8
 
@@ -82,7 +82,7 @@ def show(
     from experiments.commands.options import console, write_document
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
-    from experiments.started import in_words, started_from_weights
+    from experiments.runs.started import in_words, started_from_weights
     from model.errors import InputError
     from model.runs import load_config, read_record
     from model.sharding import parse_mesh
@@ -105,7 +105,7 @@ def show(
             f"or --set max_seq_len={seq_len} too"
         )
     held = None if mesh is None else holdings.holdings(config, parse_mesh(mesh))
-    document = _books(config, seq_len, batch, dtype, started) | {"started": started}
+    document = _accounting(config, seq_len, batch, dtype, started) | {"started": started}
     document |= {"published": _published(preset, config), "mesh": held}
     document["attention_kernels"] = _kernels(config, seq_len, execution)
     write_document(json, document)
@@ -133,10 +133,10 @@ def show(
         out.print(holdings.MESH_NOTE, highlight=False, style="dim")
 
 
-def _books(
+def _accounting(
     config: "ModelConfig", seq_len: int, batch: int, dtype: str, started: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """started: of a run that started from weights, what of them is trained."""
+    """Return the accounting of a model. started: of a run that started from weights, what of them is trained."""
     from model import accounting
     from model.products import ALL, Trained
 
@@ -176,7 +176,7 @@ def _books(
 
 
 def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dict[str, tuple[str, str]]:
-    """Each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
+    """Return each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
     from model.errors import InputError
     from model.kernels import kernels_of
 
@@ -187,7 +187,7 @@ def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dic
 
 
 def _published(name: str, config: "ModelConfig") -> dict[str, Any] | None:
-    """The count of the released model, where `config` still is its architecture; of our own presets nothing."""
+    """Return the count of the released model, where `config` still is its architecture; of our own presets nothing."""
     from model import presets
 
     if name not in presets.names() or presets.get(name) != config:

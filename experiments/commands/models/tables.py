@@ -1,10 +1,11 @@
-"""How `isoflop model` writes the books down for people."""
+"""Tables of `isoflop model`: parameters, FLOPs and memory."""
 
 import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from experiments.commands.options import bytes_in_words, count_in_words, new_table
+from experiments.commands.options import new_table
+from experiments.words import bytes_in_words, count_in_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def preset_table(rows: list[dict[str, Any]]) -> "Table":
-    """A line per architecture, in 80 columns; our own stand before the released models."""
+    """Return a line per architecture, in 80 columns; our own stand before the released models."""
     headers = ("name", "layers", "d_model", "heads", "KV\nheads", "con-\ntext", "vocab-\nulary", "para-\nmeters")
     table = new_table(*headers, "active", "cache /\ntoken", padding=0)
     last_own = max(index for index, row in enumerate(rows) if not row["source"])
@@ -42,7 +43,7 @@ PRESET_NOTE = (
 
 
 def describe(config: "ModelConfig") -> str:
-    """The shape in one line."""
+    """Return the shape in one line."""
     layers = f"{config.num_layers} layers"
     if config.stack == "encoder-decoder":
         layers = f"{config.num_encoder_layers} + {layers}"
@@ -58,7 +59,7 @@ def describe(config: "ModelConfig") -> str:
 
 
 def fields(config: "ModelConfig") -> str:
-    """The fields that are neither left out nor as by default, each in the form that --set takes."""
+    """Return the fields that are neither left out nor as by default, each in the form that --set takes."""
     given = {name: value for name, value in _unlike_default(config).items() if name not in ("derived", *config.derived)}
     return "  ".join(f"{name}={_written(value)}" for name, value in given.items())
 
@@ -78,7 +79,7 @@ _ORDER = ("embedding", "encoder", "relative_bias", "layers")  # then what follow
 
 
 def parameter_table(document: dict[str, Any]) -> "Table":
-    """By group, their sum, and the published count."""
+    """Return the parameters by group, their sum, and the published count."""
     counts = document["parameters"]
     total = counts["total"]
     table = new_table("parameters", "", "share")
@@ -99,7 +100,7 @@ def parameter_table(document: dict[str, Any]) -> "Table":
 
 
 def flops_table(document: dict[str, Any]) -> "Table":
-    """By product, their sum, and what 6N says."""
+    """Return the FLOPs by product, their sum, and 6N beside it."""
     table = new_table(f"FLOPs per token at {document['seq_len']:,} tokens", "forward", "training", "share")
     products = document["forward_flops_exact_by_product"]
     exact = sum(products.values())
@@ -116,7 +117,7 @@ def flops_table(document: dict[str, Any]) -> "Table":
 
 
 def flops_notes(config: "ModelConfig") -> list[str]:
-    """What has to be known to read the FLOPs of this architecture."""
+    """Return what has to be known to read the FLOPs of this architecture."""
     notes = []
     if config.sliding_window is not None:
         notes.append("Over whole rows a window is a mask: attention is computed, and counted, for all pairs.")
@@ -126,7 +127,7 @@ def flops_notes(config: "ModelConfig") -> list[str]:
 
 
 def memory_table(document: dict[str, Any]) -> "Table":
-    """Of training and of serving."""
+    """Return the memory of training and of serving."""
     table = new_table("memory", "bytes", "")
     rows = f"{document['batch']:,} × {document['seq_len']:,} tokens"
     for title, held in (
@@ -141,7 +142,7 @@ def memory_table(document: dict[str, Any]) -> "Table":
 
 
 def _context(length: int) -> str:
-    """8k is 8,192; a length that is no multiple of 1,024 stands as it is."""
+    """Write a length, 8k for 8,192; one that is no multiple of 1,024 is written in full."""
     for size, unit in ((2**20, "M"), (2**10, "k")):
         if length % size == 0:
             return f"{length // size}{unit}"

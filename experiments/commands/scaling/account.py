@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from experiments.scaling.analysis import Analysis
-    from experiments.scaling.forms.choose import Choice
+    from experiments.scaling.forms.choose import FormChoice
 
 
 def show(console: "Console", analysis: "Analysis") -> None:
-    """A compact account: every estimator, the optima, whatever did not enter, and what to beware of."""
+    """Print a summary: every estimator, the optima, the rows left out, and the warnings."""
     from collections import Counter
 
     from experiments.commands.options import new_table
@@ -69,7 +69,7 @@ def show(console: "Console", analysis: "Analysis") -> None:
         console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
 
 
-def _forms(console: "Console", choice: "Choice") -> None:
+def _forms(console: "Console", choice: "FormChoice") -> None:
     from experiments.commands.options import new_table
 
     table = new_table("form", "largest budgets", "95 %", title="Error on held-out runs, by form of law")

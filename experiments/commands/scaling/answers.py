@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "ServingCost | None") -> None:
-    """Every answer of the command's document with its interval and its distance from the runs."""
+    """Print every answer of the command's document with its interval and its distance from the runs."""
     if fits.parametric is not None:
         law = fits.parametric
         left_out = [
@@ -121,7 +121,10 @@ def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
     alone, spread = answer["training_optimal"], answer["interval"]
     low, high = spread["params"]
     hours = answer["unit"] == "seconds"
-    amount = lambda value: f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
+
+    def amount(value: float) -> str:
+        return f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
+
     _say(
         console,
         f"Serving {answer['served_tokens']:.4g} tokens at loss {answer['target']:.4f}: N {answer['params']:.4g} "
@@ -143,7 +146,7 @@ def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
 
 
 def _price(cost: "ServingCost") -> str:
-    """How serving was priced."""
+    """Describe how serving was priced."""
     if cost.unit == "FLOPs":
         return (
             "A served token is taken to cost 2·N FLOPs, as no measurement was given; decoding reads every weight for "

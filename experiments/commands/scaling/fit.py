@@ -31,7 +31,7 @@ def fit(
 ) -> None:
     """Fit scaling laws to anyone's table of runs, with confidence intervals.
 
-    Every estimator that the table can carry, side by side: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
+    Every estimator that the table can determine: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
     valleys by spline, skewed parabola and parabola, and with --curves the envelope of training curves; which form of
     law the held-out error prefers; and, where the table has other counts of N and C, the exponents under each. One that
     the table cannot carry is refused with the reason.
@@ -86,7 +86,7 @@ def fit(
             write_tables(tables, analysis)
         print(tables)
     if report is not None:
-        from experiments.report.scaling_page import write_scaling_page
+        from experiments.scaling.report import write_scaling_page
 
         with output(report):
             write_scaling_page(report, analysis, table.resolve().name, None if tables is None else str(tables))
@@ -95,7 +95,7 @@ def fit(
         if analysis.fits.isoflop is None and analysis.fits.parametric is None:
             print(f"nothing to draw: {plot} is not written", file=sys.stderr)
         else:
-            from experiments.scaling.plots import overview
+            from experiments.scaling.figures.laws import overview
 
             figure = overview(analysis.fits.isoflop, analysis.fits.parametric)
             write_plot(plot, figure, "IsoFLOP valleys and compute-optimal sizes")

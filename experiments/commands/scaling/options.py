@@ -35,7 +35,10 @@ class TableOptions:
     """Keep rows whose column `repeated` is true (data seen more than once)."""
 
     def read(self, path: Path, *, keep_held_out: bool = False) -> "Table":
-        """The table, or a study folder's runs.csv. A column found by another name than the default is told of."""
+        """Return the table, or a study folder's runs.csv.
+
+        A column found under a name other than the default is reported on stderr.
+        """
         from experiments.scaling.rows.table import read_header, read_table
         from experiments.scaling.study.run import table_troubles
         from model.errors import InputError

@@ -50,7 +50,7 @@ def plan(
         data: A folder made by `isoflop data prepare`; without one the vocabulary is the base's, and epochs are unknown.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on the machine, for all runs together, instead of the definition's budgets or hours.
-        branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
+        branches: Whether runs of one size branch off one base run and cool down, instead of what the definition says.
         law: Where the optimum is expected: besiroglu (Besiroglu et al. 2024), or hoffmann-1, hoffmann-2, hoffmann-3
             (Hoffmann et al. 2022, by approach), instead of the definition's tokens per parameter.
         device: What the study is to run on, such as h100, a100, tpu-v5e (their peaks: `train/peak.py`).
@@ -92,7 +92,10 @@ def read_design(
     law: str | None = None,
     at_scale: bool = False,
 ) -> "Design":
-    """The design of a file (None: of an empty one), with what the command line says instead. Raises InputError."""
+    """Return the design of a file (None: of an empty one), with what the command line says instead.
+
+    Raises InputError.
+    """
     from experiments.scaling.study.design import Design
     from model.errors import InputError
 
@@ -104,8 +107,9 @@ def read_design(
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """Every run as a row, and all of it in a few lines."""
-    from experiments.commands.options import bytes_in_words, console, count_in_words, hours_in_words, new_table
+    """Print every run as a row, and the totals in a few lines."""
+    from experiments.commands.options import console, new_table
+    from experiments.words import bytes_in_words, count_in_words, hours_in_words
 
     out, hardware = console(), document["hardware"]
     names = ("run", "d_model", "layers", "N", "non-emb.", "D", "D/N", "epochs", "steps", "6ND", "exact", "rate")
@@ -142,9 +146,9 @@ def _remarks(row: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """The plan in words: what it is, what it costs, what branches save, what a reader should beware of."""
-    from experiments.commands.options import bytes_in_words
-    from experiments.commands.options import hours_in_words as hours
+    """Return the plan in words: what it is, what it costs, what branches save, and its warnings."""
+    from experiments.words import bytes_in_words
+    from experiments.words import hours_in_words as hours
 
     total, design, alone = document["total"], document["design"], document["without_branches"]
     hardware = document["hardware"]
@@ -195,7 +199,7 @@ def _peak(hardware: dict[str, Any]) -> str:
 
 def _optima(document: dict[str, Any]) -> list[str]:
     """Return where the optima are expected, by whom, and how far a published law was fitted."""
-    from experiments.commands.options import count_in_words
+    from experiments.words import count_in_words
 
     law, optima, middle = document["law"], document["optima"], document["design"]["tokens_per_parameter"]
     if law is None:

@@ -40,11 +40,11 @@ def predict(
     columns: Columns = BY_NAME,
     json: JsonFile = None,
 ) -> None:
-    """From a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
+    """Predict from a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
 
-    Every answer has its interval and says how far it lies from the runs. A planned run's loss is told by every form of
-    law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the model
-    that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+    Every answer has its interval and says how far it lies from the runs. A planned run's loss is predicted by every
+    form of law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the
+    model that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
 
     A question that the laws cannot answer, such as a loss below the floor, is refused with the reason (in --json: null,
     with the reason under "refused" beside it); the others are answered. Exit code 0 where any was answered, else 2.
@@ -98,7 +98,7 @@ def predict(
 
 
 def _own_interval_warnings(document: dict[str, Any]) -> list[str]:
-    """The warnings of single answers, with what each is an answer to."""
+    """Return the warnings of single answers, with what each is an answer to."""
     from experiments.scaling.analysis import NAMES
 
     optimal = [
@@ -139,7 +139,7 @@ def _cost(
     train: Path | None,
     train_rate: float | None,
 ) -> "ServingCost | None":
-    """What serving costs; None where nothing is served."""
+    """Return what serving costs; None where nothing is served."""
     from experiments.scaling.serving import ServingCost, training_rate
     from experiments.scaling.use import require_positive
     from model.errors import InputError
@@ -164,7 +164,7 @@ def _cost(
 
 
 def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int, screen: bool) -> "Fits":
-    """Every estimator where a budget is asked for, else the one that speaks of losses."""
+    """Return every estimator where a budget is asked for, else the one that speaks of losses."""
     from experiments.scaling.fit import Fits, fit_both
     from experiments.scaling.law.parametric import fit_parametric
     from model.errors import InputError

@@ -8,7 +8,7 @@ import tyro
 from experiments.commands.options import JsonFile
 
 if TYPE_CHECKING:
-    from experiments.scaling.rows.curves import Curve
+    from experiments.scaling.rows.curves import TrainingCurve
 
 Study = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 
@@ -23,7 +23,7 @@ def report(
     screen: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Fit the runs of a study anew and write its page, its numbers and its tables into its folder.
+    """Fit the runs of a study again and write its page, its numbers and its tables into its folder.
 
     Example: isoflop scaling report studies/sotu
 
@@ -57,8 +57,8 @@ def write_report(
     from experiments.commands.options import console, output
     from experiments.commands.scaling.account import show
     from experiments.commands.scaling.options import TableOptions
-    from experiments.report.scaling_page import write_scaling_page
     from experiments.scaling.analysis import STAGES, analyse
+    from experiments.scaling.report import write_scaling_page
     from experiments.scaling.rows.conventions import counts_beside
     from experiments.scaling.rows.tables import write_tables
     from experiments.scaling.study.run import table_troubles
@@ -95,7 +95,7 @@ def write_report(
     return document
 
 
-def _curves(folder: Path) -> "list[Curve]":
+def _curves(folder: Path) -> "list[TrainingCurve]":
     from experiments.scaling.rows.curves import curves_of_table
     from experiments.scaling.study.run import read_study
 

@@ -36,7 +36,7 @@ def run(
         out: The study's folder.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
-        branches: Whether runs of one size leave one trunk and cool down, instead of what the definition says.
+        branches: Whether runs of one size branch off one base run and cool down, instead of what the definition says.
         law: A published law that says where the optimum is expected: see `isoflop scaling plan --help`.
         workers: So many worker processes instead of this one.
         dry_run: Say what would run and what it costs, and stop.
@@ -56,7 +56,7 @@ def run(
 
 
 def _with_budgets(design: "Design", data: Path, out: Path) -> "Design":
-    """A design in hours with the budgets that fit into them: those of a study that is under way stay."""
+    """Return a design in hours with the budgets that fit into them: those of a study that is under way stay."""
     from experiments.scaling.study.cost import plan_study
     from experiments.scaling.study.run import read_study
 

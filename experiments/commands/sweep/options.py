@@ -1,4 +1,4 @@
-"""What `isoflop sweep run` and `plan` take alike: the definition of a sweep on the command line."""
+"""The options that `isoflop sweep run` and `plan` share: the definition of a sweep on the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -63,17 +63,17 @@ class SweepOptions:
     quantile: Annotated[float, tyro.conf.arg(metavar="X")] = 0.2
     """Population: the share that leaves, and of the best that take their places."""
     resample: Annotated[float, tyro.conf.arg(metavar="X")] = 0.25
-    """Population: how often a copy draws a value anew instead of perturbing it."""
+    """Population: how often a copy draws a new value instead of perturbing its own."""
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
     """Where workers find each other: postgresql+psycopg://… (a password is not written down: see PGPASSWORD),
     journal:FILE; SQLite in the sweep's folder by default."""
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """At most so many trials side by side; by default as many as memory holds."""
+    """At most so many trials in one program, vmapped; by default as many as memory holds."""
     evaluate_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
 
     def define(self) -> "Sweep":
-        """The sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        """Return the sweep: what the options say, and what the folder already holds of it. Nothing is written."""
         from experiments.inputs import read_changes
         from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password
@@ -126,10 +126,11 @@ class SweepOptions:
             say_unused("without --sampler", SweepOptions, sampler_seed=self.sampler_seed)
 
     def _say_what_is_cut(self, sweep: "Sweep") -> None:
-        """Say which of the numbers asked for are beyond what there is."""
-        from experiments.commands.options import say, say_fewer_tokens
+        """Say which of the requested numbers are larger than what exists."""
+        from experiments.commands.options import say_fewer_tokens
         from experiments.sweep.space import Values
         from experiments.sweep.trials import expected_trials
+        from experiments.words import say
         from train.data import load_manifest
 
         say_fewer_tokens(self.evaluate_tokens, load_manifest(self.data))

@@ -8,7 +8,7 @@ from experiments.words import counted
 
 
 def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None:
-    """What a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
+    """Show what a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
 
     Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written.
 
@@ -28,8 +28,9 @@ def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None
 
 
 def show_plan(document: dict[str, Any]) -> None:
-    """The cohorts as a table, and all of it in one line."""
-    from experiments.commands.options import bytes_in_words, console, hours_in_words, new_table
+    """Print the cohorts as a table, and the totals in one line."""
+    from experiments.commands.options import console, new_table
+    from experiments.words import bytes_in_words, hours_in_words
 
     out = console()
     names = ("shape", "trials", "lanes", "compiles", "N", "steps", "tokens", "FLOPs (6ND)", "FLOPs (exact)")
@@ -55,8 +56,8 @@ def show_plan(document: dict[str, Any]) -> None:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The plan in one line."""
-    from experiments.commands.options import bytes_in_words, hours_in_words
+    """Return the plan in one line."""
+    from experiments.words import bytes_in_words, hours_in_words
 
     total, expected = document["total"], document["expected"]
     about = "about " if document["estimated"] else ""

@@ -35,7 +35,7 @@ def replay(
         samplers: Of random, quasirandom, tpe, gp (needs torch), cmaes.
         replays: Searches of each sampler, with the seeds 0, 1, …
         trials: Trials of each search; by default as many as the grid has points.
-        batch: Trials that are asked for before they are told, as lanes are.
+        batch: Trials that are requested before any of them is reported, as lanes are.
         axes: The varied columns; by default those that vary and are no result.
         eta: Of successive halving: one in so many points goes on.
         min_fraction: Of successive halving: the first rung over the whole of the tokens.
@@ -64,7 +64,7 @@ def replay(
     write_document(json, document)
     show(document)
     if plot is not None:
-        from experiments.sweep.search.replay_plot import reached
+        from experiments.sweep.figures.lines import reached
 
         write_plot(plot, reached(document), "share of searches in the best region against trials")
 
@@ -103,8 +103,8 @@ def show(document: dict[str, Any]) -> None:
         out.print("the losses at its rungs are of training: the runs were not validated there", highlight=False)
 
 
-def _quartiles(cuts: list[int | None], document: dict[str, Any]) -> str:
-    low, median, high = (f"> {document['budget']}" if cut is None else str(cut) for cut in cuts)
+def _quartiles(quartiles: list[int | None], document: dict[str, Any]) -> str:
+    low, median, high = (f"> {document['budget']}" if value is None else str(value) for value in quartiles)
     return f"{median} ({low} … {high})"
 
 

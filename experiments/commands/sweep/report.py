@@ -27,9 +27,9 @@ def report(
         json: Also write every number to this file.
     """
     from experiments.commands.options import console, output, write_document
-    from experiments.report.sweep_page import write_sweep_page
-    from experiments.sweep.reading.analysis import analyse
-    from experiments.sweep.reading.results import read_results, write_tables
+    from experiments.sweep.analysis.document import analyse
+    from experiments.sweep.analysis.results import read_results, write_tables
+    from experiments.sweep.report import write_sweep_page
     from model.errors import InputError
 
     results = read_results(folder)

@@ -1,4 +1,4 @@
-"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, side by side in as few programs as there are
+"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, in as few programs as there are
 shapes."""
 
 import sys
@@ -90,7 +90,7 @@ def resume(
 
 
 def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
-    """How a sweep stands: its cohorts, the best so far with its noise, what is left.
+    """Show the state of a sweep: its cohorts, the best so far with its noise, what is left.
 
     Example: isoflop sweep status sweeps/lr --watch
 
@@ -101,13 +101,16 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     """
     from experiments.commands.options import console, write_document
     from experiments.sweep import live
+    from experiments.sweep.analysis.results import read_results, record_troubles
     from experiments.sweep.ledger import Ledger
-    from experiments.sweep.reading.results import read_results, record_troubles
     from experiments.sweep.record import Sweep
 
     sweep = Sweep.read(folder)
     ledger = Ledger(sweep, read_only=True)
-    look = lambda: live.standing(sweep, ledger.rows(), ledger.asked())
+
+    def look() -> dict[str, Any]:
+        return live.standing(sweep, ledger.rows(), ledger.asked())
+
     if watch:
         live.watch(look)
     document = look() | {"warnings": record_troubles(read_results(sweep.folder))}
@@ -125,7 +128,7 @@ def worker(
     heartbeat: int = 15,
     grace: int = 90,
 ) -> None:
-    """One worker of a sweep, which is what --workers and --launcher start; any number may run, on any machine.
+    """Run one worker of a sweep, as --workers and --launcher start it; any number may run, on any machine.
 
     Example: isoflop sweep worker sweeps/lr
 
@@ -151,7 +154,7 @@ def worker(
 
 
 def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | None) -> None:
-    """Work here, or have others work; then say what came of it."""
+    """Train the sweep here or with other workers, then print its result."""
     from experiments.commands.options import say_unused
     from experiments.inputs import read_changes
     from experiments.sweep import launch
@@ -180,9 +183,9 @@ def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | N
 
 
 def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
+    from experiments.sweep.analysis.results import read_results, record_troubles
+    from experiments.sweep.analysis.summary import summarize
     from experiments.sweep.live import standing
-    from experiments.sweep.reading.results import read_results, record_troubles
-    from experiments.sweep.reading.summary import summarize
 
     results = read_results(sweep.folder)
     summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy, "unit": results.unit}
@@ -210,11 +213,11 @@ def _stop_at_failures(ledger: "Ledger") -> None:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the settings, best first, and what a reader should beware of."""
+    """Print the settings, best first, and the warnings."""
     from experiments.commands.options import console, new_table
-    from experiments.sweep.reading.scales import text
-    from experiments.sweep.reading.sentence import sentence
-    from experiments.sweep.reading.summary import fate
+    from experiments.sweep.analysis.scales import text
+    from experiments.sweep.analysis.sentence import sentence
+    from experiments.sweep.analysis.summary import fate
 
     out, names, standing = console(), list(summary["axes"]), summary["standing"]
     states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
@@ -240,9 +243,9 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def _speeds(found: dict[str, Any]) -> "Table":
-    """The speed of every execution, the fastest first."""
+    """Return the speed of every execution, the fastest first."""
     from experiments.commands.options import new_table
-    from experiments.sweep.reading.scales import text
+    from experiments.sweep.analysis.scales import text
 
     table = new_table(*found["axes"], "trials", "training tokens/s", "± trials", "of the fastest")
     for row in found["executions"][:_SHOWN]:

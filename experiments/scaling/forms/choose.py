@@ -1,9 +1,9 @@
 """The choice between forms of law by the error on runs that they have not seen, not by the fit.
 
-Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held
-out in turn (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held out,
-all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that interval
-excludes zero; of forms that cannot be told apart the one with the fewest unknowns is taken.
+Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held out
+one after the other (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held
+out, all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that
+interval excludes zero; of forms that cannot be distinguished the one with the fewest unknowns is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from experiments.scaling.forms.fit import FormFit, fit_rows
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import COLUMNS, Rows, frontier, reason_against, resample, usable
+from experiments.scaling.forms.rows import COLUMNS, UsableRuns, frontier, reason_against, resample, usable
 from experiments.scaling.law.intervals import percentile_interval
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import SAMPLE, sample
@@ -32,7 +32,7 @@ LEVEL = 95
 
 
 def forms_for(table: Table) -> tuple[str, ...]:
-    """What to choose between by default: the simple forms, and those of the table's own columns."""
+    """Return what to choose between by default: the simple forms, and those of the table's own columns."""
     more = () if table.unique_tokens is None else ("repeated-data", "repeated-data-params")
     return SIMPLE_FORMS + more + (() if table.active_params is None else ("experts",))
 
@@ -57,12 +57,12 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """The form to use, and why."""
 
     winner: str
     best: str
-    """The lowest held-out error; the winner is simpler where the two cannot be told apart."""
+    """The lowest held-out error; the winner is simpler where the two cannot be distinguished."""
     told_apart: bool
     """Whether every other form is worse beyond noise."""
     reason: str
@@ -82,7 +82,7 @@ class Choice:
         return f"the forms of law are compared on {used:,} of {rows:,} runs, drawn at random: each is fitted many times"
 
     def document(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
+        """Return plain numbers, strings, lists and dicts."""
         plain = {name: getattr(self, name) for name in ("winner", "best", "told_apart", "reason", "decided_by")}
         scores = [asdict(score) for score in self.scores]
         for score in scores:
@@ -101,7 +101,7 @@ def choose(
     delta: float | int = 1e-3,
     bootstraps: int = 200,
     seed: int = 0,
-) -> Choice:
+) -> FormChoice:
     """Choose between `forms` on one set of rows: those usable by all of them.
 
     Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
@@ -121,7 +121,7 @@ def choose(
         rows = frontier(rows)
     whole = len(rows)
     chosen = sample(whole, SAMPLE, seed)
-    rows = Rows({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
+    rows = UsableRuns({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
     group = _groups(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
@@ -190,11 +190,11 @@ def choose(
         "runs": len(rows),
         "of_runs": whole,
     }
-    return Choice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
+    return FormChoice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 
 
 def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
-    """Each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
+    """Return each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
     groups = group_budgets(flops)
     number = np.empty(len(flops), np.int64)
     if len(groups) > len(flops) / 2:
@@ -208,7 +208,7 @@ def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
 def _errors(
     fit: FormFit, held: Bool[np.ndarray, "tests rows"], counts: Float[np.ndarray, "draws rows"]
 ) -> Float[np.ndarray, "tests draws rows"]:
-    """log L̂ − log L of all runs by the form refitted to each draw without each set of held-out runs."""
+    """Return log L̂ − log L of all runs by the form refitted to each draw without each set of held-out runs."""
     weights = (counts[None] * ~held[:, None]).reshape(-1, counts.shape[1])
     theta = fit.problem.refit(fit.scaled, weights)
     predicted = fit.problem.log_prediction(theta, fit.rows.columns)
@@ -216,7 +216,7 @@ def _errors(
 
 
 def _mean(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.ndarray, " draws"]:
-    """The mean over held-out runs, each as often as it was drawn; NaN for a draw without any."""
+    """Return the mean over held-out runs, each as often as it was drawn; NaN for a draw without any."""
     weights = counts[None] * held[:, None]
     with np.errstate(invalid="ignore"):
         return (weights * errors).sum((0, 2)) / weights.sum((0, 2))
@@ -227,6 +227,6 @@ def _rms(errors: np.ndarray, counts: np.ndarray, held: np.ndarray) -> Float[np.n
 
 
 def _interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """Of the bootstrap draws; the first entry is the table itself."""
+    """Return the interval of the bootstrap draws; the first entry is the table itself."""
     low, high = percentile_interval(draws[1:], LEVEL)
     return float(low), float(high)

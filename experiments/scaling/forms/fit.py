@@ -1,7 +1,7 @@
 """Fit any form of law to a table of runs: the same objective, solver and bootstrap for all.
 
 The objective is that of the parametric fit, Σ Huber_δ over natural-log residuals; every start runs until its
-gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved side by side.
+gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved in one batch.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.forms.form import LARGEST_RATE, Features, Form, Scale, features_of
+from experiments.scaling.forms.form import LARGEST_RATE, Features, LawForm, SolverScale, features_of
 from experiments.scaling.forms.registry import get
-from experiments.scaling.forms.rows import Rows, frontier, reason_against, resample, usable
+from experiments.scaling.forms.rows import UsableRuns, frontier, reason_against, resample, usable
 from experiments.scaling.forms.terms import evaluate
 from experiments.scaling.law.huber import Minimum, best_of, newton
-from experiments.scaling.law.intervals import Intervals, intervals_of
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import Intervals, exponential, intervals_of
 from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
@@ -27,18 +26,18 @@ _BLOCK_ELEMENTS = 10_000  # rows × problems solved at once: the fastest of 3k, 
 
 
 @dataclass(frozen=True)
-class Problem:
+class FormProblem:
     """A form and the runs it is fitted to, in the solver's coordinates."""
 
-    form: Form
+    form: LawForm
     features: Features
     log_loss: Float[np.ndarray, " rows"]
-    scale: Scale
+    scale: SolverScale
     delta: float
 
     @classmethod
-    def of(cls, form: Form, columns: Mapping[str, np.ndarray], delta: float) -> "Problem":
-        """The problem of these columns, the loss among them."""
+    def of(cls, form: LawForm, columns: Mapping[str, np.ndarray], delta: float) -> "FormProblem":
+        """Return the problem of these columns, the loss among them."""
         features, log_loss = features_of(columns), np.log(columns["loss"])
         return cls(form, features, log_loss, form.scale(features, log_loss), delta)
 
@@ -48,7 +47,9 @@ class Problem:
         return self.form.starts(self.features, self.log_loss, self.scale)
 
     def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None) -> Minimum:
-        """Every problem's minimum from its own start; `weights` [problems, rows] count the runs, None each once."""
+        """Return every problem's minimum from its own start; `weights` [problems, rows] count the runs,
+        None each once.
+        """
         lower, upper = self.form.bounds(self.scale)
 
         def derivatives(theta: np.ndarray, weights: np.ndarray):
@@ -66,7 +67,9 @@ class Problem:
         return Minimum(*(np.concatenate([getattr(part, key) for part in parts]) for key in Minimum.__annotations__))
 
     def refit(self, best: np.ndarray, weights: Float[np.ndarray, "draws rows"]) -> np.ndarray:
-        """Scaled θ of every weighting of the runs: the lowest minimum from `best` and a few starts of the grid."""
+        """Return scaled θ of every weighting of the runs: the lowest minimum from `best` and a few
+        starts of the grid.
+        """
         picks = np.linspace(0, len(self.grid) - 1, self.form.extra_starts + 2)[1:-1].astype(int)
         first = np.concatenate([best[None], self.grid[picks]])
         end = self.minimise(np.tile(first, (len(weights), 1)), np.repeat(weights, len(first), axis=0))
@@ -74,7 +77,7 @@ class Problem:
         return end.theta.reshape(len(weights), len(first), -1)[np.arange(len(weights)), lowest]
 
     def log_prediction(self, theta: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """log L̂ [problems, rows] of other runs at scaled θ."""
+        """Return log L̂ [problems, rows] of other runs at scaled θ."""
         return self.form.predict(theta, features_of(columns), self.scale)
 
 
@@ -82,7 +85,7 @@ class Problem:
 class FormFit:
     """A converged fit of one form. Columns in their own units, losses in nats per token."""
 
-    form: Form
+    form: LawForm
     values: dict[str, float]
     """Every unknown by name."""
     objective: float
@@ -92,8 +95,8 @@ class FormFit:
     starts_at_best: int
     bootstraps: int
     seed: int
-    rows: Rows = field(repr=False)
-    problem: Problem = field(repr=False)
+    rows: UsableRuns = field(repr=False)
+    problem: FormProblem = field(repr=False)
     scaled: Float[np.ndarray, " unknowns"] = field(repr=False)
 
     @property
@@ -116,7 +119,7 @@ class FormFit:
         return intervals_of(dict(zip(self.form.unknowns, self.draws.T, strict=True)))
 
     def predict(self, **columns: Any) -> Any:
-        """The loss of runs given by the form's columns (`params=`, `tokens=` …); arrays broadcast."""
+        """Return the loss of runs given by the form's columns (`params=`, `tokens=` …); arrays broadcast."""
         if set(columns) != set(self.form.needs):
             raise InputError(f"{self.form.name} predicts from {', '.join(self.form.needs)}; got {', '.join(columns)}")
         arrays = np.broadcast_arrays(*(np.asarray(values, np.float64) for values in columns.values()))
@@ -124,7 +127,7 @@ class FormFit:
         return exponential(self.problem.log_prediction(self.scaled[None], flat))[0].reshape(arrays[0].shape)[()]
 
     def document(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts; a bound that is not finite is null."""
+        """Return plain numbers, strings, lists and dicts; a bound that is not finite is null."""
         return {
             "form": self.form.name,
             "formula": self.form.formula,
@@ -173,11 +176,11 @@ def fit_form(
     return fit_rows(form, frontier(rows) if form.frontier else rows, delta=delta, bootstraps=bootstraps, seed=seed)
 
 
-def fit_rows(form: Form, rows: Rows, *, delta: float | int, bootstraps: int, seed: int) -> FormFit:
+def fit_rows(form: LawForm, rows: UsableRuns, *, delta: float | int, bootstraps: int, seed: int) -> FormFit:
     """Fit rows as they are, in their order; raises as `fit_form` does."""
     if reason := reason_against(form, rows.columns):
         raise InputError(reason)
-    problem = Problem.of(form, rows.columns, float(delta))
+    problem = FormProblem.of(form, rows.columns, float(delta))
     end = problem.minimise(problem.grid)
     chosen, at_best = best_of(end.objective, end.gradient, len(rows), delta)
     best = end.theta[chosen]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import nnls
 
 from experiments.scaling.forms.terms import Terms, log_prediction
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import exponential
 
 START_RATES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 LARGEST_RATE = 10.0
@@ -25,7 +25,10 @@ Features = dict[str, np.ndarray]
 
 
 def features_of(columns: Columns) -> Features:
-    """ln N, ln D … of the columns present. With active parameters N is those, and G the expansion total/active."""
+    """Return ln N, ln D … of the columns present.
+
+    With active parameters N is those, and G the expansion total/active.
+    """
     logs = {name: np.log(values) for name, values in columns.items()}
     found = {}
     if "params" in logs:
@@ -43,7 +46,7 @@ def features_of(columns: Columns) -> Features:
 
 
 @dataclass(frozen=True)
-class Scale:
+class SolverScale:
     """Where the solver's coordinates come from: the features' centres, the rates' units, the range of log losses."""
 
     centre: dict[str, float]
@@ -53,7 +56,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Form:
+class LawForm:
     """One form of law. `parts` lists, per term, its coefficient and the feature that each of its rates multiplies."""
 
     name: str
@@ -81,17 +84,17 @@ class Form:
         """Coefficients, then rates: the order of θ."""
         return self.coefficients + self.rates
 
-    def scale(self, features: Features, log_loss: np.ndarray) -> Scale:
-        """The coordinates in which this table's problem is well conditioned."""
+    def scale(self, features: Features, log_loss: np.ndarray) -> SolverScale:
+        """Return the coordinates in which this table's problem is well conditioned."""
         unit: dict[str, float] = {}
         for _, powers in self.parts:
             for rate, feature in powers:
                 unit[rate] = max(unit.get(rate, 1e-9), float(features[feature].std()))
         centre = {name: float(values.mean()) for name, values in features.items()}
-        return Scale(centre, unit, float(log_loss.min()), float(log_loss.max()))
+        return SolverScale(centre, unit, float(log_loss.min()), float(log_loss.max()))
 
-    def terms(self, theta: Float[np.ndarray, "problems unknowns"], features: Features, scale: Scale) -> Terms:
-        """The law's terms at scaled θ; their Jacobians do not depend on θ."""
+    def terms(self, theta: Float[np.ndarray, "problems unknowns"], features: Features, scale: SolverScale) -> Terms:
+        """Return the law's terms at scaled θ; their Jacobians do not depend on θ."""
         rows = len(next(iter(features.values())))
         jacobians = []
         for i, (_, powers) in enumerate(self.parts):
@@ -102,15 +105,15 @@ class Form:
             jacobians.append(jacobian[None])
         return Terms([theta @ jacobian[0] for jacobian in jacobians], jacobians)
 
-    def bounds(self, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-        """The box of scaled θ: terms may fade, rates lie in 0…10 or −10…10."""
+    def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
+        """Return the box of scaled θ: terms may fade, rates lie in 0…10 or −10…10."""
         span = [LARGEST_RATE * scale.unit[rate] for rate in self.rates]
         lower = [-most if rate in self.signed else 0.0 for rate, most in zip(self.rates, span, strict=True)]
         count = len(self.coefficients)
         return np.array([scale.lowest - FADED] * count + lower), np.array([scale.highest + FADED] * count + span)
 
-    def natural(self, theta: Float[np.ndarray, "problems unknowns"], scale: Scale) -> np.ndarray:
-        """θ in the units of the columns, [problems, unknowns]; a floor that faded to its bound is 0."""
+    def natural(self, theta: Float[np.ndarray, "problems unknowns"], scale: SolverScale) -> np.ndarray:
+        """Return θ in the units of the columns, [problems, unknowns]; a floor that faded to its bound is 0."""
         values = np.array(theta)
         for k, rate in enumerate(self.rates, start=len(self.coefficients)):
             values[:, k] /= scale.unit[rate]
@@ -121,14 +124,16 @@ class Form:
                 values[theta[:, i] <= scale.lowest - FADED + 1, i] = 0.0
         return values
 
-    def starts(self, features: Features, log_loss: np.ndarray, scale: Scale) -> np.ndarray:
-        """A grid over the positive rates; given them the law is linear, so coefficients are least squares of L̂/L."""
+    def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
+        """Return a grid over the positive rates; given them the law is linear, so coefficients are least squares of
+        L̂/L.
+        """
         grid = itertools.product(*([0.0] if rate in self.signed else START_RATES for rate in self.rates))
         units = np.array([scale.unit[rate] for rate in self.rates])
         return self.with_coefficients(np.array(list(grid)) * units, features, log_loss, scale)
 
     def with_coefficients(
-        self, rates: np.ndarray, features: Features, log_loss: np.ndarray, scale: Scale
+        self, rates: np.ndarray, features: Features, log_loss: np.ndarray, scale: SolverScale
     ) -> Float[np.ndarray, "starts unknowns"]:
         """Starts at the given scaled rates, with the coefficients that least squares finds."""
         count = len(self.coefficients)
@@ -140,6 +145,6 @@ class Form:
             start[:count] = np.log(np.maximum(linear, 1e-3 * np.exp(scale.lowest)))
         return theta
 
-    def predict(self, theta: np.ndarray, features: Features, scale: Scale) -> Float[np.ndarray, "problems rows"]:
-        """log L̂ at scaled θ."""
+    def predict(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Float[np.ndarray, "problems rows"]:
+        """Return log L̂ at scaled θ."""
         return log_prediction(self.terms(theta, features, scale), theta)

@@ -5,38 +5,38 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.forms.form import START_RATES, Features, Form, Scale
+from experiments.scaling.forms.form import START_RATES, Features, LawForm, SolverScale
 from experiments.scaling.forms.repeated import RepeatedForm
 from experiments.scaling.forms.terms import Terms
 from model.errors import UnknownNameError
 
 
 @dataclass(frozen=True)
-class KaplanForm(Form):
+class KaplanForm(LawForm):
     """Kaplan et al. 2020, equation 1.5: with τ = α_D the terms are (Nc/N)^α_N and (Dc/D)^α_D, and no floor."""
 
-    def terms(self, theta: np.ndarray, features: Features, scale: Scale) -> Terms:
-        """The same two terms, at the temperature α_D."""
+    def terms(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Terms:
+        """Return the same two terms, at the temperature α_D."""
         plain = super().terms(theta, features, scale)
         temperature = self.unknowns.index("alpha_D"), scale.unit["alpha_D"]
         return Terms(plain.values, plain.jacobians, temperature=temperature)
 
-    def bounds(self, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-        """α_D stays above zero: the law divides by it."""
+    def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds of the rates; α_D stays above zero, as the law divides by it."""
         lower, upper = super().bounds(scale)
         lower[self.unknowns.index("alpha_D")] = 1e-4 * scale.unit["alpha_D"]
         return lower, upper
 
-    def natural(self, theta: np.ndarray, scale: Scale) -> np.ndarray:
-        """Nc and Dc from (Nc)^α_N and (Dc)^α_D."""
+    def natural(self, theta: np.ndarray, scale: SolverScale) -> np.ndarray:
+        """Return Nc and Dc from (Nc)^α_N and (Dc)^α_D."""
         values = super().natural(theta, scale)
         with np.errstate(all="ignore"):  # a draw that lost a term has no scale for it: infinite
             for i, k in ((0, 2), (1, 3)):
                 values[:, i] = np.exp(np.log(values[:, i]) / values[:, k])
         return values
 
-    def starts(self, features: Features, log_loss: np.ndarray, scale: Scale) -> np.ndarray:
-        """A grid over both exponents; either term alone starts at half of the mean loss."""
+    def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
+        """Return a grid over both exponents; either term alone starts at half of the mean loss."""
         grid = np.array(list(itertools.product(START_RATES, repeat=2)))
         level = log_loss.mean() - grid[:, 1:] * np.log(2)
         return np.concatenate([level, level, grid * [scale.unit[rate] for rate in self.rates]], axis=1)
@@ -53,15 +53,15 @@ _EXPANDED = (
     ("B", (("beta", "D"), ("omega", "G"), ("zeta", "DG"))),
 )
 _ALL = (
-    Form("chinchilla", "E + A·N^-alpha + B·D^-beta", _HOFFMANN, _BOTH, _THREE),
-    Form(
+    LawForm("chinchilla", "E + A·N^-alpha + B·D^-beta", _HOFFMANN, _BOTH, _THREE),
+    LawForm(
         "shared-exponent",
         "E + A·N^-alpha + B·D^-alpha",
         _HOFFMANN + ", with one exponent",
         _BOTH,
         (("E", ()), ("A", _N), ("B", (("alpha", "D"),))),
     ),
-    Form("no-floor", "A·N^-alpha + B·D^-beta", _HOFFMANN + ", without E", _BOTH, _THREE[1:]),
+    LawForm("no-floor", "A·N^-alpha + B·D^-beta", _HOFFMANN + ", without E", _BOTH, _THREE[1:]),
     KaplanForm(
         "kaplan",
         "((Nc/N)^(alpha_N/alpha_D) + Dc/D)^alpha_D",
@@ -69,7 +69,7 @@ _ALL = (
         _BOTH,
         (("Nc", (("alpha_N", "N"),)), ("Dc", (("alpha_D", "D"),))),
     ),
-    Form(
+    LawForm(
         "compute",
         "E + K·C^-gamma",
         "Henighan et al. 2020, equation 1.1",
@@ -77,7 +77,7 @@ _ALL = (
         (("E", ()), ("K", _C)),
         frontier=True,
     ),
-    Form(
+    LawForm(
         "compute-no-floor",
         "K·C^-gamma",
         "Kaplan et al. 2020, equation 1.3",
@@ -100,7 +100,7 @@ _ALL = (
         _THREE,
         excess=True,
     ),
-    Form(
+    LawForm(
         "experts",
         "E + A·G^-delta·N^-(alpha + gamma·ln G) + B·G^-omega·D^-(beta + zeta·ln G), N active, G = total/active",
         "Ludziejewski et al. 2025 (joint MoE laws), the expansion G in place of the number of experts",
@@ -110,11 +110,11 @@ _ALL = (
     ),
 )
 
-FORMS: dict[str, Form] = {form.name: form for form in _ALL}
+FORMS: dict[str, LawForm] = {form.name: form for form in _ALL}
 
 
-def get(name: str) -> Form:
-    """A form by name. Raises `UnknownNameError` with the close ones."""
+def get(name: str) -> LawForm:
+    """Return a form by name. Raises `UnknownNameError` with the close ones."""
     if name not in FORMS:
         raise UnknownNameError("form of law", name, FORMS)
     return FORMS[name]

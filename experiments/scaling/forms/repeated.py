@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.scaling.forms.form import Features, Form, Scale
+from experiments.scaling.forms.form import Features, LawForm, SolverScale
 from experiments.scaling.forms.terms import Terms
 
 START_RATES = (0.1, 0.2, 0.35, 0.5, 0.8)
@@ -32,7 +32,7 @@ class _Worth:
 
 
 def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
-    """φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
+    """Return φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
     limit = np.exp(rho)
     z = np.minimum(np.expm1(m) / limit, 500.0)  # beyond, e^−z is nothing; and nothing overflows
     left = np.exp(-z)
@@ -52,7 +52,7 @@ def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
 
 
 @dataclass(frozen=True)
-class RepeatedForm(Form):
+class RepeatedForm(LawForm):
     """Three terms in N' and D'; θ = (E, A, B, alpha, beta, R_D[, R_N]) with the R* as logarithms."""
 
     extra_starts: int = 0
@@ -65,8 +65,8 @@ class RepeatedForm(Form):
         """Coefficients, rates, then the worth of repeats."""
         return super().unknowns + (("R_D", "R_N") if self.excess else ("R_D",))
 
-    def terms(self, theta: np.ndarray, features: Features, scale: Scale) -> Terms:
-        """The floor, the term of N (or N') and that of D', with all that depends on θ in them."""
+    def terms(self, theta: np.ndarray, features: Features, scale: SolverScale) -> Terms:
+        """Return the floor, the term of N (or N') and that of D', with all that depends on θ in them."""
         rows, count = len(features["D"]), theta.shape[1]
         N, D, U = (features[name][None] for name in ("N", "D", "U"))
         shape = (len(theta), count, rows)
@@ -121,8 +121,8 @@ class RepeatedForm(Form):
         u_floor = theta[:, :1] + np.zeros(rows)
         return Terms([u_floor, u_params, u_tokens], [floor, j_params, j_tokens], curvature)
 
-    def _excess(self, theta: np.ndarray, N: np.ndarray, U: np.ndarray, scale: Scale):
-        """m = ln(N/U_N) where positive, its gradient and its second derivatives.
+    def _excess(self, theta: np.ndarray, N: np.ndarray, U: np.ndarray, scale: SolverScale):
+        """Return m = ln(N/U_N) where positive, its gradient and its second derivatives.
 
         N and D are optimal together where αA·N^−α = βB·D^−β, which gives U_N at D = U.
         """
@@ -146,22 +146,22 @@ class RepeatedForm(Form):
         }
         return np.clip(m, 0.0, LARGEST_EXCESS), d_m, second
 
-    def bounds(self, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-        """Rates stay above zero, as U_N divides by them; R* lies in 0.01 … 10,000."""
+    def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bounds; rates stay above zero, as U_N divides by them, and R* lies in 0.01 … 10,000."""
         lower, upper = super().bounds(scale)
         lower[3:5] = [1e-3 * scale.unit[rate] for rate in self.rates]
         extra = len(self.unknowns) - 5
         return np.append(lower, [np.log(WORTH[0])] * extra), np.append(upper, [np.log(WORTH[1])] * extra)
 
-    def natural(self, theta: np.ndarray, scale: Scale) -> np.ndarray:
-        """R* are counts of repetitions."""
+    def natural(self, theta: np.ndarray, scale: SolverScale) -> np.ndarray:
+        """Return θ in the units of the columns; R* are counts of repetitions."""
         values = super().natural(theta, scale)
         values[:, 5:] = np.exp(theta[:, 5:])
         return values
 
-    def starts(self, features: Features, log_loss: np.ndarray, scale: Scale) -> np.ndarray:
-        """Exponents on a grid, coefficients as if all tokens were fresh, R* few or many."""
-        plain = Form(self.name, self.formula, self.source, self.needs, self.parts)
+    def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
+        """Return starts with exponents on a grid, coefficients as if all tokens were fresh, R* few or many."""
+        plain = LawForm(self.name, self.formula, self.source, self.needs, self.parts)
         units = np.array([scale.unit[rate] for rate in self.rates])
         rates = np.array([(alpha, beta) for alpha in START_RATES for beta in START_RATES]) * units
         base = plain.with_coefficients(rates, features, log_loss, scale)

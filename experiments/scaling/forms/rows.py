@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.forms.form import Form
+from experiments.scaling.forms.form import LawForm
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, draw_counts
 from experiments.scaling.rows.table import Table
 from experiments.words import counted
@@ -18,7 +18,7 @@ COLUMNS = ("params", "tokens", "flops", "unique_tokens", "active_params", "loss"
 
 
 @dataclass(frozen=True)
-class Rows:
+class UsableRuns:
     """Usable runs as float64 columns by name, and what was left out; rows count from 1."""
 
     columns: dict[str, Float[np.ndarray, " rows"]]
@@ -28,10 +28,11 @@ class Rows:
         return len(self.columns["loss"])
 
 
-def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> Rows:
-    """The columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are dropped.
+def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns:
+    """Return the columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are
+    dropped.
 
-    Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is asked for and absent
+    Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is requested and absent
     it is 6·N·D. Raises `InputError` for a column that is missing, is not of numbers, or differs in length.
     """
     if isinstance(table, Table):
@@ -66,11 +67,11 @@ def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> Rows:
             continue
         dropped.append({"row": i + 1, "reason": reason})
     chosen = np.array(sorted(kept.values(), key=lambda i: tuple(matrix[i])), dtype=np.int64)
-    return Rows({name: values[chosen] for name, values in columns.items()}, dropped)
+    return UsableRuns({name: values[chosen] for name, values in columns.items()}, dropped)
 
 
-def frontier(rows: Rows) -> Rows:
-    """The runs with a lower loss than every run of the same or less compute."""
+def frontier(rows: UsableRuns) -> UsableRuns:
+    """Return the runs with a lower loss than every run of the same or less compute."""
     flops, loss = rows.columns["flops"], rows.columns["loss"]
     order = np.lexsort((loss, flops))
     best = np.minimum.accumulate(np.append(np.inf, loss[order][:-1]))
@@ -79,11 +80,11 @@ def frontier(rows: Rows) -> Rows:
     dropped = (
         [*rows.dropped, {"row": None, "reason": f"{counted(lost, 'run')} off the frontier"}] if lost else rows.dropped
     )
-    return Rows({name: values[kept] for name, values in rows.columns.items()}, dropped)
+    return UsableRuns({name: values[kept] for name, values in rows.columns.items()}, dropped)
 
 
-def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
-    """Why these runs cannot carry the form's unknowns; None where they can."""
+def reason_against(form: LawForm, columns: Mapping[str, np.ndarray]) -> str | None:
+    """Return why these runs cannot determine the form's unknowns; None where they can."""
     rows = len(columns["loss"])
     if rows <= len(form.unknowns):
         unknowns = len(form.unknowns)
@@ -119,8 +120,8 @@ def reason_against(form: Form, columns: Mapping[str, np.ndarray]) -> str | None:
 
 
 def resample(
-    form: Form, columns: Mapping[str, np.ndarray], rng: np.random.Generator, count: int
+    form: LawForm, columns: Mapping[str, np.ndarray], rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """`draw_counts` of the columns that the form wants to see vary."""
+    """Return `draw_counts` of the columns that the form wants to see vary."""
     varied = [columns[name] for name in form.needs if name in ("params", "tokens", "flops")]
     return draw_counts(varied, len(form.unknowns), rng, count)

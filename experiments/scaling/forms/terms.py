@@ -28,7 +28,7 @@ class Terms:
     """(k, unit): τ = θ_k / unit; None is τ = 1."""
 
     def tau(self, theta: np.ndarray) -> np.ndarray:
-        """[problems, 1], or the one number 1."""
+        """Return τ as [problems, 1], or the one number 1."""
         if self.temperature is None:
             return np.ones((1, 1))
         index, unit = self.temperature
@@ -36,7 +36,7 @@ class Terms:
 
 
 def mix(terms: Terms, theta: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """S [problems, rows], the shares p_j of the terms, and u_j/τ."""
+    """Return S [problems, rows], the shares p_j of the terms, and u_j/τ."""
     tau = terms.tau(theta)
     cooled = [value / tau for value in terms.values]
     top = cooled[0]
@@ -48,7 +48,7 @@ def mix(terms: Terms, theta: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], 
 
 
 def log_prediction(terms: Terms, theta: Float[np.ndarray, "problems unknowns"]) -> Float[np.ndarray, "problems rows"]:
-    """log L̂, L̂ in nats per token."""
+    """Return log L̂, L̂ in nats per token."""
     return terms.tau(theta) * mix(terms, theta)[0]
 
 
@@ -59,7 +59,7 @@ def evaluate(
     log_loss: Float[np.ndarray, " rows"],
     delta: float,
 ) -> Derivatives:
-    """Σ_i w_i·Huber_δ(log L̂_i − log L_i) of every problem, its gradient and its exact Hessian."""
+    """Return Σ_i w_i·Huber_δ(log L̂_i − log L_i) of every problem, its gradient and its exact Hessian."""
     tau = terms.tau(theta)
     level, shares, cooled = mix(terms, theta)
     jacobians = terms.jacobians
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def _product(jacobian: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Σ_rows weight·∇∇ᵀ, [problems, unknowns, unknowns]; one matrix product where the Jacobian is shared."""
+    """Return Σ_rows weight·∇∇ᵀ, [problems, unknowns, unknowns]; one matrix product where the Jacobian is shared."""
     if len(jacobian) == 1:
         unknowns, rows = jacobian.shape[1:]
         outer = (jacobian[0][:, None] * jacobian[0][None]).reshape(unknowns**2, rows)

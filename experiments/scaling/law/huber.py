@@ -1,6 +1,6 @@
 """A batched Newton solver for the Huber objective of a parametric scaling law.
 
-One call minimises many problems side by side (starts, bootstrap draws); `minimise` is of the three terms
+One call minimises a batch of problems (starts, bootstrap draws); `minimise` is of the three terms
 E + A·N^−α + B·D^−β, each problem
 
     f(θ) = Σ_i w_i · Huber_δ( LSE(e, a − α·x_i, b − β·y_i) − l_i )
@@ -38,7 +38,7 @@ class Minimum:
 
 
 def huber(residual: np.ndarray, delta: float) -> np.ndarray:
-    """r²/2 within ±δ, δ·(|r| − δ/2) outside."""
+    """Return r²/2 within ±δ, δ·(|r| − δ/2) outside."""
     size = np.abs(residual)
     return np.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
@@ -46,7 +46,7 @@ def huber(residual: np.ndarray, delta: float) -> np.ndarray:
 def log_law(
     theta: Float[np.ndarray, "problems 5"], x: Float[np.ndarray, " rows"], y: Float[np.ndarray, " rows"]
 ) -> tuple[Float[np.ndarray, "problems rows"], tuple[Float[np.ndarray, "problems rows"], ...]]:
-    """log L̂ by log-sum-exp, and the shares of L̂ that the three terms E, A·N^−α, B·D^−β have."""
+    """Return log L̂ by log-sum-exp, and the shares of L̂ that the three terms E, A·N^−α, B·D^−β have."""
     e, a, b, alpha, beta = (theta[:, i : i + 1] for i in range(5))
     terms = (e + np.zeros_like(x), a - alpha * x, b - beta * y)
     top = np.maximum(np.maximum(terms[0], terms[1]), terms[2])
@@ -56,7 +56,7 @@ def log_law(
 
 
 def _evaluate(theta, weights, x, y, log_loss, delta):
-    """Objective, gradient and exact Hessian of every problem."""
+    """Return objective, gradient and exact Hessian of every problem."""
     predicted, (share_e, share_a, share_b) = log_law(theta, x, y)
     residual = predicted - log_loss
     objective = (weights * huber(residual, delta)).sum(1)
@@ -78,7 +78,7 @@ def _evaluate(theta, weights, x, y, log_loss, delta):
 
 
 def _blocked(theta, gradient, lower, upper) -> Bool[np.ndarray, "problems unknowns"]:
-    """Coordinates at a bound that the gradient pushes outward."""
+    """Return coordinates at a bound that the gradient pushes outward."""
     return ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
 
 
@@ -183,7 +183,9 @@ def newton(
 def best_of(
     objective: Float[np.ndarray, " starts"], gradient: Float[np.ndarray, " starts"], rows: int, delta: float
 ) -> tuple[int, int]:
-    """(the start whose end is taken, how many ended as low): of equal minima the one that is closest to stationary."""
+    """Return (the start whose end is taken, how many ended as low): of equal minima the one that is closest to
+    stationary.
+    """
     # The absolute part is the objective of residuals of 1e-7, which decides on tables without noise.
     tolerance = SAME_OBJECTIVE * objective.min() + rows * float(huber(np.array(1e-7), delta))
     lowest = objective <= objective.min() + tolerance

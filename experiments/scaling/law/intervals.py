@@ -1,4 +1,4 @@
-"""Percentile intervals of bootstrap draws, in the shape that every fit hands out."""
+"""Percentile intervals of bootstrap draws, infinite ones included, in the shape that every fit hands out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,23 +6,41 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.numbers import quantiles
-
 LEVELS = (80, 95)
+LARGEST_LOG = 700.0  # e^700 is still a number
 MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
 
 Intervals = dict[str, dict[int | float, tuple[float, float]]]
 
 
+def exponential(log: Any) -> Any:
+    """Return e^x, infinite beyond the largest number: documents show an infinite bound as null."""
+    with np.errstate(over="ignore"):
+        return np.exp(log)
+
+
+def quantiles(draws: np.ndarray, per_cent: list[float]) -> np.ndarray:
+    """Return percentiles along the first axis, without NaN draws; infinite draws count as beyond all others.
+
+    A percentile between a number and an infinite draw is infinite; one of no draws at all is NaN.
+    """
+    draws = np.asarray(draws, np.float64)
+    empty = np.isnan(draws).all(axis=0)
+    finite = np.where(empty, 0.0, np.clip(draws, -1e300, 1e300))  # a difference of infinite draws would be NaN
+    found = np.nanpercentile(finite, per_cent, axis=0)
+    found = np.where(np.abs(found) > 1e250, np.copysign(np.inf, found), found)
+    return np.where(empty, np.nan, found)
+
+
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:
-    """The central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
+    """Return the central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
     tail = (100.0 - level) / 2
     low, high = quantiles(draws, [tail, 100.0 - tail])
     return low, high
 
 
 def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
-    """`intervals["a"][95] -> (low, high)` from one array of draws per name; LEVELS in per cent."""
+    """Return `intervals["a"][95] -> (low, high)` from one array of draws per name; LEVELS in per cent."""
     return {
         name: {
             level: (float(low), float(high)) for level in LEVELS for low, high in [percentile_interval(values, level)]
@@ -32,7 +50,7 @@ def intervals_of(draws: Mapping[str, np.ndarray]) -> Intervals:
 
 
 def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> list[str]:
-    """A sentence for each value outside one of its own intervals, by the highest such level."""
+    """Return a sentence for each value outside one of its own intervals, by the highest such level."""
     found = []
     for name, value in values.items():
         outside = [
@@ -50,7 +68,7 @@ def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> 
 def draw_counts(
     columns: Sequence[np.ndarray], least: int, rng: np.random.Generator, count: int
 ) -> Float[np.ndarray, "draws rows"]:
-    """How often each run is drawn in `count` tables of runs drawn with replacement.
+    """Return how often each run is drawn in `count` tables of runs drawn with replacement.
 
     Tables of fewer than `least` different runs, or of fewer than MINIMUM_DISTINCT values in one of the columns, carry
     no fit and are drawn again.
@@ -68,6 +86,6 @@ def draw_counts(
 
 
 def _same_value(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that puts rows of one value side by side, and where each value begins in it."""
+    """Return the order that puts rows of one value next to each other, and where each value begins in it."""
     order = np.argsort(values, kind="stable")
     return order, np.flatnonzero(np.append(True, np.diff(values[order]) != 0))

@@ -17,7 +17,7 @@ ROUNDS_OF_LEAST_ABSOLUTE = 50
 
 
 def limit(freedom: float) -> float:
-    """How many robust standard deviations off is an outlier.
+    """Return how many robust standard deviations off is an outlier.
 
     A median deviation has about half a standard deviation's degrees of freedom (37 % asymptotically, more in small
     samples), so that few runs need a larger distance.
@@ -26,12 +26,14 @@ def limit(freedom: float) -> float:
 
 
 def robust_scale(values: Float[np.ndarray, " values"]) -> float:
-    """1.4826 times the median absolute value, as if normal and centred; never below the floor."""
+    """Return 1.4826 times the median absolute value, as if normal and centred; never below the floor."""
     return max(1.4826 * float(np.median(np.abs(values))), NOISE_FLOOR) if len(values) else NOISE_FLOOR
 
 
 def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass through."""
+    """Return the relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass
+    through.
+    """
     degree = 3 if len(np.unique(u)) >= CUBIC_SIZES else 2
     q, _ = np.linalg.qr(np.vander(u, degree + 1))
     residual = (loss - q @ (q.T @ loss)) / np.median(loss)  # a wrong run's own fit is no measure of it
@@ -43,7 +45,8 @@ def screen_valleys(
     valleys: list[tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]],
     first: list[Bool[np.ndarray, " runs"]],
 ) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
-    """Which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be decided.
+    """Return which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be
+    decided.
 
     `first` are the runs that `screen_surface` keeps. One noise serves all budgets. The run farthest off its valley's
     curve is left out while it is beyond the limit; where that would take more than a third of a budget's runs, or
@@ -88,7 +91,7 @@ def screen_valleys(
 def screen_residuals(
     residuals: Float[np.ndarray, " rows"], fitted: Bool[np.ndarray, " rows"], unknowns: int
 ) -> Bool[np.ndarray, " rows"]:
-    """Which runs to keep, by a law with so many unknowns that was fitted robustly to some of them.
+    """Return which runs to keep, by a law with so many unknowns that was fitted robustly to some of them.
 
     The noise is that of the `fitted` runs. The unknowns make the residuals of the best fit too small, by
     √(rows / (rows − unknowns)) on average.
@@ -102,7 +105,7 @@ def screen_residuals(
 def screen_surface(
     budget: Int[np.ndarray, " runs"], log_n: Float[np.ndarray, " runs"], log_c: Float[np.ndarray, " runs"], loss: Any
 ) -> Bool[np.ndarray, " runs"]:
-    """Which runs to keep by what all valleys say together; everything where they are too few to say anything.
+    """Return which runs to keep by what all valleys say together; everything where they are too few to say anything.
 
     One valley alone cannot tell which of its outer runs is wrong: a curve with an edge of its own follows it there.
     But valleys change slowly with the budget: ln L is taken for a polynomial in ln N and ln C, of third degree or of
@@ -145,7 +148,9 @@ def screen_surface(
 
 
 def _centred(values: np.ndarray, place: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The values [runs, columns] less the weighted mean of their budget; less nothing where a budget has no weight."""
+    """Return the values [runs, columns] less the weighted mean of their budget; less nothing where a budget has no
+    weight.
+    """
     total = np.bincount(place, weights)
     sums = np.stack([np.bincount(place, weights * column, len(total)) for column in values.T], 1)
     return values - (sums / np.where(total > 0, total, 1.0)[:, None])[place]
@@ -154,7 +159,7 @@ def _centred(values: np.ndarray, place: np.ndarray, weights: np.ndarray) -> np.n
 def _weighted_fit(
     basis: np.ndarray, place: np.ndarray, y: np.ndarray, weights: np.ndarray
 ) -> tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]:
-    """(Residuals, leverages) of weighted least squares in the basis and a level of its own for each budget.
+    """Return (residuals, leverages) of weighted least squares in the basis and a level of its own for each budget.
 
     Centred within budgets, the levels drop out (Frisch & Waugh 1933, Econometrica 1), so that the work grows with the
     runs and not with the budgets.
@@ -168,8 +173,8 @@ def _weighted_fit(
 
 
 def _least_absolute(basis: np.ndarray, place: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " runs"]:
-    """The residuals of least Σ|residual|, by least squares reweighted with 1/|residual| (Schlossmacher 1973, Journal of
-    the American Statistical Association 68).
+    """Return the residuals of least Σ|residual|, by least squares reweighted with 1/|residual| (Schlossmacher 1973,
+    Journal of the American Statistical Association 68).
 
     Weights are bounded at a thousandth of the median residual: the sum need not be least to the last digit, only
     unmoved by outliers. Every table has a solution, whatever its size.

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.inputs import check_at_least_one
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
-from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, Problem
+from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricProblem
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
 from experiments.words import counted
@@ -36,7 +37,7 @@ class Optimum:
 
 
 def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
-    """E + A·N^−α + B·D^−β for θ = (E, A, B, α, β); draws come first, then the shape of N and D."""
+    """Return E + A·N^−α + B·D^−β for θ = (E, A, B, α, β); draws come first, then the shape of N and D."""
     N, D = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(D, np.float64))
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     E, A, B, alpha, beta = (part.reshape(part.shape + (1,) * N.ndim) for part in parts)
@@ -45,7 +46,7 @@ def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
 
 
 def optimum(theta: Float[np.ndarray, "*draws 5"], C: Any) -> tuple[Any, Any]:
-    """N* and D* that minimise the law at C = 6·N·D FLOPs.
+    """Return N* and D* that minimise the law at C = 6·N·D FLOPs.
 
     N* = G·(C/6)^a and D* = (C/6)^b / G with G = (αA/βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4).
     """
@@ -79,7 +80,7 @@ class ParametricFit:
     seed: int
     table: Table = field(repr=False)
     """The runs that entered, and those that did not (`.dropped`)."""
-    _problem: Problem = field(repr=False)
+    _problem: ParametricProblem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
     outliers: list[dict[str, Any]] = field(default_factory=list, repr=False)
     """[{params, tokens, loss, reason}] of the runs that screening left out; empty unless it was requested."""
@@ -144,16 +145,17 @@ class ParametricFit:
         return intervals_of(draws)
 
     def predict(self, N: Any, D: Any) -> Any:
-        """The loss in nats per token at N parameters and D tokens; arrays broadcast."""
+        """Return the loss in nats per token at N parameters and D tokens; arrays broadcast."""
         return law(self.theta, N, D)[()]
 
     def predict_interval(self, N: Any, D: Any, level: int | float = 95) -> tuple[Any, Any]:
-        """Where the measured loss of one *new* run at (N, D) should fall, in `level` per cent of such runs.
+        """Return the interval in which the measured loss of one *new* run at (N, D) should fall, in `level` per cent of
+        such runs.
 
-        It joins the two uncertainties that the table can speak of: the law's own (each bootstrap draw's
-        prediction) and the scatter of single runs about it (the residuals of the best fit, resampled;
-        widened by √(n/(n−5)) as five fitted numbers make residuals too small). It does not cover a law of
-        another form beyond the ladder, nor a new run trained by another recipe.
+        It joins the two uncertainties that the table can speak of: the law's own (each bootstrap draw's prediction) and
+        the scatter of single runs about it (the residuals of the best fit, resampled; widened by √(n/(n−5)) as five
+        fitted numbers make residuals too small). It does not cover a law of another form beyond the ladder, nor a new
+        run trained by another recipe.
         """
         residuals = self.residuals
         count = len(residuals)
@@ -173,12 +175,12 @@ class ParametricFit:
         return low[()], high[()]
 
     def optimal(self, C: Any) -> Optimum:
-        """The compute-optimal N*, D* and loss at C = 6·N·D FLOPs, in closed form; arrays broadcast."""
+        """Return the compute-optimal N*, D* and loss at C = 6·N·D FLOPs, in closed form; arrays broadcast."""
         params, tokens = optimum(self.theta, C)
         return Optimum(params[()], tokens[()], self.predict(params, tokens))
 
     def optimal_interval(self, C: Any, level: int | float = 95) -> dict[str, tuple[Any, Any]]:
-        """`{"params": (low, high), "tokens": (low, high)}` of the optimum at C, by percentile bootstrap."""
+        """Return `{"params": (low, high), "tokens": (low, high)}` of the optimum at C, by percentile bootstrap."""
         params, tokens = optimum(self.draws, C)
         return {"params": percentile_interval(params, level), "tokens": percentile_interval(tokens, level)}
 
@@ -198,7 +200,7 @@ def fit_parametric(
     Minimises the sum of Huber_delta over natural-log residuals from 49 starts, each to a vanishing
     gradient, and keeps the best. The result depends neither on the order of the rows nor on exact
     duplicates (they are dropped, as are non-finite and non-positive rows; see `.table.dropped`).
-    `bootstraps` and `seed` govern the intervals, which are computed when first asked for. E = 0 is allowed.
+    `bootstraps` and `seed` govern the intervals, which are computed when first requested. E = 0 is allowed.
 
     Every usable run enters: Huber's loss bounds what a wrong one does. With `screen`, runs that no noise of the table
     explains are left out and listed (`.outliers`). Residuals of the robust fit show which they are
@@ -217,9 +219,9 @@ def fit_parametric(
 
 
 def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> ParametricFit:
-    """The fit of every run of a clean, sorted table."""
+    """Return the fit of every run of a clean, sorted table."""
     _check(table)
-    problem = Problem.of(table, float(delta))
+    problem = ParametricProblem.of(table, float(delta))
     chosen_from = problem.of_rows(sample(len(table), SAMPLE, seed))
     starts = chosen_from.starts()
     theta, objective, gradient = chosen_from.minimise(starts)
@@ -250,7 +252,7 @@ def _fit(table: Table, delta: float | int, bootstraps: int, seed: int) -> Parame
 
 
 def _screened(whole: ParametricFit) -> ParametricFit:
-    """The fit without gross outliers, as `fit_parametric` says."""
+    """Return the fit without gross outliers, as `fit_parametric` says."""
     fit, table = whole, whole.table
     keep, residuals = np.ones(len(table), bool), whole.residuals
     for _ in range(ROUNDS):
@@ -280,8 +282,7 @@ def check_settings(delta: float | int, bootstraps: int) -> None:
     """Refuse settings that no table could make sense of."""
     if not delta > 0:
         raise InputError(f"delta={delta} must be positive; Hoffmann et al. use 1e-3")
-    if bootstraps < 1:
-        raise InputError(f"bootstraps={bootstraps} must be at least 1")
+    check_at_least_one(bootstraps=bootstraps)
 
 
 def _check(table: Table) -> None:
@@ -311,7 +312,7 @@ def _check(table: Table) -> None:
         )
 
 
-def _check_terms(problem: Problem, theta: np.ndarray, alpha: float, beta: float) -> None:
+def _check_terms(problem: ParametricProblem, theta: np.ndarray, alpha: float, beta: float) -> None:
     """Refuse a fit in which N or D plays no part: its exponent would be noise."""
     _, (_, share_n, share_d) = log_law(theta[None], problem.x, problem.y)
     for letter, name, exponent, share in (("N", "alpha", alpha, share_n), ("D", "beta", beta, share_d)):

@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
 from experiments.scaling.law.huber import minimise
-from experiments.scaling.law.intervals import draw_counts
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import draw_counts, exponential
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import samples
 
@@ -20,7 +19,7 @@ _BLOCK_ELEMENTS = 60_000  # rows × problems solved at once: the fastest of 15k�
 
 
 @dataclass(frozen=True)
-class Problem:
+class ParametricProblem:
     """The runs in the solver's coordinates: x and y are log N and log D, centred and of unit spread."""
 
     x: Float[np.ndarray, " rows"]
@@ -31,15 +30,15 @@ class Problem:
     delta: float
 
     @classmethod
-    def of(cls, table: Table, delta: float) -> "Problem":
-        """The runs of a table, with N in parameters and D in tokens; delta: of Huber's loss."""
+    def of(cls, table: Table, delta: float) -> "ParametricProblem":
+        """Return the runs of a table, with N in parameters and D in tokens; delta: of Huber's loss."""
         log_n, log_d = np.log(table.params), np.log(table.tokens)
         centre, spread = (log_n.mean(), log_d.mean()), (log_n.std(), log_d.std())
         x, y = (log_n - centre[0]) / spread[0], (log_d - centre[1]) / spread[1]
         return cls(x, y, np.log(table.loss), centre, spread, delta)
 
-    def of_rows(self, rows: Int[np.ndarray, " chosen"]) -> "Problem":
-        """The same problem of fewer runs, in the same coordinates."""
+    def of_rows(self, rows: Int[np.ndarray, " chosen"]) -> "ParametricProblem":
+        """Return the same problem of fewer runs, in the same coordinates."""
         return replace(self, x=self.x[rows], y=self.y[rows], log_loss=self.log_loss[rows])
 
     @property
@@ -50,7 +49,7 @@ class Problem:
         return np.array([floor] * 3 + [0, 0]), np.array([ceiling] * 3 + steepest)
 
     def starts(self) -> Float[np.ndarray, "starts 5"]:
-        """A grid over (α, β); given both the law is linear, so E, A and B start at their least-squares
+        """Return a grid over (α, β); given both the law is linear, so E, A and B start at their least-squares
         values.
 
         Relative errors are small, so that least squares of L̂/L − 1 stands for least squares of log L̂ −
@@ -68,7 +67,7 @@ class Problem:
         return np.array(thetas)
 
     def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None):
-        """(θ, objective, gradient) of every problem's minimum; without weights every run counts once."""
+        """Return (θ, objective, gradient) of every problem's minimum; without weights every run counts once."""
         lower, upper = self.bounds
         rows = len(self.x)
         block = max(1, _BLOCK_ELEMENTS // rows)
@@ -90,7 +89,7 @@ class Problem:
         return tuple(np.concatenate([getattr(p, key) for p in parts]) for key in ("theta", "objective", "gradient"))
 
     def natural(self, theta: Float[np.ndarray, "problems 5"]) -> Float[np.ndarray, "problems 5"]:
-        """(E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
+        """Return (E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
         alpha, beta = theta[:, 3] / self.spread[0], theta[:, 4] / self.spread[1]
         E = np.where(theta[:, 0] <= self.bounds[0][0] + 1.0, 0.0, np.exp(theta[:, 0]))
         A = exponential(theta[:, 1] + alpha * self.centre[0])
@@ -129,7 +128,7 @@ class Problem:
     def _draws(
         self, best: np.ndarray, count: int, rng: np.random.Generator, advance: Callable[..., None] | None
     ) -> Float[np.ndarray, "draws 5"]:
-        """Scaled θ of `count` tables of these rows drawn with replacement."""
+        """Return scaled θ of `count` tables of these rows drawn with replacement."""
         weights = draw_counts((self.x, self.y), len(NAMES), rng, count)
         grid = self.starts()
         starts = np.stack([best, grid[len(grid) // 2]])

@@ -28,7 +28,8 @@ underscores, and without the config. and summary. of Weights & Biases."""
 
 
 def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
-    """The column for a role of `ALIASES`: as wanted, or where that is only the default and absent, its one alias.
+    """Return the column for a role of `ALIASES`: as wanted, or where that is only the default and absent, its one
+    alias.
 
     A wanted name that is absent comes back as it is, for `require` to refuse. Raises `InputError` where two aliases
     could be meant.
@@ -45,7 +46,7 @@ def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> s
 
 
 def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
-    """Raises `InputError` for columns that the table lacks, with those it has and the closest of them."""
+    """Raise `InputError` for columns that the table lacks, with those it has and the closest of them."""
     import difflib
 
     missing = [name for name in names if name not in present]
@@ -79,7 +80,7 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
 
 
 def truth(path: Path, row: int, name: str, value: Any) -> bool:
-    """A yes or no, however written; empty is no."""
+    """Return a yes or no, however written; empty is no."""
     if value is None:
         return False
     text = str(value).strip().lower()

@@ -50,7 +50,7 @@ class Counts:
 
 
 def count(config: ModelConfig, seq_len: int, objective: Objective = LanguageModeling()) -> dict[str, float]:
-    """Every column of `PARAMS`, and of `FLOPS` per training token, of one model."""
+    """Return every column of `PARAMS`, and of `FLOPS` per training token, of one model."""
     counted = accounting.parameters(config)
     head = sum(size for name, size in counted.by_group.items() if name == "head" or name.startswith("head/"))
     products = objective.training_flops_by_product(config, seq_len)
@@ -68,7 +68,10 @@ def count(config: ModelConfig, seq_len: int, objective: Objective = LanguageMode
 def read_counts(
     path: str | Path, *, tokens: str = "tokens", loss: str = "loss", rows: Collection[int] | None = None
 ) -> Counts:
-    """From a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out. rows: by number."""
+    """Read the counts of a table with columns named as in `PARAMS` and `FLOPS`; those that it lacks are left out.
+
+    rows: by number.
+    """
     path = Path(path)
     records = [(row, record) for row, record in read_records(path) if rows is None or row in rows]
     if not records:
@@ -77,7 +80,10 @@ def read_counts(
     require(path, [tokens, loss], present)
     counts = [name for name in (tokens, *PARAMS, *FLOPS) if name in present]
     numbers, _ = read_numbers(path, records, dict.fromkeys(counts, True) | {loss: False})
-    column = lambda name: np.array(numbers[name])
+
+    def column(name: str) -> np.ndarray:
+        return np.array(numbers[name])
+
     return Counts(
         column(tokens),
         column(loss),
@@ -87,7 +93,7 @@ def read_counts(
 
 
 def counts_beside(path: str | Path, table: Table) -> Counts | None:
-    """What `read_counts` finds in a table's own file, for the rows of the table; None where it has no choice."""
+    """Return what `read_counts` finds in a table's own file, for the rows of the table; None where it has no choice."""
     present = read_header(path)
     if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
         return None
@@ -95,7 +101,8 @@ def counts_beside(path: str | Path, table: Table) -> Counts | None:
 
 
 def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict[str, Any]:
-    """The document: {rows, spread, dropped, conventions}; a row is one pair of N and C with each estimator's a and b.
+    """Return the document: {rows, spread, dropped, conventions}; a row is one pair of N and C with each estimator's a
+    and b.
 
     The parametric law is fitted in each N; under another C than 6·N·D its optimum follows from how FLOPs per token grow
     with N, as N^γ through the runs: a = β/(γβ + α). The budgets of the IsoFLOP valleys are those of the first N, as
@@ -129,7 +136,7 @@ def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict
 
 
 def _usable(counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
-    """Without the rows that hold anything but positive numbers, which are listed by number from 1."""
+    """Return the counts without the rows that hold anything but positive numbers, which are listed by number from 1."""
     columns = {"tokens": counts.tokens, "loss": counts.loss, **counts.params, **counts.flops}
     wrong = {name: ~(np.isfinite(values) & (values > 0)) for name, values in columns.items()}
     bad = np.any(list(wrong.values()), axis=0)
@@ -142,7 +149,7 @@ def _usable(counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
 
 
 def _law(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, bootstraps: int, seed: int) -> ParametricFit | str:
-    """The parametric law with its resamples, or why it was refused."""
+    """Return the parametric law with its resamples, or why it was refused."""
     try:
         fit = fit_parametric(params, tokens, loss, bootstraps=bootstraps, seed=seed)
         _ = fit.draws

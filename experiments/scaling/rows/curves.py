@@ -15,7 +15,7 @@ SMOOTHING = 0.05  # width of the smoothing kernel in ln D
 
 
 @dataclass(frozen=True)
-class Curve:
+class TrainingCurve:
     """One run's training curve: N parameters, D tokens seen (ascending) and the loss then, in nats per token."""
 
     name: str
@@ -25,7 +25,9 @@ class Curve:
     schedule: str = "unknown"
 
     def smoothed(self) -> Float[np.ndarray, " points"]:
-        """Local straight lines in ln D under a Gaussian kernel: a falling curve keeps its slope, also at its ends."""
+        """Return local straight lines in ln D under a Gaussian kernel: a falling curve keeps its slope, also at its
+        ends.
+        """
         x = np.log(self.tokens)
         result = np.empty(len(x))
         for i, at in enumerate(x):
@@ -39,8 +41,8 @@ class Curve:
         return result
 
 
-def curves_of_table(path: str | Path, schedule: str = "unknown") -> list[Curve]:
-    """Training curves from a table with the columns run, params, tokens and loss, one row per (run, step).
+def curves_of_table(path: str | Path, schedule: str = "unknown") -> list[TrainingCurve]:
+    """Read training curves from a table with the columns run, params, tokens and loss, one row per (run, step).
 
     Raises `InputError` for a table that cannot be read and for a run of several sizes.
     """
@@ -61,5 +63,5 @@ def curves_of_table(path: str | Path, schedule: str = "unknown") -> list[Curve]:
             raise InputError(
                 f"{path}: run {name!r} has {len(np.unique(sizes))} different values of 'params'; a run has one"
             )
-        curves.append(Curve(name, float(sizes[0]), seen, losses, schedule))
+        curves.append(TrainingCurve(name, float(sizes[0]), seen, losses, schedule))
     return curves

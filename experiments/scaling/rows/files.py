@@ -21,7 +21,7 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xb
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every record of a table; the format follows the suffix, before .gz where the file is compressed.
+    """Return every record of a table; the format follows the suffix, before .gz where the file is compressed.
 
     CSV may be separated by commas, semicolons or tabs, in UTF-8 or, as Excel saves "Unicode text", in UTF-16. Raises
     `InputError` in one sentence for whatever cannot be read.
@@ -58,7 +58,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def column_names(records: list[Record]) -> list[str]:
-    """Every column that some record has, in order."""
+    """Return every column that some record has, in order."""
     return list(dict.fromkeys(key for _, record in records for key in record))
 
 
@@ -138,7 +138,7 @@ def _object(path: Path, row: int, record: Any) -> Record:
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects, as Weights & Biases has in config and summary, with their names joined by dots."""
+    """Return nested objects, as Weights & Biases has in config and summary, with their names joined by dots."""
     found: dict[str, Any] = {}
     for name, value in record.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

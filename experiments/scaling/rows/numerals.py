@@ -29,14 +29,16 @@ Records = Sequence[tuple[int, Mapping[str, Any]]]
 
 
 def unit_of(column: str) -> tuple[str, float]:
-    """The name of a column without its unit, and the unit: ("params", 1e6) of "params (M)" or "params in millions"."""
+    """Return the name of a column without its unit, and the unit: ("params", 1e6) of "params (M)" or "params in
+    millions".
+    """
     match = _HEADER_UNIT.search(column)
     unit = MULTIPLES.get((match[1] or match[2]).lower()) if match else None
     return (column, 1.0) if match is None or unit is None else (column[: match.start()], unit)
 
 
 def read_numbers(path: Path, records: Records, columns: Mapping[str, bool]) -> tuple[dict[str, list[float]], list[str]]:
-    """({column: numbers}, what was assumed, in words) of named columns; columns: whether each holds counts.
+    """Return ({column: numbers}, what was assumed, in words) of named columns; columns: whether each holds counts.
 
     NaN stands for what is empty or marked as missing, to be dropped later by rule. Counts may be written as 70M, 1.4T
     or 124 million, and a column named "tokens (B)" is of billions. Commas are decimal points or separate thousands:
@@ -63,7 +65,7 @@ def read_numbers(path: Path, records: Records, columns: Mapping[str, bool]) -> t
 
 
 def number(path: Path, row: int, name: str, value: Any, *, count: bool = False, decimal_comma: bool = False) -> float:
-    """One cell; NaN for what is empty or marked as missing, an `InputError` for what was never a number."""
+    """Return one cell; NaN for what is empty or marked as missing, an `InputError` for what was never a number."""
     if value is None:
         return math.nan
     place = f"{path}, row {row}: column {name!r}"
@@ -92,14 +94,14 @@ def number(path: Path, row: int, name: str, value: Any, *, count: bool = False, 
 
 
 def _split_unit(text: str) -> tuple[float, str]:
-    """(1e9, "1.3") of "1.3B"; exponents are no units."""
+    """Return (1e9, "1.3") of "1.3B"; exponents are no units."""
     match = _UNIT.search(text)
     unit = MULTIPLES.get(match[1].lower()) if match else None
     return (1.0, text) if match is None or unit is None else (unit, text[: match.start()])
 
 
 def _plain(text: str, decimal_comma: bool) -> str:
-    """A numeral as Python reads it."""
+    """Return a numeral as Python reads it."""
     text = _SPACES.sub("", text)
     if decimal_comma:
         return text.replace(".", "").replace(",", ".") if "," in text or _COMMA_GROUPS.fullmatch(text) else text
@@ -107,7 +109,7 @@ def _plain(text: str, decimal_comma: bool) -> str:
 
 
 def _decimal_comma(path: Path, records: Records, columns: Mapping[str, bool]) -> tuple[int, str, str] | None:
-    """(row, column, cell) of the first cell whose comma must be a decimal point; None where commas are none.
+    """Return (row, column, cell) of the first cell whose comma must be a decimal point; None where commas are none.
 
     "1,300,000" and "3.5" have decimal points only, "3,51" and "1.300.000" decimal commas only. "1,300" is either: of a
     loss it is 1.3 and of a count 1300, unless other cells say that it is a decimal comma.

@@ -164,7 +164,7 @@ def read_table(
 def _last_steps(
     path: Path, records: list[Record], present: list[str], loss: str
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """The last row with a loss of every run in a history of Weights & Biases, and the rows dropped for it.
+    """Return the last row with a loss of every run in a history of Weights & Biases, and the rows dropped for it.
 
     A history has a column `_step` and a run's name in several rows; any other table comes back as it is.
     """
@@ -188,5 +188,5 @@ def _last_steps(
 
 
 def read_header(path: str | Path) -> list[str]:
-    """The names of a table's columns. Raises as `read_table` does."""
+    """Return the names of a table's columns. Raises as `read_table` does."""
     return column_names(read_records(Path(path)))

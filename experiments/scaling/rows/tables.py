@@ -1,4 +1,4 @@
-"""The numbers of an analysis as CSV tables, for whoever would rather plot them otherwise."""
+"""The numbers of an analysis as CSV tables, for other plots."""
 
 import csv
 import io
@@ -13,8 +13,8 @@ from train.files import write_atomically
 
 
 def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
-    """fitted.csv (runs and what the law says of them), left_out (which, of what, and why), optima, exponents, draws (of
-    the law) and valley_draws, forms, form_values, conventions, held_out.
+    """Write fitted.csv (runs and what the law says of them), left_out (which, of what, and why), optima, exponents,
+    draws (of the law) and valley_draws, forms, form_values, conventions, held_out.
 
     Those that the analysis has not are not written. Returns the files.
     """
@@ -53,7 +53,7 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows under the union of their names; None is an empty cell."""
+    """Write the rows under the union of their names; None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -62,7 +62,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots; a pair becomes .low and .high."""
+    """Return nested names joined by dots; a pair becomes .low and .high."""
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict):

@@ -15,14 +15,16 @@ DOTS = 2_000
 
 
 def sample(rows: int, most: int, seed: int) -> Int[np.ndarray, " sample"]:
-    """Row numbers, ascending: all of them, or `most` drawn without replacement."""
+    """Return the row numbers, ascending: all of them, or `most` drawn without replacement."""
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng([seed, rows]).choice(rows, size=most, replace=False))
 
 
 def samples(rows: int, seed: int) -> list[Int[np.ndarray, " sample"]]:
-    """At most MOST_SAMPLES sets of SAMPLE row numbers that share no row; the one set of all rows of a smaller table."""
+    """Return at most MOST_SAMPLES sets of SAMPLE row numbers that share no row; the one set of all rows of a smaller
+    table.
+    """
     if rows <= SAMPLE:
         return [np.arange(rows)]
     order = np.random.default_rng([seed, rows]).permutation(rows)
@@ -39,5 +41,5 @@ def most_per_budget(sizes: list[int]) -> int:
 
 
 def evenly(count: int, most: int) -> Int[np.ndarray, " kept"]:
-    """At most `most` of `count` places in equal steps, the first and the last among them."""
+    """Return at most `most` of `count` places in equal steps, the first and the last among them."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(int)

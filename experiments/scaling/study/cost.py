@@ -41,15 +41,15 @@ class Hardware:
         return Speed(0.0, self.devices * PEAKS[self.device].flops_per_second * self.mfu, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the peak of one device."""
+        """Return plain values, with the peak of one device."""
         return dataclasses.asdict(self) | {"peak_flops_per_second": PEAKS[self.device].flops_per_second}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A design with the ladder that it makes on some data, and the machine's speed, where it was timed.
 
-    design: with budgets, also where hours were asked for. tokens_per_epoch: None without data. hardware: whose hours
+    design: with budgets, also where hours were requested. tokens_per_epoch: None without data. hardware: whose hours
     they are; None: this machine's.
     """
 
@@ -61,18 +61,18 @@ class Plan:
     hardware: Hardware | None = None
 
     def document(self) -> dict[str, Any]:
-        """Plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total, without_branches,
-        hardware, probe}.
+        """Return plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total,
+        without_branches, hardware, probe}.
 
         law: {name, source, fitted} of the published law that places the optima, None where the design itself does.
         optima: {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
         memory_bytes: on this machine, None where the hardware is another; state_bytes: parameters and moments.
 
-        A rung's flops are those of its law, from the first token on; total counts what is trained, so that a trunk's
+        A rung's flops are those of its law, from the first token on; total counts what is trained, so that a base run's
         part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
-        checkpoint_bytes: of every run's end, and of trunks where they are left. without_branches: the same runs, each
-        from its start, and the share of FLOPs and hours that branches save (of the runs that are not held out, too);
-        None without branches.
+        checkpoint_bytes: of every run's end, and of base runs where branches leave them. without_branches: the same
+        runs, each from its start, and the share of FLOPs and hours that branches save (of the runs that are not held
+        out, too); None without branches.
         """
         by_shape = [self._shape(members) for members in shapes(self.rungs).values()]
         needs = {name: row for row in by_shape for name in row["names"]}
@@ -159,21 +159,24 @@ def plan_study(
     probe: bool = True,
     probe_seconds: float = 1.0,
     hardware: Hardware | None = None,
-) -> Plan:
-    """The plan of a design; nothing is trained but steps on random tokens, which are timed.
+) -> StudyPlan:
+    """Return the plan of a design; nothing is trained but steps on random tokens, which are timed.
 
     data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
     devices, and nothing is timed. Raises InputError on a design that these data or this machine cannot carry, and where
-    hours are asked for without `probe` and `hardware`.
+    hours are requested without `probe` and `hardware`.
     """
     vocabulary, epoch = _text(design, data)
-    size = lambda given, speed: plan_rungs(
-        given,
-        vocabulary,
-        epoch,
-        None if speed is None else _step_seconds(design, speed),
-        0.0 if speed is None else speed.compile_seconds,
-    )
+
+    def size(given: Design, speed: Speed | None) -> list[Rung]:
+        return plan_rungs(
+            given,
+            vocabulary,
+            epoch,
+            None if speed is None else _step_seconds(design, speed),
+            0.0 if speed is None else speed.compile_seconds,
+        )
+
     speed = None if hardware is None else hardware.speed
     if hardware is None and probe and design.hours:
         # The sizes follow from the speed, and the speed from the sizes: the first guess is the base and a smaller one.
@@ -185,11 +188,11 @@ def plan_study(
     rungs = size(design, speed)
     if design.hours:
         design = design.with_budgets(tuple(sorted({rung.budget_flops for rung in rungs})))
-    return Plan(design, rungs, vocabulary, epoch, speed, hardware)
+    return StudyPlan(design, rungs, vocabulary, epoch, speed, hardware)
 
 
 def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:
-    """(The vocabulary, tokens of an epoch) of the data, or of the base without any."""
+    """Return (the vocabulary, tokens of an epoch) of the data, or of the base without any."""
     if data is None:
         return read_config(design.base).vocab_size, None
     return load_manifest(data).vocab_size, Loader(data, batch_size=1, seq_len=design.seq_len, seed=0).tokens_per_epoch

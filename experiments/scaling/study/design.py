@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
 from model import Execution, ModelConfig
@@ -74,7 +74,7 @@ class Law(Part):
             raise InputError(f"a law needs both centre and exponent of a size; {lacking[0]} has one of them")
 
     def at(self, sizes: Mapping[str, float]) -> float:
-        """The law's value where sizes by name are as given."""
+        """Return the law's value where sizes by name are as given."""
         return self.value * math.prod((sizes[name] / self.centre[name]) ** p for name, p in self.exponents.items())
 
 
@@ -105,7 +105,7 @@ class Design(Part):
     """D/N where the optimum is expected, at the middle budget. 8 is what small studies of small vocabularies find."""
     optimum_exponent: float = 0.5
     """The expected optimum grows as N* ∝ C to this power; a pilot's fit may say another one than a half."""
-    family: Family = dataclasses.field(default_factory=Family)
+    family: ModelFamily = dataclasses.field(default_factory=ModelFamily)
     """The shapes of the sizes."""
     batch_size: int | Law = 2
     """Rows per step; a law of params, tokens, flops is rounded to a power of two."""
@@ -114,15 +114,15 @@ class Design(Part):
     learning_rate: float | Law = dataclasses.field(
         default_factory=lambda: Law(0.02, {"d_model": 32.0}, {"d_model": -1.0})
     )
-    """The schedule's peak, alike for all or by a law."""
+    """The schedule's peak, the same for all or by a law."""
     warmup_fraction: float = 0.05
-    """Of a run's steps; of the shortest run, where runs share a trunk."""
+    """Of a run's steps; of the shortest run, where runs share a base run."""
     schedule: Schedule = "cosine"
     """Of runs that share nothing; with branches all are "wsd"."""
     final_fraction: float = 0.0
     """Learning rate at the end over the peak."""
     branches: bool = False
-    """Train one trunk per size and cool it down at every budget's tokens, instead of each run from its start."""
+    """Train one base run per size and cool it down at every budget's tokens, instead of each run from its start."""
     decay_fraction: float = 0.2
     """Of a run's steps, for its cool-down under "wsd"."""
     seeds: int = 1
@@ -153,13 +153,13 @@ class Design(Part):
             moving = [name for name in ("tokens", "flops") if isinstance(law, Law) and law.exponents.get(name)]
             if moving:
                 raise InputError(
-                    f"with branches all runs of a size leave one trunk, so {field} cannot be a law of {moving[0]}; "
+                    f"with branches all runs of a size leave one base run, so {field} cannot be a law of {moving[0]}; "
                     "take d_model or params"
                 )
 
     @classmethod
     def read(cls, path: str | Path | None, *, at_scale: bool = False, **instead: Any) -> Self:
-        """The design in a TOML file (None: an empty one), with some keys instead of the file's.
+        """Return the design in a TOML file (None: an empty one), with some keys instead of the file's.
 
         From a middle budget of `published.AT_SCALE` on, or where at_scale is true, the keys that are left out are those
         of published models (`published.defaults_at_scale`). Raises InputError, with the path, on anything wrong.
@@ -207,11 +207,11 @@ class Design(Part):
         return cls(**values)
 
     def with_budgets(self, budgets: tuple[float, ...]) -> Self:
-        """The same study of these budgets, in place of hours."""
+        """Return the same study of these budgets, in place of hours."""
         return self.replace(budgets=budgets, hours=0.0)
 
     def differences(self, there: "Design") -> str:
-        """The fields in which another design differs, in words; empty where none does.
+        """Return the fields in which another design differs, in words; empty where none does.
 
         A base in a file is not compared by its path: the study's sweeps compare what it holds. How the runs are
         executed may change.
@@ -224,21 +224,21 @@ class Design(Part):
         return ", ".join(f"{name}={other[name]} there, {one[name]} here" for name in one if one[name] != other[name])
 
     def base_config(self, vocab_size: int) -> ModelConfig:
-        """The base with the data's vocabulary and the design's rows. Raises InputError."""
+        """Return the base with the data's vocabulary and the design's rows. Raises InputError."""
         from experiments.models import read_config
 
         config = read_config(self.base).replace(vocab_size=vocab_size, max_seq_len=self.seq_len, eos_token_ids=())
         return self._overlay(config, TrainConfig())[0].model
 
     def train_config(self, batch_size: int) -> TrainConfig:
-        """The static half of how a rung of so many rows is trained. Raises InputError."""
+        """Return the static half of how a rung of so many rows is trained. Raises InputError."""
         from experiments.models import read_config
 
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
         return self._overlay(read_config(self.base), shape)[0].train
 
     def recipe(self, config: ModelConfig, batch_size: int, steps: int, **hparams: float) -> Recipe:
-        """The recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
+        """Return the recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len)
         # A rung's warm-up is its own, in steps; none is none.
         own = {"warmup_fraction": 0.0} if not hparams.get("warmup_steps") else {}
@@ -246,7 +246,10 @@ class Design(Part):
         return overlay(fields, Recipe(config, shape, steps=steps, objective=self.objective_of(config)))[0]
 
     def objective_of(self, config: ModelConfig) -> Objective:
-        """The objective that trains a rung of this model, which `base_config` gave its ids. Raises InputError."""
+        """Return the objective that trains a rung of this model, which `base_config` gave its ids.
+
+        Raises InputError.
+        """
         named = objectives.get(str(self.set.get(OBJECTIVE, objectives.LanguageModeling.NAME))).resolved(config)
         inside = {name: value for name, value in self.set.items() if name.startswith(f"{OBJECTIVE}.")}
         return overlay(inside, Recipe(config, objective=named))[0].objective
@@ -306,8 +309,11 @@ class Design(Part):
 
 
 def _read_tables(design: Design) -> None:
-    """Plain values, as TOML and JSON give them, become what the fields hold."""
-    put = lambda name, value: object.__setattr__(design, name, value)
+    """Convert the plain values that TOML and JSON give to what the fields hold."""
+
+    def put(name: str, value: Any) -> None:
+        object.__setattr__(design, name, value)
+
     if not isinstance(design.base, str):
         raise InputError(f"base={design.base!r} must be a preset's name or a JSON file of a model config")
     if not isinstance(design.budgets, (list, tuple)):
@@ -315,10 +321,10 @@ def _read_tables(design: Design) -> None:
     put("budgets", tuple(design.budgets))
     if not isinstance(design.set, dict):
         raise InputError(f"set={design.set!r} must be a table of fields and their values")
-    if not isinstance(design.family, (dict, Family)):
+    if not isinstance(design.family, (dict, ModelFamily)):
         raise InputError(f"family={design.family!r} must be a table, such as {{aspect_ratio = 16}}")
     if isinstance(design.family, dict):
-        put("family", Family.from_dict(design.family))
+        put("family", ModelFamily.from_dict(design.family))
     for name, kind, words in (("learning_rate", (int, float), "positive"), ("batch_size", int, "positive whole")):
         value = getattr(design, name)
         if isinstance(value, dict):

@@ -11,7 +11,7 @@ from model.parts import Part
 
 
 @dataclasses.dataclass(frozen=True)
-class Family(Part):
+class ModelFamily(Part):
     """How shapes follow from d_model; 0: as in the base.
 
     A law holds within a family that changes one thing smoothly: where small members would differ in depth by a whole
@@ -34,7 +34,10 @@ class Family(Part):
     """Widths are multiples of this; 0: the smallest with heads of whole, even size."""
 
     def step(self, base: ModelConfig) -> int:
-        """The distance between neighbouring widths. Raises InputError where heads would not divide width_multiple."""
+        """Return the distance between neighbouring widths.
+
+        Raises InputError where heads would not divide width_multiple.
+        """
         smallest = self.head_dim or 2 * base.num_heads
         if self.width_multiple % smallest:
             raise InputError(
@@ -44,7 +47,7 @@ class Family(Part):
         return self.width_multiple or smallest
 
     def overrides(self, base: ModelConfig, d_model: int) -> dict[str, Any]:
-        """The fields in which the member of that width differs from the base, derived ones left out."""
+        """Return the fields in which the member of that width differs from the base, derived ones left out."""
         heads = max(1, d_model // self.head_dim) if self.head_dim else base.num_heads
         found: dict[str, Any] = {
             "d_model": d_model,
@@ -77,15 +80,15 @@ class Family(Part):
         return max(multiple, multiple * round(ratio * d_model / multiple))
 
     def member(self, base: ModelConfig, d_model: int) -> ModelConfig:
-        """The family's model of that width. Raises InputError where there is none."""
+        """Return the family's model of that width. Raises InputError where there is none."""
         return _member(self, base, d_model)
 
     def params(self, base: ModelConfig, d_model: int) -> int:
-        """N of that width: what a token passes through, whole tables included (all of a dense model)."""
+        """Return N of that width: what a token passes through, whole tables included (all of a dense model)."""
         return accounting.parameters(self.member(base, d_model)).active
 
     def nearest(self, base: ModelConfig, params: float) -> int:
-        """The width whose N is nearest to `params`, in ratio; N must grow with the width."""
+        """Return the width whose N is nearest to `params`, in ratio; N must grow with the width."""
         step = self.step(base)
         low, high = 1, 2
         while self.params(base, high * step) < params:
@@ -93,12 +96,15 @@ class Family(Part):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.params(base, middle * step) < params else (low, middle)
-        off = lambda multiple: abs(math.log(self.params(base, multiple * step) / params))
+
+        def off(multiple: int) -> float:
+            return abs(math.log(self.params(base, multiple * step) / params))
+
         return step * min((low, high), key=off)
 
 
 @functools.lru_cache(maxsize=4096)
-def _member(family: Family, base: ModelConfig, d_model: int) -> ModelConfig:
+def _member(family: ModelFamily, base: ModelConfig, d_model: int) -> ModelConfig:
     fields = family.overrides(base, d_model)
     inside = {name.partition(".")[2]: fields.pop(name) for name in list(fields) if "." in name}
     if inside:
@@ -108,7 +114,7 @@ def _member(family: Family, base: ModelConfig, d_model: int) -> ModelConfig:
 
 
 def _kv_heads(base: ModelConfig, heads: int) -> int:
-    """Of the base's share of the query heads; one where it has a single one, and always a divisor of `heads`."""
+    """Return the number of key/value heads by the base's share of the query heads, always a divisor of `heads`."""
     if base.num_kv_heads == 1 and base.num_heads > 1:
         return 1
     wanted = heads * base.num_kv_heads / base.num_heads

@@ -13,7 +13,7 @@ from experiments.scaling.rows.table import read_table
 from experiments.scaling.study.rungs import Rung
 from experiments.scaling.use import optimal, planned_loss
 from experiments.scaling.valleys.spline import Spline
-from experiments.scaling.valleys.valley import PARABOLA, Shape, Valley, reason_against
+from experiments.scaling.valleys.valley import PARABOLA, Valley, ValleyShape, reason_against
 from experiments.words import counted
 from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
@@ -112,7 +112,7 @@ def _of_run(fits: Fits, laws: Mapping[str, FormFit], rung: Rung) -> dict[str, An
 
 
 def _by_form(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """{form: {mean, rms}} of measured over predicted, less 1."""
+    """Return {form: {mean, rms}} of measured over predicted, less 1."""
     tested = [run for run in runs if run["measured"] is not None]
     errors: dict[str, list[float]] = {}
     for run in tested:
@@ -133,7 +133,9 @@ def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:
 
 
 def _valleys(fits: Fits) -> dict[str, Any] | None:
-    """The curve through the valleys, which the tested budget's own will be judged by; None where they were refused."""
+    """Return the curve through the valleys, which the tested budget's own will be judged by; None where they were
+    refused.
+    """
     if fits.isoflop is None or not isinstance(fits.isoflop.shape, Spline):
         return None
     return {"method": fits.isoflop.method, "smoothing": fits.isoflop.shape.smoothing}
@@ -147,8 +149,10 @@ def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
     return found
 
 
-def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """{params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each estimator's N* did."""
+def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: ValleyShape) -> dict[str, Any]:
+    """Return {params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each
+    estimator's N* did.
+    """
     if not rows:
         return {"refused": "none of its runs has a loss"}
     params, tokens, loss = (np.array([row[name] for row in rows], np.float64) for name in ("params", "tokens", "loss"))

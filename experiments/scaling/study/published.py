@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.scaling.study.family import Family
+from experiments.scaling.study.family import ModelFamily
 from model import ModelConfig
 from model.errors import InputError
 
@@ -27,16 +27,16 @@ class PublishedLaw:
     """The budgets that it was fitted to."""
 
     def optimum(self, budget: float) -> float:
-        """N* at a budget of FLOPs."""
+        """Return N* at a budget of FLOPs."""
         return self.params * (budget / self.flops) ** self.exponent
 
     def tokens_per_parameter(self, budget: float) -> float:
-        """D*/N* at a budget of FLOPs."""
+        """Return D*/N* at a budget of FLOPs."""
         return budget / (6 * self.optimum(budget) ** 2)
 
 
 def _from_loss(source: str, A: float, B: float, alpha: float, beta: float) -> PublishedLaw:
-    """The optimum of L = E + A·N^-alpha + B·D^-beta, in closed form (Hoffmann et al. 2022, equation 4)."""
+    """Return the optimum of L = E + A·N^-alpha + B·D^-beta, in closed form (Hoffmann et al. 2022, equation 4)."""
     return PublishedLaw(source, 6.0, (alpha * A / (beta * B)) ** (1 / (alpha + beta)), beta / (alpha + beta))
 
 
@@ -51,14 +51,14 @@ LAWS = {
 
 
 def law_named(name: str) -> PublishedLaw:
-    """Raises InputError, with all that are known, for another name."""
+    """Raise InputError, with all that are known, for another name."""
     if name not in LAWS:
         raise InputError(f"there is no published law {name!r}; known are {', '.join(LAWS)}")
     return LAWS[name]
 
 
 def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
-    """The keys of a design that `given` leaves out, as published models of 1e17 FLOPs and more have them.
+    """Return the keys of a design that `given` leaves out, as published models of 1e17 FLOPs and more have them.
 
     law: DEFAULT_LAW. family: its published depth; heads of the base's size, at least 64; feed-forwards in multiples of
     128; widths in whole groups of heads, where that is fine enough.
@@ -70,7 +70,7 @@ def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any
     seq_len = given.get("seq_len", found["seq_len"])
     found["batch_size"] = _power(0.2920, 0.3271, 1 / seq_len)
     found["learning_rate"] = _power(0.3118, -0.1250)
-    if given.get("branches"):  # runs of one size share a trunk, so that neither may depend on their own FLOPs
+    if given.get("branches"):  # runs of one size share a base run, so that neither may depend on their own FLOPs
         middle = middle_of(given["budgets"]) if given.get("budgets") else 1e20
         found["batch_size"] = 2 ** max(0, round(math.log2(_at(found["batch_size"], middle))))
         found["learning_rate"] = _at(found["learning_rate"], middle)
@@ -80,14 +80,14 @@ def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any
 
 
 def middle_of(budgets: Sequence[float]) -> float:
-    """The geometric mean of the smallest and the largest budget."""
+    """Return the geometric mean of the smallest and the largest budget."""
     return math.sqrt(budgets[0] * budgets[-1])
 
 
 def _family(given: dict[str, Any], base: ModelConfig, budgets: Sequence[float]) -> dict[str, Any]:
     own = base.head_dim if base.latent is None else base.d_model // base.num_heads
     head_dim = max(64, own)
-    usual = Family(depth="base" if "aspect_ratio" in given else "published", head_dim=head_dim, ff_multiple=128)
+    usual = ModelFamily(depth="base" if "aspect_ratio" in given else "published", head_dim=head_dim, ff_multiple=128)
     together = head_dim * base.num_heads // base.num_kv_heads  # the step in width that keeps the base's groups whole
     if budgets and together <= usual.nearest(base, LAWS[DEFAULT_LAW].optimum(budgets[0])) / _FINE:
         usual = usual.replace(width_multiple=together)
@@ -98,7 +98,7 @@ _CENTRE = 1e20
 
 
 def _power(coefficient: float, exponent: float, unit: float = 1.0) -> dict[str, Any]:
-    """coefficient · C^exponent, in a unit, as the table of a law in a design."""
+    """Return coefficient · C^exponent, in a unit, as the table of a law in a design."""
     value = coefficient * _CENTRE**exponent * unit
     return {"value": value, "centre": {"flops": _CENTRE}, "exponents": {"flops": exponent}}
 

@@ -1,6 +1,6 @@
 """Running a scaling study: its runs as sweeps, their table, the prediction before its test, and the test.
 
-A study's folder holds design.json (what was asked for), sweep/ (the runs of the fitted budgets: a sweep like any other,
+A study's folder holds design.json (what was requested), sweep/ (the runs of the fitted budgets: a sweep like any other,
 which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.csv, prediction.json, held_out/ (the runs
 that were predicted) and held_out.json.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.inputs import check_free
 from experiments.scaling.rows.tables import write_csv
 from experiments.scaling.study.design import Design
 from experiments.scaling.study.held_out import compare, predict
@@ -19,7 +20,7 @@ from experiments.scaling.study.rungs import Rung, plan_rungs
 from experiments.sweep.branches import Listed
 from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep
-from experiments.sweep.row import Row
+from experiments.sweep.row import LedgerRow
 from experiments.sweep.run import run_sweep
 from experiments.words import counted
 from model.ambient import pinned
@@ -64,7 +65,7 @@ def run_study(design: Design, data: str | Path, folder: str | Path, workers: int
 
 
 def read_study(folder: Path) -> Design | None:
-    """The design of the study that the folder holds, if it holds one."""
+    """Return the design of the study that the folder holds, if it holds one."""
     path = folder / "design.json"
     if not path.exists():
         return None
@@ -75,13 +76,13 @@ def read_study(folder: Path) -> Design | None:
 
 
 def rungs_of(design: Design, data: str | Path) -> list[Rung]:
-    """The runs of a design with budgets on these data."""
+    """Return the runs of a design with budgets on these data."""
     loader = Loader(Path(data), batch_size=1, seq_len=design.seq_len, seed=0)
     return plan_rungs(design, load_manifest(data).vocab_size, loader.tokens_per_epoch)
 
 
 def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Path) -> Sweep | None:
-    """The sweep that trains these rungs, by their names; None of none. Writes nothing."""
+    """Return the sweep that trains these rungs, by their names; None of none. Writes nothing."""
     if not rungs:
         return None
     return define(
@@ -104,8 +105,8 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
     return [_row(rung, by_name[rung.name], sweep) for rung in rungs]
 
 
-def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
-    """A line of runs.csv: the rung and what came of it."""
+def _row(rung: Rung, row: LedgerRow, sweep: Sweep) -> dict[str, Any]:
+    """Return a line of runs.csv: the rung and what came of it."""
     planned = rung.to_dict()
     del planned["seconds"]
     lost = row.state != "finished"
@@ -119,7 +120,7 @@ def _row(rung: Rung, row: Row, sweep: Sweep) -> dict[str, Any]:
 
 
 def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
+    """Write runs.csv, and curves.csv of the fitted runs that go from their own start to their end."""
     write_csv(folder / "runs.csv", rows)
     points = []
     for row in rows:
@@ -158,10 +159,8 @@ def _check_folder(folder: Path, design: Design) -> None:
         differences = design.differences(there)
         if differences:
             raise InputError(f"{folder} holds a study that differs: {differences}; choose another --out")
-    elif folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a study needs a folder of its own")
-    elif folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no study; choose another --out")
+    else:
+        check_free(folder, "study", "holds no study", "choose another --out")
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The ladder of a design: which sizes are trained on how many tokens, and which runs leave which trunk."""
+"""The ladder of a design: which sizes are trained on how many tokens, and which runs branch off which base run."""
 
 import dataclasses
 import math
@@ -81,7 +81,7 @@ class Rung:
 
     @property
     def steps(self) -> int:
-        """Updates to its end, those of its trunk included."""
+        """Updates to its end, those of its base run included."""
         return self.recipe.horizon
 
     @property
@@ -111,7 +111,7 @@ class Rung:
 
     @property
     def share_trained(self) -> float:
-        """Of its steps, those that it trains itself; the others are its trunk's."""
+        """Of its steps, those that it trains itself; the others are its base run's."""
         return 1 - self.leave_step / self.steps
 
     @property
@@ -121,7 +121,7 @@ class Rung:
         return {**self.overrides, **{name: getattr(self, name) for name in own}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, one level deep; `conventions.read_counts` reads its columns."""
+        """Return plain values for JSON, one level deep; `conventions.read_counts` reads its columns."""
         return {**{name: getattr(self, name) for name in _COLUMNS}, **self.overrides}
 
 
@@ -132,23 +132,25 @@ def plan_rungs(
     seconds_of: StepSeconds | None = None,
     compile_seconds: float = 0.0,
 ) -> list[Rung]:
-    """Every run of the study, by budget, then by size, then by seed.
+    """Return every run of the study, by budget, then by size, then by seed.
 
     Sizes are taken from one series, `size_factor` apart, through the optimum expected at the middle budget: of each
-    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor
-    = size_factor^(1 / optimum_exponent).
+    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor =
+    size_factor^(1 / optimum_exponent).
 
-    With branches, the fitted runs of one shape and seed share a trunk: the one of most tokens, whose own cool-down is
-    its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
-    them. Held-out runs leave no trunk and are none: nothing of them is trained before they are
-    predicted.
+    With branches, the fitted runs of one shape and seed share a base run: the one of most tokens, whose own cool-down
+    is its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
+    them. Held-out runs neither branch off nor are branched off: nothing of them is trained before they are predicted.
 
-    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given
-    and no `seconds_of`, or too few.
+    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given and
+    no `seconds_of`, or too few.
     """
     base = design.base_config(vocabulary)
     _check_fields(design, base)
-    lay_out = lambda given: _lay_out(given, base, tokens_per_epoch, seconds_of)
+
+    def lay_out(given: Design) -> list[Rung]:
+        return _lay_out(given, base, tokens_per_epoch, seconds_of)
+
     if not design.hours:
         return lay_out(design)
     if seconds_of is None:
@@ -171,7 +173,7 @@ def plan_rungs(
 
 
 def shapes(rungs: Sequence[Rung]) -> dict[tuple[ModelConfig, int], list[Rung]]:
-    """The rungs by static shape, (config, batch size): each is compiled once."""
+    """Return the rungs by static shape, (config, batch size): each is compiled once."""
     found: dict[tuple[ModelConfig, int], list[Rung]] = {}
     for rung in rungs:
         found.setdefault((rung.config, rung.batch_size), []).append(rung)
@@ -179,13 +181,13 @@ def shapes(rungs: Sequence[Rung]) -> dict[tuple[ModelConfig, int], list[Rung]]:
 
 
 def expected_optimum(design: Design, budget: float) -> float:
-    """N* at a budget of FLOPs, as a design with budgets expects it."""
+    """Return N* at a budget of FLOPs, as a design with budgets expects it."""
     middle = middle_of(design.budgets)
     return math.sqrt(middle / (6 * design.tokens_per_parameter)) * (budget / middle) ** design.optimum_exponent
 
 
 def _largest(seconds_of: Callable[[float], float], seconds: float) -> float:
-    """The largest budget that takes at most `seconds`, by bisection; `seconds_of` must grow."""
+    """Return the largest budget that takes at most `seconds`, by bisection; `seconds_of` must grow."""
     low, high = 1e9, 1e20
     while 0 < seconds_of(high) <= seconds and high < _LARGEST:
         low, high = high, 1e3 * high
@@ -214,7 +216,7 @@ def _lay_out(
 
 
 def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
-    """As many widths of the series as a budget has sizes, those whose middle is nearest to its optimum."""
+    """Return as many widths of the series as a budget has sizes, those whose middle is nearest to its optimum."""
     family, factor = design.family, math.log(design.size_factor)
     origin, optimum = expected_optimum(design, middle_of(design.budgets)), expected_optimum(design, budget)
     centre, reach = round(math.log(optimum / origin) / factor), 2 * design.sizes
@@ -275,13 +277,13 @@ def _rung(
 
 
 def _with(rung: Rung, **hparams: Any) -> Rung:
-    """The rung with some hyperparameters changed."""
+    """Return the rung with some hyperparameters changed."""
     recipe = rung.recipe.replace(hparams=rung.recipe.hparams.replace(**hparams))
     return dataclasses.replace(rung, recipe=recipe)
 
 
 def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
-    """Fitted rungs of one shape leave the longest of them."""
+    """Return the rungs with the longest alone of the fitted ones of each shape."""
     branched: dict[str, Rung] = {}
     for members in shapes([rung for rung in rungs if not rung.held_out]).values():
         trunk = max(members, key=lambda rung: rung.steps)
@@ -292,7 +294,7 @@ def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
                 own = dataclasses.replace(own, trunk=trunk.name, leave_step=rung.steps - rung.decay_steps)
                 if own.leave_step < max(1, warmup):
                     raise InputError(
-                        f"{rung.name} would leave its trunk after {own.leave_step} steps, in a warm-up of {warmup}; "
+                        f"{rung.name} would leave its base run after {own.leave_step} steps, in a warm-up of {warmup}; "
                         "give smaller warmup_fraction and decay_fraction, or a larger budget"
                     )
             branched[rung.name] = own
@@ -300,7 +302,9 @@ def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
 
 
 def _timed(design: Design, rung: Rung, seconds_of: StepSeconds) -> Rung:
-    """With its own steps and its validation, which is a forward pass alone, a third of training."""
+    """Return the rung with the seconds of its own steps and its validation, which is a forward pass alone, a third of
+    training.
+    """
     steps = rung.steps - rung.leave_step + design.evaluate_tokens / (3 * rung.batch_size * rung.seq_len)
     return dataclasses.replace(rung, seconds=steps * seconds_of(rung.config, rung.batch_size))
 
@@ -328,7 +332,7 @@ def _batch_size(design: Design, sizes: dict[str, float]) -> int:
 
 
 def _check_fields(design: Design, base: ModelConfig) -> None:
-    """What is wrong for every rung is said before any is laid out."""
+    """Raise InputError for fields that are wrong for every rung, before any is laid out."""
     design.family.member(base, design.family.step(base))
     shape, objective = design.train_config(1), design.objective_of(base)
     overlay(design.shared_fields, Recipe(base, shape, objective=objective))

@@ -10,14 +10,21 @@ from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import evenly, most_per_budget
 from experiments.scaling.valleys.recognise import BY_CHANCE, recognise_budgets
-from experiments.scaling.valleys.valley import MINIMUM_SIZES, PARABOLA, Shape, Valley, group_budgets, reason_against
+from experiments.scaling.valleys.valley import (
+    MINIMUM_SIZES,
+    PARABOLA,
+    Valley,
+    ValleyShape,
+    group_budgets,
+    reason_against,
+)
 from model.errors import InputError
 
 TOO_FEW = "too few to say which is wrong"
 
 
 def fewer_per_budget(table: Table, budgets: Float[np.ndarray, " rows"]) -> tuple[Table, np.ndarray, int]:
-    """(A sorted table with no more runs per budget than its valley can use, their budgets, how many that are).
+    """Return (a sorted table with no more runs per budget than its valley can use, their budgets, how many that are).
 
     The runs kept lie at even steps of their budget in order of N, whatever their losses.
     """
@@ -40,7 +47,7 @@ def thinned_in_words(used: int, rows: int, most: int) -> str | None:
 
 
 def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"], *, screen: bool = False) -> list[Valley]:
-    """Every group's valley with its parabola; groups that are no budget have the reason.
+    """Return every group's valley with its parabola; groups that are no budget have the reason.
 
     screen: without gross outliers.
     """
@@ -121,7 +128,7 @@ def _judged(
     budgets: Float[np.ndarray, " rows"],
     groups: list[Int[np.ndarray, " members"]],
 ) -> tuple[list[Bool[np.ndarray, " members"]], list[float], list[bool]]:
-    """`screen_valleys` of the budgets, given what they say together."""
+    """Return `screen_valleys` of the budgets, given what they say together."""
     log_params = [np.log(params[group]) for group in groups]
     together = screen_surface(
         np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
@@ -139,7 +146,7 @@ def _centred(params: np.ndarray) -> np.ndarray:
     return np.log(params) - np.log(params).mean()
 
 
-def with_shape(valley: Valley, shape: Shape) -> Valley:
-    """The same runs under another curve; a reason that lies in the runs stays."""
+def with_shape(valley: Valley, shape: ValleyShape) -> Valley:
+    """Return the same runs under another curve; a reason that lies in the runs stays."""
     reason = valley.reason if valley.runs_at_fault else reason_against(valley.params, valley.loss, shape)
     return replace(valley, shape=shape, reason=reason)

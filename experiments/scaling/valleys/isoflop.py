@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from experiments.scaling.law.intervals import Intervals, intervals_of, percentile_interval
-from experiments.scaling.law.numbers import exponential
+from experiments.inputs import check_at_least_one
+from experiments.scaling.law.intervals import Intervals, exponential, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.recognise import BY_CHANCE
@@ -23,8 +23,8 @@ from experiments.scaling.valleys.valley import (
     PARABOLA,
     SAME_BUDGET,
     Convex,
-    Shape,
     Valley,
+    ValleyShape,
     group_budgets,
     rejection,
     tokens_line,
@@ -73,7 +73,7 @@ class IsoflopFit:
     seed: int
     dropped: list[dict[str, Any]] = field(repr=False)
     method: Method = DEFAULT
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     thinned: str | None = None
     """What was done with fewer rows than the table has, in words; None where nothing was."""
 
@@ -102,7 +102,7 @@ class IsoflopFit:
         return [{"flops": v.flops, "reason": v.reason} for v in self.valleys if v.reason is not None]
 
     def optimal(self, C: Any) -> Size:
-        """N* and D* at a budget of C FLOPs; arrays are fine."""
+        """Return N* and D* at a budget of C FLOPs; arrays are fine."""
         log_c = np.log(np.asarray(C, np.float64))
         params = exponential(np.log(self.params_coefficient) + self.a * log_c)
         return Size(params[()], exponential(np.log(self.tokens_coefficient) + self.b * log_c)[()])
@@ -113,7 +113,7 @@ class IsoflopFit:
         return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def optimal_interval(self, C: Any, level: int | float = 95) -> dict[str, tuple[Any, Any]]:
-        """`{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
+        """Return `{"params": (low, high), "tokens": (low, high)}` of N*(C) and D*(C)."""
         log_c = np.log(np.asarray(C, np.float64))
         draws = self.draws.reshape(len(self.draws), 4, *(1,) * log_c.ndim)
         params = percentile_interval(exponential(draws[:, 0] + draws[:, 1] * log_c), level)
@@ -140,7 +140,7 @@ class IsoflopFit:
         left: how large the noise is, is itself uncertain (Student's argument). What the true valley has beyond
         the curve counts as noise, which widens the intervals.
 
-        Each draw is then treated as the data were: a skew is found anew; a valley that comes out non-convex,
+        Each draw is then treated as the data were: a skew is fitted again; a valley that comes out non-convex,
         with its lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws,
         and a draw with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
 
@@ -184,16 +184,16 @@ class IsoflopFit:
 
 
 def _minima(
-    method: str, shape: Shape, us: list[np.ndarray], losses: list[np.ndarray]
+    method: str, shape: ValleyShape, us: list[np.ndarray], losses: list[np.ndarray]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
+    """Return (vertex, curvature) of every draw, per valley; for the skewed method each draw has its own skew."""
     if method == "skewed":
         return skewed_minima(us, losses)
     return [shape.minimum(u, loss)[::2] for u, loss in zip(us, losses, strict=True)]
 
 
 def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, float]:
-    """Relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
+    """Return the relative residuals of all valleys, corrected for leverage and centred, and their degrees of freedom.
 
     `shared` coefficients were found from all valleys together.
     """
@@ -216,7 +216,7 @@ def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, f
 def _power_law(
     log_c: Float[np.ndarray, " budgets"], log_y: Float[np.ndarray, "draws budgets"]
 ) -> Float[np.ndarray, "draws 2"]:
-    """(log coefficient, exponent) of y ∝ C^exponent by least squares in logs; NaN budgets are left out."""
+    """Return (log coefficient, exponent) of y ∝ C^exponent by least squares in logs; NaN budgets are left out."""
     valid = np.isfinite(log_y)
     count = valid.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -253,8 +253,7 @@ def fit_isoflop(
 
     Raises `InputError` with the reasons where fewer than two budgets are accepted.
     """
-    if bootstraps < 1:
-        raise InputError(f"bootstraps={bootstraps} must be at least 1")
+    check_at_least_one(bootstraps=bootstraps)
     if method not in METHODS:
         raise InputError(f"method={method!r} must be one of {', '.join(METHODS)}")
     table = _sorted(clean(params, tokens, loss, flops))
@@ -262,7 +261,7 @@ def fit_isoflop(
     rows = len(table)
     table, budgets, most = fewer_per_budget(table, budgets)
     valleys = valleys_of(table, budgets, screen=screen)
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     if method != "parabola":
         sound = [v for v in valleys if v.reason is None] or [v for v in valleys if not v.runs_at_fault]
         if sound:
@@ -306,7 +305,7 @@ def fit_isoflop(
 
 
 def _sorted(table: Table) -> Table:
-    """By parameters, tokens and loss, so that nothing depends on the order of the rows."""
+    """Return the table sorted by parameters, tokens and loss, so that nothing depends on the order of its rows."""
     order = np.lexsort((table.loss, table.tokens, table.params))
     flops = None if table.flops is None else table.flops[order]
     return Table(table.params[order], table.tokens[order], table.loss[order], flops, table.dropped)

@@ -65,7 +65,7 @@ def recognise_budgets(
 
 
 def _width(log_n: np.ndarray, log_d: np.ndarray, log_c: np.ndarray) -> float:
-    """The range of ln C, or that of ln D about its line over ln N where that is larger."""
+    """Return the range of ln C, or that of ln D about its line over ln N where that is larger."""
     u = log_n - log_n.mean()
     spread = u @ u
     line = u * (u @ log_d) / spread if spread > 0 else 0.0

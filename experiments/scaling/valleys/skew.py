@@ -18,7 +18,7 @@ GRID = np.linspace(-LARGEST_SKEW, LARGEST_SKEW, 301)
 
 
 def _unexplained(us: list[np.ndarray], losses: list[np.ndarray], skews: np.ndarray) -> np.ndarray:
-    """The sum of squares that the curves of each skew leave, [skews, draws]."""
+    """Return the sum of squares that the curves of each skew leave, [skews, draws]."""
     left = np.zeros(())
     for u, loss in zip(us, losses, strict=True):
         q, _ = np.linalg.qr(bent_bases(u, skews))
@@ -30,12 +30,15 @@ def _unexplained(us: list[np.ndarray], losses: list[np.ndarray], skews: np.ndarr
 def common_skews(
     us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
 ) -> Float[np.ndarray, " draws"]:
-    """The least-squares skew of each draw, to the nearest point of a grid of 0.01."""
+    """Return the least-squares skew of each draw, to the nearest point of a grid of 0.01."""
     return GRID[_unexplained(us, losses, GRID).argmin(0)]
 
 
 def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
-    """The least-squares skew of all valleys. Raises `InputError` where no run is left to tell it from a parabola."""
+    """Return the least-squares skew of all valleys.
+
+    Raises `InputError` where no run is left to tell it from a parabola.
+    """
     freedom = sum(len(np.unique(u)) - 3 for u in us)
     if freedom < 2:
         raise InputError(
@@ -57,7 +60,7 @@ def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndar
 def skewed_minima(
     us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
 ) -> list[tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]]:
-    """(vertex, curvature) of every draw, per valley; each draw has its own common skew."""
+    """Return (vertex, curvature) of every draw, per valley; each draw has its own common skew."""
     skews, of_draw = np.unique(common_skews(us, losses), return_inverse=True)
     found = []
     for u, loss in zip(us, losses, strict=True):

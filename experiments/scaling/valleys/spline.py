@@ -25,7 +25,7 @@ class Spline:
     name: str = "spline"
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
-        """The spline at `at` is this matrix times the losses (Wahba 1990, equations 1.3.16 to 1.3.18)."""
+        """Return the spline at `at` is this matrix times the losses (Wahba 1990, equations 1.3.16 to 1.3.18)."""
         origin = u.min()
         # Below the leftmost run the kernel's remainder vanishes and the curve goes on as a parabola.
         gram = _kernel(u - origin, u - origin) + self.smoothing * np.eye(len(u))
@@ -36,7 +36,7 @@ class Spline:
         return np.vander(at, 3) @ slope + _kernel(np.maximum(at - origin, 0), u - origin) @ bend
 
     def minimum(self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]) -> tuple[Any, Any, Any]:
-        """The lowest of 201 points between the runs, refined by the parabola through its neighbours."""
+        """Return the lowest of 201 points between the runs, refined by the parabola through its neighbours."""
         at = np.linspace(u.min(), u.max(), GRID_POINTS)
         step = at[1] - at[0]
         curve = loss @ self.operator(u, at).T
@@ -58,14 +58,15 @@ class Spline:
 
 
 def _kernel(s: np.ndarray, t: np.ndarray) -> Float[np.ndarray, "s t"]:
-    """∫ (s − w)₊² (t − w)₊² / 4 dw from 0, the reproducing kernel of functions by their third derivative."""
+    """Return ∫ (s − w)₊² (t − w)₊² / 4 dw from 0, the reproducing kernel of functions by their third derivative."""
     low, high = np.minimum(s[:, None], t[None]), np.maximum(s[:, None], t[None])
     gap = high - low
     return low**3 * (gap**2 / 3 + gap * low / 2 + low**2 / 5) / 4
 
 
 def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
-    """The largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the best.
+    """Return the largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the
+    best.
 
     The score is n·ln(RSS / (n − freedom)²), with n the runs that parabolas leave over: a bend must gain 4, which
     one coefficient more does by chance once in twenty times. Freedom counts 1.4 times, the usual guard against the
@@ -88,7 +89,7 @@ def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np
 def _smoothers(
     u: Float[np.ndarray, " runs"], smoothings: Float[np.ndarray, " smoothings"]
 ) -> Float[np.ndarray, "smoothings runs runs"]:
-    """`Spline(smoothing).operator(u, u)` of many smoothings at once.
+    """Return `Spline(smoothing).operator(u, u)` of many smoothings at once.
 
     With Q the directions that no parabola takes, the spline leaves λ·Q·(Qᵀ·G·Q + λ)⁻¹·Qᵀ of the losses (Wahba 1990,
     section 1.3), which one eigendecomposition gives for every λ.

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from experiments.scaling.law.numbers import exponential
+from experiments.scaling.law.intervals import exponential
 from experiments.words import counted
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
@@ -18,7 +18,7 @@ STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to nois
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 
 
-class Shape(Protocol):
+class ValleyShape(Protocol):
     """A family of curves with three coefficients' worth of freedom or more, and its minimum."""
 
     @property
@@ -27,11 +27,11 @@ class Shape(Protocol):
         ...
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
-        """The fitted curve at `at` is this matrix times the losses of runs at `u`."""
+        """Return the fitted curve at `at` is this matrix times the losses of runs at `u`."""
         ...
 
     def minimum(self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]) -> tuple[Any, Any, Any]:
-        """(u*, loss, curvature) of each draw's minimum; the curvature is half the second derivative there.
+        """Return (u*, loss, curvature) of each draw's minimum; the curvature is half the second derivative there.
 
         u* is NaN or outside the runs where the curve has no minimum inside.
         """
@@ -50,21 +50,21 @@ class Convex:
     name: str = "parabola"
 
     def basis(self, u: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at 3"]:
-        """1, u and the bent square."""
+        """Return 1, u and the bent square."""
         return bent_bases(u, np.asarray(self.skew))
 
     def coefficients(
         self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]
     ) -> Float[np.ndarray, "*draws 3"]:
-        """Least squares."""
+        """Return the coefficients of least squares."""
         return loss @ np.linalg.pinv(self.basis(u)).T
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
-        """As `Shape` says."""
+        """Return the operator that `ValleyShape` describes."""
         return self.basis(at) @ np.linalg.pinv(self.basis(u))
 
     def minimum(self, u: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"]) -> tuple[Any, Any, Any]:
-        """In closed form, without limits: the vertex may lie outside the runs."""
+        """Return the minimum in closed form, without limits: the vertex may lie outside the runs."""
         return bent_minimum(self.coefficients(u, loss), np.asarray(self.skew))
 
 
@@ -72,7 +72,7 @@ PARABOLA = Convex()
 
 
 def _bent_square(u: np.ndarray, skew: np.ndarray) -> np.ndarray:
-    """(e^{tu} − 1 − tu)·2/t², or u² where t is too small to divide by."""
+    """Return (e^{tu} − 1 − tu)·2/t², or u² where t is too small to divide by."""
     straight = np.abs(skew) < STRAIGHT
     t = np.where(straight, 1.0, skew)
     tu = np.where(straight, 0.0, t * u)  # the parabola's u may be too far out for an exponential
@@ -80,7 +80,7 @@ def _bent_square(u: np.ndarray, skew: np.ndarray) -> np.ndarray:
 
 
 def bent_bases(u: Float[np.ndarray, " at"], skews: Float[np.ndarray, "*skews"]) -> Float[np.ndarray, "*skews at 3"]:
-    """1, u and the bent square of `Convex`, for many skews at once."""
+    """Return 1, u and the bent square of `Convex`, for many skews at once."""
     bent = _bent_square(u, skews[..., None])
     return np.stack([np.broadcast_to(u**0, bent.shape), np.broadcast_to(u, bent.shape), bent], axis=-1)
 
@@ -88,7 +88,7 @@ def bent_bases(u: Float[np.ndarray, " at"], skews: Float[np.ndarray, "*skews"]) 
 def bent_minimum(
     coefficients: Float[np.ndarray, "*draws 3"], skews: Float[np.ndarray, "#*draws"]
 ) -> tuple[Any, Any, Any]:
-    """(u*, loss, curvature) of `Convex` curves, each with its own skew; u* is NaN where there is none."""
+    """Return (u*, loss, curvature) of `Convex` curves, each with its own skew; u* is NaN where there is none."""
     c0, c1, c2 = np.moveaxis(coefficients, -1, 0)
     straight = np.abs(skews) < STRAIGHT
     t = np.where(straight, 1.0, skews)
@@ -116,7 +116,7 @@ class Valley:
     """The parabola's: c0 + c1·u + c2·u² with u = ln N − mean(ln N); None with fewer than three sizes."""
     reason: str | None
     """Why the valley is rejected, or None."""
-    shape: Shape = PARABOLA
+    shape: ValleyShape = PARABOLA
     outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
     runs_at_fault: bool = False
@@ -146,20 +146,20 @@ class Valley:
         }
 
     def curve(self, params: Any) -> Any:
-        """The fitted loss at `params` parameters."""
+        """Return the fitted loss at `params` parameters."""
         assert self.coefficients is not None, "fewer than three sizes: no curve"
         at = np.log(np.asarray(params, np.float64)) - np.log(self.params).mean()
         return (self.shape.operator(self.u, np.atleast_1d(at)) @ self.loss).reshape(at.shape)[()]
 
 
 def tokens_line(log_params: np.ndarray, log_tokens: np.ndarray) -> Float[np.ndarray, "2"]:
-    """log D = c0 + c1·u at one budget; D = C/(6N) makes it exact with c1 = −1, other conventions bend it."""
+    """Fit log D = c0 + c1·u at one budget; D = C/(6N) makes it exact with c1 = −1, other conventions bend it."""
     u = log_params - log_params.mean()
     return np.array([log_tokens.mean(), u @ (log_tokens - log_tokens.mean()) / (u @ u)])
 
 
 def mean_by_size(params: np.ndarray) -> Float[np.ndarray, "sizes runs"]:
-    """Averages the runs of each size; sizes ascend."""
+    """Return the matrix that averages the runs of each size; sizes ascend."""
     member = params[None] == np.unique(params)[:, None]
     return member / member.sum(1, keepdims=True)
 
@@ -167,7 +167,7 @@ def mean_by_size(params: np.ndarray) -> Float[np.ndarray, "sizes runs"]:
 def rejection(
     params: Float[np.ndarray, " runs"], loss: Float[np.ndarray, "*draws runs"], vertex: Any, curvature: Any
 ) -> tuple[Bool[np.ndarray, "*draws"], Bool[np.ndarray, "*draws"], Bool[np.ndarray, "*draws"]]:
-    """Yes or no per draw: not convex; lowest loss at an edge; vertex outside the sizes."""
+    """Return three flags per draw: not convex; lowest loss at an edge; vertex outside the sizes."""
     flat = np.asarray(~(curvature > 1e-12 * np.abs(loss).mean(-1)))
     lowest = (loss @ mean_by_size(params).T).argmin(-1)
     edge = np.asarray((lowest == 0) | (lowest == len(np.unique(params)) - 1))
@@ -176,8 +176,8 @@ def rejection(
     return flat, edge, outside
 
 
-def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | None:
-    """Why this budget's minimum cannot be trusted, in words, or None."""
+def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> str | None:
+    """Return why this budget's minimum cannot be trusted, in words, or None."""
     sizes = np.unique(params)
     if len(sizes) < MINIMUM_SIZES:
         return f"{counted(len(sizes), 'model size')} where a {shape.name} needs {MINIMUM_SIZES}"
@@ -197,8 +197,10 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: Shape) -> str | 
 
 
 def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " members"]]:
-    """Row numbers by budget, ascending. A run joins while it is within 5 % of the run below it and the
-    group stays within ±5 % of its middle, so that a dense ladder of budgets cannot chain into one.
+    """Return the row numbers by budget, ascending.
+
+    A run joins while it is within 5 % of the run below it and the group stays within ±5 % of its middle, so that a
+    dense ladder of budgets cannot chain into one.
     """
     order = np.argsort(flops, kind="stable")
     groups: list[list[int]] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sweep.row import Decision, Row
+from experiments.sweep.row import Decision, LedgerRow
 from experiments.sweep.trial import Trial
 from model.errors import InputError
 from train import HParams
@@ -54,13 +54,13 @@ class Population:
         return tuple(range(interval, steps, interval))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """The exchanges after it was born, and its end."""
+        """Return the exchanges after it was born, and its end."""
         steps, born = trial.steps, trial.parent[1] if trial.parent else 0
         return (*(step for step in self.generations(steps) if step > born), steps)
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
-        """Raises InputError where members of one population have different numbers of steps."""
-        populations: dict[str, list[Row]] = {}
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
+        """Raise InputError where members of one population have different numbers of steps."""
+        populations: dict[str, list[LedgerRow]] = {}
         for row in sorted(rows, key=lambda row: row.trial.id):
             populations.setdefault(row.trial.shape, []).append(row)
         ready: dict[str, int] = {}
@@ -71,7 +71,7 @@ class Population:
         return Decision(ready, tuple(prune), tuple(add))
 
     def _decide_one(
-        self, shape: str, rows: list[Row], ready: dict[str, int], prune: list[str], add: list[Trial]
+        self, shape: str, rows: list[LedgerRow], ready: dict[str, int], prune: list[str], add: list[Trial]
     ) -> None:
         steps = {row.trial.steps for row in rows}
         if len(steps) > 1:
@@ -109,12 +109,12 @@ class Population:
             if row.state == "planned":
                 ready.setdefault(row.trial.id, end)
 
-    def _exchanged(self, ranked: list[Row], step: int) -> int:
+    def _exchanged(self, ranked: list[LedgerRow], step: int) -> int:
         lost = sum(not math.isfinite(_loss(row, step)) for row in ranked)
         return min(max(lost, math.ceil(self.quantile * len(ranked))), len(ranked) - 1 if lost < len(ranked) else 0)
 
     def _children(
-        self, shape: str, generation: int, step: int, ranked: list[Row], count: int, start: list[Row]
+        self, shape: str, generation: int, step: int, ranked: list[LedgerRow], count: int, start: list[LedgerRow]
     ) -> list[Trial]:
         best = ranked[: max(1, min(len(ranked) - count, math.ceil(self.quantile * len(ranked))))]
         children = []
@@ -123,7 +123,7 @@ class Population:
             children.append(self._child(best[random.integers(len(best))].trial, step, start, random))
         return children
 
-    def _child(self, parent: Trial, step: int, start: list[Row], random: np.random.Generator) -> Trial:
+    def _child(self, parent: Trial, step: int, start: list[LedgerRow], random: np.random.Generator) -> Trial:
         changes: dict[str, Any] = {"seed": int(random.integers(2**31))}
         hparams = parent.recipe.hparams
         for name in sorted(parent.point):
@@ -140,7 +140,7 @@ class Population:
 
 
 def _perturbed(hparams: HParams, name: str, value: float, factor: float) -> float:
-    """The value times the factor, to six digits; as it was where that is out of range."""
+    """Return the value times the factor, to six digits; as it was where that is out of range."""
     moved = 1 - (1 - value) * factor if name in NEAR_ONE else value * factor
     moved = float(f"{moved:.6g}")
     try:
@@ -150,16 +150,16 @@ def _perturbed(hparams: HParams, name: str, value: float, factor: float) -> floa
     return moved
 
 
-def _loss(row: Row, step: int) -> float:
+def _loss(row: LedgerRow, step: int) -> float:
     loss = row.rungs.get(step, math.inf)
     return loss if math.isfinite(loss) else math.inf
 
 
-def _score(row: Row, step: int) -> tuple[float, str]:
+def _score(row: LedgerRow, step: int) -> tuple[float, str]:
     return _loss(row, step), row.trial.id
 
 
-def _lost(row: Row) -> bool:
+def _lost(row: LedgerRow) -> bool:
     return row.state in ("diverged", "failed", "pruned")
 
 

@@ -1,13 +1,13 @@
-"""Early stopping: which trials of a sweep go on, decided at rungs of equal tokens."""
+"""Early stopping: which trials of a sweep go on, decided at rungs of equal tokens; simulated on known losses, too."""
 
 import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.sweep.row import Decision, Policy, Row, RunAll
+from experiments.sweep.row import Decision, LedgerRow, Policy, RunAll
 from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
 
@@ -20,7 +20,7 @@ STEADY = ("constant", "inverse_sqrt")
 
 
 def make_policy(sweep: "Sweep") -> Policy:
-    """The policy that a sweep names, with its settings.
+    """Return the policy that a sweep names, with its settings.
 
     Raises UnknownNameError on a policy or a setting that does not exist, InputError on a setting out of range.
     """
@@ -88,8 +88,8 @@ class Halving:
         """Updates at which it may be pruned, and its end."""
         return tuple(sorted({*self.gates(trial), trial.steps}))
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
-        """Raises InputError where the trials' losses at equal tokens say nothing of each other's ends."""
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
+        """Raise InputError where the trials' losses at equal tokens say nothing of each other's ends."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         points = [_Point(members, self.gates(members[0].trial)) for members in by_point(rows).values()]
         allowed = self._allowed(points)
@@ -105,7 +105,7 @@ class Halving:
         return Decision(ready, tuple(row.trial.id for row in prune))
 
     def _allowed(self, points: "list[_Point]") -> "dict[str, int | None]":
-        """By point: how many of its rungs it may leave behind; None: it is to be pruned."""
+        """Return by point how many of its rungs it may leave behind; None: it is to be pruned."""
         allowed: dict[str, int | None] = {point.key: 0 for point in points}
         pool, unsettled = points, False
         for level in range(max((len(point.gates) for point in points), default=0)):
@@ -145,11 +145,11 @@ class Hyperband:
         """Updates at which it may be pruned, and its end."""
         return self._brackets()[self.bracket(trial)].rungs(trial)
 
-    def decide(self, rows: Sequence[Row]) -> Decision:
-        """Every bracket decides alone. Raises InputError where the trials are not comparable."""
+    def decide(self, rows: Sequence[LedgerRow]) -> Decision:
+        """Decide in every bracket alone. Raises InputError where the trials are not comparable."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         brackets = self._brackets()
-        members: list[list[Row]] = [[] for _ in brackets]
+        members: list[list[LedgerRow]] = [[] for _ in brackets]
         for row in rows:
             members[self.bracket(row.trial)].append(row)
         decisions = [bracket.decide(part) for bracket, part in zip(brackets, members, strict=True)]
@@ -157,7 +157,7 @@ class Hyperband:
         return Decision(ready, tuple(name for decision in decisions for name in decision.prune))
 
     def bracket(self, trial: Trial) -> int:
-        """Which of the brackets its point is in; 0 starts at min_fraction."""
+        """Return which of the brackets its point is in; 0 starts at min_fraction."""
         count = len(self._brackets())
         shares = [self.eta**rungs / (rungs + 1) for rungs in range(count - 1, -1, -1)]
         place = hash_fraction(trial.point_key) * sum(shares)
@@ -174,27 +174,27 @@ class Hyperband:
 class _Point:
     """The replicates of one point, as the rungs see them."""
 
-    def __init__(self, rows: list[Row], gates: tuple[int, ...]):
+    def __init__(self, rows: list[LedgerRow], gates: tuple[int, ...]):
         self.rows, self.gates = rows, gates
         self.key = rows[0].trial.point_key
         self.pruned = any(row.state == "pruned" for row in rows)
 
     def arrived(self, level: int) -> bool:
-        """Whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
+        """Return whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
         if not self.pruned and not all(self._here(row, level) or self._beyond(row, level) for row in self.rows):
             return False
         return any(self._loss(row, level) is not None or _lost(row) for row in self.rows)
 
     def absent(self, level: int) -> bool:
-        """Whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
+        """Return whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
         return self.pruned or self.passed(level)
 
     def passed(self, level: int) -> bool:
-        """Whether a replicate has already gone beyond it."""
+        """Return whether a replicate has already gone beyond it."""
         return any(self._beyond(row, level) for row in self.rows)
 
     def score(self, level: int) -> tuple[bool, float, str]:
-        """Smaller is better."""
+        """Return the key by which trials are ranked; smaller is better."""
         losses = [self._loss(row, level) for row in self.rows]
         found = sorted(loss for loss in losses if loss is not None and math.isfinite(loss))
         lost = any(loss is None and _lost(row) for loss, row in zip(losses, self.rows, strict=True))
@@ -202,8 +202,8 @@ class _Point:
         mean = math.fsum(found) / len(found) if found else math.inf
         return lost, mean, hashlib.sha256(self.key.encode()).hexdigest()
 
-    def target(self, row: Row, allowed: int) -> int | None:
-        """Up to where a planned replicate may go; None: it waits."""
+    def target(self, row: LedgerRow, allowed: int) -> int | None:
+        """Return up to where a planned replicate may go; None: it waits."""
         end = row.trial.steps
         goals = (*self.gates, end)[: allowed + 1]
         later = [goal for goal in goals if goal > row.steps_done]
@@ -211,27 +211,27 @@ class _Point:
             return later[0]
         return end if allowed == len(self.gates) else None
 
-    def _loss(self, row: Row, level: int) -> float | None:
+    def _loss(self, row: LedgerRow, level: int) -> float | None:
         return row.rungs.get(self.gates[level])
 
-    def _here(self, row: Row, level: int) -> bool:
+    def _here(self, row: LedgerRow, level: int) -> bool:
         return self._loss(row, level) is not None or _lost(row)
 
-    def _beyond(self, row: Row, level: int) -> bool:
+    def _beyond(self, row: LedgerRow, level: int) -> bool:
         # A row that is running at its rung is not beyond it: it may only not have been handed back yet.
         return row.state == "finished" or row.steps_done > self.gates[level]
 
 
-def by_point(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The replicates of every point, in an order that does not depend on that of the rows."""
-    points: dict[str, list[Row]] = {}
+def by_point(rows: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
+    """Return the replicates of every point, in an order that does not depend on that of the rows."""
+    points: dict[str, list[LedgerRow]] = {}
     for row in sorted(rows, key=lambda row: row.trial.id):
         points.setdefault(row.trial.point_key, []).append(row)
     return points
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides."""
+    """Return a number in [0, 1) that only the text decides."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
@@ -261,7 +261,7 @@ def _steady(trial: Trial) -> bool:
     return train_config.schedule in STEADY and not train_config.phases
 
 
-def _lost(row: Row) -> bool:
+def _lost(row: LedgerRow) -> bool:
     return row.state in ("diverged", "failed")
 
 
@@ -271,3 +271,37 @@ _SETTINGS = ("eta", "min_fraction")
 def _check_number(name: str, value: Any, low: float, high: float, words: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
         raise InputError(f"{name}={value!r} must be a number {words}")
+
+
+def play(policy: Policy, trials: Sequence[Trial], loss: Callable[[Trial, int], float | None]) -> list[LedgerRow]:
+    """Return the rows of a sweep that has ended.
+
+    loss: of a trial after so many updates; None: it has diverged by then.
+    """
+    rows = [LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)]
+    while True:
+        decision = policy.decide(rows)
+        if not (decision.ready or decision.prune or decision.add):
+            return rows
+        for index, row in enumerate(rows):
+            if row.trial.id in decision.prune:
+                rows[index] = dataclasses.replace(row, state="pruned")
+            elif row.trial.id in decision.ready:
+                rows[index] = _advanced(row, decision.ready[row.trial.id], loss)
+        rows += [LedgerRow(len(rows) + i, trial, "planned", {}, None, {}) for i, trial in enumerate(decision.add)]
+
+
+def _advanced(row: LedgerRow, step: int, loss: Callable[[Trial, int], float | None]) -> LedgerRow:
+    value = loss(row.trial, step)
+    if value is None:
+        return dataclasses.replace(row, state="diverged")
+    rungs = {**row.rungs, step: value}
+    if step < row.trial.steps:
+        return dataclasses.replace(row, rungs=rungs)
+    return dataclasses.replace(row, state="finished", rungs=rungs, values=(value,))
+
+
+def tokens_used(row: LedgerRow) -> int:
+    """Return tokens that a trial has trained on: up to its last rung, from where it left its parent's run."""
+    born = row.trial.parent[1] if row.trial.parent else 0
+    return max(0, row.steps_done - born) * row.trial.recipe.train.tokens_per_step

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
+from experiments.sweep.analysis.scales import is_number
+from experiments.sweep.analysis.settings import candidates_of, group, pooled_noise
 from experiments.sweep.objectives import DIRECTIONS
-from experiments.sweep.reading.executions import one_per_training
-from experiments.sweep.reading.results import BRANCH, CLAIM, FACTS, TRIAL, read_results
-from experiments.sweep.reading.scales import is_number
-from experiments.sweep.reading.settings import candidates_of, group, pooled_noise
 from experiments.words import counted
 from model.errors import InputError, UnknownNameError
 
@@ -44,7 +44,9 @@ class Recorded:
     folder: Path | None = None
 
     def mean(self, point: tuple[Any, ...]) -> float:
-        """Over the seeds, in nats per token; infinite where one diverged, as no such point is a winner."""
+        """Return the mean over the seeds, in nats per token; infinite where one diverged, as no such
+        point is a winner.
+        """
         losses = [math.inf if loss is None else loss for loss in self.losses[point]]
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
 
@@ -71,16 +73,16 @@ class Recorded:
         return {point for point in self.losses if self.mean(point) <= limit}
 
     def named(self, point: tuple[Any, ...]) -> dict[str, Any]:
-        """The point with the axes' names."""
+        """Return the point with the axes' names."""
         return dict(zip(self.axes, point, strict=True))
 
     def point_of(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The point in the order of the axes."""
+        """Return the point in the order of the axes."""
         return tuple(_plain(values.get(name)) for name in self.axes)
 
 
 def read_recorded(path: Path, axes: Sequence[str] = ()) -> Recorded:
-    """The record of a sweep's folder, or of a table of its results (CSV, one run a row, with a column `loss`).
+    """Return the record of a sweep's folder, or of a table of its results (CSV, one run a row, with a column `loss`).
 
     axes: the columns that were varied; none: those that vary and are no result. Raises InputError where it is no full
     grid, or a run has not ended.
@@ -151,7 +153,7 @@ def _grid(rows: list[dict[str, Any]], axes: Sequence[str], where: str) -> Record
 
 
 def is_ordered(values: Sequence[Any]) -> bool:
-    """Whether an axis is one of numbers, not of names."""
+    """Return whether an axis is one of numbers, not of names."""
     return all(map(is_number, values))
 
 

@@ -1,7 +1,7 @@
 """Replays of a search on a recorded grid: how many trials each sampler needs, seed after seed, at no training.
 
-The sampler asks for a point of the grid and is told the loss of one of its runs, chosen at random: the noise that a
-search meets. An axis of numbers is asked for by rank, so that its spacing is the grid's; another one by name.
+The sampler asks for a point of the grid and receives the loss of one of its runs, chosen at random: the noise that a
+search meets. An axis of numbers is suggested by rank, so that its spacing is the grid's; another one by name.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.search.recorded import Recorded, is_ordered
 from experiments.sweep.search.samplers import make_sampler
-from model.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Replay:
 
 
 def replay_search(recorded: Recorded, sampler: str, seed: int, budget: int, batch: int = 1) -> Replay:
-    """One search of `budget` trials, asked for `batch` at a time and then all told. Raises InputError."""
+    """Run one search of `budget` trials, of which `batch` at a time are requested and then reported.
+
+    Raises InputError.
+    """
     import optuna
 
     verbosity = optuna.logging.get_verbosity()
@@ -77,9 +80,7 @@ def compare_samplers(
     there. Raises InputError.
     """
     budget = len(recorded.losses) if budget is None else budget
-    for name, value in (("replays", replays), ("trials", budget), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
+    check_at_least_one(replays=replays, trials=budget, batch=batch)
     for sampler in samplers:
         make_sampler(sampler, 0)  # refused before hours are spent on the others
     document: dict[str, Any] = {
@@ -110,10 +111,12 @@ def compare_samplers(
 
 
 def quartiles(trials: Sequence[int | None]) -> list[int | None]:
-    """Lower quartile, median and upper quartile, each one of the numbers; those that never came count as largest."""
+    """Return the lower quartile, median and upper quartile, each one of the numbers; those that never came count as
+    largest.
+    """
     numbers = [math.inf if number is None else number for number in trials]
-    cuts = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
-    return [int(cut) if math.isfinite(cut) else None for cut in cuts]
+    values = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
+    return [int(value) if math.isfinite(value) else None for value in values]
 
 
 def _suggest(trial: Any, axes: dict[str, list[Any]]) -> tuple[Any, ...]:

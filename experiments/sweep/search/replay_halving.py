@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.sweep.search.policies import Halving
+from experiments.sweep.search.policies import Halving, play, tokens_used
 from experiments.sweep.search.recorded import Recorded
-from experiments.sweep.search.simulate import play, tokens_used
 from experiments.sweep.trial import Trial
 from model.errors import InputError
 from train.run.metrics import read_metrics
@@ -17,7 +16,7 @@ NEAR = 0.1
 """A validation at most so far from a rung, relative to it, counts as the rung's."""
 
 
-class Curve(NamedTuple):
+class RecordedRun(NamedTuple):
     """One recorded run. validation: losses by updates, its end among them; training: one a step, smoothed when read."""
 
     trial: Trial
@@ -25,7 +24,8 @@ class Curve(NamedTuple):
     training: dict[int, float]
 
     def at(self, step: int) -> float | None:
-        """The loss after `step` updates: a validation near them, or else the training loss of the tenth before them.
+        """Return the loss after `step` updates: a validation near them, or else the training loss of the tenth before
+        them.
 
         None where the run had diverged by then.
         """
@@ -40,9 +40,10 @@ class Curve(NamedTuple):
 
 
 def replay_halving(
-    recorded: Recorded, curves: Sequence[Curve], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
+    recorded: Recorded, curves: Sequence[RecordedRun], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
 ) -> dict[str, Any]:
-    """Successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a point.
+    """Replay successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a
+    point.
 
     tokens_fraction: of the full sweep's. chosen: the point of the best mean among those that it trained to the end;
     within_noise: whether that is one of the full sweep's best region, excess: by how much its mean over all seeds, in
@@ -54,7 +55,7 @@ def replay_halving(
     full = max(curve.trial.steps * curve.trial.recipe.train.tokens_per_step for curve in curves)
     policy = Halving(full, eta, min_fraction)
     exact = all(_is_validated(curve, step) for curve in curves for step in policy.gates(curve.trial))
-    points: dict[str, list[Curve]] = {}
+    points: dict[str, list[RecordedRun]] = {}
     for curve in curves:
         points.setdefault(curve.trial.point_key, []).append(curve)
     drawn = []
@@ -76,8 +77,8 @@ def replay_halving(
     }
 
 
-def read_curves(recorded: Recorded) -> list[Curve]:
-    """The curves of all runs of a sweep's folder; none of a table."""
+def read_curves(recorded: Recorded) -> list[RecordedRun]:
+    """Return the curves of all runs of a sweep's folder; none of a table."""
     if recorded.folder is None:
         return []
     from experiments.sweep.record import Sweep
@@ -92,11 +93,11 @@ def read_curves(recorded: Recorded) -> list[Curve]:
             for found, name in ((validation, "validation_loss"), (training, "loss")):
                 if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
                     found[record["step"]] = record[name]
-        curves.append(Curve(trial, validation, training))
+        curves.append(RecordedRun(trial, validation, training))
     return curves
 
 
-def _halve(recorded: Recorded, policy: Halving, curves: Sequence[Curve]) -> dict[str, Any]:
+def _halve(recorded: Recorded, policy: Halving, curves: Sequence[RecordedRun]) -> dict[str, Any]:
     known = {curve.trial.id: curve for curve in curves}
     rows = play(policy, [curve.trial for curve in curves], lambda trial, step: known[trial.id].at(step))
     full = sum(row.trial.steps * row.trial.recipe.train.tokens_per_step for row in rows)
@@ -116,6 +117,6 @@ def _halve(recorded: Recorded, policy: Halving, curves: Sequence[Curve]) -> dict
     }
 
 
-def _is_validated(curve: Curve, step: int) -> bool:
+def _is_validated(curve: RecordedRun, step: int) -> bool:
     end = curve.trial.steps
     return any(known < end and abs(known - step) <= NEAR * step for known in curve.validation)

@@ -19,7 +19,7 @@ SAMPLERS = ("random", "quasirandom", "tpe", "gp", "cmaes", "nsga2")
 
 
 def make_sampler(name: str, seed: int, directions: Sequence[str] = ("minimize",), drawn: int = 0) -> "BaseSampler":
-    """The sampler of that name. directions: of the objectives.
+    """Return the sampler of that name. directions: of the objectives.
 
     random; quasirandom: a scrambled Sobol sequence; tpe: multivariate, running trials counted as bad, conditional
     branches in groups (Bergstra et al. 2011); gp: a Gaussian process (needs torch); cmaes (Hansen 2016); nsga2: for
@@ -48,12 +48,12 @@ def check_axes(name: str, axes: "Mapping[str, Distribution]") -> None:
 
 
 def to_category(value: Any) -> bool | int | float | str | None:
-    """A value as Optuna can store it: lists and objects are their JSON text."""
+    """Return a value as Optuna can store it: lists and objects are their JSON text."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, sort_keys=True)
 
 
 def suggester(trial: "Trial") -> "Callable[[str, Distribution], Any]":
-    """What `Space.draw` asks for values, answered by the study's sampler."""
+    """Return what `Space.draw` asks for values, answered by the study's sampler."""
 
     def suggest(name: str, distribution: "Distribution") -> Any:
         from experiments.sweep.space import Interval

@@ -1,7 +1,7 @@
 """The space of a sweep, as a small algebra: what may vary, and together with what.
 
 A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
-another, so that a search may choose them; of a branch only the axes of the side that is taken are asked for. A point is
+another, so that a search may choose them; of a branch only the axes of the side that is taken are suggested. A point is
 a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins with "_" is no field: it is there for
 `derive` to read, and for the report. A file of a sweep ends, for example, in
 
@@ -12,7 +12,9 @@ a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins
 """
 
 import builtins
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.sweep.space.kinds import (
@@ -67,7 +69,7 @@ __all__ = [
 
 
 def grid(**axes: Any) -> Space:
-    """Every combination of the axes' values. An axis: a sequence of values, one value, or a distribution.
+    """Return every combination of the axes' values. An axis: a sequence of values, one value, or a distribution.
 
     The last axis varies fastest. Without axes: one point, the base itself. Names with a dot: `grid(**{"a.b": [1, 2]})`.
     """
@@ -75,36 +77,38 @@ def grid(**axes: Any) -> Space:
 
 
 def product(*spaces: Space) -> Space:
-    """Every point of each space with every point of the others; the last varies fastest."""
-    if not spaces:
-        raise InputError("a product of no spaces has no points; give at least one space")
+    """Return every point of each space with every point of the others; the last varies fastest."""
+    _check_any("product", spaces)
     _disjoint("product", spaces)
     return Product(spaces)
 
 
 def chain(*spaces: Space) -> Space:
-    """The points of one space after those of another."""
-    if not spaces:
-        raise InputError("a chain of no spaces has no points; give at least one space")
+    """Return the points of one space after those of another."""
+    _check_any("chain", spaces)
     return Chain(spaces)
 
 
 def zip(*spaces: Space, **axes: Any) -> Space:
-    """The first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
+    """Return the first points of all spaces (or values of all axes) as one point, then the second ones, and so on."""
     sides = (*spaces, *(grid(**{name: values}) for name, values in axes.items()))
-    if not sides:
-        raise InputError("a zip of no spaces has no points; give at least one space")
+    _check_any("zip", sides)
     _disjoint("zip", sides)
     rows = [side.points() for side in sides]
     if len({len(side) for side in rows}) > 1:
         lengths = ", ".join(f"{'/'.join(s.names)}: {len(p)}" for s, p in builtins.zip(sides, rows, strict=True))
         raise InputError(f"a zip needs sides of equal length, not {lengths}")
-    fixed = lambda point: Grid({name: Values((value,)) for name, value in point.items()})
+
+    def fixed(point: Point) -> Grid:
+        return Grid({name: Values((value,)) for name, value in point.items()})
+
     return Chain([fixed(merged(row)) for row in builtins.zip(*rows, strict=True)])
 
 
 def branch(name: str, sides: Mapping[Any, Space]) -> Space:
-    """A choice on which further axes depend: the field `name` has a key of `sides`, with the points of its space."""
+    """Return a choice on which further axes depend: the field `name` has a key of `sides`, with the points of its
+    space.
+    """
     if not sides:
         raise InputError(f"the branch {name} has no values")
     taken = [product(Grid({name: Values((value,))}), side) for value, side in sides.items()]
@@ -112,7 +116,7 @@ def branch(name: str, sides: Mapping[Any, Space]) -> Space:
 
 
 def replicate(space: Space, seeds: int | Sequence[int]) -> Space:
-    """Every point with every seed, seeds varying fastest. seeds: how many, from 0 on, or which."""
+    """Return every point with every seed, seeds varying fastest. seeds: how many, from 0 on, or which."""
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
     if not chosen:
         raise InputError("replicate needs at least one seed")
@@ -121,7 +125,7 @@ def replicate(space: Space, seeds: int | Sequence[int]) -> Space:
 
 
 def derive(space: Space, function: Callable[[Point], Point]) -> Space:
-    """Every point with the fields that `function(point)` gives, which replace fields of the same name."""
+    """Return every point with the fields that `function(point)` gives, which replace fields of the same name."""
     return Derived(space, function)
 
 
@@ -136,6 +140,32 @@ def random(space: Space, count: int, seed: int = 0) -> Space:
 def quasirandom(space: Space, count: int, seed: int = 0) -> Space:
     """`count` points of a scrambled Sobol sequence (Owen 1998), which fills the space more evenly than `random`."""
     return Drawn(space, _positive(count), seed, sobol=True)
+
+
+def load_space(source: str, path: Path) -> Space:
+    """Return the `space` that a file's text defines; it must stand alone, as the sweep keeps a copy of it.
+
+    Raises InputError, with file and line, where it fails or has none.
+    """
+    names: dict[str, object] = {"__name__": "space", "__file__": str(path)}
+    try:
+        exec(compile(source, str(path), "exec"), names)
+    except SyntaxError as error:
+        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        raise InputError(f"{path}, line {lines[-1] if lines else '?'}: {kind}{error}") from error
+    space = names.get("space")
+    if not isinstance(space, Space):
+        found = "has no `space`" if space is None else f"has a {type(space).__name__} as its `space`"
+        raise InputError(f"{path} {found}; end it with, for example, space = grid(learning_rate=[1e-3, 3e-3])")
+    return space
+
+
+def _check_any(what: str, spaces: Sequence[Space]) -> None:
+    if not spaces:
+        raise InputError(f"a {what} of no spaces has no points; give at least one space")
 
 
 def _disjoint(what: str, spaces: Sequence[Space]) -> None:

@@ -30,15 +30,15 @@ class Space:
         raise NotImplementedError
 
     def axes(self) -> dict[str, Distribution]:
-        """All that `draw` may ask for, by the names that it gives to `suggest`."""
+        """Return all that `draw` may ask for, by the names that it gives to `suggest`."""
         raise NotImplementedError
 
     def draw(self, suggest: Suggest) -> Point:
-        """One point, of values that `suggest(name, distribution)` chooses."""
+        """Return one point, of values that `suggest(name, distribution)` chooses."""
         raise NotImplementedError
 
     def points(self) -> list[Point]:
-        """All points, always in the same order, each once. Raises InputError where an interval has no count."""
+        """Return all points, always in the same order, each once. Raises InputError where an interval has no count."""
         if self.size > _MOST_POINTS:
             raise InputError(f"the space has {self.size:,} points; draw some: random(space, count)")
         found: dict[str, Point] = {}
@@ -116,7 +116,7 @@ class Chain(Space):
         return sum(space.size for space in self._spaces)
 
     def _own(self, index: int, name: str) -> str:
-        """An axis that stands in several of the spaces is another axis in each: its values may differ."""
+        """Return an axis that stands in several of the spaces is another axis in each: its values may differ."""
         shared = sum(name in space.axes() for space in self._spaces) > 1
         return f"{name}@{self._labels.values[index]}" if shared else name
 
@@ -171,7 +171,7 @@ class Replicate(_Within):
         return self._all.size
 
     def draw(self, suggest: Suggest) -> Point:
-        """Refused: a seed is nothing to search for."""
+        """Raise InputError: a seed is nothing to search for."""
         raise InputError("a search draws no seeds: put replicate outermost, or give --seeds")
 
     def _points(self) -> Iterable[Point]:
@@ -204,7 +204,7 @@ class Derived(_Within):
 class Drawn(_Within):
     """Some points of a space: independent ones, or those of a Sobol sequence."""
 
-    _TRIES = 100  # draws per point that is asked for, after which a space counts as exhausted
+    _TRIES = 100  # draws per requested point, after which a space counts as exhausted
 
     def __init__(self, space: Space, count: int, seed: int, sobol: bool):
         super().__init__(space)
@@ -250,18 +250,21 @@ class Drawn(_Within):
 
 
 def describe(point: Mapping[str, Any]) -> str:
-    """A point for people: `d_model=64, schedule=wsd`; the base itself where it is empty."""
-    show = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
+    """Return a point for people: `d_model=64, schedule=wsd`; the base itself where it is empty."""
+
+    def show(value: Any) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
     return ", ".join(f"{name}={show(value)}" for name, value in point.items()) or "the base"
 
 
 def key_of(point: Mapping[str, Any]) -> str:
-    """What two equal points have in common."""
+    """Return what two equal points have in common."""
     return json.dumps(point, sort_keys=True, default=str)
 
 
 def merged(points: Iterable[Point]) -> Point:
-    """One point of several. Raises InputError where a field stands in two of them."""
+    """Return one point of several. Raises InputError where a field stands in two of them."""
     one: Point = {}
     for point in points:
         for name, value in point.items():

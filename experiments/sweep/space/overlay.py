@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.inputs import check_at_least_one
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Trial
 from model import accounting
@@ -17,7 +18,7 @@ LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 
 
 def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
-    """The trial at a point: the base with some fields changed, its horizon that of the run.
+    """Return the trial at a point: the base with some fields changed, its horizon that of the run.
 
     Beside the fields of `train.overlay` a point may have one of LENGTHS, and `decode.batch` and the like of `Decode`; a
     name that begins with "_" is passed over. Raises InputError, with the point, on a field that is unknown or of the
@@ -43,7 +44,9 @@ def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
 
 
 def rebase(base: Trial, changes: Mapping[str, Any]) -> Trial:
-    """The base itself with some fields changed, `decode.batch` and the like among them; its length stays as it is."""
+    """Return the base itself with some fields changed, `decode.batch` and the like among them; its length stays as it
+    is.
+    """
     speed = {name: value for name, value in changes.items() if name.startswith("decode.")}
     others = {name: value for name, value in changes.items() if name not in speed}
     for name in LENGTHS:
@@ -72,8 +75,7 @@ def _steps(recipe: Recipe, lengths: Mapping[str, Any]) -> int:
     steps = steps or phases or 0
     if steps == 0 and not lengths:
         raise InputError("a trial needs a length: give --steps, or steps, tokens or tokens_per_parameter on an axis")
-    if steps < 1:
-        raise InputError(f"steps={steps} must be at least 1")
+    check_at_least_one(steps=steps)
     if phases is not None and steps > phases:
         raise InputError(f"steps={steps} exceed the {phases} of the phases")
     return steps

@@ -17,7 +17,7 @@ class Values:
 
     @classmethod
     def of(cls, given: Any, name: str) -> "Distribution":
-        """An axis as `grid` takes it: a sequence of values, one value, or a distribution. Raises InputError."""
+        """Return an axis as `grid` takes it: a sequence of values, one value, or a distribution. Raises InputError."""
         if isinstance(given, (Values, Interval)):
             return cls.of(given.values, name) if isinstance(given, Values) else given
         if isinstance(given, (set, frozenset)):
@@ -38,11 +38,11 @@ class Values:
         return len(self.values) == 1
 
     def enumerate(self, name: str) -> tuple[Any, ...]:
-        """All values of the axis `name`."""
+        """Return all values of the axis `name`."""
         return self.values
 
     def at(self, unit: float) -> Any:
-        """The value at `unit` of [0, 1), each as likely."""
+        """Return the value at `unit` of [0, 1), each as likely."""
         return self.values[min(int(unit * len(self.values)), len(self.values) - 1)]
 
 
@@ -66,7 +66,7 @@ class Interval:
             raise InputError(f"an interval of whole numbers has whole ends, not {self.low!r} and {self.high!r}")
 
     def enumerate(self, name: str) -> tuple[Any, ...]:
-        """Refused: an interval has no list of values."""
+        """Raise InputError: an interval has no list of values."""
         kind = "logspace" if self.log else "linspace"
         raise InputError(
             f"{name} is an interval, which has no list of values; give {kind} with a count, draw random(space, count), "
@@ -74,7 +74,7 @@ class Interval:
         )
 
     def at(self, unit: float) -> float:
-        """The number at `unit` of [0, 1)."""
+        """Return the number at `unit` of [0, 1)."""
         high = self.high + 1 if self.integer else self.high
         value = self.low * (high / self.low) ** unit if self.log else self.low + (high - self.low) * unit
         return min(math.floor(value), int(self.high)) if self.integer else min(max(value, self.low), self.high)
@@ -84,22 +84,22 @@ Distribution = Values | Interval
 
 
 def choice(*values: Any) -> Distribution:
-    """Any of the values."""
+    """Return a distribution over the given values."""
     return Values.of(values, "choice")
 
 
 def uniform(low: float, high: float) -> Interval:
-    """Numbers from low to high, evenly."""
+    """Return numbers from low to high, evenly."""
     return Interval(low, high)
 
 
 def loguniform(low: float, high: float) -> Interval:
-    """Numbers from low to high, their logarithm evenly."""
+    """Return numbers from low to high, their logarithm evenly."""
     return Interval(low, high, log=True)
 
 
 def integers(low: int, high: int, log: bool = False) -> Interval:
-    """Whole numbers from low to high, both included."""
+    """Return whole numbers from low to high, both included."""
     return Interval(low, high, log=log, integer=True)
 
 
@@ -156,7 +156,7 @@ def parse_axis(text: str) -> tuple[str, Distribution]:
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, Distribution]:
-    """All axes by name. Raises InputError where a name comes twice."""
+    """Return all axes by name. Raises InputError where a name comes twice."""
     axes: dict[str, Distribution] = {}
     for name, values in map(parse_axis, texts):
         if name in axes:

@@ -1,0 +1,119 @@
+"""Comparison of two benchmark documents: which cells became faster, which slower, and which differ by noise alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.bench.machine import compare_ceilings, has_changed, per_ceiling, times_of
+from experiments.bench.render import COORDINATES, TRAINING_COORDINATES
+from model.errors import InputError, UnknownNameError
+
+METRICS = ("seconds_per_step", "time_to_first_token_seconds", "time_per_output_token_seconds", "step_seconds")
+BOOTSTRAPS = 2000
+LEVEL = 95
+
+
+def compare(
+    before: dict[str, Any], after: dict[str, Any], *, across: Sequence[str] = (), anything: bool = False
+) -> dict[str, Any]:
+    """Join the cells by their coordinates, but those that are compared `across`.
+
+    For every metric with raw samples the ratio of medians, after over before. interval: bootstrapped from both samples,
+    at 95 %. verdict: "within noise" where it holds 1, where the change is smaller than the spread (half of the central
+    half of the samples over their median, of the noisier document), or smaller than what the machine's ceilings moved
+    by among their measurements; otherwise "faster" or "slower". Where the ceilings of the documents differ by more than
+    a tenth, a difference beyond noise is "machine changed" instead, unless anything is true: the code may have nothing
+    to do with it; ratio_per_ceiling is the ratio with both over their own ceilings. alone: cells that only one document
+    has, or that failed in one. machine: `machine.compare_ceilings`.
+
+    Raises InputError where models or devices differ, unless anything is true, where no cell is common, and where
+    `across` makes two cells of a document one.
+    """
+    if not anything:
+        _check_alike(before, after)
+    coordinates_of = TRAINING_COORDINATES if before.get("kind") == "train" else COORDINATES
+    for name in across:
+        if name not in coordinates_of:
+            raise UnknownNameError("coordinate", name, coordinates_of)
+    names = [name for name in coordinates_of if name not in across]
+    machine = compare_ceilings(before, after)
+    moved = has_changed(machine) and not anything
+    cells = [{tuple(row.get(name) for name in names): row for row in doc["cells"]} for doc in (before, after)]
+    if any(len(by_place) < len(doc["cells"]) for by_place, doc in zip(cells, (before, after), strict=True)):
+        raise InputError(
+            f"a document has several cells that differ in {', '.join(across)} alone; measure them separately"
+        )
+    rows, alone = [], []
+    for place in list(dict.fromkeys([*cells[0], *cells[1]])):
+        pair = [by_place.get(place) for by_place in cells]
+        coordinates = dict(zip(names, place, strict=True))
+        if any(row is None or "error" in row for row in pair):
+            states = ["missing" if row is None else row.get("error", "measured") for row in pair]
+            alone.append(coordinates | {"before": states[0], "after": states[1]})
+            continue
+        for metric in METRICS:
+            samples = [row["samples"][metric] for row in pair if row and metric in row.get("samples", {})]
+            if len(samples) == 2:
+                found = ratio(samples[0], samples[1], times=(1.0, 1.0) if has_changed(machine) else times_of(machine))
+                if moved and found["verdict"] != "within noise":
+                    found["verdict"] = "machine changed"
+                found["ratio_per_ceiling"] = per_ceiling(found["ratio"], metric, (pair[0] or {}).get("bound"), machine)
+                rows.append(coordinates | {"metric": metric} | found)
+    if not rows:
+        apart = [name for name in names if not _values(before, name) & _values(after, name)]
+        message = "the two documents have no measured cell in common; run both with the same grid"
+        if apart:
+            message += f", or compare what differs: --across {' '.join(apart)}"
+        raise InputError(message)
+    return {"rows": rows, "alone": alone, "machine": machine}
+
+
+def ratio(
+    before: list[float], after: list[float], seed: int = 0, times: Sequence[float] = (1.0, 1.0)
+) -> dict[str, Any]:
+    """Return medians of two samples of seconds, their ratio with its interval and spread, and the verdict.
+
+    times: from the least to the most by which the machine alone may have multiplied a time.
+    """
+    random = np.random.default_rng(seed)
+    draws = [np.median(random.choice(x, (BOOTSTRAPS, len(x))), axis=1) for x in (before, after)]
+    tail = (100 - LEVEL) / 2
+    low, high = (float(value) for value in np.percentile(draws[1] / draws[0], [tail, 100 - tail]))
+    middle = [float(np.median(x)) for x in (before, after)]
+    spread = max(float(np.subtract(*np.percentile(x, [75, 25]))) / 2 / m for x, m in zip((before, after), middle))  # noqa: B905
+    change = middle[1] / middle[0]
+    noise = low <= 1 <= high or abs(change - 1) < spread or (times[0] <= change <= times[1])
+    return {
+        "before": middle[0],
+        "after": middle[1],
+        "ratio": change,
+        f"interval_{LEVEL}": [low, high],
+        "spread": spread,
+        "machine_times": list(times),
+        "samples": [len(before), len(after)],
+        "verdict": "within noise" if noise else "slower" if change > 1 else "faster",
+    }
+
+
+def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """Return those that are slower, beyond noise, by more than this share."""
+    return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
+
+
+def _values(document: dict[str, Any], name: str) -> set[Any]:
+    return {row.get(name) for row in document["cells"]}
+
+
+def _check_alike(before: dict[str, Any], after: dict[str, Any]) -> None:
+    def kind(document: dict[str, Any]) -> dict[str, Any]:
+        return {name: document["device"].get(name) for name in ("platform", "kind", "count", "host", "cores")}
+
+    for name, values in (
+        ("models (config_hash)", [document["config_hash"] for document in (before, after)]),
+        ("devices", [kind(document) for document in (before, after)]),
+    ):
+        if values[0] != values[1]:
+            raise InputError(
+                f"the documents are of different {name}: {values[0]} and {values[1]}; --any compares anyway"
+            )

@@ -1,0 +1,124 @@
+"""Our training step of a given model beside that of Transformers, and with LoRA beside PEFT, in interleaved rounds."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.bench.ceilings import cores
+from experiments.bench.peers.child import Child, python_has
+from experiments.bench.peers.twin import torch_python
+from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
+from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
+from experiments.inputs import check_at_least_one
+from model import Execution, ModelConfig, Params, accounting
+from model.adapters import Adapter, init_adapter
+from model.convert import save_hf, save_peft
+from model.errors import InputError
+from train import HParams, TrainConfig
+
+_PEER = Path(__file__).parents[1] / "peers/hf_twin.py"
+_OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
+LOSS_TOLERANCE = 1e-4
+
+
+class Contender(Child):
+    """A program that makes training steps when told; peak_bytes: of its process so far."""
+
+    def __init__(self, command: list[str], spec: dict[str, Any], name: str, log: Path):
+        super().__init__([*command, json.dumps(spec)], name, log)
+        self.peak_bytes = 0
+
+    def run(self, count: int) -> tuple[float, list[float]]:
+        """Make so many steps: (seconds of all together, the loss of each)."""
+        answer = self.ask(f"run {count}")
+        self.peak_bytes = answer["peak_bytes"]
+        return answer["seconds"], answer["losses"]
+
+
+def bench_against_transformers(
+    config: ModelConfig,
+    params: Params,
+    train_config: TrainConfig,
+    *,
+    rank: int,
+    rounds: int = 5,
+    steps_per_round: int = 2,
+    modes: tuple[str, ...] = ("eager",),
+    full: bool = True,
+    execution: Execution = Execution(),
+) -> dict[str, Any]:
+    """Return tokens per second and peak memory of training, all parameters or an adapter's, of both libraries.
+
+    Every contender is a process of its own that sleeps while another runs. All start from the same weights and the same
+    adapter of rank `rank` (0: none), see the same random tokens and use AdamW with clipping at a constant rate, in
+    float32, on as many threads as there are cores, without gradient checkpointing. Their losses over the first steps
+    must agree. modes: of PyTorch, "eager" or "compile". full: also train all parameters. peak_bytes is the largest
+    resident memory of the process, its libraries and the loading of the weights included.
+    Raises InputError where Transformers or PEFT is not installed, or the model has no form there.
+    """
+    check_at_least_one(rounds=rounds, steps_per_round=steps_per_round)
+    if not rank and not full:
+        raise InputError("nothing to compare: give a rank, or full=True")
+    python = torch_python()
+    for module in ("transformers", *(["peft"] if rank else [])):
+        if not python_has(python, module):
+            raise InputError(
+                f"{python} has no {module}: install isoflop[peers], or name a Python that has it in "
+                "ISOFLOP_TORCH_PYTHON"
+            )
+    load_average = os.getloadavg()[0]
+    values = HParams(learning_rate=1e-4).to_dict()
+    shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len, "threads": cores(), "seed": 0}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isoflop-tune-")))
+        save_hf(config, params, folder / "model")
+        spec: dict[str, Any] = {"folder": str(folder / "model"), "execution": execution.to_dict(), **shape}
+        spec["optimizer"] = {name: values[name] for name in _OPTIMIZER}
+        kinds: dict[str, str | None] = {"all": None} if full else {}
+        if rank:
+            adapter = Adapter(rank=rank, alpha=float(rank))
+            save_peft(config, adapter, init_adapter(config, adapter, params, jax.random.key(0)), folder / "adapter")
+            kinds[f"LoRA {rank}"] = str(folder / "adapter")
+        commands = {"isoflop": [sys.executable, "-m", "experiments.bench.peers.own_twin"]}
+        commands |= {f"transformers {mode}": [python, str(_PEER)] for mode in modes}
+        document: dict[str, Any] = {"load_average": load_average, "rounds": rounds, "kinds": [], "versions": {}}
+        for kind, place in kinds.items():
+            with contextlib.ExitStack() as children:
+                contenders: dict[str, Contender] = {}
+                for name, command in commands.items():  # one after the other: each compiles alone
+                    own = spec | {"adapter": place, "mode": name.split()[-1]}
+                    contender = Contender(command, own, f"{name}, {kind}", folder / f"{name}.log")
+                    contenders[name] = children.enter_context(contender)
+                document["versions"] = contenders[f"transformers {modes[0]}"].ready["versions"]
+                measured = _measured(config, contenders, rounds, steps_per_round, shape)
+                document["kinds"].append({"trained": kind} | measured)
+    return document
+
+
+def _measured(
+    config: ModelConfig, contenders: dict[str, Contender], rounds: int, steps: int, shape: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the numbers of one kind of training, a row per contender. Raises RuntimeError unless they train alike."""
+    losses = {name: contender.run(WARM_UP_STEPS)[1] for name, contender in contenders.items()}
+    difference = loss_difference(losses, LOSS_TOLERANCE)
+    runs: dict[str, TrainSteps] = {name: contender.run for name, contender in contenders.items()}
+    tokens = shape["batch_size"] * shape["seq_len"]
+    speeds = tokens_per_second(runs, dict.fromkeys(runs, steps), rounds, tokens)
+    flops = {name: accounting.flops_per_token(config, shape["seq_len"], name) for name in ("6N", "exact")}
+    ready = {name: contender.ready for name, contender in contenders.items()}
+    return {
+        "parameters": ready["isoflop"]["parameters"],
+        "trained_parameters": ready["isoflop"]["trained"],
+        "loss_difference": difference,
+        "contenders": [
+            summarize(name, speeds, flops)
+            | {"peak_bytes": contenders[name].peak_bytes, "compile_seconds": ready[name]["compile_seconds"]}
+            for name in contenders
+        ],
+    }

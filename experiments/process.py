@@ -1,0 +1,45 @@
+"""Prepare the process of a command: its standard streams, its memory, its cache of compiled programs."""
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+# glibc's `mallopt` parameters, from malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_NEVER = -1  # a number would be an int, and so at most 2 GiB
+
+
+def keep_memory() -> None:
+    """Let glibc keep what is freed; call it before threads are started. Another libc is left as it is.
+
+    XLA's CPU backend allocates the temporary memory of a step again at every step, and glibc returns blocks of that
+    size to the kernel: a step then spends a quarter of its time on page faults (docs/LOG.md). One arena that never
+    shrinks keeps them.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER), (_M_ARENA_MAX, 1)):
+            libc.mallopt(parameter, value)
+        libc.mallopt(_M_TOP_PAD, 2**26)
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without them stdin, stdout and stderr: the next file opened would become one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115 – stays open
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs across processes; JAX_COMPILATION_CACHE_DIR names another place for them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # which JAX reads when it is imported, later
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "isoflop" / "xla")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -1,0 +1,67 @@
+"""Critical values for the best of many: what a careful reader asks of a minimum that was chosen after the fact."""
+
+import functools
+
+import numpy as np
+from scipy import optimize, stats
+
+
+@functools.cache
+def best_of_many(others: int, freedom: int) -> float:
+    """Return how many standard errors of a difference a mean may exceed the lowest and still belong to the best.
+
+    Settings within it hold the truly best one with 95 % probability, however the truth lies (subset selection,
+    Gupta 1965; multiple comparisons with the best, Hsu 1984). It is Dunnett's one-sided critical value (1955) for
+    `others` comparisons with one common mean, equal replicates, and a variance of `freedom` degrees of freedom; for
+    one comparison it is Student's t.
+    """
+    z, weight = _normal_nodes()
+    scale, density = _deviation_nodes(freedom)
+
+    def coverage(d: float) -> float:
+        inner = (stats.norm.cdf(z[:, None] + np.sqrt(2) * d * scale[None, :]) ** others * weight[:, None]).sum(0)
+        return float((inner * density).sum())
+
+    return float(optimize.brentq(lambda d: coverage(d) - 0.95, 0.0, 1000.0, xtol=1e-6))
+
+
+@functools.cache
+def largest_of_many(count: int, freedom: int) -> float:
+    """Return the 97.5 % quantile of the largest of `count` independent t statistics that share one estimate of the
+    variance.
+
+    So many standard errors the lowest of `count` means may lie below its truth: the price of having chosen it.
+    """
+    scale, density = _deviation_nodes(freedom)
+
+    def coverage(m: float) -> float:
+        return float((stats.norm.cdf(m * scale) ** count * density).sum())
+
+    return float(optimize.brentq(lambda m: coverage(m) - 0.975, -10.0, 1000.0, xtol=1e-6))
+
+
+def selected_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of the setting with the lowest of `candidates` means.
+
+    error: its standard error.
+
+    The lowest of many means is too low on average. Upwards the interval therefore covers every candidate at once.
+    Downwards it needs no such care: the chosen mean is not above that of the truly best, whose truth is not higher.
+    """
+    low = mean - float(stats.t.ppf(0.975, freedom)) * error
+    return low, mean + largest_of_many(candidates, freedom) * error
+
+
+def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(96)
+    return 8.5 * nodes, 8.5 * weights * stats.norm.pdf(8.5 * nodes)
+
+
+def _deviation_nodes(freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights for an estimated standard deviation over its truth, even in probability's tails."""
+    nodes, weights = np.polynomial.legendre.leggauss(128)
+    low, high = np.sqrt(stats.chi2.ppf([1e-9, 1 - 1e-9], freedom) / freedom)
+    scale = (high - low) / 2 * nodes + (high + low) / 2
+    density = 2 * freedom * scale * stats.chi2.pdf(freedom * scale**2, freedom)
+    mass = weights * density
+    return scale, mass / mass.sum()

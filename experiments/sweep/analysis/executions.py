@@ -1,0 +1,245 @@
+"""Axes that are fields of Execution: they change speed, and the loss by rounding alone.
+
+Trials that differ in nothing else train one recipe. Where losses are compared they are one run, with the mean of their
+losses: no further seeds, which would make the seed noise look small. Where speeds are compared each stands alone.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep.analysis.scales import text
+from experiments.sweep.objectives import TRAINING_SPEED
+from experiments.sweep.row import State
+from experiments.sweep.trial import Trial
+from model import Execution
+from model.execution import FIELDS
+
+ROUNDING = 1e-4  # of the loss: float32 stays below it even where a run has amplified it for a while
+UNEXPLAINED = 1e-2  # of the loss: beyond it rounding is no explanation, however chaotic the run
+_PRECEDENCE: tuple[State, ...] = ("diverged", "finished", "running", "planned", "pruned", "failed")
+"""The state of one recipe under several executions: a divergence counts, and a result before one that is missing."""
+
+
+def execution_names(names: Iterable[str], trials: Iterable[Trial]) -> list[str]:
+    """Return which of the varied fields are of Execution and leave the recipes of these trials as they are.
+
+    With dropout or experts `accumulate` is part of the recipe, and so an axis like any other.
+    """
+    halved = Execution(accumulate=2)
+    counts = any(trial.recipe.replace(former={}).under(halved).accumulate != 1 for trial in trials)
+    return [name for name in names if name in FIELDS and not (name == "accumulate" and counts)]
+
+
+def execution_value(trial: Trial, name: str) -> Any:
+    """Return a field of how a trial runs, as a value of a table: of a mesh its axes, such as data=2,fsdp=4."""
+    value = getattr(trial.execution, name)
+    return ",".join(f"{axis}={size}" for axis, size in value.items()) if isinstance(value, Mapping) else value
+
+
+def execution_text(execution: Mapping[str, Any]) -> str:
+    """Return an execution in a line, such as remat=dots, accumulate=2; what is chosen by itself is "auto"."""
+    return ", ".join(f"{name}={'auto' if value is None else text(value)}" for name, value in execution.items())
+
+
+def recipe_id(trial: Trial) -> str:
+    """Return the id of what a trial trains, the same for every execution, and whatever version planned the trial."""
+    return trial.recipe.replace(former={}).under(trial.execution).run_id
+
+
+def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return the indices of the rows that are one training under several executions, in order of appearance.
+
+    They have the recipe, the planned steps, what they branched off from and the benchmark of decoding in common. A row
+    without `recipe` stands alone.
+    """
+
+    def belongs(row: Mapping[str, Any]) -> bool:
+        return row.get("recipe") is not None and {"id", "planned_steps"} <= row.keys()
+
+    by_id = {row["id"]: row for row in rows if belongs(row)}
+    numbers: dict[Any, int] = {}
+    known: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        """Return the number of a row's training; of a parent that has no row, one of its own."""
+        if name not in known:
+            key: Any = name
+            if name in by_id:
+                row = by_id[name]
+                parent = None if row.get("parent") is None else number(row["parent"])
+                decode = tuple(value for field, value in row.items() if field.startswith("decode."))
+                key = (row["recipe"], row["planned_steps"], parent, row.get("parent_steps"), decode)
+            known[name] = numbers.setdefault(key, len(numbers))
+        return known[name]
+
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        key = number(row["id"]) if belongs(row) else ("alone", index)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def one_per_training(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for all executions of a training, with the mean of their losses, at the end and at every rung.
+
+    The other columns are those of the first row in the state that counts: a recipe that diverged under one execution
+    has diverged, and else one that has finished under any has finished.
+    """
+    groups = [[rows[index] for index in group] for group in group_trainings(rows)]
+    if all(len(members) == 1 for members in groups):
+        return list(rows)
+    merged = [_merge(members) for members in groups]
+    names = {
+        row["id"]: one["id"] for members, one in zip(groups, merged, strict=True) for row in members if "id" in row
+    }
+    return [row | {"parent": names.get(row["parent"], row["parent"])} if row.get("parent") else row for row in merged]
+
+
+def _merge(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = min(members, key=lambda row: _PRECEDENCE.index(row["state"]))
+    if len(members) == 1:
+        return first
+    merged = first | {"loss": _mean_loss(members) if first["state"] == "finished" else None}
+    if "rungs" in first:
+        steps = sorted({step for row in members for step in row["rungs"]})
+        merged["rungs"] = {
+            step: float(np.mean([row["rungs"][step] for row in members if step in row["rungs"]])) for step in steps
+        }
+        merged["last_loss"] = merged["loss"] if merged["loss"] is not None else first["last_loss"]
+    return merged
+
+
+def _mean_loss(members: Iterable[Mapping[str, Any]]) -> float:
+    return float(np.mean([row["loss"] for row in members if row["state"] == "finished"]))
+
+
+def with_shared_losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return every row, the finished ones with the mean loss of their recipe under all executions.
+
+    One that diverged under another execution counts as diverged. So rounding decides nothing between two rows.
+    """
+    found = list(rows)
+    for group in group_trainings(rows):
+        members = [rows[index] for index in group]
+        ended = [index for index in group if rows[index]["state"] == "finished"]
+        lost = any(row["state"] == "diverged" for row in members)
+        for index in ended:
+            found[index] = rows[index] | ({"state": "diverged"} if lost else {"loss": _mean_loss(members)})
+    return found
+
+
+def compare_executions(
+    names: Sequence[str], rows: Sequence[dict[str, Any]], noise: float | None = None, freedom: int = 0
+) -> dict[str, Any] | None:
+    """Return the speed of every execution and how far the losses of one recipe lie apart; None where none varies.
+
+    names: the fields of Execution that vary. noise, freedom: the seed noise of one run, if it is known.
+    {axes, executions, compared, recipes, difference, relative, verdict, limit, limit_by, split}.
+
+    executions: [{execution, trials, finished, timed, tokens_per_second, std, ratio, near}], fastest first: the mean
+    over the timed trials and their standard deviation; the mean over that of the fastest; whether it is within two
+    standard errors of the fastest (None where a spread is not known). Timed are the trials of the `compared`
+    recipes, which have a speed under all executions. Where there are none, each mean is over whatever that execution
+    trained, and there are no ratios.
+
+    recipes: how many finished under two executions or more. difference: the largest between two of one recipe, in nats;
+    relative: to that recipe's loss. limit: from where on the verdict is "beyond"; limit_by: what sets it. split:
+    recipes that diverged under some executions and finished under others. verdict:
+
+    - "rounding": below 1e-4 of the loss.
+    - "noise": more than that, and within what other seeds change.
+    - "open": more than that, and what other seeds change is not known without a second seed.
+    - "beyond": above 1e-2 of the loss, or above the seed noise where that is known.
+    """
+    if not names:
+        return None
+    trainings = [[rows[index] for index in group] for group in group_trainings(rows)]
+    listed, compared = _speeds(names, trainings)
+    ended = [[row["loss"] for row in members if row["state"] == "finished"] for members in trainings]
+    ended = [losses for losses in ended if len(losses) > 1]
+    apart = max(ended, key=np.ptp, default=None)
+    states = [{row["state"] for row in members} for members in trainings]
+    document: dict[str, Any] = {
+        "axes": {name: list(dict.fromkeys(row[name] for row in rows)) for name in names},
+        "executions": listed,
+        "compared": compared,
+        "recipes": len(ended),
+        "difference": None,
+        "relative": None,
+        "verdict": None,
+        "limit": None,
+        "limit_by": None,
+        "split": sum({"diverged", "finished"} <= found for found in states),
+    }
+    if apart is None:
+        return document
+    difference, typical = float(np.ptp(apart)), abs(float(np.mean(apart)))
+    limit, limit_by = UNEXPLAINED * typical, "1 % of the loss"
+    if noise is not None:
+        from experiments.sweep.analysis.comparisons import largest_of_many  # here, as it imports SciPy
+
+        pairs = sum(math.comb(len(losses), 2) for losses in ended)
+        reach = largest_of_many(pairs, freedom) * noise * math.sqrt(2)
+        limit, limit_by = min((limit, limit_by), (reach, "the seed noise"))
+    if difference <= ROUNDING * typical:
+        verdict = "rounding"
+    elif difference > limit:
+        verdict = "beyond"
+    else:
+        verdict = "open" if noise is None else "noise"
+    return document | {
+        "difference": difference,
+        "relative": difference / typical if typical else 0.0,
+        "verdict": verdict,
+        "limit": limit,
+        "limit_by": limit_by,
+    }
+
+
+def _speeds(names: Sequence[str], trainings: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[str, Any]], int]:
+    """Return the executions, fastest first, and how many recipes were timed under all of them."""
+    found: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
+    for number, members in enumerate(trainings):
+        for row in members:
+            found.setdefault(tuple(row[name] for name in names), {}).setdefault(number, []).append(row)
+
+    def speed(row: Mapping[str, Any]) -> Any:
+        return row.get(TRAINING_SPEED)
+
+    timed = {key: {number for number, members in own.items() if any(map(speed, members))} for key, own in found.items()}
+    known = [numbers for numbers in timed.values() if numbers]
+    shared = set.intersection(*known) if known else set()
+    listed = []
+    for key, own in found.items():
+        members = list(itertools.chain.from_iterable(own.values()))
+        counted = [row for number, rows in own.items() for row in rows if not shared or number in shared]
+        speeds = [speed(row) for row in counted if speed(row)]
+        listed.append(
+            {
+                "execution": dict(zip(names, key, strict=True)),
+                "trials": len(members),
+                "finished": sum(row["state"] == "finished" for row in members),
+                "tokens_per_second": float(np.mean(speeds)) if speeds else None,
+                "std": float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
+                "timed": len(speeds),
+                "ratio": None,
+                "near": None,
+            }
+        )
+    listed.sort(key=lambda row: -(row["tokens_per_second"] or 0.0))
+    if len(known) > 1 and shared:
+        _set_ratios([row for row in listed if row["tokens_per_second"]])
+    return listed, len(shared)
+
+
+def _set_ratios(listed: Sequence[dict[str, Any]]) -> None:
+    fastest = listed[0]
+    for row in listed:
+        row["ratio"] = row["tokens_per_second"] / fastest["tokens_per_second"]
+        if row["std"] is not None and fastest["std"] is not None:
+            error = math.hypot(row["std"] / math.sqrt(row["timed"]), fastest["std"] / math.sqrt(fastest["timed"]))
+            row["near"] = fastest["tokens_per_second"] - row["tokens_per_second"] <= 2 * error

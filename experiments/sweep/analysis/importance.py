@@ -1,0 +1,151 @@
+"""Which hyperparameters matter, by estimators of the field, each with its uncertainty."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep.analysis.scales import distinct, is_number, scale_of
+from experiments.sweep.analysis.settings import by_setting
+from experiments.words import counted
+
+FEWEST = 10  # finished trials
+WIDE = 0.5  # of an interval of a share: beyond it the data say next to nothing of that axis
+Rows = Sequence[Mapping[str, Any]]
+Evaluate = Callable[[Any, int], dict[str, float]]
+
+
+def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
+    """Return how much each axis matters for the loss: shares that add up to 1, by one estimator after another.
+
+    rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
+    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here
+    the best tenth but at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by
+    a random forest; it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over
+    bootstrap draws of settings, whose seeds stay together, since trials that differ by seed alone are no independent
+    evidence. An estimator is refused where an interval is wider than half of the scale and no axis stands above all
+    others.
+    """
+    finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
+    refused = None
+    if len(names) < 2:
+        refused = "with fewer than two axes there is nothing to weigh"
+    elif len(finished) < FEWEST:
+        were = "was" if len(finished) == 1 else "were"
+        refused = f"{counted(len(finished), 'trial')} {were} trained to the end; the estimators need at least {FEWEST}"
+    elif any(row.get("member") is not None for row in finished):
+        refused = "the members of a population changed their settings along their runs"
+    elif len({row["loss"] for row in finished}) < 2:
+        refused = "all losses are the same"
+    if refused:
+        return {name: {"refused": refused} for name in ("ped_anova", "fanova")}
+    distributions = _distributions(names, finished)
+    everywhere = [name for name in names if all(row[name] is not None for row in finished)]
+    document: dict[str, Any] = {"ped_anova": _with_interval(names, finished, distributions, _ped_anova, draws)}
+    try:
+        import sklearn  # noqa: F401 – Optuna's fANOVA imports it when it is used
+    except ImportError:
+        document["fanova"] = {"refused": "scikit-learn is not installed: pip install 'isoflop[search]'"}
+        return document
+    if len(everywhere) < 2:
+        document["fanova"] = {"refused": "fewer than two axes have a value in every trial"}
+    else:
+        few = min(8, draws)  # a forest takes many times as long as PED-ANOVA
+        document["fanova"] = _with_interval(everywhere, finished, distributions, _fanova, few)
+    return document
+
+
+def _distributions(names: Sequence[str], rows: Rows) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    found: dict[str, Any] = {}
+    for name in names:
+        values = distinct(row[name] for row in rows)
+        if all(map(is_number, values)) and len(values) > 1:
+            found[name] = FloatDistribution(float(values[0]), float(values[-1]), log=scale_of(values) == "log")
+        else:
+            found[name] = CategoricalDistribution(values)
+    return found
+
+
+def _with_interval(
+    names: Sequence[str], rows: Rows, distributions: Mapping[str, Any], evaluate: Evaluate, draws: int
+) -> dict[str, Any]:
+    groups = by_setting(names, rows).values()
+    settings = [[_frozen(names, row, distributions) for row in members] for members in groups]
+    share = _shares(names, evaluate(_study([trial for group in settings for trial in group]), 0))
+    rng = np.random.default_rng(0)
+    seen = []
+    for draw in range(draws):
+        picked = rng.integers(0, len(settings), len(settings))
+        trials = [trial for i in picked for trial in settings[i]]
+        seen.append(_shares(names, evaluate(_study(trials), draw + 1)))
+    low, high = np.percentile([[drawn[name] for name in names] for drawn in seen], [2.5, 97.5], axis=0)
+    found = {
+        name: {"share": share[name], "interval_95": [float(low[i]), float(high[i])]} for i, name in enumerate(names)
+    }
+    return {"refused": _nothing_told(found, len(settings))} if _is_vague(found) else found
+
+
+def _is_vague(found: Mapping[str, Any]) -> bool:
+    """Return whether an interval is wide, and the data do not even say which axis matters most."""
+    bounds = sorted((axis["interval_95"] for axis in found.values()), key=lambda interval: -interval[0])
+    leads = all(bounds[0][0] > high for _, high in bounds[1:])
+    return not leads and any(high - low > WIDE for low, high in bounds)
+
+
+def _nothing_told(found: Mapping[str, Any], settings: int) -> str:
+    name, axis = max(found.items(), key=lambda item: item[1]["interval_95"][1] - item[1]["interval_95"][0])
+    low, high = axis["interval_95"]
+    return (
+        f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), "
+        "and no axis stands above all others; more settings would narrow that, more seeds of the same ones hardly"
+    )
+
+
+def _frozen(names: Sequence[str], row: Mapping[str, Any], distributions: Mapping[str, Any]) -> Any:
+    from optuna.trial import create_trial
+
+    has = [name for name in names if row[name] is not None]
+
+    def number(value: Any) -> Any:
+        return float(value) if is_number(value) else value
+
+    def categorical(name: str) -> bool:
+        return hasattr(distributions[name], "choices")
+
+    return create_trial(
+        params={name: row[name] if categorical(name) else number(row[name]) for name in has},
+        distributions={name: distributions[name] for name in has},
+        value=row["loss"],
+    )
+
+
+def _study(trials: Sequence[Any]) -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study()
+    study.add_trials(trials)
+    return study
+
+
+def _ped_anova(study: Any, seed: int) -> dict[str, float]:
+    from optuna.importance import PedAnovaImportanceEvaluator
+
+    count = len(study.get_trials(deepcopy=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the estimator is marked as experimental
+        return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / count))).evaluate(study)
+
+
+def _fanova(study: Any, seed: int) -> dict[str, float]:
+    from optuna.importance import FanovaImportanceEvaluator
+
+    return FanovaImportanceEvaluator(n_trees=16, max_depth=6, seed=seed).evaluate(study)
+
+
+def _shares(names: Sequence[str], raw: Mapping[str, float]) -> dict[str, float]:
+    total = sum(raw.get(name, 0.0) for name in names)
+    return {name: float(raw.get(name, 0.0) / total) if total > 0 else 0.0 for name in names}

@@ -1,0 +1,74 @@
+"""Several objectives at once: which settings no other one beats in all of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from experiments.sweep.analysis.settings import by_setting, candidates_of, group
+from experiments.sweep.objectives import direction
+
+NOISES = 2.0  # standard errors of a difference within which two settings count as equal
+
+
+def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, " settings"]:
+    """Return which rows no other row dominates: none is at least as low in every objective and lower in one."""
+    lower_or_equal = (values[:, None, :] <= values[None, :, :]).all(-1)
+    lower = (values[:, None, :] < values[None, :, :]).any(-1)
+    return np.logical_not((lower_or_equal & lower).any(0))
+
+
+def near_front(
+    values: Float[np.ndarray, "settings objectives"], errors: Float[np.ndarray, "settings objectives"]
+) -> Bool[np.ndarray, " settings"]:
+    """Return which dominated rows might well be on the front: no row dominates them by more than the noise in any
+    objective.
+
+    errors: standard errors of the means. A row stays dominated where another one is better by more than twice the
+    standard error of the difference in at least one objective, and not worse by more than that in any.
+    """
+    reach = NOISES * np.sqrt(errors[:, None, :] ** 2 + errors[None, :, :] ** 2)
+    gain = values[None, :, :] - values[:, None, :]  # of the first over the second
+    surely = (gain >= -reach).all(-1) & (gain > reach).any(-1)
+    dominated_exactly = ((gain >= 0).all(-1) & (gain > 0).any(-1)) & surely
+    return ~front(values) & ~dominated_exactly.any(0)
+
+
+def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
+    """Return the front of the means over seeds of settings that may win; None with a single objective or nothing
+    finished.
+
+    They are those that were trained to the end and lost no run to divergence: `candidates_of`. {objectives,
+    directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the
+    noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
+    where no setting has two seeds.
+    """
+    ended = [row for row in rows if row["state"] == "finished" and all(row[name] is not None for name in objectives)]
+    allowed = by_setting(names, candidates_of(group(names, rows)))
+    settings = {key: members for key, members in by_setting(names, ended).items() if key in allowed}
+    if len(objectives) < 2 or not settings:
+        return None
+    runs = [np.array([[row[name] for name in objectives] for row in members], float) for members in settings.values()]
+    means, counts = np.array([group.mean(0) for group in runs]), np.array([len(group) for group in runs])
+    freedom = (counts - 1).sum()
+    squares = sum(((group - group.mean(0)) ** 2).sum(0) for group in runs)
+    noise = np.sqrt(squares / freedom) if freedom else np.zeros(len(objectives))
+    errors = noise[None, :] / np.sqrt(counts)[:, None]
+    directions = [direction(name) for name in objectives]
+    sign = np.array([1.0 if way == "minimize" else -1.0 for way in directions])
+    best, near = front(means * sign), near_front(means * sign, errors)
+    return {
+        "objectives": list(objectives),
+        "directions": directions,
+        "settings": [
+            {
+                "setting": dict(zip(names, point, strict=False)),
+                "values": means[i].tolist(),
+                "errors": errors[i].tolist(),
+                "seeds": int(counts[i]),
+                "place": "front" if best[i] else "near" if near[i] else "behind",
+            }
+            for i, point in enumerate(settings)
+        ],
+    }

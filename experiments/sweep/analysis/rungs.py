@@ -1,0 +1,171 @@
+"""Settings compared at equal tokens: at each rung, those that have a loss there.
+
+A setting that was stopped early has no loss at the end. What is known of it is how it stood at the last rung that it
+reached, against the settings that were measured after the same tokens.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from experiments.sweep.analysis.comparisons import best_of_many
+from experiments.sweep.analysis.settings import Setting, by_setting, pooled_noise
+
+Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
+"""A stopped setting against the winner after equal tokens. worse, equal, better: against the seed noise there.
+
+higher, lower: its loss, where no setting has two seeds there and the noise is not known. not compared: the winner has
+no loss after so many tokens.
+"""
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Rungs:
+    """The losses of a sweep's trials by the tokens seen. Rungs of unlike batch sizes agree to half a step of each."""
+
+    def __init__(self, names: Sequence[str], rows: Rows):
+        self._names, self._rows = list(names), [row for row in rows if row.get("rungs")]
+        self._by_id = {row["id"]: row for row in rows if "id" in row}
+        self._levels = _levels(self._rows)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return every rung, from the first to the last.
+
+        {tokens, steps (a number, or the numbers of several batch sizes), trials (with a loss there), first (of them,
+        measured for the first time), pruned (stopped there), best (the lowest loss of one trial), settings: [{axes …,
+        member, mean, std, seeds}], noise, noise_freedom}.
+        """
+        table = []
+        for level, tokens in enumerate(self._levels):
+            here = [(row, found) for row in self._rows if (found := self._own(row).get(level)) is not None]
+            steps = sorted({_steps(row, tokens) for row, _ in here})
+            settings = self.settings(level)
+            noise, freedom = self._noise(settings)
+            table.append(
+                {
+                    "tokens": tokens,
+                    "steps": steps[0] if len(steps) == 1 else steps,
+                    "trials": len(here),
+                    "first": sum(min(self._own(row)) == level for row, _ in here),
+                    "pruned": sum(row["state"] == "pruned" and max(self._own(row)) == level for row, _ in here),
+                    "best": min(loss for _, loss in here),
+                    "settings": settings,
+                    "noise": noise,
+                    "noise_freedom": freedom,
+                }
+            )
+        return table
+
+    def settings(self, level: int) -> list[Setting]:
+        """Return the settings with a loss at a rung: {axes …, member, mean, std, seeds}."""
+        found = []
+        for key, members in by_setting(self._names, self._rows).items():
+            losses = [loss for row in members if (loss := self._own(row).get(level)) is not None]
+            if losses:
+                spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+                about = {"mean": float(np.mean(losses)), "std": spread, "seeds": len(losses)}
+                found.append(dict(zip((*self._names, "member"), key, strict=True)) | about)
+        return found
+
+    def stopped(self, members: Rows, winning: Rows) -> dict[str, Any] | None:
+        """Compare a setting that was stopped early with the winner, where it was stopped.
+
+        members, winning: the trials of both, winning empty where there is no winner. {steps, tokens, mean, seeds,
+        winner_mean, verdict}; None where nothing of it was measured. The winner of a population is followed back
+        through the runs that it left.
+        """
+        reached = [row for row in members if row["state"] == "pruned" and row.get("rungs")]
+        if not reached:
+            return None
+        level = max(max(self._own(row)) for row in reached)
+        mine = [loss for row in members if row.get("rungs") and (loss := self._own(row).get(level)) is not None]
+        theirs = [loss for row in winning if (loss := self._along(row).get(level)) is not None]
+        mean, best = float(np.mean(mine)), float(np.mean(theirs)) if theirs else None
+        return {
+            "steps": _steps(reached[0], self._levels[level]),
+            "tokens": self._levels[level],
+            "mean": mean,
+            "seeds": len(mine),
+            "winner_mean": best,
+            "verdict": "not compared" if best is None else self._verdict(level, mean - best, len(mine), len(theirs)),
+        }
+
+    def _verdict(self, level: int, difference: float, mine: int, theirs: int) -> Verdict:
+        settings = self.settings(level)
+        noise, freedom = self._noise(settings)
+        if noise is None:
+            return "higher" if difference >= 0 else "lower"
+        reach = best_of_many(max(1, len(settings) - 1), freedom) * noise * math.sqrt(1 / mine + 1 / theirs)
+        return "equal" if abs(difference) <= reach else "worse" if difference > 0 else "better"
+
+    def _noise(self, settings: Sequence[Setting]) -> tuple[float | None, int]:
+        return pooled_noise(settings, min(row["mean"] for row in settings))
+
+    def _own(self, row: Mapping[str, Any]) -> dict[int, float]:
+        """Return losses by rung, of what the trial trained itself."""
+        return {_nearest(self._levels, _tokens(row, step)): loss for step, loss in row["rungs"].items()}
+
+    def _along(self, row: Mapping[str, Any] | None) -> dict[int, float]:
+        """Return losses by rung from the start, those before it left another's run among them."""
+        found: dict[int, float] = {}
+        limit = math.inf
+        while row is not None:
+            before = {_nearest(self._levels, _tokens(row, s)): x for s, x in row.get("rungs", {}).items() if s <= limit}
+            found = before | found
+            limit, row = row.get("parent_steps", 0), self._by_id.get(row.get("parent"))
+        return found
+
+
+def lineage(row: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the settings that a member of a population was trained with: [{steps (up to which), setting}]."""
+    by_id = {other["id"]: other for other in rows}
+    found: list[dict[str, Any]] = []
+    end, now = row["planned_steps"], row
+    while True:
+        found.insert(0, {"steps": end, "setting": {name: now[name] for name in names}})
+        if now["parent"] is None:
+            return found
+        end, now = now["parent_steps"], by_id[now["parent"]]
+
+
+def verdicts(settings: Iterable[Setting]) -> dict[Verdict, int]:
+    """Count the verdicts on the settings that were stopped early, those aside that lost a run to divergence."""
+    stopped = [row["stopped"] for row in settings if row["pruned"] and not row["lost"]]
+    said = ["not compared" if found is None else found["verdict"] for found in stopped]
+    return {verdict: said.count(verdict) for verdict in get_args(Verdict) if verdict in said}
+
+
+def _tokens(row: Mapping[str, Any], steps: int) -> int:
+    return steps * row["planned_tokens"] // row["planned_steps"]
+
+
+def _steps(row: Mapping[str, Any], tokens: int) -> int:
+    """Return the trial's updates nearest to so many tokens."""
+    return round(tokens * row["planned_steps"] / row["planned_tokens"])
+
+
+def _levels(rows: Rows) -> list[int]:
+    """Return tokens at each rung, by the trials with the smallest steps; others join the nearest within half a step of
+    each.
+
+    Rungs of one trial are never put together.
+    """
+    levels: list[tuple[int, float]] = []  # (tokens, tokens of a step)
+    for row in sorted(rows, key=lambda row: row["planned_tokens"] / row["planned_steps"]):
+        step = row["planned_tokens"] / row["planned_steps"]
+        known = list(levels)
+        for steps in row["rungs"]:
+            tokens = _tokens(row, steps)
+            near = min(known, key=lambda level: abs(level[0] - tokens), default=None)
+            same = near is not None and (
+                near[0] == tokens or (near[1] != step and abs(near[0] - tokens) <= (near[1] + step) / 2)
+            )
+            if not same:
+                levels.append((tokens, step))
+    return sorted({tokens for tokens, _ in levels})
+
+
+def _nearest(levels: Sequence[int], tokens: int) -> int:
+    return min(range(len(levels)), key=lambda level: abs(levels[level] - tokens))

@@ -1,0 +1,199 @@
+"""The answer of a sweep in a few sentences, in which every setting is counted once."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep.analysis.executions import execution_text
+from experiments.sweep.analysis.rungs import verdicts
+from experiments.sweep.analysis.scales import setting_text, text
+from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group
+from experiments.sweep.analysis.summary import fate
+from experiments.sweep.objectives import direction
+from experiments.words import is_or_are
+from train.objectives import LanguageModeling
+
+_STOPPED = {
+    "worse": "{} worse by more than the seed noise",
+    "higher": "{} at a higher loss",
+    "equal": "{} within the seed noise of it",
+    "lower": "{} at a lower loss",
+    "better": "{} better by more than the seed noise",
+    "not compared": "{} where it has no loss to compare",
+}
+
+
+def sentence(document: Mapping[str, Any], policy: str = "all") -> str:
+    """Return the winner, how sure it is, what cannot be told apart from it, and what was not compared at the end."""
+    winner, settings = document["winner"], document["settings"]
+    executions = _of_the_executions(document["executions"])
+    if winner is None:
+        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _others(settings) + executions
+    unit = document.get("unit", LanguageModeling.UNIT)
+    said = [_reached(winner, unit, len(settings), policy) + _told_apart(winner, settings)]
+    if winner["lineage"] is not None:
+        said.append(_along(winner["lineage"]))
+    return " ".join(said) + _others(settings, policy) + executions
+
+
+def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str) -> str | None:
+    """Return which settings have the best mean of an objective, those that share it named by what they have in common.
+
+    None where no candidate has a value.
+    """
+    allowed = {_key(names, row) for row in candidates_of(group(names, rows))}
+    means = {
+        key: float(np.mean([row[objective] for row in members if row["state"] == "finished"]))
+        for key, members in by_setting(names, rows).items()
+        if key in allowed and all(row[objective] is not None for row in members if row["state"] == "finished")
+    }
+    if not means:
+        return None
+    highest = direction(objective) == "maximize"
+    best = max(means.values()) if highest else min(means.values())
+    first = [dict(zip((*names, "member"), key, strict=True)) for key, mean in means.items() if mean == best]
+    common = {name: first[0][name] for name in names if len({str(row[name]) for row in first}) == 1}
+    where = setting_text(common) or ("all settings" if len(first) == len(means) else f"{len(first)} settings")
+    among = f" ({len(first)} settings)" if len(first) > 1 and common else ""
+    value = f"{best:,.0f}" if best >= 100 else f"{best:.4g}"
+    return f"The {'highest' if highest else 'lowest'} {objective}, {value}, is that of {where}{among}."
+
+
+def _of_the_executions(found: Mapping[str, Any] | None) -> str:
+    """Say how far the losses of one recipe lie apart between executions, and which of these trains fastest.
+
+    Losses that lie further apart than rounding explains are a warning instead.
+    """
+    if found is None:
+        return ""
+    return "".join(f" {said}" for said in (_losses_under(found), _fastest(found)) if said)
+
+
+def _losses_under(found: Mapping[str, Any]) -> str:
+    count, difference = len(found["executions"]), found["difference"]
+    if difference is None:
+        return "No recipe has finished under two executions: their losses are not compared."
+    if difference == 0:
+        return f"The losses under {count} executions are equal to the last bit."
+    most = f"The losses under {count} executions differ by at most {difference:.2g} nats"
+    return {
+        "rounding": f"{most}, by rounding: they cannot be told apart.",
+        "noise": f"{most}, no more than with other seeds: they cannot be told apart.",
+        "open": f"{most}, which rounding may have grown to; without a second seed it is not known whether "
+        "seeds differ by more.",
+        "beyond": "",
+    }[found["verdict"]]
+
+
+def _fastest(found: Mapping[str, Any]) -> str:
+    timed = [row for row in found["executions"] if row["ratio"] is not None]
+    if not timed:
+        return ""
+    first, last = timed[0], timed[-1]
+    speed, spread = f"{first['tokens_per_second']:,.0f}", first["std"]
+    spread = "" if spread is None else f" ± {spread:,.0f}"
+    said = (
+        f"Training is fastest with {execution_text(first['execution'])}: {speed}{spread} tokens/s, "
+        f"{1 / last['ratio']:.2g} times the slowest ({execution_text(last['execution'])})"
+    )
+    near = sum(bool(row["near"]) for row in timed[1:])
+    if first["std"] is None:
+        return f"{said}; with one trial each the spread is not known."
+    return f"{said}; {near} of the others {is_or_are(near)} within the spread of it." if near else f"{said}."
+
+
+def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*(row[name] for name in names), row["member"])
+
+
+def _reached(winner: Mapping[str, Any], unit: str, total: int, policy: str) -> str:
+    setting = setting_text(winner["setting"])
+    if policy == "population":
+        subject = f"The best member, {setting} at its end," if setting else "The best member"
+    else:
+        subject = setting or "The only setting"
+    said = f"{subject} reaches {winner['mean']:.4f} {unit}"
+    if winner["interval_95"] is not None:
+        low, high = winner["interval_95"]
+        said += f" (95 % interval {low:.4f} … {high:.4f})"
+    ended, what = winner["candidates"], "members" if policy == "population" else "settings"
+    if total == 1:
+        return said
+    if ended == 1:
+        return f"{said}, the only one of {total} {what} that was trained to the end"
+    return f"{said}, the lowest of {ended} {what}" + (" that were trained to the end" if ended < total else "")
+
+
+def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
+    if winner["interval_95"] is None:
+        if any(row["member"] is not None for row in settings):
+            return "; no two had the same settings throughout, so it is not known how sure that is."
+        single = all(
+            row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] == 1 for row in settings
+        )
+        return f"; {'with one seed each' if single else 'without a second seed'} it is not known how sure that is."
+    others, equal = winner["candidates"] - 1, len(winner["indistinguishable"])
+    if others == 0:
+        return "."
+    if equal == 0:
+        return "; every other of them is worse by more than the seed noise."
+    if equal == others:
+        return f"; the {'other one' if equal == 1 else f'{equal} others'} cannot be told apart from it."
+    return f"; {equal} of them cannot be told apart from it, the others are worse by more than the seed noise."
+
+
+def _along(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """Say which values the winner of a population was trained with, one after another."""
+    parts, varied = [], list(lineage[0]["setting"])
+    for name in varied:
+        values = [row["setting"][name] for row in lineage]
+        if len({str(value) for value in values}) > 1:
+            following = [*values[1:], None]
+            held = zip(lineage, values, following, strict=True)
+            ends = [(row["steps"], value) for row, value, after in held if value != after]
+            spans = [f"{text(value)} up to update {step:,}" for step, value in ends]
+            parts.append(f"{name} was {', then '.join(spans)}")
+    if not parts:
+        return f"It left another member's run after update {lineage[-2]['steps']:,}, with the same settings."
+    return "Its settings changed along its run: " + "; ".join(parts) + "."
+
+
+def _others(settings: Sequence[Setting], policy: str = "all") -> str:
+    """Say what is known of the settings that are not compared at the end."""
+    said = ""
+    stopped = [row for row in settings if row["pruned"] and not row["lost"]]
+    if stopped:
+        count = len(stopped)
+        where = Counter(row["stopped"]["steps"] for row in stopped if row["stopped"])
+        places = ", ".join(f"{n} after {steps:,}" for steps, n in sorted(where.items())[:4])
+        places = places and f"{places} updates" + (" …" if len(where) > 4 else "")
+        if policy == "population":
+            left = sum(row["pruned"] for row in stopped)
+            said += f" {left} {'member was' if left == 1 else 'members were'} replaced on the way."
+        else:
+            were = "1 other setting was" if count == 1 else f"{count} other settings were"
+            said += f" {were} stopped early" + (f" ({places})" if places else "")
+            found = verdicts(stopped)
+            only = found.keys() - {"not compared"}
+            said += (
+                " and compared with it at equal tokens alone: "
+                + ", ".join(_STOPPED[verdict].format(n) for verdict, n in found.items())
+                + "."
+                if only
+                else "; they were never compared with it."
+                if count > 1
+                else "; it was never compared with it."
+            )
+    left = Counter(fate(row) for row in settings if not (row["pruned"] and not row["lost"]))
+    for state, one, many in (
+        ("diverged", "lost a run to divergence", "lost a run to divergence"),
+        ("failed", "failed and has no result", "failed and have no result"),
+        ("not finished", "has not finished", "have not finished"),
+    ):
+        if left[state]:
+            said += (
+                f" {left[state]} {'setting' if left[state] == 1 else 'settings'} {one if left[state] == 1 else many}."
+            )
+    return said

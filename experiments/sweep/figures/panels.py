@@ -1,0 +1,164 @@
+"""Loss against each axis of a sweep, a panel per axis, from its analysis (`experiments.sweep.analysis.document`)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.report.style import (
+    BLUE,
+    INK,
+    MUTED,
+    ORANGE,
+    figures_of,
+    legend_aside,
+    new_panels,
+    styled,
+)
+from experiments.sweep.analysis.scales import positions, scale_of
+from experiments.sweep.figures.axes import place_axis, readable_top
+
+LOSS = "validation loss"
+Document = Mapping[str, Any]
+
+
+@styled
+def axis_panels(document: Document) -> list[Figure]:
+    """Draw loss against each axis: every finished trial faint; in blue the settings that share the winner's other
+    values.
+
+    The band is ± the seed noise of one run. Hollow marks are losses at the rungs of a sweep that stops trials, darker
+    at later rungs, so that each is seen against the others after the same tokens; lines join those that share the
+    winner's other values. Diverged trials are crosses at the top; a triangle there stands for a loss beyond it.
+    """
+    axes = document["axes"]
+    rungs = _stops(document)
+    low, top = _frame(document)
+    pad = 0.06 * (top - low) or 0.05
+    panels = new_panels(len(axes), 3.4 if rungs else 2.9)
+    for panel, (name, among) in zip(panels, axes.items(), strict=True):
+        _draw_rungs(panel, name, document, rungs, top)
+        _axis_panel(panel, name, document, top)
+        place_axis(panel.xaxis, among, 5)
+        panel.set(xlabel=name.replace("_", " "), ylabel=LOSS, ylim=(low - pad, top + 2 * pad))
+        if rungs:
+            legend_aside(panel)
+    return figures_of(panels)
+
+
+def _frame(document: Document) -> tuple[float, float]:
+    """Return the lowest and the highest loss that `axis_panels` shows where it is; of what was stopped, all but the
+    worst.
+    """
+    losses = _shown_losses(document)
+    stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
+    top = max(readable_top(some) for some in (losses, stopped) if some)
+    winner, noise = document["winner"], document["seed_noise"]
+    band = [] if winner is None or noise is None else [winner["mean"] - noise]
+    return min(losses + band), top
+
+
+def _shown_losses(document: Document) -> list[float]:
+    ended = [row["loss"] for row in document["trials"] if row["loss"] is not None]
+    return ended + [row["mean"] for rung in _stops(document) for row in rung["settings"]]
+
+
+def goes_beyond(document: Document) -> bool:
+    """Return whether `axis_panels` has losses above its frame, which it marks by triangles."""
+    losses = _shown_losses(document)
+    return bool(losses) and max(losses) > _frame(document)[1]
+
+
+def _stops(document: Document) -> list[Any]:
+    """Return the rungs of a sweep before its last one."""
+    return document["halving"]["rungs"][:-1] if document.get("halving") else []
+
+
+def is_population(document: Document) -> bool:
+    """Return whether settings changed along runs, so that a value says nothing of what was trained before."""
+    return any(row.get("member") is not None for row in document["settings"])
+
+
+def _draw_rungs(panel: Axes, name: str, document: Document, rungs: Sequence[Any], top: float) -> None:
+    among, winner = document["axes"][name], document["winner"]
+    cut = winner is not None and not is_population(document)
+    named = {round(place) for place in np.linspace(0, len(rungs) - 1, 4)}
+    for i, (rung, shade) in enumerate(zip(rungs, np.linspace(0.4, 0.9, len(rungs)), strict=True)):
+        colour = mpl.colormaps["Purples"](shade)
+        rows = [row for row in rung["settings"] if row[name] is not None]
+        held = [row for row in rows if cut and _on_the_line(row, name, document)]
+        rest = [row for row in rows if row not in held]
+        joined = "o" if scale_of(among) == "rank" else "o-"
+        for members, marker, alpha in ((rest, "o", 0.45), (held, joined, 1.0)):
+            x, y = positions([row[name] for row in members], among), np.array([row["mean"] for row in members])
+            order = np.argsort(x)
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": "white", "markersize": 4, "alpha": alpha}
+            panel.plot(x[order], y[order], marker, linewidth=0.9, **look)
+            panel.plot(x[y > top], [0.93] * sum(y > top), "^", transform=panel.get_xaxis_transform(), **look)
+        if i in named:
+            words = f"after {rung_in_words(rung['steps'])}"
+            panel.plot(
+                [], [], joined if held else "o", color=colour, markerfacecolor="white", markersize=4, label=words
+            )
+    panel.plot([], [], "o", color=BLUE if cut else MUTED, markersize=4.5, label="at the end")
+
+
+def rung_in_words(steps: Any) -> str:
+    """Write the updates of a rung: 7 updates; 7 or 14 updates, where batch sizes differ."""
+    listed = steps if isinstance(steps, list) else [steps]
+    return " or ".join(f"{step:,}" for step in listed) + " updates"
+
+
+def _on_the_line(row: Mapping[str, Any], name: str, document: Document) -> bool:
+    setting = document["winner"]["setting"]
+    return all(row[other] == setting[other] for other in document["axes"] if other != name)
+
+
+def _axis_panel(panel: Axes, name: str, document: Document, top: float) -> None:
+    among = document["axes"][name]
+
+    def place(rows: Sequence[Any]) -> np.ndarray:
+        return positions([row.get(name) for row in rows], among)
+
+    finished = [trial for trial in document["trials"] if trial["loss"] is not None]
+    inside = [trial for trial in finished if trial["loss"] <= top]
+    panel.plot(place(inside), [trial["loss"] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)
+    marks: dict[str, Any] = {"transform": panel.get_xaxis_transform()}
+    beyond = [trial for trial in finished if trial["loss"] > top]
+    panel.plot(place(beyond), [0.93] * len(beyond), "^", color=MUTED, alpha=0.5, markersize=4, **marks)
+    lost = [trial for trial in document["trials"] if trial.get("state") == "diverged"]
+    panel.plot(place(lost), [0.97] * len(lost), "x", color=ORANGE, markersize=5, **marks)
+    winner = document["winner"]
+    if winner is None:
+        return
+    ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.3, "markersize": 11}
+    panel.plot(positions([winner["setting"][name]], among), winner["mean"], "o", zorder=4, **ring)
+    if is_population(document):
+        return
+    settings = [row for row in document["settings"] if row["mean"] is not None and row[name] is not None]
+    held = [row for row in settings if _on_the_line(row, name, document)]
+    x, y = place(held), np.array([row["mean"] for row in held])
+    order = np.argsort(x)
+    x, y, noise = x[order], y[order], document["seed_noise"]
+    if scale_of(among) == "rank" or len(x) == 1:
+        panel.errorbar(x, y, yerr=noise, fmt="o", color=BLUE, capsize=3, markersize=4.5, zorder=3)
+    else:
+        panel.plot(x, y, "o-", color=BLUE, markersize=4.5, zorder=3)
+        if noise is not None:
+            panel.fill_between(x, y - noise, y + noise, color=BLUE, alpha=0.15, linewidth=0)
+
+
+def fullest(document: Document) -> tuple[list[Any], Any]:
+    """Return (settings with a mean, updates after which) where the most have one; None as updates: at the end.
+
+    After early stopping few settings have a loss at the end; at an earlier rung all can be compared.
+    """
+    ended = [row for row in document["settings"] if row["mean"] is not None]
+    rungs = [] if is_population(document) else _stops(document)
+    most = max(rungs, key=lambda rung: (len(rung["settings"]), rung["tokens"]), default=None)
+    if most is None or len(most["settings"]) <= len(ended):
+        return ended, None
+    return most["settings"], most["steps"]
