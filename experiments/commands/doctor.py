@@ -16,6 +16,7 @@ ENABLES = {
     "hub": "data prepare hf:OWNER/NAME",
     "wandb": "train --wandb PROJECT",
     "search": "sweep run --sampler gp or cmaes, fANOVA in sweep report",
+    "cuda": "one or more NVIDIA GPUs",
     "cluster": "sweep run --launcher slurm, --storage postgresql+psycopg://…",
     "dashboard": "optuna-dashboard sqlite:///SWEEP/ledger.db",
     "peers": "bench decode and bench train with --against, in this Python",

@@ -18,11 +18,13 @@ import pytest
 
 from model import Execution, Experts, InputError, apply, init
 from model.adapters import Adapter
+from model.sharding import make_mesh
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
 from train.data import prepare
 from train.data.noise import Noise
+from train.lanes import build
 from train.lanes.build import compiled_programs
 from train.lanes.vmapped import init_lanes, step_lanes
 from train.objectives import OBJECTIVES, MaskedLanguageModeling, from_dict, get
@@ -274,6 +276,18 @@ def test_a_run_with_frozen_parameters(name, recipe_of_case, whole, crash, record
         train(gone.replace(steps=STEPS + 1), run=tmp_path / "run", shell=QUIET)
     assert (tmp_path / "run" / "run.json").read_bytes() == written
     assert train(gone, run=tmp_path / "run", shell=QUIET).steps == STEPS  # nothing is left to train
+
+
+def test_vmapped_lanes_hold_one_base(monkeypatch):
+    """Counted in bytes: four lanes of an adapter take the base once and four adapters with their moments."""
+    monkeypatch.setattr(build, "prefers_vmap", lambda: True)
+    case = CASES["language-modeling"]
+    objective = case.objective.replace(adapter=Adapter(rank=1, targets=["query"]))
+    program = build.compile_program(case.config, case.train, 4, make_mesh({"data": 1}), objective=objective)
+    sizes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    base = sizes(params_of(case))
+    held = base + 4 * sizes(program.lane)
+    assert held <= program.memory.state < held + base / 2, "batches and metrics are all that there is besides"
 
 
 @pytest.mark.parametrize(

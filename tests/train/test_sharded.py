@@ -95,7 +95,8 @@ def test_lanes_over_devices_are_the_lanes_of_one(on_eight_devices, meshes):
     found = on_eight_devices(SCRIPT, "lanes", 10, "data=1", *meshes)
     one, _ = found.pop("data=1")
     for mesh, (losses, groups) in found.items():
-        np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=mesh)
+        # One weight that differs by its last bit moves the tenth loss of the fourth lane by up to 7e-6.
+        np.testing.assert_allclose(losses, one, rtol=2e-5, err_msg=mesh)
         per_part = 8 // parse_mesh(mesh)["population"]
         assert bool(groups) == (per_part > 1)
         for group in groups:  # a lane is nobody else's business
