@@ -92,11 +92,11 @@ def test_so_do_the_others(assert_one_device_is_equalled, model, meshes):
 @pytest.mark.long
 @pytest.mark.parametrize("meshes", [("population=8",), ("population=4,fsdp=2", "population=2,tensor=4")])
 def test_lanes_over_devices_are_the_lanes_of_one(on_eight_devices, meshes):
-    found = on_eight_devices(SCRIPT, "lanes", 10, "data=1", *meshes)
+    # Eight steps: rounding grows, and by the tenth one weight's last bit moves a lane's loss by up to 7e-6 of it.
+    found = on_eight_devices(SCRIPT, "lanes", 8, "data=1", *meshes)
     one, _ = found.pop("data=1")
     for mesh, (losses, groups) in found.items():
-        # One weight that differs by its last bit moves the tenth loss of the fourth lane by up to 7e-6.
-        np.testing.assert_allclose(losses, one, rtol=2e-5, err_msg=mesh)
+        np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=mesh)
         per_part = 8 // parse_mesh(mesh)["population"]
         assert bool(groups) == (per_part > 1)
         for group in groups:  # a lane is nobody else's business
