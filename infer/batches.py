@@ -76,7 +76,7 @@ class Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of all groups."""
+        """Return the rows of all groups."""
         return self.groups * self.size
 
     @property

@@ -1,4 +1,4 @@
-"""What elementwise functions keep for their gradient."""
+"""Elementwise functions that keep little for the backward pass."""
 
 from collections.abc import Callable
 
@@ -8,17 +8,17 @@ from jaxtyping import Array, Float
 
 
 def keep_inputs(function: Callable) -> Callable:
-    """Have an elementwise function keep its inputs alone for the backward pass, which computes it once more.
+    """Make an elementwise function save only its inputs for the backward pass, which recomputes it.
 
-    Left to itself `jax.grad` keeps every factor of it: of silu(gate) · up six arrays instead of two. Stacked over the
-    layers of a scan, these are written and read again, which takes longer than to compute them (docs/LOG.md).
+    By default `jax.grad` saves every intermediate: five arrays for silu(gate) · up instead of two. A scan over layers
+    stacks them, and writing and reading the stacks takes longer than recomputing them (docs/LOG.md).
     """
     return jax.checkpoint(function, prevent_cse=False)
 
 
 @jax.custom_jvp
 def softmax(x: Float[Array, "*batch key"]) -> Float[Array, "*batch key"]:
-    """Softmax over the last axis, which keeps its result alone for the backward pass."""
+    """Compute softmax over the last axis; only its result is saved for the backward pass."""
     exponents = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
     return exponents / jnp.sum(exponents, axis=-1, keepdims=True)
 

@@ -1,4 +1,4 @@
-"""What several commands share: kinds of flags, the console, files that are written."""
+"""Flags, console and output files that several commands share."""
 
 import errno
 import inspect
@@ -40,7 +40,7 @@ OptionalMetric = Annotated[
     ),
 ]
 BasePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-"""Where the weights lie now that a run started from, of which it holds only what it trained."""
+"""The new place of the weights that a run started from, for a run that stores only its trained parameters."""
 Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
 _FIGURES = (".svg", ".png", ".pdf")
 

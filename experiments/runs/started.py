@@ -1,4 +1,4 @@
-"""What a run started from and what of it is trained: its base, its adapter, what is frozen, in numbers and in words."""
+"""Describe what a run started from: its base, its adapter, and how much is trained and frozen."""
 
 import functools
 from collections.abc import Mapping

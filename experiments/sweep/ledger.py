@@ -34,7 +34,7 @@ logger = logging.getLogger("isoflop")
 DEAD, DUPLICATE, REPEATED = "its worker died", "a duplicate", "drawn before"
 _STATES: dict[str, State] = {"WAITING": "planned", "RUNNING": "running", "COMPLETE": "finished", "PRUNED": "pruned"}
 _ASKED_SECONDS = 600.0
-"""How long drawing a point may take; a worker that needs longer has died."""
+"""Time limit for drawing a point; a worker that needs longer has died."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class TrialRequest:
-    """What one call requested: the trials of a sweep are those of all its calls.
+    """The request of one call: the trials of a sweep are those of all its calls.
 
     sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
     trials by name, in place of a space.

@@ -111,7 +111,7 @@ class Rung:
 
     @property
     def share_trained(self) -> float:
-        """Of its steps, those that it trains itself; the others are its base run's."""
+        """Return the share of its steps that it trains itself; its base run trains the others."""
         return 1 - self.leave_step / self.steps
 
     @property
