@@ -113,9 +113,9 @@ def test_asked_again_nothing_is_done(corpus, prepared):
 
 
 def test_other_arguments_or_content_are_refused(corpus, prepared, tmp_path):
-    with pytest.raises(InputError, match="vocab_size=300 there, 400 asked"):
+    with pytest.raises(InputError, match="vocab_size=300 there, 400 requested"):
         prepare(corpus, prepared, vocab_size=400, validation_fraction=0.2)
-    with pytest.raises(InputError, match=r"validation_fraction=0\.2 there, 0\.1 asked"):
+    with pytest.raises(InputError, match=r"validation_fraction=0\.2 there, 0\.1 requested"):
         prepare(corpus, prepared, vocab_size=300, validation_fraction=0.1)
     other = write(tmp_path / "other", texts(140))
     with pytest.raises(InputError, match="was made from other documents"):
@@ -202,7 +202,7 @@ def test_bad_arguments(corpus, prepared, tmp_path):
     (tmp_path / "file").write_text("x")
     refused("is a file", out=tmp_path / "file")
     refused("cannot make the folder", out=tmp_path / "file" / "out")
-    refused("holds other files", out=tmp_path)
+    refused("has other files", out=tmp_path)
     (tmp_path / "empty").mkdir()
     prepare(corpus, tmp_path / "empty", **OPTIONS)
 
@@ -215,7 +215,7 @@ def test_damaged_folders_are_named(copy, tmp_path):
     manifest, shard = copy / "manifest.json", copy / "tokens-train-00000.npy"
     intact, tokens = manifest.read_text(), shard.read_bytes()
     refused("no data folder at", tmp_path / "nowhere")
-    refused("holds no manifest", tmp_path)
+    refused("has no manifest", tmp_path)
     for text, match in [
         (intact[:100], "no valid JSON"),
         ("[]", "schema version None"),

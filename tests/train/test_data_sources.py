@@ -142,7 +142,7 @@ def test_hub(monkeypatch):
         texts(open_source("hf:owner/name", text_field="body"))
     with pytest.raises(InputError, match="no field 'kind'; present are 'text'"):
         texts(open_source("hf:owner/name", label_field="kind"))
-    with pytest.raises(InputError, match="no data set id"):
+    with pytest.raises(InputError, match="not a data set id"):
         open_source("hf:")
 
 
@@ -186,7 +186,7 @@ def test_unknown_source_lists_what_is_accepted(tmp_path):
 def test_nothing_to_read(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "data.bin").write_bytes(b"\0")
-    with pytest.raises(InputError, match="holds no text: 1 empty documents, 1 binary files"):
+    with pytest.raises(InputError, match="has no text: 1 empty documents, 1 binary files"):
         texts(open_source(tmp_path))
     with pytest.raises(InputError, match=r"data\.bin is not a text file"):
         texts(open_source(tmp_path / "data.bin"))

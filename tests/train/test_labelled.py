@@ -124,7 +124,7 @@ def test_labels_are_text_and_lines_without_one_are_counted(tmp_path):
     with pytest.raises(InputError, match=r"line 1: the label 0\.5 in 'label' is float"):
         labels(path)
     write(path, [{"text": "x", "label": "a"}])
-    with pytest.raises(InputError, match=r"holds no labels: none of its 1 documents has a .* in the field 'lable'"):
+    with pytest.raises(InputError, match=r"has no labels: none of its 1 documents has a .* in the field 'lable'"):
         list(open_source(path, label_field="lable"))
 
 
@@ -206,7 +206,7 @@ def test_the_hash_covers_labels_only_where_there_are_any(prepared, reviews, tmp_
 def test_asked_again_with_other_labels_is_refused(prepared, reviews, tmp_path):
     same = {"label_field": "label", "shard_tokens": 100} | OPTIONS
     assert prepare(reviews, prepared, **same) == load_manifest(prepared)
-    with pytest.raises(InputError, match="label_field='label' there, None asked"):
+    with pytest.raises(InputError, match="label_field='label' there, None requested"):
         prepare(reviews, prepared, **same | {"label_field": None})
     swapped = write(
         tmp_path / "a.jsonl", [row | {"label": CLASSES[0]} if row["text"][0] == "7" else row for row in rows()]

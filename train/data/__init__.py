@@ -1,4 +1,4 @@
-"""The data floor: from raw text to batches, as NumPy arrays."""
+"""Data: from raw text to batches, as NumPy arrays."""
 
 from train.data.labelled import LabelledDocuments, labelled_validation
 from train.data.loader import Loader, batches_in_order, validation_batches

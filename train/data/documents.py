@@ -1,4 +1,4 @@
-"""The documents of a split: where each begins and ends in the token stream, and rows of one document each."""
+"""Documents of a split: their boundaries in the token stream, and rows of one document each."""
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -12,7 +12,7 @@ _TAKES_SECONDS = 2**29  # tokens
 
 
 def document_ends(shards: TokenShards) -> Int64[np.ndarray, " documents"]:
-    """Return where the last token of each document lies; tokens past the last end token are a document too."""
+    """Return the position of each document's last token. Tokens after the last end token count as a document."""
     found, scanned, count = [], 0, len(shards)
     with progress_bar_if(count >= _TAKES_SECONDS, f"finding the documents of {shards.folder}", count) as advance:
         for tokens in shards.stretches(_SCANNED_AT_ONCE):
@@ -20,14 +20,16 @@ def document_ends(shards: TokenShards) -> Int64[np.ndarray, " documents"]:
             scanned += len(tokens)
             advance(len(tokens))
     ends = np.concatenate(found) if found else np.zeros(0, np.int64)
-    past = scanned - 1 - (int(ends[-1]) if len(ends) else -1)
-    return np.append(ends, scanned - 1) if past else ends
+    last_end = int(ends[-1]) if len(ends) else -1
+    if last_end < scanned - 1:
+        ends = np.append(ends, scanned - 1)
+    return ends
 
 
 class Documents:
-    """A split as documents; `len` is their number, `lengths` their tokens without the end token.
+    """Documents of a split; `len` is their number.
 
-    Raises InputError where the end tokens are not one for each of the manifest's documents.
+    Raises InputError if the split does not have one end token per document that its manifest lists.
     """
 
     def __init__(self, shards: TokenShards):
@@ -46,27 +48,28 @@ class Documents:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " documents"]:
-        """Tokens of each document without its end token."""
+        """Tokens per document, without the end token."""
         return self._ends - self._begins
 
     def rows(
-        self, places: Int64[np.ndarray, " n"], seq_len: int
+        self, indices: Int64[np.ndarray, " n"], seq_len: int
     ) -> tuple[Int32[np.ndarray, "n seq_len"], Int32[np.ndarray, "n seq_len"]]:
-        """`tokens` and `segment_ids` of these documents, one in each row without its end token.
+        """Return `tokens` and `segment_ids`, one document per row, without end tokens.
 
-        A document longer than seq_len keeps its first seq_len tokens. Padding has token 0 and segment id 0, the
-        document segment id 1. A document of no tokens is its end token alone, so that no row is padding only.
+        A document longer than seq_len is truncated to its first seq_len tokens. Segment ids are 1 for the document
+        and 0 for padding, whose tokens are 0. An empty document becomes its end token, so that no row is all padding.
+        Raises InputError for an index outside the split.
         """
         if seq_len < 1:
             raise InputError(f"seq_len={seq_len} must be at least 1")
-        outside = places[(places < 0) | (places >= len(self))]
+        outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
             raise InputError(
                 f"there is no document {outside[0]} in the {self.shards.split} split of {self.shards.folder};"
                 f" its {len(self)} documents are numbered from 0"
             )
-        lengths = np.clip(self.lengths[places], 1, seq_len)
+        lengths = np.clip(self.lengths[indices], 1, seq_len)
         filled = np.arange(seq_len) < lengths[:, None]
         tokens = np.zeros(filled.shape, np.int32)
-        tokens[filled] = self.shards.spans(self._begins[places], lengths)
+        tokens[filled] = self.shards.spans(self._begins[indices], lengths)
         return tokens, filled.astype(np.int32)

@@ -1,4 +1,4 @@
-"""The data folders of a run, by the names that mixtures use."""
+"""Data folders of a run, by the names that mixtures use."""
 
 import dataclasses
 import os
@@ -12,14 +12,14 @@ from train.data.shards import TokenShards
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where a run's tokens come from. folders: by the names that mixtures use, the first for validation too."""
+    """Sources of a run's tokens, by name. The first source also provides the validation split."""
 
     folders: dict[str, str]
     sources: dict[str, TokenShards]
 
     @classmethod
     def open(cls, data: str | Path | Mapping[str, str | Path]) -> "Data":
-        """A prepared folder, or several by name."""
+        """Open a prepared folder, or several by name. Raises InputError if there is none."""
         given = data if isinstance(data, Mapping) else {"data": data}
         if not given:
             raise InputError("a run needs at least one source of data")
@@ -33,16 +33,16 @@ class Data:
 
     @property
     def hash(self) -> str | dict[str, str]:
-        """What names the data, wherever it lies."""
+        """Hash of the content (one source), or hashes by name (several); independent of the folders' paths."""
         hashes = {name: shards.manifest.hash for name, shards in self.sources.items()}
         return hashes if len(hashes) > 1 else next(iter(hashes.values()))
 
     @property
     def place(self) -> str | dict[str, str]:
-        """What a run notes of it."""
+        """Absolute path (one source), or paths by name (several), as the run's record stores them."""
         return self.folders if len(self.folders) > 1 else self.first
 
     def beside(self, run: Path) -> str | dict[str, str]:
-        """`place` relative to the run's folder: where the data are looked for when both were moved together."""
+        """Return `place` relative to the run's folder, to find the data again after both were moved together."""
         found = {name: os.path.relpath(folder, run.resolve()) for name, folder in self.folders.items()}
         return found if len(found) > 1 else next(iter(found.values()))

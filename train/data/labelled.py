@@ -1,4 +1,4 @@
-"""Documents with their labels, as batches of one document a row: what a classifier is trained and validated on."""
+"""Labelled documents as batches of one document per row, for classifiers."""
 
 from pathlib import Path
 
@@ -12,19 +12,22 @@ from train.data.shards import TokenShards
 
 
 def classes_of(shards: TokenShards) -> tuple[str, ...]:
-    """Return the names that the labels index. Raises InputError where the folder was prepared without labels."""
+    """Return the class names, in the order of the label indices.
+
+    Raises InputError if the folder was prepared without labels.
+    """
     if not shards.manifest.labels:
         raise InputError(
-            f"{shards.folder} has no labels; make a folder that has them with"
+            f"{shards.folder} has no labels; prepare a folder with labels by"
             " `isoflop data prepare SOURCE --out FOLDER --label-field FIELD`"
         )
     return shards.manifest.labels
 
 
 class LabelledDocuments:
-    """The labelled documents of a split; `len` is their number, `classes` the names that the labels index.
+    """Labelled documents of a split; `len` is their number, `classes` are the class names.
 
-    Raises InputError where the folder was prepared without labels.
+    Raises InputError if the folder was prepared without labels.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int):
@@ -37,20 +40,20 @@ class LabelledDocuments:
     def __len__(self) -> int:
         return len(self.documents)
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
-        """`tokens` and `segment_ids` int32 [n, seq_len], as `Documents.rows` has them, and `labels` int32 [n]."""
-        tokens, segment_ids = self.documents.rows(places, self.seq_len)
-        return {"tokens": tokens, "segment_ids": segment_ids, "labels": self._labels[places].astype(np.int32)}
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
+        """Return `tokens` and `segment_ids` (see `Documents.rows`), int32 [n, seq_len], and `labels`, int32 [n]."""
+        tokens, segment_ids = self.documents.rows(indices, self.seq_len)
+        return {"tokens": tokens, "segment_ids": segment_ids, "labels": self._labels[indices].astype(np.int32)}
 
 
 def labelled_validation(
     folder: str | Path, batch_size: int, seq_len: int, max_tokens: int | None = None
 ) -> list[Batch]:
-    """The first labelled documents of the validation split, in order, as batches of one shape.
+    """Return the first labelled documents of the validation split, in order, as batches of one shape.
 
-    max_tokens: documents are taken as long as their tokens, each cut at seq_len, are no more than this together, but
-    one at least; None: all. Each batch has `loss_mask` float32 [batch]: 0 for the rows that fill up the last batch,
-    which are all padding.
+    max_tokens: upper limit on the total of tokens after truncation to seq_len, but at least one document is returned;
+    None: all documents. Each batch has a `loss_mask`, float32 [batch], which is 0 for the padding rows that complete
+    the last batch.
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
@@ -66,7 +69,9 @@ def labelled_validation(
         batch = labelled.take(np.arange(start, min(start + batch_size, count)))
         real = len(batch["labels"])
         batch["loss_mask"] = np.ones(real, np.float32)
-        batches.append(
-            {name: np.pad(part, [(0, batch_size - real)] + [(0, 0)] * (part.ndim - 1)) for name, part in batch.items()}
-        )
+        batches.append({name: _pad_rows(array, batch_size - real) for name, array in batch.items()})
     return batches
+
+
+def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1))

@@ -1,5 +1,6 @@
-"""Batches as a pure function of (seed, step), and the fixed batches that every model is validated on."""
+"""Training batches as a pure function of (seed, step), and the fixed batches of validation."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from train.data.shards import TokenShards
 
 
 class Loader:
-    """Training batches: each of the `Windows` of `seq_len` predictions once per epoch, in an order from the seed.
+    """Training batches of one source: every window of `seq_len` predictions once per epoch, shuffled by the seed.
 
-    A batch may straddle two epochs. `data` is a prepared folder (its train split) or opened `TokenShards`.
+    A batch may span two epochs. `data` is a prepared folder (its train split) or opened `TokenShards`.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class Loader:
         self.tokens_per_epoch = self.rows_per_epoch * seq_len
 
     def batch(self, step: int) -> Batch:
-        """The batch of update number `step`, from 0; keys and shapes as of `Rows.take`."""
+        """Return the batch of a step, counted from 0; keys and shapes as in `Rows.take`."""
         if step < 0:
             raise InputError(f"step={step} must not be negative")
         index = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         return draw(self.rows, index, self.seed)
 
     def epoch(self, step: int) -> float:
-        """Epochs completed when the step begins."""
+        """Return the epochs completed before the step, a fraction included."""
         return step * self.batch_size / self.rows_per_epoch
 
 
@@ -52,10 +53,10 @@ def validation_batches(
     max_tokens: int | None = None,
     segment_documents: bool = False,
 ) -> list[Batch]:
-    """The first `max_tokens` predictions (None: all) of the validation split, in order.
+    """Return the first `max_tokens` predictions (None: all) of the validation split, in order.
 
-    The same tokens are predicted whatever batch_size and seq_len are. Every batch has the same shape and a
-    `loss_mask` (float32): what is left over in the last batch is padded with mask 0 (and segment id 0).
+    The predicted tokens do not depend on batch_size and seq_len. Every batch has the same shape and a `loss_mask`
+    (float32); padding in the last batch has mask 0 (and segment id 0).
     """
     shards = open_split(data, "validation", batch_size, seq_len)
     if max_tokens is not None and max_tokens < 1:
@@ -63,30 +64,33 @@ def validation_batches(
     available = len(shards) - 1
     predicted = available if max_tokens is None else min(max_tokens, available)
     batches = batches_in_order(shards.windows(np.array([0]), predicted + 1)[0], batch_size, seq_len)
-    for batch in batches if segment_documents else ():
-        real = batch["loss_mask"]
-        batch |= segments(batch["tokens"], shards.eos_id)
-        batch["loss_mask"] = batch["loss_mask"] * real
-        batch["segment_ids"] = np.where(real > 0, batch["segment_ids"], 0).astype(np.int32)
+    if segment_documents:
+        for batch in batches:
+            real = batch["loss_mask"]  # 0 for padding
+            batch |= segments(batch["tokens"], shards.eos_id)
+            batch["loss_mask"] = batch["loss_mask"] * real
+            batch["segment_ids"] = np.where(real > 0, batch["segment_ids"], 0).astype(np.int32)
     return batches
 
 
 def batches_in_order(
-    stretch: Int32[np.ndarray, " tokens"], batch_size: int, seq_len: int, first: int | None = None
+    stream: Int32[np.ndarray, " tokens"], batch_size: int, seq_len: int, first: int | None = None
 ) -> list[Batch]:
-    """Every token of a stretch predicted once, from what stands before it in its row; the last batch is padded.
+    """Return batches that predict every token of a stream once, from the tokens before it in its row.
 
-    first: a token put before each row, as models with a begin token expect; None: rows overlap by one token instead,
-    and the stretch's first token is not predicted.
+    The last batch is padded. first: token id prepended to each row, as models with a begin token expect; None: rows
+    overlap by one token instead, and the first token of the stream is not predicted. With seq_len=2, the stream
+    [5, 6, 7, 8, 9] becomes the rows 5 6 → 6 7 and 7 8 → 8 9; with first=1, the rows 1 5 → 5 6, 1 7 → 7 8 and 1 9 → 9 0.
     """
-    targets = stretch[1:] if first is None else stretch
-    shape = (-(-len(targets) // (batch_size * seq_len)), batch_size, seq_len)
+    targets = stream[1:] if first is None else stream
+    count = math.ceil(len(targets) / (batch_size * seq_len))
+    shape = (count, batch_size, seq_len)
     mask, targets = _padded(np.ones(len(targets), np.float32), shape), _padded(targets, shape)
     if first is None:
-        tokens = _padded(stretch[:-1], shape)
+        tokens = _padded(stream[:-1], shape)
     else:
         tokens = np.concatenate([np.full_like(targets[..., :1], first), targets[..., :-1]], axis=-1)
-    return [{"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]} for i in range(shape[0])]
+    return [{"tokens": tokens[i], "targets": targets[i], "loss_mask": mask[i]} for i in range(count)]
 
 
 def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tuple[int, int, int]) -> np.ndarray:
@@ -96,13 +100,13 @@ def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tu
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError for a seed that the permutation does not take."""
+    """Raise InputError unless the seed fits into 64 bits."""
     if not 0 <= seed < 2**64:
         raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
 
 
 def open_split(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
-    """The split's tokens. Raises InputError where they do not fill one row."""
+    """Return the tokens of a split. Raises InputError if they do not fill one row."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")

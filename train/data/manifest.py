@@ -1,4 +1,4 @@
-"""`manifest.json`: what a prepared data folder holds, and the hash that names it."""
+"""`manifest.json` of a prepared data folder: its content, files and hash."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the split. `bytes` is UTF-8 text; `tokens` counts one end token per document."""
+    """Training or validation documents. `bytes` counts UTF-8 text; `tokens` includes one end token per document."""
 
     documents: int
     bytes: int
@@ -37,13 +37,13 @@ class Split:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text per token, the documents' end tokens counted as tokens."""
+        """Bytes of text per token, end tokens included."""
         return self.bytes / self.tokens
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """One split's class indices, a document each in the order of the shards; `counts`: documents by class."""
+    """One file of class indices, one per document in the order of the shards. counts: documents per class."""
 
     name: str
     sha256: str
@@ -52,11 +52,12 @@ class LabelFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `prepare` wrote. `source_hash` is over the hashes of the documents, and of their labels, in reading order.
+    """Record of a prepared data folder.
 
-    labels: the names of the classes, empty where documents have none; label_files: by split. `conflicting_labels` is
-    how many of the dropped duplicates had another label than the document that stayed. tokenizer_companions: the
-    SHA-256 of each file beside `tokenizer_file` that says more about the tokenizer, by its name.
+    source_hash: SHA-256 over the hashes of all documents, and of their labels, in reading order. labels: class names,
+    empty for unlabelled data; label_files: by split. conflicting_labels: dropped duplicates whose label differs from
+    that of the document that was kept. tokenizer_companions: SHA-256, by file name, of the files beside
+    `tokenizer_file` that also define the tokenizer.
     """
 
     source: str
@@ -80,7 +81,7 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """Names what a model is trained on: tokens, labels and tokenizer, not the paths they came from or lie at."""
+        """SHA-256 of what a model is trained on: tokens, labels and tokenizer, but no paths."""
         content: dict[str, Any] = {
             "schema_version": self.schema_version,
             "tokenizer_hash": self.tokenizer_hash,
@@ -99,21 +100,21 @@ class Manifest:
 
     @property
     def tokenizer_files(self) -> dict[str, str]:
-        """The SHA-256 of each file of the tokenizer by its name, its own first."""
+        """SHA-256 of the tokenizer's files by name, `tokenizer_file` first."""
         return {self.tokenizer_file: self.tokenizer_hash, **self.tokenizer_companions}
 
     @property
     def dtype(self) -> np.dtype:
-        """The integer type of the shards."""
+        """Integer type of the shards."""
         return token_dtype(self.vocab_size)
 
     @property
     def label_dtype(self) -> np.dtype:
-        """The integer type of the class indices."""
+        """Integer type of the class indices."""
         return token_dtype(len(self.labels))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `manifest.json`, derived numbers included."""
+        """Return the content of `manifest.json`, derived numbers included."""
         content: dict[str, Any] = {"schema_version": self.schema_version, "hash": self.hash} | asdict(self)
         for name, split in self.splits.items():
             content["splits"][name]["bytes_per_token"] = split.bytes_per_token
@@ -121,7 +122,7 @@ class Manifest:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id below vocab_size."""
+    """Return uint16 if it holds every id below vocab_size, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -132,7 +133,10 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """Read and check `manifest.json`: its schema, its own hash, the tokenizer, the size of all shards and labels."""
+    """Read `manifest.json` and check its schema and hash, the tokenizer's hash, and the sizes of all arrays.
+
+    Raises InputError if the folder is missing, incomplete or damaged.
+    """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
@@ -141,7 +145,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} holds no {MANIFEST_NAME}, so it is no prepared data folder; make one with `isoflop data prepare`"
+            f"{folder} has no {MANIFEST_NAME}, so it is no prepared data folder; make one with `isoflop data prepare`"
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -153,7 +157,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def verify_checksums(manifest: Manifest, folder: Path) -> None:
-    """Compare the SHA-256 of all shards and labels with the manifest's; `InputError` names the first that differs."""
+    """Check the SHA-256 of all shards and labels. Raises InputError at the first one that differs."""
     files: list[Shard | LabelFile] = [shard for split in manifest.splits.values() for shard in split.shards]
     for file in [*files, *manifest.label_files.values()]:
         if file_sha256(folder / file.name) != file.sha256:
@@ -170,11 +174,11 @@ def _parse(content: Any, path: Path) -> Manifest:
             " prepare the data again"
         )
     try:
-        values = {
-            part.name: content[part.name]
-            for part in fields(Manifest)
-            if part.name in content or (part.default is MISSING and part.default_factory is MISSING)
-        }
+        values = {}
+        for known in fields(Manifest):
+            required = known.default is MISSING and known.default_factory is MISSING
+            if required or known.name in content:
+                values[known.name] = content[known.name]
         values["splits"] = {
             name: Split(
                 documents=split["documents"],
@@ -198,11 +202,12 @@ def _parse(content: Any, path: Path) -> Manifest:
 
 def _check_files(manifest: Manifest, folder: Path) -> None:
     for name, sha256 in manifest.tokenizer_files.items():
-        file, part = folder / name, "" if name == manifest.tokenizer_file else "from "
+        file = folder / name
         if not file.is_file():
             raise InputError(f"{file} is missing; prepare the data again")
         if file_sha256(file) != sha256:
-            raise InputError(f"{file} is not {part}the tokenizer that made the shards beside it; prepare them again")
+            relation = "is not" if name == manifest.tokenizer_file else "is not from"
+            raise InputError(f"{file} {relation} the tokenizer that made the shards beside it; prepare the data again")
     for name, split in manifest.splits.items():
         for shard in split.shards:
             _check_array(folder / shard.name, manifest.dtype, shard.tokens)

@@ -1,6 +1,7 @@
-"""Batches of a run in phases, drawn from several sources by weight: pure arithmetic, so that a resume costs nothing."""
+"""Batches of a run with phases and weighted sources: pure arithmetic on the step, so that a resume costs nothing."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -17,16 +18,16 @@ from train.plan import Plan, Stage
 
 LONGEST_BLOCK = 1000
 _SHORTEST_BLOCK = 100  # the permutation of a few rows costs more than that of a hundred
-_NOISE = 2**31  # beyond the numbers of a stream's sources
-_EXACT = 1e-4  # a shorter block will do where its shares are that near to the weights
+_NOISE = 2**31  # a seed channel that no source of a stream has
+_WEIGHT_TOLERANCE = 1e-4  # of a block's shares
 
 
 class Mixture:
-    """Which source each row of an endless stream is drawn from.
+    """Assignment of the rows of an endless stream to sources, by weight.
 
-    The rows come in blocks; in every block each source has the same number of them (`counts`), in an order of the
-    block's own from the seed. A block has 100 rows or more, as few as represent the weights to 1e-4, and at most 1000:
-    then the counts are those of largest remainder. Raises InputError for a weight too small to be counted so.
+    Rows are grouped in blocks. Every block has `counts[i]` rows of source i, shuffled by the seed and the block's
+    number. A block has at least 100 rows and is the shortest that represents the weights to 1e-4. If none below 1000
+    rows does, it has 1000, divided by the largest-remainder method. Raises InputError if a source gets no row.
     """
 
     def __init__(self, weights: Mapping[str, float], seed: int):
@@ -37,35 +38,37 @@ class Mixture:
         self._ends = np.cumsum(self.counts)
 
     def split(self, rows: Int64[np.ndarray, " rows"]) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
-        """(the source's number, the row's number among that source's own rows) of each row of the stream.
+        """Return (source index, row index within that source) for each row of the stream.
 
-        In whole blocks a source's own rows come without gap or repeat; within a block in an order of their own.
+        With counts [3, 1] the slots of a block are A A A B before they are shuffled. Row 9 is the second row of block
+        2; if the shuffle puts it in slot 2, it is row 2 · 3 + 2 = 8 of source A. Every block uses the next `counts[i]`
+        rows of source i, each once.
         """
         if len(self.names) == 1:
             return np.zeros_like(rows), rows
-        block, place = np.divmod(rows, self.block)
-        slot = permute(place, self.block, self.seed, block)
+        block, row_in_block = np.divmod(rows, self.block)
+        slot = permute(row_in_block, self.block, self.seed, block)
         source = np.searchsorted(self._ends, slot, side="right").astype(np.int64)
-        rank = slot - (self._ends - self.counts)[source]
-        return source, block * self.counts[source] + rank
+        first_slot = (self._ends - self.counts)[source]
+        return source, block * self.counts[source] + (slot - first_slot)
 
     def drawn(self, rows: int) -> dict[str, int]:
-        """How many of the first `rows` rows each source has."""
-        whole = rows - rows % self.block
-        source, _ = self.split(np.arange(whole, rows, dtype=np.int64))
-        counts = whole // self.block * self.counts + np.bincount(source, minlength=len(self.names))
+        """Return how many of the first `rows` rows of the stream are from each source."""
+        blocks = rows // self.block
+        source, _ = self.split(np.arange(blocks * self.block, rows, dtype=np.int64))
+        counts = blocks * self.counts + np.bincount(source, minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
 
 class PhasedLoader:
-    """The batches of a plan; each a pure function of (seed, step).
+    """Batches of a plan; each a pure function of (seed, step).
 
-    sources: opened training splits by name, all of one tokenizer. Stages of one mixture and one seq_len are one
-    stream of rows, which goes on where it stopped; another mixture or seq_len is a stream with orders of its own. Of a
-    source every row is drawn once per epoch of each stream, as `Loader` does, which is the case of one source and
-    one stage.
-    rows: (source, seq_len) → the rows that it is read in. transform: what is made of the rows of a batch, with random
-    numbers of their own for each of their tokens; None: they are the batch.
+    sources: opened training splits by name, prepared with one tokenizer. All stages with the same mixture and seq_len
+    draw from one stream of rows, which continues where it stopped; each other (mixture, seq_len) has a stream with its
+    own shuffle. Within a stream every row of a source is drawn once per epoch. With one source and one stage the
+    batches are those of `Loader`. rows: (source, seq_len) → rows. transform: (batch, noise) → batch, applied to the
+    drawn rows. Raises InputError for sources of different tokenizers and UnknownNameError for a mixture's unknown
+    source.
     """
 
     def __init__(
@@ -90,75 +93,85 @@ class PhasedLoader:
                     "prepare both with one"
                 )
         self._rows: dict[tuple[str, int], Rows] = {}
-        self._mixtures: list[Mixture] = []
-        numbers: dict[tuple[tuple[tuple[str, float], ...], int], int] = {}
-        self._stream_of, self._first_row, drawn = [], [], []
+        self._mixtures: list[Mixture] = []  # by stream
+        self._stream_of: list[int] = []  # by stage
+        self._first_row: list[int] = []  # of each stage, in its stream
+        streams: dict[tuple[tuple[tuple[str, float], ...], int], int] = {}
+        drawn: list[int] = []  # rows of each stream in the stages so far
         for stage in plan.stages:
             mixture = stage.mixture or ((self._first, 1.0),)
-            number = numbers.setdefault((mixture, stage.seq_len), len(numbers))
-            if number == len(self._mixtures):
+            stream = streams.setdefault((mixture, stage.seq_len), len(streams))
+            if stream == len(self._mixtures):  # a new one
                 self._check(stage, mixture)
                 for name, _ in mixture:
                     if (name, stage.seq_len) not in self._rows:
                         self._rows[name, stage.seq_len] = rows(self.sources[name], stage.seq_len)
-                self._mixtures.append(Mixture(dict(mixture), _fold(self.seed, number, 0)))
+                self._mixtures.append(Mixture(dict(mixture), _derived_seed(self.seed, stream, 0)))
                 drawn.append(0)
-            self._stream_of.append(number)
-            self._first_row.append(drawn[number])
-            drawn[number] += stage.steps * stage.batch_size
+            self._stream_of.append(stream)
+            self._first_row.append(drawn[stream])
+            drawn[stream] += stage.steps * stage.batch_size
 
     def batch(self, step: int, rows: slice | None = None, *, skipped_rows: int = 0) -> Batch:
-        """The batch of update number `step`, from 0; keys and shapes as of `Rows.take`.
+        """Return the batch of a step, counted from 0; keys and shapes as in `Rows.take`.
 
-        rows: only these of the batch, as one host of several loads. skipped_rows: of the stream, passed over before
-        this batch, as after a spike in the loss; shapes, mixture and rate stay those of the step.
+        rows: part of the batch that is returned, for runs on several hosts. skipped_rows: rows of the stream to skip
+        before this batch, for example after a loss spike; shapes, mixture and learning rate remain those of the step.
         """
         stage = self.plan.stage(step)
-        number = self._stream_of[stage.index]
+        stream = self._stream_of[stage.index]
         first = self._first_row[stage.index] + (step - stage.first_step) * stage.batch_size + skipped_rows
         index = np.arange(first, first + stage.batch_size, dtype=np.int64)[rows or slice(None)]
-        drawn = self._draw(number, stage.seq_len, index)
+        drawn = self._draw(stream, stage.seq_len, index)
         if self._transform is None:
             return drawn
-        return self._transform(drawn, Noise.of_rows(_fold(self.seed, number, _NOISE), index, stage.seq_len))
+        return self._transform(drawn, Noise.of_rows(_derived_seed(self.seed, stream, _NOISE), index, stage.seq_len))
 
-    def _draw(self, number: int, seq_len: int, index: Int64[np.ndarray, " rows"]) -> Batch:
-        """The rows of a stream with these numbers, each from its source."""
-        mixture = self._mixtures[number]
-        sources, own_rows = mixture.split(index)
+    def _draw(self, stream: int, seq_len: int, index: Int64[np.ndarray, " rows"]) -> Batch:
+        """Return the rows at these positions of a stream, each from its source."""
+        mixture = self._mixtures[stream]
+        sources, rows_of_source = mixture.split(index)
         batch: Batch = {}
         for source in np.unique(sources).tolist():
-            here = sources == source
+            selected = sources == source
             rows = self._rows[mixture.names[source], seq_len]
-            for name, values in draw(rows, own_rows[here], self._seed(number, source)).items():
-                batch.setdefault(name, np.empty((len(index), *values.shape[1:]), values.dtype))[here] = values
+            for name, values in draw(rows, rows_of_source[selected], self._seed(stream, source)).items():
+                if name not in batch:
+                    batch[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
+                batch[name][selected] = values
         return batch
 
     def epoch(self, step: int) -> float:
-        """Rows of the first source drawn before the step, over the rows that there are."""
-        drawn = self._rows_drawn(step)
-        shares = (rows[self._first] / len(self._rows[self._first, seq]) for seq, rows in drawn if self._first in rows)
-        return sum(shares, 0.0)
+        """Return the epochs of the first source drawn before the step, a fraction included."""
+        epochs = [
+            drawn[self._first] / len(self._rows[self._first, seq_len])
+            for seq_len, drawn in self._rows_drawn(step)
+            if self._first in drawn
+        ]
+        return sum(epochs, 0.0)
 
     def sources_drawn(self, step: int) -> dict[str, int]:
-        """Tokens of each source in the batches before the step, unfilled slots of their rows included."""
-        drawn = self._rows_drawn(step)
-        return {name: sum(seq_len * rows.get(name, 0) for seq_len, rows in drawn) for name in self.sources}
+        """Return the tokens drawn from each source before the step, padding included."""
+        tokens = dict.fromkeys(self.sources, 0)
+        for seq_len, drawn in self._rows_drawn(step):
+            for name, rows in drawn.items():
+                tokens[name] += seq_len * rows
+        return tokens
 
     def describe_packing(self) -> list[str]:
-        """Say of each source in rows of each length how well its documents fill them; nothing of windows."""
+        """Return one sentence on the fill of the rows for each packed source and row length."""
         packed = [(name, rows) for (name, _), rows in self._rows.items() if isinstance(rows, PackedDocuments)]
         return [f"packing of {name}: {rows.statistics.describe()}" for name, rows in packed]
 
     def _rows_drawn(self, step: int) -> list[tuple[int, dict[str, int]]]:
-        """(seq_len, rows drawn of each source before the step) of each stream."""
+        """Return (seq_len, rows of each source drawn before the step) for each stream."""
         now = self.plan.stage(step)
         streams: dict[int, tuple[int, int]] = {}
         for stage in self.plan.stages[: now.index + 1]:
             steps = step - stage.first_step if stage is now else stage.steps
             seen = self._first_row[stage.index] + steps * stage.batch_size
             streams[self._stream_of[stage.index]] = stage.seq_len, seen
-        return [(seq_len, self._mixtures[number].drawn(seen)) for number, (seq_len, seen) in streams.items()]
+        return [(seq_len, self._mixtures[stream].drawn(seen)) for stream, (seq_len, seen) in streams.items()]
 
     def _check(self, stage: Stage, mixture: tuple[tuple[str, float], ...]) -> None:
         for name, _ in mixture:
@@ -167,26 +180,29 @@ class PhasedLoader:
             open_split(self.sources[name], "train", stage.batch_size, stage.seq_len)
 
     def _seed(self, stream: int, source: int) -> int:
-        """The first source of the first stream keeps the run's seed, as `Loader` does."""
-        return self.seed if stream == source == 0 else _fold(self.seed, stream, 1 + source)
+        """Return the seed of a source's shuffle; the first source of the first stream has the run's, as in `Loader`."""
+        return self.seed if stream == source == 0 else _derived_seed(self.seed, stream, 1 + source)
 
 
 @functools.lru_cache(maxsize=1024)
-def _fold(seed: int, stream: int, number: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=(stream, number)).generate_state(1, np.uint64)[0])
+def _derived_seed(seed: int, stream: int, channel: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(stream, channel)).generate_state(1, np.uint64)[0])
 
 
 def _counts(weights: Mapping[str, float]) -> Int64[np.ndarray, " sources"]:
-    """Rows of each source in a block."""
+    """Return the rows of each source in a block: weights 0.75 and 0.25 give 75 and 25, which is 25 times 3 and 1."""
     shares = np.array(list(weights.values()), np.float64)
     shares /= shares.sum()
     for block in range(1, LONGEST_BLOCK):
         counts = np.rint(shares * block)
-        if counts.sum() == block and counts.min() > 0 and (np.abs(counts - shares * block) <= _EXACT * block).all():
-            return counts.astype(np.int64) * -(-_SHORTEST_BLOCK // block)
+        represented = (np.abs(counts - shares * block) <= _WEIGHT_TOLERANCE * block).all()
+        if counts.sum() == block and counts.min() > 0 and represented:
+            return counts.astype(np.int64) * math.ceil(_SHORTEST_BLOCK / block)
+    # Largest-remainder method: round down, then give the missing rows to the largest remainders.
     counts = np.floor(shares * LONGEST_BLOCK)
-    remainder = shares * LONGEST_BLOCK - counts
-    counts[np.argsort(-remainder, kind="stable")[: LONGEST_BLOCK - int(counts.sum())]] += 1
+    remainders = shares * LONGEST_BLOCK - counts
+    missing = LONGEST_BLOCK - int(counts.sum())
+    counts[np.argsort(-remainders, kind="stable")[:missing]] += 1
     for name, count in zip(weights, counts, strict=True):
         if count == 0:
             raise InputError(f"the weight of {name!r} is less than 1/{LONGEST_BLOCK} of the mixture; raise it")

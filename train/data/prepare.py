@@ -1,4 +1,4 @@
-"""From a corpus to a data folder: deduplicate, split, train a tokenizer, encode, all or nothing."""
+"""Prepare a data folder from a corpus: deduplicate, split, train a tokenizer, encode, all or nothing."""
 
 import fcntl
 import hashlib
@@ -51,22 +51,22 @@ def prepare(
 ) -> Manifest:
     """Write a data folder: token shards of both splits, the tokenizer and `manifest.json`.
 
-    Exact duplicates are dropped (the first stays). A document goes to the validation split when its SHA-256,
-    read as a fraction, is below `validation_fraction`: no document moves when others come or go. `tokenizer`
-    is whatever `load_tokenizer` opens: a tokenizer's file, a folder of one, a GGUF file, a run; without one, a
-    sentencepiece model of `vocab_size` is trained on the training split. Each document is encoded without a begin token
-    and followed by one end token, the first of the tokenizer's.
+    Of exact duplicates only the first is kept. A document goes to the validation split if its SHA-256, read as a
+    fraction, is below `validation_fraction`, so adding or removing documents moves no other document. `tokenizer` is
+    anything that `load_tokenizer` opens: a tokenizer's file or folder, a GGUF file, a run; None trains a sentencepiece
+    model of `vocab_size` on the training split. Each document is encoded without a begin token and followed by the
+    tokenizer's first end token.
 
-    With a `label_field`, each document is labelled with that field of its row (a string, a boolean or a whole number,
-    as text). Every distinct value is a class; the classes are sorted. `labels-SPLIT.npy` holds the index of the class
-    of each document, in the order of the shards. Documents without a label are skipped and counted, and so are
-    duplicates with another label than the first. Raises `InputError` for fewer than two classes, and for classes that
-    occur in the validation split only.
+    With a `label_field`, the label of a document is that field of its row (a string, a boolean or a whole number), as
+    text. Every distinct value is a class; classes are sorted. `labels-SPLIT.npy` has the class index of each document,
+    in the order of the shards. Documents without a label are skipped and counted; duplicates whose label differs from
+    the first one's are counted. Raises InputError for fewer than two classes, and for classes that occur in the
+    validation split only.
 
-    The folder appears at once when it is complete. Where it is already there, made with the same arguments
-    from the same documents (their hashes are compared, so the corpus is read), its manifest is returned; any
-    other content of `out` is an `InputError`. Memory: a hash (and a label) per document, the tokenizer's sample and
-    one stretch of text. Whatever stops the work, nothing of it stays; a full disk stays an `OSError`.
+    The folder is renamed into place when it is complete. If it exists already, made with the same arguments from the
+    same documents (the corpus is read to compare hashes), its manifest is returned; any other content of `out` raises
+    InputError. Memory: a hash (and a label) per document, the sample for the tokenizer and about 1 MB of text. After an
+    error nothing is left behind. A full disk raises OSError.
     """
     out = Path(out)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -90,11 +90,13 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     if str(source) not in NAMED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(f"out={out} lies inside the source folder {source} and would become part of it; move it out")
+        raise InputError(
+            f"out={out} lies inside the source folder {source} and would become part of it; choose another --out"
+        )
     existing = _existing(out, arguments)
     corpus = open_source(source, text_field=text_field, label_field=label_field)
     if existing is not None:
-        reading = _Reading(corpus, validation_fraction)
+        reading = _CorpusPass(corpus, validation_fraction)
         with progress_bar(f"checking {corpus.name}", corpus.total) as advance:
             for _ in reading.documents(advance):
                 pass
@@ -110,10 +112,10 @@ def prepare(
         return _write(corpus, folder, given, arguments)
 
 
-class _Reading:
-    """One pass over a corpus: which documents are new, on which side of the split, their labels, and the hash of all.
+class _CorpusPass:
+    """One pass over a corpus that drops duplicates, assigns documents to splits, and counts and hashes them.
 
-    `classes` numbers the labels in the order of their first documents; `labels` holds these numbers by split.
+    classes: label → number, in the order of first occurrence. labels: these numbers for the documents of each split.
     """
 
     def __init__(self, corpus: Source, validation_fraction: float):
@@ -131,7 +133,7 @@ class _Reading:
         return self._hash.hexdigest()
 
     def documents(self, advance: Any) -> Iterator[tuple[str, Document]]:
-        """Each document that is not a duplicate, with the split it belongs to."""
+        """Yield (split, document) for each document that is not a duplicate."""
         shown = 0.0
         for document in self._corpus:
             advance(self._corpus.done - shown)
@@ -158,7 +160,7 @@ class _Reading:
 
 def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dict[str, Any]) -> Manifest:
     fraction = arguments["validation_fraction"]
-    reading, sample = _Reading(corpus, fraction), TextSample()
+    reading, sample = _CorpusPass(corpus, fraction), TextSample()
     with progress_bar(f"reading {corpus.name}", corpus.total) as advance:
         for split, document in reading.documents(advance):
             if split == "train" and given is None:
@@ -180,7 +182,7 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
     tokenizer = load_tokenizer(path)
     stored = file_hashes(tokenizer_files(tokenizer))
 
-    again = _Reading(corpus, fraction)
+    again = _CorpusPass(corpus, fraction)
     splits = _encode(again, corpus, folder, tokenizer, arguments["shard_tokens"])
     if again.source_hash != reading.source_hash:
         raise InputError(f"{corpus.name} changed while it was read; start again when nothing writes to it")
@@ -208,8 +210,8 @@ def _write(corpus: Source, folder: Path, given: Tokenizer | None, arguments: dic
     return manifest
 
 
-def _check_classes(reading: _Reading, name: str, fraction: float) -> None:
-    """Raise `InputError` where a classifier could not be trained: fewer than two classes, or some held out in full."""
+def _check_classes(reading: _CorpusPass, name: str, fraction: float) -> None:
+    """Raise InputError for fewer than two classes, and for classes without a training document."""
     if len(reading.classes) < 2:
         raise InputError(
             f"{name} has one class only, {next(iter(reading.classes))!r}; give documents of two classes at least,"
@@ -226,13 +228,14 @@ def _check_classes(reading: _Reading, name: str, fraction: float) -> None:
         )
 
 
-def _write_labels(reading: _Reading, classes: tuple[str, ...], folder: Path) -> dict[str, LabelFile]:
+def _write_labels(reading: _CorpusPass, classes: tuple[str, ...], folder: Path) -> dict[str, LabelFile]:
     """Write `labels-SPLIT.npy` of both splits, in the order of the shards' documents."""
-    index = np.empty(len(classes), token_dtype(len(classes)))  # of each class by its number in the reading
-    index[[reading.classes[label] for label in classes]] = np.arange(len(classes))
+    index_of_number = np.empty(len(classes), token_dtype(len(classes)))  # order of occurrence → sorted order
+    for index, label in enumerate(classes):
+        index_of_number[reading.classes[label]] = index
     files = {}
     for split in SPLITS:
-        labels = index[np.array(reading.labels[split], np.int64)]
+        labels = index_of_number[np.array(reading.labels[split], np.int64)]
         counts = np.bincount(labels, minlength=len(classes)).tolist()
         path, content = folder / f"labels-{split}.npy", io.BytesIO()
         np.save(content, labels)
@@ -242,7 +245,7 @@ def _write_labels(reading: _Reading, classes: tuple[str, ...], folder: Path) -> 
 
 
 def _encode(
-    reading: _Reading, corpus: Source, folder: Path, tokenizer: Tokenizer, shard_tokens: int
+    reading: _CorpusPass, corpus: Source, folder: Path, tokenizer: Tokenizer, shard_tokens: int
 ) -> dict[str, Split]:
     dtype, end = token_dtype(tokenizer.vocab_size), tokenizer.eos_ids[0]
     tokens = dict.fromkeys(SPLITS, 0)
@@ -277,16 +280,16 @@ def _encode(
 
 
 def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished folder made with the same arguments; None where there is nothing yet."""
+    """Return the manifest of a finished folder made with the same arguments, None if `out` is new or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not out.is_dir():
-        raise InputError(f"out={out} is a file; give a folder that is to be made")
+        raise InputError(f"out={out} is a file; give a new folder")
     if not (out / MANIFEST_NAME).exists():
-        raise InputError(f"out={out} holds other files and no {MANIFEST_NAME}; give a folder that is empty or new")
+        raise InputError(f"out={out} has other files and no {MANIFEST_NAME}; give a new or an empty folder")
     manifest = load_manifest(out)
     different = [
-        f"{name}={manifest.arguments.get(name)!r} there, {value!r} asked"
+        f"{name}={manifest.arguments.get(name)!r} there, {value!r} requested"
         for name, value in arguments.items()
         if manifest.arguments.get(name) != value
     ]
@@ -299,9 +302,9 @@ def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
 
 @contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` when the block ends, and vanishes when it fails.
+    """Provide a hidden folder beside `out`, which is renamed to `out` at the end and removed after an error.
 
-    The lock on it dies with its process, so what a killed one left is told from what another is writing now.
+    The folder is locked by its process, so the leftovers of a killed process differ from the work of a running one.
     """
     out = out.absolute()
     folder = out.with_name(f".{out.name}.preparing")
@@ -317,7 +320,7 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another process is preparing {out} now; wait for it, then ask again") from error
+            raise InputError(f"another process is preparing {out} now; wait for it, then try again") from error
         try:
             for left in folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -325,7 +328,7 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
             os.replace(folder, out)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: another has moved in
+            with suppress(OSError):  # not empty: another process uses it
                 for parent in new_parents:
                     parent.rmdir()
             raise
@@ -334,7 +337,7 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def _hash_of(tokenizer: Tokenizer) -> str:
-    """Name a tokenizer by the hash of its file, or of all hashes where it has several files."""
+    """Return the hash of a tokenizer's file, or the hash of all hashes if it has several files."""
     hashes = file_hashes(tokenizer_files(tokenizer))
     if len(hashes) == 1:
         return next(iter(hashes.values()))

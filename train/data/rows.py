@@ -1,4 +1,4 @@
-"""The rows that a split of tokens is read in: windows cut from the whole, or documents packed by best fit."""
+"""Rows of a tokenized split: contiguous windows, or documents packed by best fit."""
 
 import functools
 import weakref
@@ -19,19 +19,19 @@ Batch = dict[str, np.ndarray]
 
 
 class Rows(Protocol):
-    """The rows of one epoch, each of `seq_len` predictions, in a fixed order."""
+    """Rows of one epoch, each of `seq_len` predictions, in a fixed order."""
 
     seq_len: int
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Return the number of rows per epoch."""
         ...
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
-        """`tokens` and `targets` int32 [n, seq_len] of the rows at these places.
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
+        """Return `tokens` and `targets` of rows, int32 [n, seq_len].
 
-        Where documents are told apart also `segment_ids` (1, 2, … within the row, 0 where it is not filled),
-        `positions` (restarting per segment), both int32, and `loss_mask` float32.
+        Rows with separate documents also have `segment_ids` (1, 2, … within the row, 0 for padding) and `positions`
+        (from 0 in each segment), both int32, and `loss_mask`, float32.
         """
         ...
 
@@ -41,10 +41,10 @@ RowsOf = Callable[[TokenShards, int], Rows]
 
 
 class Windows:
-    """Contiguous windows at multiples of `seq_len`, so that each token but the first is predicted once per epoch.
+    """Contiguous windows at multiples of `seq_len`: each token but the first is predicted once per epoch.
 
-    The `(tokens - 1) % seq_len` tokens at the end, too few for a window, are left out. segment_documents: whether
-    documents are told apart; the guess of the next document's first token is then masked.
+    The last `(tokens - 1) % seq_len` tokens, too few for a window, are left out. segment_documents: make each document
+    a segment of its own, and mask the prediction of the next document's first token.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, segment_documents: bool = False):
@@ -54,17 +54,17 @@ class Windows:
     def __len__(self) -> int:
         return (len(self.shards) - 1) // self.seq_len
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
         """See `Rows.take`."""
-        return as_batch(self.shards.windows(places * self.seq_len, self.seq_len + 1), self._eos_id)
+        return as_batch(self.shards.windows(indices * self.seq_len, self.seq_len + 1), self._eos_id)
 
 
 class PackedDocuments:
-    """Whole documents, packed by best fit: every token of a document but its first is predicted once per epoch.
+    """Whole documents packed by best fit: each token of a document but the first is predicted once per epoch.
 
-    A document of n tokens, its end token among them, takes n - 1 slots; nothing is predicted across documents. Only one
-    longer than a row is divided, into segments of their own. Unfilled slots are 0 throughout. The packing depends on
-    the tokens and `seq_len` alone. Raises InputError where there is nothing to predict.
+    A document of n tokens, end token included, takes n - 1 slots, and nothing is predicted across documents. Documents
+    longer than a row are divided into pieces, each a segment of its own. All arrays are 0 in empty slots. The packing
+    depends on nothing but the tokens and `seq_len`. Raises InputError if there is nothing to predict.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int):
@@ -78,33 +78,40 @@ class PackedDocuments:
 
     @property
     def statistics(self) -> PackingStatistics:
-        """How well the documents fill the rows."""
+        """Fill of the rows."""
         return self._packing.statistics
 
     def __len__(self) -> int:
         return self.statistics.rows
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
         """See `Rows.take`."""
-        packing, rows = self._packing, np.arange(len(places), dtype=np.int64)
-        counts = packing.first[places + 1] - packing.first[places]
-        pieces = ranges(packing.first[places], counts)
+        packing, rows = self._packing, np.arange(len(indices), dtype=np.int64)
+        first_piece = packing.first_piece[indices]
+        pieces_per_row = packing.first_piece[indices + 1] - first_piece
+        pieces = ranges(first_piece, pieces_per_row)
         starts, lengths = packing.starts[pieces], packing.lengths[pieces].astype(np.int64)
-        read = self.shards.spans(starts, lengths + 1)
-        inputs = ranges(np.cumsum(lengths + 1) - (lengths + 1), lengths)  # of what was read, all but each piece's last
-        positions = ranges(np.zeros_like(lengths), lengths)
-        filled = np.zeros(len(places), np.int64)  # slots of each row
-        np.add.at(filled, np.repeat(rows, counts), lengths)
-        slots = ranges(rows * self.seq_len, filled)
+
+        # A piece of 3 slots reads 4 tokens a b c d: its inputs are a b c, its targets b c d.
+        tokens = self.shards.spans(starts, lengths + 1)
+        piece_begins = np.cumsum(lengths + 1) - (lengths + 1)
+        inputs = ranges(piece_begins, lengths)
+        segment_of_piece = ranges(np.ones_like(pieces_per_row), pieces_per_row)
         values = {
-            "tokens": read[inputs],
-            "targets": read[inputs + 1],
-            "segment_ids": np.repeat(ranges(np.ones_like(counts), counts), lengths).astype(np.int32),
-            "positions": positions.astype(np.int32),
-            "loss_mask": np.ones(len(slots), np.float32),
+            "tokens": tokens[inputs],
+            "targets": tokens[inputs + 1],
+            "segment_ids": np.repeat(segment_of_piece, lengths).astype(np.int32),
+            "positions": ranges(np.zeros_like(lengths), lengths).astype(np.int32),
+            "loss_mask": np.ones(len(inputs), np.float32),
         }
-        batch = {name: np.zeros((len(places), self.seq_len), value.dtype) for name, value in values.items()}
+
+        # Row r of the flattened batch begins at slot r·seq_len and is filled from there.
+        filled = np.zeros(len(indices), np.int64)
+        np.add.at(filled, np.repeat(rows, pieces_per_row), lengths)
+        slots = ranges(rows * self.seq_len, filled)
+        batch = {}
         for name, value in values.items():
+            batch[name] = np.zeros((len(indices), self.seq_len), value.dtype)
             batch[name].reshape(-1)[slots] = value
         return batch
 
@@ -113,41 +120,45 @@ _PACKINGS: weakref.WeakKeyDictionary[TokenShards, dict[int, Packing]] = weakref.
 
 
 def _packing(shards: TokenShards, seq_len: int) -> Packing:
-    """The packing of a split, made once for all lanes that read it."""
-    made = _PACKINGS.setdefault(shards, {})
-    if seq_len not in made:
-        made[seq_len] = pack(document_ends(shards), seq_len)
-    return made[seq_len]
+    """Return the packing of a split, computed once for all lanes that read it."""
+    packings = _PACKINGS.setdefault(shards, {})
+    if seq_len not in packings:
+        packings[seq_len] = pack(document_ends(shards), seq_len)
+    return packings[seq_len]
 
 
 def rows_of(train_config: TrainConfig) -> RowsOf:
-    """How the rows of a run are made of its tokens."""
+    """Return the constructor of a run's rows."""
     if train_config.packing == "best-fit":
         return PackedDocuments
     return functools.partial(Windows, segment_documents=train_config.segment_documents)
 
 
 def draw(rows: Rows, index: Int64[np.ndarray, " n"], seed: int) -> Batch:
-    """The rows that stand at these places of the endless order from the seed: all of them once per epoch."""
-    epoch, place = np.divmod(index, len(rows))
-    return rows.take(permute(place, len(rows), seed, epoch))
+    """Return rows of the endless sequence of epochs, in which each epoch is shuffled by (seed, epoch)."""
+    epoch, index_in_epoch = np.divmod(index, len(rows))
+    return rows.take(permute(index_in_epoch, len(rows), seed, epoch))
 
 
 def as_batch(windows: Int32[np.ndarray, "batch window"], eos_id: int | None) -> Batch:
-    """`tokens` and `targets`, and with the end token also what `segments` makes of them."""
-    tokens, targets = (np.ascontiguousarray(part) for part in (windows[:, :-1], windows[:, 1:]))
-    batch = {"tokens": tokens, "targets": targets}
+    """Return `tokens` and `targets`, both [batch, window - 1], and unless eos_id is None also those of `segments`."""
+    tokens = np.ascontiguousarray(windows[:, :-1])
+    batch = {"tokens": tokens, "targets": np.ascontiguousarray(windows[:, 1:])}
     return batch if eos_id is None else batch | segments(tokens, eos_id)
 
 
 def segments(tokens: Int32[np.ndarray, "batch seq"], eos_id: int) -> Batch:
-    """`segment_ids`, `positions` and `loss_mask` of rows; a new segment begins after each end token."""
+    """Return `segment_ids`, `positions` and `loss_mask` of rows in which each end token closes a segment.
+
+    The tokens a b E c d, with the end token E, have segment ids 1 1 1 2 2, positions 0 1 2 0 1 and the mask 1 1 0 1 1.
+    """
     ends = tokens == eos_id
     starts = np.zeros_like(ends)
     starts[:, 1:] = ends[:, :-1]
-    place = np.arange(tokens.shape[1], dtype=np.int32)
+    column = np.arange(tokens.shape[1], dtype=np.int32)
+    segment_start = np.maximum.accumulate(np.where(starts, column, np.int32(0)), axis=1)
     return {
         "segment_ids": np.cumsum(starts, axis=1, dtype=np.int32) + np.int32(1),
-        "positions": place - np.maximum.accumulate(np.where(starts, place, np.int32(0)), axis=1),
+        "positions": column - segment_start,
         "loss_mask": (~ends).astype(np.float32),
     }

@@ -1,4 +1,4 @@
-"""Whether a tokenizer gives the ids that a data folder holds."""
+"""Tokenizers compared with the ids in a data folder."""
 
 from pathlib import Path
 
@@ -13,25 +13,24 @@ _SAMPLE = 2**15  # tokens
 
 
 def gives_ids_of(tokenizer: Tokenizer, folder: str | Path) -> bool:
-    """Return whether a tokenizer gives the ids of a data folder, whatever file it comes from.
+    """Return whether a tokenizer encodes text to the same ids as the tokenizer of a data folder.
 
-    Where its files are not the folder's, it must encode texts as the folder's tokenizer does (`same_ids`), the
-    beginning of the validation split among them.
+    If their files differ, both tokenizers encode sample texts (`same_ids`) and the beginning of the validation split.
     """
     shards = TokenShards(folder, "validation")
     if file_hashes(tokenizer_files(tokenizer)) == shards.manifest.tokenizer_files:
         return True
-    return _encodes(tokenizer, shards)
+    return _encodes_like_own(tokenizer, shards)
 
 
 def have_same_ids(first: TokenShards, second: TokenShards) -> bool:
-    """Return whether two data folders were prepared with tokenizers that give the same ids."""
+    """Return whether two data folders were prepared with equivalent tokenizers."""
     if first.manifest.tokenizer_files == second.manifest.tokenizer_files:
         return True
-    return first.eos_id == second.eos_id and _encodes(load_tokenizer(first.folder), second)
+    return first.eos_id == second.eos_id and _encodes_like_own(load_tokenizer(first.folder), second)
 
 
-def _encodes(tokenizer: Tokenizer, shards: TokenShards) -> bool:
+def _encodes_like_own(tokenizer: Tokenizer, shards: TokenShards) -> bool:
     own = load_tokenizer(shards.folder)
     ids = shards.windows(np.array([0]), min(_SAMPLE, len(shards)))[0]
     documents = np.split(ids, np.flatnonzero(ids == shards.eos_id) + 1)

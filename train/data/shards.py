@@ -1,4 +1,4 @@
-"""Token shards: plain .npy files of ids, each document followed by the end token, read by memory map."""
+"""Token shards: .npy files of ids with an end token after each document, read through a memory map."""
 
 import bisect
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from train.files import file_sha256
 
 
 class ShardWriter:
-    """Append tokens to `tokens-SPLIT-00000.npy`, …; memory is what one `write` is given."""
+    """Writer of `tokens-SPLIT-00000.npy`, …, each of `shard_tokens` tokens; it buffers nothing between writes."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         if shard_tokens < 1:
@@ -35,7 +35,7 @@ class ShardWriter:
             self._file.close()
 
     def write(self, ids: Integer[np.ndarray, " n"]) -> None:
-        """Append ids, going on in the next file where one is full."""
+        """Append ids, and begin the next file when one is full."""
         ids = ids.astype(self._dtype, copy=False)
         while len(ids):
             if self._file is None:
@@ -49,7 +49,7 @@ class ShardWriter:
                 self._finish_shard()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Complete the last file and list them all."""
+        """Complete the last file and return all of them."""
         if self._file is not None:
             self._finish_shard()
         return tuple(self._shards)
@@ -78,7 +78,7 @@ class ShardWriter:
 
 
 class TokenShards:
-    """One split of a prepared folder as a single sequence of tokens; `len` is the number of tokens."""
+    """Tokens of one split of a prepared folder, as a single sequence; `len` is their number."""
 
     def __init__(self, folder: str | Path, split: str = "train"):
         if split not in SPLITS:
@@ -99,14 +99,14 @@ class TokenShards:
         return self._starts[-1]
 
     def windows(self, starts: Int[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "n length"]:
-        """The `length` tokens from each start on, across shard borders; `InputError` past either end."""
+        """Return `length` tokens from each start, across shard boundaries. Raises InputError outside the split."""
         result = np.empty((len(starts), length), np.int32)
         for row, start in zip(result, starts.tolist(), strict=True):
             self._read(start, row)
         return result
 
     def spans(self, starts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " total"]:
-        """The tokens of spans of several lengths, one after the other; `InputError` past either end."""
+        """Return the concatenated tokens of spans of different lengths. Raises InputError outside the split."""
         ends = np.cumsum(lengths).tolist()
         result = np.empty(ends[-1] if ends else 0, np.int32)
         for start, begin, end in zip(starts.tolist(), [0, *ends[:-1]], ends, strict=True):
@@ -114,7 +114,7 @@ class TokenShards:
         return result
 
     def stretches(self, length: int) -> Iterator[Integer[np.ndarray, " n"]]:
-        """All tokens in order, at most `length` at a time, as they lie in the files."""
+        """Yield all tokens in order, at most `length` at a time, in the dtype of the files."""
         for array in self._arrays:
             for start in range(0, len(array), length):
                 yield array[start : start + length]
@@ -124,13 +124,13 @@ class TokenShards:
         length = len(out)
         if start < 0 or start + length > len(self):
             raise InputError(
-                f"tokens {start} to {start + length} were asked of {self.folder},"
-                f" whose {self.split} split has {len(self)}"
+                f"tokens {start} to {start + length - 1} lie outside the {self.split} split of {self.folder}, which has"
+                f" {len(self)} tokens"
             )
         filled, shard = 0, bisect.bisect_right(self._starts, start) - 1
         while filled < length:
             offset = start + filled - self._starts[shard]
-            part = self._arrays[shard][offset : offset + length - filled]
+            part = self._arrays[shard][offset : offset + length - filled]  # ends at the shard's end at the latest
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1

