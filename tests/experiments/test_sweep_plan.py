@@ -203,7 +203,7 @@ def test_cohorts_of_several_objectives_are_told_apart(sweep, data):
         "objective=language-modeling",
     ]
     for axes, message in (
-        ([*encoder, "objective.mask_id=5"], "the mask: id 5 is a piece of the data's vocabulary"),
+        ([*encoder, "objective.mask_id=5"], "the mask: id 5 is a text token of the data's vocabulary"),
         ([*encoder[:1], "objective=classification"], "has no labels"),
         (["stack=encoder-decoder", "objective=spans", "loss_chunks=16"], "loss_chunks=16 does not divide the 8 tokens"),
         (["objective=language-modeling,masked"], "trains encoders|cannot be compared"),

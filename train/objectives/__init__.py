@@ -1,6 +1,6 @@
-"""The ways to train, by name: language modelling, masked language modelling, span corruption, classification.
+"""Training objectives by name: language modelling, masked language modelling, span corruption, classification.
 
-A new one is one file and one line here; see docs/add-an-objective.md.
+A new objective is one file and one line here; see docs/add-an-objective.md.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def get(name: str) -> Objective:
-    """Return the objective of a name, with its defaults. Raises UnknownNameError."""
+    """Return the objective of a name, with default fields. Raises UnknownNameError."""
     if name not in OBJECTIVES:
         raise UnknownNameError("objective", name, OBJECTIVES)
     return OBJECTIVES[name]()
 
 
 def from_dict(values: str | Mapping[str, Any]) -> Objective:
-    """Read `Objective.to_dict`'s output, or a name alone. Raises InputError."""
+    """Read the output of `Objective.to_dict`, or a name alone. Raises InputError."""
     if isinstance(values, str):
         return get(values)
     name = values.get("name") if isinstance(values, Mapping) else None

@@ -1,4 +1,4 @@
-"""Classification of labelled text by the head of a classifier: an encoder's first token, a decoder's last one."""
+"""Classification of labelled text, from an encoder's first token or a decoder's last one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from train.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Objective):
-    """Cross-entropy of one label per document, whose front is read where it is longer than a row."""
+    """Cross-entropy of one label per document; documents longer than a row are truncated."""
 
     NAME: ClassVar[str] = "classification"
     UNIT: ClassVar[str] = "nats per document"
@@ -30,16 +30,16 @@ class Classification(Objective):
     EVALUATED: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
-        """Return the model with a classifier's head for the data's classes; an encoder's has BERT's pooler."""
+        """Return the model with a classifier head for the classes of the data, for encoders with BERT's pooler."""
         if config.head != "classifier":
-            of_encoder = config.stack == "encoder"
-            config = config.replace(head="classifier", head_bias=of_encoder, pooler=of_encoder)
+            is_encoder = config.stack == "encoder"
+            config = config.replace(head="classifier", head_bias=is_encoder, pooler=is_encoder)
         if manifest is not None and manifest.labels:
             config = config.replace(num_labels=len(manifest.labels))
         return config, self
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on a model without a classifier's head, or with two stacks, or with too short a context."""
+        """Raise InputError for a model without a classifier head, an encoder-decoder, or too short a context."""
         if config.head != "classifier" or config.stack == "encoder-decoder":
             raise InputError(
                 f"objective='classification' trains encoders and decoders with head='classifier', not "
@@ -47,13 +47,13 @@ class Classification(Objective):
             )
         if train_config.tells_documents_apart:
             raise InputError(
-                "objective='classification' reads one document a row; leave packing and segment_documents at their "
+                "objective='classification' reads one document per row; leave packing and segment_documents at their "
                 "defaults"
             )
         super().check(config, train_config)
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
-        """Raise InputError on data without labels, or with more classes than the model has."""
+        """Raise InputError for data without labels, or with more classes than the model."""
         super().check_data(config, sources)
         for name, source in sources.items():
             classes = classes_of(source)
@@ -66,11 +66,13 @@ class Classification(Objective):
     def batch_spec(
         self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
     ) -> BatchSpec:
-        """Return one document a row, its padding told by segment id 0, and its label."""
+        """Return tokens of one document per row, segment ids (0 for padding) and labels."""
         del config, train_config
         row = jax.ShapeDtypeStruct((batch_size, seq_len), np.int32)
         spec = {"tokens": row, "segment_ids": row, "labels": jax.ShapeDtypeStruct((batch_size,), np.int32)}
-        return spec | ({"loss_mask": jax.ShapeDtypeStruct((batch_size,), np.float32)} if evaluation else {})
+        if evaluation:
+            spec["loss_mask"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
+        return spec
 
     def source(
         self,
@@ -80,19 +82,19 @@ class Classification(Objective):
         sources: Mapping[str, TokenShards],
         plan: Plan,
     ) -> PhasedLoader:
-        """Return labelled documents, each once per epoch, in an order from the seed."""
+        """Return batches of labelled documents, each document once per epoch, shuffled by the seed."""
         del config, train_config
         return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=LabelledDocuments)
 
     def validation(
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
-        """Return the first documents of the validation split, as many as rows of `max_tokens` tokens hold."""
+        """Return the first documents of the validation split, at most `max_tokens` tokens of them."""
         del config
         return labelled_validation(folder, train_config.batch_size, train_config.seq_len, max_tokens)
 
     def count(self, batch: Batch) -> Float[Array, ""]:
-        """Return the rows that the loss is a mean over, at least 1."""
+        """Return the number of rows without padding rows, at least 1."""
         mask = batch.get("loss_mask")
         return jnp.float32(batch["labels"].size) if mask is None else jnp.maximum(jnp.sum(mask), 1)
 
@@ -124,9 +126,13 @@ class Classification(Objective):
         mask = batch["loss_mask"].astype(jnp.float32) if "loss_mask" in batch else jnp.ones(labels.shape, jnp.float32)
         count = self.count(batch) if count is None else count
         nats = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), labels[:, None], axis=-1)[:, 0]
-        right = (jnp.argmax(out.logits, axis=-1) == labels).astype(jnp.float32)
-        # Rows of padding have no token at all, so that what is computed of them may be no number.
-        loss, accuracy = (jnp.sum(jnp.where(mask > 0, values * mask, 0)) / count for values in (nats, right))
+        correct = (jnp.argmax(out.logits, axis=-1) == labels).astype(jnp.float32)
+
+        def mean(values: Float[Array, " batch"]) -> Float[Array, ""]:
+            # Padding rows have no token to attend to, so their values may be NaN.
+            return jnp.sum(jnp.where(mask > 0, values * mask, 0)) / count
+
+        loss, accuracy = mean(nats), mean(correct)
         total = loss
         if out.auxiliary and hparams is not None:
             balance = hparams.balance_loss * out.auxiliary["balance_loss"]
@@ -134,9 +140,9 @@ class Classification(Objective):
         return total, {"loss": loss, "total_loss": total, "accuracy": accuracy, "loss_rows": jnp.sum(mask)}
 
     def finish(self, sums: dict[str, Array]) -> Metrics:
-        """Return loss (nats), accuracy (share of labels found), total_loss and loss_rows."""
+        """Return loss (nats), accuracy (fraction of labels predicted), total_loss and loss_rows."""
         return sums
 
     def metric_names(self, config: ModelConfig) -> tuple[str, ...]:
-        """Return those of `finish`."""
+        """Return the names of the metrics that `finish` returns."""
         return (*super().metric_names(config), "accuracy")

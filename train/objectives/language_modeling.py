@@ -1,4 +1,4 @@
-"""Language modelling: predict every next token of text."""
+"""Language modelling: predict the next token."""
 
 import dataclasses
 from typing import ClassVar
@@ -17,7 +17,7 @@ class LanguageModeling(TokenObjective):
     UNIT: ClassVar[str] = "nats per token"
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on a model that is no decoder with a language-model head, or has too short a context."""
+        """Raise InputError unless the model is a decoder with a language-model head and a long enough context."""
         if config.stack != "decoder" or config.head != "language-model":
             raise InputError(
                 f"objective='language-modeling' trains decoders on plain text, not stack={config.stack!r} with "

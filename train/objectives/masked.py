@@ -1,4 +1,4 @@
-"""Masked language modelling (BERT, Devlin et al. 2019, section 3.1): predict chosen tokens from both sides."""
+"""Masked language modelling (BERT, Devlin et al. 2019, section 3.1): predict masked tokens from both sides."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from train.objectives.tokens import TokenObjective
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLanguageModeling(TokenObjective):
-    """Choose each token with probability `HParams.mask_rate`; show a mask, a random token or the token itself.
+    """Predict tokens chosen with probability `HParams.mask_rate`, from their masks or other replacements.
 
-    mask_id: what stands for a masked token; None: the last id of the model's vocabulary. masked, random: shares of the
-    chosen tokens; the rest is shown as it is. evaluation_rate: the mask rate of validation, the same for all runs, so
-    that runs of other mask rates are compared on the same positions. The tokens at which documents end are never
-    chosen.
+    mask_id: id of the mask token; None: the last id of the model's vocabulary. masked, random: fractions of the chosen
+    tokens replaced by the mask and by random tokens; the others are kept. evaluation_rate: mask rate of validation,
+    separate from the training rate, so that runs of different rates are compared on the same positions. End tokens of
+    documents are never chosen.
     """
 
     NAME: ClassVar[str] = "masked"
@@ -44,7 +44,7 @@ class MaskedLanguageModeling(TokenObjective):
             raise InputError(f"evaluation_rate={self.evaluation_rate} must be at most 1")
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
-        """Return an encoder with BERT's head and, unless mask_id is given, one more id for the mask."""
+        """Return an encoder with BERT's head and, unless mask_id is set, one more id for the mask."""
         del manifest
         if config.stack == "encoder" and config.head != "masked-language-model":
             config = config.replace(head="masked-language-model", head_bias=True, pooler=False)
@@ -53,15 +53,15 @@ class MaskedLanguageModeling(TokenObjective):
         return config.replace(vocab_size=config.vocab_size + 1), self.replace(mask_id=config.vocab_size)
 
     def resolved(self, config: ModelConfig) -> Self:
-        """Return the objective with the mask's id named."""
+        """Return the objective with mask_id set."""
         return self.replace(mask_id=self._mask_id(config))
 
     def special_tokens(self, config: ModelConfig) -> dict[int, str]:
-        """Return the mask, by BERT's name."""
+        """Return the mask's id with BERT's name for it."""
         return {self._mask_id(config): MASK}
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on a model without BERT's head, a mask_id outside its vocabulary, or a short context."""
+        """Raise InputError for a model without BERT's head, a mask_id outside its vocabulary, or a short context."""
         if config.head != "masked-language-model":
             raise InputError(
                 f"objective='masked' trains encoders with head='masked-language-model', not stack={config.stack!r} "
@@ -75,7 +75,7 @@ class MaskedLanguageModeling(TokenObjective):
         super().check(config, train_config)
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
-        """Raise InputError where the mask's id is a piece of the data's text."""
+        """Raise InputError if the mask's id is also the id of a text token."""
         super().check_data(config, sources)
         for source in sources.values():
             special_ids(source.manifest, [self._mask_id(config)], source.folder, "the mask")
@@ -83,7 +83,7 @@ class MaskedLanguageModeling(TokenObjective):
     def batch_spec(
         self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
     ) -> BatchSpec:
-        """Return those of text with a loss mask; padding, which only validation has, is told by segment ids."""
+        """Return the arrays of text with a loss mask, for validation also segment ids, which are 0 for padding."""
         spec = super().batch_spec(config, train_config, batch_size, seq_len, evaluation=evaluation)
         more = {"loss_mask": np.float32} | ({"segment_ids": np.int32} if evaluation else {})
         return spec | {name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype) for name, dtype in more.items()}
@@ -91,37 +91,39 @@ class MaskedLanguageModeling(TokenObjective):
     def corrupt(
         self, config: ModelConfig, batch: Batch, noise: Noise, manifest: Manifest, hparams: HParams | None
     ) -> Batch:
-        """Return corrupted tokens, the original ones as targets, and a loss mask of the chosen ones.
+        """Return corrupted tokens, the original tokens as targets, and a loss mask of the chosen positions.
 
-        Of two rates the higher one chooses all that the lower one does.
+        The positions chosen at one rate include all those chosen at any lower rate.
         """
         tokens = batch["tokens"]
         rate = self.evaluation_rate if hparams is None else float(hparams.mask_rate)
         real = batch["loss_mask"] > 0 if "loss_mask" in batch else np.ones(tokens.shape, bool)
         chosen = (noise.uniform(0) < rate) & real & (tokens != manifest.eos_id)
         kind = noise.uniform(1)
-        random = (noise.uniform(2) * manifest.vocab_size).astype(np.int32)
-        shown = np.where(kind < self.masked, np.int32(self._mask_id(config)), random)
-        corrupted = np.where(chosen & (kind < self.masked + self.random), shown, tokens)
-        made = {**batch, "tokens": corrupted, "targets": tokens, "loss_mask": chosen.astype(np.float32)}
+        random_tokens = (noise.uniform(2) * manifest.vocab_size).astype(np.int32)
+        replacements = np.where(kind < self.masked, np.int32(self._mask_id(config)), random_tokens)
+        corrupted = np.where(chosen & (kind < self.masked + self.random), replacements, tokens)
+        result = {**batch, "tokens": corrupted, "targets": tokens, "loss_mask": chosen.astype(np.float32)}
         if hparams is None and "segment_ids" not in batch:
-            made["segment_ids"] = real.astype(np.int32)
-        return made
+            result["segment_ids"] = real.astype(np.int32)
+        return result
 
     def context_free_nats(
         self, config: ModelConfig, batch: Batch, manifest: Manifest, frequencies: Float64[np.ndarray, " vocab"]
     ) -> Float64[np.ndarray, "batch seq"]:
-        """Return those of a unigram model that weighs whether the token that is shown was drawn or is the target.
+        """Return the nats of the best prediction from the unigram frequencies and the input token at the position.
 
-        A model learns this long before it looks at other positions: at the default shares its loss is about half a nat
-        below that of the frequencies alone.
+        By Bayes' rule, an input token x that is not the mask was kept with probability
+        p = kept · f(x) / (kept · f(x) + random / vocab_size), where kept = 1 - masked - random; the target t then has
+        the probability p · [t = x] + (1 - p) · f(t). A model learns this long before it attends to other positions; at
+        the default fractions its loss is about half a nat below that of the frequencies alone.
         """
-        shown, targets = batch["tokens"], batch["targets"]
-        kept = (1 - self.masked - self.random) * frequencies[shown]
-        drawn = np.full(shown.shape, self.random / manifest.vocab_size)
-        share = np.divide(kept, kept + drawn, out=np.zeros(shown.shape), where=kept + drawn > 0)
-        share = np.where(shown == self._mask_id(config), 0, share)
-        return -np.log((1 - share) * frequencies[targets] + share * (shown == targets))
+        inputs, targets = batch["tokens"], batch["targets"]
+        kept = (1 - self.masked - self.random) * frequencies[inputs]
+        drawn = np.full(inputs.shape, self.random / manifest.vocab_size)
+        p_kept = np.divide(kept, kept + drawn, out=np.zeros(inputs.shape), where=kept + drawn > 0)
+        p_kept = np.where(inputs == self._mask_id(config), 0, p_kept)
+        return -np.log((1 - p_kept) * frequencies[targets] + p_kept * (inputs == targets))
 
     def _mask_id(self, config: ModelConfig) -> int:
         return config.vocab_size - 1 if self.mask_id is None else self.mask_id

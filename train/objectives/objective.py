@@ -1,4 +1,4 @@
-"""What a training objective is: all that the loop, checkpoints, lanes, meshes and sweeps know of a loss."""
+"""Interface of a training objective: everything that the loop, checkpoints, lanes, meshes and sweeps need of a loss."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -24,24 +24,24 @@ from train.data.shards import TokenShards
 from train.plan import Plan
 
 Batch = dict[str, Any]
-"""Arrays by name; the first axis of each counts rows."""
+"""Arrays by name, with rows on their first axis."""
 Metrics = dict[str, Float[Array, ""]]
 BatchSpec = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(Part, ABC):
-    """A way to train: its batches, its loss, its metrics. Frozen and hashable, for it is static under jit.
+    """Batches, loss and metrics of a training objective. Frozen and hashable, since it is static under jit.
 
-    What only changes numbers inside a batch or a loss, and no shape, belongs into `HParams`, so that a sweep over it
-    compiles nothing. NAME: as recipes and the command line name it. LIKELIHOOD: whether its loss is the negative
-    log-likelihood of text, so that perplexity and bits per byte say something. WEIGHT: the metric that counts what the
-    other metrics are means over. EVALUATED: the means that `evaluate` returns. HIGHER_IS_BETTER: those of them that
-    are to grow. UNIT: of its loss.
+    Settings that change numbers inside a batch or a loss, and no shape, belong in `HParams`, so that a sweep over them
+    compiles one program. NAME: its name in recipes and on the command line. LIKELIHOOD: the loss is the negative
+    log-likelihood of text, so that perplexity and bits per byte are defined. WEIGHT: the metric that counts the tokens
+    or rows of the means. EVALUATED: the means that `evaluate` returns. HIGHER_IS_BETTER: metrics to maximise. UNIT:
+    unit of the loss.
 
-    trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: everything is trained.
-    adapter: low-rank changes of the model's matrices, which are then all that is trained. base_weights: how the
-    matrices under an adapter are stored (`model.quantize.KINDS`; None: as they are), "int4" as in QLoRA.
+    trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: all parameters.
+    adapter: low-rank adapter, the only part that is then trained. base_weights: storage of the matrices under an
+    adapter (`model.quantize.KINDS`; None: unchanged), for example "int4" as in QLoRA.
     """
 
     NAME: ClassVar[str]
@@ -63,54 +63,53 @@ class Objective(Part, ABC):
         if isinstance(self.adapter, Mapping):
             object.__setattr__(self, "adapter", Adapter.from_dict(dict(self.adapter)))
         if self.trainable and self.adapter is not None:
-            raise InputError(f"trainable={list(prefixes)} and an adapter both say what is trained; give one")
+            raise InputError(f"trainable={list(prefixes)} and an adapter exclude each other; give one of them")
         if self.base_weights is not None:
             dtype_name(self.base_weights, KINDS, "base_weights")
             if self.base_weights == "int8-dynamic":
                 raise InputError(
-                    "base_weights='int8-dynamic' rounds activations, through which nothing learns; use int8 or int4"
+                    "base_weights='int8-dynamic' rounds activations, which blocks gradients; use int8 or int4"
                 )
             if self.adapter is None:
-                raise InputError(f"base_weights={self.base_weights!r} is for what lies under an adapter; give one too")
+                raise InputError(f"base_weights={self.base_weights!r} needs an adapter; give one, or no base_weights")
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the name; `train.objectives.from_dict` reads them back."""
+        """Return plain values for JSON, the name included; `train.objectives.from_dict` reads them."""
         return {"name": self.NAME, **_plain(super().to_dict())}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a recipe's hash covers of it: the name, and the fields that are not at their defaults.
+        """Values that enter a recipe's hash: the name, and the fields that are not at their defaults.
 
-        So a field that is added later changes no id. A default must never change: it is what old ids mean.
+        A field that is added later therefore changes no run id. Defaults must never change, since old ids rely on them.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        different = [name for name, default in defaults.items() if getattr(self, name) != default]
         values = self.to_dict()
-        return {"name": self.NAME, **{name: values[name] for name in different}}
+        changed = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        return {"name": self.NAME, **{name: values[name] for name in changed}}
 
-    # ---- the model and the data that it fits
+    # ---- model and data
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
-        """Return the model with the head and the vocabulary that it is trained with, and the objective with its ids.
+        """Return the model with the head and vocabulary that the objective needs, and the objective with its token ids.
 
-        config: of a model whose vocabulary is that of the data. manifest: theirs, where it is known.
+        config: a model with the vocabulary of the data. manifest: of the data; None: unknown.
         """
         del manifest
         return config, self
 
     def resolved(self, config: ModelConfig) -> Self:
-        """Return the objective with the ids named that it takes from the end of the model's vocabulary."""
+        """Return the objective with explicit ids for the special tokens at the end of the model's vocabulary."""
         del config
         return self
 
     def special_tokens(self, config: ModelConfig) -> dict[int, str]:
-        """Return the names, by their ids, of tokens that it shows or predicts and that no text holds."""
+        """Return {id: name} of the special tokens that the objective adds to the text's."""
         del config
         return {}
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on a model that cannot be trained so, or not in rows of this length."""
+        """Raise InputError for a model that the objective cannot train, or a context shorter than the rows."""
         for seq_len in seq_lens(train_config):
             if seq_len > config.max_seq_len:
                 raise InputError(
@@ -118,11 +117,11 @@ class Objective(Part, ABC):
                 )
 
     def check_execution(self, train_config: TrainConfig, execution: Execution) -> None:
-        """Raise InputError unless the execution divides every batch into its microbatches, and every row likewise."""
+        """Raise InputError unless microbatches divide every batch, and loss_chunks every row."""
         train_config.check(execution)
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
-        """Raise InputError on data that it cannot be trained on."""
+        """Raise InputError for data that the model or the objective does not fit."""
         for name, source in sources.items():
             if source.manifest.vocab_size > config.vocab_size:
                 raise InputError(
@@ -136,7 +135,7 @@ class Objective(Part, ABC):
     def batch_spec(
         self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
     ) -> BatchSpec:
-        """Return the shape and dtype of every array of a batch; evaluation: of one that the model is validated on."""
+        """Return the shape and dtype of every array of a batch; evaluation: of a validation batch."""
 
     @abstractmethod
     def source(
@@ -147,25 +146,25 @@ class Objective(Part, ABC):
         sources: Mapping[str, TokenShards],
         plan: Plan,
     ) -> PhasedLoader:
-        """Return the batches of a run, each a pure function of (seed, step)."""
+        """Return a loader of the run's batches, each a pure function of (seed, step)."""
 
     @abstractmethod
     def validation(
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
-        """Return the batches that every run on these data is validated on, whatever its seed."""
+        """Return the validation batches, which are the same for every run on these data, whatever its seed."""
 
     # ---- parameters
 
     @property
     def freezes(self) -> bool:
-        """Whether parameters of the model are read alone."""
+        """Whether some parameters of the model are not trained."""
         return bool(self.trainable) or self.adapter is not None
 
     def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray, hparams: HParams | None = None) -> Params:
-        """Return what a training state holds of fresh or given parameters: an adapter is drawn from the key.
+        """Return the trained parameters: those of `split`, or an adapter initialised with the key.
 
-        hparams: give the adapter's rank; columns that it masks are zero, and stay so.
+        hparams: set the adapter's rank; columns beyond it are zero and remain zero.
         """
         if self.adapter is not None:
             tree = init_adapter(config, self.adapter, params, key)
@@ -173,15 +172,15 @@ class Objective(Part, ABC):
         return self.split(params)[0]
 
     def frozen(self, params: Params) -> Params:
-        """Return the parameters that are read alone; {} where there are none."""
+        """Return the parameters that are not trained, {} if there are none."""
         if self.adapter is None:
             return self.split(params)[1]
         return params if self.base_weights is None else quantize_layers(params, self.base_weights)
 
     def merged(self, params: Params, frozen: Params | None, hparams: HParams | None = None) -> Params:
-        """Return the parameters of the model from what is trained and what is not.
+        """Return the model's parameters from the trained and the frozen ones.
 
-        hparams: give the adapter's rank and alpha, which may be traced; None: the objective's own.
+        hparams: set the adapter's rank and alpha, which may be traced; None: those of the objective.
         """
         if not frozen or self.adapter is None:
             return merge(params, frozen)
@@ -189,23 +188,23 @@ class Objective(Part, ABC):
         return attach(frozen, params, *mask_and_scale(self.adapter, *size))
 
     def _size(self, hparams: HParams) -> tuple[Any, Any]:
-        """The rank and the alpha that hyperparameters, which may be traced, give the adapter."""
+        """Return the adapter's rank and alpha, from hyperparameters that may be traced."""
         assert self.adapter is not None
         rank = jnp.where(hparams.lora_rank > 0, jnp.minimum(hparams.lora_rank, self.adapter.rank), self.adapter.rank)
         return rank, jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, self.adapter.alpha)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Return (trainable, frozen): two trees that share no leaf and together are `params`.
+        """Return (trainable, frozen): two trees that partition the leaves of `params`.
 
-        Raises InputError where a prefix of `trainable` names no parameter, and for an adapter, which is no part of the
-        parameters (`trained`).
+        Raises InputError if a prefix of `trainable` matches no parameter, and for objectives with an adapter, which is
+        not among the parameters (see `trained`).
         """
         if self.adapter is not None:
-            raise InputError("an adapter is no part of the parameters; take Objective.trained and Objective.frozen")
+            raise InputError("an adapter is not among the parameters; use Objective.trained and Objective.frozen")
         if not self.trainable:
             return params, {}
         for prefix in self.trainable:
-            if not _below(params, prefix.split("/")):
+            if not _has_path(params, prefix.split("/")):
                 raise InputError(f"trainable={prefix!r} names no parameter; the model has {', '.join(sorted(params))}")
         return _split(params, [tuple(prefix.split("/")) for prefix in self.trainable])
 
@@ -213,7 +212,7 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> Any:
-        """Return what a loss is a mean over, such as the number of unmasked tokens, of a whole batch; any tree."""
+        """Return the denominator of the loss of a whole batch, such as its number of unmasked tokens; any pytree."""
 
     @abstractmethod
     def loss(
@@ -229,19 +228,19 @@ class Objective(Part, ABC):
         microbatches: int = 1,
         execution: Execution = Execution(),
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Return what one microbatch adds to `total_loss`, and to the sums that `finish` makes the metrics of.
+        """Return the contribution of one microbatch to `total_loss`, and to the sums from which `finish` gets metrics.
 
-        params: the trainable ones; frozen: the others. hparams None: an evaluation, of the loss alone. key: dropout is
-        on when given. count: `count` of the whole batch (None: of this one, which is then all of it); microbatches: how
-        many it has.
+        params: trainable parameters; frozen: the others. hparams: None in evaluation, without auxiliary losses. key:
+        turns dropout on. count: `count` of the whole batch; None: of this batch, which is then the whole one.
+        microbatches: number of microbatches of the whole batch.
         """
 
     def finish(self, sums: dict[str, Array]) -> Metrics:
-        """Return the metrics of a whole batch, those of `metric_names`, from the sums over its microbatches."""
+        """Return the metrics of a whole batch, named by `metric_names`, from the sums over its microbatches."""
         return sums
 
     def metric_names(self, config: ModelConfig) -> tuple[str, ...]:
-        """Return the names that `finish` gives: "loss", "total_loss" and WEIGHT at least."""
+        """Return the names of the metrics that `finish` returns: at least "loss", "total_loss" and WEIGHT."""
         del config
         return ("loss", "total_loss", self.WEIGHT)
 
@@ -255,16 +254,16 @@ class Objective(Part, ABC):
         hparams: HParams | None = None,
         execution: Execution = Execution(),
     ) -> Metrics:
-        """Return the means over one batch that EVALUATED names, and WEIGHT, by which batches are averaged.
+        """Return the means EVALUATED of one batch, and WEIGHT, the weight of the batch in an average over batches.
 
-        hparams: as `merged` takes them.
+        hparams: see `merged`.
         """
         _, sums = self.loss(config, self.merged(params, frozen, hparams), None, batch, execution=execution)
         return {name: sums[name] for name in (*self.EVALUATED, self.WEIGHT)}
 
     @property
     def validation_metrics(self) -> tuple[str, ...]:
-        """What a validation adds to a run's record."""
+        """Names of the metrics that a validation adds to a run's record."""
         of_text = ("perplexity", "bits_per_byte") if self.LIKELIHOOD else ()
         return tuple(f"validation_{name}" for name in (*self.EVALUATED, *of_text))
 
@@ -275,33 +274,34 @@ class Objective(Part, ABC):
     # ---- accounting
 
     def lengths_of_row(self, seq_len: int) -> tuple[int, int | None]:
-        """Return what a row of `seq_len` tokens of text becomes: the tokens of the model's row, and of its encoder's.
+        """Return the tokens, without padding, that a row of `seq_len` tokens of text gives the model and its encoder.
 
-        None: as many. Without padding.
+        None: the encoder's row is as long as the model's.
         """
         return seq_len, None
 
     @property
     def selection(self) -> Trained:
-        """Return what is trained, as FLOPs are counted by."""
+        """The trained parameters, as FLOP accounting takes them."""
         if self.adapter is not None:
             return Trained.factors(self.adapter.rank, tuple(self.adapter.targets))
         return Trained(self.trainable) if self.trainable else ALL
 
     def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
-        """Return the exact FLOPs of training per token of a row of `seq_len` tokens of text, by product.
+        """Return the exact training FLOPs per token of text in rows of `seq_len` tokens, by matrix product.
 
-        An adapter counts with its own rank, that of the largest lane: smaller ones are masked and cost the same.
+        An adapter counts with its full rank: lanes of a smaller rank are masked and cost the same.
         """
         target, source = self.lengths_of_row(seq_len)
         products = accounting.training_flops_by_product(config, target, source, self.selection)
-        return {name: once * target / seq_len for name, once in products.items()}
+        # The accounting counts per token of the model's row, of which there are `target` for `seq_len` tokens of text.
+        return {name: flops * target / seq_len for name, flops in products.items()}
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, convention: accounting.Convention = "exact") -> float:
-        """Return the FLOPs of training per token of a row of `seq_len` tokens of text.
+        """Return the training FLOPs per token of text in rows of `seq_len` tokens.
 
-        "6N": of all parameters, whichever are trained and whichever of the text's tokens pass through them. "exact":
-        of the products that the gradient of what is trained needs.
+        "6N" counts all parameters, trained or not, for every token of text. "exact" counts the matrix products of the
+        forward pass and those that the gradient of the trained parameters needs.
         """
         if convention != "exact":
             return accounting.flops_per_token(config, seq_len, convention)
@@ -309,7 +309,7 @@ class Objective(Part, ABC):
 
 
 def merge(params: Params, frozen: Params | None) -> Params:
-    """Return the tree of which `Objective.split` made the two."""
+    """Merge the two trees that `Objective.split` returns."""
     if not frozen:
         return params
     both = {name: merge(params[name], frozen[name]) for name in params.keys() & frozen.keys()}
@@ -318,12 +318,12 @@ def merge(params: Params, frozen: Params | None) -> Params:
 
 
 def seq_lens(train_config: TrainConfig) -> list[int]:
-    """Return the lengths of the rows of a run."""
+    """Return the distinct row lengths of a run, in ascending order."""
     return sorted({train_config.seq_len, *(phase.seq_len for phase in train_config.phases if phase.seq_len)})
 
 
 def special_ids(manifest: Manifest, ids: list[int], folder: Path, name: str) -> None:
-    """Raise InputError where an id is a piece that the data's text may hold."""
+    """Raise InputError if an id is in the data's vocabulary and not a special token of its tokenizer."""
     if all(number >= manifest.vocab_size for number in ids):
         return
     from model.tokenizer import load_tokenizer
@@ -331,19 +331,21 @@ def special_ids(manifest: Manifest, ids: list[int], folder: Path, name: str) -> 
     special = load_tokenizer(folder).special_tokens
     if taken := [number for number in ids if number < manifest.vocab_size and number not in special]:
         raise InputError(
-            f"{name}: id {taken[0]} is a piece of the data's vocabulary of {manifest.vocab_size}; give the model a "
-            f"vocab_size of at least {manifest.vocab_size + len(ids)} and ids after the data's"
+            f"{name}: id {taken[0]} is a text token of the data's vocabulary of {manifest.vocab_size}; give the model "
+            f"a vocab_size of at least {manifest.vocab_size + len(ids)} and ids after the data's"
         )
 
 
 def _plain(value: Any) -> Any:
-    """Lists in place of tuples, however deep, as JSON has them."""
+    """Replace tuples by lists, at any depth, as JSON has them."""
     if isinstance(value, dict):
-        return {name: _plain(below) for name, below in value.items()}
-    return [_plain(below) for below in value] if isinstance(value, (tuple, list)) else value
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
 
 
-def _below(tree: Any, path: list[str]) -> bool:
+def _has_path(tree: Any, path: list[str]) -> bool:
     for name in path:
         if not isinstance(tree, Mapping) or name not in tree:
             return False
@@ -352,6 +354,7 @@ def _below(tree: Any, path: list[str]) -> bool:
 
 
 def _split(tree: Any, prefixes: list[tuple[str, ...]]) -> tuple[Any, Any]:
+    """Split a tree: ("head",) makes that whole branch trainable, ("layers", "mlp") a branch inside "layers"."""
     trainable, frozen = {}, {}
     for name, value in tree.items():
         rest = [prefix[1:] for prefix in prefixes if prefix[0] == name]

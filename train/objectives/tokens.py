@@ -1,4 +1,4 @@
-"""Objectives that predict tokens of text: cross-entropy at the positions that a mask names, over rows of a corpus."""
+"""Objectives that predict tokens of text: cross-entropy at the unmasked positions of rows of a corpus."""
 
 import dataclasses
 import functools
@@ -26,15 +26,16 @@ from train.plan import Plan
 
 _INPUTS = ("positions", "segment_ids", "token_types", "encoder_tokens", "encoder_segment_ids")
 EXPERT_METRICS = ("balance_loss", "router_z_loss", "expert_load_max", "expert_load_min", "expert_dropped")
-_VALIDATION_SEED = 0  # of what is drawn for validation: the same for every run
+_VALIDATION_SEED = 0  # of the noise in validation batches: the same for every run
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenObjective(Objective):
-    """Predict `targets` where `loss_mask` is 1, from what `corrupt` leaves of the rows of a corpus.
+    """Prediction of `targets` where `loss_mask` is 1, from rows of a corpus that `corrupt` may change.
 
-    A batch has tokens and targets int32 [batch, seq]; optionally loss_mask, segment_ids, positions, token_types, all
-    [batch, seq]; for an encoder-decoder encoder_tokens and optionally encoder_segment_ids [batch, source].
+    A batch has tokens and targets, int32 [batch, seq], and optionally loss_mask, segment_ids, positions and
+    token_types, all [batch, seq]; for an encoder-decoder also encoder_tokens and optionally encoder_segment_ids,
+    [batch, source].
     """
 
     UNIT: ClassVar[str] = "nats per predicted token"
@@ -42,10 +43,10 @@ class TokenObjective(Objective):
     def corrupt(
         self, config: ModelConfig, batch: Batch, noise: Noise, manifest: Manifest, hparams: HParams | None
     ) -> Batch:
-        """Return what the model is to see and to predict of rows of text, on the host; here all, as it stands.
+        """Return inputs and targets for rows of text, on the host; here the batch, unchanged.
 
-        batch: as `train.data.rows` draws it: each of its `tokens` with the one after it as target. noise: random
-        numbers for every one of its positions. hparams None: for validation.
+        batch: rows from `train.data.rows`, with the next token as target. noise: random numbers for each position.
+        hparams: None for validation.
         """
         del config, noise, manifest, hparams
         return batch
@@ -53,7 +54,7 @@ class TokenObjective(Objective):
     def batch_spec(
         self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
     ) -> BatchSpec:
-        """Return tokens and targets, and what tells documents apart where the run does."""
+        """Return tokens and targets, and for separate documents also their segment ids, positions and loss mask."""
         del config
         shape = (batch_size, seq_len)
         dtypes: dict[str, Any] = {"tokens": np.int32, "targets": np.int32}
@@ -71,7 +72,7 @@ class TokenObjective(Objective):
         sources: Mapping[str, TokenShards],
         plan: Plan,
     ) -> PhasedLoader:
-        """Return rows in an order from the seed, each document or window once per epoch."""
+        """Return a loader of shuffled rows, each document or window once per epoch."""
         manifest = next(iter(sources.values())).manifest
         corrupt = functools.partial(self.corrupt, config, manifest=manifest, hparams=hparams)
         return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=rows_of(train_config), transform=corrupt)
@@ -79,7 +80,7 @@ class TokenObjective(Objective):
     def validation(
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
-        """Return the first tokens of the validation split, in order; what is drawn for each is fixed by its place."""
+        """Return the first tokens of the validation split, in order; the noise of each position is fixed."""
         shards = TokenShards(folder, "validation")
         batches = validation_batches(
             shards,
@@ -88,30 +89,31 @@ class TokenObjective(Objective):
             max_tokens=max_tokens,
             segment_documents=train_config.tells_documents_apart,
         )
-        rows = np.arange(train_config.batch_size, dtype=np.int64)
-        made = []
+        corrupted = []
         for number, batch in enumerate(batches):
-            noise = Noise.of_rows(_VALIDATION_SEED, number * train_config.batch_size + rows, train_config.seq_len)
-            made.append(self.corrupt(config, batch, noise, shards.manifest, None))
-        if not any(batch["loss_mask"].any() for batch in made):
+            rows = number * train_config.batch_size + np.arange(train_config.batch_size, dtype=np.int64)
+            noise = Noise.of_rows(_VALIDATION_SEED, rows, train_config.seq_len)
+            corrupted.append(self.corrupt(config, batch, noise, shards.manifest, None))
+        if not any(batch["loss_mask"].any() for batch in corrupted):
             raise InputError(
                 f"nothing to predict in the first {max_tokens} tokens of the validation split of {shards.folder}; "
                 f"validate on more, such as evaluate_tokens={train_config.tokens_per_step}"
             )
-        return made
+        return corrupted
 
     def context_free_nats(
         self, config: ModelConfig, batch: Batch, manifest: Manifest, frequencies: Float64[np.ndarray, " vocab"]
     ) -> Float64[np.ndarray, "batch seq"]:
-        """Return the least nats of each target for who knows the targets' frequencies but sees no other position.
+        """Return the nats of each target under the best prediction that uses no other position of the row.
 
-        Here those of a unigram model: what stands at a position says nothing of its target.
+        frequencies: of the targets, summing to 1. Here the prediction is a unigram model: the token at a position says
+        nothing about its target.
         """
         del config, manifest
         return -np.log(frequencies[batch["targets"]])
 
     def count(self, batch: Batch) -> Float[Array, ""]:
-        """Return the tokens that the loss is a mean over, at least 1."""
+        """Return the number of unmasked tokens, at least 1."""
         mask = batch.get("loss_mask")
         size = float(batch["targets"].size)
         return jnp.float32(size) if mask is None else jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1)
@@ -127,7 +129,7 @@ class TokenObjective(Objective):
         outputs: tuple[str, ...] = (),
         execution: Execution = Execution(),
     ) -> Output:
-        """Return what the model makes of a batch; params: all of them (`merged`). key: dropout is on when given."""
+        """Apply the model to a batch. params: all parameters (see `merged`); key: turns dropout on."""
         return forward(
             config,
             params,
@@ -152,21 +154,29 @@ class TokenObjective(Objective):
         microbatches: int = 1,
         execution: Execution = Execution(),
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """Return (total loss, sums), as `Objective.loss` says.
+        """Return (total loss, sums); see `Objective.loss`.
 
-        The sums over microbatches are the whole batch's, but for the balance loss of experts, which is a mean of their
-        own. Of `execution.loss_chunks` pieces of the sequence only one has its logits in memory. Raises InputError
-        where they do not divide the sequence.
+        Summed over microbatches they equal those of the whole batch, except for the balance loss of experts, which is
+        the mean over microbatches. With `execution.loss_chunks` > 1 only one chunk of the sequence has its logits in
+        memory at a time. Raises InputError if loss_chunks does not divide the sequence.
         """
         params = self.merged(params, frozen, hparams)
         out = self.run(config, params, batch, hparams, key, outputs=("final_hidden",), execution=execution)
         count = self.count(batch) if count is None else count
         mask = batch.get("loss_mask")
         mask = None if mask is None else mask.astype(jnp.float32)
-        chunks, wants_z = execution.loss_chunks, hparams is not None
-        nats, z = _summed(config, params, out.final_hidden, batch["targets"], mask, wants_z, chunks)
+        assert out.final_hidden is not None
+        nats, squared_log_z = _loss_sums(
+            config,
+            params,
+            out.final_hidden,
+            batch["targets"],
+            mask,
+            with_z_loss=hparams is not None,
+            chunks=execution.loss_chunks,
+        )
         loss = nats / count
-        total = loss if hparams is None else loss + hparams.z_loss * z / count
+        total = loss if hparams is None else loss + hparams.z_loss * squared_log_z / count
         experts = {name: value / microbatches for name, value in out.auxiliary.items()}
         if experts and hparams is not None:
             total += hparams.balance_loss * experts["balance_loss"] + hparams.router_z_loss * experts["router_z_loss"]
@@ -174,11 +184,11 @@ class TokenObjective(Objective):
         return total, {"loss": loss, "total_loss": total, "loss_tokens": tokens} | experts
 
     def finish(self, sums: dict[str, Array]) -> Metrics:
-        """Return {"loss", "total_loss", "loss_tokens"}, with experts also EXPERT_METRICS.
+        """Return {"loss", "total_loss", "loss_tokens"}, for models with experts also EXPERT_METRICS.
 
-        loss: cross-entropy in nats, the mean over unmasked tokens. total_loss adds z_loss · mean(log Z)² (PaLM,
-        section 5) and the losses of the experts' routers. Loads: 1 is an even share, of the busiest and the idlest
-        expert of all layers.
+        loss: mean cross-entropy of the unmasked tokens, in nats. total_loss adds z_loss · mean((log Z)²) (PaLM, section
+        5) and the auxiliary losses of the experts' routers. expert_load_max and expert_load_min: load of the busiest
+        and the least busy expert of all layers, where 1 is an equal share.
         """
         metrics = {name: sums[name] for name in ("loss", "total_loss", "loss_tokens")}
         if "expert_use" not in sums:
@@ -188,7 +198,7 @@ class TokenObjective(Objective):
         return metrics | dict(zip(EXPERT_METRICS, values, strict=True))
 
     def metric_names(self, config: ModelConfig) -> tuple[str, ...]:
-        """Return those of `finish`."""
+        """Return the names of the metrics that `finish` returns."""
         experts = EXPERT_METRICS if any(kind.experts for kind in layer_kinds(config)) else ()
         return ("loss", "total_loss", "loss_tokens", *experts)
 
@@ -196,25 +206,46 @@ class TokenObjective(Objective):
 def cross_entropy(
     logits: Float[Array, "batch seq vocab"], targets: Int[Array, "batch seq"]
 ) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]:
-    """Return (nats, log Z) per token, in float32."""
+    """Return (nats, log Z) per token; log Z is the logarithm of the softmax's denominator."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
 
 
-def _summed(config, params, hidden, targets, mask, wants_z, chunks) -> tuple[Array, Array]:
-    """Σ nats and Σ (log Z)² over the unmasked tokens."""
+def _loss_sums(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "batch seq d_model"],
+    targets: Int[Array, "batch seq"],
+    mask: Float[Array, "batch seq"] | None,
+    *,
+    with_z_loss: bool,
+    chunks: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return (Σ nats, Σ (log Z)²) over the unmasked tokens; the second sum is 0 unless with_z_loss.
 
-    def sums(hidden, targets, mask):
+    With several chunks the logits of one chunk are in memory at a time, and are recomputed in the backward pass.
+    """
+
+    def sums(hidden: Array, targets: Array, mask: Array | None) -> tuple[Array, Array]:
+        def masked_sum(values: Array) -> Array:
+            return jnp.sum(values if mask is None else values * mask)
+
         nats, log_z = cross_entropy(head(config, params, hidden), targets)
-        weigh = lambda values: jnp.sum(values if mask is None else values * mask)
-        return weigh(nats), weigh(jnp.square(log_z)) if wants_z else jnp.zeros((), jnp.float32)
+        return masked_sum(nats), masked_sum(jnp.square(log_z)) if with_z_loss else jnp.zeros((), jnp.float32)
 
     if chunks == 1:
         return sums(hidden, targets, mask)
     if hidden.shape[1] % chunks:
         raise InputError(f"loss_chunks={chunks} does not divide the batch's {hidden.shape[1]} tokens in a row")
-    # Chunk k of n takes tokens k, k + n, …: as evenly spread over a sequence axis as the whole row.
-    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
-    parts = jax.tree.map(cut, (hidden, targets, mask))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*part)), None)
-    return jax.lax.scan(add, (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)), parts)[0]
+
+    def split(x: Array) -> Array:
+        # [batch, seq, …] → [chunks, batch, seq / chunks, …]. With 2 chunks, tokens 0, 2, 4, … and 1, 3, 5, …: each
+        # chunk is then spread over all devices of a sharded sequence axis.
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
+
+    def add_chunk(totals: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        return jax.tree.map(jnp.add, totals, jax.checkpoint(sums)(*chunk)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    totals, _ = jax.lax.scan(add_chunk, zeros, jax.tree.map(split, (hidden, targets, mask)))
+    return totals
