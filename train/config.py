@@ -135,6 +135,10 @@ class HParams:
     balance_loss, router_z_loss: weights of the losses of a mixture of experts (`model/moe.py`).
     lora_rank, lora_alpha: of a low-rank adapter, at most the objective's own rank; 0: the objective's. A smaller rank
     trains as an adapter of that rank does, except with Adafactor, whose clipping counts the unused columns too.
+    beta: of preference losses: how closely the policy keeps to its reference. label_smoothing: share of the pairs whose
+    labels are taken to be wrong. simpo_gamma: SimPO's target margin. nll_weight: of the loss of the chosen answers'
+    tokens. desirable_weight, undesirable_weight: KTO's. divergence_alpha: order of "alpha_divergence". center_weight:
+    of (r(chosen) + r(rejected))² in a reward model's loss.
     dropout_rate: used if TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
     predicts. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
@@ -159,6 +163,14 @@ class HParams:
     mask_rate: Any = 0.15
     lora_rank: Any = 0
     lora_alpha: Any = 0.0
+    beta: Any = 0.1
+    label_smoothing: Any = 0.0
+    simpo_gamma: Any = 0.5
+    nll_weight: Any = 0.0
+    desirable_weight: Any = 1.0
+    undesirable_weight: Any = 1.0
+    divergence_alpha: Any = 0.5
+    center_weight: Any = 0.0
     init_scale: Any = 1.0
     seed: Any = 0
     data_seed: Any = -1
@@ -223,7 +235,7 @@ def stack_hparams(hparams: list[HParams]) -> HParams:
 
 _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(HParams.NAMES, (0, np.inf, "at least 0")),
-    **dict.fromkeys(("beta1", "beta2", "dropout_rate"), (0, 1, "in [0, 1)")),
+    **dict.fromkeys(("beta1", "beta2", "dropout_rate", "label_smoothing"), (0, 1, "in [0, 1)")),
     **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction"), (0, 1 + 1e-9, "in [0, 1]")),
     "mask_rate": (1e-9, 1 + 1e-9, "in (0, 1]"),
     **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "lora_rank", "seed"), (0, 2**31, "at least 0")),

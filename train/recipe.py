@@ -24,7 +24,14 @@ from train.plan import Plan
 from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
-LATER = {"train_config": ("packing",), "hparams": ("data_seed", "mask_rate", "lora_rank", "lora_alpha")}
+LATER = {
+    "train_config": ("packing",),
+    "hparams": (
+        *("data_seed", "mask_rate", "lora_rank", "lora_alpha"),
+        *("beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
+        *("divergence_alpha", "center_weight"),
+    ),
+}
 """Fields by part that were added later: they enter the hash only if not at their default, so that old ids stay."""
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "config": {field.name: field.default for field in dataclasses.fields(ModelConfig)},

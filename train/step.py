@@ -111,7 +111,7 @@ def gradients(
     The result does not depend on their number, except for rounding, the experts' balance loss and dropout. Raises
     InputError if it does not divide the batch.
     """
-    microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution)
+    microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution, objective)
     if (rows := _rows(batch)) % microbatches:
         raise InputError(f"accumulate={microbatches} does not divide the batch's {rows} rows")
     count = objective.count(batch)
@@ -145,15 +145,17 @@ def gradients(
 _WORTH_SPLITTING = 1024  # tokens in a batch, from which on two independent parts are faster on a CPU
 
 
-def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution) -> int:
+def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution, objective: Objective) -> int:
     """Return the number of independent parts of one program that a batch is split into: 2 on a CPU if that is faster.
 
     XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not depend
     on each other concurrently (docs/LOG.md). Batches of experts stay whole because of their balance loss.
     """
+    if config.experts is not None or not objective.separable:
+        return 1
     rows, tokens = _rows(batch), max(leaf.size for leaf in jax.tree.leaves(batch))
     on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_SPLITTING and config.experts is None else 1
+    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_SPLITTING else 1
 
 
 @lenient()

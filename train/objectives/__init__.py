@@ -1,4 +1,4 @@
-"""Training objectives by name: language modelling, masked language modelling, span corruption, classification.
+"""Training objectives by name: on text, on labels, on conversations, on preferences.
 
 A new objective is one file and one line here; see docs/add-an-objective.md.
 """
@@ -8,14 +8,20 @@ from typing import Any
 
 from model.errors import InputError, UnknownNameError
 from train.objectives.classification import Classification
+from train.objectives.instruction import Instruction
 from train.objectives.language_modeling import LanguageModeling
 from train.objectives.masked import MaskedLanguageModeling
 from train.objectives.objective import Objective
+from train.objectives.preference import Preference, Rated
+from train.objectives.reward import Reward
 from train.objectives.spans import SpanCorruption
 
 OBJECTIVES: dict[str, type[Objective]] = {
     objective.NAME: objective
-    for objective in (LanguageModeling, MaskedLanguageModeling, SpanCorruption, Classification)
+    for objective in (
+        *(LanguageModeling, MaskedLanguageModeling, SpanCorruption, Classification),
+        *(Instruction, Preference, Rated, Reward),
+    )
 }
 
 
@@ -41,9 +47,13 @@ def from_dict(values: str | Mapping[str, Any]) -> Objective:
 __all__ = [
     "OBJECTIVES",
     "Classification",
+    "Instruction",
     "LanguageModeling",
     "MaskedLanguageModeling",
     "Objective",
+    "Preference",
+    "Rated",
+    "Reward",
     "SpanCorruption",
     "from_dict",
     "get",

@@ -37,7 +37,8 @@ class Objective(Part, ABC):
     compiles one program. NAME: its name in recipes and on the command line. LIKELIHOOD: the loss is the negative
     log-likelihood of text, so that perplexity and bits per byte are defined. WEIGHT: the metric that counts the tokens
     or rows of the means. EVALUATED: the means that `evaluate` returns. HIGHER_IS_BETTER: metrics to maximise. UNIT:
-    unit of the loss.
+    unit of the loss. FRESH: top-level names of parameters that are drawn if the model that training starts from does
+    not have them, such as "head".
 
     trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: all parameters.
     adapter: low-rank adapter, the only part that is then trained. base_weights: storage of the matrices under an
@@ -50,6 +51,7 @@ class Objective(Part, ABC):
     WEIGHT: ClassVar[str] = "loss_tokens"
     EVALUATED: ClassVar[tuple[str, ...]] = ("loss",)
     HIGHER_IS_BETTER: ClassVar[tuple[str, ...]] = ("accuracy",)
+    FRESH: ClassVar[tuple[str, ...]] = ()
 
     trainable: tuple[str, ...] = ()
     adapter: Adapter | None = None
@@ -155,6 +157,11 @@ class Objective(Part, ABC):
         """Return the validation batches, which are the same for every run on these data, whatever its seed."""
 
     # ---- parameters
+
+    @property
+    def separable(self) -> bool:
+        """Return whether the losses of microbatches add up to the loss of their batch."""
+        return True
 
     @property
     def freezes(self) -> bool:

@@ -1,0 +1,93 @@
+"""Keep what a reference model makes of answers beside their data: computed once, and named by a hash."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from infer import score
+from model import Execution, ModelConfig, Params
+from model.checkpoint import parameters_sha256
+from model.errors import InputError
+from train.data.manifest import SPLITS, load_manifest
+from train.data.shards import TokenShards
+from train.files import is_full
+
+FOLDER = "reference"
+_VERSION = 1  # of what the numbers are
+
+
+def keep_reference(
+    data: str | Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    sha256: str | None = None,
+    batch_size: int = 16,
+    execution: Execution = Execution(),
+) -> str:
+    """Compute the log-probability of every answer of a data folder, and return the name under which it is kept there.
+
+    The name is a hash of the data, the parameters and the config; where it is kept already nothing is computed. The
+    numbers are in DATA/reference/NAME/SPLIT.npy, float32, natural, one per document, summed over its trained tokens.
+    sha256: of the parameters, where it is known. Raises InputError where the folder cannot be written to, or a document
+    is longer than the model's context.
+    """
+    from train.data.examples import completions
+
+    data = Path(data)
+    content = {
+        "version": _VERSION,
+        "data": load_manifest(data).hash,
+        "parameters": sha256 or parameters_sha256(params),
+        "config": config.to_dict(),
+    }
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    place = data / FOLDER / name
+    if place.is_dir():
+        return name
+    parts = {}
+    for split in SPLITS:
+        requests = completions(TokenShards(data, split))
+        scores = score(config, params, requests, batch_size=batch_size, execution=execution)
+        parts[split] = scores.logprobs.astype(np.float32)
+    beside = place.with_name(f".{name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        for split, logprobs in parts.items():
+            np.save(beside / f"{split}.npy", logprobs)
+        (beside / "about.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, place)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if place.is_dir():  # another process was faster
+            return name
+        if is_full(error):
+            raise
+        raise InputError(
+            f"the reference log-probabilities cannot be written into {data / FOLDER}: {error.strerror}; "
+            "give a copy of the data folder that can be written to"
+        ) from error
+    return name
+
+
+def read_reference(shards: TokenShards, name: str) -> Float32[np.ndarray, " documents"]:
+    """Return what `keep_reference` kept of a split under this name. Raises InputError where it is missing or damaged."""
+    file = shards.folder / FOLDER / name / f"{shards.split}.npy"
+    documents = shards.manifest.splits[shards.split].documents
+    try:
+        logprobs = np.load(file)
+    except FileNotFoundError:
+        raise InputError(
+            f"{shards.folder} has no reference log-probabilities {name}; make them with `isoflop tune` "
+            "(train.reference.keep_reference)"
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is damaged ({error}); remove its folder and tune again") from error
+    if logprobs.shape != (documents,) or logprobs.dtype != np.float32:
+        raise InputError(f"{file} is not of these {documents} documents; remove its folder and tune again")
+    return logprobs
