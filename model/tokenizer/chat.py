@@ -41,8 +41,9 @@ def render(
     """Render a conversation; the result tells the template's own text from that of messages and variables.
 
     `generated` of the result has the spans that the template puts between {% generation %} and {% endgeneration %};
-    none where what is around such a block changes its text. tokens: what the template may name, `bos_token` and others. special: names of all special tokens. path: of the
-    tokenizer, for errors. A template that cannot be parsed, fails, or refuses the messages is an `InputError`.
+    none where what is around such a block changes its text. tokens: what the template may name, `bos_token` and
+    others. special: names of all special tokens. path: of the tokenizer, for errors. A template that cannot be parsed,
+    fails, or refuses the messages is an `InputError`.
     """
     if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise InputError('messages must be a list of at least one {"role": "user", "content": "…"}')

@@ -7,7 +7,7 @@ from model.errors import InputError
 from train.data.documents import document_ends
 from train.data.kinds import check_kind
 from train.data.rows import Batch, PackedDocuments, Rows
-from train.data.shards import TokenShards, TrainedMask, read_array
+from train.data.shards import TokenShards, TrainedMask
 
 _DOCUMENTS = 2  # of a pair, and of a rated example
 
@@ -86,25 +86,25 @@ class Pairs:
         check_kind(shards, "preference")
         self.shards, self.seq_len = shards, seq_len
         self._documents = _DocumentRows(shards, seq_len, reference)
-        self._weights, self._margins = read_array(shards, "weights"), read_array(shards, "margins")
+        self._weights, self._margins = shards.array("weights"), shards.array("margins")
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
-        """Return the pairs at these places.
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
+        """Return the pairs of these indices.
 
         chosen_tokens, rejected_tokens, chosen_segment_ids, rejected_segment_ids (1, and 0 where the row is not filled)
         int32, chosen_mask, rejected_mask (1 where that token is trained) float32, all [n, seq_len]; weights float32
         [n]; margins float32 [n] where the folder has them; with a reference also reference_chosen and
         reference_rejected float32 [n].
         """
-        chosen, rejected = _DOCUMENTS * places, _DOCUMENTS * places + 1
+        chosen, rejected = _DOCUMENTS * indices, _DOCUMENTS * indices + 1
         batch = self._documents.read(chosen, "chosen_") | self._documents.read(rejected, "rejected_")
         assert self._weights is not None
-        batch["weights"] = self._weights[places]
+        batch["weights"] = self._weights[indices]
         if self._margins is not None:
-            batch["margins"] = self._margins[places]
+            batch["margins"] = self._margins[indices]
         reference = self._documents.reference
         if reference is not None:
             batch |= {"reference_chosen": reference[chosen], "reference_rejected": reference[rejected]}
@@ -122,22 +122,22 @@ class Rated:
         check_kind(shards, "rated")
         self.shards, self.seq_len = shards, seq_len
         self._documents = _DocumentRows(shards, seq_len, reference)
-        self._labels = read_array(shards, "labels")
+        self._labels = shards.array("labels")
 
     def __len__(self) -> int:
         return len(self._documents)
 
-    def take(self, places: Int64[np.ndarray, " n"]) -> Batch:
-        """Return the examples at these places.
+    def take(self, indices: Int64[np.ndarray, " n"]) -> Batch:
+        """Return the examples of these indices.
 
         tokens, segment_ids (1, and 0 where the row is not filled) int32 and mask (1 where that token is trained)
         float32 [n, seq_len], and the same of the mismatch: mismatched_tokens, …; labels int32 [n], 1 for good answers;
         with a reference also reference and mismatched_reference float32 [n].
         """
-        own, mismatched = _DOCUMENTS * places, _DOCUMENTS * places + 1
+        own, mismatched = _DOCUMENTS * indices, _DOCUMENTS * indices + 1
         batch = self._documents.read(own) | self._documents.read(mismatched, "mismatched_")
         assert self._labels is not None
-        batch["labels"] = self._labels[places]
+        batch["labels"] = self._labels[indices]
         reference = self._documents.reference
         if reference is not None:
             batch |= {"reference": reference[own], "mismatched_reference": reference[mismatched]}
@@ -179,7 +179,7 @@ def validation_examples(rows: Rows, batch_size: int, max_tokens: int | None = No
 def _filled(batch: Batch) -> Int64[np.ndarray, " rows"]:
     """Return the tokens of each row that are no padding, those of both documents of a pair."""
     parts = [values > 0 for name, values in batch.items() if name.endswith("segment_ids")]
-    return np.sum([part.sum(axis=1) for part in parts], axis=0, dtype=np.int64)
+    return np.stack(parts).sum(axis=(0, 2), dtype=np.int64)
 
 
 def _padded(values: np.ndarray, rows: int) -> np.ndarray:

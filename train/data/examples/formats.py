@@ -51,22 +51,19 @@ class Example:
     """What one prompt has of answers: none of kind=prompts, two of kind=preference, the chosen one first, else one.
 
     prompt: empty for a conversation in which every assistant turn is trained. variables: what the chat template gets
-    besides the messages. weight: of a pair in the loss; margin: None where the row gives none; label: 1 for a good
-    answer.
+    besides the messages. margin: None where the row gives none; label: 1 for a good answer.
     """
 
     prompt: Content
     answers: tuple[Content, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
     margin: float | None = None
     label: int = 0
 
     @property
     def identity(self) -> str:
         """All of it as JSON, the same for equal examples."""
-        parts = [self.prompt, self.answers, self.variables, self.weight, self.margin, self.label]
-        return canonical(parts)
+        return canonical([self.prompt, self.answers, self.variables, self.margin, self.label])
 
     @property
     def split_by(self) -> str:
@@ -147,7 +144,7 @@ def _conversation(row: Mapping[str, Any], variables: Mapping[str, Any]) -> Examp
 
 
 def _ranked(row: Mapping[str, Any], variables: Mapping[str, Any]) -> list[Example]:
-    """Return all pairs of unequal rank, rank 1 the best, each weighted so that the prompt counts once."""
+    """Return all pairs of unequal rank, rank 1 the best."""
     responses, ranks = row["responses"], row["ranks"]
     are_lists = isinstance(responses, list) and isinstance(ranks, list) and len(responses) == len(ranks)
     if not are_lists or len(ranks) < 2 or not all(map(_is_number, ranks)):
@@ -161,7 +158,7 @@ def _ranked(row: Mapping[str, Any], variables: Mapping[str, Any]) -> list[Exampl
     ]
     if not pairs:
         raise UnusableError(EQUAL)
-    return [Example(prompt, pair, variables, weight=1 / len(pairs)) for pair in pairs]
+    return [Example(prompt, pair, variables) for pair in pairs]
 
 
 def _aligned(prompt: Any, answers: Sequence[Any]) -> tuple[Content, list[Content]]:
@@ -172,7 +169,7 @@ def _aligned(prompt: Any, answers: Sequence[Any]) -> tuple[Content, list[Content
     begun, ended = _content(prompt), [_content(answer) for answer in answers]
     if all(isinstance(part, str) for part in (begun, *ended)):
         return begun, ended
-    asked, turns = _as_turns(begun, "user"), [_as_turns(answer, "assistant") for answer in ended]
+    asked, turns = as_turns(begun, "user"), [as_turns(answer, "assistant") for answer in ended]
     if all(answer[: len(asked)] == asked for answer in turns):
         turns = [answer[len(asked) :] for answer in turns]
     return asked, [_answer(answer) for answer in turns]
@@ -199,7 +196,8 @@ def _answer(turns: tuple[Message, ...]) -> Content:
     return turns
 
 
-def _as_turns(content: Content, role: str) -> tuple[Message, ...]:
+def as_turns(content: Content, role: str) -> tuple[Message, ...]:
+    """Return plain text as one turn of this role, and turns as they are."""
     return ({"role": role, "content": content},) if isinstance(content, str) else content
 
 

@@ -1,6 +1,5 @@
 """From examples to token ids and a mask of what is trained, by the tokenizer's chat template."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +85,8 @@ class Renderer:
         Plain text is followed by one end token. An answer of several turns is trained from the first to the last.
         """
         if isinstance(prompt, str) or isinstance(answer, str):
-            assert isinstance(prompt, str) and isinstance(answer, str)
+            assert isinstance(prompt, str)
+            assert isinstance(answer, str)
             text = prompt + (answer.removesuffix(self._end_name) if self._end_name else answer)
             return Rendered(text, ((len(prompt), len(text)),), end=self._end_id)
         messages = [*prompt, *answer]
@@ -124,7 +124,7 @@ class Renderer:
                 closed = self._render(messages[:first], False, variables)
                 if not after.startswith(closed):
                     return None
-                start = max(len(closed), len(os.path.commonprefix([before, after])))
+                start = max(len(closed), _common(before, after))
         except UnusableError:
             return None
         end = self._end(whole, after, start)
@@ -199,8 +199,9 @@ def _masked(
     return Encoded(ids, trained, size, truncated, document.left_out)
 
 
-def _common(whole: Sequence[int], part: Sequence[int]) -> int:
-    """Return how many ids both begin with."""
-    length = min(len(whole), len(part))
-    different = np.flatnonzero(np.asarray(whole[:length]) != np.asarray(part[:length]))
-    return int(different[0]) if len(different) else length
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many characters, or ids, both begin with."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(i for i in range(length) if one[i] != other[i])
