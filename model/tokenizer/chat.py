@@ -5,6 +5,8 @@ Transformers gives them; anything less and public templates would render differe
 """
 
 import json
+import random
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -18,7 +20,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import InputError
-from model.tokenizer.control import ChatText, render_masked
+from model.tokenizer.control import NONCHARACTERS, ChatText, render_masked
+
+# Written around what a template marks as generated; drawn again in each process so that no text can hold them.
+_BEGIN, _END = ("".join(random.SystemRandom().choices(NONCHARACTERS, k=16)) for _ in range(2))
+_EITHER = re.compile(f"{_BEGIN}|{_END}")
+_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def render(
@@ -33,20 +40,24 @@ def render(
 ) -> ChatText:
     """Render a conversation; the result tells the template's own text from that of messages and variables.
 
-    tokens: what the template may name, `bos_token` and others. special: names of all special tokens. path: of the
-    tokenizer, for errors. A template that cannot be parsed, fails, or refuses the messages is an `InputError`.
+    `generated` of the result has the spans that the template puts between {% generation %} and {% endgeneration %};
+    none where what is around such a block changes its text. tokens: what the template may name, `bos_token` and
+    others. special: names of all special tokens. path: of the tokenizer, for errors. A template that cannot be parsed,
+    fails, or refuses the messages is an `InputError`.
     """
     if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise InputError('messages must be a list of at least one {"role": "user", "content": "…"}')
     # A key without a value is one that is not there: most templates would write "None".
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
 
-    def text(content: Mapping[str, Any]) -> str:
+    def text(content: Mapping[str, Any], marks: bool = False) -> str:
         known = {"tools": None, "documents": None, **tokens, **content}
-        return _compiled(template).render(add_generation_prompt=add_generation_prompt, **known)
+        return _compiled(template, marks).render(add_generation_prompt=add_generation_prompt, **known)
 
+    content = {**variables, "messages": present}
     try:
-        rendered = render_masked(text, {**variables, "messages": present}, special)
+        rendered = render_masked(text, content, special)
+        marked = text(content, marks=True) if _TAG.search(template) else None
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template of {path} is damaged at line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template can fail in any way that a Python expression can
@@ -57,18 +68,32 @@ def render(
             f"the messages hold names of special tokens that the chat template of {path} would act on;"
             " take them out of the messages"
         )
-    return rendered
+    return rendered if marked is None else ChatText(rendered, rendered.masked, _spans(marked, rendered))
+
+
+def _spans(marked: str, text: str) -> tuple[tuple[int, int], ...]:
+    """Return where the marked parts stand in the text without marks; nothing where the marks changed the text."""
+    spans, done, begin, without = [], 0, 0, ""
+    for match in _EITHER.finditer(marked):
+        without += marked[done : match.start()]
+        done = match.end()
+        if match[0] == _BEGIN:
+            begin = len(without)
+        elif begin < len(without):
+            spans.append((begin, len(without)))
+    return tuple(spans) if without + marked[done:] == text else ()
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
+def _compiled(template: str, marks: bool) -> jinja2.Template:
+    return _environment(marks).from_string(template)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
+@lru_cache(maxsize=2)
+def _environment(marks: bool) -> ImmutableSandboxedEnvironment:
+    generation = _MarkedGeneration if marks else _Generation
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -83,7 +108,20 @@ class _Generation(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return nodes.Scope(self.body(parser.parse_statements(("name:endgeneration",), drop_needle=True)), lineno=line)
+
+    def body(self, statements: list[nodes.Node]) -> list[nodes.Node]:
+        """Return what stands for the block."""
+        return statements
+
+
+class _MarkedGeneration(_Generation):
+    """The same with _BEGIN and _END around the text."""
+
+    def body(self, statements: list[nodes.Node]) -> list[nodes.Node]:
+        """Return the block between its marks."""
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
+        return [begin, *statements, end]
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

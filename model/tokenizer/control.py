@@ -13,16 +13,25 @@ class ChatText(str):
 
     masked: the same text, of the same length, in which no name of a special token can be found that begins inside a
     message: some of the messages' characters are replaced by one noncharacter. `Tokenizer.encode(…, special=True)`
-    looks for special tokens in it. Parts and sums of a ChatText are plain strings.
+    looks for special tokens in it. generated: (start, end) of what the template marks as written by the model, in
+    order. `cut` gives a part that is a ChatText too; slices and sums are plain strings.
     """
 
     masked: str
+    generated: tuple[tuple[int, int], ...]
 
-    def __new__(cls, text: str, masked: str | None = None) -> "ChatText":
-        """Both texts; None: no message holds anything that could be read as a special token."""
+    def __new__(cls, text: str, masked: str | None = None, generated: tuple[tuple[int, int], ...] = ()) -> "ChatText":
+        """Both texts and the marked spans; masked=None: no message holds anything that could be read as special."""
         made = super().__new__(cls, text)
         made.masked = text if masked is None else masked
+        made.generated = generated
         return made
+
+    def cut(self, start: int, end: int) -> "ChatText":
+        """Return the characters from start to end; what came from messages stays known, marked spans are clipped."""
+        inside = ((max(first, start), min(last, end)) for first, last in self.generated)
+        generated = tuple((first - start, last - start) for first, last in inside if first < last)
+        return ChatText(self[start:end], self.masked[start:end], generated)
 
 
 def names_pattern(names: Iterable[str]) -> re.Pattern[str] | None:

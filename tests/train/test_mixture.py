@@ -30,7 +30,7 @@ class Numbers(TokenShards):
 
     def __init__(self, number, tokens, eos_id=999_999):
         self.folder, self.split, self.eos_id = Path(f"source{number}"), "train", eos_id
-        self.manifest = SimpleNamespace(tokenizer_files={"tokenizer.model": str(eos_id)})
+        self.manifest = SimpleNamespace(kind="text", tokenizer_files={"tokenizer.model": str(eos_id)})
         self._tokens = 1000 * number + np.arange(tokens, dtype=np.int32)
 
     def __len__(self):

@@ -31,7 +31,7 @@ class Documents(TokenShards):
 
     def __init__(self, lengths, borders=()):
         self.folder, self.split, self.eos_id = Path("made"), "train", END
-        self.manifest = SimpleNamespace(tokenizer_files={"tokenizer.model": "one"})
+        self.manifest = SimpleNamespace(kind="text", tokenizer_files={"tokenizer.model": "one"})
         self.ends = np.cumsum(lengths) - 1
         tokens = np.arange(1, sum(lengths) + 1, dtype=np.uint32)
         tokens[self.ends] = END

@@ -1,5 +1,7 @@
 """Data: from raw text to batches, as NumPy arrays."""
 
+from train.data.examples.batches import PackedConversations, Pairs, Rated, completions, validation_examples
+from train.data.kinds import check_kind
 from train.data.labelled import LabelledDocuments, labelled_validation
 from train.data.loader import Loader, batches_in_order, validation_batches
 from train.data.manifest import load_manifest
@@ -17,6 +19,12 @@ __all__ = [
     "validation_batches",
     "LabelledDocuments",
     "labelled_validation",
+    "PackedConversations",
+    "Pairs",
+    "Rated",
+    "validation_examples",
+    "completions",
+    "check_kind",
     "open_source",
     "gives_ids_of",
 ]

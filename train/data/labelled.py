@@ -7,6 +7,7 @@ from jaxtyping import Int64
 
 from model.errors import InputError
 from train.data.documents import Documents
+from train.data.kinds import check_kind
 from train.data.loader import Batch
 from train.data.shards import TokenShards
 
@@ -16,6 +17,7 @@ def classes_of(shards: TokenShards) -> tuple[str, ...]:
 
     Raises InputError if the folder was prepared without labels.
     """
+    check_kind(shards, "text")
     if not shards.manifest.labels:
         raise InputError(
             f"{shards.folder} has no labels; prepare a folder with labels by"

@@ -106,12 +106,12 @@ def check_seed(seed: int) -> None:
 
 
 def open_split(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
-    """Return the tokens of a split. Raises InputError if they do not fill one row."""
+    """Return the tokens of a split. Raises InputError if those of a text do not fill one row."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
     shards = data if isinstance(data, TokenShards) else TokenShards(data, split)
-    if len(shards) <= seq_len:
+    if shards.manifest.kind == "text" and len(shards) <= seq_len:
         raise InputError(
             f"corpus too small: the {shards.split} split of {shards.folder} has {len(shards)} tokens,"
             f" one window of seq_len={seq_len} needs {seq_len + 1}; take a shorter seq_len or a larger corpus"

@@ -28,7 +28,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """Training or validation documents. `bytes` counts UTF-8 text; `tokens` includes one end token per document."""
+    """Training or validation documents. `bytes` counts UTF-8 text; `tokens` includes end tokens."""
 
     documents: int
     bytes: int
@@ -51,6 +51,16 @@ class LabelFile:
 
 
 @dataclass(frozen=True)
+class ArrayFile:
+    """One file of numbers that belong to a split of examples: what is trained, where documents end, weights, labels."""
+
+    name: str
+    dtype: str
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Record of a prepared data folder.
 
@@ -58,6 +68,10 @@ class Manifest:
     empty for unlabelled data; label_files: by split. conflicting_labels: dropped duplicates whose label differs from
     that of the document that was kept. tokenizer_companions: SHA-256, by file name, of the files beside
     `tokenizer_file` that also define the tokenizer.
+
+    Of a folder to fine-tune on, kind is "chat", "preference", "rated" or "prompts"; array_files: by split, what lies
+    beside its tokens; trained_tokens: by split; longest: tokens of the longest document. dropped: rows that gave no
+    example, by reason; altered: rows and turns that are not there in full, by reason.
     """
 
     source: str
@@ -78,6 +92,12 @@ class Manifest:
     label_files: dict[str, LabelFile] = field(default_factory=dict)
     tokenizer_file: str = "tokenizer.model"
     tokenizer_companions: dict[str, str] = field(default_factory=dict)
+    kind: str = "text"
+    array_files: dict[str, tuple[ArrayFile, ...]] = field(default_factory=dict)
+    trained_tokens: dict[str, int] = field(default_factory=dict)
+    longest: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    altered: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def hash(self) -> str:
@@ -96,6 +116,13 @@ class Manifest:
             content["tokenizer_file"] = self.tokenizer_file
         if self.tokenizer_companions:
             content["tokenizer_companions"] = self.tokenizer_companions
+        if self.kind != "text":
+            content["kind"] = self.kind
+            content["array_files"] = {
+                name: [asdict(file) for file in files] for name, files in self.array_files.items()
+            }
+            content["trained_tokens"] = self.trained_tokens
+            content["longest"] = self.longest
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -157,9 +184,10 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def verify_checksums(manifest: Manifest, folder: Path) -> None:
-    """Check the SHA-256 of all shards and labels. Raises InputError at the first one that differs."""
-    files: list[Shard | LabelFile] = [shard for split in manifest.splits.values() for shard in split.shards]
-    for file in [*files, *manifest.label_files.values()]:
+    """Check the SHA-256 of all shards, labels and arrays. Raises InputError at the first one that differs."""
+    files: list[Shard | LabelFile | ArrayFile] = [shard for split in manifest.splits.values() for shard in split.shards]
+    arrays = [file for files in manifest.array_files.values() for file in files]
+    for file in [*files, *manifest.label_files.values(), *arrays]:
         if file_sha256(folder / file.name) != file.sha256:
             raise InputError(
                 f"{folder / file.name} is damaged: its SHA-256 is not the manifest's; prepare the data again"
@@ -190,9 +218,13 @@ def _parse(content: Any, path: Path) -> Manifest:
         }
         values["labels"] = tuple(content.get("labels", ()))
         values["label_files"] = {name: LabelFile(**file) for name, file in content.get("label_files", {}).items()}
+        values["array_files"] = {
+            name: tuple(ArrayFile(**file) for file in files) for name, files in content.get("array_files", {}).items()
+        }
         manifest = Manifest(**values)
         intact = manifest.hash == content["hash"] and set(manifest.splits) == set(SPLITS)
         intact = intact and set(manifest.label_files) == set(SPLITS if manifest.labels else ())
+        intact = intact and set(manifest.array_files) == set(() if manifest.kind == "text" else SPLITS)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged (missing or wrong: {error}); prepare the data again") from error
     if not intact:
@@ -213,6 +245,8 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
             _check_array(folder / shard.name, manifest.dtype, shard.tokens)
         if manifest.labels:
             _check_array(folder / manifest.label_files[name].name, manifest.label_dtype, split.documents)
+        for array in manifest.array_files.get(name, ()):
+            _check_array(folder / array.name, np.dtype(array.dtype), array.length)
 
 
 def _check_array(path: Path, dtype: np.dtype, length: int) -> None:

@@ -1,14 +1,9 @@
 """Prepare a data folder from a corpus: deduplicate, split, train a tokenizer, encode, all or nothing."""
 
-import fcntl
 import hashlib
 import io
-import json
-import os
-import shutil
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +12,21 @@ import numpy as np
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.tokenizer.files import file_hashes, save_tokenizer, tokenizer_files
-from train.data.manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    LabelFile,
-    Manifest,
-    Split,
-    load_manifest,
-    save_manifest,
-    token_dtype,
-    verify_checksums,
+from train.data.examples.prepare import prepare_examples
+from train.data.kinds import check_known
+from train.data.manifest import SPLITS, LabelFile, Manifest, Split, save_manifest, token_dtype
+from train.data.output import (
+    all_or_nothing,
+    check_arguments,
+    check_outside,
+    check_unchanged,
+    existing_manifest,
+    tokenizer_hash,
 )
 from train.data.shards import ShardWriter
 from train.data.sources import NAMED, Document, Source, open_source
 from train.data.tokenizer_training import TextSample, check_vocab_size, train_tokenizer
-from train.files import file_sha256, is_full
+from train.files import file_sha256
 from train.progress import progress_bar
 
 _ENCODE_AT_ONCE = 2**20  # characters
@@ -42,6 +37,8 @@ def prepare(
     source: str | Path,
     out: str | Path,
     *,
+    kind: str = "text",
+    max_tokens: int | None = None,
     vocab_size: int = 1024,
     validation_fraction: float = 0.05,
     tokenizer: str | Path | None = None,
@@ -68,47 +65,46 @@ def prepare(
     InputError. Memory: a hash (and a label) per document, the sample for the tokenizer and about 1 MB of text. After an
     error nothing is left behind. A full disk raises OSError.
     """
+    if kind != "text":
+        check_known(kind)
+        if label_field is not None:
+            raise InputError(f"label_field={label_field!r} is for kind=text; rows of kind={kind} have their own keys")
+        return prepare_examples(
+            source,
+            out,
+            kind=kind,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            validation_fraction=validation_fraction,
+            shard_tokens=shard_tokens,
+        )
+    if max_tokens is not None:
+        raise InputError(f"max_tokens={max_tokens} is for examples; of text, every token is kept")
     out = Path(out)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if given is None:
         check_vocab_size(vocab_size)
-    elif not given.eos_ids:
-        raise InputError(
-            f"the tokenizer {given.path} has no end token, which must follow each document; take another, or name it "
-            "as eos_token in a tokenizer_config.json beside a tokenizer.json"
-        )
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
-    if shard_tokens < 1:
-        raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+    check_arguments(given, validation_fraction, shard_tokens)
     arguments = {
         "vocab_size": given.vocab_size if given else vocab_size,
         "validation_fraction": validation_fraction,
-        "tokenizer": _hash_of(given) if given else None,
+        "tokenizer": tokenizer_hash(given) if given else None,
         "text_field": text_field,
         "label_field": label_field,
         "shard_tokens": shard_tokens,
     }
-    if str(source) not in NAMED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(
-            f"out={out} lies inside the source folder {source} and would become part of it; choose another --out"
-        )
-    existing = _existing(out, arguments)
+    if str(source) not in NAMED:
+        check_outside(out, Path(source))
+    existing = existing_manifest(out, arguments)
     corpus = open_source(source, text_field=text_field, label_field=label_field)
     if existing is not None:
         reading = _CorpusPass(corpus, validation_fraction)
         with progress_bar(f"checking {corpus.name}", corpus.total) as advance:
             for _ in reading.documents(advance):
                 pass
-        if reading.source_hash != existing.source_hash:
-            raise InputError(
-                f"{out} was made from other documents ({existing.source}: {_short(existing.source_hash)})"
-                f" than {corpus.name} holds now ({_short(reading.source_hash)});"
-                " remove the folder or choose another --out"
-            )
-        verify_checksums(existing, out)
+        check_unchanged(existing, out, corpus.name, reading.source_hash)
         return existing
-    with _all_or_nothing(out) as folder:
+    with all_or_nothing(out) as folder:
         return _write(corpus, folder, given, arguments)
 
 
@@ -277,72 +273,3 @@ def _encode(
             name: Split(reading.count[name], reading.bytes[name], tokens[name], writers[name].finish())
             for name in SPLITS
         }
-
-
-def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of a finished folder made with the same arguments, None if `out` is new or empty."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not out.is_dir():
-        raise InputError(f"out={out} is a file; give a new folder")
-    if not (out / MANIFEST_NAME).exists():
-        raise InputError(f"out={out} has other files and no {MANIFEST_NAME}; give a new or an empty folder")
-    manifest = load_manifest(out)
-    different = [
-        f"{name}={manifest.arguments.get(name)!r} there, {value!r} requested"
-        for name, value in arguments.items()
-        if manifest.arguments.get(name) != value
-    ]
-    if different:
-        raise InputError(
-            f"{out} was made with other arguments ({'; '.join(different)}); remove the folder or choose another --out"
-        )
-    return manifest
-
-
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """Provide a hidden folder beside `out`, which is renamed to `out` at the end and removed after an error.
-
-    The folder is locked by its process, so the leftovers of a killed process differ from the work of a running one.
-    """
-    out = out.absolute()
-    folder = out.with_name(f".{out.name}.preparing")
-    new_parents = [parent for parent in out.parents if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if is_full(error):
-            raise
-        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another") from error
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another process is preparing {out} now; wait for it, then try again") from error
-        try:
-            for left in folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield folder
-            os.replace(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: another process uses it
-                for parent in new_parents:
-                    parent.rmdir()
-            raise
-    finally:
-        os.close(lock)
-
-
-def _hash_of(tokenizer: Tokenizer) -> str:
-    """Return the hash of a tokenizer's file, or the hash of all hashes if it has several files."""
-    hashes = file_hashes(tokenizer_files(tokenizer))
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def _short(digest: str) -> str:
-    return digest[:12]

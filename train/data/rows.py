@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from model.errors import InputError
 from train.config import TrainConfig
@@ -102,7 +102,7 @@ class PackedDocuments:
             "targets": tokens[inputs + 1],
             "segment_ids": np.repeat(segment_of_piece, lengths).astype(np.int32),
             "positions": ranges(np.zeros_like(lengths), lengths).astype(np.int32),
-            "loss_mask": np.ones(len(inputs), np.float32),
+            "loss_mask": self._loss_mask(starts, lengths),
         }
 
         # Row r of the flattened batch begins at slot r·seq_len and is filled from there.
@@ -114,6 +114,13 @@ class PackedDocuments:
             batch[name] = np.zeros((len(indices), self.seq_len), value.dtype)
             batch[name].reshape(-1)[slots] = value
         return batch
+
+    def _loss_mask(
+        self, starts: Int64[np.ndarray, " pieces"], lengths: Int64[np.ndarray, " pieces"]
+    ) -> Float32[np.ndarray, " slots"]:
+        """Return the mask of the targets of pieces that begin at these tokens, one slot after another: all are 1."""
+        del starts
+        return np.ones(int(lengths.sum()), np.float32)
 
 
 _PACKINGS: weakref.WeakKeyDictionary[TokenShards, dict[int, Packing]] = weakref.WeakKeyDictionary()

