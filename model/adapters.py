@@ -195,6 +195,14 @@ def first_columns(tree: Params, rank: int) -> Params:
     return traverse_util.unflatten_dict(leaves)
 
 
+def divide(tree: Params) -> tuple[Params, Params]:
+    """Return (adapter, other parameters) of a tree that holds both, such as a head that is trained beside an adapter."""
+    leaves = traverse_util.flatten_dict(tree)
+    factors = {path: leaf for path, leaf in leaves.items() if path[-1] in ("a", "b")}
+    others = {path: leaf for path, leaf in leaves.items() if path not in factors}
+    return traverse_util.unflatten_dict(factors), traverse_util.unflatten_dict(others)
+
+
 def target_of(path: Path) -> str | None:
     """Return the name among ALL_TARGETS by which an adapter has the parameter at a path; None where it has none."""
     if path == ("head", "weight") or ("layers" in path and path[-2] == "experts"):

@@ -41,8 +41,9 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
     record = read_record(folder)
     objective = record["identity"].get("objective") or {}
     if objective.get("adapter"):
-        config, adapter, tree = load_adapter(folder)
-        return config, _with_adapter(_base_of(Path(folder), record, base), adapter, tree, objective.get("base_weights"))
+        config, adapter, factors, others = _load_trained(folder)
+        whole = _over(_base_of(Path(folder), record, base), others)
+        return config, _with_adapter(whole, adapter, factors, objective.get("base_weights"))
     config, params = _own(folder, record)
     if objective.get("trainable"):
         return config, _over(_base_of(Path(folder), record, base), params)
@@ -67,7 +68,13 @@ def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
     A lane of a smaller rank gives that rank alone. Raises InputError where the run trains no adapter, or has no intact
     checkpoint.
     """
-    from model.adapters import Adapter, first_columns, init_adapter
+    config, used, factors, _ = _load_trained(folder)
+    return config, used, factors
+
+
+def _load_trained(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params, Params]":
+    """Return what `load_adapter` does, and the parameters that were trained beside the adapter, such as a head."""
+    from model.adapters import Adapter, divide, first_columns, init_adapter
     from model.transformer import init
 
     record = read_record(folder)
@@ -76,11 +83,12 @@ def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
     if not values:
         raise InputError(f"{folder} trains no adapter; train one with `isoflop train MODEL --lora RANK`")
     largest = Adapter.from_dict(dict(values))
-    fresh = lambda key: init_adapter(config, largest, init(config, key), key)
-    about, tree = _newest(folder, jax.eval_shape(fresh, jax.random.key(0)), False)
+    fresh = lambda key: _over(init(config, key), init_adapter(config, largest, init(config, key), key))
+    about, tree = _newest(folder, jax.eval_shape(fresh, jax.random.key(0)), True)
+    factors, others = divide(tree)
     rank, alpha = hparams.get("lora_rank") or largest.rank, hparams.get("lora_alpha") or largest.alpha
     used = largest.replace(rank=int(rank), alpha=float(alpha))
-    return config.replace(**about.get("config", {})), used, first_columns(tree, used.rank)
+    return config.replace(**about.get("config", {})), used, first_columns(factors, used.rank), others
 
 
 def _own(folder: str | Path, record: Mapping[str, Any]) -> tuple[ModelConfig, Params]:
@@ -168,9 +176,12 @@ def _needs_base(place: str | None) -> bool:
 
 
 def _over(base: Params, params: Params) -> Params:
-    """Return the base with the leaves of `params` in place of its own."""
-    below = lambda name: _over(base[name], params[name]) if isinstance(params[name], dict) else params[name]
-    return {name: below(name) if name in params else base[name] for name in base}
+    """Return the base with the leaves of `params` in place of its own, and beside them those that it does not have."""
+    made = dict(base)
+    for name, value in params.items():
+        there = base.get(name)
+        made[name] = _over(there, value) if isinstance(value, dict) and isinstance(there, dict) else value
+    return made
 
 
 def _as_phases_end(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:

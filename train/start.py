@@ -1,6 +1,7 @@
 """Open the start of a run that does not start fresh: a checkpoint of another run, or parameters alone."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def open_weights(start: Weights) -> Params:
     return params
 
 
+def fit(params: Params, config: ModelConfig, path: Path | None, fresh: Sequence[str] = ()) -> tuple[Params, list[str]]:
+    """Return parameters of the config's shapes, those of the model at `path`, and the names of those that it lacks.
+
+    fresh: top-level names, such as "head", of which the model may have others or none: they are zeros then, and the
+    model's own are left out. Raises InputError on any other difference.
+    """
+    like = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    lacking = [name for name in fresh if _shapes({name: params.get(name)}) != _shapes({name: like.get(name)})]
+    params = {name: value for name, value in params.items() if name not in lacking}
+    for name in lacking:
+        if name in like:
+            params[name] = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like[name])
+    check_fits(params, config, path)
+    return params, [name for name in lacking if name in like]
+
+
 def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
     """Raise InputError where parameters, those of the model at `path`, are not of the config's shapes."""
     like = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
@@ -64,20 +81,29 @@ def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
 
 
 class Bases:
-    """Open the parameters that runs of one model start from, each once."""
+    """Open the parameters that runs of one model start from, each once.
 
-    def __init__(self, config: ModelConfig):
-        self._config, self._opened = config, dict[Weights, Params]()
+    fresh: names of `Objective.FRESH`, which a start may lack.
+    """
+
+    def __init__(self, config: ModelConfig, fresh: Sequence[str] = ()):
+        self._config, self._fresh = config, tuple(fresh)
+        self._opened = dict[Weights, tuple[Params, list[str]]]()
 
     def of(self, start: Weights) -> Params:
-        """Return all parameters of a start, NumPy arrays on the host.
+        """Return all parameters of a start, NumPy arrays on the host; zeros where it lacks those that are drawn.
 
         Raises InputError if they are not those of the recipe, or do not fit its model.
         """
+        return self._open(start)[0]
+
+    def lacking(self, start: Weights) -> list[str]:
+        """Return the top-level names of the parameters that a start lacks, which are drawn."""
+        return self._open(start)[1]
+
+    def _open(self, start: Weights) -> tuple[Params, list[str]]:
         if start not in self._opened:
-            params = open_weights(start)
-            check_fits(params, self._config, start.path)
-            self._opened[start] = params
+            self._opened[start] = fit(open_weights(start), self._config, start.path, self._fresh)
         return self._opened[start]
 
     def close(self) -> None:

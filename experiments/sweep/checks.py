@@ -21,7 +21,7 @@ from train.data.manifest import Manifest
 from train.data.shards import TokenShards
 from train.loop.train import check_frozen
 from train.recipe import Weights
-from train.start import check_fits
+from train.start import fit
 
 _PROBES = 16  # points of a searched space that stand for those that are drawn
 
@@ -122,7 +122,7 @@ def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
         return
     for config, trial in {trial.recipe.model: trial for trial in trials}.items():
         try:
-            check_fits(params, config, sweep.weights)
+            fit(params, config, sweep.weights, trial.recipe.objective.FRESH)
         except InputError as error:
             raise InputError(f"{describe(trial.point)}: {error}") from None
     if any(trial.recipe.objective.freezes for trial in trials):

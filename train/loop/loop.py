@@ -25,7 +25,7 @@ from train.loop.feed import Feed, Request, Slot
 from train.loop.member import Member
 from train.loop.memory import device_memory
 from train.loop.options import RunOptions
-from train.objectives.objective import Batch
+from train.objectives.objective import Batch, merge
 from train.peak import peak_flops_per_second
 from train.plan import Stage
 from train.preemption import CHECKPOINT, STOP, PreemptionSync
@@ -287,10 +287,14 @@ class Loop:
         for lane, number in enumerate(self.slots.members):
             member = self.members[number]
             restored = member.resume(self.program.lane)
-            if restored is None and isinstance(member.recipe.start, Weights) and self.objective.adapter is None:
+            if restored is None and isinstance(member.recipe.start, Weights):
+                fresh = self.program.take(state, lane)
                 given, _ = self.objective.split(bases.of(member.recipe.start))
-                params = lay_out(given, self.program.lane.params)
-                restored = self.program.take(state, lane).replace(params=params)  # type: ignore[attr-defined]
+                for name in bases.lacking(member.recipe.start):
+                    given[name] = fresh.params[name]
+                if given:
+                    params = merge(divide(fresh.params)[0], given)
+                    restored = fresh.replace(params=lay_out(params, self.program.lane.params))  # type: ignore[attr-defined]
             if restored is not None:
                 state = self.program.put(state, lane, restored)
         return state

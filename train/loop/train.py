@@ -18,6 +18,7 @@ from train.loop.loop import Loop
 from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
 from train.loop.options import RunOptions
+from train.objectives import Objective
 from train.plan import Plan
 from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
@@ -89,7 +90,7 @@ def population(
         raise InputError("a population needs at least one lane")
     first, opened = chosen[0], _open(chosen, data)
     config, train_config = first.model, first.train
-    bases = Bases(config)
+    bases = Bases(config, first.objective.FRESH)
     _check(chosen, opened, runs, shell, bases)
     lanes = lanes or execution.lanes or len(chosen)
     if lanes < len(chosen):
@@ -198,7 +199,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, options: Run
     needed = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if _reads_start(recipe, Path(run))]
     for start in dict.fromkeys(needed):
         if isinstance(start, Weights):
-            bases.of(start)
+            _check_fresh(first.objective, bases.lacking(start), start)
     first.objective.check_data(first.model, opened.sources)
     planned = options.checkpoint_every or options.keep_every or options.keep_steps
     if first.train.spike_sigma > 0 and not planned:
@@ -206,6 +207,16 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, options: Run
             f"spike_sigma={first.train.spike_sigma} needs checkpoint_every (or keep_every): where a run goes back to "
             "must not depend on the clock"
         )
+
+
+def _check_fresh(objective: Objective, lacking: Sequence[str], start: Weights) -> None:
+    """Raise InputError if parameters that the start lacks, and that are drawn, would not be trained."""
+    for name in lacking:
+        if objective.freezes and name not in objective.trainable:
+            raise InputError(
+                f"{start.path} has no {name} of the shape that the model needs, so that it is drawn and must be trained; "
+                f"set objective.trainable={name}"
+            )
 
 
 def _reads_start(recipe: Recipe, run: Path) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, ModelConfig, Params, accounting
-from model.adapters import Adapter, attach, init_adapter, mask_and_scale, masked
+from model.adapters import Adapter, attach, divide, init_adapter, mask_and_scale, masked
 from model.dtypes import dtype_name
 from model.errors import InputError
 from model.parts import Part
@@ -40,9 +40,10 @@ class Objective(Part, ABC):
     unit of the loss. FRESH: top-level names of parameters that are drawn if the model that training starts from does
     not have them, such as "head".
 
-    trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: all parameters.
-    adapter: low-rank adapter, the only part that is then trained. base_weights: storage of the matrices under an
-    adapter (`model.quantize.KINDS`; None: unchanged), for example "int4" as in QLoRA.
+    trainable: prefixes of parameter paths such as "head" or "layers/dense/attention"; empty: all parameters, or with an
+    adapter none. adapter: low-rank adapter of matrices that are not trained themselves; beside it only `trainable` is.
+    base_weights: storage of the matrices under an adapter (`model.quantize.KINDS`; None: unchanged), for example "int4"
+    as in QLoRA.
     """
 
     NAME: ClassVar[str]
@@ -169,20 +170,30 @@ class Objective(Part, ABC):
         return bool(self.trainable) or self.adapter is not None
 
     def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray, hparams: HParams | None = None) -> Params:
-        """Return the trained parameters: those of `split`, or an adapter initialised with the key.
+        """Return the trained parameters: those of `split`, and an adapter initialised with the key.
 
-        hparams: set the adapter's rank; columns beyond it are zero and remain zero.
+        hparams: set the adapter's rank; columns beyond it are zero and remain zero. Raises InputError if `trainable`
+        covers a matrix that the adapter changes.
         """
-        if self.adapter is not None:
-            tree = init_adapter(config, self.adapter, params, key)
-            return tree if hparams is None else masked(tree, mask_and_scale(self.adapter, *self._size(hparams))[0])
-        return self.split(params)[0]
+        whole = self.split(params)[0]
+        if self.adapter is None:
+            return whole
+        tree = init_adapter(config, self.adapter, params, key)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            names = [key.key for key in path[:-1]]
+            if _has_path(whole, names):
+                raise InputError(
+                    f"trainable={list(self.trainable)} covers {'/'.join(names)}, which the adapter changes; leave it out "
+                    "of objective.adapter.targets, or of trainable"
+                )
+        if hparams is not None:
+            tree = masked(tree, mask_and_scale(self.adapter, *self._size(hparams))[0])
+        return merge(tree, whole)
 
     def frozen(self, params: Params) -> Params:
         """Return the parameters that are not trained, {} if there are none."""
-        if self.adapter is None:
-            return self.split(params)[1]
-        return params if self.base_weights is None else quantize_layers(params, self.base_weights)
+        rest = self.split(params)[1]
+        return rest if self.base_weights is None else quantize_layers(rest, self.base_weights)
 
     def merged(self, params: Params, frozen: Params | None, hparams: HParams | None = None) -> Params:
         """Return the model's parameters from the trained and the frozen ones.
@@ -191,8 +202,9 @@ class Objective(Part, ABC):
         """
         if not frozen or self.adapter is None:
             return merge(params, frozen)
+        factors, whole = divide(params)
         size = () if hparams is None else self._size(hparams)
-        return attach(frozen, params, *mask_and_scale(self.adapter, *size))
+        return attach(merge(whole, frozen), factors, *mask_and_scale(self.adapter, *size))
 
     def _size(self, hparams: HParams) -> tuple[Any, Any]:
         """Return the adapter's rank and alpha, from hyperparameters that may be traced."""
@@ -201,15 +213,13 @@ class Objective(Part, ABC):
         return rank, jnp.where(hparams.lora_alpha > 0, hparams.lora_alpha, self.adapter.alpha)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Return (trainable, frozen): two trees that partition the leaves of `params`.
+        """Return (trainable, frozen): two trees that partition the leaves of the model's parameters.
 
-        Raises InputError if a prefix of `trainable` matches no parameter, and for objectives with an adapter, which is
-        not among the parameters (see `trained`).
+        An adapter is not among them (see `trained`): without prefixes, nothing of the model is trained beside it.
+        Raises InputError if a prefix of `trainable` matches no parameter.
         """
-        if self.adapter is not None:
-            raise InputError("an adapter is not among the parameters; use Objective.trained and Objective.frozen")
         if not self.trainable:
-            return params, {}
+            return (params, {}) if self.adapter is None else ({}, params)
         for prefix in self.trainable:
             if not _has_path(params, prefix.split("/")):
                 raise InputError(f"trainable={prefix!r} names no parameter; the model has {', '.join(sorted(params))}")
@@ -291,7 +301,7 @@ class Objective(Part, ABC):
     def selection(self) -> Trained:
         """The trained parameters, as FLOP accounting takes them."""
         if self.adapter is not None:
-            return Trained.factors(self.adapter.rank, tuple(self.adapter.targets))
+            return Trained(self.trainable, self.adapter.rank, tuple(self.adapter.targets))
         return Trained(self.trainable) if self.trainable else ALL
 
     def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
