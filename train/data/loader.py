@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from model.errors import InputError
+from train.data.kinds import check_kind
 from train.data.rows import Batch, Windows, draw, segments
 from train.data.shards import TokenShards
 
@@ -59,6 +60,7 @@ def validation_batches(
     (float32); padding in the last batch has mask 0 (and segment id 0).
     """
     shards = open_split(data, "validation", batch_size, seq_len)
+    check_kind(shards, "text")
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens} must be at least 1")
     available = len(shards) - 1

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int32, Int64
 from model.errors import InputError
 from train.config import TrainConfig
 from train.data.documents import document_ends
+from train.data.kinds import check_kind
 from train.data.packing import Packing, PackingStatistics, pack, ranges
 from train.data.permutation import permute
 from train.data.shards import TokenShards
@@ -48,6 +49,7 @@ class Windows:
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, segment_documents: bool = False):
+        check_kind(shards, "text")
         self.shards, self.seq_len = shards, seq_len
         self._eos_id = shards.eos_id if segment_documents else None
 
@@ -67,7 +69,11 @@ class PackedDocuments:
     depends on nothing but the tokens and `seq_len`. Raises InputError if there is nothing to predict.
     """
 
+    KINDS: ClassVar[tuple[str, ...]] = ("text",)
+    """Of the data folders that can be packed."""
+
     def __init__(self, shards: TokenShards, seq_len: int):
+        check_kind(shards, *self.KINDS)
         self.shards, self.seq_len = shards, seq_len
         self._packing = _packing(shards, seq_len)
         if not len(self):

@@ -20,8 +20,10 @@ class PackedConversations(PackedDocuments):
     conversation does not fit into a row.
     """
 
+    KINDS = ("chat", "text")
+
     def __init__(self, shards: TokenShards, seq_len: int):
-        check_kind(shards, "chat", "text")
+        super().__init__(shards, seq_len)
         longest = shards.manifest.longest
         if shards.manifest.kind == "chat" and longest - 1 > seq_len:
             raise InputError(
@@ -30,7 +32,6 @@ class PackedConversations(PackedDocuments):
                 f" seq_len={longest - 1}"
             )
         self._trained = TrainedMask(shards) if shards.manifest.kind == "chat" else None
-        super().__init__(shards, seq_len)
 
     def _loss_mask(
         self, starts: Int64[np.ndarray, " pieces"], lengths: Int64[np.ndarray, " pieces"]
