@@ -196,7 +196,7 @@ def first_columns(tree: Params, rank: int) -> Params:
 
 
 def divide(tree: Params) -> tuple[Params, Params]:
-    """Return (adapter, other parameters) of a tree that holds both, such as a head that is trained beside an adapter."""
+    """Return (adapter, other parameters) of a tree that holds both, such as a head trained beside an adapter."""
     leaves = traverse_util.flatten_dict(tree)
     factors = {path: leaf for path, leaf in leaves.items() if path[-1] in ("a", "b")}
     others = {path: leaf for path, leaf in leaves.items() if path not in factors}

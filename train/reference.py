@@ -13,6 +13,7 @@ from infer import score
 from model import Execution, ModelConfig, Params
 from model.checkpoint import parameters_sha256
 from model.errors import InputError
+from train.data.examples.batches import completions
 from train.data.manifest import SPLITS, load_manifest
 from train.data.shards import TokenShards
 from train.files import is_full
@@ -37,8 +38,6 @@ def keep_reference(
     sha256: of the parameters, where it is known. Raises InputError where the folder cannot be written to, or a document
     is longer than the model's context.
     """
-    from train.data.examples import completions
-
     data = Path(data)
     content = {
         "version": _VERSION,
@@ -76,7 +75,7 @@ def keep_reference(
 
 
 def read_reference(shards: TokenShards, name: str) -> Float32[np.ndarray, " documents"]:
-    """Return what `keep_reference` kept of a split under this name. Raises InputError where it is missing or damaged."""
+    """Return what `keep_reference` kept of a split under this name. Raises InputError if it is missing or damaged."""
     file = shards.folder / FOLDER / name / f"{shards.split}.npy"
     documents = shards.manifest.splits[shards.split].documents
     try:

@@ -12,7 +12,18 @@ from model import ModelConfig
 from model.sharding import batch_shardings, make_mesh, parse_mesh, replicated, shardings
 from train import HParams, TrainConfig, init_state, train_step
 from train.data.noise import Noise
-from train.objectives import Classification, LanguageModeling, MaskedLanguageModeling, Objective, SpanCorruption
+from train.objectives import (
+    Classification,
+    Instruction,
+    LanguageModeling,
+    MaskedLanguageModeling,
+    Objective,
+    Preference,
+    Rated,
+    Reward,
+    SpanCorruption,
+)
+from train.objectives.answers import AnswerObjective
 
 VOCAB = 320  # of the text
 DECODER = ModelConfig(vocab_size=VOCAB + 8, d_model=16, num_layers=1, num_heads=4, d_ff=32, max_seq_len=32)
@@ -20,7 +31,10 @@ ENCODER = DECODER.replace(
     stack="encoder", norm="layernorm", gated=False, use_bias=True, position="learned", norm_placement="post"
 )
 TRAIN = TrainConfig(batch_size=8, seq_len=32, norms=False, schedule="constant")
-HPARAMS = HParams(learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3)
+HPARAMS = HParams(learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, center_weight=0.01)
+
+
+REFERENCE = "fixed"  # the name of log-probabilities that a test keeps with the data
 
 
 class Case(NamedTuple):
@@ -55,6 +69,11 @@ CASES = {
         Classification(),
         trainable=("head", "pooler"),
     ),
+    "instruction": Case(DECODER, Instruction()),
+    "preference": Case(DECODER, Preference(kind="cdpo", reference=REFERENCE)),
+    "preference-orpo": Case(DECODER, Preference(kind="orpo")),
+    "rated": Case(DECODER, Rated(reference=REFERENCE)),
+    "reward": Case(DECODER.replace(head="scalar"), Reward(margins=True), trainable=("head",)),
 }
 
 
@@ -74,11 +93,29 @@ def batch_of(case: Case, number: int = 0) -> dict[str, Any]:
         labels = random.integers(0, 3, rows).astype(np.int32)
         return {"tokens": text[:, :-1] * filled, "segment_ids": filled, "labels": labels}
     drawn = {"tokens": text[:, :-1], "targets": text[:, 1:]}
-    if isinstance(case.objective, LanguageModeling):
+    if isinstance(case.objective, AnswerObjective):
+        return _answers(case, random, filled)
+    if isinstance(case.objective, (LanguageModeling, Instruction)):
         return drawn | {"loss_mask": filled.astype(np.float32)}
     drawn |= {"segment_ids": filled, "positions": np.arange(seq_len, dtype=np.int32) * filled}
     noise = Noise.of_rows(0, np.arange(rows) + rows * number, seq_len)
     return case.objective.corrupt(case.config, drawn, noise, _Text(), HPARAMS)
+
+
+def _answers(case: Case, random: np.random.Generator, filled: np.ndarray) -> dict[str, Any]:
+    """Return examples of answers of several lengths after prompts of two tokens, with a weight of their own each."""
+    rows = len(filled)
+    batch: dict[str, Any] = {"weights": np.linspace(0.5, 1.5, rows).astype(np.float32)}
+    for side in case.objective.SIDES:
+        tokens = random.integers(3, VOCAB, filled.shape).astype(np.int32)
+        mask = (filled * (np.arange(filled.shape[1]) >= 2)).astype(np.float32)
+        batch |= {f"{side}tokens": tokens * filled, f"{side}mask": mask, f"{side}segment_ids": filled}
+    batch["labels"] = random.integers(0, 2, rows).astype(np.int32)
+    for name in ("reference", "mismatched_reference", "reference_chosen", "reference_rejected"):
+        batch[name] = random.normal(-40, 5, rows).astype(np.float32)
+    batch["margins"] = random.uniform(0, 1, rows).astype(np.float32)
+    spec = case.objective.batch_spec(case.config, case.train, rows, filled.shape[1])
+    return {name: batch[name] for name in spec}
 
 
 def losses_on(case: Case, mesh, steps: int) -> list[float]:

@@ -22,12 +22,14 @@ from model.sharding import make_mesh
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
-from train.data import prepare
+from train.data import load_manifest, prepare
+from train.data.examples.prepare import prepare_examples
 from train.data.noise import Noise
 from train.lanes import build
 from train.lanes.build import compiled_programs
 from train.lanes.vmapped import init_lanes, step_lanes
-from train.objectives import OBJECTIVES, MaskedLanguageModeling, from_dict, get
+from train.objectives import OBJECTIVES, Instruction, MaskedLanguageModeling, from_dict, get
+from train.objectives.answers import AnswerObjective
 from train.objectives.objective import merge
 from train.recipe import Weights
 from train.run.metrics import read_metrics
@@ -35,7 +37,9 @@ from train.step import gradients
 
 SCRIPT = Path(__file__).with_name("objective_cases.py")
 _MODULE = runpy.run_path(str(SCRIPT))
-CASES, ENCODER, HPARAMS, batch_of = (_MODULE[name] for name in ("CASES", "ENCODER", "HPARAMS", "batch_of"))
+CASES, ENCODER, HPARAMS, REFERENCE, batch_of = (
+    _MODULE[name] for name in ("CASES", "ENCODER", "HPARAMS", "REFERENCE", "batch_of")
+)
 STEPS = 5
 UNROLLED = Execution(scan_layers=False)
 QUIET = Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1)
@@ -58,12 +62,48 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe_of_case(data, labelled):
+def examples(data, tmp_path_factory):
+    """kind → a folder of examples of short text, with reference log-probabilities of a fixed name."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        random = np.random.default_rng(0)
+        words = ["we", "the", "people", "of", "every", "state", "and", "nation"]
+        say = lambda: " ".join(random.choice(words, random.integers(1, 4)))
+        fields = {"chat": ("completion",), "preference": ("chosen", "rejected"), "rated": ("completion",)}[kind]
+        with (folder / "rows.jsonl").open("w") as file:
+            for number in range(60):
+                row = {"prompt": f"{number} {say()}"} | {field: f"{say()} {field[0]}" for field in fields}
+                row |= {"margin": number % 3} if kind == "preference" else {}
+                file.write(json.dumps(row | ({"label": number % 2} if kind == "rated" else {})) + "\n")
+        prepare_examples(
+            folder / "rows.jsonl",
+            folder / "data",
+            kind=kind,
+            tokenizer=data,
+            max_tokens=32,
+            validation_fraction=0.2,
+        )
+        for split in ("train", "validation"):
+            documents = load_manifest(folder / "data").splits[split].documents
+            place = folder / "data" / "reference" / REFERENCE
+            place.mkdir(parents=True, exist_ok=True)
+            np.save(place / f"{split}.npy", random.normal(-40, 5, documents).astype(np.float32))
+        return folder / "data"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def recipe_of_case(data, labelled, examples):
     """name → the recipe of a short run."""
 
     def make(name):
         case = CASES[name]
         place = labelled if name == "classification" else data
+        if isinstance(case.objective, (AnswerObjective, Instruction)):
+            place = examples(getattr(case.objective, "KIND", "chat"))
         return Recipe(case.config, case.train, HPARAMS, data=place, steps=STEPS, objective=case.objective)
 
     return make
@@ -167,6 +207,10 @@ def test_lane_is_the_solo_run_of_one_program(name, recipe_of_case, whole, record
 @each
 def test_microbatches_add_up_with_uneven_masks(name):
     case = CASES[name]
+    if not case.objective.separable:
+        with pytest.raises(InputError, match="compares the answers of a whole batch"):
+            case.objective.check_execution(case.train, Execution(accumulate=4))
+        return
     compute = functools.partial(gradients, case.config, case.train, objective=case.objective)
     in_parts = jax.jit(functools.partial(compute, execution=Execution(accumulate=4)))
     given = params_of(case), batch_of(case), HPARAMS
@@ -218,7 +262,9 @@ def test_frozen_parameters_are_read_alone(name):
     np.testing.assert_allclose(metrics["loss"], all_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(jax.tree.leaves(own))), rtol=1e-4)
     evaluate = jax.jit(functools.partial(eval_step, case.config, objective=objective))
-    np.testing.assert_allclose(evaluate(trainable, batch, frozen=frozen)["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        evaluate(trainable, batch, frozen=frozen, hparams=HPARAMS)["loss"], metrics["loss"], rtol=1e-5
+    )
 
 
 @each

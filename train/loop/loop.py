@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model import Execution, Params
+from model.adapters import divide
 from model.sharding import parts_of_lanes, shardings
 from train.hosts import agree, is_writer
 from train.interrupt import interruptible

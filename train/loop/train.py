@@ -214,7 +214,7 @@ def _check_fresh(objective: Objective, lacking: Sequence[str], start: Weights) -
     for name in lacking:
         if objective.freezes and name not in objective.trainable:
             raise InputError(
-                f"{start.path} has no {name} of the shape that the model needs, so that it is drawn and must be trained; "
+                f"{start.path} has no {name} of the model's shape, so that it is drawn and must be trained; "
                 f"set objective.trainable={name}"
             )
 

@@ -12,7 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from model import Execution, InputError, ModelConfig, Params, accounting
+from model.products import ALL, flops_by_product
 from train.config import HParams, TrainConfig
+from train.data.examples.batches import validation_examples
+from train.data.kinds import check_kind
 from train.data.mixture import PhasedLoader
 from train.data.noise import Noise
 from train.data.rows import Rows
@@ -47,8 +50,6 @@ class AnswerObjective(Objective):
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
         """Raise InputError on data of another kind."""
-        from train.data.examples import check_kind
-
         super().check_data(config, sources)
         for source in sources.values():
             check_kind(source, self.KIND)
@@ -105,8 +106,6 @@ class AnswerObjective(Objective):
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
         """Return the first examples of the validation split, as many as have `max_tokens` tokens."""
-        from train.data.examples import validation_examples
-
         rows = self.rows(TokenShards(folder, "validation"), train_config.seq_len)
         names = self.batch_spec(config, train_config, 1, 1, evaluation=True)
         batches = validation_examples(rows, train_config.batch_size, max_tokens)
@@ -123,7 +122,7 @@ class AnswerObjective(Objective):
         examples = batch[f"{self.SIDES[0]}tokens"].shape[0]
         return jnp.asarray(batch.get("weights", jnp.ones(examples)), jnp.float32)
 
-    def both(self, batch: Batch, name: str) -> Array | None:
+    def both(self, batch: Batch, name: str) -> Any:
         """Return an array of both sides [2 · examples, …], an example's two rows one after the other; None if absent.
 
         So that the rows of one example stay on one device where examples are divided among devices.
@@ -158,23 +157,27 @@ class AnswerObjective(Objective):
 
     # ---- accounting
 
-    def reference_passes(self) -> int:
-        """Return how many rows of an example a frozen reference model reads in a step."""
-        return 0
+    def rows_read(self) -> tuple[int, int, int]:
+        """Return how many rows of an example are trained on, read by the policy alone, and read by a reference model."""
+        return 2, 0, 0
 
     def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
         """Return the exact FLOPs of training one example, over the `seq_len` tokens of one row, by product."""
-        row = super().training_flops_by_product(config, seq_len)
-        total = {name: 2 * flops for name, flops in row.items()}
-        if passes := self.reference_passes():
-            forward = accounting.forward_flops_by_product(config, seq_len)
-            total["reference"] = passes * sum(forward.values())
+        trained, by_policy, by_reference = self.rows_read()
+        total = {name: trained * flops for name, flops in super().training_flops_by_product(config, seq_len).items()}
+        for rows, name, selection in ((by_policy, "policy alone", self.selection), (by_reference, "reference", ALL)):
+            if rows:
+                total[name] = rows * sum(flops_by_product(config, seq_len, None, selection).forward.values())
         return total
 
     def flops_per_token(self, config: ModelConfig, seq_len: int, convention: accounting.Convention = "exact") -> float:
-        """Return the FLOPs of training one example, over the `seq_len` tokens of one row; "6N": of both rows."""
+        """Return the FLOPs of training one example, over the `seq_len` tokens of one row.
+
+        "6N": 6 for each parameter and token of rows that are trained on, 2 for each of rows that are only read.
+        """
         once = super().flops_per_token(config, seq_len, convention)
-        return once if convention == "exact" else 2 * once
+        trained, *read = self.rows_read()
+        return once if convention == "exact" else once * (trained + sum(read) / 3)
 
 
 def weighted_mean(

@@ -10,6 +10,8 @@ import numpy as np
 
 from model import InputError, ModelConfig
 from train.config import HParams, TrainConfig
+from train.data.examples.batches import PackedConversations, validation_examples
+from train.data.kinds import check_kind
 from train.data.mixture import PhasedLoader
 from train.data.shards import TokenShards
 from train.objectives.objective import Batch, BatchSpec
@@ -40,8 +42,6 @@ class Instruction(TokenObjective):
 
     def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
         """Raise InputError unless the first source holds conversations, and the others do or hold text."""
-        from train.data.examples import check_kind
-
         super().check_data(config, sources)
         for number, source in enumerate(sources.values()):
             check_kind(source, *(("chat",) if number == 0 else ("chat", "text")))
@@ -64,8 +64,6 @@ class Instruction(TokenObjective):
         plan: Plan,
     ) -> PhasedLoader:
         """Return packed rows, each once per epoch, in an order from the seed."""
-        from train.data.examples import PackedConversations
-
         del config, train_config
         return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=PackedConversations)
 
@@ -73,8 +71,6 @@ class Instruction(TokenObjective):
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
         """Return the first packed rows of the validation split, as many as have `max_tokens` tokens."""
-        from train.data.examples import PackedConversations, validation_examples
-
         del config
         rows = PackedConversations(TokenShards(folder, "validation"), train_config.seq_len)
         return validation_examples(rows, train_config.batch_size, max_tokens)

@@ -183,8 +183,8 @@ class Objective(Part, ABC):
             names = [key.key for key in path[:-1]]
             if _has_path(whole, names):
                 raise InputError(
-                    f"trainable={list(self.trainable)} covers {'/'.join(names)}, which the adapter changes; leave it out "
-                    "of objective.adapter.targets, or of trainable"
+                    f"trainable={list(self.trainable)} covers {'/'.join(names)}, which the adapter changes; leave it "
+                    "out of objective.adapter.targets, or of trainable"
                 )
         if hparams is not None:
             tree = masked(tree, mask_and_scale(self.adapter, *self._size(hparams))[0])

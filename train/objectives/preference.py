@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from model import Execution, InputError, ModelConfig, Params, forward
 from model.errors import UnknownNameError
 from train.config import HParams, TrainConfig
+from train.data.examples.batches import Pairs as PairRows
+from train.data.examples.batches import Rated as RatedRows
 from train.data.rows import Rows
 from train.data.shards import TokenShards
 from train.objectives.answers import AnswerObjective, balance_loss, weighted_mean
@@ -27,6 +29,7 @@ from train.objectives.preference_losses import (
     Pairs,
     rated_kto,
 )
+from train.reference import read_reference
 
 _MEANS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob")
 
@@ -73,13 +76,11 @@ class ReferencedObjective(AnswerObjective):
 
     def kept_reference(self, shards: TokenShards) -> Float[np.ndarray, " documents"] | None:
         """Return the log-probabilities that the reference gives a split's documents; None where none are kept."""
-        from train.reference import read_reference
-
         return read_reference(shards, self.reference) if self.compares and self.reference is not None else None
 
-    def reference_passes(self) -> int:
-        """Return the rows of an example that the base of an adapter reads without it."""
-        return 2 if self.compares and self.reference is None else 0
+    def rows_read(self) -> tuple[int, int, int]:
+        """Return the rows of an example that are trained on, read by the policy alone, and read by the reference."""
+        return 2, 0, 2 if self.compares and self.reference is None else 0
 
     def models(self, params: Params, frozen: Params | None, hparams: HParams | None) -> tuple[Params, Params | None]:
         """Return the parameters of the policy, and those of the reference, where they are given."""
@@ -104,7 +105,7 @@ class ReferencedObjective(AnswerObjective):
             params,
             tokens,
             segment_ids=segment_ids,
-            dropout_rate=None if hparams is None else hparams.dropout_rate,
+            dropout_rate=None if hparams is None or key is None else hparams.dropout_rate,
             dropout_key=key,
             outputs=("final_hidden",),
             execution=execution,
@@ -183,8 +184,6 @@ class Preference(ReferencedObjective):
 
     def rows(self, shards: TokenShards, seq_len: int) -> Rows:
         """Return the pairs of a split."""
-        from train.data.examples import Pairs as PairRows
-
         return PairRows(shards, seq_len, self.kept_reference(shards))
 
     def batch_spec(
@@ -283,8 +282,6 @@ class Rated(ReferencedObjective):
 
     def rows(self, shards: TokenShards, seq_len: int) -> Rows:
         """Return the rated answers of a split."""
-        from train.data.examples import Rated as RatedRows
-
         return RatedRows(shards, seq_len, self.kept_reference(shards))
 
     def batch_spec(
@@ -292,9 +289,12 @@ class Rated(ReferencedObjective):
     ) -> BatchSpec:
         """Return the arrays of both answers, the labels, and reference log-probabilities that are kept."""
         spec = super().batch_spec(config, train_config, batch_size, seq_len, evaluation=evaluation)
+        if not evaluation:
+            del spec["weights"]
         spec["labels"] = jax.ShapeDtypeStruct((batch_size,), np.int32)
         if self.reference is not None:
-            spec |= dict.fromkeys(("reference", "mismatched_reference"), spec["weights"])
+            number = jax.ShapeDtypeStruct((batch_size,), np.float32)
+            spec |= {"reference": number, "mismatched_reference": number}
         return spec
 
     def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -302,6 +302,10 @@ class Rated(ReferencedObjective):
         weights, good = self.weights(batch), batch["labels"] > 0
         sides = {"good": jnp.sum(weights * good), "bad": jnp.sum(weights * ~good)}
         return {"examples": jnp.sum(weights)} | {name: jnp.maximum(total, 1e-6) for name, total in sides.items()}
+
+    def rows_read(self) -> tuple[int, int, int]:
+        """Return the rows of an example that are trained on, read by the policy alone, and read by the reference."""
+        return 1, 1, 2 if self.reference is None else 0
 
     def loss(
         self,

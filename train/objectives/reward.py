@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, InputError, ModelConfig, Params, forward, head
 from train.config import HParams, TrainConfig
+from train.data.examples.batches import Pairs as PairRows
 from train.data.manifest import Manifest
 from train.data.rows import Rows
 from train.data.shards import TokenShards
@@ -41,7 +42,7 @@ class Reward(AnswerObjective):
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
         """Return the model with a scalar head, and the objective with the margins that the data have."""
-        margins = self.margins or (manifest is not None and manifest.has_margins)
+        margins = self.margins or (manifest is not None and _has_margins(manifest))
         return config.replace(head="scalar"), self.replace(margins=margins)
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
@@ -52,8 +53,6 @@ class Reward(AnswerObjective):
 
     def rows(self, shards: TokenShards, seq_len: int) -> Rows:
         """Return the pairs of a split."""
-        from train.data.examples import Pairs as PairRows
-
         return PairRows(shards, seq_len)
 
     def batch_spec(
@@ -89,6 +88,7 @@ class Reward(AnswerObjective):
             outputs=("final_hidden",),
             execution=execution,
         )
+        assert out.final_hidden is not None
         values = head(config, params, out.final_hidden)
         segments = self.both(batch, "segment_ids")
         real = self.both(batch, "mask") > 0 if segments is None else segments > 0
@@ -102,3 +102,7 @@ class Reward(AnswerObjective):
         total = loss + center + balance_loss(out.auxiliary, hparams, microbatches)
         sums = {"loss": loss, "total_loss": total, self.WEIGHT: jnp.sum(weights)}
         return total, sums | {name: mean(value) for name, value in zip(_MEANS, means, strict=True)}
+
+
+def _has_margins(manifest: Manifest) -> bool:
+    return any(file.name.startswith("margins-") for files in manifest.array_files.values() for file in files)
