@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from experiments.commands import data, doctor, evaluate, generate, report, study, train
+from experiments.commands import data, doctor, evaluate, generate, report, study, train, tune
 from experiments.commands.bench import compare, decode
 from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
@@ -53,6 +53,7 @@ COMMANDS: Tree = {
     "study": study.study,
     "data": ("Make and look into data folders.", {"prepare": data.prepare, "inspect": data.inspect}),
     "train": train.train,
+    "tune": tune.tune,
     "report": report.report,
     "cool": train.cool,
     "generate": generate.generate,

@@ -139,7 +139,7 @@ def train(
         named |= {"objective.adapter.rank": lora}
     recipe, execution = overlay(
         named | read_changes(set),
-        Recipe(config.replace(compute_dtype=_dtype(precision)), **plain),
+        Recipe(config.replace(compute_dtype=dtype_of(precision)), **plain),
         Execution(mesh=parse_mesh(mesh) if mesh else None),
     )
     shell = RunOptions(
@@ -160,9 +160,9 @@ def train(
     )
     if recipe.train.phases:
         _show_plan(recipe.train)
-    _say_what_is_cut(shell, manifest, recipe)
+    say_what_is_cut(shell, manifest, recipe)
     result = run_training(recipe, run=out, shell=shell, execution=execution)
-    _tell(result, json, recipe)
+    tell(result, json, recipe)
 
 
 def cool(
@@ -222,11 +222,11 @@ def cool(
         held = executions(read_record(base_run)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
-        results.append(_tell(result, None, recipe))
+        results.append(tell(result, None, recipe))
     write_document(json, {"branches": results})
 
 
-def _tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
+def tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
     """Return the result in one sentence, and as a document."""
     import dataclasses
 
@@ -287,7 +287,7 @@ def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
     return f"stopped early at step {step:,} of {steps:,}: {early['metric']} {outcome} in {validations}"
 
 
-def _say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
+def say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
     """Say which of the requested numbers are larger than what exists, or beyond the run's end."""
     from experiments.commands.options import say_fewer_tokens
     from experiments.words import say
@@ -344,7 +344,8 @@ def _read_phases(path: Path) -> "tuple[Phase, ...]":
     return tuple(Phase.from_dict(value) for value in values)
 
 
-def _dtype(precision: str) -> Any:
+def dtype_of(precision: str) -> Any:
+    """Return the compute dtype: "auto" is float32 on CPUs and bfloat16 elsewhere."""
     import jax
 
     if precision != "auto":
