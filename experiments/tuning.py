@@ -70,7 +70,7 @@ class Tuning:
 
         if not is_stored(str(self.model)):
             raise InputError(
-                f"there is no model at {self.model}; `isoflop tune` starts from a run, a Hugging Face folder or a GGUF file"
+                f"there is no model at {self.model}; give a run, a Hugging Face folder or a GGUF file"
             )
         method, manifest = self._method(), load_manifest(self.data)
         self._check_kind(method, manifest)

@@ -158,7 +158,7 @@ class AnswerObjective(Objective):
     # ---- accounting
 
     def rows_read(self) -> tuple[int, int, int]:
-        """Return how many rows of an example are trained on, read by the policy alone, and read by a reference model."""
+        """Return the rows of an example that are trained on, read by the policy alone, and read by the reference."""
         return 2, 0, 0
 
     def training_flops_by_product(self, config: ModelConfig, seq_len: int) -> dict[str, float]:
