@@ -110,7 +110,7 @@ class Renderer:
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=opens_answer, **variables)
         except InputError as error:
-            raise UnusableError(REFUSED) from error
+            raise UnusableError(REFUSED, str(error)) from error
 
     def _answer(
         self, whole: ChatText, messages: Sequence[Message], first: int, last: int, variables: Mapping[str, Any]
