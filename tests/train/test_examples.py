@@ -349,9 +349,7 @@ def test_errors_say_what_to_do_and_leave_nothing(match, rows, options, made, tmp
 
 
 def test_errors_of_kinds_and_sources(made, tmp_path, untemplated):
-    with pytest.raises(
-        InputError, match=r"20 refused by the chat template; the first refusal: .* has no chat template"
-    ):
+    with pytest.raises(InputError, match="20 refused by the chat template; the first refusal: the tokenizer"):
         made(GOOD, "chat", tokenizer=untemplated)
     with pytest.raises(UnknownNameError, match="chats"):
         made(GOOD, "chats")
