@@ -41,7 +41,8 @@ def prepare(
             fine-tune on, whose tokenizer must be given.
         max_tokens: Keep so many of the first tokens of each document of these kinds.
         vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
-        validation_fraction: Share of documents held out; a document's content alone decides its side.
+        validation_fraction: Share of documents held out; a document's content alone, of examples the prompt's, decides
+            its side.
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
         label_field: The field or column that holds each document's label, to train a classifier: a string, a boolean
             or a whole number; every distinct value is a class. Rows without one are skipped and counted.

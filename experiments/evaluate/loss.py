@@ -14,6 +14,7 @@ from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from train import eval_step
 from train.data import batches_in_order, gives_ids_of, load_manifest, validation_batches
+from train.data.kinds import check_kind
 from train.data.rows import Batch
 from train.data.shards import TokenShards
 from train.progress import progress_bar
@@ -82,6 +83,7 @@ def validation_set(
 def validation_texts(data: str | Path) -> list[str]:
     """Return the documents of the validation split, as they were before they were encoded."""
     shards = TokenShards(data, "validation")
+    check_kind(shards, "text")
     tokens = shards.windows(np.array([0]), len(shards))[0]
     tokenizer = load_tokenizer(data)
     ends = np.flatnonzero(tokens == shards.eos_id)

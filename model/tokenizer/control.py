@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 # Unicode promises that these are never characters of a text.
@@ -70,7 +71,7 @@ def render_masked(render: Callable[[Any], str], content: Any, names: Sequence[st
     text = render(content)
     names = [name for name in names if name]
     unused = next(mark for mark in NONCHARACTERS if mark not in text and not _occurs(mark, content))
-    for find in (_first_characters(names), _whole_names(names)):
+    for find in (_first_characters(tuple(names)), _whole_names(tuple(names))):
         hidden = _replaced(content, find, unused)
         if hidden == content:
             return ChatText(text)
@@ -80,11 +81,13 @@ def render_masked(render: Callable[[Any], str], content: Any, names: Sequence[st
     return None
 
 
-def _first_characters(names: Sequence[str]) -> re.Pattern[str] | None:
+@lru_cache(maxsize=16)
+def _first_characters(names: tuple[str, ...]) -> re.Pattern[str] | None:
     return names_pattern({name[0] for name in names})
 
 
-def _whole_names(names: Sequence[str]) -> re.Pattern[str] | None:
+@lru_cache(maxsize=16)
+def _whole_names(names: tuple[str, ...]) -> re.Pattern[str] | None:
     """Places where a name begins, or the beginning of one that the next string may complete (spaces may be cut off)."""
     beginnings = {name[:length] for name in names for length in range(1, len(name))}
     whole, partial = names_pattern(names), names_pattern(beginnings)

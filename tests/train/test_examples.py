@@ -348,7 +348,9 @@ def test_errors_say_what_to_do_and_leave_nothing(match, rows, options, made, tmp
     assert set(os.listdir(tmp_path)) == before
 
 
-def test_errors_of_kinds_and_sources(made, tmp_path):
+def test_errors_of_kinds_and_sources(made, tmp_path, untemplated):
+    with pytest.raises(InputError, match="20 refused by the chat template; the first refusal: the tokenizer"):
+        made(GOOD, "chat", tokenizer=untemplated)
     with pytest.raises(UnknownNameError, match="chats"):
         made(GOOD, "chats")
     with pytest.raises(InputError, match="max_tokens=5 is for"):

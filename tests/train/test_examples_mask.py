@@ -1,5 +1,6 @@
 """What is trained of a conversation: the assistant's words and the token that ends them, and nothing else."""
 
+import itertools
 import random
 import runpy
 from datetime import datetime
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from model.tokenizer import load_tokenizer
 from model.tokenizer.control import ChatText
@@ -201,10 +203,39 @@ def test_decoding_what_is_trained_gives_the_assistants_words(name, tmp_path):
         drawn = [generator.choices([*words, end, SPECIAL[0]], k=generator.randrange(1, 9)) for _ in range(count)]
         conversations.append(turns(*("a" + "x".join(parts) + "b" for parts in drawn)))
     rendered = [Renderer(tokenizer).conversation(messages, 0, {}) for messages in conversations]
-    for messages, document in zip(conversations, encode(tokenizer, rendered, None), strict=True):
-        found = [text for text, is_trained in stretches(tokenizer, document.ids, document.trained) if is_trained]
+    encoded = encode(tokenizer, rendered, None)
+    for messages, text, document in zip(conversations, rendered, encoded, strict=True):
+        found = [part for part, is_trained in stretches(tokenizer, document.ids, document.trained) if is_trained]
         assert found == [m["content"] + end for m in messages if m["role"] == "assistant"]
         assert document.left_out == 0
+        ids = tokenizer.encode(text.text, special=True)
+        assert document.ids.tolist() == ids
+        borders = [common(ids, tokenizer.encode(text.part(0, place), special=True)) for place in text.places]
+        expected = np.zeros(len(ids), np.uint8)
+        for begin, stop in zip(borders[::2], borders[1::2], strict=True):
+            expected[begin:stop] = 1
+        assert document.trained.tolist() == expected.tolist(), "the ids before a span, encoded as a whole"
+
+
+def common(one, other):
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def test_a_name_that_the_library_does_not_read_is_text(tmp_path):
+    """The tokens before a span are then counted in the ids of the whole text before it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '<w>' + m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<w>{% endif %}"
+    )
+    folder = write_tokenizer(tmp_path, template)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_special_tokens([tokenizers.AddedToken("<w>", special=True, single_word=True)])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    (document,) = encode(tokenizer, [Renderer(tokenizer).conversation(FOUR[:2], 0, {})], None)
+    assert "<w>" in tokenizer.special_tokens.values()
+    expected = "<|im_start|>user<w>Hi<|im_end|><|im_start|>assistant<w>⟦Yes.<|im_end|>⟧"
+    assert marked(tokenizer, document.ids, document.trained) == expected
 
 
 def test_a_cut_keeps_what_came_from_messages():

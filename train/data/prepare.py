@@ -54,6 +54,9 @@ def prepare(
     model of `vocab_size` on the training split. Each document is encoded without a begin token and followed by the
     tokenizer's first end token.
 
+    Another kind than text is what `train.data.examples.prepare.prepare_examples` writes, from rows of conversations,
+    pairs, ratings or prompts; max_tokens is for these kinds, vocab_size and the fields are for text.
+
     With a `label_field`, the label of a document is that field of its row (a string, a boolean or a whole number), as
     text. Every distinct value is a class; classes are sorted. `labels-SPLIT.npy` has the class index of each document,
     in the order of the shards. Documents without a label are skipped and counted; duplicates whose label differs from

@@ -39,11 +39,11 @@ EXPECTED = {
 
 
 class UnusableError(Exception):
-    """A row that gives no example; `reason` is what it is counted under."""
+    """A row that gives no example. reason: what it is counted under; detail: more about this one."""
 
-    def __init__(self, reason: str):
+    def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def _write(reading: _Reading, folder: Path, tokenizer: Tokenizer, arguments: dic
             writer.write_all(reading.examples(advance))
         writer.write_rated()
         dropped = reading.dropped + writer.dropped
-        _check_sides(sides, reading, dropped, arguments["validation_fraction"])
+        _check_sides(sides, reading, dropped, writer.first_refusal, arguments["validation_fraction"])
         has_margins = any(side.has_margins for side in sides.values())
         splits = {name: side.finish_tokens() for name, side in sides.items()}
         arrays = {name: side.finish_arrays(kind, has_margins) for name, side in sides.items()}
@@ -177,12 +177,16 @@ def _write(reading: _Reading, folder: Path, tokenizer: Tokenizer, arguments: dic
     return manifest
 
 
-def _check_sides(sides: dict[str, Side], reading: _Reading, dropped: Counter[str], fraction: float) -> None:
+def _check_sides(
+    sides: dict[str, Side], reading: _Reading, dropped: Counter[str], first_refusal: str, fraction: float
+) -> None:
     """Raise InputError, with what was dropped and why, where nothing is left on one side of the split."""
     name, kind = reading.rows.name, reading.kind
     if all(side.documents for side in sides.values()):
         return
-    lost = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+    lost = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    if first_refusal:
+        lost += f"; the first refusal: {first_refusal}"
     if reading.count == 0:
         raise InputError(f"{name} has no rows")
     if dropped[BROKEN] == reading.count:
@@ -195,5 +199,5 @@ def _check_sides(sides: dict[str, Side], reading: _Reading, dropped: Counter[str
     raise InputError(
         f"{name} is too small for the split: validation_fraction={fraction} gives {sides['train'].documents} training"
         f" and {sides['validation'].documents} validation documents, and both need one at least; give more rows or"
-        f" another validation_fraction; dropped were: {lost or 'none'}"
+        f" another validation_fraction; dropped were: {lost}"
     )

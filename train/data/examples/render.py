@@ -1,6 +1,8 @@
 """From examples to token ids and a mask of what is trained, by the tokenizer's chat template."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +34,14 @@ class Rendered:
     end: int | None = None
     left_out: int = 0
 
-    def beginnings(self) -> list[str]:
-        """Return the text up to each place where a span begins or ends."""
-        places = [place for span in self.spans for place in span]
-        if isinstance(self.text, ChatText):
-            return [self.text.cut(0, place) for place in places]
-        return [self.text[:place] for place in places]
+    @property
+    def places(self) -> list[int]:
+        """Where the spans begin and end, in order."""
+        return [place for span in self.spans for place in span]
+
+    def part(self, start: int, end: int) -> str:
+        """Return a part of the text, in which messages are still told from the template's own text."""
+        return self.text.cut(start, end) if isinstance(self.text, ChatText) else self.text[start:end]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,7 @@ class Renderer:
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=opens_answer, **variables)
         except InputError as error:
-            raise UnusableError(REFUSED) from error
+            raise UnusableError(REFUSED, str(error)) from error
 
     def _answer(
         self, whole: ChatText, messages: Sequence[Message], first: int, last: int, variables: Mapping[str, Any]
@@ -160,31 +164,68 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Rendered], max_tokens: int 
     whose answer nothing is left has no ids, nor has a prompt that is longer. The first token of a document is never
     trained, for nothing stands before it.
     """
-    ids_of: dict[bool, list[list[int]]] = {}
+    names = names_pattern(tokenizer.special_tokens.values())
+    pieces = [_pieces(document, names) for document in documents]
+    ids_of: dict[bool, Iterator[list[int]]] = {}
     for is_chat in (False, True):
-        texts = [text for document in documents if document.is_chat is is_chat for text in _texts(document)]
-        ids_of[is_chat] = tokenizer.encode_batch(texts, special=is_chat) if texts else []
-    done = {False: 0, True: 0}
+        texts = [
+            text
+            for document, (_, parts) in zip(documents, pieces, strict=True)
+            if document.is_chat is is_chat
+            for text in (document.text, *(part for _, part in parts))
+        ]
+        ids_of[is_chat] = iter(tokenizer.encode_batch(texts, special=is_chat) if texts else [])
     results: list[Encoded | str] = []
-    for document in documents:
-        begin = done[document.is_chat]
-        done[document.is_chat] += 1 + 2 * len(document.spans)
-        whole, *beginnings = ids_of[document.is_chat][begin : done[document.is_chat]]
-        results.append(_masked(tokenizer, document, whole, beginnings, max_tokens))
+    for document, (count, parts) in zip(documents, pieces, strict=True):
+        encoded = ids_of[document.is_chat]
+        whole = next(encoded)
+        befores = [(special, next(encoded)) for special, _ in parts]
+        borders = _borders(tokenizer, document, whole, count, befores)
+        results.append(_masked(tokenizer, document, whole, borders, max_tokens))
     return results
 
 
-def _texts(document: Rendered) -> list[str]:
-    return [document.text, *document.beginnings()]
+def _pieces(document: Rendered, names: re.Pattern[str] | None) -> tuple[int, list[tuple[int, str]]]:
+    """Return (special tokens in the text, what stands before each place where a span begins or ends).
+
+    What stands before is (number of special tokens, text from the last of them on): special tokens cut a text into
+    parts that are encoded by themselves, so all before the last one has the same ids as in the whole.
+    """
+    masked = document.text.masked if isinstance(document.text, ChatText) else ""
+    found = list(names.finditer(masked)) if names and document.is_chat else []
+    ends = [match.end() for match in found]
+    parts = []
+    for place in document.places:
+        special = bisect.bisect_right(ends, place)
+        parts.append((special, document.part(found[special - 1].start() if special else 0, place)))
+    return len(found), parts
+
+
+def _borders(
+    tokenizer: Tokenizer, document: Rendered, whole: list[int], count: int, befores: list[tuple[int, list[int]]]
+) -> list[int]:
+    """Return how many ids of the whole are those of the text before each place where a span begins or ends."""
+    special = tokenizer.special_tokens
+    places = [place for place, i in enumerate(whole) if i in special] if document.is_chat else []
+    if len(places) != count:  # a special token that the library reads otherwise than by its name
+        return [
+            _common(whole, tokenizer.encode(document.part(0, place), special=document.is_chat))
+            for place in document.places
+        ]
+    borders = []
+    for number, ids in befores:
+        start = places[number - 1] if number else 0
+        borders.append(start + _common(whole[start : start + len(ids)], ids))
+    return borders
 
 
 def _masked(
-    tokenizer: Tokenizer, document: Rendered, whole: list[int], beginnings: list[list[int]], max_tokens: int | None
+    tokenizer: Tokenizer, document: Rendered, whole: list[int], borders: list[int], max_tokens: int | None
 ) -> Encoded | str:
     ids = np.array(whole if document.end is None else [*whole, document.end], np.int32)
     trained = np.zeros(len(ids), np.uint8)
-    for before, until in zip(beginnings[::2], beginnings[1::2], strict=True):
-        trained[_common(whole, before) : _common(whole, until)] = 1
+    for begin, end in zip(borders[::2], borders[1::2], strict=True):
+        trained[begin:end] = 1
     trained[len(whole) :] = 1
     trained[:1] = 0
     size, truncated = len(document.text.encode()), max_tokens is not None and len(ids) > max_tokens

@@ -83,7 +83,8 @@ class Side:
 class ExampleWriter:
     """Render and encode examples, many at once, and write each to the side of the split that its prompt belongs to.
 
-    dropped, altered: counts of what gave no example and of what is not there in full, by reason.
+    dropped, altered: counts of what gave no example and of what is not there in full, by reason. first_refusal: what
+    the chat template said to the first example that it refused.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class ExampleWriter:
         self._rated: dict[str, list[tuple[Example, Encoded]]] = {split: [] for split in sides}
         self.dropped: Counter[str] = Counter()
         self.altered: Counter[str] = Counter()
+        self.first_refusal = ""
 
     def write_all(self, rows: Iterable[list[Example]]) -> None:
         """Write the examples of all rows; those of kind=rated wait for `write_rated`."""
@@ -111,6 +113,7 @@ class ExampleWriter:
                     documents = self._render(example)
                 except UnusableError as unusable:
                     self.dropped[unusable.reason] += 1
+                    self.first_refusal = self.first_refusal or unusable.detail
                     continue
                 waiting[-1].append((example, documents))
                 characters += sum(len(document.text) for document in documents)
@@ -143,9 +146,10 @@ class ExampleWriter:
             kept.append((example, document))
         mismatches = encode(self._tokenizer, rendered, self._max_tokens)
         for (example, document), mismatch in zip(kept, mismatches, strict=True):
-            if self._keep([mismatch]):
+            found = self._keep([mismatch])
+            if found is not None:
                 side.write(document)
-                side.write(mismatch)  # type: ignore[arg-type]
+                side.write(found[0])
                 side.labels.append(example.label)
 
     def _render(self, example: Example) -> list[Rendered]:
