@@ -69,9 +69,7 @@ class Tuning:
         from train.reference import keep_reference
 
         if not is_stored(str(self.model)):
-            raise InputError(
-                f"there is no model at {self.model}; give a run, a Hugging Face folder or a GGUF file"
-            )
+            raise InputError(f"there is no model at {self.model}; give a run, a Hugging Face folder or a GGUF file")
         method, manifest = self._method(), load_manifest(self.data)
         self._check_kind(method, manifest)
         base, start, _ = started_from(self.model, self.data)

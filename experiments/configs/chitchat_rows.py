@@ -56,7 +56,9 @@ def main(chats: Path, pairs: Path) -> None:
     with pairs.open("w", encoding="utf-8") as file:
         for chosen, rejected in zip(good, bad, strict=False):
             file.write(json.dumps({"chosen": [system, *chosen], "rejected": [system, *rejected]}) + "\n")
-    print(f"{len(conversations)} conversations, {min(len(good), len(bad))} pairs of {len(good)} good and {len(bad)} bad")
+    print(
+        f"{len(conversations)} conversations, {min(len(good), len(bad))} pairs of {len(good)} good and {len(bad)} bad"
+    )
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from jaxtyping import Int32, UInt8
 
 from model.errors import InputError
 from model.tokenizer import Tokenizer
-from model.tokenizer.control import ChatText, names_pattern
+from model.tokenizer.control import NONCHARACTERS, ChatText, names_pattern
 from train.data.examples.formats import Content, Message, UnusableError
 
 REFUSED = "refused by the chat template"
 FILLED = "prompts that fill max_tokens"
 UNTRAINABLE = "no trained token"
+_WORTH_MARKING = 3  # answers, from which on one rendering with marks is faster than two for each answer
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,48 @@ class Renderer:
             ended = [(start, self._end(whole, whole.cut(0, end), start)) for start, end in whole.generated]
             return Rendered(whole, tuple((start, end) for start, end in ended if end is not None), True)
         answers = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+        if len(answers) > _WORTH_MARKING and (marked := self._marked(whole, messages, answers, variables)):
+            return Rendered(whole, marked, True)
         spans = [self._answer(whole, messages, i, i + 1, variables) for i in answers]
         found = tuple(span for span in spans if span is not None)
         return Rendered(whole, found, True, left_out=len(spans) - len(found))
+
+    def _marked(
+        self, whole: ChatText, messages: Sequence[Message], answers: Sequence[int], variables: Mapping[str, Any]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Return the spans of the answers by one rendering in which each of them stands between two marks.
+
+        `_answer` renders a conversation twice for each of its answers. None where the marks change anything else, as in
+        a template that trims, or where the first and the last span are not those of `_answer`.
+        """
+        opening, closing = [mark for mark in NONCHARACTERS if mark not in whole][:2]
+        marked_messages = list(messages)
+        for i in answers:
+            content = messages[i].get("content")
+            if not isinstance(content, str):
+                return None
+            marked_messages[i] = {**messages[i], "content": opening + content + closing}
+        try:
+            text = str(self._render(marked_messages, False, variables))
+        except UnusableError:
+            return None
+        if text.replace(opening, "").replace(closing, "") != whole or text.count(opening) != len(answers):
+            return None
+        spans: list[tuple[int, int]] = []
+        place = 0
+        for number, part in enumerate(text.split(opening)):
+            if number:
+                content = part.partition(closing)[0]
+                end = self._end(whole, whole.cut(0, place + len(content)), place)
+                if end is None:
+                    return None
+                spans.append((place, end))
+            place += len(part) - part.count(closing)
+        for number in (0, -1):
+            i = answers[number]
+            if self._answer(whole, messages, i, i + 1, variables) != spans[number]:
+                return None
+        return tuple(spans)
 
     def answer(self, prompt: Content, answer: Content, variables: Mapping[str, Any]) -> Rendered:
         """Render a prompt and its answer, which is trained as a whole; both plain text or both turns.
