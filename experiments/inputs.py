@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
+from model.records import check_output_folder
 
 
 def read_value(text: str) -> Any:
@@ -51,7 +52,4 @@ def check_free(folder: Path, kind: str, lacking: str, advice: str) -> None:
 
     Hidden files do not count. lacking: the sign of an earlier one that the folder does not have; advice: what to do.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; a {kind} needs a folder of its own")
-    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and {lacking}; {advice}")
+    check_output_folder(folder, f"a {kind}", lacking, advice, ignore_hidden=True)

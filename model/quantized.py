@@ -21,7 +21,7 @@ from model.ambient import pinned
 from model.config import ModelConfig
 from model.errors import InputError
 from model.layout import places
-from model.records import json_text
+from model.records import check_output_folder, json_text
 from model.stack import Params
 from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, LowRank, Transposed, is_weight
 
@@ -36,8 +36,7 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
     if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(params, is_leaf=is_weight)):
         raise InputError("the parameters have low-rank adapters; fold these (model.adapters.fold) and round the result")
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file())):
-        raise InputError(f"{folder} exists and holds no quantized model; give another folder")
+    check_output_folder(folder, "a quantized model", f"has no {RECORD}", replaceable=(folder / RECORD).is_file())
     leaves = jax.tree_util.tree_leaves_with_path(params)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     partial.mkdir(parents=True)

@@ -102,6 +102,29 @@ def json_text(value: Any) -> str:
     return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
 
 
+def check_output_folder(
+    folder: Path,
+    kind: str,
+    lacking: str,
+    advice: str = "choose another folder",
+    *,
+    replaceable: bool = False,
+    ignore_hidden: bool = False,
+) -> None:
+    """Raise InputError unless a folder can be written: it is new, empty, or its content is replaceable.
+
+    kind: what is written, such as "a run". lacking: the missing record of an earlier one, such as "has no run.json".
+    ignore_hidden: a folder with no files but hidden ones counts as empty.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; {kind} needs a folder of its own")
+    files = [file for file in folder.iterdir() if not (ignore_hidden and file.name.startswith("."))]
+    if files and not replaceable:
+        raise InputError(f"{folder} is not empty and {lacking}; {advice}")
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

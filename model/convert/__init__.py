@@ -1,4 +1,4 @@
-"""Other people's weights: Hugging Face folders and PEFT's adapters in and out, GGUF files in."""
+"""Conversion of weights: read and write Hugging Face folders and PEFT adapters, read GGUF files."""
 
 from model.convert.convert import convert
 from model.convert.fold import fold

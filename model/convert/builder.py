@@ -1,4 +1,4 @@
-"""Filling stacks of layers on the devices, one tensor at a time, each piece going straight to its shard."""
+"""Parameters on the devices, filled one tensor at a time; each slice goes directly to its shard."""
 
 import functools
 from collections.abc import Callable
@@ -10,49 +10,50 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from model.convert.plan import Leaf, Part, Shapes, Step
+from model.convert.plan import Leaf, LeafSlice, Shapes, TensorPlan
 from model.sharding import spec_for
 
 
-class Places:
-    """Parameters that are being read.
+class ParameterBuilder:
+    """Parameters under construction.
 
-    At any moment the host holds one tensor and the devices what has been read so far. A stack's bytes are taken when
-    its first tensor comes; every further one is written into it in place.
+    The host holds one tensor at a time, the devices everything read so far. A stack of layers is allocated with its
+    first tensor; the others are written into it in place.
     """
 
     def __init__(self, shapes: Shapes, dtype: str, mesh: Mesh | None):
         self.shapes, self.dtype, self.mesh = shapes, jnp.dtype(dtype), mesh
         self.leaves: dict[Leaf, Array] = {}
 
-    def write(self, step: Step, read: Callable[[], Shaped[np.ndarray, "..."]]) -> None:
-        """Put the tensor that `read` gives into the leaves that hold its parts."""
-        for part, value in zip(step.parts, self._pieces(step, read()), strict=True):
-            self._write(part, value, step.row.transposed)
+    def write(self, plan: TensorPlan, read: Callable[[], Shaped[np.ndarray, "..."]]) -> None:
+        """Write the tensor that `read` returns into its leaves."""
+        for target, value in zip(plan.slices, self._slices_on_device(plan, read()), strict=True):
+            self._write_slice(target, value, plan.rule.transposed)
 
     def tree(self) -> dict:
-        """The finished parameters."""
+        """Return the finished parameters."""
         return traverse_util.unflatten_dict(self.leaves)
 
-    def _pieces(self, step: Step, tensor: np.ndarray) -> list[Array]:
-        """The parts on the devices. The host's tensor is free when this returns, before room is made for a leaf."""
+    def _slices_on_device(self, plan: TensorPlan, tensor: np.ndarray) -> list[Array]:
+        """Copy the slices to the devices. On return the host's tensor is free, before a leaf is allocated."""
         values = []
-        for part in step.parts:
-            piece = tensor if len(step.parts) == 1 else _cut(tensor, part.start, part.stop, step.axis)
-            sharding = self._sharding(part.leaf)
-            of_piece = None if sharding is None else _of_piece(sharding, piece.ndim, step.row.transposed)
-            values.append(jax.device_put(piece, of_piece))
+        for target in plan.slices:
+            value = tensor if len(plan.slices) == 1 else _slice(tensor, target.start, target.stop, plan.axis)
+            sharding = self._sharding(target.leaf)
+            if sharding is not None:
+                sharding = _sharding_of_slice(sharding, value.ndim, plan.rule.transposed)
+            values.append(jax.device_put(value, sharding))
         return jax.block_until_ready(values)
 
-    def _write(self, part: Part, value: Array, transposed: bool) -> None:
-        leaf, index, sharding = part.leaf, part.index, self._sharding(part.leaf)
+    def _write_slice(self, target: LeafSlice, value: Array, transposed: bool) -> None:
+        leaf, index, sharding = target.leaf, target.index, self._sharding(target.leaf)
         if not index:
             self.leaves[leaf] = _convert(value, transposed, self.dtype, sharding)
         else:
             if leaf not in self.leaves:
                 self.leaves[leaf] = _empty(self.shapes[leaf], self.dtype, sharding)
             self.leaves[leaf] = _insert(self.leaves[leaf], value, np.asarray(index, np.int32), transposed, sharding)
-        # Without this, reading would run ahead of writing and hold many tensors at once.
+        # Otherwise reading would run ahead of writing and hold many tensors at once.
         self.leaves[leaf].block_until_ready()
 
     def _sharding(self, leaf: Leaf) -> NamedSharding | None:
@@ -61,13 +62,17 @@ class Places:
         return NamedSharding(self.mesh, spec_for(self.mesh, leaf, self.shapes[leaf]))
 
 
-def _cut(tensor: np.ndarray, start: int, stop: int, axis: int) -> np.ndarray:
+def _slice(tensor: np.ndarray, start: int, stop: int, axis: int) -> np.ndarray:
     axis = max(axis, -tensor.ndim)  # a bias has one axis only
     return tensor[(..., slice(start, stop)) if axis == -1 else (..., slice(start, stop), slice(None))]
 
 
-def _of_piece(sharding: NamedSharding, ndim: int, transposed: bool) -> NamedSharding:
-    """The leaf's sharding as it is for one layer's tensor, which may be transposed in the file."""
+def _sharding_of_slice(sharding: NamedSharding, ndim: int, transposed: bool) -> NamedSharding:
+    """Return the sharding of one layer's tensor, which may be transposed in the file.
+
+    For a stack [layer, in, out] with the spec (None, "fsdp", "tensor"), a transposed tensor [out, in] has
+    ("tensor", "fsdp").
+    """
     spec = list(sharding.spec)[-ndim:] if ndim else []
     spec = [None] * (ndim - len(spec)) + spec
     if transposed:

@@ -1,12 +1,13 @@
-"""Configurations that compute the same function, made equal."""
+"""A canonical form of configurations, equal for all that compute the same function."""
 
 import dataclasses
+from collections.abc import Callable
 
 from model.config import ModelConfig
-from model.convert.fields import layer_types, shortest_pattern
+from model.convert.sliding_window import layer_types, shortest_pattern
 
-# Fields that matter only under a condition; without it they are put back to their defaults.
-_CONDITIONS = {
+# Fields that have an effect only under a condition; without it they are set to their defaults.
+_CONDITIONS: dict[tuple[str, ...], Callable[[ModelConfig], bool]] = {
     ("rope_base", "rope_fraction", "rope_interleaved", "rope_scaling"): lambda c: c.position == "rotary",
     ("local_rope_base",): lambda c: c.position == "rotary" and c.sliding_window is not None,
     ("relative_buckets", "relative_max_distance"): lambda c: c.position == "relative",
@@ -18,15 +19,15 @@ _CONDITIONS = {
     ("base_d_model",): lambda c: c.parameterization == "mup",
 }
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-# Fields that say in which precision a model runs or how it starts, and not what it computes.
-_IDLE = ("compute_dtype", "zero_readout")
+# Precision and initialisation, which are no part of the function.
+_IGNORED = ("compute_dtype", "zero_readout")
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """The same function with every field that does not matter at its default, and one spelling of the others."""
-    changes = {name: _DEFAULTS[name] for name in _IDLE}
-    for names, matters in _CONDITIONS.items():
-        if not matters(config):
+    """Return a config of the same function, with fields without effect at their defaults and one form of the others."""
+    changes = {name: _DEFAULTS[name] for name in _IGNORED}
+    for names, condition in _CONDITIONS.items():
+        if not condition(config):
             changes |= {name: _DEFAULTS[name] for name in names}
     changes["layer_pattern"] = shortest_pattern(layer_types(config)) if config.sliding_window else ("local",)
     if config.attention_scale == config.head_dim**-0.5:
@@ -49,10 +50,11 @@ def _canonical_experts(config: ModelConfig) -> dict:
         changes |= {"groups": 1, "top_groups": 1, "group_score": "max"}
     if not experts.shared_d_ff:
         changes["shared_gate"] = False
-    return {"experts": experts.replace(**changes)} | ({} if dense else {"d_ff": experts.d_ff})
+    fields = {"experts": experts.replace(**changes)}
+    return fields if dense else {**fields, "d_ff": experts.d_ff}
 
 
-def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """The fields in which two configurations compute different functions, with ours' values."""
-    a, b = canonical(ours).to_dict(), canonical(theirs).to_dict()
+def differences(first: ModelConfig, second: ModelConfig) -> list[str]:
+    """Return the fields in which two configs compute different functions, as name=value of the first."""
+    a, b = canonical(first).to_dict(), canonical(second).to_dict()
     return [f"{name}={a[name]!r}" for name in a if a[name] != b[name]]

@@ -1,4 +1,4 @@
-"""From any format that is read to a Hugging Face folder."""
+"""Conversion of GGUF files and Hugging Face folders to Hugging Face folders."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,8 @@ from model.convert.tensors import INDEX
 from model.dtypes import DTypeLike
 from model.gguf_parts import find_gguf
 
-# What a folder needs besides the model to be used: its tokenizer, and how sentences are pooled.
-_BESIDES = (
+# Files that are copied: the tokenizer's, and the pooling of sentence encoders.
+_COPIED = (
     *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
@@ -21,8 +21,8 @@ def convert(
 ) -> None:
     """Write a GGUF file or a Hugging Face folder as a Hugging Face folder in `dtype`, float32 or bfloat16.
 
-    The tokenizer's files of a folder are copied too; a GGUF file's tokenizer is not converted. model_type: as in
-    `save_hf`. Raises what `load_hf`, `load_gguf` and `save_hf` raise.
+    Tokenizer files of a folder are copied; the tokenizer of a GGUF file is not converted. model_type: see `save_hf`.
+    Raises InputError like `load_hf`, `load_gguf` and `save_hf`.
     """
     source, target = Path(source), Path(target)
     if source.is_dir() and not (source / "config.json").is_file():
@@ -31,6 +31,6 @@ def convert(
     config, params = load(source, dtype=dtype)
     save_hf(config, params, target, model_type=model_type)
     if source.is_dir() and source.resolve() != target.resolve():
-        for file in sorted({file for pattern in _BESIDES for file in source.glob(pattern)}):
+        for file in sorted({file for pattern in _COPIED for file in source.glob(pattern)}):
             if file.is_file() and file.name != INDEX:
                 shutil.copy2(file, target / file.name)

@@ -1,60 +1,59 @@
-"""How one or a few keys of a config.json become fields of ModelConfig, and back. A family is a list of these."""
+"""Entries of a config.json: how one or a few keys become fields of ModelConfig, and back."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from model.config import ModelConfig
 from model.errors import InputError
 
 Raw = dict[str, Any]
-"""A config.json."""
-MOST = 100_000
-"""No model has more layers, or more of anything that is counted one by one: a broken number must not fill memory."""
+"""Content of a config.json."""
+MAX_COUNT = 100_000
+"""Upper limit on layers and on everything else that is counted one by one, so that a bad number cannot fill memory."""
 
 
 class Entry(Protocol):
-    """Both directions of a part of the configuration."""
+    """One part of the configuration, read from a config.json and written to it."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Keys of a config.json, those that it only writes among them."""
+        """Keys of a config.json that the entry reads or writes."""
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """Fields of ModelConfig; `raw` has the defaults of all `Field`s in it.
+        """Return fields of ModelConfig from a config.json in which missing keys of each `Field` have their defaults.
 
-        Raises InputError where the file asks for what isoflop does not have.
+        Raises InputError for features that isoflop does not have.
         """
 
     def write(self, config: ModelConfig) -> Raw:
-        """Keys of config.json. Whether they say all that the config says, the caller finds out by reading them."""
+        """Return keys of a config.json, which may lack features of the config: the caller reads them to find out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One of our fields that is one of their keys; `default` is their class's value where the key is missing."""
+    """A field of ModelConfig that is one key. default: of the Transformers class, for files without the key."""
 
-    ours: str
-    theirs: str
+    field: str
+    key: str
     default: Any
-    spelling: str | None = None  # of the same key in older files
+    old_key: str | None = None  # in older files
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The key and its older spelling."""
-        return (self.theirs,) if self.spelling is None else (self.theirs, self.spelling)
+        """The key and its older name."""
+        return (self.key,) if self.old_key is None else (self.key, self.old_key)
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """The value as it is; null stays null, which derives those of our fields that can be derived."""
-        return {self.ours: raw[self.theirs]}
+        """Return the value unchanged; null remains None, from which ModelConfig derives some fields."""
+        return {self.field: raw[self.key]}
 
     def write(self, config: ModelConfig) -> Raw:
-        """The value as it is."""
-        return {self.theirs: getattr(config, self.ours)}
+        """Return the value unchanged."""
+        return {self.key: getattr(config, self.field)}
 
 
-class Always:
-    """Our fields that every model of the family has alike."""
+class Constant:
+    """Fields of ModelConfig that are the same for all models of the family."""
 
     keys = ()
 
@@ -62,46 +61,46 @@ class Always:
         self.values = values
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """The same for every file."""
+        """Return the values."""
         return self.values
 
     def write(self, config: ModelConfig) -> Raw:
-        """Nothing: the family says it."""
+        """Return no keys: the model_type implies the values."""
         return {}
 
 
-class Written:
-    """Keys that are written for Transformers' sake and not read."""
+class WriteOnly:
+    """Keys that are written for Transformers and not read."""
 
     def __init__(self, **values: Any):
         self.values, self.keys = values, tuple(values)
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """Nothing."""
+        """Return no fields."""
         return {}
 
     def write(self, config: ModelConfig) -> Raw:
-        """The same for every model."""
+        """Return the values."""
         return self.values
 
 
-class Only:
-    """One of their keys of which only some values are supported; the first is what a missing key means."""
+class OneOf:
+    """A key with few supported values; the first is the default of a missing key."""
 
-    def __init__(self, theirs: str, *allowed: Any):
-        self.theirs, self.allowed, self.keys = theirs, allowed, (theirs,)
+    def __init__(self, key: str, *allowed: Any):
+        self.key, self.allowed, self.keys = key, allowed, (key,)
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """Nothing, or InputError naming key and value."""
-        value = raw.get(self.theirs, self.allowed[0])
+        """Return no fields. Raises InputError for another value."""
+        value = raw.get(self.key, self.allowed[0])
         if value not in self.allowed:
             wanted = " or ".join(repr(choice) for choice in self.allowed)
-            raise InputError(f"{self.theirs}={value!r} is not supported; isoflop reads {wanted}")
+            raise InputError(f"{self.key}={value!r} is not supported; isoflop reads {wanted}")
         return {}
 
     def write(self, config: ModelConfig) -> Raw:
-        """The value that a missing key would mean."""
-        return {self.theirs: self.allowed[0]}
+        """Return the default."""
+        return {self.key: self.allowed[0]}
 
 
 _ACTIVATIONS = {
@@ -119,86 +118,86 @@ _ACTIVATIONS = {
 
 
 def activation(name: Any, key: str) -> str:
-    """Our name of their activation function."""
+    """Return the value of ModelConfig.activation for a name in Transformers. Raises InputError for unknown ones."""
     if name not in _ACTIVATIONS:
         raise InputError(f"{key}={name!r} is not supported; isoflop knows {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def activation_name(ours: str) -> str:
-    """The first of their names of our activation function. Raises InputError where they have none."""
-    theirs = next((theirs for theirs, name in _ACTIVATIONS.items() if name == ours), None)
-    if theirs is None:
-        raise InputError(
-            f"activation={ours!r} has no name in Hugging Face's configs; model/convert/fields.py lists them"
-        )
-    return theirs
+def activation_name(activation: str) -> str:
+    """Return the first name in Transformers of an activation function. Raises InputError if there is none."""
+    for name, known in _ACTIVATIONS.items():
+        if known == activation:
+            return name
+    raise InputError(
+        f"activation={activation!r} has no name in Hugging Face's configs; model/convert/entries.py lists those that do"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """The activation function.
 
-    spellings: further keys, of which the first that is given counts before `theirs`. instead: names that this family
-    takes for another function.
+    preferred: other keys, which are read before `key`. renamed: (name in the file, name of the function that the family
+    applies for it).
     """
 
-    theirs: str
+    key: str
     default: str
-    spellings: tuple[str, ...] = ()
-    instead: tuple[tuple[str, str], ...] = ()
+    preferred: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All spellings."""
-        return (self.theirs, *self.spellings)
+        """The key and the preferred ones."""
+        return (self.key, *self.preferred)
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """`activation`."""
-        given = [raw[key] for key in self.spellings if raw.get(key)]
-        return {"activation": self._ours(given[0] if given else raw.get(self.theirs, self.default))}
+        """Return `activation`."""
+        given = [raw[key] for key in self.preferred if raw.get(key)]
+        return {"activation": self._activation(given[0] if given else raw.get(self.key, self.default))}
 
     def write(self, config: ModelConfig) -> Raw:
-        """Under every spelling."""
-        usual = self._ours(self.default) == config.activation
-        name = self.default if usual else activation_name(config.activation)
-        return dict.fromkeys((self.theirs, *self.spellings), name)
+        """Return the name under all keys."""
+        is_default = self._activation(self.default) == config.activation
+        name = self.default if is_default else activation_name(config.activation)
+        return dict.fromkeys(self.keys, name)
 
-    def _ours(self, name: Any) -> str:
-        return activation(dict(self.instead).get(name, name), self.theirs)
+    def _activation(self, name: Any) -> str:
+        return activation(dict(self.renamed).get(name, name), self.key)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stops:
-    """The tokens that end a text; those outside the vocabulary can never come and are left out."""
+class EndTokens:
+    """Ids of the tokens that end a text, without those outside the vocabulary."""
 
     default: int | None
     keys = ("eos_token_id",)
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """One id, several, or none."""
+        """Return `eos_token_ids` from one id, a list or null."""
         value = raw.get("eos_token_id", self.default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int for token in ids):
-            raise InputError(f"eos_token_id={value!r} must be a whole number, several, or null")
+            raise InputError(f"eos_token_id={value!r} must be a whole number, a list of them or null")
         return {"eos_token_ids": tuple(token for token in ids if 0 <= token < raw.get("vocab_size", token + 1))}
 
     def write(self, config: ModelConfig) -> Raw:
-        """A number where there is one."""
+        """Return one id as a number, several as a list."""
         ids = list(config.eos_token_ids)
         return {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
 
 
 class Heads:
-    """Which class of Transformers has which head; the first class is meant where `architectures` is missing."""
+    """Heads by class of Transformers; a file without `architectures` has the first class."""
 
     keys = ("architectures", "num_labels", "id2label", "label2id")
 
     def __init__(self, classes: dict[str, dict[str, Any]]):
-        self.classes = classes  # their class name → our fields
+        self.classes = classes  # class name → fields of ModelConfig
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """The head and what goes with it."""
+        """Return the fields of the class, for a classifier with `num_labels`."""
         names = raw.get("architectures") or [next(iter(self.classes))]
         if names[0] not in self.classes:
             raise InputError(f"architectures={names!r} is not supported; isoflop reads {', '.join(self.classes)}")
@@ -208,7 +207,7 @@ class Heads:
         return {**values, "num_labels": raw.get("num_labels") or len(raw.get("id2label") or (0, 1))}
 
     def write(self, config: ModelConfig) -> Raw:
-        """The class, and the labels of a classifier."""
+        """Return the class, for a classifier with its labels."""
         name = next((name for name, values in self.classes.items() if values["head"] == config.head), None)
         if name is None:
             return {"architectures": [next(iter(self.classes))]}
@@ -221,7 +220,7 @@ class Heads:
 
 
 def decoder_heads(prefix: str, language_model: str = "ForCausalLM") -> Heads:
-    """The classes of a decoder, e.g. LlamaForCausalLM."""
+    """Return the heads of a decoder, e.g. LlamaForCausalLM."""
     return Heads(
         {
             f"{prefix}{language_model}": {"head": "language-model"},
@@ -232,7 +231,7 @@ def decoder_heads(prefix: str, language_model: str = "ForCausalLM") -> Heads:
 
 
 def decoder_shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length: int) -> tuple[Entry, ...]:
-    """The keys that Llama and what came after it have in common, with a class's defaults."""
+    """Return the entries that Llama and later decoders share, with the defaults of a Transformers class."""
     return (
         Field("vocab_size", "vocab_size", vocab),
         Field("d_model", "hidden_size", d_model),
@@ -240,8 +239,8 @@ def decoder_shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, 
         Field("num_layers", "num_hidden_layers", layers),
         Field("num_heads", "num_attention_heads", heads),
         Field("max_seq_len", "max_position_embeddings", length),
-        Always(position="rotary", norm="rmsnorm", gated=True),
-        Written(bos_token_id=None, pad_token_id=None),
+        Constant(position="rotary", norm="rmsnorm", gated=True),
+        WriteOnly(bos_token_id=None, pad_token_id=None),
     )
 
 
@@ -249,67 +248,3 @@ ATTENTION_BIASES = (
     Field("attention_bias", "attention_bias", False),
     Field("attention_output_bias", "attention_bias", False),
 )
-
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-def layer_types(config: ModelConfig) -> list[str]:
-    """Of every layer of the decoder, in their words."""
-    if config.sliding_window is None:
-        return [FULL] * config.num_layers
-    reaches = [config.layer_pattern[i % len(config.layer_pattern)] for i in range(config.num_layers)]
-    return [SLIDING if reach == "local" else FULL for reach in reaches]
-
-
-def shortest_pattern(types: list[str]) -> tuple[str, ...]:
-    """The fewest layers whose repetition gives all of them, in our words."""
-    period = next(n for n in range(1, len(types) + 1) if all(t == types[i % n] for i, t in enumerate(types)))
-    return tuple("local" if kind == SLIDING else "global" for kind in types[:period])
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Sliding windows. `types`: the layers' types where the file does not list them; `listed`: whether it may."""
-
-    default: int | None
-    types: Callable[[Raw, int], list[str]] = lambda raw, layers: [SLIDING] * layers
-    listed: bool = False
-    switched: bool = False  # use_sliding_window, without which there is none
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """A family without a switch knows none: its window is always on."""
-        switch = ("use_sliding_window", "max_window_layers") if self.switched else ()
-        return ("sliding_window", "layer_types", *switch)
-
-    def read(self, raw: Raw) -> dict[str, Any]:
-        """`sliding_window` and `layer_pattern`."""
-        layers, window = raw["num_hidden_layers"], raw.get("sliding_window", self.default)
-        switch = raw.get("use_sliding_window")
-        if switch is not None and not isinstance(switch, bool):
-            raise InputError(f"use_sliding_window={switch!r} must be true or false")
-        if self.switched and not switch:
-            window = None
-        types = raw.get("layer_types") or self.types(raw, layers)
-        if len(types) != layers or set(types) - {SLIDING, FULL}:
-            raise InputError(
-                f"layer_types={types!r} is not supported; isoflop reads {SLIDING} and {FULL} for each layer"
-            )
-        if window is None or SLIDING not in types:
-            return {"sliding_window": None}
-        if not self.listed and FULL in types:
-            raise InputError("layer_types with both kinds of attention is not supported for this model_type")
-        return {"sliding_window": window, "layer_pattern": shortest_pattern(types)}
-
-    def write(self, config: ModelConfig) -> Raw:
-        """The window, and the layers' types where the family lists them."""
-        raw: Raw = {"sliding_window": config.sliding_window}
-        if self.switched:
-            raw["use_sliding_window"] = config.sliding_window is not None
-        elif raw["sliding_window"] is None and self.listed:
-            raw["sliding_window"] = self.default  # Transformers wants one even where no layer uses it
-        if self.listed:
-            raw["layer_types"] = layer_types(config)
-            raw["max_window_layers"] = (raw["layer_types"] + [SLIDING]).index(SLIDING)
-        return raw

@@ -1,4 +1,4 @@
-"""What a model type is to the converters: its configuration's entries and its tensors' rows."""
+"""A model type of Transformers: the entries of its config.json and the rules of its tensor names."""
 
 import dataclasses
 import re
@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.fields import MOST, Entry, Field, Raw
-from model.convert.rows import Row
+from model.convert.entries import MAX_COUNT, Entry, Field, Raw
+from model.convert.rules import TensorRule
 from model.errors import InputError
 
-# Where a model comes from and how it runs, its training, its tokens, what heads it has, how text is sampled.
-_HARMLESS = """
+# Keys without effect on the function: origin and execution; training; token ids; heads; sampling of text.
+_IGNORED_KEYS = """
     model_type architectures _name_or_path name_or_path _commit_hash transformers_version auto_map written_by
     unsloth_version unsloth_fixed transformers.js_config is_llama_config
     torch_dtype dtype use_bfloat16 use_cache pretraining_tp ep_size chunk_size_feed_forward reorder_and_upcast_attn
@@ -36,7 +36,7 @@ _HARMLESS = """
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens cache_implementation
 """
-# Keys of other families with the values that change nothing.
+# Keys of other families, with the values that have no effect.
 _NEUTRAL: Raw = {
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder", "rope_interleaved"), False),
     **dict.fromkeys(("use_mrope", "qk_layernorm", "use_qk_norm", "use_parallel_residual", "parallel_attn"), False),
@@ -47,34 +47,38 @@ _NEUTRAL: Raw = {
 }
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
-# Buffers that older files hold and that follow from the configuration.
+# Buffers of older files, which follow from the configuration.
 _BUFFERS = (r"rotary_emb\.inv_freq$", r"position_ids$", r"\battn\.(masked_)?bias$")
+
+
+def _unchanged(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One model_type.
 
-    prefixes: what may stand before the names of the base model's tensors; the first is written. renamed: (pattern,
-    replacement) for names of older files. ignored: patterns of tensors that are known and not needed. ignores_beyond:
-    tensors of layers beyond the last are not needed either (DeepSeek-V3's multi-token prediction). adapt: what the
-    tensors' names say about the configuration. harmless: keys of published config.json files that do not count.
+    prefixes: possible prefixes of the base model's tensor names; the first is written. renamed: (pattern, replacement)
+    for the names of older files. ignored: patterns of tensors that are not needed. ignore_extra_layers: ignore the
+    tensors of layers beyond the last (DeepSeek-V3's multi-token prediction). adapt: (config, tensor names) → config,
+    for what only the names tell. ignored_keys: keys of published config.json files without effect on the function.
     """
 
     model_type: str
     entries: tuple[Entry, ...]
-    rows: tuple[Row, ...]
+    rules: tuple[TensorRule, ...]
     prefixes: tuple[str, ...] = ("model.",)
     renamed: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
-    ignores_beyond: bool = False
-    adapt: Callable[[ModelConfig, Collection[str]], ModelConfig] = lambda config, names: config
-    harmless: tuple[str, ...] = ()
+    ignore_extra_layers: bool = False
+    adapt: Callable[[ModelConfig, Collection[str]], ModelConfig] = _unchanged
+    ignored_keys: tuple[str, ...] = ()
 
     def read(self, raw: Raw) -> ModelConfig:
-        """The configuration that a config.json describes.
+        """Return the config that a config.json describes.
 
-        Raises InputError on what is not supported, and on keys that are not known: the file may be another family's.
+        Raises InputError for unsupported features, and for unknown keys, since the file may belong to another family.
         """
         for key in QUANTISED:
             if raw.get(key):
@@ -83,11 +87,11 @@ class Family:
         self._check_keys(raw)
         values: dict[str, Any] = {}
         fields = [entry for entry in self.entries if isinstance(entry, Field)]
-        raw = {**{field.theirs: raw.get(field.spelling or "", field.default) for field in fields}, **raw}
-        for key in _LAYERS:  # others are checked when ModelConfig is made; lists as long as this one come before
+        raw = {**{field.key: raw.get(field.old_key or "", field.default) for field in fields}, **raw}
+        for key in _LAYERS:  # ModelConfig checks the others; entries build lists of this length before that
             value = raw.get(key, 1)
-            if value is not None and (type(value) is not int or not 1 <= value <= MOST):
-                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MOST}")
+            if value is not None and (type(value) is not int or not 1 <= value <= MAX_COUNT):
+                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MAX_COUNT}")
         try:
             for entry in self.entries:
                 values |= entry.read(raw)
@@ -98,37 +102,42 @@ class Family:
             raise InputError(f"it lacks a value or has one of a wrong type ({error})") from None
 
     def _check_keys(self, raw: Raw) -> None:
-        known = {*_HARMLESS.split(), *QUANTISED, *self.harmless, *(key for entry in self.entries for key in entry.keys)}
-        says_nothing = lambda key: raw[key] is None or (key in _NEUTRAL and raw[key] == _NEUTRAL[key])
-        unknown = [key for key in raw if key not in known and not says_nothing(key)]
+        known = {*_IGNORED_KEYS.split(), *QUANTISED, *self.ignored_keys}
+        for entry in self.entries:
+            known.update(entry.keys)
+        unknown = [
+            key
+            for key, value in raw.items()
+            if key not in known and value is not None and not (key in _NEUTRAL and value == _NEUTRAL[key])
+        ]
         if unknown:
             raise InputError(
                 f"isoflop does not know {', '.join(unknown)} for model_type {self.model_type!r}, which may change what "
-                "the model computes or come from another model_type; take out of config.json what changes nothing"
+                "the model computes or come from another model_type; remove keys without effect from config.json"
             )
 
     def write(self, config: ModelConfig) -> Raw:
-        """A config.json. Whether it says all that `config` says is for the caller to check."""
+        """Return a config.json, which may lack features of the config: the caller reads it to find out."""
         raw: Raw = {"model_type": self.model_type}
         for entry in self.entries:
             raw |= entry.write(config)
         return raw
 
     def base_name(self, name: str) -> str:
-        """A name of the file as the rows have it: in the newest spelling and without prefix."""
+        """Return the name of a tensor as in the rules: its newest form, without prefix."""
         for pattern, replacement in self.renamed:
             name = re.sub(pattern, replacement, name)
         prefix = max((p for p in self.prefixes if name.startswith(p)), key=len, default="")
         return name[len(prefix) :]
 
-    def written_name(self, row_name: str, outside: bool, config: ModelConfig) -> str:
-        """The name that Transformers gives a tensor: its base model alone has no prefix."""
+    def written_name(self, base_name: str, outside: bool, config: ModelConfig) -> str:
+        """Return the name of a tensor in Transformers: with prefix, except for a base model without head."""
         prefixed = not outside and config.head != "none" and self.prefixes
-        return f"{self.prefixes[0]}{row_name}" if prefixed else row_name
+        return f"{self.prefixes[0]}{base_name}" if prefixed else base_name
 
     def is_ignored(self, base_name: str, config: ModelConfig) -> bool:
-        """Whether a tensor that no row asked for is known to be superfluous."""
+        """Return whether a tensor without a rule is known and not needed."""
         if any(re.search(pattern, base_name) for pattern in (*_BUFFERS, *self.ignored)):
             return True
         layer = re.match(r"layers\.(\d+)\.", base_name)
-        return self.ignores_beyond and layer is not None and int(layer[1]) >= config.num_layers
+        return self.ignore_extra_layers and layer is not None and int(layer[1]) >= config.num_layers

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors ↔ ModelConfig and parameters."""
+"""Read and write Hugging Face folders: config.json and safetensors ↔ ModelConfig and parameters."""
 
 import functools
 import json
@@ -15,16 +15,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from model.config import ModelConfig
+from model.convert.builder import ParameterBuilder
 from model.convert.canonical import differences
+from model.convert.entries import Raw
 from model.convert.families import FAMILIES
 from model.convert.family import QUANTISED, Family
-from model.convert.fields import Raw
 from model.convert.fold import fold
-from model.convert.place import Places
-from model.convert.plan import Leaf, Step, shapes_of, steps
+from model.convert.plan import Leaf, TensorPlan, plan_tensors, shapes_of
 from model.convert.tensors import SHARD_BYTES, TensorFolder, read_json, write_tensors
 from model.dtypes import FLOATS, DTypeLike, dtype_name
 from model.errors import InputError, UnknownNameError
+from model.records import check_output_folder
 from model.weights import is_weight
 
 _WRITTEN_BY = {"written_by": "isoflop"}
@@ -32,17 +33,17 @@ _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
 
 
 def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
-    """Read a Hugging Face model: config.json with model.safetensors or shards and their index.
+    """Read a Hugging Face model: config.json with model.safetensors, or with shards and their index.
 
-    dtype: of the parameters, float32 or bfloat16, whatever the files hold; `config.compute_dtype` stays float32.
-    mesh: split them over it (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or
-    else from config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
+    dtype: of the parameters, float32 or bfloat16, whatever that of the files; `config.compute_dtype` is float32. mesh:
+    shards the parameters (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or else from
+    config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
 
-    A tied head that the files hold all the same must equal the token table; one that does not makes the model untied.
-    Of DeepSeek-V3 the layers for multi-token prediction are left out, of a multimodal Gemma 3 the vision tower.
+    If the files have a tied head that differs from the token table, the model becomes untied. The multi-token
+    prediction layers of DeepSeek-V3 and the vision tower of a multimodal Gemma 3 are left out.
 
-    Raises InputError on a folder or file that is missing or broken, on architectures and features that isoflop does
-    not have, and on tensors that are missing, unknown or of a wrong shape. Pickles are never read.
+    Raises InputError for missing or damaged files, for architectures and features that isoflop does not have, and for
+    tensors that are missing, unknown or of a wrong shape. Pickles are never read.
     """
     folder = Path(folder)
     dtype = dtype_name(dtype, FLOATS)
@@ -56,12 +57,12 @@ def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
     names = {family.base_name(name): name for name in tensors.shapes}
     config = _tie_as_the_tensors_are(family.adapt(config, names), family, tensors, names)
     shapes = shapes_of(config)
-    plan = steps(family.rows, config, shapes, names)
+    plan = plan_tensors(family.rules, config, shapes, names)
     _check_tensors(folder, family, config, plan, tensors, names)
-    places = Places(shapes, dtype, mesh)
-    for step in plan:
-        places.write(step, functools.partial(tensors.read, names[step.name]))
-    return config, places.tree()
+    builder = ParameterBuilder(shapes, dtype, mesh)
+    for tensor in plan:
+        builder.write(tensor, functools.partial(tensors.read, names[tensor.name]))
+    return config, builder.tree()
 
 
 def save_hf(
@@ -72,16 +73,15 @@ def save_hf(
     model_type: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write what Transformers loads back: config.json, generation_config.json and safetensors, sharded at 2 GB.
+    """Write a folder for Transformers: config.json, generation_config.json and safetensors in shards of 2 GB.
 
     A model under muP or depth scaling is written as the same function in the standard parameterization
-    (`model.convert.fold`). The tensors have the parameters' precision, float32 or bfloat16. model_type: as which; None:
-    the first that can hold this architecture. The folder appears whole or not at all. One that has files in it is
-    refused unless its model was written by this function too: then the model is replaced and other files, a tokenizer
-    say, stay.
+    (`model.convert.fold`). The tensors have the dtype of the parameters, float32 or bfloat16. model_type: None is the
+    first that can represent the architecture. The folder is renamed into place when it is complete. In a folder whose
+    model was written by this function, the model is replaced and other files, such as a tokenizer, are kept.
 
-    Raises InputError on an architecture that no model type can hold, on parameters that are not the config's, and on
-    what `fold` raises.
+    Raises InputError for any other folder that is not empty, for an architecture that the model type cannot represent,
+    for parameters that do not fit the config, and like `fold`.
     """
     folder = Path(folder).absolute()
     _check_params(config, params)
@@ -90,11 +90,13 @@ def save_hf(
     leaves: dict[Leaf, Array] = traverse_util.flatten_dict(params)
     kept = _kept_files(folder)
     dtype = str(next(iter(leaves.values())).dtype)
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
     plan = {
-        family.written_name(step.name, step.row.outside, config): step
-        for step in steps(family.rows, config, {path: leaf.shape for path, leaf in leaves.items()})
+        family.written_name(tensor.name, tensor.rule.outside, config): tensor
+        for tensor in plan_tensors(family.rules, config, shapes)
     }
-    sizes = [(name, int(np.prod(step.shape)) * jnp.dtype(dtype).itemsize) for name, step in plan.items()]
+    itemsize = jnp.dtype(dtype).itemsize
+    sizes = [(name, int(np.prod(tensor.shape)) * itemsize) for name, tensor in plan.items()]
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -103,7 +105,7 @@ def save_hf(
         _write_json(partial / "config.json", {**raw, "dtype": dtype, "torch_dtype": dtype, **_WRITTEN_BY})
         _write_json(partial / "generation_config.json", _generation_config(raw))
         for file in partial.glob("model*.safetensors"):
-            shutil.copymode(partial / "config.json", file)  # safetensors lets only the owner read
+            shutil.copymode(partial / "config.json", file)  # safetensors makes files readable by the owner only
         for file in kept:
             shutil.copy2(file, partial / file.name) if file.is_file() else shutil.copytree(file, partial / file.name)
         _swap(partial, folder)
@@ -126,7 +128,7 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
         raise UnknownNameError(f"model_type in {folder / 'config.json'}", model_type, FAMILIES, guess=False)
     try:
         family, config = FAMILIES[model_type], FAMILIES[model_type].read(raw)
-        shapes_of(config)  # raises where there can be no such model
+        shapes_of(config)  # raises for impossible sizes
         return family, config
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
@@ -135,14 +137,16 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
 def _tie_as_the_tensors_are(
     config: ModelConfig, family: Family, tensors: TensorFolder, names: dict[str, str]
 ) -> ModelConfig:
-    """A file may hold a head that its configuration says is tied: then the values decide, and only a tied T5 scales."""
+    """Return the config untied, without T5's output scale, if it is tied and the files have a head of other values."""
     shapes = shapes_of(config)
     if not config.tie_embeddings or config.head == "none" or _HEAD in shapes:
         return config
     untied = config.replace(tie_embeddings=False, scale_logits=False)
     with_head = {**shapes, _HEAD: shapes[_TABLE][::-1]}
-    found = {part.leaf: step.name for step in steps(family.rows, untied, with_head) for part in step.parts}
-    table, head = names.get(found[_TABLE]), names.get(found.get(_HEAD, ""))
+    tensor_of_leaf = {
+        target.leaf: tensor.name for tensor in plan_tensors(family.rules, untied, with_head) for target in tensor.slices
+    }
+    table, head = names.get(tensor_of_leaf[_TABLE]), names.get(tensor_of_leaf.get(_HEAD, ""))
     if head is None or table is None:
         return config
     same = tensors.shapes[table] == tensors.shapes[head] and np.array_equal(tensors.read(table), tensors.read(head))
@@ -153,33 +157,39 @@ def _check_tensors(
     folder: Path,
     family: Family,
     config: ModelConfig,
-    plan: list[Step],
+    plan: list[TensorPlan],
     tensors: TensorFolder,
     names: dict[str, str],
 ) -> None:
-    wanted = {step.name: step for step in plan}
-    missing = [family.written_name(n, step.row.outside, config) for n, step in wanted.items() if n not in names]
+    wanted = {tensor.name: tensor for tensor in plan}
+    missing = [
+        family.written_name(base, tensor.rule.outside, config) for base, tensor in wanted.items() if base not in names
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder} lacks the tensor {missing[0]}{more}, which its config.json asks for")
-    for base, step in wanted.items():
-        name, expected = names[base], list(step.shape)
+        raise InputError(f"{folder} lacks the tensor {missing[0]}{more}, which its config.json requires")
+    for base, tensor in wanted.items():
+        name, expected = names[base], list(tensor.shape)
         if (got := list(tensors.shapes[name])) != expected:
-            raise InputError(f"the tensor {name} in {folder} has shape {got}; its config.json asks for {expected}")
+            raise InputError(f"the tensor {name} in {folder} has shape {got}; its config.json requires {expected}")
     for base, name in names.items():
-        empty = 0 in tensors.shapes[name]  # a shared expert of width 0, say
-        if base not in wanted and not empty and not _is_superfluous(base, family, config):
-            raise InputError(f"{folder} holds the tensor {name}, which model_type {family.model_type!r} does not have")
+        empty = 0 in tensors.shapes[name]  # such as a shared expert of width 0
+        if base not in wanted and not empty and not _is_unneeded(base, family, config):
+            raise InputError(f"{folder} has the tensor {name}, which model_type {family.model_type!r} does not have")
 
 
-def _is_superfluous(base: str, family: Family, config: ModelConfig) -> bool:
-    """Whether it is ignored, or the head of a model whose head is tied and was found equal."""
-    heads = {row.theirs for row in family.rows if row.ours == ("/".join(_HEAD),) and row.when(config)}
+def _is_unneeded(base: str, family: Family, config: ModelConfig) -> bool:
+    """Return whether a tensor is ignored by the family, or is a tied head, whose values were compared already."""
+    heads = {rule.tensor for rule in family.rules if rule.leaves == ("/".join(_HEAD),) and rule.when(config)}
     return family.is_ignored(base, config) or base in heads
 
 
 def choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, Raw]:
-    """The family and its config.json whose reading gives the same function again."""
+    """Return the first family, or the named one, that represents the config, with its config.json.
+
+    A family represents a config if reading the config.json that it writes gives the same function. Raises InputError if
+    none does.
+    """
     if model_type is not None and model_type not in FAMILIES:
         raise UnknownNameError("model_type", model_type, FAMILIES, guess=False)
     closest: tuple[str, list[str]] | None = None
@@ -194,46 +204,50 @@ def choose_family(config: ModelConfig, model_type: str | None) -> tuple[Family, 
         if closest is None or len(different) < len(closest[1]):
             closest = (family.model_type, different)
     assert closest is not None
-    name = "no model_type that isoflop writes can" if model_type is None else f"model_type {model_type!r} cannot"
-    hint = f"; the closest, {closest[0]!r}, lacks" if model_type is None else ":"
-    raise InputError(f"{name} hold this architecture{hint} {', '.join(dict.fromkeys(closest[1]))}")
+    name, lacking = closest[0], ", ".join(dict.fromkeys(closest[1]))
+    if model_type is not None:
+        raise InputError(f"model_type {model_type!r} cannot hold this architecture: {lacking}")
+    raise InputError(
+        f"no model_type that isoflop writes can hold this architecture; the closest, {name!r}, lacks {lacking}"
+    )
 
 
 def _check_params(config: ModelConfig, params: dict) -> None:
-    """Raise InputError unless the parameters are the config's, in one precision."""
+    """Raise InputError unless the parameters have the config's shapes and one dtype."""
     if not isinstance(params, dict) or not isinstance(params.get("layers"), dict):
-        raise InputError("save_hf takes the parameters that init or training gives, not those of infer.prepare")
+        raise InputError("save_hf takes parameters from init or training, not those of infer.prepare")
     if any(map(is_weight, jax.tree.leaves(params, is_leaf=is_weight))):
-        raise InputError("save_hf takes plain matrices; fold adapters and rounded weights (model.adapters.fold)")
+        raise InputError("save_hf takes plain matrices; fold adapters and quantized weights (model.adapters.fold)")
     leaves: dict[Leaf, Any] = traverse_util.flatten_dict(params)
     shapes = shapes_of(config)
     for path in {*shapes, *leaves}:
         got = tuple(leaves[path].shape) if path in leaves and hasattr(leaves[path], "shape") else None
         if got != shapes.get(path):
-            raise InputError(f"the parameter {'/'.join(path)} has shape {got}; the config asks for {shapes.get(path)}")
+            raise InputError(f"the parameter {'/'.join(path)} has shape {got}; the config requires {shapes.get(path)}")
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise InputError(f"the parameters are {', '.join(sorted(dtypes))}; save_hf takes all float32 or all bfloat16")
 
 
 def _kept_files(folder: Path) -> list[Path]:
-    """What stays in a folder whose model is replaced. Raises InputError on one whose model is not ours."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder to write")
-    files = sorted(folder.iterdir()) if folder.exists() else []
-    if not files:
-        return []
+    """Return the files to keep in a folder whose model is replaced.
+
+    Raises InputError if the folder is not empty and its model was not written by isoflop.
+    """
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config.get("written_by") != _WRITTEN_BY["written_by"]:
-        raise InputError(f"{folder} is not empty and its model was not written by isoflop; give another folder")
+    written_here = config.get("written_by") == _WRITTEN_BY["written_by"]
+    check_output_folder(folder, "a model", "its model was not written by isoflop", replaceable=written_here)
+    files = sorted(folder.iterdir()) if folder.exists() else []
     replaced = {"config.json", "generation_config.json"}
     return [file for file in files if file.name not in replaced and not file.name.startswith("model")]
 
 
-def _gather(step: Step, leaves: dict[Leaf, Array]) -> np.ndarray:
-    pieces = [np.asarray(leaves[part.leaf][part.index]) for part in step.parts]
-    pieces = [np.swapaxes(piece, -1, -2) if step.row.transposed else piece for piece in pieces]
-    return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=step.axis))
+def _gather(tensor: TensorPlan, leaves: dict[Leaf, Array]) -> np.ndarray:
+    """Return a tensor of the file, from its leaves."""
+    values = [np.asarray(leaves[target.leaf][target.index]) for target in tensor.slices]
+    if tensor.rule.transposed:
+        values = [np.swapaxes(value, -1, -2) for value in values]
+    return np.ascontiguousarray(values[0] if len(values) == 1 else np.concatenate(values, axis=tensor.axis))
 
 
 def _generation_config(raw: Raw) -> Raw:
@@ -245,7 +259,7 @@ def _write_json(file: Path, value: Raw) -> None:
 
 
 def _swap(partial: Path, folder: Path) -> None:
-    """Put the finished folder in place of the old one, if there is one."""
+    """Replace the folder by the finished one, and restore it if that fails."""
     if not folder.exists():
         partial.rename(folder)
         return

@@ -1,16 +1,17 @@
-"""Rotary positions in a config.json: the style of Transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+"""Rotary positions in a config.json: Transformers 4 (rope_theta, rope_scaling) and Transformers 5 (rope_parameters)."""
 
 import dataclasses
 import math
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.fields import FULL, SLIDING, Raw
+from model.convert.entries import Raw
+from model.convert.sliding_window import FULL, SLIDING
 from model.errors import InputError
 from model.parts import RopeScaling
 
-# Their key → our field, with the value that a missing key means.
-_KEYS = {
+# Key → (field of RopeScaling, value if the key is missing).
+_FIELDS: dict[str, tuple[str, Any]] = {
     "factor": ("factor", None),
     "original_max_position_embeddings": ("original_max_seq_len", None),
     "low_freq_factor": ("low_frequency_factor", 1.0),
@@ -22,53 +23,58 @@ _KEYS = {
     "mscale_all_dim": ("mscale_all_dim", 0.0),
     "truncate": ("truncate", True),
 }
-_KEYS_OF = {
+_KEYS_OF_KIND = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": tuple(key for key in _KEYS if not key.endswith("_freq_factor")),
+    "yarn": tuple(key for key in _FIELDS if not key.endswith("_freq_factor")),
 }
-
-
-# Keys of which no kind's frequencies depend, with the only value that is known to change nothing; ...: any.
-_ASIDE = {
-    **dict.fromkeys(("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"), ...),
-    "original_max_position_embeddings": ...,
-    "factor": 1,
-    "extrapolation_factor": 1,
-    "attn_factor": 1,
-}
+# Keys that change no frequencies, whatever their value, and keys that do not if they have this one.
+_IGNORED = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "original_max_position_embeddings")
+_NEUTRAL = {"factor": 1, "extrapolation_factor": 1, "attn_factor": 1}
 
 
 def read_scaling(parameters: Raw, raw: Raw, kinds: tuple[str, ...]) -> RopeScaling | None:
-    """The scaling that `parameters` describes. Raises InputError on a kind that is not among `kinds`."""
+    """Return the scaling that `parameters` describe, None for rope type "default".
+
+    raw: the config.json. Raises InputError for other kinds than `kinds`, for unknown keys and for wrong types.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ("default", *kinds):
         known = " or ".join(("default", *kinds))
         raise InputError(f"rope type {kind!r} is not supported for this model_type; isoflop reads {known}")
-    for key, value in parameters.items():
-        aside = value is None or (key in _ASIDE and _ASIDE[key] in (..., value))
-        if not aside and key not in _KEYS_OF.get(kind, ()):
-            raise InputError(f"{key}={value!r} of the rotary positions is not supported for rope type {kind!r}")
+    _check_keys(parameters, kind)
     if kind == "default":
         return None
-    for key in _KEYS_OF[kind]:
+    values: dict[str, Any] = {}
+    for key in _KEYS_OF_KIND[kind]:
+        field, default = _FIELDS[key]
         value = parameters.get(key)
-        if value is not None and (
-            not isinstance(value, (int, float)) or isinstance(value, bool) != (key == "truncate")
-        ):
-            wanted = "true or false" if key == "truncate" else "a number"
-            raise InputError(f"{key}={value!r} of the rotary positions must be {wanted}")
-    values = {_KEYS[key][0]: parameters.get(key) for key in _KEYS_OF[kind]}
-    values |= {ours: default for ours, default in _KEYS.values() if ours in values and values[ours] is None}
+        values[field] = default if value is None else value
     if "original_max_seq_len" in values:
         values["original_max_seq_len"] = values["original_max_seq_len"] or raw["max_position_embeddings"]
     if kind == "yarn":
-        _settle_yarn(values, raw)
-    return RopeScaling(kind, **values)  # type: ignore[arg-type]
+        _complete_yarn(values, raw)
+    return RopeScaling(kind, **values)
 
 
-def _settle_yarn(values: dict[str, Any], raw: Raw) -> None:
-    """What Transformers makes of missing numbers: mscale counts only together with mscale_all_dim."""
+def _check_keys(parameters: Raw, kind: str) -> None:
+    known = _KEYS_OF_KIND.get(kind, ())
+    for key, value in parameters.items():
+        neutral = value is None or key in _IGNORED or (key in _NEUTRAL and value == _NEUTRAL[key])
+        if key not in known and not neutral:
+            raise InputError(f"{key}={value!r} of the rotary positions is not supported for rope type {kind!r}")
+    for key in known:
+        value = parameters.get(key)
+        if key == "truncate":
+            right, wanted = isinstance(value, bool), "true or false"
+        else:
+            right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        if value is not None and not right:
+            raise InputError(f"{key}={value!r} of the rotary positions must be {wanted}")
+
+
+def _complete_yarn(values: dict[str, Any], raw: Raw) -> None:
+    """Fill in missing numbers as Transformers does: mscale has an effect only together with mscale_all_dim."""
     if values["factor"] is None:
         values["factor"] = raw["max_position_embeddings"] / values["original_max_seq_len"]
     if not values["mscale"]:
@@ -80,12 +86,17 @@ def _settle_yarn(values: dict[str, Any], raw: Raw) -> None:
 
 
 def write_scaling(scaling: RopeScaling | None) -> Raw:
-    """The keys of that scaling, without those that say nothing."""
+    """Return the keys of a scaling, of yarn's optional ones only those that are not at their default."""
     if scaling is None:
         return {"rope_type": "default"}
-    values = {key: getattr(scaling, _KEYS[key][0]) for key in _KEYS_OF[scaling.kind]}
-    silent = {"attention_factor": None, "mscale": 0.0, "mscale_all_dim": 0.0, "truncate": True}
-    return {"rope_type": scaling.kind} | {k: v for k, v in values.items() if k not in silent or v != silent[k]}
+    raw: Raw = {"rope_type": scaling.kind}
+    for key in _KEYS_OF_KIND[scaling.kind]:
+        field, default = _FIELDS[key]
+        value = getattr(scaling, field)
+        optional = key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+        if not optional or value != default:
+            raw[key] = value
+    return raw
 
 
 def _object(raw: Raw, key: str) -> Raw:
@@ -97,7 +108,11 @@ def _object(raw: Raw, key: str) -> Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """One rotary base for all layers. `fraction`: the family may turn only the first part of a head."""
+    """Rotary positions with one base for all layers.
+
+    theta: the base of files without rope_theta. kinds: supported scalings. fraction: the family supports
+    partial_rotary_factor.
+    """
 
     theta: float = 10_000.0
     kinds: tuple[str, ...] = ("linear", "llama3", "yarn")
@@ -105,7 +120,7 @@ class Rope:
     keys = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """`rope_base`, `rope_scaling` and `rope_fraction`."""
+        """Return `rope_base`, `rope_scaling` and `rope_fraction`."""
         parameters = _object(raw, "rope_scaling") or _object(raw, "rope_parameters")
         if any(isinstance(value, dict) for value in parameters.values()):
             raise InputError("rope_parameters that differ between layer types are not supported for this model_type")
@@ -119,7 +134,7 @@ class Rope:
         }
 
     def write(self, config: ModelConfig) -> Raw:
-        """Both styles, so that older readers load the folder too."""
+        """Return the keys of both styles, so that older versions of Transformers load the folder too."""
         scaling = write_scaling(config.rope_scaling)
         fraction = {"partial_rotary_factor": config.rope_fraction} if self.fraction else {}
         return {
@@ -131,29 +146,29 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class RopePerReach:
-    """Gemma 3: sliding-window layers have a base of their own, and only the others are scaled."""
+class RopePerLayerType:
+    """Rotary positions of Gemma 3: layers with a sliding window have their own base, and only the others are scaled."""
 
     theta: float = 1_000_000.0
     local_theta: float = 10_000.0
     keys = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq")
 
     def read(self, raw: Raw) -> dict[str, Any]:
-        """`rope_base`, `rope_scaling` and `local_rope_base`."""
+        """Return `rope_base`, `rope_scaling` and `local_rope_base`."""
         nested = _object(raw, "rope_parameters")
-        whole = {**_object(nested, FULL), **_object(raw, "rope_scaling")}
+        full = {**_object(nested, FULL), **_object(raw, "rope_scaling")}
         local = _object(nested, SLIDING)
-        if beside := [key for key in nested if key not in (FULL, SLIDING) and nested[key] is not None]:
-            raise InputError(f"rope_parameters has {', '.join(beside)}; isoflop reads {FULL} and {SLIDING} in it")
-        read_scaling(local, raw, ())  # raises: these layers are not scaled
+        if unknown := [key for key in nested if key not in (FULL, SLIDING) and nested[key] is not None]:
+            raise InputError(f"rope_parameters has {', '.join(unknown)}; isoflop reads {FULL} and {SLIDING} in it")
+        read_scaling(local, raw, ())  # raises if these layers are scaled
         return {
-            "rope_base": whole.get("rope_theta", raw.get("rope_theta", self.theta)),
-            "rope_scaling": read_scaling(whole, raw, tuple(_KEYS_OF)),
+            "rope_base": full.get("rope_theta", raw.get("rope_theta", self.theta)),
+            "rope_scaling": read_scaling(full, raw, tuple(_KEYS_OF_KIND)),
             "local_rope_base": local.get("rope_theta", raw.get("rope_local_base_freq", self.local_theta)),
         }
 
     def write(self, config: ModelConfig) -> Raw:
-        """Both styles."""
+        """Return the keys of both styles."""
         scaling = write_scaling(config.rope_scaling)
         local = config.local_rope_base or config.rope_base
         return {

@@ -1,4 +1,4 @@
-"""Which of their tensors is which of our leaves: rows with templates, and the tables' small vocabulary for them."""
+"""Rules from the tensor names of other libraries to the leaves of our parameters, and short forms to write them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,82 +6,93 @@ from collections.abc import Callable
 from model.config import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tensor name of theirs.
+def _any_model(config: ModelConfig) -> bool:
+    return True
 
-    ours: leaves; several where one tensor holds them one after the other along its output axis. {i} is a layer and {e}
-    an expert, in ours and theirs alike. A row counts for a model that has its leaves and for which `when` holds.
-    transposed: it is stored (out, in), as torch's Linear is. outside: not a part of the base model, so that its name
-    has no prefix. optional: never written, and read only from files that have the name, in place of what else would
-    fill its leaves. fallback: the name to read where `theirs` is absent.
+
+@dataclasses.dataclass(frozen=True)
+class TensorRule:
+    """One tensor name of another library and the leaves that it holds.
+
+    leaves: paths of our leaves; several if the tensor holds them one after another along its output axis. tensor: the
+    name in the file. In both, {i} is the layer and {e} the expert. The rule applies to models that have its leaves and
+    for which `when` is true. transposed: stored as [out, in], like torch's Linear. outside: not part of the base model,
+    so that the name has no prefix. optional: read only if the file has the name, instead of the other rules for its
+    leaves, and never written. fallback: name to read if `tensor` is missing.
     """
 
-    ours: tuple[str, ...]
-    theirs: str
+    leaves: tuple[str, ...]
+    tensor: str
     transposed: bool = False
     outside: bool = False
     optional: bool = False
     fallback: str | None = None
-    when: Callable[[ModelConfig], bool] = lambda config: True
+    when: Callable[[ModelConfig], bool] = _any_model
 
-    def replace(self, **changes) -> "Row":
-        """A copy with some fields changed."""
+    def replace(self, **changes) -> "TensorRule":
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
-def table(ours: str, theirs: str, transposed: bool = False) -> tuple[Row, ...]:
-    """A single array."""
-    return (Row((ours,), theirs, transposed),)
+def table(leaf: str, tensor: str, transposed: bool = False) -> tuple[TensorRule, ...]:
+    """Return the rule of a single array."""
+    return (TensorRule((leaf,), tensor, transposed),)
 
 
-def norm(ours: str, theirs: str) -> tuple[Row, ...]:
-    """A norm's scale and, where there is one, its bias."""
-    return Row((f"{ours}/scale",), f"{theirs}.weight"), Row((f"{ours}/bias",), f"{theirs}.bias")
+def norm(leaf: str, tensor: str) -> tuple[TensorRule, ...]:
+    """Return the rules of a norm's scale and bias."""
+    return TensorRule((f"{leaf}/scale",), f"{tensor}.weight"), TensorRule((f"{leaf}/bias",), f"{tensor}.bias")
 
 
-def linear(ours: str | tuple[str, ...], theirs: str, transposed: bool = True) -> tuple[Row, ...]:
-    """A projection, or several fused, stored (out, in)."""
-    leaves = (ours,) if isinstance(ours, str) else ours
+def linear(leaves: str | tuple[str, ...], tensor: str, transposed: bool = True) -> tuple[TensorRule, ...]:
+    """Return the rules of a projection, or of several fused ones, stored as [out, in]."""
+    leaves = (leaves,) if isinstance(leaves, str) else leaves
     return (
-        Row(tuple(f"{leaf}/weight" for leaf in leaves), f"{theirs}.weight", transposed),
-        Row(tuple(f"{leaf}/bias" for leaf in leaves), f"{theirs}.bias"),
+        TensorRule(tuple(f"{leaf}/weight" for leaf in leaves), f"{tensor}.weight", transposed),
+        TensorRule(tuple(f"{leaf}/bias" for leaf in leaves), f"{tensor}.bias"),
     )
 
 
-def conv(ours: str | tuple[str, ...], theirs: str) -> tuple[Row, ...]:
-    """The same, stored (in, out) as OpenAI's Conv1D is."""
-    return linear(ours, theirs, transposed=False)
+def conv(leaves: str | tuple[str, ...], tensor: str) -> tuple[TensorRule, ...]:
+    """Return the rules of a projection stored as [in, out], like OpenAI's Conv1D."""
+    return linear(leaves, tensor, transposed=False)
 
 
-def experts(theirs: str, up: str, gate: str, down: str) -> tuple[Row, ...]:
-    """One tensor for each expert and projection."""
-    names = {"up": up, "gate": gate, "down": down}
-    return tuple(Row((f"feed_forward/experts/{o}",), f"{theirs}.{t}.weight", transposed=True) for o, t in names.items())
+def experts(tensor: str, up: str, gate: str, down: str) -> tuple[TensorRule, ...]:
+    """Return the rules of experts with one tensor per expert and projection."""
+    return tuple(
+        TensorRule((f"feed_forward/experts/{leaf}",), f"{tensor}.{name}.weight", transposed=True)
+        for leaf, name in (("up", up), ("gate", gate), ("down", down))
+    )
 
 
-def fused_experts(theirs: str) -> tuple[Row, ...]:
-    """Transformers 5's own layout: all experts in one tensor, gate and up in one."""
+def fused_experts(tensor: str) -> tuple[TensorRule, ...]:
+    """Return the rules of Transformers 5's layout: all experts in one tensor, gate and up fused."""
     pair = ("feed_forward/experts/gate", "feed_forward/experts/up")
     return (
-        Row(pair, f"{theirs}.gate_up_proj", transposed=True, optional=True),
-        Row(("feed_forward/experts/down",), f"{theirs}.down_proj", transposed=True, optional=True),
+        TensorRule(pair, f"{tensor}.gate_up_proj", transposed=True, optional=True),
+        TensorRule(("feed_forward/experts/down",), f"{tensor}.down_proj", transposed=True, optional=True),
     )
 
 
-def within(ours: str, theirs: str, *groups: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows of a part of the model, e.g. of a layer, with both sides' names before theirs."""
+def within(leaf_prefix: str, tensor_prefix: str, *groups: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+    """Return the rules with a prefix before their leaves and names, such as that of a layer."""
     return tuple(
-        row.replace(ours=tuple(f"{ours}{leaf}" for leaf in row.ours), theirs=f"{theirs}{row.theirs}")
+        rule.replace(
+            leaves=tuple(f"{leaf_prefix}{leaf}" for leaf in rule.leaves), tensor=f"{tensor_prefix}{rule.tensor}"
+        )
         for group in groups
-        for row in group
+        for rule in group
     )
 
 
-def of_head(kind: str, *groups: tuple[Row, ...]) -> tuple[Row, ...]:
-    """Rows of the head of that kind, outside the base model."""
-    of_kind = lambda config: config.head == kind
-    return tuple(row.replace(outside=True, when=of_kind) for group in groups for row in group)
+def of_head(kind: str, *groups: tuple[TensorRule, ...]) -> tuple[TensorRule, ...]:
+    """Return the rules for models with a head of this kind; heads are outside the base model."""
+
+    def has_head(config: ModelConfig) -> bool:
+        return config.head == kind
+
+    return tuple(rule.replace(outside=True, when=has_head) for group in groups for rule in group)
 
 
 DECODER_HEADS = (

@@ -1,4 +1,4 @@
-"""Safetensors files of one model: reading tensor by tensor, writing in shards."""
+"""Safetensors files of a model: read tensor by tensor, write in shards."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ _READ = ("F64", "F32", "F16", "BF16")
 
 
 def read_json(file: Path) -> dict:
-    """An object from a JSON file. Raises InputError where there is none."""
+    """Return the object in a JSON file. Raises InputError if the file is missing, damaged or has no object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,11 +32,11 @@ def read_json(file: Path) -> dict:
 
 
 class TensorFolder:
-    """The tensors of model.safetensors or, where there is none, of the shards that an index names, by their names.
+    """Tensors by name, from model.safetensors or else from the shards of an index.
 
-    An index beside model.safetensors is ignored, as Transformers does, and a warning says so. Files are read and not
-    mapped, so that no more of them is in memory than the one tensor. Raises InputError on a folder without such files,
-    on a file that is cut off or no safetensors file, and on an index that does not agree with its files.
+    An index beside model.safetensors is ignored with a warning, as in Transformers. Files are read, not memory-mapped,
+    so that one tensor at a time is in memory. Raises InputError for a folder without such files, for files that are
+    truncated or not safetensors, and for an index that does not match its files.
     """
 
     def __init__(self, folder: Path):
@@ -49,10 +49,10 @@ class TensorFolder:
         elif (folder / INDEX).is_file():
             self._read_index(folder)
         else:
-            _refuse(folder)
+            raise _no_safetensors(folder)
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A copy of one tensor, in the precision of the file."""
+        """Return a copy of one tensor, in the dtype of the file."""
         _check_dtype(name, self._files[name], self._dtypes[name])
         with _open(self._files[name]) as file:
             return file.get_tensor(name)
@@ -87,7 +87,7 @@ class TensorFolder:
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Return all tensors of a file by name, in the precision of the file. Raises InputError as `TensorFolder` does."""
+    """Return all tensors of a file by name, in the dtype of the file. Raises InputError like `TensorFolder`."""
     with _open(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  # not a dict
             _check_dtype(name, file, tensors.get_slice(name).get_dtype())
@@ -101,7 +101,7 @@ def _check_dtype(name: str, file: Path, dtype: str) -> None:
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[Any]:
-    """Its header is checked at once; whatever is wrong with what is read from it is an InputError too."""
+    """Open a file and check its header; errors of the library, in the `with` block too, become InputError."""
     import safetensors
 
     try:
@@ -114,12 +114,12 @@ def _open(file: Path) -> Iterator[Any]:
 def _is_file(file: Path) -> bool:
     try:
         return file.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # such as a name that is too long
         return False
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Return the file of every tensor, as the index says."""
+    """Return {tensor: file} of an index."""
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise InputError(f"{folder / INDEX} has no weight_map from tensor names to file names")
@@ -127,7 +127,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _warn_of_index(folder: Path) -> None:
-    """Say that the index is ignored, unless it names model.safetensors and nothing else."""
+    """Warn that the index is ignored, unless it names nothing but model.safetensors."""
     if not (folder / INDEX).is_file():
         return
     try:
@@ -138,26 +138,27 @@ def _warn_of_index(folder: Path) -> None:
         logger.warning("%s is read, as Transformers does; %s beside it is ignored", folder / SINGLE, INDEX)
 
 
-def _refuse(folder: Path) -> None:
+def _no_safetensors(folder: Path) -> InputError:
+    """Return an error that names the weights that the folder has instead."""
     gguf = sorted(file.name for file in folder.glob("*.gguf"))
     if gguf:
-        raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}, but {gguf[0]}; give the path of that file")
+        return InputError(f"{folder} has neither {SINGLE} nor {INDEX}, but {gguf[0]}; give the path of that file")
     shards = sorted(file.name for file in folder.glob("model-*.safetensors"))
     if shards:
-        raise InputError(f"{folder} holds {shards[0]}, but no {INDEX} to say which shards there are; download it too")
+        return InputError(f"{folder} has {shards[0]}, but no {INDEX}, which lists the shards; download it too")
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
-        raise InputError(
+        return InputError(
             f"{folder} has neither {SINGLE} nor {INDEX}, only {', '.join(others)}; isoflop reads models under the "
-            "names that Transformers' save_pretrained(folder) gives them"
+            "file names of Transformers' save_pretrained(folder)"
         )
     pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix))
     if pickles:
-        raise InputError(
-            f"{folder} holds weights only as {pickles[0]}, a pickle, which can run any program when it is read and so "
-            "is not read; load it with Transformers and save it again with save_pretrained(folder)"
+        return InputError(
+            f"{folder} has weights only as {pickles[0]}, a pickle, which is not read because it can run any code; load "
+            "it with Transformers and save it again with save_pretrained(folder)"
         )
-    raise InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    return InputError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
 def write_tensors(
@@ -166,7 +167,10 @@ def write_tensors(
     tensor: Callable[[str], Shaped[np.ndarray, "..."]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write tensors in the order of `sizes` (names and bytes), each made by `tensor` when its shard is written."""
+    """Write tensors in shards of at most `shard_bytes`, or of one tensor.
+
+    sizes: (name, bytes) in the order of the files. tensor: returns the tensor of a name when its shard is written.
+    """
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = [[]]

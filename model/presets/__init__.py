@@ -1,4 +1,4 @@
-"""Named architectures: `get("llama3-8b")`. Those of released models carry the published parameter count."""
+"""Named architectures: `get("llama3-8b")`. Presets of released models have the published parameter count."""
 
 from model.config import ModelConfig
 from model.errors import UnknownNameError
@@ -11,17 +11,17 @@ _PRESETS: dict[str, Preset] = (
 
 
 def names() -> tuple[str, ...]:
-    """All preset names."""
+    """Return all preset names."""
     return tuple(_PRESETS)
 
 
 def get(name: str) -> ModelConfig:
-    """The config of that name. Raises UnknownNameError (a KeyError) that lists the close names."""
+    """Return the config of a preset. Raises UnknownNameError, a KeyError with the closest names."""
     return lookup(name).config
 
 
 def lookup(name: str) -> Preset:
-    """The config of that name with its published parameter count and source; raises as `get` does."""
+    """Return a preset: config, published parameter count and source. Raises UnknownNameError."""
     if name not in _PRESETS:
         raise UnknownNameError("preset", name, _PRESETS)
     return _PRESETS[name]

@@ -1,11 +1,11 @@
-"""GPT-1 to GPT-3 and Megatron-Turing NLG, BERT, T5: LayerNorm (T5: RMSNorm), plain feed-forwards."""
+"""GPT-1 to GPT-3, Megatron-Turing NLG, BERT and T5: LayerNorm (T5: RMSNorm), feed-forwards without gates."""
 
 from model.config import ModelConfig
 from model.presets.preset import Preset, safetensors
 
 
 def _gpt(d_model: int, num_layers: int, num_heads: int, max_seq_len: int = 1024, vocab_size: int = 50_257):
-    """GPT-2 (Radford et al. 2019, section 2.3) and what was built the same way."""
+    """Return GPT-2 (Radford et al. 2019, section 2.3) and models of the same architecture."""
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -22,15 +22,15 @@ def _gpt(d_model: int, num_layers: int, num_heads: int, max_seq_len: int = 1024,
 
 
 def _gpt1() -> ModelConfig:
-    """Radford et al. 2018, section 4.1: norms after the residual sums and none at the end; no end-of-text token."""
+    """Return GPT-1 (Radford et al. 2018, section 4.1): post-norm, no final norm, no end-of-text token."""
     config = _gpt(768, 12, 12, max_seq_len=512)
     return config.replace(vocab_size=40_478, norm_placement="post", eos_token_ids=())
 
 
 def _bert(d_model: int, num_layers: int, num_heads: int) -> ModelConfig:
-    """Devlin et al. 2019, section 3: the encoder with its pooler, which is what fine-tuning starts from.
+    """Return BERT (Devlin et al. 2019, section 3): the encoder with its pooler, the start of fine-tuning.
 
-    `replace(head="masked-language-model", head_bias=True)` adds the head of pre-training.
+    `replace(head="masked-language-model", head_bias=True)` adds the pre-training head.
     """
     return ModelConfig(
         vocab_size=30_522,
@@ -54,7 +54,7 @@ def _bert(d_model: int, num_layers: int, num_heads: int) -> ModelConfig:
 
 
 def _t5(d_model: int, num_layers: int, num_heads: int, d_ff: int) -> ModelConfig:
-    """Raffel et al. 2020, section 2.1, version 1.0: unscaled scores with a learned bias by distance, ReLU, tied."""
+    """Return T5 v1.0 (Raffel et al. 2020, section 2.1): unscaled scores, relative position bias, ReLU, tied head."""
     return ModelConfig(
         vocab_size=32_128,
         d_model=d_model,
@@ -87,7 +87,7 @@ PRESETS = {
     "gpt2-medium": Preset(_gpt(1024, 24, 16), 354_823_168, safetensors("openai-community/gpt2-medium", _MASKS)),
     "gpt2-large": Preset(_gpt(1280, 36, 20), 774_030_080, safetensors("openai-community/gpt2-large", _MASKS)),
     "gpt2-xl": Preset(_gpt(1600, 48, 25), 1_557_611_200, safetensors("openai-community/gpt2-xl", _MASKS)),
-    # Every second layer of GPT-3 attends in a band of a width that was not published; here all see everything.
+    # Every second layer of GPT-3 has banded attention of an unpublished width; here all layers have full attention.
     "gpt3-175b": Preset(
         _gpt(12_288, 96, 96, max_seq_len=2048),
         174_600_000_000,

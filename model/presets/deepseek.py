@@ -1,10 +1,10 @@
-"""DeepSeek-V2: latent attention, many small experts beside shared ones."""
+"""DeepSeek-V2: latent attention, many small experts and shared experts."""
 
 from model.config import ModelConfig
 from model.parts import Experts, Latent, RopeScaling
 from model.presets.preset import Preset, safetensors
 
-# DeepSeek-AI 2024, appendix B. The two shared experts of 1,408 are one of 2,816.
+# DeepSeek-AI 2024, appendix B. The two shared experts of width 1,408 are represented as one of 2,816.
 _V2_LITE = ModelConfig(
     vocab_size=102_400,
     d_model=2048,

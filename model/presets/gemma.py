@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and after each part, windows between global layers, a large tied vocabulary."""
+"""Gemma 2 and 3: norms before and after each sublayer, sliding windows and global layers, a large tied vocabulary."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _gemma(d_model: int, num_layers: int, num_heads: int, num_kv_heads: int, d_f
 
 
 def _gemma2() -> ModelConfig:
-    """Gemma Team 2024, table 1: windows in every second layer, soft-capped scores and logits."""
+    """Return Gemma 2 (Gemma Team 2024, table 1): windows in every second layer, soft-capped scores and logits."""
     return _gemma(
         2304,
         26,
@@ -42,7 +42,7 @@ def _gemma2() -> ModelConfig:
 
 
 def _gemma3(d_model: int, num_layers: int, d_ff: int) -> ModelConfig:
-    """Gemma Team 2025, section 2: one global layer in six, normalised queries and keys instead of soft caps."""
+    """Return Gemma 3 (Gemma Team 2025, section 2): every sixth layer global, QK norm instead of soft caps."""
     return _gemma(
         d_model,
         num_layers,

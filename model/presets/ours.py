@@ -1,4 +1,4 @@
-"""Architectures of our own: the family of the study, the smallest for tests, a large sparse one for plans."""
+"""Architectures of isoflop: the family of the scaling study, a tiny one for tests, a large sparse one for planning."""
 
 from model.config import ModelConfig
 from model.parts import Experts
@@ -8,29 +8,31 @@ _STUDY_WIDTHS = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 16
 
 
 def _study(d_model: int) -> ModelConfig:
-    """Llama-like (RMSNorm, rotary, SwiGLU, tied head), its shape by one rule; d_model is a multiple of 4.
+    """Return a Llama-like model (RMSNorm, rotary, SwiGLU, tied head) of a width that is a multiple of 4.
 
-    A layer per 24 features (of wide models per 48) but at least 3, and heads of about 32 but at least 2: below width 84
-    only the width changes, because where depth goes from 2 to 3 a law through the shallower models is wrong for the
-    deeper ones (docs/LOG.md). d_ff is 8/3 d_model, to a multiple of 4.
+    It has one layer per 24 features of d_model (from 256 on, per 48), at least 3; heads of about 32 features, at least
+    2; and a d_ff of 8/3 d_model, rounded to a multiple of 4. For example d_model=96 gives 4 layers, 3 heads of 32 and
+    d_ff=256. Below a width of 84 only the width changes: a law fitted to models of 2 layers does not predict those of 3
+    (docs/LOG.md).
     """
-    heads = [count for count in range(2, d_model) if d_model % (2 * count) == 0]  # of an even size, for rotary
+    num_layers = max(3, round(d_model / 24)) if d_model < 256 else max(11, round(d_model / 48))
+    head_counts = [count for count in range(2, d_model) if d_model % (2 * count) == 0]  # rotary needs an even head_dim
     return ModelConfig(
         vocab_size=1024,
         d_model=d_model,
-        num_layers=max(3, round(d_model / 24)) if d_model < 256 else max(11, round(d_model / 48)),
-        num_heads=min(heads, key=lambda count: abs(d_model / count - 32)),
+        num_layers=num_layers,
+        num_heads=min(head_counts, key=lambda count: abs(d_model / count - 32)),
         d_ff=4 * round(2 * d_model / 3),
         max_seq_len=128,
     )
 
 
-# For tests: every idea of the study family, in a size that compiles in a second.
+# For tests: all features of the study family, in a size that compiles in a second.
 _TINY = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=64)
 
-# Not a released model: a plan of the class that is served fast and cheap. Fine-grained experts with one shared
-# (DeepSeek-V3's router), a first dense layer, and three windows of 1,024 for each global layer (Gemma's idea), so that
-# a context of a million tokens costs the cache of ten layers.
+# Not a released model, but a plan for one that decodes fast at low cost: fine-grained experts and one shared expert
+# (DeepSeek-V3's router), a dense first layer, and three layers with windows of 1,024 tokens per global layer (as in
+# Gemma 3), so that at a million tokens the cache is about that of ten layers.
 _FLASH_MOE = ModelConfig(
     vocab_size=262_144,
     d_model=3072,

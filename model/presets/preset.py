@@ -1,4 +1,4 @@
-"""What a named architecture is, and what is known of its released model."""
+"""A named architecture, with the published facts of its released model."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ from model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """An architecture, with the parameter count that its makers published and where.
+    """An architecture with the published parameter count of its checkpoint.
 
-    released_parameters: of the released checkpoint, a tied table once, never the number in a model's name; None: the
-    architecture is our own. The preset holds the fields of the checkpoint's own configuration.
+    config: with the fields of the checkpoint's own configuration. released_parameters: exact count, with a tied table
+    counted once, not the rounded number in the model's name; None: not a released model. source: of the count.
     """
 
     config: ModelConfig
@@ -19,5 +19,5 @@ class Preset:
 
 
 def safetensors(repository: str, less: str = "") -> str:
-    """The source of a count: the metadata that the Hugging Face hub shows, less what is stored but no parameter."""
+    """Return the source of a count: metadata on the Hugging Face hub, less stored tensors that do not count."""
     return f"safetensors metadata of {repository}" + (f", less {less}" if less else "")

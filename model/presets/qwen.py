@@ -1,4 +1,4 @@
-"""Qwen2 (biases of queries, keys and values) and Qwen3 (normalised queries and keys instead)."""
+"""Qwen2 (biases of queries, keys and values) and Qwen3 (QK norm instead)."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def _qwen(d_model: int, num_layers: int, num_heads: int, num_kv_heads: int, d_ff
 
 
 def _qwen2(d_model: int, num_layers: int, num_heads: int, num_kv_heads: int, d_ff: int) -> ModelConfig:
-    """Yang et al. 2024, table 1: the base models."""
+    """Return a base model of Qwen2 (Yang et al. 2024, table 1)."""
     fields = {"max_seq_len": 131_072, "attention_bias": True, "attention_output_bias": False}
     return _qwen(d_model, num_layers, num_heads, num_kv_heads, d_ff, eos_token_ids=(151_643,), **fields)
 
@@ -30,7 +30,7 @@ def _qwen2(d_model: int, num_layers: int, num_heads: int, num_kv_heads: int, d_f
 def _qwen3(
     d_model: int, num_layers: int, num_heads: int, num_kv_heads: int, d_ff: int, tied: bool = True, **fields: Any
 ) -> ModelConfig:
-    """Yang et al. 2025, tables 1 and 2: the models after post-training, which end a turn with token 151,645."""
+    """Return a post-trained model of Qwen3 (Yang et al. 2025, tables 1 and 2), whose turns end with token 151,645."""
     common = {"head_dim": 128, "max_seq_len": 40_960, "qk_norm": True, "tie_embeddings": tied}
     return _qwen(d_model, num_layers, num_heads, num_kv_heads, d_ff, eos_token_ids=(151_645,), **common, **fields)
 

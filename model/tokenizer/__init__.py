@@ -1,4 +1,4 @@
-"""Text to token ids and back. Training a tokenizer is `train.data.tokenizer_training`'s."""
+"""Tokenizers: text to token ids and back. Training one is in `train.data.tokenizer_training`."""
 
 from model.tokenizer.base import Tokenizer
 from model.tokenizer.load import load_tokenizer

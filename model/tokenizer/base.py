@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whatever its file and its library."""
+"""Interface of all tokenizers, independent of their files and libraries."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,22 +12,23 @@ from model.tokenizer.control import ChatText
 
 @dataclass(frozen=True)
 class Conventions:
-    """What a model's files say about its special tokens and how a conversation becomes a prompt."""
+    """Special tokens and chat template of a model, from its files.
+
+    template_tokens: texts of the tokens that a template may name, `bos_token`, `eos_token` and so on. special_names:
+    texts of all special tokens.
+    """
 
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     chat_template: str | None = None
     template_tokens: Mapping[str, str] = field(default_factory=dict)
-    """What a template may name: `bos_token`, `eos_token` … and their texts."""
     special_names: frozenset[str] = frozenset()
-    """Texts of all tokens that the files call special."""
 
 
 class Tokenizer(ABC):
-    """Ids of texts and texts of ids.
+    """Encoder of texts and decoder of ids.
 
-    Special tokens come out of a text only where they are asked for, so that what a user writes cannot end a
-    turn or begin one.
+    A text is encoded to special tokens only on request, so that text from a user cannot begin or end a turn.
     """
 
     def __init__(self, path: Path, vocab_size: int, conventions: Conventions):
@@ -39,11 +40,11 @@ class Tokenizer(ABC):
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text: the first of `eos_ids`, all of which end a generation."""
+        """The token that ends a document: the first of `eos_ids`, all of which end a generation."""
         return self.eos_ids[0] if self.eos_ids else None
 
     def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text; the keywords are `encode_batch`'s. A lone surrogate in it is an `InputError`."""
+        """Return the ids of a text; for the keywords see `encode_batch`. Raises InputError for a lone surrogate."""
         return self.encode_batch([text], threads=1, special=special, add_special_tokens=add_special_tokens)[0]
 
     def encode_batch(
@@ -54,34 +55,37 @@ class Tokenizer(ABC):
         special: bool = False,
         add_special_tokens: bool = False,
     ) -> list[list[int]]:
-        """Ids of each text, computed by `threads` threads (None: one per core).
+        """Return the ids of each text, computed by `threads` threads (None: one per core).
 
-        `special` reads the names of special tokens in a text as these tokens: for what `apply_chat_template`
-        wrote. `add_special_tokens` puts the tokens around each text that the model was trained to see there,
-        such as a sentence encoder's [CLS] and [SEP]; without it there is no begin or end token.
+        special: encode the names of special tokens as these tokens, for text from `apply_chat_template`.
+        add_special_tokens: add the tokens that the model was trained with around a text, such as a begin token, or
+        [CLS] and [SEP] of a sentence encoder. Raises InputError for a lone surrogate.
         """
         for index, text in enumerate(texts):
             _check_encodable(text, index)
         return self._encode_batch(texts, threads, special, add_special_tokens)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Text of ids. Special tokens give nothing; bytes that are no whole character give U+FFFD."""
-        plain = [int(i) for i in ids]
-        for i in plain:
+        """Return the text of ids. Special tokens have no text; incomplete characters become U+FFFD.
+
+        Raises InputError for an id outside the vocabulary.
+        """
+        numbers = [int(i) for i in ids]
+        for i in numbers:
             if not 0 <= i < self.vocab_size:
                 raise InputError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
-        return self._decode(plain) if plain else ""
+        return self._decode(numbers) if numbers else ""
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> ChatText:
-        """The prompt text of a conversation, begin token included: encode it with `special=True`.
+        """Return the prompt of a conversation, begin token included, to be encoded with `special=True`.
 
-        A message is {"role": …, "content": …}. `add_generation_prompt` opens the turn that the model is to
-        write; `variables` are whatever else the template knows, such as `tools`. The text remembers what of it
-        came from messages and variables: names of special tokens in them are encoded as the characters they are
-        made of. (A part of it, or a sum with it, is a plain string and remembers nothing.) `InputError` where
-        the tokenizer has no chat template, or the template refuses the messages.
+        A message is {"role": …, "content": …}. add_generation_prompt: begin the model's turn. variables: other
+        variables of the template, such as `tools`. The result records which characters came from messages and
+        variables: names of special tokens in them are encoded as plain characters. (Slices and sums of it are plain
+        strings, without that record.) Raises InputError if there is no chat template, or if the template raises an
+        error for the messages.
         """
         template = self._conventions.chat_template
         if template is None:
@@ -103,7 +107,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def special_tokens(self) -> Mapping[int, str]:
-        """Ids that give no text, and that come out of a text only with `special=True`, with their names."""
+        """Names, by id, of the tokens that have no text and are encoded only with `special=True`."""
 
     @abstractmethod
     def _encode_batch(
@@ -119,6 +123,6 @@ def _check_encodable(text: str, index: int) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text {index} holds the lone surrogate {text[error.start]!r} at character {error.start},"
-            ' which is no Unicode text; clean it with text.encode("utf-8", "replace").decode()'
+            f"text {index} has the lone surrogate {text[error.start]!r} at character {error.start},"
+            ' which is not valid Unicode; clean it with text.encode("utf-8", "replace").decode()'
         ) from error

@@ -1,7 +1,7 @@
-"""From messages to a prompt text, by the Jinja template that comes with a chat model.
+"""Render messages to a prompt with the Jinja template of a chat model.
 
-Templates are programs out of a downloaded file, so they run in Jinja's sandbox. What they may use is what
-Transformers gives them; anything less and public templates would render differently.
+Templates are programs from downloaded files, so they run in Jinja's sandbox. They have the same functions, filters and
+extensions as in Transformers, so that public templates render the same.
 """
 
 import json
@@ -38,16 +38,16 @@ def render(
     special: Sequence[str],
     path: Path,
 ) -> ChatText:
-    """Render a conversation; the result tells the template's own text from that of messages and variables.
+    """Render a conversation; the result records which text came from messages and variables.
 
     `generated` of the result has the spans that the template puts between {% generation %} and {% endgeneration %};
-    none where what is around such a block changes its text. tokens: what the template may name, `bos_token` and
-    others. special: names of all special tokens. path: of the tokenizer, for errors. A template that cannot be parsed,
-    fails, or refuses the messages is an `InputError`.
+    none where what is around such a block changes its text. tokens: the template's variables `bos_token` and so on.
+    special: names of all special tokens. path: of the tokenizer, for errors. Raises InputError if the template cannot
+    be parsed or raises an error.
     """
     if isinstance(messages, str | Mapping) or not messages or not all(isinstance(m, Mapping) for m in messages):
         raise InputError('messages must be a list of at least one {"role": "user", "content": "…"}')
-    # A key without a value is one that is not there: most templates would write "None".
+    # Most templates would render None as "None", so keys without a value are removed.
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
 
     def text(content: Mapping[str, Any], marks: bool = False) -> str:
@@ -60,13 +60,13 @@ def render(
         marked = text(content, marks=True) if _TAG.search(template) else None
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template of {path} is damaged at line {error.lineno}: {error.message}") from error
-    except Exception as error:  # a template can fail in any way that a Python expression can
+    except Exception as error:  # a template can raise anything that a Python expression can
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the chat template of {path} refuses these messages: {reason}") from error
     if rendered is None:
         raise InputError(
-            f"the messages hold names of special tokens that the chat template of {path} would act on;"
-            " take them out of the messages"
+            f"the messages have names of special tokens that the chat template of {path} would act on;"
+            " remove them from the messages"
         )
     return rendered if marked is None else ChatText(rendered, rendered.masked, _spans(marked, rendered))
 
@@ -97,12 +97,12 @@ def _environment(marks: bool) -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %} marks what a model is trained to say; its text is what is inside."""
+    """{% generation %} … {% endgeneration %}: marks the text that a model is trained on, and renders that text."""
 
     tags = {"generation"}  # noqa: RUF012 – the name and the type are Jinja's
 
@@ -125,8 +125,12 @@ class _MarkedGeneration(_Generation):
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # Jinja's own filter writes < and & as escapes for HTML, which no model was trained on.
+    # Jinja's own filter escapes < and & for HTML, which no model was trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
 
 
 def _raise_exception(message: str) -> None:

@@ -1,32 +1,33 @@
-"""Control text and content: which parts of a rendered conversation may be read as special tokens."""
+"""Separate the special tokens of a chat template from text of the same name in messages."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-# Unicode promises that these are never characters of a text.
+# Code points that Unicode reserves for internal use, never for characters.
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 class ChatText(str):
-    """A rendered conversation that knows which of its characters came from messages.
+    """A rendered conversation that records where names of special tokens came from messages.
 
-    masked: the same text, of the same length, in which no name of a special token can be found that begins inside a
-    message: some of the messages' characters are replaced by one noncharacter. `Tokenizer.encode(…, special=True)`
-    looks for special tokens in it. generated: (start, end) of what the template marks as written by the model, in
-    order. `cut` gives a part that is a ChatText too; slices and sums are plain strings.
+    masked: text of the same length, in which no name of a special token begins inside a message, because some of the
+    messages' characters are replaced by a noncharacter. `Tokenizer.encode(…, special=True)` looks for special tokens
+    there. For a message "</s>!" the masked text may have "?/s>!", with the noncharacter for the question mark.
+    generated: (start, end) of what the template marks as written by the model, in order. `cut` returns a part that is a
+    ChatText too; slices and sums are plain strings.
     """
 
     masked: str
     generated: tuple[tuple[int, int], ...]
 
     def __new__(cls, text: str, masked: str | None = None, generated: tuple[tuple[int, int], ...] = ()) -> "ChatText":
-        """Both texts and the marked spans; masked=None: no message holds anything that could be read as special."""
-        made = super().__new__(cls, text)
-        made.masked = text if masked is None else masked
-        made.generated = generated
-        return made
+        """Create a text. masked: None if no message has text that could be read as a special token."""
+        result = super().__new__(cls, text)
+        result.masked = text if masked is None else masked
+        result.generated = generated
+        return result
 
     def cut(self, start: int, end: int) -> "ChatText":
         """Return the characters from start to end; what came from messages stays known, marked spans are clipped."""
@@ -36,15 +37,15 @@ class ChatText(str):
 
 
 def names_pattern(names: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds these names, the longest at each place; None where there are none."""
+    """Return a pattern for the longest of these names at each position, None without names."""
     longest_first = sorted((re.escape(name) for name in names if name), key=len, reverse=True)
     return re.compile("|".join(longest_first)) if longest_first else None
 
 
 def control_parts(text: str, names: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
-    """Cut a text into (part, is it the name of a special token); parts are never empty.
+    """Split a text at the names of special tokens: yield (part, is_name), without empty parts.
 
-    Of a ChatText only names outside its messages count.
+    In a ChatText, names inside messages are plain text.
     """
     masked = text.masked if isinstance(text, ChatText) else text
     done = 0
@@ -60,23 +61,24 @@ def control_parts(text: str, names: re.Pattern[str] | None) -> Iterator[tuple[st
 def render_masked(render: Callable[[Any], str], content: Any, names: Sequence[str]) -> ChatText | None:
     """Render a conversation so that its content cannot be read as special tokens.
 
-    render: makes the text from `content`, a tree of lists and mappings whose strings nobody vouches for. names: of the
-    special tokens. Returns None where the rendering depends on names of special tokens in the content, so that the two
-    cannot be told apart.
+    render: content → text. content: a tree of lists and mappings with untrusted strings. names: of the special tokens.
+    Returns None if the rendering depends on names of special tokens in the content, so that content and template cannot
+    be separated.
 
-    Masked first is every character with which a name could begin, so that a name put together from several strings is
-    not read either. Templates that look for such characters themselves ("</think>") would then render another text;
-    for them only whole names, and beginnings of names at the end of a string, are masked.
+    The content is rendered twice, once with a noncharacter in place of some characters. If the two results differ in
+    nothing but that, the second one shows where the content is. First every character that begins a name is replaced,
+    so that no name can be composed of several strings. A template that looks for such characters itself ("</think>")
+    then renders other text. For those only whole names are replaced, and beginnings of names at the end of a string.
     """
     text = render(content)
     names = [name for name in names if name]
-    unused = next(mark for mark in NONCHARACTERS if mark not in text and not _occurs(mark, content))
-    for find in (_first_characters(tuple(names)), _whole_names(tuple(names))):
-        hidden = _replaced(content, find, unused)
-        if hidden == content:
+    mask = next(mark for mark in NONCHARACTERS if mark not in text and not _occurs(mark, content))
+    for pattern in (_first_characters(tuple(names)), _whole_names(tuple(names))):
+        masked_content = _replaced(content, pattern, mask)
+        if masked_content == content:
             return ChatText(text)
-        masked = render(hidden)
-        if len(masked) == len(text) and all(a in (b, unused) for a, b in zip(masked, text, strict=True)):
+        masked = render(masked_content)
+        if len(masked) == len(text) and all(a in (b, mask) for a, b in zip(masked, text, strict=True)):
             return ChatText(text, masked)
     return None
 
@@ -88,25 +90,30 @@ def _first_characters(names: tuple[str, ...]) -> re.Pattern[str] | None:
 
 @lru_cache(maxsize=16)
 def _whole_names(names: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Places where a name begins, or the beginning of one that the next string may complete (spaces may be cut off)."""
+    """Match the first character of a whole name, or of the beginning of one at the end of a string.
+
+    The next string could complete such a beginning; the template may strip spaces between them.
+    """
     beginnings = {name[:length] for name in names for length in range(1, len(name))}
     whole, partial = names_pattern(names), names_pattern(beginnings)
     if whole is None:
         return None
-    either = f"(?:{whole.pattern})" + (rf"|(?:{partial.pattern})(?=\s*\Z)" if partial else "")
+    either = f"(?:{whole.pattern})"
+    if partial is not None:
+        either += rf"|(?:{partial.pattern})(?=\s*\Z)"
     return re.compile(f"(?={either}).", re.DOTALL)
 
 
-def _replaced(content: Any, find: re.Pattern[str] | None, mark: str) -> Any:
-    """The same tree with the first character of every match in its strings replaced, in keys too."""
-    if find is None:
+def _replaced(content: Any, pattern: re.Pattern[str] | None, mark: str) -> Any:
+    """Return the tree with the first character of each match replaced, in strings and in keys."""
+    if pattern is None:
         return content
     if isinstance(content, str):
-        return find.sub(lambda match: mark + match[0][1:], content)
+        return pattern.sub(lambda match: mark + match[0][1:], content)
     if isinstance(content, Mapping):
-        return {_replaced(key, find, mark): _replaced(value, find, mark) for key, value in content.items()}
+        return {_replaced(key, pattern, mark): _replaced(value, pattern, mark) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_replaced(value, find, mark) for value in content]
+        return [_replaced(value, pattern, mark) for value in content]
     return content
 
 

@@ -1,4 +1,4 @@
-"""Write a tokenizer into a Hugging Face folder, as files that Transformers opens too."""
+"""Write a tokenizer into a Hugging Face folder, for Transformers."""
 
 import json
 import random
@@ -20,21 +20,22 @@ from model.tokenizer.gguf import (
     UNKNOWN,
     USER_DEFINED,
     Vocabulary,
+    add_template,
     byte_level_library,
-    put_around,
     read_vocabulary,
     sentencepiece_model,
 )
 from model.tokenizer.load import NAMES, load_tokenizer
 from model.tokenizer.same import same_ids
 
-_ANY, _CLASSES = "PreTrainedTokenizerFast", {"llama": "LlamaTokenizer", "t5": "T5Tokenizer"}  # of Transformers
-_T5_UNKNOWN = 2  # the id that Transformers takes for a T5's unknown token, whatever the file says
+# Classes of Transformers.
+_FAST_CLASS, _CLASSES = "PreTrainedTokenizerFast", {"llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
+_T5_UNKNOWN = 2  # id of T5's unknown token in Transformers, whatever the file has
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token")
 _CONFIG = "tokenizer_config.json"
-_SPACE = "\u2581"  # as which sentencepiece writes a space
-_DRAWN = 200  # texts that a written tokenizer is checked with
-# All that a folder may hold of a tokenizer, such as the files of its slow class.
+_SPACE = "\u2581"  # sentencepiece's character for a space
+_RANDOM_TEXTS = 200  # with which a written tokenizer is checked
+# Files of a tokenizer in a folder, those of its slow class included.
 _PATTERNS = (
     *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
     "chat_template*",
@@ -42,12 +43,12 @@ _PATTERNS = (
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a model's folder, in place of the one that is there.
+    """Write a tokenizer into a model's folder, replacing the one in it.
 
-    Files of sentencepiece and Hugging Face are copied. A GGUF file's byte-level BPE becomes tokenizer.json; its
-    sentencepiece vocabulary becomes tokenizer.model and, where that gives the same ids, a tokenizer.json, which
-    Transformers reads more faithfully. `generation_config.json` names all end tokens. Raises InputError, and writes
-    nothing, where these files cannot say the same as the GGUF file.
+    Files of sentencepiece and Hugging Face are copied. Byte-level BPE of a GGUF file becomes tokenizer.json; its
+    sentencepiece vocabulary becomes tokenizer.model and, if that has the same ids, also tokenizer.json, which
+    Transformers reads more faithfully. `generation_config.json` has all end tokens. Raises InputError, and writes
+    nothing, if these files cannot represent the tokenizer of the GGUF file.
     """
     if tokenizer.path.suffix == ".gguf":
         files = _converted(tokenizer)
@@ -55,46 +56,47 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         return
     else:
         found = {file for pattern in _PATTERNS for file in tokenizer.path.parent.glob(pattern) if file.is_file()}
-        files = {file.name: file.read_bytes() for file in found if file.name not in _before(tokenizer.path.name)}
+        shadowing = _shadowing(tokenizer.path.name)
+        files = {file.name: file.read_bytes() for file in found if file.name not in shadowing}
     replace_tokenizer(folder, files)
     if tokenizer.eos_ids and load_tokenizer(folder).eos_ids != tokenizer.eos_ids:
-        _name_end_tokens(folder, tokenizer.eos_ids)
+        _write_end_tokens(folder, tokenizer.eos_ids)
 
 
-def _before(name: str) -> tuple[str, ...]:
-    """Return the names of files that are taken for a folder's tokenizer before the one of this name."""
+def _shadowing(name: str) -> tuple[str, ...]:
+    """Return the file names that `load_tokenizer` prefers to this one in a folder."""
     return NAMES[: NAMES.index(name)] if name in NAMES else ()
 
 
 def _converted(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the files of a GGUF file's tokenizer, which were read back and found to say the same."""
+    """Return Hugging Face files of a GGUF file's tokenizer, checked by reading them."""
     vocabulary = read_vocabulary(tokenizer.path)
     texts: dict[str, int] = {}
     for i, text in enumerate(vocabulary.tokens):
         if texts.setdefault(text, i) != i:
             raise InputError(
                 f"{tokenizer.path}: the tokens {texts[text]} and {i} have one text, {text!r}, which no Hugging Face "
-                "tokenizer can hold"
+                "tokenizer can represent"
             )
     if vocabulary.model == "gpt2":
-        return _checked(tokenizer, _byte_level(vocabulary) | _config(vocabulary, _ANY))
+        return _checked(tokenizer, _byte_level(vocabulary) | _config(vocabulary, _FAST_CLASS))
     if vocabulary.model == "t5" and _unknown(vocabulary) != _T5_UNKNOWN:
         raise InputError(
-            f"{tokenizer.path}: its unknown token is not {_T5_UNKNOWN}, as Transformers takes that of a T5"
+            f"{tokenizer.path}: its unknown token is not {_T5_UNKNOWN}, the id that Transformers requires of a T5"
         )
     model = {"tokenizer.model": sentencepiece_model(vocabulary, vocabulary.tokens, vocabulary.types)}
     plain = _checked(tokenizer, model | _config(vocabulary, _CLASSES[vocabulary.model]))
     if vocabulary.model == "t5":
         return plain
     try:
-        return model | _checked(tokenizer, _merges(vocabulary) | _config(vocabulary, _ANY))
+        return model | _checked(tokenizer, _merges(vocabulary) | _config(vocabulary, _FAST_CLASS))
     except InputError:
         return plain
 
 
 def _config(vocabulary: Vocabulary, tokenizer_class: str) -> dict[str, bytes]:
     """Return the `tokenizer_config.json` of a vocabulary."""
-    before, after = vocabulary.around()
+    before, after = vocabulary.added_around()
     conventions = vocabulary.conventions()
     roles = dict(conventions.template_tokens)
     if vocabulary.model != "gpt2":
@@ -137,14 +139,15 @@ def _merges(vocabulary: Vocabulary) -> dict[str, bytes]:
     scores, types = vocabulary.numbers("scores", np.zeros(len(vocabulary.tokens), np.float32)), vocabulary.types
     ids = {text: i for i, text in enumerate(vocabulary.tokens)}
     words = {text: i for text, i in ids.items() if types[i] in (NORMAL, USER_DEFINED)}
-    merges = [
-        (-float(scores[i]), words[text[:cut]], words[text[cut:]], (text[:cut], text[cut:]))
-        for text, i in words.items()
-        for cut in range(1, len(text))
-        if text[:cut] in words and text[cut:] in words
-    ]
-    unknown = vocabulary.tokens[_unknown(vocabulary)]
+    # Any two words whose concatenation is a word can be merged, those of higher score first, then those of lower ids.
+    merges = []
+    for text, i in words.items():
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in words and right in words:
+                merges.append((-float(scores[i]), words[left], words[right], (left, right)))
     pairs = [pair for *_, pair in sorted(merges)]
+    unknown = vocabulary.tokens[_unknown(vocabulary)]
     fallback = bool((types == BYTE).any())
     library = tokenizers.Tokenizer(models.BPE(ids, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
     prefix = vocabulary.adds_prefix
@@ -158,36 +161,34 @@ def _merges(vocabulary: Vocabulary) -> dict[str, bytes]:
     for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
         names = [vocabulary.tokens[i] for i in np.flatnonzero(types == kind)]
         library.add_tokens([tokenizers.AddedToken(name, special=special, normalized=not special) for name in names])
-    put_around(library, vocabulary, vocabulary.tokens)
+    add_template(library, vocabulary, vocabulary.tokens)
     return {"tokenizer.json": library.to_str().encode()}
 
 
 def _checked(tokenizer: Tokenizer, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the files as they are. Raises InputError where what they hold is not the same tokenizer."""
-    with tempfile.TemporaryDirectory() as place:
-        replace_tokenizer(Path(place), files)
-        _name_end_tokens(Path(place), tokenizer.eos_ids)
-        _check_same(tokenizer, load_tokenizer(place))
+    """Return the files unchanged. Raises InputError if the tokenizer that they define is not equivalent."""
+    with tempfile.TemporaryDirectory() as folder:
+        replace_tokenizer(Path(folder), files)
+        _write_end_tokens(Path(folder), tokenizer.eos_ids)
+        _check_same(tokenizer, load_tokenizer(folder))
     return files
 
 
 def _check_same(tokenizer: Tokenizer, written: Tokenizer) -> None:
     draw = random.Random(0)
-    ids = [draw.choices(range(tokenizer.vocab_size), k=16) for _ in range(_DRAWN)]
-    marked = " a ".join(["", *tokenizer.special_tokens.values(), ""])
+    random_ids = [draw.choices(range(tokenizer.vocab_size), k=16) for _ in range(_RANDOM_TEXTS)]
+    with_names = " a ".join(["", *tokenizer.special_tokens.values(), ""])
     same = (
-        same_ids(tokenizer, written, map(tokenizer.decode, ids))
+        same_ids(tokenizer, written, map(tokenizer.decode, random_ids))
         and tokenizer.eos_ids == written.eos_ids
-        and tokenizer.encode(marked, special=True) == written.encode(marked, special=True)
+        and tokenizer.encode(with_names, special=True) == written.encode(with_names, special=True)
         and tokenizer.encode("a", add_special_tokens=True) == written.encode("a", add_special_tokens=True)
     )
     if not same:
-        raise InputError(
-            f"{tokenizer.path}: its tokenizer cannot be written as {written.path.name} that gives the same ids"
-        )
+        raise InputError(f"{tokenizer.path}: its tokenizer cannot be written as {written.path.name} with the same ids")
 
 
-def _name_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
+def _write_end_tokens(folder: Path, ids: tuple[int, ...]) -> None:
     file = folder / GENERATION
     content: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     file.write_bytes(_json({**content, "eos_token_id": ids[0] if len(ids) == 1 else list(ids)}))

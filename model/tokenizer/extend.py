@@ -1,4 +1,4 @@
-"""Give a stored tokenizer more special tokens, such as the mask or the sentinels of a training objective."""
+"""Add special tokens to a stored tokenizer, such as the mask or the sentinels of a training objective."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ _CONFIG = "tokenizer_config.json"
 
 
 def add_special_tokens(folder: Path, names: Mapping[int, str]) -> None:
-    """Add special tokens, by their ids, to the tokenizer of a folder and to its `tokenizer_config.json`.
+    """Add special tokens {id: name} to the tokenizer of a folder and to its `tokenizer_config.json`.
 
-    Ids inside the vocabulary stay as they are; ids that are skipped are filled with unused tokens. Transformers reads
-    the files too. Raises InputError on a GGUF file, and where a name stands in the vocabulary already.
+    Ids inside the vocabulary are unchanged; gaps between ids are filled with unused tokens. The files remain readable
+    by Transformers. Raises InputError for a GGUF file, and for a name that is in the vocabulary already.
     """
     tokenizer = load_tokenizer(folder)
     if all(number < tokenizer.vocab_size for number in names):
@@ -34,9 +34,11 @@ def add_special_tokens(folder: Path, names: Mapping[int, str]) -> None:
     else:
         config = _extend_sentencepiece(tokenizer.path, texts, names) | read_tokenizer_config(folder)
     added = [names[number] for number in ids if number in names]
-    config |= {"mask_token": MASK} if MASK in added else {}
-    more = [*config.get("additional_special_tokens", ()), *(text for text in added if text != MASK)]
-    config |= {"additional_special_tokens": list(dict.fromkeys(more))} if more else {}
+    if MASK in added:
+        config["mask_token"] = MASK
+    additional = [*config.get("additional_special_tokens", ()), *(text for text in added if text != MASK)]
+    if additional:
+        config["additional_special_tokens"] = list(dict.fromkeys(additional))
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -50,7 +52,7 @@ def _extend_json(file: Path, texts: list[str]) -> None:
 
 
 def _extend_sentencepiece(file: Path, texts: list[str], names: Mapping[int, str]) -> dict[str, Any]:
-    """Append the pieces; returns what Transformers has to be told of such a file."""
+    """Append the pieces and return the `tokenizer_config.json` that Transformers needs for such a file."""
     model = file.read_bytes()
     processor = parse_model(model)
     _check_new(file, [text for text in texts if processor.id_to_piece(processor.piece_to_id(text)) == text])
@@ -59,7 +61,7 @@ def _extend_sentencepiece(file: Path, texts: list[str], names: Mapping[int, str]
     file.write_bytes(model + b"".join(piece(text, 0.0, kind) for text, kind in zip(texts, kinds, strict=True)))
     roles = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
     return {
-        "tokenizer_class": "LlamaTokenizer",  # the class of Transformers that reads a sentencepiece model as it stands
+        "tokenizer_class": "LlamaTokenizer",  # the class of Transformers that reads a sentencepiece model unchanged
         "add_bos_token": False,
         "add_eos_token": False,
         "add_prefix_space": processor.normalize("a") != "a",
@@ -70,4 +72,4 @@ def _extend_sentencepiece(file: Path, texts: list[str], names: Mapping[int, str]
 
 def _check_new(file: Path, taken: list[str]) -> None:
     if taken:
-        raise InputError(f"{file} holds {taken[0]!r} already, under another id than the model's")
+        raise InputError(f"{file} has {taken[0]!r} already, under another id than the model's")

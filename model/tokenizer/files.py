@@ -1,4 +1,4 @@
-"""What a tokenizer is stored as: files that `load_tokenizer` opens again, with the same ids and end tokens."""
+"""Files of a stored tokenizer, which `load_tokenizer` opens with the same ids and end tokens."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ _GGUF_KEYS = ("general.architecture", "tokenizer.")
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the names and contents of the files of a tokenizer, its own first, then those that say more about it.
+    """Return {name: content} of the files that define a tokenizer, its main file first.
 
-    `tokenizer.model` of sentencepiece, `tokenizer.json` of Hugging Face, `tokenizer.gguf` with the metadata of a GGUF
-    file that are about its tokenizer.
+    The main file is `tokenizer.model` of sentencepiece, `tokenizer.json` of Hugging Face, or `tokenizer.gguf` with the
+    tokenizer's metadata of a GGUF file. The others are those that `companion_files` returns.
     """
     path = tokenizer.path
     if path.suffix == ".gguf":
@@ -35,14 +35,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write `tokenizer_files` into a folder, in place of the tokenizer that is there; returns the path of its own."""
+    """Write `tokenizer_files` into a folder, replacing any other tokenizer, and return the path of the main file."""
     files = tokenizer_files(tokenizer)
     replace_tokenizer(folder, files)
     return folder / next(iter(files))
 
 
 def replace_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files of a tokenizer into a folder, and remove those of another one."""
+    """Write the files of a tokenizer into a folder and remove those of any other one."""
     for name in {*NAMES, *OF_TOKENIZERS}.difference(files):
         (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
@@ -50,5 +50,5 @@ def replace_tokenizer(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def file_hashes(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Return the SHA-256 of each file, by its name."""
+    """Return {name: SHA-256} of files."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

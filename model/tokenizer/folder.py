@@ -1,4 +1,4 @@
-"""What the JSON files beside a Hugging Face tokenizer say of special tokens and chats."""
+"""JSON files beside a tokenizer, which define its special tokens and chat template."""
 
 import json
 from collections.abc import Callable
@@ -14,11 +14,11 @@ _OF_MODELS = (GENERATION, "config.json")
 
 
 def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_size: int) -> Conventions:
-    """The special tokens and the chat template that a model's folder names.
+    """Return the special tokens and the chat template of a model's folder.
 
-    End tokens are the tokenizer's own, then those of `generation_config.json`, or of `config.json` where that
-    names none: the first ends a document, all of them a generation. A token or an id that the vocabulary does
-    not hold counts as not given: configurations are often older than the tokenizer beside them.
+    End tokens are the tokenizer's own, then those of `generation_config.json`, or of `config.json` if that has none:
+    the first ends a document, each of them a generation. Tokens and ids outside the vocabulary are ignored, since
+    configurations are often older than the tokenizer beside them.
     """
     config = read_tokenizer_config(folder)
     names = _special_tokens(config)
@@ -29,39 +29,40 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
         bos_id=token_id(names["bos_token"]) if "bos_token" in names else None,
         chat_template=_chat_template(folder, config),
         template_tokens=names,
-        special_names=frozenset([*names.values(), *_more_special(config)]),
+        special_names=frozenset([*names.values(), *_additional_special_tokens(config)]),
     )
 
 
 def companion_files(
     folder: Path, eos_ids: tuple[int, ...], own_eos_id: int | None, vocab_size: int
 ) -> dict[str, bytes]:
-    """Return what of the files beside a tokenizer `read_conventions` reads, with their contents.
+    """Return {name: content} of the files beside a tokenizer that `read_conventions` reads.
 
-    eos_ids: those that the tokenizer has by all of them; own_eos_id: that of its own file. `generation_config.json`
-    holds the ids of a model's end tokens alone, and only where the tokenizer's own file does not give them.
+    eos_ids: the tokenizer's end tokens; own_eos_id: that of its main file. `generation_config.json` is reduced to the
+    end tokens, and left out if the main file has the same ones.
     """
     files = {name: _bytes(folder / name) for name in OF_TOKENIZERS if (folder / name).is_file()}
-    of_model = _model_eos_ids(folder, vocab_size)
-    if of_model and eos_ids != (own_eos_id,):
-        files[GENERATION] = (json.dumps({"eos_token_id": of_model}) + "\n").encode()
+    model_eos_ids = _model_eos_ids(folder, vocab_size)
+    if model_eos_ids and eos_ids != (own_eos_id,):
+        files[GENERATION] = (json.dumps({"eos_token_id": model_eos_ids}) + "\n").encode()
     return files
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` laid over `special_tokens_map.json`; empty where neither is there."""
-    given = _read(folder / "tokenizer_config.json")
-    return _read(folder / "special_tokens_map.json") | {key: value for key, value in given.items() if value is not None}
+    """Return `special_tokens_map.json`, overridden by the values of `tokenizer_config.json`; {} without these files."""
+    config = _read(folder / "tokenizer_config.json")
+    values = {key: value for key, value in config.items() if value is not None}
+    return _read(folder / "special_tokens_map.json") | values
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token`, `eos_token` … and their texts: each is given as a text or as an object with its `content`."""
+    """Return the texts of `bos_token`, `eos_token` and so on, each stored as a text or as an object with `content`."""
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
 
 
-def _more_special(config: dict[str, Any]) -> list[str]:
-    """Special tokens that have no role: the keys are those of Transformers, old and new."""
+def _additional_special_tokens(config: dict[str, Any]) -> list[str]:
+    """Return the texts of special tokens without a role, under the keys of old and new versions of Transformers."""
     given: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(name)
@@ -74,14 +75,16 @@ def _more_special(config: dict[str, Any]) -> list[str]:
 
 
 def _model_eos_ids(folder: Path, vocab_size: int) -> list[int]:
-    """The ids of end tokens in the first of a model's files that names any."""
-    found = (_ids(_read(folder / file).get("eos_token_id"), vocab_size) for file in _OF_MODELS)
-    return next((ids for ids in found if ids), [])
+    """Return the ids of end tokens of the first model file that has any."""
+    for file in _OF_MODELS:
+        if ids := _valid_ids(_read(folder / file).get("eos_token_id"), vocab_size):
+            return ids
+    return []
 
 
-def _ids(given: Any, vocab_size: int) -> list[int]:
-    listed = given if isinstance(given, list) else [given]
-    return [i for i in listed if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
+def _valid_ids(value: Any, vocab_size: int) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size]
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -93,7 +96,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         template = _by_name(template, folder)
     if template is not None and not isinstance(template, str):
         raise InputError(
-            f"the chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of them"
+            f"the chat_template in {folder / 'tokenizer_config.json'} is neither a text nor a list of texts"
         )
     return template
 
@@ -104,7 +107,7 @@ def _by_name(templates: list[Any], folder: Path) -> Any:
         return named["default"]
     except (KeyError, TypeError) as error:
         raise InputError(
-            f'the chat_template list in {folder / "tokenizer_config.json"} names no "default" template'
+            f'the chat_template list in {folder / "tokenizer_config.json"} has no "default" template'
         ) from error
 
 
@@ -114,9 +117,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(_text(file))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is no JSON, or it is damaged: {error}") from error
+        raise InputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object, as it should")
+        raise InputError(f"{file} must be a JSON object, not {type(content).__name__}")
     return content
 
 

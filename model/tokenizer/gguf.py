@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, rebuilt for the library that such a tokenizer was made with.
+"""Load the tokenizer in a GGUF file into the library that it was trained with.
 
-The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer". What may be missing, and which
-of several tokens with one text is meant, is as in llama.cpp.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, section "Tokenizer". Defaults of missing keys, and the
+choice among tokens with the same text, are those of llama.cpp.
 """
 
 import re
@@ -22,17 +22,17 @@ _SPECIAL = (UNKNOWN, CONTROL)
 _MODELS = ("gpt2", "llama", "t5")
 _DEFAULT_UNKNOWN = {"llama": 0, "t5": 2}  # llama.cpp's
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
-_REPEATED = "\uffff"  # begins the library's name of a token whose text another one has; byte-level texts hold none
+_REPEATED = "\uffff"  # prefix of the library's name of a token with the text of another; not in byte-level texts
 
 
 def load_gguf_tokenizer(file: Path) -> Tokenizer:
     """Load the tokenizer of a GGUF file: byte-level BPE ("gpt2") or sentencepiece ("llama", "t5").
 
-    Text is not normalised before it is encoded, except by a "t5" vocabulary's own table: a GGUF file does not
-    say that Qwen's tokenizer.json asks for NFC. Where several tokens have one text, the text becomes the last of them;
-    the name of a special token becomes the last special one. Each of them decodes to its text. Scores that are missing
-    are 0; types that are missing follow from the texts of bytes and the ids of special tokens.
-    Another kind, and metadata that are damaged or lack more than these, are an `InputError`.
+    Text is not normalised before encoding, except by the table of a "t5" vocabulary: GGUF files do not record that, for
+    example, Qwen's tokenizer.json applies NFC. If several tokens have one text, it is encoded to the last of them, the
+    name of a special token to the last special one; all of them decode to it. Missing scores are 0; missing types
+    follow from the texts of byte tokens and from the ids of special tokens. Raises InputError for other kinds, and for
+    metadata that are damaged or lack other keys.
     """
     vocabulary = read_vocabulary(file)
     if vocabulary.model == "gpt2":
@@ -41,40 +41,41 @@ def load_gguf_tokenizer(file: Path) -> Tokenizer:
 
 
 def read_vocabulary(file: Path) -> "Vocabulary":
-    """Read and check the metadata of a GGUF file, or of the model whose part it is, that are about its tokenizer."""
+    """Read and check the tokenizer's metadata of a GGUF file, of a split model from its first file."""
     file, header = read_first_part(file)
     return Vocabulary(file, header.metadata)
 
 
 class Vocabulary:
-    """The metadata of a tokenizer, checked as far as every kind needs it."""
+    """Metadata of a tokenizer; the keys that all kinds have in common are checked."""
 
     def __init__(self, file: Path, metadata: dict[str, Any]):
         self.file, self._metadata = file, metadata
         if "tokenizer.ggml.model" not in metadata:
-            raise InputError(f"{file} holds no tokenizer; take the model's tokenizer.json or tokenizer.model")
+            raise InputError(f"{file} has no tokenizer; take the model's tokenizer.json or tokenizer.model")
         self.model = self.get("model", str)
         if self.model not in _MODELS:
             raise InputError(
                 f"the tokenizer of {file} is of the kind {self.model!r}; known are {', '.join(_MODELS)}:"
                 " take the model's tokenizer.json instead"
             )
-        # An empty token could be found everywhere.
+        # An empty token would match everywhere.
         self.tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.get("tokens", list))]
         if not all(isinstance(token, str) for token in self.tokens) or not self.tokens:
             raise InputError(f"{file} is damaged: its tokenizer.ggml.tokens must be a list of texts")
         self.types = self._types()
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """`tokenizer.ggml.KEY`; one that is missing without a default, or of another type, is an `InputError`."""
+        """Return `tokenizer.ggml.KEY`. Raises InputError if it is missing without a default, or has another type."""
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
-        if value is None or not isinstance(value, kind):
-            what = "lacks" if value is None else f"holds a {type(value).__name__} as"
-            raise InputError(f"{self.file} is damaged: it {what} tokenizer.ggml.{key}")
+        if value is None:
+            raise InputError(f"{self.file} is damaged: it lacks tokenizer.ggml.{key}")
+        if not isinstance(value, kind):
+            raise InputError(f"{self.file} is damaged: tokenizer.ggml.{key} is a {type(value).__name__}")
         return value
 
     def numbers(self, key: str, default: np.ndarray) -> np.ndarray:
-        """An array with a number for each token; `default` where the file has none."""
+        """Return an array with one number per token, `default` if the file has none."""
         values = self.get(key, np.ndarray, default)
         if len(values) < len(self.tokens):
             raise InputError(
@@ -83,7 +84,7 @@ class Vocabulary:
         return values[: len(self.tokens)]
 
     def id(self, name: str) -> int | None:
-        """`tokenizer.ggml.NAME_token_id`, where the file has one."""
+        """Return `tokenizer.ggml.NAME_token_id`, None if the file has none."""
         key = f"{name}_token_id"
         i = self.get(key, int, -1)
         if i >= len(self.tokens):
@@ -91,12 +92,12 @@ class Vocabulary:
         return i if i >= 0 else None
 
     def is_special(self, i: int) -> bool:
-        """Return whether a token gives no text and comes out of none."""
+        """Return whether a token is special: it has no text and no text is encoded to it."""
         return self.types[i] in _SPECIAL
 
     @property
     def adds_prefix(self) -> bool:
-        """Whether sentencepiece reads a text as if a space stood before it."""
+        """True if sentencepiece adds a space before a text."""
         return self.get("add_space_prefix", bool, self.model != "t5")
 
     def _types(self) -> np.ndarray:
@@ -108,7 +109,7 @@ class Vocabulary:
             types[found] = CONTROL
             if unknown < len(types):
                 types[unknown] = UNKNOWN
-        # Some converters take a token that ends a turn for a word; no text may hold it.
+        # Some converters give end-of-turn tokens the type of a word, but no text may be encoded to them.
         for name in ("bos", "eos", "eot", "eom"):
             if (i := self.id(name)) is not None and types[i] != UNKNOWN:
                 types[i] = CONTROL
@@ -121,10 +122,11 @@ class Vocabulary:
         return types
 
     def owners(self, *, special_first: bool) -> list[int]:
-        """Return for each token the one that has its text as its name in the library: itself, unless texts repeat.
+        """Return, for each token, the token that owns its text: the id to which the library encodes that text.
 
-        The last user-defined token of a text has it, else the last that texts are made of. special_first: before these
-        the last special one, as in texts in which special tokens are read.
+        A token owns its text unless others have the same. Then the last user-defined one owns it, or else the last
+        normal one. special_first: the last special one takes precedence, for texts in which special tokens are read.
+        With the texts a b a, all normal, the owners are 2 1 2.
         """
         rank = {USER_DEFINED: 3, UNUSED: 1} | dict.fromkeys(_SPECIAL, 4 if special_first else 0)
         best: dict[str, tuple[int, int]] = {}
@@ -133,11 +135,11 @@ class Vocabulary:
         return [best[token][1] for token in self.tokens]
 
     def names(self, owners: list[int]) -> list[str]:
-        """Return a name in the library for every token, no two alike."""
+        """Return a unique name in the library for each token: its text if it owns that, else a substitute."""
         return [token if owners[i] == i else f"{_REPEATED}{i}" for i, token in enumerate(self.tokens)]
 
     def conventions(self) -> Conventions:
-        """What the file says of special tokens and chats; end tokens are its eos, eot and eom."""
+        """Return the file's special tokens and chat template; end tokens are its eos, eot and eom tokens."""
         ends = [self.id(name) for name in ("eos", "eot", "eom")]
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "separator"}
         ids = {name: self.id(key) for name, key in names.items()}
@@ -149,24 +151,24 @@ class Vocabulary:
             template_tokens={f"{name}_token": self.tokens[i] for name, i in ids.items() if i is not None},
         )
 
-    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the model was trained to see before and after a text: its kind's habit, where the file says nothing."""
+    def added_around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens that are added (before, after) a text, by default those that are usual for the kind."""
         if self.model == "gpt2":
-            bos, eos = pre_tokenizer(self.get("pre", str, "default")).adds_bos, False
+            adds_bos, adds_eos = pre_tokenizer(self.get("pre", str, "default")).adds_bos, False
         else:
-            bos, eos = self.model == "llama", self.model == "t5"
-        begin, end = self.id("bos"), self.id("eos")
-        before = (begin,) if begin is not None and self.get("add_bos_token", bool, bos) else ()
-        after = (end,) if end is not None and self.get("add_eos_token", bool, eos) else ()
+            adds_bos, adds_eos = self.model == "llama", self.model == "t5"
+        bos_id, eos_id = self.id("bos"), self.id("eos")
+        before = (bos_id,) if bos_id is not None and self.get("add_bos_token", bool, adds_bos) else ()
+        after = (eos_id,) if eos_id is not None and self.get("add_eos_token", bool, adds_eos) else ()
         return before, after
 
 
 def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import decoders
 
-    from model.tokenizer.foreign import ForeignTokenizer
+    from model.tokenizer.huggingface import HuggingFaceTokenizer
 
-    class ByteLevelTokenizer(ForeignTokenizer):
+    class ByteLevelTokenizer(HuggingFaceTokenizer):
         @cached_property
         def special_tokens(self) -> Mapping[int, str]:
             return {i: token for i, token in enumerate(tokens) if hidden[i]}
@@ -176,14 +178,17 @@ def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
 
     decoder, tokens = decoders.ByteLevel(), vocabulary.tokens
     hidden = np.isin(vocabulary.types, _SPECIAL).tolist()
-    for_special, for_plain = (vocabulary.owners(special_first=first) for first in (True, False))
-    library = byte_level_library(vocabulary, vocabulary.names(for_special))
-    plain = None if for_plain == for_special else byte_level_library(vocabulary, vocabulary.names(for_plain))
+    owners_with_special = vocabulary.owners(special_first=True)
+    owners_in_plain_text = vocabulary.owners(special_first=False)
+    library = byte_level_library(vocabulary, vocabulary.names(owners_with_special))
+    plain = None
+    if owners_in_plain_text != owners_with_special:
+        plain = byte_level_library(vocabulary, vocabulary.names(owners_in_plain_text))
     return ByteLevelTokenizer(library, vocabulary.file, vocabulary.conventions(), plain=plain)
 
 
 def byte_level_library(vocabulary: Vocabulary, names: list[str]) -> Any:
-    """Build the tokenizer of the `tokenizers` library, with these names of the tokens."""
+    """Return a tokenizer of the `tokenizers` library with these names of the tokens."""
     import tokenizers
     from tokenizers import models, pre_tokenizers
 
@@ -203,15 +208,15 @@ def byte_level_library(vocabulary: Vocabulary, names: list[str]) -> Any:
     for kind, special in ((CONTROL, True), (UNKNOWN, True), (USER_DEFINED, False)):
         texts = [names[i] for i in np.flatnonzero(vocabulary.types == kind)]
         library.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    put_around(library, vocabulary, names)
+    add_template(library, vocabulary, names)
     return library
 
 
-def put_around(library: Any, vocabulary: Vocabulary, names: list[str]) -> None:
-    """Have a tokenizer of the library put the begin and end tokens around a text that the model was trained to see."""
+def add_template(library: Any, vocabulary: Vocabulary, names: list[str]) -> None:
+    """Set the template with the vocabulary's begin and end tokens around a text."""
     from tokenizers import processors
 
-    before, after = vocabulary.around()
+    before, after = vocabulary.added_around()
     library.post_processor = processors.TemplateProcessing(
         single=[*(names[i] for i in before), "$A", *(names[i] for i in after)],
         special_tokens=[(names[i], i) for i in {*before, *after}],
@@ -219,6 +224,7 @@ def put_around(library: Any, vocabulary: Vocabulary, names: list[str]) -> None:
 
 
 def _pair(merge: str) -> tuple[str, str]:
+    """Split "a b" at its space; the first character is skipped because it may itself be a space."""
     first, _, second = merge[1:].partition(" ")
     return merge[:1] + first, second
 
@@ -227,7 +233,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     from model.tokenizer.sentencepiece import SentencepieceTokenizer, parse_model
 
     owners = vocabulary.owners(special_first=False)
-    repeated = np.flatnonzero(owners != np.arange(len(owners))).tolist()
+    repeated = [i for i, owner in enumerate(owners) if owner != i]
     types = vocabulary.types.copy()
     plain = [i for i in repeated if types[i] not in _SPECIAL]
     types[plain] = UNUSED
@@ -237,7 +243,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
             f"{vocabulary.file} is damaged: sentencepiece cannot use its tokens;"
             " it needs one unknown token, and all 256 bytes or none"
         )
-    before, after = vocabulary.around()
+    before, after = vocabulary.added_around()
     return SentencepieceTokenizer(
         processor,
         vocabulary.file,
@@ -250,7 +256,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def sentencepiece_model(vocabulary: Vocabulary, names: list[str], types: np.ndarray) -> bytes:
-    """Return the serialised model of the sentencepiece library, with these names and types of the tokens."""
+    """Return a serialised model of the sentencepiece library with these names and types of the tokens."""
     from model.tokenizer.sentencepiece_proto import model_proto
 
     scores = vocabulary.numbers("scores", np.zeros(len(names), np.float32))

@@ -1,4 +1,4 @@
-"""Which file of a path holds the tokenizer, and who reads it."""
+"""Load a tokenizer from any path: find its file and its library."""
 
 import json
 from pathlib import Path
@@ -6,19 +6,18 @@ from pathlib import Path
 from model.errors import InputError
 from model.tokenizer.base import Tokenizer
 
-# The first that is there: where a folder has several, tokenizer.json also knows the tokens that were added later.
+# In the order of preference: if a folder has several, only tokenizer.json has the tokens that were added later.
 NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.gguf")
 _EXPECTED = "tokenizer.json, tokenizer.model or a .gguf file"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder of one.
+    """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder with one.
 
-    A data folder holds the one that its manifest names, a model's folder the first of NAMES; of a run it is that of its
-    data.
-    The files beside it (`tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
-    `config.json`, `chat_template.jinja`) say which tokens begin and end a text and how a chat is written.
-    What is missing, damaged or of an unknown kind is an `InputError`.
+    In a data folder it is the file named by the manifest, in a model's folder the first of NAMES, in a run's folder the
+    tokenizer of its data. Special tokens and the chat template come from the files beside it: `tokenizer_config.json`,
+    `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`. Raises InputError for
+    files that are missing, damaged or of an unknown kind.
     """
     file = _find(Path(path))
     try:
@@ -31,7 +30,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
         return load_gguf_tokenizer(file)
     if file.suffix == ".json":
-        from model.tokenizer.foreign import load_tokenizer_json
+        from model.tokenizer.huggingface import load_tokenizer_json
 
         return load_tokenizer_json(file)
     from model.tokenizer.sentencepiece import load_sentencepiece
@@ -42,31 +41,31 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _find(path: Path) -> Path:
     if not path.is_dir():
         if not path.is_file():
-            raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder of one")
+            raise InputError(f"no tokenizer at {path}: expected {_EXPECTED}, a .model file or a folder with one")
         return path
-    inside = next((path / name for name in (*_of_data(path), *NAMES) if (path / name).is_file()), None)
-    if inside is not None:
-        return inside
+    for name in (_name_in_manifest(path), *NAMES):
+        if name is not None and (path / name).is_file():
+            return path / name
     if (path / "run.json").is_file():
         return _find(_data_folder(path))
     from model.gguf_parts import find_gguf
 
-    inside = find_gguf(path)
-    if inside is None:
-        raise InputError(f"the folder {path} holds no tokenizer: expected {_EXPECTED} in it")
-    return inside
+    file = find_gguf(path)
+    if file is None:
+        raise InputError(f"the folder {path} has no tokenizer: expected {_EXPECTED} in it")
+    return file
 
 
-def _of_data(folder: Path) -> tuple[str, ...]:
-    """Return the name of the tokenizer's file that the manifest of a data folder gives; nothing of any other folder."""
+def _name_in_manifest(folder: Path) -> str | None:
+    """Return the tokenizer's file name in the manifest of a data folder, None for other folders."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ()
+        return None
     if not isinstance(manifest, dict) or "tokenizer_hash" not in manifest:
-        return ()
+        return None
     name = manifest.get("tokenizer_file", "tokenizer.model")
-    return (name,) if name in NAMES else ()
+    return name if name in NAMES else None
 
 
 def _data_folder(run: Path) -> Path:
@@ -75,5 +74,5 @@ def _data_folder(run: Path) -> Path:
     folder = data_folder(run)
     if folder is None or not folder.is_dir():
         where = "it names no data folder" if folder is None else f"its data folder {folder} is gone"
-        raise InputError(f"the run {run} holds no tokenizer and {where}; give the tokenizer itself")
+        raise InputError(f"the run {run} has no tokenizer and {where}; give the tokenizer itself")
     return folder

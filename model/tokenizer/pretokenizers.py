@@ -1,6 +1,6 @@
-"""How byte-level tokenizers cut a text into words before they merge: what a GGUF file gives only the name of.
+"""Pre-tokenizers of byte-level BPE, which split a text into words before merging; a GGUF file has only their names.
 
-The patterns are part of the models' vocabularies: OpenAI's for GPT-2, cl100k and o200k, and what DeepSeek,
+The patterns are part of the models' vocabularies: OpenAI's for GPT-2, cl100k and o200k, and those that DeepSeek,
 Falcon, Llama 3, Qwen and others published in their tokenizer.json. The names are llama.cpp's.
 """
 
@@ -15,19 +15,19 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _cl100k(digits: str, letter: str = r"\p{L}", no_mark: str = "") -> str:
-    """Words with the character before them, numbers of some digits, signs up to the line's end, line ends."""
+    """Return the pattern of words with the character before them, numbers, signs to a line end, and line ends."""
     word = rf"[^\r\n\p{{L}}\p{{N}}]?{letter}+"
     signs = rf" ?[^\s\p{{L}}{no_mark}\p{{N}}]+[\r\n]*"
     return rf"{_ENDINGS}|{word}|{digits}|{signs}|\s*[\r\n]+|{_SPACES}"
 
 
 def _o200k(digits: str, ending: str = "") -> str:
-    """As cl100k, but a word also ends where a small letter is followed by a capital."""
+    """Return a pattern like cl100k's in which a word also ends between a lowercase and an uppercase letter."""
     word = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{ending}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{ending}"
     return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|{_SPACES}"
 
 
-# The letters that DeepSeek's first tokenizer takes for a word's: first and last of each range, hexadecimal.
+# Letters of words in DeepSeek's first tokenizer: ranges of code points, in hexadecimal.
 _DEEPSEEK_LETTERS = """
 41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376-377 37B-37D 37F 386 388-38A 38C 38E-3A1
 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A
@@ -49,13 +49,15 @@ def _class(ranges: str) -> str:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Patterns applied one after the other: each cuts what the ones before it left into matches and the rest."""
+    """Patterns applied in sequence: each splits the parts left by those before it into matches and the rest.
+
+    ignore_merges: a word that is in the vocabulary is one token, whatever the merges. adds_bos: by default, texts begin
+    with the begin token.
+    """
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    """A word that is a token is that token, whatever the merges."""
     adds_bos: bool = False
-    """Texts begin with the begin token, unless the file says otherwise."""
 
 
 _KNOWN = {
@@ -102,7 +104,7 @@ _BY_NAME = {name: rule for names, rule in _KNOWN.items() for name in names}
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """The rule of a name in `tokenizer.ggml.pre`; an unknown one is an `InputError` that lists the known."""
+    """Return the pre-tokenizer named in `tokenizer.ggml.pre`. Raises InputError with the known names."""
     if name not in _BY_NAME:
         raise InputError(
             f"the pre-tokenizer {name!r} is unknown; known are {', '.join(sorted(_BY_NAME))}:"

@@ -1,11 +1,11 @@
-"""Whether two tokenizers give the same ids, whatever files they come from."""
+"""Equivalence of tokenizers from different files."""
 
 from collections.abc import Iterable
 
 from model.tokenizer.base import Tokenizer
 from model.tokenizer.files import tokenizer_files
 
-# What tokenizers differ in: spaces, line ends, digits, contractions, capitals, accents, scripts, odd characters.
+# Texts on which tokenizers differ: spaces, line ends, digits, contractions, capitals, accents, scripts and others.
 _TEXTS = (
     *("", " ", "   ", "\n", "\n\n x", "\t", " a", "a ", "a  b", "a\r\nb", " \n \n", "\u00a0a", "\ufeffa"),
     *(
@@ -21,10 +21,10 @@ _TEXTS = (
 
 
 def same_ids(first: Tokenizer, second: Tokenizer, texts: Iterable[str] = ()) -> bool:
-    """Return whether texts become the same ids in both, and the same token ends a document.
+    """Return whether two tokenizers encode text to the same ids and have the same end token.
 
-    Where their files differ, both encode `texts`, texts of the kind that tokenizers differ in and the names of their
-    special tokens, and decode every id that both have: one of them may have more ids, which no text becomes.
+    If their files differ, both encode `texts`, sample texts on which tokenizers differ, and the names of their special
+    tokens, and decode every id that both have. One of them may have further ids, to which no text is encoded.
     """
     if tokenizer_files(first) == tokenizer_files(second):
         return True
@@ -36,9 +36,9 @@ def same_ids(first: Tokenizer, second: Tokenizer, texts: Iterable[str] = ()) -> 
 
 
 def _same_texts(first: Tokenizer, second: Tokenizer) -> bool:
-    """Return whether every id of both has one text; a special token of either has none.
+    """Return whether every shared id that is special in neither has the same text in both.
 
-    Spaces alone count as none: a space at the beginning of a text is dropped by some libraries only.
+    Texts of spaces only count as equal, since some libraries drop the space at the beginning of a text.
     """
     hidden = {*first.special_tokens, *second.special_tokens}
     shared = (i for i in range(min(first.vocab_size, second.vocab_size)) if i not in hidden)

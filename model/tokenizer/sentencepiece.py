@@ -1,4 +1,4 @@
-"""Tokenizers of the sentencepiece library: isoflop's own, and those of Llama 2, Gemma, T5 and their like."""
+"""Tokenizers of the sentencepiece library: isoflop's own, and those of Llama 2, Gemma, T5 and similar models."""
 
 import os
 import re
@@ -14,15 +14,15 @@ from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.control import control_parts, names_pattern
 from model.tokenizer.folder import read_conventions, read_tokenizer_config
 
-# sentencepiece writes a space as this character inside its pieces: from a text it would come back as a space.
+# Inside its pieces sentencepiece represents a space by this character, which would be decoded as a space.
 _WHITESPACE_MARK = "\u2581"
 
 
 class SentencepieceTokenizer(Tokenizer):
-    """A sentencepiece tokenizer. With one trained by isoflop, `decode(encode(text)) == text` for every text.
+    """A sentencepiece tokenizer. For those trained by isoflop, `decode(encode(text)) == text` for every text.
 
-    before, after: ids around a text. same: ids that decode as another one does. names: of control tokens, where the
-    processor has other ones.
+    before, after: ids added around a text. same: {id: another id with the same text}. names: of control tokens with
+    another name in the processor.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SentencepieceTokenizer(Tokenizer):
         self._mark_ids = self._byte_ids(_WHITESPACE_MARK.encode()) if self._is_literal() else None
 
     def _is_literal(self) -> bool:
-        # Only where no prefix is added may a text be encoded in parts that are then joined.
+        # A text may be encoded in parts only if no prefix is added to each.
         return self._processor.normalize("a  b") == "a▁▁b"
 
     def _byte_ids(self, raw: bytes) -> list[int] | None:
@@ -78,8 +78,8 @@ class SentencepieceTokenizer(Tokenizer):
         return joined or []
 
     def _encode_special(self, text: str, threads: int | None) -> list[int]:
-        # The library never reads a control token from a text: the text is cut there. The parts between them
-        # are texts of their own, each with the prefix that the model may add, as llama.cpp has it.
+        # The library never encodes a control token, so the text is split at their names. As in llama.cpp, each part
+        # between them is encoded as a text of its own, with the prefix that the model may add.
         parts = list(control_parts(text, self._names))
         plain = iter(self._encode_plain([part for part, is_name in parts if not is_name], threads))
         ids: list[int] = []
@@ -95,7 +95,7 @@ class SentencepieceTokenizer(Tokenizer):
 
     @cached_property
     def _ids_of_names(self) -> dict[str, int]:
-        return {name: i for i, name in self.special_tokens.items()}  # of several the last
+        return {name: i for i, name in self.special_tokens.items()}  # the last id of a repeated name
 
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
@@ -106,7 +106,7 @@ class SentencepieceTokenizer(Tokenizer):
 
 
 def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
-    """Load a sentencepiece `.model` file and what lies beside it. A damaged file is an `InputError`."""
+    """Load a sentencepiece `.model` file and the files beside it. Raises InputError if one is damaged."""
     try:
         model = file.read_bytes()
     except OSError as error:
@@ -125,25 +125,23 @@ def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
         conventions = replace(conventions, eos_ids=(own_eos,))
     if conventions.bos_id is None and own_bos >= 0:
         conventions = replace(conventions, bos_id=own_bos)
-    # What a configuration calls special, or an end of text, is no word, whatever the vocabulary says.
+    # Special tokens and end tokens of the configuration are control tokens, whatever their type in the vocabulary.
     named = {*conventions.eos_ids, *(token_id(text) for text in conventions.special_names)}
     words = [i for i in named if i is not None and not (processor.is_control(i) or processor.is_unknown(i))]
     if words:
         processor = parse_model(with_control_pieces(model, words))
     config = read_tokenizer_config(file.parent)
-    begins = config.get("add_bos_token") is True and conventions.bos_id is not None
-    ends = config.get("add_eos_token") is True
-    return SentencepieceTokenizer(
-        processor,
-        file,
-        conventions,
-        before=(conventions.bos_id,) if begins and conventions.bos_id is not None else (),
-        after=conventions.eos_ids[:1] if ends else (),
-    )
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    if config.get("add_bos_token") is True and conventions.bos_id is not None:
+        before = (conventions.bos_id,)
+    if config.get("add_eos_token") is True:
+        after = conventions.eos_ids[:1]
+    return SentencepieceTokenizer(processor, file, conventions, before=before, after=after)
 
 
 def with_control_pieces(model: bytes, ids: Iterable[int]) -> bytes:
-    """The same serialised model with these pieces as control tokens, which no text gives."""
+    """Return a serialised model in which these pieces are control tokens, to which no text is encoded."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
@@ -153,7 +151,7 @@ def with_control_pieces(model: bytes, ids: Iterable[int]) -> bytes:
 
 
 def parse_model(model: bytes) -> Any:
-    """The library's processor of a serialised model; None where it is none, or it is damaged."""
+    """Return the library's processor of a serialised model, None if it is damaged."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -161,6 +159,6 @@ def parse_model(model: bytes) -> Any:
         if processor is None or not processor.get_piece_size():
             return None
         processor.id_to_piece(list(range(processor.get_piece_size())))
-    except (RuntimeError, OSError, UnicodeDecodeError):  # the library also raises the last on its own message
+    except (RuntimeError, OSError, UnicodeDecodeError):  # the last if the library's message is not valid UTF-8
         return None
     return processor

@@ -1,6 +1,6 @@
-"""Write a sentencepiece model: the few fields that encoding and decoding read.
+"""Serialise a sentencepiece model with the few fields that encoding and decoding read.
 
-Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. The encoding:
+Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto. Encoding:
 https://protobuf.dev/programming-guides/encoding.
 """
 
@@ -21,7 +21,7 @@ def model_proto(
     remove_extra_whitespaces: bool,
     precompiled_charsmap: bytes = b"",
 ) -> bytes:
-    """A serialised ModelProto. A piece is its text, its score and its type, numbered as in GGUF files."""
+    """Return a serialised ModelProto. pieces: (text, score, type), with the type numbers of GGUF files."""
     trainer = _field(3, _VARINT, _UNIGRAM if unigram else _BPE) + _field(35, _VARINT, byte_fallback)
     normalizer = _field(3, _VARINT, add_dummy_prefix) + _field(4, _VARINT, remove_extra_whitespaces)
     if precompiled_charsmap:
@@ -30,19 +30,19 @@ def model_proto(
 
 
 def piece(text: str, score: float, kind: int) -> bytes:
-    """One more piece of a serialised ModelProto, wherever in it the bytes are put: ids follow the order of pieces."""
+    """Return one piece of a serialised ModelProto, to be inserted anywhere in it; ids follow the order of pieces."""
     return _field(1, _BYTES, _field(1, _BYTES, text.encode()) + _field(2, _FLOAT, score) + _field(3, _VARINT, kind))
 
 
-def _field(number: int, wire: int, value: int | float | bytes) -> bytes:
-    key = _varint(number << 3 | wire)
+def _field(number: int, wire_type: int, value: int | float | bytes) -> bytes:
+    key = _varint(number << 3 | wire_type)
     if isinstance(value, bytes):
         return key + _varint(len(value)) + value
-    return key + (struct.pack("<f", value) if wire == _FLOAT else _varint(int(value)))
+    return key + (struct.pack("<f", value) if wire_type == _FLOAT else _varint(int(value)))
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; every byte but the last has its eighth bit set."""
+    """Encode seven bits per byte, the lowest first, with the eighth bit set in all bytes but the last: 300 is AC 02."""
     written = bytearray()
     while number > 0x7F:
         written.append(number & 0x7F | 0x80)

@@ -187,7 +187,7 @@ def test_a_template_that_reads_thoughts_still_does(tmp_path):
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
     tokenizer = byte_level(tmp_path, "{{ '<|im_start|>' if messages[0].content == '<s>' else 'x' }}")
-    with pytest.raises(InputError, match="messages hold names of special tokens that the chat template"):
+    with pytest.raises(InputError, match="messages have names of special tokens that the chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "<s>"}])
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "x"
 

@@ -45,7 +45,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
         ("gemma2", {"num_hidden_layers": 10**12, "layer_types": None}, "num_hidden_layers=1000000000000 must be"),
         ("mixtral", {"num_local_experts": 10**9}, "2000000000 experts in its layers"),
         ("llama", {"head_dim": 10**9}, "1000000000 features of a head"),
-        ("llama", {"vocab_size": 10**30}, "its sizes make no model"),
+        ("llama", {"vocab_size": 10**30}, "its sizes are not those of a model"),
         ("llama", {"hidden_size": -16}, "d_model=-16 must be a whole number"),
         ("llama", {"hidden_size": None}, "d_model=None must be a whole number"),
         ("llama", {"rms_norm_eps": "1e-5"}, "norm_epsilon='1e-5' must be"),
@@ -59,8 +59,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "hf"
         ("llama", {"eos_token_id": 1.5}, "eos_token_id=1.5 must be a whole number"),
         ("llama", {"attention_bias": "yes"}, "attention_bias='yes' must be true or false"),
         ("llama", {"num_hidden_layers": 3}, "lacks the tensor model.layers.2.input_layernorm.weight and 8 more"),
-        ("llama", {"num_hidden_layers": 1}, "holds the tensor model.layers.1.* does not have"),
-        ("llama", {"intermediate_size": 28}, r"mlp.gate_proj.weight .*shape \[24, 16\].* asks for \[28, 16\]"),
+        ("llama", {"num_hidden_layers": 1}, "has the tensor model.layers.1.* does not have"),
+        ("llama", {"intermediate_size": 28}, r"mlp.gate_proj.weight .*shape \[24, 16\].* requires \[28, 16\]"),
     ],
 )
 def test_what_is_not_supported_is_said_in_one_sentence(name, change, says, copy):
@@ -134,11 +134,11 @@ def _write_integers(folder):
         (_tensor_in_two_shards, "both .*model-00001-of-00002.safetensors and model-00002-of-00002.* hold the tensor"),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / SHARD),
-            "holds model-00001.* no .*index.json to",
+            "has model-00001.* no .*index.json, which lists",
         ),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
-            "neither model.safetensors nor .*, only consolidated.safetensors; isoflop reads models under the names",
+            "neither model.safetensors nor .*, only consolidated.safetensors; isoflop reads models under the file",
         ),
         (_gguf_weights, r"neither model\.safetensors nor .*, but a\.gguf; give the path of that file"),
         (_only_gguf, r"has no config\.json, but a\.gguf; give the path of that file"),

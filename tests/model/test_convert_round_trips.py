@@ -102,7 +102,7 @@ def test_parameters_that_are_not_the_configs_are_refused(tmp_path, hf):
     config, params = hf("llama")
     flat = traverse_util.flatten_dict(params)
     without = {path: leaf for path, leaf in flat.items() if path != ("head", "weight")}
-    with pytest.raises(InputError, match=r"head/weight has shape None; the config asks for \(16, 64\)"):
+    with pytest.raises(InputError, match=r"head/weight has shape None; the config requires \(16, 64\)"):
         save_hf(config, traverse_util.unflatten_dict(without), tmp_path / "saved")
     mixed = {path: leaf.astype("bfloat16" if "head" in path else "float32") for path, leaf in flat.items()}
     with pytest.raises(InputError, match="all float32 or all bfloat16"):

@@ -114,7 +114,7 @@ def test_bfloat16_parameters_are_rounded_once(random_params):
 
 def test_scales_near_their_offset_are_not_rounded_away(random_params):
     config = scaled(CONFIGS["sandwich-offset"])
-    with pytest.raises(InputError, match=r"bfloat16 cannot hold .*norm_offset.*write float32"):
+    with pytest.raises(InputError, match=r"bfloat16 cannot represent .*norm_offset.*write float32"):
         fold(config, random_params(config), dtype="bfloat16")
     only_wide = config.replace(base_num_layers=None)
     fold(only_wide, random_params(only_wide), dtype="bfloat16")

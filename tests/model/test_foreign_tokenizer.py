@@ -156,7 +156,7 @@ def test_where_the_chat_template_comes_from(tmp_path, bpe):
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": text}]
     assert rendered("list", tokenizer_config={"chat_template": templates}) == "hi"
     assert rendered("file", chat_template="file", tokenizer_config={"chat_template": text}) == "file"
-    with pytest.raises(InputError, match='names no "default"'):
+    with pytest.raises(InputError, match='has no "default"'):
         rendered("no default", tokenizer_config={"chat_template": templates[:1]})
     with pytest.raises(InputError, match="neither a text nor a list"):
         rendered("wrong", tokenizer_config={"chat_template": 5})
@@ -181,7 +181,7 @@ def test_tokenizer_json_is_taken_before_tokenizer_model(tmp_path, bpe):
 
 def test_bad_texts_and_ids(tmp_path, bpe):
     tokenizer = load_tokenizer(write(tmp_path, bpe))
-    with pytest.raises(InputError, match="text 1 holds the lone surrogate"):
+    with pytest.raises(InputError, match="text 1 has the lone surrogate"):
         tokenizer.encode_batch(["fine", "a\ud800"])
     for bad in (-1, tokenizer.vocab_size):
         with pytest.raises(InputError, match=f"token id {bad} .* 0 to {tokenizer.vocab_size - 1}"):
@@ -202,8 +202,8 @@ def test_bad_files(tmp_path, bpe):
     file.write_bytes(whole)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
         for content, match in (
-            (b'{"eos', "no JSON, or it is damaged"),
-            (b"[1]", "no JSON object"),
+            (b'{"eos', "is not valid JSON"),
+            (b"[1]", "must be a JSON object, not list"),
             (b"\xff", "cannot read"),
         ):
             (tmp_path / name).write_bytes(content)
@@ -223,5 +223,5 @@ def test_special_tokens_are_added_after_the_vocabulary(tmp_path):
     assert after.vocab_size == before.vocab_size + 3
     assert after.encode(text) == before.encode(text)
     assert after.encode(text, special=True)[-3::2] == [mask, end]
-    with pytest.raises(InputError, match="holds '<pad>' already, under another id"):
+    with pytest.raises(InputError, match="has '<pad>' already, under another id"):
         add_special_tokens(tmp_path, {after.vocab_size: "<pad>"})

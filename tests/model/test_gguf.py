@@ -244,7 +244,7 @@ def test_broken_files_are_said_in_one_sentence(spoil, says, tmp_path):
         ("mamba", {}, "unknown architecture in .*'mamba'; supported are 'llama', 'qwen2'"),
         ("llama", {"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
         ("llama", {"expert_count": 4, "expert_used_count": 2}, "lacks the tensor blk.0.ffn_gate_inp.weight"),
-        ("llama", {"attention.key_length": 8}, "value.* another size than .* keys"),
+        ("llama", {"attention.key_length": 8}, "values of another size than keys"),
         ("qwen3", {}, "lacks the tensor blk.0.attn_q_norm.weight"),
     ],
 )
@@ -392,7 +392,7 @@ def test_files_that_are_no_models_are_refused(tmp_path):
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_type("adapter")
     finish(writer)
-    with pytest.raises(InputError, match=r"holds no model: its general\.type is 'adapter'"):
+    with pytest.raises(InputError, match=r"is not a model: its general\.type is 'adapter'"):
         load_gguf(file)
 
 

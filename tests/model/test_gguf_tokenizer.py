@@ -271,7 +271,7 @@ def test_bad_files(tmp_path, gpt2):
     write(file, ["a"], [NORMAL], model="rwkv")
     refused("is of the kind 'rwkv'; known are gpt2, llama, t5")
     finish(gguf.GGUFWriter(file, "llama"))
-    refused("holds no tokenizer")
+    refused("has no tokenizer")
     write_bpe(file, gpt2, pre="mystery")
     refused("pre-tokenizer 'mystery' is unknown; known are .*gpt-2.*llama-bpe.*qwen2.*smollm")
     write_bpe(file, gpt2, pre="gpt-2", merges=["no such"])

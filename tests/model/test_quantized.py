@@ -75,5 +75,5 @@ def test_a_damaged_folder_is_refused_and_a_foreign_one_not_replaced(folder, tmp_
     with pytest.raises(InputError, match="cannot be read as a quantized model"):
         load_quantized(folder)
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(InputError, match="holds no quantized model"):
+    with pytest.raises(InputError, match=r"is not empty and has no quantized\.json"):
         save_quantized(CONFIG, prepared(CONFIG, "int8"), tmp_path, "int8")

@@ -146,7 +146,7 @@ def test_bad_training_inputs(tmp_path):
 
 
 def test_bad_texts_and_ids(tokenizer):
-    with pytest.raises(InputError, match="text 1 holds the lone surrogate"):
+    with pytest.raises(InputError, match="text 1 has the lone surrogate"):
         tokenizer.encode_batch(["fine", "a\ud800"])
     for bad in (-1, 340):
         with pytest.raises(InputError, match=f"token id {bad} .* 0 to 339"):
@@ -158,7 +158,7 @@ def test_bad_texts_and_ids(tokenizer):
 def test_bad_files(tokenizer, tmp_path):
     with pytest.raises(InputError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     model = tokenizer.path.read_bytes()
     assert b"<0x41>" in model

@@ -156,7 +156,7 @@ def test_a_folder_holds_the_ids_and_the_tokenizer(kind, places, corpus, tmp_path
         open_parameters(out)
     assert open_tokenizer(out).path == stored.path
     if stored.path.suffix == ".gguf":
-        with pytest.raises(InputError, match="holds no weights"):
+        with pytest.raises(InputError, match="has no weights"):
             open_parameters(stored.path)
 
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_used_is_refused(places, bpe, corpus, tmp_path):
 
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused("holds no tokenizer", empty)
+    refused("has no tokenizer", empty)
     (empty / "run.json").write_text(json.dumps({"schema_version": 1, "data": str(tmp_path / "gone")}))
     refused(r"the run .* its data folder .*gone is gone", empty)
     endless = {name: value for name, value in bpe.items() if name not in ("eos_token_id", "eot_token_id")}

@@ -18,6 +18,7 @@ import jax
 from model import Execution, Params
 from model.errors import InputError
 from model.execution import FIELDS as EXECUTION
+from model.records import check_output_folder
 from model.runs import SCHEMA_VERSION, UNSEALED, load_run, read_record
 from model.runs import is_held as is_held
 from train.checksums import write_sealed
@@ -88,10 +89,9 @@ class Run:
                     "that setting"
                 )
             return record
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file; a run needs a folder of its own")
-        if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty and has no run.json; choose another folder for the run")
+        check_output_folder(
+            self.folder, "a run", "has no run.json", "choose another folder for the run", ignore_hidden=True
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {
             "schema_version": SCHEMA_VERSION,

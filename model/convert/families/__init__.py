@@ -1,4 +1,4 @@
-"""All families, those that a model is preferably saved as first."""
+"""All families, in the order in which `save_hf` tries them."""
 
 from model.convert.families.bert import BERT
 from model.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3

@@ -1,16 +1,16 @@
 """BERT, bare (also as a sentence encoder), with its masked-language-model head, or as a classifier."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from model.config import ModelConfig
+from model.convert.entries import Activation, Constant, EndTokens, Field, Heads, OneOf, Raw, WriteOnly
 from model.convert.family import Family
-from model.convert.fields import Activation, Always, Field, Heads, Only, Raw, Stops, Written
-from model.convert.rows import Row, linear, norm, of_head, table, within
+from model.convert.rules import TensorRule, linear, norm, of_head, table, within
 
 
 class _Pooler:
-    """A bare model that was saved without its pooler says so; Transformers itself has no key for it."""
+    """add_pooling_layer, a key of isoflop for a bare model without pooler; Transformers has none for it."""
 
     keys = ("add_pooling_layer",)
 
@@ -21,12 +21,16 @@ class _Pooler:
         return {} if config.pooler else {"add_pooling_layer": False}
 
 
-def _masked(tied: bool) -> Callable[[ModelConfig], bool]:
-    return lambda config: config.head == "masked-language-model" and config.tie_embeddings == tied
+def _has_tied_head(config: ModelConfig) -> bool:
+    return config.head == "masked-language-model" and config.tie_embeddings
 
 
-def _pooler_if_there(config: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Sentence encoders often come without the pooler's weights."""
+def _has_untied_head(config: ModelConfig) -> bool:
+    return config.head == "masked-language-model" and not config.tie_embeddings
+
+
+def _pooler_if_stored(config: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Drop the pooler if the file has no weights for it, as those of many sentence encoders."""
     return config.replace(pooler=config.pooler and "pooler.dense.weight" in names)
 
 
@@ -51,14 +55,14 @@ BERT = Family(
         Field("num_token_types", "type_vocab_size", 2),
         Field("norm_epsilon", "layer_norm_eps", 1e-12),
         Field("tie_embeddings", "tie_word_embeddings", True),
-        Always(stack="encoder", position="learned", norm="layernorm", norm_placement="post"),
-        Always(gated=False, use_bias=True, embedding_norm=True),
+        Constant(stack="encoder", position="learned", norm="layernorm", norm_placement="post"),
+        Constant(gated=False, use_bias=True, embedding_norm=True),
         Activation("hidden_act", "gelu"),
-        Only("position_embedding_type", "absolute"),
-        Only("is_decoder", False),
-        Only("add_cross_attention", False),
-        Written(pad_token_id=0),
-        Stops(None),
+        OneOf("position_embedding_type", "absolute"),
+        OneOf("is_decoder", False),
+        OneOf("add_cross_attention", False),
+        WriteOnly(pad_token_id=0),
+        EndTokens(None),
     ),
     (
         *table("embedding/tokens", "embeddings.word_embeddings.weight"),
@@ -84,24 +88,24 @@ BERT = Family(
             norm("head/norm", "cls.predictions.transform.LayerNorm"),
             table("head/weight", "cls.predictions.decoder.weight", transposed=True),
         ),
-        # One bias has two names: a tied head is used by the first, an untied one by the second.
-        Row(("head/bias",), "cls.predictions.bias", outside=True, when=_masked(tied=True)),
-        Row(
+        # Files have the bias under two names: Transformers reads the first for a tied head, else the second.
+        TensorRule(("head/bias",), "cls.predictions.bias", outside=True, when=_has_tied_head),
+        TensorRule(
             ("head/bias",),
             "cls.predictions.decoder.bias",
             outside=True,
             fallback="cls.predictions.bias",
-            when=_masked(tied=False),
+            when=_has_untied_head,
         ),
         *of_head("classifier", linear("head", "classifier")),
     ),
     prefixes=("bert.",),
     renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    # The bias under its other name; files of pre-training hold a head and a pooler that others do not use.
+    # The bias under its other name; the next-sentence head and the pooler of files from pre-training.
     ignored=(r"^cls\.predictions\.(decoder\.)?bias$", r"^cls\.seq_relationship\.", r"^pooler\."),
-    adapt=_pooler_if_there,
-    # Of the first releases, and of TinyBERT's.
-    harmless=(
+    adapt=_pooler_if_stored,
+    # From the first releases, and from TinyBERT.
+    ignored_keys=(
         *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
         *("pooler_size_per_head", "pooler_type", "cell", "emb_size", "structure", "pre_trained", "training"),
     ),

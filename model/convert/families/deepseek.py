@@ -1,36 +1,36 @@
-"""DeepSeek-V2 and V3: latent attention, and experts with groups and shared ones."""
+"""DeepSeek-V2 and V3: latent attention, grouped and shared experts."""
 
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.families.llama import EXPERTS, FEED_FORWARD, NORMS, layers
-from model.convert.family import Family
-from model.convert.fields import (
+from model.convert.entries import (
     ATTENTION_BIASES,
     Activation,
-    Always,
+    Constant,
+    EndTokens,
     Field,
-    Only,
+    OneOf,
     Raw,
-    Stops,
-    Written,
+    WriteOnly,
     decoder_heads,
     decoder_shape,
 )
+from model.convert.families.llama import EXPERTS, FEED_FORWARD, NORMS, layers
+from model.convert.family import Family
 from model.convert.rope import Rope
-from model.convert.rows import linear, norm, table
+from model.convert.rules import linear, norm, table
 from model.errors import InputError
 from model.parts import Experts, Latent
 
 
 def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length: int):
-    """The keys that both share, with a class's defaults."""
+    """Return the entries that both share, with the defaults of a Transformers class."""
     return (
         *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("tie_embeddings", "tie_word_embeddings", False),
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
         *ATTENTION_BIASES,
-        Only("moe_layer_freq", 1),
+        OneOf("moe_layer_freq", 1),
         Activation("hidden_act", "silu"),
         Rope(),
         _LatentSizes(),
@@ -38,7 +38,7 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, length:
 
 
 class _LatentSizes:
-    """The ranks and head sizes of latent attention; head_dim and qk_head_dim follow from them."""
+    """Ranks and head sizes of latent attention; head_dim and qk_head_dim follow from them."""
 
     keys = (
         *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_key_value_heads"),
@@ -83,7 +83,7 @@ def _sizes(experts: Experts) -> Raw:
 
 
 class _ExpertsV2:
-    """Gates are a softmax over all experts, times a factor; topk_method says whether groups limit the choice."""
+    """Experts of V2: gates are a scaled softmax over all experts; topk_method may limit the choice to some groups."""
 
     keys = (*_sizes(Experts(1, 1, 1)), "topk_method")
 
@@ -98,7 +98,7 @@ class _ExpertsV2:
                 top_k=raw["num_experts_per_tok"],
                 d_ff=width,
                 shared_d_ff=(raw.get("n_shared_experts", 2) or 0) * width,
-                normalise=False,  # as Transformers, which does not look at norm_topk_prob here
+                normalise=False,  # Transformers does not read norm_topk_prob here
                 scale=raw.get("routed_scaling_factor", 1.0),
                 groups=raw["n_group"] if grouped else 1,
                 top_groups=raw["topk_group"] if grouped else 1,
@@ -112,7 +112,7 @@ class _ExpertsV2:
 
 
 class _ExpertsV3:
-    """Gates are sigmoids, chosen with a bias among the groups whose two best experts are best."""
+    """Experts of V3: sigmoid gates, selected with a bias from the groups with the best pairs of experts."""
 
     keys = tuple(_sizes(Experts(1, 1, 1)))
 
@@ -162,11 +162,11 @@ DEEPSEEK_V2 = Family(
     (
         decoder_heads("DeepseekV2"),
         *_shape(102_400, 4096, 11_008, 32, 32, 2048),
-        Always(rope_interleaved=True),
+        Constant(rope_interleaved=True),
         Field("use_bias", "mlp_bias", False),
-        Only("scoring_func", "softmax"),
+        OneOf("scoring_func", "softmax"),
         _ExpertsV2(),
-        Stops(2),
+        EndTokens(2),
     ),
     _ROWS,
 )
@@ -177,13 +177,13 @@ DEEPSEEK_V3 = Family(
         decoder_heads("DeepseekV3"),
         *_shape(129_280, 7168, 18_432, 61, 128, 4096),
         Field("rope_interleaved", "rope_interleave", True),
-        Only("mlp_bias", False),
-        Only("scoring_func", "sigmoid"),
-        Only("topk_method", "noaux_tc"),
+        OneOf("mlp_bias", False),
+        OneOf("scoring_func", "sigmoid"),
+        OneOf("topk_method", "noaux_tc"),
         _ExpertsV3(),
-        Written(num_nextn_predict_layers=0, num_mtp_layers=0),
-        Stops(1),
+        WriteOnly(num_nextn_predict_layers=0, num_mtp_layers=0),
+        EndTokens(1),
     ),
     _ROWS,
-    ignores_beyond=True,
+    ignore_extra_layers=True,
 )

@@ -1,30 +1,28 @@
-"""Gemma 1, 2 and 3 (its text part)."""
+"""Gemma 1, 2 and 3 (the language model of its multimodal files)."""
 
 from model.config import ModelConfig
-from model.convert.families.llama import ATTENTION, FEED_FORWARD, NORMS, layers
-from model.convert.family import Family
-from model.convert.fields import (
+from model.convert.entries import (
     ATTENTION_BIASES,
-    FULL,
-    SLIDING,
     Activation,
-    Always,
+    Constant,
+    EndTokens,
     Field,
     Heads,
-    Only,
+    OneOf,
     Raw,
-    Stops,
-    Windows,
-    Written,
+    WriteOnly,
     decoder_heads,
     decoder_shape,
 )
-from model.convert.rope import Rope, RopePerReach
-from model.convert.rows import norm
+from model.convert.families.llama import ATTENTION, FEED_FORWARD, NORMS, layers
+from model.convert.family import Family
+from model.convert.rope import Rope, RopePerLayerType
+from model.convert.rules import norm
+from model.convert.sliding_window import FULL, SLIDING, SlidingWindow
 
 
 def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_heads: int, length: int):
-    """The keys that all of them share, with a class's defaults."""
+    """Return the entries that all of them share, with the defaults of a Transformers class."""
     return (
         *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("num_kv_heads", "num_key_value_heads", kv_heads),
@@ -32,14 +30,14 @@ def _shape(vocab: int, d_model: int, d_ff: int, layers: int, heads: int, kv_head
         Field("norm_epsilon", "rms_norm_eps", 1e-6),
         *ATTENTION_BIASES,
         Field("tie_embeddings", "tie_word_embeddings", True),
-        Always(norm_offset=True, scale_embedding=True),
-        Only("use_bidirectional_attention", None, False),
-        Stops(1),
+        Constant(norm_offset=True, scale_embedding=True),
+        OneOf("use_bidirectional_attention", None, False),
+        EndTokens(1),
     )
 
 
-class _Scores:
-    """query_pre_attn_scalar, which stands for head_dim in the scores' scale."""
+class _AttentionScale:
+    """query_pre_attn_scalar, which replaces head_dim in the scale of attention scores."""
 
     keys = ("query_pre_attn_scalar",)
 
@@ -52,8 +50,8 @@ class _Scores:
         return {"query_pre_attn_scalar": scalar}
 
 
-class _FinalCap:
-    """The cap on logits. Transformers caps no classifier's."""
+class _FinalSoftcap:
+    """Soft cap of logits, which Transformers does not apply to a classifier's."""
 
     keys = ("final_logit_softcapping",)
 
@@ -81,7 +79,7 @@ GEMMA = Family(
     (
         decoder_heads("Gemma"),
         *_shape(256_000, 3072, 24_576, 28, 16, 16, 8192),
-        # The first files say "gelu" and mean its tanh form.
+        # In the first files "gelu" means its tanh approximation.
         Activation("hidden_act", "gelu_pytorch_tanh", ("hidden_activation",), (("gelu", "gelu_pytorch_tanh"),)),
         Rope(),
     ),
@@ -98,16 +96,16 @@ GEMMA2 = Family(
     (
         decoder_heads("Gemma2"),
         *_shape(256_000, 2304, 9216, 26, 8, 4, 8192),
-        Always(norm_placement="sandwich"),
+        Constant(norm_placement="sandwich"),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
-        _Scores(),
+        _AttentionScale(),
         Field("attention_softcap", "attn_logit_softcapping", 50.0),
-        _FinalCap(decoder_heads("Gemma2"), 30.0),
-        Windows(4096, _alternating, listed=True),
+        _FinalSoftcap(decoder_heads("Gemma2"), 30.0),
+        SlidingWindow(4096, _alternating, listed=True),
         Rope(),
     ),
     layers(_SANDWICH, ATTENTION, FEED_FORWARD),
-    harmless=("hidden_act", "sliding_window_size", "max_window_layers"),  # Transformers reads others of their kind
+    ignored_keys=("hidden_act", "sliding_window_size", "max_window_layers"),  # Transformers reads other keys for these
 )
 
 
@@ -121,7 +119,7 @@ _GEMMA3_HEADS = Heads(
         "Gemma3ForCausalLM": {"head": "language-model"},
         "Gemma3TextForSequenceClassification": {"head": "classifier"},
         "Gemma3TextModel": {"head": "none"},
-        # those with a vision tower, which are read and not written
+        # With a vision tower: read, but not written.
         "Gemma3ForConditionalGeneration": {"head": "language-model"},
         "Gemma3ForSequenceClassification": {"head": "classifier"},
         "Gemma3Model": {"head": "none"},
@@ -132,16 +130,16 @@ GEMMA3 = Family(
     (
         _GEMMA3_HEADS,
         *_shape(262_208, 2304, 9216, 26, 8, 4, 131_072),
-        Always(norm_placement="sandwich", qk_norm=True),
+        Constant(norm_placement="sandwich", qk_norm=True),
         Activation("hidden_activation", "gelu_pytorch_tanh"),
-        _Scores(),
-        Written(attn_logit_softcapping=None),  # Transformers has the key and caps no scores
-        _FinalCap(_GEMMA3_HEADS, None),
-        Windows(4096, _every_sixth_global, listed=True),
-        RopePerReach(),
+        _AttentionScale(),
+        WriteOnly(attn_logit_softcapping=None),  # Transformers has the key and does not apply it
+        _FinalSoftcap(_GEMMA3_HEADS, None),
+        SlidingWindow(4096, _every_sixth_global, listed=True),
+        RopePerLayerType(),
     ),
     layers(_SANDWICH, ATTENTION, FEED_FORWARD),
     prefixes=("model.", "model.language_model.", "language_model.model.", "language_model."),
     ignored=(r"^vision_tower\.", r"^multi_modal_projector\."),
-    harmless=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "max_window_layers"),
+    ignored_keys=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "max_window_layers"),
 )

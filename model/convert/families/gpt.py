@@ -1,8 +1,8 @@
-"""OpenAI's first two: GPT, whose norms come after the sums, and GPT-2."""
+"""OpenAI's GPT (post-norm) and GPT-2 (pre-norm)."""
 
+from model.convert.entries import Activation, Constant, EndTokens, Field, OneOf, WriteOnly, decoder_heads
 from model.convert.family import Family
-from model.convert.fields import Activation, Always, Field, Only, Stops, Written, decoder_heads
-from model.convert.rows import DECODER_HEADS, conv, norm, table, within
+from model.convert.rules import DECODER_HEADS, conv, norm, table, within
 
 _SHAPE = (
     Field("d_model", "n_embd", 768, "hidden_size"),
@@ -10,10 +10,10 @@ _SHAPE = (
     Field("num_heads", "n_head", 12, "num_attention_heads"),
     Field("norm_epsilon", "layer_norm_epsilon", 1e-5),
     Field("tie_embeddings", "tie_word_embeddings", True),
-    Always(position="learned", norm="layernorm", gated=False, use_bias=True),
-    Written(bos_token_id=None, pad_token_id=None),
+    Constant(position="learned", norm="layernorm", gated=False, use_bias=True),
+    WriteOnly(bos_token_id=None, pad_token_id=None),
 )
-_OLD_KEYS = ("n_ctx", "n_special", "predict_special_tokens")  # of the first files
+_OLD_KEYS = ("n_ctx", "n_special", "predict_special_tokens")  # in the first files
 _LAYERS = within(
     "layers/{i}/",
     "h.{i}.",
@@ -32,9 +32,9 @@ OPENAI_GPT = Family(
         *_SHAPE,
         Field("vocab_size", "vocab_size", 40_478),
         Field("max_seq_len", "n_positions", 512, "max_position_embeddings"),
-        Always(norm_placement="post"),
-        Activation("afn", "gelu", instead=(("gelu", "gelu_new"),)),
-        Stops(None),
+        Constant(norm_placement="post"),
+        Activation("afn", "gelu", renamed=(("gelu", "gelu_new"),)),
+        EndTokens(None),
     ),
     (
         *table("embedding/tokens", "tokens_embed.weight"),
@@ -43,7 +43,7 @@ OPENAI_GPT = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
-    harmless=_OLD_KEYS,
+    ignored_keys=_OLD_KEYS,
 )
 
 GPT2 = Family(
@@ -55,10 +55,10 @@ GPT2 = Family(
         Field("max_seq_len", "n_positions", 1024, "max_position_embeddings"),
         Field("d_ff", "n_inner", None),
         Activation("activation_function", "gelu_new"),
-        Only("scale_attn_weights", True),
-        Only("scale_attn_by_inverse_layer_idx", False),
-        Only("add_cross_attention", False),
-        Stops(50_256),
+        OneOf("scale_attn_weights", True),
+        OneOf("scale_attn_by_inverse_layer_idx", False),
+        OneOf("add_cross_attention", False),
+        EndTokens(50_256),
     ),
     (
         *table("embedding/tokens", "wte.weight"),
@@ -68,5 +68,5 @@ GPT2 = Family(
         *DECODER_HEADS,
     ),
     prefixes=("transformer.",),
-    harmless=_OLD_KEYS,
+    ignored_keys=_OLD_KEYS,
 )

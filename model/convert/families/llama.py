@@ -1,24 +1,22 @@
-"""Llama and its relatives: Mistral, Mixtral, Qwen 2, Qwen 3 (dense and experts) and Phi-3."""
+"""Llama and similar decoders: Mistral, Mixtral, Qwen 2, Qwen 3 (dense and with experts) and Phi-3."""
 
 from typing import Any
 
 from model.config import ModelConfig
-from model.convert.family import Family
-from model.convert.fields import (
+from model.convert.entries import (
     ATTENTION_BIASES,
-    FULL,
-    SLIDING,
     Activation,
-    Always,
+    Constant,
+    EndTokens,
     Field,
     Raw,
-    Stops,
-    Windows,
     decoder_heads,
     decoder_shape,
 )
+from model.convert.family import Family
 from model.convert.rope import Rope
-from model.convert.rows import DECODER_HEADS, experts, fused_experts, linear, norm, table, within
+from model.convert.rules import DECODER_HEADS, experts, fused_experts, linear, norm, table, within
+from model.convert.sliding_window import FULL, SLIDING, SlidingWindow
 from model.parts import Experts
 
 
@@ -34,7 +32,7 @@ def _shape(
     epsilon: float = 1e-6,
     head_dim: int | None = None,
 ):
-    """The keys that all of them share, with a class's defaults."""
+    """Return the entries that all of them share, with the defaults of a Transformers class."""
     return (
         *decoder_shape(vocab, d_model, d_ff, layers, heads, length),
         Field("num_kv_heads", "num_key_value_heads", kv_heads),
@@ -64,12 +62,12 @@ EXPERTS = (
     *linear("feed_forward/router", "mlp.gate"),
 )
 NORMS = (*norm("attention_norm", "input_layernorm"), *norm("feed_forward_norm", "post_attention_layernorm"))
-AROUND = (*table("embedding/tokens", "embed_tokens.weight"), *norm("final_norm", "norm"), *DECODER_HEADS)
+OUTSIDE_LAYERS = (*table("embedding/tokens", "embed_tokens.weight"), *norm("final_norm", "norm"), *DECODER_HEADS)
 
 
 def layers(*groups):
-    """Rows of every layer, and those around them."""
-    return (*within("layers/{i}/", "layers.{i}.", *groups), *AROUND)
+    """Return the rules of a whole decoder, from those of one layer."""
+    return (*within("layers/{i}/", "layers.{i}.", *groups), *OUTSIDE_LAYERS)
 
 
 LLAMA = Family(
@@ -80,7 +78,7 @@ LLAMA = Family(
         *ATTENTION_BIASES,
         Field("use_bias", "mlp_bias", False),
         Rope(),
-        Stops(2),
+        EndTokens(2),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD),
 )
@@ -90,16 +88,16 @@ MISTRAL = Family(
     (
         decoder_heads("Mistral"),
         *_shape(32_000, 4096, 14_336, 32, 32, 8, 131_072),
-        Windows(4096),
+        SlidingWindow(4096),
         Rope(),
-        Stops(2),
+        EndTokens(2),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD),
 )
 
 
 class _MixtralExperts:
-    """Experts in every layer; intermediate_size is theirs."""
+    """Experts in every layer; intermediate_size is the width of an expert."""
 
     keys = ("num_local_experts", "num_experts_per_tok")
 
@@ -119,9 +117,9 @@ MIXTRAL = Family(
         decoder_heads("Mixtral"),
         *_shape(32_000, 4096, 14_336, 32, 32, 8, 131_072, epsilon=1e-5),
         _MixtralExperts(),
-        Windows(None),
+        SlidingWindow(None),
         Rope(1_000_000.0),
-        Stops(2),
+        EndTokens(2),
     ),
     layers(
         NORMS,
@@ -145,13 +143,13 @@ QWEN2 = Family(
     (
         decoder_heads("Qwen2"),
         *_shape(151_936, 4096, 22_016, 32, 32, 32, 32_768),
-        Always(attention_bias=True, attention_output_bias=False),
-        Windows(4096, _beyond_max_window_layers, listed=True, switched=True),
+        Constant(attention_bias=True, attention_output_bias=False),
+        SlidingWindow(4096, _beyond_max_window_layers, listed=True, switched=True),
         Rope(),
-        Stops(None),
+        EndTokens(None),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD),
-    harmless=("dual_chunk_attention_config",),  # for contexts that Transformers reads without it
+    ignored_keys=("dual_chunk_attention_config",),  # Transformers does not read it
 )
 
 QWEN3 = Family(
@@ -160,17 +158,17 @@ QWEN3 = Family(
         decoder_heads("Qwen3"),
         *_shape(151_936, 4096, 22_016, 32, 32, 32, 32_768, head_dim=128),
         *ATTENTION_BIASES,
-        Always(qk_norm=True),
-        Windows(4096, _beyond_max_window_layers, listed=True, switched=True),
+        Constant(qk_norm=True),
+        SlidingWindow(4096, _beyond_max_window_layers, listed=True, switched=True),
         Rope(),
-        Stops(None),
+        EndTokens(None),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD),
 )
 
 
 class _QwenExperts:
-    """Experts in every decoder_sparse_step-th layer but those in mlp_only_layers."""
+    """Experts in every decoder_sparse_step-th layer, except for those in mlp_only_layers."""
 
     keys = (
         *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
@@ -194,7 +192,7 @@ class _QwenExperts:
     def write(self, config: ModelConfig) -> Raw:
         experts = config.experts or Experts(1, 1, config.d_ff)
         step, dense = experts.every, list(experts.dense_layers)
-        if experts.first_layer != step - 1:  # then every dense layer is named
+        if experts.first_layer != step - 1:  # the step cannot express it: list every dense layer
             step, dense = 1, [index for index in range(config.num_layers) if not experts.in_layer(index)]
         return {
             "num_experts": experts.count,
@@ -212,11 +210,11 @@ QWEN3_MOE = Family(
         decoder_heads("Qwen3Moe"),
         *_shape(151_936, 2048, 6144, 24, 32, 4, 32_768),
         *ATTENTION_BIASES,
-        Always(qk_norm=True),
+        Constant(qk_norm=True),
         _QwenExperts(),
-        Windows(4096, switched=True),
+        SlidingWindow(4096, switched=True),
         Rope(),
-        Stops(None),
+        EndTokens(None),
     ),
     layers(NORMS, ATTENTION, FEED_FORWARD, EXPERTS),
 )
@@ -226,9 +224,9 @@ PHI3 = Family(
     (
         decoder_heads("Phi3"),
         *_shape(32_064, 3072, 8192, 32, 32, None, 4096, epsilon=1e-5),
-        Windows(None),
+        SlidingWindow(None),
         Rope(kinds=(), fraction=True),
-        Stops(32_000),
+        EndTokens(32_000),
     ),
     layers(
         NORMS,
@@ -237,8 +235,8 @@ PHI3 = Family(
         linear(("feed_forward/gate", "feed_forward/up"), "mlp.gate_up_proj"),
         linear("feed_forward/down", "mlp.down_proj"),
     ),
-    # For longrope alone; and what the tensors say too.
-    harmless=(
+    # Keys of longrope, and keys that the tensors imply.
+    ignored_keys=(
         *("original_max_position_embeddings", "full_attn_mod", "interpolate_factor"),
         *("attention_bias", "mlp_bias", "lm_head_bias"),
     ),

@@ -4,16 +4,16 @@ from collections.abc import Collection
 from typing import Any
 
 from model.config import ModelConfig
+from model.convert.entries import Constant, EndTokens, Field, Heads, Raw, WriteOnly, activation, activation_name
 from model.convert.family import Family
-from model.convert.fields import Always, Field, Heads, Raw, Stops, Written, activation, activation_name
-from model.convert.rows import linear, norm, of_head, table, within
+from model.convert.rules import TensorRule, linear, norm, of_head, table, within
 from model.errors import InputError
 
 
 class _FeedForward:
-    """feed_forward_proj: "relu", "gated-gelu" (which means its tanh form) and so on.
+    """feed_forward_proj: "relu", "gated-gelu" (with the tanh approximation) and so on.
 
-    dense_act_fn and is_gated_act, which Transformers derives from it and writes too, count before it.
+    dense_act_fn and is_gated_act, which Transformers derives from it and also writes, take precedence.
     """
 
     keys = ("feed_forward_proj", "dense_act_fn", "is_gated_act")
@@ -33,7 +33,7 @@ class _FeedForward:
 
 
 class _Layers:
-    """num_layers is the encoder's; the decoder has as many unless num_decoder_layers says otherwise."""
+    """num_layers of the encoder, and num_decoder_layers of the decoder, by default the same."""
 
     keys = ("num_layers", "num_decoder_layers")
 
@@ -46,9 +46,10 @@ class _Layers:
 
 
 class _Output:
-    """Transformers 4 scaled the output where the head was tied; 5 has a key for it.
+    """Tied head and scaled output: Transformers 4 scales if the head is tied, Transformers 5 by a key.
 
-    Without it a file of Transformers 5 is no T5's: an mT5's, which is not scaled, differs from it in nothing else.
+    A file of Transformers 5 without that key is not a T5's. It may be an mT5's, which has no other difference and is
+    not scaled.
     """
 
     keys = ("is_encoder_decoder", "tie_word_embeddings", "scale_decoder_outputs")
@@ -61,8 +62,8 @@ class _Output:
         newer = version.isdigit() and int(version) >= 5
         if newer and raw.get("tie_word_embeddings") and "scale_decoder_outputs" not in raw:
             raise InputError(
-                "it lacks scale_decoder_outputs, which Transformers 5 writes for T5 and not for another model such as "
-                "mT5; give it as true for T5 v1.0, as false for mT5 and T5 v1.1"
+                "it lacks scale_decoder_outputs, which Transformers 5 writes for T5 but not for other models such as "
+                "mT5; set it to true for T5 v1.0, to false for mT5 and T5 v1.1"
             )
         return {"tie_embeddings": tied, "scale_logits": raw.get("scale_decoder_outputs", tied)}
 
@@ -71,23 +72,33 @@ class _Output:
 
 
 def _tied_without_head(config: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Transformers 5 ties a T5 whose file has no head, whatever its configuration says."""
+    """Tie the head if the file has none, as Transformers 5 does whatever config.json says."""
     return config if "lm_head.weight" in names else config.replace(tie_embeddings=True)
 
 
-def _attention(ours: str, theirs: str, normed: str, layer: str):
-    names = {"query": "q", "key": "k", "value": "v", "output": "o"}
-    rows = [row for o, t in names.items() for row in linear(f"{ours}/{o}", f"{layer}.{theirs}.{t}")]
-    return (*rows, *norm(normed, f"{layer}.layer_norm"))
+def _attention(leaf: str, tensor: str, norm_leaf: str, layer: str):
+    rules: list[TensorRule] = []
+    for matrix, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+        rules += linear(f"{leaf}/{matrix}", f"{layer}.{tensor}.{letter}")
+    return (*rules, *norm(norm_leaf, f"{layer}.layer_norm"))
+
+
+def _is_gated(config: ModelConfig) -> bool:
+    return config.gated
+
+
+def _is_plain(config: ModelConfig) -> bool:
+    return not config.gated
 
 
 def _feed_forward(layer: str):
-    gated, plain = (lambda config: config.gated), (lambda config: not config.gated)
-    rows = lambda ours, theirs: linear(f"feed_forward/{ours}", f"{layer}.DenseReluDense.{theirs}")
+    def matrix(leaf: str, tensor: str):
+        return linear(f"feed_forward/{leaf}", f"{layer}.DenseReluDense.{tensor}")
+
     return (
-        *(row.replace(when=plain) for row in rows("up", "wi")),
-        *(row.replace(when=gated) for row in (*rows("gate", "wi_0"), *rows("up", "wi_1"))),
-        *rows("down", "wo"),
+        *(rule.replace(when=_is_plain) for rule in matrix("up", "wi")),
+        *(rule.replace(when=_is_gated) for rule in (*matrix("gate", "wi_0"), *matrix("up", "wi_1"))),
+        *matrix("down", "wo"),
         *norm("feed_forward_norm", f"{layer}.layer_norm"),
     )
 
@@ -102,7 +113,7 @@ T5 = Family(
         Heads(
             {
                 "T5ForConditionalGeneration": {"head": "language-model"},
-                "T5WithLMHeadModel": {"head": "language-model"},  # the same in the first files
+                "T5WithLMHeadModel": {"head": "language-model"},  # its name in the first files
             }
         ),
         Field("vocab_size", "vocab_size", 32_128),
@@ -115,12 +126,12 @@ T5 = Family(
         Field("relative_buckets", "relative_attention_num_buckets", 32),
         Field("relative_max_distance", "relative_attention_max_distance", 128),
         Field("decoder_start_token_id", "decoder_start_token_id", 0, "pad_token_id"),
-        Always(stack="encoder-decoder", position="relative", norm="rmsnorm", attention_scale=1.0),
+        Constant(stack="encoder-decoder", position="relative", norm="rmsnorm", attention_scale=1.0),
         _Layers(),
         _FeedForward(),
         _Output(),
-        Written(is_encoder_decoder=True, pad_token_id=0),
-        Stops(1),
+        WriteOnly(is_encoder_decoder=True, pad_token_id=0),
+        EndTokens(1),
     ),
     (
         *table("embedding/tokens", "shared.weight"),
@@ -133,7 +144,7 @@ T5 = Family(
         *of_head("language-model", table("head/weight", "lm_head.weight", transposed=True)),
     ),
     prefixes=(),
-    # Copies of the shared table, and a table that the first release held by mistake.
+    # Copies of the shared table, and a table that the first release has by mistake.
     ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias"),
     adapt=_tied_without_head,
 )

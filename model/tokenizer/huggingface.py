@@ -1,4 +1,4 @@
-"""Tokenizers of the Hugging Face library `tokenizers`."""
+"""Tokenizers of Hugging Face's library `tokenizers`."""
 
 import copy
 import json
@@ -15,18 +15,18 @@ from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.control import NONCHARACTERS, ChatText, control_parts, names_pattern
 from model.tokenizer.folder import read_conventions
 
-# Marks that no text holds: noncharacters, drawn anew in each process so that nobody can write them on purpose.
+# Prefixes that no text contains: noncharacters, drawn at random in each process so that no user can write them.
 _draw = random.SystemRandom().choices
-# In front of a special token's name in a vocabulary, it keeps a text from holding that name.
-_UNWRITTEN = "\uffff" + "".join(_draw(NONCHARACTERS, k=16))
-# In front of a special token's name in a text, it lets the name be read as the token.
+# Before the name of a special token in a vocabulary, so that no text contains that name.
+_HIDDEN = "\uffff" + "".join(_draw(NONCHARACTERS, k=16))
+# Before the name of a special token in a text, so that the name is read as the token.
 _MARK = "\ufffe" + "".join(_draw(NONCHARACTERS, k=16))
 
 
-class ForeignTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library. Its threads are one, or one per core.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library. It uses one thread, or one per core.
 
-    plain: for texts in which no special token is read, where `library` with a switch on it would not do.
+    plain: tokenizer for text without special tokens; None: `library` with `encode_special_tokens`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ForeignTokenizer(Tokenizer):
         plain: tokenizers.Tokenizer | None = None,
     ):
         super().__init__(path, max(library.get_vocab().values()) + 1, conventions)
-        # A file may ask to cut and to fill up what it encodes: sentence encoders' do.
+        # Files of sentence encoders request truncation and padding.
         library.no_padding()
         library.no_truncation()
         self._plain = _without_special_tokens(library if plain is None else plain)
@@ -46,7 +46,7 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:
-        """The added tokens that the file, or those beside it, call special."""
+        """The added tokens that are special, in this file or in those beside it."""
         added = self._library.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
@@ -56,12 +56,12 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A tokenizer that reads special tokens only where a mark stands before their names; and their ids by its own.
+        """A tokenizer that reads special tokens only with a mark before their names, and {its id: original id}.
 
-        The library cannot read a name in one place and leave it in another.
+        The library cannot read a name in one place of a text and ignore it in another.
         """
         library, original = copy.deepcopy(self._plain), {}
-        library.encode_special_tokens = True  # a copy forgets it
+        library.encode_special_tokens = True  # not copied by deepcopy
         for i, token in self._library.get_added_tokens_decoder().items():
             if token.special:
                 options = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word")}
@@ -72,7 +72,7 @@ class ForeignTokenizer(Tokenizer):
         return library, original
 
     def _encode_chat(self, text: ChatText, add_special_tokens: bool) -> list[int]:
-        """Ids of a conversation whose messages hold names of special tokens."""
+        """Encode a conversation whose messages contain names of special tokens."""
         library, original = self._marked
         parts = [_MARK + part if is_name else part for part, is_name in control_parts(text, self._names)]
         ids = library.encode("".join(parts), add_special_tokens=add_special_tokens).ids
@@ -80,7 +80,7 @@ class ForeignTokenizer(Tokenizer):
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
-        # A second one, where a switch on the first would change what another thread is encoding.
+        # A copy, because switching the first one would affect other threads that are encoding.
         library = copy.deepcopy(self._library)
         library.encode_special_tokens = False
         return library
@@ -109,8 +109,8 @@ class ForeignTokenizer(Tokenizer):
         return self._library.decode(ids, skip_special_tokens=True)
 
 
-def load_tokenizer_json(file: Path) -> ForeignTokenizer:
-    """Load a `tokenizer.json` and what lies beside it. A damaged file is an `InputError`."""
+def load_tokenizer_json(file: Path) -> HuggingFaceTokenizer:
+    """Load a `tokenizer.json` and the files beside it. Raises InputError if one is damaged."""
     try:
         library = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower class
@@ -118,17 +118,17 @@ def load_tokenizer_json(file: Path) -> ForeignTokenizer:
             f"{file} is not a tokenizer.json of Hugging Face tokenizers, or it is damaged: {error}"
         ) from error
     if not library.get_vocab_size():
-        raise InputError(f"{file} is a tokenizer without a single token; take the one that belongs to the model")
+        raise InputError(f"{file} is a tokenizer without a single token; take the model's own")
     vocab_size = max(library.get_vocab().values()) + 1
     conventions = read_conventions(file.parent, library.token_to_id, vocab_size)
-    # What a configuration calls a special token, or an end of text, is one, whether or not tokenizer.json marks it.
+    # Special tokens and end tokens of the configuration are special, even if tokenizer.json does not mark them.
     named = [*sorted(conventions.special_names), *(library.id_to_token(i) for i in conventions.eos_ids)]
     declare_special(library, [text for text in named if text and library.token_to_id(text) is not None])
-    return ForeignTokenizer(library, file, conventions)
+    return HuggingFaceTokenizer(library, file, conventions)
 
 
 def declare_special(library: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
-    """Make tokens of the vocabulary special: a text gives them only when asked, and they give no text."""
+    """Mark tokens of the vocabulary as special: they have no text, and are encoded only on request."""
     special = {token.content for token in library.get_added_tokens_decoder().values() if token.special}
     library.add_special_tokens(
         [tokenizers.AddedToken(text, special=True, normalized=False) for text in texts if text not in special]
@@ -136,16 +136,16 @@ def declare_special(library: tokenizers.Tokenizer, texts: Sequence[str]) -> None
 
 
 def _without_special_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer that reads the name of a special token as the characters that it is made of."""
+    """Return a tokenizer that encodes the names of special tokens as plain characters."""
     library.encode_special_tokens = True
     if not isinstance(library.model, tokenizers.models.Unigram):
         return library
-    # A unigram vocabulary holds special tokens as pieces like others, and would find them by their names.
+    # A unigram vocabulary has special tokens among its pieces and would match their names, so the pieces are renamed.
     description = json.loads(library.to_str())
     pieces, added = description["model"]["vocab"], description["added_tokens"]
     hidden = [token for token in added if token["special"] and token["id"] < len(pieces)]
     for token in hidden:
-        pieces[token["id"]][0] = _UNWRITTEN + token["content"]
+        pieces[token["id"]][0] = _HIDDEN + token["content"]
     description["added_tokens"] = [token for token in added if token not in hidden]
     plain = tokenizers.Tokenizer.from_str(json.dumps(description))
     plain.encode_special_tokens = True
