@@ -56,17 +56,29 @@ class Tuning:
     mix: tuple[Path, float] | None = None
     seed: int = 0
 
+    def keep_reference(self) -> None:
+        """Compute what the method compares with, and keep it with the data, unless it is there."""
+        from model.store import open_model
+        from train import weights
+        from train.data import load_manifest
+        from train.objectives.preference import ReferencedObjective
+        from train.reference import keep_reference
+
+        objective = self._objective(load_manifest(self.data))
+        if isinstance(objective, ReferencedObjective) and objective.compares:
+            config, params, _ = open_model(self.model)
+            keep_reference(self.data, config, params, sha256=weights(self.model).sha256, batch_size=self.batch_size)
+
     def recipe(self, dtype: str) -> "Recipe":
-        """Return the recipe of a run, whose reference log-probabilities are kept with the data if the method reads any.
+        """Return the recipe of a run. Nothing is written: `keep_reference` makes what the method compares with.
 
         dtype: of products and activations. Raises InputError on data of another kind or another tokenizer.
         """
         from experiments.models import is_stored, started_from
-        from model.store import open_model
         from train import HParams, Recipe, TrainConfig
         from train.data import load_manifest
         from train.objectives.preference import ReferencedObjective
-        from train.reference import keep_reference
+        from train.reference import reference_name
 
         if not is_stored(str(self.model)):
             raise InputError(f"there is no model at {self.model}; give a run, a Hugging Face folder or a GGUF file")
@@ -78,9 +90,7 @@ class Tuning:
         objective = fitted
         seq_len = self.seq_len or self._seq_len(manifest, base.max_seq_len)
         if isinstance(objective, ReferencedObjective) and objective.compares:
-            params = open_model(self.model).params
-            name = keep_reference(self.data, base, params, sha256=start.sha256, batch_size=self.batch_size)
-            objective = objective.replace(reference=name)
+            objective = objective.replace(reference=reference_name(self.data, base, start.sha256))
         steps = self.steps or self._steps(manifest.kind, seq_len)
         rate = self.learning_rate or method.rate * (_LORA_TIMES if self.lora else 1)
         hparams = HParams(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,6 +23,15 @@ FOLDER = "reference"
 _VERSION = 1  # of what the numbers are
 
 
+def reference_name(data: str | Path, config: ModelConfig, sha256: str) -> str:
+    """Return the name of the reference log-probabilities of these data by a model, whose parameters have this SHA-256."""
+    return hashlib.sha256(json.dumps(_content(data, config, sha256), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(data: str | Path, config: ModelConfig, sha256: str) -> dict[str, Any]:
+    return {"version": _VERSION, "data": load_manifest(data).hash, "parameters": sha256, "config": config.to_dict()}
+
+
 def keep_reference(
     data: str | Path,
     config: ModelConfig,
@@ -33,19 +43,13 @@ def keep_reference(
 ) -> str:
     """Compute the log-probability of every answer of a data folder, and return the name under which it is kept there.
 
-    The name is a hash of the data, the parameters and the config; where it is kept already nothing is computed. The
-    numbers are in DATA/reference/NAME/SPLIT.npy, float32, natural, one per document, summed over its trained tokens.
-    sha256: of the parameters, where it is known. Raises InputError where the folder cannot be written to, or a document
-    is longer than the model's context.
+    Where it is kept already nothing is computed. The numbers are in DATA/reference/NAME/SPLIT.npy, float32, natural,
+    one per document, summed over its trained tokens. sha256: of the parameters (`model.checkpoint.parameters_sha256`),
+    if it is known. Raises InputError if the folder cannot be written to, or a document is longer than the model's
+    context.
     """
-    data = Path(data)
-    content = {
-        "version": _VERSION,
-        "data": load_manifest(data).hash,
-        "parameters": sha256 or parameters_sha256(params),
-        "config": config.to_dict(),
-    }
-    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    data, sha256 = Path(data), sha256 or parameters_sha256(params)
+    name = reference_name(data, config, sha256)
     place = data / FOLDER / name
     if place.is_dir():
         return name
@@ -59,7 +63,8 @@ def keep_reference(
         beside.mkdir(parents=True)
         for split, logprobs in parts.items():
             np.save(beside / f"{split}.npy", logprobs)
-        (beside / "about.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        about = json.dumps(_content(data, config, sha256), indent=2)
+        (beside / "about.json").write_text(about + "\n", encoding="utf-8")
         os.replace(beside, place)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)

@@ -82,6 +82,7 @@ def tune(
     """
     from experiments.commands.options import say_unused, write_document
     from experiments.commands.train import dtype_of, say_what_is_cut, tell
+    from experiments.evaluate.loss import bits_per_byte
     from experiments.inputs import read_changes
     from experiments.tuning import Tuning, read_mix
     from experiments.words import say
@@ -107,10 +108,12 @@ def tune(
         mix=None if mix is None else read_mix(mix),
         seed=seed,
     )
-    before = None if forgetting is None else _bits_per_byte(model, forgetting)
+    recipe = tuning.recipe(dtype_of(precision))  # before anything that takes time
+    tuning.keep_reference()
+    before = None if forgetting is None else bits_per_byte(model, forgetting)
     recipe, execution = overlay(
         read_changes(set),
-        tuning.recipe(dtype_of(precision)),
+        recipe,
         Execution(mesh=parse_mesh(mesh) if mesh else None),
     )
     options = RunOptions(
@@ -131,21 +134,10 @@ def tune(
     if remark := _both_fell(result, recipe):
         say(remark)
     if forgetting is not None:
-        after = _bits_per_byte(Path(result.run), forgetting)
+        after = bits_per_byte(Path(result.run), forgetting)
         document["forgetting"] = {"data": str(forgetting), "before": before, "after": after}
         print(f"{result.run}: {before:.4f} bits per byte of {forgetting} before, {after:.4f} after")
     write_document(json, document)
-
-
-def _bits_per_byte(model: Path, text: Path) -> float:
-    """Return the bits per byte that a stored model needs for the validation split of plain text."""
-    from experiments.evaluate.loss import evaluate
-    from model.store import open_model
-
-    opened = open_model(model)
-    seq_len = min(512, opened.config.max_seq_len)
-    found = evaluate(opened.config, opened.params, text, tokenizer=opened.tokenizer, seq_len=seq_len, max_tokens=65_536)
-    return found["bits_per_byte"]
 
 
 def _both_fell(result: "Result", recipe: "Recipe") -> str | None:

@@ -56,6 +56,19 @@ def evaluate(
     }
 
 
+def bits_per_byte(model: Path, text: Path) -> float:
+    """Return the bits per byte that a stored model needs for the validation split of plain text, in rows of 512 tokens.
+
+    At most 65,536 tokens are read. Raises InputError as `evaluate` does.
+    """
+    from model.store import open_model
+
+    opened = open_model(model)
+    seq_len = min(512, opened.config.max_seq_len)
+    found = evaluate(opened.config, opened.params, text, tokenizer=opened.tokenizer, seq_len=seq_len, max_tokens=65_536)
+    return found["bits_per_byte"]
+
+
 def validation_set(
     config: ModelConfig,
     data: str | Path,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from experiments.inputs import check_at_least_one
-from experiments.sweep.objectives import LOSS, check_speed, direction
+from experiments.sweep.objectives import FORGETTING, LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import LedgerRow
 from experiments.sweep.search.policies import make_policy
@@ -60,6 +60,10 @@ def check_sweep(sweep: Sweep) -> None:
     sources = Data.open(sweep.data).sources
     if not sweep.objectives or len(set(sweep.objectives)) < len(sweep.objectives):
         raise InputError(f"objectives={list(sweep.objectives)} must be at least one name, each once")
+    if (FORGETTING in sweep.objectives) != (sweep.forgetting is not None):
+        raise InputError(
+            f"the objective {FORGETTING} and --forgetting FOLDER of plain text go together; give both or neither"
+        )
     if sweep.lanes is not None:
         check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)

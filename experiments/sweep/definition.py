@@ -23,7 +23,13 @@ from train.data import load_manifest
 from train.objectives import LanguageModeling, Objective
 from train.recipe import Recipe, Weights, difference
 
-_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens")  # of a sweep, however often it is added to
+_SAME = (
+    "data_hash",
+    "objectives",
+    "policy",
+    "evaluate_tokens",
+    "forgetting",
+)  # of a sweep, however often it is added to
 
 
 def define(
@@ -50,6 +56,7 @@ def define(
     evaluate_tokens: int = 65_536,
     weights: Weights | None = None,
     objective: Objective | None = None,
+    forgetting: Path | None = None,
 ) -> Sweep:
     """Return a sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is
     written.
@@ -109,6 +116,7 @@ def define(
         lanes=lanes,
         evaluate_tokens=evaluate_tokens,
         weights=None if weights is None else weights.path,
+        forgetting=None if forgetting is None else Path(forgetting).resolve(),
         id=new_id(Path(folder)),
         space_source=source,
         listed=tuple(listed),

@@ -13,9 +13,14 @@ from model.errors import InputError, UnknownNameError
 
 LOSS = "loss"
 TRAINING_SPEED = "training_tokens_per_second"
+FORGETTING = "forgetting"
 DIRECTIONS = {
     LOSS: "minimize",
     TRAINING_SPEED: "maximize",
+    "accuracy": "maximize",
+    "margin": "maximize",
+    "chosen_reward": "maximize",
+    FORGETTING: "minimize",
     "tokens_per_second": "maximize",
     "prefill_tokens_per_second": "maximize",
     "decode_tokens_per_second_aggregate": "maximize",
@@ -29,9 +34,12 @@ DIRECTIONS = {
 }
 """Objectives and which way is better. tokens_per_second: of all sequences, as decode_tokens_per_second_aggregate.
 
-training_tokens_per_second: see `training_speed`; it comes from a trial's own run, the names below it from a benchmark.
+training_tokens_per_second: see `training_speed`. accuracy, margin, chosen_reward: of a run's last validation, where its
+training objective measures them. forgetting: bits per byte of the sweep's plain text after training. All of these come
+from a trial's own run, the names below them from a benchmark.
 """
-_OF_THE_RUN = {LOSS, TRAINING_SPEED}
+_VALIDATED = ("accuracy", "margin", "chosen_reward")
+_OF_THE_RUN = {LOSS, TRAINING_SPEED, FORGETTING, *_VALIDATED}
 _ALIASES = {"tokens_per_second": "decode_tokens_per_second_aggregate"}
 _STEPS, _REPEATS = 16, 5
 
@@ -94,6 +102,16 @@ def training_speed(run: Path, lanes: int = 1) -> float | None:
     except InputError:  # `train.run.metrics.troubles` says why
         return None
     return lanes * statistics.median(speeds) if speeds else None
+
+
+def validated(run: Path) -> dict[str, float]:
+    """Return the means of a run's last validation that are objectives of sweeps, as far as it measured them."""
+    from train.run.metrics import open_metrics
+
+    lines = open_metrics(run).lines
+    last = lines[-1] if lines else {}
+    found = {name: last.get(f"validation_{name}") for name in _VALIDATED}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folder: Path) -> dict[str, float]:

@@ -89,7 +89,7 @@ class Sweep:
     holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder requested; their trials
     stay part of the sweep. weights: where the parameters lie that the base starts from, whose hash it names; None:
     trials start fresh. id: the name of its study in a storage, wherever the folder lies; None where an older version
-    made the sweep.
+    made the sweep. forgetting: a folder of plain text, of which the objective of that name is measured.
     """
 
     folder: Path
@@ -112,6 +112,7 @@ class Sweep:
     earlier: tuple[TrialRequest, ...] = ()
     weights: Path | None = None
     id: str | None = None
+    forgetting: Path | None = None
 
     @property
     def name(self) -> str:
@@ -168,6 +169,7 @@ class Sweep:
             "base": self.base.to_dict(),
             "data": str(self.data),
             "weights": None if self.weights is None else str(self.weights),
+            "forgetting": None if self.forgetting is None else str(self.forgetting),
             "beside": self._beside(),
             "listed": [entry.to_dict() for entry in self.listed],
             "earlier": [request.to_dict() for request in self.earlier],
@@ -178,6 +180,7 @@ class Sweep:
         file = None if self.storage is None else file_of(self.storage)
         places = {"data": self.data} | ({"storage": file} if file is not None and file.is_absolute() else {})
         places |= {} if self.weights is None else {"weights": self.weights}
+        places |= {} if self.forgetting is None else {"forgetting": self.forgetting}
         return {name: os.path.relpath(place.resolve(), self.folder.resolve()) for name, place in places.items()}
 
     @classmethod
@@ -205,8 +208,9 @@ class Sweep:
             request = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)} | {"earlier": earlier}
             base, data, beside = Trial.from_dict(content.pop("base")), content.pop("data"), content.pop("beside", {})
             base = base.replace(recipe=base.recipe.replace(data=content.pop("data_hash", base.recipe.data)))
-            if (weights := content.pop("weights", None)) is not None:
-                content["weights"] = _moved(Path(weights), folder, beside.get("weights"))
+            for name in ("weights", "forgetting"):
+                if (place := content.pop(name, None)) is not None:
+                    content[name] = _moved(Path(place), folder, beside.get(name))
             sweep = cls(folder, base, _moved(Path(data), folder, beside.get("data")), **_tuples(content) | request)
             if "storage" in beside and (file := file_of(str(sweep.storage))) is not None:
                 moved = with_file(str(sweep.storage), _moved(file, folder, beside["storage"]))

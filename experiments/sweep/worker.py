@@ -15,9 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from experiments.evaluate.loss import bits_per_byte
 from experiments.sweep.branches import branch_points
 from experiments.sweep.ledger import Claim, Ledger
-from experiments.sweep.objectives import TRAINING_SPEED, check_speed, direction, training_speed, values
+from experiments.sweep.objectives import (
+    FORGETTING,
+    TRAINING_SPEED,
+    check_speed,
+    direction,
+    training_speed,
+    validated,
+    values,
+)
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.search.policies import make_policy
@@ -222,8 +231,17 @@ class _Cohort:
         elif claim.until < claim.trial.steps:
             self.ledger.hand_back(claim, facts)
         else:
+            facts |= self._outcomes(result)
             found = values(claim.trial, self.sweep.objectives, facts, self.sweep.folder)
             self.ledger.finish(claim, list(found.values()), facts | found)
+
+    def _outcomes(self, result: Result) -> dict[str, float]:
+        """Return what is measured of a trained model: means of its last validation, and what it has forgotten."""
+        outcomes = validated(result.run)
+        if FORGETTING in self.sweep.objectives:
+            assert self.sweep.forgetting is not None
+            outcomes[FORGETTING] = bits_per_byte(result.run, self.sweep.forgetting)
+        return outcomes
 
     def _leave_whatis_held(self) -> None:
         busy = [claim for claim in self.claims if is_held(self.sweep.run_folder(claim.trial))]

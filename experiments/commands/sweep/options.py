@@ -11,6 +11,7 @@ from experiments.commands.options import Overrides
 
 if TYPE_CHECKING:
     from experiments.sweep.record import Sweep
+    from experiments.tuning import Tuning
 
 Axes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUES")]
 
@@ -39,12 +40,18 @@ class SweepOptions:
     lora: Annotated[int | None, tyro.conf.arg(metavar="RANK")] = None
     """Train low-rank adapters of a stored model, whose own parameters are on the devices once for all lanes; RANK is
     the largest of --set lora_rank=2,4,8."""
+    tune: Annotated[str | None, tyro.conf.arg(metavar="METHOD")] = None
+    """Fine-tune a stored model by a method of `isoflop tune`, with its defaults: sft, reward, dpo, kto, …; FOLDER is
+    then of `isoflop data prepare --kind`, and beta, label_smoothing and lora_rank are axes of one program."""
+    forgetting: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Plain text, for the objective forgetting: its bits per byte after training."""
     batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Rows per step."""
-    seq_len: Annotated[int, tyro.conf.arg(metavar="N")] = 128
-    """Tokens per row."""
+    seq_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Tokens per row; by default 128, with --tune what the longest example takes."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
-    """One or several of: loss, training_tokens_per_second, or a number of `isoflop bench decode`, such as
+    """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune (whose losses at
+    several betas cannot be compared), forgetting, or a number of `isoflop bench decode`, such as
     tokens_per_second."""
     sampler: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""
@@ -74,6 +81,8 @@ class SweepOptions:
 
     def define(self) -> "Sweep":
         """Return the sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        import jax
+
         from experiments.inputs import read_changes
         from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password
@@ -83,24 +92,37 @@ class SweepOptions:
         self._say_unused(settings)
         base = read_changes(self.base)
         start: dict[str, Any] = {}
-        if is_stored(self.preset):
+        seq_len, steps = self.seq_len, self.steps
+        if tuning := self.tuning():
+            recipe = tuning.recipe("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            config, start = recipe.model, {"weights": recipe.start, "objective": recipe.objective}
+            seq_len = recipe.train.seq_len
+            hparams = recipe.hparams
+            base = {
+                "learning_rate": float(hparams.learning_rate),
+                "schedule": recipe.train.schedule,
+                "final_fraction": float(hparams.final_fraction),
+                "weight_decay": float(hparams.weight_decay),
+                "beta2": 0.999,
+            } | base
+        elif is_stored(self.preset):
             config, weights, objective = started_from(Path(self.preset), Path(self.data))
             start = {"weights": weights, "objective": objective}
         else:
             config = read_config(self.preset)
-        if self.lora is not None:
+        if self.lora is not None and not tuning:
             base["objective.adapter.rank"] = self.lora
         sweep = define(
             config,
             data=self.data,
             folder=self.out,
-            steps=self.steps,
+            steps=steps,
             axes=self.set,
             space_file=self.space,
             seeds=self.seeds,
             base=base,
             batch_size=self.batch_size,
-            seq_len=self.seq_len,
+            seq_len=128 if seq_len is None else seq_len,
             objectives=self.objective,
             sampler=self.sampler,
             trials=self.trials,
@@ -110,10 +132,27 @@ class SweepOptions:
             storage=None if self.storage is None else without_password(self.storage),
             lanes=self.lanes,
             evaluate_tokens=self.evaluate_tokens,
+            forgetting=self.forgetting,
             **start,
         )
         self._say_what_is_cut(sweep)
         return sweep
+
+    def tuning(self) -> "Tuning | None":
+        """Return how the stored model is tuned; None without --tune."""
+        from experiments.tuning import Tuning
+
+        if self.tune is None:
+            return None
+        return Tuning(
+            self.tune,
+            Path(self.preset),
+            self.data,
+            lora=self.lora,
+            steps=self.steps or 1,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+        )
 
     def _say_unused(self, settings: Sequence[str]) -> None:
         """Say which settings of other policies were given."""

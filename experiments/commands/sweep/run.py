@@ -35,6 +35,9 @@ def run(
     Example: isoflop sweep run runs/first --data data/sotu --out sweeps/lora --steps 100 --lora 8
     --set lora_rank=2,4,8 learning_rate=3e-3,1e-2 --lanes 3
 
+    Example: isoflop sweep run runs/sft --tune dpo --data data/pairs --out sweeps/dpo --steps 100 --lora 8
+    --set beta=0.03,0.1,0.3,1 learning_rate=1e-6,3e-6,1e-5 --objective accuracy --seeds 2
+
     Args:
         dry_run: Say what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
@@ -47,6 +50,8 @@ def run(
         show_plan(options, json=json)
         return
     sweep = options.define()
+    if tuning := options.tuning():
+        tuning.keep_reference()
     _work(sweep, begin(sweep, workers.heartbeat, workers.grace), workers, json)
 
 
