@@ -18,6 +18,7 @@ from train.phases import Phase
 Schedule = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 Optimizer = Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
 Packing = Literal["contiguous", "best-fit"]
+Order = Literal["shuffled", "sequential"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class TrainConfig:
     `train/schedule.py`. dropout: whether dropout is compiled in at all. segment_documents: whether documents in a row
     attend only to themselves. packing: how rows are filled: "contiguous": with windows of the concatenated documents;
     "best-fit": with whole documents (`train/data/packing.py`), which then attend only to themselves. norms: whether the
-    metrics include the norms of every group of parameters.
+    metrics include the norms of every group of parameters. order: of the rows of an epoch: shuffled by the seed, or as
+    they lie in the data folder.
     max_skipped: the number of consecutive steps that are not finite after which a run ends as diverged. spike_sigma: a
     loss more than so many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
     most `max_rollbacks` times; 0: never.
@@ -42,6 +44,7 @@ class TrainConfig:
     dropout: bool = False
     segment_documents: bool = False
     packing: Packing = "contiguous"
+    order: Order = "shuffled"
     norms: bool = True
     max_skipped: int = 10
     spike_sigma: float = 0.0
@@ -54,7 +57,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
-        kinds = {"schedule": Schedule, "optimizer": Optimizer, "packing": Packing}
+        kinds = {"schedule": Schedule, "optimizer": Optimizer, "packing": Packing, "order": Order}
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from model.errors import InputError
-from train.config import HParams, TrainConfig
+from train.config import HParams, Order, TrainConfig
 from train.phases import RateShape
 
 
@@ -68,9 +68,10 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All stages of a run, in order. Steps past the end belong to the last stage."""
+    """All stages of a run, in order. Steps past the end belong to the last stage. order: of the rows of an epoch."""
 
     stages: tuple[Stage, ...]
+    order: Order = "shuffled"
 
     @classmethod
     def of(cls, train_config: TrainConfig, steps: int | None = None) -> "Plan":
@@ -83,8 +84,10 @@ class Plan:
         if not train_config.phases:
             if steps is None or steps < 1:
                 raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
-            return cls((Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len),))
-        plan = cls(tuple(_stages(train_config)))
+            return cls(
+                (Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len),), train_config.order
+            )
+        plan = cls(tuple(_stages(train_config)), train_config.order)
         if steps is not None and not 1 <= steps <= plan.total_steps:
             raise InputError(f"steps={steps} must lie between 1 and the {plan.total_steps} steps of the run's phases")
         return plan

@@ -25,7 +25,7 @@ from train.schedule import uses_horizon
 
 Places = str | Path | Mapping[str, str | Path]
 LATER = {
-    "train_config": ("packing",),
+    "train_config": ("packing", "order"),
     "hparams": (
         *("data_seed", "mask_rate", "lora_rank", "lora_alpha"),
         *("beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),

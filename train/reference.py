@@ -24,7 +24,7 @@ _VERSION = 1  # of what the numbers are
 
 
 def reference_name(data: str | Path, config: ModelConfig, sha256: str) -> str:
-    """Return the name of the reference log-probabilities of these data by a model, whose parameters have this SHA-256."""
+    """Return the name of the log-probabilities of these data by a model whose parameters have this SHA-256."""
     return hashlib.sha256(json.dumps(_content(data, config, sha256), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,13 +23,8 @@ from train.data import load_manifest
 from train.objectives import LanguageModeling, Objective
 from train.recipe import Recipe, Weights, difference
 
-_SAME = (
-    "data_hash",
-    "objectives",
-    "policy",
-    "evaluate_tokens",
-    "forgetting",
-)  # of a sweep, however often it is added to
+# Of a sweep, however often it is added to.
+_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens", "forgetting")
 
 
 def define(

@@ -135,7 +135,8 @@ class PhasedLoader:
         for source in np.unique(sources).tolist():
             selected = sources == source
             rows = self._rows[mixture.names[source], seq_len]
-            for name, values in draw(rows, rows_of_source[selected], self._seed(stream, source)).items():
+            drawn = draw(rows, rows_of_source[selected], self._seed(stream, source), self.plan.order)
+            for name, values in drawn.items():
                 if name not in batch:
                     batch[name] = np.empty((len(index), *values.shape[1:]), values.dtype)
                 batch[name][selected] = values

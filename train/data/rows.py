@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from model.errors import InputError
-from train.config import TrainConfig
+from train.config import Order, TrainConfig
 from train.data.documents import document_ends
 from train.data.kinds import check_kind
 from train.data.packing import Packing, PackingStatistics, pack, ranges
@@ -147,9 +147,11 @@ def rows_of(train_config: TrainConfig) -> RowsOf:
     return functools.partial(Windows, segment_documents=train_config.segment_documents)
 
 
-def draw(rows: Rows, index: Int64[np.ndarray, " n"], seed: int) -> Batch:
-    """Return rows of the endless sequence of epochs, in which each epoch is shuffled by (seed, epoch)."""
+def draw(rows: Rows, index: Int64[np.ndarray, " n"], seed: int, order: Order = "shuffled") -> Batch:
+    """Return rows of the endless sequence of epochs, each of them shuffled by (seed, epoch) or in the rows' order."""
     epoch, index_in_epoch = np.divmod(index, len(rows))
+    if order == "sequential":
+        return rows.take(index_in_epoch)
     return rows.take(permute(index_in_epoch, len(rows), seed, epoch))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from model import InputError, ModelConfig
 from train.config import HParams, TrainConfig
-from train.data.examples.batches import PackedConversations, validation_examples
+from train.data.examples.batches import Conversations, PackedConversations, validation_examples
 from train.data.kinds import check_kind
 from train.data.mixture import PhasedLoader
 from train.data.shards import TokenShards
@@ -25,11 +25,14 @@ class Instruction(TokenObjective):
 
     Rows hold whole conversations, each a segment of its own: nothing of one enters another's loss. A source of plain
     text beside conversations (a mixture, against forgetting) is packed likewise, and all of it is trained. The mean is
-    over the trained tokens of the whole batch, however many microbatches divide it.
+    over the trained tokens of the whole batch, however many microbatches divide it. packed: whether a row holds as many
+    conversations as fit; else one, and the rows are those of the data folder.
     """
 
     NAME: ClassVar[str] = "instruction"
     UNIT: ClassVar[str] = "nats per trained token"
+
+    packed: bool = True
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
         """Raise InputError on a model that is no decoder with a language-model head, or has too short a context."""
@@ -65,12 +68,16 @@ class Instruction(TokenObjective):
     ) -> PhasedLoader:
         """Return packed rows, each once per epoch, in an order from the seed."""
         del config, train_config
-        return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=PackedConversations)
+        return PhasedLoader(sources, plan, seed=hparams.order_seed, rows=self._rows)
 
     def validation(
         self, config: ModelConfig, train_config: TrainConfig, folder: str | Path, max_tokens: int | None
     ) -> list[Batch]:
         """Return the first packed rows of the validation split, as many as have `max_tokens` tokens."""
         del config
-        rows = PackedConversations(TokenShards(folder, "validation"), train_config.seq_len)
+        rows = self._rows(TokenShards(folder, "validation"), train_config.seq_len)
         return validation_examples(rows, train_config.batch_size, max_tokens)
+
+    def _rows(self, shards: TokenShards, seq_len: int) -> PackedConversations:
+        is_chat = shards.manifest.kind == "chat"
+        return (PackedConversations if self.packed or not is_chat else Conversations)(shards, seq_len)

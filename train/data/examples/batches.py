@@ -1,11 +1,14 @@
 """Batches of examples: conversations packed into rows, and pairs and ratings with a document in each row."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from model.errors import InputError
 from train.data.documents import document_ends
 from train.data.kinds import check_kind
+from train.data.packing import Packing
 from train.data.rows import Batch, PackedDocuments, Rows
 from train.data.shards import TokenShards, TrainedMask
 
@@ -40,6 +43,24 @@ class PackedConversations(PackedDocuments):
         if self._trained is None:
             return super()._loss_mask(starts, lengths)
         return self._trained.spans(starts + 1, lengths).astype(np.float32)
+
+
+class Conversations(PackedConversations):
+    """Conversations as `PackedConversations` has them, one in each row, in the order of the folder."""
+
+    def __init__(self, shards: TokenShards, seq_len: int):
+        super().__init__(shards, seq_len)
+        ends = document_ends(shards)
+        starts = np.append(0, ends + 1)[: len(ends)]
+        predicted = ends > starts
+        first = np.arange(int(predicted.sum()) + 1, dtype=np.int64)
+        lengths = (ends - starts)[predicted].astype(np.int32)
+        statistics = dataclasses.replace(
+            self._packing.statistics,
+            rows=len(lengths),
+            fill=float(lengths.sum()) / max(1, len(lengths) * seq_len),
+        )
+        self._packing = Packing(starts[predicted], lengths, first, statistics)
 
 
 class _DocumentRows:
