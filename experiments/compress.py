@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from experiments.evaluate.loss import validation_set
 from infer import init_cache, prepare
-from infer.prune import drop_layers, prune
+from infer.compress import drop_layers, prune
 from infer.step import decode_step
 from model import ModelConfig, Params, apply
 from model.errors import InputError

@@ -1,4 +1,4 @@
-"""How text comes out: a jitted prefill/decode pair with an explicit cache, and the loops around it."""
+"""Text generation and scoring: a jitted prefill/decode pair with an explicit KV cache, and the loops around it."""
 
 from typing import TYPE_CHECKING
 

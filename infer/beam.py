@@ -1,4 +1,4 @@
-"""Beam search on the device: the best continuations that a search of fixed width finds, and their scores."""
+"""Beam search on the device, for all prompts at the same time."""
 
 import dataclasses
 import functools
@@ -26,11 +26,11 @@ from model.transformer import forward_cached
 
 @dataclasses.dataclass(frozen=True)
 class Beams:
-    """Of every prompt the n best hypotheses, the best first; fewer only where the model has no more.
+    """The n best hypotheses per prompt, best first; fewer only if the model has no more.
 
-    tokens: without the stop id. logprobs: of those tokens, under the model. scores: see `beam_search`; the stop id
-    counts in them. finish_reason: "stop" or "length". text: what the tokens add to the prompt's text; None where no
-    tokenizer was given.
+    tokens: without the stop id. logprobs: log-probabilities of these tokens under the model. scores: see `beam_search`;
+    the stop id counts in them. finish_reason: "stop" or "length". text: the text that the tokens add to the prompt's;
+    None without a tokenizer.
     """
 
     tokens: list[list[list[int]]]
@@ -41,30 +41,32 @@ class Beams:
 
 
 class Hypotheses(struct.PyTreeNode):
-    """Outputs and what they weigh; log-probability and score −inf where there is none. Leaves are Any because JAX also
-    fills the tree with shapes and shardings."""
+    """Outputs and their scores; the score is −inf in an empty place.
 
-    tokens: Any  # int32 [prompts, beams, room], the stop id included
+    Leaves are Any because JAX also fills the tree with shapes and shardings.
+    """
+
+    tokens: Any  # int32 [prompts, beams, room], with the stop id
     logprobs: Any  # float32 [prompts, beams, room]
     lengths: Any  # int32 [prompts, beams]
-    scores: Any  # float32 [prompts, beams]: sums of log-probabilities while they run, normalised when finished
-    stopped: Any  # bool [prompts, beams]: a stop id ended it
+    scores: Any  # float32 [prompts, beams]: sum of log-probabilities while running, length-normalised once finished
+    stopped: Any  # bool [prompts, beams]: ended by a stop id
 
 
-class Search(struct.PyTreeNode):
-    """What the search carries on; leaves as in `Hypotheses`, traced settings among them."""
+class BeamState(struct.PyTreeNode):
+    """State of the search between steps, with its traced settings. Leaves as in `Hypotheses`."""
 
-    running: Hypotheses  # the best first; their scores are −inf when a prompt's search has ended
-    finished: Hypotheses  # the best first
-    cache: KVCache  # rows: prompt by prompt, beam by beam; lacks the newest tokens
+    running: Hypotheses  # best first; all scores of a prompt are −inf once its search has ended
+    finished: Hypotheses  # best first
+    cache: KVCache  # row prompt · beams + beam; lacks the newest tokens
     step: Any  # int32 []: length of the running outputs
-    limit: Any  # int32 []
+    limit: Any  # int32 []: max_new_tokens
     stop_ids: Any  # int32 [stops], padded with −1
     length_penalty: Any  # float32 []
-    patience: Any  # int32 []: index in PATIENCE
+    early_stopping: Any  # int32 []: index in EARLY_STOPPING
 
 
-PATIENCE: tuple[bool | str, ...] = (True, False, "never")  # the values of early_stopping
+EARLY_STOPPING: tuple[bool | str, ...] = (True, False, "never")
 
 
 @lenient()
@@ -83,22 +85,23 @@ def beam_search(
     cache_dtype: DTypeLike | None = None,
     execution: Execution = Execution(),
 ) -> Beams:
-    """Continue every prompt by the outputs of highest score that a beam of this width finds.
+    """Continue every prompt by the n highest-scoring outputs that a beam of this width finds.
 
-    score = Σ log p(token) / length ** length_penalty, over all tokens of the output with the stop id that ends it: the
-    power that Transformers uses, not the ((5 + length) / 6) ** α of Wu et al. 2016 (section 7). 0 compares sums, 1
-    means; above 0 longer outputs gain.
+    score = Σ log p(token) / length ** length_penalty, over all tokens of the output and the stop id that ends it. The
+    power is Transformers' normalisation, not the ((5 + length) / 6) ** α of Wu et al. 2016 (section 7). A penalty of 0
+    compares sums, 1 means; above 0 it favours longer outputs.
 
-    In each step the `beams` best continuations of the running hypotheses by Σ log p go on. Those of a stop id that are
-    among the `beams` best of all finish and are kept apart, the `beams` best by score; what runs at max_new_tokens
-    finishes there. early_stopping says when a prompt's search ends before that, once `beams` have finished: True: at
-    once; False: when the best running hypothesis at its present length scores no better than the worst finished one;
-    "never": when it could not do so at any length to come. With one beam and not "never" this is greedy decoding.
+    Each step extends the running hypotheses to the `beams` best by Σ log p. An extension by a stop id that ranks among
+    the `beams` best of all extensions finishes; of the finished hypotheses the `beams` best by score are kept. Those
+    still running at max_new_tokens finish there. early_stopping: when to end a prompt's search earlier, once `beams`
+    have finished. True: at once. False: when the best running hypothesis at its present length scores no better than
+    the worst finished one. "never": when it could not do so at any later length. With one beam, and not "never", this
+    is greedy decoding.
 
-    stop_ids: None means the config's `eos_token_ids`. Of an encoder-decoder the prompts are the encoder's. n: how many
-    are handed back. tokenizer: makes `text`. cache_dtype: see `init_cache`. execution: see `generate`. Changing
-    length_penalty, early_stopping or n compiles nothing.
-    Raises InputError on prompts as `generate` does, and on settings that mean nothing.
+    prompts: for an encoder-decoder the encoder's. stop_ids: None means the config's `eos_token_ids`. n: hypotheses to
+    return per prompt, at most beams. tokenizer: decodes `text`. cache_dtype: see `init_cache`. execution: see
+    `generate`. Changing length_penalty, early_stopping or n compiles nothing.
+    Raises InputError on prompts as `generate` does, and on settings out of range.
     """
     check_prompts(config, prompts, max_new_tokens)
     stops = tuple(dict.fromkeys(config.eos_token_ids if stop_ids is None else stop_ids))
@@ -108,39 +111,38 @@ def beam_search(
         logits, cache = read_prompts(
             config, params, prompts, copies=copies, cache_dtype=cache_dtype, execution=execution
         )
-        search = Search(
-            running=_none(len(prompts), beams, bucket(max_new_tokens, ROOM)),
-            finished=_none(len(prompts), beams, bucket(max_new_tokens, ROOM)),
+        state = BeamState(
+            running=_no_hypotheses(len(prompts), beams, bucket(max_new_tokens, ROOM)),
+            finished=_no_hypotheses(len(prompts), beams, bucket(max_new_tokens, ROOM)),
             cache=cache,
             step=jnp.int32(0),
             limit=jnp.int32(max_new_tokens),
             stop_ids=jnp.asarray([*stops, *[-1] * (bucket(len(stops), 8) - len(stops))], jnp.int32),
             length_penalty=jnp.float32(length_penalty),
-            patience=jnp.int32(PATIENCE.index(early_stopping)),
+            early_stopping=jnp.int32(EARLY_STOPPING.index(early_stopping)),
         )
-        search, running = _begin(search, logits)
+        state, any_running = _begin(state, logits)
         filled = 1 if config.stack == "encoder-decoder" else max(map(len, prompts))
         left = max_new_tokens - 1
         while left:
-            if filled == search.cache.capacity:
-                search = search.replace(cache=grow(config, search.cache, capacity_for(config, filled + 1)))
-            steps = min(ROOM, left, search.cache.capacity - filled)
-            search, upcoming = _go_on(config, params, search, np.int32(steps))
-            if not running:  # of the call before: this one is under way while the host waits for that
+            if filled == state.cache.capacity:
+                state = state.replace(cache=grow(config, state.cache, capacity_for(config, filled + 1)))
+            steps = min(ROOM, left, state.cache.capacity - filled)
+            state, running_after = _search_steps(config, params, state, np.int32(steps))
+            if not any_running:  # waits for the previous call only; this one, then without effect, is under way
                 break
-            running, filled, left = upcoming, filled + steps, left - steps
-    made = _beams(jax.device_get(search.finished), n)
+            any_running, filled, left = running_after, filled + steps, left - steps
+    result = _beams(jax.device_get(state.finished), n)
     if tokenizer is None:
-        return made
-    before = decoder_prompts(config, prompts)
+        return result
     text = [
-        [continuation_text(tokenizer, prompt, tokens) for tokens in of_prompt]
-        for prompt, of_prompt in zip(before, made.tokens, strict=True)
+        [continuation_text(tokenizer, prompt, tokens) for tokens in hypotheses]
+        for prompt, hypotheses in zip(decoder_prompts(config, prompts), result.tokens, strict=True)
     ]
-    return dataclasses.replace(made, text=text)
+    return dataclasses.replace(result, text=text)
 
 
-def _none(prompts: int, beams: int, room: int) -> Hypotheses:
+def _no_hypotheses(prompts: int, beams: int, room: int) -> Hypotheses:
     return Hypotheses(
         tokens=jnp.zeros((prompts, beams, room), jnp.int32),
         logprobs=jnp.zeros((prompts, beams, room), jnp.float32),
@@ -152,83 +154,105 @@ def _none(prompts: int, beams: int, room: int) -> Hypotheses:
 
 @functools.partial(jax.jit, donate_argnums=0)
 @lenient()
-def _begin(search: Search, logits: Float[Array, "rows vocab"]) -> tuple[Search, Bool[Array, ""]]:
-    """The first token of every output. All beams of a prompt are the same yet, so that one of them counts."""
-    scores = jnp.where(jnp.arange(search.running.scores.shape[1]) == 0, 0.0, search.running.scores)
-    search = search.replace(running=search.running.replace(scores=scores))
-    search = _advance(search, logits)
-    return search, _runs(search)
+def _begin(state: BeamState, logits: Float[Array, "rows vocab"]) -> tuple[BeamState, Bool[Array, ""]]:
+    """Choose the first token of every output. All beams of a prompt are still equal, so only the first one counts."""
+    scores = jnp.where(jnp.arange(state.running.scores.shape[1]) == 0, 0.0, state.running.scores)
+    state = state.replace(running=state.running.replace(scores=scores))
+    state = _advance(state, logits)
+    return state, _any_running(state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 @lenient()
-def _go_on(
-    config: ModelConfig, params: Params, search: Search, steps: Int[Array, ""]
-) -> tuple[Search, Bool[Array, ""]]:
-    """Up to `steps` tokens more, fewer once no prompt's search runs, and whether one still does. Donates the search."""
+def _search_steps(
+    config: ModelConfig, params: Params, state: BeamState, steps: Int[Array, ""]
+) -> tuple[BeamState, Bool[Array, ""]]:
+    """Search up to `steps` steps, stopping early once no prompt's search runs; return whether one still does.
+
+    Donates the state.
+    """
+
+    def unfinished(carry):
+        step, state = carry
+        return (step < steps) & _any_running(state)
 
     def body(carry):
-        step, search = carry
-        running = search.running
-        newest = jnp.take(running.tokens, search.step - 1, axis=2).reshape(-1)
+        step, state = carry
+        running = state.running
+        newest = jnp.take(running.tokens, state.step - 1, axis=2).reshape(-1)
         lengths = (running.scores > -jnp.inf).astype(jnp.int32).reshape(-1)
-        hidden, cache = forward_cached(config, params, newest[:, None], lengths, search.cache)
-        return step + 1, _advance(search.replace(cache=cache), head(config, params, hidden))
+        hidden, cache = forward_cached(config, params, newest[:, None], lengths, state.cache)
+        return step + 1, _advance(state.replace(cache=cache), head(config, params, hidden))
 
-    unfinished = lambda carry: (carry[0] < steps) & _runs(carry[1])
-    _, search = jax.lax.while_loop(unfinished, body, (jnp.int32(0), search))
-    return search, _runs(search)
-
-
-def _runs(search: Search) -> Bool[Array, ""]:
-    return jnp.any(search.running.scores > -jnp.inf)
+    _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
+    return state, _any_running(state)
 
 
-def _advance(search: Search, logits: Float[Array, "rows vocab"]) -> Search:
-    """Every running hypothesis one token longer, what ends put among the finished, the cache in the new order."""
-    old = search.running
+def _any_running(state: BeamState) -> Bool[Array, ""]:
+    return jnp.any(state.running.scores > -jnp.inf)
+
+
+def _advance(state: BeamState, logits: Float[Array, "rows vocab"]) -> BeamState:
+    """Extend every running hypothesis by one token, move those that end to the finished ones, and reorder the cache."""
+    old = state.running
     prompts, beams = old.scores.shape
     vocab = logits.shape[-1]
     logprobs = jax.nn.log_softmax(logits).reshape(prompts, beams, vocab)
-    stop_ids = search.stop_ids
+    stop_ids = state.stop_ids
     is_stop = jnp.any(jnp.arange(vocab)[:, None] == stop_ids, axis=1)
 
+    # Extensions that go on: [prompts, beams · vocab], where index = parent · vocab + token.
     sums = old.scores[..., None] + jnp.where(is_stop, -jnp.inf, logprobs)
     best, index = jax.lax.top_k(sums.reshape(prompts, -1), beams)
     parent = index // vocab
-    running = _extended(old, logprobs, parent, index % vocab, best, search.step)
+    running = _extended(old, logprobs, parent, index % vocab, best, state.step)
 
-    # Whatever ends here competes with all continuations for a place among the best.
-    ends = jnp.where(stop_ids >= 0, logprobs[..., jnp.maximum(stop_ids, 0)], -jnp.inf)
-    ended, index = jax.lax.top_k((old.scores[..., None] + ends).reshape(prompts, -1), beams)
+    # Extensions by a stop id: index = parent · stops + position in stop_ids. Only those among the best of all count.
+    stop_logprobs = jnp.where(stop_ids >= 0, logprobs[..., jnp.maximum(stop_ids, 0)], -jnp.inf)
+    ended, index = jax.lax.top_k((old.scores[..., None] + stop_logprobs).reshape(prompts, -1), beams)
     worst = jax.lax.top_k(jnp.concatenate([best, ended], axis=1), beams)[0][:, -1:]
     ended = jnp.where(ended >= worst, ended, -jnp.inf)
     stops = jnp.maximum(stop_ids, 0)[index % len(stop_ids)]
-    stopped = _extended(old, logprobs, index // len(stop_ids), stops, ended, search.step)
+    stopped = _extended(old, logprobs, index // len(stop_ids), stops, ended, state.step)
     stopped = stopped.replace(stopped=jnp.ones((prompts, beams), bool))
 
-    length = (search.step + 1).astype(jnp.float32)
-    normalised = lambda sums, length: sums / length**search.length_penalty
-    last = search.step + 1 >= search.limit
+    length = (state.step + 1).astype(jnp.float32)
+
+    def normalised(sums: Array, length: Array) -> Array:
+        return sums / length**state.length_penalty
+
+    # The best of: those finished before, those that end now, and at the limit those that run.
+    last = state.step + 1 >= state.limit
     candidates = [
-        search.finished,
+        state.finished,
         stopped.replace(scores=normalised(stopped.scores, length)),
         running.replace(scores=jnp.where(last, normalised(running.scores, length), -jnp.inf)),
     ]
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *candidates)
     _, index = jax.lax.top_k(together.scores, beams)
-    finished = jax.tree.map(lambda leaf: jax.vmap(lambda row, places: row[places])(leaf, index), together)
+    finished = _take_beams(together, index)
 
-    longest = (search.patience == PATIENCE.index("never")) & (search.length_penalty > 0)
-    hope = normalised(running.scores[:, 0], jnp.where(longest, search.limit.astype(jnp.float32), length))
+    # The best score that a running hypothesis can still reach. Sums only decrease; but with a positive penalty they are
+    # divided by a power of the length, so "never" assumes the present sum at the maximal length.
+    never = (state.early_stopping == EARLY_STOPPING.index("never")) & (state.length_penalty > 0)
+    attainable = normalised(running.scores[:, 0], jnp.where(never, state.limit.astype(jnp.float32), length))
     worst = finished.scores[:, -1]
-    at_once = (search.patience == PATIENCE.index(True)) & (worst > -jnp.inf)
-    over = last | at_once | (hope <= worst)
+    at_once = (state.early_stopping == EARLY_STOPPING.index(True)) & (worst > -jnp.inf)
+    over = last | at_once | (attainable <= worst)
     running = running.replace(scores=jnp.where(over[:, None], -jnp.inf, running.scores))
-    cache = search.cache
+    cache = state.cache
     if beams > 1:
         cache = take(cache, (parent + beams * jnp.arange(prompts)[:, None]).reshape(-1))
-    return search.replace(running=running, finished=finished, cache=cache, step=search.step + 1)
+    return state.replace(running=running, finished=finished, cache=cache, step=state.step + 1)
+
+
+def _take_beams(hypotheses: Hypotheses, index: Int[Array, "prompts beams"]) -> Hypotheses:
+    """Return hypothesis index[p, b] of prompt p in place b."""
+
+    def take_rows(leaf: Array) -> Array:
+        return jax.vmap(lambda rows, places: rows[places])(leaf, index)
+
+    return jax.tree.map(take_rows, hypotheses)
 
 
 def _extended(
@@ -239,40 +263,40 @@ def _extended(
     scores: Float[Array, "prompts beams"],
     step: Int[Array, ""],
 ) -> Hypotheses:
-    """Each parent with its token at `step`, and these scores."""
-    taken = jax.tree.map(lambda leaf: jax.vmap(lambda row, places: row[places])(leaf, parent), old)
-    own = jax.vmap(lambda row, parent, token: row[parent, token])(logprobs, parent, token)
+    """Return the parents extended by the tokens at `step`, with these scores."""
+    parents = _take_beams(old, parent)
+    token_logprobs = jax.vmap(lambda rows, parent, token: rows[parent, token])(logprobs, parent, token)
     return Hypotheses(
-        tokens=taken.tokens.at[:, :, step].set(token),
-        logprobs=taken.logprobs.at[:, :, step].set(own),
-        lengths=jnp.full_like(taken.lengths, step + 1),
+        tokens=parents.tokens.at[:, :, step].set(token),
+        logprobs=parents.logprobs.at[:, :, step].set(token_logprobs),
+        lengths=jnp.full_like(parents.lengths, step + 1),
         scores=scores,
-        stopped=taken.stopped,
+        stopped=parents.stopped,
     )
 
 
 def _beams(finished: Hypotheses, n: int) -> Beams:
-    """The n best of every prompt, from host arrays."""
-    made = Beams([], [], [], [])
+    """Return the n best hypotheses of every prompt from host arrays."""
+    result = Beams([], [], [], [])
     for prompt, scores in enumerate(finished.scores):
-        there = [place for place in range(n) if scores[place] > -math.inf]
-        counts = [int(finished.lengths[prompt, place] - finished.stopped[prompt, place]) for place in there]
-        pairs = list(zip(there, counts, strict=True))
-        made.tokens.append([finished.tokens[prompt, place, :count].tolist() for place, count in pairs])
-        made.logprobs.append([finished.logprobs[prompt, place, :count].tolist() for place, count in pairs])
-        made.scores.append([float(scores[place]) for place in there])
-        made.finish_reason.append(["stop" if finished.stopped[prompt, place] else "length" for place in there])
-    return made
+        found = [place for place in range(n) if scores[place] > -math.inf]
+        counts = [int(finished.lengths[prompt, place] - finished.stopped[prompt, place]) for place in found]
+        pairs = list(zip(found, counts, strict=True))
+        result.tokens.append([finished.tokens[prompt, place, :count].tolist() for place, count in pairs])
+        result.logprobs.append([finished.logprobs[prompt, place, :count].tolist() for place, count in pairs])
+        result.scores.append([float(scores[place]) for place in found])
+        result.finish_reason.append(["stop" if finished.stopped[prompt, place] else "length" for place in found])
+    return result
 
 
 def _check(config, beams, n, length_penalty, stops, early_stopping) -> None:
     if beams < 1:
         raise InputError(f"beams={beams} must be at least 1; 4 is usual")
     if not 1 <= n <= beams:
-        raise InputError(f"n={n} hypotheses cannot be handed back of beams={beams}; give n in 1 … {beams}")
+        raise InputError(f"n={n} hypotheses cannot be returned from beams={beams}; give n in 1 … {beams}")
     if not math.isfinite(length_penalty):
         raise InputError(f"length_penalty={length_penalty} must be a finite number; 1 compares means, 0 sums")
-    if early_stopping not in PATIENCE:
+    if early_stopping not in EARLY_STOPPING:
         raise InputError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     wrong = [token for token in stops if not 0 <= token < config.vocab_size]
     if wrong:

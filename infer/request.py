@@ -1,19 +1,19 @@
-"""One request to the engine: what was asked, what has come of it, and when."""
+"""A request to the serving engine: its prompt and settings, its output so far, and timestamps."""
 
 import dataclasses
 
+from infer.completion import Completion
 from infer.decode import Emitted
-from infer.generate import Completion
 from infer.prompts import Prompt
-from model import KVCache
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Request(Completion):
-    """A prompt and what has come of it so far. Times are seconds of the engine's clock, None: not yet.
+    """A prompt and its output so far. Times are seconds of the engine's clock; None: not yet.
 
-    finish_reason: None while it waits or runs, then "stop", "length" or "cancelled". first_token: when the host had
-    the first token, or the stop id in its place. token_times: of every token; those of one step come together.
+    finish_reason: None while it waits or runs, then "stop", "length" or "cancelled". first_token: time at which the
+    host had the first token, or the stop id in its place. token_times: one per token; tokens of one step arrive
+    together.
     """
 
     prompt: Prompt
@@ -23,12 +23,12 @@ class Request(Completion):
     finished: float | None = None
     token_times: list[float] = dataclasses.field(default_factory=list)
 
-    # Two requests that say the same are two.
+    # Requests with equal contents are different requests.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def receive(self, emitted: Emitted, row: int, now: float) -> bool:
-        """Take in what a call made (host arrays) of this row; whether that was anything."""
+        """Append this row's tokens of one call (host arrays); return True if there were any or the request ended."""
         if self.finish_reason is not None:
             return False
         before = len(self.tokens)
@@ -42,16 +42,6 @@ class Request(Completion):
         return changed
 
     def end(self, reason: str) -> None:
-        """End as any completion does; a token that a stop string takes back has no time."""
+        """End the request; tokens dropped with a stop string lose their times too."""
         super().end(reason)
         del self.token_times[len(self.tokens) :]
-
-
-@dataclasses.dataclass
-class Reading:
-    """A request whose prompt is being read. width: tokens of a chunk. done: tokens that its cache holds."""
-
-    request: Request
-    cache: KVCache
-    width: int
-    done: int = 0

@@ -1,9 +1,9 @@
-"""The jitted pair: `prefill` takes prompts (or chunks of them) in, `decode_step` takes one token a row.
+"""The jitted pair: `prefill` appends prompts, or chunks of them, to a cache; `decode_step` appends one token per row.
 
 Both donate their cache: copy it (`jax.tree.map(jnp.copy, cache)`) before a call to branch from it.
 
-Where parameters lie over a mesh, call both, and `init_cache` before them, under `model.sharding.under_mesh_of(params)`:
-rows and heads then stay split as the cache is.
+With parameters sharded over a mesh, call `init_cache`, `prefill` and `decode_step` under
+`model.sharding.under_mesh_of(params)`: rows and heads then stay split as they are in the cache.
 """
 
 import functools
@@ -33,13 +33,14 @@ def prefill(
     edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Append a chunk of every row at `cache.lengths`: float32 logits after each row's last token, and the cache.
+    """Append a chunk to every row at `cache.lengths`; return float32 logits after each row's last token, and the cache.
 
-    tokens: right-padded; lengths: how many are real (0 leaves a row as it is; its logits mean nothing then). A row
-    that would run past the capacity gets NaN logits and nothing is written past the end. encoder_tokens: what an
-    encoder-decoder reads, right-padded, with the first chunk only; the cache keeps what the decoder needs of it.
-    fresh: the cache is known to be empty, and is not looked at. edits: as `model.forward` takes them, of this chunk's
-    activations, but not of "attention". Raises InputError where encoder tokens do not fit the cache or edits the chunk.
+    tokens: right-padded. lengths: real tokens of each row; 0 leaves a row unchanged, and its logits are undefined. A
+    row whose chunk exceeds the capacity gets NaN logits, and nothing is written past the end.
+    encoder_tokens: right-padded input of an encoder-decoder's encoder, with the first chunk only; the cache keeps what
+    cross-attention needs. fresh: promises that the cache is empty, so that it is not read. edits: as in
+    `model.forward`, of this chunk's activations, except those named "attention".
+    Raises InputError if the encoder tokens do not fit the cache or the edits do not fit the chunk.
     """
     hidden, cache = forward_cached(
         config,
@@ -67,9 +68,9 @@ def decode_step(
     edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
-    """Append one token to every row: float32 logits of the next one, and the cache.
+    """Append one token to every row; return float32 logits of the next token, and the cache.
 
-    A row that is full gets NaN logits and nothing is written. edits: as in `prefill`, of one token.
+    A full row gets NaN logits, and nothing is written. edits: as in `prefill`, of one token.
     """
     hidden, cache = forward_cached(
         config, params, token[:, None], jnp.ones_like(token), cache, edits=edits, execution=execution

@@ -1,225 +1,260 @@
-"""Text of generated ids: decoded as they come, in linear time, and cut where a stop string begins."""
+"""Detokenize generated ids as they arrive, in linear time, and end the text at the first stop string."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from model.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no whole character
-LONGEST_UNFINISHED = 3  # bytes, and so ids at most: a UTF-8 character has up to four bytes
-LONG = 32  # ids
-PROMPT_END = 256  # ids of the prompt that are looked at
+_REPLACEMENT = "\ufffd"  # U+FFFD, which decoders write for bytes that are not a whole UTF-8 character
+_MOST_UNFINISHED = 3  # bytes, and so ids: a UTF-8 character has up to four bytes
+_MOST_CONTEXT = 32  # ids
+_DROP_FROM = 32  # pending ids from which bytes that are not text are dropped
+_PROMPT_END = 256  # ids at the end of the prompt that are decoded
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """The part of a tokenizer that makes text: `model.tokenizer.Tokenizer`, or any object with this method."""
+    """The part of a tokenizer that turns ids into text: `model.tokenizer.Tokenizer`, or any object with this method."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of these ids."""
+        """Return the text of these ids."""
+
+
+class IncrementalDecoder:
+    """Decode the ids of a continuation chunk by chunk: decode(prompt + ids) without decode(prompt).
+
+    A continuation decoded by itself is a different text: sentencepiece drops the space before its first word. Each id
+    is therefore decoded after a short context of earlier ids whose own text is known, so that n ids cost O(n).
+
+    Ids are pending until their text ends with a whole character. Example with one id per byte, of the text "aé":
+    "a" is returned at once, 0xC3 is pending since it decodes to U+FFFD, and 0xA9 completes "é".
+    """
+
+    def __init__(self, decoder: Decoder, prompt: Sequence[int] = ()):
+        self._decoder = decoder
+        # Many models have more rows in their embedding than their tokenizer has tokens: ids from here on have no text.
+        self._vocab_size = decoder.vocab_size if isinstance(decoder, Tokenizer) else None
+        self._context: list[int] = []
+        self._context_text = ""
+        self._pending = self._with_token(prompt[-_PROMPT_END:])
+        self._unfinished = 0  # number of pending ids after which the text is known to end within a character
+        self._returned = 0  # characters of the pending ids' text that were returned already
+        self._drop_from = _DROP_FROM
+        self._settle()
+        # What the prompt's last bytes decode to, usually "" or U+FFFD: the continuation may complete the character.
+        self._prompt_rest = self._text_of(len(self._pending))[self._returned :]
+
+    @property
+    def has_pending(self) -> bool:
+        """True if the text of the last ids is not complete."""
+        return bool(self._pending)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the text that these ids add, as far as no later id can change it."""
+        self._pending += self._with_token(ids)
+        return self._without_prompt_rest(self._settle())
+
+    def finish(self) -> str:
+        """Return the text of the pending ids as it is."""
+        text = self._text_of(len(self._pending))[self._returned :]
+        self._pending, self._unfinished, self._returned = [], 0, 0
+        return self._without_prompt_rest(text)
+
+    def _with_token(self, ids: Iterable[int]) -> list[int]:
+        return [token for token in map(int, ids) if self._vocab_size is None or token < self._vocab_size]
+
+    def _without_prompt_rest(self, text: str) -> str:
+        """Remove from the start of the text what the prompt's last bytes decoded to, unless they were completed."""
+        rest = self._prompt_rest
+        while text and rest and text[0] == rest[0]:
+            text, rest = text[1:], rest[1:]
+        self._prompt_rest = "" if text else rest
+        return text
+
+    def _text_of(self, count: int) -> str:
+        """Return the text that the first `count` pending ids add to the context."""
+        if not count:
+            return ""
+        whole = self._decoder.decode(self._context + self._pending[:count])
+        if whole.startswith(self._context_text):
+            return whole[len(self._context_text) :]
+        # Some decoders turn a whole run of bytes into U+FFFD if one byte is invalid. Text already returned stays.
+        return self._decoder.decode(self._pending[:count])
+
+    def _settle(self) -> str:
+        """Return the new text of the pending ids up to the last whole character.
+
+        If the text is whole after one of the last few ids, the ids up to there are no longer pending. Otherwise the
+        bytes are not UTF-8, and only the last three can still become part of a character.
+        """
+        pending = len(self._pending)
+        if pending == self._unfinished:
+            return ""
+        texts = {}  # by number of ids
+        fewest = max(self._unfinished, pending - _MOST_UNFINISHED - 1, 0)
+        for count in range(pending, fewest, -1):
+            texts[count] = self._text_of(count)
+            if not texts[count].endswith(_REPLACEMENT):
+                return self._release(count, texts[count], texts[pending])
+        settled = pending - _MOST_UNFINISHED
+        text = texts.get(settled) or self._text_of(max(settled, 0))
+        # A token may end with the first bytes of a character: the text before those bytes is whole.
+        text = max(text, texts[pending].rstrip(_REPLACEMENT), key=len)
+        new = text[self._returned :]
+        self._returned, self._unfinished = max(self._returned, len(text)), pending
+        if pending >= self._drop_from:
+            self._drop_invalid_bytes(texts[pending])
+        return new
+
+    def _release(self, count: int, text: str, text_of_all: str) -> str:
+        """Remove the first `count` ids, which add `text`, from the pending ones; return the text not returned yet.
+
+        The next id may begin with whole characters, such as a token "b" + 0xC3 after "a": then `text` is "a",
+        `text_of_all` is "ab\\ufffd", and "b" is returned although its id stays pending.
+        """
+        if len(self._context) != 1 or not self._context_text.strip():
+            self._choose_context(self._context + self._pending[:count], self._context_text + text)
+        whole = text_of_all.rstrip(_REPLACEMENT)
+        begun = whole[len(text) :] if whole.startswith(text) else ""
+        new = (text + begun)[self._returned :]
+        del self._pending[:count]
+        self._unfinished, self._returned, self._drop_from = len(self._pending), len(begun), _DROP_FROM
+        return new
+
+    def _choose_context(self, ids: list[int], text: str) -> None:
+        """Choose as context the last few of these ids, which decode to `text`.
+
+        A context is long enough if it contains a visible character and decodes to the end of the text, ignoring leading
+        spaces, which some decoders drop. It need not be the text directly before the pending ids.
+        """
+        for count in (1, 2, 4, 8, 16, _MOST_CONTEXT):
+            tail = self._decoder.decode(ids[-count:])
+            visible = tail.strip().strip(_REPLACEMENT)
+            if (visible and text.endswith(tail.lstrip())) or count == _MOST_CONTEXT:
+                self._context, self._context_text = ids[-count:], tail
+                return
+            if count >= len(ids):
+                self._context, self._context_text = ids, text
+                return
+            if self._context_text.strip():  # the present context is good enough
+                return
+
+    def _drop_invalid_bytes(self, text: str) -> None:
+        """Drop the first half of many pending bytes that are not text, so that n of them cost O(n).
+
+        They are dropped at an id where the two halves, decoded separately, give the same `text` as all of them.
+        """
+        half = len(self._pending) // 2
+        for count in range(half, half + 8):
+            first = self._text_of(count)
+            second = self._decoder.decode(self._context + self._pending[count:]).removeprefix(self._context_text)
+            if first + second == text and len(first) <= self._returned:
+                del self._pending[:count]
+                self._unfinished, self._returned = len(self._pending), self._returned - len(first)
+                return
+        self._drop_from *= 2
+
+
+class _Character(NamedTuple):
+    """A character that may belong to a stop string. is_text: False in the name of a special token."""
+
+    character: str
+    is_text: bool
+    id_index: int  # of the id that it begins in
 
 
 class Detokenizer:
-    """The text that a continuation adds to its prompt: decode(prompt + ids) without decode(prompt).
+    """The text that a continuation adds to its prompt, up to the first stop string.
 
-    Decoded alone, a continuation is another text: sentencepiece drops the space before its first word. `push` takes new
-    ids and `finish` says that no more will come. Each id is decoded together with a few before it, enough to tell where
-    its own text begins, so n ids cost O(n). Ids without a token and special tokens give no text.
+    `push` takes new ids; `finish` ends the text. Ids without a token, and special tokens, have no text.
 
-    Stop strings are searched in the text with the names of special tokens in their places, so that they may name one.
-    The text ends where the first stop string begins. "First" is by where it begins: if another one that began later is
-    complete already, the search waits until the earlier one is complete or impossible.
+    Stop strings are searched in the text with the names of special tokens inserted, so they may contain such names. The
+    text ends where the first stop string begins. "First" is by its beginning: if a stop string is complete that begins
+    within a possible earlier one, the search waits until the earlier one is complete or impossible.
     """
 
     def __init__(self, decoder: Decoder, prompt: Sequence[int] = (), stop_strings: Sequence[str] = ()):
         self.ids_before_stop: int | None = None
-        """Number of ids that the text before the stop string is made of; None as long as none came.
+        """Number of ids that the text before the stop string consists of; None while no stop string was found.
 
-        The last of them may reach into the stop string. An id that begins with it is not counted.
+        The last of these ids may extend into the stop string. An id that begins with the stop string is not counted.
         """
-        self._decoder, self._stops = decoder, tuple(stop_strings)
-        self._special: Mapping[int, str] = {}
-        self._tokens: int | None = None  # ids from here on have no token
-        if isinstance(decoder, Tokenizer):
-            self._special, self._tokens = decoder.special_tokens, decoder.vocab_size
+        self._decoder, self._stop_strings = IncrementalDecoder(decoder, prompt), tuple(stop_strings)
+        self._special: Mapping[int, str] = decoder.special_tokens if isinstance(decoder, Tokenizer) else {}
         self._parts: list[str] = []  # of `text`
         self._pushed = 0  # ids
-        self._waiting_since = 0  # index of the first id whose text is not complete
-        self._undecided: deque[tuple[str, bool, int]] = deque()  # (character, is it text, index of its id)
-        self._decided_ids = 0  # ids that gave characters which are decided
-        # Ids are decoded after a few others, the context, whose own text is known.
-        self._context: list[int] = []
-        self._context_text = ""
-        self._waiting: list[int] = self._with_token(prompt[-PROMPT_END:])  # ids whose text is not complete
-        self._tried = 0  # of them, whose text is known to end within a character
-        self._given = 0  # characters of their text that were made already
-        self._longest_waiting = LONG
-        self._settle()
-        self._prompts_own = self._added(len(self._waiting))[self._given :]  # what the continuation may still complete
+        self._pending_from = 0  # index of the first id whose text is not complete
+        self._undecided: deque[_Character] = deque()  # end of the text, which may begin a stop string
+        self._decided_ids = 0  # ids up to the last one with a decided character
 
     @property
     def text(self) -> str:
-        """The part of the text that no later id can change; after `finish` all of it.
+        """The part of the text that no later id can change; after `finish` the whole text.
 
-        Until then it lacks a character whose last byte has not come, and what may be the beginning of a stop string (at
-        most its length − 1 characters).
+        Before that it lacks a character whose last byte has not arrived, and characters that may begin a stop string
+        (at most its length − 1).
         """
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
     def push(self, ids: Sequence[int]) -> None:
-        """Take the next ids of the continuation. Ids after a stop string change nothing."""
-        if not self._stops:
+        """Append the next ids of the continuation. Ids after a stop string are ignored."""
+        if not self._stop_strings:
             self._pushed += len(ids)
-            self._parts.append(self._text_of(self._with_token(ids)))
+            self._parts.append(self._decoder.push(ids))
             return
         for token in ids:
             if self.ids_before_stop is not None:
                 return
             self._push_one(int(token))
-            self._decide()
+            self._search()
 
     def finish(self) -> None:
-        """Release what was held back; a stop string may still be found in it."""
+        """End the text: release what was held back, in which a stop string may still be found."""
         if self.ids_before_stop is not None:
             return
-        made = self._added(len(self._waiting))[self._given :]
-        self._waiting, self._tried, self._given = [], 0, 0
-        self._add(self._without_prompts_own(made))
-        self._decide(final=True)
-
-    # ---- from ids to characters
-
-    def _with_token(self, ids: Iterable[int]) -> list[int]:
-        # Many models have more rows in their embedding than their tokenizer has tokens.
-        has_token = lambda token: self._tokens is None or token < self._tokens
-        return [token for token in map(int, ids) if has_token(token)]
-
-    def _text_of(self, ids: list[int]) -> str:
-        """The text that these ids add to what was made, as far as no later id can change it."""
-        self._waiting += ids
-        return self._without_prompts_own(self._settle())
-
-    def _without_prompts_own(self, made: str) -> str:
-        """Remove what the prompt's last bytes were decoded to, unless the continuation completed them."""
-        own = self._prompts_own
-        while made and own and made[0] == own[0]:
-            made, own = made[1:], own[1:]
-        self._prompts_own = "" if made else own
-        return made
-
-    def _added(self, count: int) -> str:
-        """The text that the first ids that wait add to the context."""
-        if not count:
-            return ""
-        whole = self._decoder.decode(self._context + self._waiting[:count])
-        if whole.startswith(self._context_text):
-            return whole[len(self._context_text) :]
-        # Some decoders give up a whole run of bytes for one that does not fit. What was made before stays.
-        return self._decoder.decode(self._waiting[:count])
-
-    def _settle(self) -> str:
-        """Make the text of the ids that wait, all but a character at its end that is not whole.
-
-        The ids up to the last place, of the last few, where a character ends no longer wait. If there is no such place
-        the bytes are no text, and only the last of them can still become part of a character.
-        """
-        waiting = len(self._waiting)
-        if waiting == self._tried:
-            return ""
-        texts = {}  # by number of ids
-        for count in range(waiting, max(self._tried, waiting - LONGEST_UNFINISHED - 1, 0), -1):
-            texts[count] = self._added(count)
-            if not texts[count].endswith(UNFINISHED):
-                return self._release(count, texts[count], texts[waiting])
-        settled = waiting - LONGEST_UNFINISHED
-        text = texts.get(settled) or self._added(max(settled, 0))
-        # A token may end with the first bytes of a character: what stands before it is whole.
-        text = max(text, texts[waiting].rstrip(UNFINISHED), key=len)
-        made, self._given, self._tried = text[self._given :], max(self._given, len(text)), waiting
-        if waiting >= self._longest_waiting:
-            self._drop_bytes(texts[waiting])
-        return made
-
-    def _release(self, count: int, text: str, text_of_all: str) -> str:
-        """Take this many ids, which add `text`, off those that wait; what of their text was not made yet."""
-        if len(self._context) != 1 or not self._context_text.strip():
-            self._choose_context(self._context + self._waiting[:count], self._context_text + text)
-        begun = text_of_all.rstrip(UNFINISHED)  # of the next id: "a" and the first byte of "é"
-        begun = begun[len(text) :] if begun.startswith(text) else ""
-        made = (text + begun)[self._given :]
-        del self._waiting[:count]
-        self._tried, self._given, self._longest_waiting = len(self._waiting), len(begun), LONG
-        return made
-
-    def _choose_context(self, ids: list[int], text: str) -> None:
-        """Take as context the last few of these ids, which decode to `text`.
-
-        Enough are those that hold a visible character and decode to the end of the text, but for spaces at the
-        beginning, which some decoders drop. Their text need not be the one just before that of the ids to come.
-        """
-        for count in (1, 2, 4, 8, 16, LONG):
-            tail = self._decoder.decode(ids[-count:])
-            if (tail.strip().strip(UNFINISHED) and text.endswith(tail.lstrip())) or count == LONG:
-                self._context, self._context_text = ids[-count:], tail
-                return
-            if count >= len(ids):
-                self._context, self._context_text = ids, text
-                return
-            if self._context_text.strip():  # it will do
-                return
-
-    def _drop_bytes(self, text: str) -> None:
-        """Forget the first half of many bytes that are no text, at a place where the halves give the text of all."""
-        half = len(self._waiting) // 2
-        for count in range(half, half + 8):
-            first = self._added(count)
-            rest = self._decoder.decode(self._context + self._waiting[count:]).removeprefix(self._context_text)
-            if first + rest == text and len(first) <= self._given:
-                del self._waiting[:count]
-                self._tried, self._given = len(self._waiting), self._given - len(first)
-                return
-        self._longest_waiting *= 2
-
-    # ---- from characters to text, or to a stop string
+        self._append(self._decoder.finish())
+        self._search(final=True)
 
     def _push_one(self, token: int) -> None:
         index, self._pushed = self._pushed, self._pushed + 1
-        if not self._waiting:
-            self._waiting_since = index
-        self._add(self._text_of(self._with_token([token])))
-        self._undecided.extend((character, False, index) for character in self._special.get(token, ""))
+        if not self._decoder.has_pending:
+            self._pending_from = index
+        self._append(self._decoder.push([token]))
+        self._undecided.extend(_Character(character, False, index) for character in self._special.get(token, ""))
 
-    def _add(self, text: str) -> None:
-        """Add text of the newest id, whose first character may have begun in the ids that waited."""
-        if not self._stops:
+    def _append(self, text: str) -> None:
+        """Append text that the newest id completed; its first character begins in the first pending id."""
+        if not self._stop_strings:
             self._parts.append(text)
             return
         newest = self._pushed - 1
-        self._undecided.extend(
-            (character, True, newest if place else self._waiting_since) for place, character in enumerate(text)
-        )
+        for place, character in enumerate(text):
+            self._undecided.append(_Character(character, True, newest if place else self._pending_from))
 
-    def _decide(self, final: bool = False) -> None:
-        """Move to the text what cannot belong to a stop string, and end where one begins."""
-        raw = "".join(character for character, _, _ in self._undecided)
-        for place in range(len(raw)):
-            if any(raw.startswith(stop, place) for stop in self._stops):
-                self.ids_before_stop = max(self._decided_ids, self._undecided[0][2])
+    def _search(self, final: bool = False) -> None:
+        """Move characters that cannot belong to a stop string to the text; end the text where a stop string begins.
+
+        final: no more characters will come, so that no stop string is left incomplete.
+        """
+        undecided = "".join(one.character for one in self._undecided)
+        for start in range(len(undecided)):
+            if any(undecided.startswith(stop, start) for stop in self._stop_strings):
+                self.ids_before_stop = max(self._decided_ids, self._undecided[0].id_index)
                 self._undecided.clear()
                 return
-            if not final and any(stop.startswith(raw[place:]) for stop in self._stops):
+            if not final and any(stop.startswith(undecided[start:]) for stop in self._stop_strings):
                 return
-            character, is_text, index = self._undecided.popleft()
-            self._decided_ids = index + 1
-            if is_text:
-                self._parts.append(character)
+            decided = self._undecided.popleft()
+            self._decided_ids = decided.id_index + 1
+            if decided.is_text:
+                self._parts.append(decided.character)
 
 
 def continuation_text(decoder: Decoder, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that these ids add to the prompt's: see `Detokenizer`."""
+    """Return the text that these ids add to the prompt's: see `Detokenizer`."""
     words = Detokenizer(decoder, prompt)
     words.push(ids)
     words.finish()

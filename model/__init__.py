@@ -1,4 +1,4 @@
-"""What a model is: config → parameters → logits. Pure functions, no I/O but tokenizer and convert."""
+"""Models: config → parameters → logits. Pure functions; only tokenizer, convert and stored models do I/O."""
 
 from typing import TYPE_CHECKING
 

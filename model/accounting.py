@@ -1,7 +1,7 @@
-"""The one set of books: parameters, FLOPs and bytes. No array is made and nothing is traced.
+"""Accounting of parameters, FLOPs and bytes, from the config alone: no array is made and nothing is traced.
 
-A multiply and an add are two FLOPs. Every number says its convention. "Per token" of an encoder-decoder means one
-target token together with one source token: both sides are rows of the same length.
+A multiply and an add are two FLOPs. Every function states its convention. "Per token" means, for an encoder-decoder,
+one target token together with one source token: both are rows of the same length.
 """
 
 import collections
@@ -27,11 +27,11 @@ _STORED = ("float32", "bfloat16", "float16", "int8")
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Counts. A tied table counts once.
+    """Numbers of parameters. A tied table counts once.
 
     embedding: the tables of tokens, positions and token types. non_embedding: the rest, an untied head included.
-    active: what one token passes through: top_k of the routed experts, all of everything else, whole tables.
-    by_group: the same total by part, over all layers; "encoder/…" is the encoder of an encoder-decoder.
+    active: the parameters that one token uses: top_k of the routed experts, all others in full, tables included.
+    by_group: the total by part, over all layers; "encoder/…" is the encoder of an encoder-decoder.
     """
 
     total: int
@@ -43,7 +43,7 @@ class Parameters:
 
 @functools.lru_cache(maxsize=4096)
 def parameters(config: ModelConfig) -> Parameters:
-    """Count what `model.init` would make."""
+    """Count the parameters that `model.init` returns."""
     groups: collections.Counter[str] = collections.Counter()
     tables = matrices.embedding_tables(config)
     groups.update({f"embedding/{name}": count for name, count in tables.items()})
@@ -63,7 +63,7 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def _stack_parameters(config: ModelConfig, encoder: bool) -> tuple[dict[str, int], int]:
-    """Of one stack by group, and how many of them stand in experts that a token does not pass."""
+    """Return the parameters of one stack by group, and the number in experts that a token does not use."""
     groups: collections.Counter[str] = collections.Counter()
     idle = 0
     if config.position == "relative":
@@ -87,14 +87,16 @@ def flops_per_token(
     source_len: int | None = None,
     trained: Trained = ALL,
 ) -> float:
-    """FLOPs of one token in a row of `seq_len`, of an encoder-decoder's decoder where the encoder reads `source_len`.
-
-    source_len None: as many as the row has. trained: what training changes; default: all parameters.
+    """Return the FLOPs of one token in a row of `seq_len` tokens.
 
     "6N": 6 per active parameter in training, 2 in a forward pass; the embedding table counts once
-    (Kaplan et al. 2020, section 2.1, with embeddings). It counts all parameters, whichever are trained. "exact": every
-    product of `forward_flops_by_product`, and in training those of the gradients, `training_flops_by_product`: twice as
-    many again where all is trained. No softmax, norms, recomputation or optimizer.
+    (Kaplan et al. 2020, section 2.1, with embeddings). All parameters count, whichever are trained. "exact": all matrix
+    products of the forward pass (`forward_flops_by_product`), and in training also of the backward pass
+    (`training_flops_by_product`), twice as many where all parameters are trained. Neither counts softmax, norms,
+    recomputation or the optimizer.
+
+    source_len: the number of tokens that an encoder-decoder's encoder reads for the row; None: seq_len. trained:
+    default: all parameters. Raises InputError for another convention.
     """
     if convention == "6N":
         return (6 if training else 2) * parameters(config).active
@@ -106,13 +108,14 @@ def flops_per_token(
 
 
 def forward_flops_by_product(config: ModelConfig, seq_len: int, source_len: int | None = None) -> dict[str, float]:
-    """Exact forward FLOPs per token in a row of `seq_len`, by product, over all layers.
+    """Return the exact forward FLOPs per token in a row of `seq_len` tokens, by product, over all layers.
 
-    source_len: tokens that an encoder-decoder's encoder reads for the row (None: seq_len), whose products are counted
-    per token of the row too.
-    As `model.forward` computes them over whole rows: attention is dense, S × S, where a mask or a window hides keys
-    too. Latent attention makes every head's keys and values. Of the routed experts a token's top_k count, without the
-    padding of their batches. A classifier's head sees one token of the row.
+    Products are those of `model.forward` over whole rows: attention is dense, seq_len × seq_len, also where a mask or a
+    window hides keys. Latent attention computes keys and values of every head. Of the routed experts, the top_k of a
+    token count, without the padding of their blocks. A classifier's head reads one token of the row.
+
+    source_len: the number of tokens that an encoder-decoder's encoder reads for the row (None: seq_len); the encoder's
+    products are also divided by the tokens of the row.
     """
     return dict(flops_by_product(config, seq_len, source_len).forward)
 
@@ -120,24 +123,24 @@ def forward_flops_by_product(config: ModelConfig, seq_len: int, source_len: int 
 def training_flops_by_product(
     config: ModelConfig, seq_len: int, source_len: int | None = None, trained: Trained = ALL
 ) -> dict[str, float]:
-    """Exact FLOPs of training per token in a row of `seq_len`, by product, forward and backward.
+    """Return the exact FLOPs of training per token in a row of `seq_len` tokens, by product, forward and backward.
 
-    A matrix counts 3 times its forward product where it is trained and something below it too, 2 times where one of
-    both is, and once where neither is. Low-rank factors (rank and targets of `trained`) are products of their own,
-    "adapters", of as many columns as they are stored with.
+    A matrix counts 3 times its forward product where both the matrix and a parameter below it are trained, 2 times
+    where one of the two is, and once where neither is. Low-rank factors (rank and targets of `trained`) are a product
+    of their own, "adapters", with the rank that they are stored with.
     """
     forward, backward = flops_by_product(config, seq_len, source_len, trained)
-    return {name: once + backward[name] for name, once in forward.items()}
+    return {name: flops + backward[name] for name, flops in forward.items()}
 
 
 def kv_cache_bytes(
     config: ModelConfig, batch: int, length: int, dtype: DTypeLike | None = None, encoder_length: int | None = None
 ) -> int:
-    """Bytes of keys and values for `length` tokens in each of `batch` rows; give the filled or the allocated length.
+    """Return the bytes of keys and values for `length` tokens, filled or allocated, in each of `batch` rows.
 
-    A window's layer holds no more than its window; latent attention holds kv_rank + rope_dim features a token. An
-    encoder-decoder holds `encoder_length` source tokens (None: `length`) too, an encoder nothing. dtype None: the
-    compute dtype; int8: with the float32 scale of every head's key and value, or of a latent vector's two parts.
+    A layer with a window holds at most its window; latent attention holds kv_rank + rope_dim features per token. An
+    encoder-decoder also holds `encoder_length` source tokens (None: `length`), an encoder holds nothing. dtype None:
+    the compute dtype; int8: with a float32 scale for every head's key and value, or for each part of a latent vector.
     """
     if config.stack == "encoder":
         return 0
@@ -152,31 +155,31 @@ def kv_cache_bytes(
 
 
 def decode_step_flops(config: ModelConfig, batch: int, length: int) -> int:
-    """Exact FLOPs of decoding one token in each of `batch` rows that then hold `length` tokens, the new one included.
+    """Return the exact FLOPs of decoding one token in each of `batch` rows of `length` tokens, the new one included.
 
-    Every product, as `flops_per_token` counts them: attention over the filled cache alone, of a window's layer over no
-    more than its window. Latent attention is absorbed: every head attends to the latent vectors themselves.
+    Matrix products only, as in `flops_per_token`. Attention reads the filled part of the cache, in a layer with a
+    window at most the window. In latent attention the up-projection is absorbed: heads attend to the latent vectors.
     """
     flops = sum(matrix.flops for matrix in matrices.head_matrices(config))
     query, value = config.head_dim, config.head_dim
     if config.latent is not None:
         query, value = config.latent.kv_rank + config.latent.rope_dim, config.latent.kv_rank
     for kind in layer_kinds(config):
-        seen = length if kind.window is None else min(length, kind.window)
+        num_keys = length if kind.window is None else min(length, kind.window)
         flops += sum(matrix.flops for matrix in matrices.layer_matrices(config, kind))
-        flops += 2 * seen * config.num_heads * (query + value)
+        flops += 2 * num_keys * config.num_heads * (query + value)
     return batch * flops
 
 
 def decode_step_bytes(
     config: ModelConfig, params: Params, batch: int, length: int, cache_dtype: DTypeLike | None = None
 ) -> dict[str, float]:
-    """Bytes that decoding one token in each of `batch` rows must read: {"weights", "embedding", "cache"}.
+    """Return the bytes that decoding one token in each of `batch` rows must read: {"weights", "embedding", "cache"}.
 
     params: arrays or their shapes; prepared ones count as they are stored. weights: every leaf once, but of the routed
-    experts only as many as `batch` tokens are expected to choose if all are alike: count · (1 − (1 − top_k / count) ^
-    batch). embedding: the rows looked up; a token table that serves as the head stands under weights, whole. cache:
-    `kv_cache_bytes` of `length` tokens a row, as filled.
+    experts only the number expected to be chosen by `batch` tokens under uniform routing, count · (1 − (1 − top_k /
+    count)^batch): 8 experts with top_k = 2 and 4 tokens are 8 · (1 − 0.75⁴) = 5.5. embedding: the rows looked up; a
+    token table that is also the head counts in full under weights. cache: `kv_cache_bytes` of `length` tokens per row.
     """
     read = {"weights": 0.0, "embedding": 0.0, "cache": float(kv_cache_bytes(config, batch, length, cache_dtype))}
     experts, tied = config.experts, "weight" not in params.get("head", {})
@@ -188,21 +191,20 @@ def decode_step_bytes(
             read["embedding"] += batch * size / leaf.shape[0]
             read["weights"] += size if names[1] == "tokens" and tied else 0
         else:
-            routed = ("feed_forward", "experts") in itertools.pairwise(names)  # a stack of layers has that name too
+            routed = ("feed_forward", "experts") in itertools.pairwise(names)  # "experts" is also a kind of layers
             read["weights"] += size * (share if routed else 1)
     return read
 
 
 def parameter_bytes(config: ModelConfig, dtype: DTypeLike = "float32") -> int:
-    """Bytes of all parameters in one precision; int8: without scales."""
+    """Return the bytes of all parameters in one precision; int8: without scales."""
     return parameters(config).total * jnp.dtype(dtype_name(dtype, _STORED)).itemsize
 
 
 def training_bytes(config: ModelConfig, trained: int | None = None, frozen: int = 0) -> dict[str, int]:
-    """What training holds per parameter, all in float32: 16 bytes. Activations come on top and are not estimated.
+    """Return the bytes of the training state in float32, 16 per trained parameter, without activations.
 
-    trained, frozen: bytes of the parameters that are trained (None: all) and of those that are not, which have neither
-    gradients nor moments.
+    trained: bytes of the trained parameters; None: all. frozen: bytes of the others, without gradients and moments.
     """
     size = parameter_bytes(config, "float32") if trained is None else trained
     held = {"parameters": size, "gradients": size, "Adam moments": 2 * size}
@@ -210,7 +212,7 @@ def training_bytes(config: ModelConfig, trained: int | None = None, frozen: int 
 
 
 def serving_bytes(config: ModelConfig, batch: int, length: int, dtype: DTypeLike = "bfloat16") -> dict[str, int]:
-    """What serving holds when `batch` rows are `length` tokens long, weights and cache in one precision."""
+    """Return the bytes of weights and of the cache of `batch` rows of `length` tokens, in one precision."""
     return {
         "weights": parameter_bytes(config, dtype),
         "cache": kv_cache_bytes(config, batch, length, dtype),

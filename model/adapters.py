@@ -1,9 +1,10 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): small trained changes of a frozen model's matrices.
+"""Low-rank adapters (LoRA, Hu et al. 2021): trained updates of low rank to the matrices of a frozen model.
 
-An adapter is a tree of {"a", "b"} at the paths of the matrices that it changes. `attach` puts it on a model of plain or
-rounded weights (QLoRA, Dettmers et al. 2023), whose leaves are then `model.weights.LowRank` and run wherever the model
-runs. Rank and alpha enter as numbers (`mask_and_scale`), so that one program trains adapters of several: column k of
-`a` is drawn from a key of its own, and the first columns of a large adapter are those of a small one.
+An adapter is a tree of {"a", "b"} at the paths of the matrices that it changes. `attach` puts it on a model with plain
+or quantized weights (QLoRA, Dettmers et al. 2023): its leaves are then `model.weights.LowRank`, which every function
+that runs the model takes. Rank and alpha are data (`mask_and_scale`), so that one program trains adapters of several
+ranks: column k of `a` is drawn with a key of its own, so that an adapter of rank 4 starts as the first 4 columns of one
+of rank 8.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ TARGETS = (
     *("query_down", "query_up", "key_value_down", "key_value_up"),
     *("up", "gate", "down"),
 )
-# What an adapter changes where it is named: the matrices of all routed experts, and a head that is no token table.
+# Targets that are not among the default ones: the matrices of all routed experts, and an untied head.
 FURTHER = ("experts", "head")
-_WITHOUT = {
+_UNSUPPORTED = {
     "router": "a router is trained whole",
     "embedding": "a table is trained whole",
     "tokens": "a table is trained whole",
@@ -44,13 +45,13 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter(Part):
-    """The shape of an adapter: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
+    """Hyperparameters of an adapter: x @ W becomes x @ W + (x @ a) @ b · alpha / rank.
 
-    rank: of all matrices; the largest one where lanes have several. rank_stabilised: alpha / √rank instead, so that
-    larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices among TARGETS and
-    FURTHER; default: all TARGETS, as QLoRA recommends. Those that a model lacks are passed over. "experts": every
-    routed expert gets factors of its own, for all its matrices. Tables and routers get none. Raises InputError on other
-    names.
+    rank: the same for all matrices; the largest one where lanes have different ranks. rank_stabilised: alpha / √rank
+    instead, so that larger ranks do not learn more slowly (rsLoRA, Kalajdzievski 2023). targets: names of matrices
+    among TARGETS and FURTHER; default: all TARGETS, as QLoRA recommends. Targets that the model lacks are ignored.
+    "experts": every routed expert has its own factors, for all its matrices. Token tables and routers have none. Raises
+    InputError for other names.
     """
 
     POSITIVE: ClassVar[tuple[str, ...]] = ("rank", "alpha")
@@ -58,16 +59,16 @@ class Adapter(Part):
     rank: int = 8
     alpha: float = 8.0
     rank_stabilised: bool = False
-    targets: Sequence[str] = TARGETS  # always a tuple once made
+    targets: Sequence[str] = TARGETS  # a tuple after __post_init__
 
     def __post_init__(self) -> None:
         targets = self.targets
         if not isinstance(targets, (list, tuple)) or not all(isinstance(name, str) for name in targets):
             raise InputError(f"Adapter.targets={targets!r} must be a list of names such as ['query', 'value']")
         for name in targets:
-            if name in _WITHOUT:
+            if name in _UNSUPPORTED:
                 raise InputError(
-                    f"Adapter.targets names {name!r}, which gets no adapter: {_WITHOUT[name]}; "
+                    f"Adapter.targets names {name!r}, which gets no adapter: {_UNSUPPORTED[name]}; "
                     f"supported are {', '.join(ALL_TARGETS)}"
                 )
             if name not in ALL_TARGETS:
@@ -77,18 +78,17 @@ class Adapter(Part):
 
 
 def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]]:
-    """Return the path and the shape, (…, d_in, d_out), of every matrix that the adapter changes.
+    """Return {path: shape} of every matrix that the adapter changes.
 
-    Before the last two axes stand layers, and experts.
-
-    Raises InputError where there is none, or one is smaller than the rank.
+    Shapes are (layers, d_in, d_out), of routed experts (layers, experts, d_in, d_out), of a head (d_in, d_out). Raises
+    InputError where the model has none of the targets, or where the rank exceeds a matrix's smaller side.
     """
     tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     leaves = traverse_util.flatten_dict(tree)
     found = {path: leaf.shape for path, leaf in leaves.items() if target_of(path) in adapter.targets}
     if not found:
-        there = {target_of(path) for path in leaves}
-        named = ", ".join(name for name in ALL_TARGETS if name in there)
+        present = {target_of(path) for path in leaves}
+        named = ", ".join(name for name in ALL_TARGETS if name in present)
         raise InputError(f"Adapter.targets={list(adapter.targets)} names none of the model's matrices, {named}")
     for path, shape in found.items():
         if adapter.rank > min(shape[-2:]):
@@ -101,36 +101,41 @@ def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]
 
 @lenient()
 def init_adapter(config: ModelConfig, adapter: Adapter, params: Any, key: PRNGKeyArray) -> Params:
-    """Return a fresh adapter, which changes nothing yet: {"a": float32 […, d_in, rank], "b": …} at every path.
+    """Return a new adapter: {"a": float32 […, d_in, rank], "b": float32 […, rank, d_out]} at every path.
 
-    b is zero. a is uniform within ±1/√d_in, which is PEFT's default (Kaiming's with a slope of √5); every path and
-    column is drawn from a key of its own. params: the model's, in any form and stacked by layer, or their shapes.
-    Raises InputError on parameters of another config, and as `adapted` does.
+    b is zero, so that the model's outputs are unchanged at first. a is uniform within ±1/√d_in, PEFT's default
+    (Kaiming's with a slope of √5); every path and column is drawn with a key of its own. params: those of the model, in
+    any stored form and stacked by layer, or their shapes. Raises InputError for parameters of another config, and as
+    `adapted` does.
     """
     shapes = adapted(config, adapter)
     tree: dict[Path, Array] = {}
     for path, shape in shapes.items():
-        there = shape_of(_leaf(params, path))
-        if there != shape:
+        found = shape_of(_leaf(params, path))
+        if found != shape:
             raise InputError(
-                f"the parameter {'/'.join(path)} has shape {list(there)}; the config asks for {list(shape)}"
+                f"the parameter {'/'.join(path)} has shape {list(found)}; the config asks for {list(shape)}"
             )
         *stack, d_in, d_out = shape
-        of_path = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(of_path, jnp.arange(adapter.rank))
-        bound = d_in**-0.5
-        column = lambda key, size=(*stack, d_in), bound=bound: jax.random.uniform(key, size, jnp.float32, -bound, bound)
-        tree[(*path, "a")] = jnp.moveaxis(jax.vmap(column)(keys), 0, -1)
+        path_key = jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        column_keys = jax.vmap(jax.random.fold_in, (None, 0))(path_key, jnp.arange(adapter.rank))
+        draw_column = functools.partial(_uniform, shape=(*stack, d_in), bound=d_in**-0.5)
+        tree[(*path, "a")] = jnp.moveaxis(jax.vmap(draw_column)(column_keys), 0, -1)
         tree[(*path, "b")] = jnp.zeros((*stack, adapter.rank, d_out), jnp.float32)
     return traverse_util.unflatten_dict(tree)
+
+
+def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], bound: float) -> Array:
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def mask_and_scale(
     adapter: Adapter, rank: int | Array | None = None, alpha: float | Array | None = None
 ) -> tuple[Float[Array, " rank"], Float[Array, ""]]:
-    """Return which of an adapter's columns count, 0 or 1, and the number that its product is multiplied by.
+    """Return the mask of an adapter's columns, 1 up to `rank` and 0 after it, and the scale alpha / rank.
 
-    rank and alpha may be traced numbers; None: the adapter's own. Raises InputError on a rank above the adapter's.
+    rank and alpha may be traced; None: the adapter's own. Rank 2 of an adapter of rank 4 has the mask [1, 1, 0, 0].
+    Raises InputError for a rank above the adapter's.
     """
     rank = adapter.rank if rank is None else rank
     alpha = adapter.alpha if alpha is None else alpha
@@ -144,14 +149,14 @@ def mask_and_scale(
 
 @lenient()
 def attach(params: Params, tree: Params, mask: Float[Array, " rank"], scale: Float[Array, ""]) -> Params:
-    """Return the parameters with a `LowRank` at every path of an adapter; nothing is copied.
+    """Return the parameters with a `LowRank` at every path of an adapter; the base is shared, not copied.
 
-    params: plain or in other stored forms, stacked by layer: `infer.prepare` comes after this. Raises InputError on an
-    adapter of another model.
+    params: in any stored form, stacked by layer; call `infer.prepare` after this. Raises InputError for an adapter of
+    another model.
     """
     leaves: dict[Path, Any] = {}
-    for path, factors in _pairs(tree).items():
-        base, (a, b) = _leaf(params, path), factors
+    for path, (a, b) in _pairs(tree).items():
+        base = _leaf(params, path)
         shape = shape_of(base)
         if (*a.shape[:-1], b.shape[-1]) != shape or a.shape[-1] != b.shape[-2] or b.shape[:-2] != shape[:-2]:
             raise InputError(
@@ -172,26 +177,29 @@ def attach(params: Params, tree: Params, mask: Float[Array, " rank"], scale: Flo
 
 @lenient()
 def fold(params: Params) -> Params:
-    """Return the parameters with the plain float32 matrix in place of every `LowRank`; rounded bases are widened.
+    """Return the parameters with every `LowRank` merged into one float32 matrix; quantized bases are dequantized.
 
-    All other leaves are as they were.
+    All other leaves stay as they are.
     """
-    merge = lambda leaf: merged(leaf) if isinstance(leaf, LowRank) else leaf
+
+    def merge(leaf: Any) -> Any:
+        return merged(leaf) if isinstance(leaf, LowRank) else leaf
+
     return jax.tree.map(merge, params, is_leaf=is_weight)
 
 
 @lenient()
 def masked(tree: Params, mask: Float[Array, " rank"]) -> Params:
-    """Return an adapter with zeros in the columns of `a` that do not count."""
-    cut = lambda path, leaf: leaf * mask if path[-1] == "a" else leaf
-    leaves = {path: cut(path, leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    """Return an adapter with zeros in the columns of `a` whose mask is 0."""
+    leaves = traverse_util.flatten_dict(tree)
+    leaves = {path: leaf * mask if path[-1] == "a" else leaf for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(leaves)
 
 
 def first_columns(tree: Params, rank: int) -> Params:
-    """Return the adapter of a smaller rank that the first columns of `a` and rows of `b` are, as a mask keeps them."""
-    cut = lambda path, leaf: leaf[..., :rank] if path[-1] == "a" else leaf[..., :rank, :]
-    leaves = {path: cut(path, leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+    """Return the adapter of a smaller rank: the first `rank` columns of each `a` and rows of each `b`."""
+    leaves = traverse_util.flatten_dict(tree)
+    leaves = {path: leaf[..., :rank] if path[-1] == "a" else leaf[..., :rank, :] for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(leaves)
 
 
@@ -204,18 +212,18 @@ def divide(tree: Params) -> tuple[Params, Params]:
 
 
 def target_of(path: Path) -> str | None:
-    """Return the name among ALL_TARGETS by which an adapter has the parameter at a path; None where it has none."""
+    """Return the target in ALL_TARGETS that includes the parameter at a path, or None."""
     if path == ("head", "weight") or ("layers" in path and path[-2] == "experts"):
         return path[-2]
     return path[-2] if "layers" in path and path[-1] == "weight" and path[-2] in TARGETS else None
 
 
 def _pairs(tree: Params) -> dict[Path, tuple[Any, Any]]:
-    """Return the two factors of every path. Raises InputError on a tree of anything else."""
+    """Return {path: (a, b)}. Raises InputError where the tree is not an adapter's."""
     leaves = traverse_util.flatten_dict(tree)
     paths = dict.fromkeys(path[:-1] for path in leaves)
     if not paths or {(*path, name) for path in paths for name in ("a", "b")} != leaves.keys():
-        raise InputError('this is no adapter, which has "a" and "b" at every path; give the tree of init_adapter')
+        raise InputError('the tree is no adapter, which has "a" and "b" at every path; give the tree of init_adapter')
     return {path: (leaves[(*path, "a")], leaves[(*path, "b")]) for path in paths}
 
 
@@ -231,7 +239,7 @@ def _leaf(params: Any, path: Path) -> Any:
 
 
 def _with_leaves(tree: Any, leaves: Mapping[Path, Any], path: Path = ()) -> Any:
-    """Return the tree with some leaves replaced; what is not below them is shared."""
+    """Return the tree with some leaves replaced; all others are shared, not copied."""
     if path in leaves:
         return leaves[path]
     if not isinstance(tree, Mapping):

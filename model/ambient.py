@@ -1,9 +1,9 @@
-"""Settings of JAX that change numbers, or what a program may do, by the process or its environment variables.
+"""Global settings of JAX, from the process or its environment variables, that change numbers or raise errors.
 
-A run is a function of its configuration, seed and data alone. So what makes or reads runs, and every command, has these
-settings at JAX's own defaults, whatever JAX_DEFAULT_PRNG_IMPL, JAX_ENABLE_X64 and the like say. Pure functions such as
-`apply`, `train_step` and `generate` obey the caller's. Options of compilers (XLA_FLAGS, JAX_OPTIMIZATION_LEVEL) and the
-choice of devices stay the caller's everywhere: they change no number but by rounding.
+A run is a function of its configuration, seed and data alone. Functions that write or read runs, and every command,
+therefore set these to JAX's defaults, whatever JAX_DEFAULT_PRNG_IMPL, JAX_ENABLE_X64 and so on are. Pure functions such
+as `apply`, `train_step` and `generate` use the caller's settings. Compiler options (XLA_FLAGS, JAX_OPTIMIZATION_LEVEL)
+and the choice of devices are never changed: they affect numbers only by rounding.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from typing import Any
 import jax
 
 PINNED: dict[str, Any] = {
-    # which random numbers a seed gives
+    # random numbers of a seed
     "default_prng_impl": "threefry2x32",
     "threefry_partitionable": True,
     "random_seed_offset": 0,
     "high_dynamic_range_gumbel": False,
     "accurate_erf_inv": False,
-    # in which precision numbers are computed
+    # precision
     "enable_x64": False,
     "default_matmul_precision": None,
     "allow_f16_reductions": True,
     "softmax_custom_jvp": False,
-    # what is an error, and whether anything is compiled
+    # errors and compilation
     "numpy_dtype_promotion": "standard",
     "numpy_rank_promotion": "allow",
     "legacy_prng_key": "allow",
@@ -40,24 +40,25 @@ PINNED: dict[str, Any] = {
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """Have the settings of PINNED at those values in a `with` block, or in a function that this decorates.
+    """Set the settings of PINNED in a `with` block or a decorated function, and restore them afterwards.
 
-    They are as before afterwards, also where an exception ends the block. A thread that is started inside has the
-    process's settings: what computes there needs a block of its own.
+    A thread that is started inside has the process's settings and needs a block of its own.
     """
     with contextlib.ExitStack() as stack:
         for name in changed():
-            # JAX has context managers, which are a thread's own, of most settings; the others are the process's.
-            own = getattr(jax, name, None)
-            stack.enter_context(_globally(name, PINNED[name]) if own is None else own(PINNED[name]))
+            # For most settings JAX has a context manager, which is local to the thread; the others are global.
+            thread_local = getattr(jax, name, None)
+            value = PINNED[name]
+            stack.enter_context(_globally(name, value) if thread_local is None else thread_local(value))
         yield
 
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """Let JAX promote dtypes and broadcast ranks in the block, or in a function that this decorates, as by default.
+    """Allow dtype and rank promotion, JAX's default, in a `with` block or a decorated function.
 
-    A caller forbids it to find slips in their own arithmetic; ours, Flax's and Optax's rely on it. No number changes.
+    A caller may forbid promotion to find mistakes in their own code; this library, Flax and Optax rely on it. No number
+    changes.
     """
     with contextlib.ExitStack() as stack:
         for name in {"numpy_dtype_promotion", "numpy_rank_promotion"} & changed().keys():
@@ -66,7 +67,7 @@ def lenient() -> Iterator[None]:
 
 
 def changed() -> dict[str, Any]:
-    """Return the settings of PINNED that are not at those values now; one that this version of JAX lacks is not."""
+    """Return {setting: its value now} for the settings of PINNED that differ and that this version of JAX has."""
     now = {name: getattr(jax.config, f"jax_{name}", None) for name in PINNED}
     return {name: value for name, value in now.items() if value not in (PINNED[name], None)}  # None: as JAX has it
 

@@ -1,4 +1,4 @@
-"""One Block: what training, prefill and decode all run, layer after layer."""
+"""One transformer block, which training, prefill and decode all run."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ from model.taps import NO_TAPS, Taps
 
 
 class Block(nn.Module):
-    """Attention, attention to an encoder where there is one, feed-forward: each a branch of the residual stream.
+    """Attention, cross-attention where there is an encoder, and feed-forward, each a branch of the residual stream.
 
     By `norm_placement` a branch f changes the stream x to x + f(norm(x)) ("pre"), norm(x + f(x)) ("post", as in the
     original transformer) or x + norm(f(norm(x))) ("sandwich", as in Gemma 2).
@@ -39,24 +39,26 @@ class Block(nn.Module):
         dropout: Dropout | None = None,
         taps: Taps = NO_TAPS,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None, dict]:
-        """The residual stream after this layer, its cache, and what its experts report."""
+        """Return the residual stream after this layer, the layer's cache, and the report of its experts.
+
+        dropout: places 0 … 4 of the layer have masks of their own.
+        """
         config = self.config
         cached = {} if cache is None else dict(cache)
         reports: dict[str, Array] = {}
 
         def attention(x: Array) -> Array:
             module = LatentAttention if config.latent is not None else Attention
-            y, kept = module(config, name="attention")(x, context, cached.get("self"), dropout and dropout.at(0), taps)
-            if kept is not None:
-                cached["self"] = kept
+            y, entry = module(config, name="attention")(x, context, cached.get("self"), dropout and dropout.at(0), taps)
+            if entry is not None:
+                cached["self"] = entry
             return y
 
         def cross_attention(x: Array) -> Array:
-            y, kept = CrossAttention(config, name="cross_attention")(
-                x, context, cached.get("cross"), dropout and dropout.at(3)
-            )
-            if kept is not None:
-                cached["cross"] = kept
+            module = CrossAttention(config, name="cross_attention")
+            y, entry = module(x, context, cached.get("cross"), dropout and dropout.at(3))
+            if entry is not None:
+                cached["cross"] = entry
             return y
 
         def feed_forward(x: Array) -> Array:
@@ -75,13 +77,13 @@ class Block(nn.Module):
     def _add_branch(
         self, name: str, branch: Callable[[Array], Array], x: Array, dropout: Dropout | None, taps: Taps
     ) -> Array:
-        config = self.config
-        normalize = lambda name: Normalize(config, name=name)
-        y = branch(x if config.norm_placement == "post" else normalize(f"{name}_norm")(x))
-        if config.norm_placement == "sandwich":
-            y = normalize(f"{name}_post_norm")(y)
+        config, placement = self.config, self.config.norm_placement
+        y = x if placement == "post" else Normalize(config, name=f"{name}_norm")(x)
+        y = branch(y)
+        if placement == "sandwich":
+            y = Normalize(config, name=f"{name}_post_norm")(y)
         y = y if dropout is None else dropout(y)
         multiplier = output_multiplier(config, "residual")
         x = x + taps(f"{name}_output", y if multiplier == 1 else multiplier * y)
         x = constrain(x, "batch", "sequence", None)
-        return normalize(f"{name}_norm")(x) if config.norm_placement == "post" else x
+        return Normalize(config, name=f"{name}_norm")(x) if placement == "post" else x

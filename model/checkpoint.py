@@ -1,9 +1,8 @@
-"""Read checkpoints: what one holds, which is the newest that is intact, the parameters without the rest.
+"""Read checkpoints, which `train.run.checkpoint` writes: find the newest intact one, restore parameters or the state.
 
-`RUN/checkpoints/STEP` holds two items of Orbax, `params` and `state` (all the rest, mostly the optimizer), the
+`RUN/checkpoints/STEP` holds two Orbax items, `params` and `state` (all the rest, mostly the optimizer state), the
 description `checkpoint.json` (step, score and its metric, the leaves of the whole state) and `checksums.json`. A state
-without parameters of its own is one item, `state`, as were all states of former versions. `train.run.checkpoint` writes
-them.
+without a field `params` is one item, `state`, as were all states in earlier versions.
 """
 
 import dataclasses
@@ -23,12 +22,12 @@ from model.records import read_intact, verify
 FOLDER = "checkpoints"  # of a run directory
 ABOUT = "checkpoint.json"
 PARAMS, STATE = "params", "state"
-KEY = "rng"  # the leaf of a training state whose shape is that of a PRNG's key
+KEY = "rng"  # the leaf of a training state that holds a PRNG key
 logger = logging.getLogger("isoflop")
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps with a checkpoint in the folder, intact or not, oldest first."""
+    """Return the steps that have a checkpoint in the folder, intact or not, oldest first."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
 
 
@@ -38,29 +37,32 @@ def newest_intact(
     set_aside: Callable[[Path, str], None],
     at_most: int | None = None,
 ) -> int | None:
-    """Return the newest step whose checkpoint has no trouble, of at most that step; None if there is none.
+    """Return the newest step whose checkpoint is intact, or None.
 
-    set_aside: is called with each checkpoint that has, and its trouble.
+    trouble(path): why the checkpoint is not intact, or None. set_aside(path, reason): called for each one that is not.
+    at_most: the newest step to consider.
     """
-    refused: set[int] = set()
-    # Listed again each time: while one is verified here, a run that another process trains may replace them all.
-    while steps := [step for step in steps_in(folder) if step not in refused and (at_most is None or step <= at_most)]:
+    damaged: set[int] = set()
+    while True:
+        # Listed again each time: during verification another process that trains the run may replace all checkpoints.
+        steps = [step for step in steps_in(folder) if step not in damaged and (at_most is None or step <= at_most)]
+        if not steps:
+            return None
         path = folder / str(steps[-1])
         reason = trouble(path)
         if reason is None:
             return steps[-1]
         if path.exists():
-            refused.add(steps[-1])
+            damaged.add(steps[-1])
             set_aside(path, reason)
-    return None
 
 
 def newest_params(run: Path, like: Any, *, partial: bool = False) -> tuple[dict[str, Any], Any] | None:
-    """Return (what its checkpoint.json says, the parameters as arrays) of the newest checkpoint with intact parameters.
+    """Return (content of checkpoint.json, parameters) of the newest checkpoint with intact parameters, or None.
 
-    None if there is none. like: a tree of the parameters' shapes and dtypes; partial: the run saved some of its leaves
-    alone, which are then returned. No byte of the optimizer is read, but in a checkpoint of a former version, whose
-    files hold both: those are verified whole. Raises InputError where the leaves are not those saved.
+    like: a tree of the parameters' shapes and dtypes. partial: the run saved only some of its leaves, which are
+    returned. The optimizer state is not read, except in a checkpoint of an earlier version, whose files hold both and
+    are verified as a whole. Raises InputError where the leaves are not those saved.
     """
     while (step := newest_intact(run / FOLDER, _trouble_of_params, warn)) is not None:
         path = run / FOLDER / str(step)
@@ -73,18 +75,21 @@ def newest_params(run: Path, like: Any, *, partial: bool = False) -> tuple[dict[
             return about, jax.tree.map(jax.numpy.asarray, _restore_params(path, saved))
         except Exception:
             if path.exists():
-                raise  # else the process that trains the run has removed it: a newer one is there
+                raise  # otherwise the process that trains the run has replaced it by a newer one
     return None
 
 
-def _only(tree: Any, names: set[str], prefix: str) -> Any:
-    """Return the nested dict with the leaves of these names alone."""
-    if not isinstance(tree, dict):
-        return tree
-    parts = {name: _only(value, names, f"{prefix}/{name}") for name, value in tree.items()}
-    return {
-        name: part for name, part in parts.items() if (part if isinstance(part, dict) else f"{prefix}/{name}" in names)
-    }
+def _only(tree: dict[str, Any], names: set[str], prefix: str) -> dict[str, Any]:
+    """Return the nested dict with only the leaves of these names, such as "params/head/weight"."""
+    kept = {}
+    for name, value in tree.items():
+        path = f"{prefix}/{name}"
+        if isinstance(value, dict):
+            if below := _only(value, names, path):
+                kept[name] = below
+        elif path in names:
+            kept[name] = value
+    return kept
 
 
 def _restore_params(path: Path, like: Any) -> Any:
@@ -94,7 +99,10 @@ def _restore_params(path: Path, like: Any) -> Any:
 
 
 def restore(path: Path, like: Any) -> Any:
-    """Return the whole state in a checkpoint; a leaf with a sharding as a jax.Array, any other as a NumPy array."""
+    """Return the whole state of a checkpoint.
+
+    like: a state of shapes; leaves with a sharding are restored as JAX arrays, all others as NumPy arrays.
+    """
     if not (path / PARAMS).is_dir():
         return _restore(path / STATE, like)
     items = {name: _restore(path / name, item) for name, item in items_of(like).items()}
@@ -102,7 +110,7 @@ def restore(path: Path, like: Any) -> Any:
 
 
 def items_of(state: Any) -> dict[str, Any]:
-    """Return the items of Orbax in which a state is stored: the parameters apart where it has a field `params`."""
+    """Split a state into the Orbax items in which it is stored: "params", if it has that field, and "state"."""
     if not hasattr(state, PARAMS):
         return {STATE: state}
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
@@ -110,7 +118,7 @@ def items_of(state: Any) -> dict[str, Any]:
 
 
 def leaves_of(tree: Any, *prefix: str) -> dict[str, str]:
-    """{"params/head/weight": "float32[64,1000]", …}, the same for a state and its shapes."""
+    """Return {"params/head/weight": "float32[64,1000]", …} for a state or its shapes."""
     return {
         "/".join((*prefix, jax.tree_util.keystr(path, simple=True, separator="/"))): (
             f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -120,7 +128,7 @@ def leaves_of(tree: Any, *prefix: str) -> dict[str, str]:
 
 
 def parameters_sha256(params: Any) -> str:
-    """Hash names, dtypes, shapes and values of parameters, however they are stored."""
+    """Return a hash of the names, dtypes, shapes and values of parameters, independent of device and sharding."""
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda pair: names_of(pair[0])):
         value = np.asarray(leaf)
@@ -130,9 +138,9 @@ def parameters_sha256(params: Any) -> str:
 
 
 def require_leaves(path: Path, leaves: dict[str, str], within: str = "") -> None:
-    """Raise InputError where a checkpoint has other leaves than these, of those whose name starts with `within`."""
-    there = (read_intact(path, ABOUT) or {"leaves": {}})["leaves"]
-    saved = {name: leaf for name, leaf in there.items() if name.startswith(within)}
+    """Raise InputError unless the checkpoint's leaves whose names start with `within` are exactly these."""
+    all_saved = (read_intact(path, ABOUT) or {"leaves": {}})["leaves"]
+    saved = {name: leaf for name, leaf in all_saved.items() if name.startswith(within)}
     wrong = [
         f"{name} is {saved.get(name, 'absent')} there and {leaves.get(name, 'absent')} here"
         for name in sorted(saved.keys() | leaves.keys())
@@ -152,7 +160,7 @@ def require_leaves(path: Path, leaves: dict[str, str], within: str = "") -> None
 
 
 def warn(path: Path, reason: str, then: str = "") -> None:
-    """Say that a checkpoint is not used, and why."""
+    """Log that a checkpoint is not used, and why."""
     logger.warning("checkpoint %s is not used: %s%s", path, reason, then)
 
 
@@ -165,12 +173,12 @@ def _trouble_of_params(path: Path) -> str | None:
 def _restore(item: Path, like: Any, **options: bool) -> Any:
     import orbax.checkpoint as ocp
 
-    def how(leaf: Any) -> ocp.RestoreArgs:
+    def restore_args(leaf: Any) -> ocp.RestoreArgs:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
-    arguments = ocp.args.PyTreeRestore(item=like, restore_args=jax.tree.map(how, like), **options)
+    arguments = ocp.args.PyTreeRestore(item=like, restore_args=jax.tree.map(restore_args, like), **options)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(item.absolute(), args=arguments)  # Orbax takes no other path
+        return checkpointer.restore(item.absolute(), args=arguments)  # Orbax takes absolute paths only

@@ -1,4 +1,4 @@
-"""Every architectural hyperparameter: frozen, hashable, validated when made."""
+"""The architectural hyperparameters of a model: frozen, hashable, validated on construction."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -30,14 +30,14 @@ class ModelConfig:
 
     Fields left at None are derived: `num_kv_heads` = `num_heads`, `head_dim` = `d_model / num_heads`,
     `d_ff` = 4 `d_model` (plain) or 8/3 `d_model` rounded up to a multiple of 8 (gated), `num_encoder_layers` =
-    `num_layers`, `final_norm` = unless norms are "post", the three biases below it = `use_bias`. A derived field
-    follows its source through `replace`; one that was given stays.
+    `num_layers`, `final_norm` = true unless norms are "post", `norm_bias`, `attention_bias` and `attention_output_bias`
+    = `use_bias`. `replace` derives them again; a field that was given stays.
     """
 
     # shape
     vocab_size: int
     d_model: int
-    num_layers: int  # of the decoder, where there are two stacks
+    num_layers: int  # in an encoder-decoder: of the decoder
     num_heads: int
     num_kv_heads: int = None  # type: ignore[assignment]  # fewer than num_heads: GQA; 1: MQA
     head_dim: int = None  # type: ignore[assignment]
@@ -48,10 +48,10 @@ class ModelConfig:
     # positions
     position: Position = "rotary"
     rope_base: float = 10_000.0
-    rope_fraction: float = 1.0  # of a head's features are turned, the first ones
+    rope_fraction: float = 1.0  # the share of a head's features that are rotated, the first ones
     rope_interleaved: bool = False  # pairs are (2i, 2i+1) instead of (i, i + half)
     rope_scaling: RopeScaling | None = None
-    local_rope_base: float | None = None  # given: sliding-window layers turn with this base, unscaled
+    local_rope_base: float | None = None  # given: the unscaled base of sliding-window layers
     relative_buckets: int = 32
     relative_max_distance: int = 128
     # attention
@@ -59,9 +59,9 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of every head's query and key
     attention_scale: float | None = None  # None: 1/√head_dim
     attention_softcap: float | None = None  # scores become cap · tanh(scores / cap)
-    attention_sinks: bool = False  # a learned logit per head that takes weight and gives nothing
+    attention_sinks: bool = False  # a learned logit per head that takes weight and contributes no value
     sliding_window: int | None = None  # a local layer sees this many tokens, itself included
-    layer_pattern: tuple[Reach, ...] = ("local",)  # repeated over the layers; read where sliding_window is given
+    layer_pattern: tuple[Reach, ...] = ("local",)  # repeated over the layers; used with sliding_window
     # normalisation
     norm: Norm = "rmsnorm"
     norm_epsilon: float = 1e-5
@@ -73,7 +73,7 @@ class ModelConfig:
     gated: bool = True
     experts: Experts | None = None
     # biases
-    use_bias: bool = False  # of the feed-forward, and of what follows where it is not given
+    use_bias: bool = False  # of the feed-forward; the default of the three below
     norm_bias: bool = None  # type: ignore[assignment]  # of LayerNorm
     attention_bias: bool = None  # type: ignore[assignment]  # of queries, keys and values
     attention_output_bias: bool = None  # type: ignore[assignment]
@@ -92,29 +92,28 @@ class ModelConfig:
     # parameterization: see model/parameterization.py
     parameterization: Parameterization = "standard"
     base_d_model: int | None = None  # "mup": the width at which it equals "standard"
-    base_num_layers: int | None = None  # given: residual branches are scaled with depth, equal to none at this depth
+    base_num_layers: int | None = None  # given: residual branches are scaled by depth, by 1 at this depth
     compute_dtype: DType = "float32"  # of products and activations; norms, softmax, logits and losses are float32
     # tokens
     eos_token_ids: tuple[int, ...] = ()
-    decoder_start_token_id: int = 0  # the first token that an encoder-decoder's decoder is given
+    decoder_start_token_id: int = 0  # the first token of an encoder-decoder's decoder
     derived: tuple[str, ...] = dataclasses.field(default=(), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        set_field = lambda name, value: object.__setattr__(self, name, value)
         for name in ("eos_token_ids", "layer_pattern"):
             value = getattr(self, name)
-            set_field(name, tuple(value) if isinstance(value, (list, tuple)) else (value,))  # a list would not hash
+            self._set(name, tuple(value) if isinstance(value, (list, tuple)) else (value,))  # hashable
         for name, part in _PARTS.items():
             if isinstance(getattr(self, name), dict):
-                set_field(name, part.from_dict(getattr(self, name)))
-        set_field("compute_dtype", dtype_name(self.compute_dtype, FLOATS, "compute_dtype"))  # one hash, however written
+                self._set(name, part.from_dict(getattr(self, name)))
+        self._set("compute_dtype", dtype_name(self.compute_dtype, FLOATS, "compute_dtype"))
         check_types(self, _POSITIVE)
         self._check_layer_pattern()
         self._derive()
         self._check_consistency()
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed; derived fields are derived anew."""
+        """Return a copy with some fields changed and derived fields derived again."""
         for name in MOVED:
             if name in changes:
                 raise InputError(moved(type(self), name))
@@ -123,49 +122,52 @@ class ModelConfig:
         return dataclasses.replace(self, **{**fresh, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back to an equal config."""
-        plain = lambda value: value.to_dict() if isinstance(value, Part) else value
-        return {name: plain(getattr(self, name)) for name in _FIELDS}
+        """Return plain values for JSON, which `from_dict` reads back to an equal config."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {name: value.to_dict() if isinstance(value, Part) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Read `to_dict`'s output. Raises InputError on an unknown or missing field.
+        """Read `to_dict`'s output. Raises InputError for an unknown or missing field.
 
-        Those of MOVED, which former versions wrote, are left out.
+        Fields in MOVED, which earlier versions wrote, are ignored.
         """
         values = {name: value for name, value in values.items() if name not in MOVED}
         check_names(cls, values, complete=True)
         config = cls(**values)
-        for name in _DERIVED:  # a field that is as it would be derived follows its source again
+        for name in _DERIVED:  # a field with the value that it would be derived to is a derived one again
             try:
-                free = cls(**{**values, **dict.fromkeys((*config.derived, name))})
-            except InputError:  # it cannot be derived here
+                derived = cls(**{**values, **dict.fromkeys((*config.derived, name))})
+            except InputError:  # no value can be derived from the other fields
                 continue
-            config = free if free == config else config
+            if derived == config:
+                config = derived
         return config
 
     @property
     def is_causal(self) -> bool:
-        """Whether the main stack is a decoder's."""
+        """True where tokens of the main stack see only earlier ones: for all stacks but "encoder"."""
         return self.stack != "encoder"
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _derive(self) -> None:
-        set_field = lambda name, value: object.__setattr__(self, name, value)
-        set_field("derived", tuple(n for n in _DERIVED if getattr(self, n) is None))
+        self._set("derived", tuple(n for n in _DERIVED if getattr(self, n) is None))
         if self.num_kv_heads is None:
-            set_field("num_kv_heads", self.num_heads)
+            self._set("num_kv_heads", self.num_heads)
         if self.head_dim is None:
-            set_field("head_dim", self._derived_head_dim())
+            self._set("head_dim", self._derived_head_dim())
         if self.d_ff is None:
-            gated_width = -(-8 * self.d_model // 3 // 8) * 8
-            set_field("d_ff", gated_width if self.gated else 4 * self.d_model)
+            gated_width = -(-8 * self.d_model // 3 // 8) * 8  # d_model = 512: 1365.33, rounded up to 1368
+            self._set("d_ff", gated_width if self.gated else 4 * self.d_model)
         if self.num_encoder_layers is None:
-            set_field("num_encoder_layers", self.num_layers)
+            self._set("num_encoder_layers", self.num_layers)
         if self.final_norm is None:
-            set_field("final_norm", self.norm_placement != "post")
+            self._set("final_norm", self.norm_placement != "post")
         for name in _BIASES:
             if getattr(self, name) is None:
-                set_field(name, self.use_bias)
+                self._set(name, self.use_bias)
 
     def _derived_head_dim(self) -> int:
         if self.latent is not None:
@@ -193,18 +195,18 @@ class ModelConfig:
                 "every key/value head serves the same number of query heads"
             )
         if self.rope_fraction > 1:
-            raise InputError(f"rope_fraction={self.rope_fraction:g} must be at most 1, all of a head's features")
+            raise InputError(f"rope_fraction={self.rope_fraction:g} must be at most 1, all features of a head")
         if self.position == "rotary" and self.latent is None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise InputError(
                 f"head_dim={self.head_dim} times rope_fraction={self.rope_fraction:g} must be even for "
-                "position='rotary', which turns pairs"
+                "position='rotary', which rotates pairs of features"
             )
         if self.position == "sinusoidal" and self.d_model % 2:
-            raise InputError(f"d_model={self.d_model} must be even for position='sinusoidal', which fills pairs")
+            raise InputError(f"d_model={self.d_model} must be even for position='sinusoidal', which needs pairs")
         if self.latent is not None:
             self._check_latent(self.latent)
         if self.sliding_window is not None and not self.is_causal:
-            raise InputError("sliding_window needs a decoder: an encoder sees both ways")
+            raise InputError("sliding_window needs a decoder: an encoder attends in both directions")
         if self.position == "relative":
             fewest = 2 if self.stack == "decoder" else 4
             if self.relative_buckets < fewest:
@@ -217,7 +219,7 @@ class ModelConfig:
                     f"relative_buckets={self.relative_buckets}"
                 )
         if self.parameterization == "mup" and self.base_d_model is None:
-            raise InputError("parameterization='mup' needs base_d_model, the width that it is equal to 'standard' at")
+            raise InputError("parameterization='mup' needs base_d_model, the width at which it equals 'standard'")
         if self.pooler and self.stack != "encoder":
             raise InputError("pooler=true needs stack='encoder': it reads the first token, which must see all others")
         if self.head == "masked-language-model" and self.stack != "encoder":
@@ -247,12 +249,12 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Features of a head that are turned."""
+        """The number of a head's features that are rotated."""
         return self.latent.rope_dim if self.latent is not None else int(self.head_dim * self.rope_fraction)
 
 
 MOVED = ("scan_layers", "remat", "attention_kernel")
-"""Fields that are now those of `model.execution.Execution`."""
+"""Fields that moved to `model.execution.Execution`."""
 refuse_moved(ModelConfig, *MOVED)
 _FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.init)
 _POSITIVE = set(_FIELDS) - {"num_token_types", "decoder_start_token_id"}

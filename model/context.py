@@ -1,4 +1,4 @@
-"""What the layers of one pass share: who sees whom, and where everybody stands."""
+"""The inputs that all layers of one kind share in a pass: attention mask, position bias, rotary tables, cache slots."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.cache import KVCache
+from model.cache import KVCache, ring_positions, ring_slots
 from model.config import ModelConfig
 from model.execution import Execution
 from model.layout import LayerKind
@@ -16,16 +16,18 @@ from model.position import RotaryTables, alibi_bias, relative_bias, rotary_table
 
 @struct.dataclass
 class Context:
-    """One per kind of layer. Where all rows are alike, an axis of rows is 1, else it is the batch.
+    """Inputs of attention that depend on the kind of a layer, not on the layer.
 
-    mask: which key each query sees. bias: added to the scores, or None. rotary: tables for this pass's tokens, or
-    None. real: False for padding. slots: with a cache, where each token's key and value are written (the cache's
-    size or more: not written; None: none of them is); keys are then the cache's slots as they were before this chunk,
-    followed by the chunk.
-    fresh: the cache was empty, so that the chunk alone is seen.
-    encoder, encoder_mask: what an encoder-decoder's encoder made, or None where a cache holds its keys and values.
-    segment_ids, causal, window: what the mask of a pass over whole rows was made of, for kernels that make their own.
-    execution: chooses the kernel.
+    The axes mask_rows and bias_rows are the batch, or 1 where all rows are the same. Over whole rows "key" is "seq".
+    With a cache of `slots` slots per layer the keys are those slots as they were before this chunk, followed by the
+    chunk's own tokens: key = slots + seq.
+
+    mask: True where a query attends to a key. bias: added to the scores. rotary: (cos, sin) of this chunk's positions.
+    real: False for padding. slots: the cache slot of each token's key and value, see `model.cache.ring_slots`; None:
+    nothing is written. fresh: the cache was empty, so that keys are the chunk alone. encoder, encoder_mask: the
+    encoder's output and which of it each row attends to; encoder is None where a cache holds its keys and values.
+    segment_ids, causal, window: what the mask of a pass over whole rows was computed from, for fused kernels, which
+    compute their own. execution: chooses the kernel.
     """
 
     mask: Bool[Array, "mask_rows seq key"]
@@ -52,7 +54,10 @@ def whole_rows(
     encoder_mask: Bool[Array, "batch any source_slots"] | None = None,
     execution: Execution = Execution(),
 ) -> dict[str, Context]:
-    """The context of every kind for a pass over whole rows; tokens attend within their own segment."""
+    """Return {name of a kind: its context} for a pass over whole rows; tokens attend within their own segment.
+
+    stack: its "relative_bias" is read. positions: [1, seq] where all rows are the same. segment_ids: 0 is padding.
+    """
     seq = positions.shape[1]
     index = jnp.arange(seq)
     contexts = {}
@@ -88,10 +93,14 @@ def with_cache(
     fresh: bool = False,
     branches: int = 0,
 ) -> dict[str, Context]:
-    """The context of every kind for a chunk that is appended at `cache.lengths`; `real` is False for its padding.
+    """Return {name of a kind: its context} for a chunk that continues the rows of the cache.
 
-    fresh: the cache is known to be empty. branches: so many rows of the chunk, one after the other, follow each row of
-    the cache, and none is written to it; 0: one does, and is.
+    real: False for the chunk's padding. fresh: the cache is known to be empty. branches: the chunk has this many rows
+    for each row of the cache, consecutive ones, all of which continue that row and none of which is written; 0: one row
+    each, which is written.
+
+    A cache row of 6 tokens in a ring of 4 slots, and a chunk of two real tokens and one of padding: the positions of
+    the chunk are 6, 7, 8, those of the keys 4, 5, 2, 3 (the ring), 6, 7, −1 (the chunk). A key at −1 is masked.
     """
     seq = real.shape[1]
     lengths = jnp.repeat(cache.lengths, branches) if branches else cache.lengths
@@ -99,18 +108,17 @@ def with_cache(
     written = real if branches else real & (positions < cache.capacity)
     end = lengths + jnp.sum(written, axis=1)
     contexts = {}
-    chunk = jnp.where(written, positions, -1)
+    chunk_keys = jnp.where(written, positions, -1)
     for kind in dict.fromkeys(kinds):
-        size = cache.slots_of(kinds.index(kind))
-        # The window of a local layer is a ring: position p stands in slot p mod size.
+        slots = cache.slots_of(kinds.index(kind))
         newest = lengths[:, None] - 1
-        keys = chunk if fresh else jnp.concatenate([newest - (newest - jnp.arange(size)[None]) % size, chunk], axis=1)
+        keys = chunk_keys if fresh else jnp.concatenate([ring_positions(newest, slots), chunk_keys], axis=1)
         contexts[kind.name] = Context(
             mask=(keys >= 0)[:, None, :] & _visible(positions, keys, kind.window),
             bias=_bias(config, stack, kind, positions, keys),
             rotary=_rotary(config, kind, positions),
             real=real,
-            slots=None if branches else jnp.where(written & (positions >= end[:, None] - size), positions % size, size),
+            slots=None if branches else ring_slots(positions, written, end, slots),
             fresh=fresh,
             encoder=encoder,
             encoder_mask=encoder_mask,
@@ -119,6 +127,7 @@ def with_cache(
 
 
 def _visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "rows seq key"]:
+    """Return whether the key at a position is neither after a query's position nor before its window."""
     distance = queries[:, :, None] - keys[:, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 

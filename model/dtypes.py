@@ -1,4 +1,4 @@
-"""Names of dtypes, whichever way a caller writes them."""
+"""Names of dtypes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from jax.typing import DTypeLike as DTypeLike
 from model.errors import UnknownNameError
 
 FLOATS = ("float32", "bfloat16")
-"""The precisions of parameters and of products."""
+"""The dtypes of parameters and of matrix products."""
 
 
 def dtype_name(given: Any, supported: Sequence[str], what: str = "dtype") -> str:
-    """Return the name, one of `supported`, of a dtype given as a name, a JAX or NumPy dtype or a scalar type.
+    """Return the name of a dtype that is given as a name, a JAX or NumPy dtype or a scalar type.
 
-    A supported name need not be a dtype ("int8-dynamic"). Raises UnknownNameError, which lists them, on all else.
+    A supported name need not be a dtype ("int8-dynamic"). Raises UnknownNameError, listing `supported`, for any other.
     """
     name = given
     if given is not None and not isinstance(given, str):

@@ -1,4 +1,4 @@
-"""Elementwise functions that keep little for the backward pass."""
+"""Elementwise functions that save little for the backward pass."""
 
 from collections.abc import Callable
 
@@ -8,23 +8,23 @@ from jaxtyping import Array, Float
 
 
 def keep_inputs(function: Callable) -> Callable:
-    """Make an elementwise function save only its inputs for the backward pass, which recomputes it.
+    """Wrap an elementwise function so that it saves only its inputs for the backward pass, which recomputes it.
 
     By default `jax.grad` saves every intermediate: five arrays for silu(gate) · up instead of two. A scan over layers
-    stacks them, and writing and reading the stacks takes longer than recomputing them (docs/LOG.md).
+    stacks all of them, and writing and reading the stacks takes longer than recomputing (docs/LOG.md).
     """
     return jax.checkpoint(function, prevent_cse=False)
 
 
 @jax.custom_jvp
 def softmax(x: Float[Array, "*batch key"]) -> Float[Array, "*batch key"]:
-    """Compute softmax over the last axis; only its result is saved for the backward pass."""
+    """Return the softmax over the last axis, which saves only its result for the backward pass."""
     exponents = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
     return exponents / jnp.sum(exponents, axis=-1, keepdims=True)
 
 
 @softmax.defjvp
 def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (change,) = primals, tangents
+    (x,), (tangent,) = primals, tangents
     y = softmax(x)
-    return y, y * (change - jnp.sum(y * change, axis=-1, keepdims=True))
+    return y, y * (tangent - jnp.sum(y * tangent, axis=-1, keepdims=True))

@@ -1,4 +1,6 @@
-"""Tokens to vectors: the token table, and those of positions and token types where the config has them."""
+"""Embedding of tokens, absolute positions and token types."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from model.weights import is_weight, take_rows
 
 
 class Embedding(nn.Module):
-    """The sum of the tables, scaled and normalised as the config says."""
+    """The sum of the token, position and token type embeddings, scaled and normalised as the config says."""
 
     config: ModelConfig
 
@@ -25,20 +27,21 @@ class Embedding(nn.Module):
         token_types: Int[Array, "batch seq"] | None = None,
         real: Bool[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
-        """Look tokens up and add absolute positions, in the compute dtype. token_types None: all of type 0.
+        """Return the embeddings in the compute dtype. token_types None: all of type 0.
 
-        real: False for padding, which may lie outside the tables: its vectors are zero before the norm. Any other
-        token outside them is NaN.
+        real: False for padding, whose ids may be outside the vocabulary: its vectors are zero before the norm. Any
+        other id outside the vocabulary gives NaN.
         """
         config = self.config
-        table = lambda name, role, rows: self.param(
-            name, initializer(config, role, config.d_model), (rows, config.d_model)
-        )
-        # `self.param` checks shapes and so refuses a prepared table: it is called only to initialise.
-        words = self.is_initializing() or self.get_variable("params", "tokens")
-        if not is_weight(words):
-            words = constrain(table("tokens", "embedding", config.vocab_size), "vocab", None)
-        x = take_rows(words, tokens)
+
+        def table(name: str, role: str, rows: int) -> Any:
+            return self.param(name, initializer(config, role, config.d_model), (rows, config.d_model))
+
+        # `self.param` would reject the shape of a prepared table.
+        token_table = None if self.is_initializing() else self.get_variable("params", "tokens")
+        if not is_weight(token_table):
+            token_table = constrain(table("tokens", "embedding", config.vocab_size), "vocab", None)
+        x = take_rows(token_table, tokens)
         if config.scale_embedding:
             x = x * scale_of(config).d_model ** 0.5
         if config.position == "learned":
@@ -48,7 +51,7 @@ class Embedding(nn.Module):
         if config.num_token_types:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x = x + jnp.take(table("types", "position", config.num_token_types), types, axis=0)
-        if real is not None:  # what a table does not have is NaN, and would stay so where attention weighs it with 0
+        if real is not None:  # an id outside the table gives NaN, which a weight of 0 in attention would not remove
             x = jnp.where(real[..., None], x, 0)
         x = constrain(x.astype(config.compute_dtype), "batch", "sequence", None)
         return Normalize(config, name="norm")(x) if config.embedding_norm else x

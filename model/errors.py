@@ -1,18 +1,21 @@
-"""The one way to tell a person that an input is wrong."""
+"""Errors in a user's input."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What was wrong, with which value, where, and what would be right, in one sentence.
+    """An error in a user's input; the message says what was wrong, with which value, where, and what would be right.
 
-    The command line prints it on stderr and exits with code 2; a library user sees a `ValueError`.
+    The command line prints the message on stderr and exits with code 2; in a library call it is a `ValueError`.
     """
 
 
 class UnknownNameError(InputError, KeyError):
-    """A name that is not in a known set; the message lists the close ones, or all where a guess would mislead."""
+    """A name that is not in a known set.
+
+    The message lists the closest known names, or with guess=False all of them.
+    """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, guess: bool = True):
         known = list(known)

@@ -1,4 +1,4 @@
-"""Options for running a model. They are no part of what the model is: results change by rounding alone."""
+"""Options for running a model that change its results by rounding alone, unlike those of `ModelConfig`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,25 +11,27 @@ Remat = Literal["none", "full", "dots"]
 AttentionKernel = Literal["auto", "xla", "cudnn", "pallas"]
 Platform = Literal["cpu", "gpu", "tpu"]
 
-_NARROW = 256  # below this d_model the overhead of a loop over layers counts
-_UNROLLED = range(3, 17)  # layers: for fewer it does not, and more take long to compile
+# Layers are unrolled below this d_model, where the overhead of a loop is noticeable, and for these numbers of layers:
+# fewer save nothing, more take long to compile.
+_NARROW = 256
+_UNROLLED = range(3, 17)
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """Static options of a program. Any of them may change when a run is resumed.
 
-    remat: what the backward pass recomputes: nothing ("none"), a layer ("full"), or all of it but its matrix products
-    ("dots"). scan_layers: layers as a `lax.scan` (true) or unrolled; None: unrolled where d_model < 256 and there are 3
-    to 16 layers, for which the loop costs more than it saves. attention_kernel: see `model/kernels.py`.
-    mesh: axes and their sizes, such as {"data": 2, "fsdp": 4}; None: all devices on "data". platform: that kernels are
-    chosen for; None: the mesh's. accumulate: equal microbatches of a batch, one after the other, whose gradients are
-    added. loss_chunks: pieces of the sequence in which head and loss are computed, so that the logits of only one
-    are in memory. lanes: of the program that trains a population; None: as many as there are members. mesh and lanes
-    are read by the loop: a pure function runs where its arguments lie.
+    remat: the activations that the backward pass recomputes: none ("none"), all of a layer ("full"), or all of a layer
+    but its matrix products ("dots"). scan_layers: run the layers by `lax.scan` (true) or unrolled; None: unrolled where
+    d_model < 256 and there are 3 to 16 layers, for which the loop costs more than it saves. attention_kernel: see
+    `model/kernels.py`. mesh: the sizes of the axes, such as {"data": 2, "fsdp": 4}; None: all devices on "data".
+    platform: the platform that kernels are chosen for; None: that of the mesh. accumulate: the number of equal
+    microbatches of a batch, whose gradients are accumulated. loss_chunks: the number of chunks of the sequence in which
+    head and loss are computed, so that only one chunk's logits are in memory. lanes: the number of lanes in the program
+    that trains a population; None: one for each member. mesh and lanes are read by the training loop only: a pure
+    function runs on the devices of its arguments.
 
-    With dropout or experts `accumulate` changes more than rounding; there it is part of a run's identity
-    (`train/recipe.py`).
+    With dropout or experts `accumulate` changes more than rounding and is part of a run's identity (`train/recipe.py`).
     """
 
     remat: Remat = "none"
@@ -47,30 +49,30 @@ class Execution:
         check_types(self, ("accumulate", "loss_chunks", "lanes"))
 
     def scans(self, config: Any) -> bool:
-        """Return whether the layers of this model are a loop."""
+        """Return whether this model's layers run by `lax.scan`."""
         if self.scan_layers is None:
             return config.d_model >= _NARROW or config.num_layers not in _UNROLLED
         return self.scan_layers
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         check_names(type(self), changes, complete=False)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back to an equal Execution."""
+        """Return plain values for JSON, which `from_dict` reads back to an equal Execution."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return fields | {"mesh": None if self.mesh is None else dict(self.mesh)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output; a field that is not there has its default. Raises InputError on an unknown one."""
+        """Read `to_dict`'s output; missing fields get their defaults. Raises InputError for an unknown field."""
         check_names(cls, values, complete=False)
         return cls(**values)
 
 
 def _mesh(axes: Any) -> FrozenDict:
-    """Return the axes in the order of their names, so that one mesh is one value. Raises InputError."""
+    """Return the axes sorted by name, so that equal meshes have equal values. Raises InputError for a bad size."""
     sizes = axes.values() if isinstance(axes, Mapping) else [axes]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
         raise InputError(f"mesh={axes!r} must be axes and their sizes, such as {{'data': 2, 'fsdp': 4}}")
@@ -81,17 +83,17 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Execution))
 
 
 def refuse_moved(cls: type, *names: str) -> None:
-    """Have a dataclass that lost these fields to Execution say so, wherever one of them is given or read."""
-    init, refusal = cls.__init__, lambda name: moved(cls, name)  # type: ignore[misc]
+    """Make a dataclass raise, for fields that moved to Execution, an error that says so where one is set or read."""
+    init = cls.__init__  # type: ignore[misc]
 
     def checked(self: Any, *arguments: Any, **values: Any) -> None:
         for name in values:
             if name in names:
-                raise InputError(refusal(name))
+                raise InputError(moved(cls, name))
         init(self, *arguments, **values)
 
     def missing(self: Any, name: str) -> Any:
-        raise AttributeError(refusal(name) if name in names else f"{cls.__name__} has no attribute {name!r}")
+        raise AttributeError(moved(cls, name) if name in names else f"{cls.__name__} has no attribute {name!r}")
 
     checked.__wrapped__ = init  # type: ignore[attr-defined]  # help() and editors show the fields
     checked.__doc__ = init.__doc__
@@ -99,5 +101,5 @@ def refuse_moved(cls: type, *names: str) -> None:
 
 
 def moved(cls: type, name: str) -> str:
-    """The sentence that a field is now one of Execution."""
+    """Return the message that a field is now one of Execution."""
     return f"{name} is no field of {cls.__name__}: how a model runs is an Execution; give execution=Execution({name}=…)"

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: plain or gated."""
+"""The feed-forward network of a block: plain or gated."""
 
 from collections.abc import Callable
 
@@ -23,28 +23,32 @@ ACTIVATIONS = {
 
 
 def activation_of(config: ModelConfig) -> Callable[[Array], Array]:
-    """The config's activation function. Raises InputError for a name that nobody wrote a function for."""
+    """Return the config's activation function. Raises InputError where ACTIVATIONS has none of that name."""
     if config.activation not in ACTIVATIONS:
         raise InputError(f"activation={config.activation!r} has no function in ACTIVATIONS of model/feedforward.py")
     return ACTIVATIONS[config.activation]
 
 
 class FeedForward(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated (Shazeer 2020). width None: the config's d_ff."""
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) where gated (Shazeer 2020).
+
+    width: of the hidden layer; None: the config's d_ff.
+    """
 
     config: ModelConfig
     width: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        """Each position alone."""
+        """Return the output at each position."""
         config, width = self.config, self.width or self.config.d_ff
         activation = activation_of(config)
-        into = lambda name: Linear(config, width, "hidden", config.use_bias, name=name)
+        up = Linear(config, width, "hidden", config.use_bias, name="up")
         if config.gated:
-            hidden, gate = side_by_side(x, into("up"), into("gate"))
-            hidden = keep_inputs(lambda hidden, gate: activation(gate) * hidden)(hidden, gate)
+            gate = Linear(config, width, "hidden", config.use_bias, name="gate")
+            hidden, gated = side_by_side(x, up, gate)
+            hidden = keep_inputs(lambda hidden, gated: activation(gated) * hidden)(hidden, gated)
         else:
-            hidden = keep_inputs(activation)(into("up")(x))
+            hidden = keep_inputs(activation)(up(x))
         hidden = constrain(hidden, "batch", "sequence", "hidden")
         return Linear(config, config.d_model, "residual", config.use_bias, name="down")(hidden)

@@ -1,4 +1,4 @@
-"""Fields of the frozen dataclasses that describe a model: known, complete and of their types, or else a sentence."""
+"""Validation of the fields of frozen dataclasses: names, completeness, types and ranges."""
 
 import dataclasses
 import functools
@@ -11,9 +11,9 @@ from model.errors import InputError, UnknownNameError
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that hashes and cannot be changed, for a field of what is static.
+    """An immutable, hashable dict for fields of static arguments.
 
-    It equals a mapping of the same items in the same order.
+    It equals any mapping with the same items in the same order.
     """
 
     def __hash__(self) -> int:  # type: ignore[override]
@@ -22,10 +22,10 @@ class FrozenDict(dict[str, Any]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mapping) and tuple(self.items()) == tuple(other.items())
 
-    def __ne__(self, other: object) -> bool:  # dict has one of its own, which ignores the order
+    def __ne__(self, other: object) -> bool:  # that of dict ignores the order
         return not self == other
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are made at once, not item by item
+    def __reduce__(self) -> tuple[Any, ...]:  # the default would set items one by one
         return type(self), (dict(self),)
 
     def _refuse(self, *arguments: Any, **values: Any) -> Any:
@@ -35,7 +35,10 @@ class FrozenDict(dict[str, Any]):
 
 
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
-    """Raise UnknownNameError for a name that is no field of a dataclass; complete: InputError where one is missing."""
+    """Raise UnknownNameError for a name that is not a field of the dataclass.
+
+    complete: raise InputError where a field without default is missing.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     given = set()
     for name in names:
@@ -47,15 +50,15 @@ def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
         raise InputError(f"{cls.__name__} lacks {', '.join(missing)}")
 
 
-def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
+def check_types(instance: Any, positive: Collection[str], prefix: str = "") -> None:
     """Raise InputError unless every field of a dataclass is of its annotated type, or None where that is its default.
 
-    Numbers are finite and at least 0; `positive` names the fields that 0 is too small for. Of tuples and of texts
-    nothing is checked. prefix: before the names of fields in messages.
+    Numbers must be finite and at least 0, fields in `positive` above 0. Tuples and strings are not checked. prefix:
+    precedes the names of fields in messages.
     """
-    for name, kind, may_be_null in _kinds(type(made)):  # type: ignore[arg-type]
-        value = getattr(made, name)
-        if value is None and may_be_null:
+    for name, kind, optional in _field_types(type(instance)):  # type: ignore[arg-type]
+        value = getattr(instance, name)
+        if value is None and optional:
             continue
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
@@ -64,8 +67,8 @@ def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
             if not isinstance(value, bool):
                 raise InputError(f"{prefix}{name}={value!r} must be true or false")
         elif kind in (int, float):
-            number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not (number and 0 <= value < math.inf and not (value == 0 and name in positive)):
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not (is_number and 0 <= value < math.inf and not (value == 0 and name in positive)):
                 least = ("of at least 1" if kind is int else "above 0") if name in positive else "of at least 0"
                 raise InputError(f"{prefix}{name}={value!r} must be a {'whole ' * (kind is int)}number {least}")
         elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
@@ -73,12 +76,13 @@ def check_types(made: Any, positive: Collection[str], prefix: str = "") -> None:
 
 
 @functools.cache
-def _kinds(cls: type) -> list[tuple[str, Any, bool]]:
-    """Every field's name, its type without None, and whether None is its default."""
+def _field_types(cls: type) -> list[tuple[str, Any, bool]]:
+    """Return (name, type without None, whether None is the default) of every field."""
     hints, found = get_type_hints(cls), []
     for field in dataclasses.fields(cls):
-        kinds = [kind for kind in get_args(hints[field.name]) if kind is not NoneType]
-        # A union of several kinds is its owner's to check.
-        optional = get_origin(hints[field.name]) in (Union, UnionType) and len(kinds) == 1
-        found.append((field.name, kinds[0] if optional else hints[field.name], field.default is None))
+        hint = hints[field.name]
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        if get_origin(hint) in (Union, UnionType) and len(kinds) == 1:
+            hint = kinds[0]  # a union of several types stays; its dataclass checks it
+        found.append((field.name, hint, field.default is None))
     return found

@@ -1,7 +1,7 @@
-"""What stands before the weights in a GGUF file: its metadata, and where which tensor is.
+"""The header of a GGUF file: its metadata, and the shape, type and offset of every tensor.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package makes
-several arrays of every string: seconds for a vocabulary of 49,000, many times what it takes here.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package creates several
+arrays for every string, which takes seconds for a vocabulary of 49,000, many times longer than this one.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's shape, outermost axis first, GGML's number of its type, and the byte of the file where it begins."""
+    """The shape of a tensor, outermost axis first, GGML's number of its type, and its offset in the file in bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -32,7 +32,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """metadata: arrays of numbers are NumPy arrays, arrays of strings are lists. big_endian: the byte order."""
+    """The header of a GGUF file. In the metadata, arrays of numbers are NumPy arrays, arrays of strings are lists."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -40,26 +40,26 @@ class Header:
 
 
 def read_gguf_header(path: str | Path) -> Header:
-    """Read a GGUF file of version 2 or 3, of either byte order.
+    """Read the header of a GGUF file of version 2 or 3, of either byte order.
 
-    What is no GGUF file, ends before its weights or holds what the format does not know is an `InputError`. Whether
-    the weights themselves are all there is for those to find out who know how long each type is.
+    Raises InputError where the file is not GGUF, ends before its weights or has an unknown type of value. Whether the
+    weights are complete is not checked: the caller knows the size of each tensor type.
     """
     return _mapped(Path(path), lambda reader: reader.read())
 
 
 def read_gguf_metadata(path: str | Path, prefixes: tuple[str, ...]) -> bytes:
-    """Return a GGUF file without weights that holds, byte for byte, the metadata whose keys begin with these prefixes.
+    """Return the bytes of a GGUF file with no weights and only the metadata whose keys begin with these prefixes.
 
-    Raises what `read_gguf_header` raises.
+    Raises InputError as `read_gguf_header` does.
     """
     return _mapped(Path(path), lambda reader: reader.without_weights(prefixes))
 
 
-def _mapped(path: Path, use: "Callable[[_Reader], _T]") -> _T:
+def _mapped(path: Path, use: "Callable[[_HeaderReader], _T]") -> _T:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return use(_Reader(data, path))
+            return use(_HeaderReader(data, path))
     except ValueError as error:  # an empty file cannot be mapped
         if isinstance(error, InputError):
             raise
@@ -68,7 +68,7 @@ def _mapped(path: Path, use: "Callable[[_Reader], _T]") -> _T:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Reader:
+class _HeaderReader:
     def __init__(self, data: mmap.mmap, path: Path):
         self._data, self._path = data, path
         self._order: Literal["<", ">"] = "<"
@@ -78,27 +78,28 @@ class _Reader:
         _, tensors, pairs = self._counts()
         metadata = {key: value for key, value, _ in self._pairs(pairs)}
         table = [self._tensor() for _ in range(tensors)]
-        return Header(metadata, self._placed(table, metadata.get("general.alignment", 32)), self._order == ">")
+        placed = self._placed(table, metadata.get("general.alignment", 32))
+        return Header(metadata, placed, big_endian=self._order == ">")
 
     def without_weights(self, prefixes: tuple[str, ...]) -> bytes:
         version, _, pairs = self._counts()
-        kept = [self._data[place] for key, _, place in self._pairs(pairs) if key.startswith(prefixes)]
+        kept = [self._data[span] for key, _, span in self._pairs(pairs) if key.startswith(prefixes)]
         return _MAGIC + struct.pack(f"{self._order}IQQ", version, 0, len(kept)) + b"".join(kept)
 
     def _counts(self) -> tuple[int, int, int]:
-        """The version, and the numbers of tensors and of metadata."""
+        """Read the version, the number of tensors and the number of metadata entries."""
         if self._data[: len(_MAGIC)] != _MAGIC:
             raise InputError(f"{self._path} is not a GGUF file: it does not begin with GGUF")
         version = self._number("I")
-        if version & 0xFFFF == 0:  # a small number with its bytes the other way round
+        if version & 0xFFFF == 0:  # a small number in the other byte order
             self._order, self._at = ">", len(_MAGIC)
             version = self._number("I")
         if version not in (2, 3):
-            raise InputError(f"{self._path} is GGUF version {version}; only 2 and 3 are known, convert it anew")
+            raise InputError(f"{self._path} is GGUF version {version}; only 2 and 3 are supported; convert it again")
         return version, self._number("Q"), self._number("Q")
 
     def _pairs(self, count: int) -> Iterator[tuple[str, Any, slice]]:
-        """Each key, its value and where in the file both are."""
+        """Yield each key, its value and the slice of the file that holds both."""
         for _ in range(count):
             start = self._at
             key = self._string()
@@ -106,13 +107,13 @@ class _Reader:
             yield key, value, slice(start, self._at)
 
     def _tensor(self) -> tuple[str, StoredTensor]:
-        """One entry of the table, with an offset from where the weights begin."""
+        """Read one entry of the table of tensors; its offset is relative to the beginning of the weights."""
         name, axes = self._string(), self._number("I")
         shape = tuple(self._number("Q") for _ in range(axes))[::-1]
         return name, StoredTensor(shape, self._number("I"), self._number("Q"))
 
     def _placed(self, table: list[tuple[str, StoredTensor]], alignment: Any) -> dict[str, StoredTensor]:
-        """The same by name, with offsets in the file: weights begin at the next multiple of the alignment."""
+        """Return the tensors by name, with offsets in the file: weights begin at the next multiple of the alignment."""
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise InputError(f"{self._path} is damaged: general.alignment={alignment!r} is not a power of two")
         start = -(-self._at // alignment) * alignment
@@ -122,7 +123,7 @@ class _Reader:
         return tensors
 
     def _take(self, size: int) -> int:
-        """Where the next `size` bytes begin."""
+        """Move past the next `size` bytes and return the offset of the first."""
         start = self._at
         if size > len(self._data) - start:
             raise InputError(f"{self._path} ends within its metadata at byte {len(self._data)}; fetch it again")
@@ -139,7 +140,7 @@ class _Reader:
         try:
             return self._data[start : start + size].decode()
         except UnicodeDecodeError as error:
-            raise InputError(f"{self._path} is damaged: the string at byte {start} is no UTF-8") from error
+            raise InputError(f"{self._path} is damaged: the string at byte {start} is not UTF-8") from error
 
     def _value(self, kind: int) -> Any:
         if kind in _NUMBERS:

@@ -1,4 +1,4 @@
-"""Models that are several GGUF files, cut as llama.cpp's `gguf-split` does, and folders with GGUF files."""
+"""GGUF models in one or several files, as split by llama.cpp's `gguf-split`, and folders with GGUF files."""
 
 import re
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from model.errors import InputError
 from model.gguf_header import Header, read_gguf_header
 
-TOKENIZER_NAME = "tokenizer.gguf"  # a file of metadata alone, which is no model
+TOKENIZER_NAME = "tokenizer.gguf"  # metadata only, not a model
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def read_gguf_parts(path: str | Path) -> list[tuple[Path, Header]]:
-    """Read the header of a GGUF file or, of a file that is a part of a model, those of all its parts in their order.
+    """Return [(path, header)] of a GGUF file, or of all parts of the model that the file is a part of, in order.
 
-    The first part's metadata are the model's. Raises InputError where a part is missing, where names and metadata
-    contradict each other, and where two parts hold one tensor.
+    The metadata of the first part are those of the model. Raises InputError where a part is missing, where names and
+    metadata contradict each other, and where two parts hold the same tensor.
     """
     path = Path(path)
     header = read_gguf_header(path)
@@ -35,7 +35,7 @@ def read_gguf_parts(path: str | Path) -> list[tuple[Path, Header]]:
         if found != [number, count]:
             raise InputError(
                 f"{file} says that it is part {found[0] + 1} of {found[1]}, but its name says {number + 1} of {count}; "
-                "give files their names back"
+                "rename the files as they were"
             )
         for name in part.tensors:
             if name in holders:
@@ -48,7 +48,7 @@ def read_gguf_parts(path: str | Path) -> list[tuple[Path, Header]]:
 
 
 def read_first_part(path: Path) -> tuple[Path, Header]:
-    """Read the header that holds the metadata of the model that a GGUF file is, or is a part of."""
+    """Return (path, header) of the file that holds the metadata of a model: the given file, or the first part."""
     header = read_gguf_header(path)
     number, count = (_whole_number(path, header.metadata, key, 0) for key in ("split.no", "split.count"))
     if number == 0:
@@ -60,10 +60,10 @@ def read_first_part(path: Path) -> tuple[Path, Header]:
 
 
 def find_gguf(folder: Path) -> Path | None:
-    """Return the one GGUF model of a folder, of a model in parts the first file that is there; None: there is none.
+    """Return the GGUF model of a folder, for a model in parts the first file present, or None.
 
-    Neither what sees images for a model nor a stored tokenizer (`tokenizer.gguf`) is one.
-    Raises InputError, listing them, where there are several.
+    Image encoders (`mmproj*`) and a stored tokenizer (`tokenizer.gguf`) do not count. Raises InputError, listing them,
+    where there are several models.
     """
     models: dict[str, Path] = {}
     for file in sorted(set(folder.glob("*.gguf")) - {*folder.glob("mmproj*"), folder / TOKENIZER_NAME}):
@@ -80,7 +80,7 @@ def _files_of(path: Path, count: int) -> list[Path]:
     if match is None or int(match[3]) != count:
         raise InputError(
             f"{path} is one of the {count} parts of a model, whose names must end as -00001-of-{count:05d}.gguf does; "
-            "give files their names back"
+            "rename the files as they were"
         )
     return [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 

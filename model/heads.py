@@ -1,4 +1,4 @@
-"""From the last hidden states to what a model is asked for: logits, labels, a scalar, a sentence's vector."""
+"""Heads: from the final hidden states to logits, labels, a scalar or a sentence embedding."""
 
 from typing import Any, Literal
 
@@ -21,19 +21,19 @@ Pooling = Literal["mean", "first", "last", "pooler"]
 
 
 class Transform(nn.Module):
-    """A masked-language-model head before its table: norm(act(dense(x))) (BERT, as released)."""
+    """The layer of a masked-language-model head before its table: norm(act(dense(x))) (BERT, as released)."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
-        """Each position alone."""
+        """Return the transformed hidden states."""
         y = Linear(self.config, self.config.d_model, "hidden", True, name="transform")(x)
         return Normalize(self.config, name="norm")(activation_of(self.config)(y))
 
 
 def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """{"head": …, "pooler": …}, as far as the config has them."""
+    """Initialise {"head": …, "pooler": …}, those of them that the config has."""
     keys = jax.random.split(key, 3)
     x = jnp.zeros((1, config.d_model), jnp.float32)
     features = {"classifier": config.num_labels, "scalar": 1, "none": 0}.get(config.head, config.vocab_size)
@@ -52,16 +52,18 @@ def init_head(config: ModelConfig, key: Array) -> dict[str, Any]:
 
 
 def logit_multiplier(config: ModelConfig) -> float:
-    """Return what a head's input is multiplied by before its matrix, or before the token table."""
+    """Return the factor on a head's input, before its matrix or the token table."""
     return output_multiplier(config, "head") * (scale_of(config).d_model ** -0.5 if config.scale_logits else 1)
 
 
 @lenient()
-def head(config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array, "*batch d_model"]) -> Array:
-    """Float32 logits of normalised hidden states, through the token table where it is tied.
+def head(
+    config: ModelConfig, params: dict[str, Any], final_hidden: Float[Array, "*batch d_model"]
+) -> Float[Array, "..."]:
+    """Return float32 logits of hidden states after the final norm, by the head's matrix or the tied token table.
 
-    [*batch, vocab_size] of a language model; [*batch] of a scalar head; [*batch, num_labels] of a classifier, which
-    wants pooled states (`pool`).
+    Shapes: language model [*batch, vocab_size]; scalar head [*batch]; classifier [*batch, num_labels], of pooled hidden
+    states (`pool`). Raises InputError for a model without a head.
     """
     if config.head == "none":
         raise InputError('this model has no head; use forward(…, outputs=("final_hidden",)) or sentence_embedding')
@@ -89,7 +91,11 @@ def pool(
     segment_ids: Int[Array, "batch seq"] | None = None,
     pooling: Pooling = "mean",
 ) -> Float[Array, "batch d_model"]:
-    """One vector a row. segment_ids: 0 is padding. "pooler": the first token through BERT's dense layer with tanh."""
+    """Return one vector per row.
+
+    segment_ids: 0 is padding. pooling: the mean over tokens, the first or last token, or BERT's pooler, a dense layer
+    with tanh on the first token. Raises InputError for "pooler" where the model has none.
+    """
     real = jnp.ones(final_hidden.shape[:2], bool) if segment_ids is None else segment_ids > 0
     if pooling == "mean":
         weights = real.astype(final_hidden.dtype)[..., None]
@@ -112,6 +118,6 @@ def classify(
     final_hidden: Float[Array, "batch seq d_model"],
     segment_ids: Int[Array, "batch seq"] | None = None,
 ) -> Float[Array, "batch labels"]:
-    """Logits of a classifier: of an encoder's first token (through the pooler, if any), of a decoder's last one."""
+    """Return the logits of a classifier: of an encoder's first token, by its pooler if any; of a decoder's last one."""
     pooling: Pooling = "last" if config.is_causal else "pooler" if config.pooler else "first"
     return head(config, params, pool(config, params, final_hidden, segment_ids, pooling))

@@ -1,9 +1,9 @@
-"""Which program computes attention: plain XLA, cuDNN's fused kernel, or a Pallas kernel of JAX's own.
+"""The kernel that computes attention: plain XLA, cuDNN's fused kernel, or one of JAX's Pallas kernels.
 
-The fused ones never write the scores to memory. They know causal masks, windows and segments, but no bias, softcap,
-sinks or dropout, nor do they hand out weights or take edits of them: there, and with a cache, it is XLA. "auto" takes
-cuDNN on NVIDIA GPUs in bfloat16, Pallas on a single TPU, and XLA for every shape that the kernel of that device does
-not take. Pallas runs on a CPU too, interpreted: for tests.
+Fused kernels never write the scores to memory. They support causal masks, windows and segments, but no bias, softcap,
+sinks or dropout, and neither return nor edit the attention weights: with any of these, and with a cache, XLA is used.
+"auto" takes cuDNN on NVIDIA GPUs in bfloat16, Pallas on a single TPU, and XLA for every shape that the device's kernel
+does not support. On a CPU Pallas runs interpreted, for tests.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from model.execution import Execution
 from model.layout import layer_kinds
 from model.target import Target, target
 
-_BLOCK = 128  # rows of queries and keys that Pallas' kernels take at once; they must divide the sequence
+_BLOCK = 128  # queries and keys in a block of the Pallas kernels; it must divide the sequence
 _AUTO = {"gpu": "cudnn", "tpu": "pallas"}
 
 
-class Shape(NamedTuple):
-    """All of an attention that its kernel depends on. dtype: of queries, keys and values."""
+class AttentionShape(NamedTuple):
+    """The properties of an attention that its kernel depends on. dtype: of queries, keys and values."""
 
     seq: int
     head_dim: int
@@ -33,40 +33,40 @@ class Shape(NamedTuple):
     window: int | None = None
 
 
-def kernel_for(wanted: str, shape: Shape, where: Target | None = None) -> tuple[str, str]:
-    """Return (the kernel, why that one) for an attention without bias, softcap, sinks, dropout, weights and cache.
+def kernel_for(wanted: str, shape: AttentionShape, device: Target | None = None) -> tuple[str, str]:
+    """Return (kernel, reason for it) for an attention without bias, softcap, sinks, dropout, taps and cache.
 
-    wanted: an Execution's `attention_kernel`. where: by default what is being traced for. The mesh is the one of the
-    trace. Raises InputError where `wanted` names a kernel that does not take this shape there.
+    wanted: an Execution's `attention_kernel`. device: default: what the program is being traced for. The mesh is that
+    of the trace. Raises InputError where `wanted` names a kernel that does not support this shape on this device.
     """
-    where = target() if where is None else where
-    kernel = _AUTO.get(where.platform, "xla") if wanted == "auto" else wanted
+    device = target() if device is None else device
+    kernel = _AUTO.get(device.platform, "xla") if wanted == "auto" else wanted
     if kernel == "xla":
-        return "xla", "attention_kernel='xla'" if wanted == "xla" else f"no fused kernel runs on a {where.platform}"
-    reason = (_why_not_cudnn if kernel == "cudnn" else _why_not_pallas)(shape, where)
+        return "xla", "attention_kernel='xla'" if wanted == "xla" else f"no fused kernel runs on a {device.platform}"
+    reason = (_why_not_cudnn if kernel == "cudnn" else _why_not_pallas)(shape, device)
     if reason is None:
-        return kernel, f"it takes this shape on a {where.platform}"
+        return kernel, f"it takes this shape on a {device.platform}"
     if wanted != "auto":
         raise InputError(f"attention_kernel={wanted!r} cannot be used here: {reason}; take 'auto' or 'xla'")
     return "xla", f"{kernel} cannot be used here: {reason}"
 
 
-def choose_kernel(context: Context, query: Array, plain: bool) -> str:
-    """Return the kernel for this attention; plain: nothing is requested that only XLA gives.
+def choose_kernel(context: Context, query: Float[Array, "batch heads seq head_dim"], fusible: bool) -> str:
+    """Return the kernel for this attention; fusible: no option is used that only XLA supports.
 
-    Raises InputError where the execution names a kernel that this device or shape does not take.
+    Raises InputError where the execution names a kernel that does not support this device or shape.
     """
-    if not plain:
+    if not fusible:
         return "xla"
     seq, head_dim = query.shape[2:]
-    shape = Shape(seq, head_dim, str(query.dtype), context.causal, context.window)
+    shape = AttentionShape(seq, head_dim, str(query.dtype), context.causal, context.window)
     return kernel_for(context.execution.attention_kernel, shape, target(context.execution.platform))[0]
 
 
 def kernels_of(config: ModelConfig, seq: int, execution: Execution = Execution()) -> dict[str, tuple[str, str]]:
-    """Return {kind of layer: (its kernel, why that one)} for the main stack in training on rows of `seq` tokens.
+    """Return {kind of layer: (kernel, reason for it)} for training the main stack on rows of `seq` tokens.
 
-    Without dropout, which takes XLA. Raises as `kernel_for` does.
+    Without dropout, which only XLA supports. Raises InputError as `kernel_for` does.
     """
     special = {
         "latent attention": config.latent is not None,
@@ -75,26 +75,29 @@ def kernels_of(config: ModelConfig, seq: int, execution: Execution = Execution()
         f"position={config.position!r}": config.position in ("alibi", "relative"),
     }
     only_xla = next((name for name, given in special.items() if given), None)
-    found, where = {}, target(execution.platform)
+    device = target(execution.platform)
+    kernels = {}
     for kind in layer_kinds(config):
-        shape = Shape(seq, config.head_dim, config.compute_dtype, kind.causal, kind.window)
-        found[kind.name] = (
-            ("xla", f"no fused kernel knows {only_xla}")
-            if only_xla
-            else kernel_for(execution.attention_kernel, shape, where)
-        )
-    return found
+        if only_xla:
+            kernels[kind.name] = ("xla", f"no fused kernel supports {only_xla}")
+        else:
+            shape = AttentionShape(seq, config.head_dim, config.compute_dtype, kind.causal, kind.window)
+            kernels[kind.name] = kernel_for(execution.attention_kernel, shape, device)
+    return kernels
 
 
-def _why_not_cudnn(shape: Shape, where: Target) -> str | None:
-    """Return what keeps cuDNN from this shape (its limits: NVIDIA's cuDNN frontend, "Scaled Dot Product Attention")."""
-    widest = 256 if where.capability is not None and where.capability[0] == 9 else 128
+def _why_not_cudnn(shape: AttentionShape, device: Target) -> str | None:
+    """Return why cuDNN does not support this shape, or None.
+
+    Its limits: NVIDIA's cuDNN frontend, "Scaled Dot Product Attention".
+    """
+    widest = 256 if device.capability is not None and device.capability[0] == 9 else 128
     obstacles = (
-        (where.platform != "gpu", f"it needs a GPU, not a {where.platform}"),
-        (where.vendor == "amd", "it needs a GPU by NVIDIA, not by AMD"),
+        (device.platform != "gpu", f"it needs a GPU, not a {device.platform}"),
+        (device.vendor == "amd", "it needs a GPU by NVIDIA, not by AMD"),
         (
-            where.capability is not None and where.capability < (8, 0),
-            f"it needs a GPU of compute capability 8.0, not {'.'.join(map(str, where.capability or ()))}",
+            device.capability is not None and device.capability < (8, 0),
+            f"it needs a GPU of compute capability 8.0, not {'.'.join(map(str, device.capability or ()))}",
         ),
         (shape.dtype != "bfloat16", f"it needs compute_dtype='bfloat16', not {shape.dtype!r}"),
         (
@@ -107,15 +110,15 @@ def _why_not_cudnn(shape: Shape, where: Target) -> str | None:
     return next((reason for holds, reason in obstacles if holds), None)
 
 
-def _why_not_pallas(shape: Shape, where: Target) -> str | None:
-    """Return what keeps JAX's Pallas kernel from this shape; on a TPU it is another one than elsewhere."""
-    on_tpu, seq, head_dim = where.platform == "tpu", shape.seq, shape.head_dim
+def _why_not_pallas(shape: AttentionShape, device: Target) -> str | None:
+    """Return why JAX's Pallas kernel for TPUs, or that for GPUs, does not support this shape, or None."""
+    on_tpu, seq, head_dim = device.platform == "tpu", shape.seq, shape.head_dim
     lengths = f"multiples of {_BLOCK}" if on_tpu else f"16, 32, 64 or multiples of {_BLOCK}"
     obstacles = (
         (jax.sharding.get_abstract_mesh().size > 1, "it does not run on a mesh of several devices"),
         (_x64(), "it does not run with jax_enable_x64"),  # its indices would mix int32 with int64
-        (shape.window is not None, "it knows no sliding window"),
-        (not shape.causal, "it is causal"),
+        (shape.window is not None, "it does not support sliding windows"),
+        (not shape.causal, "it supports only causal attention"),
         (
             seq % _BLOCK != 0 and (on_tpu or seq not in (16, 32, 64)),
             f"it takes sequences whose lengths are {lengths}, not {seq}",
@@ -124,7 +127,7 @@ def _why_not_pallas(shape: Shape, where: Target) -> str | None:
             on_tpu and head_dim > _BLOCK and head_dim % _BLOCK != 0,
             f"it takes a head_dim up to {_BLOCK} or a multiple of it, not {head_dim}",
         ),
-        (where.platform == "gpu" and head_dim < 16, f"it takes a head_dim of at least 16, not {head_dim}"),
+        (device.platform == "gpu" and head_dim < 16, f"it takes a head_dim of at least 16, not {head_dim}"),
     )
     return next((reason for holds, reason in obstacles if holds), None)
 
@@ -145,7 +148,10 @@ def attend_fused(
     context: Context,
     scale: float,
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Scaled dot-product attention as `model.attention.attend`, by a fused kernel; padding gives anything finite."""
+    """Return scaled dot-product attention as `model.attention.attend` does, by a fused kernel.
+
+    The result of padding tokens is finite but otherwise undefined.
+    """
     if kernel == "cudnn":
         mixed = jax.nn.dot_product_attention(
             query.swapaxes(1, 2),

@@ -1,4 +1,4 @@
-"""Which layer is of which kind, where its parameters stand, and how the layers are run in repeating groups."""
+"""The kind of each layer, its index in the stacked parameters, and the repeating groups for a scan over layers."""
 
 import dataclasses
 import functools
@@ -10,10 +10,11 @@ from model.parts import RopeScaling
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What layers with the same name in `params["layers"]` share.
+    """Properties that layers with the same name in `params["layers"]` share.
 
-    name: "dense" or "experts", with "local_" before it under a sliding window. window: tokens that a query sees,
-    itself included; None: all. causal: no token sees a later one. cross: it also attends to an encoder.
+    name: "dense" or "experts", with "local_" before it under a sliding window. experts: a mixture of experts in place
+    of the feed-forward. window: the number of tokens that a query sees, itself included; None: all. causal: no token
+    sees a later one. cross: the layer also attends to an encoder.
     """
 
     name: str
@@ -26,7 +27,7 @@ class LayerKind:
 
 
 class Group(NamedTuple):
-    """Layers `first` … that repeat `kinds` `repeats` times."""
+    """Consecutive layers from `first` on, whose kinds are the pattern `kinds`, `repeats` times."""
 
     first: int
     kinds: tuple[LayerKind, ...]
@@ -35,7 +36,7 @@ class Group(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def layer_kinds(config: ModelConfig, encoder: bool = False) -> tuple[LayerKind, ...]:
-    """The kind of every layer of the main stack, or of the encoder of an encoder-decoder."""
+    """Return the kind of every layer of the main stack, or of the encoder of an encoder-decoder."""
     kinds = []
     for index in range(config.num_encoder_layers if encoder else config.num_layers):
         reach = config.layer_pattern[index % len(config.layer_pattern)]
@@ -57,19 +58,26 @@ def layer_kinds(config: ModelConfig, encoder: bool = False) -> tuple[LayerKind, 
 
 
 def places(config: ModelConfig, encoder: bool = False) -> tuple[tuple[str, int], ...]:
-    """For every layer: the name of its kind, and its index within that kind's stack of parameters."""
+    """Return (name of its kind, index in the stacked parameters of that kind) for every layer.
+
+    Layers of the kinds (local, local, global, local) are at ("local", 0), ("local", 1), ("global", 0), ("local", 2).
+    """
     return places_of(layer_kinds(config, encoder))
 
 
 def places_of(kinds: tuple[LayerKind, ...]) -> tuple[tuple[str, int], ...]:
-    """`places` of these kinds."""
+    """Return `places` for layers of these kinds."""
     names = [kind.name for kind in kinds]
     return tuple((name, names[:index].count(name)) for index, name in enumerate(names))
 
 
 @functools.lru_cache(maxsize=1024)
 def groups(kinds: tuple[LayerKind, ...]) -> tuple[Group, ...]:
-    """The layers as few repeating groups: each is the pattern that covers most layers from where it starts."""
+    """Split the layers into few repeating groups, greedily: each is the pattern that covers most of the layers left.
+
+    (local, local, global, local, local, global, local, local) is the pattern (local, local, global) twice from layer 0
+    on, and (local) twice from layer 6 on.
+    """
     found: list[Group] = []
     first = 0
     while first < len(kinds):

@@ -1,4 +1,4 @@
-"""Packages whose names are imported where they are first used (PEP 562), so that a reader of one waits for no other."""
+"""Lazy imports of a package's public names (PEP 562): a module is imported when one of its names is first used."""
 
 import importlib
 import sys
@@ -7,18 +7,21 @@ from typing import Any
 
 
 def lazy(package: str, names: Mapping[str, tuple[str, ...]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the `__getattr__` and the `__dir__` of a package.
+    """Return the `__getattr__` and `__dir__` of a package.
 
-    names: what the package hands on of each of its modules; of a module without any, the module itself.
+    names: {module: its public names}; with no names, the module itself is public.
     """
-    homes = {name: module for module, handed_on in names.items() for name in handed_on or (module,)}
+    module_of = {name: module for module, public in names.items() for name in public or (module,)}
 
     def get(name: str) -> Any:
-        if name not in homes:
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(f"{package}.{homes[name]}")
-        value = getattr(module, name) if names[homes[name]] else module
+        module = importlib.import_module(f"{package}.{module_of[name]}")
+        value = getattr(module, name) if names[module_of[name]] else module
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted({*vars(sys.modules[package]), *homes})
+    def list_names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *module_of})
+
+    return get, list_names

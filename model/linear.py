@@ -1,4 +1,4 @@
-"""One Linear for all projections, and the weight types that it takes."""
+"""The linear layer of all projections, and joint products of several."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,7 +12,10 @@ from model.weights import is_weight, matmul, outputs_of, plain
 
 
 class Linear(nn.Module):
-    """`x @ weight + bias`; the role names its row in the parameterization table."""
+    """`x @ weight + bias`, with a weight in any stored form (`model.weights`).
+
+    role: the row of the table in `model.parameterization`.
+    """
 
     config: ModelConfig
     features: int
@@ -21,8 +24,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """The product in x's dtype."""
-        # `self.param` checks shapes and so refuses prepared leaves: it is called only to initialise.
+        """Return the product in x's dtype."""
+        # `self.param` would reject the shapes of prepared leaves.
         if self.is_initializing():
             init = initializer(self.config, self.role, x.shape[-1])
             weight = self.param("weight", init, (x.shape[-1], self.features), jnp.float32)
@@ -35,39 +38,40 @@ class Linear(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is there, as a plain array."""
+        """True if the weight is a plain array; False during initialisation."""
         return not self.is_initializing() and not is_weight(self.get_variable("params", "weight"))
 
     @property
     def holds_others(self) -> bool:
-        """Whether the matrices of others were joined to this one's."""
+        """True if `infer.prepare` concatenated other layers' matrices to this weight."""
         return not self.is_initializing() and outputs_of(self.get_variable("params", "weight")) > self.features
 
     def bias(self) -> Float[Array, " d_out"]:
-        """The bias; raises where there is none."""
+        """Return the bias of a layer with use_bias."""
         return self.get_variable("params", "bias")
 
     def matrix(self) -> Float[Array, "d_in d_out"]:
-        """The weight as a plain array, for products that take it apart."""
+        """Return the weight as a plain array."""
         return plain(self.get_variable("params", "weight"))
 
 
-_FEW_ROWS = 64  # of a product for which joining the matrices, a copy of them, would cost more than it saves
+_FEW_ROWS = 64  # for fewer rows, concatenating the matrices, a copy of them, costs more than it saves
 
 
 def side_by_side(x: Float[Array, "*batch d_in"], *linears: Linear) -> list[Float[Array, "*batch d_out"]]:
-    """What every Linear makes of x: one product with all matrices side by side.
+    """Return the output of every layer for x, by one product with the concatenation of their matrices.
 
-    `infer.prepare` joins them once, under the first one's name. Otherwise they are joined here, where they are plain
-    and x is long; not where a mesh splits their columns, which would then have to be moved.
+    `infer.prepare` concatenates matrices once, under the name of the first. Otherwise they are concatenated here if
+    they are plain arrays and x has many rows; not where a mesh splits their columns, which would have to be moved.
     """
-    ends = np.cumsum([one.features for one in linears])[:-1]
+    ends = np.cumsum([linear.features for linear in linears])[:-1]
     if linears[0].holds_others:
         return jnp.split(linears[0](x), ends, axis=-1)
-    joins = x.size // x.shape[-1] >= _FEW_ROWS and parts_of("hidden") == 1 and all(one.is_plain for one in linears)
+    many_rows = x.size // x.shape[-1] >= _FEW_ROWS
+    joins = many_rows and parts_of("hidden") == 1 and all(linear.is_plain for linear in linears)
     if not joins or len(linears) == 1:
-        return [one(x) for one in linears]
-    y = matmul(x, jnp.concatenate([one.matrix() for one in linears], axis=1))
+        return [linear(x) for linear in linears]
+    y = matmul(x, jnp.concatenate([linear.matrix() for linear in linears], axis=1))
     if linears[0].use_bias:
-        y = y + jnp.concatenate([one.bias() for one in linears]).astype(y.dtype)
+        y = y + jnp.concatenate([linear.bias() for linear in linears]).astype(y.dtype)
     return jnp.split(y, ends, axis=-1)

@@ -1,6 +1,6 @@
-"""Every matrix of an architecture and the vectors beside them: what parameters and products are both counted from.
+"""The shapes of every matrix and vector of an architecture, from which parameters and products are counted.
 
-`model.init` makes exactly these; the tests hold the two together.
+They are those of `model.init`, as the tests check.
 """
 
 from typing import NamedTuple
@@ -10,10 +10,11 @@ from model.layout import LayerKind
 
 
 class Matrix(NamedTuple):
-    """Of a token's product [rows] @ [rows, columns]. bias: a vector of `columns` comes with it.
+    """A matrix [rows, columns], or several of the same shape, by which a token [rows] is multiplied.
 
-    part: the group in which it counts. path: of its module, in a layer or in the model. stored: how many alike there
-    are; 0: the product is with a table that is counted elsewhere. used: how many of them a token is multiplied with.
+    part: the group of parameters that the matrix is counted in. path: of its module, within a layer or the model. bias:
+    a vector of `columns` is added. stored: the number of such matrices; 0 for a tied head, which is counted as the
+    token table. used: the number that one token is multiplied by: top_k of a mixture's experts.
     """
 
     part: str
@@ -26,38 +27,37 @@ class Matrix(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Parameters of one."""
+        """Parameters of one such matrix with its bias."""
         return self.rows * self.columns + self.bias * self.columns
 
     @property
     def flops(self) -> int:
-        """Of a token's product with those of them that it is multiplied with."""
+        """FLOPs of a token's products with the matrices that are used."""
         return 2 * self.used * self.rows * self.columns
 
 
 def embedding_tables(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each table."""
+    """Return the parameters of each table: "tokens", "positions", "types"."""
     learned = config.max_seq_len if config.position == "learned" else 0
     rows = {"tokens": config.vocab_size, "positions": learned, "types": config.num_token_types}
     return {name: count * config.d_model for name, count in rows.items()}
 
 
 def norm_size(config: ModelConfig) -> int:
-    """Parameters of a norm of the residual stream."""
+    """Return the parameters of one norm of the residual stream."""
     return config.d_model * (2 if config.norm == "layernorm" and config.norm_bias else 1)
 
 
 def layer_matrices(config: ModelConfig, kind: LayerKind) -> list[Matrix]:
-    """All of one layer, in the order of computation."""
+    """Return the matrices of one layer in the order of computation."""
     attention = _attention(config, "attention") if config.latent is None else _latent_attention(config)
     cross = _attention(config, "cross_attention") if kind.cross else []
-    return (
-        attention + cross + (_experts(config) if kind.experts else _feed_forward(config, "feed_forward", config.d_ff))
-    )
+    feed_forward = _experts(config) if kind.experts else _feed_forward(config, "feed_forward", config.d_ff)
+    return attention + cross + feed_forward
 
 
 def layer_vectors(config: ModelConfig, kind: LayerKind) -> dict[str, int]:
-    """Parameters of one layer that stand in no matrix and are no matrix's bias, by part."""
+    """Return the parameters of one layer outside its matrices and their biases, by part."""
     of_heads = 2 * config.head_dim if config.qk_norm else 0
     if config.latent is not None:
         of_heads = config.latent.kv_rank + (config.latent.q_rank or 0)
@@ -69,13 +69,11 @@ def layer_vectors(config: ModelConfig, kind: LayerKind) -> dict[str, int]:
 
 
 def head_matrices(config: ModelConfig) -> list[Matrix]:
-    """What follows the last layer. Only a classifier reads the pooler; a tied head is stored as the token table."""
+    """Return the matrices after the last layer. Only a classifier uses the pooler; a tied head is the token table."""
     width, makes_tokens = config.d_model, config.head in ("language-model", "masked-language-model")
-    matrices = (
-        [Matrix("pooler", ("pooler",), width, width, True, used=int(config.head == "classifier"))]
-        if config.pooler
-        else []
-    )
+    matrices = []
+    if config.pooler:
+        matrices.append(Matrix("pooler", ("pooler",), width, width, True, used=int(config.head == "classifier")))
     if config.head == "masked-language-model":
         matrices.append(Matrix("head", ("head", "transform"), width, width, True))
     if config.head != "none":
@@ -85,7 +83,7 @@ def head_matrices(config: ModelConfig) -> list[Matrix]:
 
 
 def head_vectors(config: ModelConfig) -> int:
-    """Parameters of the head that stand in no matrix: its own bias, and the norm of a masked-language-model."""
+    """Return the parameters of the head outside its matrices: its bias, and the norm of a masked-language-model."""
     bias = _outputs(config) if config.head_bias and config.head != "none" else 0
     return bias + (norm_size(config) if config.head == "masked-language-model" else 0)
 
@@ -102,10 +100,13 @@ def _attention(config: ModelConfig, part: str) -> list[Matrix]:
 
 
 def _latent_attention(config: ModelConfig) -> list[Matrix]:
-    """Over whole rows: every head's keys and values are made from the latent vector."""
+    """Return the matrices as used over whole rows, where keys and values of every head are computed from the latent."""
     latent, width, heads = config.latent, config.d_model, config.num_heads
     assert latent is not None
-    matrix = lambda name, *sizes: Matrix("attention", ("attention", name), *sizes)
+
+    def matrix(name: str, rows: int, columns: int, bias: bool = False) -> Matrix:
+        return Matrix("attention", ("attention", name), rows, columns, bias)
+
     query = [matrix("query", width, heads * config.head_dim)]
     if latent.q_rank is not None:
         query = [
@@ -121,7 +122,7 @@ def _latent_attention(config: ModelConfig) -> list[Matrix]:
 
 
 def _feed_forward(config: ModelConfig, part: str, d_ff: int, *below: str) -> list[Matrix]:
-    """below: the names of modules between the layer's feed-forward and the matrices."""
+    """Return the matrices of a feed-forward; below: names of modules between the layer's feed-forward and them."""
     path = ("feed_forward", *below)
     names = ("up", "gate") if config.gated else ("up",)
     into = [Matrix(part, (*path, name), config.d_model, d_ff, config.use_bias) for name in names]

@@ -1,4 +1,4 @@
-"""A mixture of experts in place of the feed-forward: routing, the experts, and the losses that keep them in use."""
+"""A mixture of experts in place of the feed-forward: router, experts and auxiliary losses."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,11 @@ from model.weights import Int8Experts, LowRank, matmul
 
 
 class Routing(NamedTuple):
-    """chosen: each token's experts, the best first; gates: their weights; probabilities: of all, summing to 1."""
+    """The choices of a router.
+
+    chosen: the experts of each token, the best first. gates: the weights of the chosen experts' outputs. probabilities:
+    of all experts, summing to 1.
+    """
 
     chosen: Int[Array, "tokens top_k"]
     gates: Float[Array, "tokens top_k"]
@@ -29,9 +33,9 @@ class Routing(NamedTuple):
 def route(
     experts: Experts, logits: Float[Array, "tokens count"], selection_bias: Float[Array, " count"] | None = None
 ) -> Routing:
-    """Choose experts, in float32 (Mixtral; DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2).
+    """Choose the experts of each token, in float32 (Mixtral; DeepSeek-V2, section 2.2; DeepSeek-V3, section 2.1.2).
 
-    The bias counts in the choice of groups and of experts, never in the gates, and gets no gradient.
+    selection_bias: added to the scores for the choice of groups and experts, not for the gates; it has no gradient.
     """
     if experts.router == "sigmoid":
         scores = jax.nn.sigmoid(logits)
@@ -54,7 +58,10 @@ def route(
 
 
 def _in_best_groups(experts: Experts, preference: Float[Array, "tokens count"]) -> Bool[Array, "tokens count"]:
-    """Whether each expert's group is among the best of the token."""
+    """Return whether each expert's group is among the token's top_groups.
+
+    Eight experts in four groups are [0, 1], [2, 3], [4, 5], [6, 7]; if groups 1 and 2 are the best, 2 … 5 are True.
+    """
     by_group = preference.reshape(-1, experts.groups, experts.count // experts.groups)
     counted = min(1 if experts.group_score == "max" else 2, by_group.shape[-1])
     group_scores = jax.lax.top_k(by_group, counted)[0].sum(-1)
@@ -66,12 +73,12 @@ def _in_best_groups(experts: Experts, preference: Float[Array, "tokens count"]) 
 def losses(
     routing: Routing, logits: Float[Array, "tokens count"], real: Bool[Array, " tokens"]
 ) -> dict[str, Float[Array, "..."]]:
-    """balance_loss, router_z_loss and expert_use over the real tokens.
+    """Return balance_loss, router_z_loss and expert_use [count], over the real tokens.
 
-    balance_loss: count · Σ_e f_e · P_e, with f_e the share of choices that went to expert e and P_e its mean
-    probability (Switch, eq. 4, where top_k is 1). It is 1 where all probabilities are equal, and at least 1 where all
-    tokens agree; a batch of tokens that disagree can lie below 1, for f follows the ranks and P the sizes.
-    router_z_loss: the mean squared logsumexp of the logits (ST-MoE, eq. 5). expert_use: f, dropped choices included.
+    balance_loss: count · Σ_e f_e · P_e, with f_e the share of choices for expert e and P_e its mean probability
+    (Switch, eq. 4, where top_k is 1). It is 1 where all probabilities are equal, and at least 1 where all tokens agree;
+    where tokens disagree it can be below 1, because f depends on ranks and P on magnitudes. router_z_loss: the mean
+    squared logsumexp of the logits (ST-MoE, eq. 5). expert_use: f, dropped choices included.
     """
     count, top_k = logits.shape[-1], routing.chosen.shape[-1]
     weight = real.astype(jnp.float32) / jnp.maximum(real.sum(dtype=jnp.float32), 1)
@@ -84,7 +91,7 @@ def losses(
 
 
 class Router(nn.Module):
-    """The logits of every expert, in float32 whatever x is, and the selection bias, if there is one."""
+    """The router's logits, in float32 for any dtype of x, and its selection bias, if it has one."""
 
     config: ModelConfig
     experts: Experts
@@ -93,7 +100,7 @@ class Router(nn.Module):
     def __call__(
         self, x: Float[Array, "tokens d_model"]
     ) -> tuple[Float[Array, "tokens count"], Float[Array, " count"] | None]:
-        """x @ weight; products in bfloat16, as accelerators prefer for float32 too, would change choices."""
+        """Return (x @ weight, selection bias). Accelerators' default bfloat16 products would change choices."""
         experts, bias = self.experts, None
         if self.is_initializing():
             init = initializer(self.config, "router", x.shape[-1])
@@ -109,25 +116,30 @@ class Router(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """The stacked matrices: up and gate (gated only) [count, d_model, d_ff], down [count, d_ff, d_model]."""
+    """The stacked matrices of the experts: up and gate [count, d_model, d_ff], down [count, d_ff, d_model]."""
 
     config: ModelConfig
     experts: Experts
 
     @nn.compact
     def __call__(self) -> dict[str, Matrices]:
-        """By name, as they are stored."""
+        """Return the matrices by name, as they are stored; "gate" only where the config is gated."""
         config, experts = self.config, self.experts
-        into, out_of = (experts.count, config.d_model, experts.d_ff), (experts.count, experts.d_ff, config.d_model)
-        shapes = {"up": into, **({"gate": into} if config.gated else {}), "down": out_of}
+        names = ("up", "gate", "down") if config.gated else ("up", "down")
         if not self.is_initializing():
-            return {name: self.get_variable("params", name) for name in shapes}
-        role = lambda name: "residual" if name == "down" else "hidden"
-        init = lambda name, shape: initializer(config, role(name), shape[1])
-        return {name: self.param(name, init(name, shape), shape, jnp.float32) for name, shape in shapes.items()}
+            return {name: self.get_variable("params", name) for name in names}
+        weights = {}
+        for name in names:
+            role, d_in, d_out = "hidden", config.d_model, experts.d_ff
+            if name == "down":
+                role, d_in, d_out = "residual", experts.d_ff, config.d_model
+            init = initializer(config, role, fan_in=d_in)
+            weights[name] = self.param(name, init, (experts.count, d_in, d_out), jnp.float32)
+        return weights
 
 
 def _constrained(weight: Matrices, inputs: str | None, outputs: str | None) -> Matrices:
+    """Constrain the sharding of stacked matrices; inputs, outputs: the logical axes of d_in and d_out."""
     if isinstance(weight, LowRank):
         base = _constrained(weight.base, inputs, outputs)
         a, b = constrain(weight.a, "experts", inputs, None), constrain(weight.b, "experts", None, outputs)
@@ -140,9 +152,9 @@ def _constrained(weight: Matrices, inputs: str | None, outputs: str | None) -> M
 
 
 class ExpertFeedForward(nn.Module):
-    """Σ gate · expert(x) over the chosen experts, plus the shared expert; the fields are those of `Experts`.
+    """Σ gate · expert(x) over the chosen experts, plus the shared expert if there is one; see `model.parts.Experts`.
 
-    inference: dropless, whatever `experts.dispatch` says.
+    inference: drop nothing, also where `experts.dispatch` is "capacity".
     """
 
     config: ModelConfig
@@ -152,21 +164,23 @@ class ExpertFeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"], real: Bool[Array, "batch seq"] | None = None
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
-        """The output, and balance_loss, router_z_loss, expert_use [count] and dropped (both shares of choices).
+        """Return the output, and {"balance_loss", "router_z_loss", "expert_use" [count], "dropped"}.
 
-        real: False for padding, which takes no part in any of these nor in anyone's capacity; its output is finite.
+        expert_use and dropped are shares of all choices. real: False for padding, which counts in none of these and
+        takes no capacity; its output is finite.
         """
         config, experts = self.config, self.config.experts
         assert experts is not None
         real = jnp.ones(x.shape[:2], bool) if real is None else real
-        x = jnp.where(real[..., None], x, 0)  # whatever stands in padding, it cannot spoil a gradient
+        x = jnp.where(real[..., None], x, 0)  # NaN in padding would reach the gradients
         flat, flat_real = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         logits, bias = Router(config, experts, name="router")(flat)
         routing = route(experts, logits, bias)
         weights = ExpertWeights(config, experts, name="experts")()
-        # What fsdp splits is gathered here once, not for every block.
-        axes = {name: (None, "hidden") if name != "down" else ("hidden", None) for name in weights}
-        weights = {name: _constrained(weight, *axes[name]) for name, weight in weights.items()}
+        # Matrices that fsdp splits are gathered here, once, instead of for every block.
+        for name, weight in weights.items():
+            inputs, outputs = ("hidden", None) if name == "down" else (None, "hidden")
+            weights[name] = _constrained(weight, inputs, outputs)
         activation = activation_of(config)
 
         def feed_forward(rows, product):
@@ -175,7 +189,7 @@ class ExpertFeedForward(nn.Module):
             return product(hidden, weights["down"])
 
         bounded = experts.dispatch == "capacity" and not self.inference
-        made, taken = through_experts(
+        by_expert, computed = through_experts(
             flat,
             routing.chosen,
             flat_real,
@@ -183,12 +197,13 @@ class ExpertFeedForward(nn.Module):
             feed_forward,
             capacity_factor=experts.capacity_factor if bounded else None,
         )
-        y = jnp.sum(made * routing.gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+        y = jnp.sum(by_expert * routing.gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)
         if experts.shared_d_ff:
             shared = FeedForward(config, experts.shared_d_ff, name="shared")(x)
             if experts.shared_gate:
                 shared = shared * jax.nn.sigmoid(Linear(config, 1, "router", name="shared_gate")(x))
             y = y + shared
-        lost, tokens = (jnp.sum(x, dtype=jnp.float32) for x in (flat_real[:, None] & ~taken, flat_real))
-        dropped = lost / jnp.maximum(tokens * experts.top_k, 1)
+        num_dropped = jnp.sum(flat_real[:, None] & ~computed, dtype=jnp.float32)
+        num_tokens = jnp.sum(flat_real, dtype=jnp.float32)
+        dropped = num_dropped / jnp.maximum(num_tokens * experts.top_k, 1)
         return y, {**losses(routing, logits, flat_real), "dropped": dropped}

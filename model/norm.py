@@ -11,7 +11,10 @@ from model.parameterization import constant
 
 
 class Normalize(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis; None: as the config says."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis.
+
+    norm, epsilon: None: those of the config.
+    """
 
     config: ModelConfig
     norm: Norm | None = None
@@ -19,7 +22,7 @@ class Normalize(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """Statistics in float32, the result in x's dtype."""
+        """Return x normalised, computed in float32, in x's dtype."""
         config, norm = self.config, self.norm or self.config.norm
         epsilon = self.epsilon or config.norm_epsilon
         start = constant(0.0 if config.norm_offset else 1.0)

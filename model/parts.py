@@ -1,4 +1,4 @@
-"""The parts that only some architectures have, each a frozen dataclass inside `ModelConfig`."""
+"""Parts of `ModelConfig` that only some architectures have, each a frozen dataclass."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal, Self
@@ -13,22 +13,23 @@ Dispatch = Literal["dropless", "capacity"]
 
 
 class Part:
-    """Reading and writing plain values, with sentences where they are wrong. POSITIVE: numbers that may not be 0."""
+    """Base of the parts: validation, and conversion from and to plain values."""
 
+    # Fields that must be above 0.
     POSITIVE: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `to_dict`'s output. Raises InputError on an unknown, missing or impossible field."""
+        """Read `to_dict`'s output. Raises InputError for an unknown, missing or invalid field."""
         check_names(cls, values, complete=True)
         return cls(**values)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def __post_init__(self) -> None:
@@ -37,13 +38,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(Part):
-    """How rotary frequencies are stretched beyond the context that they were trained for.
+    """Scaling of rotary frequencies for contexts longer than in training.
 
-    linear: all divided by `factor` (Chen et al. 2023). llama3: low frequencies divided, high ones kept, smooth in
-    between (Llama 3.1). yarn: the same idea by number of turns (Peng et al. 2023), with the tables times
-    `attention_factor` (None: 0.1 ln(factor) + 1). mscale and mscale_all_dim: DeepSeek's variant of that factor,
-    0.1 · mscale · ln(factor) + 1 each: the tables are scaled by their ratio, the scores of latent attention by the
-    second one's square; 0: absent. truncate: round yarn's ramp to whole features.
+    linear: all frequencies are divided by `factor` (Chen et al. 2023). llama3: low frequencies are divided, high ones
+    kept, with a smooth transition (Llama 3.1). yarn: the same by the number of turns within the original context (Peng
+    et al. 2023), with cos and sin multiplied by `attention_factor` (None: 0.1 ln(factor) + 1). mscale and
+    mscale_all_dim: DeepSeek's variant of that factor, m(mscale) = 0.1 · mscale · ln(factor) + 1: cos and sin are
+    multiplied by m(mscale) / m(mscale_all_dim), the scores of latent attention by m(mscale_all_dim)²; 0: unused.
+    truncate: round the ends of yarn's transition to whole features.
     """
 
     kind: ScalingKind
@@ -76,8 +78,9 @@ class RopeScaling(Part):
 class Latent(Part):
     """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values from one small vector per token.
 
-    kv_rank: features of that vector, which is all that the cache holds, with rope_dim rotary key features shared by
-    all heads. nope_dim: features of a head without position. q_rank: the same compression of queries; None: none.
+    kv_rank: the size of that vector. rope_dim: the number of rotary key features, shared by all heads; the cache holds
+    kv_rank + rope_dim features per token. nope_dim: the features of a head without position. v_dim: the features of a
+    head's values. q_rank: the size of the compressed queries; None: queries are not compressed.
     """
 
     POSITIVE = ("kv_rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
@@ -91,24 +94,25 @@ class Latent(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rope_dim % 2:
-            raise InputError(f"Latent.rope_dim={self.rope_dim} must be even: rotary positions turn pairs")
+            raise InputError(f"Latent.rope_dim={self.rope_dim} must be even: rotary positions rotate pairs of features")
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts(Part):
     """A mixture of experts in place of the feed-forward (Shazeer et al. 2017).
 
-    count: routed experts; top_k: chosen per token; d_ff: width of each. shared_d_ff: width of one expert that every
-    token passes (DeepSeekMoE); 0: none; shared_gate: it is weighed by a sigmoid of its own (Qwen2-MoE).
+    count: the number of routed experts. top_k: the number of experts per token. d_ff: the width of each expert.
+    shared_d_ff: the width of an expert that every token uses (DeepSeekMoE); 0: none. shared_gate: the shared expert's
+    output is multiplied by a sigmoid gate (Qwen2-MoE).
     router: "softmax" over all experts before the choice (Switch, Qwen, DeepSeek-V2), "softmax_of_chosen" after it
-    (Mixtral's: the same as "softmax" with normalised gates), or "sigmoid" (DeepSeek-V3). selection_bias: a vector
-    added to the scores for the choice only. normalise: gates of a token sum to 1 before `scale`.
-    groups: experts in that many groups, of which only the best top_groups may be chosen from, by their best expert
-    ("max", DeepSeek-V2) or their two best ("top2", V3).
+    (Mixtral; the same as "softmax" with normalised gates), or "sigmoid" (DeepSeek-V3). selection_bias: a vector
+    added to the scores for the choice only. normalise: the gates of a token sum to 1 before they are multiplied by
+    `scale`. groups: the experts are split into this many groups, and a token chooses within the best top_groups, scored
+    by their best expert ("max", DeepSeek-V2) or the sum of their two best ("top2", DeepSeek-V3).
     first_layer, every, dense_layers: layer i has experts where i ≥ first_layer, (i − first_layer) is a multiple of
     `every` and i is not in dense_layers. dispatch: "dropless", or "capacity": an expert takes at most
-    capacity_factor · tokens · top_k / count tokens of a batch and drops the rest (in passes over whole rows;
-    evaluation and decoding are dropless).
+    capacity_factor · tokens · top_k / count choices of a batch and drops the rest, in passes over whole rows only;
+    evaluation and decoding are dropless.
     """
 
     POSITIVE = ("count", "top_k", "d_ff", "groups", "top_groups", "every", "capacity_factor")
@@ -135,7 +139,7 @@ class Experts(Part):
         super().__post_init__()
         layers = self.dense_layers
         if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
-            raise InputError(f"Experts.dense_layers={layers!r} must be a list of layers, counted from 0")
+            raise InputError(f"Experts.dense_layers={layers!r} must be a list of layer numbers, counted from 0")
         object.__setattr__(self, "dense_layers", tuple(layers))
         if self.count % self.groups:
             raise InputError(f"Experts.groups={self.groups} does not divide count={self.count}")
@@ -147,9 +151,9 @@ class Experts(Part):
                 f"a token may choose from"
             )
         if self.shared_gate and not self.shared_d_ff:
-            raise InputError("Experts.shared_gate=true needs shared_d_ff, the width of the expert that it weighs")
+            raise InputError("Experts.shared_gate=true needs shared_d_ff, the width of the shared expert")
 
     def in_layer(self, index: int) -> bool:
-        """Whether layer `index` has experts; the others are dense."""
+        """Return whether layer `index` has experts; the others are dense."""
         after = index - self.first_layer
         return after >= 0 and after % self.every == 0 and index not in self.dense_layers

@@ -1,4 +1,4 @@
-"""Where a token stands: sinusoids, rotary turns, linear and bucketed biases. Learned tables live with the embedding."""
+"""Positions: sinusoidal, rotary, ALiBi and relative biases. Learned position tables are part of the embedding."""
 
 import math
 
@@ -12,7 +12,7 @@ RotaryTables = tuple[Float[Array, "rows seq half"], Float[Array, "rows seq half"
 
 
 def sinusoidal(positions: Int[Array, "rows seq"], d_model: int) -> Float[Array, "rows seq d_model"]:
-    """Sines in the first half of the features, cosines in the second (Vaswani et al. 2017, section 3.5)."""
+    """Return sines in the first half of the features, cosines in the second (Vaswani et al. 2017, section 3.5)."""
     angles = positions[..., None].astype(jnp.float32) * _frequencies(d_model, 10_000.0)[None, None]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
@@ -20,7 +20,7 @@ def sinusoidal(positions: Int[Array, "rows seq"], d_model: int) -> Float[Array, 
 def rotary_tables(
     positions: Int[Array, "rows seq"], features: int, base: float, scaling: RopeScaling | None = None
 ) -> RotaryTables:
-    """(cos, sin) of every position's angles, computed once per pass and shared by all layers of a kind."""
+    """Return (cos, sin) of the angles of every position, for `features` features in pairs: half = features / 2."""
     frequencies, factor = rotary_frequencies(features, base, scaling)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
@@ -29,27 +29,28 @@ def rotary_tables(
 def rotate(
     x: Float[Array, "batch heads seq head_dim"], tables: RotaryTables, interleaved: bool = False
 ) -> Float[Array, "batch heads seq head_dim"]:
-    """Turn pairs of the first 2·half features (Su et al. 2021); the others pass.
+    """Rotate pairs of the first 2 · half features by their angles (Su et al. 2021); the others stay.
 
-    Pairs are (i, i + half), as in GPT-NeoX and Llama, or (2i, 2i + 1), as in GPT-J and DeepSeek.
+    Of 8 features, half = 4, the pairs are (0, 4), (1, 5), (2, 6), (3, 7) as in GPT-NeoX and Llama, or interleaved
+    (0, 1), (2, 3), (4, 5), (6, 7) as in GPT-J and DeepSeek.
     """
     cos, sin = (table[:, None].astype(x.dtype) for table in tables)
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    # (first, second) → (first · cos − second · sin, second · cos + first · sin): the pair, and the pair the other way
-    # round. Compilers turn the reversal into an index; halves that are put together again cost them a copy.
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    # (a, b) becomes (a, b) · cos + (b, a) · (−sin, sin) = (a cos − b sin, b cos + a sin). Compilers turn the reversal
+    # into an index; concatenating two halves would cost a copy.
     axis = -1 if interleaved else -2
-    pairs = turned.reshape(*x.shape[:-1], *((half, 2) if interleaved else (2, half)))
+    pairs = rotated.reshape(*x.shape[:-1], *((half, 2) if interleaved else (2, half)))
     sign = jnp.array([-1, 1], x.dtype).reshape((2,) if interleaved else (2, 1))
     cos, sin = (jnp.expand_dims(table, axis) for table in (cos, sin))
-    turned = (pairs * cos + jnp.flip(pairs, axis) * (sin * sign)).reshape(turned.shape)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    rotated = (pairs * cos + jnp.flip(pairs, axis) * (sin * sign)).reshape(rotated.shape)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
 def rotary_frequencies(
     features: int, base: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[np.ndarray, " half"], float]:
-    """Radians per position for every pair, float32, and the factor on the tables."""
+    """Return the float32 frequency of every pair in radians per position, and the factor on cos and sin."""
     frequencies = _frequencies(features, base)
     if scaling is None:
         return frequencies, 1.0
@@ -61,23 +62,30 @@ def rotary_frequencies(
 
 
 def score_factor(scaling: RopeScaling | None) -> float:
-    """What latent attention's scores are multiplied by under DeepSeek's variant of YaRN."""
+    """Return the factor on the scores of latent attention in DeepSeek's variant of YaRN."""
     if scaling is None or not scaling.mscale_all_dim:
         return 1.0
     return _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
 def alibi_slopes(num_heads: int) -> Float[np.ndarray, " heads"]:
-    """Slope of every head: a geometric series for powers of two, filled up from the next one (Press et al. 2022)."""
+    """Return the slope of every head (Press et al. 2022).
+
+    For a power of two they are a geometric series: 4 heads have 2⁻², 2⁻⁴, 2⁻⁶, 2⁻⁸. Other numbers add every second
+    slope of the next power of two: 6 heads also have the first and third of 8 heads, 2⁻¹ and 2⁻³.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
-    series = lambda count: 2.0 ** (-8.0 / count * np.arange(1, count + 1))
+
+    def series(heads: int) -> np.ndarray:
+        return 2.0 ** (-8.0 / heads * np.arange(1, heads + 1))
+
     return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)
 
 
 def alibi_bias(
     queries: Int[Array, "rows seq"], keys: Int[Array, "rows key"], num_heads: int
 ) -> Float[Array, "rows heads seq key"]:
-    """Minus slope times distance (Press et al. 2022, section 3)."""
+    """Return the bias of scores, −slope · distance (Press et al. 2022, section 3)."""
     distance = jnp.abs(queries[:, :, None] - keys[:, None, :]).astype(jnp.float32)
     return distance[:, None] * -alibi_slopes(num_heads)[None, :, None, None]
 
@@ -89,7 +97,12 @@ def relative_bias(
     max_distance: int,
     causal: bool,
 ) -> Float[Array, "rows heads seq key"]:
-    """A learned bias per head and bucket of distance: exact when near, logarithmic farther out (T5, section 2.1)."""
+    """Return a learned bias per head and bucket of distance (T5, section 2.1).
+
+    Half of the buckets are single distances, the others grow logarithmically up to max_distance. With 8 causal buckets
+    and max_distance = 16 the distances 0, 1, 2, 3 have the buckets 0 … 3, then 4 and 5 have 4, 6 and 7 have 5, 8 … 11
+    have 6, and all from 12 on have 7. Without causal masking, keys after the query have a second set of buckets.
+    """
     offset = keys[:, None, :] - queries[:, :, None]
     buckets = table.shape[0] if causal else table.shape[0] // 2
     start = jnp.zeros_like(offset) if causal else jnp.where(offset > 0, buckets, 0)
@@ -113,11 +126,12 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(frequencies: np.ndarray, features: int, base: float, scaling: RopeScaling) -> np.ndarray:
-    # The feature whose pair turns this many times over the original context (Peng et al. 2023, equation 17 ff.).
-    feature = lambda turns: (
-        features * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
-    )
-    low, high = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    def pair_with(turns: float) -> float:
+        """Return the pair that turns this often over the original context (Peng et al. 2023, equation 17 ff.)."""
+        period = scaling.original_max_seq_len / (turns * 2 * math.pi)
+        return features * math.log(period) / (2 * math.log(base))
+
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, features - 1)

@@ -1,4 +1,4 @@
-"""A progress bar with ETA for everything that takes more than two seconds. It writes to stderr only."""
+"""Progress bars with ETA on stderr, for work that takes more than two seconds."""
 
 import select
 import sys
@@ -8,21 +8,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any
 
 Advance = Callable[..., None]
-_PIECE = 1000  # characters; a pipe that can be written at all takes 4,096 bytes without waiting
+_PIECE = 1000  # characters; a pipe that poll reports as writable takes 4,096 bytes without blocking
 
 
 class Patient:
-    """A stream that neither raises nor waits: what a closed pipe or a stopped terminal does not take is lost.
+    """A stream that never raises or blocks: text that a closed pipe or a stopped terminal does not take is lost.
 
-    stream: sys.stderr, which is None where the process has none.
+    stream: sys.stderr, or None in a process without one.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write what can be written now."""
-        with suppress(OSError, ValueError):  # the stream is gone or closed: there is no one to tell
+        """Write as much as the stream takes now."""
+        with suppress(OSError, ValueError):  # the stream is closed
             for start in range(0, len(text), _PIECE):
                 if self._takes_more():
                     self._stream.write(text[start : start + _PIECE])
@@ -30,10 +30,10 @@ class Patient:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing: every write is flushed."""
+        """Do nothing: every write is flushed."""
 
     def isatty(self) -> bool:
-        """Return whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         with suppress(OSError, ValueError):
             return self._stream is not None and self._stream.isatty()
         return False
@@ -46,7 +46,7 @@ class Patient:
             return False
         try:
             descriptor = self._stream.fileno()
-        except (OSError, ValueError, AttributeError):  # no file of the system, such as one of a test
+        except (OSError, ValueError, AttributeError):  # not a file of the operating system, such as a StringIO
             return True
         ready = select.poll()
         ready.register(descriptor, select.POLLOUT)
@@ -54,13 +54,13 @@ class Patient:
 
 
 def patient(stream: Any) -> Any:
-    """The stream as a `Patient`; as it is where it writes to one already."""
-    through = getattr(stream, "rich_proxied_file", stream)  # while a bar is shown, rich stands before it
+    """Return the stream as a `Patient`, or unchanged where it already writes to one."""
+    through = getattr(stream, "rich_proxied_file", stream)  # rich wraps the stream while a bar is shown
     return stream if isinstance(through, Patient) else Patient(stream)
 
 
 def say(text: str) -> None:
-    """Print a line on stderr; a run goes on where that cannot be done."""
+    """Print a line on stderr, without raising where that fails."""
     print(text, file=patient(sys.stderr))
 
 
@@ -68,8 +68,8 @@ def say(text: str) -> None:
 def progress_bar(description: str, total: float) -> Iterator[Advance]:
     """Show a bar until the block ends; the block calls `advance(amount=1, note="")`.
 
-    On a terminal the bar is live; elsewhere (a log file, a pipe) a line is printed at most every tenth of
-    the way and every five seconds, so that a log stays readable. Nested bars are allowed: the inner one is shown below.
+    On a terminal the bar is live; elsewhere (a log file, a pipe) lines are printed at least a tenth of the work and
+    five seconds apart, so that a log stays readable. Bars can be nested: the inner one is shown below.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -93,7 +93,7 @@ def progress_bar(description: str, total: float) -> Iterator[Advance]:
 
 
 def progress_bar_if(shown: bool, description: str, total: float) -> AbstractContextManager[Advance]:
-    """Show a bar where `shown` says that the work takes long enough for one."""
+    """Show a bar as `progress_bar` does if `shown`, otherwise nothing."""
     return progress_bar(description, total) if shown else nullcontext(lambda amount=1, note="": None)
 
 

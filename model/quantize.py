@@ -1,4 +1,4 @@
-"""Weights in fewer bits: round to nearest, with a scale per output or per group of inputs."""
+"""Quantization of weights: round to nearest, with a scale per output or per group of inputs."""
 
 import functools
 from typing import Any
@@ -16,25 +16,26 @@ from model.stack import Params
 from model.weights import Bits, Int4, Int8, Int8Dynamic, Int8Experts, Transposed, is_weight
 
 KINDS = ("float32", "bfloat16", "int8", "int8-dynamic", "int4")
-GROUP = 32  # inputs that share a scale of int4
+GROUP = 32  # inputs that share an int4 scale
 
-_SHRINKINGS = 21  # scales tried per group, from the one of the largest entry down to half of it
+_NUM_FACTORS = 21  # scales tried per group and sign, from that of the largest entry down to half of it
 
 
 @lenient()
 def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
-    """A stored form of `model.weights` of a matrix (out, in).
+    """Return a matrix in one of the stored forms of `model.weights`.
 
-    "bfloat16" is `Bits` on a CPU. Raises InputError on another kind and on weights that are not finite.
+    kind: one of KINDS; "bfloat16" is `Bits` on a CPU. Raises InputError for another kind and for weights that are not
+    finite.
     """
     match dtype_name(kind, KINDS, "weight type"):
         case "float32":
             return Transposed(weight.astype(jnp.float32))
         case "bfloat16":
-            halved = weight.astype(jnp.bfloat16)
+            weight = weight.astype(jnp.bfloat16)
             if jax.default_backend() != "cpu":
-                return Transposed(halved)
-            return Bits(jax.lax.bitcast_convert_type(halved, jnp.uint16))
+                return Transposed(weight)
+            return Bits(jax.lax.bitcast_convert_type(weight, jnp.uint16))
         case "int8":
             return quantize_int8(weight)
         case "int8-dynamic":
@@ -46,32 +47,33 @@ def make(weight: Float[Array, "d_out d_in"], kind: str) -> Any:
 
 @lenient()
 def quantize_layers(params: Params, kind: str) -> Params:
-    """Return parameters whose matrices of attention and feed-forward are stored as `kind`, still stacked by layer.
+    """Return parameters with the matrices of attention and feed-forward stored as `kind`, still stacked by layer.
 
-    That is a frozen base to train adapters on (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers
-    and the stacked matrices of experts stay; for decode alone `infer.prepare` stores more. Raises InputError on
-    prepared parameters, on "int8-dynamic", whose rounded activations have no gradient, and as `make` does.
+    They are a frozen base for training adapters (`model.adapters`), as in QLoRA. Tables, heads, norms, biases, routers
+    and the matrices of routed experts are unchanged; `infer.prepare` quantizes more, for decoding only. Raises
+    InputError for prepared parameters, for "int8-dynamic", whose rounded activations have no gradient, and as `make`
+    does.
     """
     if not isinstance(params.get("layers"), dict):
         raise InputError("quantize_layers takes the parameters that init or training gives, not those of infer.prepare")
     if kind == "int8-dynamic":
         raise InputError("weights int8-dynamic round activations, through which nothing learns; use int8 or int4")
 
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+    def quantize(path: tuple[Any, ...], leaf: Any) -> Any:
         names = names_of(path)
         if is_weight(leaf) or "layers" not in names or names[-1] != "weight" or names[-2] not in TARGETS:
             return leaf
         _check_finite(jnp.asarray(leaf))
         return jax.vmap(lambda matrix: make(matrix.T, kind))(jnp.asarray(leaf))
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
+    return jax.tree_util.tree_map_with_path(quantize, params, is_leaf=is_weight)
 
 
 @lenient()
 def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
-    """The nearest of 255 multiples of a scale per output, so that its largest entry is ±127.
+    """Round to −127 … 127 times a scale per output, at which the largest entry is ±127.
 
-    Raises InputError on a weight that is not finite (outside of jit).
+    Raises InputError for weights that are not finite (outside of jit).
     """
     _check_finite(weight)
     return _int8(weight)
@@ -79,27 +81,28 @@ def quantize_int8(weight: Float[Array, "d_out d_in"]) -> Int8:
 
 @lenient()
 def quantize_experts(weight: Float[Array, "count d_in d_out"]) -> Int8Experts:
-    """Every expert's matrix as `quantize_int8` rounds it; outputs come last here. Raises InputError as that does."""
+    """Round the matrix of every expert as `quantize_int8` does, with outputs on the last axis; raises as that does."""
     _check_finite(weight)
     return _int8_experts(weight)
 
 
 @lenient()
 def quantize_int4(weight: Float[Array, "d_out d_in"]) -> Int4:
-    """The nearest of −8 … 7 times a scale per output and GROUP inputs, the scale of the least squared error.
+    """Round to −8 … 7 times a scale per output and group of GROUP inputs.
 
-    The scales tried reach from the one that makes the entry of largest size −8 or 7 down to half of it, of either
-    sign: clipping one entry may serve all others. Raises InputError as `quantize_int8`.
+    The scale is that of the least squared error among the scales at which the largest entry of the group is −8 or 7,
+    and smaller ones down to half of these, which clip the largest entries. Raises InputError as `quantize_int8` does.
     """
     _check_finite(weight)
-    return _int4(weight, min(GROUP, 2 * -(-weight.shape[1] // 2)))
+    even_inputs = 2 * -(-weight.shape[1] // 2)
+    return _int4(weight, min(GROUP, even_inputs))
 
 
 @jax.jit
 def _int8(weight: Array) -> Int8:
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1)
-    scale = jnp.where(largest == 0, 1, largest / 127)  # what is not finite stays so, in its scale
+    scale = jnp.where(largest == 0, 1, largest / 127)  # NaN and infinity stay, in the scale
     return Int8(jnp.clip(jnp.round(weight / scale[:, None]), -127, 127).astype(jnp.int8), scale)
 
 
@@ -116,24 +119,28 @@ def _int4(weight: Array, group: int) -> Int4:
     grouped = padded.reshape(outputs, -1, group)
     largest = jnp.take_along_axis(grouped, jnp.argmax(jnp.abs(grouped), axis=-1, keepdims=True), axis=-1)
     largest = jnp.where(largest == 0, 1, largest)
-    factors = jnp.linspace(1, 0.5, _SHRINKINGS, dtype=jnp.float32)
-    # −8 reaches further than 7: the entry of largest size may be either, and a negative scale swaps them.
+    factors = jnp.linspace(1, 0.5, _NUM_FACTORS, dtype=jnp.float32)
+    # The largest entry, of either sign, becomes −8 or 7. A largest entry of 4 has the scales −1/2 (4 = −8 · −1/2) and
+    # 4/7; a negative scale swaps the two ends of the range.
     tried = jnp.concatenate([factors / -8, factors / 7])
-    error = lambda scale: jnp.sum(jnp.square(_whole(grouped, scale) * scale - grouped), axis=-1, keepdims=True)
 
-    def better(number: Int[Array, ""], best: tuple[Array, Array]) -> tuple[Array, Array]:
+    def squared_error(scale: Array) -> Array:
+        return jnp.sum(jnp.square(_rounded(grouped, scale) * scale - grouped), axis=-1, keepdims=True)
+
+    def try_scale(number: Int[Array, ""], best: tuple[Array, Array]) -> tuple[Array, Array]:
+        best_scale, least_error = best
         scale = largest * tried[number]
-        found = error(scale)
-        return jnp.where(found < best[1], scale, best[0]), jnp.minimum(found, best[1])
+        error = squared_error(scale)
+        return jnp.where(error < least_error, scale, best_scale), jnp.minimum(error, least_error)
 
     start = largest * tried[0]
-    scale, _ = jax.lax.fori_loop(1, len(tried), better, (start, error(start)))
-    nibbles = (_whole(grouped, scale) + 8).astype(jnp.uint8)
+    scale, _ = jax.lax.fori_loop(1, len(tried), try_scale, (start, squared_error(start)))
+    nibbles = (_rounded(grouped, scale) + 8).astype(jnp.uint8)
     low, high = jnp.split(nibbles, 2, axis=-1)
     return Int4((low | (high << 4)).reshape(outputs, -1), scale[..., 0], d_in)
 
 
-def _whole(values: Array, scale: Array) -> Array:
+def _rounded(values: Array, scale: Array) -> Array:
     return jnp.clip(jnp.round(values / scale), -8, 7)
 
 

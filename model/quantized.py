@@ -1,7 +1,7 @@
-"""A folder that holds weights in fewer bits as decode wants them, so that loading it makes nothing wider.
+"""Save and load quantized models in the layout for decoding, so that loading never dequantizes.
 
-quantized.json says how they are stored and of what config they are; model.safetensors has the arrays by their place in
-the tree of `infer.prepare`, such as `['layers'][0]['attention']['query']['weight'].packed`.
+A folder holds quantized.json, with the type of the weights and the config, and model.safetensors, with the arrays named
+by their path in the tree of `infer.prepare`, such as `['layers'][0]['attention']['query']['weight'].packed`.
 """
 
 import functools
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ ROUNDED = ("int8", "int8-dynamic", "int4")
 
 
 def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weights: str) -> None:
-    """Write parameters prepared as `weights`, whole or not at all. Raises InputError where something else stands."""
+    """Write parameters that `infer.prepare` stored as `weights`, atomically.
+
+    Raises InputError where the folder holds anything but a quantized model, and for low-rank adapters.
+    """
     from safetensors.flax import save_file
 
     if any(isinstance(leaf, LowRank) for leaf in jax.tree.leaves(params, is_leaf=is_weight)):
@@ -44,7 +47,7 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
         save_file({jax.tree_util.keystr(path): jax.numpy.asarray(leaf) for path, leaf in leaves}, partial / TENSORS)
         record = {"schema_version": 1, "weights": weights, "config": config.to_dict()}
         (partial / RECORD).write_text(json_text(record), encoding="utf-8")
-        shutil.copymode(partial / RECORD, partial / TENSORS)  # safetensors lets only the owner read
+        shutil.copymode(partial / RECORD, partial / TENSORS)  # safetensors makes it readable by the owner only
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -54,9 +57,9 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
 
 @pinned()
 def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
-    """Read what `save_quantized` wrote: `apply`, `prefill`, `decode_step` and `generate` take it as it is.
+    """Read a folder that `save_quantized` wrote, for `apply`, `prefill`, `decode_step` and `generate`.
 
-    Raises InputError on a damaged folder and on one that holds other weights than its config has.
+    Raises InputError where the folder is damaged or its weights do not fit its config.
     """
     from safetensors import SafetensorError
     from safetensors.flax import load_file
@@ -79,20 +82,20 @@ def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
     try:
         for place, parts in fields.items():
             path = _path(place)
-            _put(tree, path, _weight(parts, weights, functools.partial(_inputs, config, shapes, path)))
+            _put(tree, path, _weight(parts, weights, functools.partial(_d_in, config, shapes, path)))
         params = _with_tuples(tree)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise InputError(f"{folder} has {place} not as this version stores it; compress the model again") from None
-    there, wanted = _entries(params), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    if there != wanted:
+    found, expected = _count_weights(params), sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if found != expected:
         raise InputError(
-            f"{folder} holds {there:,} weights and a model of its config has {wanted:,}; compress the model again"
+            f"{folder} holds {found:,} weights and a model of its config has {expected:,}; compress the model again"
         )
     return config, params
 
 
-def _weight(parts: dict[str, jax.Array], weights: str, inputs: Any) -> Any:
-    """The weight that was stored as these arrays, by their names and dtypes; inputs: gives the width of int4."""
+def _weight(parts: dict[str, jax.Array], weights: str, d_in: Callable[[], int]) -> Any:
+    """Return the weight that was stored as these arrays, by their names and dtypes; d_in: is read for int4."""
     match sorted(parts):
         case [""]:
             return parts[""]
@@ -103,20 +106,26 @@ def _weight(parts: dict[str, jax.Array], weights: str, inputs: Any) -> Any:
         case ["scale", "weight"]:
             return (Int8Dynamic if weights == "int8-dynamic" else Int8)(**parts)
         case ["packed", "scale"]:
-            return Int4(**parts, d_in=inputs())
+            return Int4(**parts, d_in=d_in())
     raise ValueError(f"no form of a weight has the arrays {', '.join(sorted(parts))}")
 
 
-def _inputs(config: ModelConfig, shapes: Params, path: tuple[str | int, ...]) -> int:
-    """Inputs of the matrix at a place of the prepared tree, where each layer has a tree of its own."""
+def _d_in(config: ModelConfig, shapes: Params, path: tuple[str | int, ...]) -> int:
+    """Return d_in of the matrix at a path of the prepared tree, in which layers are numbered.
+
+    shapes: of the tree of `init`, in which they are stacked by kind: ("layers", 3, …) is read at ("layers", "dense", …)
+    if layer 3 is of that kind.
+    """
     tree: Any = shapes
     for name in path:
-        tree = tree[places(config, path[0] == "encoder")[name][0] if isinstance(name, int) else name]
+        if isinstance(name, int):
+            name, _ = places(config, encoder=path[0] == "encoder")[name]
+        tree = tree[name]
     return tree.shape[-2]
 
 
 def _path(place: str) -> tuple[str | int, ...]:
-    """("layers", 0, "attention") of "['layers'][0]['attention']"."""
+    """Return ("layers", 0, "attention") for "['layers'][0]['attention']"."""
     return tuple(key or int(number) for key, number in re.findall(r"\['([^']+)'\]|\[(\d+)\]", place))
 
 
@@ -128,7 +137,7 @@ def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
 
 
 def _with_tuples(tree: Any) -> Any:
-    """The tree with a tuple in place of each mapping from 0, 1, 2 …"""
+    """Return the tree with every mapping from 0, 1, 2 … turned into a tuple."""
     if not isinstance(tree, Mapping):
         return tree
     children = {name: _with_tuples(child) for name, child in tree.items()}
@@ -137,7 +146,12 @@ def _with_tuples(tree: Any) -> Any:
     return tuple(children[index] for index in range(len(children)))
 
 
-def _entries(params: Params) -> int:
-    """Return how many numbers the weights stand for; scales and padding are none."""
-    count = lambda leaf: leaf.scale.shape[0] * leaf.d_in if isinstance(leaf, Int4) else leaf.weight.size
-    return sum(count(leaf) if is_weight(leaf) else leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_weight))
+def _count_weights(params: Params) -> int:
+    """Return the number of weights, without scales and padding."""
+    total = 0
+    for leaf in jax.tree.leaves(params, is_leaf=is_weight):
+        if isinstance(leaf, Int4):
+            total += leaf.scale.shape[0] * leaf.d_in
+        else:
+            total += leaf.weight.size if is_weight(leaf) else leaf.size
+    return total

@@ -1,7 +1,7 @@
-"""Read what carries its own checksum, so that one changed bit anywhere is noticed.
+"""Read folders and JSON documents that carry checksums, so that a single changed bit is detected.
 
-A folder keeps the SHA-256 of every one of its files in `checksums.json`; a JSON document of ours holds that of its
-other fields. Who writes them is `train.checksums` and `train.files`.
+A folder holds the SHA-256 of each of its files in `checksums.json`; a sealed JSON document holds that of its other
+fields. `train.checksums` and `train.files` write them.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from typing import Any
 from model.errors import InputError
 
 CHECKSUMS = "checksums.json"
-_THREADS = 4  # hashing lets go of the interpreter; more would take the cores of the training beside it
+_THREADS = 4  # hashing releases the GIL; more threads would take cores from training
 
 
 def verify(folder: Path, parts: tuple[str, ...] = ()) -> str | None:
-    """None if every file is as it was written, else what is wrong.
+    """Return None if every file is as it was written, otherwise what is wrong.
 
-    parts: only the files whose path inside the folder starts with one of these; no other file is opened.
+    parts: check only the files whose path within the folder starts with one of these, and open no others.
     """
     try:
         text = (folder / CHECKSUMS).read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def verify(folder: Path, parts: tuple[str, ...] = ()) -> str | None:
 
 
 def checksums(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, str]:
-    """By the path inside the folder, of the files that `verify` takes; `checksums.json` itself is left out."""
+    """Return {path within the folder: SHA-256} of the files that `verify` checks, without `checksums.json` itself."""
     files = {
         str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))
@@ -58,7 +58,7 @@ def checksums(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def read_intact(folder: Path, name: str) -> Any | None:
-    """One JSON file of the folder, checked alone; None if it is missing or damaged."""
+    """Return the content of one JSON file of the folder, or None if it is missing or damaged."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         content = (folder / name).read_bytes()
@@ -68,9 +68,10 @@ def read_intact(folder: Path, name: str) -> Any | None:
 
 
 def read_sealed(path: Path, besides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what `write_sealed` wrote, without its checksum; a document from before there were any is taken as it is.
+    """Return the document that `write_sealed` wrote, without its checksum.
 
-    Raises FileNotFoundError where there is none, and InputError where it cannot be read or is not what was written.
+    A document without a checksum, from an earlier version, is not checked. besides: fields that the checksum does not
+    include. Raises FileNotFoundError where there is no file, and InputError where it cannot be read or was changed.
     """
     try:
         document = json.loads(path.read_bytes().decode())
@@ -78,8 +79,8 @@ def read_sealed(path: Path, besides: tuple[str, ...] = ()) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}; put back a copy of it, or choose another folder") from None
-    written = document.pop("checksum", None) if isinstance(document, dict) else ""
-    if written is not None and written != seal(document, besides):
+    checksum = document.pop("checksum", None) if isinstance(document, dict) else ""
+    if checksum is not None and checksum != seal(document, besides):
         raise InputError(
             f"{path} is not what was written; put back a copy of it, or choose another folder"
             ' (if it was edited on purpose, take its "checksum" out)'
@@ -88,9 +89,9 @@ def read_sealed(path: Path, besides: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def seal(document: Any, besides: tuple[str, ...]) -> str:
-    """Return the checksum of a document's fields, but for those named in `besides`.
+    """Return the checksum of a document's fields, without those named in `besides`.
 
-    It is the same before the document is written and after it is read: floats and their text are one to one.
+    It is the same before writing and after reading the document, because JSON preserves floats exactly.
     """
     fields = json.loads(json_text(document))
     kept = {name: value for name, value in fields.items() if name not in besides} if isinstance(fields, dict) else None
@@ -98,7 +99,7 @@ def seal(document: Any, besides: tuple[str, ...]) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Return the indented JSON that every file of ours holds; NaN and infinities become null."""
+    """Return indented JSON, in which NaN and infinities become null."""
     return json.dumps(_finite(value), indent=1, default=_plain) + "\n"
 
 
@@ -126,7 +127,7 @@ def check_output_folder(
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Read a run directory: its record, its newest parameters, where its data are. `train` writes it."""
+"""Read a run directory, which `train` writes: its record, its newest parameters, the path of its data."""
 
 import fcntl
 import functools
@@ -25,28 +25,31 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 STATUSES = ("planned", "running", "finished", "diverged", "failed", "interrupted")
 logger = logging.getLogger("isoflop")
-UNSEALED = ("status",)  # which may have to be written where there is no room for anything longer
+UNSEALED = ("status",)  # not under the checksum, so that it can be changed on a full disk
 
 
 @pinned()
 def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelConfig, Params]:
-    """(config, parameters of the newest intact checkpoint). Raises InputError if there is none.
+    """Return (config, parameters) of the newest intact checkpoint.
 
-    Nothing else of the checkpoint is read or verified, and nothing in the folder changes. A damaged checkpoint on the
-    way is named in a warning. The config is the one at that checkpoint: phases may have changed its rope_base.
-    base: where the weights lie that the run started from, for one that holds only what it trained, or where that is
-    such a run too, those that it started from; None: where they lay. Raises InputError where they are others, and on a
-    base for a run that holds a whole model.
+    Only the parameters of the checkpoint are read and verified, and nothing in the folder changes. Newer checkpoints
+    that are damaged are named in a warning. The config is that of the checkpoint: phases may have changed its
+    rope_base.
+
+    base: the path of the weights that the run started from, for a run that holds only its trained parameters, or, if it
+    started from such a run, the path of the weights that that run started from; None: the recorded path. Raises
+    InputError where there is no intact checkpoint, where the base has other weights, and where a base is given for a
+    run that holds a whole model.
     """
     record = read_record(folder)
     objective = record["identity"].get("objective") or {}
     if objective.get("adapter"):
         config, adapter, factors, others = _load_trained(folder)
-        whole = _over(_base_of(Path(folder), record, base), others)
+        whole = _overlay(_base_of(Path(folder), record, base), others)
         return config, _with_adapter(whole, adapter, factors, objective.get("base_weights"))
-    config, params = _own(folder, record)
+    config, params = _saved(folder, record)
     if objective.get("trainable"):
-        return config, _over(_base_of(Path(folder), record, base), params)
+        return config, _overlay(_base_of(Path(folder), record, base), params)
     if base is not None:
         raise InputError(f"{folder} holds a whole model and needs no base; leave --base out (base of open_model)")
     return config, params
@@ -54,19 +57,19 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
 
 @pinned()
 def load_config(folder: str | Path) -> ModelConfig:
-    """Return the config that `load_run` does, without the base of a run that holds only what it trained."""
+    """Return the config of `load_run`, without reading the base of a run that holds only its trained parameters."""
     record = read_record(folder)
     if (record["identity"].get("objective") or {}).get("adapter"):
         return load_adapter(folder)[0]
-    return _own(folder, record)[0]
+    return _saved(folder, record)[0]
 
 
 @pinned()
 def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
-    """(config of the base, the adapter as it is used, its newest intact factors) of a run that trains one.
+    """Return (config of the base, adapter, newest intact factors) of a run that trains an adapter.
 
-    A lane of a smaller rank gives that rank alone. Raises InputError where the run trains no adapter, or has no intact
-    checkpoint.
+    The adapter has the run's own rank and alpha, also where the run was a lane of a program with a larger rank. Raises
+    InputError where the run trains no adapter or has no intact checkpoint.
     """
     config, used, factors, _ = _load_trained(folder)
     return config, used, factors
@@ -83,22 +86,27 @@ def _load_trained(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params, Pa
     if not values:
         raise InputError(f"{folder} trains no adapter; train one with `isoflop train MODEL --lora RANK`")
     largest = Adapter.from_dict(dict(values))
-    fresh = lambda key: _over(init(config, key), init_adapter(config, largest, init(config, key), key))
-    about, tree = _newest(folder, jax.eval_shape(fresh, jax.random.key(0)), True)
+
+    def init_all(key: jax.Array) -> Params:
+        params = init(config, key)
+        return _overlay(params, init_adapter(config, largest, params, key))
+
+    about, tree = _newest(folder, jax.eval_shape(init_all, jax.random.key(0)), True)
     factors, others = divide(tree)
     rank, alpha = hparams.get("lora_rank") or largest.rank, hparams.get("lora_alpha") or largest.alpha
     used = largest.replace(rank=int(rank), alpha=float(alpha))
     return config.replace(**about.get("config", {})), used, first_columns(factors, used.rank), others
 
 
-def _own(folder: str | Path, record: Mapping[str, Any]) -> tuple[ModelConfig, Params]:
-    """Return the config at the newest intact checkpoint, and the parameters that it holds."""
+def _saved(folder: str | Path, record: Mapping[str, Any]) -> tuple[ModelConfig, Params]:
+    """Return the config and the parameters of the newest intact checkpoint, without those of the base."""
     from model.transformer import init
 
     config = ModelConfig.from_dict(record["identity"]["config"])
     partial = bool((record["identity"].get("objective") or {}).get("trainable"))
     about, params = _newest(folder, jax.eval_shape(functools.partial(init, config), jax.random.key(0)), partial)
-    return config.replace(**(about["config"] if "config" in about else _as_phases_end(folder, record, about))), params
+    changes = about["config"] if "config" in about else _last_changes(folder, record, about)
+    return config.replace(**changes), params
 
 
 def _newest(folder: str | Path, like: Params, partial: bool) -> tuple[dict[str, Any], Params]:
@@ -109,21 +117,23 @@ def _newest(folder: str | Path, like: Params, partial: bool) -> tuple[dict[str, 
 
 
 def _with_adapter(base: Params, adapter: "Adapter", tree: Params, kind: str | None) -> Params:
-    """Return the base, as it was stored while it was trained on, with an adapter added to its matrices."""
+    """Return the base, stored as during training (kind), with the adapter merged into its matrices."""
     from model.adapters import attach, mask_and_scale
     from model.quantize import quantize_layers
     from model.weights import LowRank, is_weight
 
-    merge = lambda leaf: _merged(leaf) if isinstance(leaf, LowRank) else leaf
+    def merge(leaf: Any) -> Any:
+        return _merged(leaf) if isinstance(leaf, LowRank) else leaf
+
     base = base if kind is None else quantize_layers(base, kind)
     return jax.tree.map(merge, attach(base, tree, *mask_and_scale(adapter)), is_leaf=is_weight)
 
 
 def _merged(weight: Any) -> np.ndarray:
-    """Return the matrices that a `LowRank` stands for, to the same bits on every machine.
+    """Return the matrices of a `LowRank`, base + a @ b, with the same bits on every machine.
 
-    A run that starts from them knows them by their hash, and the order in which a matrix product adds depends on the
-    device: here it is that of the columns.
+    A run that starts from them records their hash, and the order of summation in a matrix product depends on the
+    device: here columns of `a` are added one after another.
     """
     from model.weights import is_weight, plain
 
@@ -141,9 +151,9 @@ def _merged(weight: Any) -> np.ndarray:
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
-    """Return the parameters that a run started from. Raises InputError where they are not there, or are others.
+    """Return the parameters that a run started from. Raises InputError where they are missing or have another hash.
 
-    given: where they are now, or those that a run below them started from.
+    given: their path now, or that of the weights which the base, a run itself, started from.
     """
     from model.store import open_parameters
 
@@ -168,26 +178,26 @@ def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) 
 
 
 def _needs_base(place: str | None) -> bool:
-    """Return whether a run is there that holds only what it trained."""
+    """Return whether the path is a run that holds only its trained parameters."""
     if place is None or not (Path(place) / "run.json").is_file():
         return False
     objective = read_record(place)["identity"].get("objective") or {}
     return bool(objective.get("adapter") or objective.get("trainable"))
 
 
-def _over(base: Params, params: Params) -> Params:
-    """Return the base with the leaves of `params` in place of its own, and beside them those that it does not have."""
-    made = dict(base)
+def _overlay(base: Params, params: Params) -> Params:
+    """Return the base with the leaves of `params` in place of its own, and those that it does not have."""
+    merged = dict(base)
     for name, value in params.items():
         there = base.get(name)
-        made[name] = _over(there, value) if isinstance(value, dict) and isinstance(there, dict) else value
-    return made
+        merged[name] = _overlay(there, value) if isinstance(value, dict) and isinstance(there, dict) else value
+    return merged
 
 
-def _as_phases_end(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what phases changed of the config, for a checkpoint of a version that did not note it.
+def _last_changes(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes of the config by the last phase, for a checkpoint of an earlier version without them.
 
-    It is known at a run's end; before it, a warning says that it is not.
+    They are those of a finished run's last checkpoint. For an earlier checkpoint nothing is changed, with a warning.
     """
     bases = [phase["rope_base"] for phase in record["identity"]["train_config"]["phases"] if phase.get("rope_base")]
     if not bases:
@@ -204,9 +214,9 @@ def _as_phases_end(folder: str | Path, record: Mapping[str, Any], about: Mapping
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """`run.json` of a run. Raises InputError if there is none or it is damaged.
+    """Return the content of a run's `run.json`. Raises InputError if it is missing or damaged.
 
-    A run that says it is running, though no process holds its folder, was killed: its status reads as interrupted.
+    The status "running" becomes "interrupted" where no process holds the folder's lock: the run was killed.
     """
     path = Path(folder) / "run.json"
     try:
@@ -223,7 +233,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def is_held(folder: str | Path) -> bool:
-    """Return whether a process has the run open for writing."""
+    """Return whether a process holds the run's lock for writing."""
     try:
         with open(Path(folder) / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -235,32 +245,36 @@ def is_held(folder: str | Path) -> bool:
 
 
 def data_of(run: str | Path, record: Mapping[str, Any]) -> str | dict[str, str]:
-    """Return where the data of a run are, by its `run.json`: where they were, or else where they lay beside the run."""
-    places, beside = record["data"], record.get("data_beside")
-    if isinstance(places, str):
-        return _found(places, beside, Path(run))
-    return {name: _found(place, (beside or {}).get(name), Path(run)) for name, place in places.items()}
+    """Return the path of a run's data, of a mixture {source: path}, by its `run.json`.
+
+    It is the recorded path, or where that does not exist, the recorded path relative to the run.
+    """
+    paths, relative = record["data"], record.get("data_beside")
+    if isinstance(paths, str):
+        return _existing(paths, relative, Path(run))
+    return {name: _existing(path, (relative or {}).get(name), Path(run)) for name, path in paths.items()}
 
 
 def weights_of(run: str | Path, record: Mapping[str, Any]) -> str | None:
-    """Return where the weights are that a run started from, as `data_of` does; None where its `run.json` names none."""
-    place = record.get("weights")
-    return None if place is None else _found(place, record.get("weights_beside"), Path(run))
+    """Return the path of the weights that a run started from, found as by `data_of`, or None."""
+    path = record.get("weights")
+    return None if path is None else _existing(path, record.get("weights_beside"), Path(run))
 
 
 def data_folder(run: str | Path) -> Path | None:
-    """Return the folder of a run's first data, whose tokenizer it used; it may be gone. None: the record names none.
+    """Return the folder of a run's first data source, which holds the run's tokenizer; None: the record names none.
 
-    A warning says so where other data are there now, whose tokenizer may be another one.
+    The folder need not exist any more. Where it now holds other data, whose tokenizer may differ, a warning is logged.
     """
     record = read_record(run)
     if not record.get("data"):
         return None
-    places, hashes = data_of(run, record), record.get("identity", {}).get("data")
-    name, place = ("", places) if isinstance(places, str) else next(iter(places.items()))
-    folder, trained_on = Path(place), hashes.get(name) if isinstance(hashes, Mapping) else hashes
-    there = _manifest_hash(folder)
-    if trained_on and there and there != trained_on:
+    paths, hashes = data_of(run, record), record.get("identity", {}).get("data")
+    name, path = ("", paths) if isinstance(paths, str) else next(iter(paths.items()))
+    trained_on = hashes.get(name) if isinstance(hashes, Mapping) else hashes
+    folder = Path(path)
+    found = _manifest_hash(folder)
+    if trained_on and found and found != trained_on:
         logger.warning(
             "%s holds other data now than %s was trained on, and maybe another tokenizer; put the former folder back, "
             "or give the tokenizer itself",
@@ -271,7 +285,7 @@ def data_folder(run: str | Path) -> Path | None:
 
 
 def _manifest_hash(folder: Path) -> str | None:
-    """Return the hash by which a data folder's manifest names it; None where there is no manifest."""
+    """Return the hash in a data folder's manifest; None where there is no manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -279,8 +293,9 @@ def _manifest_hash(folder: Path) -> str | None:
     return manifest.get("hash") if isinstance(manifest, dict) else None
 
 
-def _found(place: str, beside: str | None, run: Path) -> str:
-    if beside is None or Path(place).exists():
-        return place
-    other = os.path.normpath(run.resolve() / beside)
-    return other if Path(other).exists() else place
+def _existing(path: str, relative: str | None, run: Path) -> str:
+    """Return the path relative to the run if only that exists, otherwise `path`."""
+    if relative is None or Path(path).exists():
+        return path
+    other = os.path.normpath(run.resolve() / relative)
+    return other if Path(other).exists() else path

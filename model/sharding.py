@@ -1,11 +1,16 @@
-"""Logical axis names → mesh axes: one table of rules, one of the axes of every parameter, and nothing else decides.
+"""Sharding: logical axis names → mesh axes, by one table of rules and one of the axes of every parameter.
 
-XLA inserts the communication (GSPMD, Xu et al. 2021). "data" splits rows and repeats the state. "fsdp" splits rows and
-the state too, whose weights are gathered where they are used (ZeRO stage 3, Rajbhandari et al. 2020). "tensor" splits
-heads, hidden features and the vocabulary (Megatron-LM, Shoeybi et al. 2019), "expert" rows and experts (GShard,
-Lepikhin et al. 2021), "sequence" the tokens of a row: queries stay where their tokens are, keys and values are
-gathered. "population" splits the lanes of a program that trains many models; each device then runs its own. A split of
-features may cut through a head; that costs communication, never correctness.
+XLA inserts the communication (GSPMD, Xu et al. 2021). The mesh axes are
+
+- "data": splits rows and replicates the state;
+- "fsdp": splits rows and the state, whose weights are gathered where they are used (ZeRO stage 3, Rajbhandari et al.
+  2020);
+- "tensor": splits heads, hidden features and the vocabulary (Megatron-LM, Shoeybi et al. 2019);
+- "expert": splits rows and experts (GShard, Lepikhin et al. 2021);
+- "sequence": splits the tokens of a row: queries stay on the device of their token, keys and values are gathered;
+- "population": splits the lanes of a program that trains many models, so that each device trains its own.
+
+A split of features may divide a head between devices, which costs communication but changes no result.
 """
 
 import contextlib
@@ -20,15 +25,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from model.errors import InputError, UnknownNameError
 from model.parameterization import names_of
 
-# From the outermost to the innermost: what talks most has the nearest neighbours.
+# From the outermost to the innermost axis: the one with the most communication is on neighbouring devices.
 AXES = ("population", "data", "fsdp", "expert", "sequence", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     # of activations
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("sequence",),
-    "rows": ("data", "fsdp", "sequence"),  # of tokens at their expert
-    "blocks": ("expert", "data", "fsdp", "sequence"),  # of such rows, those of one part of the experts after another
+    "rows": ("data", "fsdp", "sequence"),  # tokens dispatched to an expert
+    "blocks": ("expert", "data", "fsdp", "sequence"),  # blocks of such rows, sorted by part of the experts
     # of weights and activations
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -37,14 +42,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     # of weights
     "embed": ("fsdp",),
-    # of what counts trees: not even fsdp splits these
+    # of stacked trees: not split by fsdp either
     "layers": (),
     "lanes": ("population",),
 }
-_SMALL = 2**10  # elements; less than that of an unknown leaf is not worth splitting
+_SMALL = 2**10  # elements; smaller leaves without axes in the tables are not split
 
 Axes = tuple[str | None, ...]
-# The logical axes of a parameter of the public tree, without those of layers and lanes, by its last two names, …
+# The logical axes of a parameter of the public tree, without those of layers and lanes, by the last two names of its
+# path or else by the last one (_BY_NAME).
 _BY_PAIR: dict[tuple[str, str], Axes] = {
     ("embedding", "tokens"): ("vocab", "embed"),
     ("embedding", "positions"): (None, "embed"),
@@ -81,13 +87,12 @@ _BY_PAIR: dict[tuple[str, str], Axes] = {
     ("head", "weight"): ("embed", "vocab"),
     ("head", "bias"): ("vocab",),
 }
-# … those of the matrices in a `model.weights.LowRank` by the axes of its matrix, …
+# The axes of the matrices in a `model.weights.LowRank`, from the axes of the plain matrix.
 _OF_LOW_RANK: dict[str, Callable[[Axes], Axes]] = {
     "base": lambda axes: axes,
     "a": lambda axes: (*axes[:-1], None),
     "b": lambda axes: (*axes[:-2], None, axes[-1]),
 }
-# … or else by its last name.
 _BY_NAME: dict[str, Axes] = {
     "scale": ("embed",),
     "bias": ("embed",),
@@ -97,10 +102,11 @@ _BY_NAME: dict[str, Axes] = {
 
 
 def make_mesh(axes: Mapping[str, int] | None = None, platform: str | None = None) -> Mesh:
-    """A mesh of all AXES over the first devices of all processes, e.g. {"data": 2, "fsdp": 4}; the others have size 1.
+    """Return a mesh with all AXES over the first devices of all processes.
 
-    None: all devices on "data". platform: whose devices; None: JAX's default. Raises InputError for an unknown axis, a
-    size that the devices do not give, and a platform that is not here.
+    axes: sizes such as {"data": 2, "fsdp": 4}; the others have size 1. None: all devices on "data". platform: None:
+    JAX's default. Raises InputError for an unknown axis, for more devices than there are, and for a platform without
+    devices.
     """
     try:
         devices = jax.devices(platform)
@@ -109,7 +115,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, platform: str | None = None
     sizes = _sizes(axes or {"data": len(devices)})
     size = math.prod(sizes)
     if size > len(devices):
-        raise InputError(f"a mesh of {size} devices was asked for; there are {len(devices)}")
+        raise InputError(f"a mesh of {size} devices was requested; there are {len(devices)}")
     if size < len(devices) and jax.process_count() > 1:
         raise InputError(
             f"a mesh of {size} devices leaves some of {jax.process_count()} processes idle; use all {len(devices)}"
@@ -118,15 +124,15 @@ def make_mesh(axes: Mapping[str, int] | None = None, platform: str | None = None
 
 
 def default_axes(rows: int) -> dict[str, int]:
-    """All devices on "data"; of a CPU's cores as many as divide the rows of every step."""
+    """Return the axes of a mesh with all devices on "data"; on a CPU, with the most devices that divide `rows`."""
     count = len(jax.devices())
     if jax.default_backend() == "cpu" and jax.process_count() == 1:
-        count = max(size for size in range(1, count + 1) if math.gcd(size, rows) == size)
+        count = max(size for size in range(1, count + 1) if rows % size == 0)
     return {"data": count}
 
 
 def abstract_mesh(axes: Mapping[str, int]) -> AbstractMesh:
-    """The same without devices: for shapes and books of machines that are not here."""
+    """Return a mesh as `make_mesh` does, without devices: for shapes and accounting of other machines."""
     return AbstractMesh(_sizes(axes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -140,7 +146,7 @@ def _sizes(axes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read `data=2,fsdp=4`."""
+    """Parse text such as `data=2,fsdp=4`. Raises InputError where it is malformed."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = (word.strip() for word in part.partition("="))
@@ -157,7 +163,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
-    """The context in which programs are traced for the mesh over which a tree's arrays lie; none for one device."""
+    """Return a context that traces programs for the mesh of a tree's arrays; a null context for one device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
@@ -166,25 +172,26 @@ def under_mesh_of(tree: Any) -> contextlib.AbstractContextManager:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_shardings(mesh: Mesh | AbstractMesh, batch: Any, lanes: bool = False) -> Any:
-    """Return a sharding for every array of a batch, [batch], [batch, seq], …; lanes: with an axis of lanes before.
+    """Return a sharding for every array of a batch, [batch], [batch, seq], …; lanes: with a leading axis of lanes.
 
-    The axes must divide the rows: see `check_batch`. A sequence that they do not divide is not split.
+    The mesh must divide the rows: see `check_batch`. A sequence that it does not divide is not split.
     """
-    names = ("lanes",) * lanes + ("batch", "sequence")
+    names = ("lanes", "batch", "sequence") if lanes else ("batch", "sequence")
 
-    def of(leaf: Any) -> NamedSharding:
+    def sharding_of(leaf: Any) -> NamedSharding:
         rules = [RULES[name] for name in names[: len(leaf.shape)]]
         if len(rules) == len(names):
-            parts = math.prod(mesh.shape.get(axis, 1) for axis in rules[-1])
-            rules[-1] = rules[-1] if leaf.shape[len(names) - 1] % parts == 0 else ()
+            parts = math.prod(mesh.shape.get(axis, 1) for axis in RULES["sequence"])
+            if leaf.shape[len(names) - 1] % parts:
+                rules[-1] = ()
         return NamedSharding(mesh, _spec(rules))
 
-    return jax.tree.map(of, batch)
+    return jax.tree.map(sharding_of, batch)
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int) -> None:
@@ -197,7 +204,7 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, seq_len: int) -> Non
 
 
 def parameter_axes(path: tuple[str, ...]) -> Axes:
-    """The logical axes of the parameter at `path` in the public tree, those of layers and lanes left out."""
+    """Return the logical axes of the parameter at `path` in the public tree, without those of layers and lanes."""
     if _is_of_low_rank(path):
         return _OF_LOW_RANK[path[-1]](parameter_axes(path[:-1]))
     axes = _BY_PAIR.get(path[-2:]) or _BY_NAME.get(path[-1])  # type: ignore[arg-type]
@@ -209,13 +216,16 @@ def parameter_axes(path: tuple[str, ...]) -> Axes:
 def spec_for(
     mesh: Mesh | AbstractMesh, path: tuple[str, ...], shape: tuple[int, ...], lanes: bool = False
 ) -> PartitionSpec:
-    """How the parameter at `path` of the public tree is split, or what mirrors it in an optimizer's state.
+    """Return how the parameter at `path` of the public tree, or its counterpart in an optimizer state, is split.
 
-    A mesh axis that does not divide its dimension is left out there; "fsdp" then goes to the largest one that it does
-    divide, so that the state really shrinks by it. A leaf of another rank than the parameter (the factored moments of
-    Adafactor) has nothing but that. lanes: the first axis counts them, and "population" splits it.
+    A mesh axis that does not divide its dimension is left out there; "fsdp" then goes to the largest dimension that it
+    divides, so that the state is always split by it. For a leaf of another rank than the parameter, such as the
+    factored moments of Adafactor, only that applies. lanes: the first axis is that of lanes, split by "population".
+
+    On {"fsdp": 4} a query matrix [layers, 512, 512] with the axes ("layers", "embed", "heads") is split as
+    (None, "fsdp", None), one of shape [layers, 510, 512] as (None, None, "fsdp").
     """
-    stacking = ["lanes"] * lanes + ["layers"] * _is_stacked(path)
+    stacking = (["lanes"] if lanes else []) + (["layers"] if _is_stacked(path) else [])
     names = (*stacking, *parameter_axes(path))
     if len(names) != len(shape):
         return _spec_of_unknown(mesh.shape, shape, stacking)
@@ -223,25 +233,26 @@ def spec_for(
 
 
 def shardings(mesh: Mesh | AbstractMesh, tree: Any, lanes: bool = False) -> Any:
-    """A NamedSharding for every leaf (array or shape) of parameters, optimizer states, or whole training states.
+    """Return a NamedSharding for every leaf (array or shape) of parameters, optimizer states or training states.
 
-    Leaves under the path of a parameter go by `spec_for`. Of others fsdp splits the large ones; the rest is repeated.
+    Leaves at the path of a parameter: see `spec_for`. Other leaves are split by fsdp if they are large.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        # Parameters stand in dicts, some of their parts in a LowRank; counters and keys are attributes of states.
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # Parameters are in dicts, parts of some in a LowRank; counters and keys are attributes of states.
         names = names_of(path)
         if path and (isinstance(path[-1], jax.tree_util.DictKey) or _is_of_low_rank(names)):
             return NamedSharding(mesh, spec_for(mesh, names, leaf.shape, lanes))
-        return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, ["lanes"] * lanes))
+        return NamedSharding(mesh, _spec_of_unknown(mesh.shape, leaf.shape, ["lanes"] if lanes else []))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def constrain(x: Any, *names: str | None) -> Any:
-    """x, split by its logical axes while a program is traced under `jax.set_mesh`; without a mesh x itself.
+    """Return x with its sharding constrained to its logical axes; without a mesh (`jax.set_mesh`), x itself.
 
-    None: not split. A mesh axis that does not divide its dimension is left out. Works under vmap, scan and remat.
+    names: one logical axis per dimension; None: not split. A mesh axis that does not divide its dimension is left out.
+    Works under vmap, scan and remat.
     """
     sizes = _traced_mesh()
     if math.prod(sizes.values()) == 1:
@@ -250,59 +261,72 @@ def constrain(x: Any, *names: str | None) -> Any:
 
 
 def parts_of(name: str, length: int | None = None) -> int:
-    """Into how many parts `constrain` splits a logical axis of this length; None: of a length that all divide."""
+    """Return the number of parts into which `constrain` splits a logical axis.
+
+    length: of the axis, which mesh axes that do not divide it do not split; None: one that all of them divide.
+    """
     sizes = _traced_mesh()
     length = math.prod(sizes.values()) if length is None else length
     return math.prod(sizes[axis] for axis in _divided(sizes, (name,), (length,))[0])
 
 
 def parts_of_lanes(mesh: Mesh | AbstractMesh | None = None) -> int:
-    """Over how many devices a mesh spreads lanes; None: the mesh under which is traced."""
+    """Return the number of parts into which a mesh splits lanes; None: the mesh of the trace."""
     return (_traced_mesh() if mesh is None else mesh.shape).get("population", 1)
 
 
 def _traced_mesh() -> dict[str, int]:
-    """The axes of the mesh under which is traced, without those that are not ours or not the compiler's to arrange."""
+    """Return the sizes of AXES in the mesh of the trace, without those that are not automatic (`AxisType.Auto`)."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: mesh.shape[axis] for axis in AXES if axis in mesh.auto_axes}
 
 
 def _is_of_low_rank(path: tuple[str, ...]) -> bool:
-    """Return whether a path ends in a matrix of a `LowRank`; its mask and scale are repeated."""
+    """Return whether a path ends in a matrix of a `LowRank`; its mask and scale are replicated."""
     return path[-1] in _OF_LOW_RANK and (path[-2:-1] == ("weight",) or path[-3:-2] == ("experts",))
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:
-    """Whether the first axis counts layers: not where layers were unstacked into a tuple."""
+    """Return whether the first axis is that of layers; it is not where `infer.prepare` made a tuple of layers."""
     return "layers" in path and not path[path.index("layers") + 1].isdigit()
 
 
 def _divided(sizes: Mapping[str, int], names: Sequence[str | None], shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The mesh axes of every dimension, without those that do not divide it."""
-    found = []
+    """Return the mesh axes of every dimension, without those that do not divide it.
+
+    A batch of 6 on {"data": 2, "fsdp": 4, "expert": 3} is split by ("data", "expert"): after 2 parts of 3 rows, 4 does
+    not divide 3.
+    """
+    axes_of_dimensions = []
     for name, length in zip(names, shape, strict=True):
-        kept: list[str] = []
+        axes: list[str] = []
         for axis in () if name is None else RULES[name]:
             if sizes.get(axis, 1) > 1 and length % sizes[axis] == 0:
-                kept.append(axis)
+                axes.append(axis)
                 length //= sizes[axis]
-        found.append(tuple(kept))
-    return found
+        axes_of_dimensions.append(tuple(axes))
+    return axes_of_dimensions
 
 
 def _with_fsdp(
     sizes: Mapping[str, int], shape: tuple[int, ...], axes: list[tuple[str, ...]], stacking: int
 ) -> list[tuple[str, ...]]:
-    """The same with "fsdp" on the dimension of which a device has most, if it stands nowhere yet."""
+    """Add "fsdp", if no dimension has it, to the dimension that is longest on a device and that it divides.
+
+    stacking: the number of leading dimensions, of lanes and layers, that it must not split.
+    """
     size = sizes.get("fsdp", 1)
-    if size == 1 or any("fsdp" in of_one for of_one in axes):
+    if size == 1 or any("fsdp" in of_dimension for of_dimension in axes):
         return axes
-    held = [length // math.prod(sizes[axis] for axis in of_one) for length, of_one in zip(shape, axes, strict=True)]
-    free = [index for index in range(stacking, len(shape)) if held[index] % size == 0]
-    if not free:
+    on_device = [
+        length // math.prod(sizes[axis] for axis in of_dimension)
+        for length, of_dimension in zip(shape, axes, strict=True)
+    ]
+    divisible = [index for index in range(stacking, len(shape)) if on_device[index] % size == 0]
+    if not divisible:
         return axes
-    best = max(free, key=lambda index: held[index])
-    return [(*of_one, "fsdp") if index == best else of_one for index, of_one in enumerate(axes)]
+    longest = max(divisible, key=lambda index: on_device[index])
+    return [*axes[:longest], (*axes[longest], "fsdp"), *axes[longest + 1 :]]
 
 
 def _spec_of_unknown(sizes: Mapping[str, int], shape: tuple[int, ...], stacking: list[str]) -> PartitionSpec:
@@ -314,4 +338,5 @@ def _spec_of_unknown(sizes: Mapping[str, int], shape: tuple[int, ...], stacking:
 
 
 def _spec(axes: Sequence[tuple[str, ...]]) -> PartitionSpec:
-    return PartitionSpec(*(of_one if len(of_one) > 1 else of_one[0] if of_one else None for of_one in axes))
+    """Return a PartitionSpec with None for (), "data" for ("data",) and the tuple for several axes."""
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))

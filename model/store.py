@@ -1,6 +1,6 @@
-"""Open whatever holds a model: a run, a Hugging Face folder, a GGUF file, a folder of rounded weights.
+"""Open a model: a run, a Hugging Face folder, a GGUF file or a folder of quantized weights.
 
-Nothing of training or decoding is imported, and of a run's checkpoint the parameters alone are read.
+No module of training or decoding is imported, and of a run's checkpoint only the parameters are read.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-    """An opened model; tokenizer: None where none stands beside it."""
+    """An opened model; tokenizer: None where none was found."""
 
     config: "ModelConfig"
     params: "Params"
@@ -26,10 +26,9 @@ class Model(NamedTuple):
 def open_model(path: str | Path, tokenizer: str | Path | None = None, base: str | Path | None = None) -> Model:
     """Open a run directory, a folder with config.json and safetensors or of `isoflop model compress`, or a GGUF model.
 
-    tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own, or None where there is none.
-    base: where the weights lie that a run started from, which it needs where it holds only what it trained; None:
-    where they lay.
-    Raises InputError where nothing can be opened; what it opens it leaves as it is.
+    tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own, if any. base: the path of
+    the weights that a run started from, for a run that holds only its trained parameters; None: the recorded path.
+    Nothing is changed on disk. Raises InputError where nothing can be opened.
     """
     config, params = open_parameters(path, base)
     return Model(config, params, open_tokenizer(path, tokenizer))
@@ -37,7 +36,7 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None, base: str 
 
 @pinned()
 def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[ModelConfig, Params]":
-    """Return only the config and the parameters of what `open_model` opens."""
+    """Return the config and the parameters only; see `open_model`."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
@@ -65,9 +64,9 @@ def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[
 
 
 def open_tokenizer(path: str | Path, given: str | Path | None = None) -> "Tokenizer | None":
-    """Return the tokenizer given, else that of the data a run was trained on, else the one beside the weights.
+    """Return the given tokenizer, or that of a run's data, or the one next to the weights.
 
-    None where there is none, or where the data folder of a run is gone.
+    None where there is none, and where the data folder of a run does not exist any more.
     """
     from model.tokenizer import load_tokenizer
     from model.tokenizer.load import NAMES

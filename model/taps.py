@@ -1,4 +1,4 @@
-"""Activations by name: which of them a pass returns, and which it changes (patching, ablation, steering)."""
+"""Named activations, which a pass can return and edit (activation patching, ablation, steering)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,13 +19,13 @@ TAPS = {
     "attention_output": ("layers", "batch", "seq", "d_model"),
     "feed_forward_output": ("layers", "batch", "seq", "d_model"),
 }
-"""The axes of every activation that has a name. An encoder-decoder's are those of its decoder.
+"""The axes of every named activation. In an encoder-decoder they are the decoder's.
 
-hidden: the residual stream; at 0 what the embedding gives, at i what the first i layers leave. attention: the weights
-with which a layer's tokens attend to one another, after softmax and dropout, in float32. heads: what each head mixes of
-the values, before the output matrix; value_dim is `head_dim`, of latent attention its `v_dim`. attention_output,
-feed_forward_output: what that branch adds to the residual stream, after dropout and muP's multiplier; with "sandwich"
-norms after the second norm too, with "post" norms before the norm of the sum.
+hidden: the residual stream; at 0 the embedding, at i the stream after the first i layers. attention: the weights of
+self-attention after softmax and dropout, in float32. heads: the output of each head before the output matrix; value_dim
+is `head_dim`, in latent attention `v_dim`. attention_output, feed_forward_output: the output of that branch as added to
+the residual stream, after dropout and muP's multiplier; with "sandwich" norms after the second norm, with "post" norms
+before the norm of the sum.
 """
 
 
@@ -46,12 +46,12 @@ def tap_shapes(config: ModelConfig, batch: int, seq: int) -> dict[str, tuple[int
 
 @struct.dataclass
 class Edit:
-    """A change of one activation x: it becomes `value`, or without one factor · x + shift, where `where` is True.
+    """An edit of an activation x: where `where` is True, x becomes `value`, or without one factor · x + shift.
 
-    Each is None, which leaves that part out, or an array that broadcasts against the whole activation, layers first
-    (see TAPS): a scalar, a vector of size d_model, or an array with axes of size 1, the layers' too. Numbers are
-    rounded to the activation's dtype. A value goes with neither factor nor shift: a tuple of edits applies one after
-    the other. A pytree: `jax.jit`, `jax.vmap` and `jax.grad` take edits like other inputs.
+    Each field is None, which leaves it out, or an array that broadcasts against the activation with its axis of layers
+    (see TAPS): a scalar, a vector of size d_model, or an array with any axes of size 1. Numbers are cast to the
+    activation's dtype. A value excludes factor and shift; use a tuple of edits, which are applied in order. Edits are
+    pytrees, which `jax.jit`, `jax.vmap` and `jax.grad` take like other inputs.
     """
 
     value: Any = None
@@ -80,31 +80,31 @@ class Edit:
         return Edit(value=value, where=where)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Return the edited activation; entries where `where` is False are returned as they are, to the bit."""
-        cast = lambda array: jnp.asarray(array, x.dtype)
+        """Return the edited activation; entries where `where` is False keep their exact bits."""
         edited = x
         if self.value is not None:
-            edited = jnp.broadcast_to(cast(self.value), x.shape)
+            edited = jnp.broadcast_to(jnp.asarray(self.value, x.dtype), x.shape)
         else:
             if self.factor is not None:
-                edited = cast(self.factor) * edited
+                edited = jnp.asarray(self.factor, x.dtype) * edited
             if self.shift is not None:
-                edited = edited + cast(self.shift)
+                edited = edited + jnp.asarray(self.shift, x.dtype)
         return edited if self.where is None else jnp.where(self.where, edited, x)
 
 
 Edits = Mapping[str, Any]
-"""By the name of an activation: an Edit of it, or a tuple of several, applied in order."""
+"""{name of an activation: an Edit, or a tuple of several, applied in order}."""
 WholeEdits = dict[str, tuple[Edit, ...]]
-"""The same after `check_edits`: all arrays have all axes, and the layers' axis is as long as the activation's."""
+"""Edits after `check_edits`: arrays have all axes of the activation, and its full number of layers."""
 
 
 def check_edits(edits: Any, shapes: Mapping[str, tuple[int, ...]]) -> WholeEdits:
-    """Return edits (see Edits; None: none) with all axes, the layers' at its full length.
+    """Validate edits (None: no edits) and broadcast them over layers.
 
-    shapes: of the activations that can be edited.
-    Raises InputError on an unknown name, on what is no Edit, on a value beside a factor or a shift, and where fields
-    are no numbers (`where`: booleans) or do not broadcast.
+    shapes: of the activations that can be edited. A field of shape [d_model] becomes [layers, 1, 1, d_model] for an
+    activation [layers, batch, seq, d_model]. Raises InputError for an unknown name, for anything but an Edit, for a
+    value together with a factor or a shift, and for fields that are not numbers (`where`: booleans) or do not
+    broadcast.
     """
     if not isinstance(edits, Mapping | None):
         raise InputError(f"edits is of type {type(edits).__name__}; give a dict such as {{'hidden': Edit.zero()}}")
@@ -121,14 +121,14 @@ def check_edits(edits: Any, shapes: Mapping[str, tuple[int, ...]]) -> WholeEdits
 
 
 def edits_of(edits: WholeEdits, layer: int) -> WholeEdits:
-    """Return the edits of one layer, without the axis of layers."""
+    """Return the edits of one layer: every leaf at that index of its axis of layers."""
     return jax.tree.map(lambda leaf: leaf[layer], edits)
 
 
 def edit_embedded(
     x: Float[Array, "batch seq d_model"], edits: WholeEdits
 ) -> tuple[Float[Array, "batch seq d_model"], WholeEdits]:
-    """Return what the embedding gives after its edits, and the edits of the layers, whose "hidden" starts at 1."""
+    """Apply the edits of "hidden" at 0 to the embedding; return it and the edits of the layers, without index 0."""
     if "hidden" not in edits:
         return x, edits
     for edit in edits_of(edits, 0)["hidden"]:
@@ -159,10 +159,10 @@ def _whole(name: str, edit: Edit, shape: tuple[int, ...]) -> Edit:
 
 
 def _numbers(name: str, field: str, given: Any) -> Array:
-    """A field's array: booleans for `where`, else real numbers."""
+    """Return a field as an array of booleans (`where`) or real numbers (others). Raises InputError."""
     try:
         array = jnp.asarray(given)
-    except (TypeError, ValueError):  # text, or lists of several lengths
+    except (TypeError, ValueError):  # strings, or nested lists of different lengths
         kind = f"of type {type(given).__name__}"
     else:
         kinds = (jnp.bool_,) if field == "where" else (jnp.floating, jnp.integer)
@@ -182,9 +182,9 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 class Taps:
-    """The activations of one layer as it runs: applies the edits, and keeps what was requested.
+    """The named activations of one layer: edits them and keeps those in `wanted`.
 
-    wanted: names in TAPS. edits: of this layer, without an axis of layers.
+    wanted: names in TAPS. edits: of this layer (`edits_of`). kept: {name: activation after its edits}.
     """
 
     def __init__(self, wanted: Sequence[str] = (), edits: WholeEdits | None = None):
@@ -192,11 +192,11 @@ class Taps:
         self.kept: dict[str, Array] = {}
 
     def touches(self, name: str) -> bool:
-        """Return whether this activation is kept or edited, and so must be computed."""
+        """Return whether this activation is kept or edited, so that it must be computed."""
         return name in self.wanted or name in self.edits
 
     def __call__(self, name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Return the activation after its edits; that is also what is kept of it."""
+        """Return the activation after its edits, and keep it if it is wanted."""
         for edit in self.edits.get(name, ()):
             x = edit(x)
         if name in self.wanted:

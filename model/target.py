@@ -1,4 +1,4 @@
-"""The platform that a program is traced for."""
+"""The kind of device that a program is traced for."""
 
 import re
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class Target(NamedTuple):
 
 
 def target(platform: str | None = None) -> Target:
-    """Return what the program being traced is for; platform: of an Execution, which comes before all else.
+    """Return the kind of device that the program being traced is for.
 
-    The mesh under which it is traced decides (`jax.set_mesh`, or `jax.sharding.use_abstract_mesh` with an abstract
-    device, for machines that are not here), then `jax.default_device`, then JAX's default backend. All of them are
-    part of what JAX keys its compiled programs by.
+    It is given by `platform` (an Execution's), or by the mesh of the trace (`jax.set_mesh`, or for other machines
+    `jax.sharding.use_abstract_mesh` with an abstract device), or by `jax.default_device`, or by JAX's default backend.
+    All of these are part of JAX's keys for compiled programs.
     """
     if platform is not None:
         return _target(platform, "")
@@ -37,7 +37,7 @@ def target(platform: str | None = None) -> Target:
 
 
 def _target(platform: str, kind: str) -> Target:
-    """The target of this platform; kind: of the device as JAX names it, or "" for the default backend's own."""
+    """Return the target of a platform; kind: JAX's `device_kind`, or "" for a device of the default backend."""
     platform, vendor = {"cuda": ("gpu", "nvidia"), "rocm": ("gpu", "amd")}.get(platform, (platform, ""))
     if platform != "gpu":
         return Target(platform)
@@ -47,6 +47,8 @@ def _target(platform: str, kind: str) -> Target:
             kind = device.device_kind
             capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
             break
-    if capability is not None:  # AMD's name an architecture instead, such as gfx942
+    if capability is not None:  # for AMD GPUs it is an architecture such as gfx942, which does not match
         return Target(platform, (int(capability[1]), int(capability[2])), "nvidia")
-    return Target(platform, None, vendor or ("amd" if re.match(r"amd|gfx|radeon", kind, re.IGNORECASE) else "nvidia"))
+    if not vendor:
+        vendor = "amd" if re.match(r"amd|gfx|radeon", kind, re.IGNORECASE) else "nvidia"
+    return Target(platform, None, vendor)

@@ -1,4 +1,4 @@
-"""The whole model: tokens → vectors → its stacks of layers → logits. All functions are pure."""
+"""The whole model: tokens → embeddings → stacks of layers → logits. All functions are pure."""
 
 import functools
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ OUTPUTS = ("final_hidden", *TAPS)
 
 @struct.dataclass
 class Output:
-    """What a pass gives; a field that was not requested is None.
+    """The results of a pass; a field that was not requested is None.
 
     logits: see `model.heads.head`. hidden, attention, heads, attention_output, feed_forward_output: activations of the
-    main stack after their edits, see `model.taps.TAPS`. auxiliary: of a mixture of experts, {"balance_loss",
-    "router_z_loss", "dropped": means over layers, "expert_use": [expert layers, experts]}.
+    main stack after their edits, see `model.taps.TAPS`. auxiliary: for a mixture of experts {"balance_loss",
+    "router_z_loss", "dropped": means over layers, "expert_use": [expert layers, experts]}, otherwise empty.
     """
 
     logits: Array | None
@@ -49,7 +49,7 @@ class Output:
 @functools.partial(jax.jit, static_argnums=0)
 @lenient()
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Fresh float32 parameters; `jax.eval_shape(partial(init, config), key)` makes no array."""
+    """Initialise float32 parameters; `jax.eval_shape(partial(init, config), key)` returns their shapes alone."""
     keys = jax.random.split(key, 4)
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = {"embedding": Embedding(config).init(keys[0], tokens, tokens)["params"]}
@@ -59,7 +59,10 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 
 def apply(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"], **inputs: Any) -> Array:
-    """Float32 logits [batch, seq, vocab] of a language model (others: `model.heads.head`); takes `forward`'s inputs."""
+    """Return float32 logits, of a language model [batch, seq, vocab], of others see `model.heads.head`.
+
+    inputs: those of `forward`.
+    """
     return forward(config, params, tokens, **inputs).logits  # type: ignore[return-value]
 
 
@@ -80,16 +83,15 @@ def forward(
     edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> Output:
-    """One pass over whole rows: causal, or for an encoder both ways.
+    """Run the model over whole rows, causal or, for an encoder, bidirectional.
 
-    segment_ids: tokens attend within their own segment (and the encoder's of the same id); 0 is padding. positions:
-    default 0, 1, … within each segment. encoder_tokens: what an encoder-decoder's encoder reads; tokens are the
-    decoder's. dropout: on when a key is given. outputs: names in `model.taps.TAPS` of activations in addition to the
-    logits; ("final_hidden",) alone skips the head (`head` makes the logits of it). edits: {name in TAPS: Edit}, changes
-    of activations that everything after them sees, such as {"hidden": Edit.patch(value, where)}; an edit of
-    "attention" leaves the other weights of a row as they are, so that a row need not sum to 1 after it. "attention" in
-    either takes plain XLA instead of a fused kernel. execution: how it runs.
-    Raises InputError when the row is longer than `max_seq_len`, or inputs and config do not belong together.
+    positions: default 0, 1, … within each segment. segment_ids: tokens attend within their own segment, and to the
+    encoder's segment of the same id; 0 is padding. encoder_tokens: the input of an encoder-decoder's encoder; `tokens`
+    is the decoder's. dropout_key: None: no dropout. outputs: names in `model.taps.TAPS` of activations to return in
+    addition to the logits; ("final_hidden",) alone skips the head, which `head` computes. edits: {name in TAPS: Edit},
+    such as {"hidden": Edit.patch(value, where)}; later activations are computed from the edited ones. An edit of
+    "attention" does not renormalise the weights. "attention" in outputs or edits uses XLA instead of a fused kernel.
+    Raises InputError where a row is longer than `max_seq_len`, and where inputs and config do not fit.
     """
     _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
     outputs = tuple(outputs)
@@ -100,8 +102,8 @@ def forward(
         dropout = Dropout(jnp.asarray(0.0 if dropout_rate is None else dropout_rate, jnp.float32), dropout_key)
     encoder = encoder_mask = None
     if encoder_tokens is not None:
-        dropout_there = dropout and dropout.at(config.num_layers + 1)
-        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, dropout_there, execution=execution)
+        encoder_dropout = dropout and dropout.at(config.num_layers + 1)
+        encoder = encode(config, params, encoder_tokens, encoder_segment_ids, encoder_dropout, execution=execution)
         encoder_mask = _source_mask(encoder_tokens, encoder_segment_ids, segment_ids)
     if positions is None:
         positions = _positions_within_segments(tokens, segment_ids)
@@ -137,9 +139,9 @@ def encode(
     *,
     execution: Execution = Execution(),
 ) -> Float[Array, "batch source d_model"]:
-    """What the decoder of an encoder-decoder attends to.
+    """Return the output of an encoder-decoder's encoder, to which the decoder attends.
 
-    Raises InputError when the row is longer than `max_seq_len`, and for a model of one stack.
+    segment_ids: 0 is padding. Raises InputError where a row is longer than `max_seq_len`, and for a model of one stack.
     """
     if config.stack != "encoder-decoder":
         raise InputError(f"encode needs stack='encoder-decoder'; this model is {config.stack!r}: use forward")
@@ -165,7 +167,10 @@ def sentence_embedding(
     *,
     execution: Execution = Execution(),
 ) -> Float[Array, "batch d_model"]:
-    """One vector of length 1 a row (Reimers and Gurevych 2019); segment_ids: 0 is padding."""
+    """Return one vector of norm 1 per row (Reimers and Gurevych 2019).
+
+    segment_ids: 0 is padding. pooling: see `model.heads.pool`.
+    """
     out = forward(config, params, tokens, segment_ids=segment_ids, outputs=("final_hidden",), execution=execution)
     assert out.final_hidden is not None
     vectors = pool(config, params, out.final_hidden, segment_ids, pooling)
@@ -187,12 +192,13 @@ def forward_cached(
     edits: Edits | None = None,
     execution: Execution = Execution(),
 ) -> tuple[Float[Array, "batch *seq d_model"], KVCache]:
-    """Append a chunk to the cache: the final hidden state of each row's last token (every: of all), and the cache.
+    """Append a chunk to the cache; return the final hidden state of each row's last token, and the cache.
 
-    tokens are right-padded, lengths count the real ones. A row that would run past the capacity is not written past
-    it and its hidden state is NaN. encoder_tokens: encoded, and their keys and values kept for the chunks to come.
-    fresh: the cache is known to be empty, which spares looking at it. edits: as `forward` takes them, of this chunk's
-    tokens, but not of "attention".
+    tokens: right-padded. lengths: the number of real tokens in each row. encoder_tokens: encoded here; their keys and
+    values stay in the cache for later chunks. fresh: the cache is known to be empty, so that it need not be read.
+    every: return the final hidden states of all tokens, [batch, seq, d_model]. edits: as in `forward`, of this chunk's
+    activations, but not of "attention". A row that would exceed the capacity is not written beyond it, and its hidden
+    state is NaN.
     """
     shapes = tap_shapes(config, *tokens.shape)
     del shapes["attention"]  # its keys are slots of the cache
@@ -229,10 +235,11 @@ def forward_branches(
     lengths: Int[Array, " batch"],
     cache: KVCache,
 ) -> Float[Array, "batch seq d_model"]:
-    """The final hidden states of rows that branch from the cache's, which stays as it is.
+    """Return the final hidden states of rows that branch from the rows of a cache, without writing to it.
 
-    With n times as many rows as the cache has, rows r · n … r · n + n − 1 follow its row r. Its keys and values are not
-    copied for them. tokens are right-padded, lengths count the real ones; there is no limit by the capacity.
+    With n times as many rows as the cache, the rows r · n … r · n + n − 1 continue its row r, whose keys and values are
+    not copied for them: 6 rows over a cache of 2 continue the cache's rows 0, 0, 0, 1, 1, 1. tokens: right-padded.
+    lengths: the number of real tokens in each row. The capacity is no limit.
     """
     rows, seq = tokens.shape
     branches = rows // cache.lengths.shape[0]
@@ -250,7 +257,7 @@ def forward_branches(
 
 
 def _run_cached_layers(config, params, kinds, x, contexts, cache: KVCache, edits: WholeEdits):
-    """The residual stream after all layers, and their caches."""
+    """Return the residual stream after all layers, and their caches."""
     layers = []
     trees = layer_trees(params["layers"], kinds)
     for index, (kind, tree, layer) in enumerate(zip(kinds, trees, cache.layers, strict=True)):
@@ -279,7 +286,7 @@ def _encode_for_cache(config, params, encoder_tokens, encoder_lengths, cache, ex
 
 
 def _source_mask(encoder_tokens: Array, encoder_segment_ids: Array | None, segment_ids: Array | None):
-    """Which encoder token each decoder token sees: those of its own segment, and no padding."""
+    """Return which encoder tokens each decoder token sees: those of its own segment, without padding."""
     if encoder_segment_ids is None:
         return jnp.ones((encoder_tokens.shape[0], 1, encoder_tokens.shape[1]), bool)
     mask = (encoder_segment_ids > 0)[:, None, :]
@@ -294,7 +301,7 @@ def _check_inputs(config, tokens, token_types, encoder_tokens, outputs) -> None:
     if token_types is not None and not config.num_token_types:
         raise InputError("token_types were given to a model with num_token_types=0")
     if isinstance(outputs, str):
-        raise InputError(f"outputs={outputs!r} is a text; give a tuple of names, such as ({outputs!r},)")
+        raise InputError(f"outputs={outputs!r} is a string; give a tuple of names, such as ({outputs!r},)")
     unknown = set(outputs) - set(OUTPUTS)
     if unknown:
         raise InputError(f"outputs has {sorted(unknown)}; it takes {', '.join(map(repr, OUTPUTS))}")
@@ -308,7 +315,10 @@ def _check_length(config: ModelConfig, name: str, tokens: Array) -> None:
 
 
 def _positions_within_segments(tokens: Array, segment_ids: Array | None) -> Array:
-    """[1, seq] where all rows are alike, else [batch, seq]."""
+    """Return positions, [1, seq] without segments, otherwise [batch, seq].
+
+    The segments [1, 1, 1, 2, 2, 0] have the positions [0, 1, 2, 0, 1, 0].
+    """
     if segment_ids is None:
         return jnp.arange(tokens.shape[1])[None]
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -15,7 +15,7 @@ from experiments.bench.rounds import interleaved, median_and_range
 from experiments.inputs import check_at_least_one
 from experiments.models import check_is_decoder
 from infer import prepare, score
-from infer.batches import padded_length
+from infer.scoring.batches import padded_length
 from model import ModelConfig, Params, apply
 from model.errors import InputError
 from model.progress import progress_bar

@@ -18,9 +18,12 @@ CONFIG = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=4, d_ff=
 
 
 def requests():
-    """Two questions after a stem with answers of their own, and rows that share nothing."""
+    """Requests of two questions after one stem, each with several answers, and of rows without a common prefix."""
     random = np.random.default_rng(0)
-    draw = lambda length: random.integers(0, 32, length).tolist()
+
+    def draw(length):
+        return random.integers(0, 32, length).tolist()
+
     stem = draw(66)
     contexts = [[*stem, *draw(30)] for _ in range(2)]
     return [(context, draw(3)) for context in contexts for _ in range(4)] + [(draw(9), draw(7)) for _ in range(3)]
@@ -31,7 +34,7 @@ def over(**axes):
 
 
 def over_devices(params, pairs):
-    """Data and tensor, of plain and of prepared parameters, placed by `score` or before it."""
+    """Score over meshes of data and tensor, with plain and prepared parameters, placed by `score` or before it."""
     mesh = make_mesh({"data": 4, "tensor": 2})
     return {
         "data": score(CONFIG, params, pairs, execution=over(data=8)),
@@ -43,18 +46,21 @@ def over_devices(params, pairs):
 
 
 def over_processes(params, pairs):
-    """Each process has all scores."""
+    """Score over a mesh of two processes."""
     return {"processes": score(CONFIG, params, pairs, top_k=1, execution=over(data=2))}
 
 
 def main():
-    """See above."""
+    """Print the errors as JSON: over processes with arguments, else over meshes."""
     if len(sys.argv) > 1:
         initialize(sys.argv[1], 2, int(sys.argv[2]))
     params, pairs = jax.device_get(init(CONFIG, jax.random.key(0))), requests()
     one = score(CONFIG, params, pairs)
     found = (over_processes if len(sys.argv) > 1 else over_devices)(params, pairs)
-    error = lambda scores: max(np.abs(np.subtract(*pair)).max() for pair in zip(scores.tokens, one.tokens, strict=True))
+
+    def error(scores):
+        return max(np.abs(np.subtract(*pair)).max() for pair in zip(scores.tokens, one.tokens, strict=True))
+
     print(json.dumps({name: float(error(scores)) for name, scores in found.items()}))
 
 

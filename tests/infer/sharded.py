@@ -28,7 +28,7 @@ LENGTHS = np.array([5, 2, 4, 1], np.int32)
 
 @functools.cache
 def params_of(model):
-    """Larger than at the start of training, so that tokens and their probabilities differ."""
+    """Parameters larger than at initialisation, so that tokens and their probabilities differ."""
     params = jax.device_get(init(MODELS[model], jax.random.key(0)))
     params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, params)
     if not model.startswith("adapted"):
@@ -70,7 +70,7 @@ def texts(config, params, rows, dtype):
 
 @functools.cache
 def on_one_device(model, weights, rows, dtype, whole):
-    """What the meshes must equal, and the bytes of the parameters."""
+    """Reference outputs of one device, and the bytes of the parameters."""
     params = params_of(model) if weights is None else prepare(MODELS[model], params_of(model), weights)
     return (texts if whole else steps)(MODELS[model], params, rows, dtype), bytes_of(params)
 

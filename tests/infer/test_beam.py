@@ -108,17 +108,20 @@ def test_one_beam_is_greedy(random_params):
             np.testing.assert_allclose(result.scores[number][0], sum(logprobs) / len(tokens) ** penalty, atol=1e-3)
 
 
-def test_settings_compile_nothing_and_rows_do_not_meet(random_params):
+def test_settings_compile_nothing_and_prompts_are_independent(random_params):
     params = random_params(WIDE, seed=3)
-    run = lambda prompts, **settings: beam_search(WIDE, params, prompts, max_new_tokens=8, stop_ids=STOPS, **settings)
+
+    def run(prompts, **settings):
+        return beam_search(WIDE, params, prompts, max_new_tokens=8, stop_ids=STOPS, **settings)
+
     together = run(PROMPTS)
-    compiled = infer.beam._go_on._cache_size()
+    compiled = infer.beam._search_steps._cache_size()
     for settings in ({"length_penalty": 0.3}, {"early_stopping": True}, {"n": 3}):
         run(PROMPTS, **settings)
-    assert infer.beam._go_on._cache_size() == compiled
+    assert infer.beam._search_steps._cache_size() == compiled
     reordered = run(PROMPTS[::-1])
     assert reordered.tokens == together.tokens[::-1]
-    assert infer.beam._go_on._cache_size() == compiled
+    assert infer.beam._search_steps._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,6 @@ def test_settings_compile_nothing_and_rows_do_not_meet(random_params):
         ({"max_new_tokens": 16}, "max_seq_len=16"),
     ],
 )
-def test_what_means_nothing_is_refused(settings, message):
+def test_settings_out_of_range_raise(settings, message):
     with pytest.raises(InputError, match=message):
         beam_search(WIDE, {}, PROMPTS, **{"max_new_tokens": 4, **settings})

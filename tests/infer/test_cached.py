@@ -42,18 +42,28 @@ def covering_set(size):
 
 
 VALUES, PAIRS = covering_set(1), covering_set(2)
-as_config = lambda choice: ModelConfig(
-    vocab_size=32,
-    d_model=16,
-    num_layers=1 if choice.get("position") == "learned" else 2,
-    num_heads=4,
-    d_ff=24,
-    max_seq_len=CAPACITY,
-    **choice,
-)
+
+
+def as_config(choice):
+    return ModelConfig(
+        vocab_size=32,
+        d_model=16,
+        num_layers=1 if choice.get("position") == "learned" else 2,
+        num_heads=4,
+        d_ff=24,
+        max_seq_len=CAPACITY,
+        **choice,
+    )
+
+
 ROTARY = as_config({"num_kv_heads": 2})
 LEARNED = as_config({"position": "learned", "norm": "layernorm", "use_bias": True, "gated": False})
-tokens_of = lambda batch, seq: np.random.default_rng(1).integers(0, 32, (batch, seq)).astype(np.int32)
+
+
+def tokens_of(batch, seq):
+    return np.random.default_rng(1).integers(0, 32, (batch, seq)).astype(np.int32)
+
+
 whole = jax.jit(apply, static_argnums=0)
 copy = functools.partial(jax.tree.map, jnp.copy)
 
@@ -110,7 +120,8 @@ def check_cached_is_uncached(choice, random_params):
     )
 
 
-in_words = lambda choice: "-".join(map(str, choice.values()))
+def in_words(choice):
+    return "-".join(map(str, choice.values()))
 
 
 @pytest.mark.parametrize("choice", VALUES, ids=in_words)
@@ -202,7 +213,7 @@ def test_the_cache_is_donated_and_can_be_branched_and_one_program_serves_all_ste
     assert decode_step._cache_size() <= compiled + 1
 
 
-def test_impossible_caches_are_refused():
+def test_impossible_caches_raise():
     with pytest.raises(InputError, match="capacity=13 exceeds max_seq_len=12"):
         init_cache(LEARNED, 1, 13)
     for batch, capacity in ((0, 4), (1, 0)):

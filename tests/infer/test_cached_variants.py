@@ -13,7 +13,12 @@ from model.layout import layer_kinds
 PROMPT, TOTAL, CAPACITY = 8, 13, 14
 LENGTHS = np.array([8, 3, 1], np.int32)
 SOURCE_LENGTHS = np.array([5, 7, 2], np.int32)
-tokens_of = lambda batch, seq, seed=1: np.random.default_rng(seed).integers(1, 32, (batch, seq)).astype(np.int32)
+
+
+def tokens_of(batch, seq, seed=1):
+    return np.random.default_rng(seed).integers(1, 32, (batch, seq)).astype(np.int32)
+
+
 whole = jax.jit(apply, static_argnums=0)
 
 
@@ -142,7 +147,7 @@ def test_padding_past_the_table_of_positions(random_params):
     np.testing.assert_allclose(logits[1], expected[1, start + 2], rtol=0, atol=1e-4)
 
 
-def test_the_cache_is_as_large_as_the_books_say(variant):
+def test_cache_bytes_are_those_of_accounting(variant):
     """A window's layer holds the window, latent attention its vectors, an encoder-decoder both sides; scales count."""
     if variant.stack == "encoder":
         assert accounting.kv_cache_bytes(variant, 2, 10) == 0
@@ -166,7 +171,7 @@ def test_greedy_generation_is_the_argmax_of_the_whole_pass(random_params):
     assert made[0] != made[1], "the encoder is heard"
 
 
-def test_what_cannot_generate_says_so(random_params):
+def test_models_that_cannot_generate_raise(random_params):
     config = ModelConfig(32, 16, 1, 2, stack="encoder", head="masked-language-model")
     with pytest.raises(InputError, match="does not generate"):
         generate(config, random_params(config), [[1]])

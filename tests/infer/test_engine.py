@@ -40,7 +40,7 @@ def params(random_params):
 
 @pytest.fixture(scope="module")
 def engine(params):
-    """Warm, with a clock that counts how often it was asked."""
+    """A warm engine, with a clock that counts its calls."""
     engine = Engine(
         CONFIG,
         params,
@@ -59,7 +59,10 @@ def engine(params):
 def random_request(random, number):
     """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four chunks."""
     prompt = random.integers(0, 32, random.choice([1, 3, 9, 16, 17, 30, 47])).tolist()
-    maybe = lambda value, other: value if random.random() < 0.3 else other
+
+    def maybe(value, other):
+        return value if random.random() < 0.3 else other
+
     sampling = Sampling(
         temperature=float(random.choice([0.0, 0.7, 1.3])),
         top_k=maybe(5, 0),
@@ -78,21 +81,16 @@ def random_request(random, number):
 
 
 def expected(config, params, requests, **options):
-    """(tokens, log-probabilities, finish reason, text) of each request by `generate`: seeded rows in one batch, because
-    a row does not depend on its neighbours there; rows of the key one by one, as each is row 0 of it."""
-    of = lambda some: generate(
-        config,
-        params,
-        [request.prompt for request in some],
-        [request.sampling for request in some],
-        max_new_tokens=MOST,
-        **options,
-    )
+    """{request: (tokens, log-probabilities, finish reason, text)} by `generate`.
+
+    Seeded and greedy rows run in one batch, as rows are independent; others one by one, since each is row 0 of the key.
+    """
     seeded = [one for one in requests if one.sampling.seed is not None or one.sampling.temperature == 0]
     groups = [seeded, *([one] for one in requests if one not in seeded)]
     found = {}
     for group in groups:
-        result = of(group)
+        prompts, samplings = [one.prompt for one in group], [one.sampling for one in group]
+        result = generate(config, params, prompts, samplings, max_new_tokens=MOST, **options)
         for row, one in enumerate(group):
             tokens, reason, text = result.tokens[row], result.finish_reason[row], result.text and result.text[row]
             if len(tokens) >= one.max_new_tokens:  # a shorter output is the beginning of a longer one
@@ -107,7 +105,11 @@ def served(engine):
     """Requests that came at random between steps, and how many programs were compiled for them."""
     random = np.random.default_rng(0)
     compiled, requests = [], []
-    count = lambda name, seconds, **_: compiled.append(name) if name == COMPILE else None
+
+    def count(name, seconds, **_):
+        if name == COMPILE:
+            compiled.append(name)
+
     jax.monitoring.register_event_duration_secs_listener(count)
     for number in range(REQUESTS):
         requests.append(engine.submit(*random_request(random, number)))
@@ -161,7 +163,7 @@ def test_what_step_returns_is_what_changed(engine):
     assert engine.step() == []
 
 
-def test_what_a_stop_string_takes_back_has_no_time(engine):
+def test_tokens_dropped_with_a_stop_string_lose_their_times(engine):
     """The string is longer than a step, so that tokens were handed out before it was whole."""
     sampling = Sampling(temperature=0.0, logit_bias={1: 1e6}, stop_ids=(), stop_strings=("B" * 6,))
     request = engine.submit([2], sampling, 20)
@@ -185,7 +187,7 @@ def test_a_long_prompt_does_not_starve_running_rows(engine):
 
 
 def test_cancelling(engine, params):
-    """Waiting, being read, running, ended: the others notice nothing, and rows are free again."""
+    """A request may wait, be in prefill, run or have ended; others are unaffected, and slots are free again."""
     running, reading, waiting = (engine.submit([7] * length, GREEDY, 12) for length in (3, 47, 5))
     neighbour = engine.submit([5, 6], Sampling(seed=1), 12)
     engine.step()
@@ -222,19 +224,19 @@ def test_cancelling(engine, params):
         ([1], {"logit_bias": {32: 1.0}}, 4, "the id 32.*vocabulary of 32"),
     ],
 )
-def test_what_can_never_be_served_is_refused_at_once(engine, prompt, settings, count, message):
+def test_submit_raises_for_requests_that_can_never_be_served(engine, prompt, settings, count, message):
     with pytest.raises(InputError, match=message) as error:
         engine.submit(prompt, Sampling(**settings), count)
     assert "\n" not in str(error.value)
     assert engine.idle
 
 
-def test_memory_decides_how_many_rows_there_are(params):
-    """The capacity is refused by one token less than it has, the cache by one byte less than a row takes."""
+def test_memory_limits_the_number_of_slots(params):
+    """A request one token longer than the capacity raises, and so does a cache one byte smaller than a slot."""
     each = accounting.kv_cache_bytes(CONFIG, 1, 20)
     engine = Engine(CONFIG, params, slots=9, capacity=20, cache_bytes=4 * each - 1)
     assert engine.slots == 3
-    cache = engine._rows.cache
+    cache = engine._state.cache
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) == 3 * each
     with pytest.raises(InputError, match=r"capacity=20"):
         engine.submit([1] * 17, GREEDY, 4)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from infer import GREEDY, Sampling, generate, init_cache
-from infer.decode import decode
-from infer.generate import start_rows
+from infer.decode import decode, init_decode_state
 from model import InputError, ModelConfig, apply
 
 CONFIG = ModelConfig(
@@ -66,7 +65,7 @@ def test_each_row_stops_at_its_own_stop_id(params, by_hand):
 def test_stop_ids_default_to_the_configs():
     config = CONFIG.replace(eos_token_ids=(7, 9))
     samplings = [GREEDY, Sampling(stop_ids=()), Sampling(stop_ids=(5,))]
-    rows = start_rows(config, PROMPTS, samplings, init_cache(config, 3, 8), NEW)
+    rows = init_decode_state(config, PROMPTS, samplings, init_cache(config, 3, 8), NEW)
     assert [set(ids.tolist()) - {-1} for ids in rows.stop_ids] == [{7, 9}, set(), {5}]
 
 
@@ -77,7 +76,7 @@ def test_max_new_tokens(params, by_hand, count):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(params, by_hand):
-    """Alone: test_prompts.py."""
+    """Reversed rows have the same outputs; single rows: test_prompts.py."""
     reordered = generate(CONFIG, params, PROMPTS[::-1], GREEDY, max_new_tokens=NEW)
     assert reordered.tokens == [tokens for tokens, _ in by_hand[::-1]]
 
@@ -92,7 +91,10 @@ def test_the_context_can_be_filled_to_its_end(params):
 
 def test_the_key_decides(params):
     sampling = Sampling(temperature=1.0)
-    text = lambda seed: generate(CONFIG, params, PROMPTS, sampling, max_new_tokens=NEW, key=jax.random.key(seed))
+
+    def text(seed):
+        return generate(CONFIG, params, PROMPTS, sampling, max_new_tokens=NEW, key=jax.random.key(seed))
+
     assert text(0) == text(0)
     assert text(0).tokens != text(1).tokens
     assert text(0) == generate(CONFIG, params, PROMPTS, sampling, max_new_tokens=NEW), "no key is key 0"
@@ -107,9 +109,9 @@ def test_logprobs_are_the_models_own(params):
 
 
 def test_settings_compile_nothing(params):
-    run = lambda count=NEW, **settings: (
-        generate(CONFIG, params, PROMPTS, Sampling(**settings), max_new_tokens=count).tokens
-    )
+    def run(count=NEW, **settings):
+        return generate(CONFIG, params, PROMPTS, Sampling(**settings), max_new_tokens=count).tokens
+
     run()
     compiled = decode._cache_size()
     outputs = [run(temperature=0.5), run(temperature=0.0), run(top_k=3), run(top_p=0.5), run(count=6)]
@@ -134,6 +136,6 @@ def test_truncation_to_one_token_is_greedy(params, by_hand):
         ([[1]], 0, "max_new_tokens=0"),
     ],
 )
-def test_bad_prompts_are_refused(params, prompts, count, message):
+def test_bad_prompts_raise(params, prompts, count, message):
     with pytest.raises(InputError, match=message):
         generate(CONFIG, params, prompts, GREEDY, max_new_tokens=count)

@@ -42,7 +42,9 @@ def test_every_form_is_that_of_the_rounded_matrices(form, capacity):
 
     @jax.jit
     def run(up, down):
-        through = lambda rows, product: product(jnp.tanh(product(rows, up)), down)
+        def through(rows, product):
+            return product(jnp.tanh(product(rows, up)), down)
+
         return through_experts(x, chosen, jnp.arange(13) < 11, COUNT, through, capacity, form)
 
     stored = [quantize_experts(jnp.asarray(matrices)) for matrices in (UP, DOWN)]
@@ -68,11 +70,17 @@ def test_no_product_of_few_blocks_widens_the_table(product):
 def test_prepared_experts_take_a_byte_an_entry(weights):
     """And decode reads as many of them as are chosen."""
     shapes = jax.eval_shape(functools.partial(init, CONFIG), jax.random.key(0))
-    tree = lambda weights: jax.eval_shape(functools.partial(prepare, CONFIG, weights=weights), shapes)
+
+    def tree(weights):
+        return jax.eval_shape(functools.partial(prepare, CONFIG, weights=weights), shapes)
+
     made = tree(weights)["layers"][0]["feed_forward"]["experts"]
     assert all(isinstance(stored, Int8Experts) for stored in made.values())
     assert bytes_of(made) == COUNT * (3 * 16 * D_FF + 4 * (2 * D_FF + 16))
-    read = lambda batch: accounting.decode_step_bytes(CONFIG, tree(weights), batch, 4)["weights"]
+
+    def read(batch):
+        return accounting.decode_step_bytes(CONFIG, tree(weights), batch, 4)["weights"]
+
     assert read(10_000) - read(1) == pytest.approx(bytes_of(made) / 2)
 
 

@@ -12,7 +12,10 @@ CONFIG = ModelConfig(
     32, 16, 2, 2, num_kv_heads=1, max_seq_len=128, sliding_window=24, layer_pattern=("local", "global")
 )
 log_probabilities = jax.jit(lambda *inputs: jax.nn.log_softmax(apply(*inputs)), static_argnums=0)
-tokens_of = lambda seed, length: np.random.default_rng(seed).integers(0, 32, length).tolist()
+
+
+def tokens_of(seed, length):
+    return np.random.default_rng(seed).integers(0, 32, length).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,10 @@ def test_the_cache_grows_past_a_power_of_two(params):
 
 def test_at_most_a_program_for_every_power_of_two(params):
     """After a long text, a shorter one compiles nothing, whatever its settings."""
-    run = lambda length, count, **settings: generate(
-        CONFIG, params, [tokens_of(1, length)], Sampling(**settings), max_new_tokens=count
-    )
+
+    def run(length, count, **settings):
+        return generate(CONFIG, params, [tokens_of(1, length)], Sampling(**settings), max_new_tokens=count)
+
     run(40, 80)
     before = decode._cache_size(), prompts.prefill._cache_size()
     for count, settings in ((1, {}), (24, {"temperature": 0.0}), (79, {"top_p": 0.5, "min_p": 0.01, "seed": 3})):
@@ -71,11 +75,11 @@ def test_what_prompts_share_is_read_once(params, monkeypatch):
 
     monkeypatch.setattr(prompts, "prefill", spy)
     check_greedy(params, rows, generate(CONFIG, params, rows, GREEDY, max_new_tokens=6))
-    assert read == [69, 3 + 1 + 12 + 4], "of every row at least one token is its own"
+    assert read == [69, 3 + 1 + 12 + 4], "at least one token of every row is read separately"
 
 
 def test_samples_of_one_prompt_share_its_prefill(params):
-    """Each sample draws for itself; with seeds given apart they are those of separate rows."""
+    """Samples differ; with a seed they equal those of separate rows with consecutive seeds."""
     result = generate(CONFIG, params, [[1, 2, 3], [4]], [Sampling(n=3), Sampling(n=1)], max_new_tokens=12)
     assert len(result.tokens) == 4
     assert len({tuple(tokens) for tokens in result.tokens}) == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import model
-from infer.prune import block_influence, drop_layers, input_norms, prune
+from infer.compress import block_influence, drop_layers, input_norms, prune
 from model import ModelConfig
 from model.errors import InputError
 from model.layout import layer_kinds
@@ -46,7 +46,7 @@ def test_only_the_matrices_of_the_layers_change(random_params):
 
 def test_wanda_weighs_entries_by_the_norm_of_their_inputs():
     """Two outputs of four inputs by hand: input 2 is loud, so that its small weights outweigh larger ones."""
-    from infer.prune import _kept
+    from infer.compress.sparsity import _kept
 
     weight = np.array([[0.5, -2.0], [1.0, 0.1], [-0.2, 0.3], [0.9, 0.4]])
     loudness = np.array([1.0, 1.0, 10.0, 0.5])
@@ -56,14 +56,14 @@ def test_wanda_weighs_entries_by_the_norm_of_their_inputs():
 
 @pytest.fixture(scope="module")
 def norms(random_params):
-    """Of the inputs of every matrix of CONFIG."""
+    """Norms of the inputs of every matrix of CONFIG."""
     return input_norms(CONFIG, random_params(CONFIG), jnp.asarray(TOKENS))
 
 
 @pytest.fixture
 def norms_known(norms, monkeypatch):
     """Every call for norms compiles; here once is enough."""
-    monkeypatch.setattr("infer.prune.input_norms", lambda config, params, tokens: norms)
+    monkeypatch.setattr("infer.compress.sparsity.input_norms", lambda config, params, tokens: norms)
 
 
 def test_wanda_of_a_model_is_its_definition(random_params, norms):
@@ -132,12 +132,12 @@ def test_the_remaining_layers_compute_what_they_computed(random_params, monkeypa
     np.testing.assert_allclose(run(config, rest, TOKENS), run(CONFIG, silent, TOKENS), atol=1e-5)
     influence = block_influence(CONFIG, silent, jnp.asarray(TOKENS))
     assert abs(influence[1]) < 1e-6 < min(influence[0], influence[2])
-    monkeypatch.setattr("infer.prune.block_influence", lambda *_: influence)  # it compiles at every call
+    monkeypatch.setattr("infer.compress.depth.block_influence", lambda *_: influence)  # it compiles at every call
     chosen, _ = drop_layers(CONFIG, silent, 1, calibration=TOKENS)
     assert chosen == config
 
 
-def test_what_cannot_be_pruned_is_refused(random_params):
+def test_what_cannot_be_pruned_raises(random_params):
     params = random_params(CONFIG)
     for call, words in (
         (lambda: prune(CONFIG, params, "magnitude", 1.0), "below 1"),

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from infer.sampler import History, SamplerState, choose, distribution, row_keys, truncate
-from infer.sampling import MOST_LOGPROBS, Sampling
+from infer.sampling import (
+    MOST_LOGPROBS,
+    History,
+    SamplerState,
+    Sampling,
+    choose,
+    distribution,
+    row_keys,
+    truncate,
+)
 from model.errors import InputError
 
 VOCAB, ROWS, DRAWS = 16, 24, 50_000  # few batch sizes: programs are what costs
@@ -108,10 +116,16 @@ def test_settings_penalties_and_neighbours_of_a_row_are_its_own():
     rows = state(*EVERY)
     together, probabilities = chosen(rows, logits, past), distributed(rows, logits, past)
     order = random.permutation(ROWS)
-    shuffle = lambda tree: jax.tree.map(lambda leaf: leaf[order], tree)
+
+    def shuffle(tree):
+        return jax.tree.map(lambda leaf: leaf[order], tree)
+
     np.testing.assert_array_equal(chosen(shuffle(rows), logits[order], shuffle(past)).token, together.token[order])
     for row in range(ROWS):
-        alone = lambda tree, row=row: jax.tree.map(lambda leaf: leaf[row : row + 1], tree)
+
+        def alone(tree, row=row):
+            return jax.tree.map(lambda leaf: leaf[row : row + 1], tree)
+
         here = (alone(rows), logits[row : row + 1], alone(past))
         np.testing.assert_array_equal(chosen(*here).token[0], together.token[row])
         np.testing.assert_array_equal(distributed(*here)[0], probabilities[row])
@@ -175,7 +189,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
 
 
 def test_log_probabilities_are_the_models():
-    """Of the raw logits, whatever the settings; the likeliest ones only if a row asks."""
+    """Log-probabilities are of the raw logits, with any settings; the likeliest tokens only if a row requests them."""
     settings = [Sampling(temperature=0.3, logit_bias={4: 500.0}), Sampling(temperature=0.0, logprobs=2)]
     settings = settings * (ROWS // 2)
     logits = (40 * np.random.default_rng(6).normal(size=(ROWS, VOCAB))).astype(np.float32)
@@ -215,7 +229,7 @@ def test_extreme_logits():
             assert (probabilities[:, banned_id] == 0).all()
 
 
-def test_steps_rows_and_keys_draw_apart_and_seeds_draw_alike():
+def test_draws_differ_by_step_row_and_key_and_agree_by_seed():
     flat = np.zeros((ROWS, VOCAB), np.float32)
 
     def draw(samplings, seed=0, steps=range(8)):
@@ -238,7 +252,9 @@ def test_steps_rows_and_keys_draw_apart_and_seeds_draw_alike():
 
 
 def test_changing_a_setting_compiles_nothing():
-    run = lambda sampling: chosen(state(sampling), LOGITS[None], history(1))
+    def run(sampling):
+        return chosen(state(sampling), LOGITS[None], history(1))
+
     run(Sampling())
     before = chosen._cache_size()
     for sampling in (*EVERY, Sampling(seed=3, logprobs=4)):
@@ -287,6 +303,6 @@ def test_a_bad_setting_is_named_in_one_sentence(settings):
     assert "\n" not in str(error.value)
 
 
-def test_a_bias_outside_the_vocabulary_is_refused():
+def test_a_bias_outside_the_vocabulary_raises():
     with pytest.raises(InputError, match=f"logit_bias names the id {VOCAB}"):
         state(Sampling(logit_bias={VOCAB: 1.0}))

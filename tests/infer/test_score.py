@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from infer import prepare, score
-from infer.batches import MOST_PROGRAMS, Limits, Prefix, Row, padded_length, plan_branches
-from infer.prefixes import Branch, branches
-from infer.score_step import read_prefixes, score_rows
+from infer.scoring.batches import MOST_PROGRAMS, Limits, Prefix, ScoredRow, padded_length, plan_branches
+from infer.scoring.prefixes import SharedPrefix, shared_prefixes
+from infer.scoring.programs import read_prefixes, score_rows
 from model import Experts, InputError, Latent, ModelConfig, apply
 
 whole = jax.jit(apply, static_argnums=0)
@@ -99,7 +99,7 @@ def test_scores_are_those_of_whole_passes(config, random_params):
 
 
 @pytest.mark.long
-def test_so_they_are_for_every_architecture(variant, random_params):
+def test_scores_of_every_architecture_are_those_of_whole_passes(variant, random_params):
     if variant.stack == "encoder":
         with pytest.raises(InputError, match="predicts no next token"):
             score(variant, random_params(variant), [([1], [2])])
@@ -161,13 +161,13 @@ def test_prepared_parameters_and_work_in_pieces_change_nothing(random_params, mo
     params, pairs = random_params(BASE), requests()
     wanted = score(BASE, params, pairs).logprobs
     close(score(BASE, prepare(BASE, params), pairs).logprobs, wanted)
-    monkeypatch.setattr("infer.score_step._MOST_LOGITS", 600)
-    monkeypatch.setattr("infer.score_step.CHUNK", 16)
+    monkeypatch.setattr("infer.scoring.programs._MOST_LOGITS", 600)
+    monkeypatch.setattr("infer.scoring.programs.CHUNK", 16)
     narrow = BASE.replace(norm_epsilon=1.001e-5)  # a config of its own: other programs
     close(score(narrow, params, pairs).logprobs, score(BASE, params, pairs, batch_size=8).logprobs)
 
 
-def test_arrays_and_equal_requests_are_taken_and_nothing_gives_nothing(random_params):
+def test_arrays_generators_equal_requests_and_no_requests(random_params):
     params, pairs = random_params(BASE), requests()[:2]
     given = (pair for pair in [*pairs, tuple(map(np.array, pairs[0]))])
     found = score(BASE, params, given, batch_size=np.int64(16), top_k=np.int64(0))
@@ -195,7 +195,7 @@ def test_a_request_that_cannot_be_scored_is_named(pair, message):
         score(BASE, {}, [([1], [2]), pair])
 
 
-def test_other_bad_input():
+def test_other_bad_input_raises():
     with pytest.raises(InputError, match="request 0 has an empty context and the config no eos_token_ids"):
         score(BASE.replace(eos_token_ids=()), {}, [([], [2])])
     with pytest.raises(InputError, match=r"request 0: its context of 129 tokens is longer than max_seq_len=128"):
@@ -208,23 +208,26 @@ def test_other_bad_input():
             score(BASE, {}, [([1], [2])], **options)
 
 
-def test_the_function_is_handed_on():
+def test_importing_the_package_keeps_the_function():
     import infer.scoring
 
     assert infer.score is infer.scoring.score
 
 
-def test_branches_are_where_fewest_tokens_are_read():
-    """By hand: 3 rows after 100 tokens, two pairs of which share 70 more after a stem, and one that shares nothing."""
+def test_shared_prefixes_leave_the_fewest_tokens_to_read():
+    """By hand: 3 rows share 100 tokens, two pairs a stem of 90 and 70 more tokens each, one row shares nothing."""
     first, a, b, stem, other = (np.full(n, fill, np.int32) for n, fill in ((100, 1), (70, 2), (70, 3), (90, 4), (9, 5)))
-    row = lambda *parts: np.concatenate([*parts])
+
+    def row(*parts):
+        return np.concatenate([*parts])
+
     rows = [row(first, other[:n]) for n in (1, 2, 3)]
     rows += [row(stem, a, other[:2]), row(stem, a, other[:3]), row(stem, b, other[:2]), row(stem, b, other[:3]), other]
     shareable = [100, 101, 102, 161, 162, 161, 162, 8]
-    one_level, with_stems = branches(rows, shareable)
-    assert set(one_level) == {Branch(0, 3, 100), Branch(3, 5, 161), Branch(5, 7, 161)}
-    assert set(with_stems) == {Branch(0, 3, 100), Branch(3, 5, 161, 90), Branch(5, 7, 161, 90)}
-    assert branches([], []) == ([], [])
+    one_level, with_stems = shared_prefixes(rows, shareable)
+    assert set(one_level) == {SharedPrefix(0, 3, 100), SharedPrefix(3, 5, 161), SharedPrefix(5, 7, 161)}
+    assert set(with_stems) == {SharedPrefix(0, 3, 100), SharedPrefix(3, 5, 161, 90), SharedPrefix(5, 7, 161, 90)}
+    assert shared_prefixes([], []) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -239,10 +242,15 @@ def test_branches_are_where_fewest_tokens_are_read():
     ],
 )
 def test_rows_of_a_prefix_stand_together(counts, limits, size):
-    """In groups of a size that needs little padding, each on one device."""
+    """Groups of rows have the size that needs the least padding, and are on one device."""
     numbers = iter(range(sum(counts)))
-    token = lambda number: np.full(2, number, np.int32)
-    rows = [[Row(number, token(number), token(number)) for number in itertools.islice(numbers, n)] for n in counts]
+
+    def token(number):
+        return np.full(2, number, np.int32)
+
+    rows = [
+        [ScoredRow(number, token(number), token(number)) for number in itertools.islice(numbers, n)] for n in counts
+    ]
     prefixes = [Prefix(token(of_one[0].number), of_one) for of_one in rows]
     found = []
     for shape, batches in plan_branches(prefixes, [], limits):
@@ -264,7 +272,7 @@ def test_padded_lengths_are_few_and_near():
     assert padded_length(4000, 4000) == 4000
 
 
-def test_a_bar_is_shown_once_it_takes_long(monkeypatch, random_params):
+def test_a_progress_bar_is_shown_after_two_seconds(monkeypatch, random_params):
     totals, advances = [], []
 
     @contextlib.contextmanager
@@ -272,11 +280,11 @@ def test_a_bar_is_shown_once_it_takes_long(monkeypatch, random_params):
         totals.append(total)
         yield lambda amount=1: advances.append(amount)
 
-    monkeypatch.setattr("infer.scoring.progress_bar", bar)
-    monkeypatch.setattr("infer.scoring._QUIET_SECONDS", 1e9)
+    monkeypatch.setattr("infer.scoring.scores.progress_bar", bar)
+    monkeypatch.setattr("infer.scoring.scores._QUIET_SECONDS", 1e9)
     score(BASE, random_params(BASE), many(), batch_size=5)
     assert totals == []
-    monkeypatch.setattr("infer.scoring._QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("infer.scoring.scores._QUIET_SECONDS", 0.0)
     score(BASE, random_params(BASE), many(), batch_size=5)
     assert totals == [sum(advances)]
 

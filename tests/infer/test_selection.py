@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.selection import argmax, draw, first_to_reach, ordered, total
+from infer.sampling.selection import argmax, draw, first_to_reach, ordered, total
 
 VOCAB = 3001
 select = jax.jit(lambda values, weights, target: first_to_reach(ordered(values), weights, target))
 
 
 def rows_of(seed):
-    """Rows of few and of many equals."""
+    """Rows with few and with many ties."""
     values = np.random.default_rng(seed).normal(size=(4, VOCAB)).astype(np.float32)
     values[1] = values[1].round(1)
     values[2] = np.abs(values[2]).round()

@@ -98,5 +98,5 @@ def test_a_mesh_decodes_as_one_device_and_holds_its_part():
     ],
     ids=["weights", "trained", "experts", "adapters", "texts", "texts-in-few-bits", "texts-of-experts"],
 )
-def test_so_do_all_meshes_with_all_weights(cases):
+def test_all_meshes_decode_all_weights_as_one_device(cases):
     assert_equal_and_split(*cases)

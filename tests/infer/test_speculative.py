@@ -11,12 +11,12 @@ import pytest
 from scipy import stats
 
 from infer import GREEDY, Sampling, generate, init_cache, prefill, prepare
-from infer.decode import begin
-from infer.generate import start_rows
-from infer.proposals import accept, look_up
-from infer.prune import drop_layers
-from infer.sampler import History, SamplerState, distribution, row_keys
-from infer.speculative import Carried, Plan, generate_speculative, speculate
+from infer.compress import drop_layers
+from infer.decode import begin, init_decode_state
+from infer.sampling import History, SamplerState, distribution, row_keys
+from infer.speculative import generate_speculative
+from infer.speculative.proposals import accept, look_up
+from infer.speculative.rounds import SpeculationSettings, SpeculationState, speculate
 from model import Experts, InputError, Latent, ModelConfig, apply
 from model.cache import take
 from model.convert import load_gguf
@@ -91,7 +91,7 @@ def test_greedy_text_is_the_same(random_params):
 
 
 @pytest.mark.long
-def test_what_was_said_is_known_after_the_cache_has_grown(random_params):
+def test_the_history_grows_with_the_cache(random_params):
     """Penalties and proposals read the history, which must grow with the cache, from 64 tokens to 128."""
     config = TINY.replace(max_seq_len=128)
     params = random_params(config, seed=3)
@@ -104,7 +104,7 @@ def test_what_was_said_is_known_after_the_cache_has_grown(random_params):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("config", "source"), [(LATENT, "draft"), (PAIR, "look-up")], ids=["latent-experts", "pair"])
-def test_greedy_text_is_the_same_elsewhere(config, source, random_params):
+def test_greedy_text_is_the_same_for_latent_experts_and_encoder_decoders(config, source, random_params):
     """Latent attention and experts; and what an encoder read."""
     params = random_params(config, seed=3)
     options = {"draft": (config, near(params, random_params(config, seed=4)))} if source == "draft" else {"lookup": 1}
@@ -154,7 +154,7 @@ def test_rows_have_their_own_settings_and_these_compile_nothing(random_params):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_what_followed_last_time_is_proposed(count):
+def test_look_up_proposes_the_tokens_after_the_latest_occurrence(count):
     random, ahead, room = np.random.default_rng(count), 4, 64
     tokens, lengths = random.integers(0, 3, (40, room)).astype(np.int32), random.integers(1, 40, 40).astype(np.int32)
     proposed, found = looked_up(History(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths)), count, ahead)
@@ -170,7 +170,7 @@ def test_what_followed_last_time_is_proposed(count):
 
 
 @pytest.mark.parametrize("source", ["draft", "look-up"])
-def test_what_is_accepted_follows_the_target(source):
+def test_accepted_tokens_are_distributed_as_the_target(source):
     """50,000 rows of two proposals each: the first token, the second where it was reached, and the third."""
     vocab, rows, random = 8, 50_000, np.random.default_rng(0)
     target = np.float32(random.dirichlet(np.ones(vocab), 3))
@@ -205,20 +205,22 @@ START, LENGTH, DRAWS = [0, 5, 1, 2, 7, 3, 6, 4, 4, 1, 0, 2, 6], 4, 20_000
 def outputs_of(params, draft, samplings):
     """[row, LENGTH] of one call for all rows, and the share of proposals that were taken."""
     samplings = [one for one in samplings for _ in range(DRAWS)]
-    plan = Plan(TINY, TINY if draft is not None else None, lookup=1, ahead=2)
+    settings = SpeculationSettings(TINY, TINY if draft is not None else None, lookup=1, ahead=2)
     limits = np.array([len(START)], np.int32)
     caches = []
     for tree in (params, params if draft is None else draft):
-        empty = init_cache(TINY, 1, len(START) + LENGTH, spare=plan.ahead + 1)
+        empty = init_cache(TINY, 1, len(START) + LENGTH, spare=settings.ahead + 1)
         logits, cache = prefill(TINY, tree, np.array([START], np.int32), limits, empty)
         caches.append((jnp.repeat(logits, len(samplings), axis=0), take(cache, jnp.zeros(len(samplings), jnp.int32))))
     (logits, cache), (_, draft_cache) = caches
-    rows, _ = begin(start_rows(TINY, [START] * len(samplings), samplings, cache, LENGTH, jax.random.key(7)), logits)
+    prompts = [START] * len(samplings)
+    decoding = init_decode_state(TINY, prompts, samplings, cache, LENGTH, jax.random.key(7))
+    decoding, _ = begin(decoding, logits)
     counts = [jnp.zeros(len(samplings), jnp.int32) for _ in range(2)]
-    carried = Carried(rows, None if draft is None else draft_cache, *counts)
-    carried, _ = speculate(plan, params, draft, carried, np.int32(LENGTH), np.zeros(len(samplings), bool))
-    outputs = np.asarray(carried.rows.history.tokens)[:, len(START) : len(START) + LENGTH]
-    return outputs, float(carried.accepted.sum() / carried.drafted.sum())
+    state = SpeculationState(decoding, None if draft is None else draft_cache, *counts)
+    state, _ = speculate(settings, params, draft, state, np.int32(LENGTH), np.zeros(len(samplings), bool))
+    outputs = np.asarray(state.decoding.history.tokens)[:, len(START) : len(START) + LENGTH]
+    return outputs, float(state.accepted.sum() / state.drafted.sum())
 
 
 def exact(params, sampling):
@@ -269,7 +271,7 @@ def test_the_distribution_is_the_models(source, random_params):
         ({"draft": (RINGS.replace(max_seq_len=24), {})}, "draft cannot follow.*max_seq_len=24"),
     ],
 )
-def test_a_draft_that_cannot_follow_is_refused(options, message):
+def test_a_draft_that_does_not_match_raises(options, message):
     with pytest.raises(InputError, match=message):
         run(RINGS, {}, **options)
 

@@ -1,4 +1,4 @@
-"""The books agree with the world: published parameter counts, XLA's own count of FLOPs, the bytes of real arrays."""
+"""Accounting agrees with published parameter counts, XLA's own count of FLOPs and the bytes of real arrays."""
 
 import functools
 
@@ -77,7 +77,7 @@ ALL = [PLAIN, GATED, BERT, T5, LATENT, LATENT_QUERY, WINDOWS, EXPERTS, CLASSIFIE
 
 
 def group_of(path):
-    """The name in the books of the parameter at a path of the public tree."""
+    """Return the group in `accounting` of the parameter at a path of the public tree."""
     if path[0] == "encoder":
         return f"encoder/{group_of(path[1:])}"
     if path[0] == "embedding":
@@ -92,7 +92,7 @@ def group_of(path):
 
 @functools.cache
 def arrays_by_group(config):
-    """From the arrays that `init` would make, each as often as a token passes it in the second place."""
+    """Count the arrays that `init` would return, in total by group, and those that one token uses."""
     counts, active = {}, 0
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -119,14 +119,14 @@ REPEATED = [pytest.param(config, marks=pytest.mark.long, id=name) for name, conf
 
 
 @pytest.mark.parametrize("config", [*ALL, *ODD, PRESETS["flash-moe"], PRESETS["t5-small"], *REPEATED])
-def test_the_books_are_those_of_the_arrays(config):
+def test_parameters_are_those_of_the_arrays(config):
     """Parameters are counted without tracing `init`, which takes a second; every group of every kind must agree."""
-    books = accounting.parameters(config)
+    counted = accounting.parameters(config)
     counts, active = arrays_by_group(config)
-    assert books.by_group == counts
-    assert books.active == active
-    assert books.total == sum(books.by_group.values()) == books.embedding + books.non_embedding
-    assert accounting.parameter_bytes(config, "bfloat16") == 2 * books.total
+    assert counted.by_group == counts
+    assert counted.active == active
+    assert counted.total == sum(counted.by_group.values()) == counted.embedding + counted.non_embedding
+    assert accounting.parameter_bytes(config, "bfloat16") == 2 * counted.total
 
 
 def test_an_untied_head_is_no_embedding():
@@ -163,9 +163,7 @@ ELEMENTWISE |= {"eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "convert
 
 
 def elementwise_in(jaxpr):
-    """One FLOP per output element, reductions one per input element; transcendental functions are not counted, as XLA
-    books them apart.
-    """
+    """Count one FLOP per output element, of reductions per input element; without transcendental functions, as XLA."""
     total = 0
     for equation in jaxpr.eqns:
         name, made = equation.primitive.name, equation.outvars[0].aval
@@ -210,9 +208,9 @@ CASES = [(config, 2, 64) for config in ALL] + [(PLAIN, 1, 96)]
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("config", "batch", "seq"), CASES)
 def test_exact_counts_every_product(config, batch, seq, training, products_of):
-    """To the unit: the products in the program that JAX traces are those in the books.
+    """The products in the program that JAX traces are those of `accounting`, exactly.
 
-    Beside experts stand the sums of their balance loss, which are products in form only and are not booked.
+    With experts the sums of their balance loss are products too, which are not counted.
     """
     functions, arguments = programs(config, batch, seq)
     products = products_of(functions[training], *arguments)

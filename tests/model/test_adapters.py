@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from infer import prepare
-from infer.prune import prune
+from infer.compress import prune
 from model import Execution, Experts, InputError, Latent, ModelConfig, apply, forward, init, init_cache, presets
 from model.adapters import TARGETS, Adapter, adapted, attach, first_columns, fold, init_adapter, mask_and_scale
 from model.convert import save_hf

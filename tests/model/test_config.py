@@ -1,4 +1,4 @@
-"""A config says one thing only: derived fields follow their source, contradictions and unknown names are refused."""
+"""Configs: derived fields follow their source, contradictions and unknown names are errors."""
 
 import dataclasses
 import json
@@ -127,7 +127,7 @@ def test_a_config_that_lacks_a_field_says_which():
         ModelConfig.from_dict({name: value for name, value in BASE.items() if name != "d_model"})
 
 
-def test_an_activation_without_a_function_is_told_of(monkeypatch):
+def test_an_activation_without_a_function_is_an_error(monkeypatch):
     config = presets.get("tiny")
     monkeypatch.delitem(feedforward.ACTIVATIONS, config.activation)
     with pytest.raises(InputError, match="has no function in ACTIVATIONS of model/feedforward"):

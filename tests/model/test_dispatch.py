@@ -1,4 +1,4 @@
-"""Tokens brought to their experts: every form of the products agrees, blocks hold every choice, in its order."""
+"""Dispatch to experts: all forms of the products agree, blocks hold every choice once and in order."""
 
 import functools
 
@@ -131,7 +131,7 @@ def test_one_token_reads_only_its_experts():
     assert plan.expert.tolist() == [5, 17, 90]
 
 
-def test_an_expert_takes_what_it_can_and_first_choices_go_first():
+def test_an_expert_takes_first_choices_before_second_ones_up_to_its_capacity():
     """Six tokens: expert 0 is the first choice of three and the second of the others; it has room for four."""
     chosen = jnp.array([[1, 0], [0, 2], [1, 0], [0, 3], [2, 0], [0, 1]])
     plan = jax.jit(lambda chosen: plan_capacity(sort_choices(chosen, jnp.ones(6, bool), 4), capacity=4))(chosen)

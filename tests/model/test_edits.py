@@ -284,7 +284,7 @@ def test_weights_of_attention_are_edited_in_plain_xla():
         lambda params: apply(config, params, TOKENS, edits={name: Edit.zero()}, execution=execution), shapes
     )
     assert logits("attention").shape == (2, SEQ, 32)
-    with pytest.raises(InputError, match="it knows no sliding window"):
+    with pytest.raises(InputError, match="it does not support sliding windows"):
         logits("heads")
 
 
@@ -324,5 +324,5 @@ def test_outputs_are_a_tuple_or_a_list():
     shapes = jax.eval_shape(functools.partial(init, BASE), jax.random.key(0))
     logits_of = lambda **options: jax.eval_shape(lambda params: forward(BASE, params, TOKENS, **options).logits, shapes)
     assert logits_of(outputs=["final_hidden"]) is None, "the head is skipped"
-    with pytest.raises(InputError, match=r"outputs='hidden' is a text; give a tuple of names, such as \('hidden',\)"):
+    with pytest.raises(InputError, match=r"outputs='hidden' is a string; give a tuple of names, such as \('hidden',\)"):
         logits_of(outputs="hidden")

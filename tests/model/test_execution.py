@@ -1,4 +1,4 @@
-"""How a model runs is no part of what it is."""
+"""Execution options are no part of a model's config."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Packages hand on what they name, and import it when it is used."""
+"""Packages import their public names when these are first used."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""Laws of a mixture of experts: its routing is the papers', capacity drops what it says, and padding is nobody."""
+"""Laws of a mixture of experts: routing as in the papers, capacity drops the last choices, padding counts nowhere."""
 
 import functools
 
@@ -263,7 +263,7 @@ def test_balance_loss_is_one_for_a_uniform_router_and_more_where_all_tokens_lean
 
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
-def test_balance_loss_is_one_where_experts_are_used_alike_and_then_pushes_nowhere(router):
+def test_balance_loss_is_one_and_has_no_gradient_where_experts_are_used_equally(router):
     experts = Experts(4, 1, D_FF, router=router)
     logits = (3 * np.eye(4) + 0.1 * np.random.default_rng(0).normal(size=(4, 4))).astype(np.float32)
     value, slope = jax.jit(jax.value_and_grad(lambda logits: reported(experts, logits)["balance_loss"]))(logits)

@@ -1,4 +1,4 @@
-"""Rounding: no entry moves further than its scale allows, and the search for a scale never loses to the plain one."""
+"""Quantization: errors are bounded by the scale, and the search over int4 scales never increases the error."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What stands where: every parameter has axes, meshes divide what they split, without a mesh nothing changes."""
+"""Sharding: every parameter has axes, meshes divide the axes that they split, without a mesh nothing changes."""
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,7 @@ def test_meshes_have_all_axes():
     mesh = make_mesh()
     assert mesh.axis_names == AXES
     assert mesh.shape["data"] == mesh.size == jax.device_count()
-    with pytest.raises(InputError, match="a mesh of 4096 devices was asked for; there are"):
+    with pytest.raises(InputError, match="a mesh of 4096 devices was requested; there are"):
         make_mesh({"tensor": 4096})
     with pytest.raises(InputError, match="unknown mesh axis 'model'"):
         make_mesh({"model": 2})
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_blocks_of_a_part_are_of_its_own_experts(parts):
-    """Nobody is left out, no two share a row, and even where all choose one part it has room."""
+    """Every choice has a row of its own, also where all tokens choose experts of one part."""
     count, tokens, top_k, size = 8, 13, 2, 2
     random = np.random.default_rng(0)
     anywhere = np.stack([random.permutation(count)[:top_k] for _ in range(tokens)])

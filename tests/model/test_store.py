@@ -1,4 +1,4 @@
-"""One function opens whatever holds a model, reads what it needs of it, and leaves it as it was."""
+"""`open_model` opens every kind of model, reads only what it needs, and changes nothing."""
 
 import ctypes
 import json

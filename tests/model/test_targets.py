@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from infer import decode_step, init_cache, prefill
 from model import Execution, InputError, ModelConfig, forward, init, presets
-from model.kernels import Shape, kernel_for, kernels_of
+from model.kernels import AttentionShape, kernel_for, kernels_of
 from model.sharding import AXES
 from model.target import Target, target
 from train import HParams, TrainConfig, init_state, train_step
@@ -104,7 +104,7 @@ def test_x64_trains(platform):
     with jax.enable_x64(True):
         assert "stablehlo" in training(platform, BASE, 128)
         with pytest.raises(InputError, match="it does not run with jax_enable_x64"):
-            kernel_for("pallas", Shape(128, 64, "float32"))
+            kernel_for("pallas", AttentionShape(128, 64, "float32"))
 
 
 def test_what_a_kernel_does_not_take_is_said(platform):
@@ -135,7 +135,7 @@ def test_the_mesh_says_the_platform(platform):
     ],
 )
 def test_auto_says_why(where, kernel, reason):
-    chosen, words = kernel_for("auto", Shape(128, 256, "bfloat16"), where)
+    chosen, words = kernel_for("auto", AttentionShape(128, 256, "bfloat16"), where)
     assert chosen == kernel
     assert reason in words
 
@@ -146,14 +146,14 @@ def test_every_kind_of_layer_says_its_kernel(platform):
     local = {"tpu": "xla", "cuda": "cudnn"}[platform]
     assert kernels == {"local_dense": local, "dense": {"tpu": "pallas", "cuda": "cudnn"}[platform]}
     assert kernels_of(BASE.replace(position="alibi"), 128) == {
-        "dense": ("xla", "no fused kernel knows position='alibi'")
+        "dense": ("xla", "no fused kernel supports position='alibi'")
     }
 
 
 def test_pallas_on_a_cpu_takes_what_its_blocks_divide():
     """Interpreted; both passes."""
     for seq, head_dim in itertools.product((7, 16, 33, 64, 96, 128, 130), (8,)):
-        shape = Shape(seq, head_dim, "float32")
+        shape = AttentionShape(seq, head_dim, "float32")
         if seq in (16, 64, 128):
             assert kernel_for("pallas", shape, Target("cpu"))[0] == "pallas"
         else:

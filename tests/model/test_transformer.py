@@ -1,4 +1,4 @@
-"""What a pass takes and gives: padding, positions, dropout, its outputs, precisions; whole families: test_variants."""
+"""Inputs and outputs of a pass: padding, positions, dropout, precisions; for all architectures see test_variants."""
 
 import functools
 

@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 from experiments.inputs import check_at_least_one
 from infer import KVCache, Sampling, decode_step, init_cache, prefill
-from infer.decode import ROOM, Rows, decode
-from infer.generate import start_rows
+from infer.decode import ROOM, DecodeState, decode, init_decode_state
 from infer.prompts import capacity_for
 from model import ModelConfig, Params
 from model.errors import InputError
@@ -193,13 +192,13 @@ class _Run:
         jax.block_until_ready(emitted)
         return time.perf_counter() - start
 
-    def _rows(self, token: Array, cache: KVCache) -> Rows:
+    def _rows(self, token: Array, cache: KVCache) -> DecodeState:
         """Return greedy rows at the context, as `generate` makes them; what the prompts were does not
         matter to them.
         """
         greedy = Sampling(temperature=0.0, stop_ids=())
         prompts = [[0] * self.cell.depth] * self.cell.batch
-        rows = start_rows(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
+        rows = init_decode_state(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
         return rows.replace(token=token)
 
     def _call(self, steps: int) -> tuple[Array, Array]:

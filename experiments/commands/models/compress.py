@@ -124,7 +124,7 @@ def _smaller(
     import jax
 
     from experiments.compress import calibration_tokens
-    from infer.prune import drop_layers, prune
+    from infer.compress import drop_layers, prune
     from model.convert import fold
     from model.quantized import ROUNDED
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen. Every setting is traced and a row's own: changing one compiles nothing."""
+"""Choose the next token of every row. All settings are traced, one per row: changing them compiles nothing."""
 
 import functools
 import math
@@ -11,18 +11,18 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from infer.sampling import MOST_LOGPROBS, Sampling
-from infer.selection import argmax, draw, first_to_reach, ordered, total
+from infer.sampling.selection import argmax, draw, first_to_reach, ordered, total
+from infer.sampling.settings import MOST_LOGPROBS, Sampling
 from model.errors import InputError
 
-# Settings are clipped to this size: larger ones would choose no differently, but make infinities meet.
+# Settings are clipped to ±_LARGEST: larger values would choose the same tokens, but ∞ − ∞ would give NaN.
 _LARGEST = 1e15
 
 
 class History(struct.PyTreeNode):
-    """What penalties read: row b's prompt, then its output, in `tokens[b, :lengths[b]]`; what lies beyond is ignored.
+    """The tokens that penalties count: row b's prompt, then its output, in `tokens[b, :lengths[b]]`.
 
-    Leaves are Any because JAX also fills the tree with shapes and axes.
+    Entries beyond `lengths[b]` are ignored. Leaves are Any because JAX also fills the tree with shapes and axes.
     """
 
     tokens: Any  # int32 [batch, room]
@@ -49,7 +49,7 @@ class SamplerState(struct.PyTreeNode):
     def create(
         cls, samplings: Sequence[Sampling], keys: Key[Array, " batch"] | PRNGKeyArray, vocab_size: int
     ) -> "SamplerState":
-        """One row per sampling; a row with a seed gets that seed's key in place of its entry of `keys`.
+        """Return the state of one row per sampling; a row with a seed uses that seed's key in place of `keys[row]`.
 
         Raises InputError if a logit_bias names an id outside the vocabulary.
         """
@@ -60,11 +60,11 @@ class SamplerState(struct.PyTreeNode):
         def whole(name: str, most: int) -> Array:
             return jnp.asarray([min(getattr(row, name), most) for row in samplings], jnp.int32)
 
-        tiny = float(np.finfo(np.float32).tiny)  # the least number that no device takes for 0
+        smallest_normal = float(np.finfo(np.float32).tiny)  # smaller numbers are flushed to 0 on some devices
         temperature = real("temperature")
         return cls(
-            temperature=jnp.where(temperature < tiny, 0.0, temperature),
-            top_p=real("top_p", tiny),
+            temperature=jnp.where(temperature < smallest_normal, 0.0, temperature),
+            top_p=real("top_p", smallest_normal),
             min_p=real("min_p"),
             repetition_penalty=real("repetition_penalty", 1 / _LARGEST),
             presence_penalty=real("presence_penalty"),
@@ -73,22 +73,23 @@ class SamplerState(struct.PyTreeNode):
             logprobs=whole("logprobs", MOST_LOGPROBS),
             biased=jnp.asarray([bool(row.logit_bias) for row in samplings]),
             bias=_bias(samplings, vocab_size),
-            keys=_seeded(samplings, keys),
+            keys=_replace_seeded(samplings, keys),
         )
 
 
 def row_keys(samplings: Sequence[Sampling], key: PRNGKeyArray) -> Key[Array, " batch"]:
-    """Of every row `fold_in(key, its number)`, or its seed's key."""
+    """Return a key per row: that of the row's seed if it has one, else `fold_in(key, row)`."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(samplings)))
-    return _seeded(samplings, keys)
+    return _replace_seeded(samplings, keys)
 
 
-def _seeded(samplings: Sequence[Sampling], keys: Any) -> Any:
+def _replace_seeded(samplings: Sequence[Sampling], keys: Any) -> Any:
     if all(row.seed is None for row in samplings):
         return keys
-    make = functools.partial(jax.random.key, impl=jax.random.key_impl(keys))
+    key_of_seed = functools.partial(jax.random.key, impl=jax.random.key_impl(keys))
     seeds = jnp.asarray(np.array([row.seed or 0 for row in samplings], np.uint32))
-    return jnp.where(jnp.asarray([row.seed is not None for row in samplings]), jax.vmap(make)(seeds), keys)
+    has_seed = jnp.asarray([row.seed is not None for row in samplings])
+    return jnp.where(has_seed, jax.vmap(key_of_seed)(seeds), keys)
 
 
 def _bias(samplings: Sequence[Sampling], vocab_size: int) -> Array:
@@ -104,10 +105,10 @@ def _bias(samplings: Sequence[Sampling], vocab_size: int) -> Array:
 
 
 class Choice(struct.PyTreeNode):
-    """One token per row. Log-probabilities are the model's: of the raw logits, before every setting.
+    """One token per row, with log-probabilities under the model: of the raw logits, before any setting.
 
-    top_ids, top_logprobs: the MOST_LOGPROBS likeliest (all of a smaller vocabulary), the likeliest first; zeros unless
-    some row asks for log-probabilities. Leaves are Any because JAX also fills the tree with shapes and axes.
+    top_ids, top_logprobs: the MOST_LOGPROBS likeliest tokens (all of a smaller vocabulary) in descending order; zeros
+    unless some row requests log-probabilities. Leaves are Any because JAX also fills the tree with shapes and axes.
     """
 
     token: Any  # int32 [batch]
@@ -116,21 +117,30 @@ class Choice(struct.PyTreeNode):
     top_logprobs: Any  # float32 [batch, top]
 
 
-def quiet(state: SamplerState, running: Bool[Array, " batch"]) -> SamplerState:
-    """The same with plain greedy settings in rows that do not run, so that nobody pays for their branches."""
-    neutral = {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "biased": False, "logprobs": 0}
-    neutral |= {"presence_penalty": 0, "frequency_penalty": 0}
-    settings = {name: getattr(state, name) for name in neutral}
-    return state.replace(
-        **{name: jnp.where(running, old, jnp.asarray(neutral[name], old.dtype)) for name, old in settings.items()}
-    )
+def idle_rows_greedy(state: SamplerState, running: Bool[Array, " batch"]) -> SamplerState:
+    """Return the state with plain greedy settings in rows that do not run, so that they trigger no costly branch."""
+    neutral = {
+        "temperature": 0,
+        "top_k": 0,
+        "top_p": 1,
+        "repetition_penalty": 1,
+        "biased": False,
+        "logprobs": 0,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
+    changes = {}
+    for name, value in neutral.items():
+        setting = getattr(state, name)
+        changes[name] = jnp.where(running, setting, jnp.asarray(value, setting.dtype))
+    return state.replace(**changes)
 
 
 def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Choice:
-    """The next token of every row, drawn from `distribution`.
+    """Choose the next token of every row, drawn from `distribution`.
 
-    A row's draw depends on its key and on how many tokens its output has, not on its neighbours. Branches run only
-    if some row needs them: all greedy costs an argmax.
+    A row's draw depends on its key and the length of its output, not on other rows. Each setting costs time only if
+    some row uses it: if all rows are greedy, choosing is an argmax.
     """
     adjusted = adjust(state, logits, history)
 
@@ -142,72 +152,79 @@ def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: Hi
     return describe(jnp.any(state.logprobs > 0), logits, token)
 
 
-def describe(asked: Bool[Array, ""], logits: Float[Array, "rows vocab"], token: Int[Array, " rows"]) -> Choice:
-    """These tokens with what the model gave them, and the likeliest in their places if they are asked for."""
+def describe(with_top: Bool[Array, ""], logits: Float[Array, "rows vocab"], token: Int[Array, " rows"]) -> Choice:
+    """Return the tokens with their log-probabilities, and with the likeliest tokens of their positions if with_top."""
     largest = jnp.max(logits, axis=-1)
-    normaliser = largest + jnp.log(total(jnp.exp(logits - largest[:, None])))
+    log_normaliser = largest + jnp.log(total(jnp.exp(logits - largest[:, None])))
     top = min(MOST_LOGPROBS, logits.shape[-1])
 
     def likeliest() -> tuple[Array, Array]:
         values, ids = jax.lax.top_k(logits, top)
-        return ids.astype(jnp.int32), values - normaliser[:, None]
+        return ids.astype(jnp.int32), values - log_normaliser[:, None]
 
-    nothing = lambda: (jnp.zeros((len(token), top), jnp.int32), jnp.zeros((len(token), top), logits.dtype))
-    top_ids, top_logprobs = jax.lax.cond(asked, likeliest, nothing)
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normaliser
+    def zeros() -> tuple[Array, Array]:
+        return jnp.zeros((len(token), top), jnp.int32), jnp.zeros((len(token), top), logits.dtype)
+
+    top_ids, top_logprobs = jax.lax.cond(with_top, likeliest, zeros)
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - log_normaliser
     return Choice(token=token, logprob=logprob, top_ids=top_ids, top_logprobs=top_logprobs)
 
 
 def distribution(
     state: SamplerState, logits: Float[Array, "batch vocab"], history: History
 ) -> Float[Array, "batch vocab"]:
-    """The probabilities that `choose` draws from, one-hot at temperature 0; NaN where every token is banned."""
+    """Return the probabilities that `choose` draws from: one-hot at temperature 0, NaN if every token is banned."""
     weights = jnp.exp(truncate(state, adjust(state, logits, history)))
     return weights / total(weights)[:, None]
 
 
 def adjust(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Float[Array, "batch vocab"]:
-    """Logits with bias and penalties."""
+    """Add the bias to the logits and apply the penalties."""
     logits = jax.lax.cond(jnp.any(state.biased), lambda: logits + state.bias, lambda: logits)
     penalised = (state.repetition_penalty != 1) | (state.presence_penalty != 0) | (state.frequency_penalty != 0)
     return jax.lax.cond(jnp.any(penalised), lambda: _penalise(state, logits, history), lambda: logits)
 
 
 def _penalise(state: SamplerState, logits: Array, history: History) -> Array:
-    place = jnp.arange(history.tokens.shape[1])[None]
-    said = place < history.lengths[:, None]
+    position = jnp.arange(history.tokens.shape[1])[None]
+    is_token = position < history.lengths[:, None]
     rows = jnp.arange(len(logits))[:, None]
-    count = lambda which: jnp.zeros_like(logits).at[rows, history.tokens].add(which.astype(logits.dtype), mode="drop")
-    occurs, outputs = count(said), count(said & (place >= history.prompt_lengths[:, None]))
+
+    def occurrences(where: Array) -> Array:
+        return jnp.zeros_like(logits).at[rows, history.tokens].add(where.astype(logits.dtype), mode="drop")
+
+    in_text = occurrences(is_token)
+    in_output = occurrences(is_token & (position >= history.prompt_lengths[:, None]))
     factor = state.repetition_penalty[:, None]
-    logits = jnp.where(occurs > 0, jnp.where(logits > 0, logits / factor, logits * factor), logits)
-    logits -= state.presence_penalty[:, None] * (outputs > 0) + state.frequency_penalty[:, None] * outputs
+    logits = jnp.where(in_text > 0, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    logits -= state.presence_penalty[:, None] * (in_output > 0) + state.frequency_penalty[:, None] * in_output
     return jnp.minimum(logits, jnp.finfo(logits.dtype).max)
 
 
 def truncate(state: SamplerState, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-    """Adjusted logits over the temperature, the likeliest at 0, with −inf where top_k, top_p or min_p cuts.
+    """Divide adjusted logits by the temperature, and set tokens that top_k, top_p or min_p removes to −inf.
 
-    At temperature 0 one token is left.
+    Logits are shifted so that each row's largest is 0. At temperature 0 only the likeliest token is left.
     """
     vocab = logits.shape[-1]
     order = ordered(logits)
     best = argmax(logits)
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    # The difference comes first: then no temperature is small enough to make two infinities.
-    warm = state.temperature[:, None] > 0
-    scaled = (logits - jnp.where(jnp.isfinite(largest), largest, 0)) / jnp.where(warm, state.temperature[:, None], 1)
-    scaled = jnp.where(warm, scaled, jnp.where(jnp.arange(vocab)[None] == best[:, None], 0, -jnp.inf))
+    sampled = state.temperature[:, None] > 0
+    # Subtract before dividing: then no temperature is small enough to give ∞ − ∞.
+    shifted = logits - jnp.where(jnp.isfinite(largest), largest, 0)
+    scaled = shifted / jnp.where(sampled, state.temperature[:, None], 1)
+    scaled = jnp.where(sampled, scaled, jnp.where(jnp.arange(vocab)[None] == best[:, None], 0, -jnp.inf))
 
-    def likeliest(scaled: Array) -> Array:
+    def keep_top_k(scaled: Array) -> Array:
         k = jnp.where(state.top_k > 0, state.top_k, vocab).astype(logits.dtype)
         return jnp.where(first_to_reach(order, jnp.ones_like(logits), k), scaled, -jnp.inf)
 
-    def nucleus(scaled: Array) -> Array:
+    def keep_top_p(scaled: Array) -> Array:
         weights = jnp.exp(scaled)
         kept = first_to_reach(order, weights, state.top_p * total(weights))
         return jnp.where(kept | (state.top_p >= 1)[:, None], scaled, -jnp.inf)
 
-    scaled = jax.lax.cond(jnp.any(state.top_k > 0), likeliest, lambda scaled: scaled, scaled)
-    scaled = jax.lax.cond(jnp.any(state.top_p < 1), nucleus, lambda scaled: scaled, scaled)
+    scaled = jax.lax.cond(jnp.any(state.top_k > 0), keep_top_k, lambda scaled: scaled, scaled)
+    scaled = jax.lax.cond(jnp.any(state.top_p < 1), keep_top_p, lambda scaled: scaled, scaled)
     return jnp.where(scaled >= jnp.log(state.min_p)[:, None], scaled, -jnp.inf)

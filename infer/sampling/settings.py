@@ -1,0 +1,108 @@
+"""The settings of a continuation: how its tokens are drawn and where it ends, validated on construction."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError
+
+MOST_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Settings of one prompt's continuation.
+
+    Logits are changed in this order: logit_bias, repetition_penalty, presence_penalty and frequency_penalty,
+    temperature, top_k, top_p, min_p. Raises InputError on a value out of range.
+
+    temperature: 0 takes the token with the largest biased and penalised logit; the first one of a tie.
+    top_k: keeps exactly the k likeliest tokens, the first ones of a tie; 0 keeps all.
+    top_p: keeps, of what top_k left and renormalised, the smallest set with at least this probability (Holtzman et al.
+        2020, section 3.1).
+    min_p: keeps tokens at least this times as probable as the likeliest (Nguyen et al. 2024). The likeliest is always
+        kept, so the result is the same before and after top_k and top_p.
+    repetition_penalty: divides positive logits, and multiplies negative ones, of all tokens in prompt and output
+        (Keskar et al. 2019, section 4.1).
+    presence_penalty, frequency_penalty: subtracted from the logit of each token in the output, once and once per
+        occurrence, as in OpenAI's API.
+    logit_bias: {id: value added to its logit}, −inf to ban the id; stored as sorted pairs.
+    stop_ids: None means the config's `eos_token_ids`.
+    stop_strings: need a tokenizer.
+    n: samples per prompt.
+    logprobs: number of likeliest tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
+    seed: of a row's draws; None derives the row's key from the key of the call and the row's index.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    stop_ids: tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def check_real(name: str, in_range: Callable[[Any], bool], valid: str) -> None:
+            value = getattr(self, name)
+            if not (isinstance(value, numbers.Real) and math.isfinite(value) and in_range(value)):
+                raise InputError(f"{name}={value!r} must be {valid}")
+
+        def check_whole(name: str, low: int, high: float, valid: str) -> None:
+            value = getattr(self, name)
+            if not (isinstance(value, int | np.integer) and low <= value <= high):
+                raise InputError(f"{name}={value!r} must be {valid}")
+
+        check_real("temperature", lambda value: value >= 0, "a finite number of at least 0; 0 is greedy")
+        check_real("top_p", lambda value: 0 < value <= 1, "a number in (0, 1]; 1 keeps every token")
+        check_real("min_p", lambda value: 0 <= value <= 1, "a number in [0, 1]; 0 keeps every token")
+        check_real("repetition_penalty", lambda value: value > 0, "a finite number above 0; 1 changes nothing")
+        check_real("presence_penalty", lambda value: True, "a finite number; 0 changes nothing")
+        check_real("frequency_penalty", lambda value: True, "a finite number; 0 changes nothing")
+        check_whole("top_k", 0, math.inf, "a whole number of at least 0; 0 keeps every token")
+        check_whole("n", 1, math.inf, "a whole number of at least 1")
+        check_whole("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0 … {MOST_LOGPROBS}")
+        if self.seed is not None:
+            check_whole("seed", 0, 2**32 - 1, "a whole number in 0 … 2**32 − 1, or None")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        if self.stop_ids is not None:
+            object.__setattr__(self, "stop_ids", _token_ids(self.stop_ids))
+        strings = self.stop_strings
+        is_list = isinstance(strings, Sequence) and not isinstance(strings, str)
+        if not is_list or not all(isinstance(text, str) and text for text in strings):
+            raise InputError(f"stop_strings={strings!r} must be a tuple of non-empty strings")
+        object.__setattr__(self, "stop_strings", tuple(strings))
+
+
+def _bias_pairs(given: Any) -> tuple[tuple[int, float], ...]:
+    message = f"logit_bias={given!r} must map every id to one number below infinity; −inf bans a token"
+    try:
+        pairs = [(token, float(bias)) for token, bias in (given.items() if isinstance(given, Mapping) else given)]
+    except (TypeError, ValueError) as error:
+        raise InputError(message) from error
+    if any(math.isnan(bias) or bias == math.inf for _, bias in pairs) or len(dict(pairs)) < len(pairs):
+        raise InputError(message)
+    _token_ids([token for token, _ in pairs], "logit_bias")
+    return tuple(sorted((int(token), bias) for token, bias in pairs))
+
+
+def _token_ids(given: Any, name: str = "stop_ids") -> tuple[int, ...]:
+    def is_id(token: Any) -> bool:
+        return isinstance(token, int | np.integer) and bool(token >= 0)
+
+    if not isinstance(given, Sequence | np.ndarray) or not all(is_id(token) for token in given):
+        raise InputError(f"{name}={given!r} must hold token ids, whole numbers of at least 0")
+    return tuple(int(token) for token in given)
+
+
+GREEDY = Sampling(temperature=0.0)
