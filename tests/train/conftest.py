@@ -1,14 +1,17 @@
-"""Shared by the tests of training: a program that ends in the middle of one, many devices."""
+"""Shared by the tests of training: a program that ends in the middle of one, many devices, examples to tune on."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
-from train.data import PhasedLoader
+from train.data import PhasedLoader, load_manifest
+from train.data.examples.prepare import prepare_examples
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,37 @@ def on_eight_devices():
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def examples(data, tmp_path_factory):
+    """kind → a folder of examples of short text, with reference log-probabilities of a fixed name."""
+
+    @functools.cache
+    def make(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        random = np.random.default_rng(0)
+        words = ["we", "the", "people", "of", "every", "state", "and", "nation"]
+        say = lambda: " ".join(random.choice(words, random.integers(1, 4)))
+        fields = {"chat": ("completion",), "preference": ("chosen", "rejected"), "rated": ("completion",)}[kind]
+        with (folder / "rows.jsonl").open("w") as file:
+            for number in range(60):
+                row = {"prompt": f"{number} {say()}"} | {field: f"{say()} {field[0]}" for field in fields}
+                row |= {"margin": number % 3} if kind == "preference" else {}
+                file.write(json.dumps(row | ({"label": number % 2} if kind == "rated" else {})) + "\n")
+        prepare_examples(
+            folder / "rows.jsonl",
+            folder / "data",
+            kind=kind,
+            tokenizer=data,
+            max_tokens=32,
+            validation_fraction=0.2,
+        )
+        for split in ("train", "validation"):
+            documents = load_manifest(folder / "data").splits[split].documents
+            place = folder / "data" / "reference" / "fixed"
+            place.mkdir(parents=True, exist_ok=True)
+            np.save(place / f"{split}.npy", random.normal(-40, 5, documents).astype(np.float32))
+        return folder / "data"
+
+    return make

@@ -34,7 +34,7 @@ TRAIN = TrainConfig(batch_size=8, seq_len=32, norms=False, schedule="constant")
 HPARAMS = HParams(learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, center_weight=0.01)
 
 
-REFERENCE = "fixed"  # the name of log-probabilities that a test keeps with the data
+REFERENCE = "fixed"  # the name of the log-probabilities that the fixture `examples` keeps with the data
 
 
 class Case(NamedTuple):

@@ -22,8 +22,7 @@ from model.sharding import make_mesh
 from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
-from train.data import load_manifest, prepare
-from train.data.examples.prepare import prepare_examples
+from train.data import prepare
 from train.data.noise import Noise
 from train.lanes import build
 from train.lanes.build import compiled_programs
@@ -59,40 +58,6 @@ def labelled(tmp_path_factory):
             file.write(json.dumps({"text": text, "label": word}) + "\n")
     prepare(folder / "reviews.jsonl", folder / "data", vocab_size=320, validation_fraction=0.2, label_field="label")
     return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def examples(data, tmp_path_factory):
-    """kind → a folder of examples of short text, with reference log-probabilities of a fixed name."""
-
-    @functools.cache
-    def make(kind):
-        folder = tmp_path_factory.mktemp(kind)
-        random = np.random.default_rng(0)
-        words = ["we", "the", "people", "of", "every", "state", "and", "nation"]
-        say = lambda: " ".join(random.choice(words, random.integers(1, 4)))
-        fields = {"chat": ("completion",), "preference": ("chosen", "rejected"), "rated": ("completion",)}[kind]
-        with (folder / "rows.jsonl").open("w") as file:
-            for number in range(60):
-                row = {"prompt": f"{number} {say()}"} | {field: f"{say()} {field[0]}" for field in fields}
-                row |= {"margin": number % 3} if kind == "preference" else {}
-                file.write(json.dumps(row | ({"label": number % 2} if kind == "rated" else {})) + "\n")
-        prepare_examples(
-            folder / "rows.jsonl",
-            folder / "data",
-            kind=kind,
-            tokenizer=data,
-            max_tokens=32,
-            validation_fraction=0.2,
-        )
-        for split in ("train", "validation"):
-            documents = load_manifest(folder / "data").splits[split].documents
-            place = folder / "data" / "reference" / REFERENCE
-            place.mkdir(parents=True, exist_ok=True)
-            np.save(place / f"{split}.npy", random.normal(-40, 5, documents).astype(np.float32))
-        return folder / "data"
-
-    return make
 
 
 @pytest.fixture(scope="module")

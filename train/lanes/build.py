@@ -212,6 +212,11 @@ def frozen_shapes(config: ModelConfig, objective: Objective) -> Params:
     return jax.eval_shape(lambda key: objective.frozen(init_model(config, key)), jax.random.key(0))
 
 
+def trained_shapes(config: ModelConfig, objective: Objective) -> Params:
+    """Return the shapes of the parameters that an objective trains, those of its adapter among them."""
+    return jax.eval_shape(lambda key: objective.trained(config, init_model(config, key), key), jax.random.key(0))
+
+
 def with_lanes(spec: BatchSpec, lanes: int) -> BatchSpec:
     """Return the shapes of a batch with a leading axis of lanes."""
     return {name: jax.ShapeDtypeStruct((lanes, *array.shape), array.dtype) for name, array in spec.items()}

@@ -6,14 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from model import Execution, ModelConfig
-from model.adapters import adapted
 from model.ambient import pinned
 from model.errors import InputError
 from model.sharding import check_batch, default_axes, make_mesh
 from train.config import HParams, TrainConfig
 from train.data.folders import Data
 from train.hosts import agree
-from train.lanes.build import frozen_shapes, lanes_for
+from train.lanes.build import frozen_shapes, lanes_for, trained_shapes
 from train.loop.loop import Loop
 from train.loop.member import Member
 from train.loop.microbatch import choose_microbatches
@@ -252,7 +251,7 @@ def check_frozen(recipes: Sequence[Recipe]) -> None:
         raise InputError("lanes that share frozen parameters must start from the same weights")
     frozen_shapes(recipes[0].model, objective)
     if objective.adapter is not None:
-        adapted(recipes[0].model, objective.adapter)
+        trained_shapes(recipes[0].model, objective)
         for recipe in recipes:
             if recipe.hparams.lora_rank > objective.adapter.rank:
                 raise InputError(

@@ -65,8 +65,6 @@ class Objective(Part, ABC):
         object.__setattr__(self, "trainable", tuple(prefixes))
         if isinstance(self.adapter, Mapping):
             object.__setattr__(self, "adapter", Adapter.from_dict(dict(self.adapter)))
-        if self.trainable and self.adapter is not None:
-            raise InputError(f"trainable={list(prefixes)} and an adapter exclude each other; give one of them")
         if self.base_weights is not None:
             dtype_name(self.base_weights, KINDS, "base_weights")
             if self.base_weights == "int8-dynamic":
