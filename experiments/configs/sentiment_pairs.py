@@ -38,6 +38,7 @@ def main(model: Path, chats: Path, out: Path, count: int) -> None:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     config, params, tokenizer = open_model(model)
+    assert tokenizer is not None, f"{model} has no tokenizer"
     params, rule = prepare(config, params), SentimentIntensityAnalyzer()
     questions = prompts(chats, count)
     turns = [[{"role": "user", "content": text}] for text in questions]
