@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes in annotations are checked while tests run. Modules without them validate their own input.
+# Shapes in annotations are checked while tests run.
 _ROOT = Path(__file__).parents[1]
 _CHECKED = [
-    f"{floor}.{file.stem}"
-    for floor in ("model", "infer", "train")
-    for file in sorted((_ROOT / floor).glob("*.py"))
+    ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+    for package in ("model", "infer", "train", "experiments")
+    for file in sorted((_ROOT / package).rglob("*.py"))
     if "from jaxtyping import" in file.read_text(encoding="utf-8")
 ]
-install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(_CHECKED, "array_types.check")
 
 
 def _variants():
