@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from model.checks import check_number, check_whole
 from model.errors import InputError
 
 MOST_LOGPROBS = 20
@@ -51,27 +51,17 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        def real(name: str, holds, wish: str) -> None:
-            value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and math.isfinite(value) and holds(value)):
-                raise InputError(f"{name}={value!r} must be {wish}")
-
-        def whole(name: str, low: int, high: float, wish: str) -> None:
-            value = getattr(self, name)
-            if not (isinstance(value, int | np.integer) and low <= value <= high):
-                raise InputError(f"{name}={value!r} must be {wish}")
-
-        real("temperature", lambda value: value >= 0, "a finite number from 0 on; 0 is greedy")
-        real("top_p", lambda value: 0 < value <= 1, "a number in (0, 1]; 1 keeps every token")
-        real("min_p", lambda value: 0 <= value <= 1, "a number in [0, 1]; 0 keeps every token")
-        real("repetition_penalty", lambda value: value > 0, "a finite number above 0; 1 changes nothing")
-        real("presence_penalty", lambda value: True, "a finite number; 0 changes nothing")
-        real("frequency_penalty", lambda value: True, "a finite number; 0 changes nothing")
-        whole("top_k", 0, math.inf, "a whole number from 0 on; 0 keeps every token")
-        whole("n", 1, math.inf, "a whole number from 1 on")
-        whole("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0 … {MOST_LOGPROBS}")
+        check_number("temperature", self.temperature, least=0, hint="0 is greedy")
+        check_number("top_p", self.top_p, above=0, most=1, hint="1 keeps every token")
+        check_number("min_p", self.min_p, least=0, most=1, hint="0 keeps every token")
+        check_number("repetition_penalty", self.repetition_penalty, above=0, hint="1 changes nothing")
+        check_number("presence_penalty", self.presence_penalty, hint="0 changes nothing")
+        check_number("frequency_penalty", self.frequency_penalty, hint="0 changes nothing")
+        check_whole("top_k", self.top_k, hint="0 keeps every token")
+        check_whole("n", self.n, 1)
+        check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.seed is not None:
-            whole("seed", 0, 2**32 - 1, "a whole number in 0 … 2**32 − 1, or None")
+            check_whole("seed", self.seed, 0, 2**32 - 1)
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         if self.stop_ids is not None:
             object.__setattr__(self, "stop_ids", _token_ids(self.stop_ids))

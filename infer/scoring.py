@@ -18,6 +18,7 @@ from infer.prefixes import Branch, branches
 from infer.prepare import prepare
 from infer.score_step import read_prefixes, score_rows
 from model import Execution, KVCache, ModelConfig, Params
+from model.checks import check_at_least_one, check_whole
 from model.errors import InputError
 from model.progress import progress_bar
 from model.sharding import make_mesh, parts_of, shardings, under_mesh_of
@@ -111,11 +112,8 @@ def _check_options(config: ModelConfig, batch_size: int, top_k: int) -> None:
             f"a model with stack={config.stack!r} and head={config.head!r} predicts no next token; score needs a "
             "decoder or an encoder-decoder with head='language-model'"
         )
-    whole = lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not (whole(batch_size) and batch_size >= 1):
-        raise InputError(f"batch_size={batch_size!r} must be a whole number of at least 1")
-    if not (whole(top_k) and 0 <= top_k <= config.vocab_size):
-        raise InputError(f"top_k={top_k!r} must be a whole number in 0 … {config.vocab_size}, the vocabulary's size")
+    check_at_least_one(batch_size=batch_size)
+    check_whole("top_k", top_k, 0, config.vocab_size, hint="the vocabulary has no more tokens")
 
 
 def _checked(config: ModelConfig, requests: Iterable[Any]) -> list[_Ids]:

@@ -22,6 +22,7 @@ from infer.text import Decoder
 from model import Execution, ModelConfig, Params, head
 from model.ambient import lenient
 from model.cache import grow, rewind
+from model.checks import check_whole
 from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -278,11 +279,9 @@ def _described(rows: Rows, logits: Float[Array, "batch room vocab"], tokens: Int
 
 def _check(plan: Plan, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
     config, draft = plan.config, plan.draft
-    if plan.ahead < 1:
-        raise InputError(f"tokens_ahead={plan.ahead} must be at least 1; 4 is usual")
+    check_whole("tokens_ahead", plan.ahead, 1, hint="4 is usual")
     if draft is None:
-        if not 1 <= plan.lookup <= LONGEST_LOOKUP:
-            raise InputError(f"lookup={plan.lookup} must be a number of tokens in 1 … {LONGEST_LOOKUP}; 3 is usual")
+        check_whole("lookup", plan.lookup, 1, LONGEST_LOOKUP, hint="3 is usual")
         return
     if draft.stack != config.stack or draft.head != config.head:
         raise InputError(

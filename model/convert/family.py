@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
+from model.checks import check_whole
 from model.config import ModelConfig
 from model.convert.fields import MOST, Entry, Field, Raw
 from model.convert.rows import Row
@@ -86,8 +87,8 @@ class Family:
         raw = {**{field.theirs: raw.get(field.spelling or "", field.default) for field in fields}, **raw}
         for key in _LAYERS:  # others are checked when ModelConfig is made; lists as long as this one come before
             value = raw.get(key, 1)
-            if value is not None and (type(value) is not int or not 1 <= value <= MOST):
-                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MOST}")
+            if value is not None:
+                check_whole(key, value, 1, MOST)
         try:
             for entry in self.entries:
                 values |= entry.read(raw)

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.shards import TokenShards
 from train.progress import progress_bar_if
@@ -57,8 +58,7 @@ class Documents:
         A document longer than seq_len keeps its first seq_len tokens. Padding has token 0 and segment id 0, the
         document segment id 1. A document of no tokens is its end token alone, so that no row is padding only.
         """
-        if seq_len < 1:
-            raise InputError(f"seq_len={seq_len} must be at least 1")
+        check_at_least_one(seq_len=seq_len)
         outside = places[(places < 0) | (places >= len(self))]
         if len(outside):
             raise InputError(

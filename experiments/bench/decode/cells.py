@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.inputs import check_at_least_one
 from infer import KVCache, Sampling, decode_step, init_cache, prefill
 from infer.decode import ROOM, Rows, decode
 from infer.generate import start_rows
 from infer.prompts import capacity_for
 from model import ModelConfig, Params
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 
