@@ -1,4 +1,4 @@
-"""Read what people hand in as text or small files, and check counts and folders that they name."""
+"""Read what people hand in as text or small files, and check folders that they name."""
 
 import json
 from collections.abc import Iterable
@@ -38,13 +38,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
-
-
-def check_at_least_one(**counts: int) -> None:
-    """Raise InputError, naming it, for the first count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{name}={count} must be at least 1")
 
 
 def check_free(folder: Path, kind: str, lacking: str, advice: str) -> None:

@@ -19,6 +19,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model.ambient import lenient
+from model.checks import check_whole
 from model.config import ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
@@ -139,8 +140,8 @@ def mask_and_scale(
     """
     rank = adapter.rank if rank is None else rank
     alpha = adapter.alpha if alpha is None else alpha
-    if isinstance(rank, int) and not 1 <= rank <= adapter.rank:
-        raise InputError(f"rank={rank} must be from 1 to the adapter's rank={adapter.rank}")
+    if isinstance(rank, int):
+        check_whole("rank", rank, 1, adapter.rank, hint="an adapter has no more columns")
     mask = (jnp.arange(adapter.rank) < rank).astype(jnp.float32)
     size = jnp.asarray(rank, jnp.float32)
     divisor = jnp.sqrt(size) if adapter.rank_stabilised else size

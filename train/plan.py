@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from model.checks import check_whole
 from model.errors import InputError
 from train.config import HParams, TrainConfig
 from train.phases import RateShape
@@ -81,12 +82,14 @@ class Plan:
         is more than that, or missing without phases.
         """
         if not train_config.phases:
-            if steps is None or steps < 1:
-                raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
+            hint = "give steps, or total_steps in the hyperparameters"
+            if steps is None:
+                raise InputError(f"steps=None leaves the length of the run open; {hint}")
+            check_whole("steps", steps, 1, hint=hint)
             return cls((Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len),))
         plan = cls(tuple(_stages(train_config)))
-        if steps is not None and not 1 <= steps <= plan.total_steps:
-            raise InputError(f"steps={steps} must lie between 1 and the {plan.total_steps} steps of the run's phases")
+        if steps is not None:
+            check_whole("steps", steps, 1, plan.total_steps, hint="the run's phases have no more steps")
         return plan
 
     @property

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from experiments.bench.rounds import interleaved, median_and_range
-from experiments.inputs import check_at_least_one
 from experiments.models import check_is_decoder
 from infer import prepare, score
 from infer.scoring.batches import padded_length
 from model import ModelConfig, Params, apply
+from model.checks import check_at_least_one
 from model.errors import InputError
 from model.progress import progress_bar
 

@@ -96,16 +96,14 @@ def inspect(
     from rich.text import Text
 
     from experiments.commands.options import console, new_table, write_document
-    from experiments.inputs import check_at_least_one
     from experiments.words import say
-    from model.errors import InputError
+    from model.checks import check_at_least_one, check_whole
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
     from train.data.rows import PackedDocuments
     from train.data.shards import TokenShards
 
-    if rows < 0:
-        raise InputError(f"rows={rows} must not be negative")
+    check_whole("rows", rows)
     if packing is not None:
         check_at_least_one(packing=packing)
     shards = TokenShards(folder, split)

@@ -8,7 +8,8 @@ from typing import Any
 from experiments.scaling.fit import Fits, choose_form
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.serving import ServingCost, serving_optimum
-from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss, require_positive
+from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss
+from model.checks import check_number
 from model.errors import InputError
 
 Answer = dict[str, Any]
@@ -76,19 +77,19 @@ def _ask(question: Answer, ask: Callable[[], Answer]) -> Answer:
 
 
 def _optimal(fit: Any, flops: float, level: float) -> Answer:
-    require_positive("--flops", flops)
+    check_number("--flops", flops, above=0)
     return optimal({"": fit}, flops, level)[""]
 
 
 def _compute(fits: Fits, target: float, level: float) -> Answer:
-    require_positive("--target-loss", target)
+    check_number("--target-loss", target, above=0)
     return compute_for_loss(_law(fits), target, level)
 
 
 def _planned(fits: Fits, params: float, tokens: float, level: float) -> Answer:
     law = _law(fits)
-    require_positive("--params", params)
-    require_positive("--tokens", tokens)
+    check_number("--params", params, above=0)
+    check_number("--tokens", tokens, above=0)
     told = planned_loss(law, params, tokens, level)
     try:
         choice = choose_form(fits, delta=law.delta, bootstraps=min(100, law.bootstraps), seed=law.seed)
@@ -100,7 +101,7 @@ def _planned(fits: Fits, params: float, tokens: float, level: float) -> Answer:
 def _serving(fits: Fits, goal: dict[str, float], tokens: float, cost: ServingCost, level: float) -> Answer:
     law = _law(fits)
     for name, value in goal.items():
-        require_positive("--target-loss" if name == "target" else "--flops", value)
+        check_number("--target-loss" if name == "target" else "--flops", value, above=0)
     return goal | serving_optimum(law, served_tokens=tokens, cost=cost, level=level, **goal)
 
 

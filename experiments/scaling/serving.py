@@ -12,7 +12,8 @@ from scipy.optimize import brentq
 
 from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
-from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
+from experiments.scaling.use import compute_for_loss, extrapolation, log_compute
+from model.checks import check_number
 from model.errors import InputError
 
 LN_RANGE = 12.0  # how far, in ln N, a serving optimum may lie from the optimum of training alone
@@ -34,8 +35,8 @@ class ServingCost:
     """Sizes that were measured, ascending."""
 
     def __post_init__(self) -> None:
-        if not (self.coefficient > 0 and self.training_unit > 0):
-            raise InputError(f"coefficient={self.coefficient} and training_unit={self.training_unit} must be positive")
+        check_number("coefficient", self.coefficient, above=0)
+        check_number("training_unit", self.training_unit, above=0)
         if not self.exponent >= 0:
             raise InputError(
                 f"the cost of a served token falls with the size of the model, as N^{self.exponent:.2g}; measure sizes "
@@ -165,7 +166,7 @@ def serving_optimum(
     if not served_tokens >= 0:
         raise InputError(f"served_tokens={served_tokens} must not be negative")
     if target is None:
-        require_positive("training_flops", float(training_flops or 0))
+        check_number("training_flops", float(training_flops or 0), above=0)
         target = float(fit.optimal(training_flops).loss)
     alone = compute_for_loss(fit, target, level)
     params = _cheapest(fit.theta, target, served_tokens, cost)

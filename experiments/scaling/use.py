@@ -12,6 +12,7 @@ from experiments.scaling.forms.choose import FormChoice
 from experiments.scaling.law.intervals import LARGEST_LOG, exponential, own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
+from model.checks import check_number
 from model.errors import InputError
 
 _BELOW = "the compute is below that of the fit"
@@ -82,7 +83,7 @@ def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | 
 
     Only the parametric law speaks of a loss. An interval that the table cannot carry is None.
     """
-    require_positive("C", C)
+    check_number("C", C, above=0)
     answers = {}
     for name, fit in fits.items():
         best = fit.optimal(C)
@@ -116,9 +117,9 @@ def _optimal_losses(fit: ParametricFit, C: float, level: int | float) -> tuple[A
 
 def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> dict[str, Any]:
     """Return {loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
-    require_positive("params", params)
-    require_positive("tokens", tokens)
-    require_positive("6·params·tokens", 6.0 * params * tokens)
+    check_number("params", params, above=0)
+    check_number("tokens", tokens, above=0)
+    check_number("6·params·tokens", 6.0 * params * tokens, above=0)
     low, high = fit.predict_interval(params, tokens, level)
     loss = float(fit.predict(params, tokens))
     return {
@@ -166,7 +167,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     An upper bound of None means that some of the interval's laws never reach it. Raises `InputError` for a target at or
     below the floor E.
     """
-    require_positive("target", target)
+    check_number("target", target, above=0)
     if target <= fit.E:
         raise InputError(
             f"a loss of {target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it, ask for a "
@@ -195,9 +196,3 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),
     }
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise `InputError` for zero, negative, infinite and NaN values."""
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value} must be a positive number")

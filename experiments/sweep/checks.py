@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.objectives import LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import LedgerRow
@@ -13,6 +12,7 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model import Params
 from model.checkpoint import parameters_sha256
+from model.checks import check_at_least_one
 from model.errors import InputError
 from model.store import open_parameters
 from train.data import load_manifest

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
+from model.checks import check_whole
 from model.config import ModelConfig
 from model.convert.entries import MAX_COUNT, Entry, Field, Raw
 from model.convert.rules import TensorRule
@@ -90,8 +91,8 @@ class Family:
         raw = {**{field.key: raw.get(field.old_key or "", field.default) for field in fields}, **raw}
         for key in _LAYERS:  # ModelConfig checks the others; entries build lists of this length before that
             value = raw.get(key, 1)
-            if value is not None and (type(value) is not int or not 1 <= value <= MAX_COUNT):
-                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MAX_COUNT}")
+            if value is not None:
+                check_whole(key, value, 1, MAX_COUNT)
         try:
             for entry in self.entries:
                 values |= entry.read(raw)

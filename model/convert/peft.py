@@ -25,6 +25,7 @@ from flax import traverse_util
 
 from model.adapters import ALL_TARGETS, Adapter, adapted, attach, fold, mask_and_scale, target_of
 from model.ambient import pinned
+from model.checks import check_number
 from model.config import ModelConfig
 from model.convert.entries import Raw
 from model.convert.families import FAMILIES
@@ -339,8 +340,7 @@ def _read_pairs(folder: Path) -> dict[str, Pair]:
 
 def _number(folder: Path, raw: Raw, key: str, default: float) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise InputError(f"{folder / CONFIG}: {key}={value!r} must be a number above 0")
+    check_number(f"{folder / CONFIG}: {key}", value, above=0)
     return value
 
 

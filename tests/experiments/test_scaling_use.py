@@ -149,7 +149,7 @@ def test_answers_state_how_far_they_extrapolate(noisy_fit):
     assert "N=1e+06 lies outside" in outside["warnings"][0]
     with pytest.raises(InputError, match="not both"):
         serving_optimum(noisy_fit, served_tokens=1e9)
-    with pytest.raises(InputError, match="positive"):
+    with pytest.raises(InputError, match="above 0"):
         optimal({"parametric": noisy_fit}, -1.0)
 
 

@@ -196,8 +196,8 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
         batch_size=4,
         seq_len=32,
         evaluate_tokens=256,
-        axes=("remat=none,dots", "accumulate=1,2"),
-        steps=6,
+        axes=("accumulate=1,2",),
+        steps=4,
         objectives=BOTH,
     )
     sweep.write()
@@ -205,8 +205,8 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
     plan(sweep, ledger)
     work(sweep, ledger)
     rows = ledger.rows()
-    assert [row.state for row in rows] == ["finished"] * 4
-    assert len({row.trial.id for row in rows}) == len({row.facts["run"] for row in rows}) == 4
+    assert [row.state for row in rows] == ["finished"] * 2
+    assert len({row.trial.id for row in rows}) == len({row.facts["run"] for row in rows}) == 2
     assert all((sweep.folder / row.facts["run"] / "run.json").exists() for row in rows)
     assert all(row.values[1] == row.facts["training_tokens_per_second"] > 0 for row in rows)
     assert not (sweep.folder / "speed").exists(), "the benchmark of decoding was not run"
@@ -217,9 +217,9 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
     assert code == 0, err
     document = json.loads((tmp_path / "report.json").read_text())
     executions = document["executions"]
-    assert executions["axes"] == {"remat": ["none", "dots"], "accumulate": [1, 2]}
-    assert (executions["compared"], executions["verdict"], len(executions["executions"])) == (1, "rounding", 4)
+    assert executions["axes"] == {"accumulate": [1, 2]}
+    assert (executions["compared"], executions["verdict"], len(executions["executions"])) == (1, "rounding", 2)
     assert len(document["settings"]) == 1
-    assert len(document["pareto"]["settings"]) == 4
-    assert "under 4 executions" in " ".join(said.split())
-    assert "Training is fastest with remat=" in " ".join(said.split())
+    assert len(document["pareto"]["settings"]) == 2
+    assert "under 2 executions" in " ".join(said.split())
+    assert "Training is fastest with accumulate=" in " ".join(said.split())

@@ -28,11 +28,15 @@ NAMES = ("llama", "gpt2", "phi3", "deepseek_v2", "t5", "bert-masked")
 
 
 def trained(config, params, adapter=ADAPTER):
-    """An adapter whose b is not zero."""
-    tree = init_adapter(config, adapter, params, jax.random.key(0))
+    """An adapter whose b is not zero, drawn without a program."""
+    tree = jax.eval_shape(functools.partial(init_adapter, config, adapter), params, jax.random.key(0))
     random = np.random.default_rng(0)
-    noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
+
+    def draw(path, leaf):
+        scale = leaf.shape[-2] ** -0.5 / 3**0.5 if path[-1].key == "a" else 0.3  # a's as `init_adapter` draws it
+        return jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def change(params, adapter, tree):

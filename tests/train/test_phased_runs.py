@@ -58,9 +58,9 @@ def whole(sources, tmp_path_factory):
     run, programs, rows = tmp_path_factory.mktemp("whole") / "run", [], collections.Counter()
     take, draw = Feed.take, mixture.draw
 
-    def noting_take(self, request, stage):
+    def noting_take(self, key, stage):
         programs.append((stage.index, compiled_programs()))
-        return take(self, request, stage)
+        return take(self, key, stage)
 
     def noting_draw(windows, index, seed):
         rows[windows.shards.folder, windows.seq_len] += len(index)

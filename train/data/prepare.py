@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.tokenizer.files import file_hashes, save_tokenizer, tokenizer_files
@@ -77,10 +78,8 @@ def prepare(
             f"the tokenizer {given.path} has no end token, which must follow each document; take another, or name it "
             "as eos_token in a tokenizer_config.json beside a tokenizer.json"
         )
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
-    if shard_tokens < 1:
-        raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+    check_number("validation_fraction", validation_fraction, above=0, below=1, hint="0.05 is usual")
+    check_at_least_one(shard_tokens=shard_tokens)
     arguments = {
         "vocab_size": given.vocab_size if given else vocab_size,
         "validation_fraction": validation_fraction,

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -18,6 +18,7 @@ from train.data.shards import TokenShards
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows of one epoch, each of `seq_len` predictions, in a fixed order."""
 

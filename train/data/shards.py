@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from train.files import file_sha256
@@ -18,8 +19,7 @@ class ShardWriter:
     """Writer of `tokens-SPLIT-00000.npy`, …, each of `shard_tokens` tokens; it buffers nothing between writes."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
-        if shard_tokens < 1:
-            raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+        check_at_least_one(shard_tokens=shard_tokens)
         self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
         self._file: BinaryIO | None = None
         self._tokens = 0

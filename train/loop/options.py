@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from model.checks import check_whole
 from model.errors import InputError
 from model.execution import refuse_moved
 from train.run.best import metric_of
@@ -54,8 +55,7 @@ class RunOptions:
             raise InputError(
                 f"keep_best={self.keep_best!r} is no validation metric of this run; it measures {', '.join(measured)}"
             )
-        if self.patience < 0:
-            raise InputError(f"patience={self.patience} must be at least 0 (0: never stop early)")
+        check_whole("patience", self.patience, hint="0 never stops early")
         if self.patience and self.evaluate_every < 1:
             raise InputError(
                 f"patience={self.patience} counts validations, and without evaluate_every there is one at the end "

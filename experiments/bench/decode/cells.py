@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.inputs import check_at_least_one
 from infer import KVCache, Sampling, decode_step, init_cache, prefill
 from infer.decode import ROOM, DecodeState, decode, init_decode_state
 from infer.prompts import capacity_for
 from model import ModelConfig, Params
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 

@@ -8,11 +8,11 @@ import jax
 
 from experiments.bench.decode.cells import Cell, check_cell, grid, measure
 from experiments.bench.decode.roofline import step_cost
-from experiments.inputs import check_at_least_one
 from experiments.models import check_is_decoder
 from infer import prepare
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
+from model.checks import check_at_least_one
 from model.dtypes import dtype_name
 from model.errors import InputError, UnknownNameError
 from model.quantize import KINDS

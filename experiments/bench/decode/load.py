@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from infer import GREEDY, Engine, Request
-from model.errors import InputError
+from model.checks import check_at_least_one, check_number
 
 
 def arrivals(rate: float, requests: int, seed: int) -> list[float]:
@@ -15,8 +15,8 @@ def arrivals(rate: float, requests: int, seed: int) -> list[float]:
 
     The seed decides.
     """
-    if rate <= 0 or requests < 1:
-        raise InputError(f"a load needs a positive rate and at least one request, not {rate:g} a second, {requests}")
+    check_number("rate", rate, above=0)
+    check_at_least_one(requests=requests)
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum().tolist()
 
 

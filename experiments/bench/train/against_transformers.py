@@ -15,9 +15,9 @@ from experiments.bench.peers.child import Child, python_has
 from experiments.bench.peers.twin import torch_python
 from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
 from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
-from experiments.inputs import check_at_least_one
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
+from model.checks import check_at_least_one
 from model.convert import save_hf, save_peft
 from model.errors import InputError
 from train import HParams, TrainConfig

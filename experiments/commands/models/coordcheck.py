@@ -60,12 +60,11 @@ def coordcheck(
     """
     from experiments.commands.options import console, write_document
     from experiments.coordcheck import coordinate_check, coordinate_figure, growth, judge
-    from model.errors import InputError
+    from model.checks import check_whole
     from train.progress import progress_bar
 
-    for name, value in (("--steps", steps), ("--seeds", seeds)):
-        if value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_whole("--steps", steps, 1)
+    check_whole("--seeds", seeds, 1)
     config, execution, batch = _opened(preset, set, data)
     names = _parameterizations(parameterization)
     with progress_bar("coordinate check", 1.0) as advance:

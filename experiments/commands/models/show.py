@@ -83,6 +83,7 @@ def show(
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
     from experiments.runs.started import in_words, started_from_weights
+    from model.checks import check_whole
     from model.errors import InputError
     from model.runs import load_config, read_record
     from model.sharding import parse_mesh
@@ -97,8 +98,8 @@ def show(
     config, execution = overlay_program(read_changes(set), own)
     started = started if config == own else None  # what it trained is not of another shape
     seq_len = config.max_seq_len if seq_len is None else seq_len
-    if batch < 1 or seq_len < 1:
-        raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
+    check_whole("--batch", batch, 1)
+    check_whole("--seq-len", seq_len, 1)
     if seq_len > config.max_seq_len:
         raise InputError(
             f"--seq-len {seq_len} exceeds the context; give at most {config.max_seq_len}, "

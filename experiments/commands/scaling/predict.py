@@ -117,6 +117,7 @@ def _check(
     serve_tokens: float | None,
     level: float,
 ) -> None:
+    from model.checks import check_number
     from model.errors import InputError
 
     if not flops and not target_loss and params is None and tokens is None:
@@ -126,10 +127,8 @@ def _check(
     if serve_tokens is not None:
         if not flops and not target_loss:
             raise InputError("--serve-tokens asks for a model at a loss: add --flops or --target-loss")
-        if not 0 <= serve_tokens < float("inf"):
-            raise InputError(f"--serve-tokens={serve_tokens} must be a number that is not negative")
-    if not 0 < level < 100:
-        raise InputError(f"--level={level:g} must lie between 0 and 100 per cent")
+        check_number("--serve-tokens", serve_tokens, least=0)
+    check_number("--level", level, above=0, below=100, hint="it is in per cent")
 
 
 def _cost(
@@ -141,7 +140,7 @@ def _cost(
 ) -> "ServingCost | None":
     """Return what serving costs; None where nothing is served."""
     from experiments.scaling.serving import ServingCost, training_rate
-    from experiments.scaling.use import require_positive
+    from model.checks import check_number
     from model.errors import InputError
 
     if serve_tokens is None:
@@ -159,7 +158,7 @@ def _cost(
         return ServingCost()
     if rate is None:
         raise InputError("--decode gives seconds of serving: add --train or --train-rate for those of training")
-    require_positive("--train-rate", rate)
+    check_number("--train-rate", rate, above=0)
     return ServingCost.measured(decode, rate, batch=batch)
 
 

@@ -42,9 +42,9 @@ def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def screen_valleys(
-    valleys: list[tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]],
-    first: list[Bool[np.ndarray, " runs"]],
-) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
+    valleys: list[tuple[Float[np.ndarray, " _runs"], Float[np.ndarray, " _runs"]]],
+    first: list[Bool[np.ndarray, " _runs"]],
+) -> tuple[list[Bool[np.ndarray, " _runs"]], list[float], list[bool]]:
     """Return which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be
     decided.
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.inputs import check_at_least_one
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
@@ -22,6 +21,7 @@ from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricP
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
 from experiments.words import counted
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError
 
 MINIMUM_ROWS = 6  # five unknowns and one row to disagree with them
@@ -280,8 +280,7 @@ def _screened(whole: ParametricFit) -> ParametricFit:
 
 def check_settings(delta: float | int, bootstraps: int) -> None:
     """Refuse settings that no table could make sense of."""
-    if not delta > 0:
-        raise InputError(f"delta={delta} must be positive; Hoffmann et al. use 1e-3")
+    check_number("delta", delta, above=0, hint="Hoffmann et al. use 1e-3")
     check_at_least_one(bootstraps=bootstraps)
 
 

@@ -13,6 +13,7 @@ from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.ambient import pinned
+from model.checks import check_number, check_whole
 from model.errors import InputError
 from train.data import Loader, load_manifest
 from train.loop.memory import device_memory
@@ -30,10 +31,8 @@ class Hardware:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", device_named(self.device))
-        if self.devices < 1:
-            raise InputError(f"--devices {self.devices} must be at least 1")
-        if not 0 < self.mfu <= 1:
-            raise InputError(f"--mfu {self.mfu:g} must be above 0 and at most 1, such as 0.4 for 40 %")
+        check_whole("--devices", self.devices, 1)
+        check_number("--mfu", self.mfu, above=0, most=1, hint="0.4 is 40 %")
 
     @property
     def speed(self) -> Speed:

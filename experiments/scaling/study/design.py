@@ -12,6 +12,7 @@ from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
 from model import Execution, ModelConfig
+from model.checks import check_number
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
@@ -57,8 +58,7 @@ class Law(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.value > 0:
-            raise InputError(f"Law.value={self.value!r} must be positive")
+        check_number("Law.value", self.value, above=0)
         for part in ("centre", "exponents"):
             given = getattr(self, part)
             if not isinstance(given, dict):
@@ -66,9 +66,7 @@ class Law(Part):
             for name, number in given.items():
                 if name not in _SIZES:
                     raise UnknownNameError(f"size in Law.{part}", name, _SIZES)
-                if not _is_number(number) or (part == "centre" and not number > 0):
-                    what = "a positive number" if part == "centre" else "a number"
-                    raise InputError(f"Law.{part}.{name}={number!r} must be {what}")
+                check_number(f"Law.{part}.{name}", number, above=0 if part == "centre" else None)
         lacking = sorted(self.exponents.keys() ^ self.centre.keys())
         if lacking:
             raise InputError(f"a law needs both centre and exponent of a size; {lacking[0]} has one of them")
@@ -277,17 +275,13 @@ class Design(Part):
     def _check_values(self) -> None:
         least = {"count": 2, "sizes": 4, "seq_len": 1, "seeds": 1, "evaluate_tokens": 1}
         for name, smallest in (least | {"budget_factor": 1.1, "size_factor": 1.1}).items():
-            if not getattr(self, name) >= smallest:
-                raise InputError(f"{name}={getattr(self, name)!r} must be at least {smallest}")
+            check_number(name, getattr(self, name), least=smallest)
         if self.warmup_fraction + self.decay_fraction >= 1:
             both = f"warmup_fraction={self.warmup_fraction!r} and decay_fraction={self.decay_fraction!r}"
             raise InputError(f"{both} must be less than 1 together")
-        if self.final_fraction > 1:
-            raise InputError(f"final_fraction={self.final_fraction!r} must be in [0, 1]")
-        if not self.tokens_per_parameter > 0:
-            raise InputError(f"tokens_per_parameter={self.tokens_per_parameter!r} must be positive")
-        if not 0 < self.optimum_exponent < 1:
-            raise InputError(f"optimum_exponent={self.optimum_exponent!r} must be between 0 and 1")
+        check_number("final_fraction", self.final_fraction, least=0, most=1)
+        check_number("tokens_per_parameter", self.tokens_per_parameter, above=0)
+        check_number("optimum_exponent", self.optimum_exponent, above=0, below=1)
         if self.branches and not self.decay_fraction:
             raise InputError("decay_fraction=0 leaves a branch nothing to cool down in; give, for example, 0.2")
 
@@ -297,8 +291,7 @@ class Design(Part):
         if self.budgets and self.hours:
             raise InputError(f"budgets and hours={self.hours:g} both say how long a study is; give one")
         for budget in self.budgets:
-            if not _is_number(budget) or not budget > 0:
-                raise InputError(f"budgets has {budget!r}, which is no positive number of FLOPs")
+            check_number("a budget", budget, above=0, hint="budgets are FLOPs")
         for low, high in zip(self.budgets, self.budgets[1:], strict=False):
             if not high >= 1.1 * low:
                 raise InputError(f"budgets must ascend by a factor of at least 1.1; {high:g} follows {low:g}")

@@ -103,8 +103,8 @@ def _no_budget(table: Table, budgets: np.ndarray, group: np.ndarray) -> Valley:
 
 
 def _screened(
-    table: Table, budgets: Float[np.ndarray, " rows"], groups: list[Int[np.ndarray, " members"]]
-) -> tuple[list[Bool[np.ndarray, " members"]], list[float], list[bool]]:
+    table: Table, budgets: Float[np.ndarray, " rows"], groups: list[Int[np.ndarray, " _members"]]
+) -> tuple[list[Bool[np.ndarray, " _members"]], list[float], list[bool]]:
     """(runs to keep, distance of the worst, whether it is undecided which run is wrong) of every budget.
 
     In a wide window no cubic follows a law to its walls, and what it misses there is not noise. So the losses are
@@ -126,8 +126,8 @@ def _judged(
     params: Float[np.ndarray, " rows"],
     loss: Float[np.ndarray, " rows"],
     budgets: Float[np.ndarray, " rows"],
-    groups: list[Int[np.ndarray, " members"]],
-) -> tuple[list[Bool[np.ndarray, " members"]], list[float], list[bool]]:
+    groups: list[Int[np.ndarray, " _members"]],
+) -> tuple[list[Bool[np.ndarray, " _members"]], list[float], list[bool]]:
     """Return `screen_valleys` of the budgets, given what they say together."""
     log_params = [np.log(params[group]) for group in groups]
     together = screen_surface(

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from experiments.inputs import check_at_least_one
 from experiments.scaling.law.intervals import Intervals, exponential, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
@@ -30,6 +29,7 @@ from experiments.scaling.valleys.valley import (
     tokens_line,
 )
 from experiments.words import counted
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 __all__ = [

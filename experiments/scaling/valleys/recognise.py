@@ -20,7 +20,7 @@ COMPARABLE = 0.5  # as many sizes as this share of another group's make a neighb
 
 
 def recognise_budgets(
-    groups: list[Int[np.ndarray, " members"]],
+    groups: list[Int[np.ndarray, " _members"]],
     log_n: Float[np.ndarray, " runs"],
     log_d: Float[np.ndarray, " runs"],
     log_c: Float[np.ndarray, " runs"],

@@ -28,13 +28,13 @@ def _unexplained(us: list[np.ndarray], losses: list[np.ndarray], skews: np.ndarr
 
 
 def common_skews(
-    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+    us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, "draws _runs"]]
 ) -> Float[np.ndarray, " draws"]:
     """Return the least-squares skew of each draw, to the nearest point of a grid of 0.01."""
     return GRID[_unexplained(us, losses, GRID).argmin(0)]
 
 
-def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
+def common_skew(us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, " _runs"]]) -> float:
     """Return the least-squares skew of all valleys.
 
     Raises `InputError` where no run is left to tell it from a parabola.
@@ -58,7 +58,7 @@ def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndar
 
 
 def skewed_minima(
-    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+    us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, "draws _runs"]]
 ) -> list[tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]]:
     """Return (vertex, curvature) of every draw, per valley; each draw has its own common skew."""
     skews, of_draw = np.unique(common_skews(us, losses), return_inverse=True)

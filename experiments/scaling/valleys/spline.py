@@ -64,7 +64,7 @@ def _kernel(s: np.ndarray, t: np.ndarray) -> Float[np.ndarray, "s t"]:
     return low**3 * (gap**2 / 3 + gap * low / 2 + low**2 / 5) / 4
 
 
-def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
+def choose_smoothing(us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, " _runs"]]) -> float:
     """Return the largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the
     best.
 

@@ -5,7 +5,7 @@ product. Coordinates: u = ln N − mean(ln N) of the budget's runs.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to nois
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 
 
+@runtime_checkable
 class ValleyShape(Protocol):
     """A family of curves with three coefficients' worth of freedom or more, and its minimum."""
 
@@ -196,7 +197,7 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> 
     return None
 
 
-def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " members"]]:
+def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " _members"]]:
     """Return the row numbers by budget, ascending.
 
     A run joins while it is within 5 % of the run below it and the group stays within ±5 % of its middle, so that a

@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments.sweep.row import Decision, LedgerRow
 from experiments.sweep.trial import Trial
+from model.checks import check_number
 from model.errors import InputError
 from train import HParams
 
@@ -41,12 +42,9 @@ class Population:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, high in (("interval_fraction", 1.0), ("quantile", 0.5), ("resample", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise InputError(f"{name}={value!r} must be a number between 0 and {high:g}")
-            if value == 0 and name != "resample":
-                raise InputError(f"{name}=0 must be positive")
+        check_number("interval_fraction", self.interval_fraction, above=0, most=1)
+        check_number("quantile", self.quantile, above=0, most=0.5)
+        check_number("resample", self.resample, least=0, most=1)
 
     def generations(self, steps: int) -> tuple[int, ...]:
         """Updates after which members are exchanged, in a run of so many."""

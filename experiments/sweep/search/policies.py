@@ -5,10 +5,11 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.sweep.row import Decision, LedgerRow, Policy, RunAll
 from experiments.sweep.trial import Trial
+from model.checks import check_number
 from model.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Halving:
     waits: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("eta", self.eta, 1, math.inf, "above 1")
-        _check_number("min_fraction", self.min_fraction, 0, 1, "between 0 and 1")
+        check_number("eta", self.eta, above=1)
+        check_number("min_fraction", self.min_fraction, above=0, below=1)
 
     def gates(self, trial: Trial) -> tuple[int, ...]:
         """Updates at its rungs before its end."""
@@ -266,11 +267,6 @@ def _lost(row: LedgerRow) -> bool:
 
 
 _SETTINGS = ("eta", "min_fraction")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, words: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        raise InputError(f"{name}={value!r} must be a number {words}")
 
 
 def play(policy: Policy, trials: Sequence[Trial], loss: Callable[[Trial, int], float | None]) -> list[LedgerRow]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.search.recorded import Recorded, is_ordered
 from experiments.sweep.search.samplers import make_sampler
+from model.checks import check_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ from experiments.sweep.space.values import (
     loguniform,
     uniform,
 )
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 __all__ = [
@@ -134,12 +135,14 @@ def random(space: Space, count: int, seed: int = 0) -> Space:
 
     The order of a field's axes decides which numbers it gets: the same space and seed give the same points.
     """
-    return Drawn(space, _positive(count), seed, sobol=False)
+    check_at_least_one(count=count)
+    return Drawn(space, count, seed, sobol=False)
 
 
 def quasirandom(space: Space, count: int, seed: int = 0) -> Space:
     """`count` points of a scrambled Sobol sequence (Owen 1998), which fills the space more evenly than `random`."""
-    return Drawn(space, _positive(count), seed, sobol=True)
+    check_at_least_one(count=count)
+    return Drawn(space, count, seed, sobol=True)
 
 
 def load_space(source: str, path: Path) -> Space:
@@ -175,9 +178,3 @@ def _disjoint(what: str, spaces: Sequence[Space]) -> None:
             if name in seen:
                 raise InputError(f"{name} stands on two sides of a {what}; a field varies in one place")
         seen.update(space.names)
-
-
-def _positive(count: int) -> int:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InputError(f"count={count!r} must be a whole number of at least 1: so many points are drawn")
-    return count

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Trial
 from model import accounting
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError, UnknownNameError
 from train.overlay import check_names, fields, overlay, replace_part, typed
 from train.plan import Plan
@@ -68,9 +68,8 @@ def _steps(recipe: Recipe, lengths: Mapping[str, Any]) -> int:
             raise InputError(f"{name} cannot be given beside phases, which have tokens of their own; give steps")
         else:
             tokens = typed(name, value, float)
+            check_number(name, value, above=0)
             tokens *= accounting.parameters(recipe.model).total if name == "tokens_per_parameter" else 1
-            if not 0 < tokens < float("inf"):
-                raise InputError(f"{name}={value!r} must be positive")
             steps = max(1, round(tokens / recipe.train.tokens_per_step))
     steps = steps or phases or 0
     if steps == 0 and not lengths:
