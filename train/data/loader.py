@@ -102,7 +102,7 @@ def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tu
 def check_seed(seed: int) -> None:
     """Raise InputError unless the seed fits into 64 bits."""
     if not 0 <= seed < 2**64:
-        raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
+        raise InputError(f"seed={seed} must be between 0 and 2^64 - 1")
 
 
 def open_split(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
