@@ -33,7 +33,7 @@ def read_changes(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> Any:
-    """Return the content of a JSON file. Raises InputError where it cannot be read."""
+    """Return the content of a JSON file. Raises InputError if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -43,6 +43,6 @@ def read_json(file: Path) -> Any:
 def check_free(folder: Path, kind: str, lacking: str, advice: str) -> None:
     """Raise InputError unless a new sweep or study (`kind`) may begin in this folder: it is absent or empty.
 
-    Hidden files do not count. lacking: the sign of an earlier one that the folder does not have; advice: what to do.
+    Hidden files do not count. lacking: the missing sign of an earlier one, for the message; advice: the suggested fix.
     """
     check_output_folder(folder, f"a {kind}", lacking, advice, ignore_hidden=True)

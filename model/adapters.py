@@ -82,7 +82,7 @@ def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]
     """Return {path: shape} of every matrix that the adapter changes.
 
     Shapes are (layers, d_in, d_out), of routed experts (layers, experts, d_in, d_out), of a head (d_in, d_out). Raises
-    InputError where the model has none of the targets, or where the rank exceeds a matrix's smaller side.
+    InputError if the model has none of the targets, or if the rank exceeds a matrix's smaller side.
     """
     tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     leaves = traverse_util.flatten_dict(tree)
@@ -212,11 +212,11 @@ def target_of(path: Path) -> str | None:
 
 
 def _pairs(tree: Params) -> dict[Path, tuple[Any, Any]]:
-    """Return {path: (a, b)}. Raises InputError where the tree is not an adapter's."""
+    """Return {path: (a, b)}. Raises InputError if the tree is not an adapter's."""
     leaves = traverse_util.flatten_dict(tree)
     paths = dict.fromkeys(path[:-1] for path in leaves)
     if not paths or {(*path, name) for path in paths for name in ("a", "b")} != leaves.keys():
-        raise InputError('the tree is no adapter, which has "a" and "b" at every path; give the tree of init_adapter')
+        raise InputError('the tree is not an adapter, with "a" and "b" at every path; give the tree of init_adapter')
     return {path: (leaves[(*path, "a")], leaves[(*path, "b")]) for path in paths}
 
 

@@ -208,7 +208,7 @@ def slots_of(cache: Any) -> int:
     return (cache.values if isinstance(cache, Quantised) else cache).shape[2]
 
 
-_FEW_ROWS = 32  # up to so many rows, updates one by one cost a CPU less than one scatter, which it runs as a loop
+_FEW_ROWS = 32  # up to this many rows, updates one by one cost a CPU less than one scatter, which it runs as a loop
 
 
 def _append_row_by_row(cache: Array, new: Array, slots: Int[Array, " batch"]) -> Array:

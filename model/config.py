@@ -147,7 +147,7 @@ class ModelConfig:
 
     @property
     def is_causal(self) -> bool:
-        """True where tokens of the main stack see only earlier ones: for all stacks but "encoder"."""
+        """True if tokens of the main stack see only earlier ones: for all stacks but "encoder"."""
         return self.stack != "encoder"
 
     def _set(self, name: str, value: Any) -> None:
@@ -231,7 +231,7 @@ class ModelConfig:
             if not (whole and 0 <= token < self.vocab_size):
                 name = "eos_token_ids" if token in self.eos_token_ids else "decoder_start_token_id"
                 raise InputError(
-                    f"{name}: {token!r} is no id of the vocabulary of {self.vocab_size}; change {name} with vocab_size"
+                    f"{name}: {token!r} is not an id of the vocabulary of {self.vocab_size}; set {name} with vocab_size"
                 )
 
     def _check_latent(self, latent: Latent) -> None:

@@ -37,7 +37,7 @@ class FrozenDict(dict[str, Any]):
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
     """Raise UnknownNameError for a name that is not a field of the dataclass.
 
-    complete: raise InputError where a field without default is missing.
+    complete: raise InputError if a field without default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     given = set()
@@ -51,7 +51,7 @@ def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
 
 
 def check_types(instance: Any, positive: Collection[str], prefix: str = "") -> None:
-    """Raise InputError unless every field of a dataclass is of its annotated type, or None where that is its default.
+    """Raise InputError unless every field of a dataclass is of its annotated type, or None if that is its default.
 
     Numbers must be finite and at least 0, fields in `positive` above 0. Tuples and strings are not checked. prefix:
     precedes the names of fields in messages.

@@ -146,7 +146,7 @@ def _sizes(axes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse text such as `data=2,fsdp=4`. Raises InputError where it is malformed."""
+    """Parse text such as `data=2,fsdp=4`. Raises InputError if it is malformed."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = (word.strip() for word in part.partition("="))

@@ -30,7 +30,7 @@ class TrainConfig:
     "best-fit": with whole documents (`train/data/packing.py`), which then attend only to themselves. norms: whether the
     metrics include the norms of every group of parameters.
     max_skipped: the number of consecutive steps that are not finite after which a run ends as diverged. spike_sigma: a
-    loss more than so many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
+    loss more than this many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
     most `max_rollbacks` times; 0: never.
     phases: the phases of the run (`train/plan.py`), instead of `schedule`; empty: one shape throughout.
     """

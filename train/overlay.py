@@ -142,7 +142,7 @@ def _listed(value: Any, kind: Any) -> Any:
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:
-    """Return the manifest of a recipe's first data folder; None if the recipe does not know its folders."""
+    """Return the manifest of a recipe's first data folder; None if the recipe has no folders."""
     if recipe.folders is None:
         return None
     return load_manifest(recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values())))

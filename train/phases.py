@@ -62,7 +62,7 @@ class Phase(Part):
         for name, weight in pairs:
             check_number(f"phase {self.name!r}: weight of {name!r}", weight, above=0)
         if len({name for name, _ in pairs}) < len(pairs):
-            raise InputError(f"phase {self.name!r}: a source stands twice in the mixture {self.mixture!r}")
+            raise InputError(f"phase {self.name!r}: a source occurs twice in the mixture {self.mixture!r}")
         return pairs
 
 
@@ -99,7 +99,10 @@ def standard_phases(
         )
     growth = tuple(dict.fromkeys(max(1, batch_size // divisor) for divisor in (4, 2, 1)))  # of 2 rows: 1, 2
     before, after = tuple(mixture), tuple(annealing_mixture) or tuple(mixture)
-    tokens = lambda share: math.ceil(total_tokens * share)
+
+    def tokens(share: float) -> int:
+        return math.ceil(total_tokens * share)
+
     shape: dict[str, Any] = {"seq_len": seq_len}
     phases = [
         Phase("warm-up", tokens(warmup), growth[:1], mixture=before, rate="linear", **shape),

@@ -1,4 +1,4 @@
-"""`isoflop data`: make a data folder from a corpus, and look into one."""
+"""Implement `isoflop data`: prepare a data folder from a corpus, and inspect one."""
 
 from pathlib import Path
 
@@ -18,20 +18,20 @@ def prepare(
     tokenizer: Path | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Make a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
+    """Prepare a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
 
     Example: isoflop data prepare sotu --out data/sotu
 
     Example: isoflop data prepare sotu --out data/smollm2 --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf
 
-    The folder appears when it is complete; asked again with the same arguments and corpus, nothing is done.
+    The folder appears when it is complete; the same call again with an unchanged corpus does nothing.
 
     Args:
         source: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
             hf:OWNER/NAME[/CONFIG][:SPLIT].
         out: The folder to make.
         vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
-        validation_fraction: Share of documents held out; a document's content alone decides its side.
+        validation_fraction: Share of documents held out; a hash of the document's content decides its split.
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
         label_field: The field or column that holds each document's label, to train a classifier: a string, a boolean
             or a whole number; every distinct value is a class. Rows without one are skipped and counted.
@@ -61,7 +61,7 @@ def prepare(
     print(
         f"  dropped: {manifest.duplicates_dropped:,} duplicates, {manifest.empty_skipped:,} empty documents,"
         f" {manifest.files_skipped:,} binary files;"
-        f" {manifest.bytes_replaced:,} bytes that are no UTF-8 were replaced"
+        f" {manifest.bytes_replaced:,} bytes that are not valid UTF-8 were replaced"
     )
     if manifest.labels:
         print(
@@ -79,15 +79,15 @@ def inspect(
     packing: int | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Show what a data folder holds, verify its checksums, and decode a few stretches of it.
+    """Summarize a data folder, verify its checksums, and decode a few excerpts.
 
     Example: isoflop data inspect data/sotu --rows 5
 
     Args:
         folder: A folder made by `isoflop data prepare`.
         split: Whose tokens to decode: train or validation.
-        rows: How many stretches of 64 tokens, evenly spread over the split.
-        packing: Also say how well whole documents fill rows of so many tokens (training's packing=best-fit).
+        rows: Excerpts of 64 tokens to decode, evenly spaced over the split.
+        packing: Also report how well whole documents fill rows of this many tokens (training's packing=best-fit).
         json: Also write the result as JSON to this file.
     """
     import dataclasses

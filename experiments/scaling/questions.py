@@ -1,4 +1,4 @@
-"""The questions put to the laws of a table: each gets its own answer, or its own refusal."""
+"""Answer questions about the laws of a table: each gets an answer, or the reason why there is none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Questions:
-    """All that one call asks. planned: (N, D) of runs. serving: tokens and their cost, at every budget and target."""
+    """The questions of one call. planned: (N, D) of runs. serving: (tokens, cost) for all budgets and targets."""
 
     flops: Sequence[float] = ()
     target_loss: Sequence[float] = ()
@@ -27,10 +27,9 @@ class Questions:
 
 
 def answer(fits: Fits, asked: Questions) -> dict[str, list[Answer]]:
-    """Return {"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in the order of the
-    questions.
+    """Return {"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in order.
 
-    A question without an answer keeps what was asked; all else is null, with the reason under "refused" beside it.
+    A question without an answer keeps its inputs; all else is null, with the reason next to it under "refused".
     Raises InputError, with every reason, where no question has an answer.
     """
     estimators = {"parametric": fits.parametric, "isoflop": fits.isoflop}
@@ -106,7 +105,7 @@ def _serving(fits: Fits, goal: dict[str, float], tokens: float, cost: ServingCos
 
 
 def _law(fits: Fits) -> ParametricFit:
-    """Return the law that speaks of losses. Raises InputError where it was refused."""
+    """Return the law that predicts losses. Raises InputError if it was refused."""
     if fits.parametric is None:
-        raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
+        raise InputError(f"only the parametric law predicts a loss, and it was refused: {fits.refused['parametric']}")
     return fits.parametric

@@ -21,11 +21,11 @@ class Sampling:
     temperature, top_k, top_p, min_p. Raises InputError on a value out of range.
 
     temperature: 0 takes the token with the largest biased and penalised logit; the first one of a tie.
-    top_k: keeps exactly the k likeliest tokens, the first ones of a tie; 0 keeps all.
+    top_k: keeps exactly the k most likely tokens, the first ones of a tie; 0 keeps all.
     top_p: keeps, of what top_k left and renormalised, the smallest set with at least this probability (Holtzman et al.
         2020, section 3.1).
-    min_p: keeps tokens at least this times as probable as the likeliest (Nguyen et al. 2024). The likeliest is always
-        kept, so the result is the same before and after top_k and top_p.
+    min_p: keeps tokens at least this times as probable as the most likely (Nguyen et al. 2024). The most likely is
+        always kept, so the result is the same before and after top_k and top_p.
     repetition_penalty: divides positive logits, and multiplies negative ones, of all tokens in prompt and output
         (Keskar et al. 2019, section 4.1).
     presence_penalty, frequency_penalty: subtracted from the logit of each token in the output, once and once per
@@ -34,7 +34,7 @@ class Sampling:
     stop_ids: None means the config's `eos_token_ids`.
     stop_strings: need a tokenizer.
     n: samples per prompt.
-    logprobs: number of likeliest tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
+    logprobs: number of most likely tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
     seed: of a row's draws; None derives the row's key from the key of the call and the row's index.
     """
 

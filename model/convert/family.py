@@ -63,7 +63,7 @@ class Family:
     prefixes: possible prefixes of the base model's tensor names; the first is written. renamed: (pattern, replacement)
     for the names of older files. ignored: patterns of tensors that are not needed. ignore_extra_layers: ignore the
     tensors of layers beyond the last (DeepSeek-V3's multi-token prediction). adapt: (config, tensor names) → config,
-    for what only the names tell. ignored_keys: keys of published config.json files without effect on the function.
+    for what only the names show. ignored_keys: keys of published config.json files without effect on the function.
     """
 
     model_type: str

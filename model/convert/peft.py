@@ -272,7 +272,7 @@ def _modules_named(folder: Path, config: ModelConfig, pairs: Mapping[str, Any]) 
         unknown = missing if not unknown or len(missing) < len(unknown) else unknown
     name = (unknown or list(pairs))[0]
     raise InputError(
-        f"{folder} adapts {name}, which is no matrix that takes an adapter in a model of this config; give an "
+        f"{folder} adapts {name}, which is not a matrix with an adapter in a model of this config; give an "
         "adapter of this model, without tables and routers"
     )
 
@@ -354,7 +354,7 @@ def _of_pattern(folder: Path, raw: Raw, key: str, name: str, default: float) -> 
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return _number(folder, patterns, pattern, default)
         except re.error:
-            raise InputError(f"{folder / CONFIG}: {key} has {pattern!r}, which is no regular expression") from None
+            raise InputError(f"{folder / CONFIG}: {key} has {pattern!r}, which is not a regular expression") from None
     return default
 
 

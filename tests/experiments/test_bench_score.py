@@ -31,7 +31,7 @@ def test_contenders_score_alike_and_ratios_are_of_rounds(tmp_path, capsys):
         ratios = [theirs / ours for ours, theirs in zip(row["samples"][own], row["samples"][other], strict=True)]
         assert row[name] == pytest.approx(statistics.median(ratios))
         assert (row[f"{name}_lowest"], row[f"{name}_highest"]) == (min(ratios), max(ratios))
-    with pytest.raises(InputError, match="no document of"):
+    with pytest.raises(InputError, match="not a document of"):
         compare(file, file)
 
 

@@ -261,7 +261,7 @@ def test_a_scaling_study_goes_on(place, call, commands, monkeypatch, no_svg):
 
 
 def test_a_sweep_with_dropout_keeps_its_ids_under_microbatches(place):
-    """No id of a former run had them; the same command goes on with it."""
+    """No id of a former run had them; the same command continues with it."""
     root = place("sweep_own")
     path = root / "sweep_own" / "sweep.json"
     content = json.loads(path.read_text())

@@ -135,7 +135,7 @@ def test_the_command_line_knows_columns_by_other_names(table, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing is asked"),
+        ({}, "there is no question"),
         ({"params": 1e9}, "takes both --params and --tokens"),
         ({"flops": (-1e20,)}, r"--flops=-1e\+20 must be a number above 0"),
         ({"target_loss": (float("nan"),)}, "--target-loss=nan must be a number above 0"),
@@ -175,7 +175,7 @@ def test_bad_tables_get_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"folder without runs\.csv"):
         predict(tmp_path, flops=(1e20,))
     (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e7,3.0\n")
-    with pytest.raises(InputError, match=r"carries no law: 1 usable run cannot"):
+    with pytest.raises(InputError, match=r"determines no scaling law: 1 usable run cannot"):
         predict(tmp_path / "one.csv", flops=(1e20,))
 
 
@@ -231,7 +231,7 @@ def test_valleys_answer_where_the_law_is_refused(tmp_path, isoflop):
     document = json.loads(out.read_text())
     assert "parametric" not in document["optimal"][0]
     assert document["optimal"][0]["isoflop"]["params"] == pytest.approx(3e8, rel=0.01)
-    assert "only the parametric law speaks of a loss" in document["compute_for_loss"][0]["refused"]
+    assert "only the parametric law predicts a loss" in document["compute_for_loss"][0]["refused"]
 
 
 def test_a_budget_below_all_runs_is_not_within_them(table, tmp_path, capsys):

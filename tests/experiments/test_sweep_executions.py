@@ -82,7 +82,8 @@ def test_executions_are_no_seeds_and_no_settings(tmp_path):
     assert [row["ratio"] for row in executions["executions"]] == pytest.approx([1, 2505 / 3005, 2005 / 3005])
     assert len(document["trials"]) == 18
     said = document["sentence"]
-    assert "The losses under 3 executions differ by at most 8e-07 nats, by rounding: they cannot be told apart." in said
+    rounding = "The losses under 3 executions differ by at most 8e-07 nats, by rounding: they are indistinguishable."
+    assert rounding in said
     assert "Training is fastest with remat=none: 3,005 ± 5 tokens/s, 1.5 times the slowest (remat=full)." in said
     assert said.endswith("The highest training_tokens_per_second, 3,005, is that of remat=none (3 settings).")
 
@@ -115,7 +116,7 @@ def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
     [
         (0.0, 1, "The losses under 2 executions are equal to the last bit.", None),
         (3e-3, 1, "without a second seed it is not known whether seeds differ by more", None),
-        (3e-3, 2, "no more than with other seeds: they cannot be told apart", None),
+        (3e-3, 2, "no more than with other seeds: they are indistinguishable", None),
         (0.1, 1, "Training is fastest", "more than 1 % of the loss: rounding does not explain that"),
         (0.025, 5, "Training is fastest", "more than the seed noise: rounding does not explain that"),
     ],
@@ -127,7 +128,7 @@ def test_what_rounding_does_not_explain_is_a_warning(tmp_path, shift, seeds, sai
     warnings = [text for text in document["warnings"] if "rounding" in text]
     assert len(warnings) == (warned is not None)
     assert warned is None or warned in warnings[0]
-    assert ("cannot be told apart" in document["sentence"]) == (warned is None and (shift, seeds) == (3e-3, 2))
+    assert ("indistinguishable" in document["sentence"]) == (warned is None and (shift, seeds) == (3e-3, 2))
 
 
 def test_a_recipe_that_diverged_under_one_execution_is_lost(tmp_path):

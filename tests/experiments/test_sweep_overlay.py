@@ -117,7 +117,7 @@ def test_an_unknown_field_names_the_close_one(name, close):
 
 
 def test_a_length_is_no_field_of_the_base():
-    with pytest.raises(InputError, match="tokens is no field of the base; give --steps, or --set tokens=5"):
+    with pytest.raises(InputError, match="tokens is not a field of the base; give --steps, or --set tokens=5"):
         rebase(BASE, {"tokens": 5})
     with pytest.raises(InputError, match="a trial needs a length: give --steps"):
         apply(Trial(Recipe(CONFIG)), {})

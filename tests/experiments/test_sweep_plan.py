@@ -115,7 +115,7 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         sweep()
-    with pytest.raises(InputError, match="is no sweep: it has no"):
+    with pytest.raises(InputError, match="is not a sweep: it has no"):
         Sweep.read(tmp_path / "nowhere")
 
 

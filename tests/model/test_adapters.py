@@ -264,7 +264,7 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
         attach(prepare(CONFIG, params), tree, *mask_and_scale(ADAPTER))
     with pytest.raises(InputError, match="no parameter layers/dense, which the adapter changes"):
         attach(random_params(all_experts), tree, *mask_and_scale(ADAPTER))
-    with pytest.raises(InputError, match='has "a" and "b" at every path'):
+    with pytest.raises(InputError, match='with "a" and "b" at every path'):
         attach(params, params, *mask_and_scale(ADAPTER))
     with pytest.raises(InputError, match="rank=5 must be a whole number from 1 to 4"):
         mask_and_scale(ADAPTER, 5)

@@ -309,7 +309,7 @@ def test_weights_of_attention_are_edited_in_plain_xla():
         ({"hidden": jnp.zeros(3)}, "give an Edit, such as"),
         (
             {"hidden": Edit(value=1.0, shift=2.0)},
-            r"edits\['hidden'\] has a value beside a factor or a shift, ",
+            r"edits\['hidden'\] has both a value and a factor or a shift, ",
         ),
         ({"hidden": Edit.add(1j)}, r"edits\['hidden'\].shift is of dtype complex64; .* real numbers"),
         ({"heads": Edit.scale("2")}, r"edits\['heads'\].factor is of type str; .* real numbers"),

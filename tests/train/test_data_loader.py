@@ -173,5 +173,5 @@ def test_bad_inputs(data):
     with pytest.raises(InputError, match="unknown split 'test'"):
         TokenShards(data, "test")
     for start in (-1, 10**9):
-        with pytest.raises(InputError, match="lie outside the train split"):
+        with pytest.raises(InputError, match="are outside the train split"):
             TokenShards(data).windows(np.array([start]), 4)

@@ -197,7 +197,7 @@ def test_bad_arguments(corpus, prepared, tmp_path):
     refused("no tokenizer at", tokenizer=tmp_path / "none.model")
     refused("too small for the split: .* 150 training and 0 validation", validation_fraction=1e-9)
     refused("too small for the split: .* 0 training and 150 validation", validation_fraction=1 - 1e-9)
-    refused("lies inside the source folder", out=corpus / "out")
+    refused("is inside the source folder", out=corpus / "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("x")
     refused("is a file", out=tmp_path / "file")

@@ -76,7 +76,7 @@ def prepare(
     elif not given.eos_ids:
         raise InputError(
             f"the tokenizer {given.path} has no end token, which must follow each document; take another, or name it "
-            "as eos_token in a tokenizer_config.json beside a tokenizer.json"
+            "as eos_token in a tokenizer_config.json next to the tokenizer.json"
         )
     check_number("validation_fraction", validation_fraction, above=0, below=1, hint="0.05 is usual")
     check_at_least_one(shard_tokens=shard_tokens)
@@ -90,7 +90,7 @@ def prepare(
     }
     if str(source) not in NAMED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise InputError(
-            f"out={out} lies inside the source folder {source} and would become part of it; choose another --out"
+            f"out={out} is inside the source folder {source} and would become part of it; choose another --out"
         )
     existing = _existing(out, arguments)
     corpus = open_source(source, text_field=text_field, label_field=label_field)
@@ -301,7 +301,7 @@ def _existing(out: Path, arguments: dict[str, Any]) -> Manifest | None:
 
 @contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """Provide a hidden folder beside `out`, which is renamed to `out` at the end and removed after an error.
+    """Provide a hidden folder next to `out`, which is renamed to `out` at the end and removed after an error.
 
     The folder is locked by its process, so the leftovers of a killed process differ from the work of a running one.
     """

@@ -124,7 +124,7 @@ class TokenShards:
         length = len(out)
         if start < 0 or start + length > len(self):
             raise InputError(
-                f"tokens {start} to {start + length - 1} lie outside the {self.split} split of {self.folder}, which has"
+                f"tokens {start} to {start + length - 1} are outside the {self.split} split of {self.folder}, which has"
                 f" {len(self)} tokens"
             )
         filled, shard = 0, bisect.bisect_right(self._starts, start) - 1
