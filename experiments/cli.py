@@ -1,7 +1,7 @@
-"""The `isoflop` command: a tree of typed functions, and what its exit codes mean.
+"""Define the `isoflop` command: a tree of typed functions, and the meaning of its exit codes.
 
-0: success. 2: a wrong call or input, said in one sentence. 1: a failure. 130: stopped by Ctrl-C. A command imports what
-it needs when it runs: help and wrong calls do not wait for JAX.
+0: success. 1: a failure. 2: a wrong call or input, explained in one sentence. 130: stopped by Ctrl-C. A command imports
+what it needs when it runs: help and wrong calls do not wait for JAX.
 """
 
 import errno
@@ -131,14 +131,14 @@ def main() -> None:
         sys.stderr = stderr
         try:
             stderr.flush()
-        except OSError:  # its reader has left: what is in it still would change the exit code
+        except OSError:  # its reader has closed: flushing the rest would change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
 
 
 def _run() -> None:
-    handler = logging.lastResort  # the one that asks for sys.stderr at each message: it changes below
+    handler = logging.lastResort  # a handler that looks up sys.stderr for each message: it changes below
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler] if handler else None)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there; what fails is raised
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every step there; failures are raised
     use_compile_cache()
     keep_memory()
     program, called, arguments = find(sys.argv[1:])
@@ -149,8 +149,8 @@ def _run() -> None:
             run = _pinned(_prepared(called))
             tyro.cli(run, prog=program, args=each_once(called, arguments), config=CONFIG)
     except KeyboardInterrupt:
-        _stop("isoflop: stopped; what was finished is saved, the same command goes on from there", 130)
-    except BrokenPipeError:  # the reader of what is printed has left, such as `head`; nothing can be said to it
+        _stop("isoflop: stopped; what was finished is saved, the same command continues from there", 130)
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -170,13 +170,13 @@ def _run() -> None:
         _stop(f"isoflop: {refusal(error)}", 1 if error.errno in _FAILURES else 2)
 
 
-_FAILURES = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # of a disk; the rest is the choice of the path
+_FAILURES = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # a disk error; others come from the chosen path
 
 
 def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command, which first makes sure that the files can be written that it will write at its end.
+    """Wrap the command: check first that the output files it writes at its end are writable.
 
-    What it says on stderr on its way can neither stop it nor hold it up.
+    Messages on stderr can neither stop nor block it.
     """
 
     @functools.wraps(command)
@@ -215,7 +215,7 @@ FORMER_FLAGS: dict[str, dict[str, str]] = {
 
 
 def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[str, Tree], list[str]]":
-    """Return (what the first words name, the command or group of them that it is, the words that are left)."""
+    """Return (name of the command or group that the first words give, the command or group, the remaining words)."""
     called: Callable[..., None] | tuple[str, Tree] = (_DESCRIPTION, COMMANDS)
     words, left = ["isoflop"], list(arguments)
     while isinstance(called, tuple) and left and left[0] in called[1]:
@@ -226,7 +226,7 @@ def find(arguments: Sequence[str]) -> "tuple[str, Callable[..., None] | tuple[st
 
 
 def _present_name(word: str, renamed: dict[str, str]) -> str:
-    """Return a flag by the name that it has now, with its value where one is joined by =; any other word as it is."""
+    """Replace a flag's former name by its present one, keeping a value joined by =; other words are unchanged."""
     flag, equals, value = word.partition("=")
     return renamed.get(flag.replace("_", "-"), flag) + equals + value if flag.startswith("--") else word
 

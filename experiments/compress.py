@@ -1,4 +1,4 @@
-"""What a model loses and gains when it is stored in fewer bits, pruned, or shortened."""
+"""Measure the loss and speed of a model that is stored in fewer bits, pruned, or shortened."""
 
 import dataclasses
 import functools
@@ -87,9 +87,8 @@ def report(
     decode_batches: Sequence[int] = (1, 8),
     only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return one row per form: its bits per byte on validation text, the change in %, how often its likeliest token is
-    that of the first form, decoded tokens per second at each batch, and bytes of weights as stored (zeros are stored
-    too).
+    """Return one row per form: bits per byte on validation text, the change in %, the share of equal top-1 tokens with
+    the first form, decoded tokens per second at each batch size, and bytes of weights as stored (zeros included).
 
     A form that cannot be measured is {"form", "reason"}; after Ctrl-C, INTERRUPTED, it is the last. only: names of
     forms besides the first.
@@ -123,10 +122,10 @@ def report(
                         "weight_bytes": bytes_of(own_params),
                     }
                 )
-            except KeyboardInterrupt:  # what is measured is kept
+            except KeyboardInterrupt:  # measured forms are kept
                 rows.append({"form": form.name, "reason": INTERRUPTED})
                 break
-            except Exception as error:  # one form that fails must not cost the others
+            except Exception as error:  # a form that fails must not stop the others
                 rows.append({"form": form.name, "reason": f"{type(error).__name__}: {error}".splitlines()[0]})
             advance(note=form.name)
     return rows
@@ -158,7 +157,7 @@ def _greedy(config: ModelConfig, params: Params, batch: int, steps: int, cache_d
 def calibration_tokens(
     config: ModelConfig, data: str | Path, tokenizer: Tokenizer | None, rows: int, seq_len: int
 ) -> Int[np.ndarray, "rows seq"]:
-    """Return rows of training text in the model's ids, fewer where the data is short."""
+    """Return rows of training text in the model's ids, fewer if the data is short."""
     shards = TokenShards(data, "train")
     wanted = rows * seq_len
     ids = shards.windows(np.array([0]), min(3 * wanted, len(shards)))[0]
@@ -174,7 +173,7 @@ def calibration_tokens(
 def _quality(
     config: ModelConfig, params: Params, batches: list[Batch], cache: str | None
 ) -> tuple[float, float, list[np.ndarray]]:
-    """Return (nats, predicted tokens, the likeliest token at every place) over all batches."""
+    """Return (nats, predicted tokens, the most likely token at every position) over all batches."""
     if config.experts is not None:
         config = config.replace(experts=config.experts.replace(dispatch="dropless"))
     score = functools.partial(_score if cache is None else functools.partial(_score_cached, dtype=cache), config)

@@ -1,7 +1,7 @@
-"""Coordinate check: do a model's activations, and what training adds to them, keep their size as it grows?
+"""Check whether a model's activations, and their change during training, keep their size as the model grows.
 
-Yang et al. 2022 ("Tensor Programs V"), appendix D: a few steps at several widths tell a wrong parameterization from a
-right one, long before a sweep would. Of depth it is asked in the same way (Dey et al. 2025, "CompleteP").
+Yang et al. 2022 ("Tensor Programs V"), appendix D: a few steps at several widths distinguish a wrong parameterization
+from a right one, much cheaper than a sweep. The check over depth is the same (Dey et al. 2025, "CompleteP").
 """
 
 import functools
@@ -27,8 +27,8 @@ Axis = Literal["width", "depth"]
 Quantity = Literal["scale", "change"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("standard", "mup")
 TITLES: dict[Parameterization, str] = {"standard": "Standard parameterization", "mup": "muP"}
-HOLDS = 2.0  # a change that stays within this factor over all sizes is said to keep its size
-COMPILING = 1e8  # FLOPs per token of a model that takes as long to run as any takes to compile, for the time left
+HOLDS = 2.0  # growth over all sizes up to which a change counts as constant
+COMPILING = 1e8  # FLOPs per token of a model whose run takes as long as its compilation, to estimate the time left
 DEFAULT = ModelConfig(vocab_size=256, d_model=64, num_layers=3, num_heads=4, max_seq_len=32, tie_embeddings=False)
 
 
@@ -51,8 +51,9 @@ def coordinate_check(
 
     The table has a row for every parameterization and size: "scale" and "change" [seeds][steps + 1][places] are the
     root mean square of the activations and of their difference from the first step's; "loss" [seeds][steps] is before
-    each step. Neither clipping nor weight decay, the rate constant. `advance(share, note)` is told of shares of 1.
-    Raises InputError where a size does not fit the heads or the model is no language model.
+    each step. Without clipping and weight decay, at a constant rate. `advance(share, note)` is called with shares that
+    add up to 1.
+    Raises InputError if a size does not fit the heads or the model is not a language model.
     """
     if config.stack == "encoder-decoder" or config.head not in ("language-model", "masked-language-model"):
         raise InputError("a coordinate check needs one stack with a head over the vocabulary; take a language model")
@@ -64,7 +65,7 @@ def coordinate_check(
     train_config = TrainConfig(batch_size=rows, seq_len=seq_len, optimizer=optimizer, schedule="constant")
     base = HParams(learning_rate=learning_rate, weight_decay=0.0, clip_norm=0.0)
     models = [(name, size, resize(config, axis, size, sizes[0], name)) for name in parameterizations for size in sizes]
-    # What a random readout starts with shrinks by design under muP, and would hide what it learns.
+    # Under muP the output of a random readout shrinks with width by design, which would hide the change.
     zero = not config.tie_embeddings
     models = [(name, size, made.replace(zero_readout=zero and name == "mup")) for name, size, made in models]
     train_config.check(execution)
@@ -97,8 +98,7 @@ def coordinate_check(
 def resize(
     config: ModelConfig, axis: Axis, size: int, base: int, parameterization: Parameterization = "standard"
 ) -> ModelConfig:
-    """Return the model at that width, by more heads of the same size and everything else in proportion, or at that
-    depth.
+    """Return the model at a width (more heads of the same size, the rest in proportion) or depth.
 
     Under "mup" it equals the standard one at size `base`: the smallest that is compared.
     """
@@ -123,16 +123,14 @@ def resize(
 
 def _in_proportion(name: str, value: int, size: int, d_model: int) -> int:
     exact = value * size / d_model
-    # Heads have one size, so their number must come out whole; the other widths may be rounded.
+    # Heads have a fixed size, so their number must be whole; other widths may be rounded.
     if (name in ("num_heads", "num_kv_heads") and exact != int(exact)) or (value and round(exact) < 1):
         raise InputError(f"width {size} leaves {exact:g} {name} of {value} at width {d_model}; take multiples of it")
     return round(exact)
 
 
 def places(config: ModelConfig) -> list[str]:
-    """Return the places where activations are measured, in order: the residual stream before and after every layer, and
-    what follows.
-    """
+    """Return the places where activations are measured: around every layer, and after the last, in order."""
     layers = [f"layer {i + 1} of {config.num_layers}" for i in range(config.num_layers - 1)]
     return ["embedding", *layers, "last layer", "final hidden", "logits"]
 
@@ -165,7 +163,7 @@ def trajectory(
     return {"scale": scale, "change": change, "loss": loss}
 
 
-# Three small programs compile faster than one of everything, and compiling is most of a check's time.
+# Three small programs compile faster than one large one, and compilation is most of a check's time.
 _init_state = jax.jit(init_state, static_argnums=(0, 1))
 _train_step = jax.jit(train_step, static_argnums=(0, 1), static_argnames="execution", donate_argnums=2)
 
@@ -189,18 +187,14 @@ def _sizes(arrays: list[np.ndarray]) -> list[float]:
 
 
 def growth(check: dict[str, Any], parameterization: Parameterization, quantity: Quantity) -> dict[str, float]:
-    """Return by place: `quantity` after the last step at the largest size over that at the smallest,
-    means over seeds.
-    """
+    """Return by place the ratio of `quantity` after the last step, largest over smallest size, mean over seeds."""
     rows = [row for row in check["table"] if row["parameterization"] == parameterization]
     small, large = at_the_end(rows[0], quantity), at_the_end(rows[-1], quantity)
     return {name: large[name] / small[name] if small[name] else math.inf for name in compared(rows)}
 
 
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the places that every size has: models of different depth share the embedding, the last layer and what
-    follows it.
-    """
+    """Return the places that all sizes have: over depth the embedding, the last layer and those after it."""
     return [name for name in rows[0]["places"] if all(name in row["places"] for row in rows)]
 
 
@@ -210,12 +204,11 @@ def at_the_end(row: dict[str, Any], quantity: Quantity) -> dict[str, float]:
 
 
 def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str, Any]:
-    """Return {"holds", "place", "growth"}: whether what training adds keeps its size everywhere, and where it does so
-    least.
+    """Return {"holds", "place", "growth"}: whether the change keeps its size, and the place of largest deviation.
 
-    The change is judged, not the activations: those hide behind what initialisation put there, both when training
-    adds more with every size and when it adds less (the stream's layers then stop learning). Logits through a tied
-    table are left out under "mup": its start is not zero, and the random part of them shrinks with 1/√width by design.
+    The change is judged, not the activations, which are dominated by their initial values, whether the change grows or
+    shrinks with size (in that case layers stop learning). Logits through a tied table are left out under "mup": its
+    start is not zero, and the random part of them shrinks with 1/√width by design.
     """
     factors = growth(check, parameterization, "change")
     if parameterization == "mup" and check["config"]["tie_embeddings"]:
@@ -226,7 +219,7 @@ def judge(check: dict[str, Any], parameterization: Parameterization) -> dict[str
 
 @styled
 def coordinate_figure(check: dict[str, Any]) -> Figure:
-    """Draw the size of the activations, and of what training added to them, over width or depth; a line per place."""
+    """Draw the size of the activations, and of their change by training, over width or depth; one line per place."""
     names = list(dict.fromkeys(row["parameterization"] for row in check["table"]))
     figure = new_figure(WIDTH, 6.2)
     panels = figure.subplots(2, len(names), sharex=True, sharey="row", squeeze=False)

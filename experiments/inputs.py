@@ -1,4 +1,4 @@
-"""Read what people hand in as text or small files, and check counts and folders that they name."""
+"""Read what people hand in as text or small files, and check folders that they name."""
 
 import json
 from collections.abc import Iterable
@@ -33,23 +33,16 @@ def read_changes(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> Any:
-    """Return the content of a JSON file. Raises InputError where it cannot be read."""
+    """Return the content of a JSON file. Raises InputError if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from None
 
 
-def check_at_least_one(**counts: int) -> None:
-    """Raise InputError, naming it, for the first count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{name}={count} must be at least 1")
-
-
 def check_free(folder: Path, kind: str, lacking: str, advice: str) -> None:
     """Raise InputError unless a new sweep or study (`kind`) may begin in this folder: it is absent or empty.
 
-    Hidden files do not count. lacking: the sign of an earlier one that the folder does not have; advice: what to do.
+    Hidden files do not count. lacking: the missing sign of an earlier one, for the message; advice: the suggested fix.
     """
     check_output_folder(folder, f"a {kind}", lacking, advice, ignore_hidden=True)

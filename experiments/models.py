@@ -1,4 +1,4 @@
-"""Give commands what they need of models beside `model.store`: configs by name or file, and tokenizers."""
+"""Open the models and tokenizers that commands are given: configs by name or file, and stored models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from train import Weights
     from train.objectives import Objective
 
-_AS_EVER = ("none", "auto", True, False)  # of remat, attention_kernel and scan_layers: how a model runs anyway
+_AS_EVER = ("none", "auto", True, False)  # execution fields of older config files, with values that change nothing
 
 
 def read_config(preset: str) -> "ModelConfig":
@@ -28,7 +28,7 @@ def read_config(preset: str) -> "ModelConfig":
         config = ModelConfig.from_dict(values)
         plain = {name: value for name, value in values.items() if name in MOVED and value not in _AS_EVER}
         for name, value in plain.items():
-            say(f"{preset}: {name}={value} is no field of a model any more and is left out; give --set {name}={value}")
+            say(f"{preset}: {name}={value} is no longer a field of a model and is left out; give --set {name}={value}")
     elif "/" in preset and preset not in presets.names():
         raise InputError(f"there is no file or folder {preset}, and no preset of that name")
     else:
@@ -45,15 +45,15 @@ def check_is_decoder(config: "ModelConfig", command: str) -> None:
 
 
 def is_stored(model: str) -> bool:
-    """Return whether this names what `model.store.open_model` opens, and not a preset or a JSON file of a config."""
+    """Return whether this is a path that `model.store.open_model` opens, not a preset or a config's JSON file."""
     return Path(model).exists() and not model.endswith(".json")
 
 
 def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objective]":
     """Return the config of a stored model, the start from its parameters, and the objective of a run, or the plain one.
 
-    Raises InputError where the data were prepared with another tokenizer than the model's, or that has no end token;
-    says so where the model has none.
+    Raises InputError if the data were prepared with another tokenizer than the model's, or that has no end token; warns
+    if the model has no tokenizer.
     """
     from experiments.commands.options import say
     from model.store import open_model
@@ -65,11 +65,11 @@ def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objecti
     opened = open_model(path)
     tokenizer = opened.tokenizer
     if tokenizer is None:
-        say(f"no tokenizer stands beside {path}: that {data} was prepared with the model's tokenizer is not checked")
+        say(f"{path} has no tokenizer: that {data} was prepared with the model's tokenizer is not checked")
     elif not tokenizer.eos_ids:
         raise InputError(
             f"the tokenizer of {path}, {tokenizer.path}, has no end token to follow each document of the data; "
-            "name it as eos_token in a tokenizer_config.json beside it"
+            "name it as eos_token in a tokenizer_config.json in its folder"
         )
     elif not gives_ids_of(tokenizer, data):
         raise InputError(
@@ -82,7 +82,7 @@ def started_from(path: Path, data: Path) -> "tuple[ModelConfig, Weights, Objecti
 
 
 def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokenizer":
-    """Return the tokenizer of an opened model, or raise InputError that says how to give one."""
+    """Return the tokenizer of an opened model, or raise InputError with the way to give one."""
     from model.runs import data_folder
 
     if tokenizer is not None:
@@ -90,19 +90,19 @@ def need_tokenizer(tokenizer: "Tokenizer | None", model: str | Path) -> "Tokeniz
     folder = data_folder(model) if (Path(model) / "run.json").is_file() else None
     if folder is not None:
         raise InputError(f"the data folder of {model}, {folder}, is gone; give its tokenizer with --tokenizer")
-    raise InputError(f"no tokenizer stands beside {model}; give one with --tokenizer")
+    raise InputError(f"{model} has no tokenizer; give one with --tokenizer")
 
 
 def copy_tokenizer(model: str | Path, folder: Path) -> bool:
     """Put the tokenizer of a stored model into a Hugging Face folder, and return whether there was one to be read.
 
-    One that cannot be read is no error but is said, and so is a tokenizer that stays in the folder for want of another.
+    An unreadable tokenizer gives a warning instead of an error, and so does an existing one that stays in the folder.
     """
     from experiments.words import say
     from model.store import open_tokenizer
     from model.tokenizer.load import NAMES
 
-    try:  # weights are worth having where the tokenizer cannot be read
+    try:  # the weights are useful even without a tokenizer
         tokenizer = open_tokenizer(model)
     except InputError as error:
         say(f"no tokenizer is written: {error}")
@@ -110,7 +110,7 @@ def copy_tokenizer(model: str | Path, folder: Path) -> bool:
     if tokenizer is not None:
         export_tokenizer(tokenizer, folder)
     elif kept := [name for name in NAMES if (folder / name).is_file()]:
-        say(f"no tokenizer stands beside {model}: {folder} keeps the {kept[0]} that it had")
+        say(f"{model} has no tokenizer: {folder} keeps the {kept[0]} that it had")
     return tokenizer is not None
 
 

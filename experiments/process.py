@@ -1,4 +1,4 @@
-"""Prepare the process of a command: its standard streams, its memory, its cache of compiled programs."""
+"""Prepare the process of a command: standard streams, memory allocation, cache of compiled programs."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 # glibc's `mallopt` parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_NEVER = -1  # a number would be an int, and so at most 2 GiB
+_NEVER = -1  # an int, so at most 2 GiB
 
 
 def keep_memory() -> None:
@@ -28,7 +28,7 @@ def keep_memory() -> None:
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without them stdin, stdout and stderr: the next file opened would become one."""
+    """Open stdin, stdout and stderr if the process has none: the next opened file would take their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -136,7 +136,7 @@ def _section(name: str, command: Callable[..., None]) -> str:
     paragraphs = _paragraphs(command)
     prose = [textwrap.fill(text, _WIDTH) for text in paragraphs if not text.startswith("Example: ")]
     examples = [_broken(text.removeprefix("Example: ")) for text in paragraphs if text.startswith("Example: ")]
-    block = ["<!-- not run: examples, with names that stand for yours -->", "```sh", *examples, "```"]
+    block = ["<!-- not run: examples, with placeholder names -->", "```sh", *examples, "```"]
     rows = [f"| `{usage}` | {default} | {_cell(meaning)} |" for usage, default, meaning in arguments(command)]
     table = ["| argument | default | meaning |", "|---|---|---|", *rows]
     return "\n\n".join([f"## {name}", *prose, "\n".join(block), "\n".join(table)]) + "\n"

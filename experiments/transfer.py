@@ -1,7 +1,7 @@
-"""Does the best learning rate stay where it is when the model widens? Yang et al. 2022 ("Tensor Programs V"), figure 1.
+"""Test whether the best learning rate is the same at all widths (Yang et al. 2022, "Tensor Programs V", figure 1).
 
-Under muP it should: what is tuned on the narrowest model then serves the wide ones. Under the standard
-parameterization it moves down about as 1 / width.
+Under muP it should be, so that a rate tuned on the narrowest model is good for wide ones. Under the standard
+parameterization it falls about as 1 / width.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def learning_rate_transfer(
 
     "cells" has a sweep's summary (`experiments.sweep.analysis.summary`) for every parameterization and width, with
     "optimum_per_seed": the rate at the vertex of a parabola through the best loss and its neighbours, None at the
-    grid's edge. "spread": the highest over the lowest best rate of all widths, by the mean over seeds.
+    grid's edge. "spread": the ratio of the highest to the lowest best rate over widths, by the mean over seeds.
     """
     widths = sorted(set(widths))
     if len(widths) < 2 or len(set(learning_rates)) < 3:
@@ -100,7 +100,7 @@ def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
 
 
 def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
-    """Return the spread; None where a width has no best rate, as every rate lost a run."""
+    """Return the spread; None if a width has no best rate because every rate has a diverged run."""
     winners = [cell["winner"] for cell in cells if cell["parameterization"] == name]
     if not all(winners):
         return None
@@ -110,8 +110,7 @@ def _spread(cells: list[dict[str, Any]], name: str) -> float | None:
 
 @styled
 def transfer_figure(document: dict[str, Any]) -> Figure:
-    """Draw loss over learning rate, a line per width, the parameterizations next to each other; rings mark the best
-    rates.
+    """Draw loss over learning rate, one panel per parameterization, one line per width; rings: best rates.
 
     Lines are means over seeds, small dots single runs.
     """
@@ -137,7 +136,7 @@ def transfer_figure(document: dict[str, Any]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="learning rate", title=TITLES[name])
     losses = [t["loss"] for cell in document["cells"] for t in cell["trials"] if t["loss"] is not None]
-    if best:  # what is far above the valleys says only that it is
+    if best:  # hide losses far above the valleys
         panels[0].set_ylim(min(losses) - 0.1, min(max(losses) + 0.1, max(best) + 1.5))
     panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

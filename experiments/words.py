@@ -1,10 +1,10 @@
-"""Words of messages: numbers with their nouns and units, and sentences on stderr."""
+"""Write parts of messages: numbers with their nouns and units, and warnings on stderr."""
 
 import sys
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """Write the number with its noun, as in "1 run", "2 runs", "12,000 runs" or "1 degree of freedom".
+    """Write a number with its noun, as in "1 run", "2 runs", "12,000 runs" or "1 degree of freedom".
 
     many: the plural, by default with an s added to the first word of a phrase with "of", else to the last word.
     """
@@ -17,12 +17,12 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def is_or_are(number: int) -> str:
-    """Return the verb that goes with this number."""
+    """Return "is" or "are" for this number."""
     return "is" if number == 1 else "are"
 
 
 def say(sentence: str) -> None:
-    """Tell on stderr where a command does something other than requested."""
+    """Print a warning on stderr, such as that a command does something other than requested."""
     print(f"isoflop: {sentence}", file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ from infer.text import Decoder, continuation_text
 from model import Execution, KVCache, ModelConfig, Params, head
 from model.ambient import lenient
 from model.cache import grow, take
+from model.checks import check_number, check_whole
 from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -290,12 +291,10 @@ def _beams(finished: Hypotheses, n: int) -> Beams:
 
 
 def _check(config, beams, n, length_penalty, stops, early_stopping) -> None:
-    if beams < 1:
-        raise InputError(f"beams={beams} must be at least 1; 4 is usual")
+    check_whole("beams", beams, 1, hint="4 is usual")
     if not 1 <= n <= beams:
         raise InputError(f"n={n} hypotheses cannot be returned from beams={beams}; give n in 1 … {beams}")
-    if not math.isfinite(length_penalty):
-        raise InputError(f"length_penalty={length_penalty} must be a finite number; 1 compares means, 0 sums")
+    check_number("length_penalty", length_penalty, hint="1 compares means, 0 sums")
     if early_stopping not in EARLY_STOPPING:
         raise InputError(f"early_stopping={early_stopping!r} must be True, False or 'never'")
     wrong = [token for token in stops if not 0 <= token < config.vocab_size]

@@ -18,7 +18,7 @@ class Generated:
 
     tokens: without the stop id. If a stop string was found, all tokens of `text`; the last one may extend into the stop
     string. logprobs: log-probabilities of these tokens under the model. finish_reason: "stop" (stop id or stop string)
-    or "length". top_logprobs: per token {id: log-probability} of the likeliest tokens at its position, as many as
+    or "length". top_logprobs: per token {id: log-probability} of the most likely tokens at its position, as many as
     `Sampling.logprobs`. text: the text that the tokens add to the prompt's, up to the start of a stop string
     (`infer.text.Detokenizer`); None without a tokenizer.
     """
@@ -34,11 +34,11 @@ class Generated:
 class Completion:
     """The output of a row as far as the host has read it.
 
-    words: detokenizes the tokens; None without a tokenizer. finish_reason: None while the row runs.
+    detokenizer: detokenizes the tokens; None without a tokenizer. finish_reason: None while the row runs.
     """
 
     sampling: Sampling
-    words: Detokenizer | None = dataclasses.field(default=None, repr=False, compare=False)
+    detokenizer: Detokenizer | None = dataclasses.field(default=None, repr=False, compare=False)
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
@@ -47,7 +47,7 @@ class Completion:
     @property
     def text(self) -> str | None:
         """The text so far, without what a later token may still change; None without a tokenizer."""
-        return None if self.words is None else self.words.text
+        return None if self.detokenizer is None else self.detokenizer.text
 
     def read(self, emitted: Emitted, row: int) -> None:
         """Append this row's tokens of one call (host arrays), and end the completion if the row ended."""
@@ -59,9 +59,9 @@ class Completion:
             self.logprobs.append(float(emitted.logprobs[row, step]))
             likeliest = zip(emitted.top_ids[row, step, top], emitted.top_logprobs[row, step, top], strict=True)
             self.top_logprobs.append({int(token): float(logprob) for token, logprob in likeliest})
-        if self.words is not None:
-            self.words.push(self.tokens[before:])
-            if self.words.ids_before_stop is not None:
+        if self.detokenizer is not None:
+            self.detokenizer.push(self.tokens[before:])
+            if self.detokenizer.ids_before_stop is not None:
                 return self.end("stop")
         if emitted.status[row] != RUNNING:
             self.end("length" if emitted.status[row] == FULL else "stop")
@@ -69,10 +69,10 @@ class Completion:
     def end(self, reason: str) -> None:
         """End the completion, and drop tokens that came after a stop string."""
         self.finish_reason = reason
-        if self.words is None:
+        if self.detokenizer is None:
             return
-        self.words.finish()
-        kept = self.words.ids_before_stop
+        self.detokenizer.finish()
+        kept = self.detokenizer.ids_before_stop
         if kept is not None:
             self.finish_reason = "stop"
             del self.tokens[kept:], self.logprobs[kept:], self.top_logprobs[kept:]
@@ -87,5 +87,5 @@ def columns(completions: Sequence[Completion]) -> dict[str, Any]:
     """Return the fields of `Generated` from completions that have ended."""
     names = [field.name for field in dataclasses.fields(Generated)]
     values = {name: [getattr(completion, name) for completion in completions] for name in names}
-    has_text = all(completion.words is not None for completion in completions)
+    has_text = all(completion.detokenizer is not None for completion in completions)
     return values if has_text else values | {"text": None}

@@ -23,6 +23,7 @@ from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
 from model.ambient import lenient
 from model.cache import CACHE_DTYPES
+from model.checks import check_at_least_one, check_whole
 from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -85,13 +86,10 @@ class Engine:
         Raises InputError if a number is below 1, steps exceed ROOM, or cache_bytes hold no slot.
         """
         check_generates(config)
-        for name, value in (("slots", slots), ("capacity", capacity), ("steps", steps), ("chunk", chunk)):
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+        check_at_least_one(slots=slots, capacity=capacity, chunk=chunk)
+        check_whole("steps", steps, 1, ROOM)
         if cache_dtype is not None:
             cache_dtype = dtype_name(cache_dtype, CACHE_DTYPES, "cache dtype")  # a static argument: one program
-        if steps > ROOM:
-            raise InputError(f"steps={steps} must be at most {ROOM}")
         self.config, self.params, self.execution = config, jax.tree.map(jnp.asarray, params), execution
         self.capacity = min(capacity, config.max_seq_len)
         if cache_bytes is not None:

@@ -10,6 +10,7 @@ from infer.step import prefill
 from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
+from model.checks import check_at_least_one
 from model.dtypes import DTypeLike
 from model.errors import InputError
 
@@ -134,8 +135,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Prompt], max_new_tokens
     check_generates(config)
     if not len(prompts):
         raise InputError("there is no prompt to continue; give at least one")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    check_at_least_one(max_new_tokens=max_new_tokens)
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {number} is empty; give it at least one token, such as the end-of-text token")

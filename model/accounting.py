@@ -89,11 +89,10 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs of one token in a row of `seq_len` tokens.
 
-    "6N": 6 per active parameter in training, 2 in a forward pass; the embedding table counts once
-    (Kaplan et al. 2020, section 2.1, with embeddings). All parameters count, whichever are trained. "exact": all matrix
-    products of the forward pass (`forward_flops_by_product`), and in training also of the backward pass
-    (`training_flops_by_product`), twice as many where all parameters are trained. Neither counts softmax, norms,
-    recomputation or the optimizer.
+    "6N": 6 per active parameter in training, 2 in a forward pass; the embedding table counts once (Kaplan et al. 2020,
+    section 2.1, with embeddings). All parameters count, trained or frozen. "exact": all matrix products of the forward
+    pass (`forward_flops_by_product`), and in training also of the backward pass (`training_flops_by_product`), twice as
+    many if all parameters are trained. Neither counts softmax, norms, recomputation or the optimizer.
 
     source_len: the number of tokens that an encoder-decoder's encoder reads for the row; None: seq_len. trained:
     default: all parameters. Raises InputError for another convention.
@@ -125,9 +124,9 @@ def training_flops_by_product(
 ) -> dict[str, float]:
     """Return the exact FLOPs of training per token in a row of `seq_len` tokens, by product, forward and backward.
 
-    A matrix counts 3 times its forward product where both the matrix and a parameter below it are trained, 2 times
-    where one of the two is, and once where neither is. Low-rank factors (rank and targets of `trained`) are a product
-    of their own, "adapters", with the rank that they are stored with.
+    A matrix counts 3 times its forward product where both the matrix and a parameter below it are trained, 2 times if
+    one of the two is, and once if neither is. Low-rank factors (rank and targets of `trained`) are a product of their
+    own, "adapters", with the rank that they are stored with.
     """
     forward, backward = flops_by_product(config, seq_len, source_len, trained)
     return {name: flops + backward[name] for name, flops in forward.items()}

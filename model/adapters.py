@@ -19,6 +19,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model.ambient import lenient
+from model.checks import check_whole
 from model.config import ModelConfig
 from model.errors import InputError, UnknownNameError
 from model.parts import Part
@@ -81,7 +82,7 @@ def adapted(config: ModelConfig, adapter: Adapter) -> dict[Path, tuple[int, ...]
     """Return {path: shape} of every matrix that the adapter changes.
 
     Shapes are (layers, d_in, d_out), of routed experts (layers, experts, d_in, d_out), of a head (d_in, d_out). Raises
-    InputError where the model has none of the targets, or where the rank exceeds a matrix's smaller side.
+    InputError if the model has none of the targets, or if the rank exceeds a matrix's smaller side.
     """
     tree: Any = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     leaves = traverse_util.flatten_dict(tree)
@@ -139,8 +140,8 @@ def mask_and_scale(
     """
     rank = adapter.rank if rank is None else rank
     alpha = adapter.alpha if alpha is None else alpha
-    if isinstance(rank, int) and not 1 <= rank <= adapter.rank:
-        raise InputError(f"rank={rank} must be from 1 to the adapter's rank={adapter.rank}")
+    if isinstance(rank, int):
+        check_whole("rank", rank, 1, adapter.rank, hint="an adapter has no more columns")
     mask = (jnp.arange(adapter.rank) < rank).astype(jnp.float32)
     size = jnp.asarray(rank, jnp.float32)
     divisor = jnp.sqrt(size) if adapter.rank_stabilised else size
@@ -219,11 +220,11 @@ def target_of(path: Path) -> str | None:
 
 
 def _pairs(tree: Params) -> dict[Path, tuple[Any, Any]]:
-    """Return {path: (a, b)}. Raises InputError where the tree is not an adapter's."""
+    """Return {path: (a, b)}. Raises InputError if the tree is not an adapter's."""
     leaves = traverse_util.flatten_dict(tree)
     paths = dict.fromkeys(path[:-1] for path in leaves)
     if not paths or {(*path, name) for path in paths for name in ("a", "b")} != leaves.keys():
-        raise InputError('the tree is no adapter, which has "a" and "b" at every path; give the tree of init_adapter')
+        raise InputError('the tree is not an adapter, with "a" and "b" at every path; give the tree of init_adapter')
     return {path: (leaves[(*path, "a")], leaves[(*path, "b")]) for path in paths}
 
 

@@ -1,7 +1,7 @@
 """Global settings of JAX, from the process or its environment variables, that change numbers or raise errors.
 
 A run is a function of its configuration, seed and data alone. Functions that write or read runs, and every command,
-therefore set these to JAX's defaults, whatever JAX_DEFAULT_PRNG_IMPL, JAX_ENABLE_X64 and so on are. Pure functions such
+therefore set these to JAX's defaults, overriding JAX_DEFAULT_PRNG_IMPL, JAX_ENABLE_X64 and so on. Pure functions such
 as `apply`, `train_step` and `generate` use the caller's settings. Compiler options (XLA_FLAGS, JAX_OPTIMIZATION_LEVEL)
 and the choice of devices are never changed: they affect numbers only by rounding.
 """

@@ -43,7 +43,7 @@ class Attention(nn.Module):
         dropout: Dropout | None = None,
         taps: Taps = NO_TAPS,
     ) -> Mixed:
-        """Attend as the context's mask says, and write the chunk's keys and values to the cache."""
+        """Attend under the context's mask, and write the chunk's keys and values to the cache."""
         config = self.config
         heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
         projected = side_by_side(x, *(projection(config, name, count) for name, count in heads.items()))
@@ -133,7 +133,7 @@ def seen(cache: Entry | None, new: tuple[Array, ...], context: Context) -> tuple
 
 
 def remember(cache: Entry, new: tuple[Array, ...], context: Context, mixed: Float[Array, "batch heads seq _"]) -> Entry:
-    """Return the cache entry with the chunk in it, at `context.slots`; unchanged where the context has no slots.
+    """Return the cache entry with the chunk in it, at `context.slots`; unchanged if the context has no slots.
 
     A row whose attention gave an infinity is not written. This dependency makes the write wait for the attention, so
     that compilers see that nothing reads the old cache after it and write in place; a copy would cost as much as

@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from model.checks import check_at_least_one
 from model.config import ModelConfig
 from model.dtypes import DTypeLike, dtype_name
 from model.errors import InputError
@@ -86,8 +87,7 @@ def init_cache(
     """
     if config.stack == "encoder":
         raise InputError("an encoder-only model has no cache: it does not generate; use apply or forward")
-    if batch < 1 or capacity < 1:
-        raise InputError(f"a cache needs at least one row and one position, not batch={batch}, capacity={capacity}")
+    check_at_least_one(batch=batch, capacity=capacity)
     if config.position == "learned" and capacity > config.max_seq_len:
         raise InputError(
             f"capacity={capacity} exceeds max_seq_len={config.max_seq_len}, where the learned positions end"
@@ -208,7 +208,7 @@ def slots_of(cache: Any) -> int:
     return (cache.values if isinstance(cache, Quantised) else cache).shape[2]
 
 
-_FEW_ROWS = 32  # up to so many rows, updates one by one cost a CPU less than one scatter, which it runs as a loop
+_FEW_ROWS = 32  # up to this many rows, updates one by one cost a CPU less than one scatter, which it runs as a loop
 
 
 def _append_row_by_row(cache: Array, new: Array, slots: Int[Array, " batch"]) -> Array:

@@ -62,7 +62,7 @@ def newest_params(run: Path, like: Any, *, partial: bool = False) -> tuple[dict[
 
     like: a tree of the parameters' shapes and dtypes. partial: the run saved only some of its leaves, which are
     returned. The optimizer state is not read, except in a checkpoint of an earlier version, whose files hold both and
-    are verified as a whole. Raises InputError where the leaves are not those saved.
+    are verified as a whole. Raises InputError if the leaves are not those saved.
     """
     while (step := newest_intact(run / FOLDER, _trouble_of_params, warn)) is not None:
         path = run / FOLDER / str(step)

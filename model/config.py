@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
+from model.checks import check_number
 from model.dtypes import FLOATS, dtype_name
 from model.errors import InputError, UnknownNameError
 from model.execution import moved, refuse_moved
@@ -146,7 +147,7 @@ class ModelConfig:
 
     @property
     def is_causal(self) -> bool:
-        """True where tokens of the main stack see only earlier ones: for all stacks but "encoder"."""
+        """True if tokens of the main stack see only earlier ones: for all stacks but "encoder"."""
         return self.stack != "encoder"
 
     def _set(self, name: str, value: Any) -> None:
@@ -194,8 +195,7 @@ class ModelConfig:
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; "
                 "every key/value head serves the same number of query heads"
             )
-        if self.rope_fraction > 1:
-            raise InputError(f"rope_fraction={self.rope_fraction:g} must be at most 1, all features of a head")
+        check_number("rope_fraction", self.rope_fraction, most=1, hint="1 is all of a head's features")
         if self.position == "rotary" and self.latent is None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise InputError(
                 f"head_dim={self.head_dim} times rope_fraction={self.rope_fraction:g} must be even for "
@@ -231,7 +231,7 @@ class ModelConfig:
             if not (whole and 0 <= token < self.vocab_size):
                 name = "eos_token_ids" if token in self.eos_token_ids else "decoder_start_token_id"
                 raise InputError(
-                    f"{name}: {token!r} is no id of the vocabulary of {self.vocab_size}; change {name} with vocab_size"
+                    f"{name}: {token!r} is not an id of the vocabulary of {self.vocab_size}; set {name} with vocab_size"
                 )
 
     def _check_latent(self, latent: Latent) -> None:

@@ -25,7 +25,7 @@ class Context:
     mask: True where a query attends to a key. bias: added to the scores. rotary: (cos, sin) of this chunk's positions.
     real: False for padding. slots: the cache slot of each token's key and value, see `model.cache.ring_slots`; None:
     nothing is written. fresh: the cache was empty, so that keys are the chunk alone. encoder, encoder_mask: the
-    encoder's output and which of it each row attends to; encoder is None where a cache holds its keys and values.
+    encoder's output and which of it each row attends to; encoder is None if a cache holds its keys and values.
     segment_ids, causal, window: what the mask of a pass over whole rows was computed from, for fused kernels, which
     compute their own. execution: chooses the kernel.
     """

@@ -83,7 +83,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Execution))
 
 
 def refuse_moved(cls: type, *names: str) -> None:
-    """Make a dataclass raise, for fields that moved to Execution, an error that says so where one is set or read."""
+    """Make a dataclass raise, for fields that moved to Execution, raise an error if one is set or read."""
     init = cls.__init__  # type: ignore[misc]
 
     def checked(self: Any, *arguments: Any, **values: Any) -> None:
@@ -102,4 +102,4 @@ def refuse_moved(cls: type, *names: str) -> None:
 
 def moved(cls: type, name: str) -> str:
     """Return the message that a field is now one of Execution."""
-    return f"{name} is no field of {cls.__name__}: how a model runs is an Execution; give execution=Execution({name}=…)"
+    return f"{name} is not a field of {cls.__name__} but of Execution; give execution=Execution({name}=…)"

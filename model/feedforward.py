@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 def activation_of(config: ModelConfig) -> Callable[[Array], Array]:
-    """Return the config's activation function. Raises InputError where ACTIVATIONS has none of that name."""
+    """Return the config's activation function. Raises InputError if ACTIVATIONS has none of that name."""
     if config.activation not in ACTIVATIONS:
         raise InputError(f"activation={config.activation!r} has no function in ACTIVATIONS of model/feedforward.py")
     return ACTIVATIONS[config.activation]

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Collection, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from model.checks import check_bool, check_number, check_whole
 from model.errors import InputError, UnknownNameError
 
 
@@ -37,7 +37,7 @@ class FrozenDict(dict[str, Any]):
 def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
     """Raise UnknownNameError for a name that is not a field of the dataclass.
 
-    complete: raise InputError where a field without default is missing.
+    complete: raise InputError if a field without default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     given = set()
@@ -51,7 +51,7 @@ def check_names(cls: type, names: Iterable[str], *, complete: bool) -> None:
 
 
 def check_types(instance: Any, positive: Collection[str], prefix: str = "") -> None:
-    """Raise InputError unless every field of a dataclass is of its annotated type, or None where that is its default.
+    """Raise InputError unless every field of a dataclass is of its annotated type, or None if that is its default.
 
     Numbers must be finite and at least 0, fields in `positive` above 0. Tuples and strings are not checked. prefix:
     precedes the names of fields in messages.
@@ -64,13 +64,13 @@ def check_types(instance: Any, positive: Collection[str], prefix: str = "") -> N
             if value not in get_args(kind):
                 raise UnknownNameError(prefix + name, str(value), get_args(kind))
         elif kind is bool:
-            if not isinstance(value, bool):
-                raise InputError(f"{prefix}{name}={value!r} must be true or false")
-        elif kind in (int, float):
-            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not (is_number and 0 <= value < math.inf and not (value == 0 and name in positive)):
-                least = ("of at least 1" if kind is int else "above 0") if name in positive else "of at least 0"
-                raise InputError(f"{prefix}{name}={value!r} must be a {'whole ' * (kind is int)}number {least}")
+            check_bool(prefix + name, value)
+        elif kind is int:
+            check_whole(prefix + name, value, 1 if name in positive else 0, plain=True)
+        elif kind is float and name in positive:
+            check_number(prefix + name, value, above=0, plain=True)
+        elif kind is float:
+            check_number(prefix + name, value, least=0, plain=True)
         elif dataclasses.is_dataclass(kind) and not isinstance(value, kind):  # type: ignore[arg-type]
             raise InputError(f"{prefix}{name} must be {kind.__name__}'s fields or null, not {value!r}")  # type: ignore[union-attr]
 

@@ -42,7 +42,7 @@ class Header:
 def read_gguf_header(path: str | Path) -> Header:
     """Read the header of a GGUF file of version 2 or 3, of either byte order.
 
-    Raises InputError where the file is not GGUF, ends before its weights or has an unknown type of value. Whether the
+    Raises InputError if the file is not GGUF, ends before its weights or has an unknown type of value. Whether the
     weights are complete is not checked: the caller knows the size of each tensor type.
     """
     return _mapped(Path(path), lambda reader: reader.read())

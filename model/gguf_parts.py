@@ -14,8 +14,8 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 def read_gguf_parts(path: str | Path) -> list[tuple[Path, Header]]:
     """Return [(path, header)] of a GGUF file, or of all parts of the model that the file is a part of, in order.
 
-    The metadata of the first part are those of the model. Raises InputError where a part is missing, where names and
-    metadata contradict each other, and where two parts hold the same tensor.
+    The metadata of the first part are those of the model. Raises InputError if a part is missing, if names and metadata
+    contradict each other, or if two parts hold the same tensor.
     """
     path = Path(path)
     header = read_gguf_header(path)
@@ -26,7 +26,8 @@ def read_gguf_parts(path: str | Path) -> list[tuple[Path, Header]]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(
-            f"{path} is one of the {count} parts of a model, and {', '.join(missing)} is not beside it; fetch that too"
+            f"{path} is one of the {count} parts of a model; missing in its folder: {', '.join(missing)}; "
+            "download the missing parts"
         )
     parts = [(file, header if file.name == path.name else read_gguf_header(file)) for file in files]
     holders: dict[str, Path] = {}
@@ -55,7 +56,7 @@ def read_first_part(path: Path) -> tuple[Path, Header]:
         return path, header
     first = _files_of(path, count)[0]
     if not first.is_file():
-        raise InputError(f"{path} is one of the {count} parts of a model, and {first.name} is not beside it")
+        raise InputError(f"{path} is one of the {count} parts of a model, and {first.name} is not in the same folder")
     return first, read_gguf_header(first)
 
 

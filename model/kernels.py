@@ -37,7 +37,7 @@ def kernel_for(wanted: str, shape: AttentionShape, device: Target | None = None)
     """Return (kernel, reason for it) for an attention without bias, softcap, sinks, dropout, taps and cache.
 
     wanted: an Execution's `attention_kernel`. device: default: what the program is being traced for. The mesh is that
-    of the trace. Raises InputError where `wanted` names a kernel that does not support this shape on this device.
+    of the trace. Raises InputError if `wanted` names a kernel that does not support this shape on this device.
     """
     device = target() if device is None else device
     kernel = _AUTO.get(device.platform, "xla") if wanted == "auto" else wanted
@@ -54,7 +54,7 @@ def kernel_for(wanted: str, shape: AttentionShape, device: Target | None = None)
 def choose_kernel(context: Context, query: Float[Array, "batch heads seq head_dim"], fusible: bool) -> str:
     """Return the kernel for this attention; fusible: no option is used that only XLA supports.
 
-    Raises InputError where the execution names a kernel that does not support this device or shape.
+    Raises InputError if the execution names a kernel that does not support this device or shape.
     """
     if not fusible:
         return "xla"

@@ -76,9 +76,9 @@ def losses(
     """Return balance_loss, router_z_loss and expert_use [count], over the real tokens.
 
     balance_loss: count · Σ_e f_e · P_e, with f_e the share of choices for expert e and P_e its mean probability
-    (Switch, eq. 4, where top_k is 1). It is 1 where all probabilities are equal, and at least 1 where all tokens agree;
-    where tokens disagree it can be below 1, because f depends on ranks and P on magnitudes. router_z_loss: the mean
-    squared logsumexp of the logits (ST-MoE, eq. 5). expert_use: f, dropped choices included.
+    (Switch, eq. 4, where top_k is 1). It is 1 if all probabilities are equal, and at least 1 if all tokens agree; where
+    tokens disagree it can be below 1, because f depends on ranks and P on magnitudes. router_z_loss: the mean squared
+    logsumexp of the logits (ST-MoE, eq. 5). expert_use: f, dropped choices included.
     """
     count, top_k = logits.shape[-1], routing.chosen.shape[-1]
     weight = real.astype(jnp.float32) / jnp.maximum(real.sum(dtype=jnp.float32), 1)

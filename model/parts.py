@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal, Self
 
+from model.checks import check_number
 from model.errors import InputError
 from model.fields import check_names, check_types
 
@@ -62,16 +63,15 @@ class RopeScaling(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.factor >= 1:
-            raise InputError(f"RopeScaling.factor={self.factor!r} must be at least 1")
+        check_number("RopeScaling.factor", self.factor, least=1)
         if self.kind != "linear" and self.original_max_seq_len < 1:
             raise InputError(f"RopeScaling of kind {self.kind!r} needs original_max_seq_len")
         low, high = self.low_frequency_factor, self.high_frequency_factor
         if self.kind == "llama3" and not low < high:
             raise InputError(f"RopeScaling.low_frequency_factor={low} must be less than high_frequency_factor={high}")
         for name in ("beta_fast", "beta_slow"):
-            if self.kind == "yarn" and not getattr(self, name) > 0:
-                raise InputError(f"RopeScaling.{name}={getattr(self, name)} must be positive")
+            if self.kind == "yarn":
+                check_number(f"RopeScaling.{name}", getattr(self, name), above=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Patient:
 
 
 def patient(stream: Any) -> Any:
-    """Return the stream as a `Patient`, or unchanged where it already writes to one."""
+    """Return the stream as a `Patient`, or unchanged if it already writes to one."""
     through = getattr(stream, "rich_proxied_file", stream)  # rich wraps the stream while a bar is shown
     return stream if isinstance(through, Patient) else Patient(stream)
 

@@ -32,7 +32,7 @@ ROUNDED = ("int8", "int8-dynamic", "int4")
 def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weights: str) -> None:
     """Write parameters that `infer.prepare` stored as `weights`, atomically.
 
-    Raises InputError where the folder holds anything but a quantized model, and for low-rank adapters.
+    Raises InputError if the folder holds anything but a quantized model, and for low-rank adapters.
     """
     from safetensors.flax import save_file
 
@@ -59,7 +59,7 @@ def save_quantized(config: ModelConfig, params: Params, folder: str | Path, weig
 def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
     """Read a folder that `save_quantized` wrote, for `apply`, `prefill`, `decode_step` and `generate`.
 
-    Raises InputError where the folder is damaged or its weights do not fit its config.
+    Raises InputError if the folder is damaged or its weights do not fit its config.
     """
     from safetensors import SafetensorError
     from safetensors.flax import load_file

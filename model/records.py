@@ -71,7 +71,7 @@ def read_sealed(path: Path, besides: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the document that `write_sealed` wrote, without its checksum.
 
     A document without a checksum, from an earlier version, is not checked. besides: fields that the checksum does not
-    include. Raises FileNotFoundError where there is no file, and InputError where it cannot be read or was changed.
+    include. Raises FileNotFoundError if there is no file, and InputError if it cannot be read or was changed.
     """
     try:
         document = json.loads(path.read_bytes().decode())

@@ -38,8 +38,8 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> tuple[ModelC
 
     base: the path of the weights that the run started from, for a run that holds only its trained parameters, or, if it
     started from such a run, the path of the weights that that run started from; None: the recorded path. Raises
-    InputError where there is no intact checkpoint, where the base has other weights, and where a base is given for a
-    run that holds a whole model.
+    InputError if there is no intact checkpoint, if the base has other weights, or if a base is given for a run that
+    holds a whole model.
     """
     record = read_record(folder)
     objective = record["identity"].get("objective") or {}
@@ -69,7 +69,7 @@ def load_adapter(folder: str | Path) -> "tuple[ModelConfig, Adapter, Params]":
     """Return (config of the base, adapter, newest intact factors) of a run that trains an adapter.
 
     The adapter has the run's own rank and alpha, also where the run was a lane of a program with a larger rank. Raises
-    InputError where the run trains no adapter or has no intact checkpoint.
+    InputError if the run trains no adapter or has no intact checkpoint.
     """
     config, used, factors, _ = _load_trained(folder)
     return config, used, factors
@@ -151,7 +151,7 @@ def _merged(weight: Any) -> np.ndarray:
 
 
 def _base_of(folder: Path, record: Mapping[str, Any], given: str | Path | None) -> Params:
-    """Return the parameters that a run started from. Raises InputError where they are missing or have another hash.
+    """Return the parameters that a run started from. Raises InputError if they are missing or have another hash.
 
     given: their path now, or that of the weights which the base, a run itself, started from.
     """
@@ -195,9 +195,10 @@ def _overlay(base: Params, params: Params) -> Params:
 
 
 def _last_changes(folder: str | Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes of the config by the last phase, for a checkpoint of an earlier version without them.
+    """Return the config fields that a run's phases changed, for a checkpoint of an older version without them.
 
-    They are those of a finished run's last checkpoint. For an earlier checkpoint nothing is changed, with a warning.
+    The last checkpoint of a finished run has the changes of the last phase. For other checkpoints they are unknown: a
+    warning is logged and {} is returned.
     """
     bases = [phase["rope_base"] for phase in record["identity"]["train_config"]["phases"] if phase.get("rope_base")]
     if not bases:
@@ -205,8 +206,8 @@ def _last_changes(folder: str | Path, record: Mapping[str, Any], about: Mapping[
     if record["status"] == "finished" and about["step"] == record["step"]:
         return {"rope_base": bases[-1]}
     logger.warning(
-        "%s changes rope_base in its phases, and an older version did not note which one holds at step %d: the model's "
-        "own is taken; train the run to its end with this version",
+        "%s changes rope_base in its phases, and an older version did not record which one is used at step %d: the "
+        "model's own is taken; train the run to its end with this version",
         folder,
         about["step"],
     )
@@ -285,7 +286,7 @@ def data_folder(run: str | Path) -> Path | None:
 
 
 def _manifest_hash(folder: Path) -> str | None:
-    """Return the hash in a data folder's manifest; None where there is no manifest."""
+    """Return the hash in a data folder's manifest; None if there is no manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from model.checks import check_whole
 from model.errors import InputError, UnknownNameError
 from model.parameterization import names_of
 
@@ -140,13 +141,12 @@ def _sizes(axes: Mapping[str, int]) -> tuple[int, ...]:
     for name, size in axes.items():
         if name not in AXES:
             raise UnknownNameError("mesh axis", name, AXES)
-        if size < 1:
-            raise InputError(f"mesh axis {name}={size} must be at least 1")
+        check_whole(f"mesh axis {name}", size, 1)
     return tuple(axes.get(name, 1) for name in AXES)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse text such as `data=2,fsdp=4`. Raises InputError where it is malformed."""
+    """Parse text such as `data=2,fsdp=4`. Raises InputError if it is malformed."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = (word.strip() for word in part.partition("="))

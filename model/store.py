@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-    """An opened model; tokenizer: None where none was found."""
+    """An opened model; tokenizer: None if none was found."""
 
     config: "ModelConfig"
     params: "Params"
@@ -28,7 +28,7 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None, base: str 
 
     tokenizer: a tokenizer file or folder (a data folder holds one); None: the model's own, if any. base: the path of
     the weights that a run started from, for a run that holds only its trained parameters; None: the recorded path.
-    Nothing is changed on disk. Raises InputError where nothing can be opened.
+    Nothing is changed on disk. Raises InputError if nothing can be opened.
     """
     config, params = open_parameters(path, base)
     return Model(config, params, open_tokenizer(path, tokenizer))
@@ -45,7 +45,7 @@ def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[
 
         return load_run(path, base)
     if base is not None:
-        raise InputError(f"{path} is no run, so that it has no base; leave --base out (base of open_model)")
+        raise InputError(f"{path} is not a run and has no base weights; leave --base out (base of open_model)")
     if (path / "quantized.json").is_file():
         from model.quantized import load_quantized
 
@@ -59,14 +59,14 @@ def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[
 
         return load_gguf(file)
     raise InputError(
-        f"{path} is no model: expected a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
+        f"{path} is not a model: give a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
     )
 
 
 def open_tokenizer(path: str | Path, given: str | Path | None = None) -> "Tokenizer | None":
     """Return the given tokenizer, or that of a run's data, or the one next to the weights.
 
-    None where there is none, and where the data folder of a run does not exist any more.
+    None if there is none, or if the data folder of a run no longer exists.
     """
     from model.tokenizer import load_tokenizer
     from model.tokenizer.load import NAMES

@@ -140,7 +140,7 @@ def _whole(name: str, edit: Edit, shape: tuple[int, ...]) -> Edit:
     arrays = {field: getattr(edit, field) for field in ("value", "factor", "shift", "where")}
     if edit.value is not None and not (edit.factor is None and edit.shift is None):
         raise InputError(
-            f"edits[{name!r}] has a value beside a factor or a shift, which it would replace; give a tuple of two "
+            f"edits[{name!r}] has both a value and a factor or a shift, which it would replace; give a tuple of two "
             "edits, which are applied in order"
         )
     for field, given in arrays.items():

@@ -91,7 +91,7 @@ def forward(
     addition to the logits; ("final_hidden",) alone skips the head, which `head` computes. edits: {name in TAPS: Edit},
     such as {"hidden": Edit.patch(value, where)}; later activations are computed from the edited ones. An edit of
     "attention" does not renormalise the weights. "attention" in outputs or edits uses XLA instead of a fused kernel.
-    Raises InputError where a row is longer than `max_seq_len`, and where inputs and config do not fit.
+    Raises InputError if a row is longer than `max_seq_len`, or if inputs and config do not fit.
     """
     _check_inputs(config, tokens, token_types, encoder_tokens, outputs)
     outputs = tuple(outputs)
@@ -141,7 +141,7 @@ def encode(
 ) -> Float[Array, "batch source d_model"]:
     """Return the output of an encoder-decoder's encoder, to which the decoder attends.
 
-    segment_ids: 0 is padding. Raises InputError where a row is longer than `max_seq_len`, and for a model of one stack.
+    segment_ids: 0 is padding. Raises InputError if a row is longer than `max_seq_len`, and for a model of one stack.
     """
     if config.stack != "encoder-decoder":
         raise InputError(f"encode needs stack='encoder-decoder'; this model is {config.stack!r}: use forward")

@@ -10,24 +10,25 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Tests compile far more than they run: unoptimised programs without fusions compile six times faster.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "")
-# A flag that XLA does not know ends the process without a word; this one is gone since 0.11.
+# A flag that XLA does not know ends the process without a word; the first of these is gone since 0.11. The second has
+# LLVM compile a program as one module: with two workers, splitting it costs a third more and gains nothing.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 import jax
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-# Shapes in annotations are checked while tests run. Modules without them validate their own input.
+# Shapes in annotations are checked while tests run.
 _ROOT = Path(__file__).parents[1]
 _CHECKED = [
-    f"{floor}.{file.stem}"
-    for floor in ("model", "infer", "train")
-    for file in sorted((_ROOT / floor).glob("*.py"))
+    ".".join(file.relative_to(_ROOT).with_suffix("").parts)
+    for package in ("model", "infer", "train", "experiments")
+    for file in sorted((_ROOT / package).rglob("*.py"))
     if "from jaxtyping import" in file.read_text(encoding="utf-8")
 ]
-install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(_CHECKED, "array_types.check")
 
 
 def _variants():
@@ -119,33 +120,40 @@ def _variants():
     }
 
 
-# Where one process takes whole files, the last one that starts bounds the end: these go first, others as they come.
+# Where one process takes whole files, the last one that starts bounds the end: these go first, by processor seconds.
 _LONGEST = (
-    "test_cached_variants",
-    "test_variants",
     "test_objectives",
-    "test_phased_runs",
-    "test_convert_logits",
-    "test_cached",
-    "test_step",
-    "test_trouble",
-    "test_sharded",
+    "test_variants",
     "test_multihost",
-    "test_dispatch",
-    "test_kernels",
-    "test_engine",
+    "test_adapters",
+    "test_former_folders",
+    "test_convert_logits",
+    "test_cached_variants",
+    "test_edits",
+    "test_targets",
+    "test_score",
+    "test_fold",
     "test_accounting",
-    "test_prompts",
-    "test_moe",
     "test_sweep_worker",
-    "test_scaling_published",
-    "test_convert_styles",
-    "test_accumulation",
-    "test_coordcheck",
-    "test_branch",
+    "test_reading",
+    "test_scaling_page",
+    "test_generate_command",
+    "test_phased_runs",
     "test_cli",
-    "test_lane_compiles",
-    "test_parameterization",
+    "test_ambient",
+    "test_speculative",
+    "test_runs_over_a_base",
+    "test_step",
+    "test_scaling_design",
+    "test_prompts",
+    "test_trouble",
+    "test_peft",
+    "test_engine",
+    "test_sweep_start",
+    "test_memory",
+    "test_early_stop",
+    "test_moe",
+    "test_kernels",
 )
 
 

@@ -7,6 +7,7 @@ Compute-Optimal Training Beyond Fixed Training Durations"): one model size gives
 from collections.abc import Mapping
 from pathlib import Path
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.folders import Data, data_of
 from train.recipe import Branch, Recipe
@@ -34,8 +35,7 @@ def cooldown(
             f"{trunk} trains only part of its parameters, and a run cannot branch off one that does; train each length "
             "as a run of its own"
         )
-    if decay_steps < 1:
-        raise InputError(f"decay_steps={decay_steps} must be at least 1")
+    check_at_least_one(decay_steps=decay_steps)
     if train_config.phases or train_config.schedule not in ("constant", "wsd"):
         kind = "a plan of phases" if train_config.phases else f"schedule={train_config.schedule!r}"
         raise InputError(f"{trunk} has {kind}; a base run needs schedule=constant or wsd")

@@ -114,8 +114,8 @@ class TensorBoard:
 
         content = Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(content))
-        checksum = lambda part: struct.pack("<I", masked_crc32c(part))
-        write_all(self._file, length + checksum(length) + content + checksum(content))
+        length_checksum, content_checksum = (struct.pack("<I", masked_crc32c(part)) for part in (length, content))
+        write_all(self._file, length + length_checksum + content + content_checksum)
 
 
 class WandB:

@@ -5,12 +5,12 @@ sweep over them compiles nothing.
 """
 
 import dataclasses
-import math
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import jax
 import numpy as np
 
+from model.checks import check_bool, check_number, check_whole
 from model.errors import InputError, UnknownNameError
 from model.execution import Execution, moved, refuse_moved
 from train.phases import Phase
@@ -32,7 +32,7 @@ class TrainConfig:
     metrics include the norms of every group of parameters. order: of the rows of an epoch: shuffled by the seed, or as
     they lie in the data folder.
     max_skipped: the number of consecutive steps that are not finite after which a run ends as diverged. spike_sigma: a
-    loss more than so many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
+    loss more than this many standard deviations above the mean of the last `spike_window` losses rolls the run back, at
     most `max_rollbacks` times; 0: never.
     phases: the phases of the run (`train/plan.py`), instead of `schedule`; empty: one shape throughout.
     """
@@ -54,20 +54,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name}={value!r} must be a whole number of at least {least}")
+            check_whole(name, getattr(self, name), least, plain=True)
         kinds = {"schedule": Schedule, "optimizer": Optimizer, "packing": Packing, "order": Order}
         for name, choices in ((name, get_args(kind)) for name, kind in kinds.items()):
             if getattr(self, name) not in choices:
                 raise UnknownNameError(name, str(getattr(self, name)), choices)
-        if isinstance(self.spike_sigma, bool) or not 0 <= self.spike_sigma < math.inf:
-            raise InputError(f"spike_sigma={self.spike_sigma!r} must be a number, at least 0")
+        check_number("spike_sigma", self.spike_sigma, least=0)
         if not isinstance(self.phases, (list, tuple)):
             raise InputError(f"phases={self.phases!r} must be a list of phases")
         for name in ("dropout", "segment_documents", "norms"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
+            check_bool(name, getattr(self, name))
         phases = (phase if isinstance(phase, Phase) else Phase.from_dict(phase) for phase in self.phases)
         object.__setattr__(self, "phases", tuple(phases))
 

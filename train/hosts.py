@@ -5,6 +5,7 @@ is the writer: it alone writes logs and records and decides about files. The oth
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from model.checks import check_at_least_one, check_whole
 from model.errors import InputError
 
 
@@ -25,10 +27,11 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
         raise InputError(
             f"coordinator={coordinator!r} names no port; write it as HOST:PORT, the same for all processes"
         )
-    if num_processes is not None and num_processes < 1:
-        raise InputError(f"num_processes={num_processes} is not a count of processes; it must be at least 1")
-    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
-        raise InputError(f"process_id={process_id} must be from 0 to num_processes - 1 = {(num_processes or 1) - 1}")
+    if num_processes is not None:
+        check_at_least_one(num_processes=num_processes)
+    if process_id is not None:
+        last = math.inf if num_processes is None else num_processes - 1
+        check_whole("process_id", process_id, 0, last, hint="processes are counted from 0")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by CPUs only
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)

@@ -41,7 +41,6 @@ def total_norm(norms: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
 @functools.lru_cache(maxsize=256)
 def groups_of(config: ModelConfig, objective: Objective) -> tuple[str, ...]:
     """Return the groups of a model that an objective trains."""
-    fresh = lambda key: objective.trained(config, init(config, key), key)
-    params = jax.eval_shape(fresh, jax.random.key(0))
+    params = jax.eval_shape(lambda key: objective.trained(config, init(config, key), key), jax.random.key(0))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return tuple(dict.fromkeys(group_of(names_of(path)) for path in paths))

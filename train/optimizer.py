@@ -82,7 +82,7 @@ def _adafactor(lora_rank: Any) -> optax.GradientTransformation:
     its second moment is never factored: a lane of a smaller rank then equals an adapter of that rank.
     """
 
-    def of_leaf(path: tuple[str, ...], leaf: Any) -> optax.GradientTransformation:
+    def transformation(path: tuple[str, ...], leaf: Any) -> optax.GradientTransformation:
         axis = {"adapter_a": -1, "adapter_b": -2}.get(role_of(path))
         if axis is None:
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -91,35 +91,41 @@ def _adafactor(lora_rank: Any) -> optax.GradientTransformation:
         share = jnp.sqrt(counted / columns).astype(jnp.float32)  # Optax's mean is over the masked zeros too
         return optax.chain(optax.scale_by_factored_rms(factored=False), optax.clip_by_block_rms(share))
 
-    return _each_alone(of_leaf)
+    return _per_matrix(transformation)
 
 
-def _each_alone(of_leaf: Callable[[tuple[str, ...], Any], optax.GradientTransformation]) -> Any:
-    """Apply a transformation to every single matrix or vector of a stack, as if each were a parameter of its own.
+def _per_matrix(transformation: Callable[[tuple[str, ...], Any], optax.GradientTransformation]) -> Any:
+    """Apply a transformation to each matrix or vector of a stacked leaf separately.
 
-    Optax treats a leaf as one parameter: of [layers, d_in, d_out] it would factor the two longest axes, which may
-    include the layers, and clip all layers by one RMS. The state keeps Optax's form, with trees like the parameters'.
-    of_leaf: the transformation by the leaf's path and the leaf; all have states of one form.
+    Optax treats a leaf as one parameter: it would factor the two longest axes of [layers, d_in, d_out], which may
+    include the layers, and clip all layers by one RMS. The state has Optax's form, with trees like the parameters'.
+    transformation: returns the transformation for a leaf, given its path and the leaf. All transformations must have
+    states with the same tree structure.
     """
 
-    def mapped(path: tuple[Any, ...], leaf: Any, function: Any) -> Any:
+    def over_stack(path: tuple[Any, ...], leaf: Any, function: Any) -> Any:
         own_axes = 1 if role_of(names_of(path)) == "vector" else 2
         for _ in range(leaf.ndim - own_axes):
             function = jax.vmap(function)
         return function
 
     def init(params: Params) -> Any:
-        one = lambda path, leaf: mapped(path, leaf, of_leaf(names_of(path), leaf).init)(leaf)
-        states = jax.tree_util.tree_map_with_path(one, params)
+        def init_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+            return over_stack(path, leaf, transformation(names_of(path), leaf).init)(leaf)
+
+        # A tree of states becomes a state of trees, as Optax has it.
+        states = jax.tree_util.tree_map_with_path(init_leaf, params)
         return jax.tree.transpose(jax.tree.structure(params), None, states)
 
     def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        def update_leaf(path: tuple[Any, ...], leaf: Any, *rest: Any) -> Any:
+            return over_stack(path, leaf, transformation(names_of(path), leaf).update)(leaf, *rest)
+
         outer = jax.tree.structure(params)
-        any_leaf = of_leaf(("embedding", "tokens"), None).init
+        any_leaf = transformation(("embedding", "tokens"), None).init
         inner = jax.tree.structure(jax.eval_shape(any_leaf, jnp.zeros(1, jnp.float32)))
-        one = lambda path, leaf, *rest: mapped(path, leaf, of_leaf(names_of(path), leaf).update)(leaf, *rest)
         states = jax.tree.transpose(inner, outer, state)
-        pairs = jax.tree_util.tree_map_with_path(one, updates, states, params)
+        pairs = jax.tree_util.tree_map_with_path(update_leaf, updates, states, params)
         return jax.tree.transpose(outer, None, pairs)
 
     return optax.GradientTransformation(init, update)
@@ -127,15 +133,22 @@ def _each_alone(of_leaf: Callable[[tuple[str, ...], Any], optax.GradientTransfor
 
 def _muon(hparams: HParams) -> optax.GradientTransformation:
     """Return Muon: momentum with its singular values set near 1, times 0.2 · √max(fan_in, fan_out)."""
+
     # A leaf's last two axes are one matrix; those along the other axes (layers, experts) are orthogonalised separately.
-    axes = lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
-    to_rms = lambda leaf: leaf * (MUON_RMS * max(leaf.shape[-2:]) ** 0.5)
+    def last_two_axes(tree: Any) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+
+    def to_rms(leaf: Array) -> Array:
+        return leaf * (MUON_RMS * max(leaf.shape[-2:]) ** 0.5)
+
     return optax.chain(
-        optax.contrib.scale_by_muon(beta=hparams.beta1, eps=hparams.epsilon, weight_dimension_numbers=axes),
+        optax.contrib.scale_by_muon(beta=hparams.beta1, eps=hparams.epsilon, weight_dimension_numbers=last_two_axes),
         optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates)),
     )
 
 
 def _muon_or_adam(params: Params) -> Any:
-    label = lambda path: "muon" if role_of(names_of(path)) in ORTHOGONALIZED else "adam"
-    return jax.tree_util.tree_map_with_path(lambda path, _: label(path), params)
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        return "muon" if role_of(names_of(path)) in ORTHOGONALIZED else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model import Execution, ModelConfig
 from model.adapters import Adapter
+from model.checks import check_bool
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
@@ -141,7 +142,7 @@ def _listed(value: Any, kind: Any) -> Any:
 
 
 def _manifest(recipe: Recipe) -> Manifest | None:
-    """Return the manifest of a recipe's first data folder; None if the recipe does not know its folders."""
+    """Return the manifest of a recipe's first data folder; None if the recipe has no folders."""
     if recipe.folders is None:
         return None
     return load_manifest(recipe.folders if isinstance(recipe.folders, str) else next(iter(recipe.folders.values())))
@@ -169,8 +170,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if bool in arms:
-        if not isinstance(value, bool):
-            raise InputError(f"{name}={value!r} must be true or false")
+        check_bool(name, value)
     elif float in arms:
         if not number:
             raise InputError(f"{name}={value!r} must be a number")

@@ -63,11 +63,14 @@ def device_named(name: str) -> str:
 
     Raises InputError, with all known devices, if there is none.
     """
-    plain = lambda text: _BESIDES.sub("", text.lower())
     for key in PEAKS:
-        if plain(key) == plain(name):
+        if _plain_name(key) == _plain_name(name):
             return key
     raise InputError(f"the peak of a device {name!r} is not known; known are {', '.join(PEAKS)}")
+
+
+def _plain_name(text: str) -> str:
+    return _BESIDES.sub("", text.lower())
 
 
 def peak_flops_per_second(dtype: DTypeLike) -> float:

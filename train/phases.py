@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from model.checks import check_number, check_whole
 from model.errors import InputError
 from model.parts import Part
 
@@ -39,12 +40,11 @@ class Phase(Part):
             raise InputError(f"phase {self.name!r}: batch_sizes={sizes!r} must be a list of whole numbers, at least 1")
         object.__setattr__(self, "batch_sizes", tuple(sizes))
         object.__setattr__(self, "mixture", self._weights())
-        if self.tokens < max(1, len(sizes)):
-            raise InputError(f"phase {self.name!r}: tokens={self.tokens} must be at least {max(1, len(sizes))}")
-        if self.seq_len == 0:
-            raise InputError(f"phase {self.name!r}: seq_len=0 must be at least 1")
-        if self.rope_base == 0:
-            raise InputError(f"phase {self.name!r}: rope_base=0 must be positive")
+        check_whole(f"phase {self.name!r}: tokens", self.tokens, max(1, len(sizes)))
+        if self.seq_len is not None:
+            check_whole(f"phase {self.name!r}: seq_len", self.seq_len, 1)
+        if self.rope_base is not None:
+            check_number(f"phase {self.name!r}: rope_base", self.rope_base, above=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with lists for tuples."""
@@ -60,10 +60,9 @@ class Phase(Part):
                 f"phase {self.name!r}: mixture={self.mixture!r} must be pairs of a source's name and its weight"
             ) from None
         for name, weight in pairs:
-            if not 0 < weight < math.inf:
-                raise InputError(f"phase {self.name!r}: the weight {weight} of {name!r} must be a positive number")
+            check_number(f"phase {self.name!r}: weight of {name!r}", weight, above=0)
         if len({name for name, _ in pairs}) < len(pairs):
-            raise InputError(f"phase {self.name!r}: a source stands twice in the mixture {self.mixture!r}")
+            raise InputError(f"phase {self.name!r}: a source occurs twice in the mixture {self.mixture!r}")
         return pairs
 
 
@@ -100,7 +99,10 @@ def standard_phases(
         )
     growth = tuple(dict.fromkeys(max(1, batch_size // divisor) for divisor in (4, 2, 1)))  # of 2 rows: 1, 2
     before, after = tuple(mixture), tuple(annealing_mixture) or tuple(mixture)
-    tokens = lambda share: math.ceil(total_tokens * share)
+
+    def tokens(share: float) -> int:
+        return math.ceil(total_tokens * share)
+
     shape: dict[str, Any] = {"seq_len": seq_len}
     phases = [
         Phase("warm-up", tokens(warmup), growth[:1], mixture=before, rate="linear", **shape),

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from model.checks import check_whole
 from model.errors import InputError
 from train.config import HParams, Order, TrainConfig
 from train.phases import RateShape
@@ -82,14 +84,15 @@ class Plan:
         is more than that, or missing without phases.
         """
         if not train_config.phases:
-            if steps is None or steps < 1:
-                raise InputError(f"steps={steps} must be at least 1: give steps, or total_steps in the hyperparameters")
-            return cls(
-                (Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len),), train_config.order
-            )
+            hint = "give steps, or total_steps in the hyperparameters"
+            if steps is None:
+                raise InputError(f"steps=None leaves the length of the run open; {hint}")
+            check_whole("steps", steps, 1, hint=hint)
+            stage = Stage("all", 0, 0, steps, 0, train_config.batch_size, train_config.seq_len)
+            return cls((stage,), train_config.order)
         plan = cls(tuple(_stages(train_config)), train_config.order)
-        if steps is not None and not 1 <= steps <= plan.total_steps:
-            raise InputError(f"steps={steps} must lie between 1 and the {plan.total_steps} steps of the run's phases")
+        if steps is not None:
+            check_whole("steps", steps, 1, plan.total_steps, hint="the run's phases have no more steps")
         return plan
 
     @property
@@ -173,16 +176,23 @@ def _factor(plan: Plan, step: Int[Array, "..."]) -> Float[Array, "..."]:
     Shares of a phase are traced instead of tokens, whose count does not fit an int32. Example: in a linear phase from
     0 to 1 with one stage of the steps 10–14, update 11 is the second of five: share 0.4, factor 0.4.
     """
-    of = lambda value: jnp.asarray(np.array([value(stage) for stage in plan.stages], np.float32))
+
+    def by_stage(value: Callable[[Stage], float]) -> Array:
+        return jnp.asarray(np.array([value(stage) for stage in plan.stages], np.float32))
+
     ends = np.array([stage.end_step for stage in plan.stages], np.int32)
     index = jnp.minimum(jnp.searchsorted(ends, step, side="right"), len(plan.stages) - 1)
     done = step + 1 - jnp.asarray(np.array([stage.first_step for stage in plan.stages], np.int32))[index]
-    per_step = of(lambda stage: (stage.last_share - stage.first_share) / stage.steps)
-    share = jnp.minimum(of(lambda stage: stage.first_share)[index] + done * per_step[index], 1.0)
-    is_cosine, is_constant = of(lambda stage: stage.rate == "cosine"), of(lambda stage: stage.rate == "constant")
+    per_step = by_stage(lambda stage: (stage.last_share - stage.first_share) / stage.steps)
+    share = jnp.minimum(by_stage(lambda stage: stage.first_share)[index] + done * per_step[index], 1.0)
+    is_cosine = by_stage(lambda stage: stage.rate == "cosine")
+    is_constant = by_stage(lambda stage: stage.rate == "constant")
     progress = jnp.where(is_cosine[index] > 0, 0.5 * (1 - jnp.cos(jnp.pi * share)), share)  # from initial to final
     progress = jnp.where(is_constant[index] > 0, 1.0, progress)
-    return of(lambda stage: stage.initial)[index] * (1 - progress) + of(lambda stage: stage.final)[index] * progress
+    return (
+        by_stage(lambda stage: stage.initial)[index] * (1 - progress)
+        + by_stage(lambda stage: stage.final)[index] * progress
+    )
 
 
 def describe(plan: Plan) -> list[dict[str, Any]]:

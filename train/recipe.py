@@ -97,7 +97,9 @@ class Recipe:
     former: Mapping[str, Any] = dataclasses.field(default=FrozenDict(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
         objective: Any = self.objective
         objective = objective if isinstance(objective, Objective) else read_objective(objective)
         put("objective", objective.resolved(self.model))

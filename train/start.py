@@ -42,12 +42,12 @@ def weights(path: str | Path) -> Weights:
 
 
 def open_weights(start: Weights) -> Params:
-    """Return all parameters of a start. Raises InputError where nothing says where they lie, or others lie there."""
+    """Return all parameters of a start. Raises InputError if its path is not known or holds other weights."""
     if start.path is None:
         raise InputError(f"the run starts from weights {start.sha256[:16]}…; give its Weights the path")
     params = _plain(start.path)
     if parameters_sha256(params) != start.sha256:
-        raise InputError(f"{start.path} holds other weights than the recipe names")
+        raise InputError(f"{start.path} holds other weights than the recipe names; give the path of those")
     return params
 
 
@@ -68,7 +68,7 @@ def fit(params: Params, config: ModelConfig, path: Path | None, fresh: Sequence[
 
 
 def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
-    """Raise InputError where parameters, those of the model at `path`, are not of the config's shapes."""
+    """Raise InputError unless the parameters, loaded from `path`, have the shapes that the config gives."""
     like = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     there, here = (_shapes(tree) for tree in (params, like))
     wrong = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
@@ -76,7 +76,7 @@ def check_fits(params: Params, config: ModelConfig, path: Path | None) -> None:
         name = wrong[0]
         raise InputError(
             f"the weights of {path} do not fit the model: {name} is {there.get(name, 'absent')} there and "
-            f"{here.get(name, 'absent')} in the recipe"
+            f"{here.get(name, 'absent')} in the recipe; give the model's own config, or another model"
         )
 
 

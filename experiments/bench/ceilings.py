@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same run: bytes read per second and FLOP/s of a product."""
+"""Measure this machine's ceilings in the same run: memory bandwidth and FLOP/s of a matrix product."""
 
 import dataclasses
 import os
@@ -21,8 +21,8 @@ COLUMNS = 4096
 class Ceilings:
     """read_form: the fastest way of reading; read_bytes: of the buffer, beyond every cache.
 
-    measured: every measurement of that ceiling, of which the highest is the ceiling; how far they lie apart says how
-    much the machine's speed moved.
+    measured: every measurement of that ceiling, of which the highest is the ceiling; their spread shows how much the
+    machine's speed varied.
     """
 
     read_bytes_per_second: float
@@ -40,15 +40,15 @@ class Ceilings:
 
 
 def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.4, rounds: int = 3) -> Ceilings:
-    """Return both ceilings, each measured `rounds` times, interleaved.
+    """Measure both ceilings `rounds` times, interleaved.
 
     size: bytes of the buffer that is read; None: `buffer_bytes()`. seconds: per form of reading, over all rounds.
     """
     size = size or buffer_bytes()
-    reads, reading, products = _reads(size), [], []
+    reads, reading, products = _read_functions(size), [], []
     for _ in range(rounds):
         reading.append({name: size / _best(read, seconds / rounds) for name, read in reads.items()})
-        measured_peak.cache_clear()  # a measurement of its own, not one of earlier in this process
+        measured_peak.cache_clear()  # measured anew, not reused from earlier in this process
         products.append(measured_peak(dtype))
     rates = {name: max(one[name] for one in reading) for name in reads}
     form = max(rates, key=rates.__getitem__)
@@ -57,9 +57,7 @@ def measure_ceilings(dtype: str, *, size: int | None = None, seconds: float = 0.
 
 
 def best_of(before: Ceilings, after: Ceilings) -> Ceilings:
-    """Return the higher of both, since what else ran meanwhile can only lower a ceiling, with the
-    measurements of both.
-    """
+    """Return the higher ceilings, with all measurements: other load can only lower a ceiling."""
     higher = max(before, after, key=lambda ceilings: ceilings.read_bytes_per_second)
     return dataclasses.replace(
         higher,
@@ -83,12 +81,12 @@ def buffer_bytes() -> int:
 
 
 def cores() -> int:
-    """Return those that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _reads(size: int) -> dict[str, Callable[[], Any]]:
-    """Return ways to read `size` bytes once: decode can be no faster than the best of them."""
+def _read_functions(size: int) -> dict[str, Callable[[], Any]]:
+    """Return functions that each read `size` bytes once, by name: the fastest bounds the speed of decode."""
     table, vector = jnp.ones((size // (4 * COLUMNS), COLUMNS), jnp.float32), jnp.ones(COLUMNS, jnp.float32)
     product, total, largest = jax.jit(jnp.matmul), jax.jit(jnp.sum), jax.jit(lambda x: jnp.max(x, axis=1))
     reads: dict[str, Callable[[], Any]] = {
@@ -97,7 +95,7 @@ def _reads(size: int) -> dict[str, Callable[[], Any]]:
         "XLA largest of every row": lambda: largest(table).block_until_ready(),
     }
     if jax.default_backend() == "cpu":
-        pool = ThreadPoolExecutor(cores())  # NumPy's reductions let go of the interpreter's lock
+        pool = ThreadPoolExecutor(cores())  # NumPy's reductions release the GIL
         parts = np.array_split(np.asarray(table).reshape(-1), cores())
         reads["NumPy sum, a thread per core"] = lambda: list(pool.map(np.sum, parts))
     return reads

@@ -1,4 +1,4 @@
-"""Comparison of two benchmark documents: which cells became faster, which slower, and which differ by noise alone."""
+"""Compare two benchmark documents: which cells became faster, which slower, and which differ by noise alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,18 +17,18 @@ LEVEL = 95
 def compare(
     before: dict[str, Any], after: dict[str, Any], *, across: Sequence[str] = (), anything: bool = False
 ) -> dict[str, Any]:
-    """Join the cells by their coordinates, but those that are compared `across`.
+    """Join the cells of both documents by their coordinates, except the coordinates in `across`.
 
     For every metric with raw samples the ratio of medians, after over before. interval: bootstrapped from both samples,
-    at 95 %. verdict: "within noise" where it holds 1, where the change is smaller than the spread (half of the central
-    half of the samples over their median, of the noisier document), or smaller than what the machine's ceilings moved
-    by among their measurements; otherwise "faster" or "slower". Where the ceilings of the documents differ by more than
-    a tenth, a difference beyond noise is "machine changed" instead, unless anything is true: the code may have nothing
-    to do with it; ratio_per_ceiling is the ratio with both over their own ceilings. alone: cells that only one document
-    has, or that failed in one. machine: `machine.compare_ceilings`.
+    at 95 %. verdict: "within noise" if the interval contains 1, or if the change is smaller than the spread (half of
+    the interquartile range over the median, of the noisier document) or smaller than the variation of the machine's
+    measured ceilings; otherwise "faster" or "slower". If the documents' ceilings differ by more than a tenth, a
+    difference beyond noise is "machine changed" instead (unless `anything`), since the code may not be its cause;
+    ratio_per_ceiling is the ratio with both over their own ceilings. alone: cells that only one document has, or that
+    failed in one. machine: `machine.compare_ceilings`.
 
-    Raises InputError where models or devices differ, unless anything is true, where no cell is common, and where
-    `across` makes two cells of a document one.
+    Raises InputError if models or devices differ, unless `anything`, if they have no cell in common, or if two cells of
+    one document differ only in `across`.
     """
     if not anything:
         _check_alike(before, after)
@@ -74,7 +74,7 @@ def ratio(
 ) -> dict[str, Any]:
     """Return medians of two samples of seconds, their ratio with its interval and spread, and the verdict.
 
-    times: from the least to the most by which the machine alone may have multiplied a time.
+    times: smallest and largest factor on a time that the machine alone explains.
     """
     random = np.random.default_rng(seed)
     draws = [np.median(random.choice(x, (BOOTSTRAPS, len(x))), axis=1) for x in (before, after)]
@@ -97,7 +97,7 @@ def ratio(
 
 
 def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
-    """Return those that are slower, beyond noise, by more than this share."""
+    """Return the cells that are slower, beyond noise, by more than this share."""
     return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
 
 

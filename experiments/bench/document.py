@@ -1,4 +1,4 @@
-"""What stands in every benchmark document beside its numbers: where, with what and how they were measured."""
+"""Describe how the numbers of a benchmark document were measured: model, device, versions, command line."""
 
 import hashlib
 import json
@@ -20,9 +20,7 @@ SCHEMA_VERSION = 2
 
 
 def describe(config: ModelConfig, model: str, random_weights: bool) -> dict[str, Any]:
-    """Return the model, its config's hash, the device and its driver, versions, the commit, load and the
-    command line.
-    """
+    """Return model, config hash, device and driver, versions, commit, load and command line."""
     return {
         "schema_version": SCHEMA_VERSION,
         "command": shlex.join(["isoflop", *sys.argv[1:]]),
@@ -43,17 +41,15 @@ def config_hash(config: ModelConfig) -> str:
 
 
 def driver() -> str:
-    """Return what JAX says about its platform: the version of the accelerator's driver and runtime, where there are
-    any.
-    """
+    """Return JAX's platform version: of the accelerator's driver and runtime, if there is one."""
     return jax.devices()[0].client.platform_version.strip().replace("\n", ", ")
 
 
 def commit() -> str:
-    """Return `git describe` where this code lies in a repository, else the package's version."""
+    """Return `git describe` if this code is in a repository, else the package's version."""
     file = Path(__file__)
     try:
-        # An installed package may lie, untracked, in a repository of something else.
+        # An installed package may be an untracked part of another project's repository.
         _git(file.parent, "ls-files", "--error-unmatch", file.name)
         return _git(file.parent, "describe", "--always", "--dirty")
     except (OSError, subprocess.SubprocessError):

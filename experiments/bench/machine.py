@@ -1,17 +1,17 @@
-"""Compare the machine's own speed in two documents: can a difference be the code's at all?"""
+"""Compare the machine's own speed in two documents, to tell a change of the code from one of the machine."""
 
 from collections.abc import Sequence
 from typing import Any
 
-LIMIT = 1.1  # ceilings further apart than this are another machine, or the same one with less of it left
+LIMIT = 1.1  # relative difference of ceilings from which the machine counts as changed
 _CEILINGS = {"read_bytes_per_second": "read bandwidth", "matmul_flops_per_second": "product rate"}
 
 
 def compare_ceilings(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
     """Return {ceiling, before, after, ratio, times, changed} of every ceiling that both documents have.
 
-    ratio: after over before. times: from the least to the most by which the machine alone may have multiplied a time,
-    of all measurements of that ceiling; 1 is always between. changed: the ceilings differ by more than LIMIT.
+    ratio: after over before. times: smallest and largest factor on a time that the machine alone explains, over all
+    measurements of that ceiling; the range always contains 1. changed: the ceilings differ by more than LIMIT.
     """
     pair = [document.get("ceilings") or {} for document in (before, after)]
     found = []
@@ -43,9 +43,7 @@ def has_changed(ceilings: Sequence[dict[str, Any]]) -> bool:
 
 
 def times_of(ceilings: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the smallest and largest factor by which the machine alone may have multiplied a time, over
-    all ceilings.
-    """
+    """Return the smallest and largest factor on a time that the machine alone explains, over all ceilings."""
     return [
         min((row["times"][0] for row in ceilings), default=1.0),
         max((row["times"][1] for row in ceilings), default=1.0),
@@ -53,9 +51,9 @@ def times_of(ceilings: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def per_ceiling(ratio: float, metric: str, bound: str | None, ceilings: Sequence[dict[str, Any]]) -> float | None:
-    """Return a ratio of times as it would be on one machine, where the ceiling that binds it decided all of it.
+    """Return the ratio of times normalised by the ceiling that binds: what it would be on one machine.
 
-    A prefill and a training step are bound by the product rate. None where that ceiling is not known.
+    A prefill and a training step are bound by the product rate. None if that ceiling is not known.
     """
     computes = bound == "compute" or metric in ("time_to_first_token_seconds", "step_seconds")
     wanted = "product rate" if computes else "read bandwidth" if bound == "memory" else None
@@ -63,7 +61,7 @@ def per_ceiling(ratio: float, metric: str, bound: str | None, ceilings: Sequence
 
 
 def in_words(ceilings: Sequence[dict[str, Any]]) -> str:
-    """read bandwidth 41.2 → 15.3 (0.37 times), product rate 190 → 171 (0.90 times), in 1e9 a second."""
+    """Describe the change: read bandwidth 41.2 → 15.3 (0.37 times), product rate 190 → 171 (0.90 times), in 1e9/s."""
     return ", ".join(
         f"{row['ceiling']} {row['before'] / 1e9:.3g} → {row['after'] / 1e9:.3g} ({row['ratio']:.2f} times)"
         for row in ceilings

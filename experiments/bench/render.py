@@ -1,4 +1,4 @@
-"""The benchmark's rows as a table, JSON, JSON lines, CSV or Markdown."""
+"""Render the benchmark's rows as a table, JSON, JSON lines, CSV or Markdown."""
 
 import csv
 import io
@@ -15,9 +15,7 @@ COORDINATES = ("kv_heads", "weights", "cache", "batch", "prompt", "context", "st
 
 
 def render(document: dict[str, Any], form: Format) -> str:
-    """Return the document as text; csv, jsonl and md hold its cells, or its loads, alone, csv and md without raw
-    samples.
-    """
+    """Return the document as text; csv, jsonl and md have only the cells or loads, csv and md no samples."""
     rows = document["cells"] or document.get("load", [])
     if form == "json":
         return json.dumps(document, indent=1)
@@ -32,8 +30,7 @@ def render(document: dict[str, Any], form: Format) -> str:
 
 
 def cell_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return (title, column names, cells as text) twice, so that they fit a terminal: the loop on the device, the
-    host's wait.
+    """Return two tables (title, columns, cells as text) that fit a terminal: the device loop, and the host loop.
 
     Each with the coordinates that differ or matter, then medians, or the error.
     """
@@ -107,7 +104,7 @@ def _bars(header: list[str], lines: list[list[str]]) -> str:
 
 
 def ceilings_in_words(ceilings: dict[str, Any]) -> str:
-    """reads 31.2 GB/s (XLA sum; measured 28.9 … 31.2), multiplies 190 GFLOP/s (float32; measured 171 … 190)."""
+    """Describe the ceilings: reads 31.2 GB/s (XLA sum; measured 28.9 … 31.2), multiplies 190 GFLOP/s (float32; …)."""
 
     def measured(name: str, unit: float, digits: int) -> str:
         return " … ".join(

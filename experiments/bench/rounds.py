@@ -1,4 +1,4 @@
-"""Contenders that are measured in interleaved rounds, so that whatever else the machine does slows all of them."""
+"""Measure contenders in interleaved rounds, so that other load slows all of them equally."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 TrainSteps = Callable[[int], tuple[float, list[float]]]
-"""Train so many steps on fresh random tokens: (seconds of all together, the loss of each)."""
+"""Train this many steps on fresh random tokens; returns (seconds in total, the loss of each)."""
 
 
 def interleaved(names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -17,19 +17,19 @@ def interleaved(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def median_and_range(key: str, ratios: Sequence[float]) -> dict[str, float]:
-    """Return the median of the rounds' ratios under this key, and the lowest and highest beside it."""
+    """Return the median, lowest and highest of the rounds' ratios under this key."""
     return {key: statistics.median(ratios), f"{key}_lowest": min(ratios), f"{key}_highest": max(ratios)}
 
 
 def loss_difference(losses: Mapping[str, Sequence[float]], tolerance: float) -> float:
     """Return the largest relative difference of any contender's first losses from those of "isoflop".
 
-    Raises RuntimeError where it is not below the tolerance: the contenders do not compute the same step.
+    Raises RuntimeError if it is not below the tolerance: the contenders do not compute the same step.
     """
     own = np.array(losses["isoflop"])
     difference = max(float(np.max(np.abs(np.array(other) / own - 1))) for other in losses.values())
     if not difference < tolerance:
-        raise RuntimeError(f"the contenders do not train alike: their first losses are {losses}")
+        raise RuntimeError(f"the contenders do not compute the same step: their first losses are {losses}")
     return difference
 
 

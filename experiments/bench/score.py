@@ -1,4 +1,4 @@
-"""`infer.score` with shared prefixes, without, and a plain pass with all its logits, measured in interleaved rounds."""
+"""Benchmark `infer.score` with and without shared prefixes against a plain forward pass, in interleaved rounds."""
 
 import functools
 import statistics
@@ -12,16 +12,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from experiments.bench.rounds import interleaved, median_and_range
-from experiments.inputs import check_at_least_one
 from experiments.models import check_is_decoder
 from infer import prepare, score
 from infer.scoring.batches import padded_length
 from model import ModelConfig, Params, apply
+from model.checks import check_at_least_one
 from model.errors import InputError
 from model.progress import progress_bar
 
 ScoreRequest = tuple[list[int], list[int]]
-MOST_LOGITS = 2**28  # of a plain pass, 1 GiB; with more it is not measured
+MOST_LOGITS = 2**28  # bytes of a plain pass's logits (1 GiB) above which it is not measured
 
 
 def bench_score(
@@ -38,7 +38,7 @@ def bench_score(
 ) -> list[dict[str, Any]]:
     """Return one row per prefix length: seconds of each contender and the ratios of speeds, medians of rounds.
 
-    Requests are random: `contexts` prefixes, each with so many continuations of `continuation` tokens, by default a
+    Requests are random: `contexts` prefixes, each with a number of continuations of `continuation` tokens, by default a
     tenth of the prefix. Contenders are "shared", "unshared" and "apply": `apply` and a log-softmax, jitted, on the
     batches of "unshared". Ratios are of the same round; the first calls, which compile, are not among the samples.
     Raises InputError for a model or lengths that cannot be scored, before anything is measured.

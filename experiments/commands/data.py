@@ -1,4 +1,4 @@
-"""`isoflop data`: make a data folder from a corpus, and look into one."""
+"""Implement `isoflop data`: prepare a data folder from a corpus, and inspect one."""
 
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ def prepare(
     tokenizer: Path | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Make a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
+    """Prepare a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
 
     Example: isoflop data prepare sotu --out data/sotu
 
@@ -31,7 +31,7 @@ def prepare(
 
     Example: isoflop data prepare chats.jsonl --kind chat --out data/chats --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf
 
-    The folder appears when it is complete; asked again with the same arguments and corpus, nothing is done.
+    The folder appears when it is complete; the same call again with an unchanged corpus does nothing.
 
     Args:
         source: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
@@ -41,8 +41,8 @@ def prepare(
             fine-tune on, whose tokenizer must be given.
         max_tokens: Keep so many of the first tokens of each document of these kinds.
         vocab_size: Pieces of the byte-pair tokenizer that is trained on the training split.
-        validation_fraction: Share of documents held out; a document's content alone, of examples the prompt's, decides
-            its side.
+        validation_fraction: Share of documents held out; a hash of the document's content, for examples of the prompt,
+            decides its split.
         text_field: The field or column that holds the text in .jsonl, .parquet and hf: sources.
         label_field: The field or column that holds each document's label, to train a classifier: a string, a boolean
             or a whole number; every distinct value is a class. Rows without one are skipped and counted.
@@ -81,7 +81,7 @@ def prepare(
     print(
         f"  dropped: {manifest.duplicates_dropped:,} duplicates, {manifest.empty_skipped:,} empty documents,"
         f" {manifest.files_skipped:,} binary files;"
-        f" {manifest.bytes_replaced:,} bytes that are no UTF-8 were replaced"
+        f" {manifest.bytes_replaced:,} bytes that are not valid UTF-8 were replaced"
     )
     if manifest.labels:
         print(
@@ -99,16 +99,16 @@ def inspect(
     packing: int | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Show what a data folder holds, verify its checksums, and decode a few stretches of it.
+    """Summarize a data folder, verify its checksums, and decode a few excerpts.
 
     Example: isoflop data inspect data/sotu --rows 5
 
     Args:
         folder: A folder made by `isoflop data prepare`.
         split: Whose tokens to decode: train or validation.
-        rows: How many stretches of 64 tokens to show, evenly spread over the split (default 3); of a folder to
-            fine-tune on, how many examples (default 1), with what is trained of them in colour or between brackets.
-        packing: Also say how well whole documents fill rows of so many tokens (training's packing=best-fit).
+        rows: Excerpts of 64 tokens to decode, evenly spaced over the split (default 3); of a folder to fine-tune on,
+            examples (default 1), with their trained part in colour or between brackets.
+        packing: Also report how well whole documents fill rows of this many tokens (training's packing=best-fit).
         json: Also write the result as JSON to this file.
     """
     import dataclasses
@@ -118,16 +118,15 @@ def inspect(
 
     from experiments.commands.examples import inspect_examples
     from experiments.commands.options import console, new_table, write_document
-    from experiments.inputs import check_at_least_one
     from experiments.words import say
-    from model.errors import InputError
+    from model.checks import check_at_least_one, check_whole
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
     from train.data.rows import PackedDocuments
     from train.data.shards import TokenShards
 
-    if rows is not None and rows < 0:
-        raise InputError(f"rows={rows} must not be negative")
+    if rows is not None:
+        check_whole("rows", rows)
     if packing is not None:
         check_at_least_one(packing=packing)
     shards = TokenShards(folder, split)

@@ -1,4 +1,4 @@
-"""`isoflop doctor`: what this machine and this installation have, and what they lack."""
+"""Implement `isoflop doctor`: what this machine and installation provide and lack."""
 
 import os
 import shlex
@@ -23,15 +23,15 @@ ENABLES = {
     "test": "make test",
 }
 """What each extra of pyproject.toml is for; its packages are read from the installation."""
-SIDE = 1024  # of the matrices whose product is the check
+SIDE = 1024  # side of the square matrices that are multiplied as a check
 Found = tuple[dict[str, Any], str]
-"""For the document, and in words."""
+"""For the document, and as text."""
 
 
 def doctor(*, json: JsonFile = None) -> None:
-    """Tell what is here: versions, memory, devices and whether they compute, the compile cache, optional packages.
+    """Report versions, memory, devices and whether they compute, the compile cache, optional packages.
 
-    What is missing or broken is reported and is no failure.
+    Missing or broken parts are reported; the exit code is 0 all the same.
 
     Example: isoflop doctor --json doctor.json
 
@@ -42,7 +42,7 @@ def doctor(*, json: JsonFile = None) -> None:
 
     looks = {"host": _host, "devices": _devices, "check": _check, "compile_cache": _compile_cache}
     looks |= {"settings": _settings}
-    packages, found = _packages(), {name: _told(look) for name, look in looks.items()}
+    packages, found = _packages(), {name: _or_error(look) for name, look in looks.items()}
     versions = {"python": sys.version.split()[0]} | packages.pop("")
     parts: dict[str, Any] = {"versions": versions} | {name: part for name, (part, _) in found.items()}
     extras = {name: {"enables": ENABLES.get(name, ""), "packages": held} for name, held in packages.items()}
@@ -54,8 +54,8 @@ def doctor(*, json: JsonFile = None) -> None:
         console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _told(look: Callable[[], Found]) -> Found:
-    """Return what was found, or the error that says why nothing was: an installation may be broken anywhere."""
+def _or_error(look: Callable[[], Found]) -> Found:
+    """Return the function's result, or its error as text: an installation may be broken anywhere."""
     try:
         return look()
     except Exception as error:
@@ -64,7 +64,7 @@ def _told(look: Callable[[], Found]) -> Found:
 
 
 def _packages() -> dict[str, dict[str, str | None]]:
-    """Return by extra ("": what isoflop always needs) each package with its version, None where it is not installed."""
+    """Return by extra ("": what isoflop always needs) each package with its version, None if it is not installed."""
     import re
     from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -107,7 +107,7 @@ def _devices() -> Found:
 
 
 def _check() -> Found:
-    """Compile and run a product whose result is known."""
+    """Compile and run a matrix product with a known result."""
     import time
 
     import jax

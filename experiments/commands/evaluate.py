@@ -1,4 +1,4 @@
-"""`isoflop eval`: the loss of a trained model."""
+"""Implement `isoflop eval`: the loss of a trained model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,22 +30,24 @@ def evaluate(
 
     Example: isoflop eval runs/first --data data/sotu
 
-    A model with another tokenizer than the data's reads the same text, encoded with its own: compare bits per byte.
-    A run that was trained with another objective is evaluated by that one, beside a unigram model, which knows the
-    frequencies of the targets; a tenth of BERT's chosen tokens stay as they are, which helps it too.
+    If the model's tokenizer differs from the data's, the text is encoded again with the model's: compare bits per byte.
+    A run that was trained with another objective is evaluated by that objective. Its loss is compared with that of a
+    unigram model (the frequencies of the targets), and with the same model if it also reads the token at the predicted
+    position, as BERT's objective shows a tenth of them unchanged.
 
     Example: isoflop eval exported/bert --data data/sotu --objective masked --set objective.mask_id=1024 --seq-len 128
 
     Args:
         model: A run directory, a Hugging Face folder or a GGUF file.
         data: A folder made by `isoflop data prepare`.
-        tokenizer: The model's tokenizer, where none stands beside it.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
-        seq_len: Tokens per row; by default the model's context, or of a run with another objective its own.
-        evaluate_tokens: Use only the first so many tokens of the split.
+        tokenizer: The model's tokenizer, if its folder has none.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
+        seq_len: Tokens per row; by default the model's context, or the run's row length if it was trained with another
+            objective.
+        evaluate_tokens: Use only this many tokens, from the start of the split.
         batch_size: Rows per step.
-        objective: What the model is evaluated by: language-modeling, masked, spans, classification; by default what a
-            run was trained by.
+        objective: Objective to evaluate with: language-modeling, masked, spans, classification; by default the run's
+            own.
         set: Fields of the objective, such as objective.evaluation_rate=0.3.
         json: Also write the numbers to this file.
     """
@@ -57,7 +59,7 @@ def evaluate(
     from model.tokenizer import load_tokenizer
 
     opened = open_model(model, tokenizer, base)
-    if opened.tokenizer is None and (model / "run.json").is_file():  # the data of the run are gone
+    if opened.tokenizer is None and (model / "run.json").is_file():  # the run's data folder no longer exists
         opened = opened._replace(tokenizer=load_tokenizer(data))
     chosen, trained_len = _objective(model, opened.config, objective, set)
     if chosen.NAME != "language-modeling":
@@ -73,7 +75,7 @@ def evaluate(
             max_tokens=evaluate_tokens,
         )
         write_document(json, values)
-        print(_in_words(values, chosen))
+        print(_describe(values, chosen))
         return
     values = measure(
         opened.config,
@@ -98,7 +100,7 @@ def evaluate(
 def _objective(
     model: Path, config: "ModelConfig", name: str | None, changes: tuple[str, ...]
 ) -> "tuple[Objective, int | None]":
-    """Return (the objective that is given, or a run's own, and the length of the run's rows)."""
+    """Return (the given objective or else the run's own, the row length of the run)."""
     from experiments.inputs import read_changes
     from model.errors import InputError
     from train import Recipe, objectives
@@ -119,7 +121,7 @@ def _objective(
     return overlay(inside, Recipe(config, objective=base))[0].objective, seq_len
 
 
-def _in_words(values: dict[str, Any], objective: "Objective") -> str:
+def _describe(values: dict[str, Any], objective: "Objective") -> str:
     means = ", ".join(f"{name} {values[name]:.4f}{' nats' * (name == 'loss')}" for name in objective.EVALUATED)
     unigram = f"; a unigram model: {values['unigram_loss']:.4f}" if "unigram_loss" in values else ""
     if unigram and values["unigram_loss"] - values["context_free_loss"] > 1e-3:

@@ -1,4 +1,4 @@
-"""`isoflop generate`: text from a trained model."""
+"""Implement `isoflop generate`: text from a trained model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,27 +51,28 @@ def generate(
     Args:
         model: A run directory, a Hugging Face folder or a GGUF file.
         prompt: One or more texts to continue.
-        chat: Each prompt is a message to a chat model, put into its own chat format.
+        chat: Format each prompt as a message with the model's chat template.
         system: The system message of a chat.
-        tokenizer: The model's tokenizer (a file, or a folder such as the data's), where none stands beside it.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
+        tokenizer: The model's tokenizer (a file, or a folder such as the data's), if the model's folder has none.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
         max_new_tokens: Most tokens to add to each prompt.
         temperature: 0 is greedy.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens with this probability; 1 keeps all.
-        min_p: Keep tokens at least this times as probable as the likeliest; 0 keeps all.
+        min_p: Keep tokens at least this fraction as probable as the most likely one; 0 keeps all.
         repetition_penalty: Divide positive and multiply negative logits of tokens seen before; 1 changes nothing.
         presence_penalty: Subtract this from the logits of tokens in the output.
         frequency_penalty: Subtract this for every time a token occurs in the output.
         stop: End before any of these texts.
         n: Answers per prompt.
-        logprobs: Write the log-probabilities of so many likeliest tokens into the JSON, too.
+        logprobs: Also write the log-probabilities of this many most likely tokens into the JSON.
         seed: Of the sampling.
         weights: Precision in which the weights are read.
         cache: Precision of the cache; by default that of the computation.
-        stream: Print the text while it is made; of a single prompt.
-        draft: A smaller model of the same vocabulary that proposes tokens; the text follows the same distribution.
-        lookup: Without a draft, propose what followed the last so many tokens when they last came; 0: do not.
+        stream: Print the text as it is generated; for a single prompt.
+        draft: A smaller model with the same vocabulary that proposes tokens; the distribution of the text is unchanged.
+        lookup: Without a draft, propose the tokens that followed the latest earlier occurrence of the last LOOKUP
+            tokens; 0: off.
         tokens_ahead: With --draft or --lookup, most tokens proposed at a time.
         beams: Beam search of this width instead of sampling; --n of the texts that it finds.
         length_penalty: With --beams, scores are divided by length to this power.

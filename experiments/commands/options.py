@@ -1,4 +1,4 @@
-"""Flags, console and output files that several commands share."""
+"""Share flags, console and output files between commands."""
 
 import errno
 import inspect
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def _metric_or_flag(words: list[str]) -> bool | str:
-    """Return the one name behind a flag, or True where it stands alone."""
+    """Return the one name behind a flag, or True if the flag has no value."""
     if len(words) > 1:
         raise ValueError(f"takes one metric at most, not {' '.join(words)}")
     return words[0] if words else True
@@ -46,7 +46,7 @@ _FIGURES = (".svg", ".png", ".pdf")
 
 
 def console() -> "Console":
-    """Return the standard output; wide enough for a table where it is no terminal but a file or a pipe."""
+    """Return a console on standard output; wide enough for tables if that is a file or a pipe."""
     from rich.console import Console
 
     return Console() if Console().is_terminal else Console(width=160)
@@ -65,7 +65,7 @@ def new_table(*columns: str, title: str | None = None, padding: int = 1) -> "Tab
 
 
 def origin() -> dict[str, Any]:
-    """Return what a document of measurements says of how it was made: the command, the device, versions."""
+    """Return the fields of a document that describe its origin: the command, the device, versions."""
     import shlex
 
     from train.run import describe_device, versions
@@ -74,7 +74,7 @@ def origin() -> dict[str, Any]:
 
 
 def write_document(path: Path | None, document: dict[str, Any]) -> None:
-    """Write a command's numbers to `--json FILE`, whole or not at all; where that fails they are printed."""
+    """Write a command's numbers to `--json FILE` atomically; if that fails, print them."""
     from train.files import json_text, write_json
 
     if path is not None:
@@ -89,7 +89,7 @@ def write_document(path: Path | None, document: dict[str, Any]) -> None:
 
 @contextmanager
 def output(path: Path) -> Iterator[None]:
-    """Raise InputError, in one sentence, where writing to a path from the command line fails."""
+    """Turn an OSError on writing to a path of the command line into an InputError."""
     from model.errors import InputError
 
     try:
@@ -101,9 +101,9 @@ def output(path: Path) -> Iterator[None]:
 
 
 def say_fewer_tokens(requested: int, manifest: "Manifest") -> None:
-    """Say so where --evaluate-tokens is given, and more than the validation split has: all of it is read, and no more.
+    """Warn if --evaluate-tokens exceeds the tokens of the validation split.
 
-    The default is more than small sets have, and says nothing.
+    The default may exceed a small split without a warning.
     """
     there = manifest.splits["validation"].tokens - 1  # the first one is not predicted
     names = ("--evaluate-tokens", "--eval-tokens", "--max-tokens")  # the present one and former ones
@@ -116,7 +116,7 @@ def say_fewer_tokens(requested: int, manifest: "Manifest") -> None:
 
 
 def say_unused(where: str, command: Callable[..., Any], **given: Any) -> None:
-    """Say which flags of the command were given that do nothing there, such as "without --beams"."""
+    """Warn about given flags that have no effect, such as a flag that needs --beams."""
     for name, value in given.items():
         if value != inspect.signature(command).parameters[name].default:
             flag = f"--{name.replace('_', '-')}"
@@ -133,7 +133,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def write_plot(path: Path, figure: "Figure", label: str) -> None:
-    """Write `--plot FILE`, whole or not at all; label: of the SVG, for readers who cannot see it."""
+    """Write `--plot FILE` atomically; label: alt text of an SVG, for screen readers."""
     import io
 
     from experiments.report.style import svg

@@ -1,4 +1,4 @@
-"""Repeated flags of a command line: values of a list are gathered, and no value is dropped silently."""
+"""Merge repeated flags of a command line: values of a list are collected, and no value is dropped silently."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ _CHANGES = ("--set", "--base")
 def each_once(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
     """Return the arguments with every flag once: `--set a=1 --seed 2 --set b=3` as `--set a=1 b=3 --seed 2`.
 
-    Raises InputError where a flag of one value is given twice, or a field both by its own flag and by --set.
+    Raises InputError if a flag of one value is given twice, or a field both by its own flag and by --set.
     """
     if {"-h", "--help"} & set(arguments):
         return list(arguments)
@@ -29,7 +29,7 @@ def each_once(command: Callable[..., None], arguments: Sequence[str]) -> list[st
 
 
 def _by_flag(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Return every flag with the words behind it; what stands before the first one is behind the flag ""."""
+    """Return every flag with the words behind it; words before the first flag belong to the flag ""."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for word in arguments:
         if word.startswith("--") and len(word) > 2:
@@ -46,7 +46,7 @@ def _list_flags(command: Callable[..., None]) -> set[str]:
 
 
 def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the names and types of a command's parameters, and of the fields of those that are dataclasses."""
+    """Yield (name, type) of a command's parameters; a dataclass is replaced by its fields."""
     for name, parameter in inspect.signature(command).parameters.items():
         kind = parameter.annotation
         while typing.get_origin(kind) is typing.Annotated:
@@ -58,7 +58,7 @@ def _parameters(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_changes(found: dict[str, list[str]]) -> None:
-    """Raise InputError where a field is given by two flags; a sweep's axis may give the steps that --steps gives."""
+    """Raise InputError if a field is given by two flags; a sweep's axis may give the steps that --steps gives."""
     by: dict[str, str] = {}
     for changes in _CHANGES:
         for name in (value.partition("=")[0] for value in found.get(changes, ())):
@@ -70,6 +70,6 @@ def _check_changes(found: dict[str, list[str]]) -> None:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    from model.errors import InputError  # here, as it comes with JAX, for which a right call's help does not wait
+    from model.errors import InputError  # imported here, because it imports JAX, and help should be fast
 
     raise InputError(sentence)

@@ -1,4 +1,4 @@
-"""`isoflop report`: the curves of runs, as one page."""
+"""Implement `isoflop report`: the curves of runs on one page."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ def report(
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Draw runs over one another, finished or not: loss, learning rate, gradient norm and speed, as one HTML page.
+    """Draw the curves of runs, finished or not, as one HTML page: loss, learning rate, gradient norm and speed.
 
     Example: isoflop report runs/first
 
@@ -24,7 +24,7 @@ def report(
     Args:
         runs: The run directories.
         out: The page; by default report.html in the first run's folder.
-        json: Also write what each run reached to this file.
+        json: Also write the result of each run to this file.
     """
     from experiments.commands.options import console, output, write_document
     from experiments.runs.report import write_run_page

@@ -1,4 +1,4 @@
-"""`isoflop study`: the whole story."""
+"""Implement `isoflop study`: a complete scaling-law study."""
 
 from pathlib import Path
 
@@ -18,20 +18,20 @@ def study(
 ) -> None:
     """Run a complete scaling-law study on this machine: data, sweep, ladder, fit, prediction, decode, report.
 
-    A short probe measures this machine and sizes the compute budgets so that the study takes about `minutes`. Stop
-    it at any time: the same command goes on where it was. The page to read at the end is OUT/report.html.
+    A short probe measures this machine and sizes the compute budgets so that the study takes about `minutes`. It can be
+    stopped at any time: the same command resumes it. The report is OUT/report.html.
 
     Example: isoflop study --minutes 8 --out study
 
     Args:
         out: The study's folder.
-        minutes: Minutes that it may take; more of them measure larger models.
-        source: What to learn from: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
+        minutes: Time limit in minutes; with more time larger models are measured.
+        source: Corpus: sotu, stdlib, a folder of text files, a text, .jsonl or .parquet file, or
             hf:OWNER/NAME[/CONFIG][:SPLIT].
         vocab_size: Pieces of the tokenizer that is trained.
         batch_size: Rows per step; by default 2 on a CPU and 64 on an accelerator.
         seq_len: Tokens per row.
-        seed: Of the ladder's runs; the sweep also takes the next one.
+        seed: Seed of the ladder's runs; the sweep also uses seed + 1.
         json: Also write study.json's numbers to this file.
     """
     from experiments.commands.options import write_document

@@ -1,4 +1,4 @@
-"""`isoflop train` and `isoflop cool`: one run, and the branches of one."""
+"""Implement `isoflop train` and `isoflop cool`: one run, and branches of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,12 +65,12 @@ def train(
         data: A folder made by `isoflop data prepare`, or several as NAME=FOLDER, whose names the mixtures of phases
             use; the first is also validated on.
         out: The run directory.
-        steps: Updates to make; also the horizon of the schedule unless total_steps is set, and 20 times its warm-up
-            unless warmup_steps is. With --phases: all of them.
-        objective: What is learned: language-modeling (decoders), masked (encoders such as bert-base), spans
-            (encoder-decoders such as t5-small), classification (of data with labels); by default language-modeling,
-            or that of the run that is started from. A fresh model gets the head and the ids for masks or sentinels
-            that it needs; fields are set as --set objective.mean_span=4.
+        steps: Number of updates; also the schedule's horizon unless total_steps is set. Warm-up is steps / 20 unless
+            warmup_steps is set. With --phases: all of them.
+        objective: Training objective: language-modeling (decoders), masked (encoders such as bert-base), spans
+            (encoder-decoders such as t5-small), classification (of data with labels); by default language-modeling, or
+            that of the run that is started from. A fresh model gets the head and the ids for masks or sentinels that it
+            needs; fields are set as --set objective.mean_span=4.
         lora: Train a low-rank adapter of this rank on a stored model, whose own parameters stay as they are; lanes of
             smaller ranks and other alphas by --set lora_rank=4 lora_alpha=16, its matrices by
             objective.adapter.targets.
@@ -86,22 +86,23 @@ def train(
             and TPUs, float32 on CPUs.
         mesh: Devices to train on, such as data=2,fsdp=4 (also tensor, expert, sequence,
             population); all on data by default.
-        microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
+        microbatch: Rows of a microbatch, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
-        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them if it has fewer.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
-        keep_checkpoints: How many of the newest checkpoints stay.
-        keep_every: A checkpoint is made every so many steps, and stays; 0: none.
-        keep_best: The best validation's checkpoint is made and stays, by METRIC of metrics.jsonl or validation_loss.
-        keep_steps: Checkpoints of these steps are made, and stay (for `isoflop cool`).
-        patience: The run ends after so many validations in a row that do not improve --keep-best's metric; 0: never.
-        wandb: A Weights & Biases project that gets the metrics too.
+        keep_checkpoints: Number of newest checkpoints to keep.
+        keep_every: Save and keep a checkpoint every N steps; 0: none.
+        keep_best: Save and keep the checkpoint of the best validation, by METRIC of metrics.jsonl or validation_loss.
+        keep_steps: Save and keep checkpoints of these steps (for `isoflop cool`).
+        patience: End the run after this many consecutive validations without improvement of --keep-best's metric; 0:
+            never.
+        wandb: Also log the metrics to this Weights & Biases project.
         profile: Write a trace of five steps to OUT/profile, for TensorBoard or Perfetto.
-        distributed: One of several processes of one run, which Slurm or the TPU pod tells of each other.
-        coordinator: HOST:PORT of process 0, where no scheduler gives it; with --num-processes and --process-id.
+        distributed: This process is one of several of a run, coordinated by Slurm or the TPU pod.
+        coordinator: HOST:PORT of process 0, if no scheduler gives it; with --num-processes and --process-id.
         num_processes: Processes of this run.
-        process_id: The number of this one.
+        process_id: The index of this process.
         json: Also write the result to this file.
     """
     from experiments.commands.options import say_unused
@@ -160,9 +161,9 @@ def train(
     )
     if recipe.train.phases:
         _show_plan(recipe.train)
-    say_what_is_cut(shell, manifest, recipe)
+    warn_about_limits(shell, manifest, recipe)
     result = run_training(recipe, run=out, shell=shell, execution=execution)
-    tell(result, json, recipe)
+    report_result(result, json, recipe)
 
 
 def cool(
@@ -178,24 +179,24 @@ def cool(
     evaluate_tokens: int = 65_536,
     json: JsonFile = None,
 ) -> None:
-    """Branch off a run at a constant rate and cool down, once per step in --at: a loss for each number of tokens.
+    """Branch off a constant-rate run at each step of --at with a cooldown: one loss per number of tokens.
 
-    The base run must have checkpoints of these steps: train it with --set schedule=constant and with --keep-every or
-    --keep-steps. Its compute is spent once; each branch is a run of its own and says how much of its FLOPs is the
-    base run's.
+    The base run must have checkpoints at these steps: train it with --set schedule=constant and with --keep-every or
+    --keep-steps. Its compute is spent once; each branch is a separate run and reports how much of its FLOPs is the base
+    run's.
 
     Example: isoflop cool runs/base --at 1000 2000 4000 --out runs/cooled
 
     Args:
-        base_run: The run directory to leave.
-        at: After how many of its steps; one branch each.
+        base_run: The run directory to branch off.
+        at: Steps of the base run after which a branch starts.
         out: A folder that gets one run directory per branch, named after its step.
-        data: Where the base run's data lie now, if they were moved; several as NAME=FOLDER.
-        decay_fraction: Steps of the cool-down over those of the base run's part.
-        decay_steps: Steps of the cool-down, instead of a fraction.
-        final_fraction: The rate at the end over the peak.
+        data: The new folder of the base run's data, if they were moved; several as NAME=FOLDER.
+        decay_fraction: Steps of the cooldown, as a fraction of the base run's steps before it.
+        decay_steps: Steps of the cooldown, instead of a fraction.
+        final_fraction: Learning rate at the end, as a fraction of the peak.
         mesh: Devices to train on, such as data=2,fsdp=4; all on data by default.
-        evaluate_tokens: Tokens of the validation split, the same each time; all of them where it has fewer.
+        evaluate_tokens: Tokens of the validation split, the same each time; all of them if it has fewer.
         json: Also write the results to this file.
     """
     from experiments.commands.options import say_fewer_tokens, say_unused, write_document
@@ -222,12 +223,12 @@ def cool(
         held = executions(read_record(base_run)) or [(0, Execution())]
         execution = held[-1][1].replace(mesh=parse_mesh(mesh) if mesh else None, lanes=None)
         result = run_training(recipe, run=out / f"from-{step}", shell=shell, execution=execution)
-        results.append(tell(result, None, recipe))
+        results.append(report_result(result, None, recipe))
     write_document(json, {"branches": results})
 
 
-def tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
-    """Return the result in one sentence, and as a document."""
+def report_result(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any]:
+    """Print the result in one sentence and return it as a document."""
     import dataclasses
 
     from experiments.commands.options import write_document
@@ -266,7 +267,7 @@ def tell(result: "Result", json: Path | None, recipe: "Recipe") -> dict[str, Any
 
 
 def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:
-    """Return the metrics of the run's last validation beside the loss, such as the accuracy."""
+    """Return the metrics of the run's last validation besides the loss, such as the accuracy."""
     from train.run.metrics import open_metrics
 
     names = [name for name in objective.EVALUATED if name != "loss"]
@@ -287,8 +288,8 @@ def _why_early(early: dict[str, Any], step: int, steps: int) -> str:
     return f"stopped early at step {step:,} of {steps:,}: {early['metric']} {outcome} in {validations}"
 
 
-def say_what_is_cut(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
-    """Say which of the requested numbers are larger than what exists, or beyond the run's end."""
+def warn_about_limits(shell: "RunOptions", manifest: "Manifest", recipe: "Recipe") -> None:
+    """Warn about requested numbers that exceed what exists or the run's end."""
     from experiments.commands.options import say_fewer_tokens
     from experiments.words import say
     from train.hosts import is_writer
@@ -329,7 +330,7 @@ def _folders(data: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _read_phases(path: Path) -> "tuple[Phase, ...]":
-    """Return a JSON list of phases."""
+    """Read phases from a JSON file with a list of objects. Raises InputError if it is another file."""
     import json
 
     from model.errors import InputError
@@ -338,9 +339,9 @@ def _read_phases(path: Path) -> "tuple[Phase, ...]":
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a list of phases: {error}") from None
+        raise InputError(f"{path} cannot be read as JSON; give a list of phases: {error}") from None
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values) or not values:
-        raise InputError(f"{path} is not a JSON list of phases, each an object of fields")
+        raise InputError(f'{path} must be a JSON list of phases, such as [{{"name": "bulk", "tokens": 1000000}}]')
     return tuple(Phase.from_dict(value) for value in values)
 
 

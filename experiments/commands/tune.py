@@ -81,7 +81,7 @@ def tune(
         json: Also write the result to this file.
     """
     from experiments.commands.options import say_unused, write_document
-    from experiments.commands.train import dtype_of, say_what_is_cut, tell
+    from experiments.commands.train import dtype_of, report_result, warn_about_limits
     from experiments.evaluate.loss import bits_per_byte
     from experiments.inputs import read_changes
     from experiments.tuning import Tuning, read_mix
@@ -128,9 +128,9 @@ def tune(
         wandb=wandb,
         description=f"{method} of {model}",
     )
-    say_what_is_cut(options, load_manifest(data), recipe)
+    warn_about_limits(options, load_manifest(data), recipe)
     result = run_training(recipe, run=out, shell=options, execution=execution)
-    document = tell(result, None, recipe)
+    document = report_result(result, None, recipe)
     if remark := _both_fell(result, recipe):
         say(remark)
     if forgetting is not None:

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on a data folder's validation split."""
+"""Measure loss, perplexity and bits per byte of a model on a data folder's validation split."""
 
 import functools
 import math
@@ -35,8 +35,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return {"loss" (nats per token), "perplexity", "bits_per_byte", "tokens", "bytes", "seq_len"}.
 
-    seq_len None: the model's context. tokenizer: the model's; where it does not give the data's ids, the split's
-    documents are encoded with it, and each row begins with its begin token if the model wants one. The data's own ids
+    seq_len None: the model's context. tokenizer: the model's; if it gives other ids than the data's, the split's
+    documents are encoded with it, and each row starts with its begin token if the model expects one. The data's own ids
     are read as in training, without it. bits_per_byte compares models across tokenizers: all nats over all bytes of
     text, the documents' end tokens being predicted too.
     """
@@ -86,7 +86,7 @@ def validation_set(
         )
     manifest = load_manifest(data)
     if tokenizer is not None and not gives_ids_of(tokenizer, data):
-        return _encoded_anew(data, tokenizer, batch_size, seq_len, max_tokens)
+        return _reencoded(data, tokenizer, batch_size, seq_len, max_tokens)
     if manifest.vocab_size > config.vocab_size:
         raise InputError(f"the data's vocabulary of {manifest.vocab_size} exceeds vocab_size={config.vocab_size}")
     batches = validation_batches(data, batch_size=batch_size, seq_len=seq_len, max_tokens=max_tokens)
@@ -103,7 +103,7 @@ def validation_texts(data: str | Path) -> list[str]:
     return [tokenizer.decode(part[part != shards.eos_id].tolist()) for part in np.split(tokens, ends + 1) if len(part)]
 
 
-def _encoded_anew(
+def _reencoded(
     data: str | Path, tokenizer: Tokenizer, batch_size: int, seq_len: int, max_tokens: int | None
 ) -> tuple[list[Batch], float]:
     """Return (batches of the split in this tokenizer's ids, its bytes per token), an end token after each document."""
@@ -112,7 +112,7 @@ def _encoded_anew(
     encoded = [np.array([*ids, *end], np.int32) for ids in tokenizer.encode_batch(texts)]
     stretch = np.concatenate(encoded)
     bytes_per_token = sum(len(text.encode()) for text in texts) / len(stretch)
-    # A model that was trained with a begin token before everything wants one before each row.
+    # A model that was trained with a begin token before every text expects one before each row.
     around = tokenizer.encode("a", add_special_tokens=True)
     first = tokenizer.bos_id if around[:1] == [tokenizer.bos_id] else None
     predicted = stretch if max_tokens is None else stretch[: max_tokens + (first is None)]

@@ -1,4 +1,4 @@
-"""Evaluation of a model by its training objective, beside what a model reaches that does not look at its input."""
+"""Evaluate a model by its training objective, and compare it with models that ignore their input."""
 
 import functools
 from collections.abc import Callable
@@ -33,10 +33,10 @@ def evaluate_objective(
 ) -> dict[str, Any]:
     """Return {"objective", the means that it evaluates, what they are means over, "seq_len"} on the validation split.
 
-    Of objectives that predict tokens also, on the same positions: "unigram_loss", that of the frequencies of the
+    For objectives that predict tokens also, on the same positions: "unigram_loss", that of the frequencies of the
     training split's targets, and "context_free_loss", the least that a model can reach without looking at other
     positions (`TokenObjective.context_free_nats`).
-    Raises InputError where model, objective and data do not go together.
+    Raises InputError if model, objective and data do not go together.
     """
     seq_len = seq_len or config.max_seq_len
     train_config = TrainConfig(batch_size=batch_size, seq_len=seq_len)

@@ -1,4 +1,4 @@
-"""The frame of every page: fill a template with figures and with numbers as people write them; None is a dash."""
+"""Render pages: fill a template with figures and formatted numbers; None is a dash."""
 
 import math
 import re
@@ -35,18 +35,18 @@ def render(template: Path, **values: Any) -> str:
 
 
 def inline(figure: Figure, label: str) -> Markup:
-    """Return the figure as SVG for a page; `label` is for readers who cannot see it."""
+    """Return the figure as SVG for a page; `label` is the alt text for screen readers."""
     return Markup(style.svg(figure, label))
 
 
 def drawn(label: str, draw: Callable[[], Figure | Sequence[Figure]], reason: str | None = None) -> Drawn:
-    """Return a figure for the page, or, where a reason is given, the sentence that says why there is none.
+    """Return a figure for the page, or, if a reason is given, the reason why there is none.
 
-    Several figures are panels, which stand beside each other where there is room, and below each other on a phone.
+    Several figures are panels, which are side by side if there is room, and below each other on a phone.
     """
     if reason is not None:
         return {"svg": None, "reason": reason}
-    with np.errstate(invalid="ignore"):  # a band may be infinite where bootstrap draws lost a term
+    with np.errstate(invalid="ignore"):  # a band may be infinite if a term vanished in bootstrap draws
         figures = draw()
     if isinstance(figures, Figure):
         return {"svg": inline(figures, label), "reason": None}
@@ -71,7 +71,7 @@ def drawn_twice(label: str, draw: Callable[[float], Figure], reason: str | None 
 
 
 def device_name(device: dict[str, Any]) -> str:
-    """Return the device that a run was made on in words: CPU, 8 × NVIDIA H100."""
+    """Return the device of a run as text: CPU, 8 × NVIDIA H100."""
     kind, platform = device.get("kind", "unknown"), device.get("platform", "unknown")
     name = kind.upper() if kind == "cpu" else kind if kind == platform else f"{kind} ({platform})"
     count = device.get("count", 1)
@@ -79,7 +79,7 @@ def device_name(device: dict[str, Any]) -> str:
 
 
 def known(value: Any) -> bool:
-    """Return whether a number is there and finite."""
+    """Return whether a number is given and finite."""
     return value is not None and math.isfinite(value)
 
 
@@ -108,7 +108,7 @@ def fixed(value: float, digits: int = 4) -> str:
 
 @_dash_if_unknown
 def signed(value: float, digits: int = 4) -> str:
-    """Write a number with its sign always: +0.0123."""
+    """Write a number with an explicit sign: +0.0123."""
     return _minus(f"{value:+.{digits}f}")
 
 

@@ -1,4 +1,4 @@
-"""The look that all of isoflop's figures share, and SVG text that can stand inside an HTML page.
+"""Define the common style of all figures, and convert figures to SVG for HTML pages.
 
 Figures are made without pyplot: no global state, no display, nothing to close.
 """
@@ -23,13 +23,13 @@ GRID = "#e6e6e6"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 WIDTH = 9.0  # inches, as wide as a page's column: text then has the same size in every figure
 PANEL = 3.6  # inches, as wide as a phone's column: the smallest text, 7.5 points, then has ten pixels there
-NARROW = 6.0  # inches: narrower figures have no room beside their axes
+NARROW = 6.0  # inches: narrower figures have no room next to their axes
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
-"""Okabe & Ito 2008, told apart under every common colour blindness; for categories."""
+"""Okabe & Ito 2008, distinguishable under every common colour blindness; for categories."""
 
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so that every machine draws the same
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so that figures are the same on every machine
     "font.size": 9,
     "text.color": INK,
     "axes.titlesize": 10,
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "svg.hashsalt": "isoflop",  # the same figure gives the same bytes
-    "svg.fonttype": "path",  # looks the same whatever fonts the reader has
+    "svg.fonttype": "path",  # independent of the reader's fonts
 }
 
 Draw = TypeVar("Draw", bound=Callable[..., Any])
@@ -71,7 +71,7 @@ def new_figure(width: float = 7.0, height: float = 4.0) -> Figure:
 
 
 def new_panels(count: int, height: float = 3.0) -> list[Axes]:
-    """Make axes, each in a figure of its own: a page sets them beside each other, a phone below each other."""
+    """Make axes, each in a figure of its own: side by side on a page, one below the other on a phone."""
     return [new_figure(PANEL, height).subplots() for _ in range(count)]
 
 
@@ -104,12 +104,12 @@ def legend_aside(axes: Axes, title: str | None = None, entries: int | None = Non
 
 
 def sequence(count: int) -> list[Any]:
-    """`count` colours in an order that reads as an order (viridis without its pale end)."""
+    """Return `count` colours of a sequential map (viridis without its pale end)."""
     return [mpl.colormaps["viridis"](value) for value in np.linspace(0.0, 0.85, max(count, 1))]
 
 
 def amount(value: float, digits: int = 3) -> str:
-    """Return a count as people say it: 25k, 1.3M, 70B, 15T."""
+    """Return a count with a suffix: 25k, 1.3M, 70B, 15T."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * (1 - 1e-9):
             scaled = value / limit
@@ -155,7 +155,7 @@ def note(axes: Axes, text: str) -> None:
 def svg(figure: Figure, label: str = "") -> str:
     """Return the figure as one `<svg>` element for inline HTML: no XML header, no date, the same bytes every time.
 
-    It shrinks with its container; `label` is what a screen reader says.
+    It shrinks with its container; `label` is the alt text for screen readers.
     """
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
@@ -163,7 +163,7 @@ def svg(figure: Figure, label: str = "") -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Many figures stand in one page, where an id may occur once: those that nothing refers to go.
+    # One page has many figures, and an id may occur in it only once: unreferenced ids are removed.
     used = set(re.findall(r"(?:#)([\w.:-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
     attributes = 'style="max-width:100%;height:auto"'

@@ -1,4 +1,4 @@
-"""Loss curves of runs, read from their metrics: smoothed, thinned out, and with what is missing marked."""
+"""Read loss curves of runs from their metrics: smoothed, thinned out, with gaps marked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class LossCurve:
 
 
 def read_curve(run: Path, points: int = 200) -> LossCurve | None:
-    """Return a run's curve at about `points` steps, evenly spread in log steps; None where none can be read.
+    """Return a run's curve at about `points` steps, evenly spread in log steps; None if none can be read.
 
     Each point is the mean over the steps within ±10 % of its own, so that curves of any length look equally smooth on
     a log axis. Steps after the first loss that is not finite are left out.
@@ -54,7 +54,7 @@ def read_curve(run: Path, points: int = 200) -> LossCurve | None:
 
 
 def holes_before(lines: Sequence[dict[str, Any]]) -> Int[np.ndarray, " lines"]:
-    """Return how many times, up to each line of a run's metrics, steps are missing."""
+    """Return the number of gaps in the steps up to each line of a run's metrics."""
     steps = np.array([line["step"] for line in lines], int)
     return np.cumsum(np.diff(steps, prepend=steps[:1] - 1) > 1)
 

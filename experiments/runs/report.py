@@ -1,4 +1,4 @@
-"""The page of single runs: their curves over one another, what differs between them, what they reached."""
+"""Write the page of single runs: their curves in common panels, their differing settings, their results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +34,11 @@ MOST_POINTS = 1000
 def write_run_page(path: Path, runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Write the page of these run directories, finished or not; returns the row of each in the page's table.
 
-    Raises `InputError` where a folder is no run, no run has made a step, or there are more than can be told apart.
+    Raises `InputError` if a folder is not a run, no run has made a step, or there are too many for one figure.
     """
     if len(runs) > MOST_RUNS:
         raise InputError(
-            f"{len(runs)} runs cannot be told apart in a figure; name at most {MOST_RUNS}, or see isoflop sweep report"
+            f"{len(runs)} runs are too many for one figure; give at most {MOST_RUNS}, or use isoflop sweep report"
         )
     records = [read_record(run) for run in runs]
     read = [open_metrics(run) for run in runs]
@@ -130,9 +130,7 @@ def _objective(identity: dict[str, Any]) -> Objective:
 
 @styled
 def _curves(names: Sequence[str], metrics: Sequence[list[dict[str, Any]]], unit: str) -> list[Figure]:
-    """Draw one panel per recorded quantity over tokens, a colour per run; thin: steps, thick: the mean over steps
-    nearby.
-    """
+    """Draw one panel per quantity over tokens, one colour per run; thin: steps, thick: smoothed."""
     recorded = [
         (field, label) for field, label in PANELS if any(line.get(field) for lines in metrics for line in lines)
     ]

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def started_from_weights(run: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what is known of a run that started from parameters, by its `run.json`; None of any other run.
+    """Describe a run that started from weights, by its `run.json`; None for any other run.
 
-    sha256, path: of the weights that it started from; the path is where they lie, or lay. adapter: its rank and alpha,
-    those of the run's own lane, and its targets. trainable: prefixes of what is trained. trained, frozen: how many
-    parameters, and their bytes as training holds them. Nothing but the record is read.
+    sha256, path: of the weights that it started from; the path is the recorded one, or the one found now. adapter: its
+    rank and alpha, those of the run's own lane, and its targets. trainable: prefixes of what is trained. trained,
+    frozen: how many parameters, and their bytes as training holds them. Only the record is read.
     """
     import jax
 
@@ -72,9 +72,9 @@ def in_words(started: Mapping[str, Any]) -> str:
 
 
 def check_target(source: Path, target: Path, *others: Path | None) -> None:
-    """Raise InputError where a model written to `target` would replace weights that the run `source` is made of.
+    """Raise InputError if a model written to `target` would replace weights that the run `source` is made of.
 
-    Those are the weights that it started from, those that these started from if they are a run too, and the `others`.
+    These are its starting weights, recursively those that a run among them started from, and the `others`.
     """
     from model.runs import read_record, weights_of
 

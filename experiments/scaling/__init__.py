@@ -1,4 +1,4 @@
-"""Scaling laws: how loss falls with parameters, tokens and compute, and how sure that is."""
+"""Fit scaling laws: how loss falls with parameters, tokens and compute, with uncertainties."""
 
 from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.valleys.isoflop import fit_isoflop

@@ -1,4 +1,4 @@
-"""All that a table of runs says of its scaling laws: every estimator, a choice of form, and warnings."""
+"""Analyse the scaling laws of a table of runs: every estimator, a choice of form, and warnings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_
 from experiments.words import counted
 from model.errors import InputError
 
-_FEWER = 100  # resamples behind the choice between forms and the table of conventions, which fit many times as often
+_FEWER = 100  # resamples for the choice between forms and for the table of conventions, which refit many times as often
 _LEVEL = 95
 STAGES = 6  # the law with its bootstrap, the valleys, the envelope, the forms (2: the longest), conventions
 
@@ -26,12 +26,12 @@ NAMES = {
     **{f"isoflop.{name}": f"IsoFLOP valleys, {name}" for name in METHODS},
     "envelope": "envelope of training curves",
 }
-"""Estimators in words."""
+"""Names of estimators in text."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """The fits of one table. What was refused is None, with its reason in `refused`; what was not requested, too.
+    """The fits of one table. A refused fit is None, with its reason in `refused`; one that was not requested is None.
 
     conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`. notes: on the runs.
     """
@@ -44,7 +44,7 @@ class Analysis:
     refused: dict[str, str]
     notes: Sequence[str] = ()
     unscreened: Fits | None = None
-    """The fits of every run, beside those that screening left runs out of; None where nothing was screened."""
+    """The fits to all runs, for comparison with the screened fits; None if nothing was screened."""
 
     @property
     def exponents(self) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Analysis:
 
     @property
     def unscreened_exponents(self) -> list[dict[str, Any]]:
-        """The `exponents` of the law and the valleys with every run; empty where nothing was screened."""
+        """The `exponents` of the law and the valleys with every run; empty if nothing was screened."""
         return [] if self.unscreened is None else _exponents_of(self.unscreened)
 
     @property
@@ -75,8 +75,8 @@ class Analysis:
 
     @property
     def left_out(self) -> list[dict[str, Any]]:
-        """[{row, params, tokens, loss, estimator, reason}]: rows that no estimator saw, which have no numbers here, and
-        what single ones took for gross outliers.
+        """[{row, params, tokens, loss, estimator, reason}]: rows that were dropped before fitting (without numbers),
+        and gross outliers of single estimators.
         """
         fits, table = self.fits, self.fits.table
         unknown = {"params": None, "tokens": None, "loss": None, "estimator": "all"}
@@ -102,7 +102,7 @@ class Analysis:
 
     @property
     def warnings(self) -> list[dict[str, str]]:
-        """[{about, text}] of what the numbers should be read with."""
+        """[{about, text}]: caveats of the numbers."""
         fits = self.fits
         found = [("table", text) for text in (*table_warnings(fits.table), *self.notes)]
         if fits.parametric is not None:
@@ -124,9 +124,7 @@ class Analysis:
         return [{"about": about, "text": text} for about, text in found]
 
     def _outside_own_intervals(self) -> list[tuple[str, str]]:
-        """Return (about, text): estimates outside their own intervals, but for those of the law and the default
-        valleys.
-        """
+        """Return (about, text) of estimates outside their own intervals, except the law and the default valleys."""
         fits = [fit for fit in (self.fits.parametric, self.fits.isoflop, self.envelope) if fit is not None]
         if min(fit.bootstraps for fit in fits) < MINIMUM_VALID_DRAWS:
             return []
@@ -169,7 +167,7 @@ class Analysis:
         return {name: fit.document() for name, fit in fits.items()}
 
     def document(self) -> dict[str, Any]:
-        """Return plain values: what `Fits.document` has, and envelope, forms, conventions, held_out, warnings."""
+        """Return plain values: `Fits.document`, and envelope, forms, conventions, held_out, warnings."""
         return self.fits.document() | {
             "envelope": None if self.envelope is None else self.envelope.document(),
             "forms": None if self.choice is None else self.choice.document() | {"fits": self._laws()},
@@ -196,13 +194,13 @@ def analyse(
     screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Analysis:
-    """Fit a table by every estimator that it can carry.
+    """Fit a table by every estimator that it supports.
 
     counts: the same runs under other conventions of N and C; curves: their training curves, for approach 1; forms: to
-    choose between, by default those of `forms_for`, () to skip that; screen: leave gross outliers out, and fit every
-    run beside (by default every usable run enters); notes: warnings of the runs. advance(amount, note): told of
-    `STAGES` in all.
-    Raises InputError where no estimator answers.
+    choose between, by default those of `forms_for`, () to skip that; screen: leave gross outliers out, and also fit all
+    runs (by default every usable run enters); notes: warnings of the runs. advance(amount, note): called as stages
+    finish; the amounts add up to `STAGES`.
+    Raises InputError if no estimator answers.
     """
     if not len(table):
         count = len(table.dropped)
@@ -247,9 +245,7 @@ def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:
 
 
 def _outside(fit: ParametricFit) -> list[str]:
-    """Return sentences on where the law puts the optimum of the smallest or largest compute beyond every
-    run's N or D.
-    """
+    """Return warnings if the law's optimum at the smallest or largest compute is outside the runs' range of N or D."""
     found = []
     flops = 6 * fit.table.params * fit.table.tokens
     for which, budget in (("smallest", float(flops.min())), ("largest", float(flops.max()))):
@@ -257,7 +253,7 @@ def _outside(fit: ParametricFit) -> list[str]:
         for letter, value, seen in (("N", best.params, fit.table.params), ("D", best.tokens, fit.table.tokens)):
             if not seen.min() <= value <= seen.max():
                 found.append(
-                    f"at the {which} compute, {budget:.3g} FLOPs, the optimum {letter}* = {value:.3g} lies outside the "
+                    f"at the {which} compute, {budget:.3g} FLOPs, the optimum {letter}* = {value:.3g} is outside the "
                     f"runs' {seen.min():.3g} … {seen.max():.3g}: it is extrapolated"
                 )
     return found

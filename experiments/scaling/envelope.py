@@ -1,9 +1,9 @@
-"""Approach 1: the envelope of training curves (Hoffmann et al. 2022, section 3.1).
+"""Fit the envelope of training curves, approach 1 (Hoffmann et al. 2022, section 3.1).
 
-Every run of a size is a curve of loss over compute. At a given compute the run with the lowest smoothed loss says which
-size was best; power laws N* ∝ C^a and D* ∝ C^b go through these. The curves must come from runs whose learning rate is
-not on its way down: a decaying run is worse at half its tokens than a run that was to end there, so that its inner
-points lie above the true envelope. `schedule` is carried into the document for that reason.
+Every run is a curve of loss over compute. At a given compute the run with the lowest smoothed loss gives the best size;
+power laws N* ∝ C^a and D* ∝ C^b go through these. The learning rate must not be decaying along the curves: a decaying
+run is worse at half its tokens than a run planned to end there, so that its inner points are above the true envelope.
+The document records `schedule` for that reason.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from model.errors import InputError
 
 MINIMUM_SIZES = 3  # two sizes cross once: a point, not a law
 MINIMUM_CROSSINGS = 2
-FLOP_VALUES = 200  # where the envelope is read; Hoffmann et al. use 1,500
+FLOP_VALUES = 200  # values of compute at which the envelope is evaluated; Hoffmann et al. use 1,500
 STEADY = ("constant",)  # schedules whose inner points are as good as ends
 
 
@@ -36,7 +36,7 @@ class EnvelopeFit:
     crossings: list[dict[str, float]]
     """[{flops, params, tokens, loss, smaller, larger}]: where two sizes are equally good, N between."""
     rejected: list[dict[str, Any]]
-    """[{params, reason}] of the sizes that say nothing of an optimum."""
+    """[{params, reason}] of the sizes that give no information on the optimum."""
     schedules: list[str]
     bootstraps: int
     seed: int
@@ -46,13 +46,13 @@ class EnvelopeFit:
 
     @property
     def warnings(self) -> list[str]:
-        """What the exponents should be read with."""
+        """Caveats of the exponents."""
         decaying = [name for name in self.schedules if name not in STEADY]
         found = []
         if decaying:
             found.append(
                 f"schedule {', '.join(decaying)}: a run whose rate still falls is not at its end, so its inner "
-                "points lie above the true envelope and the exponents are biased (Hoffmann et al. 2022, section 3.1)"
+                "points are above the true envelope and the exponents are biased (Hoffmann et al. 2022, section 3.1)"
             )
         if len(self.crossings) < 3:
             found.append(
@@ -62,7 +62,7 @@ class EnvelopeFit:
 
     @cached_property
     def draws(self) -> Float[np.ndarray, "bootstraps 4"]:
-        """(log coefficient, a, log coefficient, b) of runs drawn with replacement; NaN where too few sizes cross."""
+        """(log coefficient, a, log coefficient, b) of runs drawn with replacement; NaN if too few sizes cross."""
         rng = np.random.default_rng(self.seed)
         params = np.array([curve.params for curve in self._curves])
         rows = []
@@ -85,9 +85,7 @@ class EnvelopeFit:
         return intervals_of({"a": self.draws[:, 1], "b": self.draws[:, 3]})
 
     def document(self) -> dict[str, Any]:
-        """Return plain values for JSON; intervals are null where too few resamples crossed, with the reason in
-        warnings.
-        """
+        """Return plain values for JSON; intervals are null, with a warning, if too few resamples crossed."""
         names = (
             "a",
             "b",
@@ -115,11 +113,11 @@ def _crossings(
 ) -> tuple[list[dict[str, float]], np.ndarray]:
     """Return where the envelope passes from a size to the next larger one, and which sizes are ever on it.
 
-    Only such points speak of an optimum: between them the best size of the table is not the best size. At a hand-over
-    both are equally good, and for a valley that is symmetric in ln N the optimum is their geometric mean.
+    Only these points are used as optima: between them the best size in the table need not be the optimum. At a crossing
+    both sizes are equally good, and for a valley that is symmetric in ln N the optimum is their geometric mean.
     """
     sizes = np.unique(params)
-    with np.errstate(invalid="ignore"):  # a size that no run has at some compute: 0/0 is the NaN that says so
+    with np.errstate(invalid="ignore"):  # no run has this size at this compute: 0/0 gives NaN on purpose
         finite = np.array([np.isfinite(losses[params == size]).sum(0) for size in sizes])
         total = np.array([np.where(np.isfinite(losses), losses, 0)[params == size].sum(0) for size in sizes])
         mean = total / finite
@@ -129,7 +127,7 @@ def _crossings(
     for i in np.flatnonzero((best[1:] != best[:-1]) & (best[1:] >= 0) & (best[:-1] >= 0)):
         pair = min(best[i], best[i + 1]), max(best[i], best[i + 1])
         gap = mean[pair[1], i : i + 2] - mean[pair[0], i : i + 2]
-        # Both sizes must be seen on both sides: a curve that merely ends or begins hands nothing over.
+        # Both sizes must have losses on both sides: the end or beginning of a curve is not a crossing.
         if np.isfinite(gap).all() and gap[0] != gap[1]:
             share = gap[0] / (gap[0] - gap[1])
             at = np.log(grid[i]) + share * np.log(grid[i + 1] / grid[i])
@@ -159,7 +157,7 @@ def fit_envelope(
 ) -> EnvelopeFit:
     """Fit the envelope (approach 1 of Hoffmann et al.) from training curves of runs at three sizes or more; C = 6·N·D.
 
-    Raises `InputError` where fewer than two pairs of neighbouring sizes cross.
+    Raises `InputError` if fewer than two pairs of neighbouring sizes cross.
     """
     curves = sorted(
         (usable for curve in curves if (usable := _usable(curve)) is not None), key=lambda c: (c.params, c.name)
@@ -213,9 +211,7 @@ def _why_not(curve: TrainingCurve, on_envelope: bool, params: np.ndarray) -> str
         return "never the best size at any compute that two runs share"
     edge = "smallest" if curve.params == params.min() else "largest" if curve.params == params.max() else None
     if edge is not None:
-        return (
-            f"the {edge} size is best at the edge of the data, where no neighbour says how good a further size would be"
-        )
+        return f"the {edge} size is best at the edge of the data, so that a size beyond it may be better"
     return "best where its neighbours have no points: the curves do not overlap there"
 
 

@@ -1,4 +1,4 @@
-"""All fits of one table, and the JSON document that `isoflop scaling fit --json` writes."""
+"""Fit one table by all estimators, and build the JSON document of `isoflop scaling fit --json`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -37,7 +37,7 @@ CONVENTION = (
 
 @dataclass(frozen=True)
 class Fits:
-    """Both estimators of one table. One that the table cannot carry is None, with its reason in `refused`."""
+    """Both estimators of one table. An unsupported one is None, with its reason in `refused`."""
 
     table: Table
     parametric: ParametricFit | None
@@ -48,7 +48,7 @@ class Fits:
 
     @property
     def methods(self) -> dict[str, IsoflopFit]:
-        """By name, every way to find a valley's minimum that answered, the default first."""
+        """The fits by method of finding a valley's minimum, the default first, without refused ones."""
         return ({} if self.isoflop is None else {self.isoflop.method: self.isoflop}) | self.valleys
 
     @property
@@ -125,7 +125,7 @@ def fit_both(
     screen: bool = False,
     advance: Callable[..., None] | None = None,
 ) -> Fits:
-    """Return both fits with their bootstraps done; `advance(share, what)` is called as they go, with 1 for each in all.
+    """Return both fits with their bootstraps done; `advance(share, what)` reports progress.
 
     screen: leave gross outliers out and list them; by default every usable run enters.
     """
@@ -157,7 +157,7 @@ def fit_both(
             )
         except InputError as error:
             refused[key] = str(error)
-            if method == DEFAULT:  # the others refuse for the same reasons
+            if method == DEFAULT:  # the other methods fail for the same reasons
                 break
             continue
         try:
@@ -171,11 +171,11 @@ def fit_both(
 def choose_form(
     fits: Fits, forms: Sequence[str] = SIMPLE_FORMS, *, delta: float = 1e-3, bootstraps: int = 100, seed: int = 0
 ) -> FormChoice:
-    """`choose` between forms, without the runs that the best-fitting of them takes for gross outliers.
+    """Choose between forms, without the gross outliers of the best-fitting one.
 
-    Those would decide a mean square; but what only a wrong form cannot explain (repeated data, say) speaks for the
-    other forms and stays. As many of the largest budgets are held out as make a tenth of the runs: one run's error says
-    little of a form. Raises InputError as `choose` does.
+    Outliers would dominate a mean square; but runs that only some forms cannot explain (with repeated data, say) are
+    evidence and stay. As many of the largest budgets are held out as make a tenth of the runs: the error of one run is
+    too little evidence on a form. Raises InputError as `choose` does.
     """
     table, out = fits.table, _outliers(fits, forms, delta)
     runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
@@ -185,16 +185,14 @@ def choose_form(
     flops = kept["flops"] if "flops" in kept else 6 * kept["params"] * kept["tokens"]
     sizes = [len(group) for group in group_budgets(flops)]
     hold_out = 1
-    if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` makes its own groups
+    if len(sizes) <= len(flops) / 2:  # else the runs share no budgets, and `choose` forms groups
         enough = np.cumsum(sizes[::-1]) >= HELD_OUT_SHARE * len(flops)
         hold_out = min(int(enough.argmax()) + 1, max(len(sizes) - 2, 1))
     return choose(kept, forms, hold_out=hold_out, delta=delta, bootstraps=bootstraps, seed=seed)
 
 
 def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float, ...]]:
-    """Return (params, tokens, loss) of the parametric law's outliers, or those of the form with the
-    lowest objective.
-    """
+    """Return (params, tokens, loss) of the outliers of the law, or of the form with the lowest objective."""
     out: set[tuple[float, ...]] = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
     if not out:
         return out
@@ -202,7 +200,7 @@ def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float
     for name in forms:
         try:
             found.append(fit_form(name, fits.table, delta=delta, bootstraps=1))
-        except InputError:  # `choose` refuses it again and says why
+        except InputError:  # `choose` raises again, with the reason
             continue
     best = min(found, key=lambda fit: fit.objective, default=None)
     if best is None or best.form.frontier or best.form.name == "chinchilla":
@@ -213,7 +211,7 @@ def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float
 
 
 def table_warnings(table: Table) -> list[str]:
-    """Return sentences on numbers that look like other units than counts and nats."""
+    """Return warnings about numbers that seem to be in other units than counts and nats."""
     found = []
     compute = 6 * table.params * table.tokens
     if len(table) and compute.max() < SMALL_FLOPS:
@@ -228,7 +226,7 @@ def table_warnings(table: Table) -> list[str]:
 
 
 def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> list[str]:
-    """Return what its numbers should be read with, when `outliers` were left out of it."""
+    """Return the caveats of its numbers if `outliers` were left out."""
     found = []
     rows = len(fit.table) + len(outliers)
     if len(outliers) > MANY_OUTLIERS * rows:
@@ -245,7 +243,7 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
             f"{is_or_are(len(beyond))} left out as off it, which speaks against it there"
         )
     if not fit.screened:
-        found += _far_from_the_law(fit)
+        found += _count_outliers(fit)
     if len(fit.table) < FEW_ROWS:
         found.append(
             f"{counted(len(fit.table), 'run')} for five unknowns: with fewer than {FEW_ROWS} "
@@ -258,8 +256,8 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
     return found
 
 
-def _far_from_the_law(fit: ParametricFit) -> list[str]:
-    """Return how many of the runs fitted screening would call outliers, where chance alone would make fewer."""
+def _count_outliers(fit: ParametricFit) -> list[str]:
+    """Return the number of fitted runs that screening would call outliers, if chance alone would give fewer."""
     rows = len(fit.table)
     far = ~screen_residuals(fit.residuals, np.ones(rows, bool), len(NAMES))
     if far.sum() <= 10 * LEVEL * rows:
@@ -274,7 +272,7 @@ def _far_from_the_law(fit: ParametricFit) -> list[str]:
 
 
 def isoflop_warnings(fit: IsoflopFit, intervals: bool = True) -> list[str]:
-    """Return what its numbers should be read with. intervals: whether it has any."""
+    """Return the caveats of its numbers. intervals: whether it has any."""
     found = []
     budgets = len(fit.accepted)
     if budgets < FEW_BUDGETS:

@@ -1,18 +1,19 @@
-"""Whether known laws come back: bias, coverage and robustness of every estimator, on simulated tables.
+"""Test whether every estimator recovers known laws: bias, coverage and robustness on simulated tables.
 
     python -m experiments.scaling.known_laws --seeds 400 --json docs/bench/known-laws.json
 
 Each table is drawn from one published law (Hoffmann et al. 2022, approach 3) on a ladder of budgets × sizes
-(`known_tables.py`). The cases that the limits decide on: windows centred on the optimum; windows that drift from one
-side of it to the other as the budget grows, so that a biased minimum becomes a biased exponent; 5 % of the runs
-repeated as gross outliers, with rows that are not numbers among them; 5 % of the runs replaced by outliers. Reported
-beside them: outliers of a few per cent, losses too low, a budget that is wrong as a whole, a smaller ladder, few runs.
+(`known_tables.py`). The cases with limits: windows centred on the optimum; windows that drift from one side of it to
+the other as the budget grows, so that a biased minimum becomes a biased exponent; 5 % of the runs repeated as gross
+outliers, with rows that are not numbers among them; 5 % of the runs replaced by outliers. Reported as well: outliers of
+a few per cent, losses too low, a budget that is wrong as a whole, a smaller ladder, few runs.
 
-Clean tables must come back to 1e-4 relative. Off centre the parabola cannot: a law's valley has a third derivative at
-its minimum, (β − α) times the second, so that the vertex of a parabola through a window off the minimum moves towards
-the gentler wall, however many runs there are and however small their noise; where windows drift with the budget, so
-does the bias, and the exponent with it (`valleys/skew.py`, `valleys/spline.py`). One skew for all budgets removes the
-cubic term but not the next. The spline assumes no shape and must meet the limit there too.
+Exponents of tables without noise must be recovered to 1e-4 relative. Off centre the parabola cannot do this: a law's
+valley has a third derivative at its minimum, (β − α) times the second, so that the vertex of a parabola through a
+window off the minimum moves towards the gentler wall, however many runs there are and however small their noise; where
+windows drift with the budget, so does the bias, and the exponent with it (`valleys/skew.py`, `valleys/spline.py`). One
+skew for all budgets removes the cubic term but not the next. The spline assumes no shape and must meet the limit in
+that case too.
 """
 
 import math
@@ -43,9 +44,7 @@ FEW_VALID = 2  # fewer accepted fits have no spread
 
 
 def estimate(name: str, table: dict[str, Any], bootstraps: int, *, screen: bool = False) -> Any:
-    """Return one estimator's fit of a table, screened for gross outliers or not; raises `InputError`
-    where it refuses.
-    """
+    """Return one estimator's fit of a table, screened for gross outliers or not; raises `InputError` if it refuses."""
     if name == "parametric":
         return fit_parametric(**table, bootstraps=bootstraps, screen=screen)
     return fit_isoflop(**table, method=name, bootstraps=bootstraps, screen=screen)  # type: ignore[arg-type]
@@ -71,7 +70,7 @@ def trial(
     try:
         fit = fitted(table, screen=case.outliers is not None)
         reference = fitted(honest) if case.outliers else fit
-        # The same estimate to the last bit is of the same runs, and so are its intervals.
+        # Bit-identical estimates come from the same runs, so their intervals are equal too.
         same = all(getattr(fit, exponent) == getattr(reference, exponent) for exponent in EXPONENTS[name])
         intervals = (reference if same else fit).intervals
         errors = _standard_errors(reference, name) if case.outliers else {}

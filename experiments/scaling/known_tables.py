@@ -1,4 +1,4 @@
-"""Simulated tables of a known law, for tests of the estimators: the ladder, its noise, and what spoils it."""
+"""Simulate tables of a known law, to test the estimators: the ladder, its noise, and its corruptions."""
 
 import math
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def law(params: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def simulate(case: TableKind, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (the honest runs of a table, the whole table), as columns params, tokens, loss.
 
-    Tables of one ladder and seed share their noise whatever spoils them.
+    Tables of one ladder and seed have the same noise under every corruption.
     """
     rng = np.random.default_rng([seed, 7])
     budgets = np.geomspace(1e18, 1e21, case.budgets)

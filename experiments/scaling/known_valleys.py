@@ -1,12 +1,12 @@
-"""Measure how near valleys come to a known exponent, by each method, and how often their intervals hold it.
+"""Measure the error of each valley method on known exponents, and the coverage of its intervals.
 
     python -m experiments.scaling.known_valleys --seeds 200 --json docs/bench/known-valleys.json
 
-Simulated IsoFLOP experiments of laws E + A·N^−α + B·D^−β, six budgets each, at two noises, in shapes that differ
-from the first in one thing: windows centred on the optimum; windows that drift across it as the budget grows; valleys
-whose walls differ; five sizes a budget; a curvature that falls sevenfold from the first budget to the last. The method
-that `fit_isoflop` uses by default should be the best of the three in each, or lose less than a tenth of its own spread.
-Reported beside them: valleys whose walls differ, seen through wide windows that drift. In clouds of runs that share no
+Simulated IsoFLOP experiments of laws E + A·N^−α + B·D^−β, six budgets each, at two noises, in shapes that differ from
+the first in one thing: windows centred on the optimum; windows that drift across it as the budget grows; valleys whose
+walls differ; five sizes a budget; a curvature that falls sevenfold from the first budget to the last. The method that
+`fit_isoflop` uses by default should be the best of the three in each, or lose less than a tenth of its own spread.
+Reported as well: valleys whose walls differ, seen through wide windows that drift. In clouds of runs that share no
 budget, none should be found.
 """
 
@@ -67,7 +67,7 @@ SHAPES = tuple(replace(shape, noise=noise) for noise in (0.003, 0.01) for shape 
 def simulate(shape: ValleyKind, seed: int) -> dict[str, Any]:
     """Return columns params, tokens, loss of one experiment."""
     alpha, beta, total = shape.alpha, shape.beta, shape.alpha + shape.beta
-    # At the optimum the terms stand in the ratio beta : alpha.
+    # At the optimum the terms have the ratio beta : alpha.
     A = MIDDLE["reducible"] * beta / total * MIDDLE["params"] ** alpha
     B = MIDDLE["reducible"] * alpha / total * (MIDDLE["flops"] / 6 / MIDDLE["params"]) ** beta
     budgets = MIDDLE["flops"] * np.geomspace(1 / 30, 30, 6)
@@ -81,7 +81,7 @@ def simulate(shape: ValleyKind, seed: int) -> dict[str, Any]:
 
 
 def cloud(kind: str, runs: int, seed: int) -> dict[str, Any]:
-    """Runs of the law of Hoffmann et al. 2022 that share no budget: N and D at random, log-uniform.
+    """Simulate runs of the law of Hoffmann et al. 2022 that share no budget: N and D at random, log-uniform.
 
     kind: "flops" adds a column of compute by another count; "sizes" has ten model sizes instead of as many as runs.
     """
@@ -96,7 +96,7 @@ def cloud(kind: str, runs: int, seed: int) -> dict[str, Any]:
 
 
 def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict[str, Any]:
-    """Return {error, intervals: {level: [low, high] less the truth}, outside: of its own 80 %} or {refused}."""
+    """Return {error, intervals: {level: [low, high] minus the truth}, outside: of its 80 %} or {refused}."""
     try:
         fit = fit_isoflop(**simulate(shape, seed), method=method, bootstraps=bootstraps)
         intervals = fit.intervals["a"]
@@ -111,7 +111,7 @@ def trial(shape: ValleyKind, method: Method, seed: int, bootstraps: int) -> dict
 
 
 def summarise(shape: ValleyKind, trials: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Return errors and coverage by method, of the seeds that no method refuses, and how the default one does."""
+    """Return errors and coverage by method, and the default method's rank, over seeds that all methods fit."""
     together = zip(*trials.values(), strict=True)
     answered = np.array([all("refused" not in one for one in of_seed) for of_seed in together])
     rows = {}

@@ -4,7 +4,7 @@
 
 Tables of a known law with 0.3 % of noise, by size and kind: a ladder of ten budgets, and a random cloud of N and D that
 has no budgets. Each is fitted by the command, with its page and figure, in a process of its own; its time and peak
-memory are held against limits. The exit code is 1 where one is exceeded.
+memory are compared with limits. The exit code is 1 if one is exceeded.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The questions put to the laws of a table: each gets its own answer, or its own refusal."""
+"""Answer questions about the laws of a table: each gets an answer, or the reason why there is none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from typing import Any
 from experiments.scaling.fit import Fits, choose_form
 from experiments.scaling.law.parametric import ParametricFit
 from experiments.scaling.serving import ServingCost, serving_optimum
-from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss, require_positive
+from experiments.scaling.use import compute_for_loss, optimal, planned_by_form, planned_loss
+from model.checks import check_number
 from model.errors import InputError
 
 Answer = dict[str, Any]
@@ -16,7 +17,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Questions:
-    """All that one call asks. planned: (N, D) of runs. serving: tokens and their cost, at every budget and target."""
+    """The questions of one call. planned: (N, D) of runs. serving: (tokens, cost) for all budgets and targets."""
 
     flops: Sequence[float] = ()
     target_loss: Sequence[float] = ()
@@ -26,10 +27,9 @@ class Questions:
 
 
 def answer(fits: Fits, asked: Questions) -> dict[str, list[Answer]]:
-    """Return {"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in the order of the
-    questions.
+    """Return {"optimal", "compute_for_loss", "planned", "serving"}: one answer per question, in order.
 
-    A question without an answer keeps what was asked; all else is null, with the reason under "refused" beside it.
+    A question without an answer keeps its inputs; all else is null, with the reason next to it under "refused".
     Raises InputError, with every reason, where no question has an answer.
     """
     estimators = {"parametric": fits.parametric, "isoflop": fits.isoflop}
@@ -76,19 +76,19 @@ def _ask(question: Answer, ask: Callable[[], Answer]) -> Answer:
 
 
 def _optimal(fit: Any, flops: float, level: float) -> Answer:
-    require_positive("--flops", flops)
+    check_number("--flops", flops, above=0)
     return optimal({"": fit}, flops, level)[""]
 
 
 def _compute(fits: Fits, target: float, level: float) -> Answer:
-    require_positive("--target-loss", target)
+    check_number("--target-loss", target, above=0)
     return compute_for_loss(_law(fits), target, level)
 
 
 def _planned(fits: Fits, params: float, tokens: float, level: float) -> Answer:
     law = _law(fits)
-    require_positive("--params", params)
-    require_positive("--tokens", tokens)
+    check_number("--params", params, above=0)
+    check_number("--tokens", tokens, above=0)
     told = planned_loss(law, params, tokens, level)
     try:
         choice = choose_form(fits, delta=law.delta, bootstraps=min(100, law.bootstraps), seed=law.seed)
@@ -100,12 +100,12 @@ def _planned(fits: Fits, params: float, tokens: float, level: float) -> Answer:
 def _serving(fits: Fits, goal: dict[str, float], tokens: float, cost: ServingCost, level: float) -> Answer:
     law = _law(fits)
     for name, value in goal.items():
-        require_positive("--target-loss" if name == "target" else "--flops", value)
+        check_number("--target-loss" if name == "target" else "--flops", value, above=0)
     return goal | serving_optimum(law, served_tokens=tokens, cost=cost, level=level, **goal)
 
 
 def _law(fits: Fits) -> ParametricFit:
-    """Return the law that speaks of losses. Raises InputError where it was refused."""
+    """Return the law that predicts losses. Raises InputError if it was refused."""
     if fits.parametric is None:
-        raise InputError(f"only the parametric law speaks of a loss, and it was refused: {fits.refused['parametric']}")
+        raise InputError(f"only the parametric law predicts a loss, and it was refused: {fits.refused['parametric']}")
     return fits.parametric

@@ -1,11 +1,11 @@
-"""Random clouds of runs: nothing crashes, no budget is invented, and the law's intervals hold the truth.
+"""Test random clouds of runs: no crash, no invented budgets, and correct coverage of the law's intervals.
 
     python -m experiments.scaling.random_clouds --clouds 200 --json random-clouds.json
 
 Each cloud has its own law, number of runs, noise and ranges, with N and D drawn independently, so that no two runs
-share a budget but by chance. It goes through everything that `isoflop scaling fit` does, with every numerical warning
-an error. The limits: no exception but a refusal in words, no valleys, and 95 % intervals of the parametric law that
-hold the truth in 90 to 99 per cent. The exit code is 1 where a limit is missed.
+share a budget but by chance. Everything that `isoflop scaling fit` does is run, with numerical warnings as errors. The
+limits: no exception except InputError, no valleys, and 95 % intervals of the parametric law with a coverage of 90 to 99
+%. The exit code is 1 if a limit is missed.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def show(document: dict[str, Any]) -> str:
     met = document["met"]
     coverage = ", ".join(f"{name} {100 * value:.1f} %" for name, value in document["coverage_95"].items())
     lines = [
-        f"random clouds           {document['clouds']}, of which {document['fitted']} carry a law",
+        f"random clouds           {document['clouds']}, of which {document['fitted']} determine a law",
         f"crashes                 {len(document['crashes'])}{word[met['crashes']]}",
         f"clouds with budgets     {len(document['invented_budgets'])}{word[met['invented_budgets']]}",
         f"intervals hold truth    {coverage}{word[met['coverage_95']]}",

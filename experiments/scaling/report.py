@@ -1,4 +1,4 @@
-"""The page of a table's scaling laws: every estimator, how sure it is, and what it was tested on."""
+"""Write the page of a table's scaling laws: every estimator, its uncertainty and its tests."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +13,13 @@ from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
 from train.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-MOST_LEFT_OUT = 200  # lines of a table that a person reads
+MOST_LEFT_OUT = 200  # lines of a table on the page
 
 
 def write_scaling_page(path: Path, analysis: Analysis, title: str, tables: str | None = None) -> None:
-    """Write the page of an analysis: self-contained, whole or absent.
+    """Write the page of an analysis, self-contained and atomically.
 
-    tables: where the same numbers are, as the page shall say it.
+    tables: text that tells the reader where the same numbers are as CSV.
     """
     write_atomically(path, render(TEMPLATE, **_view(analysis, title, tables)))
 
@@ -133,9 +133,7 @@ def _rejected(budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _left_out(analysis: Analysis) -> list[dict[str, str]]:
-    """Return [{run, of, reason}]: rows dropped for one reason together; of an outlier, all estimators
-    that left it out.
-    """
+    """Return [{run, of, reason}]: rows with one reason together; of: the estimators that left a run out."""
     dropped: dict[str, list[int]] = {}
     outliers: dict[tuple[str, str], list[str]] = {}
     for row in analysis.left_out:

@@ -1,4 +1,4 @@
-"""The optimum when the model will also serve: least training plus serving cost at a loss (Sardana & Frankle 2023)."""
+"""Minimise training plus serving cost at a given loss (Sardana & Frankle 2023)."""
 
 import json
 import math
@@ -12,15 +12,16 @@ from scipy.optimize import brentq
 
 from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
-from experiments.scaling.use import compute_for_loss, extrapolation, log_compute, require_positive
+from experiments.scaling.use import compute_for_loss, extrapolation, log_compute
+from model.checks import check_number
 from model.errors import InputError
 
-LN_RANGE = 12.0  # how far, in ln N, a serving optimum may lie from the optimum of training alone
+LN_RANGE = 12.0  # largest distance, in ln N, of a serving optimum from the optimum of training alone
 
 
 @dataclass(frozen=True)
 class ServingCost:
-    """What one served token costs as a power law of the model's size: coefficient·N^exponent, in `unit`.
+    """The cost of one served token as a power law of the model's size: coefficient·N^exponent, in `unit`.
 
     The default is 2·N FLOPs (Sardana & Frankle 2023, equation 2). A measured cost is in seconds, and then training is
     too: `training_unit` is what one training FLOP costs in the same unit.
@@ -34,8 +35,8 @@ class ServingCost:
     """Sizes that were measured, ascending."""
 
     def __post_init__(self) -> None:
-        if not (self.coefficient > 0 and self.training_unit > 0):
-            raise InputError(f"coefficient={self.coefficient} and training_unit={self.training_unit} must be positive")
+        check_number("coefficient", self.coefficient, above=0)
+        check_number("training_unit", self.training_unit, above=0)
         if not self.exponent >= 0:
             raise InputError(
                 f"the cost of a served token falls with the size of the model, as N^{self.exponent:.2g}; measure sizes "
@@ -50,7 +51,8 @@ class ServingCost:
     def through(
         cls, params: Sequence[float], seconds_per_token: Sequence[float], training_flops_per_second: float
     ) -> "ServingCost":
-        """Return the power law in N through measured seconds per token; training runs at so many 6ND FLOPs a second.
+        """Return the power law in N through measured seconds per token; training runs at this many 6ND FLOPs per
+        second.
 
         One point gives a cost proportional to N, as reading the weights is. Raises `InputError` on values that are not
         positive.
@@ -129,7 +131,7 @@ def _document(path: str | Path, command: str, needs: Sequence[str]) -> dict[str,
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise InputError(f"{path} is not a document of `{command}`: it is no JSON ({error})") from error
+        raise InputError(f"{path} is not a document of `{command}`: it is not JSON ({error})") from error
     missing = [name for name in needs if not isinstance(document, dict) or name not in document]
     if missing or not isinstance(document, dict):
         raise InputError(f"{path} is not a document of `{command}`: it has no {' and no '.join(map(repr, missing))}")
@@ -137,7 +139,7 @@ def _document(path: str | Path, command: str, needs: Sequence[str]) -> dict[str,
 
 
 def tokens_for_loss(theta: np.ndarray, params: Any, target: float) -> Any:
-    """Return the D at which a model of N parameters reaches the target; inf where it never does."""
+    """Return the D at which a model of N parameters reaches the target; inf if it never does."""
     E, A, B, alpha, beta = theta
     left = target - E - A * np.asarray(params, np.float64) ** -alpha
     return np.where(left > 0, (B / np.where(left > 0, left, 1.0)) ** (1 / beta), np.inf)
@@ -152,20 +154,19 @@ def serving_optimum(
     cost: ServingCost = ServingCost(),
     level: int | float = 95,
 ) -> dict[str, Any]:
-    """Return the model of least lifetime cost at a loss: 6·N·D of training plus `served_tokens` times the cost of one
-    token.
+    """Return the model of least total cost at a loss: 6·N·D plus `served_tokens` times the cost of one token.
 
     The loss is `target`, or what `training_flops` would reach compute-optimally (Sardana & Frankle 2023, equation 3,
-    with their 2·N·M the default cost). The answer has the same loss by a smaller model trained for longer, the more so
-    the more is served. The interval is over bootstrap draws at the same loss. Raises `InputError` unless exactly one of
-    the two is given.
+    with their 2·N·M the default cost). The answer reaches the same loss with a smaller model trained for longer; more
+    served tokens shift it further. The interval is over bootstrap draws at the same loss. Raises `InputError` unless
+    exactly one of the two is given.
     """
     if (target is None) == (training_flops is None):
         raise InputError("give either target (a loss) or training_flops (a budget), not both and not neither")
     if not served_tokens >= 0:
         raise InputError(f"served_tokens={served_tokens} must not be negative")
     if target is None:
-        require_positive("training_flops", float(training_flops or 0))
+        check_number("training_flops", float(training_flops or 0), above=0)
         target = float(fit.optimal(training_flops).loss)
     alone = compute_for_loss(fit, target, level)
     params = _cheapest(fit.theta, target, served_tokens, cost)

@@ -1,4 +1,4 @@
-"""Trials by the hundred, on several processes, which go on where they stopped."""
+"""Run hundreds of simulated trials on several processes, and resume after a stop."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ def run_trials(
 ) -> dict[tuple[Any, ...], Any]:
     """Return `{job: work(job)}`, calling `advance()` after each; jobs are tuples and results values that JSON can hold.
 
-    What is done is kept in the `ledger`, one line of JSON per job, and is not done again.
+    Finished jobs are recorded in the `ledger`, one line of JSON each, and are not run again.
     """
     done: dict[tuple[Any, ...], Any] = {}
     if ledger is not None and ledger.exists():
@@ -56,7 +56,7 @@ def main(
     jobs_per_seed: int,
     processes: int = 1,
 ) -> None:
-    """Run a study of simulated tables from the command line: print what `show` says of its document.
+    """Run a study of simulated tables from the command line: print the summary that `show` makes of its document.
 
     study(seeds, bootstraps, processes, ledger, advance) returns the document; seeds, bootstraps, processes:
     defaults.
@@ -68,7 +68,7 @@ def main(
     parser.add_argument("--bootstraps", type=int, default=bootstraps, help="resamples behind each interval")
     parser.add_argument("--processes", type=int, default=processes)
     parser.add_argument("--json", type=Path, default=None, help="write the document to this file")
-    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to go on after a stop")
+    parser.add_argument("--ledger", type=Path, default=None, help="keep every trial here, to resume after a stop")
     options = parser.parse_args()
     with progress_bar(name, options.seeds * jobs_per_seed) as advance:
         document = study(options.seeds, options.bootstraps, options.processes, options.ledger, advance)

@@ -1,6 +1,6 @@
-"""What a fit is for: the optimum of a budget, the compute of a target, the loss of a planned run.
+"""Answer questions with a fit: the optimum of a budget, the compute for a target loss, the loss of a planned run.
 
-Every answer says how far it extrapolates. N in parameters, D in tokens, losses in nats per token, C = 6·N·D FLOPs.
+Every answer states how far it extrapolates. N in parameters, D in tokens, losses in nats per token, C = 6·N·D FLOPs.
 """
 
 import math
@@ -12,14 +12,15 @@ from experiments.scaling.forms.choose import FormChoice
 from experiments.scaling.law.intervals import LARGEST_LOG, exponential, own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
+from model.checks import check_number
 from model.errors import InputError
 
 _BELOW = "the compute is below that of the fit"
-FAR = 10.0  # times the largest compute of the fit, beyond which an answer is warned of
+FAR = 10.0  # multiple of the fit's largest compute from which an answer comes with a warning
 
 
 def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float) -> dict[str, Any]:
-    """Return how far (N, D) lies from the runs: compute over the largest fitted, N and D over their ranges, and words.
+    """Return how far (N, D) is from the runs, as ratios of compute, N and D, and as text.
 
     `params_times` and `tokens_times` are 1 inside the range, above 1 beyond its top, below 1 beneath its bottom.
     """
@@ -41,7 +42,7 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
     for letter, key, values in (("N", "params_times", sizes), ("D", "tokens_times", seen)):
         if times[key] != 1.0:
             value = params if letter == "N" else tokens
-            warnings.append(f"{letter}={value:.3g} lies outside the runs' {values.min():.3g}…{values.max():.3g}")
+            warnings.append(f"{letter}={value:.3g} is outside the runs' {values.min():.3g}…{values.max():.3g}")
     if compute < (1 - 1e-9) * flops.min():
         warnings.append(f"{_BELOW}: {compute / flops.min():.2g} of its smallest")
     return {"flops_over_largest": ratio, **times, "warnings": warnings}
@@ -53,7 +54,7 @@ def is_far(extrapolated: dict[str, Any]) -> bool:
 
 
 def in_words(extrapolated: dict[str, Any]) -> str:
-    """Return what `extrapolation` found, for a person; it begins with FAR where the answer should not be relied on."""
+    """Describe the result of `extrapolation`; the text begins with FAR if the answer is not reliable."""
     ratio = extrapolated["flops_over_largest"]
     warnings = list(extrapolated["warnings"])
     times = f"{ratio:,.0f}" if 100 <= ratio < 1e9 else f"{ratio:.3g}"
@@ -70,7 +71,7 @@ def in_words(extrapolated: dict[str, Any]) -> str:
 
 
 def _convention(fit: ParametricFit | IsoflopFit) -> float:
-    """Return C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law knows 6·N·D only."""
+    """Return C of a fit's own convention over 6·N·D, the mean over its runs; the parametric law uses 6·N·D only."""
     if isinstance(fit, ParametricFit):
         return 1.0
     ratios = [np.log(v.flops) - np.log(6 * v.params * v.tokens).mean() for v in fit.accepted]
@@ -80,9 +81,9 @@ def _convention(fit: ParametricFit | IsoflopFit) -> float:
 def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | float = 95) -> dict[str, Any]:
     """Return per estimator {params, tokens, loss, intervals, extrapolation} of the compute-optimal run at C FLOPs.
 
-    Only the parametric law speaks of a loss. An interval that the table cannot carry is None.
+    Only the parametric law predicts a loss. An interval that the table does not determine is None.
     """
-    require_positive("C", C)
+    check_number("C", C, above=0)
     answers = {}
     for name, fit in fits.items():
         best = fit.optimal(C)
@@ -116,9 +117,9 @@ def _optimal_losses(fit: ParametricFit, C: float, level: int | float) -> tuple[A
 
 def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> dict[str, Any]:
     """Return {loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
-    require_positive("params", params)
-    require_positive("tokens", tokens)
-    require_positive("6·params·tokens", 6.0 * params * tokens)
+    check_number("params", params, above=0)
+    check_number("tokens", tokens, above=0)
+    check_number("6·params·tokens", 6.0 * params * tokens, above=0)
     low, high = fit.predict_interval(params, tokens, level)
     loss = float(fit.predict(params, tokens))
     return {
@@ -136,7 +137,7 @@ def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | 
 def planned_by_form(choice: FormChoice, params: float, tokens: float) -> dict[str, Any]:
     """Return {losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
 
-    An interval is conditional on its form of law; this is what the form itself leaves open.
+    An interval is conditional on its form of law; this shows the uncertainty about the form.
     """
     said = {name: getattr(choice, name) for name in ("winner", "told_apart", "reason")}
     return said | {
@@ -146,7 +147,7 @@ def planned_by_form(choice: FormChoice, params: float, tokens: float) -> dict[st
 
 
 def log_compute(theta: np.ndarray, target: float) -> float:
-    """Return ln of the least C = 6ND at which the law reaches the target; +inf where it never does.
+    """Return ln of the least C = 6ND at which the law reaches the target; +inf if it never does.
 
     Along the optimum both terms are powers of C, C^(−αβ/(α+β)), in the fixed ratio β : α.
     """
@@ -166,7 +167,7 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     An upper bound of None means that some of the interval's laws never reach it. Raises `InputError` for a target at or
     below the floor E.
     """
-    require_positive("target", target)
+    check_number("target", target, above=0)
     if target <= fit.E:
         raise InputError(
             f"a loss of {target:g} is at or below the law's floor E={fit.E:.4g}; no compute reaches it, ask for a "
@@ -195,9 +196,3 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
         "unreachable_share": float(np.isinf(draws).mean()),
         "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),
     }
-
-
-def require_positive(name: str, value: float) -> None:
-    """Raise `InputError` for zero, negative, infinite and NaN values."""
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name}={value} must be a positive number")

@@ -1,4 +1,4 @@
-"""A study's stages as commands for the shell, so that each can be repeated and changed by hand."""
+"""Write a study's stages as shell commands, so that each can be repeated and changed by hand."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ Command = dict[str, str]
 
 
 def commands(document: dict[str, Any]) -> list[Command]:
-    """Return {what, text} per stage, with the numbers of this study; stages that found nothing are left out."""
+    """Return {what, text} per stage, with the numbers of this study; stages without a result are left out."""
     settings, found = document["settings"], document.get("sweep") or {}
     shape = f"--batch-size {settings['batch_size']} --seq-len {settings['seq_len']}"
     listed = [
@@ -51,7 +51,7 @@ def commands(document: dict[str, Any]) -> list[Command]:
 def _toml(design: dict[str, Any]) -> str:
     """Return the definition of a study (`experiments/scaling/study/design.py`), defaults left out.
 
-    At the scale of published models a key that is left out has another default, so that all are there.
+    At the scale of published models keys that are left out have other defaults, so all keys are written.
     """
     usual = Design(budgets=(1.0, 2.0)).to_dict()
     if middle_of(design["budgets"]) >= AT_SCALE:
@@ -112,9 +112,7 @@ def _command(what: str, text: str, before: str = "") -> Command:
 
 
 def _model(config: dict[str, Any], file: str) -> tuple[str, str]:
-    """Return the model as a command takes it: a preset where it is one, else a file and the shell text
-    that makes it.
-    """
+    """Return the model as a command-line argument: a preset, or a config file and the shell text to write it."""
     preset = f"study-{config['d_model']}"
     if preset in presets.names():
         ours = {"vocab_size": config["vocab_size"], "eos_token_ids": tuple(config["eos_token_ids"])}

@@ -1,4 +1,4 @@
-"""Figures of the study's runs: loss curves of the ladder and of the held-out run."""
+"""Draw the study's runs: loss curves of the ladder and of the held-out run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def loss_curves(groups: Sequence[tuple[float, Sequence[LossCurve]]], width: floa
 
 @styled
 def losses_by_size(groups: Sequence[tuple[float, Sequence[dict[str, Any]]]], width: float = WIDTH) -> Figure:
-    """Draw validation loss over N per budget, without fitted curves: for a ladder whose valleys were refused."""
+    """Draw validation loss over N per budget, without fitted curves: for a ladder without a fit of its valleys."""
     figure = new_figure(width, 4.2)
     axes = figure.subplots()
     for (budget, rows), colour in zip(groups, sequence(len(groups)), strict=True):

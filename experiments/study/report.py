@@ -1,4 +1,4 @@
-"""The study's report: `study.json` and the runs' loss curves as one page."""
+"""Write the study's report: `study.json` and the runs' loss curves as one page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,20 +23,20 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SOURCES = {"sotu": "State of the Union addresses", "stdlib": "Python’s standard library"}
 FATES = {"diverged": "diverged", "interrupted": "was interrupted", "finished": "finished"}
 CURVES = {"spline": "smoothing spline", "skewed": "skewed parabola", "parabola": "parabola"}
-WIDE_EXPONENT = 0.5  # an exponent lies between 0 and 1: a 95 % interval wider than this says little
+WIDE_EXPONENT = 0.5  # an exponent is between 0 and 1: a 95 % interval wider than this says little
 WIDE_PREDICTION = 0.1  # of the predicted loss: falling into a wider interval is a weak test
 
 
 def write_study_page(folder: Path, document: dict[str, Any]) -> None:
-    """Write `report.html` beside the study's runs: self-contained, whole or absent.
+    """Write `report.html` next to the study's runs, self-contained and atomically.
 
-    What is missing (a refused fit, no prediction, a diverged run) is said in a sentence where its figure would be.
+    A missing figure (refused fit, no prediction, diverged run) is replaced by a sentence with the reason.
     """
     write_atomically(folder / "report.html", render(TEMPLATE, **_view(folder, document)))
 
 
 def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """Return what the template is filled with: the document's parts, never None, and what is derived from them."""
+    """Return the template's variables: the document's parts, never None, and values derived from them."""
     parts = {name: document.get(name) or {} for name in ("settings", "data", "plan", "sweep", "fit", "totals")}
     parts |= {name: document.get(name) or {} for name in ("prediction", "heldout", "device", "versions")}
     every, cells = document.get("ladder") or [], _measured(document)
@@ -81,7 +81,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Drawn]:
-    # The document's fits again, now as objects that can be drawn: same table, same seed, same numbers.
+    # The document's fits again, as objects that can be drawn: same table, same seed, same numbers.
     fits = fit_both(read_table(folder / "ladder" / "runs.csv"))
     method = ((document.get("fit") or {}).get("isoflop") or {}).get("method", DEFAULT)
     parametric, isoflop, refused = fits.parametric, fits.methods.get(method), fits.refused
@@ -107,7 +107,7 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
         "curves": drawn_twice(
             "Training loss of every run of the ladder over compute",
             lambda width: figures.loss_curves(curves, width),
-            None if curves else "The runs' metrics.jsonl files are not beside this study.",
+            None if curves else "The runs' metrics.jsonl files are not in this study's folder.",
         ),
         "optimal": drawn(
             "Compute-optimal parameters and tokens over compute",
@@ -171,7 +171,7 @@ def _exponent(law: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _undetermined(parametric: dict[str, Any]) -> list[str]:
-    """Return exponents whose 95 % interval reaches an end of the search: the runs do not determine them."""
+    """Return the exponents whose 95 % interval reaches a bound of the search: the runs do not determine them."""
     names = []
     for name in ("alpha", "beta"):
         interval = (parametric.get("intervals") or {}).get(name, {}).get("95") or [None, None]
@@ -182,7 +182,7 @@ def _undetermined(parametric: dict[str, Any]) -> list[str]:
 
 
 def _weak_test(prediction: dict[str, Any]) -> float | None:
-    """Return the width of the predicted interval as a share of the prediction, where it is wide."""
+    """Return the width of the predicted interval as a share of the prediction if it is wide, else None."""
     if not known(prediction.get("loss")) or prediction.get("interval_95") is None:
         return None
     low, high = prediction["interval_95"]
@@ -191,7 +191,7 @@ def _weak_test(prediction: dict[str, Any]) -> float | None:
 
 
 def _best_first(sweep: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a sweep's settings, those that lost a run after the others."""
+    """Return a sweep's settings by mean loss, those with a diverged run last."""
     last = float("inf")
     return sorted(
         sweep.get("settings", ()),
@@ -200,7 +200,7 @@ def _best_first(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
-    """Return wall seconds and compiled programs of each stage, where the study's own notes are there."""
+    """Return wall seconds and compiled programs of each stage, as far as recorded."""
     stages = []
     for path in (folder / "stages").glob("*.json"):
         note = read_sealed(path)

@@ -1,7 +1,7 @@
-"""The whole story on one machine: data → sweep → ladder → fit → prediction → decode → report.
+"""Run a complete study on one machine: data → sweep → ladder → fit → prediction → decode → report.
 
-Only public functions of the floors below are called; each stage's numbers are kept in `stages/NAME.json` when
-the stage is finished, and a stage that is there is not run again. So the study can be stopped anywhere.
+Only public functions of the layers below are called. The numbers of a finished stage are stored in `stages/NAME.json`
+and the stage is not run again, so the study can be stopped at any time.
 """
 
 import dataclasses
@@ -40,16 +40,17 @@ from train.run import describe_device, load_run, versions
 
 SCHEMA_VERSION = 2
 LEARNING_RATES = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
-BETA2 = (0.95, 0.99)  # small batches are said to want a longer memory
+BETA2 = (0.95, 0.99)  # small batches need a longer averaging horizon
 WEIGHT_DECAY = 0.1
-LADDER_SHARE = 0.62  # of the minutes; the rest is data, sweep, fits, decode and what the timed step leaves out
+LADDER_SHARE = 0.62  # share of the minutes for the ladder; the rest is for data, sweep, fits, decode and overhead
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a study; a folder belongs to one of these.
+    """The settings of a study; a folder holds a study of one setting.
 
-    batch_size None: 2 on a CPU, where small models want many small steps (docs/LOG.md), 64 on an accelerator.
+    batch_size None: 2 on a CPU, where small models train best with many small steps (docs/LOG.md), 64 on an
+    accelerator.
     """
 
     source: str = "sotu"
@@ -62,10 +63,10 @@ class Settings:
 
 @pinned()
 def run_study(folder: str | Path, settings: Settings = Settings()) -> dict[str, Any]:
-    """Run or go on with the study in `folder`; returns what `study.json` holds.
+    """Run or resume the study in `folder`; return the content of `study.json`.
 
-    Raises InputError on bad input and where the folder belongs to other settings, and
-    `experiments.sweep.run.UnfinishedError` where runs failed.
+    Raises InputError on bad input or if the folder has a study with other settings, and
+    `experiments.sweep.run.UnfinishedError` if runs failed.
     """
     if settings.batch_size is None:
         settings = dataclasses.replace(settings, batch_size=2 if jax.default_backend() == "cpu" else 64)
@@ -73,7 +74,7 @@ def run_study(folder: str | Path, settings: Settings = Settings()) -> dict[str, 
 
 
 class _Study:
-    """The stages in order; each takes what earlier ones found from `self.found`."""
+    """The stages in order; each reads the results of earlier ones from `self.found`."""
 
     def __init__(self, folder: Path, settings: Settings):
         assert settings.batch_size is not None
@@ -117,12 +118,12 @@ class _Study:
         return prepare_data(self.settings.source, self.data, vocab_size=self.settings.vocab_size).to_json()
 
     def _plan(self) -> dict[str, Any]:
-        """Time this machine and size the budgets so that everything fits into the minutes."""
+        """Time this machine, and choose budgets so that the study fits into the minutes."""
         made = plan_study(_design(self.settings), self.data)
         assert made.speed is not None
         design, base = made.design, made.design.base_config(made.vocab_size)
         middle = design.family.nearest(base, expected_optimum(design, design.budgets[1]))
-        # The proxy's own length at half of the smallest budget: long enough to rank rates, cheap enough for all trials.
+        # The proxy's training length at half of the smallest budget: enough to rank learning rates, and cheap.
         per_step = 6 * design.family.params(base, middle) * self.batch_size * design.seq_len
         return {
             "design": design.to_dict(),
@@ -161,15 +162,13 @@ class _Study:
         return run_ladder(self._tuned(), self.data, self.ladder)
 
     def _fit(self) -> dict[str, Any]:
-        """Return both fits, without the runs that diverged, saw data twice or are held out: those are listed as
-        dropped.
-        """
+        """Return both fits; runs that diverged, repeated data or are held out are listed as dropped."""
         return fit_both(read_table(self.ladder / "runs.csv")).document()
 
     def _test(self) -> dict[str, Any]:
-        """Return {prediction, heldout} of the budget that was predicted before it was trained.
+        """Train the held-out budget after its prediction is written; return {prediction, heldout}.
 
-        heldout is its run nearest to the predicted optimum; prediction holds all of its runs.
+        heldout: the run nearest to the predicted optimum; prediction: all runs.
         """
         tested = read_sealed(self.ladder / "held_out.json")
         rows = {row["name"]: row for row in self.found["ladder"]}
@@ -242,9 +241,7 @@ class _Study:
         }
 
     def _tuned(self) -> Design:
-        """Return the design with the sweep's best rate, as 1 / d_model from the proxy's: the vertex of the parabola
-        through the best and its neighbours, or else the best itself (docs/LOG.md).
-        """
+        """Return the design with the sweep's best rate (parabola's vertex), scaled as 1 / d_model (docs/LOG.md)."""
         sweep = self.found["sweep"]
         if sweep["winner"] is None:
             raise InputError("the sweep has no winner: every learning rate diverged; nothing can be transferred")
@@ -255,24 +252,22 @@ class _Study:
         return design.replace(learning_rate=law, set=design.set | {"beta2": best["beta2"]})
 
     def _model(self) -> Any:
-        """Return (config, params) of the run that was the test; None where it diverged."""
+        """Return (config, params) of the held-out run nearest to the optimum; None if it diverged."""
         run = self.found["test"]["heldout"]
         return None if run["loss"] is None else load_run(self.ladder / run["run"])
 
 
 def _design(settings: Settings) -> Design:
-    """Return a design of four budgets to fit and one to predict, of five sizes each; its rate is the
-    sweep's to find.
-    """
+    """Return a design of four budgets to fit and one to predict, five sizes each; the sweep sets its learning rate."""
     on_cpu = jax.default_backend() == "cpu"
     assert settings.batch_size is not None
     return Design(
-        # Small models have one depth: where it steps from 2 layers to 3, a law through both is wrong (docs/LOG.md).
+        # Small models have one depth: a law through models of 2 and of 3 layers is wrong (docs/LOG.md).
         base="study-32",
         family=ModelFamily(ff_ratio=8 / 3) if on_cpu else ModelFamily(ff_ratio=8 / 3, aspect_ratio=32.0, head_dim=32),
         hours=settings.minutes * LADDER_SHARE / 60,
         count=5,
-        budget_factor=2.25,  # the square of the sizes' factor, so that neighbouring budgets share four of five shapes
+        budget_factor=2.25,  # the square of the size factor, so that neighbouring budgets share four of five shapes
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
         seed=settings.seed,
@@ -288,9 +283,9 @@ def _prompts(source: str) -> list[str]:
 
 
 def _is_same_corpus(folder: Path, there: dict[str, Any], source: str) -> bool:
-    """Return whether text at another path than before is what the study's data were made of.
+    """Return whether the text at a new path is the one that the study's data were made from.
 
-    Raises InputError where it holds other documents.
+    Raises InputError if it holds other documents.
     """
     is_place = [name not in NAMED and not name.startswith("hf:") for name in (there.get("source", ""), source)]
     if not all(is_place) or not (folder / "data").exists() or not Path(source).exists():

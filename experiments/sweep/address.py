@@ -1,7 +1,8 @@
-"""The address of a sweep's storage: what a person gives, what `sweep.json` keeps, and what is opened.
+"""Convert between addresses of a sweep's storage: as given by the user, as stored in `sweep.json`, and as opened.
 
-A person's file is relative to the working directory, as every path on the command line. `sweep.json` keeps a file
-within the sweep's folder relative to that folder, and any other one absolute: the address means the same everywhere.
+The user's path is relative to the working directory, like every path on the command line. `sweep.json` stores a path
+inside the sweep's folder relative to that folder, and any other path absolute, so that it is valid in every working
+directory.
 """
 
 import os
@@ -14,7 +15,7 @@ _SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)(.*)")
 
 
 def file_of(url: str) -> Path | None:
-    """Return the file of a `journal:FILE` or `sqlite:///FILE` address; None where a server is addressed."""
+    """Return the file of a `journal:FILE` or `sqlite:///FILE` address; None if a server is addressed."""
     if url.startswith("journal:"):
         return Path(url.removeprefix("journal:"))
     found = _SQLITE.fullmatch(url)
@@ -31,7 +32,7 @@ def check_given(url: str) -> None:
     """Raise InputError for a storage that no second process could open."""
     if url.startswith("sqlite") and (file_of(url) in (None, Path(), Path(":memory:")) or "?" in url or "/file:" in url):
         raise InputError(
-            f"the storage {url!r} is no file that workers can share; give sqlite:///FILE, without options, or leave "
+            f"the storage {url!r} is not a file that workers can share; give sqlite:///FILE, without options, or leave "
             "--storage out for a file in the sweep's folder"
         )
     if url == "journal:":
@@ -39,7 +40,7 @@ def check_given(url: str) -> None:
 
 
 def kept(url: str, folder: Path) -> str:
-    """Return the address as `sweep.json` keeps it, from what a person gave in the working directory."""
+    """Return the address as stored in `sweep.json`, from the one that the user gave in the working directory."""
     file = file_of(url)
     if file is None:
         return url
@@ -50,22 +51,23 @@ def kept(url: str, folder: Path) -> str:
 
 
 def opened(url: str, folder: Path) -> str:
-    """Return the address to open, from what `sweep.json` of the folder keeps."""
+    """Return the address to open, from the one stored in the folder's `sweep.json`."""
     file = file_of(url)
     return url if file is None else with_file(url, folder.absolute() / file)
 
 
 def opened_by_older(url: str, folder: Path) -> str:
-    """Return the address to open where an older version wrote `sweep.json`: it kept relative files as they were given.
+    """Return the address to open for a `sweep.json` of an older version, which stored relative paths as given.
 
-    They were relative to the working directory, which most often lay above the sweep's folder: the first place that has
-    the file is taken, and the working directory where there is none.
+    They were relative to the working directory, usually a parent of the sweep's folder: the first of these folders that
+    has the file is taken, or else the working directory.
     """
     file = file_of(url)
     if file is None:
         return url
     places = (Path.cwd(), folder.resolve(), *folder.resolve().parents)
-    return with_file(url, next((place / file for place in places if (place / file).exists()), Path.cwd() / file))
+    existing = [place / file for place in places if (place / file).exists()]
+    return with_file(url, existing[0] if existing else Path.cwd() / file)
 
 
 def shown(url: str) -> str:
@@ -78,9 +80,9 @@ def shown(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return a PostgreSQL storage's URL to be written down: its password goes to PGPASSWORD, where libpq looks for it.
+    """Return a PostgreSQL URL without its password, which is moved to PGPASSWORD, where libpq finds it.
 
-    Workers that this process starts have it from there; others need it set, or a ~/.pgpass.
+    Workers started by this process inherit it; others need PGPASSWORD or a ~/.pgpass.
     """
     if not url.startswith("postgresql"):
         return url

@@ -1,4 +1,4 @@
-"""Trials that are listed by name, as a scaling study does, and those of them that branch off from another's run.
+"""List trials by name, as a scaling study does, with those that branch off another run.
 
 A branch leaves its base run at a constant rate and has a decay phase of its own (`train/branch.py`).
 """
@@ -19,8 +19,8 @@ _OWN = ("total_steps", "decay_steps", "decay_fraction", "final_fraction")
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """A trial by its name. point: its fields, "seed" among them. trunk: the name of the run that it branches off from
-    after leave_step updates; None: it starts on its own."""
+    """A trial by its name. point: its fields, "seed" among them. trunk: the name of the base run that it branches off
+    after leave_step updates; None: it starts fresh."""
 
     name: str
     point: Mapping[str, Any]
@@ -36,7 +36,7 @@ class Listed:
 
     @classmethod
     def from_former(cls, point: Mapping[str, Any]) -> Self:
-        """Read a point of a former version, in which three names that were no fields said the rest."""
+        """Read a point of an older version, which stored name, base run and step as three additional fields."""
         rest = {name: value for name, value in point.items() if name not in ("_name", "_trunk", "_leave")}
         return cls(point["_name"], rest, point.get("_trunk"), point.get("_leave", 0))
 
@@ -44,7 +44,7 @@ class Listed:
 def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
     """Return the trials over the base of their sweep, with their parents.
 
-    Raises InputError where there is no such base run, or it is not at its peak rate where it is left.
+    Raises InputError if there is no such base run, or if its rate is not at the peak at the branch point.
     """
     entries = list(listed)
     made = [apply(base, entry.point).replace(name=entry.name) for entry in entries]
@@ -67,7 +67,7 @@ def list_trials(base: Trial, listed: Iterable[Listed]) -> list[Trial]:
 
 
 def branch_points(trials: Sequence[Trial], trunks: Sequence[str]) -> set[int]:
-    """Return the updates after which branches leave these trials."""
+    """Return the updates after which branches start from these trials."""
     return {trial.parent[1] for trial in trials if trial.parent is not None and trial.parent[0] in trunks}
 
 
@@ -83,7 +83,7 @@ def _check(trunk: Trial, branch: Trial, step: int) -> None:
     last = min(_constant_until(trial) for trial in (trunk, branch))
     if not warmup or not warmup <= step <= last:
         raise InputError(
-            f"leave_step={step} must lie between the end of the warm-up, warmup_steps={warmup} (more than 0), and "
+            f"leave_step={step} must be between the end of the warm-up, warmup_steps={warmup} (more than 0), and "
             f"{last}, where the first of the two begins its decay phase"
         )
 

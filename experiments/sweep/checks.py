@@ -1,8 +1,7 @@
-"""What can be known to be wrong with a sweep before anything of it runs."""
+"""Check a sweep for errors before any trial runs."""
 
 from collections.abc import Mapping
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.objectives import FORGETTING, LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
 from experiments.sweep.row import LedgerRow
@@ -13,6 +12,7 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model import Params
 from model.checkpoint import parameters_sha256
+from model.checks import check_at_least_one
 from model.errors import InputError
 from model.store import open_parameters
 from train.data import load_manifest
@@ -23,12 +23,12 @@ from train.loop.train import check_frozen
 from train.recipe import Weights
 from train.start import fit
 
-_PROBES = 16  # points of a searched space that stand for those that are drawn
+_PROBES = 16  # points of a searched space that represent those that a sampler draws
 
 
 def check_data(sweep: Sweep) -> Manifest:
-    """Return the sweep's data. Raises InputError where the folder does not hold them any more."""
-    hint = f"`isoflop sweep resume {sweep.folder} --data FOLDER` goes on with them at another place"
+    """Return the sweep's data. Raises InputError if the folder no longer holds them."""
+    hint = f"`isoflop sweep resume {sweep.folder} --data FOLDER` continues with their new path"
     if not sweep.data.exists():
         raise InputError(f"the data of the sweep {sweep.folder} are not at {sweep.data} any more; {hint}")
     manifest = load_manifest(sweep.data)
@@ -40,12 +40,12 @@ def check_data(sweep: Sweep) -> Manifest:
 def check_weights(sweep: Sweep) -> Params | None:
     """Return the parameters that the sweep's trials start from; None: fresh ones.
 
-    Raises InputError where others are there.
+    Raises InputError if the path holds other weights.
     """
     start = sweep.base.recipe.start
     if sweep.weights is None or not isinstance(start, Weights):
         return None
-    hint = f"`isoflop sweep resume {sweep.folder} --base PATH` goes on with them at another place"
+    hint = f"`isoflop sweep resume {sweep.folder} --base PATH` continues with their new path"
     if not sweep.weights.exists():
         raise InputError(f"the weights that the sweep {sweep.folder} starts from are not at {sweep.weights}; {hint}")
     params = open_parameters(sweep.weights)[1]
@@ -85,12 +85,12 @@ def check_sweep(sweep: Sweep) -> None:
         _check_recipes(sweep, trials)
     for trial in {trial.cohort: trial for trial in trials}.values():
         check_speed(trial, sweep.objectives)
-    # A policy says so when it cannot compare trials: it is asked, and nothing is done about its answer.
+    # `decide` raises if the policy cannot compare the trials; its decision is discarded.
     policy.decide([LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)])
 
 
 def _check_recipes(sweep: Sweep, trials: list[Trial]) -> None:
-    """Raise InputError where trials differ in their execution alone: rounding would decide which of them goes on."""
+    """Raise InputError if trials differ in their execution alone: rounding would decide which of them continues."""
     first: dict[tuple[str, int], Trial] = {}
     for trial in trials:
         other = first.setdefault((trial.recipe.run_id, trial.steps), trial)
@@ -120,7 +120,7 @@ def _check_sampler(sweep: Sweep) -> None:
 
 
 def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
-    """Raise InputError where trials have other shapes than the weights, or go on from runs that hold no whole model."""
+    """Raise InputError if trials do not fit the starting weights, or branch off runs with frozen parameters."""
     params = check_weights(sweep)
     if params is None:
         return
@@ -135,11 +135,11 @@ def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
                 "--policy population copies checkpoints, which hold no frozen parameters; take --policy halving"
             )
         if any(trial.parent is not None for trial in trials):
-            raise InputError("branches go on from checkpoints, which hold no frozen parameters; train all parameters")
+            raise InputError("branches continue from checkpoints, which lack frozen parameters; train all parameters")
 
 
 def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
-    """Raise InputError for a trial that `population` would refuse."""
+    """Raise InputError for a trial for which `population` would raise."""
     config, objective = trial.recipe.model, trial.recipe.objective
     try:
         objective.check(config, trial.recipe.train)

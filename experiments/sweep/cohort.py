@@ -1,4 +1,4 @@
-"""Cohorts: the trials of one static shape, and how many of them fit into one program."""
+"""Group trials into cohorts of one static shape, and compute how many lanes fit into one program."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from train.loop.memory import device_memory
 from train.objectives import Objective
 from train.overlay import OBJECTIVE
 
-_MOST_SEQUENTIAL = 1  # of several lanes each would push the others' state out of the cache
+_MOST_SEQUENTIAL = 1  # several lanes would evict each other's state from the cache
 _MOST_VMAPPED = 64
-_USABLE = 0.5  # of a device's memory: the prediction is a rough one, and others may want some
+_USABLE = 0.5  # share of a device's memory: the prediction is rough, and other programs need memory too
 
 
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """Trials of one static shape. name: `Trial.cohort`. label: what sets it apart from the sweep's others."""
+    """Trials of one static shape. name: `Trial.cohort`. label: the fields that distinguish the cohort."""
 
     name: str
     label: str
@@ -39,7 +39,7 @@ class Cohort:
 
     @property
     def train_config(self) -> TrainConfig:
-        """The static half of how all its trials are trained."""
+        """The TrainConfig of all its trials."""
         return self.trials[0].recipe.train
 
 
@@ -53,8 +53,7 @@ def group(trials: Iterable[Trial]) -> list[Cohort]:
 
 
 def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | None = None) -> int:
-    """Return how many lanes `count` trials of one static shape are trained in, the last batch about as full as the
-    others.
+    """Return the number of lanes for `count` trials, so that the last batch is about as full as the others.
 
     At most `limit` (None: one where lanes run sequentially), and what the memory of a device (bytes; None: this one's)
     is predicted to hold; at least one.
@@ -69,9 +68,7 @@ def lanes_for(trial: Trial, count: int, limit: int | None = None, memory: int | 
 
 
 def state_bytes(trial: Trial) -> int:
-    """Return the bytes of one lane between steps: parameters, the optimizer's state and counters; also what its
-    checkpoint holds.
-    """
+    """Return the bytes of one lane's state, which are also those of its checkpoint."""
     return _state_bytes(trial.recipe.model, trial.recipe.train, trial.recipe.objective)
 
 
@@ -82,8 +79,7 @@ def _state_bytes(config: ModelConfig, train_config: TrainConfig, objective: Obje
 
 
 def temporary_bytes(trial: Trial) -> int:
-    """Predict the bytes of one lane within a step: gradients, updates, and the activations that the backward pass
-    reads.
+    """Predict a lane's temporary bytes: gradients, updates, and the activations for the backward pass.
 
     Of a layer and token: residuals and norms, queries, keys and values, the scores of whole rows, the feed-forward;
     once a layer under remat. Of the head the logits, their probabilities and gradients.
@@ -114,19 +110,17 @@ def _trained_bytes(config: ModelConfig, objective: Objective) -> int:
 
 
 def memory_bytes(trial: Trial, lanes: int) -> int:
-    """Predict the bytes of a device that trains so many lanes: their states, what steps need that run at once, and
-    what none of them trains.
-    """
+    """Predict the bytes on a device that trains this many lanes: states, temporary memory and frozen parameters."""
     temporary = (lanes if prefers_vmap() else 1) * temporary_bytes(trial)
     return lanes * state_bytes(trial) + temporary + frozen_bytes(trial)
 
 
 def _labels(trials: list[Trial]) -> list[str]:
-    """Return the fields in which they differ, but those that follow from others."""
+    """Return the fields in which they differ, except fields that are derived from others."""
     recipes = [trial.recipe for trial in trials]
     flat = [_fields(trial) for trial in trials]
     plain = [{name: str(value) for name, value in fields.items()} for fields in flat]
-    shared = [name for name in flat[0] if all(name in fields for fields in flat)]  # not what one objective alone has
+    shared = [name for name in flat[0] if all(name in fields for fields in flat)]  # not those of one objective
     names = [name for name in shared if len({fields[name] for fields in plain}) > 1]
     given = [name for name in names if not all(name in recipe.model.derived for recipe in recipes)]
     return [", ".join(f"{name}={_short(fields[name])}" for name in given) for fields in flat]
@@ -143,5 +137,5 @@ def _fields(trial: Trial) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """Return a part of a model by its values alone."""
+    """Return a short text for a part of a model: its values without names."""
     return "/".join(map(str, value.values())) if isinstance(value, dict) else str(value)

@@ -1,4 +1,4 @@
-"""Defining a sweep: from what a person gives, together with what its folder holds of it already."""
+"""Define a sweep from the options of a call and the definition that its folder already holds."""
 
 import dataclasses
 import hashlib
@@ -53,19 +53,18 @@ def define(
     objective: Objective | None = None,
     forgetting: Path | None = None,
 ) -> Sweep:
-    """Return a sweep from what a person gives, with the trials that its folder holds; each is checked, nothing is
-    written.
+    """Return a sweep with the given options and the trials of its folder; all are checked, nothing is written.
 
     config: gets the vocabulary of the data, unless all trials start from weights, whose model it then is. steps: of
     every trial whose point has no length of its own. space_file: a Python file. listed: trials by name, in place of
     axes and a space. base: fields of all trials. seeds: how many, or which; None: those of the file's outermost
-    `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another. objective: what
-    is learned, unless the base says so; None: language modelling.
+    `replicate`, or one. Warm-up is 5 % of the steps unless the base gives another. objective: used unless the base has
+    one; None: language modelling.
 
     From a folder that holds a sweep of the same base, data, objectives and policy it takes over the trials that former
     calls requested, and the storage where none is given; axes, seeds, sampler, trials, policy settings and lanes are
-    those of this call. Raises InputError, with the difference, where it holds another sweep or something else, and on
-    whatever `check_sweep` refuses.
+    those of this call. Raises InputError, with the difference, if it holds another sweep or other files, and as
+    `check_sweep` does.
     """
     manifest = load_manifest(data)
     if storage is not None:
@@ -122,7 +121,7 @@ def define(
 
 
 def _joined(sweep: Sweep) -> Sweep:
-    """Return the sweep together with what its folder holds."""
+    """Return the sweep merged with the one in its folder."""
     folder = sweep.folder
     if not (folder / "sweep.json").exists():
         check_free(folder, "sweep", "has no sweep.json", "choose another folder for the sweep")
@@ -142,7 +141,7 @@ def _joined(sweep: Sweep) -> Sweep:
     if axes != asked:
         raise InputError(
             f"{folder} holds a sweep over {_listed(axes)}, and this one is over {_listed(asked)}: one setting would "
-            "stand in it under two names; choose another folder, or give every axis a value"
+            "have two names in it; choose another folder, or give every axis a value"
         )
     earlier = tuple(r for r in _requests(there) if not _covers(sweep.request, r))
     return dataclasses.replace(sweep, storage=storage, earlier=earlier, id=there.id)

@@ -1,7 +1,7 @@
-"""The points of a grid as Optuna's parameters, so that its dashboard and its importances read a sweep.
+"""Describe the points of a grid as Optuna parameters, so that its dashboard and importances can read a sweep.
 
 Optuna lets the bounds of a number differ between trials of a study, but neither its kind nor its scale, nor the choices
-of a category: a value that does not fit what the study has of that name stands in the trial alone.
+of a category: a value that does not fit what the study has of that name is stored in the trial only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ class Known:
             self._distributions[name] = _widened(self._distributions.get(name), own)
 
     def describe(self, point: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the parameters of a point, and their distributions. Seeds are no parameter: they make replicates."""
+        """Return the parameters of a point, and their distributions. Seeds are not parameters: they give replicates."""
         params = {
             name: to_category(value)
             for name, value in point.items()

@@ -1,11 +1,11 @@
-"""Find the study of a storage that is a sweep's, wherever its folder lies, and notice a folder that is a copy.
+"""Find the study of a storage that is a sweep's, wherever its folder is, and detect a copied folder.
 
 A sweep's id is the name of its study. An older version named the study after the folder's path instead: such a study is
-found by that name, or where the folder was moved since, by its trials.
+found by that name, or by its trials if the folder was moved since.
 
-A folder that was copied has the same id as the original. The study keeps the places of the folders that worked on it:
-where another of them still holds a sweep of this id, and is not this same folder under another path (its inode number
-tells), this one is a copy. A copy on a machine that cannot see the original is taken for a folder that was moved.
+A folder that was copied has the same id as the original. The study records the folders that worked on it. If another of
+them still holds a sweep of this id, and is not the same folder under another path (by its inode number), this one is a
+copy. A copy on a machine that cannot see the original is taken for a folder that was moved.
 """
 
 import copy
@@ -27,7 +27,7 @@ _MOST_PLACES = 16
 def study_name(sweep: Sweep, storage: Storage) -> str:
     """Return the name of the sweep's study, whether or not the storage holds it yet.
 
-    Raises InputError where an older version made the sweep, and several studies of the storage could be its own.
+    Raises InputError if an older version made the sweep, and several studies of the storage could be its own.
     """
     if sweep.storage is None:
         return "sweep"
@@ -50,7 +50,7 @@ def study_name(sweep: Sweep, storage: Storage) -> str:
 
 
 def take_place(sweep: Sweep, storage: Storage) -> None:
-    """Note in the study that this folder works on it. Raises InputError where the folder is a copy of another one."""
+    """Record in the study that this folder works on it. Raises InputError if the folder is a copy of another one."""
     here = sweep.folder.resolve()
     places = storage.attribute(_PLACES) or []
     if places[-1:] == [str(here)]:
@@ -67,7 +67,7 @@ def take_place(sweep: Sweep, storage: Storage) -> None:
 
 
 def keep_id(folder: Path, name: str) -> Sweep:
-    """Return the sweep of a folder, which keeps this name of its study as its id where it has none yet."""
+    """Return the sweep of a folder, with this name of its study as its id if it has none yet."""
     with locked(folder):
         sweep = Sweep.read(folder)
         if sweep.id is None and sweep.storage is not None:
@@ -77,7 +77,7 @@ def keep_id(folder: Path, name: str) -> Sweep:
 
 
 def with_id(sweep: Sweep, name: str) -> Sweep:
-    """Return the sweep with an id, and with the address of its storage as goes with one."""
+    """Return the sweep with an id, and its storage's address in the present form."""
     storage = None if sweep.storage is None else kept(sweep.address, sweep.folder)
     return dataclasses.replace(sweep, id=name, storage=storage)
 
@@ -85,12 +85,12 @@ def with_id(sweep: Sweep, name: str) -> Sweep:
 def with_storage(sweep: Sweep, storage: str) -> Sweep:
     """Return the sweep with its storage at another address, as `address.kept` gives it.
 
-    Raises InputError where the trials of the sweep are not there.
+    Raises InputError if the trials of the sweep are not there.
     """
     if sweep.storage is None:
         raise InputError(f"{sweep.folder} holds a sweep whose trials are in its own folder; leave --storage out")
     moved = dataclasses.replace(sweep, storage=storage if sweep.id else opened(storage, sweep.folder))
-    if _same(moved.address, sweep.address):
+    if _is_same_storage(moved.address, sweep.address):
         return sweep
     found = Storage(moved.address, read_only=True)
     if study_name(moved, found) not in found.studies():
@@ -101,8 +101,8 @@ def with_storage(sweep: Sweep, storage: str) -> Sweep:
     return moved
 
 
-def _same(one: str, other: str) -> bool:
-    """Return whether two addresses are of one storage, files by whatever path."""
+def _is_same_storage(one: str, other: str) -> bool:
+    """Return whether two addresses are the same storage, also if a file is given by different paths."""
     files = [file_of(url) for url in (one, other)]
     if None in files:
         return one == other
@@ -110,7 +110,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def copy_trials(sweep: Sweep, storage: Storage, source: str) -> None:
-    """Fill the sweep's new study with the trials of another one: as ended only those whose runs lie in the folder."""
+    """Copy another study's trials into the sweep's new study; ended: only those with runs in the folder."""
     from optuna.trial import TrialState, create_trial
 
     if source not in storage.studies():
@@ -133,12 +133,12 @@ def copy_trials(sweep: Sweep, storage: Storage, source: str) -> None:
 
 
 def _by_path(folder: Path) -> str:
-    """Return how an older version ended the name of the study of a sweep in this folder."""
+    """Return the suffix of an older version's study name for a sweep in this folder."""
     return f"-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _known_trials(sweep: Sweep) -> set[str]:
-    """Return ids of trials that are surely the sweep's: those of its points, and of the runs in its folder."""
+    """Return ids of trials that certainly belong to the sweep: those of its points, and of the runs in its folder."""
     runs = sweep.folder / "runs"
     there = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
     return there | {trial.id for trial in plan_trials(sweep)}
@@ -160,5 +160,5 @@ def _holds(place: Path, name: str) -> bool:
 
 
 def _older_siblings(here: Path, name: str) -> list[str]:
-    """Return the folder beside this one for whose path an older version named the study, if it is there."""
+    """Return the sibling folder whose path an older version used as the study's name, if it exists."""
     return [str(place) for place in here.parent.iterdir() if place.is_dir() and name.endswith(_by_path(place))]

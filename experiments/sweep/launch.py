@@ -1,4 +1,4 @@
-"""Starting workers beside this process: several on this machine, or as jobs of a cluster; all are one and the same."""
+"""Start workers besides this process: several on this machine, or as jobs of a cluster; all run the same program."""
 
 import os
 import signal
@@ -18,25 +18,25 @@ class Workers(Protocol):
     """Workers that were started."""
 
     def going(self) -> bool:
-        """Return whether any of them still works."""
+        """Return whether any of them is still running."""
         ...
 
     def stop(self) -> None:
-        """Ask them to save, hand back what they hold, and end; wait for it."""
+        """Ask the workers to save, release their claims and end; wait for it."""
         ...
 
     def failures(self) -> list[str]:
-        """Return what became of those that ended badly, one sentence each."""
+        """Return one sentence for each worker that failed."""
         ...
 
 
 def worker_command(folder: Path, options: Sequence[str] = ()) -> list[str]:
-    """Return what a worker is: `isoflop sweep worker FOLDER`, by this Python."""
+    """Return the command line of a worker: `isoflop sweep worker FOLDER`, with this Python."""
     return [sys.executable, "-m", "experiments.cli", "sweep", "worker", str(folder.resolve()), *options]
 
 
 class LocalWorkers:
-    """Processes of this machine; what they say goes to `FOLDER/workers/NUMBER.log`."""
+    """Worker processes on this machine; their output goes to `FOLDER/workers/NUMBER.log`."""
 
     def __init__(self, folder: Path, count: int, options: Sequence[str] = ()):
         (folder / "workers").mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ class LocalWorkers:
         self.processes = [_start(worker_command(folder, options), log) for log in self.logs]
 
     def going(self) -> bool:
-        """Return whether any of them still works."""
+        """Return whether any of them is still running."""
         return any(process.poll() is None for process in self.processes)
 
     def stop(self) -> None:
@@ -60,7 +60,7 @@ class LocalWorkers:
                 process.kill()
 
     def failures(self) -> list[str]:
-        """Return a sentence on each worker that ended with a code other than 0 and 1, which failed trials give."""
+        """Return a sentence for each worker whose exit code is neither 0 nor 1 (which failed trials give)."""
         return [
             f"a worker ended with code {process.returncode}; its last words are in {log}"
             for process, log in zip(self.processes, self.logs, strict=True)
@@ -71,7 +71,7 @@ class LocalWorkers:
 class SlurmWorkers:
     """Jobs of a Slurm cluster, through submitit. settings: of its `update_parameters`, such as slurm_partition.
 
-    Raises InputError where submitit is not installed, Slurm is not there, or it refuses the job.
+    Raises InputError if submitit is not installed, Slurm is not there, or it refuses the job.
     """
 
     def __init__(self, folder: Path, count: int, settings: Mapping[str, Any], options: Sequence[str] = ()):
@@ -95,12 +95,12 @@ class SlurmWorkers:
             raise InputError(f"Slurm cannot start the workers: {words}") from None
 
     def going(self) -> bool:
-        """Return whether any of them waits or works. `squeue` is asked, for accounting is not set up everywhere."""
+        """Return whether any of them is pending or running, by `squeue`, as accounting is not set up everywhere."""
         if all(job.paths.result_pickle.exists() for job in self.jobs):
             return False
         names = ",".join(job.job_id for job in self.jobs)
         asked = subprocess.run(["squeue", "--noheader", "--jobs", names], capture_output=True, text=True)
-        if asked.returncode:  # jobs that are gone are unknown to it; a controller that does not answer may come back
+        if asked.returncode:  # finished jobs are unknown to it; a controller that does not answer may recover
             return "Invalid job id" not in asked.stderr
         return bool(asked.stdout.strip())
 
@@ -110,7 +110,7 @@ class SlurmWorkers:
             job.cancel(check=False)
 
     def failures(self) -> list[str]:
-        """Return a sentence on each job that ended without a message, and on those that failed."""
+        """Return a sentence for each job that failed or ended without a message."""
         return [
             f"job {job.job_id} ended badly; see {job.paths.stderr}"
             for job in self.jobs
@@ -119,10 +119,10 @@ class SlurmWorkers:
 
 
 def follow(workers: Workers, show: Callable[[Callable[[], bool]], None]) -> list[str]:
-    """Show how the sweep stands until the workers are through; Ctrl-C stops them. What went wrong with them."""
+    """Show the sweep's progress until the workers are done, and return their failures; Ctrl-C stops them."""
     try:
         show(workers.going)
-        while workers.going():  # the sweep is done: they see it in a moment
+        while workers.going():  # the sweep is done: the workers will notice soon
             time.sleep(0.2)
     except BaseException:
         workers.stop()
@@ -131,6 +131,6 @@ def follow(workers: Workers, show: Callable[[Callable[[], bool]], None]) -> list
 
 
 def _start(command: list[str], log: Path) -> subprocess.Popen:
-    # In a session of its own a worker hears of Ctrl-C from its launcher alone.
+    # In a session of its own a worker receives Ctrl-C only through its launcher.
     with log.open("ab") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=os.environ)

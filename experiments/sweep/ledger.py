@@ -1,12 +1,12 @@
-"""The ledger of a sweep: which trials there are, who has claimed which, and what came of them.
+"""Keep the ledger of a sweep: its trials, their claims and their results.
 
-Underneath lies an Optuna study, one Optuna trial per attempt at a trial: planned is WAITING, running RUNNING, finished
-COMPLETE, pruned and diverged PRUNED, failed FAIL. Optuna's atomic change from WAITING to RUNNING is the claim.
+It is stored as an Optuna study, with one Optuna trial per attempt at a trial: planned is WAITING, running RUNNING,
+finished COMPLETE, pruned and diverged PRUNED, failed FAIL. Optuna's atomic change from WAITING to RUNNING is the claim.
 
-Every trial is finished once, whichever worker dies and when. An attempt whose worker went silent is ended by FAIL,
-which is final and has one winner, and a new attempt takes its place; of several attempts at one trial that have not
-failed, the first counts, and only that one is ever claimed. Results are of the run directories, so that nothing trained
-is lost with an attempt; a worker that was only slow learns that its claim is gone when it reports.
+Every trial is finished exactly once, even if workers die. An attempt whose worker sends no heartbeat is ended by FAIL,
+which is final and succeeds for one process only, and a new attempt replaces it. Of several attempts at one trial that
+have not failed, only the first is claimed. Results come from the run directories, so that no training is lost with an
+attempt. A worker that was only slow learns that its claim is gone when it reports.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _ASKED_SECONDS = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A trial that is this worker's. key: of its attempt in the storage. until: how many updates to make."""
+    """A trial claimed by this worker. key: of its attempt in the storage. until: number of updates to train up to."""
 
     key: int
     trial: Trial
@@ -50,8 +50,8 @@ class Ledger:
     """A worker's view of a sweep's ledger.
 
     interval, grace: of heartbeats, in seconds (`storage.Storage`). worker: a name that no other worker has. read_only:
-    nothing is written, and what is not there yet has no trials. Raises InputError where its storage cannot be opened,
-    or to write, where the folder is a copy of another one that works with the same storage.
+    nothing is written, and a storage that does not exist yet has no trials. Raises InputError if the storage cannot be
+    opened, or unless read_only if the folder is a copy of another one with the same storage.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Ledger:
         if not read_only and sweep.shares_storage:
             take_place(sweep, self.storage)
         self.worker = worker or f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-        self._execution = sweep.base.execution  # which may be another one than when trials were planned
+        self._execution = sweep.base.execution  # which may have changed since the trials were planned
         self._trials: dict[int, Trial] = {}  # by key: they never change
-        self._unnamed: dict[int, float] = {}  # since when a point is seen being drawn
+        self._unnamed: dict[int, float] = {}  # when a point was first seen as being drawn
 
     def add(self, trials: Sequence[Trial]) -> int:
-        """Plan those trials that are not there yet; how many."""
+        """Plan the trials that are not in the ledger yet; return their number."""
         there, known = self._attempts(), Known(self.storage.trials(), [trial.point for trial in trials])
         new = {trial.id: trial for trial in trials if trial.id not in there}
         for trial in new.values():
@@ -91,7 +91,7 @@ class Ledger:
             trial, attributes = self._trial(now), now.user_attrs
             state: State = _STATES.get(now.state.name) or "failed"
             if state == "failed" and attributes.get("reason") == DEAD:
-                state = "planned"  # until somebody recovers it
+                state = "planned"  # until a worker recovers it
             if attributes.get("status") == "diverged":
                 state = "diverged"
             values = None if now.values is None else tuple(now.values)
@@ -100,7 +100,7 @@ class Ledger:
         return sorted(rows, key=lambda row: row.number)
 
     def claim(self, until: Mapping[str, int], limit: int) -> list[Claim]:
-        """Return at most `limit` of these planned trials, by id, each with the update up to which it may go."""
+        """Claim at most `limit` of these planned trials. ready: ids, each with the update up to which it may train."""
         claims: list[Claim] = []
         there = self._attempts()
         for name, updates in until.items():
@@ -109,7 +109,7 @@ class Ledger:
             now = _current(there[name]) if name in there else None
             if now is None or now.state.name != "WAITING":
                 continue
-            # The heartbeat comes first: a worker that dies right after its claim must be missed too.
+            # The heartbeat comes first, so that a worker that dies right after its claim is noticed.
             self.storage.call(self.storage.beat, now._trial_id)
             if self.storage.move(now._trial_id, "RUNNING"):
                 self.storage.set(now._trial_id, worker=self.worker)
@@ -118,13 +118,13 @@ class Ledger:
 
     @contextmanager
     def beat(self, claims: Sequence[Claim]) -> Iterator[None]:
-        """Say that this worker lives, until the block ends."""
+        """Send heartbeats for the claimed trials until the block ends."""
         stop = threading.Event()
 
         def run() -> None:
             while not stop.wait(self.storage.interval):
                 for claim in claims:
-                    with suppress(Exception):  # the database may be away, the claim gone; the next beat tells
+                    with suppress(Exception):  # the database may be down or the claim gone; the next heartbeat shows
                         self.storage.beat(claim.key)
             self.storage.forget_session()
 
@@ -137,7 +137,7 @@ class Ledger:
             thread.join()
 
     def report(self, claim: Claim, step: int, loss: float) -> bool:
-        """Note the validation loss after so many updates; False where the claim is gone."""
+        """Record the validation loss after a number of updates; return False if the claim is gone."""
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
@@ -147,38 +147,38 @@ class Ledger:
         return True
 
     def hand_back(self, claim: Claim, facts: Mapping[str, Any] | None = None) -> bool:
-        """Plan it again, to go on where it is; False where the claim is gone."""
+        """Plan the trial again, to continue from its state; return False if the claim is gone."""
         if facts is not None:
             self.storage.set(claim.key, facts=dict(facts))
         mine = self.storage.call(self.storage.optuna.get_trial, claim.key).user_attrs.get("worker") == self.worker
         return mine and self.storage.move(claim.key, "WAITING")
 
     def finish(self, claim: Claim, values: Sequence[float], facts: Mapping[str, Any]) -> bool:
-        """Note its result; False where the claim is gone."""
+        """Record the trial's result; return False if the claim is gone."""
         return self.storage.set(claim.key, facts=dict(facts)) and self.storage.move(
             claim.key, "COMPLETE", [float(value) for value in values]
         )
 
     def diverge(self, claim: Claim, facts: Mapping[str, Any]) -> bool:
-        """Note that it diverged; False where the claim is gone."""
+        """Record that the trial diverged; return False if the claim is gone."""
         return self.storage.set(claim.key, facts=dict(facts), status="diverged") and self.storage.move(
             claim.key, "PRUNED"
         )
 
     def fail(self, claim: Claim, reason: str) -> bool:
-        """Note that an exception ended it; False where the claim is gone."""
+        """Record that an exception ended the trial; return False if the claim is gone."""
         return self.storage.set(claim.key, reason=reason) and self.storage.move(claim.key, "FAIL")
 
     def prune(self, name: str) -> bool:
-        """End a planned trial where it is; False where it is not planned (any more)."""
+        """End a planned trial early; return False if it is not planned (any more)."""
         return any(self.storage.move(claim.key, "PRUNED") for claim in self.claim({name: 0}, 1))
 
     def recover(self) -> int:
-        """Plan the trials of dead workers again, and end what is superfluous; how many were planned."""
+        """Plan the trials of dead workers again, end superfluous attempts, and return the number planned."""
         for key in self.storage.stale():
             if self.storage.set(key, reason=DEAD):
                 self.storage.move(key, "FAIL")
-        self._end_forgotten()
+        self._end_abandoned()
         planned = 0
         for attempts in self._attempts().values():
             now = _current(attempts)
@@ -195,22 +195,22 @@ class Ledger:
         return planned
 
     def retry(self) -> int:
-        """Plan the failed trials again; how many."""
+        """Plan the failed trials again; return their number."""
         failed = [attempts for attempts in self._attempts().values() if _current(attempts).state.name == "FAIL"]
         for attempts in failed:
             self._plan_again(_current(attempts), _rungs(attempts))
         return len(failed)
 
     def asked(self) -> int:
-        """Return how many points the sampler has drawn."""
+        """Return the number of points that the sampler has drawn."""
         return len(self._asked())
 
     def ask(self, count: int, total: int, sampler: Callable[[int], Any], draw: Callable[[Any], list[Trial]]) -> int:
-        """Let the sampler draw `count` points, but not more than `total` by all workers together; how many it did.
+        """Let the sampler draw `count` points, at most `total` over all workers; return the number drawn.
 
         sampler: of the number of points drawn before, an Optuna sampler. draw: of an Optuna trial, the replicates of
-        the point that it suggests. Points of one batch are drawn knowing of each other. A point that is impossible, or
-        was drawn before, counts as drawn.
+        the point that it suggests. The sampler knows the other points of a batch. An impossible or repeated point
+        counts as drawn.
         """
         import optuna
         from optuna.trial import TrialState, create_trial
@@ -219,7 +219,7 @@ class Ledger:
         while len(drawn) < count and self.asked() < total:
             key = self.storage.create(create_trial(state=TrialState.RUNNING, user_attrs={"asked": True}))
             place = [trial._trial_id for trial in self._asked()].index(key)
-            if place >= total:  # several workers asked at once
+            if place >= total:  # several workers called this at once
                 self._end(key, "one too many", asked=False)
                 break
             study = self.storage.call(
@@ -256,8 +256,8 @@ class Ledger:
     def _asked(self) -> list[Any]:
         return [trial for trial in self.storage.trials() if trial.user_attrs.get("asked")]
 
-    def _end_forgotten(self) -> None:
-        """End what was being drawn by a worker that died over it, so that another point is drawn instead."""
+    def _end_abandoned(self) -> None:
+        """End points that a worker was drawing when it died, so that others are drawn instead."""
         unnamed = [t for t in self._asked() if t.state.name == "RUNNING" and "id" not in t.user_attrs]
         self._unnamed = {t._trial_id: self._unnamed.get(t._trial_id, time.monotonic()) for t in unnamed}
         for key, since in self._unnamed.items():
@@ -284,21 +284,21 @@ class Ledger:
     def _trial(self, frozen: Any) -> Trial:
         if frozen._trial_id not in self._trials:
             trial, stored = Trial.from_dict(frozen.user_attrs["trial"]), frozen.user_attrs["id"]
-            if trial.id != stored:  # what is claimed by one id and trained under another would never end
+            if trial.id != stored:  # a trial claimed under one id and trained under another would never end
                 raise InputError(
                     f"{self.storage.name} holds a trial {stored} that this version would call {trial.id}: another "
-                    "version wrote it; go on with that one, or choose another folder"
+                    "version wrote it; continue with that version, or choose another folder"
                 )
             self._trials[frozen._trial_id] = trial.under(self._execution)
         return self._trials[frozen._trial_id]
 
 
 def _check_storage(sweep: Sweep) -> None:
-    """Raise InputError where the sweep has runs, but the file of its trials is gone."""
+    """Raise InputError if the sweep has runs, but the file of its trials is gone."""
     file = file_of(sweep.address)
     if sweep.storage is not None and file is not None and not file.exists() and (sweep.folder / "runs").is_dir():
         raise InputError(
-            f"the storage {sweep.address} of {sweep.folder} is not there; where it was moved, name its new place: "
+            f"the storage {sweep.address} of {sweep.folder} does not exist; if it was moved, give its new path: "
             f"`isoflop sweep resume {sweep.folder} --storage {with_file(sweep.storage, Path('FILE'))}`"
         )
 
@@ -321,5 +321,5 @@ def _current(attempts: list[Any]) -> Any:
 
 
 def _rungs(attempts: list[Any]) -> dict[int, float]:
-    """Return what any of them has reported: they are attempts at one and the same run."""
+    """Return the losses that any attempt has reported: all attempts are at the same run."""
     return {step: loss for attempt in attempts for step, loss in sorted(attempt.intermediate_values.items())}

@@ -1,4 +1,4 @@
-"""How a sweep stands: its cohorts, the best so far with its noise, what is left; as a document and as a live table."""
+"""Show the progress of a sweep: its cohorts, the best so far with its noise, the remaining work."""
 
 import contextlib
 import json
@@ -25,9 +25,9 @@ _RECENT = 32
 
 
 def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[str, Any]:
-    """Return how the sweep stands. asked: points drawn by its sampler.
+    """Return the progress of the sweep. asked: points drawn by its sampler.
 
-    tokens_expected is what is needed if nothing more is stopped early. seconds_left is by the newest results; None
+    tokens_expected: needed if no further trial is stopped early. seconds_left: estimated from the newest results; None
     before the first one.
     """
     states = Counter(row.state for row in rows)
@@ -54,9 +54,9 @@ def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[st
 def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
     """Return the best mean of the first objective over finished replicates, and the noise of one run there.
 
-    A setting counts as in the report: none that lost a run to divergence or to early stopping, and a member of a
-    population that left another's run is one of its own, with its values from update `from_steps` on. Of losses all
-    executions of a recipe are one run. settings: all that there are; ended: those that count.
+    Settings count as in the report: none with a diverged or pruned run, and a member of a population that branched off
+    is a separate setting with its values from update `from_steps` on. All executions of a recipe are one run. settings:
+    number of all settings; ended: number of those that count.
     """
     objective = sweep.objectives[0]
     flat = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
@@ -80,7 +80,7 @@ def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
 
 
 def table(document: dict[str, Any]) -> "RenderableType":
-    """Return the document for a terminal."""
+    """Return the document as a table for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -116,7 +116,7 @@ def _words(found: dict[str, Any]) -> str:
 
 
 def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True) -> None:
-    """Show `look()` until the sweep is done, or nothing is `going` on any more.
+    """Show `look()` until the sweep is done or nothing is running (`going`).
 
     On a terminal the table is live; elsewhere a line is printed when something has changed.
     """
@@ -189,7 +189,7 @@ def _seconds_left(rows: Sequence[LedgerRow], tokens: dict[str, int], left: int) 
     if not recent or left <= 0:
         return None
     began = min(row.facts["claimed_at"] for row in recent)
-    # Those that overlap with them took their share of the machine.
+    # Trials that overlap with them shared the machine.
     with_them = [row for row in timed if row.facts["ended_at"] >= began]
     seconds = max(row.facts["ended_at"] for row in with_them) - began
     return left * seconds / max(1, sum(tokens[row.trial.id] for row in with_them))

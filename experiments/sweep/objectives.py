@@ -1,4 +1,4 @@
-"""Objectives, which a sweep makes small or large: loss, speed of training, and numbers of `isoflop bench decode`."""
+"""Define the objectives of a sweep: loss, training speed, and numbers of `isoflop bench decode`."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def direction(name: str) -> str:
 
 
 def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
-    """Raise InputError where a model's speed of decoding cannot be measured, before it is trained."""
+    """Raise InputError if a model's speed of decoding cannot be measured, before it is trained."""
     if not _OF_THE_RUN.issuperset(names):
         from experiments.bench.decode.grid import check_grid
 
@@ -60,10 +60,10 @@ def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
 
 
 def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
-    """Return the numbers of `isoflop bench decode` for a trial's shape, with random weights: speed asks for no others.
+    """Return the numbers of `isoflop bench decode` for a trial's shape, with random weights, which do not affect speed.
 
-    Measured once per shape and `Decode`, and kept in `folder/speed`, so that all trials of a shape have one value,
-    whichever worker finished them. Raises RuntimeError where the measurement fails.
+    They are measured once per shape and `Decode` and stored in `folder/speed`, so that all workers use the same value
+    for a shape. Raises RuntimeError if the measurement fails.
     """
     import jax
 
@@ -82,18 +82,20 @@ def measure_speed(trial: Trial, folder: Path) -> dict[str, float]:
 
         row = run_grid(build, config, [_cell(trial)], steps=_STEPS, repeats=_REPEATS)[0]
         if "error" in row:
-            raise RuntimeError(f"the speed of {key} could not be measured: {row['error']}")
-        _keep_first(path, {name: value for name, value in row.items() if isinstance(value, (int, float))} | content)
+            raise RuntimeError(f"the decode speed of {key} could not be measured: {row['error']}")
+        _write_if_absent(
+            path, {name: value for name, value in row.items() if isinstance(value, (int, float))} | content
+        )
     measured = read_sealed(path)
     return measured | {name: measured[own] for name, own in _ALIASES.items()}
 
 
 def training_speed(run: Path, lanes: int = 1) -> float | None:
-    """Return the training tokens per second of a run, the median over its steps; None where its metrics tell none.
+    """Return the training tokens per second of a run, the median over its steps; None if its metrics have none.
 
-    The first step, which touches fresh memory, and those beside a validation take longer than training does, and would
-    make up a good part of a short run's seconds. Compilation and checkpoints are in no step's time. lanes: how many
-    trials its program trained at once; their tokens count too, for the time of a step is that of all lanes.
+    The first step, which touches fresh memory, and steps next to a validation take longer than others, and would
+    dominate a short run. Compilation and checkpoints are in no step's time. lanes: how many trials its program trained
+    at once; their tokens count too, for the time of a step is that of all lanes.
     """
     from train.run.metrics import open_metrics
 
@@ -115,9 +117,9 @@ def validated(run: Path) -> dict[str, float]:
 
 
 def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folder: Path) -> dict[str, float]:
-    """Return every objective by its name: of the facts of the trial's run, or as by `measure_speed`.
+    """Return every objective by name, from the run's facts or from `measure_speed`.
 
-    Raises InputError where neither gives an objective.
+    Raises InputError if neither gives an objective.
     """
     found = dict(facts) if _OF_THE_RUN.issuperset(names) else {**measure_speed(trial, folder), **facts}
     for name in names:
@@ -135,8 +137,8 @@ def _cell(trial: Trial) -> Any:
     return Cell(batch=decode.batch, prompt=decode.context, weights=decode.weights, cache=decode.cache)
 
 
-def _keep_first(path: Path, content: dict[str, Any]) -> None:
-    """Write it unless another worker was faster."""
+def _write_if_absent(path: Path, content: dict[str, Any]) -> None:
+    """Write the document unless another worker has written it already."""
     from train.checksums import write_sealed
 
     beside = path.with_name(f"{path.stem}.{os.getpid()}.part")

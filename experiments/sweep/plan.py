@@ -1,4 +1,4 @@
-"""What a sweep would run: its cohorts, and what they cost in FLOPs, hours and bytes. Nothing is trained but a probe."""
+"""Plan a sweep: its cohorts, and their cost in FLOPs, hours and bytes. Only a probe is trained."""
 
 import dataclasses
 import math
@@ -25,7 +25,8 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> dict[str, Any]:
     expected: tokens and FLOPs under the sweep's policy, where no trial diverges and the order of losses is by chance.
     done: trials whose runs have ended already. hours (None without a probe) are those of one worker on this machine for
     what the policy is expected to train, with validation and compilation; probe: the real step, timed in the cohorts
-    that have the smallest and the largest one. estimated: a sampler has yet to draw; random points stand for its own.
+    that have the smallest and the largest one. estimated: the sampler has not drawn its points yet; random points are
+    used in the estimate.
     """
     trials = expected_trials(sweep, sweep.trials)
     cohorts = group(trials)
@@ -58,7 +59,7 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     objective = first.recipe.objective
     lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
     steps = [trial.steps for trial in cohort.trials]
-    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # which a base run has made
+    shared = sum(trial.parent[1] for trial in cohort.trials if trial.parent is not None)  # trained by a base run
     tokens = (sum(steps) - shared) * train_config.tokens_per_step
     params = accounting.parameters(config)
     # Where lanes run vmapped, fewer of them are a smaller program; halving their number each time.
@@ -86,9 +87,7 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
 
 
 def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
-    """Return (tokens, validations) of every trial under the policy; of a population's children at their
-    parents' place.
-    """
+    """Return (tokens, validations) of every trial under the policy; a population's children count as their parents."""
     used = {trial.id: (0, 0) for trial in trials}
     first: dict[str, str] = {}
     for row in play(make_policy(sweep), trials, lambda trial, step: hash_fraction(trial.id)):
@@ -100,9 +99,7 @@ def _expected(sweep: Sweep, trials: list[Trial]) -> dict[str, tuple[int, int]]:
 
 
 def _hours(speed: Speed, cohort: Cohort, tokens: int, validated: int, compiles: int) -> float:
-    """Return the hours of so many tokens trained and validated; a validation is a forward pass alone, a third of its
-    training.
-    """
+    """Return the hours to train and validate tokens; validation takes a third (forward pass only)."""
     steps = (tokens + validated / 3) / cohort.train_config.tokens_per_step
     seconds = speed.step_seconds(cohort.config, cohort.train_config, cohort.trials[0].recipe.objective)
     return (steps * seconds + compiles * speed.compile_seconds) / 3600

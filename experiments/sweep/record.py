@@ -1,4 +1,4 @@
-"""A sweep as its folder keeps it, in `sweep.json`: any worker on any machine can go on with it."""
+"""Store the definition of a sweep in `sweep.json` of its folder, so that any worker on any machine can continue it."""
 
 import dataclasses
 import errno
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class TrialRequest:
-    """The request of one call: the trials of a sweep are those of all its calls.
+    """The trials requested by one call: a sweep has the trials of all its calls.
 
     sampler: "all": every point of the space is a trial of each seed. space_source: the text of `space_file`. listed:
     trials by name, in place of a space.
@@ -42,7 +42,7 @@ class TrialRequest:
 
     @property
     def names(self) -> frozenset[str]:
-        """The fields of what is listed."""
+        """The fields of the listed trials."""
         return frozenset(name for entry in self.listed for name in entry.point)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class TrialRequest:
         request = cls(**{**fields, "listed": listed})
         if "listed" in values or '"_name"' not in (request.space_source or ""):
             return request
-        points = request.space(folder).points()  # which a scaling study wrote as source text
+        points = request.space(folder).points()  # older scaling studies wrote the list as source text
         return cls(seeds=request.seeds, listed=tuple(map(Listed.from_former, json.loads(json.dumps(points)))))
 
     def space(self, folder: Path) -> Space:
@@ -85,11 +85,11 @@ class Sweep:
     the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every point of the
     space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all",
     "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives
-    it; None: SQLite in the folder. lanes: at most so many trials in one program, vmapped; None: as many as memory
-    holds. evaluate_tokens: of the validation split. earlier: what former calls on the folder requested; their trials
-    stay part of the sweep. weights: where the parameters lie that the base starts from, whose hash it names; None:
-    trials start fresh. id: the name of its study in a storage, wherever the folder lies; None where an older version
-    made the sweep. forgetting: a folder of plain text, of which the objective of that name is measured.
+    it; None: SQLite in the folder. lanes: largest number of trials in one program, vmapped; None: as many as memory
+    holds. evaluate_tokens: of the validation split. earlier: requests of former calls on the folder; their trials stay
+    part of the sweep. weights: the path of the parameters that the base starts from, whose hash the base has; None:
+    trials start fresh. id: the name of its study in a storage, independent of the folder's path; None if an older
+    version made the sweep. forgetting: a folder of plain text, for the objective of that name.
     """
 
     folder: Path
@@ -154,7 +154,7 @@ class Sweep:
         return self.folder / "runs" / trial.id
 
     def placed(self, recipe: Recipe) -> Recipe:
-        """Return a recipe of the sweep with the place of the weights that it starts from."""
+        """Return a recipe of the sweep with the path of its starting weights."""
         if not isinstance(recipe.start, Weights):
             return recipe
         return recipe.replace(start=Weights(recipe.start.sha256, self.weights))
@@ -170,13 +170,13 @@ class Sweep:
             "data": str(self.data),
             "weights": None if self.weights is None else str(self.weights),
             "forgetting": None if self.forgetting is None else str(self.forgetting),
-            "beside": self._beside(),
+            "beside": self._relative_places(),
             "listed": [entry.to_dict() for entry in self.listed],
             "earlier": [request.to_dict() for request in self.earlier],
         }
 
-    def _beside(self) -> dict[str, str]:
-        """Return the paths of data, weights and storage relative to the folder, to find them when all move together."""
+    def _relative_places(self) -> dict[str, str]:
+        """Return the paths of data, weights and storage relative to the folder, for folders moved together."""
         file = None if self.storage is None else file_of(self.storage)
         places = {"data": self.data} | ({"storage": file} if file is not None and file.is_absolute() else {})
         places |= {} if self.weights is None else {"weights": self.weights}
@@ -185,9 +185,9 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Return what `write` wrote; the data are not looked at.
+        """Return the sweep that `write` wrote; the data are not opened.
 
-        Raises InputError where there is none, or it is damaged.
+        Raises InputError if there is none, or it is damaged.
         """
         folder = Path(folder)
         path = folder / "sweep.json"
@@ -195,7 +195,7 @@ class Sweep:
             content = read_sealed(path)
         except FileNotFoundError:
             raise InputError(
-                f"{folder} is no sweep: it has no sweep.json; begin one with `isoflop sweep run`"
+                f"{folder} is not a sweep: it has no sweep.json; begin one with `isoflop sweep run`"
             ) from None
         if content.get("schema_version") != SCHEMA_VERSION or "base" not in content:
             raise InputError(f"{path} is not a sweep.json of schema version {SCHEMA_VERSION}; choose another folder")
@@ -220,16 +220,14 @@ class Sweep:
         return sweep
 
     def write(self) -> None:
-        """Write `sweep.json`, after the spaces' files that it names: a kill leaves the old definition or
-        the new one.
-        """
+        """Write the space files, then `sweep.json`, so that a kill leaves the old or the new definition."""
         for request in (*self.earlier, self.request):
             if request.space_file is not None and request.space_source is not None:
                 write_atomically(self.folder / request.space_file, request.space_source)
         write_sealed(self.folder / "sweep.json", self.to_dict())
 
     def write_first(self) -> Self:
-        """`write`, unless another process has just made the sweep of the same command: then with the id of that one."""
+        """Write the sweep; if another process has just written the same sweep, take over its id."""
         with locked(self.folder):
             if (self.folder / "sweep.json").exists():
                 return dataclasses.replace(self, id=id_in(self.folder))
@@ -238,12 +236,12 @@ class Sweep:
 
 
 def new_id(folder: Path) -> str:
-    """Return an id for a sweep: random, after the folder's name, so that people recognise its study in a storage."""
+    """Return a new id for a sweep: the folder's name, by which people recognise its study, and random digits."""
     return f"{folder.resolve().name}-{secrets.token_hex(6)}"
 
 
 def id_in(folder: Path) -> str | None:
-    """Return the id of the sweep in a folder; None where it has none, or there is no sweep that can be read."""
+    """Return the id of the sweep in a folder; None if it has none, or there is no sweep that can be read."""
     try:
         return json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("id")
     except (OSError, ValueError, AttributeError):
@@ -266,7 +264,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _moved(place: Path, folder: Path, beside: str | None) -> Path:
-    """Return the place, or what lies where it lay beside the folder, if only that is there."""
+    """Return the recorded path, or if it does not exist, the same path relative to the folder."""
     if beside is None or place.exists():
         return place
     other = Path(os.path.normpath(folder.resolve() / beside))

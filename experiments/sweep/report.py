@@ -1,4 +1,4 @@
-"""The page of a sweep: its analysis and the runs' learning curves, in one file that needs no network."""
+"""Write the page of a sweep: its analysis and the runs' learning curves, in one file that works offline."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ MOST_ROWS = 1000  # of the table of settings
 
 
 def write_sweep_page(path: Path, results: Results, document: dict[str, Any], tables: Tables | None = None) -> None:
-    """Write the report of a sweep: self-contained, whole or absent.
+    """Write the report of a sweep, self-contained and atomically.
 
-    document: `experiments.sweep.analysis.document.analyse` of the results. tables: those beside the page, if any.
+    document: `experiments.sweep.analysis.document.analyse` of the results. tables: those in the page's folder, if any.
     """
     write_atomically(path, render(TEMPLATE, **_view(results, document, tables)))
 
@@ -65,27 +65,25 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
 
 
 def _place(setting: dict[str, Any]) -> tuple[bool, bool, float, float]:
-    """Return the key that sorts candidates first, then by what each was trained for: the tokens of its last rung, and
-    its loss there.
-    """
+    """Return the sort key: candidates first, then by the tokens of the last rung and the loss at it."""
     stopped = setting["stopped"] or {"tokens": 0, "mean": 0.0}
     loss = stopped["mean"] if setting["mean"] is None else setting["mean"]
     return bool(fate(setting)), setting["mean"] is None, -stopped["tokens"], loss
 
 
 def _given(results: Results, name: str) -> list[Any]:
-    """Return the values of an axis that trials began with; a population finds others on its way."""
+    """Return the initial values of an axis; a population moves to others."""
     return distinct(row[name] for row in results.rows if row["member"] is None)
 
 
 def _seeds(results: Results) -> int:
-    """Return the most trials that a setting began with."""
+    """Return the largest number of trials of a setting."""
     rows = [row for row in one_per_training(results.rows) if row["member"] is None]
     return max(len(members) for members in by_setting(list(results.axes), rows).values())
 
 
 def _compared_at(document: dict[str, Any]) -> str:
-    """Return which losses the figures of all axes together show."""
+    """Return which losses the figures of all axes show."""
     rows, steps = panels.fullest(document)
     total = len(document["settings"])
     if steps is None:
@@ -117,7 +115,7 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
     no_axes = None if names else "Nothing varies but the seed."
     few = None if len(names) > 1 else "It takes two axes that vary."
     curves = _curves(results)
-    # Nothing is ranked alone: a line or a cell without another says nothing.
+    # A single setting gives no comparison, so these figures need several.
     single = None if len(panels.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
     refused = [found.get("refused") for found in document["importance"].values()]
     found = {
@@ -125,7 +123,7 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
         "curves": drawn_twice(
             "Training loss of runs over tokens",
             lambda width: lines.learning_curves(curves, _costs_differ(results), width),
-            None if curves else "No run has left a learning curve beside this sweep.",
+            None if curves else "No run of this sweep has a learning curve.",
         ),
         "parallel": drawn_twice(
             "Settings as lines through their values",
@@ -163,6 +161,6 @@ def _curves(results: Results) -> list[tuple[dict[str, Any], LossCurve]]:
 
 
 def _costs_differ(results: Results) -> bool:
-    """Return whether a step costs more in some trials than in others, so that FLOPs are the fair abscissa."""
+    """Return whether a step costs more in some trials than in others, so that curves should be drawn over FLOPs."""
     costs = [row["flops_6nd"] / results.fact(row, "tokens") for row in results.rows if row["flops_6nd"]]
     return bool(costs) and max(costs) > UNEQUAL * min(costs)

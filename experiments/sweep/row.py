@@ -1,4 +1,4 @@
-"""What the ledger of a sweep says of a trial, and what a policy makes of it."""
+"""Define the ledger's row of a trial, and the interface of policies."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ ENDED: tuple[State, ...] = ("finished", "pruned", "diverged")
 
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
-    """One trial as the ledger has it.
+    """One trial in the ledger.
 
     number: in the order in which trials were planned. rungs: validation losses by updates made, up to now. values:
     of the objectives, once it is finished. facts: what is known of its run (run, steps, tokens, flops_6nd, flops_exact,
@@ -35,10 +35,9 @@ class LedgerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What is to be done next. ready: ids of planned trials that may go on, and up to which number of updates.
+    """The next actions. ready: ids of planned trials that may continue, with the number of updates to train up to.
 
-    prune: ids of planned trials that end where they are. add: new trials. A planned trial that is in none of them
-    waits for others.
+    prune: ids of planned trials that end now. add: new trials. A planned trial in none of them waits for others.
     """
 
     ready: Mapping[str, int]
@@ -47,7 +46,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides from the ledger alone, and of the same facts always the same: so any worker may ask, at any time."""
+    """Decides from the ledger alone and deterministically, so that any worker may call it at any time."""
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
         """Return what is to be done next. rows: all trials, by number."""
@@ -59,7 +58,7 @@ class Policy(Protocol):
 
 
 class RunAll:
-    """Every trial to its end. One that leaves another's run waits for its end, and is pruned if that diverged."""
+    """Train all trials to their end; a branch waits for its parent, and is pruned if that diverged."""
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
         """Return as ready all trials that are planned and wait for no other."""

@@ -1,4 +1,4 @@
-"""A sweep from its plan to its end, in this process or by workers of this machine."""
+"""Run a sweep from its plan to its end, in this process or by workers."""
 
 import dataclasses
 import logging
@@ -20,18 +20,18 @@ logger = logging.getLogger("isoflop")
 
 
 class UnfinishedError(Exception):
-    """Some trials did not end; the message says which command goes on."""
+    """Raised if some trials did not finish; the message names the command that resumes."""
 
 
 def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
-    """Write the sweep down and plan its trials; its ledger, with `Ledger`'s seconds between signs of life."""
+    """Write the sweep, plan its trials and return its ledger; interval, grace: see `Ledger`."""
     if not (sweep.folder / "sweep.json").exists():
         if sweep.shares_storage:
-            Storage(sweep.address)  # where it is out of reach, nothing is written
+            Storage(sweep.address)  # if the storage cannot be reached, nothing is written
         elif (file := file_of(sweep.address)) is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         sweep = sweep.write_first()
-    ledger = Ledger(sweep, interval=interval, grace=grace)  # which refuses a copied folder, before that is changed
+    ledger = Ledger(sweep, interval=interval, grace=grace)  # which raises for a copied folder before changing it
     with locked(sweep.folder):
         sweep.write()
     if sweep.id is None:
@@ -43,10 +43,9 @@ def begin(sweep: Sweep, interval: int = 15, grace: int = 90) -> Ledger:
 def with_places(
     sweep: Sweep, data: Path | None = None, storage: str | None = None, weights: Path | None = None
 ) -> Sweep:
-    """Return the sweep with its data, its storage or the weights that it starts from at another place; None: where they
-    were.
+    """Return the sweep with new paths of its data, storage or starting weights; None: unchanged.
 
-    Raises InputError where the storage does not hold the sweep's trials, and on weights for one that starts fresh.
+    Raises InputError if the storage does not hold the sweep's trials, and on weights for one that starts fresh.
     """
     if weights is not None:
         if sweep.weights is None:
@@ -59,9 +58,9 @@ def with_places(
 
 
 def separate(sweep: Sweep) -> Sweep:
-    """Make the sweep of a copied folder one of its own: written, with a new id and a study of its own.
+    """Make a copied folder an independent sweep: write it with a new id and a new study.
 
-    Raises InputError where its storage lies in its folder, so that the copy has one of its own already.
+    Raises InputError if its storage is in its folder, so that the copy already has its own.
     """
     if not sweep.shares_storage:
         raise InputError(f"{sweep.folder} has a storage of its own in its folder; leave --new-id out")
@@ -73,7 +72,7 @@ def separate(sweep: Sweep) -> Sweep:
 
 
 def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
-    """Return the requested number of workers, or the number of trials left where that is smaller, and say so."""
+    """Return the requested number of workers, or with a warning the number of trials left if that is smaller."""
     left = sum(row.state not in ENDED for row in ledger.rows())
     if sweep.sampler != "all":
         left += max(0, sweep.trials - ledger.asked()) * len(sweep.seeds)
@@ -86,9 +85,7 @@ def useful_workers(sweep: Sweep, ledger: Ledger, asked: int) -> int:
 
 
 def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -> list[str]:
-    """Train here, or show how workers that were started get on, until the end; what became of those that ended
-    badly.
-    """
+    """Train here, or follow the started workers, until the end; return the workers' failures."""
     if started is None:
         work(sweep, ledger)
         return []
@@ -100,10 +97,10 @@ def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -
 
 
 def run_sweep(sweep: Sweep, workers: int = 0) -> list[LedgerRow]:
-    """Train what the sweep plans and has not trained yet; its ledger's rows, by number.
+    """Train the trials that are not trained yet, and return the ledger's rows by number.
 
-    workers: so many processes instead of this one. Raises UnfinishedError where trials failed, and KeyboardInterrupt
-    once what runs is saved.
+    workers: number of processes to start, instead of training in this one. Raises UnfinishedError if trials failed, and
+    KeyboardInterrupt after saving the current runs.
     """
     ledger = begin(sweep)
     workers = useful_workers(sweep, ledger, workers)
@@ -115,6 +112,6 @@ def run_sweep(sweep: Sweep, workers: int = 0) -> list[LedgerRow]:
         reason = next((f" ({row.facts['reason']})" for row in left if "reason" in row.facts), "")
         retry = f"`isoflop sweep resume {sweep.folder} --retry-failed` tries them again, then " if reason else ""
         raise UnfinishedError(
-            f"{len(left)} of {counted(len(rows), 'run')} did not end{reason}; {retry}the same command goes on"
+            f"{len(left)} of {counted(len(rows), 'run')} did not end{reason}; {retry}the same command continues"
         )
     return rows

@@ -1,4 +1,4 @@
-"""How fast this machine trains: the real step on random tokens, and a line through two sizes of it."""
+"""Measure how fast this machine trains: real steps on random tokens, and a line through two shapes."""
 
 import dataclasses
 import statistics
@@ -24,7 +24,7 @@ from train.progress import progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one run's step: seconds = overhead + exact FLOPs / rate, through one or two measured shapes."""
+    """Model of a step's time: seconds = overhead + exact FLOPs / rate, from one or two measured shapes."""
 
     overhead_seconds: float
     flops_per_second: float
@@ -44,9 +44,9 @@ def flops_of_step(config: ModelConfig, train_config: TrainConfig, objective: Obj
 
 
 def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Speed:
-    """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others lie between.
+    """Time the steps of the fewest and the most FLOPs for about `seconds` each; the others are in between.
 
-    shapes: trials, and how many runs there are of each, which is how many may share a program.
+    shapes: (trial, number of runs of its shape), which bounds the lanes of a program.
     """
 
     def size(shape: Any) -> float:
@@ -74,7 +74,7 @@ def time_steps(shapes: Sequence[tuple[Trial, int]], seconds: float = 1.0) -> Spe
 
 
 def _line(measured: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return (overhead, rate); without overhead where no line goes through the two: in proportion to the larger one."""
+    """Return (overhead, rate); if no line fits both, without overhead, in proportion to the larger shape."""
     small, large = measured[0], measured[-1]
     work = large["flops_exact_per_step"] - small["flops_exact_per_step"]
     longer = large["step_seconds"] - small["step_seconds"]
@@ -93,8 +93,7 @@ def measure_step(
     execution: Execution = Execution(),
     objective: Objective = LanguageModeling(),
 ) -> dict[str, Any]:
-    """Measure the median time of the real training step on random tokens, measured for about `seconds` after two
-    warm-up steps.
+    """Measure the median time of the training step on random tokens, for about `seconds` after a warm-up.
 
     Tokens and FLOPs per second are those of all lanes together; slowest and fastest are over groups of four steps, as
     samples are.
@@ -144,7 +143,7 @@ def _step_times(program: Program, batch: Batch, frozen: Params, seconds: float) 
     active = np.ones(lanes, bool)
     state = program.init(hparams)
     times: list[float] = []
-    for _ in range(2):  # the first steps touch fresh memory
+    for _ in range(2):  # the first steps allocate memory
         state, metrics = program.step(state, batch, hparams, active, frozen)
     jax.block_until_ready(metrics)
     end = time.perf_counter() + seconds

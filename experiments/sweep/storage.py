@@ -1,6 +1,7 @@
-"""An Optuna storage of any kind, with heartbeats: what cannot be opened is said, what is away for a while is retried.
+"""Wrap an Optuna storage of any kind, with heartbeats, clear errors on opening, and retries while a database is down.
 
-Optuna has heartbeats for databases only; for a journal file a trial's own attribute holds the time of its last one.
+Optuna has heartbeats for databases only; in a journal file the time of the last one is stored as an attribute of the
+trial.
 """
 
 import atexit
@@ -24,15 +25,15 @@ from model.errors import InputError
 logger = logging.getLogger("isoflop")
 BEAT = "beat"
 _URL_OF_FILES = "sqlite:///file"  # of any: `_engine` opens it
-_PATIENCE_SECONDS = 600.0  # in which a database that went away, as while it restarts, may come back
+_PATIENCE_SECONDS = 600.0  # seconds to retry while a database is down, for example during a restart
 
 
 class Storage:
-    """The trials of one study, in whatever keeps them.
+    """The trials of one study, in any kind of storage.
 
     url: as `address.opened` gives it. interval: seconds between a worker's heartbeats; grace: without one for so long,
-    it counts as dead. read_only: nothing is written, not even the file or the tables of a storage that has none yet;
-    it then has no studies. Raises InputError where it cannot be opened.
+    it counts as dead. read_only: nothing is written, not even the file or the tables of a storage that has none yet; it
+    then has no studies. Raises InputError if it cannot be opened.
     """
 
     def __init__(self, url: str, *, interval: int = 15, grace: int = 90, read_only: bool = False):
@@ -48,7 +49,7 @@ class Storage:
         self._open()
 
     def _open(self) -> None:
-        """Open what there is: while nothing may be written, that may be nothing."""
+        """Open the storage; read-only, a missing one counts as empty."""
         from optuna.storages import get_storage
 
         if self.url.startswith("journal:"):
@@ -58,9 +59,9 @@ class Storage:
         self.optuna = None if self.database is None else get_storage(self.database)
 
     def use(self, name: str, directions: list[str]) -> None:
-        """Work with the study of that name, which is made unless nothing may be written.
+        """Select the study of that name; it is created unless read_only.
 
-        directions: "minimize" or "maximize" of each objective. Raises InputError where the study has others.
+        directions: "minimize" or "maximize" of each objective. Raises InputError if the study has others.
         """
         import optuna
 
@@ -79,7 +80,7 @@ class Storage:
             )
 
     def _find_study(self) -> None:
-        """Look for the study, which another process may make after a reader has begun to watch."""
+        """Find the study, which another process may create after a reader has begun to watch."""
         if self.optuna is None:
             self._open()
         if self.optuna is not None and self.name in self.studies():
@@ -92,9 +93,9 @@ class Storage:
         return {study.study_name: study._study_id for study in self.call(self.optuna.get_all_studies)}
 
     def call(self, function: Callable, *arguments: Any, **named: Any) -> Any:
-        """Return the function's answer, however often the database has to be asked.
+        """Call the function, with retries while the database is down.
 
-        Raises InputError where the file of the database may not be written.
+        Raises InputError if the file of the database may not be written.
         """
         wait, until, told = 0.2, time.monotonic() + _PATIENCE_SECONDS, False
         while True:
@@ -105,7 +106,7 @@ class Storage:
                     raise InputError(f"the storage {shown(self.url)} may not be written by this user") from None
                 if not _is_transient(error) or time.monotonic() > until:
                     raise
-                if not told and wait > 1:  # a moment's lock is nothing to speak of
+                if not told and wait > 1:  # a short lock is not reported
                     logger.warning(
                         "the sweep's database does not answer; trying for %.0f minutes", _PATIENCE_SECONDS / 60
                     )
@@ -122,7 +123,7 @@ class Storage:
         return [] if key is None else self.call(self.optuna.get_all_trials, key, deepcopy=False)
 
     def attribute(self, name: str, study_id: int | None = None) -> Any:
-        """Return an attribute of the study, or of another one; None where it was not set."""
+        """Return an attribute of the study, or of another one; None if it was not set."""
         key = self.study_id if study_id is None else study_id
         return self.call(self.optuna.get_study_user_attrs, key).get(name)
 
@@ -131,25 +132,25 @@ class Storage:
         self.call(self.optuna.set_study_user_attr, self.study_id, name, value)
 
     def create(self, template: Any) -> int:
-        """Add a trial; its key. Where the database went away in between, it may be there twice."""
+        """Add a trial and return its key. If the database went down meanwhile, the trial may be added twice."""
         return self.call(self.optuna.create_new_trial, self.study_id, template)
 
     def beat(self, key: int) -> None:
-        """Say that the worker of this trial is alive. Tried once: the next one comes soon."""
+        """Record a heartbeat of the trial's worker. It is not retried, as the next one follows soon."""
         if self.database:
             self.database.record_heartbeat(key)
         else:
             self.optuna.set_trial_user_attr(key, BEAT, time.time())
 
     def stale(self) -> list[int]:
-        """Return the keys of running trials whose last heartbeat is too long ago."""
+        """Return the keys of running trials whose last heartbeat is older than the grace period."""
         if self.database:
             return self.call(self.database._get_stale_trial_ids, self.study_id)
         running = [trial for trial in self.trials() if trial.state.name == "RUNNING"]
         return [t._trial_id for t in running if time.time() - t.user_attrs.get(BEAT, time.time()) > self.grace]
 
     def set(self, key: int, **attributes: Any) -> bool:
-        """Set attributes of a trial; False where it has ended already."""
+        """Set attributes of a trial (by its key); return False if the trial has already ended."""
         from optuna.exceptions import UpdateFinishedTrialError
 
         try:
@@ -160,9 +161,7 @@ class Storage:
         return True
 
     def move(self, key: int, state: str, values: list[float] | None = None) -> bool:
-        """Change a trial's state, atomically; False where it has ended, or on the way to RUNNING was not
-        WAITING.
-        """
+        """Change a trial's state atomically; return False if it has ended or another worker has claimed it."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -199,7 +198,7 @@ def _open_database(url: str, interval: int, grace: int, read_only: bool) -> Any:
         if read_only:
             if file is not None and not file.exists():
                 return None
-            file = None if file is None else _whole(file)
+            file = None if file is None else _readable_file(file)
             if not _has_tables(url, _engine(url, file, read_only)):
                 return None
         storage = RDBStorage(
@@ -210,7 +209,7 @@ def _open_database(url: str, interval: int, grace: int, read_only: bool) -> Any:
         )
     except ArgumentError:
         raise InputError(
-            f"the storage {url!r} is no URL of a database; give sqlite:///FILE, postgresql+psycopg://HOST/NAME or "
+            f"the storage {url!r} is not a database URL; give sqlite:///FILE, postgresql+psycopg://HOST/NAME or "
             "journal:FILE"
         ) from None
     except ImportError as error:
@@ -241,10 +240,8 @@ def _connect(file: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=60, check_same_thread=False)
 
 
-def _whole(file: Path) -> Path:
-    """Return the SQLite file, or a copy where a killed writer left a half-written change that a reader may not take
-    back.
-    """
+def _readable_file(file: Path) -> Path:
+    """Return the SQLite file, or a repaired copy if a killed writer left an unfinished transaction."""
     try:
         connection = _connect(file, "ro")
         try:
@@ -259,7 +256,7 @@ def _whole(file: Path) -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         for part in (journal, file):
             shutil.copyfile(part, folder / part.name)
-        copy = sqlite3.connect(folder / file.name)  # takes the change back
+        copy = sqlite3.connect(folder / file.name)  # rolls the transaction back
         copy.execute("SELECT count(*) FROM sqlite_master").fetchone()
         copy.close()
         return folder / file.name
@@ -267,9 +264,7 @@ def _whole(file: Path) -> Path:
 
 
 def _engine(url: str, file: Path | None, read_only: bool) -> dict[str, Any]:
-    """Return settings of SQLAlchemy's engine; a SQLite file is opened here, as its path may have
-    characters of a URL.
-    """
+    """Return settings of SQLAlchemy's engine; opening SQLite by path avoids quoting in URLs."""
     from sqlalchemy.pool import QueuePool
 
     if file is not None:
@@ -297,7 +292,7 @@ def _lock_before_reading(engine: Any) -> None:
 
 
 def _is_read_only(error: BaseException | None) -> bool:
-    """Return whether the file may not be written, which no waiting changes."""
+    """Return whether the file is read-only, so that a retry is useless."""
     while error is not None:
         if getattr(error, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
             return True
@@ -308,7 +303,7 @@ def _is_read_only(error: BaseException | None) -> bool:
 
 
 def _is_transient(error: BaseException | None) -> bool:
-    """Return whether the database was away or busy, and not that it refused what it was given."""
+    """Return whether the error means that the database was down or busy, so that a retry may succeed."""
     from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     while error is not None:

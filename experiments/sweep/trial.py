@@ -1,4 +1,4 @@
-"""A trial: a recipe, and its point among the others of a sweep; named by the hash of all that decides it."""
+"""Define trials: a recipe with its point in the sweep, identified by a hash of everything that determines it."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from train.recipe import Recipe, former_execution
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Part):
-    """How the speed of a trial's model is measured, where an objective asks for it (`isoflop bench decode`)."""
+    """How the decode speed of a trial's model is measured (`isoflop bench decode`), if an objective needs it."""
 
     batch: int = 1
     context: int = 128
@@ -26,12 +26,12 @@ class Decode(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A recipe with all its steps, and what the axes of its sweep say of it; without a point the base of a sweep.
+    """A recipe with its number of steps and its values on the sweep's axes; without a point: the base of a sweep.
 
     point: the varied fields and their values, "seed" among them. execution: how it runs; a field of it that is an axis
     belongs to the trial's id, so that trials that differ in it are trained each. name: what a scaling study calls it.
-    parent: of a branch, or of a member of a population that goes on from another's state: that trial's id and the
-    update after which it branches off.
+    parent: for a branch, or a member of a population that continues another's state: that trial's id and the update
+    after which it branches off.
     """
 
     recipe: Recipe
@@ -43,7 +43,7 @@ class Trial:
 
     @functools.cached_property
     def id(self) -> str:
-        """The hash of its content: one and the same trial has one id, whichever call plans it."""
+        """The hash of its content: equal trials have equal ids."""
         parent = {"parent": list(self.parent)} if self.parent else {}
         decode = {"decode": self.decode.to_dict()} if self.decode != Decode() else {}
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}
@@ -57,7 +57,7 @@ class Trial:
 
     @functools.cached_property
     def shape(self) -> str:
-        """The name of its static shape, however it is executed; of former trials that of their program."""
+        """The name of its static shape, without the execution (in older versions: of its program)."""
         recipe, how = self.recipe, self.execution
         config, train_config = {**recipe.model.to_dict(), **recipe.former}, recipe.train.to_dict()
         if recipe.former:
@@ -83,7 +83,7 @@ class Trial:
         return dataclasses.replace(self, **changes)
 
     def under(self, execution: Execution) -> Self:
-        """Return the trial under another execution, but for the fields of it that are its axes."""
+        """Return the trial under another execution, except for fields that are axes."""
         varied = {name: value for name, value in self.point.items() if name in EXECUTION}
         return self.replace(execution=execution.replace(**varied))
 
@@ -115,7 +115,7 @@ class Trial:
 
     @classmethod
     def _from_former(cls, values: Mapping[str, Any]) -> Self:
-        """Read a trial, or a base, from before there were recipes: its name and parent stood in its point."""
+        """Read a trial, or a base, from before there were recipes: its name and parent were fields of its point."""
         setting, point, parent = values.get("setting", values), dict(values.get("point", {})), values.get("parent")
         name = point.pop("_name", None)
         for key in ("_trunk", "_leave"):
@@ -131,7 +131,7 @@ class Trial:
 
 
 def _of_objective(recipe: Recipe) -> dict[str, Any]:
-    """Return what the objective adds to the name of a shape; the plain one nothing, as before there were others."""
+    """Return the objective's part of a shape's name; "" for language modelling, as in older versions."""
     return {} if recipe.objective == LanguageModeling() else {"objective": recipe.objective.identity}
 
 

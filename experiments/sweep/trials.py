@@ -1,4 +1,4 @@
-"""The trials of a sweep: its points with its seeds."""
+"""List the trials of a sweep: its points with its seeds."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from experiments.sweep.trial import Trial
 def plan_trials(sweep: Sweep) -> list[Trial]:
     """Return the trials that are listed or enumerated (sampler "all"), in the order of the calls; seeds vary fastest.
 
-    One and the same trial stands there once. Raises InputError on a point that is impossible.
+    Equal trials are listed once. Raises InputError on a point that is impossible.
     """
     found: dict[str, Trial] = {}
     for request in (*sweep.earlier, sweep.request):
@@ -39,7 +39,7 @@ def trials_at(sweep: Sweep, point: dict[str, Any], seeds: Sequence[int] | None =
 
 
 def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
-    """Return `plan_trials` and, where a sampler has yet to draw, those of `count` random points in place of its own."""
+    """Return `plan_trials`; if a sampler has not drawn its points yet, `count` random points replace them."""
     found = plan_trials(sweep)
     if sweep.sampler != "all":
         points = random(sweep.space(), count).points()
@@ -48,7 +48,5 @@ def expected_trials(sweep: Sweep, count: int) -> list[Trial]:
 
 
 def _base(sweep: Sweep) -> Trial:
-    """Return the trial that points vary, with the places of its data, where an objective reads how many classes there
-    are, and of its weights.
-    """
+    """Return the base trial with the paths of its data, which objectives may read, and of its weights."""
     return sweep.base.replace(recipe=sweep.placed(sweep.base.recipe).replace(folders=str(sweep.data)))

@@ -1,7 +1,7 @@
-"""A worker of a sweep: claims trials, trains them as lanes of one program, and reports, until nothing is left.
+"""Run a worker of a sweep: claim trials, train them as lanes of one program, and report, until none is left.
 
-Any number of workers, wherever they run, are the same loop over the same ledger. What goes on, and how far, the policy
-decides from the ledger alone; a rung is a run that stops early and is continued later.
+All workers, on any machine, run the same loop over the same ledger. The policy decides from the ledger alone which
+trials continue, and how far; a rung is a run that stops early and is continued later.
 """
 
 import logging
@@ -44,29 +44,29 @@ _COOLING_SECONDS = 5.0
 
 
 def plan(sweep: Sweep, ledger: Ledger) -> int:
-    """Add the trials that the sweep enumerates to its ledger; how many were new."""
+    """Add the trials that the sweep enumerates to its ledger; return the number of new ones."""
     return ledger.add(plan_trials(sweep))
 
 
 @pinned()
 def work(sweep: Sweep, ledger: Ledger) -> None:
-    """Work until the sweep is done, be it by others.
+    """Work until the sweep is done, by this or other workers.
 
-    An exception of a cohort fails its trials, with the reason in the ledger, and the work goes on with the others.
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, once what was claimed is saved and handed back.
+    If a cohort raises, its trials fail, with the reason in the ledger, and the worker continues with other cohorts.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, after the claimed trials are saved and released.
     """
-    with _stopped_by_sigterm():
+    with _interrupt_on_sigterm():
         _Worker(sweep, ledger).run()
 
 
 class _Worker:
-    """One worker on its way."""
+    """The state of one worker."""
 
     def __init__(self, sweep: Sweep, ledger: Ledger):
         self.sweep, self.ledger, self.policy = sweep, ledger, make_policy(sweep)
         self.lanes: dict[str, int] = {}  # of the cohorts whose program is compiled
         self.last: str | None = None
-        self.cooling: dict[str, float] = {}  # trials whose run somebody still writes, and until when to leave them
+        self.cooling: dict[str, float] = {}  # runs that another process still writes: time of the next attempt
 
     def run(self) -> None:
         wait = 1.0
@@ -74,7 +74,7 @@ class _Worker:
             self.ledger.recover()
             rows = self.ledger.rows()
             decision = self.policy.decide(rows)
-            # What is pruned comes first: a kill between the two must not change what is decided.
+            # Pruning comes first: a kill between the two must not change the decision.
             changed = sum([self.ledger.prune(name) for name in decision.prune])
             changed += self.ledger.add(decision.add)
             if changed:
@@ -88,14 +88,14 @@ class _Worker:
             if not states["planned"] and not states["running"]:
                 return
             if not states["running"] and not decision.ready:
-                if states["failed"]:  # what waits for those waits until they are tried again
+                if states["failed"]:  # trials that depend on them wait until they are retried
                     return
                 raise RuntimeError(f"{states['planned']} planned trials wait for nothing: the policy forgot them")
             time.sleep(wait)
             wait = min(1.5 * wait, 5.0)
 
     def _train(self, rows: list[LedgerRow], ready: Mapping[str, int]) -> bool:
-        """Claim trials of one cohort and train them; whether there were any."""
+        """Claim trials of one cohort and train them; return whether there were any."""
         trials = {row.trial.id: row.trial for row in rows if row.trial.id in ready}
         sizes = Counter(trial.cohort for trial in trials.values())
         if not sizes:
@@ -124,7 +124,7 @@ class _Worker:
         return self.lanes[cohort]
 
     def _ask(self) -> bool:
-        """Let the sampler draw as many points as fill the lanes; whether it did."""
+        """Let the sampler draw enough points to fill the lanes; return whether it did."""
         from experiments.sweep.search.samplers import make_sampler, suggester
 
         sweep = self.sweep
@@ -142,12 +142,12 @@ class _Worker:
         )
 
     def cool(self, claim: Claim) -> None:
-        """Leave a trial alone for a while."""
+        """Skip a trial for a while."""
         self.cooling[claim.trial.id] = time.monotonic() + _COOLING_SECONDS
 
 
 class _Cohort:
-    """Claims of one cohort, trained once. standing: how far the sweep is, in words."""
+    """One training of the claims of one cohort. standing: the sweep's progress as text."""
 
     def __init__(self, worker: _Worker, claims: list[Claim], limit: int, left_at: set[int], standing: str):
         self.worker, self.sweep, self.ledger, self.left_at = worker, worker.sweep, worker.ledger, left_at
@@ -155,21 +155,21 @@ class _Cohort:
         self.claims, self.limit, self.claimed_at = claims, limit, time.time()
 
     def run(self) -> None:
-        """Train what is claimed; every claim is ended or handed back, whatever happens."""
+        """Train the claimed trials; every claim is ended or released, also after an exception."""
         try:
-            self._leave_whatis_held()
+            self._skip_held_runs()
             if self.claims:
                 check_speed(self.claims[0].trial, self.sweep.objectives)
                 results = self._train()
                 for claim, result in zip(self.claims, results, strict=True):
-                    self._report(claim, result, _lanes_beside(result, results))
+                    self._report(claim, result, _concurrent_lanes(result, results))
         except KeyboardInterrupt:
             self._hand_back(self.claims)
             raise
-        except BusyError:  # a worker that was taken for dead writes its last
+        except BusyError:  # a worker that was taken for dead is still writing
             self._cool(self.claims)
         except Exception as error:
-            if is_full(error):  # no trial's fault: the same command goes on once there is space
+            if is_full(error):  # not a fault of the trial: the same command resumes once there is space
                 self._hand_back(self.claims)
                 raise
             words = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -185,11 +185,11 @@ class _Cohort:
         shell = RunOptions(
             evaluate_tokens=self.sweep.evaluate_tokens,
             keep_checkpoints=1,
-            checkpoint_start=first.recipe.train.spike_sigma > 0,  # else the start is made again from the seed
+            checkpoint_start=first.recipe.train.spike_sigma > 0,  # else it starts again from the seed
             keep_steps=tuple(sorted(steps)),
             description=": ".join(filter(None, (self.sweep.name, self.standing, self._words()))),
         )
-        # Where lanes are stacked, one that has nothing to do costs a lane's work, and another count a compilation.
+        # Vmapped lanes that are idle still cost work, but another number of lanes costs a compilation.
         few = 1 << (len(self.claims) - 1).bit_length()
         return population(
             [self._recipe(claim.trial) for claim in self.claims],
@@ -208,9 +208,7 @@ class _Cohort:
         return first.name or textwrap.shorten(describe(first.point), 60, placeholder=" …")
 
     def _recipe(self, trial: Trial) -> Recipe:
-        """Return the trial's recipe, with the place of its weights; of a branch from where it leaves its
-        parent's run.
-        """
+        """Return the trial's recipe, with the path of its weights, or for a branch the start from its parent's run."""
         if trial.parent is None:
             return self.sweep.placed(trial.recipe)
         name, step = trial.parent
@@ -218,6 +216,7 @@ class _Cohort:
         return trial.recipe.replace(start=Branch(read_record(parent)["run_id"], step, parent))
 
     def _report(self, claim: Claim, result: Result, lanes: int) -> None:
+        """Write a run's result to the ledger: diverged, stopped at a rung, to be continued, or finished."""
         facts = _facts(result, lanes) | {
             "worker": self.ledger.worker,
             "claimed_at": self.claimed_at,
@@ -236,14 +235,14 @@ class _Cohort:
             self.ledger.finish(claim, list(found.values()), facts | found)
 
     def _outcomes(self, result: Result) -> dict[str, float]:
-        """Return what is measured of a trained model: means of its last validation, and what it has forgotten."""
+        """Return the measurements of a trained model: means of its last validation, and what it has forgotten."""
         outcomes = validated(result.run)
         if FORGETTING in self.sweep.objectives:
             assert self.sweep.forgetting is not None
             outcomes[FORGETTING] = bits_per_byte(result.run, self.sweep.forgetting)
         return outcomes
 
-    def _leave_whatis_held(self) -> None:
+    def _skip_held_runs(self) -> None:
         busy = [claim for claim in self.claims if is_held(self.sweep.run_folder(claim.trial))]
         self.claims = [claim for claim in self.claims if claim not in busy]
         self._cool(busy)
@@ -258,8 +257,8 @@ class _Cohort:
             self.ledger.hand_back(claim)
 
 
-def _lanes_beside(result: Result, results: Sequence[Result]) -> int:
-    """Return how many of these runs were under way at the middle of one of them, itself among them."""
+def _concurrent_lanes(result: Result, results: Sequence[Result]) -> int:
+    """Return how many of these runs, this one included, were running at the middle of this one."""
     return sum(2 * other.steps >= result.steps for other in results)
 
 
@@ -282,8 +281,8 @@ def _facts(result: Result, lanes: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, also between two trainings."""
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM end the work as Ctrl-C does, also between two trainings."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

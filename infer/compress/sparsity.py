@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig, Params, forward
 from model.ambient import lenient
+from model.checks import check_number
 from model.errors import InputError, UnknownNameError
 from model.layout import places
 from model.linear import Linear
@@ -47,8 +48,7 @@ def prune(
         raise UnknownNameError("pruning method", method, get_args(Method))
     if pattern is not None and pattern not in get_args(Pattern):
         raise UnknownNameError("pattern", pattern, get_args(Pattern))
-    if not 0 <= sparsity < 1:
-        raise InputError(f"sparsity={sparsity} must be at least 0 and below 1; 0.5 sets half of the entries to zero")
+    check_number("sparsity", sparsity, least=0, below=1, hint="0.5 sets half of the entries to zero")
     check_prunable(params)
     norms: dict[tuple[str, ...], Array] = {}
     if method == "wanda":

@@ -107,7 +107,7 @@ def _bias(samplings: Sequence[Sampling], vocab_size: int) -> Array:
 class Choice(struct.PyTreeNode):
     """One token per row, with log-probabilities under the model: of the raw logits, before any setting.
 
-    top_ids, top_logprobs: the MOST_LOGPROBS likeliest tokens (all of a smaller vocabulary) in descending order; zeros
+    top_ids, top_logprobs: the MOST_LOGPROBS most likely tokens (all of a smaller vocabulary) in descending order; zeros
     unless some row requests log-probabilities. Leaves are Any because JAX also fills the tree with shapes and axes.
     """
 
@@ -153,7 +153,7 @@ def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: Hi
 
 
 def describe(with_top: Bool[Array, ""], logits: Float[Array, "rows vocab"], token: Int[Array, " rows"]) -> Choice:
-    """Return the tokens with their log-probabilities, and with the likeliest tokens of their positions if with_top."""
+    """Return the tokens with log-probabilities, and if with_top the most likely tokens at their positions."""
     largest = jnp.max(logits, axis=-1)
     log_normaliser = largest + jnp.log(total(jnp.exp(logits - largest[:, None])))
     top = min(MOST_LOGPROBS, logits.shape[-1])
@@ -204,7 +204,7 @@ def _penalise(state: SamplerState, logits: Array, history: History) -> Array:
 def truncate(state: SamplerState, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
     """Divide adjusted logits by the temperature, and set tokens that top_k, top_p or min_p removes to −inf.
 
-    Logits are shifted so that each row's largest is 0. At temperature 0 only the likeliest token is left.
+    Logits are shifted so that each row's largest is 0. At temperature 0 only the most likely token is left.
     """
     vocab = logits.shape[-1]
     order = ordered(logits)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from model.checks import check_number, check_whole
 from model.errors import InputError
 
 MOST_LOGPROBS = 20
@@ -21,11 +21,11 @@ class Sampling:
     temperature, top_k, top_p, min_p. Raises InputError on a value out of range.
 
     temperature: 0 takes the token with the largest biased and penalised logit; the first one of a tie.
-    top_k: keeps exactly the k likeliest tokens, the first ones of a tie; 0 keeps all.
+    top_k: keeps exactly the k most likely tokens, the first ones of a tie; 0 keeps all.
     top_p: keeps, of what top_k left and renormalised, the smallest set with at least this probability (Holtzman et al.
         2020, section 3.1).
-    min_p: keeps tokens at least this times as probable as the likeliest (Nguyen et al. 2024). The likeliest is always
-        kept, so the result is the same before and after top_k and top_p.
+    min_p: keeps tokens at least this times as probable as the most likely (Nguyen et al. 2024). The most likely is
+        always kept, so the result is the same before and after top_k and top_p.
     repetition_penalty: divides positive logits, and multiplies negative ones, of all tokens in prompt and output
         (Keskar et al. 2019, section 4.1).
     presence_penalty, frequency_penalty: subtracted from the logit of each token in the output, once and once per
@@ -34,7 +34,7 @@ class Sampling:
     stop_ids: None means the config's `eos_token_ids`.
     stop_strings: need a tokenizer.
     n: samples per prompt.
-    logprobs: number of likeliest tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
+    logprobs: number of most likely tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
     seed: of a row's draws; None derives the row's key from the key of the call and the row's index.
     """
 
@@ -53,27 +53,17 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        def check_real(name: str, in_range: Callable[[Any], bool], valid: str) -> None:
-            value = getattr(self, name)
-            if not (isinstance(value, numbers.Real) and math.isfinite(value) and in_range(value)):
-                raise InputError(f"{name}={value!r} must be {valid}")
-
-        def check_whole(name: str, low: int, high: float, valid: str) -> None:
-            value = getattr(self, name)
-            if not (isinstance(value, int | np.integer) and low <= value <= high):
-                raise InputError(f"{name}={value!r} must be {valid}")
-
-        check_real("temperature", lambda value: value >= 0, "a finite number of at least 0; 0 is greedy")
-        check_real("top_p", lambda value: 0 < value <= 1, "a number in (0, 1]; 1 keeps every token")
-        check_real("min_p", lambda value: 0 <= value <= 1, "a number in [0, 1]; 0 keeps every token")
-        check_real("repetition_penalty", lambda value: value > 0, "a finite number above 0; 1 changes nothing")
-        check_real("presence_penalty", lambda value: True, "a finite number; 0 changes nothing")
-        check_real("frequency_penalty", lambda value: True, "a finite number; 0 changes nothing")
-        check_whole("top_k", 0, math.inf, "a whole number of at least 0; 0 keeps every token")
-        check_whole("n", 1, math.inf, "a whole number of at least 1")
-        check_whole("logprobs", 0, MOST_LOGPROBS, f"a whole number in 0 … {MOST_LOGPROBS}")
+        check_number("temperature", self.temperature, least=0, hint="0 is greedy")
+        check_number("top_p", self.top_p, above=0, most=1, hint="1 keeps every token")
+        check_number("min_p", self.min_p, least=0, most=1, hint="0 keeps every token")
+        check_number("repetition_penalty", self.repetition_penalty, above=0, hint="1 changes nothing")
+        check_number("presence_penalty", self.presence_penalty, hint="0 changes nothing")
+        check_number("frequency_penalty", self.frequency_penalty, hint="0 changes nothing")
+        check_whole("top_k", self.top_k, hint="0 keeps every token")
+        check_whole("n", self.n, 1)
+        check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.seed is not None:
-            check_whole("seed", 0, 2**32 - 1, "a whole number in 0 … 2**32 − 1, or None")
+            check_whole("seed", self.seed, 0, 2**32 - 1)
         object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         if self.stop_ids is not None:
             object.__setattr__(self, "stop_ids", _token_ids(self.stop_ids))

@@ -96,10 +96,11 @@ def _scored(
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
-    """Return each target's log-probability and whether it is the likeliest token: [batch, scored] each.
+    """Return each target's log-probability and whether it is the most likely token: [batch, scored] each.
 
-    With top_k also the ids and log-probabilities of the likeliest tokens: [batch, scored, top_k] each. first: position
-    in its row of the token that predicts the first target. Logits are computed at the predicting positions only.
+    With top_k also the ids and log-probabilities of the most likely tokens: [batch, scored, top_k] each. first:
+    position in its row of the token that predicts the first target. Logits are computed at the predicting positions
+    only.
     """
     batch, scored = targets.shape
     positions = jnp.minimum(first[:, None] + jnp.arange(scored), hidden.shape[1] - 1)
@@ -110,7 +111,7 @@ def _scored(
         logits = head(config, params, hidden)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-        # The first of equally likely tokens counts as the likeliest: tokens with a smaller id must have smaller logits.
+        # Of equally likely tokens the first one counts: tokens with a smaller id must have smaller logits.
         has_smaller_id = jnp.arange(logits.shape[-1]) < targets[..., None]
         likeliest = jnp.all(jnp.where(has_smaller_id, logits < target, logits <= target), axis=-1)
         outputs = ((target - log_z)[..., 0], likeliest)

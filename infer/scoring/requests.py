@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from model import ModelConfig
+from model.checks import check_at_least_one, check_whole
 from model.errors import InputError
 
 IdPair = tuple[np.ndarray, np.ndarray]
@@ -19,14 +20,8 @@ def check_options(config: ModelConfig, batch_size: int, top_k: int) -> None:
             f"a model with stack={config.stack!r} and head={config.head!r} predicts no next token; score needs a "
             "decoder or an encoder-decoder with head='language-model'"
         )
-
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-    if not (is_whole(batch_size) and batch_size >= 1):
-        raise InputError(f"batch_size={batch_size!r} must be a whole number of at least 1")
-    if not (is_whole(top_k) and 0 <= top_k <= config.vocab_size):
-        raise InputError(f"top_k={top_k!r} must be a whole number in 0 … {config.vocab_size}, the vocabulary's size")
+    check_at_least_one(batch_size=batch_size)
+    check_whole("top_k", top_k, 0, config.vocab_size, hint="the vocabulary has no more tokens")
 
 
 def id_pairs(config: ModelConfig, requests: Iterable[Any]) -> list[IdPair]:

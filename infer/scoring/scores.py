@@ -27,8 +27,8 @@ class Scores:
     """One entry per request, in the order of the requests.
 
     logprobs: natural log-probability of the whole continuation. tokens: of each of its tokens, float32. greedy: True if
-    each of its tokens is the likeliest at its position; of equally likely tokens the one with the smallest id.
-    top_logprobs: per token {id: log-probability} of the likeliest tokens at its position, best first; empty if top_k
+    each of its tokens is the most likely at its position; of equally likely tokens the one with the smallest id.
+    top_logprobs: per token {id: log-probability} of the most likely tokens at its position, best first; empty if top_k
     is 0.
     """
 
@@ -55,7 +55,7 @@ def score(
     the encoder reads the context, and the decoder the continuation after `decoder_start_token_id`.
 
     batch_size: rows per pass, rounded up to a multiple that the mesh divides, and to whole groups of rows with a common
-    prefix. top_k: number of likeliest tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once
+    prefix. top_k: number of most likely tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once
     into a cache where that saves a fifth of the work; False: never. execution: if it has a mesh, params are placed over
     it; otherwise the programs run where params are, prepared (`prepare`) or not. With several processes, each calls
     with the same requests and gets all results.

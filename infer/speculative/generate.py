@@ -19,6 +19,7 @@ from infer.text import Decoder
 from model import Execution, ModelConfig, Params
 from model.ambient import lenient
 from model.cache import grow
+from model.checks import check_whole
 from model.dtypes import DTypeLike
 from model.errors import InputError
 from model.sharding import under_mesh_of
@@ -132,11 +133,9 @@ def _grown(settings: SpeculationSettings, state: SpeculationState, length: int) 
 
 def _check(settings: SpeculationSettings, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
     config, draft = settings.config, settings.draft
-    if settings.ahead < 1:
-        raise InputError(f"tokens_ahead={settings.ahead} must be at least 1; 4 is usual")
+    check_whole("tokens_ahead", settings.ahead, 1, hint="4 is usual")
     if draft is None:
-        if not 1 <= settings.lookup <= LONGEST_LOOKUP:
-            raise InputError(f"lookup={settings.lookup} must be a number of tokens in 1 … {LONGEST_LOOKUP}; 3 is usual")
+        check_whole("lookup", settings.lookup, 1, LONGEST_LOOKUP, hint="3 is usual")
         return
     if draft.stack != config.stack or draft.head != config.head:
         raise InputError(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
+from model.checks import check_whole
 from model.config import ModelConfig
 from model.convert.entries import MAX_COUNT, Entry, Field, Raw
 from model.convert.rules import TensorRule
@@ -62,7 +63,7 @@ class Family:
     prefixes: possible prefixes of the base model's tensor names; the first is written. renamed: (pattern, replacement)
     for the names of older files. ignored: patterns of tensors that are not needed. ignore_extra_layers: ignore the
     tensors of layers beyond the last (DeepSeek-V3's multi-token prediction). adapt: (config, tensor names) → config,
-    for what only the names tell. ignored_keys: keys of published config.json files without effect on the function.
+    for what only the names show. ignored_keys: keys of published config.json files without effect on the function.
     """
 
     model_type: str
@@ -90,8 +91,8 @@ class Family:
         raw = {**{field.key: raw.get(field.old_key or "", field.default) for field in fields}, **raw}
         for key in _LAYERS:  # ModelConfig checks the others; entries build lists of this length before that
             value = raw.get(key, 1)
-            if value is not None and (type(value) is not int or not 1 <= value <= MAX_COUNT):
-                raise InputError(f"{key}={value!r} must be a whole number from 1 to {MAX_COUNT}")
+            if value is not None:
+                check_whole(key, value, 1, MAX_COUNT)
         try:
             for entry in self.entries:
                 values |= entry.read(raw)

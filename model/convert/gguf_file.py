@@ -76,7 +76,7 @@ class _QuantizedTensor:
         width = self.shape[-1] if self.shape else 1
         if width % values_of_block:
             raise InputError(
-                f"{file} is cut off or broken: rows of {name} have {width} values, which is no multiple of the "
+                f"{file} is cut off or broken: rows of {name} have {width} values, which is not a multiple of the "
                 f"{values_of_block} of a block of the type {self.kind.name}"
             )
         self.bytes_of_row = width // values_of_block * bytes_of_block

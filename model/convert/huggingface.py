@@ -35,7 +35,7 @@ _TABLE, _HEAD = ("embedding", "tokens"), ("head", "weight")
 def load_hf(folder: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | None = None) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face model: config.json with model.safetensors, or with shards and their index.
 
-    dtype: of the parameters, float32 or bfloat16, whatever that of the files; `config.compute_dtype` is float32. mesh:
+    dtype: of the parameters, float32 or bfloat16, independent of the files'; `config.compute_dtype` is float32. mesh:
     shards the parameters (`model.sharding.spec_for`). eos_token_ids come from generation_config.json, or else from
     config.json. Tensors are read one at a time: memory peaks at the model plus one tensor.
 

@@ -25,6 +25,7 @@ from flax import traverse_util
 
 from model.adapters import ALL_TARGETS, Adapter, adapted, attach, fold, mask_and_scale, target_of
 from model.ambient import pinned
+from model.checks import check_number
 from model.config import ModelConfig
 from model.convert.entries import Raw
 from model.convert.families import FAMILIES
@@ -271,7 +272,7 @@ def _modules_named(folder: Path, config: ModelConfig, pairs: Mapping[str, Any]) 
         unknown = missing if not unknown or len(missing) < len(unknown) else unknown
     name = (unknown or list(pairs))[0]
     raise InputError(
-        f"{folder} adapts {name}, which is no matrix that takes an adapter in a model of this config; give an "
+        f"{folder} adapts {name}, which is not a matrix with an adapter in a model of this config; give an "
         "adapter of this model, without tables and routers"
     )
 
@@ -339,8 +340,7 @@ def _read_pairs(folder: Path) -> dict[str, Pair]:
 
 def _number(folder: Path, raw: Raw, key: str, default: float) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise InputError(f"{folder / CONFIG}: {key}={value!r} must be a number above 0")
+    check_number(f"{folder / CONFIG}: {key}", value, above=0)
     return value
 
 
@@ -354,7 +354,7 @@ def _of_pattern(folder: Path, raw: Raw, key: str, name: str, default: float) -> 
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return _number(folder, patterns, pattern, default)
         except re.error:
-            raise InputError(f"{folder / CONFIG}: {key} has {pattern!r}, which is no regular expression") from None
+            raise InputError(f"{folder / CONFIG}: {key} has {pattern!r}, which is not a regular expression") from None
     return default
 
 

@@ -28,7 +28,7 @@ _KEYS_OF_KIND = {
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": tuple(key for key in _FIELDS if not key.endswith("_freq_factor")),
 }
-# Keys that change no frequencies, whatever their value, and keys that do not if they have this one.
+# Keys that do not affect the frequencies, and keys that do not at this value.
 _IGNORED = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "original_max_position_embeddings")
 _NEUTRAL = {"factor": 1, "extrapolation_factor": 1, "attn_factor": 1}
 

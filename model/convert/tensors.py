@@ -34,7 +34,7 @@ def read_json(file: Path) -> dict:
 class TensorFolder:
     """Tensors by name, from model.safetensors or else from the shards of an index.
 
-    An index beside model.safetensors is ignored with a warning, as in Transformers. Files are read, not memory-mapped,
+    An index next to model.safetensors is ignored with a warning, as in Transformers. Files are read, not memory-mapped,
     so that one tensor at a time is in memory. Raises InputError for a folder without such files, for files that are
     truncated or not safetensors, and for an index that does not match its files.
     """
@@ -135,7 +135,7 @@ def _warn_of_index(folder: Path) -> None:
     except InputError:
         others = True
     if others:
-        logger.warning("%s is read, as Transformers does; %s beside it is ignored", folder / SINGLE, INDEX)
+        logger.warning("%s is read, as Transformers does; %s in the same folder is ignored", folder / SINGLE, INDEX)
 
 
 def _no_safetensors(folder: Path) -> InputError:

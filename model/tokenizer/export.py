@@ -30,7 +30,7 @@ from model.tokenizer.same import same_ids
 
 # Classes of Transformers.
 _FAST_CLASS, _CLASSES = "PreTrainedTokenizerFast", {"llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
-_T5_UNKNOWN = 2  # id of T5's unknown token in Transformers, whatever the file has
+_T5_UNKNOWN = 2  # id of T5's unknown token in Transformers, which ignores the file's
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token")
 _CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"  # sentencepiece's character for a space

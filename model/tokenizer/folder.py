@@ -1,4 +1,4 @@
-"""JSON files beside a tokenizer, which define its special tokens and chat template."""
+"""JSON files in a tokenizer's folder, which define its special tokens and chat template."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
 
     End tokens are the tokenizer's own, then those of `generation_config.json`, or of `config.json` if that has none:
     the first ends a document, each of them a generation. Tokens and ids outside the vocabulary are ignored, since
-    configurations are often older than the tokenizer beside them.
+    configurations are often older than the tokenizer in the same folder.
     """
     config = read_tokenizer_config(folder)
     names = _special_tokens(config)
@@ -36,7 +36,7 @@ def read_conventions(folder: Path, token_id: Callable[[str], int | None], vocab_
 def companion_files(
     folder: Path, eos_ids: tuple[int, ...], own_eos_id: int | None, vocab_size: int
 ) -> dict[str, bytes]:
-    """Return {name: content} of the files beside a tokenizer that `read_conventions` reads.
+    """Return {name: content} of the files in a tokenizer's folder that `read_conventions` reads.
 
     eos_ids: the tokenizer's end tokens; own_eos_id: that of its main file. `generation_config.json` is reduced to the
     end tokens, and left out if the main file has the same ones.

@@ -46,7 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:
-        """The added tokens that are special, in this file or in those beside it."""
+        """The added tokens that are special, in this file or in others of its folder."""
         added = self._library.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer_json(file: Path) -> HuggingFaceTokenizer:
-    """Load a `tokenizer.json` and the files beside it. Raises InputError if one is damaged."""
+    """Load a `tokenizer.json` and the other files of its folder. Raises InputError if one is damaged."""
     try:
         library = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower class

@@ -15,9 +15,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a sentencepiece `.model`, a `tokenizer.json`, a `.gguf` file or a folder with one.
 
     In a data folder it is the file named by the manifest, in a model's folder the first of NAMES, in a run's folder the
-    tokenizer of its data. Special tokens and the chat template come from the files beside it: `tokenizer_config.json`,
-    `special_tokens_map.json`, `generation_config.json`, `config.json` and `chat_template.jinja`. Raises InputError for
-    files that are missing, damaged or of an unknown kind.
+    tokenizer of its data. Special tokens and the chat template come from other files of its folder:
+    `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`, `config.json` and
+    `chat_template.jinja`. Raises InputError for files that are missing, damaged or of an unknown kind.
     """
     file = _find(Path(path))
     try:

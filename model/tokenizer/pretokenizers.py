@@ -51,8 +51,8 @@ def _class(ranges: str) -> str:
 class PreTokenizer:
     """Patterns applied in sequence: each splits the parts left by those before it into matches and the rest.
 
-    ignore_merges: a word that is in the vocabulary is one token, whatever the merges. adds_bos: by default, texts begin
-    with the begin token.
+    ignore_merges: a word that is in the vocabulary is one token, regardless of the merges. adds_bos: by default, texts
+    begin with the begin token.
     """
 
     patterns: tuple[str, ...]

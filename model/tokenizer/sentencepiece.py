@@ -106,7 +106,7 @@ class SentencepieceTokenizer(Tokenizer):
 
 
 def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
-    """Load a sentencepiece `.model` file and the files beside it. Raises InputError if one is damaged."""
+    """Load a sentencepiece `.model` file and the other files of its folder. Raises InputError if one is damaged."""
     try:
         model = file.read_bytes()
     except OSError as error:
@@ -125,7 +125,7 @@ def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
         conventions = replace(conventions, eos_ids=(own_eos,))
     if conventions.bos_id is None and own_bos >= 0:
         conventions = replace(conventions, bos_id=own_bos)
-    # Special tokens and end tokens of the configuration are control tokens, whatever their type in the vocabulary.
+    # Special tokens and end tokens of the configuration are control tokens, regardless of their type in the vocabulary.
     named = {*conventions.eos_ids, *(token_id(text) for text in conventions.special_names)}
     words = [i for i in named if i is not None and not (processor.is_control(i) or processor.is_unknown(i))]
     if words:

@@ -104,7 +104,7 @@ def test_the_grid_is_every_combination_and_keeps_models_together():
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        (Cell(0, 4), "batch=0 must be at least 1"),
+        (Cell(0, 4), "batch=0 must be a whole number of at least 1"),
         (Cell(1, 15), "prompt 15 and 2 steps exceed the model's context, max_seq_len=16"),
         (Cell(1, 4, 15), "context 15 and 2 steps"),
         (Cell(1, 4, weights="float8"), "unknown weight type 'float8'"),

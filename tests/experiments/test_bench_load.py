@@ -66,7 +66,7 @@ def test_arrivals_are_a_poisson_process_of_the_rate_and_the_seed_decides_them():
     assert gaps.std() == pytest.approx(1 / 4, rel=0.03)
     assert np.mean(gaps > 0.5) == pytest.approx(np.exp(-2), rel=0.05)
     for rate, requests in ((0.0, 1), (1.0, 0)):
-        with pytest.raises(InputError, match="positive rate"):
+        with pytest.raises(InputError, match="must be a"):
             arrivals(rate, requests, 0)
 
 

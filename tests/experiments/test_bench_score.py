@@ -31,7 +31,7 @@ def test_contenders_score_alike_and_ratios_are_of_rounds(tmp_path, capsys):
         ratios = [theirs / ours for ours, theirs in zip(row["samples"][own], row["samples"][other], strict=True)]
         assert row[name] == pytest.approx(statistics.median(ratios))
         assert (row[f"{name}_lowest"], row[f"{name}_highest"]) == (min(ratios), max(ratios))
-    with pytest.raises(InputError, match="no document of"):
+    with pytest.raises(InputError, match="not a document of"):
         compare(file, file)
 
 
@@ -46,9 +46,9 @@ def test_a_pass_with_too_many_logits_is_left_out(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rounds": 0}, "rounds=0 must be at least 1"),
-        ({"prefixes": (40, 0)}, "prefix=0 must be at least 1"),
-        ({"continuation": 0}, "continuation=0 must be at least 1"),
+        ({"rounds": 0}, "rounds=0 must be a whole number of at least 1"),
+        ({"prefixes": (40, 0)}, "prefix=0 must be a whole number of at least 1"),
+        ({"continuation": 0}, "continuation=0 must be a whole number of at least 1"),
         (
             {"prefixes": (60,)},
             "a prefix of 60 tokens and 6 more, .* do not fit max_seq_len=64; give",

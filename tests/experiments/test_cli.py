@@ -117,7 +117,7 @@ def test_bytes_that_are_not_utf8_are_counted(isoflop, corpus, tmp_path):
         "data", "prepare", folder, "--out", tmp_path / "out", "--vocab-size", 320, "--validation-fraction", 0.2
     )
     assert code == 0
-    assert "24 bytes that are no UTF-8 were replaced" in out
+    assert "24 bytes that are not valid UTF-8 were replaced" in out
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_ctrl_c(isoflop, monkeypatch, tmp_path):
     monkeypatch.setattr("train.data.prepare", stop)
     code, _, error = isoflop("data", "prepare", "--out", tmp_path / "out")
     assert code == 130
-    assert "goes on from there" in error
+    assert "continues from there" in error
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(isoflop, monkeypatch, tmp_path):

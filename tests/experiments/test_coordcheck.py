@@ -112,7 +112,7 @@ def test_the_command_prints_a_verdict_and_writes_everything(isoflop, tmp_path):
     [
         (("--widths", 64), "two different"),
         (("--widths", 64, 100), "num_heads"),
-        (("--steps", 0), "--steps 0"),
+        (("--steps", 0), "--steps=0"),
         (("t5-small",), "language model"),
     ],
 )

@@ -38,7 +38,7 @@ def test_a_gguf_file_of_a_mup_model_holds_its_multipliers(random_params, tmp_pat
 @pytest.mark.parametrize("changes", [{"norm": "layernorm"}, {"qk_norm": True}, {"sliding_window": 4}])
 def test_what_is_no_llama_is_refused_by_the_field(changes):
     (name,) = changes
-    with pytest.raises(InputError, match=f"{name}=.* is no llama"):
+    with pytest.raises(InputError, match=f"{name}=.* is not supported"):
         check_is_llama(TINY.replace(**changes))
 
 

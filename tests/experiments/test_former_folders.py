@@ -18,6 +18,8 @@ from experiments.sweep.definition import define
 from experiments.sweep.record import Sweep, TrialRequest
 from experiments.sweep.trials import plan_trials
 from model import presets
+from model.store import open_model
+from train.data import load_manifest
 
 FORMER = Path(__file__).parents[1] / "fixtures" / "former"
 EXPECTED = json.loads((FORMER / "expected.json").read_text())
@@ -142,8 +144,10 @@ def test_a_run_is_read(place, call, no_svg):
     call("eval", "trunk", "--data", "data", "--seq-len", 32, "--evaluate-tokens", 256, "--json", "loss.json")
     loss = json.loads((root / "loss.json").read_text())["loss"]
     assert loss == pytest.approx(record(root / "trunk")["result"]["validation_loss"], rel=1e-5)
+    vocab_size = load_manifest(root / "data").vocab_size
     for name in ("plain", "remat", "kernel", "trunk", "cooled/from-8"):
-        call("generate", name, "--tokenizer", "data", "--prompt", "The river", "--max-new-tokens", 2)
+        assert open_model(root / name).config.vocab_size == vocab_size
+    call("generate", "kernel", "--tokenizer", "data", "--prompt", "The river", "--max-new-tokens", 2)
     call("report", "plain", "remat", "trunk", "--out", "page.html")
     after = files(root)
     assert {path: after[path] for path in before} == before
@@ -257,7 +261,7 @@ def test_a_scaling_study_goes_on(place, call, commands, monkeypatch, no_svg):
 
 
 def test_a_sweep_with_dropout_keeps_its_ids_under_microbatches(place):
-    """No id of a former run had them; the same command goes on with it."""
+    """No id of a former run had them; the same command continues with it."""
     root = place("sweep_own")
     path = root / "sweep_own" / "sweep.json"
     content = json.loads(path.read_text())

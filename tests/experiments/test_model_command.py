@@ -114,7 +114,7 @@ def test_a_config_file_is_shown(isoflop, tmp_path):
     [
         (("llama2-8b",), ("llama2-8b", "llama2-7b")),
         (("tiny", "--seq-len", 100), ("100", "64", "max_seq_len=100")),
-        (("tiny", "--batch", 0), ("--batch 0",)),
+        (("tiny", "--batch", 0), ("--batch=0",)),
         (("nowhere.json",), ("nowhere.json",)),
     ],
 )

@@ -109,7 +109,7 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     assert load_hf(tmp_path / "out")[0].d_model == TINY.d_model
     for wrong in (lambda: convert(tmp_path / "out", tmp_path / "more", base=moved),
                   lambda: open_parameters(tmp_path / "out", moved)):  # fmt: skip
-        with pytest.raises(InputError, match="is no run, so that it has no base"):
+        with pytest.raises(InputError, match="is not a run and has no base"):
             wrong()
     merge(run, tmp_path / "adapter", adapter_only=True)
     for here, at in ((tmp_path / "out", None), (run, moved)):
@@ -120,7 +120,7 @@ def test_converted_with_its_moved_base(places, data, tmp_path, capsys):
     assert not capsys.readouterr().err
     (tmp_path / "out" / "tokenizer.model").unlink()
     started_from(tmp_path / "out", data)
-    assert f"no tokenizer stands beside {tmp_path / 'out'}" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'} has no tokenizer" in capsys.readouterr().err
     merge(tmp_path / "out", tmp_path / "kept", adapter=tmp_path / "adapter")
     (tmp_path / "kept" / "tokenizer.model").touch()
     assert "keeps" not in capsys.readouterr().err

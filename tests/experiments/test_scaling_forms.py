@@ -134,7 +134,7 @@ def test_the_frontier_alone_carries_the_law_in_compute():
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("chinchilla", lambda t: {k: v[:5] for k, v in t.items()}, "5 usable runs cannot carry the 5 unknowns"),
+        ("chinchilla", lambda t: {k: v[:5] for k, v in t.items()}, "5 usable runs cannot determine the 5 unknowns"),
         ("chinchilla", lambda t: t | {"params": np.full(60, 1e9)}, "only 1 different params"),
         ("no-floor", lambda t: t | {"tokens": 20 * t["params"]}, "on one line"),
         ("kaplan", lambda t: t | {"loss": np.full(60, 3.0)}, "same loss"),
@@ -181,7 +181,7 @@ def test_forms_that_agree_are_not_told_apart_and_the_simplest_is_taken():
     choice = choose(ladder("shared-exponent", 0.01), ("chinchilla", "shared-exponent"), bootstraps=30)
     assert choice.winner == "shared-exponent"
     assert not choice.told_apart
-    assert "cannot be told apart" in choice.reason
+    assert "cannot be distinguished" in choice.reason
 
 
 def test_a_choice_that_cannot_be_made_is_refused():

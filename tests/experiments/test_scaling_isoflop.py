@@ -231,11 +231,11 @@ def test_an_estimate_outside_its_own_interval_is_warned_of():
     intervals = {"a": {80: (0.41, 0.45), 95: (0.39, 0.47)}, "b": {80: (0.5, 0.6), 95: (0.4, 0.7)}}
     assert own_interval_warnings({"a": 0.42, "b": 0.5}, intervals) == []
     (text,) = own_interval_warnings({"a": 0.40, "b": 0.5}, intervals)
-    assert text.startswith("a = 0.4 lies outside its own 80 % interval, 0.41 … 0.45")
+    assert text.startswith("a = 0.4 is outside its own 80 % interval, 0.41 … 0.45")
     assert "95 % interval" in own_interval_warnings({"a": 0.38}, intervals)[0]
     fit = fit_isoflop(**ladder(noise=0.002), bootstraps=100)
     assert not [text for text in isoflop_warnings(fit) if "its own" in text]
     fit.draws[:, 1] += 0.3
     del fit.__dict__["intervals"]
     (text,) = [text for text in isoflop_warnings(fit) if "its own" in text]
-    assert text.startswith(f"a = {fit.a:.4g} lies outside its own 95 % interval")
+    assert text.startswith(f"a = {fit.a:.4g} is outside its own 95 % interval")

@@ -135,15 +135,15 @@ def test_the_command_line_knows_columns_by_other_names(table, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "nothing is asked"),
+        ({}, "there is no question"),
         ({"params": 1e9}, "takes both --params and --tokens"),
-        ({"flops": (-1e20,)}, r"--flops=-1e\+20 must be a positive number"),
-        ({"target_loss": (float("nan"),)}, "--target-loss=nan must be a positive number"),
+        ({"flops": (-1e20,)}, r"--flops=-1e\+20 must be a number above 0"),
+        ({"target_loss": (float("nan"),)}, "--target-loss=nan must be a number above 0"),
         ({"target_loss": (1.0,)}, "at or below the law's floor E=1"),
-        ({"flops": (1e20,), "level": 100}, "--level=100 must lie between"),
+        ({"flops": (1e20,), "level": 100}, "--level=100 must be a number above 0 and below 100"),
         ({"serve_tokens": 1e12}, "nothing is asked"),
         ({"params": 1e9, "tokens": 1e10, "serve_tokens": 1e12}, "add --flops or --target-loss"),
-        ({"flops": (1e20,), "serve_tokens": -1.0}, "--serve-tokens=-1.0 must be a number that is not negative"),
+        ({"flops": (1e20,), "serve_tokens": -1.0}, "--serve-tokens=-1.0 must be a number of at least 0"),
         ({"flops": (1e20,), "train_rate": 1e14}, "add --serve-tokens"),
         ({"flops": (1e20,), "serve_tokens": 1e12, "train_rate": 1e14}, "go with --decode"),
         ({"flops": (1e20,), "serve_tokens": 1e12, "decode": ("good",)}, "add --train or --train-rate"),
@@ -175,7 +175,7 @@ def test_bad_tables_get_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"folder without runs\.csv"):
         predict(tmp_path, flops=(1e20,))
     (tmp_path / "one.csv").write_text("params,tokens,loss\n1e6,1e7,3.0\n")
-    with pytest.raises(InputError, match=r"carries no law: 1 usable run cannot"):
+    with pytest.raises(InputError, match=r"determines no scaling law: 1 usable run cannot"):
         predict(tmp_path / "one.csv", flops=(1e20,))
 
 
@@ -201,9 +201,9 @@ def test_a_question_without_an_answer_does_not_take_the_others_with_it(table, la
     assert reached == compute_for_loss(law, 2.3)
     assert (below["target"], below["flops"], below["params"], below["interval"]) == (1.0, None, None, None)
     assert "at or below the law's floor E=1.7" in below["refused"]
-    assert (zero["target"], zero["refused"]) == (0.0, "--target-loss=0.0 must be a positive number")
+    assert (zero["target"], zero["refused"]) == (0.0, "--target-loss=0.0 must be a number above 0")
     assert document["optimal"][0]["parametric"] == optimal({"parametric": law}, 1e19)["parametric"]
-    assert {one["refused"] for one in document["optimal"][1].values()} == {"--flops=-1e+19 must be a positive number"}
+    assert {one["refused"] for one in document["optimal"][1].values()} == {"--flops=-1e+19 must be a number above 0"}
     assert [answer["params"] is None for answer in document["serving"]] == [False, True, False, True, True]
     assert document["planned"][0]["loss"] == planned_loss(law, 1e9, 2e10)["loss"]
     assert said.count("refused:") == 6
@@ -217,7 +217,7 @@ def test_where_no_question_has_an_answer_the_exit_code_is_2_and_every_reason_is_
     assert code == 2
     assert error.strip().splitlines() == [error.strip()]
     assert "a loss of 1 is at or below" in error
-    assert "--target-loss=-1.0 must be a positive number" in error
+    assert "--target-loss=-1.0 must be a number above 0" in error
     assert not out.exists()
 
 
@@ -231,7 +231,7 @@ def test_valleys_answer_where_the_law_is_refused(tmp_path, isoflop):
     document = json.loads(out.read_text())
     assert "parametric" not in document["optimal"][0]
     assert document["optimal"][0]["isoflop"]["params"] == pytest.approx(3e8, rel=0.01)
-    assert "only the parametric law speaks of a loss" in document["compute_for_loss"][0]["refused"]
+    assert "only the parametric law predicts a loss" in document["compute_for_loss"][0]["refused"]
 
 
 def test_a_budget_below_all_runs_is_not_within_them(table, tmp_path, capsys):

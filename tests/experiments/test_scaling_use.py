@@ -146,10 +146,10 @@ def test_answers_state_how_far_they_extrapolate(noisy_fit):
     assert inside["interval"][0] < inside["loss"] < inside["interval"][1]
     outside = planned_loss(noisy_fit, 1e6, 5e9)["extrapolation"]
     assert outside["params_times"] < 1
-    assert "N=1e+06 lies outside" in outside["warnings"][0]
+    assert "N=1e+06 is outside" in outside["warnings"][0]
     with pytest.raises(InputError, match="not both"):
         serving_optimum(noisy_fit, served_tokens=1e9)
-    with pytest.raises(InputError, match="positive"):
+    with pytest.raises(InputError, match="above 0"):
         optimal({"parametric": noisy_fit}, -1.0)
 
 
@@ -190,4 +190,4 @@ def test_a_distance_in_words_flags_what_is_far(noisy_fit):
     assert in_words(near) == "within the compute of the fit (0.5 of its largest)"
     assert in_words(beyond).startswith("5 times the largest compute of the fit")
     assert in_words(far).startswith("FAR: 1,000 times the largest compute")
-    assert "lies outside the runs'" in in_words(far)
+    assert "is outside the runs'" in in_words(far)

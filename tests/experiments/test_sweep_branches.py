@@ -60,9 +60,9 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     ("entries", "arguments", "message"),
     [
         ((TRUNK, dataclasses.replace(EARLY, trunk="lnog")), {}, "unknown base run 'lnog'; did you mean 'long'"),
-        ((TRUNK, dataclasses.replace(EARLY, leave_step=9)), {}, r"leave_step=9 must lie .* warmup_steps=2 .* and 8"),
-        ((TRUNK, dataclasses.replace(EARLY, leave_step=1)), {}, "leave_step=1 must lie between the end of the warm-up"),
-        ((with_point(TRUNK, decay_steps=9), LATE), {}, "leave_step=12 must lie between .* and 11"),
+        ((TRUNK, dataclasses.replace(EARLY, leave_step=9)), {}, r"leave_step=9 must be .* warmup_steps=2 .* and 8"),
+        ((TRUNK, dataclasses.replace(EARLY, leave_step=1)), {}, "leave_step=1 must be between the end of the warm-up"),
+        ((with_point(TRUNK, decay_steps=9), LATE), {}, "leave_step=12 must be between .* and 11"),
         ((TRUNK, with_point(EARLY, beta2=0.5)), {}, "beta2=0.5, but 0.95 in its base run"),
         ((TRUNK, with_point(EARLY, num_layers=1)), {}, "has the model and the TrainConfig of its base run"),
         ((), {"base": {"schedule": "cosine"}}, "both with schedule=wsd"),

@@ -82,7 +82,8 @@ def test_executions_are_no_seeds_and_no_settings(tmp_path):
     assert [row["ratio"] for row in executions["executions"]] == pytest.approx([1, 2505 / 3005, 2005 / 3005])
     assert len(document["trials"]) == 18
     said = document["sentence"]
-    assert "The losses under 3 executions differ by at most 8e-07 nats, by rounding: they cannot be told apart." in said
+    rounding = "The losses under 3 executions differ by at most 8e-07 nats, by rounding: they are indistinguishable."
+    assert rounding in said
     assert "Training is fastest with remat=none: 3,005 ± 5 tokens/s, 1.5 times the slowest (remat=full)." in said
     assert said.endswith("The highest training_tokens_per_second, 3,005, is that of remat=none (3 settings).")
 
@@ -115,7 +116,7 @@ def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
     [
         (0.0, 1, "The losses under 2 executions are equal to the last bit.", None),
         (3e-3, 1, "without a second seed it is not known whether seeds differ by more", None),
-        (3e-3, 2, "no more than with other seeds: they cannot be told apart", None),
+        (3e-3, 2, "no more than with other seeds: they are indistinguishable", None),
         (0.1, 1, "Training is fastest", "more than 1 % of the loss: rounding does not explain that"),
         (0.025, 5, "Training is fastest", "more than the seed noise: rounding does not explain that"),
     ],
@@ -127,7 +128,7 @@ def test_what_rounding_does_not_explain_is_a_warning(tmp_path, shift, seeds, sai
     warnings = [text for text in document["warnings"] if "rounding" in text]
     assert len(warnings) == (warned is not None)
     assert warned is None or warned in warnings[0]
-    assert ("cannot be told apart" in document["sentence"]) == (warned is None and (shift, seeds) == (3e-3, 2))
+    assert ("indistinguishable" in document["sentence"]) == (warned is None and (shift, seeds) == (3e-3, 2))
 
 
 def test_a_recipe_that_diverged_under_one_execution_is_lost(tmp_path):
@@ -196,8 +197,8 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
         batch_size=4,
         seq_len=32,
         evaluate_tokens=256,
-        axes=("remat=none,dots", "accumulate=1,2"),
-        steps=6,
+        axes=("accumulate=1,2",),
+        steps=4,
         objectives=BOTH,
     )
     sweep.write()
@@ -205,8 +206,8 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
     plan(sweep, ledger)
     work(sweep, ledger)
     rows = ledger.rows()
-    assert [row.state for row in rows] == ["finished"] * 4
-    assert len({row.trial.id for row in rows}) == len({row.facts["run"] for row in rows}) == 4
+    assert [row.state for row in rows] == ["finished"] * 2
+    assert len({row.trial.id for row in rows}) == len({row.facts["run"] for row in rows}) == 2
     assert all((sweep.folder / row.facts["run"] / "run.json").exists() for row in rows)
     assert all(row.values[1] == row.facts["training_tokens_per_second"] > 0 for row in rows)
     assert not (sweep.folder / "speed").exists(), "the benchmark of decoding was not run"
@@ -217,9 +218,9 @@ def test_a_sweep_over_executions_measures_speed_and_tells_no_losses_apart(data, 
     assert code == 0, err
     document = json.loads((tmp_path / "report.json").read_text())
     executions = document["executions"]
-    assert executions["axes"] == {"remat": ["none", "dots"], "accumulate": [1, 2]}
-    assert (executions["compared"], executions["verdict"], len(executions["executions"])) == (1, "rounding", 4)
+    assert executions["axes"] == {"accumulate": [1, 2]}
+    assert (executions["compared"], executions["verdict"], len(executions["executions"])) == (1, "rounding", 2)
     assert len(document["settings"]) == 1
-    assert len(document["pareto"]["settings"]) == 4
-    assert "under 4 executions" in " ".join(said.split())
-    assert "Training is fastest with remat=" in " ".join(said.split())
+    assert len(document["pareto"]["settings"]) == 2
+    assert "under 2 executions" in " ".join(said.split())
+    assert "Training is fastest with accumulate=" in " ".join(said.split())

@@ -253,7 +253,7 @@ def test_parameters_are_optunas_so_that_its_tools_read_them(tmp_path):
             r"\*\*\*@127.0.0.1:1/none (cannot be reached|needs a driver)",
         ),
         ("sqlite:////no/such/folder/ledger.db", "cannot be reached"),
-        ("somewhere", "is no URL of a database"),
+        ("somewhere", "is not a database URL"),
         ("oracle://host/name", "needs a driver that is not installed"),
         ("journal:/proc/nowhere/journal.log", "cannot be opened"),
     ],

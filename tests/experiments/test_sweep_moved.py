@@ -249,7 +249,7 @@ def test_data_and_storage_that_were_moved(make, place, data, monkeypatch):
     (place / "renamed" / "log").rename(place / "elsewhere.log")
     (place / "renamed" / "data").rename(place / "elsewhere")
     for look in (states, lambda folder: begin(Sweep.read(folder))):
-        with pytest.raises(InputError, match=r"is not there; where it was moved.*--storage journal:FILE`"):
+        with pytest.raises(InputError, match=r"does not exist; if it was moved.*--storage journal:FILE`"):
             look(folder)
     with pytest.raises(InputError, match=rf"not at {place}/renamed/data any more; .*resume {folder} --data FOLDER"):
         check_data(Sweep.read(folder))

@@ -84,8 +84,8 @@ def test_the_same_content_is_the_same_trial_however_it_is_written():
         ({"norms": 1}, "norms=1 must be true or false"),
         ({"schedule": 3}, "schedule=3 must be text"),
         ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"tokens": -5}, "tokens=-5 must be positive"),
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
+        ({"tokens": -5}, "tokens=-5 must be a number above 0"),
         ({"steps": 5, "tokens": 9}, "steps and tokens say the same thing"),
         ({"experts.count": 4}, "Experts lacks top_k, d_ff"),
         ({"experts": None, "experts.count": 4}, "experts is given as a whole and as experts.count"),
@@ -117,7 +117,7 @@ def test_an_unknown_field_names_the_close_one(name, close):
 
 
 def test_a_length_is_no_field_of_the_base():
-    with pytest.raises(InputError, match="tokens is no field of the base; give --steps, or --set tokens=5"):
+    with pytest.raises(InputError, match="tokens is not a field of the base; give --steps, or --set tokens=5"):
         rebase(BASE, {"tokens": 5})
     with pytest.raises(InputError, match="a trial needs a length: give --steps"):
         apply(Trial(Recipe(CONFIG)), {})

@@ -115,7 +115,7 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         sweep()
-    with pytest.raises(InputError, match="is no sweep: it has no"):
+    with pytest.raises(InputError, match="is not a sweep: it has no"):
         Sweep.read(tmp_path / "nowhere")
 
 
@@ -145,7 +145,7 @@ def test_another_sweep_is_refused_with_the_difference(sweep, data, tmp_path):
         ({"trials": 3}, "goes with a sampler"),
         ({"policy": "halve"}, "did you mean 'halving'"),
         ({"policy": "halving", "axes": ["remat=none,dots"]}, "remat changes no loss but by rounding, so that --policy"),
-        ({"lanes": 0}, "lanes=0 must be at least 1"),
+        ({"lanes": 0}, "lanes=0 must be a whole number of at least 1"),
         ({"objectives": []}, "at least one name"),
         ({"space_file": "nowhere.py"}, "the space nowhere.py cannot be read"),
         ({"data": "nowhere"}, "no data folder at nowhere"),

@@ -260,7 +260,10 @@ def test_policies_are_made_by_name_and_refuse_what_they_do_not_know():
         ({"policy_settings": {"etta": 2}}, "did you mean 'eta'"),
         ({"policy_settings": {"eta": 1}}, "eta=1 must be a number above 1"),
         ({"policy": "hyperband", "policy_settings": {"min_fraction": 2}}, "min_fraction=2 must be"),
-        ({"policy": "population", "policy_settings": {"quantile": 0}}, "quantile=0 must be positive"),
+        (
+            {"policy": "population", "policy_settings": {"quantile": 0}},
+            "quantile=0 must be a number above 0 and at most 0.5",
+        ),
         ({"policy": "all"}, "has no settings; eta=2"),
         ({"policy": "population", "policy_settings": {}, "sampler": "tpe"}, "leave the sampler out"),
     ):

@@ -101,7 +101,7 @@ def test_the_page_of_a_whole_sweep(tmp_path, words):
     text = page(record(tmp_path, product(GRID)))
     said = words(text)
     assert "learning_rate=0.004, weight_decay=0" in said
-    assert "cannot be told apart from it" in said, "the warm-up changes nothing"
+    assert "cannot be distinguished from it" in said, "the warm-up changes nothing"
     assert text.count("<figure") == 5
     assert len(text) < 3e6
     assert "Still running" not in said
@@ -151,7 +151,7 @@ def test_no_law_where_every_optimum_lies_at_the_edge(tmp_path, no_svg, words):
     points = product({"d_model": [32, 64], "learning_rate": RATES})
     results = record(tmp_path, points, loss=lambda point: surface(point, best=1.0))
     assert analyse(results)["transfer"]["factor_per_doubling"] is None
-    assert "No law of the optimum: 0 different sizes cannot carry a power law" in words(page(results))
+    assert "No law of the optimum: 0 different sizes cannot determine a power law" in words(page(results))
 
 
 def test_a_sweep_that_is_still_running(tmp_path, no_svg, words):

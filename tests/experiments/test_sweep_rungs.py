@@ -145,7 +145,7 @@ def test_an_edge_is_that_of_the_results():
         rows = rows_of([*described, ({"learning_rate": 3e-2}, state, {})])
         results = collect("sweep", rows)
         warnings = summarize(results.axes, results.rows)["warnings"]
-        said = "the best learning_rate=0.01 is the highest that has a result, 0.03 none: the optimum may lie beyond it"
+        said = "the best learning_rate=0.01 is the highest that has a result, 0.03 none: the optimum may be beyond it"
         assert (said in warnings) == warned
 
 

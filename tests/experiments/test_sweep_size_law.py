@@ -78,7 +78,7 @@ def test_a_number_that_is_not_positive_is_left_out_and_listed():
         ({"params": [1e6]}, [0.1], {"intervals": [(0.05, 0.2)]}, "1 different size .* at least 2"),
         ({"params": [1e6, 1e7, 1e8]}, [np.nan, 0.05, 0.02], {}, "1 of 3 rows left out, the first: a number is not"),
         ({"params": SIZES, "tokens": 20 * SIZES}, SIZES**-0.4, {}, "move together"),
-        ({"params": [1e6, 1e7, 1e8], "tokens": [1e8, 5e8, 1e8]}, [0.1, 0.05, 0.02], {}, "3 rows cannot carry 3"),
+        ({"params": [1e6, 1e7, 1e8], "tokens": [1e8, 5e8, 1e8]}, [0.1, 0.05, 0.02], {}, "3 rows cannot determine 3"),
         ({"params": [1e6, 1e7, 1e8]}, [0.1, 0.05], {}, "one entry per row"),
         ({"params": ["a", "b", "c"]}, [0.1, 0.05, 0.02], {}, "must be numbers"),
     ],

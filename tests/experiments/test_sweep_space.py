@@ -53,7 +53,7 @@ def test_derived_fields_follow_the_point():
     assert [point["num_heads"] for point in space.points()] == [2, 4]
     with pytest.raises(InputError, match=r"derived from d_model=64 cannot be computed \(KeyError: 'width'\)"):
         s.derive(s.grid(d_model=[64]), lambda point: {"x": point["width"]}).points()
-    with pytest.raises(InputError, match="num_heads stands on two sides"):
+    with pytest.raises(InputError, match="num_heads is on two sides"):
         s.product(space, s.grid(num_heads=[1])).points()
 
 
@@ -154,11 +154,11 @@ def test_bad_axes(text, message):
         (lambda: s.grid(a=[1, 1.0]), "the value 1.0 twice"),
         (lambda: s.grid(a={1, 2}), "a set, which has no order"),
         (lambda: s.product(), "product of no spaces"),
-        (lambda: s.product(A, s.grid(a=[1])), "a stands on two sides of a product"),
+        (lambda: s.product(A, s.grid(a=[1])), "a is on two sides of a product"),
         (lambda: s.zip(A, B), "sides of equal length, not a: 3, b/c: 2"),
         (lambda: s.replicate(A, 0), "at least one seed"),
         (lambda: s.branch("a", {}), "the branch a has no values"),
-        (lambda: s.branch("a", {1: A}), "a stands on two sides"),
+        (lambda: s.branch("a", {1: A}), "a is on two sides"),
         (lambda: s.random(A, 0), "count=0 must be"),
         (lambda: s.grid(a=s.uniform(0, 1)).points(), r"linspace with a count, draw random\(space, count\)"),
         (lambda: s.product(*(s.grid(**{f"x{i}": range(100)}) for i in range(4))).points(), "100,000,000 points"),

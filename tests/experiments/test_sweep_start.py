@@ -81,7 +81,7 @@ def test_a_moved_base_is_asked_for_and_taken_from_where_it_is(define, model, dat
     begin(sweep)
     gone.rename(moved)
     sweep = Sweep.read(sweep.folder)
-    with pytest.raises(InputError, match=r"are not at .*gone; `isoflop sweep resume .* --base PATH` goes on"):
+    with pytest.raises(InputError, match=r"are not at .*gone; `isoflop sweep resume .* --base PATH` continues"):
         check_weights(sweep)
     other = tmp_path / "other"
     train(Recipe.from_dict(json.loads((model / "run.json").read_text())["identity"]), run=other, data=data, steps=1)

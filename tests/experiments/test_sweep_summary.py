@@ -58,7 +58,7 @@ def test_the_optimum_lies_in_its_interval():
 def test_an_optimum_that_the_noise_hides_has_no_interval():
     found = log_parabola(RATES, [3.02, 3.01, 3.0, 3.01, 3.02], [2] * 5, 0.5, 5)
     assert found["interval_95"] is None
-    assert "inside the noise" in found["interval_reason"]
+    assert "within the noise" in found["interval_reason"]
     assert "curve upwards" in log_parabola(RATES, [3, 3.1, 3.15, 3.1, 3], [2] * 5, 0.01, 5)["refused"]
 
 
@@ -116,7 +116,7 @@ def test_winner_with_its_noise():
 def test_what_lies_inside_the_noise_is_said():
     summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, noise=0.2)))
     assert {"learning_rate": 2e-3} in summary["winner"]["indistinguishable"]
-    assert any("inside the seed noise" in warning for warning in summary["warnings"])
+    assert any("within the seed noise" in warning for warning in summary["warnings"])
 
 
 def test_optimum_on_the_edge_is_flagged():

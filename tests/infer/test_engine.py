@@ -247,7 +247,7 @@ def test_memory_limits_the_number_of_slots(params):
     for name in ("slots", "capacity", "steps", "chunk"):
         with pytest.raises(InputError, match=f"{name}=0"):
             Engine(CONFIG, params, **{name: 0})
-    with pytest.raises(InputError, match="steps=33 must be at most 32"):
+    with pytest.raises(InputError, match="steps=33 must be a whole number from 1 to 32"):
         Engine(CONFIG, params, steps=33)
 
 

@@ -36,20 +36,25 @@ KEY = jax.random.key(3)
 
 
 def trained(config, adapter=ADAPTER, seed=0, params=None):
-    """An adapter whose b is not zero."""
-    shapes = {(*path, "b"): shape for path, shape in adapted(config, adapter).items()}
+    """An adapter whose b is not zero, drawn without a program."""
     base = jax.eval_shape(functools.partial(init, config), KEY) if params is None else params
-    tree = init_adapter(config, adapter, base, jax.random.fold_in(KEY, seed))
+    tree = jax.eval_shape(functools.partial(init_adapter, config, adapter), base, KEY)
     random = np.random.default_rng(seed)
-    noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
-    assert shapes
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
+
+    def draw(path, leaf):
+        bound = leaf.shape[-2] ** -0.5
+        of_a = path[-1].key == "a"
+        value = random.uniform(-bound, bound, leaf.shape) if of_a else 0.3 * random.normal(size=leaf.shape)
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def outputs(config, params, scan=True):
     """Logits, and the final hidden states of the last token."""
-    run = functools.partial(forward, config, outputs=("hidden", "final_hidden"), execution=Execution(scan_layers=scan))
-    out = jax.jit(run)(params, TOKENS)
+    execution = Execution(scan_layers=scan)
+    out = forward(config, params, TOKENS, outputs=("hidden", "final_hidden"), execution=execution)
     return out.logits, out.final_hidden[:, -1]
 
 
@@ -259,9 +264,9 @@ def test_what_cannot_be_is_an_error(tmp_path, random_params):
         attach(prepare(CONFIG, params), tree, *mask_and_scale(ADAPTER))
     with pytest.raises(InputError, match="no parameter layers/dense, which the adapter changes"):
         attach(random_params(all_experts), tree, *mask_and_scale(ADAPTER))
-    with pytest.raises(InputError, match='has "a" and "b" at every path'):
+    with pytest.raises(InputError, match='with "a" and "b" at every path'):
         attach(params, params, *mask_and_scale(ADAPTER))
-    with pytest.raises(InputError, match="rank=5 must be from 1 to the adapter's rank=4"):
+    with pytest.raises(InputError, match="rank=5 must be a whole number from 1 to 4"):
         mask_and_scale(ADAPTER, 5)
     with_adapter = attach(params, tree, *mask_and_scale(ADAPTER))
     assert any(map(is_weight, jax.tree.leaves(with_adapter, is_leaf=is_weight)))

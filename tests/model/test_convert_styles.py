@@ -242,7 +242,7 @@ def test_an_index_beside_the_whole_file_is_ignored(copy, tmp_path, hf, assert_sa
         caplog.clear()
         assert_same(load_hf(folder), hf("llama"))
         (said,) = [record.getMessage() for record in caplog.records]
-        assert said.endswith("model.safetensors.index.json beside it is ignored")
+        assert said.endswith("model.safetensors.index.json in the same folder is ignored")
     save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "consolidated.safetensors")
     assert_same(load_hf(folder), hf("llama"))
     # An index that names the whole file, as some programs write, is nothing to speak of.

@@ -42,9 +42,13 @@ def tokens_of(*shape, seed=1):
 TOKENS, OTHERS = tokens_of(2, SEQ), tokens_of(2, SEQ, seed=2)
 
 
+def run(*arguments, **options):
+    """The logits, and all activations by name, as NumPy arrays: what is taken of them compiles nothing."""
+    return jax.device_get(_run(*arguments, **options))
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames="execution")
-def run(config, params, tokens, edits=None, execution=SCANNED):
-    """The logits, and all activations by name."""
+def _run(config, params, tokens, edits=None, execution=SCANNED):
     source = {"encoder_tokens": TOKENS[:, :4]} if config.stack == "encoder-decoder" else {}
     out = forward(config, params, tokens, **source, outputs=tuple(TAPS), edits=edits, execution=execution)
     return out.logits, {name: getattr(out, name) for name in TAPS}
@@ -54,7 +58,7 @@ def edits_of(config, **fields):
     """Edits that change nothing, but for the fields given by name. All have one structure: one program serves all."""
     edits = {}
     for name, shape in tap_shapes(config, *TOKENS.shape).items():
-        given = {"value": jnp.zeros(shape), "where": jnp.zeros(shape, bool), **fields.get(name, {})}
+        given = {"value": np.zeros(shape, np.float32), "where": np.zeros(shape, bool), **fields.get(name, {})}
         factor = given.pop("factor", 1.0)
         edits[name] = (Edit.scale(jnp.float32(factor)), Edit(**{key: jnp.asarray(x) for key, x in given.items()}))
     return edits
@@ -97,7 +101,7 @@ def test_edits_that_change_nothing_change_no_bit(config, random_params):
     clean, unedited = run(config, params, TOKENS), run(config, params, TOKENS, edits_of(config))
     # The compiler rounds x + scale · y once where it sees the norm that made it, and twice behind an edit.
     assert_close(unedited, clean, atol=2e-5 if config.norm_placement == "sandwich" else 0)
-    own = {name: {"value": x, "where": jnp.ones(x.shape, bool)} for name, x in unedited[1].items()}
+    own = {name: {"value": x, "where": np.ones(x.shape, bool)} for name, x in unedited[1].items()}
     assert_close(run(config, params, TOKENS, edits_of(config, **own)), unedited, atol=0)
 
 
@@ -305,7 +309,7 @@ def test_weights_of_attention_are_edited_in_plain_xla():
         ({"hidden": jnp.zeros(3)}, "give an Edit, such as"),
         (
             {"hidden": Edit(value=1.0, shift=2.0)},
-            r"edits\['hidden'\] has a value beside a factor or a shift, ",
+            r"edits\['hidden'\] has both a value and a factor or a shift, ",
         ),
         ({"hidden": Edit.add(1j)}, r"edits\['hidden'\].shift is of dtype complex64; .* real numbers"),
         ({"heads": Edit.scale("2")}, r"edits\['heads'\].factor is of type str; .* real numbers"),

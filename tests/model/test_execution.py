@@ -23,7 +23,7 @@ def test_a_field_that_moved_says_where(made, name):
     values = {"vocab_size": 8, "d_model": 8, "num_layers": 1, "num_heads": 1} if made is CONFIG else {}
     ways = [lambda: type(made)(**values, **{name: 1}), lambda: made.replace(**{name: 1})]
     for give in ways[: 1 if isinstance(made, Shell) else 2]:
-        with pytest.raises(InputError, match=rf"{name} is no field of .*execution=Execution\({name}=…\)"):
+        with pytest.raises(InputError, match=rf"{name} is not a field of .*execution=Execution\({name}=…\)"):
             give()
     with pytest.raises(AttributeError, match="Execution"):
         getattr(made, name)

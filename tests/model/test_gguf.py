@@ -480,8 +480,11 @@ def _repeat_a_tensor(files):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda files: files[3].unlink(), r"is one of the \d parts of a model, and model-00004-of-.* fetch that too"),
-        (lambda files: [file.unlink() for file in files[1:3]], "model-00002-of-.*, model-00003-of-.* is not beside it"),
+        (
+            lambda files: files[3].unlink(),
+            r"parts of a model; missing in its folder: model-00004-of-.* download",
+        ),
+        (lambda files: [file.unlink() for file in files[1:3]], "model-00002-of-.*, model-00003-of-.*; download"),
         (lambda files: files[0].rename(files[0].with_name("a.gguf")), "whose names must end as -00001-of-0000"),
         (_renumber, r"says that it is part 6 of \d, but its name says 3 of"),
         (_repeat_a_tensor, "both .*model-00002-of-.* and model-00003-of-.* hold the tensor"),

@@ -28,11 +28,15 @@ NAMES = ("llama", "gpt2", "phi3", "deepseek_v2", "t5", "bert-masked")
 
 
 def trained(config, params, adapter=ADAPTER):
-    """An adapter whose b is not zero."""
-    tree = init_adapter(config, adapter, params, jax.random.key(0))
+    """An adapter whose b is not zero, drawn without a program."""
+    tree = jax.eval_shape(functools.partial(init_adapter, config, adapter), params, jax.random.key(0))
     random = np.random.default_rng(0)
-    noise = lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: noise(leaf) if path[-1].key == "b" else leaf, tree)
+
+    def draw(path, leaf):
+        scale = leaf.shape[-2] ** -0.5 / 3**0.5 if path[-1].key == "a" else 0.3  # a's as `init_adapter` draws it
+        return jnp.asarray(scale * random.normal(size=leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def change(params, adapter, tree):
@@ -159,7 +163,7 @@ def _renamed(folder, old, new):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base too"),
         ({"lora_alpha": "8"}, "lora_alpha='8' must be a number above 0"),
-        ({"alpha_pattern": {"(": 3}}, "which is no regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "which is not a regular expression"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\] must be an object"),
         ({"r": 5}, r"has rank 3 in adapter_model\.safetensors and 5 by adapter_config"),
     ],
@@ -180,10 +184,10 @@ def test_an_adapter_of_something_else_is_an_error(hf, tmp_path):
     save_peft(config, ADAPTER, tree, folder)
     with pytest.raises(InputError, match=r"by lora_A \[3, 24\] and lora_B \[16, 3\], but the model's is 32 × 24"):
         load_peft(folder, config.replace(d_model=32))
-    with pytest.raises(InputError, match=r"adapts model\.layers\.1.*no matrix that takes an adapter"):
+    with pytest.raises(InputError, match=r"adapts model\.layers\.1.*not a matrix with an adapter"):
         load_peft(folder, config.replace(num_layers=1))
     save_peft(hf("gpt2")[0], ADAPTER, trained(*hf("gpt2")), tmp_path / "gpt2")
-    with pytest.raises(InputError, match=r"adapts transformer\.h\.0\.attn\.c_attn, which is no matrix"):
+    with pytest.raises(InputError, match=r"adapts transformer\.h\.0\.attn\.c_attn, which is not a matrix"):
         load_peft(tmp_path / "gpt2", config)
     with pytest.raises(InputError, match="not among its targets"):
         save_peft(config, ADAPTER.replace(targets=("query",)), tree, folder)

@@ -204,7 +204,7 @@ def test_a_tokenizer_is_found_given_or_none(run, data, tmp_path):
     assert (config, tokenizer) == (CONFIG, None)
     with pytest.raises(InputError, match=f"the data folder of {run}, /gone/data, is gone; .* with --tokenizer"):
         need_tokenizer(tokenizer, run)
-    with pytest.raises(InputError, match=f"no tokenizer stands beside {LLAMA}; give one with --tokenizer"):
+    with pytest.raises(InputError, match=f"{LLAMA} has no tokenizer; give one with --tokenizer"):
         need_tokenizer(None, LLAMA)
     assert open_model(run, data).tokenizer.vocab_size == 320
 
@@ -226,7 +226,7 @@ def test_what_is_no_model_is_said_in_a_sentence(tmp_path, run):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
     for path in (tmp_path / "texts", tmp_path / "texts" / "a.txt"):
-        with pytest.raises(InputError, match=r"is no model: expected a run directory \(run.json\)"):
+        with pytest.raises(InputError, match=r"is not a model: give a run directory \(run.json\)"):
             open_model(path)
     (run / "run.json").write_text((run / "run.json").read_text().replace('"d_model": 16', '"d_model": 18'))
     with pytest.raises(InputError, match=r"run\.json is not what was written"):

@@ -54,7 +54,7 @@ CASES = {
         trainable=("head", "layers/dense/feed_forward"),
     ),
     "masked-packed": Case(
-        ENCODER.replace(head="masked-language-model", head_bias=True, norm_epsilon=1e-6),
+        ENCODER.replace(head="masked-language-model", head_bias=True),
         MaskedLanguageModeling(mask_id=VOCAB),
         TRAIN.replace(packing="best-fit"),
         trainable=("head",),
@@ -118,11 +118,9 @@ def _answers(case: Case, random: np.random.Generator, filled: np.ndarray) -> dic
     return {name: batch[name] for name in spec}
 
 
-def losses_on(case: Case, mesh, steps: int) -> list[float]:
-    """Return the losses of the first steps on a mesh."""
-    state = jax.eval_shape(functools.partial(init_state, case.config, case.train, HPARAMS, objective=case.objective))
+def losses_on(case: Case, mesh, state, steps: int) -> list[float]:
+    """Return the losses of the first steps from a state on a mesh."""
     of_state = shardings(mesh, state)
-    init = functools.partial(init_state, case.config, case.train, objective=case.objective)
     batches = [batch_of(case, number) for number in range(steps)]
     step = jax.jit(
         functools.partial(train_step, case.config, case.train, objective=case.objective),
@@ -131,7 +129,7 @@ def losses_on(case: Case, mesh, steps: int) -> list[float]:
     )
     losses = []
     with jax.set_mesh(mesh):
-        state = jax.jit(init, out_shardings=of_state)(HPARAMS)
+        state = jax.device_put(state, of_state)
         for batch in batches:
             state, metrics = step(state, batch, HPARAMS)
             losses.append(float(metrics["loss"]))
@@ -140,10 +138,13 @@ def losses_on(case: Case, mesh, steps: int) -> list[float]:
 
 def main(steps, *meshes):
     """Print {case: {mesh: losses}}; the mesh "data=1" is one device."""
-    found = {
-        name: {mesh: losses_on(case, make_mesh(parse_mesh(mesh)), int(steps)) for mesh in meshes}
-        for name, case in CASES.items()
-    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, case in CASES.items():
+        if name == "masked-packed":  # the program of "masked"
+            continue
+        init = functools.partial(init_state, case.config, case.train, objective=case.objective)
+        state = jax.device_get(jax.jit(init)(HPARAMS))
+        found[name] = {mesh: losses_on(case, make_mesh(parse_mesh(mesh)), state, int(steps)) for mesh in meshes}
     print(json.dumps(found))
 
 

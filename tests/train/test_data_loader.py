@@ -166,12 +166,12 @@ def test_bad_inputs(data):
     with pytest.raises(InputError, match="max_tokens=0"):
         validation_batches(data, batch_size=1, seq_len=8, max_tokens=0)
     for seed in (-1, 2**64):
-        with pytest.raises(InputError, match=f"seed={seed} must lie"):
+        with pytest.raises(InputError, match=f"seed={seed} must be a whole number"):
             Loader(data, batch_size=1, seq_len=8, seed=seed)
     with pytest.raises(InputError, match="step=-1"):
         Loader(data, batch_size=1, seq_len=8, seed=0).batch(-1)
     with pytest.raises(InputError, match="unknown split 'test'"):
         TokenShards(data, "test")
     for start in (-1, 10**9):
-        with pytest.raises(InputError, match="lie outside the train split"):
+        with pytest.raises(InputError, match="are outside the train split"):
             TokenShards(data).windows(np.array([start]), 4)

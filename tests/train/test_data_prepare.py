@@ -191,13 +191,13 @@ def test_bad_arguments(corpus, prepared, tmp_path):
     refused("vocab_size=100", vocab_size=100)
     refused("the largest that works is", vocab_size=5000)
     for fraction in (0.0, 1.0, -0.5, float("nan")):
-        refused("must lie between 0 and 1", validation_fraction=fraction)
+        refused("must be a number above 0 and below 1", validation_fraction=fraction)
     refused("shard_tokens=0", shard_tokens=0)
     refused("no source", source="sottu")
     refused("no tokenizer at", tokenizer=tmp_path / "none.model")
     refused("too small for the split: .* 150 training and 0 validation", validation_fraction=1e-9)
     refused("too small for the split: .* 0 training and 150 validation", validation_fraction=1 - 1e-9)
-    refused("lies inside the source folder", out=corpus / "out")
+    refused("is inside the source folder", out=corpus / "out")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("x")
     refused("is a file", out=tmp_path / "file")

@@ -152,7 +152,7 @@ def test_a_folder_holds_the_ids_and_the_tokenizer(kind, places, corpus, tmp_path
     assert prepare(corpus, out, tokenizer=out, **OPTIONS) == manifest, "with the tokenizer that it holds"
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
     assert sum(file.stat().st_size for file in out.glob("*.gguf")) < 20_000, "without the weights"
-    with pytest.raises(InputError, match="is no model"):
+    with pytest.raises(InputError, match="is not a model"):
         open_parameters(out)
     assert open_tokenizer(out).path == stored.path
     if stored.path.suffix == ".gguf":

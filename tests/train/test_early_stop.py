@@ -158,11 +158,11 @@ def test_which_value_is_better():
     [
         (
             {"keep_best": "validation_acuracy"},
-            "'validation_acuracy' is no validation metric of this run; it measures validation_loss, "
+            "'validation_acuracy' is not measured by this run, which measures validation_loss, "
             "validation_perplexity, validation_bits_per_byte",
         ),
         ({"keep_best": ""}, "keep_best='' is no validation metric"),
-        ({"patience": -1}, "patience=-1 must be at least 0"),
+        ({"patience": -1}, "patience=-1 must be a whole number of at least 0"),
         ({"patience": 2}, "without evaluate_every there is one at the end only; set evaluate_every"),
     ],
 )

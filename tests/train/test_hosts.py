@@ -50,7 +50,7 @@ def test_one_process_needs_nobody(monkeypatch):
     [
         (("localhost", 2, 0), "names no port"),
         (("localhost:1", 0, 0), "num_processes=0"),
-        (("localhost:1", 2, 2), "process_id=2 must be from 0 to num_processes - 1 = 1"),
+        (("localhost:1", 2, 2), "process_id=2 must be a whole number from 0 to 1"),
         ((None, None, None), "cannot be found"),
         ((None, 2, 1), "cannot be found"),
     ],

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import NonCallableMock
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from model.store import open_model
 from train import HParams, Recipe, Shell, TrainConfig, eval_step, init_state, population, train, train_step, weights
 from train.config import stack_hparams
 from train.data import prepare
+from train.data.manifest import Manifest
 from train.data.noise import Noise
 from train.lanes import build
 from train.lanes.build import compiled_programs
@@ -43,6 +44,7 @@ STEPS = 5
 UNROLLED = Execution(scan_layers=False)
 QUIET = Shell(evaluate_tokens=256, evaluate_every=2, checkpoint_every=1)
 each = pytest.mark.parametrize("name", CASES)
+of_programs = pytest.mark.parametrize("name", [name for name in CASES if name != "masked-packed"])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,18 @@ def test_lane_is_the_solo_run_of_one_program(name, recipe_of_case, whole, record
     assert compiled_programs() == before
 
 
-@each
+def test_packing_changes_the_data_and_not_the_program():
+    """The laws of programs below are therefore run for one of the two."""
+    texts = []
+    for name in ("masked", "masked-packed"):
+        case = CASES[name]
+        step = jax.jit(functools.partial(train_step, case.config, case.train, objective=case.objective))
+        init = functools.partial(init_state, case.config, case.train, HPARAMS, objective=case.objective)
+        texts.append(step.lower(jax.eval_shape(init), batch_of(case), HPARAMS).as_text())
+    assert texts[0] == texts[1]
+
+
+@of_programs
 def test_microbatches_add_up_with_uneven_masks(name):
     case = CASES[name]
     if not case.objective.separable:
@@ -184,13 +197,14 @@ def test_microbatches_add_up_with_uneven_masks(name):
     assert whole[1].keys() == {*case.objective.metric_names(case.config)}
 
 
-@each
+@of_programs
 def test_vmapped_lanes_are_steps_of_their_own(name):
     """Lanes with other parameters, batches and hyperparameters; one that is not active is handed on."""
     case, lanes = CASES[name], (0, 1, 2)
     hparams = [HPARAMS.replace(seed=lane, learning_rate=0.01 * (1 + lane)) for lane in lanes]
     stacked, batches = stack_hparams(hparams), [batch_of(case, lane) for lane in lanes]
-    state = jax.device_get(init_lanes(case.config, case.train, stacked, objective=case.objective))
+    init = jax.jit(functools.partial(init_lanes, case.config, case.train, objective=case.objective))
+    state = jax.device_get(init(stacked))
     step = jax.jit(functools.partial(step_lanes, case.config, case.train, objective=case.objective))
     new, metrics = step(
         state, jax.tree.map(lambda *rows: np.stack(rows), *batches), stacked, np.array([True, True, False])
@@ -205,7 +219,7 @@ def test_vmapped_lanes_are_steps_of_their_own(name):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[2]), new, state)
 
 
-@each
+@of_programs
 def test_frozen_parameters_are_read_alone(name):
     """One step trains the chosen leaves as a step of all would, and no other."""
     case = CASES[name]
@@ -232,7 +246,7 @@ def test_frozen_parameters_are_read_alone(name):
     )
 
 
-@each
+@of_programs
 def test_flops_counted_are_those_of_the_program(name, products_of):
     """To the unit: of a step of everything, of the chosen leaves alone, and of an adapter."""
     case = CASES[name]
@@ -325,11 +339,12 @@ def test_low_rank_adapters(name, recipe_of_case, whole, crash, record, tmp_path)
     assert compiled_programs() == before + 1
     train(recipe, run=tmp_path / "alone", shell=QUIET)
     assert record(runs[2]) == record(tmp_path / "alone")
-    small = recipe.replace(objective=objective.replace(adapter=Adapter(rank=2, alpha=16.0)))
-    train(small, run=tmp_path / "small", shell=QUIET)
-    for metric in ("loss", "grad_norm", "param_norm", "update_norm"):
-        values = [[line[metric] for line in read_metrics(run)] for run in (runs[0], tmp_path / "small")]
-        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=metric)
+    if name == "language-modeling":  # an adapter's rank is no matter of the objective
+        small = recipe.replace(objective=objective.replace(adapter=Adapter(rank=2, alpha=16.0)))
+        train(small, run=tmp_path / "small", shell=QUIET)
+        for metric in ("loss", "grad_norm", "param_norm", "update_norm"):
+            values = [[line[metric] for line in read_metrics(run)] for run in (runs[0], tmp_path / "small")]
+            np.testing.assert_allclose(*values, rtol=2e-5, err_msg=metric)
     about = json.loads((runs[0] / "checkpoints" / str(STEPS) / "checkpoint.json").read_text())
     saved = [leaf for leaf in about["leaves"] if leaf.startswith("params/")]
     assert {leaf.rpartition("/")[2] for leaf in saved} == {"a", "b"}
@@ -411,7 +426,7 @@ def test_context_free_nats_are_the_entropy_of_a_target_given_what_is_shown(share
     objective = MaskedLanguageModeling(mask_id=vocab, masked=shares[0], random=shares[1])
     frequencies = np.arange(1, vocab + 1) / np.arange(1, vocab + 1).sum()
     tokens = np.random.default_rng(0).choice(vocab, (2000, 64), p=frequencies).astype(np.int32)
-    manifest = SimpleNamespace(vocab_size=vocab, eos_id=-1)
+    manifest = NonCallableMock(spec=Manifest, vocab_size=vocab, eos_id=-1)
     noise = Noise.of_rows(0, np.arange(2000), 64)
     batch = objective.corrupt(config, {"tokens": tokens}, noise, manifest, HParams(mask_rate=0.5))
     chosen = batch["loss_mask"] > 0

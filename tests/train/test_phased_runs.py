@@ -12,7 +12,7 @@ import pytest
 from experiments.evaluate.loss import evaluate
 from model import ModelConfig
 from model.errors import InputError
-from model.runs import _as_phases_end
+from model.runs import _last_changes
 from train import HParams, Shell, TrainConfig, load_run, standard_phases, train
 from train.data import mixture, prepare
 from train.lanes.build import compiled_programs
@@ -58,9 +58,9 @@ def whole(sources, tmp_path_factory):
     run, programs, rows = tmp_path_factory.mktemp("whole") / "run", [], collections.Counter()
     take, draw = Feed.take, mixture.draw
 
-    def noting_take(self, request, stage):
+    def noting_take(self, key, stage):
         programs.append((stage.index, compiled_programs()))
-        return take(self, request, stage)
+        return take(self, key, stage)
 
     def noting_draw(windows, index, seed):
         rows[windows.shards.folder, windows.seq_len] += len(index)
@@ -147,9 +147,9 @@ def test_a_run_opens_as_its_phases_have_left_it(whole, sources, caplog):
     found = evaluate(config, params, sources["web"], seq_len=TRAIN.seq_len, max_tokens=256)
     assert found["loss"] == pytest.approx(read_metrics(whole[0])[-1]["validation_loss"], rel=1e-6)
     former = {"step": PLAN.total_steps, "score": None}
-    assert _as_phases_end(whole[0], read_record(whole[0]), former) == {"rope_base": 5e4}
-    assert _as_phases_end(whole[0], read_record(whole[0]), former | {"step": 3}) == {}
-    assert "did not note which one holds at step 3" in caplog.text
+    assert _last_changes(whole[0], read_record(whole[0]), former) == {"rope_base": 5e4}
+    assert _last_changes(whole[0], read_record(whole[0]), former | {"step": 3}) == {}
+    assert "did not record which one is used at step 3" in caplog.text
 
 
 @pytest.mark.parametrize(

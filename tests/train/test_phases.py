@@ -158,15 +158,15 @@ def test_phases_survive_json():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tokens": 0}, "tokens=0 must be at least 1"),
-        ({"tokens": 1, "batch_sizes": (1, 2)}, "tokens=1 must be at least 2"),
+        ({"tokens": 0}, "tokens=0 must be a whole number of at least 1"),
+        ({"tokens": 1, "batch_sizes": (1, 2)}, "tokens=1 must be a whole number of at least 2"),
         ({"batch_sizes": (0,)}, "batch_sizes"),
         ({"batch_sizes": 4}, "batch_sizes"),
         ({"seq_len": 0}, "seq_len=0"),
         ({"rope_base": 0.0}, "rope_base=0"),
         ({"rate": "cosin"}, "'cosine'"),
         ({"final": -0.1}, "final"),
-        ({"mixture": (("web", 0.0),)}, "weight 0.0 of 'web'"),
+        ({"mixture": (("web", 0.0),)}, "weight of 'web'=0.0"),
         ({"mixture": (("web", 1), ("web", 2))}, "twice"),
         ({"mixture": ("web",)}, "pairs"),
         ({"name": ""}, "name"),

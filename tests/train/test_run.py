@@ -78,7 +78,7 @@ def test_segmented_documents_train(data, tmp_path):
     [
         ({"train_config": TRAIN_CONFIG.replace(seq_len=64)}, "seq_len=64 is longer than the model's context"),
         ({"config": CONFIG.replace(vocab_size=100)}, r"vocabulary of data \(320\) exceeds .* vocab_size=100"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"train_config": TrainConfig(seq_len=32, batch_size=4), "config": CONFIG, "run_is_file": True}, "is a file"),
         ({"not_a_run": True}, "is not empty and has no run.json"),
     ],

@@ -93,7 +93,7 @@ def test_a_hole_in_the_record_is_named_and_stays_visible(whole, killed, data, tm
     go(data, killed)
     (warning,) = [line.getMessage() for line in caplog.records]
     assert said in warning
-    assert warning.endswith("training goes on from step 8")
+    assert warning.endswith("training continues from step 8")
     assert_same_parameters(killed, whole)
     # What is there is what was there, and goes on; what was lost stays lost, and is said for ever.
     wanted = [before.get(line["step"], line) for line in record(whole)]

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.shards import TokenShards
 from train.progress import progress_bar_if
@@ -67,8 +68,7 @@ class Documents:
         and 0 for padding, whose tokens are 0. An empty document becomes its end token, so that no row is all padding.
         Raises InputError for an index outside the split.
         """
-        if seq_len < 1:
-            raise InputError(f"seq_len={seq_len} must be at least 1")
+        check_at_least_one(seq_len=seq_len)
         outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
             raise InputError(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.documents import Documents
 from train.data.kinds import check_kind
@@ -34,8 +35,7 @@ class LabelledDocuments:
 
     def __init__(self, shards: TokenShards, seq_len: int):
         classes = classes_of(shards)
-        if seq_len < 1:
-            raise InputError(f"seq_len={seq_len} must be at least 1")
+        check_at_least_one(seq_len=seq_len)
         self.documents, self.seq_len, self.classes = Documents(shards), seq_len, classes
         self._labels = np.load(shards.folder / shards.manifest.label_files[shards.split].name)
 
@@ -57,10 +57,9 @@ def labelled_validation(
     None: all documents. Each batch has a `loss_mask`, float32 [batch], which is 0 for the padding rows that complete
     the last batch.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens={max_tokens} must be at least 1")
+    check_at_least_one(batch_size=batch_size)
+    if max_tokens is not None:
+        check_at_least_one(max_tokens=max_tokens)
     labelled = LabelledDocuments(TokenShards(folder, "validation"), seq_len)
     count = len(labelled)
     if max_tokens is not None:

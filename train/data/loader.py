@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from model.checks import check_at_least_one, check_whole
 from model.errors import InputError
 from train.data.kinds import check_kind
 from train.data.rows import Batch, Windows, draw, segments
@@ -61,8 +62,8 @@ def validation_batches(
     """
     shards = open_split(data, "validation", batch_size, seq_len)
     check_kind(shards, "text")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens={max_tokens} must be at least 1")
+    if max_tokens is not None:
+        check_at_least_one(max_tokens=max_tokens)
     available = len(shards) - 1
     predicted = available if max_tokens is None else min(max_tokens, available)
     batches = batches_in_order(shards.windows(np.array([0]), predicted + 1)[0], batch_size, seq_len)
@@ -103,15 +104,12 @@ def _padded(flat: Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"], shape: tu
 
 def check_seed(seed: int) -> None:
     """Raise InputError unless the seed fits into 64 bits."""
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed={seed} must lie between 0 and 2^64 - 1")
+    check_whole("seed", seed, 0, 2**64 - 1)
 
 
 def open_split(data: str | Path | TokenShards, split: str, batch_size: int, seq_len: int) -> TokenShards:
     """Return the tokens of a split. Raises InputError if those of a text do not fill one row."""
-    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-        if value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
+    check_at_least_one(batch_size=batch_size, seq_len=seq_len)
     shards = data if isinstance(data, TokenShards) else TokenShards(data, split)
     if shards.manifest.kind == "text" and len(shards) <= seq_len:
         raise InputError(

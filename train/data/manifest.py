@@ -66,7 +66,7 @@ class Manifest:
 
     source_hash: SHA-256 over the hashes of all documents, and of their labels, in reading order. labels: class names,
     empty for unlabelled data; label_files: by split. conflicting_labels: dropped duplicates whose label differs from
-    that of the document that was kept. tokenizer_companions: SHA-256, by file name, of the files beside
+    that of the document that was kept. tokenizer_companions: SHA-256, by file name, of the files next to
     `tokenizer_file` that also define the tokenizer.
 
     Of a folder to fine-tune on, kind is "chat", "preference", "rated" or "prompts"; array_files: by split, what lies
@@ -172,7 +172,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} has no {MANIFEST_NAME}, so it is no prepared data folder; make one with `isoflop data prepare`"
+            f"{folder} has no {MANIFEST_NAME}, so it is not a prepared data folder; make one by `isoflop data prepare`"
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
@@ -239,7 +239,7 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
             raise InputError(f"{file} is missing; prepare the data again")
         if file_sha256(file) != sha256:
             relation = "is not" if name == manifest.tokenizer_file else "is not from"
-            raise InputError(f"{file} {relation} the tokenizer that made the shards beside it; prepare the data again")
+            raise InputError(f"{file} {relation} the tokenizer of the shards in this folder; prepare the data again")
     for name, split in manifest.splits.items():
         for shard in split.shards:
             _check_array(folder / shard.name, manifest.dtype, shard.tokens)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 from model.tokenizer.files import file_hashes, tokenizer_files
@@ -22,19 +23,17 @@ def check_arguments(tokenizer: Tokenizer | None, validation_fraction: float, sha
     if tokenizer is not None and not tokenizer.eos_ids:
         raise InputError(
             f"the tokenizer {tokenizer.path} has no end token, which must follow each document; take another, or name "
-            "it as eos_token in a tokenizer_config.json beside a tokenizer.json"
+            "it as eos_token in a tokenizer_config.json next to the tokenizer.json"
         )
-    if not 0 < validation_fraction < 1:
-        raise InputError(f"validation_fraction={validation_fraction} must lie between 0 and 1; 0.05 is usual")
-    if shard_tokens < 1:
-        raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+    check_number("validation_fraction", validation_fraction, above=0, below=1, hint="0.05 is usual")
+    check_at_least_one(shard_tokens=shard_tokens)
 
 
 def check_outside(out: Path, source: Path) -> None:
     """Raise InputError if the folder to be made lies inside the folder that is read."""
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise InputError(
-            f"out={out} lies inside the source folder {source} and would become part of it; choose another --out"
+            f"out={out} is inside the source folder {source} and would become part of it; choose another --out"
         )
 
 

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -19,6 +19,7 @@ from train.data.shards import TokenShards
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows of one epoch, each of `seq_len` predictions, in a fixed order."""
 

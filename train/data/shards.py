@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int, Int32, Integer, Shaped
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from train.files import file_sha256
@@ -18,8 +19,7 @@ class ShardWriter:
     """Writer of `NAME-SPLIT-00000.npy`, …, each of `shard_tokens` tokens; it buffers nothing between writes."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, name: str = "tokens"):
-        if shard_tokens < 1:
-            raise InputError(f"shard_tokens={shard_tokens} must be at least 1")
+        check_at_least_one(shard_tokens=shard_tokens)
         self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
         self._name = name
         self._file: BinaryIO | None = None
@@ -118,7 +118,7 @@ class _Sequence:
         length = len(out)
         if start < 0 or start + length > len(self):
             raise InputError(
-                f"tokens {start} to {start + length - 1} lie outside the {self.split} split of {self.folder}, which has"
+                f"tokens {start} to {start + length - 1} are outside the {self.split} split of {self.folder}, which has"
                 f" {len(self)} tokens"
             )
         filled, shard = 0, bisect.bisect_right(self._starts, start) - 1

@@ -50,10 +50,10 @@ def _is_sequential(mesh: Mesh) -> bool:
 
 
 def lanes_for(mesh: Mesh, lanes: int, members: int) -> int:
-    """Return the number of lanes of a program for so many members: `lanes`, rounded up to what the mesh divides.
+    """Return the number of lanes of a program for this many members: `lanes`, rounded up to what the mesh divides.
 
-    There are as many sequential lanes as members, whatever `lanes` is: their number is not compiled into a program, so
-    padding would be useless. Example: 6 vmapped lanes on a mesh with population=4 become 8, two per device.
+    There are as many sequential lanes as members, independent of `lanes`: their number is not compiled into a program,
+    so padding would be useless. Example: 6 vmapped lanes on a mesh with population=4 become 8, two per device.
     """
     if _is_sequential(mesh):
         lanes = members

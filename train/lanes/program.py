@@ -1,4 +1,4 @@
-"""Define the interface of a training program with K lanes, whatever form its states have."""
+"""Define the interface of a training program with K lanes, for any form of its states."""
 
 import abc
 import dataclasses
@@ -53,7 +53,7 @@ class Program(abc.ABC):
     ) -> tuple[LaneStates, LaneMetrics]:
         """Return the states after one step of every active lane, and its metrics; `state` is donated.
 
-        frozen: parameters that all lanes read (`Objective.split`), on the devices once; None where there are none.
+        frozen: parameters that all lanes read (`Objective.split`), on the devices once; None if there are none.
         """
 
     @abc.abstractmethod

@@ -25,8 +25,8 @@ class Slot(NamedTuple):
     step: int
 
 
-class Request(NamedTuple):
-    """Batch that a step needs: for which program, and for which members."""
+class BatchKey(NamedTuple):
+    """Batch of a step, by the program that takes it and the members that it is for."""
 
     program: Program
     slots: tuple[Slot, ...]
@@ -41,26 +41,26 @@ class Feed:
     def __init__(self, mesh: Mesh, members: Sequence[Member]):
         self._mesh, self._members = mesh, members
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[Request, Future[Any]] | None = None
+        self._ahead: tuple[BatchKey, Future[Any]] | None = None
 
-    def prepare(self, request: Request, stage: Stage) -> None:
-        """Start to build the batch of the next request."""
-        self._ahead = (request, self._thread.submit(self._make, request, stage))
+    def prepare(self, key: BatchKey, stage: Stage) -> None:
+        """Start to build the batch of the next step."""
+        self._ahead = (key, self._thread.submit(self._make, key, stage))
 
-    def take(self, request: Request, stage: Stage) -> Any:
-        """Return the batch of a request: the prepared one, or a new one if another request was prepared."""
+    def take(self, key: BatchKey, stage: Stage) -> Any:
+        """Return the batch of a key: the prepared one, or a new one if the batch of another key was prepared."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == request:
+        if ahead is not None and ahead[0] == key:
             return ahead[1].result()
-        return self._make(request, stage)
+        return self._make(key, stage)
 
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     @pinned()  # also for the thread
-    def _make(self, request: Request, stage: Stage) -> Any:
-        lanes, batch_size = request.program.lanes, stage.batch_size
+    def _make(self, key: BatchKey, stage: Stage) -> Any:
+        lanes, batch_size = key.program.lanes, stage.batch_size
         spec = self._members[0].batch_spec(stage)  # the same for all members
         shardings = batch_shardings(self._mesh, with_lanes(spec, lanes), lanes=True)
         sharding = next(iter(shardings.values()))  # which splits the rows as all others do
@@ -68,11 +68,11 @@ class Feed:
         local = {}
         for name, array in spec.items():
             local[name] = np.zeros((lanes, end - first, *array.shape[1:]), array.dtype)
-        for lane, member, step in request.slots:
+        for lane, member, step in key.slots:
             for name, values in self._members[member].batch(step, slice(first, end)).items():
                 local[name][lane] = values
         if sharding.is_fully_addressable:
-            return request.program.place(local, shardings)
+            return key.program.place(local, shardings)
         return {name: _from_own_rows(values, shardings[name], batch_size, first) for name, values in local.items()}
 
 

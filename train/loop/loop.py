@@ -22,7 +22,7 @@ from train.interrupt import interruptible
 from train.lanes.build import compacts, compile_program, frozen_shapes
 from train.lanes.program import LaneStates, Program
 from train.lanes.slots import Slots
-from train.loop.feed import Feed, Request, Slot
+from train.loop.feed import BatchKey, Feed, Slot
 from train.loop.member import Member
 from train.loop.memory import device_memory
 from train.loop.options import RunOptions
@@ -111,22 +111,22 @@ class Loop:
     def _step(self, interrupted: Callable[[], bool]) -> int:
         """Dispatch one step of every active member in the earliest stage; return how many took part."""
         self._enter(self._earliest(self._active()))
-        request, begin = self._request(), time.perf_counter()
-        batch = self.feed.take(request, self.stage)
+        key, begin = self._next_batch(), time.perf_counter()
+        batch = self.feed.take(key, self.stage)
         ready = time.perf_counter()
-        active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in request.slots])
+        active = np.isin(np.arange(self.program.lanes), [slot.lane for slot in key.slots])
         self.trace.step(self.state)
         self.state, metrics = self.program.step(self.state, batch, self.hparams, active, self.frozen)
         self.preemption.request(STOP * interrupted() | CHECKPOINT * self._is_time_to_save())
-        for slot in request.slots:
+        for slot in key.slots:
             self.members[slot.member].step += 1
-        if (upcoming := self._request()).slots:
+        if (upcoming := self._next_batch()).slots:
             self.feed.prepare(upcoming, self.stage)
         self.spent["data_seconds"] += ready - begin
         self.spent["dispatch_seconds"] += time.perf_counter() - ready
-        taken = [(slot, self.members[slot.member].generation) for slot in request.slots]
+        taken = [(slot, self.members[slot.member].generation) for slot in key.slots]
         evaluated = {}
-        for slot in request.slots:
+        for slot in key.slots:
             if self._evaluation_due(self.members[slot.member]):
                 evaluated[slot.member] = self._evaluate(slot.lane)
         self._handle_pending()
@@ -199,14 +199,14 @@ class Loop:
         if not memory.fits(limit):
             logger.warning("that may not fit: try --microbatch auto, a mesh with fsdp=N, or --set remat=full")
 
-    def _request(self) -> Request:
-        """Return the request of the next step: the active members in this stage, each with its own step number."""
+    def _next_batch(self) -> BatchKey:
+        """Return the key of the next step's batch: the active members in this stage, each with its own step number."""
         slots = []
         for lane, number in enumerate(self.slots.members):
             member = self.members[number]
             if member.active and member.stage.index == self.stage.index:
                 slots.append(Slot(lane, number, member.step))
-        return Request(self.program, tuple(slots))
+        return BatchKey(self.program, tuple(slots))
 
     def _handle_pending(self) -> None:
         """Read and record the metrics of the pending step; only here does the loop wait for the device."""

@@ -153,7 +153,7 @@ class Member:
             self.log.close()
         begin = Metrics(*agree(self._record_up_to_here))
         if begin.trouble and is_writer():
-            logger.warning("%s; training goes on from step %d", begin.trouble, self.step)
+            logger.warning("%s; training continues from step %d", begin.trouble, self.step)
         if begin.lines and begin.lines[-1]["step"] == self.step:
             self.last = begin.lines[-1]
             self.seconds = self.last.get("seconds", self.seconds)

@@ -38,7 +38,10 @@ class Memory:
 
     def describe(self, limit: int) -> str:
         """Return one line for people."""
-        size = lambda count: f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+        def size(count: int) -> str:
+            return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
         return (
             f"{size(self.total)} of {size(limit)} per device "
             f"({size(self.state)} state and batch, {size(self.temporary)} temporary)"

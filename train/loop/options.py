@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from model.checks import check_whole
 from model.errors import InputError
 from model.execution import refuse_moved
 from train.run.best import metric_of
@@ -11,13 +12,13 @@ from train.run.best import metric_of
 class RunOptions:
     """Options of a run besides training itself; none of them changes a loss, except by rounding.
 
-    evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the
-    same ones each time. checkpoint_every: steps; 0: by time alone. These checkpoints are kept: the newest
+    evaluate_every: steps between validations; 0: only at the end. evaluate_tokens: of the validation split, the same
+    ones each time. checkpoint_every: steps; 0: by time alone. These checkpoints are kept: the newest
     `keep_checkpoints`, those of every `keep_every`-th step and of `keep_steps` (which are also saved then), and with
     keep_best the one of the best validation (saved at each improvement). keep_best: the name of a validation metric in
     metrics.jsonl; True: validation_loss. patience: the run ends once that metric (validation_loss if keep_best is
-    False) has not improved in so many validations in a row; 0: never. checkpoint_start: save a fresh run before its
-    first step, so that one that diverges early still has parameters to look at. microbatch: rows per microbatch,
+    False) has not improved in this many consecutive validations; 0: never. checkpoint_start: save a fresh run before
+    its first step, so that one that diverges early still has parameters to look at. microbatch: rows per microbatch,
     instead of the execution's `accumulate`; "auto": as many as the device's memory holds.
     memory: bytes per device to plan for; None: what the device has. announce: print the memory that the program needs
     in one line, before the first step. wandb: a Weights & Biases project. profile: write a trace of a few steps into
@@ -52,10 +53,9 @@ class RunOptions:
         """Raise InputError if a run that measures these validation metrics cannot do what is requested."""
         if self.metric not in measured:
             raise InputError(
-                f"keep_best={self.keep_best!r} is no validation metric of this run; it measures {', '.join(measured)}"
+                f"keep_best={self.keep_best!r} is not measured by this run, which measures {', '.join(measured)}"
             )
-        if self.patience < 0:
-            raise InputError(f"patience={self.patience} must be at least 0 (0: never stop early)")
+        check_whole("patience", self.patience, hint="0 never stops early")
         if self.patience and self.evaluate_every < 1:
             raise InputError(
                 f"patience={self.patience} counts validations, and without evaluate_every there is one at the end "
@@ -63,7 +63,7 @@ class RunOptions:
             )
 
     def plans_checkpoint(self, step: int) -> bool:
-        """Return whether the step is saved whatever time the run takes."""
+        """Return whether the step is saved independently of the run's timing."""
         by_step = any(every > 0 and step % every == 0 for every in (self.checkpoint_every, self.keep_every))
         return by_step or step in self.keep_steps
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from model import InputError, ModelConfig
+from model.checks import check_number
 from model.tokenizer.extend import MASK
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
@@ -40,8 +41,7 @@ class MaskedLanguageModeling(TokenObjective):
         super().__post_init__()
         if self.masked + self.random > 1 + 1e-9:
             raise InputError(f"masked={self.masked} and random={self.random} are shares and must sum to at most 1")
-        if self.evaluation_rate > 1:
-            raise InputError(f"evaluation_rate={self.evaluation_rate} must be at most 1")
+        check_number("evaluation_rate", self.evaluation_rate, most=1)
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
         """Return an encoder with BERT's head and, unless mask_id is set, one more id for the mask."""

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
 from model import Execution, InputError, ModelConfig
+from model.checks import check_number
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.noise import Noise
@@ -40,10 +41,8 @@ class SpanCorruption(TokenObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rate >= 1:
-            raise InputError(f"rate={self.rate} must be below 1: the encoder would see nothing")
-        if self.mean_span < 1:
-            raise InputError(f"mean_span={self.mean_span} must be at least 1 token")
+        check_number("rate", self.rate, below=1, hint="with 1 the encoder would see nothing")
+        check_number("mean_span", self.mean_span, least=1)
 
     def fit(self, config: ModelConfig, manifest: Manifest | None = None) -> tuple[ModelConfig, Self]:
         """Return the model with additional ids for the sentinels, unless first_sentinel is set."""

@@ -34,6 +34,7 @@ from model.checkpoint import (
     steps_in,
     warn,
 )
+from model.checks import check_at_least_one, check_whole
 from model.errors import InputError
 from train.checksums import CHECKSUMS, checksums, read_intact, verify
 from train.files import sync_folder, sync_tree, write_json
@@ -63,8 +64,8 @@ class Checkpoints:
         keep_steps: tuple[int, ...] = (),
         read_only: bool = False,
     ):
-        if keep < 1 or keep_every < 0:
-            raise InputError(f"keep={keep} must be at least 1 and keep_every={keep_every} at least 0 (0: none)")
+        check_at_least_one(keep=keep)
+        check_whole("keep_every", keep_every, hint="0 keeps none")
         self._folder = Path(run).absolute() / FOLDER
         self._keep, self._keep_every, self._keep_best, self._keep_steps = keep, keep_every, keep_best, keep_steps
         self._metric, self._read_only = metric_of(keep_best), read_only

@@ -1,4 +1,4 @@
-"""Our generation beside other programs': the same weights and prompts, in interleaved rounds on one machine."""
+"""Compare our generation with other programs: same weights and prompts, interleaved rounds on one machine."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from model.convert import save_hf
 from model.errors import InputError
 
 PEER = Path(__file__).parents[1] / "peers/decode_peer.py"
-PEERS = {  # what it needs, and the variable that names a Python that has it
+PEERS = {  # module that it needs, and the environment variable with the path of a Python that has it
     "transformers": ("transformers", "ISOFLOP_TRANSFORMERS_PYTHON"),
     "torch": ("transformers", "ISOFLOP_TORCH_PYTHON"),
     "llama.cpp": ("llama_cpp", "ISOFLOP_LLAMA_PYTHON"),
@@ -44,8 +44,7 @@ Turn = Callable[[], dict[str, Any]]
 def bench_against(
     model: tuple[ModelConfig, Params], cells: Sequence[Cell], names: Sequence[str], *, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return one row per (batch, prompt) of the cells and program, ours first; what goes wrong in one stands as its
-    "error".
+    """Return one row per (batch, prompt) of the cells and program, ours first; a failure is the row's "error".
 
     All compute in the precision of the cell's weights, float32 or bfloat16.
 
@@ -66,7 +65,7 @@ def bench_against(
                     cell = Cell(batch, prompt, weights=dtype)
                     try:
                         rows += _measure(shape, prepared, cell, peers, steps, rounds)
-                    except Exception as error:  # our own side failed: there is nothing to compare with in this cell
+                    except Exception as error:  # our own side failed: nothing to compare in this cell
                         rows.append(_place(cell, dtype, steps, rounds) | {"contender": "isoflop", "error": repr(error)})
     return rows
 
@@ -74,7 +73,7 @@ def bench_against(
 def _start(
     stack: contextlib.ExitStack, name: str, config: ModelConfig, params: Params, dtype: str, folder: Path
 ) -> Child | str:
-    """Return the program with these weights, or why it has none."""
+    """Return the program with these weights loaded, or the reason why it cannot load them."""
     path = folder / ("model.gguf" if name == "llama.cpp" else "model")
     try:
         if name == "llama.cpp":
@@ -130,7 +129,7 @@ def _place(cell: Cell, dtype: str, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -> Turn:
-    """Return our turn: what `infer.generate` does, told when the first token came."""
+    """Return a function that runs `infer.generate` once and records the time of the first token."""
     rows = prompts.tolist()
     greedy = Sampling(temperature=0.0, stop_ids=())
 
@@ -147,7 +146,7 @@ def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -
 
 
 def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Return (every contender's answers, why those stopped that did)."""
+    """Return (answers of every contender, reasons of the contenders that stopped)."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     failed: dict[str, str] = {}
     for name in interleaved(list(turns), rounds):
@@ -160,7 +159,7 @@ def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, lis
 
 
 def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return medians and extremes of one contender, our speed over its own round by round, and how its tokens agree."""
+    """Return a contender's median and range, our speed relative to it by round, and the agreement of its tokens."""
     first, step = _times(answers[name])
     our_first, our_step = _times(answers["isoflop"])
     mine, theirs = (np.array(answers[of][-1]["tokens"]) for of in ("isoflop", name))
@@ -207,7 +206,7 @@ def _check(config: ModelConfig, cells: Sequence[Cell], names: Sequence[str], ste
             raise InputError(f"--against compares float32 or bfloat16 weights, not {cell.weights}")
         if cell.depth != cell.prompt or cell.cache not in (None, cell.weights) or cell.kv_heads is not None:
             raise InputError(
-                "--against decodes from the prompt on with the model as it is: leave out --context, --cache, --kv-heads"
+                "--against decodes the unmodified model after the prompt: leave out --context, --cache, --kv-heads"
             )
     for name in names:
         module, variable = PEERS[name]

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.inputs import check_at_least_one
 from infer import KVCache, Sampling, decode_step, init_cache, prefill
 from infer.decode import ROOM, DecodeState, decode, init_decode_state
 from infer.prompts import capacity_for
 from model import ModelConfig, Params
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A place in the grid. prompt: tokens prefilled. context: tokens in the cache when decoding begins.
+    """One cell of the grid. prompt: tokens prefilled. context: tokens in the cache when decoding begins.
 
     weights, cache: how they are stored ("float32", "bfloat16", "int8" …; cache None: the compute dtype). kv_heads:
     None is the model's own number.
@@ -39,7 +39,7 @@ class Cell:
 
     @property
     def depth(self) -> int:
-        """The context, which is the prompt where none was given."""
+        """The context; by default the prompt."""
         return self.prompt if self.context is None else self.context
 
 
@@ -55,7 +55,7 @@ def check_cell(config: ModelConfig, cell: Cell, steps: int) -> None:
 
 @jax.jit
 def choose(logits: Array) -> Array:
-    """Return the likeliest token of every row, int32 [batch]."""
+    """Return the most likely token of every row, int32 [batch]."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -65,8 +65,8 @@ def measure(config: ModelConfig, params: Params, cell: Cell, steps: int, repeats
     A repeat prefills the prompt into a fresh cache and chooses (time_to_first_token); brings the cache to the context
     by more such chunks, untimed; decodes `steps` tokens with the host waiting for each (time_per_output_token; of it
     host_seconds until the calls return, device_seconds from there until the token is there); goes back to the context
-    and decodes as many by `infer.decode.decode`, as `generate` does, without a word from the host between the calls
-    (seconds_per_step, which all rates are made of). One repeat before is not counted.
+    and decodes as many by `infer.decode.decode`, as `generate` does, without synchronising with the host between the
+    calls (seconds_per_step, which all rates are made of). The first repeat is a warm-up and not counted.
     """
     check_cell(config, cell, steps)
     run = _Run(config, params, cell, steps)
@@ -120,9 +120,7 @@ class _Run:
         self.token = self.tokens[:, 0]
 
     def compile(self) -> dict[str, Any]:
-        """Return seconds of tracing and compiling each program before it runs; `compiles_from_cache` were on disk
-        already.
-        """
+        """Return seconds to trace and compile each program, and how many came from the cache on disk."""
         loaded, cache = COMPILES["from cache"], self._cache()
         lengths = jnp.full(self.cell.batch, self.cell.prompt, jnp.int32)
         programs = {
@@ -193,9 +191,7 @@ class _Run:
         return time.perf_counter() - start
 
     def _rows(self, token: Array, cache: KVCache) -> DecodeState:
-        """Return greedy rows at the context, as `generate` makes them; what the prompts were does not
-        matter to them.
-        """
+        """Return the decode state of greedy rows at the context, as in `generate`; prompts do not matter."""
         greedy = Sampling(temperature=0.0, stop_ids=())
         prompts = [[0] * self.cell.depth] * self.cell.batch
         rows = init_decode_state(self.config, prompts, [greedy] * self.cell.batch, cache, self.steps + 1)
@@ -205,7 +201,7 @@ class _Run:
         return jnp.int32(steps), jnp.zeros(self.cell.batch, bool)
 
     def _at_depth(self, cache: KVCache) -> KVCache:
-        """Return the cache at the context again: what lies beyond a row's length is neither seen nor read."""
+        """Return the cache at the context again: entries beyond a row's length are neither attended to nor read."""
         lengths = jnp.full(self.cell.batch, self.cell.depth, jnp.int32)
         return jax.block_until_ready(cache.replace(lengths=lengths))  # type: ignore[attr-defined]
 
@@ -228,7 +224,7 @@ jax.monitoring.register_event_listener(_count)
 
 
 def peak_memory() -> dict[str, Any]:
-    """Return the most that was ever held until now: of the device where it counts, else of this whole process."""
+    """Return the peak memory in bytes so far: the device's if it reports one, else this process's."""
     stats: dict[str, int] = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return {"peak_memory_bytes": stats["peak_bytes_in_use"], "peak_memory_source": "device, since the start"}
@@ -238,7 +234,7 @@ def peak_memory() -> dict[str, Any]:
 
 
 def grid(**axes: Sequence[Any]) -> list[Cell]:
-    """Return every combination of the axes' values; cells with the same model (kv_heads, weights) stand together."""
+    """Return every combination of the axes' values; cells with the same model (kv_heads, weights) are adjacent."""
     order = ("kv_heads", "weights", "cache", "batch", "prompt", "context")
     names = [name for name in order if axes.get(name)]
     return [

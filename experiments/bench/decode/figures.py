@@ -1,4 +1,4 @@
-"""Figures of the decode benchmark: throughput against latency, distance from the roofline, speed over the batch."""
+"""Draw the decode benchmark: throughput against latency, distance from the roofline, speed over the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ _MARKERS = "osD^vP"
 
 @styled
 def draw(document: dict[str, Any]) -> Figure:
-    """Draw the frontier, a point per batch, and beside it the roofline with this machine's two ceilings."""
+    """Draw the frontier, one point per batch size, and next to it the roofline with this machine's two ceilings."""
     cells = [cell for cell in document["cells"] if "error" not in cell]
     if not cells:
         raise InputError("no cell was measured, so that there is nothing to draw")
@@ -113,7 +113,7 @@ def throughput(cells: Sequence[dict[str, Any]]) -> list[Figure]:
         extent = []
         for i, (context, colour) in enumerate(zip(contexts, colours, strict=True)):
             row = sorted((cell for cell in cells if cell["context"] == context), key=lambda cell: cell["batch"])
-            # Set apart sideways, so that bars of different contexts do not hide each other.
+            # Shifted sideways, so that bars of different contexts do not overlap.
             shift = 1 + 0.06 * (i - (len(contexts) - 1) / 2)
             x = [cell["batch"] * shift for cell in row]
             speed = np.array([cell[f"{kind}_tokens_per_second{speed_of}"] for cell in row])

@@ -1,4 +1,4 @@
-"""The grid of the decode benchmark: every cell measured in its own guard."""
+"""Measure the cells of the decode benchmark's grid; a cell that fails does not stop the others."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ import jax
 
 from experiments.bench.decode.cells import Cell, check_cell, grid, measure
 from experiments.bench.decode.roofline import step_cost
-from experiments.inputs import check_at_least_one
 from experiments.models import check_is_decoder
 from infer import prepare
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
+from model.checks import check_at_least_one
 from model.dtypes import dtype_name
 from model.errors import InputError, UnknownNameError
 from model.quantize import KINDS
 from train.progress import progress_bar
 
 Build = Callable[[int | None], tuple[ModelConfig, Params]]
-"""The model with so many KV heads; None: its own."""
+"""Returns the model with this number of KV heads; None: the model's own."""
 
 
 def bench_decode(
@@ -83,8 +83,8 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """Return one row per cell, in order: its coordinates, `cells.measure`, its bytes and FLOPs.
 
-    What goes wrong in a cell (no memory, a defect) stands in its row as "error" and ends nothing. On Ctrl-C `stopped`
-    is called, the rows so far are handed back and the rest is left out; without it, KeyboardInterrupt is raised.
+    A cell that fails (out of memory, a defect) has "error" in its row and does not stop the others. On Ctrl-C `stopped`
+    is called, the rows so far are returned and the rest is left out; without it, KeyboardInterrupt is raised.
     Raises InputError on a grid that cannot run.
     """
     check_grid(config, cells, steps, repeats)
@@ -109,14 +109,14 @@ def _row(models: "_Models", cell: Cell, steps: int, repeats: int) -> dict[str, A
         config, params = models.get(cell)
         place |= {"cache": cell.cache or config.compute_dtype, "kv_heads": config.num_kv_heads}
         return place | measure(config, params, cell, steps, repeats) | step_cost(config, params, cell, steps)
-    except Exception as error:  # a cell may fail in any way: the grid goes on
+    except Exception as error:  # a cell may fail in any way: the grid continues
         models.forget()
         words = " ".join(str(error).split())
         return place | {"error": f"{type(error).__name__}: {words[:500]}"}
 
 
 class _Models:
-    """The prepared parameters of the cell at hand; those of other cells are let go, for both may not fit."""
+    """The prepared parameters of the current cell; those of other cells are released, as both may not fit."""
 
     def __init__(self, build: Build):
         self.build = build
@@ -134,5 +134,5 @@ class _Models:
         return self.model
 
     def forget(self) -> None:
-        """Let go of the parameters."""
+        """Release the parameters."""
         self.key = self.model = None

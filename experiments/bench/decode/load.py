@@ -1,4 +1,4 @@
-"""The engine under load: requests that arrive at random at a given rate, and how long each one waits."""
+"""Measure the engine under load: requests arrive at random at a given rate, and their latencies are recorded."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from infer import GREEDY, Engine, Request
-from model.errors import InputError
+from model.checks import check_at_least_one, check_number
 
 
 def arrivals(rate: float, requests: int, seed: int) -> list[float]:
-    """Return seconds at which requests arrive: a Poisson process, the first after a gap as long as any.
+    """Return arrival times in seconds of a Poisson process that starts at 0.
 
-    The seed decides.
+    Equal seeds give equal times.
     """
-    if rate <= 0 or requests < 1:
-        raise InputError(f"a load needs a positive rate and at least one request, not {rate:g} a second, {requests}")
+    check_number("rate", rate, above=0)
+    check_at_least_one(requests=requests)
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum().tolist()
 
 
@@ -29,11 +29,10 @@ def drive(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Submit each prompt once its time has come, to be continued greedily, and step the engine until all are finished:
-    {"arrived", "requests"}.
+    """Submit each prompt at its arrival time and step the engine until all are done: {"arrived", "requests"}.
 
-    arrived: on the clock, when each request was due, not when a busy engine let the driver submit it: the wait for the
-    step at hand is part of what its sender sees (coordinated omission would hide it).
+    arrived: the time at which each request was due, not when a busy engine accepted it: the wait for the current step
+    is part of the latency (leaving it out would be coordinated omission).
     """
     start = clock()
     due = [start + seconds for seconds in at]
@@ -53,12 +52,12 @@ def summarize(
 ) -> dict[str, Any]:
     """Return one row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
 
-    time_to_first_token and end_to_end count from a request's arrival. The engine hands out the tokens of a step
-    together, as a chunk: inter_chunk_latency is the gap between two chunks of a request, which is what a client of a
-    stream sees; inter_token_latency has a value for every token after the first chunk, its chunk's gap over the chunk's
-    tokens. time_per_output_token is a request's time from its first token to its last, over the tokens after the first;
-    a request of one token has none. Without a value a latency is None. Throughput is over the time from the first
-    arrival to the last token. goodput_requests_per_second counts the requests that keep both limits (None: any).
+    time_to_first_token and end_to_end count from a request's arrival. The engine returns the tokens of a step together,
+    as a chunk: inter_chunk_latency is the gap between two chunks of a request, which is what a client of a stream sees;
+    inter_token_latency has a value for every token after the first chunk, its chunk's gap over the chunk's tokens.
+    time_per_output_token is a request's time from its first token to its last, over the tokens after the first; a
+    request of one token has none. Without a value a latency is None. Throughput is over the time from the first arrival
+    to the last token. goodput_requests_per_second counts the requests that keep both limits (None: any).
     """
     arrived, requests = run["arrived"], run["requests"]
     first = [request.first_token - due for request, due in zip(requests, arrived, strict=True)]
@@ -122,9 +121,9 @@ def bench_load(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[dict[str, Any]]:
-    """Return one row per rate, each on a fresh engine that is warm; errors stand in the row.
+    """Return one row per rate, each on a fresh engine that is warm; a failure is the row's "error".
 
-    Prompts are random, of half to one and a half times `prompt` tokens; the seed decides them and the arrivals.
+    Prompts are random, of half to one and a half times `prompt` tokens; the seed determines them and the arrivals.
     """
     rows = []
     for rate in rates:
@@ -137,6 +136,6 @@ def bench_load(
             engine.warm_up(lengths.tolist())
             run = drive(engine, prompts, at, max_new_tokens=max_new_tokens, clock=clock, sleep=sleep)
             rows.append(summarize(run, rate=rate, ttft_limit=ttft_limit, tpot_limit=tpot_limit))
-        except Exception as error:  # one rate may overload the memory: the others are still measured
+        except Exception as error:  # one rate may run out of memory: the others are still measured
             rows.append({"rate_requests_per_second": rate, "error": f"{type(error).__name__}: {error}"})
     return rows

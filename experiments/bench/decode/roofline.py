@@ -1,4 +1,4 @@
-"""How near a decode step comes to what the machine can do (the roofline of Williams, Waterman and Patterson 2009)."""
+"""Compare a decode step with the machine's roofline (Williams, Waterman and Patterson 2009)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ NOTE = (
 
 
 def step_cost(config: ModelConfig, params: Params, cell: Cell, steps: int) -> dict[str, float]:
-    """Return bytes and FLOPs of the step in the middle of the stretch; params: prepared arrays, or their shapes."""
+    """Return bytes and FLOPs of the middle one of the decode steps; params: prepared arrays, or their shapes."""
     length = cell.depth + (steps + 1) // 2
     read = accounting.decode_step_bytes(config, params, cell.batch, length, cell.cache)
     return {
@@ -31,10 +31,10 @@ def step_cost(config: ModelConfig, params: Params, cell: Cell, steps: int) -> di
 
 
 def shares(cost: dict[str, float], seconds_per_step: float, ceilings: Ceilings) -> dict[str, Any]:
-    """Return the step against both ceilings.
+    """Return the step's time as a share of both ceilings.
 
-    bound: the one that alone would take longer; its share is the step's efficiency. Over 1 where the weights fit a
-    cache, which is faster than the memory that the probe reads.
+    bound: the one that alone would take longer; its share is the step's efficiency. Over 1 if the weights fit a cache,
+    which is faster than the memory that the probe reads.
     """
     read = cost["bytes_read_per_step_filled"] / ceilings.read_bytes_per_second / seconds_per_step
     compute = cost["flops_exact_per_step"] / ceilings.matmul_flops_per_second / seconds_per_step

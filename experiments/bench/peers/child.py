@@ -1,4 +1,4 @@
-"""A peer as a child process: one line in, one JSON line out."""
+"""Run a peer as a child process: one line in, one JSON line out."""
 
 import contextlib
 import json
@@ -14,10 +14,10 @@ GRACE_SECONDS = 5.0
 
 
 class Child:
-    """A program that says one JSON line when it is ready, then one per line it is told.
+    """A program that writes one JSON line when it is ready, then one per line that it reads.
 
-    Leaving the context ends it, by an exception at once. name: for what goes wrong; log: a file for what it writes to
-    its standard error.
+    Leaving the context ends it, immediately after an exception. name: for error messages; log: a file for its standard
+    error.
     """
 
     def __init__(self, command: list[str], name: str, log: Path):
@@ -45,13 +45,13 @@ class Child:
         self.close(GRACE_SECONDS if kind is None else 0)
 
     def ask(self, line: str) -> dict[str, Any]:
-        """Return the child's answer to one line. Raises InputError with its last words where it ended instead."""
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says why
+        """Return the child's answer to one line. Raises InputError with its last output if it ended instead."""
+        with contextlib.suppress(BrokenPipeError):  # the missing answer is reported below
             print(line, file=_open(self.process.stdin), flush=True)
         return self._answer()
 
     def close(self, grace_seconds: float) -> None:
-        """End the child by the end of its input; past the grace by force, with the compilers that it started."""
+        """Close the child's input, which ends it; after a grace period kill it and its children."""
         with contextlib.suppress(BrokenPipeError):
             _open(self.process.stdin).close()
         try:
@@ -65,12 +65,12 @@ class Child:
         line = _open(self.process.stdout).readline()
         if not line:
             lines = self.log.read_text(errors="replace").strip().splitlines()
-            raise InputError(f"{self.name} failed: {lines[-1] if lines else 'it said nothing'}")
+            raise InputError(f"{self.name} failed: {lines[-1] if lines else 'it wrote no error message'}")
         return json.loads(line)
 
 
 def python_has(python: str, module: str) -> bool:
-    """Return whether that Python can be started and finds the module."""
+    """Return whether that Python starts and can import the module."""
     look = f"import importlib.util as u, sys; sys.exit(not u.find_spec({module!r}))"
     try:
         return subprocess.run([python, "-c", look], capture_output=True).returncode == 0

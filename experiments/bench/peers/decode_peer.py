@@ -1,4 +1,4 @@
-"""Greedy generation by Transformers, PyTorch or llama.cpp, in a Python of their own that need not have isoflop.
+"""Generate greedily with Transformers, PyTorch or llama.cpp, in a separate Python that need not have isoflop.
 
 The command line holds a spec; then one JSON answer when ready, and one per line: `{"do": "cell", "tokens": [[…]],
 "steps": N}` gives {"seconds": of warming up, "note": …}; `{"do": "run"}` gives {"first": seconds until the first of N
@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 
 
 class TorchPeer:
-    """A Hugging Face folder, all on one device; what its subclasses share."""
+    """Base class of the PyTorch peers: a Hugging Face folder on one device."""
 
     def __init__(self, spec: dict[str, Any]):
         import torch
@@ -29,7 +29,7 @@ class TorchPeer:
             torch.set_float32_matmul_precision("high")  # TF32, as XLA takes by default
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(spec["path"], dtype=getattr(torch, spec["dtype"])).to(spec["device"]).eval()
-        self.model.generation_config.eos_token_id = None  # all rows go on to the end
+        self.model.generation_config.eos_token_id = None  # no row stops early
         self.device = spec["device"]
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         self.note = ""
@@ -39,14 +39,14 @@ class TorchPeer:
         self.prompt, self.steps = self.torch.tensor(tokens, device=self.device), steps
 
     def now(self) -> float:
-        """Return the time in seconds, after everything that was started is done."""
+        """Return the time in seconds after all pending work is done."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
         return time.perf_counter()
 
 
 class TransformersPeer(TorchPeer):
-    """`generate`, as people call it; its first token is timed by a call for one token."""
+    """`generate` as users call it; the first token is timed by a call for one token."""
 
     def run(self) -> Answer:
         """Generate once and return the times and tokens."""
@@ -71,10 +71,10 @@ class TransformersPeer(TorchPeer):
 
 
 class CompiledTorchPeer(TorchPeer):
-    """A loop by hand over the same model: a static cache, and the decode step compiled."""
+    """A handwritten loop over the same model, with a static cache and a compiled decode step."""
 
     def cell(self, tokens: list[list[int]], steps: int) -> None:
-        """Compile the step; where that fails it stays eager, and the note says why."""
+        """Compile the step; if that fails it stays eager, and the note gives the reason."""
         import transformers
 
         super().cell(tokens, steps)
@@ -84,7 +84,7 @@ class CompiledTorchPeer(TorchPeer):
         self.note = ""
         try:
             self.run()
-        except Exception as error:  # whatever a compiler may raise
+        except Exception as error:  # a compiler may raise anything
             self.step, self.note = self._choose, f"eager: {' '.join(str(error).split())[:200]}"
 
     def run(self) -> Answer:
@@ -159,9 +159,9 @@ PEERS = {"transformers": TransformersPeer, "torch": CompiledTorchPeer, "llama.cp
 
 
 def main() -> None:
-    """Read the spec from the command line, then answer line by line; what fails in a cell is its answer's "error"."""
+    """Read the spec from the command line, then answer line by line; a cell that fails has "error" in its answer."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    os.dup2(2, 1)  # what libraries print must not be mixed with the answers
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""A model of llama's kind as a GGUF file, so that llama.cpp can run the same weights."""
+"""Write a Llama-like model as a GGUF file, so that llama.cpp can run the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ _PARTS = {
 
 
 def check_is_llama(config: ModelConfig) -> None:
-    """Raise InputError, with the field, for an architecture that llama.cpp's "llama" is not."""
-    check_fields(config, _FREE, "is no llama, on which alone llama.cpp is compared")
+    """Raise InputError, naming the field, for an architecture that llama.cpp's "llama" does not cover."""
+    check_fields(config, _FREE, "is not supported: the comparison with llama.cpp needs a Llama architecture")
 
 
 def write_gguf(config: ModelConfig, params: Params, file: Path) -> None:
     """Write all weights in float32, with a stand-in vocabulary: token ids go in and come out.
 
-    params: plain, as `init` makes them; muP's multipliers are folded into them. llama.cpp turns neighbouring features
-    of a head together where we turn its two halves, so that query and key rows are stored in that order. Raises
+    params: plain, as `init` makes them; muP's multipliers are folded into them. llama.cpp rotates neighbouring features
+    of a head, isoflop rotates features half a head apart: query and key rows are permuted accordingly. Raises
     InputError on other architectures.
     """
     import gguf

@@ -1,13 +1,13 @@
-"""The fine-tuning step of a Transformers user: a folder's model, whole or with PEFT's LoRA; a program of its own.
+"""Fine-tune a model folder with Transformers, in full or with PEFT's LoRA, as a separate program.
 
 It imports nothing of this project, so that any Python with torch, transformers and peft can run it:
 
     python hf_twin.py '{"folder": "model", "adapter": "adapter", "mode": "eager", "optimizer": {…}, "batch_size": 4,
                         "seq_len": 256, "threads": 2, "seed": 0}'
 
-and talks in lines: it writes {"ready": true, …}; for every line "run K" it makes K steps on fresh random tokens and
-writes {"seconds": …, "losses": […], "peak_bytes": …}; it ends when its input does. adapter: a folder in PEFT's format,
-which alone is trained; null: all parameters are. Gradient checkpointing is off, and everything is float32.
+and communicates by lines: it writes {"ready": true, …}; for every line "run K" it trains K steps on fresh random tokens
+and writes {"seconds": …, "losses": […], "peak_bytes": …}; it ends when its input does. adapter: a folder in PEFT's
+format, which alone is trained; null: all parameters are. Gradient checkpointing is off, and everything is float32.
 """
 
 import json
@@ -57,7 +57,7 @@ class TransformersTrainer:
         self.random = np.random.default_rng(spec["seed"])
 
     def prepare(self) -> float:
-        """Return the seconds of a first forward and backward pass, compilation included; nothing is learnt."""
+        """Return the seconds of a first forward and backward pass, compilation included, without an update."""
         start = time.perf_counter()
         rows = torch.zeros((self.spec["batch_size"], self.spec["seq_len"] + 1), dtype=torch.int64)
         self._loss(rows).backward()
@@ -65,7 +65,7 @@ class TransformersTrainer:
         return time.perf_counter() - start
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Return (seconds of all steps together, the loss of each)."""
+        """Train `count` steps; return (seconds in total, loss of each step)."""
         shape = (count, self.spec["batch_size"], self.spec["seq_len"] + 1)
         batches = torch.from_numpy(self.random.integers(0, self.model.config.vocab_size, shape))
         losses = []
@@ -89,7 +89,7 @@ class TransformersTrainer:
 def main() -> None:
     """Read the spec from the command line, then answer line by line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    os.dup2(2, 1)  # what libraries print must not be mixed with the answers
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)

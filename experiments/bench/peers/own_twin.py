@@ -1,4 +1,4 @@
-"""Our training step in a process of its own, which says what memory it took; it talks as `hf_twin.py` does."""
+"""Run our training step in a separate process and report its peak memory; the protocol is that of `hf_twin.py`."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class IsoflopTrainer:
         self.random = np.random.default_rng(spec["seed"])
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Make so many steps on fresh random tokens: (seconds of all together, the loss of each)."""
+        """Train `count` steps on fresh random tokens; return (seconds in total, loss of each step)."""
         rows = self.random.integers(0, self.config.vocab_size, (count, *self.shape))
         tokens, targets = (np.ascontiguousarray(part, np.int32) for part in (rows[..., :-1], rows[..., 1:]))
         active, losses = np.ones(1, bool), []
@@ -63,7 +63,7 @@ def main() -> None:
     """Read the spec from the command line, then answer line by line."""
     keep_memory()  # as `isoflop` does
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    os.dup2(2, 1)  # what libraries print must not be mixed with the answers
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)

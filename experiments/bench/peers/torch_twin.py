@@ -1,11 +1,11 @@
-"""The training step of a PyTorch user: a decoder of the same shape, AdamW, clipping; a program of its own.
+"""Train a PyTorch decoder of the same shape with AdamW and clipping, as a separate program.
 
 It imports nothing of this project, so that any Python with torch can run it:
 
     python torch_twin.py '{"model": {…}, "optimizer": {…}, "batch_size": 8, "seq_len": 128, "mode": "compile", …}'
 
-and talks in lines: it writes {"ready": true, …}; for every line "run K" it makes K steps on fresh random tokens and
-writes {"seconds": …, "losses": […]}; it ends when its input does. While it waits it sleeps in a read.
+and communicates by lines: it writes {"ready": true, …}; for every line "run K" it trains K steps on fresh random tokens
+and writes {"seconds": …, "losses": […]}; it ends when its input does. While it waits it blocks on a read.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class TorchNorm(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    """Causal attention with grouped key/value heads; one matrix makes queries, keys and values."""
+    """Causal attention with grouped key/value heads; one matrix computes queries, keys and values."""
 
     def __init__(self, model: Fields):
         super().__init__()
@@ -71,7 +71,7 @@ class TorchAttention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + half) of every head's features."""
+    """Rotate the feature pairs (i, i + half) of every head."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -96,7 +96,7 @@ class TorchFeedForward(nn.Module):
 
 
 class TorchBlock(nn.Module):
-    """Two branches of the residual stream, each normalised before."""
+    """Two residual branches with pre-norm."""
 
     def __init__(self, model: Fields):
         super().__init__()
@@ -110,7 +110,7 @@ class TorchBlock(nn.Module):
 
 
 class TorchDecoder(nn.Module):
-    """Tokens to the loss, so that all of it compiles as one graph."""
+    """The model from tokens to loss, so that it compiles as one graph."""
 
     def __init__(self, model: Fields, seq_len: int):
         super().__init__()
@@ -155,7 +155,7 @@ class TorchTrainer:
         self.random = np.random.default_rng(spec["seed"])
 
     def prepare(self) -> float:
-        """Return seconds of a first forward and backward pass, compilation included; nothing is learnt."""
+        """Return seconds of a first forward and backward pass, compilation included, without an update."""
         start = time.perf_counter()
         shape = (self.spec["batch_size"], self.spec["seq_len"] + 1)
         rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -165,7 +165,7 @@ class TorchTrainer:
         return time.perf_counter() - start
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Return (seconds of all steps together, the loss of each)."""
+        """Train `count` steps; return (seconds in total, loss of each step)."""
         shape = (count, self.spec["batch_size"], self.spec["seq_len"] + 1)
         batches = torch.from_numpy(self.random.integers(0, self.spec["model"]["vocab_size"], shape))
         batches = batches.pin_memory() if self.device.type == "cuda" else batches
@@ -210,7 +210,7 @@ class TorchTrainer:
 def main() -> None:
     """Read the spec from the command line, then answer line by line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    os.dup2(2, 1)  # what libraries print must not be mixed with the answers
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""PyTorch's side of a comparison: the models that a peer supports, its weights, the child process that trains it."""
+"""Prepare PyTorch's side of a comparison: supported models, weights, and the child process that trains."""
 
 import json
 import os
@@ -19,7 +19,7 @@ TWIN = Path(__file__).with_name("torch_twin.py")
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 
 _SHAPE = {"vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"}
-# These change nothing in the logits of a model whose other fields are as they must be.
+# Fields that do not affect the logits of a supported model.
 _IDLE = {"num_encoder_layers", "layer_pattern", "local_rope_base", "relative_buckets", "relative_max_distance"}
 _IDLE |= {"num_labels", "base_d_model", "zero_readout", "eos_token_ids", "decoder_start_token_id"}
 
@@ -36,7 +36,7 @@ _SOME: dict[str, tuple[Any, ...]] = {
 def check_fields(
     config: ModelConfig, free: Collection[str], words: str, some: Mapping[str, tuple[Any, ...]] | None = None
 ) -> None:
-    """Raise InputError, with these words, for the first field whose value the peer does not support.
+    """Raise InputError for the first field whose value the peer does not support; the message contains `words`.
 
     The shape and the fields in `free` may have any value, those in `some` the values given, all others their default.
     """
@@ -66,7 +66,7 @@ class Twin(Child):
         super().__init__([torch_python(), str(TWIN), json.dumps(spec)], f"PyTorch ({spec['mode']})", log)
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Make so many steps: (seconds of all together, the loss of each)."""
+        """Train `count` steps; return (seconds in total, loss of each step)."""
         answer = self.ask(f"run {count}")
         return answer["seconds"], answer["losses"]
 
@@ -105,9 +105,7 @@ def twin_spec(
 
 
 def twin_weights(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Return our parameters under the twin's names, matrices (out, in), joined where the twin has one matrix for
-    several.
-    """
+    """Return our parameters under the twin's names, matrices (out, in), joined as the twin joins them."""
     tokens = params["embedding"]["tokens"]
     weights = {"tokens.weight": tokens, **_norm("final_norm", params["final_norm"])}
     weights["head.weight"] = tokens if config.tie_embeddings else params["head"]["weight"].T

@@ -1,4 +1,4 @@
-"""Our training step beside the same step of PyTorch, in interleaved rounds on one machine."""
+"""Compare our training step with the same step in PyTorch, in interleaved rounds on one machine."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ import numpy as np
 from experiments.bench.ceilings import cores
 from experiments.bench.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
 from experiments.bench.rounds import TrainSteps, loss_difference, median_and_range, tokens_per_second
-from experiments.inputs import check_at_least_one
 from model import ModelConfig, Params, accounting
+from model.checks import check_at_least_one
 from model.sharding import make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams
@@ -40,9 +40,9 @@ def bench_against_torch(
 
     Both start from our weights, see the same tokens and use the same optimizer at a constant rate; their losses over
     the warm-up steps must agree. On a CPU PyTorch has all cores, as XLA has. steps_per_round: of every contender; None:
-    as many as fill about a second. load_average: of the minute before it began; beside other programs the medians say
-    little, for PyTorch's threads wait for one another at every operation. compile_seconds are short where a library
-    finds its compile cache filled. Raises InputError where PyTorch is not installed or the model has no twin.
+    as many as fill about a second. load_average: over the minute before the start; on a busy machine the medians mean
+    little, since PyTorch's threads wait for one another at every operation. compile_seconds are short if a library
+    finds its compile cache filled. Raises InputError if PyTorch is not installed or the model has no twin.
     """
     check_has_twin(config, train_config)
     check_at_least_one(rounds=rounds)
@@ -57,7 +57,7 @@ def bench_against_torch(
         np.savez(folder / "weights.npz", **twin_weights(config, ours.params()))  # type: ignore[arg-type]
         contenders: dict[str, TrainSteps] = {"isoflop": ours.run}
         ready: dict[str, dict[str, Any]] = {}
-        for mode in modes:  # one after the other: each compiles alone
+        for mode in modes:  # sequentially: compiling in parallel would distort the times
             spec = twin_spec(config, train_config, hparams, mode, folder / "weights.npz", threads)
             twin = stack.enter_context(Twin(spec, folder / f"{mode}.log"))
             ready[mode], contenders[f"torch {mode}"] = twin.ready, twin.run
@@ -101,7 +101,7 @@ class IsoflopStep:
         return jax.tree.map(lambda leaf: np.asarray(leaf)[0], self.state.params)
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Train so many steps: (seconds of all together, the loss of each)."""
+        """Train `count` steps; return (seconds in total, loss of each step)."""
         shape = (count, 1, self.train_config.batch_size, self.train_config.seq_len + 1)
         rows = self.random.integers(0, self.config.vocab_size, shape)
         tokens, targets = (np.ascontiguousarray(part, np.int32) for part in (rows[..., :-1], rows[..., 1:]))
@@ -124,15 +124,15 @@ def _warm_up(contenders: Mapping[str, TrainSteps], tolerance: float) -> tuple[di
 
 def _steps_in_a_round(train: TrainSteps) -> int:
     count = WARM_UP_STEPS
-    while (seconds := train(count)[0]) < ROUND_SECONDS / 4:  # a longer look at fast steps
+    while (seconds := train(count)[0]) < ROUND_SECONDS / 4:  # fast steps need more repeats
         count *= 2
     return max(1, round(ROUND_SECONDS * count / seconds))
 
 
 def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Mapping[str, float]) -> dict[str, Any]:
-    """Return a contender's median, slowest and fastest round, and our speed over its own.
+    """Return a contender's median, slowest and fastest round, and the ratio of our speed to its speed.
 
-    The ratio is taken round by round, and of the fastest rounds, which other programs disturbed least.
+    The ratio is given by round, and for the fastest rounds, which other programs disturbed least.
     """
     own = speeds[name]
     ratios = [ours / theirs for ours, theirs in zip(speeds["isoflop"], own, strict=True)]

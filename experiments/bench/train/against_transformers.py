@@ -1,4 +1,4 @@
-"""Our training step of a given model beside that of Transformers, and with LoRA beside PEFT, in interleaved rounds."""
+"""Compare our training step of a given model with Transformers, and with LoRA with PEFT, in interleaved rounds."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ from experiments.bench.peers.child import Child, python_has
 from experiments.bench.peers.twin import torch_python
 from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
 from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
-from experiments.inputs import check_at_least_one
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
+from model.checks import check_at_least_one
 from model.convert import save_hf, save_peft
 from model.errors import InputError
 from train import HParams, TrainConfig
@@ -28,14 +28,14 @@ LOSS_TOLERANCE = 1e-4
 
 
 class Contender(Child):
-    """A program that makes training steps when told; peak_bytes: of its process so far."""
+    """A program that trains steps on request; peak_bytes: of its process so far."""
 
     def __init__(self, command: list[str], spec: dict[str, Any], name: str, log: Path):
         super().__init__([*command, json.dumps(spec)], name, log)
         self.peak_bytes = 0
 
     def run(self, count: int) -> tuple[float, list[float]]:
-        """Make so many steps: (seconds of all together, the loss of each)."""
+        """Train `count` steps; return (seconds in total, loss of each step)."""
         answer = self.ask(f"run {count}")
         self.peak_bytes = answer["peak_bytes"]
         return answer["seconds"], answer["losses"]
@@ -60,7 +60,7 @@ def bench_against_transformers(
     float32, on as many threads as there are cores, without gradient checkpointing. Their losses over the first steps
     must agree. modes: of PyTorch, "eager" or "compile". full: also train all parameters. peak_bytes is the largest
     resident memory of the process, its libraries and the loading of the weights included.
-    Raises InputError where Transformers or PEFT is not installed, or the model has no form there.
+    Raises InputError if Transformers or PEFT is not installed, or the model has no form there.
     """
     check_at_least_one(rounds=rounds, steps_per_round=steps_per_round)
     if not rank and not full:
@@ -91,7 +91,7 @@ def bench_against_transformers(
         for kind, place in kinds.items():
             with contextlib.ExitStack() as children:
                 contenders: dict[str, Contender] = {}
-                for name, command in commands.items():  # one after the other: each compiles alone
+                for name, command in commands.items():  # sequentially: compiling in parallel would distort the times
                     own = spec | {"adapter": place, "mode": name.split()[-1]}
                     contender = Contender(command, own, f"{name}, {kind}", folder / f"{name}.log")
                     contenders[name] = children.enter_context(contender)
@@ -104,7 +104,7 @@ def bench_against_transformers(
 def _measured(
     config: ModelConfig, contenders: dict[str, Contender], rounds: int, steps: int, shape: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the numbers of one kind of training, a row per contender. Raises RuntimeError unless they train alike."""
+    """Return the numbers of one kind of training, a row per contender. Raises RuntimeError if their losses differ."""
     losses = {name: contender.run(WARM_UP_STEPS)[1] for name, contender in contenders.items()}
     difference = loss_difference(losses, LOSS_TOLERANCE)
     runs: dict[str, TrainSteps] = {name: contender.run for name, contender in contenders.items()}

@@ -1,4 +1,4 @@
-"""`isoflop bench compare`: what a change did to the benchmark's numbers."""
+"""Implement `isoflop bench compare`: the effect of a change on the benchmark's numbers."""
 
 import sys
 from pathlib import Path
@@ -20,11 +20,11 @@ def compare(
     any: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Say what changed between two documents of `bench decode --json` or `bench train --json`, and whether it is noise.
+    """Compare two documents of `bench decode --json` or `bench train --json`, and tell changes from noise.
 
     For each cell that both have: the ratio of medians, after over before, with a bootstrap interval of 95 %. Both
-    documents hold what the machine could do at most while they were measured: where that differs by more than a tenth,
-    nothing is called faster or slower, and with --fail-above the exit code is 2.
+    documents contain the machine's ceilings while they were measured: if these differ by more than a tenth, nothing is
+    called faster or slower, and with --fail-above the exit code is 2.
 
     Example: isoflop bench compare before.json after.json --fail-above 5%
 
@@ -34,7 +34,7 @@ def compare(
         before: The earlier document.
         after: The later one.
         across: Axes in which the two differ on purpose, such as weights or cache.
-        fail_above: Exit with code 1 where something is slower, beyond noise, by more than this, such as 5%.
+        fail_above: Exit with code 1 if something is slower, beyond noise, by more than this, such as 5%.
         any: Compare documents of different models or devices too.
         json: Also write every number to this file.
     """
@@ -115,7 +115,7 @@ def _read_document(file: Path) -> dict[str, Any]:
             "run, or of an older release; measure again with `isoflop bench train PRESET --json FILE`"
         )
     if not {"cells", "config_hash", "device"} <= has:
-        raise InputError(f"{file} is no document of `isoflop bench decode --json` or `isoflop bench train --json`")
+        raise InputError(f"{file} is not a document of `isoflop bench decode --json` or `isoflop bench train --json`")
     if document.get("load"):
         raise InputError(f"{file} is of `bench decode --load`; give documents of cells, measured without --load")
     return document | {"kind": "decode"}

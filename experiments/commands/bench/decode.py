@@ -1,4 +1,4 @@
-"""`isoflop bench decode`: how fast a model generates here."""
+"""Implement `isoflop bench decode`: the generation speed of a model on this machine."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from experiments.bench.decode.cells import Cell
     from model import ModelConfig, Params
 
-QUIET = 0.5  # load average beside which a measurement is one of the machine's other work too
+QUIET = 0.5  # load average above which other programs distort a measurement
 
 
 def decode(
@@ -43,10 +43,10 @@ def decode(
 ) -> None:
     """Measure latency, throughput and roofline of prefill and decode over a grid; every axis takes several values.
 
-    A cell that fails, for want of memory or otherwise, is a row with its error. Seconds per step are of a loop that
-    never leaves the device; the latency per token with the host waiting for each stands beside it, compile time apart.
-    The machine's ceilings (bytes read per second, FLOP/s of a product) are measured several times before and after in
-    the same run; how far they lie apart is in the interval of a step's share of its bound.
+    A cell that fails, out of memory or otherwise, becomes a row with its error. Seconds per step are measured in a loop
+    on the device. The latency per token with the host waiting for each token is given as well. Compile time is
+    separate. The machine's ceilings (bytes read per second, FLOP/s of a product) are measured several times before and
+    after in the same run; their spread enters the interval of a step's share of its bound.
 
     Example: isoflop bench decode runs/first --batch 1 4 16 --prompt 32 96 --json decode.json --plot decode.svg
 
@@ -61,7 +61,7 @@ def decode(
         batch: Rows decoded at a time.
         prompt: Tokens prefilled in each row.
         context: Tokens in the cache when decoding begins; by default the prompt.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
         weights: How weights are stored, such as float32 or bfloat16.
         cache: How the cache is stored: float32, bfloat16 or int8; by default the compute precision.
         kv_heads: Numbers of KV heads, for presets only.
@@ -75,7 +75,7 @@ def decode(
         requests: With --load, how many requests arrive at each rate.
         slots: With --load, rows that the engine decodes at a time.
         ttft_limit: With --load, seconds to the first token within which a request counts as good.
-        tpot_limit: With --load, seconds per further token within which it does.
+        tpot_limit: With --load, seconds per further token within which a request counts as good.
         seed: Of random weights, and of the load's arrivals and prompts.
         format: How the cells are printed.
         json: Also write every number, with the raw samples, to this file.
@@ -119,7 +119,7 @@ def decode(
         return
     interrupted = _measure(document, config, build, cells, steps, repeats)
     if against and not interrupted:
-        write_document(json, document)  # what is measured by now outlives whatever happens to the comparison
+        write_document(json, document)  # keep what is measured even if the comparison fails
         from experiments.bench.decode.against_peers import CONVENTION, bench_against
 
         document["against"] = bench_against(build(None), cells, against, steps=steps, rounds=rounds)
@@ -138,7 +138,7 @@ def decode(
 def _open(
     model: str, base: Path | None, seed: int
 ) -> "tuple[ModelConfig, Callable[[int | None], tuple[ModelConfig, Params]], bool]":
-    """Return (config, how to build it with so many KV heads, whether its weights are random)."""
+    """Return (config, function that builds the model with a number of KV heads, whether its weights are random)."""
     import jax
 
     from experiments.models import is_stored, read_config
@@ -150,7 +150,7 @@ def _open(
         config, params = open_parameters(model, base)
         return config, lambda _: (config, params), False
     if base is not None:
-        raise InputError(f"{model} is no run, so that it has no base; leave --base out")
+        raise InputError(f"{model} is not a run and has no base weights; leave --base out")
     config = read_config(model)
 
     def build(count: int | None) -> "tuple[ModelConfig, Params]":

@@ -1,4 +1,4 @@
-"""`isoflop bench score`: how fast given continuations are scored here."""
+"""Implement `isoflop bench score`: the speed of scoring continuations on this machine."""
 
 from typing import Annotated
 
@@ -20,13 +20,13 @@ def score(
     seed: int = 0,
     json: JsonFile = None,
 ) -> None:
-    """Measure `infer.score` with prefixes read once and without, beside a plain pass with all its logits.
+    """Measure `infer.score` with and without shared prefixes, against a plain forward pass with all logits.
 
-    All contenders take turns on the same random requests: several continuations of each prefix, as in a
-    multiple-choice benchmark. Where four continuations of a tenth of their prefix each are scored, reading the prefix
-    once takes 14 units of tokens instead of 44: sharing is at most about 3.1 times as fast. The plain pass is a jitted
-    `apply` and a log-softmax on the batches of the unshared scores; it is left out where its logits would take over a
-    GiB. Ratios are of speeds in the same round, above 1 where the first one is faster.
+    All contenders take turns on the same random requests: several continuations of each prefix, as in a multiple-choice
+    benchmark. With four continuations, each a tenth as long as the prefix of 10 units, sharing reads 10 + 4 = 14 units
+    of tokens instead of 4 · 11 = 44: it is at most about 3.1 times as fast. The plain pass is a jitted `apply` and a
+    log-softmax on the batches of the unshared scores; it is left out if its logits would take over a GiB. Ratios are of
+    speeds in the same round, above 1 if the first one is faster.
 
     Example: isoflop bench score study-256 --prefix 100 200 400 --json score.json
 

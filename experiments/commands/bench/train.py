@@ -1,4 +1,4 @@
-"""`isoflop bench`: how fast a model runs here."""
+"""Implement `isoflop bench train`: the training speed of a model on this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +33,7 @@ def train(
 ) -> None:
     """Measure tokens per second and FLOP/s of the training step, alone and with several lanes of one program.
 
-    The machine's ceilings are measured before and after; the share of its product rate has their interval.
+    The machine's ceilings are measured before and after; the variation of its product rate is part of the interval.
     `isoflop bench compare` compares two documents.
 
     With --against torch: interleaved with the same step of a PyTorch model of the same shape, weights and data, run by
@@ -53,9 +53,9 @@ def train(
         seq_len: Tokens per row.
         lanes: Trials per program, each measured; with 1 among them, also as ratios to it.
         seconds: Measuring time per number of lanes; not read with --against.
-        against: Whom to compare with.
-        lora: With --against transformers: the rank of an adapter, trained beside all parameters; 0: none.
-        compile: With --against transformers: torch.compile as one more contender.
+        against: Library to compare with.
+        lora: With --against transformers: also train an adapter of this rank; 0: none.
+        compile: With --against transformers: also measure torch.compile.
         rounds: With --against, turns that each contender gets: of about a second, or of two steps.
         json: Also write every number to this file.
     """

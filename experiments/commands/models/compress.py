@@ -1,4 +1,4 @@
-"""`isoflop model compress`: fewer bits, fewer entries or fewer layers, and what that costs."""
+"""Implement `isoflop model compress`: fewer bits, nonzero entries or layers, and the loss that this costs."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def compress(
     evaluate_tokens: int = 8192,
     batch_size: int = 8,
 ) -> None:
-    """Write a smaller form of a model, which every command opens like the model itself.
+    """Write a compressed model, which every command opens like the original.
 
     Rounded weights (int8, int4) stay as they are stored, in a folder that isoflop alone reads; all other forms are
     Hugging Face folders, where zeros take as much room as any number.
@@ -41,13 +41,13 @@ def compress(
     Args:
         source: A run directory, a Hugging Face folder or a GGUF file.
         target: The folder to make; it appears when it is complete. A model written by isoflop before is replaced.
-        method: The precision of the weights, or by what score entries of matrices are set to zero.
-        sparsity: Share of each output's inputs that pruning takes.
+        method: The precision of the weights, or the score by which matrices are pruned.
+        sparsity: Share of each output's inputs that pruning sets to zero.
         pattern: Prune two of every four neighbouring inputs instead.
-        drop_layers: First remove so many layers, those that change the residual stream least.
+        drop_layers: First remove this many layers: those that change the residual stream least.
         data: A folder made by `isoflop data prepare`: wanda, --drop-layers and --json read its text.
-        tokenizer: The model's tokenizer, where none stands beside it.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
+        tokenizer: The model's tokenizer, if its folder has none.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
         json: Compare every form on validation text, and write the numbers to this file too.
         seq_len: Tokens per row of the text.
         evaluate_tokens: Validation tokens that the comparison reads.
@@ -120,7 +120,7 @@ def _smaller(
     data: Path | None,
     seq_len: int,
 ) -> "tuple[ModelConfig, Params]":
-    """Return the model without the layers and entries that are to go, in a plain precision."""
+    """Return the model without the dropped layers and pruned entries, in a plain precision."""
     import jax
 
     from experiments.compress import calibration_tokens
@@ -129,7 +129,7 @@ def _smaller(
     from model.quantized import ROUNDED
 
     config, params, calibration = opened.config, opened.params, None
-    if drop or method not in ROUNDED:  # a Hugging Face folder holds no multipliers, and fewer layers would have others
+    if drop or method not in ROUNDED:  # multipliers cannot be stored, and depend on the number of layers
         config, params = fold(config, params)
     if data is not None:
         seq_len = min(seq_len, config.max_seq_len)

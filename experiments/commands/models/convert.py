@@ -1,4 +1,4 @@
-"""`isoflop model convert`: other people's weights as a Hugging Face folder."""
+"""Implement `isoflop model convert`: runs and downloaded weights as a Hugging Face folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,9 +21,9 @@ def convert(
 ) -> None:
     """Write a run, a GGUF file or a Hugging Face folder as a Hugging Face folder that Transformers loads.
 
-    Its tokenizer goes along, with the mask or the sentinels of a run's objective as special tokens. A run under muP or
-    depth scaling is written as the same function without them: their multipliers go into the weights, and a tied head
-    that has one becomes a matrix of its own.
+    The tokenizer is written too, with the mask or the sentinels of a run's objective as special tokens. A run under muP
+    or depth scaling is written as the same function without them: their multipliers go into the weights, and a tied
+    head that has one becomes a matrix of its own.
 
     Example: isoflop model convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
 
@@ -32,7 +32,7 @@ def convert(
         target: The folder to make; it appears when it is complete. A model written by isoflop before is replaced.
         dtype: Precision of the weights that are written.
         model_type: The family to write as, such as llama or gpt2, where the config fits several.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
     """
     from experiments.models import copy_tokenizer
     from experiments.runs.started import check_target
@@ -54,7 +54,7 @@ def convert(
         save_hf(config, params, target, model_type=model_type)
     elif source.exists():
         if base is not None:
-            raise InputError(f"{source} is no run, so that it has no base; leave --base out")
+            raise InputError(f"{source} is not a run and has no base weights; leave --base out")
         write(source, target, dtype=dtype, model_type=model_type)
         config = load_hf(target)[0]
     else:

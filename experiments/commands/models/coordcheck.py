@@ -1,4 +1,4 @@
-"""`isoflop model coordcheck` and `transfer`: does what holds for a small model hold for a large one?"""
+"""Implement `isoflop model coordcheck` and `transfer`: checks that hyperparameters carry over to larger models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from model.config import Parameterization
     from train.config import Optimizer
 else:
-    Optimizer = str  # every command would wait for that import; the TrainConfig refuses a name that is none
+    Optimizer = str  # a Literal would import JAX for every command; TrainConfig checks the name
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 Preset = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PRESET]")]
@@ -38,8 +38,8 @@ def coordcheck(
 ) -> None:
     """Check that activations keep their size as a model widens or deepens, in the standard parameterization and muP.
 
-    Every size is trained a few steps on one batch; the table says by which factor the activations of each layer, and
-    what training changed in them, grow from the smallest size to the largest. muP's base is the smallest one.
+    Every size is trained a few steps on one batch; the table shows by which factor the activations of each layer, and
+    their change during training, grow from the smallest to the largest size. muP's base is the smallest one.
 
     Example: isoflop model coordcheck --widths 64 256 1024 --steps 5 --out check
 
@@ -51,7 +51,7 @@ def coordcheck(
         steps: Updates of each model.
         learning_rate: Of the smallest model and, before the table's multipliers, of all others; sgd wants about 0.1.
         optimizer: Any that `isoflop train` has, such as sgd or muon.
-        seeds: Runs of each model; the table has their means.
+        seeds: Runs of each model; the table shows their means.
         parameterization: Compare both, or check one.
         data: A folder made by `isoflop data prepare` to take the batch from; random tokens by default.
         set: Fields to change, of the model or of how it runs, such as tie_embeddings=true remat=full.
@@ -60,12 +60,11 @@ def coordcheck(
     """
     from experiments.commands.options import console, write_document
     from experiments.coordcheck import coordinate_check, coordinate_figure, growth, judge
-    from model.errors import InputError
+    from model.checks import check_whole
     from train.progress import progress_bar
 
-    for name, value in (("--steps", steps), ("--seeds", seeds)):
-        if value < 1:
-            raise InputError(f"{name} {value} must be at least 1")
+    check_whole("--steps", steps, 1)
+    check_whole("--seeds", seeds, 1)
     config, execution, batch = _opened(preset, set, data)
     names = _parameterizations(parameterization)
     with progress_bar("coordinate check", 1.0) as advance:
@@ -107,7 +106,8 @@ def transfer(
     set: Overrides = (),
     json: JsonFile = None,
 ) -> None:
-    """Sweep the learning rate at several widths, in the standard parameterization and muP: does the best one stay?
+    """Sweep the learning rate at several widths, in the standard parameterization and muP, to see if the best one
+    moves.
 
     Example: isoflop model transfer --data data/sotu --out transfer
 

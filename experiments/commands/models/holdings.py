@@ -1,4 +1,4 @@
-"""Which device of a mesh holds what of a model in training, from shapes alone: the mesh may be larger than any here."""
+"""Compute what each device of a mesh holds in training, from shapes alone: the mesh need not exist."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ BYTES = 4  # parameters and Adam's two moments are float32
 
 
 def holdings(config: "ModelConfig", axes: dict[str, int]) -> dict[str, Any]:
-    """Return {"axes", "devices", "groups", "total", "parameters"}: bytes of every group, whole and on one device.
+    """Return {"axes", "devices", "groups", "total", "parameters"}: bytes of every group in total and per device.
 
     Adam's state is two moments of the parameters' shapes. copies: how often a byte is held over the mesh, on average.
     A group's split is that of its largest parameter.

@@ -1,4 +1,4 @@
-"""`isoflop model merge`: a model with its low-rank adapter, as one model or as the adapter alone."""
+"""Implement `isoflop model merge`: merge a low-rank adapter into its model, or export the adapter alone."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def merge(
 
     Example: isoflop model merge smollm2 out/merged --adapter my-peft-adapter
 
-    The tokenizer goes along. With --adapter-only the adapter of a run is written alone, in PEFT's format.
+    The tokenizer is written too. With --adapter-only the adapter of a run is written alone, in PEFT's format.
 
     Args:
         source: A run that trained an adapter (`isoflop train MODEL --lora RANK`), or, with --adapter, the adapter's
@@ -29,7 +29,7 @@ def merge(
         target: The folder to make; it appears when it is complete.
         adapter: A folder in PEFT's format.
         adapter_only: Write the adapter of a run alone.
-        base: Where the weights lie now that a run started from, if they were moved and it holds only what it trained.
+        base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
     """
     from experiments.commands.models.convert import convert
     from experiments.models import copy_tokenizer
@@ -41,7 +41,7 @@ def merge(
     if adapter is not None:
         if adapter_only:
             raise InputError(
-                "--adapter-only is for the adapter of a run; that of --adapter lies in its own folder already"
+                "--adapter-only is for the adapter of a run; the one given with --adapter has its own folder already"
             )
         check_target(source, target, source, base)
         merge_adapter(source, adapter, target, base)

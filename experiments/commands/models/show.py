@@ -1,4 +1,4 @@
-"""`isoflop model`: the architectures and their accounting."""
+"""Implement `isoflop model list` and `show`: architectures and their accounting."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,6 +83,7 @@ def show(
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
     from experiments.runs.started import in_words, started_from_weights
+    from model.checks import check_whole
     from model.errors import InputError
     from model.runs import load_config, read_record
     from model.sharding import parse_mesh
@@ -95,10 +96,10 @@ def show(
     else:
         own = open_parameters(preset)[0] if is_stored(preset) else read_config(preset)
     config, execution = overlay_program(read_changes(set), own)
-    started = started if config == own else None  # what it trained is not of another shape
+    started = started if config == own else None  # training does not change the shape
     seq_len = config.max_seq_len if seq_len is None else seq_len
-    if batch < 1 or seq_len < 1:
-        raise InputError(f"--batch {batch} and --seq-len {seq_len} must be at least 1")
+    check_whole("--batch", batch, 1)
+    check_whole("--seq-len", seq_len, 1)
     if seq_len > config.max_seq_len:
         raise InputError(
             f"--seq-len {seq_len} exceeds the context; give at most {config.max_seq_len}, "
@@ -136,7 +137,7 @@ def show(
 def _accounting(
     config: "ModelConfig", seq_len: int, batch: int, dtype: str, started: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the accounting of a model. started: of a run that started from weights, what of them is trained."""
+    """Return the accounting of a model. started: for a run that started from weights, which of them are trained."""
     from model import accounting
     from model.products import ALL, Trained
 
@@ -176,7 +177,7 @@ def _accounting(
 
 
 def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dict[str, tuple[str, str]]:
-    """Return each kind of layer's kernel on this machine, and why; "none" where the execution names one that cannot."""
+    """Return the kernel of each kind of layer on this machine, and why; "none" if the requested one is unsupported."""
     from model.errors import InputError
     from model.kernels import kernels_of
 
@@ -187,7 +188,7 @@ def _kernels(config: "ModelConfig", seq_len: int, execution: "Execution") -> dic
 
 
 def _published(name: str, config: "ModelConfig") -> dict[str, Any] | None:
-    """Return the count of the released model, where `config` still is its architecture; of our own presets nothing."""
+    """Return the released model's parameter count if `config` is still its architecture; None for our own presets."""
     from model import presets
 
     if name not in presets.names() or presets.get(name) != config:

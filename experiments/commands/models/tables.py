@@ -1,4 +1,4 @@
-"""Tables of `isoflop model`: parameters, FLOPs and memory."""
+"""Build the tables of `isoflop model`: parameters, FLOPs and memory."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def preset_table(rows: list[dict[str, Any]]) -> "Table":
-    """Return a line per architecture, in 80 columns; our own stand before the released models."""
+    """Return a line per architecture, in 80 columns; our own come before the released models."""
     headers = ("name", "layers", "d_model", "heads", "KV\nheads", "con-\ntext", "vocab-\nulary", "para-\nmeters")
     table = new_table(*headers, "active", "cache /\ntoken", padding=0)
     last_own = max(index for index, row in enumerate(rows) if not row["source"])
@@ -59,7 +59,7 @@ def describe(config: "ModelConfig") -> str:
 
 
 def fields(config: "ModelConfig") -> str:
-    """Return the fields that are neither left out nor as by default, each in the form that --set takes."""
+    """Return the fields that differ from their defaults, in the form that --set takes."""
     given = {name: value for name, value in _unlike_default(config).items() if name not in ("derived", *config.derived)}
     return "  ".join(f"{name}={_written(value)}" for name, value in given.items())
 
@@ -75,7 +75,7 @@ def _unlike_default(part: Any) -> dict[str, Any]:
     return {field.name: values[field.name] for field in dataclasses.fields(part) if values[field.name] != field.default}
 
 
-_ORDER = ("embedding", "encoder", "relative_bias", "layers")  # then what follows the layers
+_ORDER = ("embedding", "encoder", "relative_bias", "layers")  # then the groups after the layers
 
 
 def parameter_table(document: dict[str, Any]) -> "Table":
@@ -100,7 +100,7 @@ def parameter_table(document: dict[str, Any]) -> "Table":
 
 
 def flops_table(document: dict[str, Any]) -> "Table":
-    """Return the FLOPs by product, their sum, and 6N beside it."""
+    """Return the FLOPs by product, their sum, and 6N for comparison."""
     table = new_table(f"FLOPs per token at {document['seq_len']:,} tokens", "forward", "training", "share")
     products = document["forward_flops_exact_by_product"]
     exact = sum(products.values())
@@ -117,7 +117,7 @@ def flops_table(document: dict[str, Any]) -> "Table":
 
 
 def flops_notes(config: "ModelConfig") -> list[str]:
-    """Return what has to be known to read the FLOPs of this architecture."""
+    """Return notes on how the FLOPs of this architecture are counted."""
     notes = []
     if config.sliding_window is not None:
         notes.append("Over whole rows a window is a mask: attention is computed, and counted, for all pairs.")
@@ -142,7 +142,7 @@ def memory_table(document: dict[str, Any]) -> "Table":
 
 
 def _context(length: int) -> str:
-    """Write a length, 8k for 8,192; one that is no multiple of 1,024 is written in full."""
+    """Write a length: 8k for 8,192; a length that is not a multiple of 1,024 in full."""
     for size, unit in ((2**20, "M"), (2**10, "k")):
         if length % size == 0:
             return f"{length // size}{unit}"

@@ -1,4 +1,4 @@
-"""What the commands print of an analysis of scaling laws."""
+"""Print the analysis of scaling laws for the commands."""
 
 from typing import TYPE_CHECKING
 

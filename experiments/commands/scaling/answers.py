@@ -1,4 +1,4 @@
-"""What `isoflop scaling predict` prints."""
+"""Print the answers of `isoflop scaling predict`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
     for answer in document["optimal"]:
         _show_optimal(console, answer, document["level"])
     for answer in document["compute_for_loss"]:
-        if _show_refused(console, answer, f"Loss {answer['target']:g}"):
+        if _print_refusal(console, answer, f"Loss {answer['target']:g}"):
             continue
         low, high = answer["interval"]
         _say(
@@ -42,7 +42,7 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
             share = 100 * answer["unreachable_share"]
             console.print(f"  {share:.2g} % of the bootstrap's laws never reach it", highlight=False)
     for answer in document["planned"]:
-        if _show_refused(console, answer, f"N {answer['params']:.4g} on D {answer['tokens']:.4g}"):
+        if _print_refusal(console, answer, f"N {answer['params']:.4g} on D {answer['tokens']:.4g}"):
             continue
         low, high = answer["interval"]
         _say(
@@ -54,7 +54,7 @@ def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "Serv
         console.print(_by_form(answer["forms"]), highlight=False)
     for answer in document["serving"]:
         goal = f"loss {answer['target']:g}" if "target" in answer else f"{answer['training_flops']:.4g} FLOPs"
-        if not _show_refused(console, answer, f"Serving {answer['served_tokens']:.4g} tokens at {goal}"):
+        if not _print_refusal(console, answer, f"Serving {answer['served_tokens']:.4g} tokens at {goal}"):
             _show_serving(console, answer)
     if cost is not None:
         console.print(_price(cost), highlight=False)
@@ -82,8 +82,8 @@ def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> N
     from experiments.scaling.questions import is_refused
 
     refused = next((one for one in answer.values() if is_refused(one)), None)
-    if refused is not None:  # a budget that is no positive number: no estimator answers
-        _show_refused(console, refused, f"{refused['flops']:g} FLOPs")
+    if refused is not None:  # a budget that is not positive: no estimator answers
+        _print_refusal(console, refused, f"{refused['flops']:g} FLOPs")
         return
     flops = next(iter(answer.values()))["flops"]
     sure = f"{level:g} %"
@@ -108,8 +108,8 @@ def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> N
         _show_distance(console, answer[members[0]]["extrapolation"], who)
 
 
-def _show_refused(console: "Console", answer: dict[str, Any], question: str) -> bool:
-    """Say why a question has no answer; whether it has none."""
+def _print_refusal(console: "Console", answer: dict[str, Any], question: str) -> bool:
+    """Print the reason if a question has no answer; return whether it has none."""
     from experiments.scaling.questions import is_refused
 
     if is_refused(answer):

@@ -1,4 +1,4 @@
-"""`isoflop scaling fit`: scaling laws from a table of runs."""
+"""Implement `isoflop scaling fit`: scaling laws from a table of runs."""
 
 import sys
 from pathlib import Path
@@ -29,12 +29,12 @@ def fit(
     tables: Folder = None,
     plot: PlotFile = None,
 ) -> None:
-    """Fit scaling laws to anyone's table of runs, with confidence intervals.
+    """Fit scaling laws to any table of runs, with confidence intervals.
 
-    Every estimator that the table can determine: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
+    Every estimator that the table supports is fitted: the parametric law L = E + A·N^-alpha + B·D^-beta, IsoFLOP
     valleys by spline, skewed parabola and parabola, and with --curves the envelope of training curves; which form of
-    law the held-out error prefers; and, where the table has other counts of N and C, the exponents under each. One that
-    the table cannot carry is refused with the reason.
+    law the held-out error prefers; and, if the table has other counts of N and C, the exponents under each. An
+    estimator that the table does not support is refused with the reason.
 
     Example: isoflop scaling fit runs.csv --columns.loss val_loss --report page.html --json fit.json
 
@@ -48,10 +48,10 @@ def fit(
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
-        screen: Leave out gross outliers, runs that no noise of the table explains, and show the answers without them
-            and with them. By default every usable run enters.
+        screen: Leave out gross outliers, runs that the noise of the table does not explain, and show the answers with
+            and without them. By default every usable run is fitted.
         json: Write every number to this file.
-        report: Write a page with figures to this file (.html), which needs no network.
+        report: Write a page with figures to this file (.html), which works offline.
         tables: Write fitted runs, optima, draws, forms and conventions as CSV into this folder.
         plot: Draw the valleys, N*(C) and D*(C) to this file (.svg, .png or .pdf).
     """

@@ -1,4 +1,4 @@
-"""Options of all commands that read a table of runs: which column is which, as `--columns.params COLUMN`."""
+"""Define the options of commands that read a table of runs: which column is which, as `--columns.params COLUMN`."""
 
 import dataclasses
 import sys
@@ -17,7 +17,7 @@ _ONLY_BY_NAME = {"unique_tokens": "the laws of repeated data", "active_params": 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """Which column of the table is which; those left alone are found by their usual names."""
+    """Which column of the table is which; by default columns are found by their usual names."""
 
     params: Column = "params"
     """Model sizes N, in parameters."""

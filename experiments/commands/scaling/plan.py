@@ -1,4 +1,4 @@
-"""`isoflop scaling plan`: the runs of a scaling study and what they cost, before any is trained."""
+"""Implement `isoflop scaling plan`: the runs of a scaling study and their cost, before any is trained."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,12 +34,13 @@ def plan(
 ) -> None:
     """Lay out the sizes and token counts of a scaling study around the expected optimum, with what every run costs.
 
-    Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written. With
-    --device the hours are of other hardware: exact FLOPs over devices · peak · MFU.
+    Only a few steps on random tokens are trained, to time this machine. Nothing is written. With --device the hours are
+    for other hardware: exact FLOPs over devices · peak · MFU.
 
-    What the definition leaves out has the defaults of small studies; from a middle budget of 1e17 FLOPs on, or with
-    --device, those of published models: the optimum by --law besiroglu, one layer per 64 to 128 of d_model, heads of 64
-    or more, rows of 2,048 tokens, rates and batches by DeepSeek-AI 2024. No definition at all: Llama 2's architecture.
+    Keys that the definition leaves out have the defaults of small studies; from a middle budget of 1e17 FLOPs on, or
+    with --device, those of published models: the optimum by --law besiroglu, one layer per 64 to 128 of d_model, heads
+    of 64 or more, rows of 2,048 tokens, rates and batches by DeepSeek-AI 2024. No definition at all: Llama 2's
+    architecture.
 
     Example: isoflop scaling plan experiments/configs/sotu_ladder.toml --data data/sotu --hours 0.5
 
@@ -50,13 +51,13 @@ def plan(
         data: A folder made by `isoflop data prepare`; without one the vocabulary is the base's, and epochs are unknown.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on the machine, for all runs together, instead of the definition's budgets or hours.
-        branches: Whether runs of one size branch off one base run and cool down, instead of what the definition says.
+        branches: Whether runs of one size branch off one base run with a cooldown, instead of the definition's setting.
         law: Where the optimum is expected: besiroglu (Besiroglu et al. 2024), or hoffmann-1, hoffmann-2, hoffmann-3
             (Hoffmann et al. 2022, by approach), instead of the definition's tokens per parameter.
         device: What the study is to run on, such as h100, a100, tpu-v5e (their peaks: `train/peak.py`).
         devices: With --device: how many; 1 by default.
         mfu: With --device: the share of their bfloat16 peak that exact FLOPs reach; 0.4 by default.
-        probe: Time the training step of the smallest and the largest model; --no-probe does not, and says no hours.
+        probe: Time the training step of the smallest and the largest model; --no-probe gives no hours.
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document
@@ -92,7 +93,7 @@ def read_design(
     law: str | None = None,
     at_scale: bool = False,
 ) -> "Design":
-    """Return the design of a file (None: of an empty one), with what the command line says instead.
+    """Return the design of a file (None: an empty one), with the command line's overrides.
 
     Raises InputError.
     """
@@ -146,7 +147,7 @@ def _remarks(row: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> list[str]:
-    """Return the plan in words: what it is, what it costs, what branches save, and its warnings."""
+    """Return the plan as text: its size, its cost, what branches save, and its warnings."""
     from experiments.words import bytes_in_words
     from experiments.words import hours_in_words as hours
 

@@ -1,4 +1,4 @@
-"""`isoflop scaling predict`: what the laws of a table say of runs that were not made."""
+"""Implement `isoflop scaling predict`: predictions of scaling laws for runs that were not trained."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,12 +42,12 @@ def predict(
 ) -> None:
     """Predict from a table of runs: the best run of a budget, the compute of a target, the loss of a planned run.
 
-    Every answer has its interval and says how far it lies from the runs. A planned run's loss is predicted by every
-    form of law, with what held-out budgets say of them; all else is by the three-term law. With --serve-tokens also the
-    model that costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
+    Every answer comes with its interval and its distance from the runs. A planned run's loss is predicted by every form
+    of law, with its held-out error; everything else by the three-term law. With --serve-tokens also the model that
+    costs least to train and to serve at a loss, a smaller one trained for longer (Sardana & Frankle 2023).
 
-    A question that the laws cannot answer, such as a loss below the floor, is refused with the reason (in --json: null,
-    with the reason under "refused" beside it); the others are answered. Exit code 0 where any was answered, else 2.
+    A question without an answer, such as a loss below the floor, is refused with the reason (in --json: null, with the
+    reason next to it under "refused"); the others are answered. Exit code 0 if any was answered, else 2.
 
     Example: isoflop scaling predict runs.csv --flops 1e21 1e22 --target-loss 2.1
 
@@ -61,16 +61,16 @@ def predict(
         target_loss: Losses in nats per token: the least compute that reaches each.
         params: N of a planned run; give tokens too.
         tokens: D of a planned run.
-        serve_tokens: Tokens that the model is to generate in its life, with --flops or --target-loss.
+        serve_tokens: Tokens that the model will generate in total once deployed, with --flops or --target-loss.
         decode: What a served token costs: files of `isoflop bench decode --json`, one per model size. By default 2·N.
-        batch: The batch of those cells that counts; by default the largest.
+        batch: The batch size whose cells are used; by default the largest.
         train: What training costs: a file of `isoflop bench train --json`.
-        train_rate: Instead: training's FLOPs (6·N·D) a second.
+        train_rate: Instead of --train: training FLOPs (6·N·D) per second.
         level: Of the intervals, in per cent.
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Draws behind the intervals.
         seed: Of the bootstrap.
-        screen: Leave out runs that no noise of the table explains; by default every run enters.
+        screen: Leave out runs that the noise of the table does not explain; by default every run is fitted.
         all_runs: Also fit the runs whose column `held_out` is true.
         columns: Which column of the table is which.
         json: Also write every number to this file.
@@ -98,7 +98,7 @@ def predict(
 
 
 def _own_interval_warnings(document: dict[str, Any]) -> list[str]:
-    """Return the warnings of single answers, with what each is an answer to."""
+    """Return the warnings of single answers, each with its question."""
     from experiments.scaling.analysis import NAMES
 
     optimal = [
@@ -117,19 +117,18 @@ def _check(
     serve_tokens: float | None,
     level: float,
 ) -> None:
+    from model.checks import check_number
     from model.errors import InputError
 
     if not flops and not target_loss and params is None and tokens is None:
-        raise InputError("nothing is asked: give --flops, --target-loss, or --params with --tokens")
+        raise InputError("there is no question: give --flops, --target-loss, or --params with --tokens")
     if (params is None) != (tokens is None):
         raise InputError("a planned run takes both --params and --tokens")
     if serve_tokens is not None:
         if not flops and not target_loss:
             raise InputError("--serve-tokens asks for a model at a loss: add --flops or --target-loss")
-        if not 0 <= serve_tokens < float("inf"):
-            raise InputError(f"--serve-tokens={serve_tokens} must be a number that is not negative")
-    if not 0 < level < 100:
-        raise InputError(f"--level={level:g} must lie between 0 and 100 per cent")
+        check_number("--serve-tokens", serve_tokens, least=0)
+    check_number("--level", level, above=0, below=100, hint="it is in per cent")
 
 
 def _cost(
@@ -139,9 +138,9 @@ def _cost(
     train: Path | None,
     train_rate: float | None,
 ) -> "ServingCost | None":
-    """Return what serving costs; None where nothing is served."""
+    """Return what serving costs; None if nothing is served."""
     from experiments.scaling.serving import ServingCost, training_rate
-    from experiments.scaling.use import require_positive
+    from model.checks import check_number
     from model.errors import InputError
 
     if serve_tokens is None:
@@ -159,12 +158,12 @@ def _cost(
         return ServingCost()
     if rate is None:
         raise InputError("--decode gives seconds of serving: add --train or --train-rate for those of training")
-    require_positive("--train-rate", rate)
+    check_number("--train-rate", rate, above=0)
     return ServingCost.measured(decode, rate, batch=batch)
 
 
 def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int, seed: int, screen: bool) -> "Fits":
-    """Return every estimator where a budget is asked for, else the one that speaks of losses."""
+    """Return all estimators if a budget is given, else only the one that predicts losses."""
     from experiments.scaling.fit import Fits, fit_both
     from experiments.scaling.law.parametric import fit_parametric
     from model.errors import InputError
@@ -178,9 +177,9 @@ def _fit(path: Path, runs: "Table", budgets: bool, delta: float, bootstraps: int
             try:
                 law = fit_parametric(runs.params, runs.tokens, runs.loss, **settings)
             except InputError as error:
-                raise InputError(f"{path} carries no law: {error}") from error
+                raise InputError(f"{path} determines no scaling law: {error}") from error
             law.bootstrap(lambda draws: advance(draws / bootstraps))
             fits = Fits(runs, law, None, {})
     if fits.parametric is None and fits.isoflop is None:
-        raise InputError(f"{path} carries no law: {fits.refused['parametric']}")
+        raise InputError(f"{path} determines no scaling law: {fits.refused['parametric']}")
     return fits

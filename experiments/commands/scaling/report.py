@@ -1,4 +1,4 @@
-"""`isoflop scaling report`: the laws of a study that `isoflop scaling run` has made, as a page."""
+"""Implement `isoflop scaling report`: the scaling laws of a finished study, as a page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +33,7 @@ def report(
         delta: Where Huber's loss turns from quadratic to linear, in natural-log loss.
         bootstraps: Resamples behind the intervals.
         seed: Of the resamples.
-        screen: Leave out gross outliers, and show the answers without them and with them.
+        screen: Leave out gross outliers, and show the answers with and without them.
         json: Also write the document to this file.
     """
     from experiments.commands.options import write_document
@@ -50,9 +50,9 @@ def write_report(
     seed: int = 0,
     screen: bool = False,
 ) -> dict[str, Any]:
-    """Write report.html, scaling.json and tables/ of a study's folder, say what came out; returns the document.
+    """Write report.html, scaling.json and tables/ of a study's folder, print a summary and return the document.
 
-    out: the page alone is written, to this file. Raises InputError where there are no runs, or no estimator answers.
+    out: write only the page, to this file. Raises InputError if there are no runs, or no estimator answers.
     """
     from experiments.commands.options import console, output
     from experiments.commands.scaling.account import show
@@ -88,7 +88,7 @@ def write_report(
         if out is None:
             write_json(folder / "scaling.json", document)
             write_tables(folder / "tables", analysis)
-        tables = "scaling.json and tables/ beside this page" if out is None else None
+        tables = "scaling.json and tables/ in the folder of this page" if out is None else None
         write_scaling_page(page, analysis, folder.resolve().name, tables)
     show(console(), analysis)
     console().print(f"{page}", highlight=False, soft_wrap=True)

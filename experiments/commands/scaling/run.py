@@ -1,4 +1,4 @@
-"""`isoflop scaling run`: a scaling study, from its definition to the test of what it predicts."""
+"""Implement `isoflop scaling run`: a scaling study, from its definition to the test of its predictions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +25,8 @@ def run(
 ) -> None:
     """Train the runs of a scaling study, fit its laws, and test them on budgets that were predicted before they ran.
 
-    The same command again goes on where it was stopped; no run is made twice. FOLDER/sweep is a sweep like any other:
-    `isoflop sweep status FOLDER/sweep --watch` shows how it stands, `isoflop sweep worker FOLDER/sweep` helps it.
+    The same command resumes after a stop; no run is trained twice. FOLDER/sweep is a sweep like any other: `isoflop
+    sweep status FOLDER/sweep --watch` shows its progress, `isoflop sweep worker FOLDER/sweep` adds a worker.
 
     Example: isoflop scaling run experiments/configs/sotu_ladder.toml --data data/sotu --out studies/sotu
 
@@ -36,10 +36,10 @@ def run(
         out: The study's folder.
         budgets: FLOPs (6·N·D) of one run of each budget, instead of the definition's budgets or hours.
         hours: Hours of training on this machine, for all runs together, instead of the definition's budgets or hours.
-        branches: Whether runs of one size branch off one base run and cool down, instead of what the definition says.
-        law: A published law that says where the optimum is expected: see `isoflop scaling plan --help`.
-        workers: So many worker processes instead of this one.
-        dry_run: Say what would run and what it costs, and stop.
+        branches: Whether runs of one size branch off one base run with a cooldown, instead of the definition's setting.
+        law: A published law that places the expected optimum: see `isoflop scaling plan --help`.
+        workers: Train in this many worker processes instead of this one.
+        dry_run: Print what would run and what it costs, and stop.
         json: Also write the report's document to this file (with --dry-run: the plan).
     """
     from experiments.commands.options import write_document
@@ -56,7 +56,7 @@ def run(
 
 
 def _with_budgets(design: "Design", data: Path, out: Path) -> "Design":
-    """Return a design in hours with the budgets that fit into them: those of a study that is under way stay."""
+    """Return a design in hours with the budgets that fit into them; a study that has begun keeps its budgets."""
     from experiments.scaling.study.cost import plan_study
     from experiments.scaling.study.run import read_study
 

@@ -1,4 +1,4 @@
-"""The options that `isoflop sweep run` and `plan` share: the definition of a sweep on the command line."""
+"""Define the options of `isoflop sweep run` and `plan`: the definition of a sweep on the command line."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class SweepOptions:
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """The folder of the sweep. The same command again resumes it; other axes, seeds or trials are added to it."""
     steps: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Updates of each trial, unless an axis says steps, tokens or tokens_per_parameter."""
+    """Updates of each trial, unless an axis gives steps, tokens or tokens_per_parameter."""
     set: Axes = ()
     """Axes, in all combinations: NAME=v1,v2 or NAME=logspace:LOW:HIGH:COUNT; to draw: NAME=loguniform:LOW:HIGH."""
     space: Annotated[Path | None, tyro.conf.arg(metavar="FILE.py")] = None
@@ -62,7 +62,7 @@ class SweepOptions:
     policy: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every trial to its end; halving, hyperband: the worse stop early; population: they copy the better."""
     eta: Annotated[float, tyro.conf.arg(metavar="X")] = 3.0
-    """Halving and hyperband: one in so many trials goes on from each rung."""
+    """Halving and hyperband: one in ETA trials continues from each rung."""
     min_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 1 / 9
     """Halving and hyperband: the first rung, over a trial's tokens."""
     interval_fraction: Annotated[float, tyro.conf.arg(metavar="X")] = 0.1
@@ -75,12 +75,12 @@ class SweepOptions:
     """Where workers find each other: postgresql+psycopg://… (a password is not written down: see PGPASSWORD),
     journal:FILE; SQLite in the sweep's folder by default."""
     lanes: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """At most so many trials in one program, vmapped; by default as many as memory holds."""
+    """Largest number of vmapped trials in one program; by default as many as memory holds."""
     evaluate_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
-    """Tokens of the validation split, the same for all trials; all of them where it has fewer."""
+    """Tokens of the validation split, the same for all trials; all of them if it has fewer."""
 
     def define(self) -> "Sweep":
-        """Return the sweep: what the options say, and what the folder already holds of it. Nothing is written."""
+        """Return the sweep with these options, merged with the definition in its folder. Nothing is written."""
         import jax
 
         from experiments.inputs import read_changes
@@ -89,7 +89,7 @@ class SweepOptions:
         from experiments.sweep.definition import define
 
         settings = _SETTINGS.get(self.policy, ())
-        self._say_unused(settings)
+        self._warn_about_unused(settings)
         base = read_changes(self.base)
         start: dict[str, Any] = {}
         seq_len, steps = self.seq_len, self.steps
@@ -135,7 +135,7 @@ class SweepOptions:
             forgetting=self.forgetting,
             **start,
         )
-        self._say_what_is_cut(sweep)
+        self._warn_about_limits(sweep)
         return sweep
 
     def tuning(self) -> "Tuning | None":
@@ -154,8 +154,8 @@ class SweepOptions:
             seq_len=self.seq_len,
         )
 
-    def _say_unused(self, settings: Sequence[str]) -> None:
-        """Say which settings of other policies were given."""
+    def _warn_about_unused(self, settings: Sequence[str]) -> None:
+        """Warn about settings of other policies."""
         from experiments.commands.options import say_unused
 
         others = {name for names in _SETTINGS.values() for name in names} - set(settings)
@@ -164,8 +164,8 @@ class SweepOptions:
         if self.sampler == "all":
             say_unused("without --sampler", SweepOptions, sampler_seed=self.sampler_seed)
 
-    def _say_what_is_cut(self, sweep: "Sweep") -> None:
-        """Say which of the requested numbers are larger than what exists."""
+    def _warn_about_limits(self, sweep: "Sweep") -> None:
+        """Warn about requested numbers that exceed what exists."""
         from experiments.commands.options import say_fewer_tokens
         from experiments.sweep.space import Values
         from experiments.sweep.trials import expected_trials
@@ -199,10 +199,10 @@ Options = Annotated[SweepOptions, tyro.conf.arg(name="")]
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
-    """Who does the work of a sweep."""
+    """The workers of a sweep."""
 
     workers: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """So many worker processes instead of this one."""
+    """Train in this many worker processes instead of this one."""
     launcher: Literal["local", "slurm"] = "local"
     """Where they run: on this machine, or as jobs of a Slurm cluster that shares the folders. Jobs on several machines
     need a --storage that all reach, PostgreSQL or a journal: SQLite is not safe on network disks."""

@@ -1,4 +1,4 @@
-"""`isoflop sweep plan`: what a sweep would run, and what it costs and needs, before anything runs."""
+"""Implement `isoflop sweep plan`: the trials of a sweep and their cost, before anything runs."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from experiments.words import counted
 def plan(options: Options, *, probe: bool = True, json: JsonFile = None) -> None:
     """Show what a sweep would run: trials by static shape, lanes, compiles, tokens, FLOPs, bytes and hours.
 
-    Nothing is trained but a few steps on random tokens, which say how fast this machine is. Nothing is written.
+    Only a few steps on random tokens are trained, to time this machine. Nothing is written.
 
     Example: isoflop sweep plan study-24 --data data/sotu --out sweeps/lr --steps 200
     --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
 
     Args:
-        probe: Time the training step of the smallest and the largest shape; --no-probe does not, and says no hours.
+        probe: Time the training step of the smallest and the largest shape; --no-probe gives no hours.
         json: Also write the plan to this file.
     """
     from experiments.commands.options import write_document

@@ -1,4 +1,4 @@
-"""`isoflop sweep replay`: what a search or successive halving would have needed on a sweep that was run in full."""
+"""Implement `isoflop sweep replay`: what a search or successive halving would have needed on a recorded sweep."""
 
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,25 @@ def replay(
     json: JsonFile = None,
     plot: PlotFile = None,
 ) -> None:
-    """Search a recorded grid again and again: how many trials until the best region, and until it is named best.
+    """Replay searches on a recorded grid: how many trials until the best region is tried, and until it is selected.
 
-    The best region are the points whose mean is within one standard deviation of one run (over seeds) of the best mean.
-    A trial is answered with the loss of a random seed of its point; nothing is trained. Of a sweep's folder, successive
-    halving is replayed too: the tokens that it would have used, and whether it would have kept the winner.
+    The best region is the set of points whose mean is within one standard deviation of a single run (over seeds) of the
+    best mean. A trial returns the loss of a random seed of its point; nothing is trained. For a sweep's folder,
+    successive halving is replayed too: the tokens that it would have used, and whether it would have kept the winner.
 
     Example: isoflop sweep replay sweeps/lr --samplers random tpe gp --replays 20 --json replay.json
 
     Args:
         source: A sweep's folder, or a table of its results (CSV, one run a row, with a column loss).
-        samplers: Of random, quasirandom, tpe, gp (needs torch), cmaes.
+        samplers: One or more of random, quasirandom, tpe, gp (needs torch), cmaes.
         replays: Searches of each sampler, with the seeds 0, 1, …
         trials: Trials of each search; by default as many as the grid has points.
         batch: Trials that are requested before any of them is reported, as lanes are.
-        axes: The varied columns; by default those that vary and are no result.
-        eta: Of successive halving: one in so many points goes on.
-        min_fraction: Of successive halving: the first rung over the whole of the tokens.
+        axes: The varied columns; by default all columns that vary, except results.
+        eta: For successive halving: one in ETA points continues.
+        min_fraction: For successive halving: tokens at the first rung, as a fraction of all.
         json: Also write the numbers to this file.
-        plot: Draw the share of searches that are there, against trials (.svg, .png or .pdf).
+        plot: Draw the share of searches that have reached the region, over trials (.svg, .png or .pdf).
     """
     from experiments.commands.options import check_plot, write_document, write_plot
     from experiments.sweep.search.recorded import read_recorded
@@ -70,7 +70,7 @@ def replay(
 
 
 def show(document: dict[str, Any]) -> None:
-    """Print what was found."""
+    """Print the replay's results."""
     from experiments.commands.options import console, new_table
 
     out = console()
@@ -82,7 +82,7 @@ def show(document: dict[str, Any]) -> None:
     )
     searches = f"{counted(document['replays'], 'search', 'searches')} of {counted(document['budget'], 'trial')}"
     out.print(f"trials until …, median (quartiles) over {searches}", highlight=False)
-    table = new_table("sampler", "it tries the best region", "it names it best, to the end")
+    table = new_table("sampler", "first in the best region", "best point stays in it")
     for name, found in document["samplers"].items():
         table.add_row(name, *(_quartiles(found[f"{kind}_quartiles"], document) for kind in ("first", "settled")))
     out.print(table)
@@ -100,7 +100,7 @@ def show(document: dict[str, Any]) -> None:
         highlight=False,
     )
     if halving["rungs"] == "training":
-        out.print("the losses at its rungs are of training: the runs were not validated there", highlight=False)
+        out.print("training losses were used at its rungs: the runs were not validated at them", highlight=False)
 
 
 def _quartiles(quartiles: list[int | None], document: dict[str, Any]) -> str:

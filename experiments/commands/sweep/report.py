@@ -1,4 +1,4 @@
-"""`isoflop sweep report`: what a sweep has found, as one page and as tables."""
+"""Implement `isoflop sweep report`: the results of a sweep, as one page and as tables."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +14,10 @@ def report(
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Write what a sweep has found, finished or not, as one HTML page that needs no network.
+    """Write the results of a sweep, finished or not, as one HTML page that works offline.
 
-    Beside it, in the sweep's folder, every trial as a row of results.csv and results.parquet. With --out nothing is
-    written but that page.
+    Every trial is also written as a row of results.csv and results.parquet in the sweep's folder. With --out only the
+    page is written.
 
     Example: isoflop sweep report sweeps/lr --json sweeps/lr/report.json
 

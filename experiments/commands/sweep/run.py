@@ -1,5 +1,4 @@
-"""`isoflop sweep run`, `resume`, `status` and `worker`: many settings, in as few programs as there are
-shapes."""
+"""Implement `isoflop sweep run`, `resume`, `status` and `worker`."""
 
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ def run(
     dry_run: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Train every trial of a sweep as a lane of one program per static shape; the same command again goes on.
+    """Train every trial of a sweep as a lane of one program per static shape; the same command resumes it.
 
     Example: isoflop sweep run study-24 --data data/sotu --out sweeps/lr --steps 200
     --set learning_rate=logspace:1e-3:1e-1:5 num_layers=2,4 --seeds 3
@@ -39,7 +38,7 @@ def run(
     --set beta=0.03,0.1,0.3,1 learning_rate=1e-6,3e-6,1e-5 --objective accuracy --seeds 2
 
     Args:
-        dry_run: Say what would run, what it costs and needs, and stop.
+        dry_run: Print what would run, what it costs and needs, and stop.
         json: Also write the summary to this file.
     """
     from experiments.sweep.run import begin
@@ -66,17 +65,17 @@ def resume(
     workers: Workers = ONE_WORKER,
     json: JsonFile = None,
 ) -> None:
-    """Go on with a sweep as it was defined, wherever its folder lies now.
+    """Resume a sweep as it was defined, also after its folder was moved.
 
     Example: isoflop sweep resume sweeps/lr --retry-failed
 
     Args:
         folder: The folder of the sweep.
-        retry_failed: Try again what an exception ended.
-        data: Where the sweep's data lie now, if they were moved.
-        base: Where the model lies now that its trials start from, if it was moved.
-        storage: Where the sweep's storage is now, if it was moved.
-        new_id: Make a copied folder a sweep of its own, in the same storage, with what its runs have found.
+        retry_failed: Retry the trials that an exception ended.
+        data: The new folder of the sweep's data, if they were moved.
+        base: The new path of the model that the trials start from, if it was moved.
+        storage: The new address of the sweep's storage, if it was moved.
+        new_id: Make a copied folder a sweep of its own, in the same storage, with the results of its runs.
         json: Also write the summary to this file.
     """
     from experiments.sweep.checks import check_data, check_weights
@@ -95,13 +94,13 @@ def resume(
 
 
 def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: JsonFile = None) -> None:
-    """Show the state of a sweep: its cohorts, the best so far with its noise, what is left.
+    """Show the state of a sweep: its cohorts, the best so far with its noise, the remaining work.
 
     Example: isoflop sweep status sweeps/lr --watch
 
     Args:
         folder: The folder of the sweep.
-        watch: Keep showing it, until the sweep is done.
+        watch: Update until the sweep is done.
         json: Also write it to this file.
     """
     from experiments.commands.options import console, write_document
@@ -133,16 +132,16 @@ def worker(
     heartbeat: int = 15,
     grace: int = 90,
 ) -> None:
-    """Run one worker of a sweep, as --workers and --launcher start it; any number may run, on any machine.
+    """Run one worker of a sweep, as --workers and --launcher do; any number may run, on any machine.
 
     Example: isoflop sweep worker sweeps/lr
 
     Args:
         folder: The folder of the sweep, as this machine sees it.
-        data: The sweep's data, where this machine sees them elsewhere.
-        base: The model that its trials start from, where this machine sees it elsewhere.
-        heartbeat: Seconds between its signs of life.
-        grace: Seconds without one after which another worker counts as dead.
+        data: The sweep's data, if their path differs on this machine.
+        base: The model that its trials start from, if its path differs on this machine.
+        heartbeat: Seconds between its heartbeats.
+        grace: Seconds without a heartbeat after which another worker counts as dead.
     """
     from experiments.sweep.checks import check_data, check_weights
     from experiments.sweep.ledger import Ledger
@@ -183,7 +182,7 @@ def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | N
         print(f"isoflop: {sentence}", file=sys.stderr)
     _stop_at_failures(ledger)
     if not summary["standing"]["done"]:
-        print("isoflop: the workers ended before the sweep; `isoflop sweep resume` goes on", file=sys.stderr)
+        print("isoflop: the workers ended before the sweep; `isoflop sweep resume` continues", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Figures of fitted scaling laws: fits in, a matplotlib Figure out; nothing is shown or saved."""
+"""Draw fitted scaling laws: fits in, a matplotlib Figure out; nothing is shown or saved."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -38,12 +38,12 @@ PARAMS = "parameters N"
 TOKENS = "training tokens D"
 FLOPS = "compute C (FLOPs)"
 WIDE = 60.0  # largest over smallest compute, from where a panel has no room for 3×10^n between the powers of ten
-MANY_VALLEYS = 12  # more of them are told apart by a scale of colours, not by name
+MANY_VALLEYS = 12  # more are distinguished by a colour scale, not by name
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey 1977, "Exploratory Data Analysis", section 2D)
 
 
 def drawn_of(shown: int, runs: int) -> str:
-    """Return the end of a title where a figure shows fewer runs than there are; else nothing."""
+    """Return the end of a figure's title if it shows only part of the runs; else ""."""
     return "" if shown == runs else f", {shown:,} of {runs:,} runs"
 
 
@@ -77,14 +77,14 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
     if valleys:
         sizes = np.concatenate([valley.params for valley in valleys])
         log_axis(axes.xaxis, sizes.min(), sizes.max())
-        _leave_far_losses_out(axes, np.concatenate([valley.loss for valley in valleys]))
+        _cut_off_high_losses(axes, np.concatenate([valley.loss for valley in valleys]))
     axes.set(xlabel=PARAMS, ylabel=LOSS, title="IsoFLOP valleys")
     if not many:
         legend_aside(axes, title=FLOPS)
 
 
-def _leave_far_losses_out(axes: Any, losses: np.ndarray) -> None:
-    """End the axis below losses that would press all others flat, and say how many they are."""
+def _cut_off_high_losses(axes: Any, losses: np.ndarray) -> None:
+    """End the axis below very high losses, so that the others stay readable, and note how many are cut off."""
     lower, upper = np.percentile(losses, [25, 75])
     far = losses > upper + FAR_OUT * (upper - lower)
     if far.any() and not far.all():
@@ -130,7 +130,7 @@ def _draw_optimal(
         seen.append(line)
         try:
             low, high = fit.optimal_interval(grid)[name]
-        except ValueError:  # the table tells no noise: a line without a band
+        except ValueError:  # the noise is unknown: a line without a band
             continue
         bands = ", 95 % bands"
         axes.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -166,7 +166,7 @@ def compute_optimal(
     """Draw N*(C) and D*(C); at least one of the first two fits is needed.
 
     others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
-    budgets that no fit has seen.
+    budgets that were held out of all fits.
     """
     panels = new_panels(2, 3.4)
     for panel, name in zip(panels, ("params", "tokens"), strict=True):

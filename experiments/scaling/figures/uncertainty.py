@@ -1,4 +1,4 @@
-"""Figures that say how far scaling laws can be trusted: loss contours, clouds of bootstrap draws, held-out runs."""
+"""Draw the uncertainty of scaling laws: loss contours, clouds of bootstrap draws, held-out runs."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -113,9 +113,7 @@ def clouds(parametric: ParametricFit | None, valleys: dict[str, IsoflopFit]) -> 
 
 @styled
 def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Draw the predicted loss with its interval beside the measured one, over N, for runs {params, loss, interval,
-    measured}.
-    """
+    """Draw predicted losses with intervals and measured ones over N, for runs {params, loss, interval, measured}."""
     left, right = new_panels(2, 3.4)
     known = [run for run in runs if run["loss"] is not None and run["measured"] is not None]
     params = np.array([run["params"] for run in known])
@@ -149,7 +147,7 @@ def held_out(runs: Sequence[dict[str, Any]]) -> list[Figure]:
 def losses(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, width: float = WIDTH) -> Figure:
     """Draw the runs themselves, for a table in which no valley was found: loss over compute, coloured by size.
 
-    With MANY_SIZES or more a line through each would be a tangle: dots alone are drawn.
+    With MANY_SIZES or more only dots are drawn, no lines.
     """
     figure = new_figure(width, 3.8)
     axes = figure.subplots()

@@ -1,1 +1,1 @@
-"""Other forms of law, and the choice between them."""
+"""Fit other forms of law, and choose between them."""

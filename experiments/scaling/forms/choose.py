@@ -1,9 +1,9 @@
-"""The choice between forms of law by the error on runs that they have not seen, not by the fit.
+"""Choose between forms of law by the error on held-out runs, not by the fit.
 
-Two tests: the largest budgets held out (extrapolation, which is what laws are for), and every group of budgets held out
-one after the other (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held
-out, all forms on the same draws, so that the *difference* of two forms has an interval. A form wins only if that
-interval excludes zero; of forms that cannot be distinguished the one with the fewest unknowns is taken.
+Two tests: the largest budgets held out (extrapolation, the purpose of laws), and cross-validation over groups of
+budgets (folds). Bootstrap draws refit each form to the runs kept and score it on a draw of the runs held out, all forms
+on the same draws, so that the *difference* of two forms has an interval. A form wins only if that interval excludes
+zero; of indistinguishable forms the one with the fewest unknowns is chosen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from experiments.scaling.forms.fit import FormFit, fit_rows
 from experiments.scaling.forms.registry import get
@@ -32,7 +32,7 @@ LEVEL = 95
 
 
 def forms_for(table: Table) -> tuple[str, ...]:
-    """Return what to choose between by default: the simple forms, and those of the table's own columns."""
+    """Return the default candidates: the simple forms, and those that use the table's optional columns."""
     more = () if table.unique_tokens is None else ("repeated-data", "repeated-data-params")
     return SIMPLE_FORMS + more + (() if table.active_params is None else ("experts",))
 
@@ -44,7 +44,7 @@ class Score:
     form: str
     unknowns: int
     objective: float | None
-    """Σ Huber_δ of the fit to all runs; None where the form was refused."""
+    """Σ Huber_δ of the fit to all runs; None if the form was refused."""
     rms: dict[str, float]
     """By test ("extrapolation", "folds")."""
     rms_interval: dict[str, tuple[float, float]]
@@ -75,7 +75,7 @@ class FormChoice:
 
     @property
     def thinned(self) -> str | None:
-        """Return what was done with fewer rows than the table has, in words; None where nothing was."""
+        """Return what was done with fewer rows than the table has, in words; None if nothing was."""
         used, rows = self.held_out["runs"], self.held_out["of_runs"]
         if used == rows:
             return None
@@ -104,11 +104,11 @@ def choose(
 ) -> FormChoice:
     """Choose between `forms` on one set of rows: those usable by all of them.
 
-    Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put
-    into FOLDS groups of equal count by compute. Of more than SAMPLE rows so many are drawn at random. `hold_out` counts
-    the largest budgets held out in the extrapolation test, which decides; the other holds out each of FOLDS groups of
-    neighbouring budgets. Raises `InputError` for forms of the frontier among others, fewer than three budgets, or where
-    no form can be fitted without the held-out runs.
+    Budgets are runs within 5 % of one compute (6·N·D without a column `flops`); runs that share no budgets are put into
+    FOLDS groups of equal count by compute. From a larger table SAMPLE rows are drawn at random. `hold_out`: the number
+    of largest budgets held out in the extrapolation test, which decides; the other test is cross-validation over FOLDS
+    groups of neighbouring budgets. Raises `InputError` for forms of the frontier among others, fewer than three
+    budgets, or where no form can be fitted without the held-out runs.
     """
     if len(set(forms)) < 2:
         raise InputError(f"a choice needs at least two different forms, got {list(forms)}")
@@ -122,7 +122,7 @@ def choose(
     whole = len(rows)
     chosen = sample(whole, SAMPLE, seed)
     rows = UsableRuns({name: values[chosen] for name, values in rows.columns.items()}, rows.dropped)
-    group = _groups(rows.columns["flops"])
+    group = _budget_indices(rows.columns["flops"])
     count = int(group.max()) + 1
     if count < MINIMUM_BUDGETS:
         raise InputError(
@@ -179,7 +179,7 @@ def choose(
     winner = min(tied, key=lambda score: (score.unknowns, score.rms[DECIDING])).form
     if rivals:
         apart = ", ".join(score.form for score in tied)
-        reason = f"{apart} cannot be told apart by the {DECIDING} error; {winner} is the simplest of them"
+        reason = f"{apart} cannot be distinguished by the {DECIDING} error; {winner} is the simplest of them"
     else:
         reason = f"{winner} has the lowest {DECIDING} error, and every other form is worse beyond noise"
     budgets = np.array([rows.columns["flops"][group == i].mean() for i in range(count)])
@@ -193,16 +193,20 @@ def choose(
     return FormChoice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 
 
-def _groups(flops: Float[np.ndarray, " rows"]) -> np.ndarray:
-    """Return each run's budget, numbered upward; scattered runs fall into FOLDS groups of equal count."""
-    groups = group_budgets(flops)
-    number = np.empty(len(flops), np.int64)
-    if len(groups) > len(flops) / 2:
-        number[np.argsort(flops, kind="stable")] = np.arange(len(flops)) * FOLDS // len(flops)
+def _budget_indices(flops: Float[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    """Return the index of each run's budget, ascending in compute.
+
+    If most budgets have a single run, the runs are divided by compute into FOLDS groups of equal size instead.
+    """
+    budgets = group_budgets(flops)
+    index = np.empty(len(flops), np.int64)
+    if len(budgets) > len(flops) / 2:
+        rank = np.arange(len(flops))
+        index[np.argsort(flops, kind="stable")] = rank * FOLDS // len(flops)
     else:
-        for i, members in enumerate(groups):
-            number[members] = i
-    return number
+        for i, members in enumerate(budgets):
+            index[members] = i
+    return index
 
 
 def _errors(

@@ -1,7 +1,7 @@
-"""Fit any form of law to a table of runs: the same objective, solver and bootstrap for all.
+"""Fit any form of law to a table of runs, with the same objective, solver and bootstrap for all.
 
-The objective is that of the parametric fit, Σ Huber_δ over natural-log residuals; every start runs until its
-gradient vanishes and the best is kept. Bootstrap draws are of runs, as counts, all solved in one batch.
+The objective is that of the parametric fit, Σ Huber_δ over natural-log residuals; every start is optimised until its
+gradient vanishes, and the best minimum is kept. Bootstrap draws are of runs, as counts, all solved in one batch.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
 from model.errors import InputError
 
-_BLOCK_ELEMENTS = 10_000  # rows × problems solved at once: the fastest of 3k, 10k and 40k measured
+_BLOCK_ELEMENTS = 10_000  # rows × problems per batch: the fastest of 3k, 10k and 40k
 
 
 @dataclass(frozen=True)
 class FormProblem:
-    """A form and the runs it is fitted to, in the solver's coordinates."""
+    """A form of law and the runs that it is fitted to, in the solver's coordinates."""
 
     form: LawForm
     features: Features
@@ -47,8 +47,8 @@ class FormProblem:
         return self.form.starts(self.features, self.log_loss, self.scale)
 
     def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None) -> Minimum:
-        """Return every problem's minimum from its own start; `weights` [problems, rows] count the runs,
-        None each once.
+        """Return every problem's minimum from its own start; `weights` [problems, rows]: how often each run counts;
+        None: once.
         """
         lower, upper = self.form.bounds(self.scale)
 
@@ -67,9 +67,7 @@ class FormProblem:
         return Minimum(*(np.concatenate([getattr(part, key) for part in parts]) for key in Minimum.__annotations__))
 
     def refit(self, best: np.ndarray, weights: Float[np.ndarray, "draws rows"]) -> np.ndarray:
-        """Return scaled θ of every weighting of the runs: the lowest minimum from `best` and a few
-        starts of the grid.
-        """
+        """Return scaled θ of every weighting: the lowest minimum from `best` and a few starts of the grid."""
         picks = np.linspace(0, len(self.grid) - 1, self.form.extra_starts + 2)[1:-1].astype(int)
         first = np.concatenate([best[None], self.grid[picks]])
         end = self.minimise(np.tile(first, (len(weights), 1)), np.repeat(weights, len(first), axis=0))
@@ -106,9 +104,7 @@ class FormFit:
 
     @cached_property
     def draws(self) -> Float[np.ndarray, "draws unknowns"]:
-        """The unknowns, in the order of `form.unknowns`, refitted to tables of runs drawn with replacement; solved on
-        first use.
-        """
+        """The unknowns (order: `form.unknowns`) refitted to bootstrap tables; solved on first use."""
         rng = np.random.default_rng(self.seed)
         counts = resample(self.form, self.rows.columns, rng, self.bootstraps)
         return self.form.natural(self.problem.refit(self.scaled, counts), self.problem.scale)
@@ -161,14 +157,13 @@ def fit_form(
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> FormFit:
-    """Fit the form `name` to a `Table` or to columns by name (params, tokens, flops, unique_tokens, active_params,
-    loss).
+    """Fit the form `name` to a `Table` or to columns by name (params, tokens, …, loss).
 
-    A form of the frontier (L(C)) is fitted to the runs that no cheaper run beats, the others being listed as
-    dropped. Of noisy runs at nearly equal compute these are the lucky ones, so that the law comes out a little low:
-    give it the optima of the budgets (`fit_isoflop(...).optima`) where there are any.
+    A form of the frontier (L(C)) is fitted to the runs that no cheaper run beats, the others being listed as dropped.
+    Among noisy runs of similar compute this selects low losses, which biases the law downward: prefer the optima of
+    budgets (`fit_isoflop(...).optima`) if there are any.
 
-    Raises `InputError` where the runs cannot carry the form's unknowns, and says why.
+    Raises `InputError`, with the reason, if the runs cannot determine the form's unknowns.
     """
     check_settings(delta, bootstraps)
     form = get(name)

@@ -1,7 +1,7 @@
-"""What a form of scaling law is: formula, columns, unknowns, and the terms behind them.
+"""Define forms of scaling laws: formula, columns, unknowns and terms.
 
-A form is a sum of terms, each the exponential of log(coefficient) − Σ rate·feature, a feature being the logarithm of
-a column or a product of two. The solver sees scaled unknowns: features are centred on the table's mean, rates are
+A form is a sum of terms, each the exponential of log(coefficient) − Σ rate·feature, a feature being the logarithm of a
+column or a product of two. The solver works on scaled unknowns: features are centred on the table's mean, rates are
 multiplied by the features' spread; `natural` undoes both.
 """
 
@@ -18,7 +18,7 @@ from experiments.scaling.law.intervals import exponential
 
 START_RATES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 LARGEST_RATE = 10.0
-FADED = 30.0  # a term may fade to e^−30 of the smallest loss: a floor there is E = 0
+FADED = 30.0  # a term may shrink to e^−30 of the smallest loss: a floor there counts as E = 0
 
 Columns = Mapping[str, np.ndarray]
 Features = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ Features = dict[str, np.ndarray]
 def features_of(columns: Columns) -> Features:
     """Return ln N, ln D … of the columns present.
 
-    With active parameters N is those, and G the expansion total/active.
+    With a column of active parameters N counts those, and G is the ratio total/active.
     """
     logs = {name: np.log(values) for name, values in columns.items()}
     found = {}
@@ -47,7 +47,7 @@ def features_of(columns: Columns) -> Features:
 
 @dataclass(frozen=True)
 class SolverScale:
-    """Where the solver's coordinates come from: the features' centres, the rates' units, the range of log losses."""
+    """The solver's coordinates: the features' centres, the rates' units, the range of log losses."""
 
     centre: dict[str, float]
     unit: dict[str, float]
@@ -63,14 +63,14 @@ class LawForm:
     formula: str
     source: str
     needs: tuple[str, ...]
-    """Columns, beside the loss."""
+    """Columns, besides the loss."""
     parts: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     signed: tuple[str, ...] = ()
     """Rates that may have either sign; the others are positive."""
     frontier: bool = False
     """A law of the best runs of each budget only."""
     extra_starts: int = 1
-    """Starts of a bootstrap draw, beside the best fit to the table."""
+    """Starts of a bootstrap draw, besides the best fit to the table."""
     rates: tuple[str, ...] = field(init=False)
     coefficients: tuple[str, ...] = field(init=False)
 
@@ -106,14 +106,14 @@ class LawForm:
         return Terms([theta @ jacobian[0] for jacobian in jacobians], jacobians)
 
     def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
-        """Return the box of scaled θ: terms may fade, rates lie in 0…10 or −10…10."""
+        """Return the box of scaled θ: terms may vanish, rates are in [0, 10] or [−10, 10]."""
         span = [LARGEST_RATE * scale.unit[rate] for rate in self.rates]
         lower = [-most if rate in self.signed else 0.0 for rate, most in zip(self.rates, span, strict=True)]
         count = len(self.coefficients)
         return np.array([scale.lowest - FADED] * count + lower), np.array([scale.highest + FADED] * count + span)
 
     def natural(self, theta: Float[np.ndarray, "problems unknowns"], scale: SolverScale) -> np.ndarray:
-        """Return θ in the units of the columns, [problems, unknowns]; a floor that faded to its bound is 0."""
+        """Return θ in the units of the columns, [problems, unknowns]; a floor at its lower bound is returned as 0."""
         values = np.array(theta)
         for k, rate in enumerate(self.rates, start=len(self.coefficients)):
             values[:, k] /= scale.unit[rate]
@@ -125,9 +125,7 @@ class LawForm:
         return values
 
     def starts(self, features: Features, log_loss: np.ndarray, scale: SolverScale) -> np.ndarray:
-        """Return a grid over the positive rates; given them the law is linear, so coefficients are least squares of
-        L̂/L.
-        """
+        """Return a grid over the positive rates; the coefficients follow from linear least squares on L̂/L."""
         grid = itertools.product(*([0.0] if rate in self.signed else START_RATES for rate in self.rates))
         units = np.array([scale.unit[rate] for rate in self.rates])
         return self.with_coefficients(np.array(list(grid)) * units, features, log_loss, scale)
@@ -135,13 +133,13 @@ class LawForm:
     def with_coefficients(
         self, rates: np.ndarray, features: Features, log_loss: np.ndarray, scale: SolverScale
     ) -> Float[np.ndarray, "starts unknowns"]:
-        """Starts at the given scaled rates, with the coefficients that least squares finds."""
+        """Return starts at the given scaled rates, with coefficients from least squares."""
         count = len(self.coefficients)
         theta = np.concatenate([np.zeros((len(rates), count)), rates], axis=1)
         basis = np.exp(np.stack(self.terms(theta, features, scale).values, axis=2) - log_loss[:, None])
         for start, matrix in zip(theta, basis, strict=True):
             linear, _ = nnls(matrix, np.ones(len(log_loss)))
-            # A term that least squares switches off starts small instead: from −∞ nothing returns.
+            # A term that least squares sets to zero starts small instead: its logarithm could not leave −∞.
             start[:count] = np.log(np.maximum(linear, 1e-3 * np.exp(scale.lowest)))
         return theta
 

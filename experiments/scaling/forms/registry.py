@@ -1,4 +1,4 @@
-"""The forms that a scaling law can take, by name."""
+"""Register the forms of scaling laws by name."""
 
 import itertools
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""The data-constrained law (Muennighoff et al. 2023, arXiv 2305.16264, section 3): what repeating is worth.
+"""Define the data-constrained law (Muennighoff et al. 2023, arXiv 2305.16264, section 3): the worth of repeated data.
 
-A quantity X made of U fresh units seen 1 + R times is worth X' = U·(1 + R*·(1 − e^(−R/R*))): at first as much as
-fresh, in the end no more than U·(1 + R*). It holds for tokens (U unique of D) and for parameters beyond the
-compute-optimal number U_N for U tokens. The paper fits R* after the other unknowns; here all are fitted together, so
-that the intervals of each know the others.
+A quantity X made of U fresh units seen 1 + R times is worth X' = U·(1 + R*·(1 − e^(−R/R*))): the first repeats are
+worth as much as fresh data, all together at most U·(1 + R*). It holds for tokens (U unique of D) and for parameters
+beyond the compute-optimal number U_N for U tokens. The paper fits R* after the other unknowns; here all are fitted
+together, so that their intervals reflect each other's uncertainty.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from experiments.scaling.forms.terms import Terms
 
 START_RATES = (0.1, 0.2, 0.35, 0.5, 0.8)
 START_WORTH = (3.0, 15.0)
-LARGEST_EXCESS = 30.0  # of ln(N/U_N); wild steps go further, no law does
-WORTH = (1e-2, 1e4)  # beyond the upper bound repeats are as good as fresh
+LARGEST_EXCESS = 30.0  # bound of ln(N/U_N): only diverging steps exceed it
+WORTH = (1e-2, 1e4)  # above the upper bound repeats are as good as fresh data
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Worth:
 def worth(m: np.ndarray, rho: np.ndarray) -> _Worth:
     """Return φ and its derivatives, shapes broadcast; zero with vanishing slopes at m = 0."""
     limit = np.exp(rho)
-    z = np.minimum(np.expm1(m) / limit, 500.0)  # beyond, e^−z is nothing; and nothing overflows
+    z = np.minimum(np.expm1(m) / limit, 500.0)  # e^−z is 0 beyond, and nothing overflows
     left = np.exp(-z)
     gain = -limit * np.expm1(-z)
     whole = 1 + gain
@@ -147,7 +147,7 @@ class RepeatedForm(LawForm):
         return np.clip(m, 0.0, LARGEST_EXCESS), d_m, second
 
     def bounds(self, scale: SolverScale) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds; rates stay above zero, as U_N divides by them, and R* lies in 0.01 … 10,000."""
+        """Return the bounds; rates stay above zero, as U_N divides by them, and R* is in [0.01, 10,000]."""
         lower, upper = super().bounds(scale)
         lower[3:5] = [1e-3 * scale.unit[rate] for rate in self.rates]
         extra = len(self.unknowns) - 5

@@ -1,4 +1,4 @@
-"""The runs that a form of law is fitted to: which columns, which rows, and whether they can carry it."""
+"""Select the columns and rows that a form of law is fitted to, and check that they determine it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,7 @@ class UsableRuns:
 
 
 def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns:
-    """Return the columns a form needs and the loss; non-finite and non-positive numbers and exact duplicates are
-    dropped.
+    """Return the columns that a form needs, without non-finite or non-positive numbers and duplicates.
 
     Rows come back sorted, so that nothing depends on the order of the table. Where `flops` is requested and absent
     it is 6·N·D. Raises `InputError` for a column that is missing, is not of numbers, or differs in length.
@@ -89,7 +88,7 @@ def reason_against(form: LawForm, columns: Mapping[str, np.ndarray]) -> str | No
     if rows <= len(form.unknowns):
         unknowns = len(form.unknowns)
         return (
-            f"{counted(rows, 'usable run')} cannot carry the {unknowns} unknowns of "
+            f"{counted(rows, 'usable run')} cannot determine the {unknowns} unknowns of "
             f"{form.name}; {unknowns + 1} or more are needed"
         )
     for name in form.needs:
@@ -102,7 +101,7 @@ def reason_against(form: LawForm, columns: Mapping[str, np.ndarray]) -> str | No
         points = np.log(np.stack([columns["params"], columns["tokens"]]))
         width, length = sorted(np.linalg.svd(points - points.mean(1, keepdims=True), compute_uv=False))
         if width < 0.01 * length:
-            return "all runs lie on one line in (log N, log D), as at a fixed D/N or a single budget; vary both"
+            return "all runs are on one line in (log N, log D), as at a fixed D/N or a single budget; vary both"
     if "unique_tokens" in form.needs and (columns["tokens"] > 1.01 * columns["unique_tokens"]).sum() < 3:
         return f"{form.name} needs at least 3 runs that saw their tokens more than once (tokens above unique_tokens)"
     if "active_params" in form.needs:

@@ -1,4 +1,4 @@
-"""Laws that are sums of terms, with the derivatives that the Newton solver asks for.
+"""Evaluate laws that are sums of terms, with the derivatives that the Newton solver needs.
 
 log L̂ = τ·log Σ_j exp(u_j(θ)/τ): at τ = 1 the terms e^u_j add, and a temperature that is itself an unknown gives the
 form of Kaplan et al. 2020. Let p_j be the terms' shares, S the log-sum-exp, and w_j = ∇u_j − (u_j/τ)·∇τ. Then

@@ -1,1 +1,1 @@
-"""Approach 3: the parametric law, its exact solver and its intervals."""
+"""Fit the parametric law (approach 3): its exact solver and its intervals."""

@@ -1,7 +1,7 @@
-"""A batched Newton solver for the Huber objective of a parametric scaling law.
+"""Solve the Huber objective by a batched Newton method, of a parametric scaling law.
 
-One call minimises a batch of problems (starts, bootstrap draws); `minimise` is of the three terms
-E + A·N^−α + B·D^−β, each problem
+One call minimises a batch of problems (starts, bootstrap draws); `minimise` is for the three terms E + A·N^−α + B·D^−β,
+each problem
 
     f(θ) = Σ_i w_i · Huber_δ( LSE(e, a − α·x_i, b − β·y_i) − l_i )
 
@@ -29,7 +29,7 @@ Derivatives = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where each problem of a batch ended."""
+    """The end point of each problem of a batch."""
 
     theta: Float[np.ndarray, "problems unknowns"]
     objective: Float[np.ndarray, "problems"]
@@ -118,8 +118,7 @@ def newton(
 ) -> Minimum:
     """Minimise the Huber objective of any law; `evaluate(theta, weights)` gives it with its two derivatives.
 
-    A problem leaves the batch when its projected gradient vanishes, or when no step however short lowers
-    its objective any more.
+    A problem leaves the batch when its projected gradient vanishes, or when no step lowers its objective.
     """
     theta = np.clip(theta, lower, upper)
     identity = np.eye(theta.shape[1])
@@ -183,9 +182,7 @@ def newton(
 def best_of(
     objective: Float[np.ndarray, " starts"], gradient: Float[np.ndarray, " starts"], rows: int, delta: float
 ) -> tuple[int, int]:
-    """Return (the start whose end is taken, how many ended as low): of equal minima the one that is closest to
-    stationary.
-    """
+    """Return (index of the best start, starts with the same minimum); ties go to the smallest gradient."""
     # The absolute part is the objective of residuals of 1e-7, which decides on tables without noise.
     tolerance = SAME_OBJECTIVE * objective.min() + rows * float(huber(np.array(1e-7), delta))
     lowest = objective <= objective.min() + tolerance

@@ -1,4 +1,4 @@
-"""Percentile intervals of bootstrap draws, infinite ones included, in the shape that every fit hands out."""
+"""Compute percentile intervals of bootstrap draws, infinite ones included, in the form that every fit returns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 LEVELS = (80, 95)
 LARGEST_LOG = 700.0  # e^700 is still a number
-MINIMUM_DISTINCT = 3  # of N and of D each: two points cannot tell a power law from its floor
+MINIMUM_DISTINCT = 3  # distinct values of N and of D each: two points cannot separate a power law from its floor
 
 Intervals = dict[str, dict[int | float, tuple[float, float]]]
 
@@ -33,7 +33,7 @@ def quantiles(draws: np.ndarray, per_cent: list[float]) -> np.ndarray:
 
 
 def percentile_interval(draws: np.ndarray, level: int | float) -> tuple[Any, Any]:
-    """Return the central `level` per cent of the draws (first axis); NaN marks a draw that broke and is left out."""
+    """Return the central `level` per cent of the draws (first axis); NaN marks a failed draw and is left out."""
     tail = (100.0 - level) / 2
     low, high = quantiles(draws, [tail, 100.0 - tail])
     return low, high
@@ -59,8 +59,8 @@ def own_interval_warnings(values: Mapping[str, float], intervals: Intervals) -> 
         if outside:
             level, low, high = max(outside)
             found.append(
-                f"{name} = {value:.4g} lies outside its own {level:g} % interval, {low:.4g} … {high:.4g}: fits to "
-                "resamples lie to one side of it, a bias that the interval does not correct"
+                f"{name} = {value:.4g} is outside its own {level:g} % interval, {low:.4g} … {high:.4g}: fits to "
+                "resamples are on one side of it, a bias that the interval does not correct"
             )
     return found
 
@@ -70,8 +70,8 @@ def draw_counts(
 ) -> Float[np.ndarray, "draws rows"]:
     """Return how often each run is drawn in `count` tables of runs drawn with replacement.
 
-    Tables of fewer than `least` different runs, or of fewer than MINIMUM_DISTINCT values in one of the columns, carry
-    no fit and are drawn again.
+    Tables of fewer than `least` different runs, or of fewer than MINIMUM_DISTINCT values in one of the columns, do not
+    determine a fit and are drawn again.
     """
     rows = len(columns[0])
     groups = [_same_value(values) for values in columns]

@@ -1,4 +1,4 @@
-"""Gross outliers by rule: runs that no noise of the table's own size explains. Never silently: each is listed."""
+"""Screen gross outliers by a rule: runs that the table's own noise does not explain. Each is listed."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-LEVEL = 1e-4  # two-sided chance of an honest run to be taken for an outlier, if noise is normal
-NOISE_FLOOR = 1e-4  # relative; no validation set tells two runs apart more finely
-CUBIC_SIZES = 6  # with as many sizes a valley's own skew is no outlier
+LEVEL = 1e-4  # two-sided probability that a valid run is taken for an outlier under normal noise
+NOISE_FLOOR = 1e-4  # relative; no validation set resolves smaller differences of runs
+CUBIC_SIZES = 6  # from this many sizes on a cubic is fitted, so that a valley's skew is not taken for outliers
 LARGEST_SHARE = 1 / 3  # of a valley's runs that may be left out
-SURFACE_DEGREES = ((5, 4), (4, 4), (3, 2))  # (degree, runs per term that it takes), the first that the runs can bear
+SURFACE_DEGREES = ((5, 4), (4, 4), (3, 2))  # (degree, runs needed per term); the first one with enough runs is used
 SURFACE_FLOOR = 5e-3  # relative; the surface follows published laws to 5e-4 over three decades, not to the last digit
 ROUNDS = 30
 ROUNDS_OF_LEAST_ABSOLUTE = 50
 
 
 def limit(freedom: float) -> float:
-    """Return how many robust standard deviations off is an outlier.
+    """Return the distance, in robust standard deviations, beyond which a run is an outlier.
 
     A median deviation has about half a standard deviation's degrees of freedom (37 % asymptotically, more in small
     samples), so that few runs need a larger distance.
@@ -31,27 +31,25 @@ def robust_scale(values: Float[np.ndarray, " values"]) -> float:
 
 
 def _studentised(u: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Return the relative residuals of a cubic (a parabola below six sizes) over √(1 − leverage); 0 where it must pass
-    through.
-    """
+    """Return relative residuals of a cubic (below six sizes: a parabola) over √(1 − leverage); 0 at leverage 1."""
     degree = 3 if len(np.unique(u)) >= CUBIC_SIZES else 2
     q, _ = np.linalg.qr(np.vander(u, degree + 1))
-    residual = (loss - q @ (q.T @ loss)) / np.median(loss)  # a wrong run's own fit is no measure of it
+    residual = (loss - q @ (q.T @ loss)) / np.median(loss)  # a run's own influence on the fit must not hide its error
     free = 1 - (q**2).sum(1)
     return np.where(free > 1e-9, residual / np.sqrt(np.maximum(free, 1e-9)), 0.0)
 
 
 def screen_valleys(
-    valleys: list[tuple[Float[np.ndarray, " runs"], Float[np.ndarray, " runs"]]],
-    first: list[Bool[np.ndarray, " runs"]],
-) -> tuple[list[Bool[np.ndarray, " runs"]], list[float], list[bool]]:
+    valleys: list[tuple[Float[np.ndarray, " _runs"], Float[np.ndarray, " _runs"]]],
+    first: list[Bool[np.ndarray, " _runs"]],
+) -> tuple[list[Bool[np.ndarray, " _runs"]], list[float], list[bool]]:
     """Return which runs of each valley (u, loss) to keep, how far off each valley's worst was, and what cannot be
     decided.
 
-    `first` are the runs that `screen_surface` keeps. One noise serves all budgets. The run farthest off its valley's
-    curve is left out while it is beyond the limit; where that would take more than a third of a budget's runs, or
-    leave no run to disagree with the curve, all are kept and the budget is marked as undecided: something is wrong
-    in it, and nothing says which run.
+    `first` are the runs that `screen_surface` keeps. One noise level is estimated for all budgets. The run farthest off
+    its valley's curve is left out while it is beyond the limit; if that would remove more than a third of a budget's
+    runs, or leave no degree of freedom, all are kept and the budget is marked as undecided: it has an error, but not in
+    an identifiable run.
     """
     keep = [
         kept if len(np.unique(u[kept])) >= 4 else np.ones(len(u), bool)
@@ -91,10 +89,11 @@ def screen_valleys(
 def screen_residuals(
     residuals: Float[np.ndarray, " rows"], fitted: Bool[np.ndarray, " rows"], unknowns: int
 ) -> Bool[np.ndarray, " rows"]:
-    """Return which runs to keep, by a law with so many unknowns that was fitted robustly to some of them.
+    """Return which runs to keep, by a law (`unknowns` is the number of its unknowns) that was fitted robustly to some
+    of them.
 
-    The noise is that of the `fitted` runs. The unknowns make the residuals of the best fit too small, by
-    √(rows / (rows − unknowns)) on average.
+    The noise is that of the `fitted` runs. The residuals of the best fit are too small by √(rows / (rows − unknowns))
+    on average, because of the fitted unknowns.
     """
     count = int(fitted.sum())
     freedom = max(count - unknowns, 1)
@@ -105,15 +104,15 @@ def screen_residuals(
 def screen_surface(
     budget: Int[np.ndarray, " runs"], log_n: Float[np.ndarray, " runs"], log_c: Float[np.ndarray, " runs"], loss: Any
 ) -> Bool[np.ndarray, " runs"]:
-    """Return which runs to keep by what all valleys say together; everything where they are too few to say anything.
+    """Return which runs to keep, judged by all valleys together; all runs if there are too few to judge.
 
-    One valley alone cannot tell which of its outer runs is wrong: a curve with an edge of its own follows it there.
-    But valleys change slowly with the budget: ln L is taken for a polynomial in ln N and ln C, of third degree or of
-    more where there are runs to bear it, with a level of its own for each budget, so that a budget which is shifted
-    as a whole condemns no run. It is fitted by least absolute residuals, which outliers cannot pull, and then by
-    least squares to the runs within the limit, until those no longer change (reweighted least squares, in the manner
-    of Rousseeuw & Leroy 1987, "Robust Regression and Outlier Detection"). Budgets of which more than a third would go
-    keep all: they disagree with the others rather than with themselves.
+    One valley alone cannot show which of its outer runs is wrong: at its edge the curve follows the run. But valleys
+    change slowly with the budget: ln L is taken for a polynomial in ln N and ln C, of third degree, or higher with
+    enough runs, with a separate level for each budget, so that a budget which is shifted as a whole makes no run an
+    outlier. It is fitted by least absolute residuals, which outliers cannot pull, and then by least squares to the runs
+    within the limit, until those no longer change (reweighted least squares, in the manner of Rousseeuw & Leroy 1987,
+    "Robust Regression and Outlier Detection"). A budget that would lose more than a third of its runs keeps all: it is
+    the budget that disagrees, not single runs.
     """
     names, place, count = np.unique(budget, return_inverse=True, return_counts=True)
     keep = np.ones(len(budget), bool)
@@ -131,12 +130,12 @@ def screen_surface(
     terms = len(names) + basis.shape[1]
     y = np.log(loss)
     residuals = np.abs(_least_absolute(basis, place, y))
-    # As many residuals as terms vanish at the least absolute sum, and say nothing of the noise.
+    # At the least absolute sum as many residuals as terms are zero; they carry no information on the noise.
     scale = robust_scale(np.sort(residuals)[terms:])
     keep = residuals <= max(limit(len(keep) - terms) * scale, SURFACE_FLOOR)
     for _ in range(ROUNDS):
         signed, leverage = _weighted_fit(basis, place, y, keep.astype(np.float64))
-        # A run that took part bends the surface towards itself; one that did not is predicted with an error.
+        # A fitted run pulls the surface towards itself; a run that was not fitted is predicted with an error.
         residuals = np.abs(signed) / np.sqrt(np.where(keep, np.maximum(1 - leverage, 1e-9), 1 + leverage))
         bound = limit(max(int(keep.sum()) - terms, 1)) * robust_scale(residuals[keep])
         again = residuals <= max(bound, SURFACE_FLOOR)
@@ -148,9 +147,7 @@ def screen_surface(
 
 
 def _centred(values: np.ndarray, place: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the values [runs, columns] less the weighted mean of their budget; less nothing where a budget has no
-    weight.
-    """
+    """Return the values [runs, columns] minus the weighted mean of their budget (0 for a budget without weight)."""
     total = np.bincount(place, weights)
     sums = np.stack([np.bincount(place, weights * column, len(total)) for column in values.T], 1)
     return values - (sums / np.where(total > 0, total, 1.0)[:, None])[place]
@@ -173,11 +170,10 @@ def _weighted_fit(
 
 
 def _least_absolute(basis: np.ndarray, place: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " runs"]:
-    """Return the residuals of least Σ|residual|, by least squares reweighted with 1/|residual| (Schlossmacher 1973,
-    Journal of the American Statistical Association 68).
+    """Return the residuals of least Σ|residual|, by reweighted least squares (Schlossmacher 1973, JASA 68).
 
     Weights are bounded at a thousandth of the median residual: the sum need not be least to the last digit, only
-    unmoved by outliers. Every table has a solution, whatever its size.
+    unmoved by outliers. Every table has a solution.
     """
     weights, residuals = np.ones(len(y)), np.zeros(len(y))
     for _ in range(ROUNDS_OF_LEAST_ABSOLUTE):

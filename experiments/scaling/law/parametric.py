@@ -1,4 +1,4 @@
-"""The parametric scaling law L(N, D) = E + A·N^−α + B·D^−β (Hoffmann et al. 2022, approach 3).
+"""Fit the parametric scaling law L(N, D) = E + A·N^−α + B·D^−β (Hoffmann et al. 2022, approach 3).
 
 The objective is the *sum* over runs of Huber_δ(log L̂ − log L). Besiroglu et al. 2024 (arXiv 2404.10102)
 showed why it matters to sum and to converge: averaged, the objective is so small that an optimiser's
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments.inputs import check_at_least_one
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
 from experiments.scaling.law.outliers import ROUNDS, screen_residuals
@@ -22,9 +21,10 @@ from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricP
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
 from experiments.words import counted
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError
 
-MINIMUM_ROWS = 6  # five unknowns and one row to disagree with them
+MINIMUM_ROWS = 6  # five unknowns and one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def law(theta: Float[np.ndarray, "*draws 5"], N: Any, D: Any) -> Any:
     N, D = np.broadcast_arrays(np.asarray(N, np.float64), np.asarray(D, np.float64))
     parts = np.moveaxis(np.asarray(theta), -1, 0)
     E, A, B, alpha, beta = (part.reshape(part.shape + (1,) * N.ndim) for part in parts)
-    with np.errstate(all="ignore"):  # at the optimum of a law that lost a term N or D is 0, infinite or NaN
+    with np.errstate(all="ignore"):  # if a term of the law vanished, N or D at the optimum is 0, infinite or NaN
         return E + A * np.exp(-alpha * np.log(N)) + B * np.exp(-beta * np.log(D))
 
 
@@ -98,7 +98,7 @@ class ParametricFit:
 
     @property
     def thinned(self) -> str | None:
-        """Return what was done with fewer rows than the table has, in words; None where nothing was."""
+        """Return what was done with fewer rows than the table has, in words; None if nothing was."""
         rows = len(self.table)
         if rows <= SAMPLE:
             return None
@@ -149,13 +149,12 @@ class ParametricFit:
         return law(self.theta, N, D)[()]
 
     def predict_interval(self, N: Any, D: Any, level: int | float = 95) -> tuple[Any, Any]:
-        """Return the interval in which the measured loss of one *new* run at (N, D) should fall, in `level` per cent of
-        such runs.
+        """Return the `level` % prediction interval of the measured loss of one *new* run at (N, D).
 
-        It joins the two uncertainties that the table can speak of: the law's own (each bootstrap draw's prediction) and
-        the scatter of single runs about it (the residuals of the best fit, resampled; widened by √(n/(n−5)) as five
-        fitted numbers make residuals too small). It does not cover a law of another form beyond the ladder, nor a new
-        run trained by another recipe.
+        It combines the two uncertainties that can be estimated from the table: the law's own (each bootstrap draw's
+        prediction) and the scatter of single runs about it (the residuals of the best fit, resampled; widened by
+        √(n/(n−5)) as five fitted numbers make residuals too small). It covers neither a wrong form of law beyond the
+        ladder nor a run trained with another recipe.
         """
         residuals = self.residuals
         count = len(residuals)
@@ -202,13 +201,13 @@ def fit_parametric(
     duplicates (they are dropped, as are non-finite and non-positive rows; see `.table.dropped`).
     `bootstraps` and `seed` govern the intervals, which are computed when first requested. E = 0 is allowed.
 
-    Every usable run enters: Huber's loss bounds what a wrong one does. With `screen`, runs that no noise of the table
-    explains are left out and listed (`.outliers`). Residuals of the robust fit show which they are
-    (`outliers.screen_residuals`); the law is fitted again without them and judges all runs again until its judgement
-    no longer changes, so that it does not depend on how far the outliers bent the first fit. Where the
-    rest cannot be fitted, nothing is left out.
+    Every usable run is fitted: Huber's loss bounds the influence of a wrong one. With `screen`, runs that the noise of
+    the table does not explain are left out and listed (`.outliers`). They are found by the residuals of the robust fit
+    (`outliers.screen_residuals`); the law is fitted without them and all runs are screened again until the selection no
+    longer changes, so that it does not depend on the first fit, which the outliers biased. If the remaining runs cannot
+    be fitted, none is left out.
 
-    Raises `InputError` where the table cannot carry the five unknowns, and says why.
+    Raises `InputError`, with the reason, if the table cannot determine the five unknowns.
     """
     check_settings(delta, bootstraps)
     table = clean(params, tokens, loss)
@@ -280,17 +279,16 @@ def _screened(whole: ParametricFit) -> ParametricFit:
 
 def check_settings(delta: float | int, bootstraps: int) -> None:
     """Refuse settings that no table could make sense of."""
-    if not delta > 0:
-        raise InputError(f"delta={delta} must be positive; Hoffmann et al. use 1e-3")
+    check_number("delta", delta, above=0, hint="Hoffmann et al. use 1e-3")
     check_at_least_one(bootstraps=bootstraps)
 
 
 def _check(table: Table) -> None:
-    """Refuse what cannot carry five unknowns."""
+    """Raise InputError for a table that cannot determine five unknowns."""
     if len(table) < MINIMUM_ROWS:
         dropped = f" ({len(table.dropped)} dropped)" if table.dropped else ""
         raise InputError(
-            f"{counted(len(table), 'usable run')}{dropped} cannot carry the five unknowns of E + A·N^−α + B·D^−β; "
+            f"{counted(len(table), 'usable run')}{dropped} cannot determine the five unknowns of E + A·N^−α + B·D^−β; "
             f"at least {MINIMUM_ROWS} are needed"
         )
     for name, values in (("model size", table.params), ("token count", table.tokens)):
@@ -307,13 +305,13 @@ def _check(table: Table) -> None:
     width, length = sorted(np.linalg.svd(points, compute_uv=False))
     if width < 0.01 * length:
         raise InputError(
-            "all runs lie on one line in (log N, log D), as at a fixed D/N or a single budget; N and D cannot "
-            "be told apart, so vary them independently"
+            "all runs are on one line in (log N, log D), as at a fixed D/N or a single budget; N and D cannot "
+            "be distinguished, so vary them independently"
         )
 
 
 def _check_terms(problem: ParametricProblem, theta: np.ndarray, alpha: float, beta: float) -> None:
-    """Refuse a fit in which N or D plays no part: its exponent would be noise."""
+    """Raise InputError for a fit in which the term of N or D vanishes: its exponent would be noise."""
     _, (_, share_n, share_d) = log_law(theta[None], problem.x, problem.y)
     for letter, name, exponent, share in (("N", "alpha", alpha, share_n), ("D", "beta", beta, share_d)):
         if exponent < 1e-6 or share.max() < 1e-6:

@@ -1,4 +1,4 @@
-"""Fitting the parametric law to one table: where to start, the minimum, and the minima of resampled tables."""
+"""Fit the parametric law to one table: starting points, the minimum, and the minima of resampled tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from experiments.scaling.rows.thin import samples
 START_EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2)
 LARGEST_EXPONENT = 10.0
 NAMES = ("E", "A", "B", "alpha", "beta")
-_BLOCK_ELEMENTS = 60_000  # rows × problems solved at once: the fastest of 15k…240k measured
+_BLOCK_ELEMENTS = 60_000  # rows × problems per batch: the fastest between 15k and 240k
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,15 @@ class ParametricProblem:
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The box for θ: a term may fade to e^−30 of the smallest loss (E = 0), exponents lie in 0…10."""
+        """The box for θ: a term may shrink to e^−30 of the smallest loss (E = 0), exponents are in [0, 10]."""
         floor, ceiling = self.log_loss.min() - 30, self.log_loss.max() + 30
         steepest = [LARGEST_EXPONENT * spread for spread in self.spread]
         return np.array([floor] * 3 + [0, 0]), np.array([ceiling] * 3 + steepest)
 
     def starts(self) -> Float[np.ndarray, "starts 5"]:
-        """Return a grid over (α, β); given both the law is linear, so E, A and B start at their least-squares
-        values.
+        """Return a grid over (α, β); E, A and B, in which the law is linear, start at their least-squares values.
 
-        Relative errors are small, so that least squares of L̂/L − 1 stands for least squares of log L̂ −
-        log L.
+        Relative errors are small, so that least squares on L̂/L − 1 approximates least squares on log L̂ − log L.
         """
         weight = np.exp(-self.log_loss)[:, None]
         thetas = []
@@ -62,7 +60,7 @@ class ParametricProblem:
                 rates = alpha * self.spread[0], beta * self.spread[1]
                 terms = [np.ones_like(self.x), np.exp(-rates[0] * self.x), np.exp(-rates[1] * self.y)]
                 linear, _ = nnls(np.stack(terms, 1) * weight, np.ones(len(self.x)))
-                # A term that least squares switches off starts small instead: from −∞ nothing returns.
+                # A term that least squares sets to zero starts small instead: its logarithm could not leave −∞.
                 thetas.append([*np.log(np.maximum(linear, 1e-3 * np.exp(self.log_loss.min()))), *rates])
         return np.array(thetas)
 
@@ -89,7 +87,7 @@ class ParametricProblem:
         return tuple(np.concatenate([getattr(p, key) for p in parts]) for key in ("theta", "objective", "gradient"))
 
     def natural(self, theta: Float[np.ndarray, "problems 5"]) -> Float[np.ndarray, "problems 5"]:
-        """Return (E, A, B, α, β) in the units of N, D and L. A floor that faded to its bound is E = 0."""
+        """Return (E, A, B, α, β) in the units of N, D and L. A floor at its lower bound is returned as E = 0."""
         alpha, beta = theta[:, 3] / self.spread[0], theta[:, 4] / self.spread[1]
         E = np.where(theta[:, 0] <= self.bounds[0][0] + 1.0, 0.0, np.exp(theta[:, 0]))
         A = exponential(theta[:, 1] + alpha * self.centre[0])
@@ -101,14 +99,14 @@ class ParametricProblem:
     ) -> Float[np.ndarray, "draws 5"]:
         """Refit `count` tables of runs drawn with replacement.
 
-        A draw is a vector of counts, so all draws share one set of rows. Draws that could not carry a fit
-        (fewer than five different runs, or three different N or D) are drawn again. Every draw starts from
-        the best fit and from the middle of the starting grid; its lower minimum counts. (Measured: on
-        tables of 25 and 240 runs the best of six far-apart starts was lower in fewer than 1 draw in 200.)
+        A draw is a vector of counts, so all draws share one set of rows. Draws that cannot determine a fit (fewer than
+        five different runs, or three different N or D) are drawn again. Every draw starts from the best fit and from
+        the middle of the starting grid; the lower minimum is kept. (Measured: on tables of 25 and 240 runs the best of
+        six far-apart starts was lower in fewer than 1 draw in 200.)
 
-        Of more than SAMPLE rows the draws come from separate samples of so many rows each, an equal share of the draws
-        from each: the distance between a draw's fit and its own sample's fit, times √(sample / rows), stands for the
-        distance between a draw of all rows and the fit to all rows (errors shrink with the square root of the rows).
+        For more than SAMPLE rows the draws come from disjoint samples of SAMPLE rows each, equally many from each: the
+        distance between a draw's fit and its own sample's fit, times √(sample / rows), approximates the distance
+        between a draw of all rows and the fit to all rows (errors shrink with the square root of the rows).
         """
         rows = len(self.x)
         parts = samples(rows, seed)
@@ -128,7 +126,7 @@ class ParametricProblem:
     def _draws(
         self, best: np.ndarray, count: int, rng: np.random.Generator, advance: Callable[..., None] | None
     ) -> Float[np.ndarray, "draws 5"]:
-        """Return scaled θ of `count` tables of these rows drawn with replacement."""
+        """Return the fitted θ, in scaled units, of `count` tables that are drawn with replacement from these rows."""
         weights = draw_counts((self.x, self.y), len(NAMES), rng, count)
         grid = self.starts()
         starts = np.stack([best, grid[len(grid) // 2]])
@@ -136,9 +134,11 @@ class ParametricProblem:
         draws = []
         for i in range(0, count, block):
             part = weights[i : i + block]
+            # Problem k · len(starts) + s is draw k from start s.
             theta, objective, _ = self.minimise(np.tile(starts, (len(part), 1)), np.repeat(part, len(starts), axis=0))
-            lowest = objective.reshape(len(part), len(starts)).argmin(1)
-            draws.append(theta.reshape(len(part), len(starts), 5)[np.arange(len(part)), lowest])
+            best_start = objective.reshape(len(part), len(starts)).argmin(1)
+            theta_by_start = theta.reshape(len(part), len(starts), 5)
+            draws.append(theta_by_start[np.arange(len(part)), best_start])
             if advance is not None:
                 advance(len(part))
         return np.concatenate(draws)

@@ -1,1 +1,1 @@
-"""Runs as rows: tables from anywhere, and what counts as N, D and C."""
+"""Read runs as rows: tables of any origin, and conventions of N, D and C."""

@@ -1,4 +1,4 @@
-"""Which column of someone's table is which, and the numbers in it."""
+"""Find the columns of a table and read the numbers in them."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -28,11 +28,10 @@ underscores, and without the config. and summary. of Weights & Biases."""
 
 
 def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
-    """Return the column for a role of `ALIASES`: as wanted, or where that is only the default and absent, its one
-    alias.
+    """Return the column for a role of `ALIASES`: the given name, or if the default name is absent, its alias.
 
-    A wanted name that is absent comes back as it is, for `require` to refuse. Raises `InputError` where two aliases
-    could be meant.
+    An absent given name is returned unchanged; `require` raises for it. Raises `InputError` if several aliases are
+    present.
     """
     if wanted in present or wanted != role:
         return wanted
@@ -80,7 +79,7 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
 
 
 def truth(path: Path, row: int, name: str, value: Any) -> bool:
-    """Return a yes or no, however written; empty is no."""
+    """Parse a boolean in any usual spelling; empty is False."""
     if value is None:
         return False
     text = str(value).strip().lower()

@@ -1,8 +1,8 @@
-"""One set of runs under every convention of N and C: how far the choice alone moves the exponents.
+"""Fit one set of runs under every convention of N and C, to show how far the choice moves the exponents.
 
 Kaplan et al. 2020 leave embeddings out of N and C, Hoffmann et al. 2022 count them; Porian et al. 2024 (arXiv
 2406.19146) and Pearce & Song 2024 (arXiv 2406.12907) show that this explains most of the distance between their
-exponents. Small models feel it most, as most of them is table.
+exponents. It matters most for small models, whose parameters are mostly embeddings.
 """
 
 from collections.abc import Collection, Mapping
@@ -37,7 +37,7 @@ FLOPS = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Runs with the columns that are known of `PARAMS` (counts) and `FLOPS` (of the whole run), by name."""
+    """Runs with the available columns of `PARAMS` (counts) and `FLOPS` (of the whole run), by name."""
 
     tokens: Float[np.ndarray, " rows"]
     loss: Float[np.ndarray, " rows"]
@@ -93,7 +93,7 @@ def read_counts(
 
 
 def counts_beside(path: str | Path, table: Table) -> Counts | None:
-    """Return what `read_counts` finds in a table's own file, for the rows of the table; None where it has no choice."""
+    """Return what `read_counts` finds in a table's own file, for the rows of the table; None if it has no choice."""
     present = read_header(path)
     if not any(name in present for name in PARAMS) or sum(name in present for name in (*PARAMS, *FLOPS)) < 2:
         return None
@@ -101,20 +101,19 @@ def counts_beside(path: str | Path, table: Table) -> Counts | None:
 
 
 def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Return the document: {rows, spread, dropped, conventions}; a row is one pair of N and C with each estimator's a
-    and b.
+    """Return {rows, spread, dropped, conventions}; a row has each estimator's a and b for one pair of N and C.
 
     The parametric law is fitted in each N; under another C than 6·N·D its optimum follows from how FLOPs per token grow
-    with N, as N^γ through the runs: a = β/(γβ + α). The budgets of the IsoFLOP valleys are those of the first N, as
-    the runs were planned; under another C each run's loss is first moved along its law to its budget's mean
-    compute, since only at one compute is there a valley. `spread` is the largest minus the smallest a and b per
-    estimator: what the choice alone does. A refused estimator is null with its reason.
+    with N, as N^γ through the runs: a = β/(γβ + α). The budgets of the IsoFLOP valleys are those of the first N, as the
+    runs were planned; under another C each run's loss is first moved along its law to its budget's mean compute, since
+    only at one compute is there a valley. `spread` is the largest minus the smallest a and b per estimator: the effect
+    of the convention alone. A refused estimator is null with its reason.
     """
     counts, dropped = _usable(counts)
     first = next(iter(counts.params))
     budgets = group_budgets(6 * counts.params[first] * counts.tokens)
     rows = []
-    laws: dict[bytes, Any] = {}  # by the column: without a head of its own two conventions of N are one
+    laws: dict[bytes, Any] = {}  # by the column: with tied embeddings two conventions of N are equal
     for name, params in counts.params.items():
         computes = {"6·N·D": 6 * params * counts.tokens, **counts.flops}
         for label, flops in computes.items():
@@ -202,7 +201,7 @@ def _row(
 def _at_budgets(
     params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, flops: np.ndarray, budgets: list[Any], fit: Any
 ) -> dict[str, Any]:
-    """Runs moved in D, at their N, to the mean compute of their budget; their loss by the law's ratio."""
+    """Move the runs in D, at fixed N, to the mean compute of their budget; scale the loss by the law's ratio."""
     target = flops.copy()
     for group in budgets:
         target[group] = np.exp(np.log(flops[group]).mean())

@@ -1,4 +1,4 @@
-"""Training curves: loss over tokens of one run, from a table with one row per (run, step)."""
+"""Read training curves: loss over tokens of one run, from a table with one row per (run, step)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,7 @@ class TrainingCurve:
     schedule: str = "unknown"
 
     def smoothed(self) -> Float[np.ndarray, " points"]:
-        """Return local straight lines in ln D under a Gaussian kernel: a falling curve keeps its slope, also at its
-        ends.
-        """
+        """Smooth by local linear regression in ln D (Gaussian kernel), which keeps slopes at the ends."""
         x = np.log(self.tokens)
         result = np.empty(len(x))
         for i, at in enumerate(x):

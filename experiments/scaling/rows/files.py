@@ -1,4 +1,4 @@
-"""Tables as files: CSV as people export it, JSON, Parquet, compressed or not; a row is a dictionary and its number."""
+"""Read table files: CSV in its usual variants, JSON, Parquet, gzipped or not."""
 
 import csv
 import gzip
@@ -24,7 +24,7 @@ def read_records(path: Path) -> list[Record]:
     """Return every record of a table; the format follows the suffix, before .gz where the file is compressed.
 
     CSV may be separated by commas, semicolons or tabs, in UTF-8 or, as Excel saves "Unicode text", in UTF-16. Raises
-    `InputError` in one sentence for whatever cannot be read.
+    `InputError` for a file that cannot be read.
     """
     if not path.exists():
         raise InputError(f"there is no file {path}")

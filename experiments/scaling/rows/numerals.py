@@ -1,4 +1,4 @@
-"""Numbers as people and their programs write them: 1.3B, 1,300,000, 3,51, 124 million, n/a."""
+"""Parse numbers as people and programs write them: 1.3B, 1,300,000, 3,51, 124 million, n/a."""
 
 import math
 import re
@@ -29,21 +29,19 @@ Records = Sequence[tuple[int, Mapping[str, Any]]]
 
 
 def unit_of(column: str) -> tuple[str, float]:
-    """Return the name of a column without its unit, and the unit: ("params", 1e6) of "params (M)" or "params in
-    millions".
-    """
+    """Return a column's name and unit: ("params", 1e6) for "params (M)" or "params in millions"."""
     match = _HEADER_UNIT.search(column)
     unit = MULTIPLES.get((match[1] or match[2]).lower()) if match else None
     return (column, 1.0) if match is None or unit is None else (column[: match.start()], unit)
 
 
 def read_numbers(path: Path, records: Records, columns: Mapping[str, bool]) -> tuple[dict[str, list[float]], list[str]]:
-    """Return ({column: numbers}, what was assumed, in words) of named columns; columns: whether each holds counts.
+    """Return ({column: numbers}, assumptions as text) of named columns; columns: whether each holds counts.
 
-    NaN stands for what is empty or marked as missing, to be dropped later by rule. Counts may be written as 70M, 1.4T
-    or 124 million, and a column named "tokens (B)" is of billions. Commas are decimal points or separate thousands:
-    the cells of all columns decide together, by those that can be read in one way only. Raises `InputError` for a cell
-    that is no number, and for cells that contradict each other.
+    NaN replaces cells that are empty or marked as missing; such rows are dropped later. Counts may be written as 70M,
+    1.4T or 124 million, and a column named "tokens (B)" is of billions. Commas are decimal points or separate
+    thousands: the cells of all columns decide together, by those that can be read in one way only. Raises `InputError`
+    for a cell that is no number, and for cells that contradict each other.
     """
     decimal_comma = _decimal_comma(path, records, columns)
     notes = []
@@ -65,7 +63,7 @@ def read_numbers(path: Path, records: Records, columns: Mapping[str, bool]) -> t
 
 
 def number(path: Path, row: int, name: str, value: Any, *, count: bool = False, decimal_comma: bool = False) -> float:
-    """Return one cell; NaN for what is empty or marked as missing, an `InputError` for what was never a number."""
+    """Return one cell's number, NaN if it is missing. Raises `InputError` for other text."""
     if value is None:
         return math.nan
     place = f"{path}, row {row}: column {name!r}"
@@ -109,7 +107,7 @@ def _plain(text: str, decimal_comma: bool) -> str:
 
 
 def _decimal_comma(path: Path, records: Records, columns: Mapping[str, bool]) -> tuple[int, str, str] | None:
-    """Return (row, column, cell) of the first cell whose comma must be a decimal point; None where commas are none.
+    """Return (row, column, cell) of the first cell whose comma must be a decimal point; None if commas are none.
 
     "1,300,000" and "3.5" have decimal points only, "3,51" and "1.300.000" decimal commas only. "1,300" is either: of a
     loss it is 1.3 and of a count 1300, unless other cells say that it is a decimal comma.

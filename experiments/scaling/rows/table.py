@@ -1,9 +1,8 @@
-"""A table of runs: read from CSV, JSONL or Parquet, cleaned by rule.
+"""Read a table of runs from CSV, JSONL or Parquet, and clean it by rules.
 
-One row is one finished run: parameters N (count), training tokens D (count), final validation loss L (nats
-per token) and optionally its compute C (FLOPs), unique tokens and active parameters. What cannot enter a fit is
-dropped by a stated rule and listed; what suggests that the file is not what its reader thinks (a missing column,
-text among numbers) is an error.
+One row is one finished run: parameters N (count), training tokens D (count), final validation loss L (nats per token)
+and optionally its compute C (FLOPs), unique tokens and active parameters. Rows that cannot be fitted are dropped by a
+stated rule and listed; signs of a wrong file (a missing column, text among numbers) are errors.
 """
 
 import math
@@ -69,7 +68,7 @@ def clean(
     """Drop, in this order: repeated data, held-out runs, non-finite and non-positive numbers, exact duplicates.
 
     A duplicate agrees with an earlier row in every column used, to the last bit. `names` says what the columns are
-    called in messages, `rows` how the rows are numbered. Raises `InputError` where the columns are not one-dimensional
+    called in messages, `rows` how the rows are numbered. Raises `InputError` if the columns are not one-dimensional
     numbers of one length.
     """
     given = dict(zip(ROLES, (params, tokens, loss, flops, unique_tokens, active_params), strict=True))
@@ -130,11 +129,11 @@ def read_table(
     """Read and clean a table of runs; the format follows the suffix (.csv .tsv .json .jsonl .ndjson .parquet, or .gz).
 
     `params`, `tokens`, `loss`, `flops`, `unique_tokens` and `active_params` name the columns; where one of the first
-    four is left at its own name and absent, a column that others call so stands in for it (`columns.ALIASES`), and
-    `Table.columns` says which. Numbers are read as `numerals.read_numbers` says. Of an export of Weights & Biases with
-    several steps of a run, the last that has a loss is taken. Rows whose `repeated` column is true are
-    dropped unless `keep_repeated`: a second pass over data is worth less than fresh tokens, and a law in D
-    does not know that. Rows whose `held_out` column is true are dropped unless `keep_held_out`. Raises `InputError`
+    four is left at its own name and absent, a column with one of its other usual names is taken instead
+    (`columns.ALIASES`), and `Table.columns` says which. Numbers are read as `numerals.read_numbers` says. Of an export
+    of Weights & Biases with several steps of a run, the last that has a loss is taken. Rows whose `repeated` column is
+    true are dropped unless `keep_repeated`: a second pass over data is worth less than fresh tokens, and a law in D
+    does not model that. Rows whose `held_out` column is true are dropped unless `keep_held_out`. Raises `InputError`
     for a file that is missing, unreadable, empty or malformed, for a missing column, and for text in a numeric column.
     """
     path = Path(path)
@@ -166,7 +165,7 @@ def _last_steps(
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Return the last row with a loss of every run in a history of Weights & Biases, and the rows dropped for it.
 
-    A history has a column `_step` and a run's name in several rows; any other table comes back as it is.
+    A history has a column `_step` and a run's name in several rows; any other table is returned unchanged.
     """
     run = next((name for name in RUN_COLUMNS if name in present), None)
     if STEP not in present or run is None or len({record.get(run) for _, record in records}) == len(records):

@@ -1,4 +1,4 @@
-"""The numbers of an analysis as CSV tables, for other plots."""
+"""Write the numbers of an analysis as CSV tables, for further plots."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
     """Write fitted.csv (runs and what the law says of them), left_out (which, of what, and why), optima, exponents,
     draws (of the law) and valley_draws, forms, form_values, conventions, held_out.
 
-    Those that the analysis has not are not written. Returns the files.
+    Tables that the analysis does not have are not written. Returns the files.
     """
     fits = analysis.fits
     found: dict[str, list[dict[str, Any]]] = {"exponents": [_flat(row) for row in analysis.exponents]}

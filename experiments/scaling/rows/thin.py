@@ -1,4 +1,4 @@
-"""Fewer rows for what could not be worked out of a very large table: which rows are used, and why."""
+"""Choose the rows that are used of a very large table, for computations that would not fit, and explain the choice."""
 
 import numpy as np
 from jaxtyping import Int
@@ -15,16 +15,14 @@ DOTS = 2_000
 
 
 def sample(rows: int, most: int, seed: int) -> Int[np.ndarray, " sample"]:
-    """Return the row numbers, ascending: all of them, or `most` drawn without replacement."""
+    """Return row numbers, ascending: all of them, or `most` drawn without replacement."""
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng([seed, rows]).choice(rows, size=most, replace=False))
 
 
 def samples(rows: int, seed: int) -> list[Int[np.ndarray, " sample"]]:
-    """Return at most MOST_SAMPLES sets of SAMPLE row numbers that share no row; the one set of all rows of a smaller
-    table.
-    """
+    """Return at most MOST_SAMPLES disjoint sets of SAMPLE row numbers; for a small table one set of all rows."""
     if rows <= SAMPLE:
         return [np.arange(rows)]
     order = np.random.default_rng([seed, rows]).permutation(rows)

@@ -1,1 +1,1 @@
-"""A scaling study from its design to the test of its prediction."""
+"""Run a scaling study, from its design to the test of its prediction."""

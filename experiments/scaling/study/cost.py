@@ -1,4 +1,4 @@
-"""What a design costs before anything is trained: its ladder with hours, memory and bytes of checkpoints."""
+"""Predict the cost of a design before training: its ladder with hours, memory and bytes of checkpoints."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,7 @@ from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.ambient import pinned
+from model.checks import check_number, check_whole
 from model.errors import InputError
 from train.data import Loader, load_manifest
 from train.loop.memory import device_memory
@@ -22,7 +23,7 @@ from train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """Devices that are not here, by a name of `train.peak.PEAKS`, and the share of their peak that training reaches."""
+    """Hardware to plan for: a device of `train.peak.PEAKS`, their number, and the model FLOPs utilisation (MFU)."""
 
     device: str
     devices: int = 1
@@ -30,10 +31,8 @@ class Hardware:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", device_named(self.device))
-        if self.devices < 1:
-            raise InputError(f"--devices {self.devices} must be at least 1")
-        if not 0 < self.mfu <= 1:
-            raise InputError(f"--mfu {self.mfu:g} must be above 0 and at most 1, such as 0.4 for 40 %")
+        check_whole("--devices", self.devices, 1)
+        check_number("--mfu", self.mfu, above=0, most=1, hint="0.4 is 40 %")
 
     @property
     def speed(self) -> Speed:
@@ -47,10 +46,10 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class StudyPlan:
-    """A design with the ladder that it makes on some data, and the machine's speed, where it was timed.
+    """A design with its ladder on some data, and the machine's speed if it was timed.
 
-    design: with budgets, also where hours were requested. tokens_per_epoch: None without data. hardware: whose hours
-    they are; None: this machine's.
+    design: with budgets, also if hours were requested. tokens_per_epoch: None without data. hardware: the hardware that
+    the hours are for; None: this machine.
     """
 
     design: Design
@@ -64,9 +63,9 @@ class StudyPlan:
         """Return plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total,
         without_branches, hardware, probe}.
 
-        law: {name, source, fitted} of the published law that places the optima, None where the design itself does.
-        optima: {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
-        memory_bytes: on this machine, None where the hardware is another; state_bytes: parameters and moments.
+        law: {name, source, fitted} of the published law that places the optima, None if the design itself does. optima:
+        {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
+        memory_bytes: on this machine, None if the hardware is another; state_bytes: parameters and moments.
 
         A rung's flops are those of its law, from the first token on; total counts what is trained, so that a base run's
         part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
@@ -162,8 +161,8 @@ def plan_study(
 ) -> StudyPlan:
     """Return the plan of a design; nothing is trained but steps on random tokens, which are timed.
 
-    data: prepared ones; None: the vocabulary is the base's, and epochs are not known. hardware: hours are of these
-    devices, and nothing is timed. Raises InputError on a design that these data or this machine cannot carry, and where
+    data: a prepared folder; None: the vocabulary is the base's, and epochs are unknown. hardware: the hours are for
+    these devices, and nothing is timed. Raises InputError if the design does not fit the data or this machine, or if
     hours are requested without `probe` and `hardware`.
     """
     vocabulary, epoch = _text(design, data)
@@ -199,7 +198,7 @@ def _text(design: Design, data: str | Path | None) -> tuple[int, int | None]:
 
 
 def _check_fits(steps: list[tuple[Trial, int]]) -> None:
-    """Raise InputError where the largest step is predicted not to fit this machine, before it is timed."""
+    """Raise InputError if the largest step is predicted not to fit this machine, before it is timed."""
     largest = max((trial for trial, _ in steps), key=lambda trial: memory_bytes(trial, 1))
     needs, has, shape = memory_bytes(largest, 1), device_memory(), largest.recipe.train
     if needs > has:

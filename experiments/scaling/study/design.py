@@ -1,4 +1,4 @@
-"""The definition of a scaling study: what is to be trained, and where the optimum is expected. Kept as TOML."""
+"""Define a scaling study: what is trained, and where the optimum is expected. Stored as TOML."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,7 @@ from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
 from model import Execution, ModelConfig
+from model.checks import check_number
 from model.errors import InputError, UnknownNameError
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
@@ -46,7 +47,7 @@ _INSTEAD_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Law(Part):
-    """value · product over names of (x / centre)^exponent, as the report of a sweep over sizes says it (`size_law`).
+    """value · product over names of (x / centre)^exponent, as a sweep over sizes reports it (`size_law`).
 
     Names: d_model; params, N; tokens, D; flops, 6·N·D of the run.
     """
@@ -57,8 +58,7 @@ class Law(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.value > 0:
-            raise InputError(f"Law.value={self.value!r} must be positive")
+        check_number("Law.value", self.value, above=0)
         for part in ("centre", "exponents"):
             given = getattr(self, part)
             if not isinstance(given, dict):
@@ -66,15 +66,13 @@ class Law(Part):
             for name, number in given.items():
                 if name not in _SIZES:
                     raise UnknownNameError(f"size in Law.{part}", name, _SIZES)
-                if not _is_number(number) or (part == "centre" and not number > 0):
-                    what = "a positive number" if part == "centre" else "a number"
-                    raise InputError(f"Law.{part}.{name}={number!r} must be {what}")
+                check_number(f"Law.{part}.{name}", number, above=0 if part == "centre" else None)
         lacking = sorted(self.exponents.keys() ^ self.centre.keys())
         if lacking:
             raise InputError(f"a law needs both centre and exponent of a size; {lacking[0]} has one of them")
 
     def at(self, sizes: Mapping[str, float]) -> float:
-        """Return the law's value where sizes by name are as given."""
+        """Return the law's value at the given sizes."""
         return self.value * math.prod((sizes[name] / self.centre[name]) ** p for name, p in self.exponents.items())
 
 
@@ -83,28 +81,28 @@ class Design(Part):
     """The definition of a scaling study; every field is a key of its TOML file, `family`, `set` and laws are tables."""
 
     base: str = "study-32"
-    """A preset (see `isoflop model list`) or a JSON file of a model config, in the working directory or beside the
-    definition: all that sizes do not change."""
+    """A preset (see `isoflop model list`) or a JSON file of a model config, in the working directory or next to the
+    definition; it gives all fields that sizes do not change."""
     budgets: tuple[float, ...] = ()
     """FLOPs of one run of each budget, 6·N·D with the embedding table in N once, ascending; or else"""
     hours: float = 0.0
-    """of training on this device for all runs together: the budgets are sized from the time of the real step,"""
+    """hours of training on this device for all runs together: the budgets follow from the measured time of a step;"""
     count: int = 6
-    """so many of them,"""
+    """number of budgets,"""
     budget_factor: float = 2.0
-    """each so many times the one before."""
+    """factor from each budget to the next."""
     held_out: int = 1
-    """So many of the largest budgets do not enter the fit; they are predicted before they are run."""
+    """Number of largest budgets that are not fitted but predicted before they are run."""
     sizes: int = 5
     """Models per budget, at least 4."""
     size_factor: float = 1.5
     """N of a size over N of the next smaller one; all budgets take theirs from one series."""
     law: str = ""
-    """A published law (`published.LAWS`) that says where the optimum is expected: it decides the next two."""
+    """A published law (`published.LAWS`) for the expected optimum, which sets the next two fields."""
     tokens_per_parameter: float = 8.0
     """D/N where the optimum is expected, at the middle budget. 8 is what small studies of small vocabularies find."""
     optimum_exponent: float = 0.5
-    """The expected optimum grows as N* ∝ C to this power; a pilot's fit may say another one than a half."""
+    """The expected optimum grows as N* ∝ C to this power; a pilot's fit may differ from 0.5."""
     family: ModelFamily = dataclasses.field(default_factory=ModelFamily)
     """The shapes of the sizes."""
     batch_size: int | Law = 2
@@ -182,7 +180,7 @@ class Design(Part):
 
         both = {"tokens_per_parameter", "optimum_exponent"} & values.keys()
         if values.get("law") and both and "law" not in instead:
-            raise InputError(f"law and {min(both)} both say where the optimum is expected; give one")
+            raise InputError(f"law and {min(both)} both define the expected optimum; give one")
         for name, others in _INSTEAD_OF.items():
             if name in instead:
                 values = {key: value for key, value in values.items() if key not in others}
@@ -190,9 +188,9 @@ class Design(Part):
         budgets = values.get("budgets")
         if (
             isinstance(budgets, (list, tuple)) and len(budgets) == 1
-        ):  # one budget leaves none to fit where it is held out
+        ):  # with one budget nothing is left to fit if it is held out
             values = {"held_out": 0} | values
-        plain = cls.from_dict(values)  # first, so that what is wrong is said of what was written
+        plain = cls.from_dict(values)  # first, so that errors refer to what the user wrote
         if not at_scale and not (plain.budgets and middle_of(plain.budgets) >= AT_SCALE):
             return plain
         values = {"base": "llama2-7b"} | values
@@ -211,7 +209,7 @@ class Design(Part):
         return self.replace(budgets=budgets, hours=0.0)
 
     def differences(self, there: "Design") -> str:
-        """Return the fields in which another design differs, in words; empty where none does.
+        """Return the fields in which another design differs, in words; empty if none does.
 
         A base in a file is not compared by its path: the study's sweeps compare what it holds. How the runs are
         executed may change.
@@ -231,7 +229,7 @@ class Design(Part):
         return self._overlay(config, TrainConfig())[0].model
 
     def train_config(self, batch_size: int) -> TrainConfig:
-        """Return the static half of how a rung of so many rows is trained. Raises InputError."""
+        """Return the TrainConfig of a rung with this batch size. Raises InputError."""
         from experiments.models import read_config
 
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len, schedule=self.run_schedule)
@@ -240,7 +238,7 @@ class Design(Part):
     def recipe(self, config: ModelConfig, batch_size: int, steps: int, **hparams: float) -> Recipe:
         """Return the recipe of a rung of this model, without its data. hparams: its own. Raises InputError."""
         shape = TrainConfig(batch_size=batch_size, seq_len=self.seq_len)
-        # A rung's warm-up is its own, in steps; none is none.
+        # A rung's warm-up is given in steps; 0 steps mean none.
         own = {"warmup_fraction": 0.0} if not hparams.get("warmup_steps") else {}
         fields = self.shared_fields | own | hparams
         return overlay(fields, Recipe(config, shape, steps=steps, objective=self.objective_of(config)))[0]
@@ -268,7 +266,7 @@ class Design(Part):
 
     @property
     def shared_fields(self) -> dict[str, Any]:
-        """What all runs have beyond the base model and the shape of a batch, by field: the base of their sweep."""
+        """The fields that all runs share besides the base model and the batch's shape: the base of their sweep."""
         return {"schedule": self.run_schedule, "final_fraction": self.final_fraction, **self.set}
 
     def _overlay(self, config: ModelConfig, train_config: TrainConfig) -> tuple[Recipe, Execution]:
@@ -277,17 +275,13 @@ class Design(Part):
     def _check_values(self) -> None:
         least = {"count": 2, "sizes": 4, "seq_len": 1, "seeds": 1, "evaluate_tokens": 1}
         for name, smallest in (least | {"budget_factor": 1.1, "size_factor": 1.1}).items():
-            if not getattr(self, name) >= smallest:
-                raise InputError(f"{name}={getattr(self, name)!r} must be at least {smallest}")
+            check_number(name, getattr(self, name), least=smallest)
         if self.warmup_fraction + self.decay_fraction >= 1:
             both = f"warmup_fraction={self.warmup_fraction!r} and decay_fraction={self.decay_fraction!r}"
             raise InputError(f"{both} must be less than 1 together")
-        if self.final_fraction > 1:
-            raise InputError(f"final_fraction={self.final_fraction!r} must be in [0, 1]")
-        if not self.tokens_per_parameter > 0:
-            raise InputError(f"tokens_per_parameter={self.tokens_per_parameter!r} must be positive")
-        if not 0 < self.optimum_exponent < 1:
-            raise InputError(f"optimum_exponent={self.optimum_exponent!r} must be between 0 and 1")
+        check_number("final_fraction", self.final_fraction, least=0, most=1)
+        check_number("tokens_per_parameter", self.tokens_per_parameter, above=0)
+        check_number("optimum_exponent", self.optimum_exponent, above=0, below=1)
         if self.branches and not self.decay_fraction:
             raise InputError("decay_fraction=0 leaves a branch nothing to cool down in; give, for example, 0.2")
 
@@ -297,8 +291,7 @@ class Design(Part):
         if self.budgets and self.hours:
             raise InputError(f"budgets and hours={self.hours:g} both say how long a study is; give one")
         for budget in self.budgets:
-            if not _is_number(budget) or not budget > 0:
-                raise InputError(f"budgets has {budget!r}, which is no positive number of FLOPs")
+            check_number("a budget", budget, above=0, hint="budgets are FLOPs")
         for low, high in zip(self.budgets, self.budgets[1:], strict=False):
             if not high >= 1.1 * low:
                 raise InputError(f"budgets must ascend by a factor of at least 1.1; {high:g} follows {low:g}")
@@ -309,7 +302,7 @@ class Design(Part):
 
 
 def _read_tables(design: Design) -> None:
-    """Convert the plain values that TOML and JSON give to what the fields hold."""
+    """Convert the plain values of TOML and JSON to the types of the fields."""
 
     def put(name: str, value: Any) -> None:
         object.__setattr__(design, name, value)

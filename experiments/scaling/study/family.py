@@ -1,4 +1,4 @@
-"""A family of models: one rule that makes a whole architecture of its width."""
+"""Define families of models: one rule that derives the architecture from its width."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from model.parts import Part
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily(Part):
-    """How shapes follow from d_model; 0: as in the base.
+    """The rule that derives shapes from d_model; 0: as in the base.
 
     A law holds within a family that changes one thing smoothly: where small members would differ in depth by a whole
     layer, leave the depth fixed (docs/LOG.md). Query heads per key/value head, windows, experts and all else are the
@@ -23,7 +23,7 @@ class ModelFamily(Part):
     """d_model / num_layers, to the nearest whole number of layers, at least one; 0: what `depth` says."""
     depth: Literal["base", "published"] = "base"
     """base: the base's depth at every width. published: a layer per 64 features up to d_model = 1,024, per 128 from
-    4,096 on, in between per 2·sqrt(d_model), where GPT-3, Chinchilla and Llama lie."""
+    4,096 on, in between per 2·sqrt(d_model), as GPT-3, Chinchilla and Llama have it."""
     head_dim: int = 0
     """Features of a head, so that a wider model has more heads; 0: the base's number of heads, each of them wider."""
     ff_ratio: float = 0.0
@@ -36,7 +36,7 @@ class ModelFamily(Part):
     def step(self, base: ModelConfig) -> int:
         """Return the distance between neighbouring widths.
 
-        Raises InputError where heads would not divide width_multiple.
+        Raises InputError if heads would not divide width_multiple.
         """
         smallest = self.head_dim or 2 * base.num_heads
         if self.width_multiple % smallest:
@@ -80,11 +80,11 @@ class ModelFamily(Part):
         return max(multiple, multiple * round(ratio * d_model / multiple))
 
     def member(self, base: ModelConfig, d_model: int) -> ModelConfig:
-        """Return the family's model of that width. Raises InputError where there is none."""
+        """Return the family's model of that width. Raises InputError if there is none."""
         return _member(self, base, d_model)
 
     def params(self, base: ModelConfig, d_model: int) -> int:
-        """Return N of that width: what a token passes through, whole tables included (all of a dense model)."""
+        """Return N of that width: active parameters, embedding tables included (all parameters of a dense model)."""
         return accounting.parameters(self.member(base, d_model)).active
 
     def nearest(self, base: ModelConfig, params: float) -> int:

@@ -1,4 +1,4 @@
-"""The test that a study sets itself: losses and optima of budgets that are not run yet, written down, then compared."""
+"""Predict losses and optima of budgets that are not trained yet, and compare them with the measurements later."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ LEVEL = 95
 def predict(
     folder: Path, rungs: Sequence[Rung], say: Callable[[str], None] = print, bootstraps: int = 1000
 ) -> dict[str, Any]:
-    """Write prediction.json of rungs that are not run, from runs.csv; one that is there stays as it is.
+    """Write prediction.json for rungs that are not trained yet, from runs.csv; an existing file is never changed.
 
     Per run the parametric law's loss with its interval, and that by every form of law; which form the held-out error
     within the fitted budgets prefers; per budget each estimator's N*, D* with intervals, and the parametric loss there.
@@ -60,7 +60,7 @@ def predict(
 
 
 def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write held_out.json: every predicted run beside its measured loss, every budget beside its own valley.
+    """Write held_out.json: every predicted run with its measured loss, every budget with its own valley.
 
     rows: of runs.csv. An error is measured − predicted.
     """
@@ -92,9 +92,7 @@ def compare(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def nearest_to_optimum(tested: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, float]:
-    """(run, estimator, its N*): of the first budget in a `compare` document the run whose size is nearest to what was
-    called optimal there, by the valleys if they spoke, else by the law; without either the middle size.
-    """
+    """Return (run, estimator, its N*) of the first budget's run nearest to the predicted optimum (or the middle)."""
     optima, sizes = tested["budgets"][0]["optima"], sorted(run["params"] for run in tested["runs"])
     estimator = next((name for name in ("isoflop", "parametric") if name in optima), None)
     best = sizes[len(sizes) // 2] if estimator is None else optima[estimator]["params"]
@@ -133,9 +131,7 @@ def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:
 
 
 def _valleys(fits: Fits) -> dict[str, Any] | None:
-    """Return the curve through the valleys, which the tested budget's own will be judged by; None where they were
-    refused.
-    """
+    """Return the curve of the fitted valleys, by which the held-out valley is judged; None without them."""
     if fits.isoflop is None or not isinstance(fits.isoflop.shape, Spline):
         return None
     return {"method": fits.isoflop.method, "smoothing": fits.isoflop.shape.smoothing}
@@ -150,9 +146,7 @@ def _error(run: dict[str, Any], loss: float | None) -> dict[str, Any]:
 
 
 def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], shape: ValleyShape) -> dict[str, Any]:
-    """Return {params, tokens, loss} of the minimum of one budget's runs, or {refused}, and how each
-    estimator's N* did.
-    """
+    """Return {params, tokens, loss} of one budget's minimum, or {refused}, and the error of each estimator's N*."""
     if not rows:
         return {"refused": "none of its runs has a loss"}
     params, tokens, loss = (np.array([row[name] for row in rows], np.float64) for name in ("params", "tokens", "loss"))

@@ -1,4 +1,4 @@
-"""Published optima, rates, batch sizes and shapes, for plans where there is no study of one's own."""
+"""Provide published optima, learning rates, batch sizes and shapes, for plans without an own study."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from model.errors import InputError
 AT_SCALE = 1e17
 """FLOPs of the middle budget from which on a definition's gaps are filled by `defaults_at_scale`."""
 DEFAULT_LAW = "besiroglu"
-_FINE = 8  # widths at least this many steps wide, so that neighbouring sizes differ by about a step or more
+_FINE = 8  # smallest width, in steps: neighbouring sizes then differ by about one step or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +51,17 @@ LAWS = {
 
 
 def law_named(name: str) -> PublishedLaw:
-    """Raise InputError, with all that are known, for another name."""
+    """Return a published law by name. Raises InputError, listing the known ones, for other names."""
     if name not in LAWS:
         raise InputError(f"there is no published law {name!r}; known are {', '.join(LAWS)}")
     return LAWS[name]
 
 
 def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a design that `given` leaves out, as published models of 1e17 FLOPs and more have them.
+    """Return defaults for the keys of a design that are not in `given`, from published models (≥ 1e17 FLOPs).
 
     law: DEFAULT_LAW. family: its published depth; heads of the base's size, at least 64; feed-forwards in multiples of
-    128; widths in whole groups of heads, where that is fine enough.
+    128; widths in multiples of whole groups of heads, if these steps are fine enough.
     seq_len: 2048. batch_size, learning_rate: the power laws of DeepSeek-AI 2024 (DeepSeek LLM, equation 1).
     """
     found: dict[str, Any] = {"seq_len": 2048}
@@ -70,7 +70,7 @@ def defaults_at_scale(given: dict[str, Any], base: ModelConfig) -> dict[str, Any
     seq_len = given.get("seq_len", found["seq_len"])
     found["batch_size"] = _power(0.2920, 0.3271, 1 / seq_len)
     found["learning_rate"] = _power(0.3118, -0.1250)
-    if given.get("branches"):  # runs of one size share a base run, so that neither may depend on their own FLOPs
+    if given.get("branches"):  # runs of one size share a base run, so neither may depend on the FLOPs of a single run
         middle = middle_of(given["budgets"]) if given.get("budgets") else 1e20
         found["batch_size"] = 2 ** max(0, round(math.log2(_at(found["batch_size"], middle))))
         found["learning_rate"] = _at(found["learning_rate"], middle)

@@ -1,4 +1,4 @@
-"""Running a scaling study: its runs as sweeps, their table, the prediction before its test, and the test.
+"""Run a scaling study: its runs as sweeps, their table, the prediction, and its test.
 
 A study's folder holds design.json (what was requested), sweep/ (the runs of the fitted budgets: a sweep like any other,
 which `isoflop sweep status`, `resume` and `report` read), runs.csv and curves.csv, prediction.json, held_out/ (the runs
@@ -32,17 +32,17 @@ from train.run.metrics import read_metrics
 
 SCHEMA_VERSION = 1
 HELD_OUT = "held_out"
-_TABLES = "checksums.json"  # of runs.csv and curves.csv
-_POINTS = 400  # of a training curve: they are smoothed over more than their distance
+_TABLES = "checksums.json"  # schema version of runs.csv and curves.csv
+_POINTS = 400  # points of a training curve: the smoothing is wider than their distance
 
 
 @pinned()
 def run_study(design: Design, data: str | Path, folder: str | Path, workers: int = 0) -> list[dict[str, Any]]:
-    """Run a study, or go on with the one in `folder`, no run twice; the rows of its runs.csv.
+    """Run a study, or resume the one in `folder`, and return the rows of its runs.csv.
 
-    design: with budgets (`cost.plan_study` makes them of hours). workers: so many processes instead of this one. Raises
-    InputError where the folder holds another study or something else, `sweep.run.UnfinishedError` where runs failed,
-    and KeyboardInterrupt once what runs is saved.
+    design: with budgets (`cost.plan_study` makes them of hours). workers: number of processes to start, instead of
+    training in this one. Raises InputError if the folder holds another study or something else,
+    `sweep.run.UnfinishedError` if runs failed, and KeyboardInterrupt after saving the current runs.
     """
     folder, rungs = Path(folder), rungs_of(design, data)
     _check_folder(folder, design)
@@ -82,7 +82,7 @@ def rungs_of(design: Design, data: str | Path) -> list[Rung]:
 
 
 def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Path) -> Sweep | None:
-    """Return the sweep that trains these rungs, by their names; None of none. Writes nothing."""
+    """Return the sweep that trains these rungs, by their names; None for no rungs. Writes nothing."""
     if not rungs:
         return None
     return define(
@@ -90,7 +90,7 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
         data=data,
         folder=folder,
         listed=[Listed(r.name, r.point, r.trunk, r.leave_step) for r in rungs],
-        # A rung's warm-up is its own, in steps; none is none.
+        # A rung's warm-up is given in steps; 0 steps mean none.
         base={"warmup_fraction": 0.0} | design.shared_fields,
         seq_len=design.seq_len,
         evaluate_tokens=design.evaluate_tokens,
@@ -98,7 +98,7 @@ def sweep_of(design: Design, rungs: Sequence[Rung], data: str | Path, folder: Pa
 
 
 def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dict[str, Any]]:
-    """Train what is not trained yet; a row of the table for every rung, in their order."""
+    """Train the rungs that are not trained yet; return a row of the table for every rung, in order."""
     if sweep is None:
         return []
     by_name = {row.trial.name: row for row in run_sweep(sweep, workers)}
@@ -106,7 +106,7 @@ def _train(sweep: Sweep | None, rungs: Sequence[Rung], workers: int) -> list[dic
 
 
 def _row(rung: Rung, row: LedgerRow, sweep: Sweep) -> dict[str, Any]:
-    """Return a line of runs.csv: the rung and what came of it."""
+    """Return a row of runs.csv: the rung and its results."""
     planned = rung.to_dict()
     del planned["seconds"]
     lost = row.state != "finished"
@@ -135,7 +135,7 @@ def _write_tables(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def table_troubles(folder: Path) -> list[str]:
-    """Return a sentence for every table of a study that is not as the study wrote it; none for other folders."""
+    """Return a warning for every table of a study that was changed since it was written; [] for other folders."""
     path = folder / _TABLES
     if not path.exists():
         return []
@@ -153,7 +153,7 @@ def table_troubles(folder: Path) -> list[str]:
 
 
 def _check_folder(folder: Path, design: Design) -> None:
-    """Raise InputError unless the folder is empty, or holds this study; of other data, its sweep says so."""
+    """Raise InputError unless the folder is empty, or holds this study; other data raise in its sweep."""
     there = read_study(folder)
     if there is not None:
         differences = design.differences(there)

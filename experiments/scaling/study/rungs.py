@@ -1,4 +1,4 @@
-"""The ladder of a design: which sizes are trained on how many tokens, and which runs branch off which base run."""
+"""Plan the ladder of a design: sizes, tokens, and which runs branch off which base run."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from model.errors import InputError
 from train.overlay import overlay
 from train.recipe import Recipe
 
-_WALL = 0.75  # in factors of a size: as near to the expected optimum as rounding may bring the outermost sizes
+_WALL = 0.75  # in steps of the size factor: least distance of the outermost sizes from the expected optimum
 _LEAST_STEPS = 4
-_LARGEST = 1e32  # FLOPs: beyond what there are computers for
+_LARGEST = 1e32  # FLOPs; larger budgets are beyond any computer
 
 _COLUMNS: tuple[str, ...] = ("name", "budget", "budget_flops", "held_out")
 _COLUMNS += ("params", "params_total", "params_non_embedding", "params_without_head")
@@ -30,14 +30,14 @@ StepSeconds = Callable[[ModelConfig, int], float]
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """One run to come: a recipe, without its data, and its place in the ladder.
+    """One planned run: a recipe, without its data, and its place in the ladder.
 
-    budget: index, from 0 for the smallest; budget_flops: what it was to cost. overrides: the fields of its shape.
-    params: N, what a token passes through, the embedding table once; of a dense model it is params_total. The other
-    params and, of the whole run, flops_exact and flops_without_attention: as in `conventions`. flops_6nd: 6·N·D of what
-    is really run. epochs: over the data's tokens; None: there are no data yet. trunk: the name of the run that this one
-    leaves after leave_step updates; None: it starts on its own. seconds: predicted, of what this run trains itself;
-    None: nothing was timed.
+    budget: index, from 0 for the smallest; budget_flops: its planned cost. overrides: the fields of its shape. params:
+    N: active parameters, the embedding table counted once; params_total for a dense model. The other params and, of the
+    whole run, flops_exact and flops_without_attention: as in `conventions`. flops_6nd: 6·N·D of the whole steps that
+    are run. epochs: over the data's tokens; None: there are no data yet. trunk: the name of the base run that it
+    branches off after leave_step updates; None: it starts fresh. seconds: predicted for the steps that this run trains
+    itself; None: not timed.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Rung:
 
     @property
     def share_trained(self) -> float:
-        """Return the share of its steps that it trains itself; its base run trains the others."""
+        """Return the share of its steps that are not those of its base run."""
         return 1 - self.leave_step / self.steps
 
     @property
@@ -134,16 +134,16 @@ def plan_rungs(
 ) -> list[Rung]:
     """Return every run of the study, by budget, then by size, then by seed.
 
-    Sizes are taken from one series, `size_factor` apart, through the optimum expected at the middle budget: of each
-    budget those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor =
+    Sizes are taken from one series, `size_factor` apart, through the optimum expected at the middle budget: each budget
+    takes those around its own optimum. So budgets share shapes; neighbours differ in one of them where budget_factor =
     size_factor^(1 / optimum_exponent).
 
-    With branches, the fitted runs of one shape and seed share a base run: the one of most tokens, whose own cool-down
-    is its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
+    With branches, the fitted runs of one shape and seed share a base run: the one of most tokens, whose own cooldown is
+    its end. The others leave it where their last `decay_fraction` begins; the warm-up of all is by the shortest of
     them. Held-out runs neither branch off nor are branched off: nothing of them is trained before they are predicted.
 
-    Raises InputError where a budget is too small for sizes on both sides of its optimum, and where hours are given and
-    no `seconds_of`, or too few.
+    Raises InputError if a budget is too small for sizes on both sides of its optimum, or if hours are given and no
+    `seconds_of`, or too few.
     """
     base = design.base_config(vocabulary)
     _check_fields(design, base)
@@ -163,7 +163,7 @@ def plan_rungs(
         try:
             rungs = lay_out(sized(smallest))
         except InputError:
-            return 0.0  # too small to be laid out: certainly cheap
+            return 0.0  # too small for a ladder, and so cheap enough
         return sum(rung.seconds or 0.0 for rung in rungs) + compile_seconds * len(shapes(rungs))
 
     try:
@@ -209,28 +209,31 @@ def _lay_out(
                 counts[width] = count(member, design.seq_len, design.objective_of(member))
             rungs.append(_rung(design, base, index, width, counts[width], tokens_per_epoch))
     if design.branches:
-        rungs = _branched(design, rungs)
+        rungs = _branch_off(design, rungs)
     if seconds_of is not None:
         rungs = [_timed(design, rung, seconds_of) for rung in rungs]
     return [_seeded(rung, design, seed) for rung in rungs for seed in range(design.seed, design.seed + design.seeds)]
 
 
 def _widths(design: Design, base: ModelConfig, budget: float) -> list[int]:
-    """Return as many widths of the series as a budget has sizes, those whose middle is nearest to its optimum."""
+    """Return a budget's widths: consecutive members of the series, centred on the optimum."""
     family, factor = design.family, math.log(design.size_factor)
     origin, optimum = expected_optimum(design, middle_of(design.budgets)), expected_optimum(design, budget)
+    # All distances are in steps of the size factor: first the series' members around the optimum, …
     centre, reach = round(math.log(optimum / origin) / factor), 2 * design.sizes
     steps = range(centre - reach, centre + reach + 1)
     series = list(dict.fromkeys(family.nearest(base, origin * math.exp(factor * step)) for step in steps))
-    off = [math.log(family.params(base, width) / optimum) / factor for width in series]
+    # … then the window of them whose mean distance from the optimum is smallest.
+    distances = [math.log(family.params(base, width) / optimum) / factor for width in series]
     starts = range(len(series) - design.sizes + 1)
-    start = min(starts, key=lambda i: abs(sum(off[i : i + design.sizes])), default=0)
+    start = min(starts, key=lambda i: abs(sum(distances[i : i + design.sizes])), default=0)
     chosen = slice(start, start + design.sizes)
-    if len(series) < design.sizes or off[chosen][0] > -_WALL or off[chosen][-1] < _WALL:
+    if len(series) < design.sizes or distances[chosen][0] > -_WALL or distances[chosen][-1] < _WALL:
         raise InputError(
             f"a budget of {budget:.3g} FLOPs is too small: its optimum is expected at {optimum:,.0f} parameters, and "
-            f"the family's sizes near it begin at {family.params(base, series[start]):,}, so that its valley would "
-            "lack a wall; give a larger budget (or more hours), a smaller vocabulary, or a finer step of widths"
+            f"the family's sizes near it begin at {family.params(base, series[start]):,}, so that its "
+            "valley would have too few sizes on one side; give a larger budget (or more hours), a smaller vocabulary, "
+            "or a finer step of widths"
         )
     return series[chosen]
 
@@ -276,20 +279,20 @@ def _rung(
     )
 
 
-def _with(rung: Rung, **hparams: Any) -> Rung:
+def _with_hparams(rung: Rung, **hparams: Any) -> Rung:
     """Return the rung with some hyperparameters changed."""
     recipe = rung.recipe.replace(hparams=rung.recipe.hparams.replace(**hparams))
     return dataclasses.replace(rung, recipe=recipe)
 
 
-def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
-    """Return the rungs with the longest alone of the fitted ones of each shape."""
+def _branch_off(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
+    """Let the fitted rungs of each shape branch off the longest one, which is their base run."""
     branched: dict[str, Rung] = {}
     for members in shapes([rung for rung in rungs if not rung.held_out]).values():
         trunk = max(members, key=lambda rung: rung.steps)
         warmup = _warmup(design, min(rung.steps for rung in members))
         for rung in members:
-            own = _with(rung, warmup_steps=warmup)
+            own = _with_hparams(rung, warmup_steps=warmup)
             if rung is not trunk:
                 own = dataclasses.replace(own, trunk=trunk.name, leave_step=rung.steps - rung.decay_steps)
                 if own.leave_step < max(1, warmup):
@@ -302,15 +305,13 @@ def _branched(design: Design, rungs: Sequence[Rung]) -> list[Rung]:
 
 
 def _timed(design: Design, rung: Rung, seconds_of: StepSeconds) -> Rung:
-    """Return the rung with the seconds of its own steps and its validation, which is a forward pass alone, a third of
-    training.
-    """
+    """Return the rung with the seconds of its own steps and of validation (a third of a training step each)."""
     steps = rung.steps - rung.leave_step + design.evaluate_tokens / (3 * rung.batch_size * rung.seq_len)
     return dataclasses.replace(rung, seconds=steps * seconds_of(rung.config, rung.batch_size))
 
 
 def _seeded(rung: Rung, design: Design, seed: int) -> Rung:
-    seeded = _with(rung, seed=seed)
+    seeded = _with_hparams(rung, seed=seed)
     if design.seeds == 1:
         return seeded
     trunk = None if rung.trunk is None else f"{rung.trunk}-s{seed}"
@@ -332,9 +333,9 @@ def _batch_size(design: Design, sizes: dict[str, float]) -> int:
 
 
 def _check_fields(design: Design, base: ModelConfig) -> None:
-    """Raise InputError for fields that are wrong for every rung, before any is laid out."""
+    """Raise InputError for fields that are wrong for every rung, before the ladder is planned."""
     design.family.member(base, design.family.step(base))
     shape, objective = design.train_config(1), design.objective_of(base)
     overlay(design.shared_fields, Recipe(base, shape, objective=objective))
     objective.check(base, shape)
-    objective.check_execution(shape, design.execution.replace(accumulate=1))  # the rows of a rung are not known yet
+    objective.check_execution(shape, design.execution.replace(accumulate=1))  # a rung's batch size is not known yet

@@ -1,1 +1,1 @@
-"""Approach 2: valleys of equal compute and their minima."""
+"""Fit valleys of equal compute and their minima (approach 2)."""

@@ -1,4 +1,4 @@
-"""From a table to the valleys of its budgets; with screening, without gross outliers, which are listed."""
+"""Build the valleys of a table's budgets; with screening, gross outliers are left out and listed."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ TOO_FEW = "too few to say which is wrong"
 def fewer_per_budget(table: Table, budgets: Float[np.ndarray, " rows"]) -> tuple[Table, np.ndarray, int]:
     """Return (a sorted table with no more runs per budget than its valley can use, their budgets, how many that are).
 
-    The runs kept lie at even steps of their budget in order of N, whatever their losses.
+    The runs kept are evenly spaced in the order of N within their budget, independent of their losses.
     """
     groups = group_budgets(budgets)
     most = most_per_budget([len(group) for group in groups])
@@ -37,7 +37,7 @@ def fewer_per_budget(table: Table, budgets: Float[np.ndarray, " rows"]) -> tuple
 
 
 def thinned_in_words(used: int, rows: int, most: int) -> str | None:
-    """Return what `fewer_per_budget` did; None where it kept every run."""
+    """Return what `fewer_per_budget` did; None if it kept every run."""
     if used == rows:
         return None
     return (
@@ -47,7 +47,7 @@ def thinned_in_words(used: int, rows: int, most: int) -> str | None:
 
 
 def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"], *, screen: bool = False) -> list[Valley]:
-    """Return every group's valley with its parabola; groups that are no budget have the reason.
+    """Return every group's valley with its parabola; groups that are not a budget have a reason.
 
     screen: without gross outliers.
     """
@@ -67,14 +67,14 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"], *, screen: boo
     valleys = []
     for group, keep, distance, doubt in zip(groups, keeps, distances, undecided, strict=True):
         reason = reason_against(table.params[group[keep]], table.loss[group[keep]], PARABOLA)
-        if reason is not None and not keep.all():  # leaving runs out did not save the valley: nothing is left out
+        if reason is not None and not keep.all():  # the valley is rejected even without the outliers: keep all runs
             keep = np.ones(len(group), bool)
             reason, doubt = reason_against(table.params[group], table.loss[group], PARABOLA), True
         at_fault = len(np.unique(table.params[group[keep]])) < MINIMUM_SIZES
         if reason is None and doubt:
             at_fault = True
             reason = (
-                f"its runs lie up to {distance:.0f} times the noise of all budgets off any parabola, and are {TOO_FEW}"
+                f"its runs are up to {distance:.0f} times the noise of all budgets off any parabola, and are {TOO_FEW}"
             )
         kept = group[keep]
         params, loss = table.params[kept], table.loss[kept]
@@ -103,13 +103,13 @@ def _no_budget(table: Table, budgets: np.ndarray, group: np.ndarray) -> Valley:
 
 
 def _screened(
-    table: Table, budgets: Float[np.ndarray, " rows"], groups: list[Int[np.ndarray, " members"]]
-) -> tuple[list[Bool[np.ndarray, " members"]], list[float], list[bool]]:
+    table: Table, budgets: Float[np.ndarray, " rows"], groups: list[Int[np.ndarray, " _members"]]
+) -> tuple[list[Bool[np.ndarray, " _members"]], list[float], list[bool]]:
     """(runs to keep, distance of the worst, whether it is undecided which run is wrong) of every budget.
 
-    In a wide window no cubic follows a law to its walls, and what it misses there is not noise. So the losses are
-    judged twice, as they are and as multiples of the parametric law's, where it can be fitted: a run is an outlier
-    only if it is one by the law's multiples, and if the losses themselves do not say that it is sound.
+    In a wide window a cubic does not follow a law to its ends, and its error there is not noise. So the losses are
+    judged twice, as they are and as multiples of the parametric law's, where it can be fitted: a run is an outlier only
+    if it is one by the law's multiples, and if the losses themselves do not show that it is valid.
     """
     keeps, distances, undecided = _judged(table.params, table.loss, budgets, groups)
     try:
@@ -126,8 +126,8 @@ def _judged(
     params: Float[np.ndarray, " rows"],
     loss: Float[np.ndarray, " rows"],
     budgets: Float[np.ndarray, " rows"],
-    groups: list[Int[np.ndarray, " members"]],
-) -> tuple[list[Bool[np.ndarray, " members"]], list[float], list[bool]]:
+    groups: list[Int[np.ndarray, " _members"]],
+) -> tuple[list[Bool[np.ndarray, " _members"]], list[float], list[bool]]:
     """Return `screen_valleys` of the budgets, given what they say together."""
     log_params = [np.log(params[group]) for group in groups]
     together = screen_surface(
@@ -147,6 +147,6 @@ def _centred(params: np.ndarray) -> np.ndarray:
 
 
 def with_shape(valley: Valley, shape: ValleyShape) -> Valley:
-    """Return the same runs under another curve; a reason that lies in the runs stays."""
+    """Return the same runs under another curve; a reason that comes from the runs stays."""
     reason = valley.reason if valley.runs_at_fault else reason_against(valley.params, valley.loss, shape)
     return replace(valley, shape=shape, reason=reason)

@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from experiments.inputs import check_at_least_one
 from experiments.scaling.law.intervals import Intervals, exponential, intervals_of, percentile_interval
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
@@ -30,6 +29,7 @@ from experiments.scaling.valleys.valley import (
     tokens_line,
 )
 from experiments.words import counted
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 __all__ = [
@@ -48,12 +48,12 @@ Method = Literal["spline", "skewed", "parabola"]
 METHODS: tuple[Method, ...] = get_args(Method)
 DEFAULT: Method = "spline"  # `known_valleys.py` says why
 MINIMUM_BUDGETS = 2  # a power law
-MINIMUM_VALID_DRAWS = 20  # fewer draws carry no percentile worth printing
+MINIMUM_VALID_DRAWS = 20  # fewer draws give no useful percentiles
 
 
 @dataclass(frozen=True)
 class Size:
-    """The compute-optimal split of a budget, without a loss: the power laws do not speak of it."""
+    """The compute-optimal N and D of a budget; the power laws predict no loss."""
 
     params: Any
     tokens: Any
@@ -75,7 +75,7 @@ class IsoflopFit:
     method: Method = DEFAULT
     shape: ValleyShape = PARABOLA
     thinned: str | None = None
-    """What was done with fewer rows than the table has, in words; None where nothing was."""
+    """What was done with fewer rows than the table has, in words; None if nothing was."""
 
     @property
     def outliers(self) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ class IsoflopFit:
 
     @property
     def rejected(self) -> list[dict[str, Any]]:
-        """[{flops, reason}] of the budgets that hold no trustworthy minimum."""
+        """[{flops, reason}] of the budgets without a reliable minimum."""
         return [{"flops": v.flops, "reason": v.reason} for v in self.valleys if v.reason is not None]
 
     def optimal(self, C: Any) -> Size:
@@ -131,26 +131,25 @@ class IsoflopFit:
     def draws(self) -> Float[np.ndarray, "bootstraps 4"]:
         """(log coefficient, a) of N* and (log coefficient, b) of D* refitted to each bootstrap draw.
 
-        The bootstrap resamples *residuals*, not runs: of five runs a tenth of the resamples would hold
-        fewer than three sizes, and half of the rest a valley open at one side, so that resampling runs
-        mostly measures its own degeneracy. Each draw keeps every budget's sizes and adds, to the fitted
-        curve, relative residuals drawn with replacement from those of all accepted budgets together (few
-        runs each, many together). Residuals are divided by √(1 − leverage), as a curve through few
-        points hides most of the noise, and each draw multiplies them by √(f/χ²) with f the degrees of freedom
-        left: how large the noise is, is itself uncertain (Student's argument). What the true valley has beyond
-        the curve counts as noise, which widens the intervals.
+        The bootstrap resamples *residuals*, not runs: with five runs a tenth of the resamples would have fewer than
+        three sizes, and half of the others an open valley, so that resampling runs mostly measures the failures of
+        resampling. Each draw keeps every budget's sizes and adds, to the fitted curve, relative residuals drawn with
+        replacement from those of all accepted budgets together (each has few runs, all together have many). Residuals
+        are divided by √(1 − leverage), as a curve through few points hides most of the noise, and each draw multiplies
+        them by √(f/χ²) with f the degrees of freedom left: how large the noise is, is itself uncertain (Student's
+        argument). The curve's misfit counts as noise, which widens the intervals.
 
-        Each draw is then treated as the data were: a skew is fitted again; a valley that comes out non-convex,
-        with its lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws,
-        and a draw with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
+        Each draw is then treated like the data: a skew is fitted again; a valley that comes out non-convex, with its
+        lowest size at an edge or with its minimum outside the sizes is left out of that draw's power laws, and a draw
+        with fewer than two valleys left is NaN and out of the percentiles (`broken_draws` counts them).
 
         Measured on 400 simulated ladders of six budgets with nine runs each (`known_laws.py`): the 95 % interval of
         `a` holds the truth in 94 % with windows centred on the optimum and in 93 % with windows that drift across it;
         with five budgets of seven runs in 94 %. On 200 of each of twelve kinds (`known_valleys.py`) the spline's holds
         it in 93 to 99.5 %; bias-corrected percentiles (BC) held it less often, in 82 to 95 %.
 
-        Raises `InputError` where no budget has a run more than its curve needs (nothing tells the
-        noise), and where nearly every draw broke.
+        Raises `InputError` if no budget has a run more than its curve needs (so that the noise is unknown), or if
+        nearly every bootstrap draw failed.
         """
         valleys = self.accepted
         rng = np.random.default_rng(self.seed)
@@ -203,7 +202,7 @@ def _pooled_residuals(valleys: list[Valley], shared: int) -> tuple[np.ndarray, f
         operator = valley.shape.operator(u, u)
         leverage = np.diag(operator)
         fitted = operator @ valley.loss
-        free = leverage < 1 - 1e-9  # a run that the curve must pass through tells nothing of the noise
+        free = leverage < 1 - 1e-9  # a run that the curve must pass through carries no information on the noise
         pool.append(((valley.loss - fitted) / fitted)[free] / np.sqrt(1 - leverage[free]))
         freedom += float((1 - leverage[free]).sum())
     residuals = np.concatenate(pool)
@@ -242,16 +241,16 @@ def fit_isoflop(
     """Fit a curve in log N to the losses of each budget, and power laws in C through the minima.
 
     N in parameters, D in tokens, L in nats per token, C in FLOPs (without `flops`: 6·N·D); budgets within 5 % are one,
-    and runs that lie near one another by chance are none (`recognise.py`). A valley with fewer than three sizes, with
-    its lowest loss at an edge, without a minimum or with the minimum outside its sizes is rejected and listed with the
-    reason. D* is read off each budget's own line of log D over log N. Rows that no fit can use are dropped as in
-    `table.clean`; row order does not matter. With `screen`, gross outliers are left out by the rules of `outliers.py`
-    and listed (`.outliers`).
+    and runs with similar compute by chance do not count as a budget (`recognise.py`). A valley with fewer than three
+    sizes, with its lowest loss at an edge, without a minimum or with the minimum outside its sizes is rejected and
+    listed with the reason. D* is read off each budget's own line of log D over log N. Rows that no fit can use are
+    dropped as in `table.clean`; row order does not matter. With `screen`, gross outliers are left out by the rules of
+    `outliers.py` and listed (`.outliers`).
 
     method: "spline", a smoothing spline that assumes no shape (`spline.py`); "skewed", a parabola bent by one skew
     common to all budgets (`skew.py`); "parabola".
 
-    Raises `InputError` with the reasons where fewer than two budgets are accepted.
+    Raises `InputError` with the reasons if fewer than two budgets are accepted.
     """
     check_at_least_one(bootstraps=bootstraps)
     if method not in METHODS:

@@ -1,7 +1,7 @@
-"""Budgets or a cloud: whether runs of nearly equal compute were meant to be so.
+"""Recognise budgets: distinguish runs of one planned budget from a cloud with similar compute by chance.
 
-Runs that share no budget fall into groups within 5 % of one another all the same: where they are many, everywhere.
-Such a group is no valley of equal compute, and curves through it find minima that are none.
+Runs that share no budget also form groups within 5 % of one another, especially if there are many runs. Such a group is
+not a valley of equal compute, and the minimum of a curve through it is spurious.
 """
 
 import numpy as np
@@ -11,33 +11,33 @@ from scipy import stats
 from experiments.scaling.valleys.valley import MINIMUM_SIZES
 
 SURROUNDINGS = 0.2  # of ln C to either side of a group; budgets are seldom less than a factor of 1.5 apart
-FINEST = 0.01  # of ln C; how much nearer the runs of a group are tells no more
+FINEST = 0.01  # of ln C; a narrower group is no stronger evidence
 MOST = 0.5  # of the neighbours
 FALSE_SHARE = 0.01  # of the groups taken for budgets from a cloud
 APART = 2.0  # widths to the next group
 BY_CHANCE = "no budget: these runs are near one another by chance, as those around are spread as densely in compute"
-COMPARABLE = 0.5  # as many sizes as this share of another group's make a neighbour of it
+COMPARABLE = 0.5  # share of another group's number of sizes from which a group counts as its neighbour
 
 
 def recognise_budgets(
-    groups: list[Int[np.ndarray, " members"]],
+    groups: list[Int[np.ndarray, " _members"]],
     log_n: Float[np.ndarray, " runs"],
     log_d: Float[np.ndarray, " runs"],
     log_c: Float[np.ndarray, " runs"],
 ) -> Bool[np.ndarray, " groups"]:
     """Return which `groups` (`group_budgets`, ascending) are budgets rather than a part of a cloud.
 
-    Were compute spread smoothly, the sizes around a group would be as dense as those within it. Where most of a run's
+    If compute were spread smoothly, sizes would be as dense around a group as within it. Where most of a run's
     neighbours, within 0.2 in ln C, are of its own group, the table is one of budgets, and all groups of three sizes are
-    taken. Where they are not, budgets may still stand in a cloud: of the sizes in a group and within 0.2 to either
-    side, a share as large as the group's of that width would fall into it by chance. Groups are taken while at most 1 %
-    of those taken should be so full by this chance (binomial; Benjamini & Hochberg 1995, Journal of the Royal
-    Statistical Society B 57).
+    taken. Where they are not, there may still be budgets in a cloud: of the sizes within 0.2 of a group, by chance the
+    group would contain a share equal to its share of that width. Groups are taken while at most 1 % of those taken
+    should be so full by this chance (binomial; Benjamini & Hochberg 1995, Journal of the Royal Statistical Society B
+    57).
 
-    A budget also lies at least two widths from the next group of its kind, which parts of one broad cluster do not.
+    A budget is also at least two widths away from the next such group, unlike the parts of one broad cluster.
 
-    Several runs of one size in a group count once. A group is as wide as its range of ln C, or as its runs lie off a
-    line of ln D over ln N: a column of compute with few digits makes runs equal that are not.
+    Several runs of one size in a group count once. A group is as wide as its range of ln C, or as the residuals of its
+    runs from a line of ln D over ln N: a column of compute with few digits makes runs equal that are not.
     """
     firsts = np.concatenate([group[np.unique(log_n[group], return_index=True)[1]] for group in groups])
     place = np.sort(log_c[firsts])

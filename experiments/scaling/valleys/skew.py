@@ -1,8 +1,8 @@
-"""One skew for all valleys: how much steeper their right walls are than their left, found from all budgets together.
+"""Fit one skew for all valleys: how much steeper their right walls are than their left ones.
 
-Off its minimum a window sees a valley's cubic term, and a parabola's vertex moves towards the gentler wall. Where the
-windows drift with the budget, so does the bias, and the exponents with it. A cubic per budget would cost a degree of
-freedom each; the laws in use give all valleys one skew (`valley.Convex`), which costs one altogether.
+In a window off the minimum a valley's cubic term matters, and a parabola's vertex moves towards the gentler wall. Where
+the windows drift with the budget, so does the bias, and the exponents with it. A cubic per budget would cost a degree
+of freedom each; the usual laws give all valleys one skew (`valley.Convex`), which costs one in total.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from experiments.scaling.valleys.valley import bent_bases, bent_minimum
 from experiments.words import counted, is_or_are
 from model.errors import InputError
 
-LARGEST_SKEW = 1.5  # |β − α|; published exponents lie below 1
+LARGEST_SKEW = 1.5  # |β − α|; published exponents are below 1
 GRID = np.linspace(-LARGEST_SKEW, LARGEST_SKEW, 301)
 
 
@@ -22,22 +22,22 @@ def _unexplained(us: list[np.ndarray], losses: list[np.ndarray], skews: np.ndarr
     left = np.zeros(())
     for u, loss in zip(us, losses, strict=True):
         q, _ = np.linalg.qr(bent_bases(u, skews))
-        centred = loss - loss.mean(-1, keepdims=True)  # constants are in the basis; without them sums keep their digits
+        centred = loss - loss.mean(-1, keepdims=True)  # the basis contains the constants; centring avoids cancellation
         left = left + (centred**2).sum(-1) - (np.matmul(centred, q) ** 2).sum(-1)
     return left
 
 
 def common_skews(
-    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+    us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, "draws _runs"]]
 ) -> Float[np.ndarray, " draws"]:
     """Return the least-squares skew of each draw, to the nearest point of a grid of 0.01."""
     return GRID[_unexplained(us, losses, GRID).argmin(0)]
 
 
-def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
+def common_skew(us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, " _runs"]]) -> float:
     """Return the least-squares skew of all valleys.
 
-    Raises `InputError` where no run is left to tell it from a parabola.
+    Raises `InputError` if no run is left to distinguish it from a parabola.
     """
     freedom = sum(len(np.unique(u)) - 3 for u in us)
     if freedom < 2:
@@ -58,7 +58,7 @@ def common_skew(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndar
 
 
 def skewed_minima(
-    us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, "draws runs"]]
+    us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, "draws _runs"]]
 ) -> list[tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]]:
     """Return (vertex, curvature) of every draw, per valley; each draw has its own common skew."""
     skews, of_draw = np.unique(common_skews(us, losses), return_inverse=True)

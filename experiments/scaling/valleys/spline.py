@@ -1,9 +1,9 @@
-"""Valleys by a smoothing spline in log N: no shape is assumed, and noise does not make a minimum.
+"""Fit valleys by a smoothing spline in log N: no shape is assumed, and noise makes no spurious minima.
 
-The spline minimises Σ (f(u_i) − loss_i)² + λ·∫ f'''(u)² du, so that λ → ∞ is the parabola and λ → 0 interpolates
-(Wahba 1990, "Spline Models for Observational Data", chapter 1, with m = 3: a quintic spline whose penalty spares
-parabolas). One λ serves all budgets, chosen by generalised cross-validation over all of their runs: of five runs alone
-none could be chosen.
+The spline minimises Σ (f(u_i) − loss_i)² + λ·∫ f'''(u)² du, so that λ → ∞ is the parabola and λ → 0 interpolates (Wahba
+1990, "Spline Models for Observational Data", chapter 1, with m = 3: a quintic spline whose penalty spares parabolas).
+One λ serves all budgets, chosen by generalised cross-validation over all of their runs: it could not be chosen from
+five runs.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def _kernel(s: np.ndarray, t: np.ndarray) -> Float[np.ndarray, "s t"]:
     return low**3 * (gap**2 / 3 + gap * low / 2 + low**2 / 5) / 4
 
 
-def choose_smoothing(us: list[Float[np.ndarray, " runs"]], losses: list[Float[np.ndarray, " runs"]]) -> float:
+def choose_smoothing(us: list[Float[np.ndarray, " _runs"]], losses: list[Float[np.ndarray, " _runs"]]) -> float:
     """Return the largest λ that generalised cross-validation over all budgets (Wahba 1990, 4.3.1) cannot tell from the
     best.
 

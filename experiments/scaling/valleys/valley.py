@@ -1,11 +1,11 @@
-"""One budget's valley: its runs, the curve through them, and whether the minimum can be trusted.
+"""Describe one budget's valley: its runs, the curve through them, and whether its minimum is reliable.
 
 The curves are linear in the losses once their shape is fixed, so that thousands of bootstrap draws are one
 product. Coordinates: u = ln N − mean(ln N) of the budget's runs.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,16 +14,17 @@ from experiments.scaling.law.intervals import exponential
 from experiments.words import counted
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
-STRAIGHT = 1e-4  # a skew so small is none: the bent square would cancel to noise
+STRAIGHT = 1e-4  # a smaller skew counts as 0, as the bent square would cancel numerically
 MINIMUM_SIZES = 3  # of one budget: a curve with three coefficients
 
 
+@runtime_checkable
 class ValleyShape(Protocol):
-    """A family of curves with three coefficients' worth of freedom or more, and its minimum."""
+    """A family of curves with at least three degrees of freedom, and its minimum."""
 
     @property
     def name(self) -> str:
-        """As reasons and messages call it."""
+        """Name in reasons and messages."""
         ...
 
     def operator(self, u: Float[np.ndarray, " runs"], at: Float[np.ndarray, " at"]) -> Float[np.ndarray, "at runs"]:
@@ -75,7 +76,7 @@ def _bent_square(u: np.ndarray, skew: np.ndarray) -> np.ndarray:
     """Return (e^{tu} − 1 − tu)·2/t², or u² where t is too small to divide by."""
     straight = np.abs(skew) < STRAIGHT
     t = np.where(straight, 1.0, skew)
-    tu = np.where(straight, 0.0, t * u)  # the parabola's u may be too far out for an exponential
+    tu = np.where(straight, 0.0, t * u)  # the parabola's vertex may overflow the exponential
     return np.where(straight, u**2, 2 * (np.expm1(tu) - tu) / t**2)
 
 
@@ -88,7 +89,7 @@ def bent_bases(u: Float[np.ndarray, " at"], skews: Float[np.ndarray, "*skews"]) 
 def bent_minimum(
     coefficients: Float[np.ndarray, "*draws 3"], skews: Float[np.ndarray, "#*draws"]
 ) -> tuple[Any, Any, Any]:
-    """Return (u*, loss, curvature) of `Convex` curves, each with its own skew; u* is NaN where there is none."""
+    """Return (u*, loss, curvature) of `Convex` curves, each with its own skew; u* is NaN if there is none."""
     c0, c1, c2 = np.moveaxis(coefficients, -1, 0)
     straight = np.abs(skews) < STRAIGHT
     t = np.where(straight, 1.0, skews)
@@ -120,7 +121,7 @@ class Valley:
     outliers: list[dict[str, Any]] = field(default_factory=list)
     """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
     runs_at_fault: bool = False
-    """Return whether the reason lies in the runs, so that no other curve would change it."""
+    """Return whether the reason comes from the runs, so that no other curve would change it."""
 
     @property
     def u(self) -> Float[np.ndarray, " runs"]:
@@ -177,7 +178,7 @@ def rejection(
 
 
 def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> str | None:
-    """Return why this budget's minimum cannot be trusted, in words, or None."""
+    """Return the reason why this budget's minimum is unreliable, or None."""
     sizes = np.unique(params)
     if len(sizes) < MINIMUM_SIZES:
         return f"{counted(len(sizes), 'model size')} where a {shape.name} needs {MINIMUM_SIZES}"
@@ -192,11 +193,11 @@ def reason_against(params: np.ndarray, loss: np.ndarray, shape: ValleyShape) -> 
         return f"the {shape.name} through the losses is not convex: it has no minimum"
     if outside:
         at = float(exponential(vertex + log_params.mean()))
-        return f"the {shape.name}'s minimum, N={at:.3g}, lies outside the sizes {sizes[0]:.3g}…{sizes[-1]:.3g}"
+        return f"the {shape.name}'s minimum, N={at:.3g}, is outside the sizes {sizes[0]:.3g}…{sizes[-1]:.3g}"
     return None
 
 
-def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " members"]]:
+def group_budgets(flops: Float[np.ndarray, " runs"]) -> list[Int[np.ndarray, " _members"]]:
     """Return the row numbers by budget, ascending.
 
     A run joins while it is within 5 % of the run below it and the group stays within ±5 % of its middle, so that a

@@ -1,4 +1,4 @@
-"""Critical values for the best of many: what a careful reader asks of a minimum that was chosen after the fact."""
+"""Compute critical values for selecting the best of many settings, with a correction for the selection."""
 
 import functools
 
@@ -8,12 +8,12 @@ from scipy import optimize, stats
 
 @functools.cache
 def best_of_many(others: int, freedom: int) -> float:
-    """Return how many standard errors of a difference a mean may exceed the lowest and still belong to the best.
+    """Return how many standard errors of a difference above the lowest mean a setting may still be the best.
 
-    Settings within it hold the truly best one with 95 % probability, however the truth lies (subset selection,
+    Settings within it hold the truly best one with 95 % probability, whatever the true means are (subset selection,
     Gupta 1965; multiple comparisons with the best, Hsu 1984). It is Dunnett's one-sided critical value (1955) for
-    `others` comparisons with one common mean, equal replicates, and a variance of `freedom` degrees of freedom; for
-    one comparison it is Student's t.
+    `others` comparisons with one common mean, equal replicates, and a variance of `freedom` degrees of freedom; for one
+    comparison it is Student's t.
     """
     z, weight = _normal_nodes()
     scale, density = _deviation_nodes(freedom)
@@ -27,10 +27,9 @@ def best_of_many(others: int, freedom: int) -> float:
 
 @functools.cache
 def largest_of_many(count: int, freedom: int) -> float:
-    """Return the 97.5 % quantile of the largest of `count` independent t statistics that share one estimate of the
-    variance.
+    """Return the 97.5 % quantile of the largest of `count` t statistics with a common variance estimate.
 
-    So many standard errors the lowest of `count` means may lie below its truth: the price of having chosen it.
+    The lowest of `count` means may be this many standard errors below its true value, because it was selected.
     """
     scale, density = _deviation_nodes(freedom)
 
@@ -45,8 +44,8 @@ def selected_interval(mean: float, error: float, candidates: int, freedom: int) 
 
     error: its standard error.
 
-    The lowest of many means is too low on average. Upwards the interval therefore covers every candidate at once.
-    Downwards it needs no such care: the chosen mean is not above that of the truly best, whose truth is not higher.
+    The lowest of many means is biased downward, so the upper bound holds for all candidates simultaneously. The lower
+    bound needs no correction: the selected mean is at most the mean of the truly best setting.
     """
     low = mean - float(stats.t.ppf(0.975, freedom)) * error
     return low, mean + largest_of_many(candidates, freedom) * error
@@ -58,7 +57,7 @@ def _normal_nodes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _deviation_nodes(freedom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights for an estimated standard deviation over its truth, even in probability's tails."""
+    """Return quadrature nodes and weights for the ratio of an estimated to the true standard deviation."""
     nodes, weights = np.polynomial.legendre.leggauss(128)
     low, high = np.sqrt(stats.chi2.ppf([1e-9, 1 - 1e-9], freedom) / freedom)
     scale = (high - low) / 2 * nodes + (high + low) / 2

@@ -1,4 +1,4 @@
-"""Learning curves of a sweep's runs, and settings of unlike cost compared at the same cost."""
+"""Select learning curves of a sweep's runs, and compare settings of different cost at equal FLOPs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,14 +9,12 @@ from experiments.runs.curves import LossCurve
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 
 MOST = 60  # runs in one figure
-UNEQUAL = 1.02  # ratio of FLOPs from which settings do not cost the same
+UNEQUAL = 1.02  # ratio of FLOPs from which settings count as differing in cost
 Read = Callable[[Mapping[str, Any]], LossCurve | None]
 
 
 def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return at most sixty runs to draw: the best, the worst and what lies evenly between, those without
-    a loss last.
-    """
+    """Return at most sixty runs to draw: evenly spaced from best to worst, those without a loss last."""
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
     order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
     if len(order) <= MOST:
@@ -25,10 +23,10 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equal_flops(names: Sequence[str], rows: Sequence[dict[str, Any]], read: Read) -> dict[str, Any] | None:
-    """Return settings that cost unlike FLOPs, compared by their training loss where the cheapest of them ended.
+    """Compare settings of different cost by their training loss at the FLOPs at which the cheapest one ended.
 
-    Settings that were trained to the end are compared, of a population those that kept their settings. None where all
-    cost the same within 2 %. Otherwise {flops_6nd (the common cost), ratio (most expensive to cheapest),
+    Only settings that were trained to the end are compared, in a population those whose values did not change. None if
+    all have the same cost within 2 %. Otherwise {flops_6nd (the common cost), ratio (most expensive to cheapest),
     settings: [{setting, flops_6nd, loss, seeds}] best first}, or {ratio, refused: why}. read: the learning curve of a
     row. The training loss is smoothed over a tenth of the steps, and interpolated in log FLOPs.
     """

@@ -1,4 +1,4 @@
-"""All that a sweep's results say, as one document: what the report shows and `--json` writes."""
+"""Analyse a sweep's results as one document, which the report shows and `--json` writes."""
 
 import statistics
 from collections.abc import Sequence
@@ -20,8 +20,7 @@ from experiments.sweep.objectives import LOSS, TRAINING_SPEED
 
 
 def analyse(results: Results) -> dict[str, Any]:
-    """Return `summarize` of the results, and: unit (of the losses), sentence (the answer), importance, transfer,
-    equal_flops, pareto, halving, cost.
+    """Return `summarize` with unit, sentence, importance, transfer, equal_flops, pareto, halving and cost.
 
     A part that does not apply is None; one that cannot be computed holds `refused`, with the reason.
     `experiments.sweep.analysis.importance` describes importances, `experiments.sweep.analysis.optimum` transfer. Losses
@@ -33,7 +32,7 @@ def analyse(results: Results) -> dict[str, Any]:
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
     document["trials"] = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     every = with_shared_losses(results.rows)
-    # Where nothing but the execution varies, the speed of training is said already.
+    # If only the execution varies, `executions` already compares the training speed.
     others = [name for name in results.objectives if name != LOSS and (names or name != TRAINING_SPEED)]
     kept = [row for row in candidates_of(document["settings"]) if row["member"] is None]
     noise, freedom = document["seed_noise"], document["noise_freedom"]
@@ -62,9 +61,7 @@ def analyse(results: Results) -> dict[str, Any]:
 
 
 def _one_speed_a_program(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows with the mean training speed of their program: of two trials of one program neither is the faster
-    one.
-    """
+    """Return the rows with the mean training speed of their program: trials of one program share its speed."""
     speeds: dict[str, list[float]] = {}
     for row in rows:
         if row["state"] == "finished" and row[TRAINING_SPEED] is not None:
@@ -84,10 +81,10 @@ def _unequal(costs: dict[str, Any], winner: dict[str, Any] | None) -> str:
 
 
 def _halving(results: Results) -> dict[str, Any] | None:
-    """Return the rungs (`Rungs.table`), the trials that were stopped, and what that saved; None where none could be.
+    """Return rungs (`Rungs.table`), stopped trials and saved tokens; None without early stopping.
 
-    share: tokens spent over those of every trial to its end; None of a population, whose new members take the places
-    of those that leave.
+    share: tokens spent, relative to training every trial to its end; None for a population, where new members replace
+    stopped ones.
     """
     pruned = sum(row["state"] == "pruned" for row in results.rows)
     if results.policy == "all" and not pruned:
@@ -108,9 +105,9 @@ def _halving(results: Results) -> dict[str, Any] | None:
 
 
 def _cost(results: Results) -> dict[str, Any]:
-    """Return totals over all trials; what a trial shares with a run that it left counts once.
+    """Return totals over all trials; steps that a trial shares with its parent's run count once.
 
-    run_seconds: each run's own clock, so that lanes of one program count its time K times.
+    run_seconds: summed over runs, so that K lanes of one program count its time K times.
     worker_seconds: time in which a worker had a claim, the last of each trial, overlaps counted once; None if unknown.
     """
 

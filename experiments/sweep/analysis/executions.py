@@ -1,7 +1,7 @@
-"""Axes that are fields of Execution: they change speed, and the loss by rounding alone.
+"""Compare executions: axes that are fields of Execution change speed, and the loss by rounding only.
 
-Trials that differ in nothing else train one recipe. Where losses are compared they are one run, with the mean of their
-losses: no further seeds, which would make the seed noise look small. Where speeds are compared each stands alone.
+Trials that differ only in them train the same recipe. In comparisons of losses they count as one run with their mean
+loss: counted as further seeds they would make the seed noise look small. In comparisons of speed they are separate.
 """
 
 import itertools
@@ -18,14 +18,14 @@ from experiments.sweep.trial import Trial
 from model import Execution
 from model.execution import FIELDS
 
-ROUNDING = 1e-4  # of the loss: float32 stays below it even where a run has amplified it for a while
-UNEXPLAINED = 1e-2  # of the loss: beyond it rounding is no explanation, however chaotic the run
+ROUNDING = 1e-4  # relative to the loss: float32 rounding stays below it, even if a run has amplified it for a while
+UNEXPLAINED = 1e-2  # relative to the loss: rounding does not explain larger differences, however chaotic the run
 _PRECEDENCE: tuple[State, ...] = ("diverged", "finished", "running", "planned", "pruned", "failed")
 """The state of one recipe under several executions: a divergence counts, and a result before one that is missing."""
 
 
 def execution_names(names: Iterable[str], trials: Iterable[Trial]) -> list[str]:
-    """Return which of the varied fields are of Execution and leave the recipes of these trials as they are.
+    """Return the varied fields that belong to Execution and do not change the recipes of these trials.
 
     With dropout or experts `accumulate` is part of the recipe, and so an axis like any other.
     """
@@ -35,26 +35,25 @@ def execution_names(names: Iterable[str], trials: Iterable[Trial]) -> list[str]:
 
 
 def execution_value(trial: Trial, name: str) -> Any:
-    """Return a field of how a trial runs, as a value of a table: of a mesh its axes, such as data=2,fsdp=4."""
+    """Return a field of a trial's execution as a table value: a mesh as its axes, such as data=2,fsdp=4."""
     value = getattr(trial.execution, name)
     return ",".join(f"{axis}={size}" for axis, size in value.items()) if isinstance(value, Mapping) else value
 
 
 def execution_text(execution: Mapping[str, Any]) -> str:
-    """Return an execution in a line, such as remat=dots, accumulate=2; what is chosen by itself is "auto"."""
+    """Return an execution in one line, such as remat=dots, accumulate=2; an automatic choice is "auto"."""
     return ", ".join(f"{name}={'auto' if value is None else text(value)}" for name, value in execution.items())
 
 
 def recipe_id(trial: Trial) -> str:
-    """Return the id of what a trial trains, the same for every execution, and whatever version planned the trial."""
+    """Return the id of a trial's recipe, independent of the execution and of the planning version."""
     return trial.recipe.replace(former={}).under(trial.execution).run_id
 
 
 def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Return the indices of the rows that are one training under several executions, in order of appearance.
 
-    They have the recipe, the planned steps, what they branched off from and the benchmark of decoding in common. A row
-    without `recipe` stands alone.
+    They have the same recipe, planned steps, parent and decode benchmark. A row without `recipe` is a group of its own.
     """
 
     def belongs(row: Mapping[str, Any]) -> bool:
@@ -65,7 +64,7 @@ def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     known: dict[str, int] = {}
 
     def number(name: str) -> int:
-        """Return the number of a row's training; of a parent that has no row, one of its own."""
+        """Return the index of a row's training; a parent without a row gets a new one."""
         if name not in known:
             key: Any = name
             if name in by_id:
@@ -86,8 +85,8 @@ def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 def one_per_training(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row for all executions of a training, with the mean of their losses, at the end and at every rung.
 
-    The other columns are those of the first row in the state that counts: a recipe that diverged under one execution
-    has diverged, and else one that has finished under any has finished.
+    The other columns are those of the first row in the state that counts: diverged if any execution diverged, else
+    finished if any finished.
     """
     groups = [[rows[index] for index in group] for group in group_trainings(rows)]
     if all(len(members) == 1 for members in groups):
@@ -120,7 +119,7 @@ def _mean_loss(members: Iterable[Mapping[str, Any]]) -> float:
 def with_shared_losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every row, the finished ones with the mean loss of their recipe under all executions.
 
-    One that diverged under another execution counts as diverged. So rounding decides nothing between two rows.
+    A recipe that diverged under any execution counts as diverged. So rounding does not rank rows.
     """
     found = list(rows)
     for group in group_trainings(rows):
@@ -135,20 +134,20 @@ def with_shared_losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare_executions(
     names: Sequence[str], rows: Sequence[dict[str, Any]], noise: float | None = None, freedom: int = 0
 ) -> dict[str, Any] | None:
-    """Return the speed of every execution and how far the losses of one recipe lie apart; None where none varies.
+    """Return the speed of every execution and how far the losses of one recipe differ; None if none varies.
 
     names: the fields of Execution that vary. noise, freedom: the seed noise of one run, if it is known.
     {axes, executions, compared, recipes, difference, relative, verdict, limit, limit_by, split}.
 
     executions: [{execution, trials, finished, timed, tokens_per_second, std, ratio, near}], fastest first: the mean
     over the timed trials and their standard deviation; the mean over that of the fastest; whether it is within two
-    standard errors of the fastest (None where a spread is not known). Timed are the trials of the `compared`
-    recipes, which have a speed under all executions. Where there are none, each mean is over whatever that execution
-    trained, and there are no ratios.
+    standard errors of the fastest (None if a spread is not known). Only trials of the `compared` recipes are timed,
+    which have a speed under all executions. Without such recipes each mean is over all trials of that execution, and
+    there are no ratios.
 
     recipes: how many finished under two executions or more. difference: the largest between two of one recipe, in nats;
-    relative: to that recipe's loss. limit: from where on the verdict is "beyond"; limit_by: what sets it. split:
-    recipes that diverged under some executions and finished under others. verdict:
+    relative: to that recipe's loss. limit: the difference from which the verdict is "beyond"; limit_by: the origin of
+    the limit. split: recipes that diverged under some executions and finished under others. verdict:
 
     - "rounding": below 1e-4 of the loss.
     - "noise": more than that, and within what other seeds change.

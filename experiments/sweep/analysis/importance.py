@@ -1,4 +1,4 @@
-"""Which hyperparameters matter, by estimators of the field, each with its uncertainty."""
+"""Estimate which hyperparameters matter, by published estimators, each with its uncertainty."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,21 +11,20 @@ from experiments.sweep.analysis.settings import by_setting
 from experiments.words import counted
 
 FEWEST = 10  # finished trials
-WIDE = 0.5  # of an interval of a share: beyond it the data say next to nothing of that axis
+WIDE = 0.5  # width of a share's interval from which the data carry almost no information on that axis
 Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
 
 
 def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
-    """Return how much each axis matters for the loss: shares that add up to 1, by one estimator after another.
+    """Return how much each axis matters for the loss: shares that add up to 1, for each estimator.
 
     rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
-    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) asks what it takes to be among the best, here
-    the best tenth but at least five trials. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by
-    a random forest; it needs scikit-learn and knows only axes that every trial has. Intervals: percentiles over
-    bootstrap draws of settings, whose seeds stay together, since trials that differ by seed alone are no independent
-    evidence. An estimator is refused where an interval is wider than half of the scale and no axis stands above all
-    others.
+    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) measures what distinguishes the best trials, here
+    the best tenth but at least five. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by a
+    random forest; it needs scikit-learn and uses only axes that every trial has. Intervals: percentiles over bootstrap
+    draws of settings, whose seeds stay together, since trials that differ only by seed are not independent. An
+    estimator is refused if an interval is wider than 0.5 and no axis is clearly more important than all others.
     """
     finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
     refused = None
@@ -89,7 +88,7 @@ def _with_interval(
 
 
 def _is_vague(found: Mapping[str, Any]) -> bool:
-    """Return whether an interval is wide, and the data do not even say which axis matters most."""
+    """Return whether an interval is wide and the most important axis is uncertain."""
     bounds = sorted((axis["interval_95"] for axis in found.values()), key=lambda interval: -interval[0])
     leads = all(bounds[0][0] > high for _, high in bounds[1:])
     return not leads and any(high - low > WIDE for low, high in bounds)
@@ -100,7 +99,7 @@ def _nothing_told(found: Mapping[str, Any], settings: int) -> str:
     low, high = axis["interval_95"]
     return (
         f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), "
-        "and no axis stands above all others; more settings would narrow that, more seeds of the same ones hardly"
+        "and no axis is clearly more important than all others; more settings would narrow that, more seeds hardly"
     )
 
 

@@ -1,4 +1,4 @@
-"""The optimum of the learning rate: a parabola through the logarithm, with the interval that the seeds allow."""
+"""Find the optimal learning rate: a parabola in the logarithm of the rate, with an interval from the seed noise."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ def log_parabola(
     """Fit weighted least squares of mean losses against log rates: {learning_rate, loss, interval_95, curvature …}.
 
     seeds: runs behind each mean, the weights. noise: the standard deviation of one run, known to `freedom` degrees of
-    freedom; the scatter around the parabola is pooled with it, and replaces it where it is significantly larger
-    (F test at 5 %), as a parabola is then only roughly the shape. The interval is Fieller's (1954): the rates at which
-    the slope is not significantly different from zero; None where the data does not bound it, and `interval_reason`
-    says why. Where there is no minimum inside the rates: {"refused": reason}.
+    freedom; the scatter around the parabola is pooled with it, and replaces it if it is significantly larger (F test at
+    5 %), since the curve then is only roughly a parabola. The interval is Fieller's (1954): the rates at which the
+    slope is not significantly different from zero; None if the data do not bound it, with the reason in
+    `interval_reason`. Without a minimum inside the rates the result is {"refused": reason}.
     """
     centre = math.log(rates[int(np.argmin(losses))])
     x, y, weight = np.log(rates) - centre, np.asarray(losses, float), np.asarray(seeds, float)
@@ -42,7 +42,7 @@ def log_parabola(
         return {"refused": "the losses near the best do not curve upwards"}
     vertex = -c1 / (2 * c2)
     if not x.min() <= vertex <= x.max():
-        return {"refused": "the parabola's lowest point lies outside the rates that were tried"}
+        return {"refused": "the parabola's lowest point is outside the rates that were tried"}
     left = len(x) - 3
     scatter = float(weight @ (y - design @ (c0, c1, c2)) ** 2)
     variance, known, rough = _variance(noise, freedom, scatter, left)
@@ -61,9 +61,7 @@ def log_parabola(
 
 
 def _variance(noise: float | None, freedom: int, scatter: float, left: int) -> tuple[float | None, int, bool]:
-    """Return (variance of one run around the parabola, its degrees of freedom, whether the parabola fits
-    only roughly).
-    """
+    """Return (variance of one run around the parabola, degrees of freedom, whether the fit is rough)."""
     if noise is None:
         return (scatter / left, left, False) if left else (None, 0, False)
     if left and noise > 0 and scatter / left / noise**2 > stats.f.ppf(0.95, left, freedom):
@@ -72,7 +70,7 @@ def _variance(noise: float | None, freedom: int, scatter: float, left: int) -> t
 
 
 def _fieller(c1: float, c2: float, covariance: np.ndarray, bound: float) -> tuple[tuple[float, float] | None, str]:
-    """Return all x with (c1 + 2·c2·x)² ≤ bound · its variance, where that is an interval.
+    """Return all x with (c1 + 2·c2·x)² ≤ bound · its variance, if that is an interval.
 
     bound: t² times the variance.
     """
@@ -80,7 +78,7 @@ def _fieller(c1: float, c2: float, covariance: np.ndarray, bound: float) -> tupl
     b = 4 * (c1 * c2 - bound * covariance[1, 2])
     c = c1**2 - bound * covariance[1, 1]
     if a <= 0:
-        return None, "the curvature lies inside the noise: no rate in sight is ruled out"
+        return None, "the curvature is within the noise: no rate is ruled out"
     half = math.sqrt(max(b**2 - 4 * a * c, 0.0)) / (2 * a)
     return (-b / (2 * a) - half, -b / (2 * a) + half), ""
 
@@ -119,7 +117,7 @@ def rate_optimum(
 
 
 def _line(names: Sequence[str], best: Setting, candidates: Sequence[Setting]) -> list[Setting]:
-    """Return the settings that have all but the rate of `best`, by their rates, as far as these have a logarithm."""
+    """Return the settings that differ from `best` only in the learning rate, by their (positive) rates."""
     others = [name for name in names if name != "learning_rate"]
     held = [row for row in candidates if row["member"] is None and all(row[name] == best[name] for name in others)]
     return sorted((row for row in held if _is_positive(row["learning_rate"])), key=lambda row: row["learning_rate"])
@@ -132,7 +130,7 @@ def _is_positive(rate: Any) -> bool:
 def transfer(
     names: Sequence[str], candidates: Sequence[Setting], noise: float | None, freedom: int
 ) -> dict[str, Any] | None:
-    """Return the optimum of the learning rate at each size; None where the sweep has no axis of size or none of rates.
+    """Return the optimum of the learning rate at each size; None if the sweep has no axis of size or none of rates.
 
     {axis, sizes: [{size, best (setting), mean, optimum or refused}], law, factor_per_doubling, interval_95}: the power
     law of the optimum in the size (`size_law`), weighted by the intervals where every size has one, and by how much the
@@ -167,7 +165,7 @@ def _numbers(rows: Sequence[Setting], name: str) -> list[float]:
 
 
 def _law(axis: str, sizes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {law, factor_per_doubling, interval_95}: None where too few sizes have an optimum."""
+    """Return {law, factor_per_doubling, interval_95}: None if too few sizes have an optimum."""
     found = [(row["size"], row["optimum"]) for row in sizes if row["optimum"] is not None]
     intervals = [optimum["interval_95"] for _, optimum in found]
     known = intervals if found and None not in intervals else None

@@ -1,4 +1,4 @@
-"""Several objectives at once: which settings no other one beats in all of them."""
+"""Find the Pareto front of several objectives, allowing for noise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,7 @@ def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, 
 def near_front(
     values: Float[np.ndarray, "settings objectives"], errors: Float[np.ndarray, "settings objectives"]
 ) -> Bool[np.ndarray, " settings"]:
-    """Return which dominated rows might well be on the front: no row dominates them by more than the noise in any
-    objective.
+    """Return which dominated rows are within noise of the front: no row dominates them by more than the noise.
 
     errors: standard errors of the means. A row stays dominated where another one is better by more than twice the
     standard error of the difference in at least one objective, and not worse by more than that in any.
@@ -36,13 +35,11 @@ def near_front(
 
 
 def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
-    """Return the front of the means over seeds of settings that may win; None with a single objective or nothing
-    finished.
+    """Return the Pareto front of the settings' means over seeds; None with a single objective or no finished trial.
 
-    They are those that were trained to the end and lost no run to divergence: `candidates_of`. {objectives,
-    directions, settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the
-    noise of it) or "behind". errors: standard errors by the seeds' spread pooled over settings, zero
-    where no setting has two seeds.
+    Only settings that were trained to the end without a diverged run can win: `candidates_of`. {objectives, directions,
+    settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the noise of it)
+    or "behind". errors: standard errors by the seeds' spread pooled over settings, zero if no setting has two seeds.
     """
     ended = [row for row in rows if row["state"] == "finished" and all(row[name] is not None for name in objectives)]
     allowed = by_setting(names, candidates_of(group(names, rows)))

@@ -1,4 +1,4 @@
-"""The results of a sweep as a flat table: one row a trial, from the ledger and what the runs told it."""
+"""Collect the results of a sweep as a flat table: one row per trial, from the ledger and the runs' records."""
 
 import csv
 import dataclasses
@@ -18,25 +18,25 @@ from train.run import read_record
 from train.run.metrics import troubles
 
 TRIAL = ("id", "number", "state", "cohort", "recipe", "seed", "run", "rungs", "planned_steps", "planned_tokens")
-BRANCH = ("parent", "parent_steps", "member")  # empty but for trials that left another's run
+BRANCH = ("parent", "parent_steps", "member")  # empty except for trials that branched off another run
 FACTS = ("steps", "tokens", "flops_6nd", "flops_exact", "seconds", "compile_seconds")
 CLAIM = ("worker", "claimed_at", "ended_at")  # of the last claim, in seconds since 1970
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a sweep has found up to now.
+    """The results of a sweep so far.
 
-    rows: flat, by number: id, number, state, cohort, recipe (the id of what is trained, whatever the execution),
-    seed, every field of the points (None where a trial lacks it), loss (of finished trials alone), last_loss (of any
-    that reported one), training_tokens_per_second, the other objectives, FACTS, planned_steps, planned_tokens, run
-    (below `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called NAME_done.
-    parent: the id of the trial whose run it left, after parent_steps updates, which steps, tokens and FLOPs include.
-    member: its own id where it left it with other settings, as in a population, so that its fields hold only for the
-    updates after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together
-    with an axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried;
-    they are no axes (`experiments.sweep.analysis.executions`). unit: of the losses; "nats" where trials of several
-    objectives have different ones.
+    rows: flat, by number: id, number, state, cohort, recipe (the id of the recipe, the same for all executions), seed,
+    every field of the points (None if a trial lacks it), loss (of finished trials alone), last_loss (of any that
+    reported one), training_tokens_per_second, the other objectives, FACTS, planned_steps, planned_tokens, run (below
+    `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called NAME_done. parent: the id
+    of the trial from which it branched off, after parent_steps updates; steps, tokens and FLOPs include these. member:
+    its own id if it branched off with other settings, as in a population, so that its fields apply only to the updates
+    after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together with an
+    axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried; they are
+    not axes (`experiments.sweep.analysis.executions`). unit: of the losses; "nats" where trials of several objectives
+    have different ones.
     """
 
     folder: Path
@@ -50,11 +50,11 @@ class Results:
     unit: str = LanguageModeling.UNIT
 
     def fact(self, row: Mapping[str, Any], name: str) -> Any:
-        """Return one of FACTS of a row, None where it is not known."""
+        """Return one of FACTS of a row, None if it is not known."""
         return row[_column(name, row)]
 
     def spent(self, row: Mapping[str, Any], name: str) -> float:
-        """Return tokens, flops_6nd or flops_exact of the updates that this trial made itself, 0 where not known."""
+        """Return tokens, flops_6nd or flops_exact of the updates that this trial trained itself; 0 if unknown."""
         total, steps = self.fact(row, name), self.fact(row, "steps")
         if not total or not steps:
             return 0
@@ -65,7 +65,7 @@ class Results:
 def read_results(folder: str | Path) -> Results:
     """Return the results of the sweep in a folder.
 
-    Raises InputError where it holds none, or its storage is out of reach.
+    Raises InputError if it holds no sweep or its storage cannot be reached.
     """
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.record import Sweep
@@ -74,7 +74,7 @@ def read_results(folder: str | Path) -> Results:
     rows = Ledger(sweep, read_only=True).rows()
     results = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
     if results.executions:
-        for row in results.rows:  # a former version did not note the speed
+        for row in results.rows:  # older versions did not record the speed
             if row[TRAINING_SPEED] is None and row["state"] in ENDED:
                 row[TRAINING_SPEED] = training_speed(results.folder / row["run"])
     return results
@@ -88,7 +88,7 @@ def collect(
     policy: str = "all",
     sampler: str = "all",
 ) -> Results:
-    """Return results of rows as the ledger has them."""
+    """Return the results from the ledger's rows."""
     rows = sorted(rows, key=lambda row: row.number)
     names = list(dict.fromkeys(name for row in rows for name in row.trial.point if name != "seed"))
     how = execution_names(names, (row.trial for row in rows))
@@ -102,7 +102,7 @@ def collect(
 
 
 def record_troubles(results: Results) -> list[str]:
-    """Return a sentence for every fault of a sweep's run folders, and for every loss that is not the ledger's."""
+    """Return a warning for every damaged run record, and for every loss that differs from the ledger's."""
     found = troubles(results.folder / row["run"] for row in results.rows)
     for row in results.rows:
         folder = results.folder / row["run"]
@@ -111,9 +111,9 @@ def record_troubles(results: Results) -> list[str]:
         try:
             ended = read_record(folder).get("result") or {}
         except InputError:
-            continue  # said above
+            continue  # reported above
         if ended.get("validation_loss") not in (None, row["loss"]):
-            found.append(f"{folder}: the ledger says loss {row['loss']}, the run itself {ended['validation_loss']}")
+            found.append(f"{folder}: the ledger has loss {row['loss']}, the run itself {ended['validation_loss']}")
     return found
 
 
@@ -122,7 +122,7 @@ def _flat(
 ) -> dict[str, Any]:
     """Return the trial as a flat row.
 
-    how: names that are of the execution, where a trial that does not name one has its default.
+    how: names of execution fields; a trial without a value for one has its default.
     """
     trial, facts = row.trial, row.facts
     point = row.trial.point
@@ -167,7 +167,7 @@ def _column(name: str, row: Mapping[str, Any]) -> str:
 def _axes(
     names: Sequence[str], rows: Sequence[Mapping[str, Any]], *, searched: bool
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Return fields that vary, without those that distinguish no more than an earlier one does (width → heads)."""
+    """Return the fields that vary, without those that are determined by an earlier one (width → heads)."""
     axes: dict[str, list[Any]] = {}
     followers: dict[str, str] = {}
     points = len({tuple(row[name] for name in names) for row in rows})
@@ -181,7 +181,7 @@ def _axes(
             return len({(row[other], row[name]) for row in rows}) == kinds == len({r[other] for r in rows})  # noqa: B023
 
         leader = next((other for other in axes if same(other)), None)
-        # Where values are drawn, each may stand once: then any two fields would seem to go together.
+        # Drawn values may each occur only once: then any two fields would seem to vary together.
         most = points // 2 if searched else max(MANY, points // 2)
         if leader is not None and kinds <= most:
             followers[name] = leader
@@ -211,15 +211,15 @@ def write_tables(results: Results) -> Tables:
         import pyarrow.parquet
     except ImportError:
         return Tables("pyarrow is not installed: pip install 'isoflop[parquet]'")
-    table = pyarrow.table({name: _alike([row[name] for row in rows]) for name in columns})
+    table = pyarrow.table({name: _common_type([row[name] for row in rows]) for name in columns})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer)
     write_atomically(results.folder / "results.parquet", buffer.getvalue())
     return Tables(None)
 
 
-def _alike(values: list[Any]) -> list[Any]:
-    """Return one type for a column: whole numbers, numbers, truth values, or text."""
+def _common_type(values: list[Any]) -> list[Any]:
+    """Return the common type of a column: integer, number, boolean or text."""
     known = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in known) or all(isinstance(value, str) for value in known):
         return values

@@ -1,7 +1,7 @@
-"""Settings compared at equal tokens: at each rung, those that have a loss there.
+"""Compare settings at equal tokens: at each rung, those with a loss at it.
 
-A setting that was stopped early has no loss at the end. What is known of it is how it stood at the last rung that it
-reached, against the settings that were measured after the same tokens.
+A setting that was stopped early has no loss at the end. It is compared at the last rung that it reached, with the
+settings that were measured after the same number of tokens.
 """
 
 import math
@@ -16,14 +16,14 @@ from experiments.sweep.analysis.settings import Setting, by_setting, pooled_nois
 Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
 """A stopped setting against the winner after equal tokens. worse, equal, better: against the seed noise there.
 
-higher, lower: its loss, where no setting has two seeds there and the noise is not known. not compared: the winner has
-no loss after so many tokens.
+higher, lower: its loss, if the noise is not known because no setting has two seeds there. not compared: the winner has
+no loss at that number of tokens.
 """
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Rungs:
-    """The losses of a sweep's trials by the tokens seen. Rungs of unlike batch sizes agree to half a step of each."""
+    """A sweep's losses by tokens seen. Rungs of different batch sizes are equal within half a step."""
 
     def __init__(self, names: Sequence[str], rows: Rows):
         self._names, self._rows = list(names), [row for row in rows if row.get("rungs")]
@@ -39,7 +39,7 @@ class Rungs:
         """
         table = []
         for level, tokens in enumerate(self._levels):
-            here = [(row, found) for row in self._rows if (found := self._own(row).get(level)) is not None]
+            here = [(row, found) for row in self._rows if (found := self._own_losses(row).get(level)) is not None]
             steps = sorted({_steps(row, tokens) for row, _ in here})
             settings = self.settings(level)
             noise, freedom = self._noise(settings)
@@ -48,8 +48,8 @@ class Rungs:
                     "tokens": tokens,
                     "steps": steps[0] if len(steps) == 1 else steps,
                     "trials": len(here),
-                    "first": sum(min(self._own(row)) == level for row, _ in here),
-                    "pruned": sum(row["state"] == "pruned" and max(self._own(row)) == level for row, _ in here),
+                    "first": sum(min(self._own_losses(row)) == level for row, _ in here),
+                    "pruned": sum(row["state"] == "pruned" and max(self._own_losses(row)) == level for row, _ in here),
                     "best": min(loss for _, loss in here),
                     "settings": settings,
                     "noise": noise,
@@ -62,7 +62,7 @@ class Rungs:
         """Return the settings with a loss at a rung: {axes …, member, mean, std, seeds}."""
         found = []
         for key, members in by_setting(self._names, self._rows).items():
-            losses = [loss for row in members if (loss := self._own(row).get(level)) is not None]
+            losses = [loss for row in members if (loss := self._own_losses(row).get(level)) is not None]
             if losses:
                 spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
                 about = {"mean": float(np.mean(losses)), "std": spread, "seeds": len(losses)}
@@ -70,18 +70,18 @@ class Rungs:
         return found
 
     def stopped(self, members: Rows, winning: Rows) -> dict[str, Any] | None:
-        """Compare a setting that was stopped early with the winner, where it was stopped.
+        """Compare a setting that was stopped early with the winner, at the rung at which it was stopped.
 
-        members, winning: the trials of both, winning empty where there is no winner. {steps, tokens, mean, seeds,
-        winner_mean, verdict}; None where nothing of it was measured. The winner of a population is followed back
-        through the runs that it left.
+        members, winning: the trials of both, winning empty if there is no winner. {steps, tokens, mean, seeds,
+        winner_mean, verdict}; None if nothing of it was measured. The winner of a population is followed back through
+        the runs that it left.
         """
         reached = [row for row in members if row["state"] == "pruned" and row.get("rungs")]
         if not reached:
             return None
-        level = max(max(self._own(row)) for row in reached)
-        mine = [loss for row in members if row.get("rungs") and (loss := self._own(row).get(level)) is not None]
-        theirs = [loss for row in winning if (loss := self._along(row).get(level)) is not None]
+        level = max(max(self._own_losses(row)) for row in reached)
+        mine = [loss for row in members if row.get("rungs") and (loss := self._own_losses(row).get(level)) is not None]
+        theirs = [loss for row in winning if (loss := self._losses_from_start(row).get(level)) is not None]
         mean, best = float(np.mean(mine)), float(np.mean(theirs)) if theirs else None
         return {
             "steps": _steps(reached[0], self._levels[level]),
@@ -103,12 +103,12 @@ class Rungs:
     def _noise(self, settings: Sequence[Setting]) -> tuple[float | None, int]:
         return pooled_noise(settings, min(row["mean"] for row in settings))
 
-    def _own(self, row: Mapping[str, Any]) -> dict[int, float]:
-        """Return losses by rung, of what the trial trained itself."""
+    def _own_losses(self, row: Mapping[str, Any]) -> dict[int, float]:
+        """Return losses by rung, for the steps that the trial trained itself."""
         return {_nearest(self._levels, _tokens(row, step)): loss for step, loss in row["rungs"].items()}
 
-    def _along(self, row: Mapping[str, Any] | None) -> dict[int, float]:
-        """Return losses by rung from the start, those before it left another's run among them."""
+    def _losses_from_start(self, row: Mapping[str, Any] | None) -> dict[int, float]:
+        """Return losses by rung from the start, including those before it branched off its parent."""
         found: dict[int, float] = {}
         limit = math.inf
         while row is not None:
@@ -131,7 +131,7 @@ def lineage(row: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> list[di
 
 
 def verdicts(settings: Iterable[Setting]) -> dict[Verdict, int]:
-    """Count the verdicts on the settings that were stopped early, those aside that lost a run to divergence."""
+    """Count the verdicts on the settings that were stopped early, except those with a diverged run."""
     stopped = [row["stopped"] for row in settings if row["pruned"] and not row["lost"]]
     said = ["not compared" if found is None else found["verdict"] for found in stopped]
     return {verdict: said.count(verdict) for verdict in get_args(Verdict) if verdict in said}
@@ -142,15 +142,14 @@ def _tokens(row: Mapping[str, Any], steps: int) -> int:
 
 
 def _steps(row: Mapping[str, Any], tokens: int) -> int:
-    """Return the trial's updates nearest to so many tokens."""
+    """Return the number of the trial's updates nearest to this number of tokens."""
     return round(tokens * row["planned_steps"] / row["planned_tokens"])
 
 
 def _levels(rows: Rows) -> list[int]:
-    """Return tokens at each rung, by the trials with the smallest steps; others join the nearest within half a step of
-    each.
+    """Return the tokens at each rung of the smallest batches; other rungs join the nearest within half a step.
 
-    Rungs of one trial are never put together.
+    Rungs of one trial are never merged.
     """
     levels: list[tuple[int, float]] = []  # (tokens, tokens of a step)
     for row in sorted(rows, key=lambda row: row["planned_tokens"] / row["planned_steps"]):

@@ -1,4 +1,4 @@
-"""What the values of an axis are: numbers on a line, on a logarithmic line, or mere names."""
+"""Classify the values of an axis: numbers on a linear or logarithmic scale, or names."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -6,24 +6,24 @@ from typing import Any, Literal
 import numpy as np
 
 Scale = Literal["log", "linear", "rank"]
-MANY = 12  # distinct values: above it an axis was drawn from an interval, not listed
+MANY = 12  # number of distinct values from which an axis counts as sampled from an interval
 
 
 def is_number(value: Any) -> bool:
-    """Return a number, and no truth value."""
+    """Return whether a value is a number and not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """Return every value once without the missing: numbers in order, or else in the order in which they come."""
+    """Return the distinct values without None: numbers sorted, others in order of appearance."""
     found = list(dict.fromkeys(value for value in values if value is not None))
     return sorted(found) if all(map(is_number, found)) else found
 
 
 def scale_of(values: Iterable[Any]) -> Scale:
-    """Return how an axis is best read: by the logarithm where that spaces its values more evenly, else linearly.
+    """Return the scale of an axis: logarithmic if that spaces its values more evenly, else linear.
 
-    "rank": names, and few numbers that neither line spaces well, such as 0, 0.01, 0.1.
+    "rank": names, and a few numbers that neither scale spaces well, such as 0, 0.01, 0.1.
     """
     found = distinct(values)
     if not found or not all(map(is_number, found)):
@@ -42,7 +42,7 @@ def _unevenness(values: Sequence[float] | np.ndarray) -> float:
 
 
 def positions(values: Sequence[Any], among: Sequence[Any]) -> np.ndarray:
-    """Return where `values` lie on the axis that has the values `among`, by its scale: log10, the number, or the rank.
+    """Return positions on the axis with the values `among`: log10, the number or the rank, by its scale.
 
     A missing value is NaN.
     """
@@ -54,10 +54,10 @@ def positions(values: Sequence[Any], among: Sequence[Any]) -> np.ndarray:
 
 
 def edge_of(values: Sequence[Any], value: Any) -> Literal["lowest", "highest"] | None:
-    """Return whether a value lies at the end of an axis of numbers, so that a better one may lie beyond.
+    """Return whether a value is at the end of an axis of numbers, so that a better one may be beyond it.
 
-    Of two values one is always at an end, and names have none. Zero is a border, not an end, where nothing lies below
-    it. Of many that were drawn from an interval, those in the outer twentieth of it count as its end.
+    Of two values one is always at an end, and names have none. Zero is a bound, not an end, if no value is below it. Of
+    many values sampled from an interval, those in its outer 5 % count as its end.
     """
     found = distinct(values)
     if value is None or len(found) < 3 or not all(map(is_number, found)) or value == found[0] == 0:

@@ -1,4 +1,4 @@
-"""The answer of a sweep in a few sentences, in which every setting is counted once."""
+"""Describe the answer of a sweep in a few sentences, in which every setting is counted once."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,22 +26,22 @@ _STOPPED = {
 
 
 def sentence(document: Mapping[str, Any], policy: str = "all") -> str:
-    """Return the winner, how sure it is, what cannot be told apart from it, and what was not compared at the end."""
+    """Describe the winner, its uncertainty, its equals within noise, and the settings not compared at the end."""
     winner, settings = document["winner"], document["settings"]
-    executions = _of_the_executions(document["executions"])
+    executions = _describe_executions(document["executions"])
     if winner is None:
-        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _others(settings) + executions
+        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _describe_others(settings) + executions
     unit = document.get("unit", LanguageModeling.UNIT)
     said = [_reached(winner, unit, len(settings), policy) + _told_apart(winner, settings)]
     if winner["lineage"] is not None:
-        said.append(_along(winner["lineage"]))
-    return " ".join(said) + _others(settings, policy) + executions
+        said.append(_describe_history(winner["lineage"]))
+    return " ".join(said) + _describe_others(settings, policy) + executions
 
 
 def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str) -> str | None:
     """Return which settings have the best mean of an objective, those that share it named by what they have in common.
 
-    None where no candidate has a value.
+    None if no candidate has a value.
     """
     allowed = {_key(names, row) for row in candidates_of(group(names, rows))}
     means = {
@@ -61,10 +61,10 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
     return f"The {'highest' if highest else 'lowest'} {objective}, {value}, is that of {where}{among}."
 
 
-def _of_the_executions(found: Mapping[str, Any] | None) -> str:
-    """Say how far the losses of one recipe lie apart between executions, and which of these trains fastest.
+def _describe_executions(found: Mapping[str, Any] | None) -> str:
+    """Describe how far the losses of one recipe differ between executions, and which execution trains fastest.
 
-    Losses that lie further apart than rounding explains are a warning instead.
+    Differences that rounding does not explain become a warning instead.
     """
     if found is None:
         return ""
@@ -79,8 +79,8 @@ def _losses_under(found: Mapping[str, Any]) -> str:
         return f"The losses under {count} executions are equal to the last bit."
     most = f"The losses under {count} executions differ by at most {difference:.2g} nats"
     return {
-        "rounding": f"{most}, by rounding: they cannot be told apart.",
-        "noise": f"{most}, no more than with other seeds: they cannot be told apart.",
+        "rounding": f"{most}, by rounding: they are indistinguishable.",
+        "noise": f"{most}, no more than with other seeds: they are indistinguishable.",
         "open": f"{most}, which rounding may have grown to; without a second seed it is not known whether "
         "seeds differ by more.",
         "beyond": "",
@@ -140,12 +140,12 @@ def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     if equal == 0:
         return "; every other of them is worse by more than the seed noise."
     if equal == others:
-        return f"; the {'other one' if equal == 1 else f'{equal} others'} cannot be told apart from it."
-    return f"; {equal} of them cannot be told apart from it, the others are worse by more than the seed noise."
+        return f"; the {'other one' if equal == 1 else f'{equal} others'} cannot be distinguished from it."
+    return f"; {equal} of them cannot be distinguished from it, the others are worse by more than the seed noise."
 
 
-def _along(lineage: Sequence[Mapping[str, Any]]) -> str:
-    """Say which values the winner of a population was trained with, one after another."""
+def _describe_history(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the successive values that the winner of a population was trained with."""
     parts, varied = [], list(lineage[0]["setting"])
     for name in varied:
         values = [row["setting"][name] for row in lineage]
@@ -160,8 +160,8 @@ def _along(lineage: Sequence[Mapping[str, Any]]) -> str:
     return "Its settings changed along its run: " + "; ".join(parts) + "."
 
 
-def _others(settings: Sequence[Setting], policy: str = "all") -> str:
-    """Say what is known of the settings that are not compared at the end."""
+def _describe_others(settings: Sequence[Setting], policy: str = "all") -> str:
+    """Describe the settings that are not compared at the end."""
     said = ""
     stopped = [row for row in settings if row["pruned"] and not row["lost"]]
     if stopped:

@@ -1,4 +1,4 @@
-"""The settings of a sweep: what its trials have in common but the seed, with the means over seeds."""
+"""Group the trials of a sweep into settings, which differ in more than the seed, with means over seeds."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-NEAR = 0.5  # nats above the best: the noise further up is of another size, and a loss curve is no parabola any more
+NEAR = 0.5  # nats above the best: further up the noise differs, and the loss is no longer a parabola in log rate
 
 Setting = dict[str, Any]
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -15,8 +15,8 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
     """Group rows by their values in the order of `names` and, last, their member; settings in order of appearance.
 
-    A member of a population that left another's run is a setting of its own: it had its values for a part of the run
-    only, and what it shares with others is no second seed.
+    A member of a population that branched off another run is a separate setting: it had its values for a part of the
+    run only, and the shared part is not a second seed.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -46,14 +46,12 @@ def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Set
 
 
 def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
-    """Return settings that may win: with a mean, and with no seed that diverged or was pruned while others went on."""
+    """Return the settings that may win: with a mean, and without a diverged or single pruned seed."""
     return [row for row in settings if row["seeds"] and not row["lost"] and not row["pruned"]]
 
 
 def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None, int]:
-    """Return (standard deviation of one run over seeds, its degrees of freedom) of the replicated settings near the
-    best.
-    """
+    """Return (standard deviation over seeds, degrees of freedom), pooled over replicated settings near the best."""
     replicated = [row for row in settings if row["std"] is not None]
     near = [row for row in replicated if row["mean"] < best + NEAR] or replicated
     freedom = sum(row["seeds"] - 1 for row in near)

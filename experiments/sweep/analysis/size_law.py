@@ -1,8 +1,8 @@
-"""How the best learning rate or batch size moves with the size of the run: log y* = c + Σ p·log size.
+"""Fit how the best learning rate or batch size depends on the size of the run: log y* = c + Σ p·log size.
 
 Best values found by a sweep at several sizes follow power laws (Bi et al. 2024, DeepSeek LLM, section 3.1, in compute;
-Li et al. 2025, Step Law, in N and D). Weighted least squares in logarithms, as each optimum comes with its own
-interval. A study takes the law as it is written: `learning_rate = {value = …, centre = {…}, exponents = {…}}`.
+Li et al. 2025, Step Law, in N and D). Each optimum has its own interval, so the fit is weighted least squares in
+logarithms. A study accepts the law as printed: `learning_rate = {value = …, centre = {…}, exponents = {…}}`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from scipy import stats
 from experiments.words import counted
 from model.errors import InputError
 
-MINIMUM_SIZES = 3  # 2 where every optimum has an interval: two points leave no scatter to learn the noise from
+MINIMUM_SIZES = 3  # 2 if all have intervals; without, residuals must give the noise
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SizeLaw:
     scatter: float
     """Standard deviation of ln y* about the law, of a row of the mean weight."""
     freedom: float
-    """Degrees of freedom that it is known to; infinite where the optima's own intervals say it."""
+    """Degrees of freedom of the scatter; infinite if it is given by the optima's intervals."""
     rows: list[int]
     """The rows that entered, from 1."""
     dropped: list[dict[str, Any]]
@@ -114,9 +114,7 @@ def fit_size_law(
 
 
 def _noise(squares: float, left: int, precision: float | None) -> tuple[float, float]:
-    """Return (scatter, its degrees of freedom), `left` of them in the residuals; `precision` where
-    intervals know it.
-    """
+    """Return (scatter, its degrees of freedom); left: those of the residuals; precision: of the intervals."""
     if precision is not None and squares * precision <= (stats.chi2.ppf(0.95, left) if left else np.inf):
         return float(precision**-0.5), np.inf
     return float(np.sqrt(squares / left)), left
@@ -140,7 +138,7 @@ def _columns(
 def _usable(
     columns: Sequence[np.ndarray], width: np.ndarray | None
 ) -> tuple[Bool[np.ndarray, " rows"], list[dict[str, Any]]]:
-    """Return which rows enter, and why the others do not."""
+    """Return which rows are used, and why the others are not."""
     kept, dropped = np.zeros(columns[-1].size, bool), []
     for i in range(len(kept)):
         if not all(np.isfinite(column[i]) and column[i] > 0 for column in columns):
@@ -155,7 +153,7 @@ def _usable(
 
 
 def _check(names: Sequence[str], logs: Sequence[np.ndarray], dropped: Sequence[dict[str, Any]], needed: int) -> None:
-    """Raise `InputError` where the rows cannot carry the law."""
+    """Raise `InputError` if the rows do not determine the law."""
     rows, left_out = len(logs[0]), ""
     if dropped:
         left_out = (
@@ -165,13 +163,14 @@ def _check(names: Sequence[str], logs: Sequence[np.ndarray], dropped: Sequence[d
     if distinct < needed:
         less = "" if needed < MINIMUM_SIZES else f", or {needed - 1} whose optima all have an interval"
         raise InputError(
-            f"{counted(distinct, 'different size')} cannot carry a power law; at least {needed} "
+            f"{counted(distinct, 'different size')} cannot determine a power law; at least {needed} "
             f"are needed{less}{left_out}"
         )
     if rows < needed + len(names) - 1:
-        raise InputError(f"{counted(rows, 'row')} cannot carry {len(names) + 1} unknowns; one more is needed{left_out}")
+        unknowns = len(names) + 1
+        raise InputError(f"{counted(rows, 'row')} cannot determine {unknowns} unknowns; one more is needed{left_out}")
     spread = np.linalg.svd(np.stack([log - log.mean() for log in logs[:-1]]), compute_uv=False)
     if spread[-1] < 0.01 * spread[0]:
         raise InputError(
-            f"{' and '.join(names)} move together in these rows, so their exponents cannot be told apart; leave one out"
+            f"{' and '.join(names)} move together in these rows, so their exponents cannot be separated; leave one out"
         )

@@ -1,4 +1,4 @@
-"""What a sweep says, with the seed noise beside it."""
+"""Summarize a sweep: its settings, its winner, and how both compare with the seed noise."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,18 +19,18 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the document of a sweep. axes: name → the values tried.
 
-    trials: flat rows with every axis, seed, loss and state. executions: fields of Execution that vary and are no axes;
-    the document's part of that name compares them (see `executions.py`). Rows with a `recipe` in common are one run:
-    where losses are compared, one row with their mean. settings: per setting the mean loss over its finished seeds, and
-    how many runs diverged (`lost`), were pruned, failed or are pending; those never enter a mean. stopped: of a setting
-    that was stopped early, how it stood there against the winner, at equal tokens (see `rungs.py`). seed_noise: the
-    standard deviation of one run over seeds, pooled over the settings within 0.5 nats of the best, where it matters.
-    winner: the lowest mean among settings that were trained to the end (`candidates` of them), its 95 % interval, which
-    allows for its having been chosen, and those of the candidates that cannot be told apart from it: with the winner
-    they hold the best of the candidates with 95 % probability (see `comparisons.py`). A setting that lost a run to
-    divergence or of which only a part was pruned is no candidate. lineage: of a winner whose settings changed along its
-    run, as in a population. optimum: see `optimum.py`; None where it cannot be determined, and optimum_refused says
-    why. warnings: sentences.
+    trials: flat rows with every axis, seed, loss and state. executions: fields of Execution that vary (they are not
+    axes); the part `executions` of the document compares them (see `executions.py`). Rows with a `recipe` in common are
+    one run: where losses are compared, one row with their mean. settings: per setting the mean loss over its finished
+    seeds, and how many runs diverged (`lost`), were pruned, failed or are pending; those never enter a mean. stopped:
+    for a setting that was stopped early, its comparison with the winner at equal tokens (see `rungs.py`). seed_noise:
+    the standard deviation of one run over seeds, pooled over the settings within 0.5 nats of the best, where it
+    matters. winner: the lowest mean among settings that were trained to the end (`candidates` of them), its 95 %
+    interval, which allows for its having been chosen, and the candidates that are indistinguishable from it: with the
+    winner they hold the best of the candidates with 95 % probability (see `comparisons.py`). A setting with a diverged
+    run, or with only some of its runs pruned, is not a candidate. lineage: the settings of a winner that changed them
+    along its run, as in a population. optimum: see `optimum.py`; None if it cannot be determined, and optimum_refused
+    says why. warnings: sentences.
     """
     names, runs = list(axes), one_per_training(trials)
     settings = group(names, runs)
@@ -54,7 +54,7 @@ def summarize(
     noise, freedom = (None, 0) if best is None else pooled_noise(candidates, best["mean"])
     document["executions"] = compare_executions(list(executions), trials, noise, freedom)
     if best is None:
-        document["warnings"] += [_no_winner(settings), *_of_the_executions(document)]
+        document["warnings"] += [_no_winner(settings), *_execution_warnings(document)]
         return document
     stopped = sum(row["stopped"] is not None for row in settings)
     winner = _winner(names, best, candidates, noise, freedom, stopped)
@@ -69,12 +69,12 @@ def summarize(
         "winner": winner,
         "optimum": found if found and not refused else None,
         "optimum_refused": refused,
-        "warnings": [*_warnings(axes, best, winner, document, noise), *_of_the_executions(document)],
+        "warnings": [*_warnings(axes, best, winner, document, noise), *_execution_warnings(document)],
     }
 
 
 def fate(setting: Setting) -> str:
-    """Say in a few words why a setting is not compared at the end; empty where it is."""
+    """Return in a few words why a setting is not compared at the end; "" if it is."""
     if setting["lost"]:
         return "diverged"
     if setting["pruned"]:
@@ -88,7 +88,7 @@ def fate(setting: Setting) -> str:
 def _compare_stopped(
     names: Sequence[str], settings: Sequence[Setting], trials: Sequence[dict[str, Any]], best: Setting | None
 ) -> None:
-    """Give every setting `stopped`: None, or how it stood against the best where it was stopped."""
+    """Set `stopped` of every setting: None, or its comparison with the best at the rung at which it was stopped."""
     members, rungs = by_setting(names, trials), Rungs(names, trials)
 
     def of(row: dict[str, Any]) -> list[Any]:
@@ -123,7 +123,7 @@ def _winner(
 ) -> dict[str, Any]:
     """Return the winner.
 
-    stopped: settings that competed with it at a rung; its interval allows for its having been chosen from all.
+    stopped: number of settings that competed with it at a rung; its interval corrects for the selection from all.
     """
     winner = {
         "setting": {name: best[name] for name in names},
@@ -159,13 +159,13 @@ def _warnings(
     total = sum(counts.values())
     warnings = []
     population = any(row["member"] is not None for row in settings)
-    if not population:  # which goes beyond the values that it started with
+    if not population:  # a population moves beyond its initial values
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     equal = len(winner["indistinguishable"] or ())
     if equal:
         others = counted(equal, "other setting")
-        warnings.append(f"the winner lies inside the seed noise: {others} cannot be told apart from it")
-    warnings += [] if population else _of_the_stopped(settings)
+        warnings.append(f"the winner is within the seed noise: {others} cannot be distinguished from it")
+    warnings += [] if population else _stopped_warnings(settings)
     if counts["diverged"]:
         warnings.append(f"{counts['diverged']} of {counted(total, 'run')} diverged")
     if counts["failed"]:
@@ -187,12 +187,12 @@ def _warnings(
 
 
 def _edge(name: str, values: Sequence[Any], best: Setting, settings: Sequence[Setting]) -> str | None:
-    """Warn where a better value may lie beyond the best one: it is the last that was tried, or that has a result."""
+    """Warn if a better value may be beyond the best one: it is the last value that was tried, or that has a result."""
     value = f"the best {name}={text(best[name])}"
     side = edge_of(values, best[name])
     if side is not None:
         of = "of the grid" if len(distinct(values)) <= MANY else "of what was drawn, or near it"
-        return f"{value} is the {side} {of}: the optimum may lie beyond it"
+        return f"{value} is the {side} {of}: the optimum may be beyond it"
     known = [row[name] for row in settings if row["seeds"] or row["lost"] or row["pruned"]]
     unknown = [v for v in distinct(values) if v not in known and is_number(v)]
     found = [v for v in distinct(values) if v in known and is_number(v)]
@@ -203,11 +203,11 @@ def _edge(name: str, values: Sequence[Any], best: Setting, settings: Sequence[Se
         return None
     side = "highest" if best[name] == found[-1] else "lowest"
     listed = ", ".join(map(text, beyond[:3])) + (" …" if len(beyond) > 3 else "")
-    return f"{value} is the {side} that has a result, {listed} none: the optimum may lie beyond it"
+    return f"{value} is the {side} that has a result, {listed} none: the optimum may be beyond it"
 
 
-def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
-    """Warn of settings that were stopped early although nothing says that they are worse than the winner."""
+def _stopped_warnings(settings: Sequence[Setting]) -> list[str]:
+    """Warn about settings that were stopped early without evidence that they are worse than the winner."""
     said = verdicts(settings)
     lower, never = said.get("lower", 0), said.get("not compared", 0)
     close = said.get("equal", 0) + said.get("better", 0)
@@ -229,8 +229,8 @@ def _of_the_stopped(settings: Sequence[Setting]) -> list[str]:
     ]
 
 
-def _of_the_executions(document: Mapping[str, Any]) -> list[str]:
-    """Warn where executions of one recipe differ by more than rounding explains."""
+def _execution_warnings(document: Mapping[str, Any]) -> list[str]:
+    """Warn if executions of one recipe differ by more than rounding explains."""
     found = document["executions"]
     if found is None:
         return []

@@ -1,4 +1,4 @@
-"""Axes of a sweep's figures: values of any kind at their places, with few ticks that can be read."""
+"""Lay out the axes of a sweep's figures: values of any kind, with few, readable ticks."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of, text
 
-LONGEST = 12  # letters of a tick's label
+LONGEST = 12  # characters of a tick's label
 
 
 def tick_labels(values: Sequence[Any]) -> list[str]:
@@ -92,7 +92,7 @@ def readable_top(losses: Sequence[float]) -> float:
 
 
 def loss_colours(losses: Sequence[float]) -> tuple[Colormap, Normalize]:
-    """(map, norm) for losses: dark is good; the pale end of viridis is left out."""
+    """Return (colour map, norm) for losses: dark is good; the pale end of viridis is left out."""
     viridis = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
     low, high = min(losses), readable_top(losses)
     return ListedColormap(viridis), Normalize(low, high if high > low else low + 1e-6)

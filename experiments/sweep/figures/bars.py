@@ -1,4 +1,4 @@
-"""Figures of a sweep that are made of bars: importance of its axes, training speed of its executions."""
+"""Draw bars: importance of a sweep's axes, training speed of its executions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,9 +51,7 @@ def importance_bars(importance: Mapping[str, Any], width: float = WIDTH) -> Figu
 
 @styled
 def execution_bars(found: Mapping[str, Any], width: float = WIDTH) -> Figure:
-    """Draw the mean training tokens per second of every execution, the fastest on top; whiskers: the spread over
-    trials.
-    """
+    """Draw the training speed of every execution, the fastest on top; whiskers: spread over trials."""
     timed = [row for row in found["executions"] if row["tokens_per_second"]][::-1]
     figure = new_figure(width, 0.8 + 0.36 * len(timed))
     axes = figure.subplots()

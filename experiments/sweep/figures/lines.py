@@ -1,4 +1,4 @@
-"""Figures of a sweep that are made of many lines: learning curves, settings across all axes, replayed searches."""
+"""Draw many lines: learning curves of a sweep, settings across all axes, replayed searches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,7 +55,7 @@ def learning_curves(
         lows.append((curve.loss.min(), curve.loss[0], curve.steps[0]))
     log_axis(axes.xaxis, min(low for low, _ in ends), max(high for _, high in ends), powers=by_flops, margin=0.03)
     bottom, begun = min(low for low, *_ in lows), min(step for *_, step in lows)
-    # Where runs go on from others, those that began at the start say where the axis ends.
+    # If runs continue others, those that began at the start determine the end of the axis.
     first = float(np.median([start for _, start, step in lows if step == begun]))
     axes.set_ylim(bottom - 0.04 * (first - bottom) - 1e-3, first + 0.1 * (first - bottom) + 1e-3)
     axes.set(xlabel="compute spent so far, 6·N·tokens (FLOPs)" if by_flops else "tokens seen", ylabel=TRAINING_LOSS)
@@ -69,7 +69,7 @@ def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
     """Draw a line per setting through its values and its mean loss, coloured by it; the best are drawn last.
 
     Losses are those of `fullest`. Lines are set a little apart where values coincide. In a narrow figure the
-    coordinates lie below each other.
+    coordinates are stacked vertically.
     """
     names, upright = list(document["axes"]), width > NARROW
     rows = sorted(fullest(document)[0], key=lambda row: row["mean"])
@@ -129,7 +129,7 @@ def _coordinate(
 ) -> None:
     """Draw one axis with its labels.
 
-    side: of the labels of an upright coordinate, -1 left, 1 right; they are below one that lies.
+    side: of the labels of an upright coordinate, -1 left, 1 right; those of a horizontal coordinate are below it.
     """
     halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
     if not upright:
@@ -165,7 +165,7 @@ def _colour_bar(figure: Figure, axes: Any, colours: Any, norm: Any, label: str, 
 
 @styled
 def reached(document: Mapping[str, Any]) -> Figure:
-    """Draw `compare_samplers`' document: solid, the best region was tried; dashed, it is what the search would name."""
+    """Draw `compare_samplers`' document; solid: best region tried; dashed: best region selected."""
     figure = new_figure(5.5, 3.4)
     axes = figure.subplots()
     trials = np.arange(document["budget"] + 1)

@@ -1,4 +1,4 @@
-"""Figures of a sweep that show two things at once: pairs of axes, two objectives, the rate's optimum over sizes."""
+"""Draw maps of two quantities: pairs of axes, two objectives, the optimal learning rate over sizes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -60,7 +60,7 @@ def pair_maps(document: Document) -> list[Figure]:
         if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
         else:
-            # A member's values at its end say little of what its run was trained with before.
+            # A member's final values say little about the values that its run was trained with before.
             _dots(panel, best, across, up, colours, norm, contours=not is_population(document))
             place_axis(panel.xaxis, across, 5)
             place_axis(panel.yaxis, up, 6)
@@ -107,7 +107,7 @@ def _dots(
             levels = np.linspace(norm.vmin, norm.vmax, 12)
             panel.tricontourf(x, y, triangles, loss, levels=levels, cmap=colours, norm=norm, alpha=0.55)
         except (ValueError, RuntimeError):
-            pass  # points on one line have no area: they stand alone
+            pass  # points on one line span no area: no contours
     panel.scatter(x, y, c=loss, cmap=colours, norm=norm, s=11, edgecolors="white", linewidths=0.4, zorder=3)
 
 
@@ -131,9 +131,7 @@ def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
 
 @styled
 def pareto_front(found: Document) -> list[Figure]:
-    """Draw the first objective against each other one: the front joined, what is within its noise hollow, the rest
-    grey.
-    """
+    """Draw the first objective against each other one: front joined, settings within noise hollow, others grey."""
     names, settings = found["objectives"], found["settings"]
     panels = new_panels(len(names) - 1, 3.6)
     values = np.array([row["values"] for row in settings])
@@ -169,7 +167,7 @@ def pareto_front(found: Document) -> list[Figure]:
 
 
 def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
-    """Write the values of the settings on the front beside their points, where they are few."""
+    """Write the values of the settings on the front next to their points, if there are few."""
     ends = sorted((row for row in settings if row["place"] == "front"), key=lambda row: row["values"][1])
     if len(ends) > 8:
         return
@@ -183,7 +181,7 @@ def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
 def rate_transfer(found: Document) -> list[Figure]:
     """Draw loss over the learning rate at each size with its parabola, then the optima over size, with intervals.
 
-    The second is left out where fewer than two sizes have an optimum.
+    The second is left out if fewer than two sizes have an optimum.
     """
     sizes, axis = found["sizes"], found["axis"].replace("_", " ")
     left, right = new_panels(2, 3.4)

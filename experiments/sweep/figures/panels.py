@@ -1,4 +1,4 @@
-"""Loss against each axis of a sweep, a panel per axis, from its analysis (`experiments.sweep.analysis.document`)."""
+"""Draw loss against each axis of a sweep, one panel per axis."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,12 +27,11 @@ Document = Mapping[str, Any]
 
 @styled
 def axis_panels(document: Document) -> list[Figure]:
-    """Draw loss against each axis: every finished trial faint; in blue the settings that share the winner's other
-    values.
+    """Draw loss against each axis: trials faint, settings with the winner's other values in blue.
 
     The band is ± the seed noise of one run. Hollow marks are losses at the rungs of a sweep that stops trials, darker
     at later rungs, so that each is seen against the others after the same tokens; lines join those that share the
-    winner's other values. Diverged trials are crosses at the top; a triangle there stands for a loss beyond it.
+    winner's other values. Diverged trials are crosses at the top; a triangle there marks a loss beyond the frame.
     """
     axes = document["axes"]
     rungs = _stops(document)
@@ -50,9 +49,7 @@ def axis_panels(document: Document) -> list[Figure]:
 
 
 def _frame(document: Document) -> tuple[float, float]:
-    """Return the lowest and the highest loss that `axis_panels` shows where it is; of what was stopped, all but the
-    worst.
-    """
+    """Return the lowest and highest loss inside the frame of `axis_panels`; of stopped trials all except the worst."""
     losses = _shown_losses(document)
     stopped = [row["stopped"]["mean"] for row in document["settings"] if row.get("stopped")]
     top = max(readable_top(some) for some in (losses, stopped) if some)
@@ -78,7 +75,7 @@ def _stops(document: Document) -> list[Any]:
 
 
 def is_population(document: Document) -> bool:
-    """Return whether settings changed along runs, so that a value says nothing of what was trained before."""
+    """Return whether settings changed along runs, as in a population."""
     return any(row.get("member") is not None for row in document["settings"])
 
 

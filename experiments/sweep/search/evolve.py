@@ -11,28 +11,29 @@ import numpy as np
 
 from experiments.sweep.row import Decision, LedgerRow
 from experiments.sweep.trial import Trial
+from model.checks import check_number
 from model.errors import InputError
 from train import HParams
 
 NOT_PERTURBED = ("seed", "data_seed", "total_steps", "warmup_steps", "warmup_fraction", "decay_steps", "init_scale")
-"""Hyperparameters that are no rate of the moment: they name a run, plan its horizon, or act before its first step."""
+"""Hyperparameters that do not act at each step: they name a run, plan its horizon, or act before its first step."""
 NEAR_ONE = ("beta1", "beta2")
-"""What is scaled is their distance from 1, the inverse of the steps that they average over."""
+"""Fields of which 1 − value is scaled: its inverse is the number of steps that they average over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Population:
     """Population-based training (Jaderberg et al. 2017, section 4) with truncation selection.
 
-    All trials of one static shape are a population; a shape axis makes several, each on its own. Every
-    `interval_fraction` of the steps, when all its members have reported there or are lost, the worst `quantile`
-    (rounded up, at least the lost, never more than there are others) is pruned. For each a child of a random one of
-    the best `quantile` is added: a trial that leaves its parent's run after that update, with the swept
+    All trials of one static shape are a population; with a shape axis there are several, each evolving separately.
+    Every `interval_fraction` of the steps, once all its members have reported or failed, the worst `quantile` (rounded
+    up, at least the failed ones, at most as many as there are others) is pruned. Each is replaced by a child of a
+    random one of the best `quantile`: a trial that branches off its parent's run after that update, with the swept
     hyperparameters times 0.8 or 1.25, or, with probability `resample`, as some member had it at the start, and with a
-    seed of its own. A member that comes later than a generation joins at the next one.
+    new seed. A member that is added after a generation joins at the next one.
 
-    All is drawn from a hash of (seed, shape, generation, place), so a decision that was interrupted is taken again as
-    it was. For that, what is pruned must be in the ledger before what is added.
+    All random choices are drawn from a hash of (seed, shape, generation, place), so an interrupted decision is repeated
+    identically. For that, pruned trials must be in the ledger before new ones.
     """
 
     interval_fraction: float = 0.1
@@ -41,25 +42,22 @@ class Population:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, high in (("interval_fraction", 1.0), ("quantile", 0.5), ("resample", 1.0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
-                raise InputError(f"{name}={value!r} must be a number between 0 and {high:g}")
-            if value == 0 and name != "resample":
-                raise InputError(f"{name}=0 must be positive")
+        check_number("interval_fraction", self.interval_fraction, above=0, most=1)
+        check_number("quantile", self.quantile, above=0, most=0.5)
+        check_number("resample", self.resample, least=0, most=1)
 
     def generations(self, steps: int) -> tuple[int, ...]:
-        """Updates after which members are exchanged, in a run of so many."""
+        """Return the updates after which members are exchanged, in a run of `steps` updates."""
         interval = max(1, round(steps * self.interval_fraction))
         return tuple(range(interval, steps, interval))
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """Return the exchanges after it was born, and its end."""
+        """Return the exchanges after the trial branched off, and its end."""
         steps, born = trial.steps, trial.parent[1] if trial.parent else 0
         return (*(step for step in self.generations(steps) if step > born), steps)
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Raise InputError where members of one population have different numbers of steps."""
+        """Decide at each generation. Raises InputError if members of one population differ in their number of steps."""
         populations: dict[str, list[LedgerRow]] = {}
         for row in sorted(rows, key=lambda row: row.trial.id):
             populations.setdefault(row.trial.shape, []).append(row)
@@ -91,7 +89,7 @@ class Population:
             if going and not children:
                 return  # the others wait here
             ranked = sorted(arrived, key=lambda row: _score(row, step))
-            if children:  # it is settled: all that had to leave has left, and who arrives now came too late for it
+            if children:  # this generation is complete: members that arrive now are too late for it
                 leaving = [row for row in ranked if row.steps_done <= step and _lost(row)]
             else:
                 leaving = ranked[len(ranked) - self._exchanged(ranked, step) :]
@@ -103,7 +101,7 @@ class Population:
                 new = [child for child in planned if child.id not in known][:missing]
                 add += new
                 if new:
-                    return  # the next generation is theirs too
+                    return  # they take part in the next generation
             members = [row for row in ranked if row not in leaving] + going + children
         for row in members:
             if row.state == "planned":
@@ -140,7 +138,7 @@ class Population:
 
 
 def _perturbed(hparams: HParams, name: str, value: float, factor: float) -> float:
-    """Return the value times the factor, to six digits; as it was where that is out of range."""
+    """Scale the value, or 1 − value for fields in NEAR_ONE, to six digits; out of range it is unchanged."""
     moved = 1 - (1 - value) * factor if name in NEAR_ONE else value * factor
     moved = float(f"{moved:.6g}")
     try:

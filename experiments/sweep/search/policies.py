@@ -1,14 +1,15 @@
-"""Early stopping: which trials of a sweep go on, decided at rungs of equal tokens; simulated on known losses, too."""
+"""Define early stopping: which trials of a sweep continue, decided at rungs of equal tokens."""
 
 import dataclasses
 import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.sweep.row import Decision, LedgerRow, Policy, RunAll
 from experiments.sweep.trial import Trial
+from model.checks import check_number
 from model.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -53,17 +54,16 @@ def make_policy(sweep: "Sweep") -> Policy:
 class Halving:
     """Successive halving (Jamieson & Talwalkar 2016; Li et al. 2018, section 3) on tokens seen.
 
-    Rungs stand at min_fraction · eta^k of full_tokens (of the trial's own tokens where its schedule knows the end, or
-    full_tokens is 0), so trials of different batch size meet at the same tokens. What is ranked at a rung are points:
-    the replicates of one point stand and fall together, by the mean over their seeds, so that the winner keeps its
-    noise. A point that lost a replicate (diverged, failed) ranks behind all that lost none; ties go by the hash of the
-    point. Of n points that have ever reached a rung, or were lost before it, the best ⌈n/eta⌉ go on and the others are
-    pruned.
+    Rungs are at min_fraction · eta^k of full_tokens (of the trial's own tokens if its schedule has a horizon, or
+    full_tokens is 0), so trials of different batch size meet at the same tokens. Points are ranked at a rung: the
+    replicates of one point continue or stop together, by the mean over their seeds, so that the winner keeps its noise.
+    A point with a diverged or failed replicate ranks behind all others; ties are broken by the hash of the point. Of n
+    points that have ever reached a rung, or diverged before it, the best ⌈n/eta⌉ continue and the others are pruned.
 
-    waits: the rung is decided when every point on its way there has reported; otherwise (points that a sampler draws
-    over time) each as it arrives, against those that arrived before it (Li et al. 2020, without waiting for a later
-    promotion). What is in the ledger is final: a pruned point stays pruned, with its seeds of later on; one that has
-    gone on is not called back; points that are added to the sweep later are ranked among all that were there.
+    waits: decide the rung once every point on its way to it has reported; otherwise (for points that a sampler draws
+    over time) decide on each as it arrives, against those that arrived before (Li et al. 2020, without waiting for a
+    later promotion). The ledger is final: a pruned point stays pruned, with seeds that are added later; a point that
+    has continued is not stopped; points that are added later are ranked among all that have reached the rung.
     """
 
     full_tokens: int
@@ -72,11 +72,11 @@ class Halving:
     waits: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("eta", self.eta, 1, math.inf, "above 1")
-        _check_number("min_fraction", self.min_fraction, 0, 1, "between 0 and 1")
+        check_number("eta", self.eta, above=1)
+        check_number("min_fraction", self.min_fraction, above=0, below=1)
 
     def gates(self, trial: Trial) -> tuple[int, ...]:
-        """Updates at its rungs before its end."""
+        """Return the numbers of updates at the trial's rungs before its end."""
         per_step = trial.recipe.train.tokens_per_step
         own = trial.steps * per_step
         full = self.full_tokens if _steady(trial) and self.full_tokens else own
@@ -85,11 +85,11 @@ class Halving:
         return tuple(min(max(1, round(tokens / per_step)), trial.steps) for tokens in before)
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """Updates at which it may be pruned, and its end."""
+        """Return the numbers of updates at which the trial may be pruned, and its end."""
         return tuple(sorted({*self.gates(trial), trial.steps}))
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Raise InputError where the trials' losses at equal tokens say nothing of each other's ends."""
+        """Decide at each rung. Raises InputError if losses at equal tokens do not predict the final order."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         points = [_Point(members, self.gates(members[0].trial)) for members in by_point(rows).values()]
         allowed = self._allowed(points)
@@ -105,7 +105,7 @@ class Halving:
         return Decision(ready, tuple(row.trial.id for row in prune))
 
     def _allowed(self, points: "list[_Point]") -> "dict[str, int | None]":
-        """Return by point how many of its rungs it may leave behind; None: it is to be pruned."""
+        """Return by point the number of rungs that it may pass; None: prune it."""
         allowed: dict[str, int | None] = {point.key: 0 for point in points}
         pool, unsettled = points, False
         for level in range(max((len(point.gates) for point in points), default=0)):
@@ -129,8 +129,8 @@ class Halving:
 class Hyperband:
     """Hyperband (Li et al. 2018): brackets of successive halving that start at eta^s times the first rung.
 
-    A point's bracket follows from its content alone, by a hash, with the paper's shares (proportional to
-    eta^rungs / (rungs + 1), so that every bracket costs about the same); the last bracket stops nothing.
+    A hash of the point chooses its bracket, with the paper's shares (proportional to eta^rungs / (rungs + 1), so that
+    every bracket costs about the same); the last bracket stops no trial.
     """
 
     full_tokens: int
@@ -142,11 +142,11 @@ class Hyperband:
         self._brackets()
 
     def rungs(self, trial: Trial) -> tuple[int, ...]:
-        """Updates at which it may be pruned, and its end."""
+        """Return the numbers of updates at which the trial may be pruned, and its end."""
         return self._brackets()[self.bracket(trial)].rungs(trial)
 
     def decide(self, rows: Sequence[LedgerRow]) -> Decision:
-        """Decide in every bracket alone. Raises InputError where the trials are not comparable."""
+        """Decide in every bracket separately. Raises InputError if the trials are not comparable."""
         check_comparable([row.trial for row in rows], self.full_tokens)
         brackets = self._brackets()
         members: list[list[LedgerRow]] = [[] for _ in brackets]
@@ -157,7 +157,7 @@ class Hyperband:
         return Decision(ready, tuple(name for decision in decisions for name in decision.prune))
 
     def bracket(self, trial: Trial) -> int:
-        """Return which of the brackets its point is in; 0 starts at min_fraction."""
+        """Return the index of the trial's bracket; bracket 0 starts at min_fraction."""
         count = len(self._brackets())
         shares = [self.eta**rungs / (rungs + 1) for rungs in range(count - 1, -1, -1)]
         place = hash_fraction(trial.point_key) * sum(shares)
@@ -172,7 +172,7 @@ class Hyperband:
 
 
 class _Point:
-    """The replicates of one point, as the rungs see them."""
+    """The replicates of one point, for the decision at rungs."""
 
     def __init__(self, rows: list[LedgerRow], gates: tuple[int, ...]):
         self.rows, self.gates = rows, gates
@@ -180,17 +180,17 @@ class _Point:
         self.pruned = any(row.state == "pruned" for row in rows)
 
     def arrived(self, level: int) -> bool:
-        """Return whether it is ranked there: no replicate is still on its way, and there is something to rank it by."""
+        """Return whether it is ranked at the rung: no replicate is still on its way, and at least one has a loss."""
         if not self.pruned and not all(self._here(row, level) or self._beyond(row, level) for row in self.rows):
             return False
         return any(self._loss(row, level) is not None or _lost(row) for row in self.rows)
 
     def absent(self, level: int) -> bool:
-        """Return whether nothing is to be waited for there: it was pruned before, or has passed without a loss."""
+        """Return whether the rung need not wait for it: it was pruned before, or passed without a loss."""
         return self.pruned or self.passed(level)
 
     def passed(self, level: int) -> bool:
-        """Return whether a replicate has already gone beyond it."""
+        """Return whether a replicate has already passed the rung."""
         return any(self._beyond(row, level) for row in self.rows)
 
     def score(self, level: int) -> tuple[bool, float, str]:
@@ -203,7 +203,7 @@ class _Point:
         return lost, mean, hashlib.sha256(self.key.encode()).hexdigest()
 
     def target(self, row: LedgerRow, allowed: int) -> int | None:
-        """Return up to where a planned replicate may go; None: it waits."""
+        """Return the update up to which a planned replicate may train; None: it waits."""
         end = row.trial.steps
         goals = (*self.gates, end)[: allowed + 1]
         later = [goal for goal in goals if goal > row.steps_done]
@@ -218,7 +218,7 @@ class _Point:
         return self._loss(row, level) is not None or _lost(row)
 
     def _beyond(self, row: LedgerRow, level: int) -> bool:
-        # A row that is running at its rung is not beyond it: it may only not have been handed back yet.
+        # A trial that is running at its rung has not passed it: it may just not have been planned again yet.
         return row.state == "finished" or row.steps_done > self.gates[level]
 
 
@@ -231,14 +231,14 @@ def by_point(rows: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
 
 
 def hash_fraction(text: str) -> float:
-    """Return a number in [0, 1) that only the text decides."""
+    """Return a number in [0, 1) that is a hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 def check_comparable(trials: Sequence[Trial], full_tokens: int) -> None:
-    """Raise InputError where losses at equal tokens do not say which trial will be ahead in the end.
+    """Raise InputError if losses at equal tokens do not predict the final order of the trials.
 
-    A schedule that falls towards the trial's end makes a shorter trial look better at the same tokens; so the ends
+    A schedule that decays towards the trial's end makes a shorter trial look better at the same tokens; so the horizons
     must agree (to a batch), or the rates must not depend on them. full_tokens: 0 where the sweep has no length.
     """
     per_step = [trial.recipe.train.tokens_per_step for trial in trials]
@@ -253,7 +253,7 @@ def check_comparable(trials: Sequence[Trial], full_tokens: int) -> None:
             "the same number of tokens, or schedule=constant, or --policy all"
         )
     if not full_tokens:
-        raise InputError(f"{between} have no common rungs; give --steps: rungs stand at parts of it")
+        raise InputError(f"{between} have no common rungs; give --steps: rungs are at fractions of it")
 
 
 def _steady(trial: Trial) -> bool:
@@ -268,15 +268,10 @@ def _lost(row: LedgerRow) -> bool:
 _SETTINGS = ("eta", "min_fraction")
 
 
-def _check_number(name: str, value: Any, low: float, high: float, words: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
-        raise InputError(f"{name}={value!r} must be a number {words}")
-
-
 def play(policy: Policy, trials: Sequence[Trial], loss: Callable[[Trial, int], float | None]) -> list[LedgerRow]:
-    """Return the rows of a sweep that has ended.
+    """Simulate a policy on known losses, and return the rows of the finished sweep.
 
-    loss: of a trial after so many updates; None: it has diverged by then.
+    loss: returns the loss of a trial after a number of updates; None: it has diverged by then.
     """
     rows = [LedgerRow(number, trial, "planned", {}, None, {}) for number, trial in enumerate(trials)]
     while True:
@@ -302,6 +297,6 @@ def _advanced(row: LedgerRow, step: int, loss: Callable[[Trial, int], float | No
 
 
 def tokens_used(row: LedgerRow) -> int:
-    """Return tokens that a trial has trained on: up to its last rung, from where it left its parent's run."""
+    """Return the tokens that a trial has trained on: up to its last rung, without those of its parent's run."""
     born = row.trial.parent[1] if row.trial.parent else 0
     return max(0, row.steps_done - born) * row.trial.recipe.train.tokens_per_step

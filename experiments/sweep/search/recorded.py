@@ -1,4 +1,4 @@
-"""A sweep that has been run in full, as a table of answers: what a search would have been told, without training."""
+"""Read a fully run sweep as a table of losses, from which a search can be simulated without training."""
 
 import csv
 import dataclasses
@@ -30,13 +30,13 @@ _RESULTS = {
     "std",
     "lost",
 }
-"""Columns of a table of results, also of another program's, that are no axis."""
+"""Columns of a table of results, also of other programs, that are not axes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """The losses of every point of a grid. axes: name → values; losses: point (values in the axes' order) → one a seed,
-    None where the run diverged. folder: of the sweep, where it was read from there.
+    """The losses of every point of a grid. axes: name → values; losses: point (values in the axes' order) → one loss
+    per seed, None if the run diverged. folder: of the sweep; None for a table.
     """
 
     axes: dict[str, list[Any]]
@@ -44,9 +44,7 @@ class Recorded:
     folder: Path | None = None
 
     def mean(self, point: tuple[Any, ...]) -> float:
-        """Return the mean over the seeds, in nats per token; infinite where one diverged, as no such
-        point is a winner.
-        """
+        """Return the mean over the seeds, in nats per token; infinite if one diverged, so that the point cannot win."""
         losses = [math.inf if loss is None else loss for loss in self.losses[point]]
         return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
 
@@ -73,7 +71,7 @@ class Recorded:
         return {point for point in self.losses if self.mean(point) <= limit}
 
     def named(self, point: tuple[Any, ...]) -> dict[str, Any]:
-        """Return the point with the axes' names."""
+        """Return the point as a dict of the axes' names."""
         return dict(zip(self.axes, point, strict=True))
 
     def point_of(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -84,8 +82,8 @@ class Recorded:
 def read_recorded(path: Path, axes: Sequence[str] = ()) -> Recorded:
     """Return the record of a sweep's folder, or of a table of its results (CSV, one run a row, with a column `loss`).
 
-    axes: the columns that were varied; none: those that vary and are no result. Raises InputError where it is no full
-    grid, or a run has not ended.
+    axes: the columns that were varied; none: those that vary and are not results. Raises InputError if it is not a full
+    grid, or a run did not finish.
     """
     if path.is_dir():
         return _read_folder(path, axes)

@@ -1,7 +1,7 @@
-"""Replays of a search on a recorded grid: how many trials each sampler needs, seed after seed, at no training.
+"""Replay searches on a recorded grid: how many trials each sampler needs, for many seeds, without training.
 
-The sampler asks for a point of the grid and receives the loss of one of its runs, chosen at random: the noise that a
-search meets. An axis of numbers is suggested by rank, so that its spacing is the grid's; another one by name.
+The sampler suggests a point of the grid and receives the loss of a random one of its runs, so that it sees realistic
+noise. A numeric axis is suggested by rank, so that its spacing is the grid's; other axes by name.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.search.recorded import Recorded, is_ordered
 from experiments.sweep.search.samplers import make_sampler
+from model.checks import check_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """One search. first: the trial, from 1, that is the first in the best region; settled: that from which on the best
-    point by what was seen (the mean of its answers) lies in it, to the end of the budget. None: it never came to it.
+    """One search. first: the number, from 1, of the first trial in the best region; settled: the trial from which the
+    best point so far (by mean loss) stays in that region to the end of the budget. None: never.
     """
 
     first: int | None
@@ -74,15 +74,15 @@ def compare_samplers(
     batch: int = 1,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Replays of each sampler with the seeds 0, 1, …; budget: trials of each (None: as many as the grid has points).
+    """Replay each sampler with the seeds 0, 1, …; budget: trials of each (None: as many as the grid has points).
 
-    Numbers of trials with [lower quartile, median, upper quartile] over the replays; null where a replay did not get
-    there. Raises InputError.
+    Numbers of trials with [lower quartile, median, upper quartile] over the replays; null if a replay did not reach it.
+    Raises InputError.
     """
     budget = len(recorded.losses) if budget is None else budget
     check_at_least_one(replays=replays, trials=budget, batch=batch)
     for sampler in samplers:
-        make_sampler(sampler, 0)  # refused before hours are spent on the others
+        make_sampler(sampler, 0)  # raise now, before hours are spent on the others
     document: dict[str, Any] = {
         "axes": recorded.axes,
         "points": len(recorded.losses),
@@ -111,9 +111,7 @@ def compare_samplers(
 
 
 def quartiles(trials: Sequence[int | None]) -> list[int | None]:
-    """Return the lower quartile, median and upper quartile, each one of the numbers; those that never came count as
-    largest.
-    """
+    """Return the lower quartile, median and upper quartile, each one of the numbers; None counts as the largest."""
     numbers = [math.inf if number is None else number for number in trials]
     values = np.quantile(numbers, [0.25, 0.5, 0.75], method="inverted_cdf")
     return [int(value) if math.isfinite(value) else None for value in values]

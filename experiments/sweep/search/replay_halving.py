@@ -1,4 +1,4 @@
-"""Replays of successive halving on the recorded curves of a full sweep: its tokens, and whether it keeps the winner."""
+"""Replay successive halving on the recorded curves of a full sweep: its tokens, and whether it keeps the winner."""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +17,16 @@ NEAR = 0.1
 
 
 class RecordedRun(NamedTuple):
-    """One recorded run. validation: losses by updates, its end among them; training: one a step, smoothed when read."""
+    """A recorded run. validation: losses by updates, including the end; training: one per step."""
 
     trial: Trial
     validation: dict[int, float]
     training: dict[int, float]
 
     def at(self, step: int) -> float | None:
-        """Return the loss after `step` updates: a validation near them, or else the training loss of the tenth before
-        them.
+        """Return the loss after `step` updates, by validation or else by the training loss of the last 10 %.
 
-        None where the run had diverged by then.
+        None if the run had diverged by then.
         """
         end = self.trial.steps
         if step >= end:
@@ -42,13 +41,12 @@ class RecordedRun(NamedTuple):
 def replay_halving(
     recorded: Recorded, curves: Sequence[RecordedRun], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
 ) -> dict[str, Any]:
-    """Replay successive halving as `--policy halving` would have run this sweep: with all seeds, and with one seed a
-    point.
+    """Replay `--policy halving` on this sweep, with all seeds and with one seed per point.
 
-    tokens_fraction: of the full sweep's. chosen: the point of the best mean among those that it trained to the end;
-    within_noise: whether that is one of the full sweep's best region, excess: by how much its mean over all seeds, in
-    nats per token, is above the best. one_seed: of `replays` halvings, each of which has one random seed of every
-    point. rungs: "validation", or "training" where the loss of training had to stand in for a rung. Raises InputError.
+    tokens_fraction: of the full sweep's. chosen: the point with the best mean among those trained to the end;
+    within_noise: whether it is in the full sweep's best region, excess: by how much its mean over all seeds, in nats
+    per token, is above the best. one_seed: over `replays` halvings, each with one random seed per point. rungs:
+    "validation", or "training" if a training loss had to replace the validation loss of a rung. Raises InputError.
     """
     if not curves:
         raise InputError("successive halving is replayed on the learning curves of a sweep's folder, not on a table")

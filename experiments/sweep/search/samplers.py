@@ -1,4 +1,4 @@
-"""Who chooses the next points of a search: Optuna's samplers by name, and a space in Optuna's words."""
+"""Create Optuna's samplers by name, and describe a space by Optuna's distributions."""
 
 import hashlib
 import importlib.util
@@ -39,7 +39,7 @@ def make_sampler(name: str, seed: int, directions: Sequence[str] = ("minimize",)
 
 
 def check_axes(name: str, axes: "Mapping[str, Distribution]") -> None:
-    """Raise InputError where the sampler cannot search these axes."""
+    """Raise InputError if the sampler cannot search these axes."""
     from experiments.sweep.space import Interval
 
     lists = [axis for axis, distribution in axes.items() if not isinstance(distribution, Interval)]
@@ -53,7 +53,7 @@ def to_category(value: Any) -> bool | int | float | str | None:
 
 
 def suggester(trial: "Trial") -> "Callable[[str, Distribution], Any]":
-    """Return what `Space.draw` asks for values, answered by the study's sampler."""
+    """Return the `suggest` function for `Space.draw`, answered by the study's sampler."""
 
     def suggest(name: str, distribution: "Distribution") -> Any:
         from experiments.sweep.space import Interval
@@ -73,10 +73,10 @@ def _build(name: str, seed: int, drawn: int) -> "BaseSampler":
 
     own = int.from_bytes(hashlib.sha256(f"{seed} {drawn}".encode()).digest()[:4], "big")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "experimental" is said of options that have been there for years
+        warnings.simplefilter("ignore")  # Optuna marks options as experimental that have existed for years
         if name == "random":
             return samplers.RandomSampler(seed=own)
-        if name == "quasirandom":  # keeps its place in the study, and needs one and the same scrambling
+        if name == "quasirandom":  # continues in the study, and needs the same scrambling
             independent = samplers.RandomSampler(seed=own)
             return samplers.QMCSampler(
                 scramble=True, seed=seed, independent_sampler=independent, warn_independent_sampling=False

@@ -1,3 +1,3 @@
-"""What a sweep varies: the algebra of spaces, the values of an axis, files of spaces, and the overlay on a base."""
+"""Define what a sweep varies: the algebra of spaces, the values of an axis, space files, and the overlay on a base."""
 
 from experiments.sweep.space.build import *  # noqa: F403 – its __all__ is the list

@@ -1,9 +1,9 @@
-"""The space of a sweep, as a small algebra: what may vary, and together with what.
+"""Build the space of a sweep with a small algebra: which fields vary, and which vary together.
 
-A space is read in two ways. `points()` enumerates it. `draw(suggest)` goes through it once and asks for one value after
-another, so that a search may choose them; of a branch only the axes of the side that is taken are suggested. A point is
-a dict of flat fields (`experiments/sweep/space/overlay.py`). A name that begins with "_" is no field: it is there for
-`derive` to read, and for the report. A file of a sweep ends, for example, in
+A space is read in two ways. `points()` enumerates it. `draw(suggest)` traverses it once and calls `suggest` for each
+value, so that a search may choose them; of a branch only the axes of the chosen side are suggested. A point is a dict
+of flat fields (`experiments/sweep/space/overlay.py`). A name that begins with "_" is not a field: `derive` and the
+report may read it. A file of a sweep ends, for example, in
 
     space = product(
         grid(learning_rate=logspace(1e-4, 1e-2, 9), tokens_per_parameter=20),
@@ -40,6 +40,7 @@ from experiments.sweep.space.values import (
     loguniform,
     uniform,
 )
+from model.checks import check_at_least_one
 from model.errors import InputError
 
 __all__ = [
@@ -106,9 +107,7 @@ def zip(*spaces: Space, **axes: Any) -> Space:
 
 
 def branch(name: str, sides: Mapping[Any, Space]) -> Space:
-    """Return a choice on which further axes depend: the field `name` has a key of `sides`, with the points of its
-    space.
-    """
+    """Return a choice: the field `name` takes a key of `sides`, together with the points of its space."""
     if not sides:
         raise InputError(f"the branch {name} has no values")
     taken = [product(Grid({name: Values((value,))}), side) for value, side in sides.items()]
@@ -130,22 +129,24 @@ def derive(space: Space, function: Callable[[Point], Point]) -> Space:
 
 
 def random(space: Space, count: int, seed: int = 0) -> Space:
-    """`count` points drawn independently, each once; fewer where the space has no more. More points begin with these.
+    """Return `count` distinct random points, or all if there are fewer; a larger count extends the list.
 
-    The order of a field's axes decides which numbers it gets: the same space and seed give the same points.
+    The same space and seed give the same points; the order of the axes matters.
     """
-    return Drawn(space, _positive(count), seed, sobol=False)
+    check_at_least_one(count=count)
+    return Drawn(space, count, seed, sobol=False)
 
 
 def quasirandom(space: Space, count: int, seed: int = 0) -> Space:
     """`count` points of a scrambled Sobol sequence (Owen 1998), which fills the space more evenly than `random`."""
-    return Drawn(space, _positive(count), seed, sobol=True)
+    check_at_least_one(count=count)
+    return Drawn(space, count, seed, sobol=True)
 
 
 def load_space(source: str, path: Path) -> Space:
-    """Return the `space` that a file's text defines; it must stand alone, as the sweep keeps a copy of it.
+    """Return the `space` that a file's text defines; only this file is copied into the sweep.
 
-    Raises InputError, with file and line, where it fails or has none.
+    Raises InputError, with file and line, if the file fails or defines no space.
     """
     names: dict[str, object] = {"__name__": "space", "__file__": str(path)}
     try:
@@ -173,11 +174,5 @@ def _disjoint(what: str, spaces: Sequence[Space]) -> None:
     for space in spaces:
         for name in space.names:
             if name in seen:
-                raise InputError(f"{name} stands on two sides of a {what}; a field varies in one place")
+                raise InputError(f"{name} is on two sides of a {what}; a field can vary in one place only")
         seen.update(space.names)
-
-
-def _positive(count: int) -> int:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InputError(f"count={count!r} must be a whole number of at least 1: so many points are drawn")
-    return count

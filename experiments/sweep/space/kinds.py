@@ -1,4 +1,4 @@
-"""What a space is made of: each kind with its size, its axes and its two readings."""
+"""Define the kinds of spaces, each with its size, its axes, `points` and `draw`."""
 
 import itertools
 import json
@@ -17,20 +17,20 @@ _MOST_POINTS = 1_000_000
 
 
 class Space:
-    """What a sweep may vary. Made by the functions of `experiments/sweep/space/`."""
+    """What a sweep may vary. Built by the functions of `experiments/sweep/space/build.py`."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields that a point may have, but those that `derive` adds."""
+        """The fields that a point may have, except those that `derive` adds."""
         raise NotImplementedError
 
     @property
     def size(self) -> int:
-        """How many points it has at most. Raises InputError where an interval has no count."""
+        """How many points it has at most. Raises InputError if an interval has no count."""
         raise NotImplementedError
 
     def axes(self) -> dict[str, Distribution]:
-        """Return all that `draw` may ask for, by the names that it gives to `suggest`."""
+        """Return all axes that `draw` may request, by the names that it passes to `suggest`."""
         raise NotImplementedError
 
     def draw(self, suggest: Suggest) -> Point:
@@ -38,7 +38,7 @@ class Space:
         raise NotImplementedError
 
     def points(self) -> list[Point]:
-        """Return all points, always in the same order, each once. Raises InputError where an interval has no count."""
+        """Return all points, always in the same order, each once. Raises InputError if an interval has no count."""
         if self.size > _MOST_POINTS:
             raise InputError(f"the space has {self.size:,} points; draw some: random(space, count)")
         found: dict[str, Point] = {}
@@ -116,7 +116,7 @@ class Chain(Space):
         return sum(space.size for space in self._spaces)
 
     def _own(self, index: int, name: str) -> str:
-        """Return an axis that stands in several of the spaces is another axis in each: its values may differ."""
+        """Return an axis under a name unique to its space: several spaces may have different values for it."""
         shared = sum(name in space.axes() for space in self._spaces) > 1
         return f"{name}@{self._labels.values[index]}" if shared else name
 
@@ -153,7 +153,7 @@ class _Within(Space):
 
 
 class Replicate(_Within):
-    """A space and its seeds; `experiments/sweep/definition.py` takes the outermost one's as the sweep's."""
+    """A space and its seeds; `experiments/sweep/definition.py` uses the outermost seeds for the sweep."""
 
     def __init__(self, space: Space, seeds: tuple[int, ...]):
         super().__init__(space)
@@ -171,7 +171,7 @@ class Replicate(_Within):
         return self._all.size
 
     def draw(self, suggest: Suggest) -> Point:
-        """Raise InputError: a seed is nothing to search for."""
+        """Raise InputError: seeds are not searched."""
         raise InputError("a search draws no seeds: put replicate outermost, or give --seeds")
 
     def _points(self) -> Iterable[Point]:
@@ -243,14 +243,14 @@ class Drawn(_Within):
         if not names:
             yield {}
             return
-        # A whole power of two is what makes the sequence balanced; its beginning is the same for any length.
+        # Only a power of two makes the sequence balanced; its beginning is the same for any length.
         rows = qmc.Sobol(len(names), rng=self._seed).random_base2(math.ceil(math.log2(self._count)) + 1)
         for row in rows:
             yield dict(zip(names, row.tolist(), strict=True))
 
 
 def describe(point: Mapping[str, Any]) -> str:
-    """Return a point for people: `d_model=64, schedule=wsd`; the base itself where it is empty."""
+    """Return a point for people: `d_model=64, schedule=wsd`; the base itself if it is empty."""
 
     def show(value: Any) -> str:
         return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -259,16 +259,16 @@ def describe(point: Mapping[str, Any]) -> str:
 
 
 def key_of(point: Mapping[str, Any]) -> str:
-    """Return what two equal points have in common."""
+    """Return a hashable key; equal points have equal keys."""
     return json.dumps(point, sort_keys=True, default=str)
 
 
 def merged(points: Iterable[Point]) -> Point:
-    """Return one point of several. Raises InputError where a field stands in two of them."""
+    """Return one point of several. Raises InputError if two of them have the same field."""
     one: Point = {}
     for point in points:
         for name, value in point.items():
             if name in one:  # a derived field: those of axes are refused when the space is made
-                raise InputError(f"{name} stands on two sides of a product; a field varies in one place")
+                raise InputError(f"{name} is on two sides of a product; a field can vary in one place only")
             one[name] = value
     return one

@@ -1,12 +1,12 @@
-"""A point over the base of a sweep: fields of its recipe and execution, its length, how its speed is measured."""
+"""Apply a point to the base of a sweep: fields of its recipe and execution, its length, how its speed is measured."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.inputs import check_at_least_one
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Trial
 from model import accounting
+from model.checks import check_at_least_one, check_number
 from model.errors import InputError, UnknownNameError
 from train.overlay import check_names, fields, overlay, replace_part, typed
 from train.plan import Plan
@@ -20,9 +20,9 @@ LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
     """Return the trial at a point: the base with some fields changed, its horizon that of the run.
 
-    Beside the fields of `train.overlay` a point may have one of LENGTHS, and `decode.batch` and the like of `Decode`; a
-    name that begins with "_" is passed over. Raises InputError, with the point, on a field that is unknown or of the
-    wrong type, and on a trial that is impossible.
+    Beside the fields of `train.overlay` a point may have one of LENGTHS, and `decode.batch` and the like of `Decode`;
+    names that begin with "_" are ignored. Raises InputError, with the point, on a field that is unknown or of the wrong
+    type, and on a trial that is impossible.
     """
     changes = {name: value for name, value in point.items() if not name.startswith("_")}
     lengths = {name: changes.pop(name) for name in LENGTHS if name in changes}
@@ -38,20 +38,18 @@ def apply(base: Trial, point: Mapping[str, Any]) -> Trial:
         raise InputError(f"{describe(point)}: {error}") from error
     hparams = trial.recipe.hparams
     if hparams.total_steps == 0 and uses_horizon(trial.recipe.train, hparams):
-        # As `train` would set it, but for the whole run: it may stop at a rung before.
+        # As `train` would set it, but for the whole run, which may stop at an earlier rung.
         hparams = hparams.replace(total_steps=steps)
     return trial.replace(recipe=trial.recipe.replace(hparams=hparams, steps=steps), point=dict(point))
 
 
 def rebase(base: Trial, changes: Mapping[str, Any]) -> Trial:
-    """Return the base itself with some fields changed, `decode.batch` and the like among them; its length stays as it
-    is.
-    """
+    """Return the base with some fields changed, including `decode.batch` and the like, with the same length."""
     speed = {name: value for name, value in changes.items() if name.startswith("decode.")}
     others = {name: value for name, value in changes.items() if name not in speed}
     for name in LENGTHS:
         if name in others:
-            raise InputError(f"{name} is no field of the base; give --steps, or --set {name}={others[name]}")
+            raise InputError(f"{name} is not a field of the base; give --steps, or --set {name}={others[name]}")
     check_names(others, [*fields(), *LENGTHS])
     recipe, execution = overlay(others, base.recipe, base.execution)
     inside = {name.partition(".")[2]: value for name, value in speed.items()}
@@ -65,12 +63,11 @@ def _steps(recipe: Recipe, lengths: Mapping[str, Any]) -> int:
         if name == "steps":
             steps = typed(name, value, int)
         elif phases is not None:
-            raise InputError(f"{name} cannot be given beside phases, which have tokens of their own; give steps")
+            raise InputError(f"{name} cannot be given with phases, which have their own tokens; give steps")
         else:
             tokens = typed(name, value, float)
+            check_number(name, value, above=0)
             tokens *= accounting.parameters(recipe.model).total if name == "tokens_per_parameter" else 1
-            if not 0 < tokens < float("inf"):
-                raise InputError(f"{name}={value!r} must be positive")
             steps = max(1, round(tokens / recipe.train.tokens_per_step))
     steps = steps or phases or 0
     if steps == 0 and not lengths:

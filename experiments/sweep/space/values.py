@@ -1,4 +1,4 @@
-"""The values that one field of a sweep may take: some values, or an interval."""
+"""Define the values that one field of a sweep may take: a list or an interval."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from model.errors import InputError, UnknownNameError
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """Some values, each once."""
+    """A list of distinct values."""
 
     values: tuple[Any, ...]
 
@@ -34,7 +34,7 @@ class Values:
 
     @property
     def fixed(self) -> bool:
-        """Whether there is nothing to choose."""
+        """Whether there is only one value."""
         return len(self.values) == 1
 
     def enumerate(self, name: str) -> tuple[Any, ...]:
@@ -42,7 +42,7 @@ class Values:
         return self.values
 
     def at(self, unit: float) -> Any:
-        """Return the value at `unit` of [0, 1), each as likely."""
+        """Return the value at quantile `unit` in [0, 1); all values are equally likely."""
         return self.values[min(int(unit * len(self.values)), len(self.values) - 1)]
 
 
@@ -74,7 +74,7 @@ class Interval:
         )
 
     def at(self, unit: float) -> float:
-        """Return the number at `unit` of [0, 1)."""
+        """Return the number at quantile `unit` in [0, 1)."""
         high = self.high + 1 if self.integer else self.high
         value = self.low * (high / self.low) ** unit if self.log else self.low + (high - self.low) * unit
         return min(math.floor(value), int(self.high)) if self.integer else min(max(value, self.low), self.high)
@@ -104,12 +104,12 @@ def integers(low: int, high: int, log: bool = False) -> Interval:
 
 
 def linspace(low: float, high: float, count: int) -> Values:
-    """`count` numbers from low to high with equal steps; whole ones where all of them are."""
+    """Return `count` numbers from low to high with equal steps; integers if all are whole."""
     return _spaced("linspace", low, high, count, lambda share: low + (high - low) * share)
 
 
 def logspace(low: float, high: float, count: int) -> Values:
-    """`count` numbers from low to high with equal ratios; whole ones where all of them are."""
+    """Return `count` numbers from low to high with equal ratios; integers if all are whole."""
     if not low > 0:
         raise InputError(f"logspace begins above 0, not at {low!r}")
     return _spaced("logspace", low, high, count, lambda share: low * (high / low) ** share)
@@ -156,7 +156,7 @@ def parse_axis(text: str) -> tuple[str, Distribution]:
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, Distribution]:
-    """Return all axes by name. Raises InputError where a name comes twice."""
+    """Return all axes by name. Raises InputError if a name occurs twice."""
     axes: dict[str, Distribution] = {}
     for name, values in map(parse_axis, texts):
         if name in axes:
@@ -168,7 +168,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, Distribution]:
 def _values(name: str, text: str) -> list[Any]:
     if not text:
         return []
-    whole = read_value(f"[{text}]")  # lists and objects hold commas of their own
+    whole = read_value(f"[{text}]")  # lists and objects contain commas
     values = whole if isinstance(whole, list) else [read_value(part) for part in text.split(",")]
     if "" in values:
         raise InputError(f"the axis {name} has an empty value: {text!r}")

@@ -72,7 +72,7 @@ class _Output:
 
 
 def _tied_without_head(config: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Tie the head if the file has none, as Transformers 5 does whatever config.json says."""
+    """Tie the head if the file has none, as Transformers 5 does independent of config.json."""
     return config if "lm_head.weight" in names else config.replace(tie_embeddings=True)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from model.checks import check_at_least_one
 from model.errors import InputError
 from train.data.documents import document_ends
 from train.data.kinds import check_kind
@@ -172,10 +173,9 @@ def validation_examples(rows: Rows, batch_size: int, max_tokens: int | None = No
     max_tokens: examples are taken as long as their filled tokens are no more than this together, but one at least;
     None: all. What fills up the last batch is 0 throughout; `Rated` has `weights` float32 [batch], 0 there and else 1.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"max_tokens={max_tokens} must be at least 1")
+    check_at_least_one(batch_size=batch_size)
+    if max_tokens is not None:
+        check_at_least_one(max_tokens=max_tokens)
     batches: list[Batch] = []
     left = max_tokens
     for start in range(0, len(rows), batch_size):
