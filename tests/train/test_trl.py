@@ -10,8 +10,13 @@ import pytest
 
 from model import ModelConfig, init
 from model.convert import save_hf
-from train import HParams
-from train.objectives import Preference, Rated, Reward
+from train import HParams, Recipe, RunOptions, TrainConfig, train, weights
+from train.data import Pairs
+from train.data.examples.batches import Conversations
+from train.data.shards import TokenShards
+from train.objectives import Instruction, Preference, Rated, Reward
+from train.reference import keep_reference
+from train.run.metrics import read_metrics
 
 pytest.importorskip("trl", reason="TRL is not installed: make peers")
 torch = pytest.importorskip("torch")
@@ -298,3 +303,89 @@ def test_reward(margin, center, tmp_path):
     loss, grads = jax.jit(jax.value_and_grad(total))(params)
     norm = sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(grads)) ** 0.5
     assert_same((float(loss), norm), expected)
+
+
+@pytest.mark.parametrize("kind", ["completion", "all", "packed"])
+def test_supervised_fine_tuning(kind, theirs):
+    """On completions alone, on all tokens, and with two documents in a row as TRL flattens them, by position ids."""
+    model, batch = theirs[0], rows(0, ("",))
+    tokens, real = batch["tokens"], batch["segment_ids"]
+    segments, positions = real, np.broadcast_to(np.arange(SEQ), tokens.shape)
+    if kind == "packed":
+        segments = np.where(np.arange(SEQ) < 10, 1, 2) * np.ones_like(tokens)
+        positions = np.broadcast_to(np.concatenate([np.arange(10), np.arange(SEQ - 10)]), tokens.shape)
+    wanted = batch["mask"] if kind == "completion" else (segments > 0).astype(np.float32)
+    # A target counts if it is of the same document as the token before it.
+    targets, ahead = np.roll(tokens, -1, axis=1), np.roll(segments, -1, axis=1)
+    mask = np.roll(wanted, -1, axis=1) * (ahead == segments) * (np.arange(SEQ) < SEQ - 1)
+    ours_batch = {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segments.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "loss_mask": mask.astype(np.float32),
+    }
+    labels = torch.tensor(np.where(mask > 0, targets, -100)).long()
+    inputs = {"input_ids": torch.tensor(tokens).long(), "shift_labels": labels}
+    if kind == "packed":
+        inputs = {name: values.reshape(1, -1) for name, values in inputs.items()}
+        inputs["position_ids"] = torch.tensor(positions.reshape(1, -1)).long()
+    else:
+        inputs["attention_mask"] = torch.tensor(real).long()
+    model.train()
+    loss = -model(**inputs, fused_lm_head=True).log_probs.sum() / (labels != -100).sum()
+    assert_same(ours(Instruction(), ours_batch), loss_and_norm(loss, model))
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_twenty_steps_follow_theirs(method, examples, tmp_path):
+    """From one folder in its order: AdamW at a constant rate, clipping at 1."""
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.dpo_trainer import add_fused_lm_head
+
+    config = CONFIG.replace(vocab_size=320)
+    save_hf(config, params_of(0, config), tmp_path / "start")
+    start = weights(tmp_path / "start")
+    folder = examples("chat" if method == "sft" else "preference")
+    if method == "sft":
+        objective, rows_of = Instruction(packed=False), Conversations
+    else:
+        params = params_of(0, config)
+        objective, rows_of = Preference(reference=keep_reference(folder, config, params, sha256=start.sha256)), Pairs
+    train_config = TrainConfig(batch_size=4, seq_len=32, schedule="constant", order="sequential")
+    hparams = HParams(learning_rate=1e-4, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0)
+    recipe = Recipe(config, train_config, hparams, data=folder, steps=20, objective=objective, start=start)
+    train(recipe, run=tmp_path / "run", shell=RunOptions(evaluate_tokens=64))
+    found = [line["loss"] for line in read_metrics(tmp_path / "run")]
+
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "start", attn_implementation="eager", dtype=torch.float32)
+        for _ in range(2)
+    )
+    for one in (model, reference):
+        add_fused_lm_head(one, outputs=("entropy", "is_top1", "mean_logits", "label_mask"))
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    data = rows_of(TokenShards(folder, "train"), 32)
+    expected = []
+    for step in range(20):
+        batch = data.take(np.arange(4 * step, 4 * step + 4) % len(data))
+        if method == "sft":
+            ids = torch.tensor(batch["tokens"]).long()
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": torch.tensor(batch["segment_ids"]).long(),
+                "shift_labels": torch.tensor(np.where(batch["loss_mask"] > 0, batch["targets"], -100)).long(),
+            }
+            out = model(**inputs, fused_lm_head=True)
+            loss = -out.log_probs.sum() / (inputs["shift_labels"] != -100).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            value = loss.item()
+        else:
+            value, _ = pair_loss([model, reference], batch, "sigmoid")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        expected.append(value)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert found[0] != found[4]

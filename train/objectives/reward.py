@@ -83,7 +83,7 @@ class Reward(AnswerObjective):
             params,
             self.both(batch, "tokens"),
             segment_ids=self.both(batch, "segment_ids"),
-            dropout_rate=None if hparams is None else hparams.dropout_rate,
+            dropout_rate=None if hparams is None or key is None else hparams.dropout_rate,
             dropout_key=key,
             outputs=("final_hidden",),
             execution=execution,
