@@ -62,9 +62,9 @@ def whole(sources, tmp_path_factory):
         programs.append((stage.index, compiled_programs()))
         return take(self, key, stage)
 
-    def noting_draw(windows, index, seed):
+    def noting_draw(windows, index, *order):
         rows[windows.shards.folder, windows.seq_len] += len(index)
-        return draw(windows, index, seed)
+        return draw(windows, index, *order)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Feed, "take", noting_take)
