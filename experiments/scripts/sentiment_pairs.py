@@ -1,7 +1,7 @@
 """Sample pairs of answers of a model and order them by a written rule: the one with the more positive words is chosen.
 
     pip install --no-deps vaderSentiment==3.3.2
-    python experiments/configs/sentiment_pairs.py runs/sft chats.jsonl pairs.jsonl 400
+    python experiments/scripts/sentiment_pairs.py runs/sft chats.jsonl pairs.jsonl 400
 
 Prompts are the first user turns of different conversations. The rule is VADER's compound score (Hutto and Gilbert
 2014); a prompt whose two answers have one score gives no pair.

@@ -1,7 +1,7 @@
 """Write rows of the chitchat-dataset (PyPI, MIT licence) to fine-tune on: conversations, and pairs by their ratings.
 
     pip install --no-deps chitchat-dataset==0.9.0
-    python experiments/configs/chitchat_rows.py chats.jsonl rated-pairs.jsonl
+    python experiments/scripts/chitchat_rows.py chats.jsonl rated-pairs.jsonl
 
 The first speaker is the user, the second the assistant; messages that one of them wrote in a row are one turn. A pair
 holds a conversation that was rated 7 or more throughout and one that was rated 3 or less throughout, each conversation
