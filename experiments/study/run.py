@@ -119,7 +119,9 @@ class _Study:
     def _plan(self) -> dict[str, Any]:
         """Time this machine and size the budgets so that everything fits into the minutes."""
         made = plan_study(_design(self.settings), self.data)
+        hours = made.total.hours
         assert made.speed is not None
+        assert hours is not None
         design, base = made.design, made.design.base_config(made.vocab_size)
         middle = design.family.nearest(base, expected_optimum(design, design.budgets[1]))
         # The proxy's own length at half of the smallest budget: long enough to rank rates, cheap enough for all trials.
@@ -129,7 +131,7 @@ class _Study:
             "proxy_d_model": middle,
             "sweep_steps": max(20, round(design.budgets[0] / 2 / per_step)),
             "probe": dataclasses.asdict(made.speed),
-            "expected_seconds": 3600 * made.document()["total"]["hours"],
+            "expected_seconds": 3600 * hours,
         }
 
     def _sweep(self) -> dict[str, Any]:

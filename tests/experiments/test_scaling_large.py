@@ -67,7 +67,7 @@ def test_valleys_of_large_budgets_use_fewer_runs_and_say_so():
 
 def test_forms_are_compared_on_a_sample_and_say_so():
     choice = choose(clean(**table("cloud", 3000)), ("chinchilla", "no-floor"), bootstraps=5)
-    assert (choice.winner, choice.held_out["runs"], choice.held_out["of_runs"]) == ("chinchilla", 2000, 3000)
+    assert (choice.winner, choice.held_out.runs, choice.held_out.of_runs) == ("chinchilla", 2000, 3000)
     assert "2,000 of 3,000 runs" in choice.thinned
 
 
