@@ -153,7 +153,7 @@ class _Study:
         results = collect(sweep.folder, run_sweep(sweep))
         kept = (*axes, "seed", "state", "loss", "run")
         trials = [{name: row[name] for name in kept} for row in results.rows]
-        return summarize(axes, trials) | {
+        return summarize(axes, trials).to_dict() | {
             "steps": plan["sweep_steps"],
             "config": sweep.base.recipe.model.to_dict(),
             "base": design.shared_fields,
