@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ def arrivals(rate: float, requests: int, seed: int) -> list[float]:
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum().tolist()
 
 
+class LoadRun(NamedTuple):
+    """The requests that an engine served, and on the clock, when each was due."""
+
+    arrived: list[float]
+    requests: list[Request]
+
+
 def drive(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
@@ -28,12 +35,11 @@ def drive(
     max_new_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, Any]:
-    """Submit each prompt once its time has come, to be continued greedily, and step the engine until all are finished:
-    {"arrived", "requests"}.
+) -> LoadRun:
+    """Submit each prompt once its time has come, to be continued greedily, and step the engine until all are finished.
 
-    arrived: on the clock, when each request was due, not when a busy engine let the driver submit it: the wait for the
-    step at hand is part of what its sender sees (coordinated omission would hide it).
+    A request arrived when it was due, not when a busy engine let the driver submit it: the wait for the step at hand is
+    part of what its sender sees (coordinated omission would hide it).
     """
     start = clock()
     due = [start + seconds for seconds in at]
@@ -45,11 +51,11 @@ def drive(
             engine.step()
         elif len(requests) < len(due):
             sleep(max(due[len(requests)] - clock(), 0.0))
-    return {"arrived": due, "requests": requests}
+    return LoadRun(due, requests)
 
 
 def summarize(
-    run: dict[str, Any], *, rate: float, ttft_limit: float | None = None, tpot_limit: float | None = None
+    run: LoadRun, *, rate: float, ttft_limit: float | None = None, tpot_limit: float | None = None
 ) -> dict[str, Any]:
     """Return one row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
 
@@ -60,9 +66,9 @@ def summarize(
     a request of one token has none. Without a value a latency is None. Throughput is over the time from the first
     arrival to the last token. goodput_requests_per_second counts the requests that keep both limits (None: any).
     """
-    arrived, requests = run["arrived"], run["requests"]
-    first = [request.first_token - due for request, due in zip(requests, arrived, strict=True)]
-    whole = [request.finished - due for request, due in zip(requests, arrived, strict=True)]
+    arrived, requests = run
+    first = [_known(request.first_token) - due for request, due in zip(requests, arrived, strict=True)]
+    whole = [_known(request.finished) - due for request, due in zip(requests, arrived, strict=True)]
     received = [chunks(request.token_times) for request in requests]
     gaps, counts = (np.concatenate(values) for values in zip(*received, strict=True))
     each = [_per_output_token(request.token_times) for request in requests]
@@ -73,7 +79,7 @@ def summarize(
         "time_per_output_token_seconds": [seconds for seconds in each if seconds is not None],
         "end_to_end_seconds": whole,
     }
-    seconds = max(max(request.finished for request in requests) - min(arrived), 1e-9)
+    seconds = max(max(_known(request.finished) for request in requests) - min(arrived), 1e-9)
     good = sum(
         (ttft_limit is None or wait <= ttft_limit) and (tpot_limit is None or gap is None or gap <= tpot_limit)
         for wait, gap in zip(first, each, strict=True)
@@ -92,6 +98,11 @@ def summarize(
         "tpot_limit_seconds": tpot_limit,
         "samples": latencies,
     }
+
+
+def _known(seconds: float | None) -> float:
+    assert seconds is not None, "a request is not finished"
+    return seconds
 
 
 def chunks(token_times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
