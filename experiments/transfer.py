@@ -75,8 +75,8 @@ def learning_rate_transfer(
             summary = summarize({"learning_rate": rates}, results.rows)
             cells.append(
                 {"parameterization": name, "width": width}
-                | summary
-                | {"optimum_per_seed": [_vertex(summary["trials"], seed) for seed in seeds]}
+                | summary.to_dict()
+                | {"optimum_per_seed": [_vertex(summary.trials, seed) for seed in seeds]}
             )
     return {
         "widths": widths,
@@ -95,8 +95,8 @@ def _vertex(trials: list[dict[str, Any]], seed: int) -> float | None:
     if not 0 < best < len(known) - 1:
         return None
     rates, losses = zip(*known[best - 1 : best + 2], strict=True)
-    found: float | None = log_parabola(rates, losses, (1, 1, 1), None, 0).get("learning_rate")
-    return found
+    found = log_parabola(rates, losses, (1, 1, 1), None, 0)
+    return None if isinstance(found, str) else found.learning_rate
 
 
 def _spread(cells: list[dict[str, Any]], name: str) -> float | None:

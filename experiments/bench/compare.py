@@ -1,11 +1,12 @@
 """Compare two benchmark documents: which cells became faster, which slower, and which differ by noise alone."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from experiments.bench.machine import compare_ceilings, has_changed, per_ceiling, times_of
+from experiments.bench.machine import CeilingChange, compare_ceilings, has_changed, per_ceiling, times_of
 from experiments.bench.render import COORDINATES, TRAINING_COORDINATES
 from model.errors import InputError, UnknownNameError
 
@@ -14,18 +15,77 @@ BOOTSTRAPS = 2000
 LEVEL = 95
 
 
+@dataclass(frozen=True)
+class SampleRatio:
+    """The medians of two samples of seconds, and how they differ."""
+
+    before: float
+    after: float
+    ratio: float
+    """After over before."""
+    interval_95: list[float]
+    """The interval of the ratio, bootstrapped from both samples."""
+    spread: float
+    """Half of the interquartile range over the median, for the noisier sample."""
+    machine_times: list[float]
+    """[least, most] by which the machine alone may have multiplied a time."""
+    samples: list[int]
+    """The number of samples before and after."""
+    verdict: Literal["within noise", "faster", "slower", "machine changed"]
+
+
+@dataclass(frozen=True)
+class ComparedMetric:
+    """One metric of a cell that both documents have."""
+
+    coordinates: dict[str, Any]
+    metric: str
+    found: SampleRatio
+    ratio_per_ceiling: float | None
+    """The ratio with both over their own ceilings; None if that ceiling is not known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        found = asdict(self.found) | {"ratio_per_ceiling": self.ratio_per_ceiling}
+        return self.coordinates | {"metric": self.metric} | found
+
+
+@dataclass(frozen=True)
+class UnpairedCell:
+    """A cell that only one document has, or that failed in one."""
+
+    coordinates: dict[str, Any]
+    before: str
+    """"measured", "missing", or its error."""
+    after: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return self.coordinates | {"before": self.before, "after": self.after}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences between two documents."""
+
+    rows: list[ComparedMetric]
+    alone: list[UnpairedCell]
+    machine: list[CeilingChange]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {name: [row.to_dict() for row in rows] for name, rows in vars(self).items()}
+
+
 def compare(
     before: dict[str, Any], after: dict[str, Any], *, across: Sequence[str] = (), anything: bool = False
-) -> dict[str, Any]:
+) -> Comparison:
     """Join the cells of both documents by their coordinates, except the coordinates in `across`.
 
-    For every metric with raw samples the ratio of medians, after over before. interval: bootstrapped from both samples,
-    at 95 %. verdict: "within noise" if the interval contains 1, or if the change is smaller than the spread (half of
-    the interquartile range over the median, of the noisier document) or smaller than the variation of the machine's
+    For every metric with raw samples the ratio of medians, after over before. The verdict is "within noise" if the
+    interval contains 1, or if the change is smaller than the spread or smaller than the variation of the machine's
     measured ceilings; otherwise "faster" or "slower". If the documents' ceilings differ by more than a tenth, a
-    difference beyond noise is "machine changed" instead (unless `anything`), since the code may not be its cause;
-    ratio_per_ceiling is the ratio with both over their own ceilings. alone: cells that only one document has, or that
-    failed in one. machine: `machine.compare_ceilings`.
+    difference beyond noise is "machine changed" instead (unless `anything`), since the code may not be its cause.
 
     Raises InputError if models or devices differ, unless `anything`, if they have no cell in common, or if two cells of
     one document differ only in `across`.
@@ -50,28 +110,26 @@ def compare(
         coordinates = dict(zip(names, place, strict=True))
         if any(row is None or "error" in row for row in pair):
             states = ["missing" if row is None else row.get("error", "measured") for row in pair]
-            alone.append(coordinates | {"before": states[0], "after": states[1]})
+            alone.append(UnpairedCell(coordinates, *states))
             continue
         for metric in METRICS:
             samples = [row["samples"][metric] for row in pair if row and metric in row.get("samples", {})]
             if len(samples) == 2:
                 found = ratio(samples[0], samples[1], times=(1.0, 1.0) if has_changed(machine) else times_of(machine))
-                if moved and found["verdict"] != "within noise":
-                    found["verdict"] = "machine changed"
-                found["ratio_per_ceiling"] = per_ceiling(found["ratio"], metric, (pair[0] or {}).get("bound"), machine)
-                rows.append(coordinates | {"metric": metric} | found)
+                if moved and found.verdict != "within noise":
+                    found = replace(found, verdict="machine changed")
+                own = per_ceiling(found.ratio, metric, (pair[0] or {}).get("bound"), machine)
+                rows.append(ComparedMetric(coordinates, metric, found, own))
     if not rows:
         apart = [name for name in names if not _values(before, name) & _values(after, name)]
         message = "the two documents have no measured cell in common; run both with the same grid"
         if apart:
             message += f", or compare what differs: --across {' '.join(apart)}"
         raise InputError(message)
-    return {"rows": rows, "alone": alone, "machine": machine}
+    return Comparison(rows, alone, machine)
 
 
-def ratio(
-    before: list[float], after: list[float], seed: int = 0, times: Sequence[float] = (1.0, 1.0)
-) -> dict[str, Any]:
+def ratio(before: list[float], after: list[float], seed: int = 0, times: Sequence[float] = (1.0, 1.0)) -> SampleRatio:
     """Return medians of two samples of seconds, their ratio with its interval and spread, and the verdict.
 
     times: smallest and largest factor on a time that the machine alone explains.
@@ -84,21 +142,21 @@ def ratio(
     spread = max(float(np.subtract(*np.percentile(x, [75, 25]))) / 2 / m for x, m in zip((before, after), middle))  # noqa: B905
     change = middle[1] / middle[0]
     noise = low <= 1 <= high or abs(change - 1) < spread or (times[0] <= change <= times[1])
-    return {
-        "before": middle[0],
-        "after": middle[1],
-        "ratio": change,
-        f"interval_{LEVEL}": [low, high],
-        "spread": spread,
-        "machine_times": list(times),
-        "samples": [len(before), len(after)],
-        "verdict": "within noise" if noise else "slower" if change > 1 else "faster",
-    }
+    return SampleRatio(
+        before=middle[0],
+        after=middle[1],
+        ratio=change,
+        interval_95=[low, high],
+        spread=spread,
+        machine_times=list(times),
+        samples=[len(before), len(after)],
+        verdict="within noise" if noise else "slower" if change > 1 else "faster",
+    )
 
 
-def regressions(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+def regressions(rows: list[ComparedMetric], share: float) -> list[ComparedMetric]:
     """Return the cells that are slower, beyond noise, by more than this share."""
-    return [row for row in rows if row["verdict"] == "slower" and row["ratio"] > 1 + share]
+    return [row for row in rows if row.found.verdict == "slower" and row.found.ratio > 1 + share]
 
 
 def _values(document: dict[str, Any], name: str) -> set[Any]:

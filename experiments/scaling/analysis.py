@@ -1,15 +1,16 @@
 """Analyse the scaling laws of a table of runs: every estimator, a choice of form, and warnings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from experiments.scaling.envelope import EnvelopeFit, fit_envelope
 from experiments.scaling.fit import Fits, choose_form, fit_both, isoflop_warnings, parametric_warnings, table_warnings
 from experiments.scaling.forms.choose import FormChoice, forms_for
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
+from experiments.scaling.law.outliers import Outlier
 from experiments.scaling.law.parametric import ParametricFit
-from experiments.scaling.rows.conventions import Counts, conventions
+from experiments.scaling.rows.conventions import ConventionTable, Counts, conventions
 from experiments.scaling.rows.curves import TrainingCurve
 from experiments.scaling.rows.table import Table
 from experiments.scaling.valleys.isoflop import DEFAULT, METHODS, MINIMUM_VALID_DRAWS, IsoflopFit
@@ -29,17 +30,69 @@ NAMES = {
 """Names of estimators in text."""
 
 
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """An estimator's exponents, N* ∝ C^a and D* ∝ C^b."""
+
+    estimator: str
+    """A key of `NAMES`."""
+    a: float
+    b: float
+    runs: int
+    """The number of runs in the fit, or of crossings for the envelope."""
+    intervals: dict[str, Interval] | None
+    """{"a": (low, high), "b": (low, high)} at 95 %; None if they are not known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a table."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that no estimator saw, or a run that one estimator took for a gross outlier."""
+
+    row: int | None
+    """Its number in the table, where that is known."""
+    run: Outlier | None
+    """None for a row that no estimator saw."""
+    estimator: str
+    """A key of `NAMES`, or "all"."""
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a table: the numbers of a row that no estimator saw are None."""
+        numbers = {name: getattr(self.run, name, None) for name in ("params", "tokens", "loss")}
+        return {"row": self.row} | numbers | {"estimator": self.estimator, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A warning that belongs to the numbers."""
+
+    about: str
+    """A key of `NAMES`, or another name."""
+    text: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class Analysis:
     """The fits of one table. A refused fit is None, with its reason in `refused`; one that was not requested is None.
 
-    conventions: the document of `conventions.conventions`. held_out: of `held_out.compare`. notes: on the runs.
+    held_out: the document of `held_out.compare`. notes: on the runs.
     """
 
     fits: Fits
     envelope: EnvelopeFit | None
     choice: FormChoice | None
-    conventions: dict[str, Any] | None
+    conventions: ConventionTable | None
     held_out: dict[str, Any] | None
     refused: dict[str, str]
     notes: Sequence[str] = ()
@@ -47,8 +100,8 @@ class Analysis:
     """The fits to all runs, for comparison with the screened fits; None if nothing was screened."""
 
     @property
-    def exponents(self) -> list[dict[str, Any]]:
-        """[{estimator, a, b, intervals, runs}] of all that answer; intervals {"a": (low, high) …} at 95 %, or None."""
+    def exponents(self) -> list[Exponents]:
+        """The exponents of every estimator that answers."""
         found = _exponents_of(self.fits)
         if self.envelope is not None:
             try:
@@ -59,7 +112,7 @@ class Analysis:
         return found
 
     @property
-    def unscreened_exponents(self) -> list[dict[str, Any]]:
+    def unscreened_exponents(self) -> list[Exponents]:
         """The `exponents` of the law and the valleys with every run; empty if nothing was screened."""
         return [] if self.unscreened is None else _exponents_of(self.unscreened)
 
@@ -74,13 +127,10 @@ class Analysis:
         }
 
     @property
-    def left_out(self) -> list[dict[str, Any]]:
-        """[{row, params, tokens, loss, estimator, reason}]: rows that were dropped before fitting (without numbers),
-        and gross outliers of single estimators.
-        """
+    def left_out(self) -> list[LeftOut]:
+        """The rows that were dropped before fitting (without numbers), and gross outliers of single estimators."""
         fits, table = self.fits, self.fits.table
-        unknown = {"params": None, "tokens": None, "loss": None, "estimator": "all"}
-        found = [{"row": drop["row"]} | unknown | {"reason": drop["reason"]} for drop in table.dropped]
+        found = [LeftOut(drop.row, None, "all", drop.reason) for drop in table.dropped]
         runs = zip(table.params.tolist(), table.tokens.tolist(), table.loss.tolist(), strict=True)
         rows = dict(zip(runs, table.rows, strict=True))
         outliers = {"parametric": fits.parametric_outliers}
@@ -88,9 +138,8 @@ class Analysis:
         outliers |= {f"isoflop.{name}": fit.outliers for name, fit in fits.valleys.items()}
         for estimator, runs_out in outliers.items():
             for run in runs_out:
-                numbers = {name: run[name] for name in ("params", "tokens", "loss")}
-                row = {"row": rows.get(tuple(numbers.values()))} | numbers
-                found.append(row | {"estimator": estimator, "reason": run["reason"]})
+                row = rows.get((run.params, run.tokens, run.loss))
+                found.append(LeftOut(row, run, estimator, run.reason))
         return found
 
     @property
@@ -101,8 +150,8 @@ class Analysis:
         return list(dict.fromkeys(text for text in found if text is not None))
 
     @property
-    def warnings(self) -> list[dict[str, str]]:
-        """[{about, text}]: caveats of the numbers."""
+    def warnings(self) -> list[Remark]:
+        """The caveats of the numbers."""
         fits = self.fits
         found = [("table", text) for text in (*table_warnings(fits.table), *self.notes)]
         if fits.parametric is not None:
@@ -121,7 +170,7 @@ class Analysis:
             if excess is not None and excess[0] > 0:
                 text = f"{self.choice.winner} predicts held-out budgets better than this law, beyond noise"
                 found.append(("parametric", text))
-        return [{"about": about, "text": text} for about, text in found]
+        return [Remark(about, text) for about, text in found]
 
     def _outside_own_intervals(self) -> list[tuple[str, str]]:
         """Return (about, text) of estimates outside their own intervals, except the law and the default valleys."""
@@ -130,35 +179,31 @@ class Analysis:
             return []
         found = []
         for row in self.exponents:
-            if row["estimator"] not in {"parametric", "isoflop"} and row["intervals"] is not None:
-                intervals: Intervals = {name: {_LEVEL: pair} for name, pair in row["intervals"].items()}
-                if row["estimator"] != "envelope":
-                    intervals = self.fits.valleys[row["estimator"].removeprefix("isoflop.")].intervals
-                values = {name: row[name] for name in ("a", "b")}
-                found += [(row["estimator"], text) for text in own_interval_warnings(values, intervals)]
+            if row.estimator not in {"parametric", "isoflop"} and row.intervals is not None:
+                intervals: Intervals = {name: {_LEVEL: pair} for name, pair in row.intervals.items()}
+                if row.estimator != "envelope":
+                    intervals = self.fits.valleys[row.estimator.removeprefix("isoflop.")].intervals
+                values = {"a": row.a, "b": row.b}
+                found += [(row.estimator, text) for text in own_interval_warnings(values, intervals)]
         for name, fit in ({} if self.choice is None else self.choice.fits).items():
             found += [(f"form {name}", text) for text in own_interval_warnings(fit.values, fit.intervals)]
-        for row in [] if self.conventions is None else self.conventions["rows"]:
-            for estimator in ("parametric", "isoflop"):
-                if row[estimator] is not None and row[estimator]["intervals"] is not None:
-                    pairs: Intervals = {
-                        name: {_LEVEL: tuple(by[str(_LEVEL)])} for name, by in row[estimator]["intervals"].items()
-                    }
-                    values = {name: row[estimator][name] for name in ("a", "b")}
-                    about = f"{estimator}, N {row['params']}, C {row['flops']}"
-                    found += [(about, text) for text in own_interval_warnings(values, pairs)]
+        for convention in [] if self.conventions is None else self.conventions.rows:
+            for estimator, law in (("parametric", convention.parametric), ("isoflop", convention.isoflop)):
+                if law is not None and law.intervals is not None:
+                    about = f"{estimator}, N {convention.params}, C {convention.flops}"
+                    texts = own_interval_warnings({"a": law.a, "b": law.b}, law.intervals)
+                    found += [(about, text) for text in texts]
         return found
 
     def _disagreements(self) -> list[str]:
-        rows = [row for row in self.exponents if row["intervals"] is not None]
+        rows = [(row, row.intervals["a"]) for row in self.exponents if row.intervals is not None]
         apart = []
-        for i, one in enumerate(rows):
-            for other in rows[i + 1 :]:
-                (low, high), (bottom, top) = one["intervals"]["a"], other["intervals"]["a"]
+        for i, (one, (low, high)) in enumerate(rows):
+            for other, (bottom, top) in rows[i + 1 :]:
                 if high < bottom or top < low:
                     apart.append(
-                        f"{one['estimator']} has a = {one['a']:.3f} ({low:.3f} … {high:.3f}), {other['estimator']} "
-                        f"{other['a']:.3f} ({bottom:.3f} … {top:.3f}): their {_LEVEL} % intervals do not meet"
+                        f"{one.estimator} has a = {one.a:.3f} ({low:.3f} … {high:.3f}), {other.estimator} "
+                        f"{other.a:.3f} ({bottom:.3f} … {top:.3f}): their {_LEVEL} % intervals do not meet"
                     )
         return apart
 
@@ -171,9 +216,9 @@ class Analysis:
         return self.fits.document() | {
             "envelope": None if self.envelope is None else self.envelope.document(),
             "forms": None if self.choice is None else self.choice.document() | {"fits": self._laws()},
-            "conventions": self.conventions,
+            "conventions": None if self.conventions is None else self.conventions.to_dict(),
             "held_out": self.held_out,
-            "warnings": self.warnings,
+            "warnings": [remark.to_dict() for remark in self.warnings],
             "refused": self.refused,
             "thinned": self.thinned,
             "unscreened": None if self.unscreened is None else self.unscreened.document(),
@@ -204,7 +249,7 @@ def analyse(
     """
     if not len(table):
         count = len(table.dropped)
-        first = f", such as row {table.dropped[0]['row']}: {table.dropped[0]['reason']}" if count else ""
+        first = f", such as row {table.dropped[0].row}: {table.dropped[0].reason}" if count else ""
         raise InputError(f"no run is left to fit; {counted(count, 'row was', 'rows were')} dropped{first}")
     forms = forms_for(table) if forms is None else forms
     tell = advance or (lambda *_, **__: None)
@@ -232,16 +277,12 @@ def analyse(
         fits,
         envelope,
         attempt("forms", bool(forms), lambda: choose_form(fits, forms, delta=delta, bootstraps=few, seed=seed)),
-        attempt("conventions", counts is not None, lambda: _conventions(counts, few, seed)),  # type: ignore[arg-type]
+        attempt("conventions", counts is not None, lambda: conventions(counts, bootstraps=few, seed=seed)),  # type: ignore[arg-type]
         held_out,
         refused,
         notes,
         unscreened,
     )
-
-
-def _conventions(counts: Counts, bootstraps: int, seed: int) -> dict[str, Any]:
-    return conventions(counts, bootstraps=bootstraps, seed=seed) | {"bootstraps": bootstraps}
 
 
 def _outside(fit: ParametricFit) -> list[str]:
@@ -259,9 +300,9 @@ def _outside(fit: ParametricFit) -> list[str]:
     return found
 
 
-def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
+def _exponents_of(fits: Fits) -> list[Exponents]:
     """Return `Analysis.exponents` of the law and the valleys."""
-    found: list[dict[str, Any]] = []
+    found: list[Exponents] = []
     if fits.parametric is not None:
         found.append(_exponents("parametric", fits.parametric, fits.parametric.intervals, len(fits.parametric.table)))
     names = {"isoflop": fits.isoflop} | {f"isoflop.{name}": fit for name, fit in fits.valleys.items()}
@@ -273,8 +314,8 @@ def _exponents_of(fits: Fits) -> list[dict[str, Any]]:
     return found
 
 
-def _exponents(name: str, fit: Any, intervals: Any, runs: int) -> dict[str, Any]:
-    row = {"estimator": name, "a": fit.a, "b": fit.b, "runs": runs, "intervals": None}
+def _exponents(name: str, fit: Any, intervals: Intervals | None, runs: int) -> Exponents:
+    pairs: dict[str, Interval] | None = None
     if intervals is not None:
-        row["intervals"] = {key: tuple(map(float, intervals[key][_LEVEL])) for key in ("a", "b")}
-    return row
+        pairs = {key: (float(low), float(high)) for key in ("a", "b") for low, high in [intervals[key][_LEVEL]]}
+    return Exponents(name, fit.a, fit.b, runs, pairs)

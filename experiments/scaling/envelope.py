@@ -7,7 +7,7 @@ The document records `schedule` for that reason.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,28 @@ STEADY = ("constant",)  # schedules whose inner points are as good as ends
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A point where the envelope passes from one size to the next larger one: both are equally good, N is between."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    smaller: float
+    """Parameters of the smaller size."""
+    larger: float
+
+
+@dataclass(frozen=True)
+class RejectedCurve:
+    """A training curve whose size gives no information on the optimum, and why."""
+
+    params: float
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class EnvelopeFit:
     """Power laws N* = params_coefficient·C^a and D* = tokens_coefficient·C^b through the points where sizes cross."""
 
@@ -33,10 +55,8 @@ class EnvelopeFit:
     b: float
     params_coefficient: float
     tokens_coefficient: float
-    crossings: list[dict[str, float]]
-    """[{flops, params, tokens, loss, smaller, larger}]: where two sizes are equally good, N between."""
-    rejected: list[dict[str, Any]]
-    """[{params, reason}] of the sizes that give no information on the optimum."""
+    crossings: list[Crossing]
+    rejected: list[RejectedCurve]
     schedules: list[str]
     bootstraps: int
     seed: int
@@ -86,17 +106,18 @@ class EnvelopeFit:
 
     def document(self) -> dict[str, Any]:
         """Return plain values for JSON; intervals are null, with a warning, if too few resamples crossed."""
-        names = (
-            "a",
-            "b",
-            "params_coefficient",
-            "tokens_coefficient",
-            "crossings",
-            "rejected",
-            "schedules",
-            "bootstraps",
-        )
-        document = {name: getattr(self, name) for name in (*names, "seed")} | {"intervals": None}
+        document: dict[str, Any] = {
+            "a": self.a,
+            "b": self.b,
+            "params_coefficient": self.params_coefficient,
+            "tokens_coefficient": self.tokens_coefficient,
+            "crossings": [asdict(crossing) for crossing in self.crossings],
+            "rejected": [asdict(curve) for curve in self.rejected],
+            "schedules": self.schedules,
+            "bootstraps": self.bootstraps,
+            "seed": self.seed,
+            "intervals": None,
+        }
         warnings = self.warnings
         try:
             document["intervals"] = {
@@ -110,7 +131,7 @@ class EnvelopeFit:
 
 def _crossings(
     params: np.ndarray, grid: Float[np.ndarray, " flops"], losses: Float[np.ndarray, "runs flops"]
-) -> tuple[list[dict[str, float]], np.ndarray]:
+) -> tuple[list[Crossing], np.ndarray]:
     """Return where the envelope passes from a size to the next larger one, and which sizes are ever on it.
 
     Only these points are used as optima: between them the best size in the table need not be the optimum. At a crossing
@@ -136,17 +157,14 @@ def _crossings(
     for (small, large), points in sorted(passages.items()):
         log_flops, loss = np.mean(points, axis=0)  # noise makes neighbours cross more than once
         flops, size = float(np.exp(log_flops)), float(np.sqrt(sizes[small] * sizes[large]))
-        found.append(
-            {"flops": flops, "params": size, "tokens": flops / 6 / size, "loss": float(loss)}
-            | {"smaller": float(sizes[small]), "larger": float(sizes[large])}
-        )
+        found.append(Crossing(flops, size, flops / 6 / size, float(loss), float(sizes[small]), float(sizes[large])))
     return found, sizes[np.unique(best[best >= 0])]
 
 
-def _laws(crossings: list[dict[str, float]]) -> np.ndarray:
-    log_c = np.log([point["flops"] for point in crossings])
-    laws = [np.polyfit(log_c, np.log([point[name] for point in crossings]), 1)[::-1] for name in ("params", "tokens")]
-    return np.concatenate(laws)
+def _laws(crossings: list[Crossing]) -> np.ndarray:
+    log_c = np.log([point.flops for point in crossings])
+    columns = [point.params for point in crossings], [point.tokens for point in crossings]
+    return np.concatenate([np.polyfit(log_c, np.log(column), 1)[::-1] for column in columns])
 
 
 def fit_envelope(
@@ -178,9 +196,9 @@ def fit_envelope(
     )
     crossings, seen = _crossings(params, grid, losses)
     rejected = [
-        {"params": curve.params, "name": curve.name, "reason": _why_not(curve, curve.params in seen, params)}
+        RejectedCurve(curve.params, curve.name, _why_not(curve, curve.params in seen, params))
         for curve in curves
-        if not any(curve.params in (point["smaller"], point["larger"]) for point in crossings)
+        if not any(curve.params in (point.smaller, point.larger) for point in crossings)
     ]
     if len(crossings) < MINIMUM_CROSSINGS:
         raise InputError(

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.scaling.forms.choose import SIMPLE_FORMS, FormChoice, choose
 from experiments.scaling.forms.fit import fit_form
 from experiments.scaling.law.intervals import Intervals, own_interval_warnings
-from experiments.scaling.law.outliers import LEVEL, screen_residuals
+from experiments.scaling.law.outliers import LEVEL, Outlier, screen_residuals
 from experiments.scaling.law.parametric import ParametricFit, check_settings, fit_parametric
 from experiments.scaling.law.problem import NAMES
 from experiments.scaling.rows.table import Table
@@ -52,8 +52,8 @@ class Fits:
         return ({} if self.isoflop is None else {self.isoflop.method: self.isoflop}) | self.valleys
 
     @property
-    def parametric_outliers(self) -> list[dict[str, Any]]:
-        """[{params, tokens, loss, reason}] of the runs that screening left out of the parametric fit."""
+    def parametric_outliers(self) -> list[Outlier]:
+        """The runs that screening left out of the parametric fit."""
         return [] if self.parametric is None else self.parametric.outliers
 
     def document(self) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class Fits:
                 "intervals": _intervals(fit.intervals),
             }
             outliers = self.parametric_outliers
-            parametric |= {"outliers": outliers, "warnings": parametric_warnings(fit, outliers)}
+            parametric["outliers"] = [run.to_dict() for run in outliers]
+            parametric["warnings"] = parametric_warnings(fit, outliers)
         if self.isoflop is not None:
             isoflop = self._isoflop(self.isoflop, "isoflop.intervals")
             isoflop["methods"] = {
@@ -85,7 +86,7 @@ class Fits:
             "convention": CONVENTION.format(flops=flops),
             "parametric": parametric,
             "isoflop": isoflop,
-            "dropped": self.table.dropped,
+            "dropped": [row.to_dict() for row in self.table.dropped],
             "refused": self.refused,
         }
 
@@ -96,14 +97,14 @@ class Fits:
             "b": iso.b,
             "params_coefficient": iso.params_coefficient,
             "tokens_coefficient": iso.tokens_coefficient,
-            "optima": iso.optima,
-            "rejected": iso.rejected,
+            "optima": [best.to_dict() for best in iso.optima],
+            "rejected": [budget.to_dict() for budget in iso.rejected],
             "bootstraps": iso.bootstraps,
             "broken_draws": None if refused else iso.broken_draws,
             "seed": iso.seed,
             "intervals": {} if refused else _intervals(iso.intervals),
             "method": iso.method,
-            "outliers": iso.outliers,
+            "outliers": [run.to_dict() for run in iso.outliers],
             "warnings": isoflop_warnings(iso, intervals=not refused),
         }
 
@@ -193,7 +194,7 @@ def choose_form(
 
 def _outliers(fits: Fits, forms: Sequence[str], delta: float) -> set[tuple[float, ...]]:
     """Return (params, tokens, loss) of the outliers of the law, or of the form with the lowest objective."""
-    out: set[tuple[float, ...]] = {(run["params"], run["tokens"], run["loss"]) for run in fits.parametric_outliers}
+    out: set[tuple[float, ...]] = {(run.params, run.tokens, run.loss) for run in fits.parametric_outliers}
     if not out:
         return out
     found = []
@@ -225,7 +226,7 @@ def table_warnings(table: Table) -> list[str]:
     return found
 
 
-def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> list[str]:
+def parametric_warnings(fit: ParametricFit, outliers: Sequence[Outlier] = ()) -> list[str]:
     """Return the caveats of its numbers if `outliers` were left out."""
     found = []
     rows = len(fit.table) + len(outliers)
@@ -236,7 +237,7 @@ def parametric_warnings(fit: ParametricFit, outliers: Sequence[Any] = ()) -> lis
             "against themselves; another form may hold"
         )
     largest = 6 * max(fit.table.params * fit.table.tokens)
-    beyond = [6 * run["params"] * run["tokens"] for run in outliers if 6 * run["params"] * run["tokens"] > largest]
+    beyond = [6 * run.params * run.tokens for run in outliers if 6 * run.params * run.tokens > largest]
     if beyond:
         found.append(
             f"the law is fitted up to {largest:.3g} FLOPs: {len(beyond)} larger, up to {max(beyond):.3g}, "

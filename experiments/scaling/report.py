@@ -7,9 +7,9 @@ import numpy as np
 
 from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.report.style import amount
-from experiments.scaling.analysis import NAMES, Analysis
+from experiments.scaling.analysis import NAMES, Analysis, Remark
 from experiments.scaling.figures import laws, uncertainty
-from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit
+from experiments.scaling.valleys.isoflop import METHODS, IsoflopFit, RejectedBudget
 from train.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -32,11 +32,13 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "tables": tables,
         "rows": len(table),
         "ranges": {"params": _range(table.params), "tokens": _range(table.tokens), "flops": _range(flops)},
-        "estimators": [row | {"name": NAMES[row["estimator"]]} for row in analysis.exponents]
-        + [row | {"name": f"{NAMES[row['estimator']]}, with every run"} for row in analysis.unscreened_exponents],
+        "estimators": [row.to_dict() | {"name": NAMES[row.estimator]} for row in analysis.exponents]
+        + [
+            row.to_dict() | {"name": f"{NAMES[row.estimator]}, with every run"} for row in analysis.unscreened_exponents
+        ],
         "refused": [{"name": NAMES.get(name, name), "reason": reason} for name, reason in analysis.refused.items()],
         "thinned": analysis.thinned,
-        "warnings": [row | {"about": NAMES.get(row["about"], row["about"])} for row in document["warnings"]],
+        "warnings": [Remark(NAMES.get(remark.about, remark.about), remark.text) for remark in analysis.warnings],
         "parametric": document["parametric"],
         "isoflop": document["isoflop"],
         "envelope": document["envelope"],
@@ -44,7 +46,7 @@ def _view(analysis: Analysis, title: str, tables: str | None) -> dict[str, Any]:
         "formulas": {} if analysis.choice is None else _formulas(analysis),
         "conventions": document["conventions"],
         "held_out": document["held_out"],
-        "rejected": [] if document["isoflop"] is None else _rejected(document["isoflop"]["rejected"]),
+        "rejected": [] if analysis.fits.isoflop is None else _rejected(analysis.fits.isoflop.rejected),
         "left_out": _left_out(analysis),
         "dotted": len(analysis.fits.valleys) > 0 or analysis.envelope is not None,
         "starred": bool(_minima(analysis)),
@@ -97,10 +99,11 @@ def _figures(analysis: Analysis) -> dict[str, Drawn]:
     return found
 
 
-def _minima(analysis: Analysis) -> list[dict[str, float]]:
-    """Return the minima {flops, params, tokens, loss} measured at budgets that were held out of every fit."""
+def _minima(analysis: Analysis) -> list[laws.MeasuredMinimum]:
+    """Return the minima measured at budgets that were held out of every fit."""
     budgets = [] if analysis.held_out is None else analysis.held_out["budgets"]
-    return [{"flops": b["flops"]} | b["measured"] for b in budgets if "params" in b["measured"]]
+    found = [(budget["flops"], budget["measured"]) for budget in budgets if "params" in budget["measured"]]
+    return [laws.MeasuredMinimum(flops, best["params"], best["tokens"]) for flops, best in found]
 
 
 def _predictors(held_out: dict[str, Any] | None) -> dict[str, str]:
@@ -124,11 +127,11 @@ def _equal(one: IsoflopFit | None, other: IsoflopFit | None) -> bool:
     return one is not None and other is not None and bool(np.isclose(one.a, other.a, rtol=1e-6))
 
 
-def _rejected(budgets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rejected(budgets: list[RejectedBudget]) -> list[dict[str, Any]]:
     """Return [{flops, reason}] with the budgets of one reason together, in the order of the first."""
     together: dict[str, list[float]] = {}
     for budget in budgets:
-        together.setdefault(budget["reason"], []).append(budget["flops"])
+        together.setdefault(budget.reason, []).append(budget.flops)
     return [{"flops": flops, "reason": reason} for reason, flops in together.items()]
 
 
@@ -137,12 +140,12 @@ def _left_out(analysis: Analysis) -> list[dict[str, str]]:
     dropped: dict[str, list[int]] = {}
     outliers: dict[tuple[str, str], list[str]] = {}
     for row in analysis.left_out:
-        if row["estimator"] == "all":
-            dropped.setdefault(row["reason"], []).append(row["row"])
-        else:
-            run = f"N {amount(row['params'])}, D {amount(row['tokens'])}, loss {row['loss']:.4g}"
-            run = run if row["row"] is None else f"row {row['row']}: {run}"
-            outliers.setdefault((run, row["reason"]), []).append(NAMES[row["estimator"]])
+        if row.run is not None:
+            run = f"N {amount(row.run.params)}, D {amount(row.run.tokens)}, loss {row.run.loss:.4g}"
+            run = run if row.row is None else f"row {row.row}: {run}"
+            outliers.setdefault((run, row.reason), []).append(NAMES[row.estimator])
+        elif row.row is not None:
+            dropped.setdefault(row.reason, []).append(row.row)
     found = [
         {"run": f"{'row' if len(rows) == 1 else 'rows'} {_spans(rows)}", "of": "all", "reason": reason}
         for reason, rows in dropped.items()

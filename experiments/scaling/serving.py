@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 
 from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
-from experiments.scaling.use import compute_for_loss, extrapolation, log_compute
+from experiments.scaling.use import Extrapolation, compute_for_loss, extrapolation, log_compute
 from model.checks import check_number
 from model.errors import InputError
 
@@ -107,6 +107,71 @@ class ServingCost:
         return cls.through(sizes, costs, training_flops_per_second)
 
 
+@dataclass(frozen=True)
+class TrainingOptimum:
+    """The model that is best for training alone at the same loss."""
+
+    params: float
+    tokens: float
+    total_cost: float
+    """The cost of training and serving it."""
+
+
+@dataclass(frozen=True)
+class ServingOptimum:
+    """The model of least lifetime cost at a loss; costs are in the unit of `cost`."""
+
+    target: float
+    """The loss, in nats per token."""
+    training_flops: float | None
+    """The budget whose optimum has that loss, where a budget was given."""
+    served_tokens: float
+    params: float
+    tokens: float
+    flops: float
+    """The FLOPs of training."""
+    interval: dict[str, list[float]]
+    """[low, high] of params and tokens."""
+    unreachable_share: float
+    """The share of the bootstrap's laws that never reach the loss."""
+    level: float
+    """The level of the interval, in per cent."""
+    cost: ServingCost
+    training_cost: float
+    serving_cost: float
+    total_cost: float
+    training_optimal: TrainingOptimum
+    saving: float
+    """The share of the total cost of `training_optimal` that is saved."""
+    extrapolation: Extrapolation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, with training_flops first where that was given."""
+        goal = {} if self.training_flops is None else {"training_flops": self.training_flops}
+        return goal | {
+            "target": self.target,
+            "served_tokens": self.served_tokens,
+            "params": self.params,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "interval": self.interval,
+            "unreachable_share": self.unreachable_share,
+            "level": self.level,
+            "unit": self.cost.unit,
+            "cost_per_token": {
+                "coefficient": self.cost.coefficient,
+                "exponent": self.cost.exponent,
+                "measured_params": list(self.cost.measured_params),
+            },
+            "training_cost": self.training_cost,
+            "serving_cost": self.serving_cost,
+            "total_cost": self.total_cost,
+            "training_optimal": asdict(self.training_optimal),
+            "saving": self.saving,
+            "extrapolation": asdict(self.extrapolation),
+        }
+
+
 def training_rate(path: str | Path) -> float:
     """Return the FLOPs per second (6·N·D) of one training run, from the JSON file of `isoflop bench train`.
 
@@ -153,7 +218,7 @@ def serving_optimum(
     training_flops: float | None = None,
     cost: ServingCost = ServingCost(),
     level: int | float = 95,
-) -> dict[str, Any]:
+) -> ServingOptimum:
     """Return the model of least total cost at a loss: 6·N·D plus `served_tokens` times the cost of one token.
 
     The loss is `target`, or what `training_flops` would reach compute-optimally (Sardana & Frankle 2023, equation 3,
@@ -185,33 +250,29 @@ def serving_optimum(
 
     total, total_alone = (
         training(params, tokens) + serving(params),
-        training(alone["params"], alone["tokens"]) + serving(alone["params"]),
+        training(alone.params, alone.tokens) + serving(alone.params),
     )
-    return {
-        "target": target,
-        "served_tokens": float(served_tokens),
-        "params": params,
-        "tokens": tokens,
-        "flops": 6 * params * tokens,
-        "interval": {
+    return ServingOptimum(
+        target=target,
+        training_flops=training_flops,
+        served_tokens=float(served_tokens),
+        params=params,
+        tokens=tokens,
+        flops=6 * params * tokens,
+        interval={
             name: [float(bound) for bound in percentile_interval(values, level)]
             for name, values in (("params", draws), ("tokens", trained))
         },
-        "unreachable_share": 1 - len(reaching) / len(fit.draws),
-        "level": level,
-        "unit": cost.unit,
-        "cost_per_token": {
-            "coefficient": cost.coefficient,
-            "exponent": cost.exponent,
-            "measured_params": list(cost.measured_params),
-        },
-        "training_cost": training(params, tokens),
-        "serving_cost": serving(params),
-        "total_cost": total,
-        "training_optimal": {"params": alone["params"], "tokens": alone["tokens"], "total_cost": total_alone},
-        "saving": 1 - total / total_alone,
-        "extrapolation": extrapolation(fit, params, tokens),
-    }
+        unreachable_share=1 - len(reaching) / len(fit.draws),
+        level=level,
+        cost=cost,
+        training_cost=training(params, tokens),
+        serving_cost=serving(params),
+        total_cost=total,
+        training_optimal=TrainingOptimum(alone.params, alone.tokens, total_alone),
+        saving=1 - total / total_alone,
+        extrapolation=extrapolation(fit, params, tokens),
+    )
 
 
 def _cheapest(theta: np.ndarray, target: float, served_tokens: float, cost: ServingCost) -> float:

@@ -4,6 +4,7 @@ Every answer states how far it extrapolates. N in parameters, D in tokens, losse
 """
 
 import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,99 @@ _BELOW = "the compute is below that of the fit"
 FAR = 10.0  # multiple of the fit's largest compute from which an answer comes with a warning
 
 
-def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float) -> dict[str, Any]:
-    """Return how far (N, D) is from the runs, as ratios of compute, N and D, and as text.
-
-    `params_times` and `tokens_times` are 1 inside the range, above 1 beyond its top, below 1 beneath its bottom.
+@dataclass(frozen=True)
+class Extrapolation:
+    """The distance of (N, D) from the runs: `params_times` and `tokens_times` are 1 inside the range of the runs,
+    above 1 beyond its top, below 1 beneath its bottom.
     """
+
+    flops_over_largest: float
+    params_times: float
+    tokens_times: float
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class OptimalRun:
+    """The compute-optimal run at a budget, by one estimator."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float | None
+    """None for estimators other than the parametric law."""
+    intervals: dict[str, list[float]] | None
+    """[low, high] of params, tokens and, where there is one, loss; None if the table does not determine an interval."""
+    level: float
+    """The level of the intervals, in per cent."""
+    extrapolation: Extrapolation
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FormLosses:
+    """The losses of a run at (N, D) by every form of law, and the form that held-out budgets prefer."""
+
+    winner: str
+    told_apart: bool
+    reason: str
+    runs: int
+    """The number of runs in the fits."""
+    losses: dict[str, float]
+    """The loss by each form."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PlannedLoss:
+    """The predicted loss of one new run at (N, D)."""
+
+    params: float
+    tokens: float
+    flops: float
+    loss: float
+    interval: list[float]
+    level: float
+    """The level of the interval, in per cent."""
+    extrapolation: Extrapolation
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ComputeForLoss:
+    """The least compute that reaches a loss, and the run that it is spent on."""
+
+    target: float
+    flops: float
+    warnings: list[str]
+    params: float
+    tokens: float
+    interval: list[float | None]
+    """The interval of the FLOPs; an upper bound of None: some laws of the bootstrap never reach the loss."""
+    level: float
+    """The level of the interval, in per cent."""
+    unreachable_share: float
+    """The share of the bootstrap's laws that never reach the loss."""
+    extrapolation: Extrapolation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float) -> Extrapolation:
+    """Return how far (N, D) is from the runs: compute over the largest fitted, N and D over their ranges, words."""
     if isinstance(fit, ParametricFit):
         sizes, seen, flops = fit.table.params, fit.table.tokens, 6 * fit.table.params * fit.table.tokens
     else:
@@ -45,18 +134,18 @@ def extrapolation(fit: ParametricFit | IsoflopFit, params: float, tokens: float)
             warnings.append(f"{letter}={value:.3g} is outside the runs' {values.min():.3g}…{values.max():.3g}")
     if compute < (1 - 1e-9) * flops.min():
         warnings.append(f"{_BELOW}: {compute / flops.min():.2g} of its smallest")
-    return {"flops_over_largest": ratio, **times, "warnings": warnings}
+    return Extrapolation(ratio, **times, warnings=warnings)
 
 
-def is_far(extrapolated: dict[str, Any]) -> bool:
+def is_far(extrapolated: Extrapolation) -> bool:
     """Return whether an answer's compute is more than `FAR` times the largest of the fit."""
-    return extrapolated["flops_over_largest"] > FAR
+    return extrapolated.flops_over_largest > FAR
 
 
-def in_words(extrapolated: dict[str, Any]) -> str:
+def in_words(extrapolated: Extrapolation) -> str:
     """Describe the result of `extrapolation`; the text begins with FAR if the answer is not reliable."""
-    ratio = extrapolated["flops_over_largest"]
-    warnings = list(extrapolated["warnings"])
+    ratio = extrapolated.flops_over_largest
+    warnings = list(extrapolated.warnings)
     times = f"{ratio:,.0f}" if 100 <= ratio < 1e9 else f"{ratio:.3g}"
     if is_far(extrapolated):
         warnings.pop(0)  # the same in other words
@@ -78,33 +167,34 @@ def _convention(fit: ParametricFit | IsoflopFit) -> float:
     return float(np.exp(np.mean(ratios)))
 
 
-def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | float = 95) -> dict[str, Any]:
-    """Return per estimator {params, tokens, loss, intervals, extrapolation} of the compute-optimal run at C FLOPs.
-
-    Only the parametric law predicts a loss. An interval that the table does not determine is None.
-    """
+def optimal(fits: dict[str, ParametricFit | IsoflopFit], C: float, level: int | float = 95) -> dict[str, OptimalRun]:
+    """Return the compute-optimal run at C FLOPs by each estimator."""
     check_number("C", C, above=0)
     answers = {}
     for name, fit in fits.items():
         best = fit.optimal(C)
         params, tokens = float(best.params), float(best.tokens)
         try:
-            intervals: dict[str, Any] | None = {
+            intervals: dict[str, list[float]] | None = {
                 key: [float(bound) for bound in pair] for key, pair in fit.optimal_interval(C, level).items()
             }
         except InputError:
             intervals = None
-        answer: dict[str, Any] = {"flops": float(C), "params": params, "tokens": tokens, "loss": None}
+        values = {"params": params, "tokens": tokens}
         if isinstance(fit, ParametricFit) and intervals is not None:
-            answer["loss"] = float(fit.predict(params, tokens))
+            values["loss"] = float(fit.predict(params, tokens))
             intervals["loss"] = [float(bound) for bound in _optimal_losses(fit, C, level)]
         pairs = {key: {level: (low, high)} for key, (low, high) in (intervals or {}).items()}
-        answers[name] = answer | {
-            "intervals": intervals,
-            "level": level,
-            "extrapolation": extrapolation(fit, params, tokens),
-            "warnings": own_interval_warnings({key: answer[key] for key in pairs}, pairs),
-        }
+        answers[name] = OptimalRun(
+            flops=float(C),
+            params=params,
+            tokens=tokens,
+            loss=values.get("loss"),
+            intervals=intervals,
+            level=level,
+            extrapolation=extrapolation(fit, params, tokens),
+            warnings=own_interval_warnings({key: values[key] for key in pairs}, pairs),
+        )
     return answers
 
 
@@ -115,35 +205,32 @@ def _optimal_losses(fit: ParametricFit, C: float, level: int | float) -> tuple[A
     return percentile_interval(np.array(losses), level)
 
 
-def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> dict[str, Any]:
-    """Return {loss, interval, extrapolation}: where the loss of one new run at (N, D) should fall."""
+def planned_loss(fit: ParametricFit, params: float, tokens: float, level: int | float = 95) -> PlannedLoss:
+    """Return where the loss of one new run at (N, D) should fall."""
     check_number("params", params, above=0)
     check_number("tokens", tokens, above=0)
     check_number("6·params·tokens", 6.0 * params * tokens, above=0)
     low, high = fit.predict_interval(params, tokens, level)
     loss = float(fit.predict(params, tokens))
-    return {
-        "params": float(params),
-        "tokens": float(tokens),
-        "flops": 6.0 * params * tokens,
-        "loss": loss,
-        "interval": [float(low), float(high)],
-        "level": level,
-        "extrapolation": extrapolation(fit, params, tokens),
-        "warnings": own_interval_warnings({"loss": loss}, {"loss": {level: (float(low), float(high))}}),
-    }
+    return PlannedLoss(
+        params=float(params),
+        tokens=float(tokens),
+        flops=6.0 * params * tokens,
+        loss=loss,
+        interval=[float(low), float(high)],
+        level=level,
+        extrapolation=extrapolation(fit, params, tokens),
+        warnings=own_interval_warnings({"loss": loss}, {"loss": {level: (float(low), float(high))}}),
+    )
 
 
-def planned_by_form(choice: FormChoice, params: float, tokens: float) -> dict[str, Any]:
-    """Return {losses by form, runs fitted, winner, told_apart, reason}: how far the forms differ at (N, D).
+def planned_by_form(choice: FormChoice, params: float, tokens: float) -> FormLosses:
+    """Return how far the forms differ at (N, D).
 
     An interval is conditional on its form of law; this shows the uncertainty about the form.
     """
-    said = {name: getattr(choice, name) for name in ("winner", "told_apart", "reason")}
-    return said | {
-        "runs": choice.held_out["runs"],
-        "losses": {name: float(fit.predict(params=params, tokens=tokens)) for name, fit in choice.fits.items()},
-    }
+    losses = {name: float(fit.predict(params=params, tokens=tokens)) for name, fit in choice.fits.items()}
+    return FormLosses(choice.winner, choice.told_apart, choice.reason, choice.held_out.runs, losses)
 
 
 def log_compute(theta: np.ndarray, target: float) -> float:
@@ -161,12 +248,8 @@ def log_compute(theta: np.ndarray, target: float) -> float:
     return math.log(6.0) + math.log(at_one / (target - E)) / rate
 
 
-def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95) -> dict[str, Any]:
-    """Return {flops, params, tokens, interval, extrapolation}: the least compute that reaches a loss.
-
-    An upper bound of None means that some of the interval's laws never reach it. Raises `InputError` for a target at or
-    below the floor E.
-    """
+def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95) -> ComputeForLoss:
+    """Return the least compute that reaches a loss. Raises `InputError` for a target at or below the floor E."""
     check_number("target", target, above=0)
     if target <= fit.E:
         raise InputError(
@@ -185,14 +268,14 @@ def compute_for_loss(fit: ParametricFit, target: float, level: int | float = 95)
     low, high = np.nanpercentile(draws, [tail, 100 - tail], method="nearest")
     best = fit.optimal(flops)
     pair = float(exponential(low)), float(exponential(high))
-    return {
-        "target": float(target),
-        "flops": flops,
-        "warnings": own_interval_warnings({"flops": flops}, {"flops": {level: pair}}),
-        "params": float(best.params),
-        "tokens": float(best.tokens),
-        "interval": [float(np.exp(bound)) if bound <= LARGEST_LOG else None for bound in (low, high)],
-        "level": level,
-        "unreachable_share": float(np.isinf(draws).mean()),
-        "extrapolation": extrapolation(fit, float(best.params), float(best.tokens)),
-    }
+    return ComputeForLoss(
+        target=float(target),
+        flops=flops,
+        warnings=own_interval_warnings({"flops": flops}, {"flops": {level: pair}}),
+        params=float(best.params),
+        tokens=float(best.tokens),
+        interval=[float(np.exp(bound)) if bound <= LARGEST_LOG else None for bound in (low, high)],
+        level=level,
+        unreachable_share=float(np.isinf(draws).mean()),
+        extrapolation=extrapolation(fit, float(best.params), float(best.tokens)),
+    )

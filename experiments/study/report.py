@@ -14,6 +14,7 @@ from experiments.scaling.rows.table import HELD_OUT_REASON, read_table
 from experiments.scaling.valleys.isoflop import DEFAULT
 from experiments.study import figures
 from experiments.study.command_lines import commands
+from experiments.sweep.analysis.outcome import Summary
 from experiments.sweep.figures.panels import axis_panels, goes_beyond
 from train.checksums import read_sealed
 from train.files import write_atomically
@@ -72,7 +73,7 @@ def _view(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         "fate": FATES.get(str(parts["heldout"].get("status")), "did not finish"),
         "weak_test": _weak_test(parts["prediction"]),
         "fastest": max(cells, key=lambda cell: cell["decode_tokens_per_second_aggregate"], default=None),
-        "beyond": bool(parts["sweep"]) and goes_beyond(parts["sweep"]),
+        "beyond": bool(parts["sweep"]) and goes_beyond(Summary.from_dict(parts["sweep"])),
         "order": _best_first(parts["sweep"]),
         "stages": _stages(folder),
         "commands": commands(document),
@@ -101,7 +102,7 @@ def _figures(folder: Path, document: dict[str, Any], rows: list[dict[str, Any]])
     found = {
         "sweep": drawn(
             "Validation loss against each axis of the sweep",
-            lambda: axis_panels(sweep),
+            lambda: axis_panels(Summary.from_dict(sweep)),
             None if any(known(setting["mean"]) for setting in sweep.get("settings", ())) else "No trial has a loss.",
         ),
         "curves": drawn_twice(

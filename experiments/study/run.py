@@ -120,7 +120,9 @@ class _Study:
     def _plan(self) -> dict[str, Any]:
         """Time this machine, and choose budgets so that the study fits into the minutes."""
         made = plan_study(_design(self.settings), self.data)
+        hours = made.total.hours
         assert made.speed is not None
+        assert hours is not None
         design, base = made.design, made.design.base_config(made.vocab_size)
         middle = design.family.nearest(base, expected_optimum(design, design.budgets[1]))
         # The proxy's training length at half of the smallest budget: enough to rank learning rates, and cheap.
@@ -130,7 +132,7 @@ class _Study:
             "proxy_d_model": middle,
             "sweep_steps": max(20, round(design.budgets[0] / 2 / per_step)),
             "probe": dataclasses.asdict(made.speed),
-            "expected_seconds": 3600 * made.document()["total"]["hours"],
+            "expected_seconds": 3600 * hours,
         }
 
     def _sweep(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class _Study:
         results = collect(sweep.folder, run_sweep(sweep))
         kept = (*axes, "seed", "state", "loss", "run")
         trials = [{name: row[name] for name in kept} for row in results.rows]
-        return summarize(axes, trials) | {
+        return summarize(axes, trials).to_dict() | {
             "steps": plan["sweep_steps"],
             "config": sweep.base.recipe.model.to_dict(),
             "base": design.shared_fields,

@@ -1,6 +1,7 @@
 """Show the progress of a sweep: its cohorts, the best so far with its noise, the remaining work."""
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
@@ -24,12 +25,57 @@ _RECENT = 32
 """So many of the newest results tell how fast the sweep is now: it may have rested in between."""
 
 
-def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[str, Any]:
-    """Return the progress of the sweep. asked: points drawn by its sampler.
+@dataclasses.dataclass(frozen=True)
+class CohortStanding:
+    """The number of trials of one static shape in each state."""
 
-    tokens_expected: needed if no further trial is stopped early. seconds_left: estimated from the newest results; None
-    before the first one.
-    """
+    cohort: str
+    shape: str
+    trials: int
+    states: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class BestSoFar:
+    """The best mean of the first objective over finished replicates, and the noise of one run there."""
+
+    setting: dict[str, Any]
+    objective: str
+    mean: float
+    std: float | None
+    seeds: int
+    from_steps: int
+    """The update from which a member of a population has had these values; 0 for other trials."""
+    settings: int
+    """The number of all settings."""
+    ended: int
+    """The number of settings that were trained to the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """The state of a sweep."""
+
+    folder: str
+    done: bool
+    trials: int
+    points_to_draw: int
+    states: dict[str, int]
+    cohorts: list[CohortStanding]
+    best: BestSoFar | None
+    tokens_done: int
+    tokens_expected: int
+    """The tokens of the whole sweep, if nothing more is stopped early."""
+    seconds_left: float | None
+    """The time left at the speed of the newest results; None before the first one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> Standing:
+    """Return the progress of the sweep. asked: points drawn by its sampler."""
     states = Counter(row.state for row in rows)
     tokens = {row.trial.id: _tokens(sweep, row) for row in rows}
     expected = sum(_planned_tokens(row) if row.state not in ENDED else tokens[row.trial.id] for row in rows)
@@ -37,26 +83,25 @@ def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> dict[st
     if missing and rows:
         expected += round(missing * len(sweep.seeds) * statistics.fmean(map(_planned_tokens, rows)))
     done = sum(tokens.values())
-    return {
-        "folder": str(sweep.folder),
-        "done": not missing and not states["planned"] and not states["running"],
-        "trials": len(rows),
-        "points_to_draw": missing,
-        "states": {state: states[state] for state in get_args(State)},
-        "cohorts": [_cohort(name, rows) for name in dict.fromkeys(row.trial.cohort for row in rows)],
-        "best": _best(sweep, rows),
-        "tokens_done": done,
-        "tokens_expected": expected,
-        "seconds_left": _seconds_left(rows, tokens, expected - done),
-    }
+    return Standing(
+        folder=str(sweep.folder),
+        done=not missing and not states["planned"] and not states["running"],
+        trials=len(rows),
+        points_to_draw=missing,
+        states={state: states[state] for state in get_args(State)},
+        cohorts=[_cohort(name, rows) for name in dict.fromkeys(row.trial.cohort for row in rows)],
+        best=_best(sweep, rows),
+        tokens_done=done,
+        tokens_expected=expected,
+        seconds_left=_seconds_left(rows, tokens, expected - done),
+    )
 
 
-def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
+def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> BestSoFar | None:
     """Return the best mean of the first objective over finished replicates, and the noise of one run there.
 
     Settings count as in the report: none with a diverged or pruned run, and a member of a population that branched off
-    is a separate setting with its values from update `from_steps` on. All executions of a recipe are one run. settings:
-    number of all settings; ended: number of those that count.
+    is a separate setting with its values from update `from_steps` on. All executions of a recipe are one run.
     """
     objective = sweep.objectives[0]
     flat = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
@@ -70,52 +115,60 @@ def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> dict[str, Any] | None:
     for (key, member), members in groups.items():
         values = [row[objective] for row in members if row["state"] == "finished" and row[objective] is not None]
         if values and not any(row["state"] in ("diverged", "pruned") for row in members):
-            noise = statistics.stdev(values) if len(values) > 1 else None
-            about = {"mean": statistics.fmean(values), "std": noise, "seeds": len(values)}
-            about["from_steps"] = members[0]["parent_steps"] if member else 0
-            found.append({"setting": json.loads(key), "objective": objective, **about})
+            found.append((statistics.fmean(values), key, values, members[0]["parent_steps"] if member else 0))
+    if not found:
+        return None
     sign = 1 if direction(objective) == "minimize" else -1
-    best = min(found, key=lambda row: sign * row["mean"], default=None)
-    return None if best is None else best | {"settings": len(groups), "ended": len(found)}
+    mean, key, values, from_steps = min(found, key=lambda one: sign * one[0])
+    return BestSoFar(
+        setting=json.loads(key),
+        objective=objective,
+        mean=mean,
+        std=statistics.stdev(values) if len(values) > 1 else None,
+        seeds=len(values),
+        from_steps=from_steps,
+        settings=len(groups),
+        ended=len(found),
+    )
 
 
-def table(document: dict[str, Any]) -> "RenderableType":
-    """Return the document as a table for a terminal."""
+def table(now: Standing) -> "RenderableType":
+    """Return how a sweep stands as a table for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(title=f"{document['folder']}: {counted(document['trials'], 'trial')}", title_justify="left")
+    out = Table(title=f"{now.folder}: {counted(now.trials, 'trial')}", title_justify="left")
     shown = ("planned", "running", "finished", "pruned", "diverged", "failed")
     for name in ("cohort", "model", "trials", *shown):
         out.add_column(name, justify="left" if name in ("cohort", "model") else "right")
-    for row in document["cohorts"]:
-        counts = (str(row["states"][name] or "") for name in shown)
-        out.add_row(row["cohort"], row["shape"], str(row["trials"]), *counts)
+    for row in now.cohorts:
+        counts = (str(row.states[name] or "") for name in shown)
+        out.add_row(row.cohort, row.shape, str(row.trials), *counts)
     lines = [
-        f"{document['tokens_done']:,} of at most {document['tokens_expected']:,} tokens"
-        + (f", {_duration(document['seconds_left'])} left" if document["seconds_left"] else "")
-        + (f", {counted(document['points_to_draw'], 'point')} yet to be drawn" if document["points_to_draw"] else "")
+        f"{now.tokens_done:,} of at most {now.tokens_expected:,} tokens"
+        + (f", {_duration(now.seconds_left)} left" if now.seconds_left else "")
+        + (f", {counted(now.points_to_draw, 'point')} yet to be drawn" if now.points_to_draw else "")
     ]
-    if document["best"]:
-        lines.append(_words(document["best"]))
+    if now.best is not None:
+        lines.append(_words(now.best))
     return Group(out, *(Text(line) for line in lines))
 
 
-def _words(found: dict[str, Any]) -> str:
+def _words(found: BestSoFar) -> str:
     """Return the best so far in one line."""
-    highest = direction(found["objective"]) == "maximize"
-    setting = setting_text(found["setting"]) or "the base"
-    if found["from_steps"]:
-        setting += f" from update {found['from_steps']:,} on"
-    digits = ".4f" if found["objective"] == LOSS else ",.0f" if found["mean"] >= 100 else ".4g"
-    value = f"{found['mean']:{digits}}"
-    noise = f" ± {found['std']:{digits}} over {found['seeds']} seeds" if found["std"] is not None else " (one seed)"
-    which = f"best so far ({'highest' if highest else 'lowest'} {found['objective']}): {setting}: {value}{noise}"
-    return f"{which}; trained to the end: {found['ended']} of {found['settings']} settings"
+    highest = direction(found.objective) == "maximize"
+    setting = setting_text(found.setting) or "the base"
+    if found.from_steps:
+        setting += f" from update {found.from_steps:,} on"
+    digits = ".4f" if found.objective == LOSS else ",.0f" if found.mean >= 100 else ".4g"
+    value = f"{found.mean:{digits}}"
+    noise = f" ± {found.std:{digits}} over {found.seeds} seeds" if found.std is not None else " (one seed)"
+    which = f"best so far ({'highest' if highest else 'lowest'} {found.objective}): {setting}: {value}{noise}"
+    return f"{which}; trained to the end: {found.ended} of {found.settings} settings"
 
 
-def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda: True) -> None:
+def watch(look: Callable[[], Standing], going: Callable[[], bool] = lambda: True) -> None:
     """Show `look()` until the sweep is done or nothing is running (`going`).
 
     On a terminal the table is live; elsewhere a line is printed when something has changed.
@@ -128,29 +181,29 @@ def watch(look: Callable[[], dict[str, Any]], going: Callable[[], bool] = lambda
         live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         before: Any = None
         while True:
-            still, document = going(), look()
+            still, now = going(), look()
             if live is not None:
-                live.update(table(document), refresh=True)
-            elif document["states"] != before:
-                before = document["states"]
+                live.update(table(now), refresh=True)
+            elif now.states != before:
+                before = now.states
                 said = ", ".join(f"{count} {name}" for name, count in before.items() if count)
                 console.print(f"sweep: {said or 'no trials yet'}", highlight=False)
-            if document["done"] or not still:
+            if now.done or not still:
                 return
             time.sleep(2.0)
 
 
-def _cohort(name: str, rows: Sequence[LedgerRow]) -> dict[str, Any]:
+def _cohort(name: str, rows: Sequence[LedgerRow]) -> CohortStanding:
     members = [row for row in rows if row.trial.cohort == name]
     recipe = members[0].trial.recipe
     config, train_config = recipe.model, recipe.train
     states = Counter(row.state for row in members)
-    return {
-        "cohort": name,
-        "shape": f"{config.num_layers} × {config.d_model}, {train_config.batch_size} × {train_config.seq_len} tokens",
-        "trials": len(members),
-        "states": {state: states[state] for state in get_args(State)},
-    }
+    return CohortStanding(
+        cohort=name,
+        shape=f"{config.num_layers} × {config.d_model}, {train_config.batch_size} × {train_config.seq_len} tokens",
+        trials=len(members),
+        states={state: states[state] for state in get_args(State)},
+    )
 
 
 def _planned_tokens(row: LedgerRow) -> int:

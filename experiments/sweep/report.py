@@ -6,10 +6,11 @@ from typing import Any
 from experiments.report.page import Drawn, drawn, drawn_twice, render
 from experiments.runs.curves import LossCurve, read_curve
 from experiments.sweep.analysis.curves import MOST, UNEQUAL, chosen
+from experiments.sweep.analysis.document import SweepAnalysis
 from experiments.sweep.analysis.executions import one_per_training
 from experiments.sweep.analysis.results import Results, Tables
 from experiments.sweep.analysis.scales import MANY, distinct, is_number, text
-from experiments.sweep.analysis.settings import by_setting
+from experiments.sweep.analysis.settings import Setting, by_setting
 from experiments.sweep.analysis.summary import fate
 from experiments.sweep.figures import bars, lines, maps, panels
 from experiments.words import counted
@@ -19,17 +20,18 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_ROWS = 1000  # of the table of settings
 
 
-def write_sweep_page(path: Path, results: Results, document: dict[str, Any], tables: Tables | None = None) -> None:
+def write_sweep_page(path: Path, results: Results, analysis: SweepAnalysis, tables: Tables | None = None) -> None:
     """Write the report of a sweep, self-contained and atomically.
 
-    document: `experiments.sweep.analysis.document.analyse` of the results. tables: those in the page's folder, if any.
+    analysis: of the results. tables: those in the page's folder, if any.
     """
-    write_atomically(path, render(TEMPLATE, **_view(results, document, tables)))
+    write_atomically(path, render(TEMPLATE, **_view(results, analysis, tables)))
 
 
-def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> dict[str, Any]:
-    winner = document["winner"]
-    return document | {
+def _view(results: Results, analysis: SweepAnalysis, tables: Tables | None) -> dict[str, Any]:
+    summary, transfer = analysis.summary, analysis.transfer
+    winner = summary.winner
+    return analysis.to_dict() | {
         "title": results.folder.resolve().name,
         "total": len(results.rows),
         "names": list(results.axes),
@@ -39,36 +41,36 @@ def _view(results: Results, document: dict[str, Any], tables: Tables | None) -> 
         ],
         "seeds": _seeds(results),
         "population": results.policy == "population",
-        "compared_at": _compared_at(document),
-        "ranked": "refused" not in document["importance"]["ped_anova"],
-        "vague": {name: found["refused"] for name, found in document["importance"].items() if "refused" in found},
+        "compared_at": _compared_at(analysis),
+        "ranked": "ped_anova" not in analysis.importance.refused,
+        "vague": analysis.importance.refused,
         "many": len(results.rows) > MOST,
         "unknown": any(
             row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
         ),
-        "optima": [row["optimum"] for row in (document["transfer"] or {"sizes": []})["sizes"] if row["optimum"]],
-        "beyond": panels.goes_beyond(document),
+        "optima": [] if transfer is None else [row.optimum for row in transfer.sizes if row.optimum],
+        "beyond": panels.goes_beyond(summary, analysis.rungs),
         "fate": fate,
         "everywhere": [*results.axes, *results.executions],
-        "total_settings": len(document["settings"]),
-        "starts": sum(bool(rung["first"]) for rung in (document["halving"] or {"rungs": []})["rungs"]),
+        "total_settings": len(summary.settings),
+        "starts": sum(bool(rung.first) for rung in analysis.rungs),
         "began": {row["member"]: row["parent_steps"] for row in results.rows},
         "rung_in_words": panels.rung_in_words,
-        "running": sum(document["counts"][state] for state in ("planned", "running")),
-        "order": sorted(document["settings"], key=_place)[:MOST_ROWS],
-        "winning": None if winner is None else winner["setting"] | {"member": winner["member"]},
-        "equal": [] if winner is None else winner["indistinguishable"] or [],
+        "running": sum(summary.counts[state] for state in ("planned", "running")),
+        "order": sorted(summary.settings, key=_place)[:MOST_ROWS],
+        "winning": None if winner is None else winner.setting | {"member": winner.member},
+        "equal": [] if winner is None else winner.indistinguishable or [],
         "tables": tables,
         "write": text,
-        "figures": _figures(results, document),
+        "figures": _figures(results, analysis),
     }
 
 
-def _place(setting: dict[str, Any]) -> tuple[bool, bool, float, float]:
+def _place(setting: Setting) -> tuple[bool, bool, float, float]:
     """Return the sort key: candidates first, then by the tokens of the last rung and the loss at it."""
-    stopped = setting["stopped"] or {"tokens": 0, "mean": 0.0}
-    loss = stopped["mean"] if setting["mean"] is None else setting["mean"]
-    return bool(fate(setting)), setting["mean"] is None, -stopped["tokens"], loss
+    tokens, stopped_at = (setting.stopped.tokens, setting.stopped.mean) if setting.stopped else (0, 0.0)
+    loss = stopped_at if setting.mean is None else setting.mean
+    return bool(fate(setting)), setting.mean is None, -tokens, loss
 
 
 def _given(results: Results, name: str) -> list[Any]:
@@ -82,12 +84,13 @@ def _seeds(results: Results) -> int:
     return max(len(members) for members in by_setting(list(results.axes), rows).values())
 
 
-def _compared_at(document: dict[str, Any]) -> str:
+def _compared_at(analysis: SweepAnalysis) -> str:
     """Return which losses the figures of all axes show."""
-    rows, steps = panels.fullest(document)
-    total = len(document["settings"])
+    settings = analysis.summary.settings
+    rows, steps = panels.fullest(settings, analysis.rungs)
+    total = len(settings)
     if steps is None:
-        what = "members" if panels.is_population(document) else "settings"
+        what = "members" if panels.is_population(settings) else "settings"
         return "" if len(rows) == total else f"Of the {len(rows)} {what} of {total} that were trained to the end. "
     where = panels.rung_in_words(steps)
     return f"Losses after {where}, where the most settings can be compared: {len(rows)} of {total}. "
@@ -107,19 +110,20 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else text(value)
 
 
-def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
-    names = list(results.axes)
-    no_loss = None if any(row["mean"] is not None for row in document["settings"]) else "No trial has finished yet."
-    if no_loss and document["counts"]["diverged"]:
+def _figures(results: Results, analysis: SweepAnalysis) -> dict[str, Drawn]:
+    names, summary, rungs = list(results.axes), analysis.summary, analysis.rungs
+    no_loss = None if any(row.mean is not None for row in summary.settings) else "No trial has finished yet."
+    if no_loss and summary.counts["diverged"]:
         no_loss = "No trial has a loss: those that ended have diverged."
     no_axes = None if names else "Nothing varies but the seed."
     few = None if len(names) > 1 else "It takes two axes that vary."
     curves = _curves(results)
     # A single setting gives no comparison, so these figures need several.
-    single = None if len(panels.fullest(document)[0]) > 1 else "One setting has a loss: nothing to compare."
-    refused = [found.get("refused") for found in document["importance"].values()]
+    compared, _ = panels.fullest(summary.settings, rungs)
+    single = None if len(compared) > 1 else "One setting has a loss: nothing to compare."
+    refused = list(analysis.importance.refused.values())
     found = {
-        "axes": drawn("Loss against each axis", lambda: panels.axis_panels(document), no_loss or no_axes),
+        "axes": drawn("Loss against each axis", lambda: panels.axis_panels(summary, rungs), no_loss or no_axes),
         "curves": drawn_twice(
             "Training loss of runs over tokens",
             lambda width: lines.learning_curves(curves, _costs_differ(results), width),
@@ -127,30 +131,30 @@ def _figures(results: Results, document: dict[str, Any]) -> dict[str, Drawn]:
         ),
         "parallel": drawn_twice(
             "Settings as lines through their values",
-            lambda width: lines.parallel_coordinates(document, width),
+            lambda width: lines.parallel_coordinates(analysis, width),
             no_loss or no_axes or few or single,
         ),
         "importance": drawn_twice(
             "Importance of each axis",
-            lambda width: bars.importance_bars(document["importance"], width),
-            None if None in refused else f"Importances were refused: {refused[0]}.",
+            lambda width: bars.importance_bars(analysis.importance, width),
+            None if len(refused) < 2 else f"Importances were refused: {refused[0]}.",
         ),
-        "pairs": drawn("Loss over pairs of axes", lambda: maps.pair_maps(document), no_loss or few or single),
+        "pairs": drawn("Loss over pairs of axes", lambda: maps.pair_maps(analysis), no_loss or few or single),
     }
-    if document["executions"] is not None:
-        timed = any(row["tokens_per_second"] for row in document["executions"]["executions"])
+    if (executions := summary.executions) is not None:
+        timed = any(row.tokens_per_second for row in executions.executions)
         found["executions"] = drawn_twice(
             "Training tokens per second of each execution",
-            lambda width: bars.execution_bars(document["executions"], width),
+            lambda width: bars.execution_bars(executions, width),
             None if timed else "No trial has a speed yet.",
         )
-    if document["pareto"] is not None:
-        found["pareto"] = drawn("Pareto front", lambda: maps.pareto_front(document["pareto"]))
-    if document["transfer"] is not None:
+    if (pareto := analysis.pareto) is not None:
+        found["pareto"] = drawn("Pareto front", lambda: maps.pareto_front(pareto))
+    if (transfer := analysis.transfer) is not None:
         found["transfer"] = drawn(
             "Optimum of the learning rate at each size",
-            lambda: maps.rate_transfer(document["transfer"]),
-            None if any(row["line"] for row in document["transfer"]["sizes"]) else "No size has a loss.",
+            lambda: maps.rate_transfer(transfer),
+            None if any(row.line for row in transfer.sizes) else "No size has a loss.",
         )
     return found
 

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
@@ -90,7 +89,7 @@ def work_through(sweep: Sweep, ledger: Ledger, started: launch.Workers | None) -
         work(sweep, ledger)
         return []
 
-    def look() -> dict[str, Any]:
+    def look() -> live.Standing:
         return live.standing(sweep, ledger.rows(), ledger.asked())
 
     return launch.follow(started, lambda going: live.watch(look, going))

@@ -23,32 +23,32 @@ def document(scale: float = 1.0, seed: int = 0):
 
 def test_the_same_numbers_are_within_noise():
     result = compare(document(), document())
-    assert [row["verdict"] for row in result["rows"]] == ["within noise"] * 2
-    assert all(row["ratio"] == 1 for row in result["rows"])
-    assert [row["verdict"] for row in compare(document(), document(seed=1))["rows"]] == ["within noise"] * 2
+    assert [row.found.verdict for row in result.rows] == ["within noise"] * 2
+    assert all(row.found.ratio == 1 for row in result.rows)
+    assert [row.found.verdict for row in compare(document(), document(seed=1)).rows] == ["within noise"] * 2
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(1.1, "slower"), (0.9, "faster")])
 def test_a_shift_beyond_the_spread_is_seen_and_measured(scale, verdict):
-    for row in compare(document(), document(scale, seed=1))["rows"]:
-        low, high = row["interval_95"]
-        assert row["verdict"] == verdict
+    for row in compare(document(), document(scale, seed=1)).rows:
+        low, high = row.found.interval_95
+        assert row.found.verdict == verdict
         assert low < scale < high
-        assert low <= row["ratio"] <= high
+        assert low <= row.found.ratio <= high
 
 
 def test_a_change_smaller_than_the_spread_is_noise_however_many_samples_say_so():
     random = np.random.default_rng(0)
     before, after = (random.normal(mean, 0.1, 1_500).tolist() for mean in (1.0, 1.02))
     found = ratio(before, after)
-    assert not found["interval_95"][0] <= 1 <= found["interval_95"][1]
-    assert found["verdict"] == "within noise"
+    assert not found.interval_95[0] <= 1 <= found.interval_95[1]
+    assert found.verdict == "within noise"
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     random = np.random.default_rng(0)
     intervals = [
-        ratio(random.normal(1, 0.05, 30).tolist(), random.normal(1, 0.05, 30).tolist(), seed)["interval_95"]
+        ratio(random.normal(1, 0.05, 30).tolist(), random.normal(1, 0.05, 30).tolist(), seed).interval_95
         for seed in range(200)
     ]
     assert 0.9 < np.mean([low <= 1 <= high for low, high in intervals]) <= 1
@@ -60,12 +60,12 @@ def test_cells_are_joined_by_their_coordinates():
     after["cells"][0]["samples"]["seconds_per_step"] = [
         2 * value for value in after["cells"][0]["samples"]["seconds_per_step"]
     ]
-    verdicts = {row["batch"]: row["verdict"] for row in compare(before, after)["rows"]}
+    verdicts = {row.coordinates["batch"]: row.found.verdict for row in compare(before, after).rows}
     assert verdicts == {1: "within noise", 4: "slower"}
     after["cells"][0] = after["cells"][0] | {"error": "MemoryError: no room"}
     result = compare(before, after)
-    assert [row["batch"] for row in result["rows"]] == [1]
-    assert [(row["batch"], row["before"], row["after"]) for row in result["alone"]] == [
+    assert [row.coordinates["batch"] for row in result.rows] == [1]
+    assert [(row.coordinates["batch"], row.before, row.after) for row in result.alone] == [
         (4, "measured", "MemoryError: no room")
     ]
 
@@ -77,8 +77,8 @@ def test_documents_that_differ_in_an_axis_are_compared_across_it():
     with pytest.raises(InputError, match="or compare what differs: --across weights"):
         compare(document(), after)
     result = compare(document(), after, across=["weights"])
-    assert [(row["batch"], row["verdict"]) for row in result["rows"]] == [(1, "slower"), (4, "slower")]
-    assert "weights" not in result["rows"][0]
+    assert [(row.coordinates["batch"], row.found.verdict) for row in result.rows] == [(1, "slower"), (4, "slower")]
+    assert "weights" not in result.rows[0].coordinates
     with pytest.raises(InputError, match="several cells that differ in weights, batch alone"):
         compare(document(), after, across=["weights", "batch"])
     with pytest.raises(InputError, match="did you mean 'weights'"):
@@ -90,7 +90,7 @@ def test_different_models_or_devices_are_refused():
     other["config_hash"] = "xyz"
     with pytest.raises(InputError, match="different models"):
         compare(document(), other)
-    assert compare(document(), other, anything=True)["rows"]
+    assert compare(document(), other, anything=True).rows
     other = copy.deepcopy(document())
     other["device"]["kind"] = "gpu"
     with pytest.raises(InputError, match="different devices"):
@@ -102,10 +102,10 @@ def test_different_models_or_devices_are_refused():
 
 
 def test_only_what_is_slower_by_more_than_the_limit_is_a_regression():
-    rows = compare(document(), document(1.1, seed=1))["rows"]
+    rows = compare(document(), document(1.1, seed=1)).rows
     assert len(regressions(rows, 0.05)) == 2
     assert regressions(rows, 0.2) == []
-    assert regressions(compare(document(), document(0.8, seed=1))["rows"], 0.05) == []
+    assert regressions(compare(document(), document(0.8, seed=1)).rows, 0.05) == []
 
 
 def test_the_command_exits_with_1_on_a_regression_alone(isoflop, tmp_path):
@@ -144,13 +144,13 @@ def test_one_code_on_a_machine_that_changed_is_neither_faster_nor_slower(isoflop
         for cell in one["cells"]:
             cell["bound"] = "memory"
     result = compare(before, after)
-    assert {row["verdict"] for row in result["rows"]} == {"machine changed"}
-    assert all(row["ratio_per_ceiling"] == pytest.approx(2.7 * row["ratio"]) for row in result["rows"])
-    assert [(row["ceiling"], row["changed"]) for row in result["machine"]] == [
+    assert {row.found.verdict for row in result.rows} == {"machine changed"}
+    assert all(row.ratio_per_ceiling == pytest.approx(2.7 * row.found.ratio) for row in result.rows)
+    assert [(row.ceiling, row.changed) for row in result.machine] == [
         ("read bandwidth", True),
         ("product rate", False),
     ]
-    assert {row["verdict"] for row in compare(before, after, anything=True)["rows"]} == {"faster"}
+    assert {row.found.verdict for row in compare(before, after, anything=True).rows} == {"faster"}
     paths = tmp_path / "before.json", tmp_path / "after.json"
     for path, one in zip(paths, (before, after), strict=True):
         path.write_text(json.dumps(one))
@@ -166,7 +166,7 @@ def test_one_code_on_a_machine_that_changed_is_neither_faster_nor_slower(isoflop
 
 def test_a_change_of_the_product_rate_or_of_a_hidden_tenth_counts_too():
     changed = lambda **other: compare(document() | ceilings(1e10), document(1.3, seed=1) | ceilings(**other))
-    verdicts = lambda result: {row["verdict"] for row in result["rows"]}
+    verdicts = lambda result: {row.found.verdict for row in result.rows}
     assert verdicts(changed(read=1e10, product=0.7e11)) == {"machine changed"}
     assert verdicts(changed(read=0.95e10)) == {"slower"}
     assert verdicts(changed(read=1e10, read_measured=(1e10, 0.7e10))) == {"within noise"}, "the machine moved by 1.43"

@@ -75,7 +75,7 @@ def test_waiting_counts_from_the_arrival_and_not_from_when_a_busy_engine_took_th
     clock = Clock()
     engine = Engine(clock)
     run = drive(engine, [[1], [1]], [0.0, 0.5], max_new_tokens=2, clock=clock, sleep=clock.sleep)
-    assert [request.submitted for request in run["requests"]] == [100.0, 101.0]
+    assert [request.submitted for request in run.requests] == [100.0, 101.0]
     row = summarize(run, rate=2.0, ttft_limit=2.0, tpot_limit=1.5)
     assert row["samples"]["time_to_first_token_seconds"] == [1.0, 2.5]
     assert row["samples"]["end_to_end_seconds"] == [2.0, 3.5]
@@ -91,7 +91,7 @@ def test_waiting_counts_from_the_arrival_and_not_from_when_a_busy_engine_took_th
 def test_an_idle_engine_is_not_stepped():
     clock = Clock()
     run = drive(Engine(clock), [[1], [1]], [0.0, 50.0], max_new_tokens=1, clock=clock, sleep=clock.sleep)
-    assert [request.finished for request in run["requests"]] == [101.0, 151.0]
+    assert [request.finished for request in run.requests] == [101.0, 151.0]
 
 
 def test_a_higher_rate_waits_longer_and_a_failing_rate_is_a_row():

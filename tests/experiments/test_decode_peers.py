@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.bench.decode import against_peers as decode_bench
-from experiments.bench.decode.against_peers import answers_by_round, bench_against, summarize
+from experiments.bench.decode.against_peers import TimedGeneration, answers_by_round, bench_against, summarize
 from experiments.bench.decode.cells import Cell
 from experiments.bench.peers.gguf_out import check_is_llama, write_gguf
 from model import ModelConfig, presets
@@ -56,7 +56,7 @@ def test_everyone_begins_in_turn_and_who_fails_is_left_out():
             order.append(name)
             if name == "b" and order.count("b") == 2:
                 raise InputError("it broke")
-            return {"first": 1.0}
+            return TimedGeneration(1.0, 2.0, [])
 
         return run
 
@@ -67,7 +67,7 @@ def test_everyone_begins_in_turn_and_who_fails_is_left_out():
 
 
 def test_ratios_are_of_rounds_and_tokens_are_compared():
-    answer = lambda first, whole, tokens: {"first": first, "all": whole, "tokens": [tokens]}
+    answer = lambda first, whole, tokens: TimedGeneration(first, whole, [tokens])
     ours = [answer(1.0, 3.0, [4, 5, 6]), answer(1.0, 5.0, [4, 5, 6])]
     theirs = [answer(2.0, 6.0, [4, 5, 7]), answer(4.0, 8.0, [4, 5, 7])]
     row = summarize("them", {"isoflop": ours, "them": theirs})

@@ -87,9 +87,9 @@ def test_a_replaced_run_among_five_is_found_and_among_four_the_budget_is_refused
         fit = fit_isoflop(**honest, screen=True)
         assert fit.a == pytest.approx(TRUTH["a"], abs=0.02)
         if word is None:
-            assert [outlier["params"] for outlier in fit.outliers] == [honest["params"][middle]]
+            assert [outlier.params for outlier in fit.outliers] == [honest["params"][middle]]
         else:
-            assert word in fit.rejected[0]["reason"]
+            assert word in fit.rejected[0].reason
 
 
 def test_the_skew_of_a_law_is_found():

@@ -25,7 +25,7 @@ def made(gamma=0.9, noise=0.0):
 
 
 def test_each_convention_has_its_own_exponents():
-    document = conventions(made(), bootstraps=20)
+    document = conventions(made(), bootstraps=20).to_dict()
     rows = {(row["params"], row["flops"]): row for row in document["rows"]}
     assert len(rows) == 4
     expected = {
@@ -45,7 +45,7 @@ def test_rows_that_are_not_numbers_are_dropped_and_listed():
     counts = made(noise=0.002)
     counts = Counts(counts.tokens, counts.loss, {"params_total": counts.params["params_total"]}, {})
     counts.loss[3] = np.nan
-    document = conventions(counts, bootstraps=20)
+    document = conventions(counts, bootstraps=20).to_dict()
     assert document["dropped"] == [{"row": 4, "reason": "loss is not a positive number"}]
     assert all(row["isoflop"]["intervals"]["a"]["95"][0] < row["isoflop"]["a"] for row in document["rows"])
 
@@ -67,7 +67,7 @@ def test_a_table_gives_the_conventions_that_it_has_columns_for(tmp_path):
     table.write_text("params_total,tokens,loss\n10,20,3\n11,21,2.9\n")
     counts = read_counts(table)
     assert (list(counts.params), list(counts.flops)) == (["params_total"], [])
-    document = conventions(counts)
+    document = conventions(counts).to_dict()
     assert document["rows"][0]["parametric"] is None
     assert "2 usable runs" in document["rows"][0]["refused"]["parametric"]
     table.write_text("tokens,loss\n20,3\n")

@@ -169,7 +169,7 @@ def test_what_branches_save_is_the_sum_by_hand(data, machine, capsys):
     smallest, largest = min(state.values()), max(state.values())
     assert kept * smallest < document["total"]["checkpoint_bytes"] < kept * largest
     json.dumps(document)
-    show_plan(document)
+    show_plan(made)
     assert "branches save" in capsys.readouterr().out
 
 

@@ -52,7 +52,7 @@ def test_sizes_without_a_crossing_are_rejected_with_the_reason_and_decay_is_warn
     made = curves(schedule="cosine")
     worse = TrainingCurve("worse", 5e8 * 1.01, made[0].tokens, made[0].loss + 3, "cosine")
     fit = fit_envelope([*made, worse], bootstraps=10)
-    assert [(r["name"], r["reason"]) for r in fit.rejected] == [
+    assert [(r.name, r.reason) for r in fit.rejected] == [
         ("worse", "never the best size at any compute that two runs share")
     ]
     assert "cosine" in fit.warnings[0]

@@ -83,7 +83,7 @@ def test_a_history_gives_the_last_step_of_every_run_and_says_so(tmp_path, isoflo
     np.testing.assert_allclose(sorted(table.loss), LOSS)
     np.testing.assert_allclose(sorted(table.tokens), sorted(TOKENS))
     assert len(table.dropped) == 7
-    assert table.dropped[0]["reason"] == "an earlier step of run 'run 2'"
+    assert table.dropped[0].reason == "an earlier step of run 'run 2'"
     assert table.notes == ["of 10 rows the last step of 3 runs is taken"]
     code, _, err = isoflop("scaling", "fit", tmp_path / "runs.csv", "--bootstraps", 5)
     assert code == 2
@@ -95,8 +95,8 @@ def test_what_is_missing_is_dropped_and_listed(tmp_path):
     rows = "".join(f"1e8,{i + 1}e9,{marker}\n" for i, marker in enumerate(markers))
     table = read(tmp_path, POINTS + rows + "1.3B,26B,2.85\n")
     assert len(table) == 3
-    assert [item["row"] for item in table.dropped] == list(range(4, 5 + len(markers)))
-    assert table.dropped[-1]["reason"] == "exact duplicate of row 1"
+    assert [item.row for item in table.dropped] == list(range(4, 5 + len(markers)))
+    assert table.dropped[-1].reason == "exact duplicate of row 1"
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_frontier_alone_carries_the_law_in_compute():
     loss = (1.7 + 4000 * flops**-0.18) * np.tile([1.0, 1.1, 1.2], 6)
     fit = fit_form("compute", {"flops": flops, "loss": loss})
     assert fit.values["gamma"] == pytest.approx(0.18, rel=1e-4)
-    assert "12 runs off the frontier" in fit.rows.dropped[-1]["reason"]
+    assert "12 runs off the frontier" in fit.rows.dropped[-1].reason
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,11 @@ def test_recovers_exact_valleys():
         assert fit.b == pytest.approx(0.53, rel=1e-6)
         assert fit.rejected == []
         for best, budget in zip(fit.optima, BUDGETS, strict=True):
-            assert best["flops"] == pytest.approx(budget)
-            assert best["params"] == pytest.approx(0.3 * budget**0.47)
-            assert best["params"] * best["tokens"] * 6 == pytest.approx(budget)
-            assert best["loss"] == pytest.approx(2 + 50 * budget**-0.1)
-            assert best["curvature"] == pytest.approx(0.06)
+            assert best.flops == pytest.approx(budget)
+            assert best.params == pytest.approx(0.3 * budget**0.47)
+            assert best.params * best.tokens * 6 == pytest.approx(budget)
+            assert best.loss == pytest.approx(2 + 50 * budget**-0.1)
+            assert best.curvature == pytest.approx(0.06)
         assert fit.optimal(1e20).params == pytest.approx(0.3 * 1e20**0.47)
         assert fit.optimal(np.array([1e19, 1e20])).tokens.shape == (2,)
 
@@ -45,8 +45,8 @@ def test_recovers_exact_valleys():
 def test_given_flops_need_not_be_six_n_d():
     runs = ladder()
     fit = fit_isoflop(flops=9 * runs["params"] * runs["tokens"], **runs)
-    assert fit.optima[0]["flops"] == pytest.approx(1.5 * BUDGETS[0])
-    assert fit.optima[0]["params"] * fit.optima[0]["tokens"] * 6 == pytest.approx(BUDGETS[0])
+    assert fit.optima[0].flops == pytest.approx(1.5 * BUDGETS[0])
+    assert fit.optima[0].params * fit.optima[0].tokens * 6 == pytest.approx(BUDGETS[0])
 
 
 def test_budgets_within_five_per_cent_are_one():
@@ -77,8 +77,8 @@ def test_broken_valleys_are_rejected_with_the_reason_and_change_nothing(broken, 
     fit = fit_isoflop(**joined(ladder(), broken))
     assert len(fit.optima) == 4
     assert len(fit.rejected) == 1
-    assert fit.rejected[0]["flops"] == pytest.approx(1e19)
-    assert reason in fit.rejected[0]["reason"]
+    assert fit.rejected[0].flops == pytest.approx(1e19)
+    assert reason in fit.rejected[0].reason
     assert fit.a == pytest.approx(0.47, rel=1e-6)
 
 
@@ -89,7 +89,7 @@ def test_a_concave_curve_and_a_vertex_outside_are_rejected():
         ([3.0, 2.7, 2.45, 2.2, 2.21], "outside"),
     ):
         fit = fit_isoflop(**joined(ladder(), {"params": N, "tokens": C / 6 / N, "loss": np.array(loss)}))
-        assert reason in fit.rejected[0]["reason"]
+        assert reason in fit.rejected[0].reason
 
 
 def test_fewer_than_two_valleys_is_refused_with_the_reasons():
@@ -178,7 +178,7 @@ def test_a_valley_that_only_a_parabola_misses_is_found_by_the_default():
         fit_isoflop(**runs, method="parabola")
     fit = fit_isoflop(**runs)
     assert fit.a == pytest.approx(0.47, abs=1e-6)
-    assert fit.optima[0]["params"] == pytest.approx(best[0], rel=0.3), "nearer than the next size"
+    assert fit.optima[0].params == pytest.approx(best[0], rel=0.3), "nearer than the next size"
 
 
 @pytest.mark.parametrize("kind", CLOUD_KINDS)
@@ -224,7 +224,7 @@ def test_budgets_are_found_inside_a_cloud():
     fit = fit_isoflop(**joined(valleys, others))
     assert fit.a == pytest.approx(TRUTH["a"], abs=0.02)
     assert [valley.flops for valley in fit.accepted] == pytest.approx(budgets, rel=0.03)
-    assert any("by chance" in row["reason"] for row in fit.rejected)
+    assert any("by chance" in row.reason for row in fit.rejected)
 
 
 def test_an_estimate_outside_its_own_interval_is_warned_of():

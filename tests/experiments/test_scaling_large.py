@@ -43,7 +43,7 @@ def test_resamples_take_no_square_of_the_rows():
     rng = np.random.default_rng(0)
     columns = rng.normal(size=(2, 20_000))
     tracemalloc.start()
-    counts = draw_counts(columns, 5, rng, 2)
+    counts = draw_counts(list(columns), 5, rng, 2)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert counts.sum(1).tolist() == [20_000, 20_000]
@@ -67,7 +67,7 @@ def test_valleys_of_large_budgets_use_fewer_runs_and_say_so():
 
 def test_forms_are_compared_on_a_sample_and_say_so():
     choice = choose(clean(**table("cloud", 3000)), ("chinchilla", "no-floor"), bootstraps=5)
-    assert (choice.winner, choice.held_out["runs"], choice.held_out["of_runs"]) == ("chinchilla", 2000, 3000)
+    assert (choice.winner, choice.held_out.runs, choice.held_out.of_runs) == ("chinchilla", 2000, 3000)
     assert "2,000 of 3,000 runs" in choice.thinned
 
 

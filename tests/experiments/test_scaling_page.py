@@ -33,12 +33,12 @@ def analysis(runs):
 
 
 def test_every_estimator_stands_side_by_side(analysis):
-    rows = {row["estimator"]: row for row in analysis.exponents}
+    rows = {row.estimator: row for row in analysis.exponents}
     assert set(rows) == {"parametric", "isoflop", "isoflop.skewed", "isoflop.parabola"}
     for row in rows.values():
-        assert row["a"] + row["b"] == pytest.approx(1, abs=1e-6)
-        assert row["a"] == pytest.approx(TRUTH["a"], abs=0.05)
-        assert row["intervals"]["a"][0] < row["a"] < row["intervals"]["a"][1]
+        assert row.a + row.b == pytest.approx(1, abs=1e-6)
+        assert row.a == pytest.approx(TRUTH["a"], abs=0.05)
+        assert row.intervals["a"][0] < row.a < row.intervals["a"][1]
     document = json.loads(json.dumps(analysis.document(), allow_nan=False))
     for name in ("schema_version", "convention", "parametric", "isoflop", "dropped", "refused"):
         assert name in document, "what a program reads stays where it was"
@@ -91,7 +91,7 @@ def test_a_prediction_names_the_curve_that_made_it(analysis, tmp_path):
 def test_estimates_outside_their_own_intervals_are_warned_of(analysis):
     from dataclasses import replace
 
-    assert not [row for row in analysis.warnings if "its own" in row["text"]]
+    assert not [row for row in analysis.warnings if "its own" in row.text]
     skewed = replace(analysis.fits.valleys["skewed"], a=0.9)
     valleys = replace(analysis.fits.isoflop, b=0.1)
     valleys.__dict__["draws"] = analysis.fits.isoflop.draws
@@ -101,7 +101,7 @@ def test_estimates_outside_their_own_intervals_are_warned_of(analysis):
     others = analysis.fits.valleys | {"skewed": skewed}
     fits = replace(analysis.fits, parametric=parametric, isoflop=valleys, valleys=others)
     found = replace(analysis, fits=fits)
-    said = {(row["about"], row["text"].split(" = ")[0]) for row in found.warnings if "its own" in row["text"]}
+    said = {(row.about, row.text.split(" = ")[0]) for row in found.warnings if "its own" in row.text}
     assert said == {("parametric", "E"), ("isoflop", "b"), ("isoflop.skewed", "a")}
     assert any("its own 95 %" in text for text in found.document()["isoflop"]["warnings"])
 
@@ -109,12 +109,12 @@ def test_estimates_outside_their_own_intervals_are_warned_of(analysis):
 def test_estimators_that_do_not_meet_are_said_to(analysis):
     from dataclasses import replace
 
-    rows = [row for row in analysis.exponents if row["estimator"] == "isoflop"]
-    assert not [warning for warning in analysis.warnings if warning["about"] == "estimators"]
-    other = replace(analysis.fits.isoflop, a=rows[0]["a"] + 0.3)
+    rows = [row for row in analysis.exponents if row.estimator == "isoflop"]
+    assert not [warning for warning in analysis.warnings if warning.about == "estimators"]
+    other = replace(analysis.fits.isoflop, a=rows[0].a + 0.3)
     other.__dict__["draws"] = analysis.fits.isoflop.draws + np.array([0, 0.3, 0, -0.3])
     apart = replace(analysis, fits=replace(analysis.fits, isoflop=other))
-    texts = [warning["text"] for warning in apart.warnings if warning["about"] == "estimators"]
+    texts = [warning.text for warning in apart.warnings if warning.about == "estimators"]
     assert texts
     assert "intervals do not meet" in texts[0]
 
@@ -134,7 +134,7 @@ def test_gross_outliers_are_named_and_decide_nothing(runs):
     spoiled["loss"][[7, 50]] *= (1.3, 1.5)  # the second in the budget that the choice of form holds out
     spoiled["loss"][11] = np.nan
     analysis = analyse(clean(**spoiled), bootstraps=5, forms=("chinchilla", "no-floor"), screen=True)
-    rows = {(row["row"], row["estimator"]) for row in analysis.left_out}
+    rows = {(row.row, row.estimator) for row in analysis.left_out}
     assert {(12, "all"), (8, "parametric"), (51, "parametric"), (8, "isoflop"), (51, "isoflop")} <= rows
     chosen = analysis.document()["forms"]
     assert chosen["winner"] == "chinchilla"
@@ -146,11 +146,11 @@ def test_an_optimum_beyond_every_run_is_warned_of(analysis):
     from dataclasses import replace
 
     fit = analysis.fits.parametric
-    assert not [row for row in analysis.warnings if "is outside" in row["text"]]
+    assert not [row for row in analysis.warnings if "is outside" in row.text]
     small = fit.table.params < np.median(fit.table.params) / 3
     table = clean(fit.table.params[small], fit.table.tokens[small], fit.table.loss[small])
     beyond = replace(analysis, fits=replace(analysis.fits, parametric=replace(fit, table=table)))
-    texts = [row["text"] for row in beyond.warnings if row["about"] == "parametric"]
+    texts = [row.text for row in beyond.warnings if row.about == "parametric"]
     assert any("at the largest compute" in text and "N* = " in text for text in texts)
 
 

@@ -90,8 +90,8 @@ def test_duplicates_and_unusable_rows_are_dropped_and_listed():
         np.append(loss, [loss[0], np.nan, 3, 0]),
     )
     assert (dirty.theta == fit.theta).all()
-    assert [row["row"] for row in dirty.table.dropped] == [31, 32, 33, 34]
-    assert "duplicate" in dirty.table.dropped[0]["reason"]
+    assert [row.row for row in dirty.table.dropped] == [31, 32, 33, 34]
+    assert "duplicate" in dirty.table.dropped[0].reason
 
 
 @pytest.mark.parametrize("tables", [12, pytest.param(20, marks=pytest.mark.long)])

@@ -144,7 +144,7 @@ def test_runs_that_only_the_wrong_law_cannot_explain_stay():
     fits = fit_both(read_table(TABLE, unique_tokens="unique_tokens"), bootstraps=2, screen=True)
     choice = choose_form(fits, ("chinchilla", "repeated-data"), bootstraps=10)
     assert (choice.winner, choice.told_apart) == ("repeated-data", True)
-    assert len(fits.parametric.table) < choice.held_out["runs"] < len(fits.table)
+    assert len(fits.parametric.table) < choice.held_out.runs < len(fits.table)
 
 
 def test_a_column_brings_its_forms_into_the_choice():

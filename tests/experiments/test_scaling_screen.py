@@ -57,7 +57,7 @@ def test_by_default_the_function_and_the_command_use_every_run(heavy_tailed, iso
 def test_screening_finds_the_runs_that_are_wrong(heavy_tailed):
     fit = fit_parametric(**heavy_tailed, screen=True)
     wrong = {float(heavy_tailed["params"][i]) for i in (119, 110, 60, 33, 7)}
-    assert {run["params"] for run in fit.outliers} == wrong
+    assert {run.params for run in fit.outliers} == wrong
     assert fit.a == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]), abs=0.01)
     assert not any("--screen" in text for text in parametric_warnings(fit, fit.outliers))
 
@@ -71,7 +71,7 @@ def test_a_table_without_noise_has_no_outlier(budgets, sizes, span, drift):
     assert fits.isoflop is not None
     for fit in (fits.isoflop, *fits.valleys.values()):
         assert fit.outliers == []
-        assert not any("too few to say" in one["reason"] for one in fit.rejected)
+        assert not any("too few to say" in one.reason for one in fit.rejected)
 
 
 def test_exact_parabolas_have_no_outlier_either():

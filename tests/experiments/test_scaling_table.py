@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.scaling.fit import fit_both
-from experiments.scaling.rows.table import clean, read_table
+from experiments.scaling.rows.table import DroppedRow, clean, read_table
 from model.errors import InputError
 
 ROWS = [(1e5, 2e6, 3.5), (2e5, 4e6, 3.25), (4e5, 8e6, 3.0)]
@@ -117,7 +117,7 @@ def test_held_out_rows_are_kept_for_whoever_asks(tmp_path):
     path = write(
         tmp_path / "runs.csv", csv_text([(*row, i == 1) for i, row in enumerate(ROWS)], "params,tokens,loss,held_out")
     )
-    assert read_table(path).dropped == [{"row": 2, "reason": "held out"}]
+    assert read_table(path).dropped == [DroppedRow(2, "held out")]
     assert len(read_table(path, keep_held_out=True)) == 3
 
 
@@ -136,9 +136,9 @@ def test_unusable_rows_are_dropped_by_rule_and_listed(tmp_path):
     path = write(tmp_path / "runs.csv", "\n".join(lines))
     table = read_table(path)
     assert len(table) == 1
-    assert [item["row"] for item in table.dropped] == list(range(2, 10))
+    assert [item.row for item in table.dropped] == list(range(2, 10))
     for item, (_, reason) in zip(table.dropped, bad, strict=True):
-        assert reason in item["reason"]
+        assert reason in item.reason
     assert len(read_table(path, keep_repeated=True)) == 2
 
 

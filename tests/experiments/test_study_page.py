@@ -117,7 +117,7 @@ def made(folder):
         },
         "design": Design(budgets=tuple(sorted({row["budget_flops"] for row in rows})), set={"beta2": 0.99}).to_dict(),
         "plan": {"proxy_d_model": 16, "sweep_steps": 100},
-        "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials)
+        "sweep": summarize({"learning_rate": rates, "beta2": betas}, trials).to_dict()
         | {"steps": 100, "config": presets.get("study-24").to_dict(), "base": {"schedule": "cosine"}},
         "ladder": rows,
         "fit": fitted(rows, folder),
@@ -286,9 +286,11 @@ def test_a_missing_stage_is_said(tmp_path, document, name, words, undrawn):
 def test_one_seed_and_no_winner(tmp_path, document, words):
     sweep = document["sweep"]
     one = [trial for trial in sweep["trials"] if trial["seed"] == 0]
-    document["sweep"] |= summarize(sweep["axes"], one)
+    document["sweep"] |= summarize(sweep["axes"], one).to_dict()
     assert "one seed per setting" in words(page(tmp_path, document))
-    document["sweep"] |= summarize(sweep["axes"], [trial | {"loss": None, "state": "diverged"} for trial in one])
+    document["sweep"] |= summarize(
+        sweep["axes"], [trial | {"loss": None, "state": "diverged"} for trial in one]
+    ).to_dict()
     said = words(page(tmp_path, document))
     assert "every setting lost a run to divergence" in said
     assert "No trial has a loss." in said

@@ -50,7 +50,7 @@ def test_branches_leave_the_trunk_of_their_seed_and_wait_for_its_end(sweep):
     ended = play(RunAll(), trials, lambda trial, step: 1.0)
     assert {row.state for row in ended} == {"finished"}
     assert sum(map(tokens_used, ended)) == 2 * (20 + 2 + 3) * 64
-    assert plan_sweep(sweep(), probe=False)["total"]["tokens"] == 2 * (20 + 2 + 3) * 64
+    assert plan_sweep(sweep(), probe=False).total.tokens == 2 * (20 + 2 + 3) * 64
     lost = play(RunAll(), trials, lambda trial, step: None if trial.id == trunks[0] else 1.0)
     states = {(row.trial.recipe.hparams.seed.item(), row.trial.parent is None): row.state for row in lost}
     assert states == {(0, True): "diverged", (0, False): "pruned", (1, True): "finished", (1, False): "finished"}

@@ -9,6 +9,7 @@ import pytest
 from experiments.sweep import report as sweep_page
 from experiments.sweep.analysis.document import analyse
 from experiments.sweep.analysis.executions import compare_executions
+from experiments.sweep.analysis.outcome import Summary
 from experiments.sweep.analysis.results import collect, read_results, write_tables
 from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.definition import define
@@ -69,9 +70,9 @@ def strip(document):
 
 def test_executions_are_no_seeds_and_no_settings(tmp_path):
     """All that is said of losses is what a sweep without the execution axis would have said."""
-    alone = analyse(collect(tmp_path, rows_of([{"learning_rate": rate} for rate in RATES])))
+    alone = analyse(collect(tmp_path, rows_of([{"learning_rate": rate} for rate in RATES]))).to_dict()
     results = collect(tmp_path, rows_of(grid()), objectives=BOTH)
-    document = analyse(results)
+    document = analyse(results).to_dict()
     assert strip(document) == strip(alone)
     assert (list(results.axes), results.executions) == (["learning_rate"], {"remat": list(REMATS)})
     assert document["noise_freedom"] == 3, "three settings of two seeds; nine would make it 9"
@@ -89,7 +90,7 @@ def test_executions_are_no_seeds_and_no_settings(tmp_path):
 
 
 def test_rounding_decides_nothing_on_the_pareto_front(tmp_path):
-    found = analyse(collect(tmp_path, rows_of(grid(), loss=None), objectives=BOTH))["pareto"]
+    found = analyse(collect(tmp_path, rows_of(grid(), loss=None), objectives=BOTH)).to_dict()["pareto"]
     front = [row["setting"] for row in found["settings"] if row["place"] == "front"]
     assert front == [{"learning_rate": 4e-3, "remat": "none"}]
     by_rate = {}
@@ -102,13 +103,14 @@ def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
     rows = rows_of(grid())
     results = collect(tmp_path, rows)
     summary = summarize(results.axes, results.rows, results.executions)
-    assert [row["seeds"] for row in summary["settings"]] == [2, 2, 2]
-    assert summary["executions"]["verdict"] == "rounding"
-    best = standing(Sweep("sweep", BASE, "data"), rows)["best"]
-    assert (best["setting"], best["settings"], best["seeds"]) == ({"learning_rate": 4e-3}, 3, 2)
+    assert [row.seeds for row in summary.settings] == [2, 2, 2]
+    assert summary.executions.verdict == "rounding"
+    assert Summary.from_dict(summary.to_dict()) == summary
+    best = standing(Sweep("sweep", BASE, "data"), rows).best
+    assert (best.setting, best.settings, best.seeds) == ({"learning_rate": 4e-3}, 3, 2)
     fastest = standing(Sweep("sweep", BASE, "data", objectives=BOTH[::-1]), rows_of(grid(), objectives=BOTH[::-1]))
-    assert fastest["best"]["setting"]["remat"] == "none"
-    assert fastest["best"]["settings"] == 9
+    assert fastest.best.setting["remat"] == "none"
+    assert fastest.best.settings == 9
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_the_summary_and_the_standing_obey_the_same_rule(tmp_path):
 )
 def test_what_rounding_does_not_explain_is_a_warning(tmp_path, shift, seeds, said, warned):
     loss = lambda point, seed: bowl(4e-3, seed) + shift * (point["remat"] == "dots")
-    document = analyse(collect(tmp_path, rows_of([{"remat": "none"}, {"remat": "dots"}], seeds, loss)))
+    document = analyse(collect(tmp_path, rows_of([{"remat": "none"}, {"remat": "dots"}], seeds, loss))).to_dict()
     assert said in document["sentence"]
     warnings = [text for text in document["warnings"] if "rounding" in text]
     assert len(warnings) == (warned is not None)
@@ -133,7 +135,7 @@ def test_what_rounding_does_not_explain_is_a_warning(tmp_path, shift, seeds, sai
 
 def test_a_recipe_that_diverged_under_one_execution_is_lost(tmp_path):
     lost = lambda point, seed: "diverged" if point == {"learning_rate": 4e-3, "remat": "full"} else "finished"
-    document = analyse(collect(tmp_path, rows_of(grid(), state=lost), objectives=BOTH))
+    document = analyse(collect(tmp_path, rows_of(grid(), state=lost), objectives=BOTH)).to_dict()
     assert document["winner"]["setting"]["learning_rate"] != 4e-3
     assert {row["setting"]["learning_rate"] for row in document["pareto"]["settings"]} == {1e-3, 8e-3}
     assert any("2 recipes diverged under one execution and not under another" in text for text in document["warnings"])
@@ -142,7 +144,7 @@ def test_a_recipe_that_diverged_under_one_execution_is_lost(tmp_path):
 def test_an_execution_that_failed_leaves_the_others_their_result(tmp_path):
     """As one that does not fit into memory; speeds are compared over what all others trained."""
     fails = lambda point, seed: "failed" if point["remat"] == "none" else "planned" if seed else "finished"
-    document = analyse(collect(tmp_path, rows_of(grid(), state=fails)))
+    document = analyse(collect(tmp_path, rows_of(grid(), state=fails))).to_dict()
     assert [(row["seeds"], row["pending"]) for row in document["settings"]] == [(1, 1)] * 3
     assert document["counts"]["failed"] == 6
 
@@ -152,7 +154,7 @@ def test_with_dropout_microbatches_are_part_of_the_recipe(tmp_path):
     points = [{"accumulate": count, "remat": remat} for count in (1, 2) for remat in ("none", "dots")]
     results = collect(tmp_path, rows_of(points, base=base))
     assert (list(results.axes), list(results.executions)) == (["accumulate"], ["remat"])
-    assert len(analyse(results)["settings"]) == 2
+    assert len(analyse(results).summary.settings) == 2
     without = collect(tmp_path, rows_of(points))
     assert (list(without.axes), list(without.executions)) == ([], ["accumulate", "remat"])
     assert len({row["recipe"] for row in without.rows}) == 2, "one a seed"
@@ -161,22 +163,22 @@ def test_with_dropout_microbatches_are_part_of_the_recipe(tmp_path):
 def test_no_recipe_under_two_executions(tmp_path):
     """As where a sampler draws the execution: nothing is compared, and the speeds are no ratios."""
     points = [{"learning_rate": rate, "remat": remat} for rate, remat in zip(RATES, REMATS, strict=True)]
-    document = analyse(collect(tmp_path, rows_of(points)))
+    document = analyse(collect(tmp_path, rows_of(points))).to_dict()
     assert document["executions"]["difference"] is None
     assert {row["ratio"] for row in document["executions"]["executions"]} == {None}
     assert "No recipe has finished under two executions" in document["sentence"]
     assert compare_executions([], []) is None
-    assert analyse(collect(tmp_path, rows_of([{"learning_rate": rate} for rate in RATES])))["executions"] is None
+    assert analyse(collect(tmp_path, rows_of([{"learning_rate": rate} for rate in RATES]))).summary.executions is None
 
 
 def test_the_page_and_the_tables(tmp_path, phone_figures, words):
     results = collect(tmp_path, rows_of(grid()), objectives=BOTH)
-    document = analyse(results)
-    sweep_page.write_sweep_page(tmp_path / "report.html", results, document)
+    analysis = analyse(results)
+    sweep_page.write_sweep_page(tmp_path / "report.html", results, analysis)
     said = words((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Speed of each execution" in said
     assert "8.00 × 10−7 nats" in said
-    (axes,) = execution_bars(document["executions"]).axes
+    (axes,) = execution_bars(analysis.summary.executions).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["remat=full", "remat=dots", "remat=none"]
     write_tables(results)
     with open(tmp_path / "results.csv", newline="") as file:

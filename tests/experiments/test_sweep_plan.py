@@ -176,7 +176,7 @@ def test_lanes_hold_what_memory_holds(sweep, monkeypatch):
 
 def test_the_plan_adds_up(sweep):
     made = sweep(axes=["learning_rate=logspace:1e-4:1e-2:9", "num_layers=1,2"], seeds=2)
-    plan = plan_sweep(made, probe=False)
+    plan = plan_sweep(made, probe=False).to_dict()
     assert [(row["label"], row["trials"], row["compiles"]) for row in plan["cohorts"]] == [
         ("num_layers=1", 18, 1),
         ("num_layers=2", 18, 1),
@@ -195,7 +195,7 @@ def test_cohorts_of_several_objectives_are_told_apart(sweep, data):
     """By the fields that they share; a setting that is wrong for an objective is said before a folder is made."""
     encoder = ["stack=encoder", "objective=masked"]
     made = sweep(axes=[*encoder, "objective.masked=0.5,0.8", "mask_rate=0.1,0.2"])
-    labels = [row["label"] for row in plan_sweep(made, probe=False)["cohorts"]]
+    labels = [row.label for row in plan_sweep(made, probe=False).cohorts]
     assert labels == ["objective.masked=0.5", "objective.masked=0.8"]
     trials = [trial for axes in (encoder, ["objective=language-modeling"]) for trial in plan_trials(sweep(axes=axes))]
     assert [cohort.label.split(", ")[-1] for cohort in group(trials)] == [
@@ -226,7 +226,7 @@ def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep
 
     monkeypatch.setattr("experiments.sweep.speed.measure_step", measure)
     made = sweep(axes=["learning_rate=logspace:1e-4:1e-2:9", "num_layers=1,2,4"], evaluate_tokens=384)
-    plan = plan_sweep(made)
+    plan = plan_sweep(made).to_dict()
     assert measured == [1, 4]
     configs = [cohort.config for cohort in group(plan_trials(made))]
     seconds = sum(9 * (20 + 1) * step_seconds(config) + 3.0 for config in configs)  # 384 tokens validate as 128 train
@@ -234,8 +234,8 @@ def test_hours_follow_from_two_measured_shapes_and_halving_saves_its_share(sweep
     halving = dataclasses.replace(made, policy="halving", policy_settings={"eta": 3, "min_fraction": 1 / 9})
     halved = plan_sweep(halving)
     # Of 27 points all train 2 of 20 steps, nine go on to 7, three to the end.
-    assert halved["expected"]["share"] == pytest.approx((27 * 2 + 9 * 5 + 3 * 13) / (27 * 20))
-    assert halved["total"]["hours"] < plan["total"]["hours"]
+    assert halved.expected.share == pytest.approx((27 * 2 + 9 * 5 + 3 * 13) / (27 * 20))
+    assert halved.total.hours < plan["total"]["hours"]
 
 
 def test_the_command_plans_and_refuses(isoflop, data, tmp_path):

@@ -55,7 +55,7 @@ def test_the_best_region_holds_the_truth_and_the_noise_is_recovered(recorded):
 def test_a_random_search_finds_the_region_as_fast_as_chance_says(recorded):
     share = len(recorded.best_region) / len(recorded.losses)
     document = compare_samplers(recorded, ["random"], replays=40, budget=40)
-    first = [math.inf if n is None else n for n in document["samplers"]["random"]["first"]]
+    first = [math.inf if n is None else n for n in document.samplers["random"].first]
     # 1 - (1 - share)^n of the searches have been there after n trials.
     for trials in (5, 15, 40):
         expected = 1 - (1 - share) ** trials
@@ -64,16 +64,16 @@ def test_a_random_search_finds_the_region_as_fast_as_chance_says(recorded):
 
 @pytest.mark.slow
 def test_a_model_of_the_losses_needs_fewer_trials_than_chance(recorded):
-    found = compare_samplers(recorded, ["random", "tpe"], replays=5, budget=40)["samplers"]
-    mean = {name: np.mean([40 if n is None else n for n in one["first"]]) for name, one in found.items()}
+    found = compare_samplers(recorded, ["random", "tpe"], replays=5, budget=40).samplers
+    mean = {name: np.mean([40 if n is None else n for n in one.first]) for name, one in found.items()}
     assert mean["tpe"] < 0.8 * mean["random"]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="the Gaussian process needs torch")
 def test_so_does_a_gaussian_process(recorded):
-    found = compare_samplers(recorded, ["random", "gp"], replays=5, budget=40)["samplers"]
-    mean = {name: np.mean([40 if n is None else n for n in one["first"]]) for name, one in found.items()}
+    found = compare_samplers(recorded, ["random", "gp"], replays=5, budget=40).samplers
+    mean = {name: np.mean([40 if n is None else n for n in one.first]) for name, one in found.items()}
     assert mean["gp"] < 0.8 * mean["random"]
 
 
@@ -158,7 +158,7 @@ def curves(recorded, crossing=0.0):
 
 
 def test_halving_keeps_the_winner_of_curves_that_never_cross_at_a_quarter_of_the_tokens(recorded):
-    document = replay_halving(recorded, curves(recorded), replays=5)
+    document = replay_halving(recorded, curves(recorded), replays=5).to_dict()
     assert document["chosen"] == recorded.named(recorded.best)
     assert document["excess"] == 0
     assert document["within_noise"]
@@ -168,7 +168,7 @@ def test_halving_keeps_the_winner_of_curves_that_never_cross_at_a_quarter_of_the
 
 
 def test_halving_that_loses_the_winner_says_so(recorded):
-    document = replay_halving(recorded, curves(recorded, crossing=5.0), replays=2)
+    document = replay_halving(recorded, curves(recorded, crossing=5.0), replays=2).to_dict()
     assert not document["within_noise"]
     assert document["excess"] > 3 * recorded.seed_noise
 
@@ -178,7 +178,7 @@ def test_without_validations_at_the_rungs_the_loss_of_training_stands_in(recorde
     for curve in curves(recorded):
         training = {step: curve.validation[81] + 3 / step for step in range(1, 82)}
         bare.append(RecordedRun(curve.trial, {81: curve.validation[81]}, training))
-    document = replay_halving(recorded, bare, replays=2)
+    document = replay_halving(recorded, bare, replays=2).to_dict()
     assert document["rungs"] == "training"
     assert document["chosen"] == recorded.named(recorded.best)
     with pytest.raises(InputError, match="not on a table"):

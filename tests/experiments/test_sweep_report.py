@@ -113,7 +113,7 @@ def test_the_page_of_a_whole_sweep(tmp_path, words):
 def test_losses_have_the_unit_of_their_objective(tmp_path, no_svg, words):
     trials = [{"objective": "masked", "stack": "encoder", "mask_rate": rate} for rate in (0.15, 0.3)]
     results = record(tmp_path, trials, seeds=2)
-    document = analyse(results)
+    document = analyse(results).to_dict()
     assert f"{document['winner']['mean']:.4f} nats per predicted token" in document["sentence"]
     said = words(page(results))
     assert "only validation losses compare" in said
@@ -127,7 +127,7 @@ def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
     points = product({"d_model": [32, 64, 128], "learning_rate": RATES})
     moving = lambda point: surface(point, best=4e-3 * 32 / point["d_model"] * 2)
     results = record(tmp_path, points, loss=moving, objectives=("loss", "tokens_per_second"))
-    document = analyse(results)
+    document = analyse(results).to_dict()
     transfer = document["transfer"]
     for row, best in zip(transfer["sizes"][:2], (8e-3, 4e-3), strict=False):
         low, high = row["optimum"]["interval_95"]
@@ -150,7 +150,7 @@ def test_the_optimum_of_the_rate_at_each_width(tmp_path, no_svg, words):
 def test_no_law_where_every_optimum_lies_at_the_edge(tmp_path, no_svg, words):
     points = product({"d_model": [32, 64], "learning_rate": RATES})
     results = record(tmp_path, points, loss=lambda point: surface(point, best=1.0))
-    assert analyse(results)["transfer"]["factor_per_doubling"] is None
+    assert analyse(results).transfer.factor_per_doubling is None
     assert "No law of the optimum: 0 different sizes cannot determine a power law" in words(page(results))
 
 
@@ -158,7 +158,7 @@ def test_a_sweep_that_is_still_running(tmp_path, no_svg, words):
     states = {1e-3: "pruned", 2e-3: "running", 4e-3: "finished", 8e-3: "finished", 16e-3: "planned"}
     points = product({"learning_rate": RATES})
     results = record(tmp_path, points, fate=lambda point: states[point["learning_rate"]], policy="halving")
-    document = analyse(results)
+    document = analyse(results).to_dict()
     by_rate = {row["learning_rate"]: row for row in document["settings"]}
     assert by_rate[1e-3]["mean"] is None, "a pruned trial enters no mean"
     assert (by_rate[1e-3]["pruned"], by_rate[2e-3]["pending"]) == (3, 3)

@@ -1,11 +1,15 @@
 """Sweeps that stop trials: what is said of a setting is true of what was trained, at equal tokens."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from experiments.sweep import report as sweep_page
 from experiments.sweep.analysis.document import analyse
 from experiments.sweep.analysis.importance import importances
+from experiments.sweep.analysis.outcome import Summary
 from experiments.sweep.analysis.results import collect
 from experiments.sweep.analysis.sentence import sentence
 from experiments.sweep.analysis.summary import summarize
@@ -66,7 +70,7 @@ def population():
 
 
 def test_stopped_settings_are_compared_where_they_were_stopped(tmp_path):
-    document = analyse(collect(tmp_path, rows_of(halved()), policy="halving"))
+    document = analyse(collect(tmp_path, rows_of(halved()), policy="halving")).to_dict()
     assert document["sentence"] == (
         "learning_rate=0.1 reaches 6.0100 nats per token (95 % interval "
         f"{document['winner']['interval_95'][0]:.4f} … {document['winner']['interval_95'][1]:.4f}), the only one of 5 "
@@ -92,7 +96,7 @@ def test_stopped_settings_are_compared_where_they_were_stopped(tmp_path):
 
 def test_with_one_seed_only_the_higher_loss_is_known(tmp_path):
     once = [described[:3] for described in halved()]
-    document = analyse(collect(tmp_path, rows_of(once), policy="halving"))
+    document = analyse(collect(tmp_path, rows_of(once), policy="halving")).to_dict()
     assert "with one seed each it is not known how sure that is" in document["sentence"]
     assert "alone: 4 at a higher loss." in document["sentence"]
     assert "worse" not in document["sentence"]
@@ -102,7 +106,7 @@ def test_a_setting_of_another_bracket_was_never_compared(tmp_path):
     """Hyperband: the winner was first measured after 20 updates, two others were stopped after 7."""
     described = halved()
     described[3] = ({"learning_rate": 1e-1}, "finished", {20: 6.3, 60: 6.0}, {20: 6.32, 60: 6.02})
-    document = analyse(collect(tmp_path, rows_of(described), policy="hyperband"))
+    document = analyse(collect(tmp_path, rows_of(described), policy="hyperband")).to_dict()
     assert "1 within the seed noise of it, 3 where it has no loss to compare." in document["sentence"]
     assert "3 settings were stopped where the winner has no loss, and never compared with it" in document["warnings"]
     assert [rung["first"] for rung in document["halving"]["rungs"]] == [8, 2, 0]
@@ -112,7 +116,7 @@ def test_the_interval_allows_for_those_that_were_stopped(tmp_path):
     """The winner of five is too low by more than one that was alone."""
     alone = [described for described in halved() if described[1] == "finished"]
     intervals = [
-        analyse(collect(tmp_path, rows_of(some), policy="halving"))["winner"]["interval_95"]
+        analyse(collect(tmp_path, rows_of(some), policy="halving")).summary.winner.interval_95
         for some in (alone, halved())
     ]
     assert intervals[0][0] == intervals[1][0]
@@ -129,8 +133,8 @@ def test_every_setting_is_counted_once():
         ({"learning_rate": 4e-1}, "planned", {}, {}),
     ]
     results = collect("sweep", rows_of(described))
-    document = summarize(results.axes, results.rows)
-    assert sentence(document).endswith(
+    summary = summarize(results.axes, results.rows)
+    assert sentence(summary).endswith(
         "the lowest of 2 settings that were trained to the end; every other of them is worse by more than the seed "
         "noise. 1 setting lost a run to divergence. 1 setting failed and has no result. 2 settings have not finished."
     )
@@ -144,13 +148,13 @@ def test_an_edge_is_that_of_the_results():
     for state, warned in (("failed", True), ("planned", True), ("diverged", False)):
         rows = rows_of([*described, ({"learning_rate": 3e-2}, state, {})])
         results = collect("sweep", rows)
-        warnings = summarize(results.axes, results.rows)["warnings"]
+        warnings = summarize(results.axes, results.rows).warnings
         said = "the best learning_rate=0.01 is the highest that has a result, 0.03 none: the optimum may be beyond it"
         assert (said in warnings) == warned
 
 
 def test_members_of_a_population_are_not_the_settings_that_they_end_with(tmp_path):
-    document = analyse(collect(tmp_path, population(), policy="population"))
+    document = analyse(collect(tmp_path, population(), policy="population")).to_dict()
     winner = document["winner"]
     assert winner["mean"] == 6.0, "that another member with the same rate was replaced is nothing to this one"
     assert winner["lineage"] == [
@@ -168,12 +172,26 @@ def test_members_of_a_population_are_not_the_settings_that_they_end_with(tmp_pat
     assert document["cost"]["tokens"] == document["halving"]["tokens_spent"] == own * PER_STEP
 
 
+@pytest.mark.parametrize("policy", ["halving", "population"])
+def test_a_summary_is_what_its_document_says(policy):
+    """A study's page reads the document: stopped settings and a winner's lineage come back from JSON."""
+    rows = rows_of(halved()) if policy == "halving" else population()
+    results = collect("sweep", rows, policy=policy)
+    summary = dataclasses.replace(summarize(results.axes, results.rows), trials=[])
+    document = json.loads(json.dumps(summary.to_dict()))
+    assert Summary.from_dict(document) == summary
+    for setting in document["settings"]:
+        del setting["member"], setting["stopped"]
+    former = Summary.from_dict({name: part for name, part in document.items() if name != "executions"})
+    assert [setting.mean for setting in former.settings] == [setting.mean for setting in summary.settings]
+
+
 def test_what_a_population_has_done_is_counted_once():
     sweep = Sweep("sweep", BASE, "data", policy="population")
     document = standing(sweep, population())
-    assert document["tokens_done"] == document["tokens_expected"] == 140 * PER_STEP
-    assert document["best"]["mean"] == 6.0
-    assert document["best"]["from_steps"] == 20
+    assert document.tokens_done == document.tokens_expected == 140 * PER_STEP
+    assert document.best.mean == 6.0
+    assert document.best.from_steps == 20
 
 
 def test_rungs_are_of_equal_tokens_not_of_equal_steps(tmp_path):
@@ -182,7 +200,7 @@ def test_rungs_are_of_equal_tokens_not_of_equal_steps(tmp_path):
         ({"batch_size": 2}, "finished", {15: 6.5, 60: 6.0}),
         ({"batch_size": 4, "steps": 30}, "pruned", {8: 6.6}),
     ]
-    document = analyse(collect(tmp_path, rows_of(described), policy="halving"))
+    document = analyse(collect(tmp_path, rows_of(described), policy="halving")).to_dict()
     first = document["halving"]["rungs"][0]
     assert (first["tokens"], first["steps"], first["trials"]) == (960, [8, 15], 2)
     stopped = next(setting["stopped"] for setting in document["settings"] if setting["batch_size"] == 4)
@@ -197,7 +215,7 @@ def test_status_leaves_out_what_the_report_leaves_out():
     rows = rows_of(described)
     lost = row(3, {"learning_rate": 1e-1}, "diverged", {}, seed=1)
     document = standing(Sweep("sweep", BASE, "data"), [*rows, lost])
-    assert document["best"]["setting"] == {"learning_rate": 1e-2}
+    assert document.best.setting == {"learning_rate": 1e-2}
     said = str(table(document).renderables[-1])
     assert said == (
         "best so far (lowest loss): learning_rate=0.01: 6.1000 ± 0.1414 over 2 seeds; "
@@ -211,7 +229,7 @@ def test_every_objective_has_its_best(tmp_path):
         row(0, {"num_layers": 1}, "finished", {60: 6.1}, objectives=names, speed=4000.0),
         row(1, {"num_layers": 2}, "finished", {60: 6.0}, objectives=names, speed=2000.0),
     ]
-    said = analyse(collect(tmp_path, rows, objectives=names))["sentence"]
+    said = analyse(collect(tmp_path, rows, objectives=names)).sentence
     assert said.startswith("num_layers=2 reaches 6.0000 nats per token, the lowest of 2 settings")
     assert said.endswith("The highest tokens_per_second, 4,000, is that of num_layers=1.")
 
@@ -220,11 +238,11 @@ def test_importances_that_the_data_do_not_tell_are_refused():
     rng = np.random.default_rng(3)
     draw = lambda: {"x1": float(rng.uniform(-1, 1)), "x2": float(rng.uniform(-1, 1)), "state": "finished"}
     noise = [draw() | {"loss": 3 + float(rng.standard_normal())} for _ in range(10)]
-    refused = importances(["x1", "x2"], noise)["ped_anova"]["refused"]
+    refused = importances(["x1", "x2"], noise).ped_anova
     assert refused.startswith("10 settings do not tell: the share of x")
     assert "more settings would narrow that" in refused
     clear = [drawn | {"loss": 3 + drawn["x1"] ** 2} for drawn in (draw() for _ in range(60))]
-    assert importances(["x1", "x2"], clear)["ped_anova"]["x1"]["share"] > 0.7
+    assert importances(["x1", "x2"], clear).ped_anova["x1"].share > 0.7
 
 
 @pytest.mark.parametrize("policy", ["halving", "population"])
@@ -260,15 +278,15 @@ def test_the_losses_of_the_figure_are_all_inside_its_frame(tmp_path):
     """What was stopped is drawn at its rung, as the caption says; before, only the winner's dot was there."""
     from experiments.sweep.figures.panels import axis_panels
 
-    document = analyse(collect(tmp_path, rows_of(halved()), policy="halving"))
-    (figure,) = axis_panels(document)
+    analysis = analyse(collect(tmp_path, rows_of(halved()), policy="halving"))
+    (figure,) = axis_panels(analysis.summary, analysis.rungs)
     axes = figure.axes[0]
     low, high = axes.get_ylim()
     drawn = {round(float(y), 3) for line in axes.lines for y in line.get_ydata() if np.isfinite(y)}
-    for rung in document["halving"]["rungs"]:
-        for setting in rung["settings"]:
-            assert round(setting["mean"], 3) in drawn
-            assert low < setting["mean"] < high
+    for rung in analysis.rungs:
+        for setting in rung.settings:
+            assert round(setting.mean, 3) in drawn
+            assert low < setting.mean < high
 
 
 def test_a_branch_is_no_member(tmp_path):
@@ -277,4 +295,4 @@ def test_a_branch_is_no_member(tmp_path):
     branch = row(1, {"learning_rate": 0.1, "decay_fraction": 0.2}, "finished", {60: 6.0}, (trunk.trial.id, 20))
     results = collect(tmp_path, [trunk, branch])
     assert [row["member"] for row in results.rows] == [None, None]
-    assert analyse(results)["cost"]["tokens"] == (60 + 40) * PER_STEP
+    assert analyse(results).cost.tokens == (60 + 40) * PER_STEP

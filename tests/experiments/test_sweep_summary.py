@@ -50,23 +50,23 @@ def test_the_optimum_lies_in_its_interval():
     for _ in range(300):
         means = 3 + 0.05 * x**2 + 0.01 * rng.standard_normal(5) / np.sqrt(3)
         noise = 0.01 * np.sqrt(rng.chisquare(10) / 10)
-        interval = log_parabola(RATES, means, [3] * 5, noise, 10)["interval_95"]
+        interval = log_parabola(RATES, means, [3] * 5, noise, 10).interval_95
         held += interval[0] < 5e-3 < interval[1]
     assert 0.91 < held / 300 < 0.99
 
 
 def test_an_optimum_that_the_noise_hides_has_no_interval():
     found = log_parabola(RATES, [3.02, 3.01, 3.0, 3.01, 3.02], [2] * 5, 0.5, 5)
-    assert found["interval_95"] is None
-    assert "within the noise" in found["interval_reason"]
-    assert "curve upwards" in log_parabola(RATES, [3, 3.1, 3.15, 3.1, 3], [2] * 5, 0.01, 5)["refused"]
+    assert found.interval_95 is None
+    assert "within the noise" in found.interval_reason
+    assert "curve upwards" in log_parabola(RATES, [3, 3.1, 3.15, 3.1, 3], [2] * 5, 0.01, 5)
 
 
 def test_pruned_and_pending_trials_enter_no_mean():
     rows = trials(bowl)
     rows[0] |= {"state": "pruned", "loss": 1.0}
     rows[3] |= {"state": "running", "loss": None}
-    summary = summarize({"learning_rate": RATES}, rows)
+    summary = summarize({"learning_rate": RATES}, rows).to_dict()
     assert summary["settings"][0]["mean"] == pytest.approx(np.mean([row["loss"] for row in rows[1:3]]))
     assert summary["winner"]["setting"] == {"learning_rate": 4e-3}
     assert summary["winner"]["candidates"] == 4, "part of it was pruned: what is left is a choice"
@@ -89,10 +89,10 @@ def test_only_what_matters_is_important():
         for x, y, z in zip(rng.uniform(-1, 1, 40), rng.uniform(-1, 1, 40), rng.choice(["a", "b"], 40), strict=True)
     ]
     found = importances(["x1", "x2", "x3"], rows, draws=5)
-    assert found["ped_anova"]["x1"]["share"] > 0.7
+    assert found.ped_anova["x1"].share > 0.7
     pytest.importorskip("sklearn")
-    assert found["fanova"]["x1"]["share"] > 0.9
-    assert "at least 10" in importances(["x1", "x2"], rows[:9])["ped_anova"]["refused"]
+    assert found.fanova["x1"].share > 0.9
+    assert "at least 10" in importances(["x1", "x2"], rows[:9]).ped_anova
 
 
 def test_front():
@@ -102,7 +102,7 @@ def test_front():
 
 
 def test_winner_with_its_noise():
-    summary = summarize({"learning_rate": RATES}, trials(bowl))
+    summary = summarize({"learning_rate": RATES}, trials(bowl)).to_dict()
     assert summary["winner"]["setting"] == {"learning_rate": 4e-3}
     assert summary["winner"]["mean"] == pytest.approx(3)
     assert summary["seed_noise"] == pytest.approx(0.01)
@@ -114,30 +114,32 @@ def test_winner_with_its_noise():
 
 
 def test_what_lies_inside_the_noise_is_said():
-    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, noise=0.2)))
+    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, noise=0.2))).to_dict()
     assert {"learning_rate": 2e-3} in summary["winner"]["indistinguishable"]
     assert any("within the seed noise" in warning for warning in summary["warnings"])
 
 
 def test_optimum_on_the_edge_is_flagged():
-    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, best=1e-1)))
+    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: bowl(rate, seed, best=1e-1))).to_dict()
     assert any("learning_rate=0.016 is the highest of the grid" in warning for warning in summary["warnings"])
     assert summary["optimum"] is None
 
 
 def test_a_setting_that_loses_a_run_does_not_win():
-    summary = summarize({"learning_rate": RATES}, trials(lambda r, s: None if (r, s) == (4e-3, 1) else bowl(r, s)))
+    summary = summarize(
+        {"learning_rate": RATES}, trials(lambda r, s: None if (r, s) == (4e-3, 1) else bowl(r, s))
+    ).to_dict()
     assert summary["winner"]["setting"] != {"learning_rate": 4e-3}
     assert any("1 of 15 runs diverged" in warning for warning in summary["warnings"])
 
 
 def test_all_diverged():
-    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: None))
+    summary = summarize({"learning_rate": RATES}, trials(lambda rate, seed: None)).to_dict()
     assert summary["winner"] is None
     assert summary["warnings"]
 
 
 def test_single_seed_has_no_noise():
-    summary = summarize({"learning_rate": RATES}, trials(bowl, seeds=1))
+    summary = summarize({"learning_rate": RATES}, trials(bowl, seeds=1)).to_dict()
     assert summary["seed_noise"] is None
     assert any("one seed" in warning for warning in summary["warnings"])

@@ -61,17 +61,17 @@ def test_a_sweep_is_one_program_and_is_never_run_twice(make):
     assert [row.state for row in rows] == ["finished"] * 4
     assert all(row.rungs == {6: row.values[0]} and row.facts["loss"] == row.values[0] for row in rows)
     assert all((sweep.folder / row.facts["run"] / "run.json").exists() for row in rows)
-    document = standing(sweep, rows)
-    assert document["done"]
-    assert document["tokens_done"] == document["tokens_expected"] == 4 * 6 * 4 * 32
-    assert document["best"]["seeds"] == 2
+    now = standing(sweep, rows)
+    assert now.done
+    assert now.tokens_done == now.tokens_expected == 4 * 6 * 4 * 32
+    assert now.best.seeds == 2
 
     more = make(seeds=3)  # two trials more
     again = run(more).rows()
     assert again[:4] == rows
     assert len(again) == 6
     assert compiled_programs() - before <= 1
-    assert standing(more, again)["states"]["finished"] == 6
+    assert standing(more, again).states["finished"] == 6
 
 
 @pytest.mark.slow

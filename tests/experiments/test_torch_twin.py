@@ -69,19 +69,19 @@ def test_the_same_weights_and_tokens_give_the_same_losses(name, torch_python, tm
 def test_the_bench_from_end_to_end(torch_python):
     config = CONFIGS["tied, grouped, gated"]
     result = bench_against_torch(config, TRAIN, rounds=2, steps_per_round=2, modes=("eager",))
-    assert result["parameters"] == accounting.parameters(config).total
-    assert result["loss_difference"] < 1e-5
-    assert [row["name"] for row in result["contenders"]] == ["isoflop", "torch eager"]
-    for row in result["contenders"]:
-        assert len(row["tokens_per_second_by_round"]) == 2
-        assert 0 < row["tokens_per_second_slowest"] <= row["tokens_per_second"] <= row["tokens_per_second_fastest"]
+    assert result.parameters == accounting.parameters(config).total
+    assert result.loss_difference < 1e-5
+    assert [row.name for row in result.contenders] == ["isoflop", "torch eager"]
+    for row in result.contenders:
+        assert len(row.tokens_per_second_by_round) == 2
+        assert 0 < row.tokens_per_second_slowest <= row.tokens_per_second <= row.tokens_per_second_fastest
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_losses_are_the_same(torch_python):
     result = bench_against_torch(presets.get("tiny"), TRAIN, rounds=1, steps_per_round=1, modes=("compile",))
-    assert result["loss_difference"] < 1e-5
+    assert result.loss_difference < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)

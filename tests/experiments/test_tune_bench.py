@@ -25,13 +25,13 @@ def test_whole_models_and_adapters_train_alike(monkeypatch):
     monkeypatch.setenv("ISOFLOP_TORCH_PYTHON", python)
     params = init(CONFIG, jax.random.key(0))
     result = bench_against_transformers(CONFIG, params, TRAIN, rank=4, rounds=2, steps_per_round=1)
-    whole, adapter = result["kinds"]
-    assert whole["trained_parameters"] == whole["parameters"]
-    assert adapter["trained_parameters"] < adapter["parameters"]
+    whole, adapter = result.kinds
+    assert whole.trained_parameters == whole.parameters
+    assert adapter.trained_parameters < adapter.parameters
     for kind in (whole, adapter):
-        assert kind["loss_difference"] < 1e-5
-        assert [row["name"] for row in kind["contenders"]] == ["isoflop", "transformers eager"]
-        assert all(row["peak_bytes"] > 0 for row in kind["contenders"])
+        assert kind.loss_difference < 1e-5
+        assert [row.name for row in kind.contenders] == ["isoflop", "transformers eager"]
+        assert all(row.peak_bytes > 0 for row in kind.contenders)
 
 
 def test_what_is_missing_is_named(monkeypatch):

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,8 +37,19 @@ CONVENTION = (
     "(time of all − time to the first) / (tokens − 1)"
 )
 
-Turn = Callable[[], dict[str, Any]]
-"""Generate once: {"first": seconds to the first token, "all": to the last, "tokens": [[…]]}."""
+
+class TimedGeneration(NamedTuple):
+    """The tokens that a contender generated in one turn, and the time that it took."""
+
+    first_seconds: float
+    """Seconds to the first token."""
+    all_seconds: float
+    """Seconds to the last token."""
+    tokens: list[list[int]]
+
+
+Turn = Callable[[], TimedGeneration]
+"""Generate once."""
 
 
 def bench_against(
@@ -111,7 +122,7 @@ def _measure(
             told = {"do": "cell", "tokens": prompts.tolist(), "steps": steps}
             answer = _asked(peer, told)
             about[name] = {"warm_up_seconds": answer["seconds"], "note": answer["note"], **peer.ready["versions"]}
-            turns[name] = functools.partial(_asked, peer, {"do": "run"})
+            turns[name] = functools.partial(_theirs, peer)
         except InputError as error:
             about[name] = {"error": str(error)}
     answers, failed = answers_by_round(turns, rounds)
@@ -133,21 +144,27 @@ def ours(config: ModelConfig, params: Params, prompts: np.ndarray, steps: int) -
     rows = prompts.tolist()
     greedy = Sampling(temperature=0.0, stop_ids=())
 
-    def turn() -> dict[str, Any]:
+    def turn() -> TimedGeneration:
         start = time.perf_counter()
         pieces = stream(config, params, rows, greedy, max_new_tokens=steps, every=ROOM)
         made = next(pieces)  # the same list throughout
         first = time.perf_counter() - start
         for _ in pieces:
             pass
-        return {"first": first, "all": time.perf_counter() - start, "tokens": [row.tokens for row in made]}
+        return TimedGeneration(first, time.perf_counter() - start, [row.tokens for row in made])
 
     return turn
 
 
-def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+def _theirs(peer: Child) -> TimedGeneration:
+    """Take a peer's turn."""
+    answer = _asked(peer, {"do": "run"})
+    return TimedGeneration(answer["first"], answer["all"], answer["tokens"])
+
+
+def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, list[TimedGeneration]], dict[str, str]]:
     """Return (answers of every contender, reasons of the contenders that stopped)."""
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
+    answers: dict[str, list[TimedGeneration]] = {name: [] for name in turns}
     failed: dict[str, str] = {}
     for name in interleaved(list(turns), rounds):
         if name not in failed:
@@ -158,11 +175,11 @@ def answers_by_round(turns: dict[str, Turn], rounds: int) -> tuple[dict[str, lis
     return answers, failed
 
 
-def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize(name: str, answers: dict[str, list[TimedGeneration]]) -> dict[str, Any]:
     """Return a contender's median and range, our speed relative to it by round, and the agreement of its tokens."""
     first, step = _times(answers[name])
     our_first, our_step = _times(answers["isoflop"])
-    mine, theirs = (np.array(answers[of][-1]["tokens"]) for of in ("isoflop", name))
+    mine, theirs = (np.array(answers[of][-1].tokens) for of in ("isoflop", name))
     equal = mine == theirs
     differing = np.flatnonzero(~equal.all(axis=0))
     row: dict[str, Any] = {
@@ -181,10 +198,11 @@ def summarize(name: str, answers: dict[str, list[dict[str, Any]]]) -> dict[str, 
     return row
 
 
-def _times(answers: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _times(answers: list[TimedGeneration]) -> tuple[np.ndarray, np.ndarray]:
     """Return (seconds to the first token, seconds of every later one) by round."""
-    first, whole = (np.array([answer[part] for answer in answers]) for part in ("first", "all"))
-    return first, (whole - first) / (len(answers[0]["tokens"][0]) - 1)
+    first = np.array([answer.first_seconds for answer in answers])
+    whole = np.array([answer.all_seconds for answer in answers])
+    return first, (whole - first) / (len(answers[0].tokens[0]) - 1)
 
 
 def _asked(peer: Child, told: dict[str, Any]) -> dict[str, Any]:

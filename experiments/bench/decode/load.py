@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,13 @@ def arrivals(rate: float, requests: int, seed: int) -> list[float]:
     return np.random.default_rng(seed).exponential(1 / rate, requests).cumsum().tolist()
 
 
+class LoadRun(NamedTuple):
+    """The requests that an engine served, and on the clock, when each was due."""
+
+    arrived: list[float]
+    requests: list[Request]
+
+
 def drive(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
@@ -28,11 +35,11 @@ def drive(
     max_new_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> dict[str, Any]:
-    """Submit each prompt at its arrival time and step the engine until all are done: {"arrived", "requests"}.
+) -> LoadRun:
+    """Submit each prompt at its arrival time and step the engine until all are done.
 
-    arrived: the time at which each request was due, not when a busy engine accepted it: the wait for the current step
-    is part of the latency (leaving it out would be coordinated omission).
+    A request arrived when it was due, not when a busy engine accepted it: the wait for the current step is part of the
+    latency (leaving it out would be coordinated omission).
     """
     start = clock()
     due = [start + seconds for seconds in at]
@@ -44,11 +51,11 @@ def drive(
             engine.step()
         elif len(requests) < len(due):
             sleep(max(due[len(requests)] - clock(), 0.0))
-    return {"arrived": due, "requests": requests}
+    return LoadRun(due, requests)
 
 
 def summarize(
-    run: dict[str, Any], *, rate: float, ttft_limit: float | None = None, tpot_limit: float | None = None
+    run: LoadRun, *, rate: float, ttft_limit: float | None = None, tpot_limit: float | None = None
 ) -> dict[str, Any]:
     """Return one row: median, p90 and p99 of every latency in seconds, throughput, and goodput under the limits.
 
@@ -59,9 +66,9 @@ def summarize(
     request of one token has none. Without a value a latency is None. Throughput is over the time from the first arrival
     to the last token. goodput_requests_per_second counts the requests that keep both limits (None: any).
     """
-    arrived, requests = run["arrived"], run["requests"]
-    first = [request.first_token - due for request, due in zip(requests, arrived, strict=True)]
-    whole = [request.finished - due for request, due in zip(requests, arrived, strict=True)]
+    arrived, requests = run
+    first = [_known(request.first_token) - due for request, due in zip(requests, arrived, strict=True)]
+    whole = [_known(request.finished) - due for request, due in zip(requests, arrived, strict=True)]
     received = [chunks(request.token_times) for request in requests]
     gaps, counts = (np.concatenate(values) for values in zip(*received, strict=True))
     each = [_per_output_token(request.token_times) for request in requests]
@@ -72,7 +79,7 @@ def summarize(
         "time_per_output_token_seconds": [seconds for seconds in each if seconds is not None],
         "end_to_end_seconds": whole,
     }
-    seconds = max(max(request.finished for request in requests) - min(arrived), 1e-9)
+    seconds = max(max(_known(request.finished) for request in requests) - min(arrived), 1e-9)
     good = sum(
         (ttft_limit is None or wait <= ttft_limit) and (tpot_limit is None or gap is None or gap <= tpot_limit)
         for wait, gap in zip(first, each, strict=True)
@@ -91,6 +98,11 @@ def summarize(
         "tpot_limit_seconds": tpot_limit,
         "samples": latencies,
     }
+
+
+def _known(seconds: float | None) -> float:
+    assert seconds is not None, "a request is not finished"
+    return seconds
 
 
 def chunks(token_times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Compare our training step with the same step in PyTorch, in interleaved rounds on one machine."""
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -28,6 +29,68 @@ ROUND_SECONDS = 1.0
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 
 
+@dataclasses.dataclass(frozen=True)
+class ContenderSpeed:
+    """A contender's median, slowest and fastest round, and our speed over its own.
+
+    The ratio is taken round by round, and of the fastest rounds, which other programs disturbed least.
+    """
+
+    name: str
+    tokens_per_second: float
+    tokens_per_second_slowest: float
+    tokens_per_second_fastest: float
+    tokens_per_second_by_round: list[float]
+    isoflop_over_this: float
+    isoflop_over_this_lowest: float
+    isoflop_over_this_highest: float
+    isoflop_over_this_at_best: float
+    flops_6nd_per_second: float
+    flops_exact_per_second: float
+
+    @property
+    def ratio_in_words(self) -> str:
+        """Write our speed over this one's, with the range of the rounds; empty for our own."""
+        if self.name == "isoflop":
+            return ""
+        ratios = self.isoflop_over_this, self.isoflop_over_this_lowest, self.isoflop_over_this_highest
+        return "{:.2f} ({:.2f} … {:.2f})".format(*ratios)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchContender(ContenderSpeed):
+    """A contender of `bench_against_torch`."""
+
+    steps_per_round: int
+    compile_seconds: float
+    """Short if a library finds its compile cache filled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchComparison:
+    """Our training step compared with PyTorch's."""
+
+    parameters: int
+    train_config: TrainConfig
+    hparams: HParams
+    loss_difference: float
+    """The largest relative difference of the losses over the warm-up steps."""
+    load_average: float
+    """The load average of the minute before the benchmark. Beside other programs the medians say little, as PyTorch's
+    threads wait for one another at every operation."""
+    torch_version: str | None
+    torch_threads: int | None
+    contenders: list[TorchContender]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return vars(self) | {
+            "train_config": self.train_config.to_dict(),
+            "hparams": self.hparams.to_dict(),
+            "contenders": [dataclasses.asdict(contender) for contender in self.contenders],
+        }
+
+
 def bench_against_torch(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -35,14 +98,12 @@ def bench_against_torch(
     rounds: int = 7,
     steps_per_round: int | None = None,
     modes: tuple[str, ...] = MODES,
-) -> dict[str, Any]:
+) -> TorchComparison:
     """Return the tokens per second of our step and of PyTorch's, measured in interleaved rounds that never overlap.
 
     Both start from our weights, see the same tokens and use the same optimizer at a constant rate; their losses over
     the warm-up steps must agree. On a CPU PyTorch has all cores, as XLA has. steps_per_round: of every contender; None:
-    as many as fill about a second. load_average: over the minute before the start; on a busy machine the medians mean
-    little, since PyTorch's threads wait for one another at every operation. compile_seconds are short if a library
-    finds its compile cache filled. Raises InputError if PyTorch is not installed or the model has no twin.
+    as many as fill about a second. Raises InputError if PyTorch is not installed or the model has no twin.
     """
     check_has_twin(config, train_config)
     check_at_least_one(rounds=rounds)
@@ -70,19 +131,23 @@ def bench_against_torch(
         speeds = tokens_per_second(contenders, steps, rounds, train_config.tokens_per_step)
     flops = {name: accounting.flops_per_token(config, train_config.seq_len, name) for name in ("6N", "exact")}
     compile_seconds = {"isoflop": ours.compile_seconds} | {f"torch {m}": ready[m]["compile_seconds"] for m in modes}
-    return {
-        "parameters": ours.parameters,
-        "train_config": train_config.to_dict(),
-        "hparams": hparams.to_dict(),
-        "loss_difference": loss_difference,
-        "load_average": load_average,
-        "torch_version": ready[modes[0]]["torch"] if modes else None,
-        "torch_threads": ready[modes[0]]["threads"] if modes else None,
-        "contenders": [
-            summarize(name, speeds, flops) | {"steps_per_round": steps[name], "compile_seconds": compile_seconds[name]}
+    return TorchComparison(
+        parameters=ours.parameters,
+        train_config=train_config,
+        hparams=hparams,
+        loss_difference=loss_difference,
+        load_average=load_average,
+        torch_version=ready[modes[0]]["torch"] if modes else None,
+        torch_threads=ready[modes[0]]["threads"] if modes else None,
+        contenders=[
+            TorchContender(
+                **vars(summarize(name, speeds, flops)),
+                steps_per_round=steps[name],
+                compile_seconds=compile_seconds[name],
+            )
             for name in contenders
         ],
-    }
+    )
 
 
 class IsoflopStep:
@@ -129,22 +194,19 @@ def _steps_in_a_round(train: TrainSteps) -> int:
     return max(1, round(ROUND_SECONDS * count / seconds))
 
 
-def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Mapping[str, float]) -> dict[str, Any]:
-    """Return a contender's median, slowest and fastest round, and the ratio of our speed to its speed.
-
-    The ratio is given by round, and for the fastest rounds, which other programs disturbed least.
-    """
+def summarize(name: str, speeds: Mapping[str, list[float]], flops_per_token: Mapping[str, float]) -> ContenderSpeed:
+    """Return the speed of a contender, and the ratio of our speed to its speed."""
     own = speeds[name]
     ratios = [ours / theirs for ours, theirs in zip(speeds["isoflop"], own, strict=True)]
     median = statistics.median(own)
-    return {
-        "name": name,
-        "tokens_per_second": median,
-        "tokens_per_second_slowest": min(own),
-        "tokens_per_second_fastest": max(own),
-        "tokens_per_second_by_round": own,
+    return ContenderSpeed(
+        name=name,
+        tokens_per_second=median,
+        tokens_per_second_slowest=min(own),
+        tokens_per_second_fastest=max(own),
+        tokens_per_second_by_round=own,
         **median_and_range("isoflop_over_this", ratios),
-        "isoflop_over_this_at_best": max(speeds["isoflop"]) / max(own),
-        "flops_6nd_per_second": flops_per_token["6N"] * median,
-        "flops_exact_per_second": flops_per_token["exact"] * median,
-    }
+        isoflop_over_this_at_best=max(speeds["isoflop"]) / max(own),
+        flops_6nd_per_second=flops_per_token["6N"] * median,
+        flops_exact_per_second=flops_per_token["exact"] * median,
+    )

@@ -1,6 +1,7 @@
 """Compare our training step of a given model with Transformers, and with LoRA with PEFT, in interleaved rounds."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from experiments.bench.ceilings import cores
 from experiments.bench.peers.child import Child, python_has
 from experiments.bench.peers.twin import torch_python
 from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_second
-from experiments.bench.train.against_torch import WARM_UP_STEPS, summarize
+from experiments.bench.train.against_torch import WARM_UP_STEPS, ContenderSpeed, summarize
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
 from model.checks import check_at_least_one
@@ -41,6 +42,44 @@ class Contender(Child):
         return answer["seconds"], answer["losses"]
 
 
+@dataclasses.dataclass(frozen=True)
+class TuningContender(ContenderSpeed):
+    """A contender of `bench_against_transformers`."""
+
+    peak_bytes: int
+    """The largest resident memory of the process, its libraries and the loading of the weights included."""
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningKind:
+    """One kind of training, a contender per library."""
+
+    trained: str
+    """"all", or the adapter."""
+    parameters: int
+    trained_parameters: int
+    loss_difference: float
+    """The largest relative difference of the losses over the first steps."""
+    contenders: list[TuningContender]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningComparison:
+    """Our training of a given model compared with that of Transformers and PEFT."""
+
+    load_average: float
+    """The load average of the minute before the benchmark."""
+    rounds: int
+    kinds: list[TuningKind]
+    versions: dict[str, Any]
+    """The versions of the libraries."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
 def bench_against_transformers(
     config: ModelConfig,
     params: Params,
@@ -52,14 +91,13 @@ def bench_against_transformers(
     modes: tuple[str, ...] = ("eager",),
     full: bool = True,
     execution: Execution = Execution(),
-) -> dict[str, Any]:
+) -> TuningComparison:
     """Return tokens per second and peak memory of training, all parameters or an adapter's, of both libraries.
 
     Every contender is a process of its own that sleeps while another runs. All start from the same weights and the same
     adapter of rank `rank` (0: none), see the same random tokens and use AdamW with clipping at a constant rate, in
     float32, on as many threads as there are cores, without gradient checkpointing. Their losses over the first steps
-    must agree. modes: of PyTorch, "eager" or "compile". full: also train all parameters. peak_bytes is the largest
-    resident memory of the process, its libraries and the loading of the weights included.
+    must agree. modes: of PyTorch, "eager" or "compile". full: also train all parameters.
     Raises InputError if Transformers or PEFT is not installed, or the model has no form there.
     """
     check_at_least_one(rounds=rounds, steps_per_round=steps_per_round)
@@ -87,7 +125,8 @@ def bench_against_transformers(
             kinds[f"LoRA {rank}"] = str(folder / "adapter")
         commands = {"isoflop": [sys.executable, "-m", "experiments.bench.peers.own_twin"]}
         commands |= {f"transformers {mode}": [python, str(_PEER)] for mode in modes}
-        document: dict[str, Any] = {"load_average": load_average, "rounds": rounds, "kinds": [], "versions": {}}
+        measured: list[TuningKind] = []
+        versions: dict[str, Any] = {}
         for kind, place in kinds.items():
             with contextlib.ExitStack() as children:
                 contenders: dict[str, Contender] = {}
@@ -95,15 +134,14 @@ def bench_against_transformers(
                     own = spec | {"adapter": place, "mode": name.split()[-1]}
                     contender = Contender(command, own, f"{name}, {kind}", folder / f"{name}.log")
                     contenders[name] = children.enter_context(contender)
-                document["versions"] = contenders[f"transformers {modes[0]}"].ready["versions"]
-                measured = _measured(config, contenders, rounds, steps_per_round, shape)
-                document["kinds"].append({"trained": kind} | measured)
-    return document
+                versions = contenders[f"transformers {modes[0]}"].ready["versions"]
+                measured.append(_measured(kind, config, contenders, rounds, steps_per_round, shape))
+    return TuningComparison(load_average, rounds, measured, versions)
 
 
 def _measured(
-    config: ModelConfig, contenders: dict[str, Contender], rounds: int, steps: int, shape: dict[str, Any]
-) -> dict[str, Any]:
+    kind: str, config: ModelConfig, contenders: dict[str, Contender], rounds: int, steps: int, shape: dict[str, Any]
+) -> TuningKind:
     """Return the numbers of one kind of training, a row per contender. Raises RuntimeError if their losses differ."""
     losses = {name: contender.run(WARM_UP_STEPS)[1] for name, contender in contenders.items()}
     difference = loss_difference(losses, LOSS_TOLERANCE)
@@ -112,13 +150,17 @@ def _measured(
     speeds = tokens_per_second(runs, dict.fromkeys(runs, steps), rounds, tokens)
     flops = {name: accounting.flops_per_token(config, shape["seq_len"], name) for name in ("6N", "exact")}
     ready = {name: contender.ready for name, contender in contenders.items()}
-    return {
-        "parameters": ready["isoflop"]["parameters"],
-        "trained_parameters": ready["isoflop"]["trained"],
-        "loss_difference": difference,
-        "contenders": [
-            summarize(name, speeds, flops)
-            | {"peak_bytes": contenders[name].peak_bytes, "compile_seconds": ready[name]["compile_seconds"]}
+    return TuningKind(
+        trained=kind,
+        parameters=ready["isoflop"]["parameters"],
+        trained_parameters=ready["isoflop"]["trained"],
+        loss_difference=difference,
+        contenders=[
+            TuningContender(
+                **vars(summarize(name, speeds, flops)),
+                peak_bytes=contenders[name].peak_bytes,
+                compile_seconds=ready[name]["compile_seconds"],
+            )
             for name in contenders
         ],
-    }
+    )

@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from experiments.commands.bench.decode import QUIET
 from experiments.commands.options import JsonFile
 from experiments.words import counted, is_or_are
+
+if TYPE_CHECKING:
+    from experiments.bench.compare import ComparedMetric
 
 
 def compare(
@@ -50,8 +53,8 @@ def compare(
     if len({document["kind"] for document in documents}) > 1:
         raise InputError(f"{before} is of bench {documents[0]['kind']}, {after} of bench {documents[1]['kind']}")
     result = join(*documents, across=across, anything=any)
-    write_document(json, result)
-    moved = has_changed(result["machine"])
+    write_document(json, result.to_dict())
+    moved = has_changed(result.machine)
     names = [
         "cell",
         "metric",
@@ -62,42 +65,43 @@ def compare(
         "verdict",
     ]
     coordinates = (*COORDINATES, *TRAINING_COORDINATES)
-    same = {n: row[n] for row in result["rows"][:1] for n in coordinates if n in row}
-    same = {n: value for n, value in same.items() if all(row[n] == value for row in result["rows"])}
+    first = result.rows[0].coordinates
+    same = {n: first[n] for n in coordinates if n in first}
+    same = {n: value for n, value in same.items() if all(row.coordinates[n] == value for row in result.rows)}
     table = new_table(*names, title=f"after over before, below 1 is faster: {words_of(same) or 'all cells'}")
-    for row in result["rows"]:
-        low, high = row["interval_95"]
+    for row in result.rows:
+        found, (low, high) = row.found, row.found.interval_95
         table.add_row(
-            words_of({n: value for n, value in row.items() if n not in same}),
-            row["metric"].removesuffix("_seconds").replace("_", " "),
-            f"{1e3 * row['before']:.3g}",
-            f"{1e3 * row['after']:.3g}",
-            f"{row['ratio']:.3f} ({low:.3f} … {high:.3f})",
+            words_of({n: value for n, value in row.coordinates.items() if n not in same}),
+            row.metric.removesuffix("_seconds").replace("_", " "),
+            f"{1e3 * found.before:.3g}",
+            f"{1e3 * found.after:.3g}",
+            f"{found.ratio:.3f} ({low:.3f} … {high:.3f})",
             *([_over_ceilings(row)] if moved else []),
-            row["verdict"],
+            found.verdict,
         )
     console().print(table)
     for file, document in zip((before, after), documents, strict=True):
         if document.get("load_average", 0.0) > QUIET:
             print(f"{file}: other programs were running (load average {document['load_average']:.1f})")
-    changed = f"the machine changed between the documents: {in_words(result['machine'])}, in 1e9 a second"
+    changed = f"the machine changed between the documents: {in_words(result.machine)}, in 1e9 a second"
     if moved:
         print(f"{changed[0].upper()}{changed[1:]}. What differs may not be the code's; measure both again together.")
-    for row in result["alone"]:
-        print(f"{words_of(row)}: {row['before']} before, {row['after']} after")
+    for cell in result.alone:
+        print(f"{words_of(cell.coordinates)}: {cell.before} before, {cell.after} after")
     if limit is not None and moved and not any:
         raise InputError(f"{changed}; --fail-above needs both measured on the same one, --any compares anyway")
-    if limit is not None and (worse := regressions(result["rows"], limit)):
+    if limit is not None and (worse := regressions(result.rows, limit)):
         print(
-            f"isoflop: {len(worse)} of {counted(len(result['rows']), 'number')} "
+            f"isoflop: {len(worse)} of {counted(len(result.rows), 'number')} "
             f"{is_or_are(len(worse))} slower by over {limit:.3g}",
             file=sys.stderr,
         )
         sys.exit(1)
 
 
-def _over_ceilings(row: dict[str, Any]) -> str:
-    return "" if row["ratio_per_ceiling"] is None else f"{row['ratio_per_ceiling']:.3f}"
+def _over_ceilings(row: "ComparedMetric") -> str:
+    return "" if row.ratio_per_ceiling is None else f"{row.ratio_per_ceiling:.3f}"
 
 
 def _read_document(file: Path) -> dict[str, Any]:

@@ -137,31 +137,30 @@ def _train_against_torch(config: "ModelConfig", train_config: "TrainConfig", rou
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU both must find memory
     result = bench_against_torch(config, train_config, rounds=rounds)
     about = origin()
-    about["versions"] |= {"torch": result["torch_version"]}
-    write_document(json, about | {"config": config.to_dict()} | result)
+    about["versions"] |= {"torch": result.torch_version}
+    write_document(json, about | {"config": config.to_dict()} | result.to_dict())
     names = ("step of", "tokens/s", "slowest … fastest", "isoflop over this", "at best", "FLOP/s (exact)", "compile s")
     table = new_table(*names, title=f"medians of {rounds} interleaved rounds (slowest … fastest)")
-    for row in result["contenders"]:
-        ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
+    for row in result.contenders:
         table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second_slowest']:,.0f} … {row['tokens_per_second_fastest']:,.0f}",
-            "" if row["name"] == "isoflop" else "{:.2f} ({:.2f} … {:.2f})".format(*ratio),
-            "" if row["name"] == "isoflop" else f"{row['isoflop_over_this_at_best']:.2f}",
-            f"{row['flops_exact_per_second']:.3g}",
-            f"{row['compile_seconds']:.1f}",
+            row.name,
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.tokens_per_second_slowest:,.0f} … {row.tokens_per_second_fastest:,.0f}",
+            row.ratio_in_words,
+            "" if row.name == "isoflop" else f"{row.isoflop_over_this_at_best:.2f}",
+            f"{row.flops_exact_per_second:.3g}",
+            f"{row.compile_seconds:.1f}",
         )
     console().print(table)
-    cores = f" on {result['torch_threads']} threads" if about["device"]["platform"] == "cpu" else ""
+    cores = f" on {result.torch_threads} threads" if about["device"]["platform"] == "cpu" else ""
     console().print(
         f"Compared: whole training steps (forward, backward, clipping, AdamW) in {config.compute_dtype} of "
-        f"{result['parameters']:,} parameters on {train_config.batch_size} × {train_config.seq_len} tokens, with "
-        f"PyTorch {result['torch_version']}{cores}; same weights, data and losses "
-        f"(within {result['loss_difference']:.0e})."
+        f"{result.parameters:,} parameters on {train_config.batch_size} × {train_config.seq_len} tokens, with "
+        f"PyTorch {result.torch_version}{cores}; same weights, data and losses "
+        f"(within {result.loss_difference:.0e})."
     )
-    if result["load_average"] > 0.5:
-        console().print(_LOADED.format(result["load_average"]))
+    if result.load_average > 0.5:
+        console().print(_LOADED.format(result.load_average))
 
 
 def _train_against_transformers(
@@ -194,28 +193,29 @@ def _train_against_transformers(
         config, params, train_config, rank=lora, rounds=rounds, modes=modes, execution=execution
     )
     about = origin()
-    about["versions"] |= result.pop("versions")
+    about["versions"] |= result.versions
+    numbers = result.to_dict()
+    del numbers["versions"]  # which stand with our own
     shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len}
-    write_document(json, about | {"schema_version": 1, "model": model, "config": config.to_dict()} | shape | result)
+    write_document(json, about | {"schema_version": 1, "model": model, "config": config.to_dict()} | shape | numbers)
     names = ("trained", "step of", "tokens/s", "slowest … fastest", "isoflop over this", "peak memory", "compile s")
     table = new_table(*names, title=f"medians of {rounds} interleaved rounds (slowest … fastest)")
-    for kind in result["kinds"]:
-        for row in kind["contenders"]:
-            ratio = (row["isoflop_over_this"], row["isoflop_over_this_lowest"], row["isoflop_over_this_highest"])
+    for kind in result.kinds:
+        for row in kind.contenders:
             table.add_row(
-                kind["trained"],
-                row["name"],
-                f"{row['tokens_per_second']:,.1f}",
-                f"{row['tokens_per_second_slowest']:,.1f} … {row['tokens_per_second_fastest']:,.1f}",
-                "" if row["name"] == "isoflop" else "{:.2f} ({:.2f} … {:.2f})".format(*ratio),
-                f"{row['peak_bytes'] / 1e9:.2f} GB",
-                f"{row['compile_seconds']:.1f}",
+                kind.trained,
+                row.name,
+                f"{row.tokens_per_second:,.1f}",
+                f"{row.tokens_per_second_slowest:,.1f} … {row.tokens_per_second_fastest:,.1f}",
+                row.ratio_in_words,
+                f"{row.peak_bytes / 1e9:.2f} GB",
+                f"{row.compile_seconds:.1f}",
             )
     console().print(table)
-    for kind in result["kinds"]:
+    for kind in result.kinds:
         console().print(
-            f"{kind['trained']}: {kind['trained_parameters']:,} of {kind['parameters']:,} parameters are trained; the "
-            f"first losses agree within {kind['loss_difference']:.0e}."
+            f"{kind.trained}: {kind.trained_parameters:,} of {kind.parameters:,} parameters are trained; the "
+            f"first losses agree within {kind.loss_difference:.0e}."
         )
-    if result["load_average"] > 0.5:
-        console().print(_LOADED.format(result["load_average"]))
+    if result.load_average > 0.5:
+        console().print(_LOADED.format(result.load_average))

@@ -22,13 +22,13 @@ def show(console: "Console", analysis: "Analysis") -> None:
     fits = analysis.fits
     names = ("N* ∝ C^a, D* ∝ C^b", "a", "95 % interval", "b", "95 % interval")
     table = new_table(*names, title=counted(len(fits.table), "run"))
-    rows = [(NAMES[row["estimator"]], row) for row in analysis.exponents]
-    rows += [(f"{NAMES[row['estimator']]}, with every run", row) for row in analysis.unscreened_exponents]
+    rows = [(NAMES[row.estimator], row) for row in analysis.exponents]
+    rows += [(f"{NAMES[row.estimator]}, with every run", row) for row in analysis.unscreened_exponents]
     for title, row in rows:
         cells = []
-        for name in ("a", "b"):
-            pair = row["intervals"] and row["intervals"][name]
-            cells += [f"{row[name]:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
+        for name, value in (("a", row.a), ("b", row.b)):
+            pair = row.intervals and row.intervals[name]
+            cells += [f"{value:.4g}", f"{pair[0]:.4g} … {pair[1]:.4g}" if pair else "–"]
         table.add_row(title, *cells)
     console.print(table)
     unscreened = None if analysis.unscreened is None else analysis.unscreened.parametric
@@ -44,29 +44,29 @@ def show(console: "Console", analysis: "Analysis") -> None:
     if fits.isoflop is not None:
         optima = new_table("C (FLOPs)", "N*", "D*", "loss", title="Valley minima")
         for best in fits.isoflop.optima:
-            optima.add_row(*(f"{best[key]:.4g}" for key in ("flops", "params", "tokens", "loss")))
+            optima.add_row(*(f"{value:.4g}" for value in (best.flops, best.params, best.tokens, best.loss)))
         console.print(optima)
         _list(
             console,
             "rejected budget",
-            [(f"{r['flops']:.4g} FLOPs", r["reason"]) for r in fits.isoflop.rejected],
+            [(f"{budget.flops:.4g} FLOPs", budget.reason) for budget in fits.isoflop.rejected],
         )
     if analysis.choice is not None:
         _forms(console, analysis.choice)
-    kept_back = sum(d["reason"] == HELD_OUT_REASON for d in fits.table.dropped)
+    kept_back = sum(row.reason == HELD_OUT_REASON for row in fits.table.dropped)
     if kept_back:
         console.print(f"{counted(kept_back, 'held-out row')} did not enter.", highlight=False)
-    others = [d for d in fits.table.dropped if d["reason"] != HELD_OUT_REASON]
-    _list(console, "dropped row", [(f"row {d['row']}", d["reason"]) for d in others])
-    outliers = Counter(row["estimator"] for row in analysis.left_out if row["estimator"] != "all")
+    others = [row for row in fits.table.dropped if row.reason != HELD_OUT_REASON]
+    _list(console, "dropped row", [(f"row {row.row}", row.reason) for row in others])
+    outliers = Counter(row.estimator for row in analysis.left_out if row.estimator != "all")
     for name, count in outliers.items():
         console.print(f"{NAMES[name]}: without {counted(count, 'gross outlier')}.", highlight=False)
     for name, reason in analysis.refused.items():
         console.print(f"[bold]{NAMES.get(name, name)} refused:[/bold] {reason}", highlight=False, soft_wrap=True)
     for text in analysis.thinned:
         console.print(f"[bold]fewer rows:[/bold] {text}", highlight=False, soft_wrap=True)
-    for row in analysis.warnings:
-        console.print(f"[yellow]warning, {row['about']}:[/yellow] {row['text']}", highlight=False, soft_wrap=True)
+    for remark in analysis.warnings:
+        console.print(f"[yellow]warning, {remark.about}:[/yellow] {remark.text}", highlight=False, soft_wrap=True)
 
 
 def _forms(console: "Console", choice: "FormChoice") -> None:

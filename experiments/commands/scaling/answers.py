@@ -1,6 +1,6 @@
 """Print the answers of `isoflop scaling predict`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.words import counted
 
@@ -10,136 +10,153 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from experiments.scaling.fit import Fits
-    from experiments.scaling.serving import ServingCost
+    from experiments.scaling.questions import Answers, PlannedRun, Refused
+    from experiments.scaling.serving import ServingCost, ServingOptimum
+    from experiments.scaling.use import Extrapolation, OptimalRun
 
 
-def show(console: "Console", document: dict[str, Any], fits: "Fits", cost: "ServingCost | None") -> None:
-    """Print every answer of the command's document with its interval and its distance from the runs."""
+def show(
+    console: "Console",
+    answers: "Answers",
+    fits: "Fits",
+    cost: "ServingCost | None",
+    *,
+    level: float,
+    warnings: "Sequence[str]",
+) -> None:
+    """Print every answer with its interval and its distance from the runs. level: of the intervals, in per cent."""
+    from experiments.scaling.questions import Refused
+
     if fits.parametric is not None:
         law = fits.parametric
         left_out = [
-            (len(document["dropped"]), "dropped row"),
-            (len(document["parametric_outliers"]), "gross outlier"),
+            (len(fits.table.dropped), "dropped row"),
+            (len(fits.parametric_outliers), "gross outlier"),
         ]
-        counts = [counted(document["rows"], "run")] + [counted(count, what) for count, what in left_out if count]
+        counts = [counted(len(fits.table), "run")] + [counted(count, what) for count, what in left_out if count]
         console.print(
             f"{', '.join(counts)}; L = {law.E:.4g} + {law.A:.4g}·N^-{law.alpha:.4g} + {law.B:.4g}·D^-{law.beta:.4g}",
             highlight=False,
         )
-    for answer in document["optimal"]:
-        _show_optimal(console, answer, document["level"])
-    for answer in document["compute_for_loss"]:
-        if _print_refusal(console, answer, f"Loss {answer['target']:g}"):
+    for by_estimator in answers.optimal:
+        _show_optimal(console, by_estimator, level)
+    for needed in answers.compute_for_loss:
+        if isinstance(needed, Refused):
+            _print_refusal(console, needed, f"Loss {needed.question['target']:g}")
             continue
-        low, high = answer["interval"]
         _say(
             console,
-            f"Loss {answer['target']:g} takes {answer['flops']:.4g} FLOPs ({document['level']:g} %: {_bound(low)} … "
-            f"{_bound(high)}): N {answer['params']:.4g}, D {answer['tokens']:.4g}",
-            answer["extrapolation"],
+            f"Loss {needed.target:g} takes {needed.flops:.4g} FLOPs ({level:g} %: {_bound(needed.interval[0])} … "
+            f"{_bound(needed.interval[1])}): N {needed.params:.4g}, D {needed.tokens:.4g}",
+            needed.extrapolation,
         )
-        if answer["unreachable_share"]:
-            share = 100 * answer["unreachable_share"]
+        if needed.unreachable_share:
+            share = 100 * needed.unreachable_share
             console.print(f"  {share:.2g} % of the bootstrap's laws never reach it", highlight=False)
-    for answer in document["planned"]:
-        if _print_refusal(console, answer, f"N {answer['params']:.4g} on D {answer['tokens']:.4g}"):
-            continue
-        low, high = answer["interval"]
-        _say(
-            console,
-            f"N {answer['params']:.4g} on D {answer['tokens']:.4g} ({answer['flops']:.4g} FLOPs): loss "
-            f"{answer['loss']:.4f} nats per token ({document['level']:g} % of such runs: {low:.4f} … {high:.4f})",
-            answer["extrapolation"],
-        )
-        console.print(_by_form(answer["forms"]), highlight=False)
-    for answer in document["serving"]:
-        goal = f"loss {answer['target']:g}" if "target" in answer else f"{answer['training_flops']:.4g} FLOPs"
-        if not _print_refusal(console, answer, f"Serving {answer['served_tokens']:.4g} tokens at {goal}"):
-            _show_serving(console, answer)
+    for planned in answers.planned:
+        if isinstance(planned, Refused):
+            asked = planned.question
+            _print_refusal(console, planned, f"N {asked['params']:.4g} on D {asked['tokens']:.4g}")
+        else:
+            _show_planned(console, planned)
+    for served in answers.serving:
+        if isinstance(served, Refused):
+            asked = served.question
+            goal = f"loss {asked['target']:g}" if "target" in asked else f"{asked['training_flops']:.4g} FLOPs"
+            _print_refusal(console, served, f"Serving {asked['served_tokens']:.4g} tokens at {goal}")
+        else:
+            _show_serving(console, served)
     if cost is not None:
         console.print(_price(cost), highlight=False)
     for name, reason in fits.refused.items():
         console.print(f"[bold]{name} refused:[/bold] {reason}", highlight=False)
-    for text in document["warnings"]:
+    for text in warnings:
         console.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
-    if fits.parametric is not None and not document["planned"]:
+    if fits.parametric is not None and not answers.planned:
         console.print("Whether held-out budgets prefer another form of law: `isoflop scaling fit`.", highlight=False)
 
 
-def _by_form(forms: dict[str, Any]) -> str:
-    if "refused" in forms:
-        return f"  other forms of law are not compared: {forms['refused']}"
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in forms["losses"].items())
-    return (
-        f"  by form of law, fitted to {counted(forms['runs'], 'run')}: {losses}\n  on "
-        f"held-out budgets {forms['reason']}"
+def _show_planned(console: "Console", planned: "PlannedRun") -> None:
+    told, forms = planned.by_law, planned.by_form
+    low, high = told.interval
+    _say(
+        console,
+        f"N {told.params:.4g} on D {told.tokens:.4g} ({told.flops:.4g} FLOPs): loss "
+        f"{told.loss:.4f} nats per token ({told.level:g} % of such runs: {low:.4f} … {high:.4f})",
+        told.extrapolation,
+    )
+    if isinstance(forms, str):
+        console.print(f"  other forms of law are not compared: {forms}", highlight=False)
+        return
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in forms.losses.items())
+    console.print(
+        f"  by form of law, fitted to {counted(forms.runs, 'run')}: {losses}\n  on held-out budgets {forms.reason}",
+        highlight=False,
     )
 
 
-def _show_optimal(console: "Console", answer: dict[str, Any], level: float) -> None:
+def _show_optimal(console: "Console", answer: "dict[str, OptimalRun | Refused]", level: float) -> None:
     from experiments.commands.options import new_table
     from experiments.scaling.analysis import NAMES
-    from experiments.scaling.questions import is_refused
+    from experiments.scaling.questions import Refused
 
-    refused = next((one for one in answer.values() if is_refused(one)), None)
-    if refused is not None:  # a budget that is not positive: no estimator answers
-        _print_refusal(console, refused, f"{refused['flops']:g} FLOPs")
-        return
-    flops = next(iter(answer.values()))["flops"]
+    known: dict[str, OptimalRun] = {}
+    for name, one in answer.items():
+        if isinstance(one, Refused):  # a budget that is not positive: no estimator answers
+            _print_refusal(console, one, f"{one.question['flops']:g} FLOPs")
+            return
+        known[name] = one
+    flops = next(iter(known.values())).flops
     sure = f"{level:g} %"
     names = ("", "N*", sure, "D*", sure, "D*/N*", "loss", sure)
     table = new_table(*names, title=f"Compute-optimal run of {flops:.4g} FLOPs")
-    for name, one in answer.items():
-        intervals = one["intervals"] or {}
+    for name, best in known.items():
+        intervals = best.intervals or {}
         cells = []
-        for key in ("params", "tokens", "loss"):
+        for key, value in (("params", best.params), ("tokens", best.tokens), ("loss", best.loss)):
             digits = ".4f" if key == "loss" else ".4g"
-            cells.append("" if one[key] is None else f"{one[key]:{digits}}")
+            cells.append("" if value is None else f"{value:{digits}}")
             cells.append(" … ".join(f"{bound:{digits}}" for bound in intervals[key]) if key in intervals else "")
             if key == "tokens":
-                cells.append(f"{one['tokens'] / one['params']:.3g}")
+                cells.append(f"{best.tokens / best.params:.3g}")
         table.add_row(NAMES[name], *cells)
     console.print(table)
     by_reach: dict[str, list[str]] = {}
-    for name, one in answer.items():
-        by_reach.setdefault(f"{one['extrapolation']['flops_over_largest']:.2g}", []).append(name)
+    for name, best in known.items():
+        by_reach.setdefault(f"{best.extrapolation.flops_over_largest:.2g}", []).append(name)
     for members in by_reach.values():  # valleys need whole budgets, so the largest that they saw may be smaller
         who = "" if len(by_reach) == 1 else " and ".join(NAMES[name] for name in members) + ": "
-        _show_distance(console, answer[members[0]]["extrapolation"], who)
+        _show_distance(console, known[members[0]].extrapolation, who)
 
 
-def _print_refusal(console: "Console", answer: dict[str, Any], question: str) -> bool:
-    """Print the reason if a question has no answer; return whether it has none."""
-    from experiments.scaling.questions import is_refused
-
-    if is_refused(answer):
-        console.print(f"[bold]{question} refused:[/bold] {answer['refused']}", highlight=False, soft_wrap=True)
-    return is_refused(answer)
+def _print_refusal(console: "Console", refused: "Refused", question: str) -> None:
+    """Print why a question has no answer."""
+    console.print(f"[bold]{question} refused:[/bold] {refused.reason}", highlight=False, soft_wrap=True)
 
 
-def _show_serving(console: "Console", answer: dict[str, Any]) -> None:
-    alone, spread = answer["training_optimal"], answer["interval"]
-    low, high = spread["params"]
-    hours = answer["unit"] == "seconds"
+def _show_serving(console: "Console", answer: "ServingOptimum") -> None:
+    alone = answer.training_optimal
+    low, high = answer.interval["params"]
+    hours = answer.cost.unit == "seconds"
 
     def amount(value: float) -> str:
         return f"{value / 3600:.4g} hours" if hours else f"{value:.4g} FLOPs"
 
     _say(
         console,
-        f"Serving {answer['served_tokens']:.4g} tokens at loss {answer['target']:.4f}: N {answer['params']:.4g} "
-        f"({answer['level']:g} %: {low:.4g} … {high:.4g}) on D {answer['tokens']:.4g}, {answer['flops']:.4g} FLOPs of "
+        f"Serving {answer.served_tokens:.4g} tokens at loss {answer.target:.4f}: N {answer.params:.4g} "
+        f"({answer.level:g} %: {low:.4g} … {high:.4g}) on D {answer.tokens:.4g}, {answer.flops:.4g} FLOPs of "
         "training",
-        answer["extrapolation"],
+        answer.extrapolation,
     )
     console.print(
-        f"  in all {amount(answer['total_cost'])} ({amount(answer['training_cost'])} training, "
-        f"{amount(answer['serving_cost'])} serving); N {alone['params']:.4g}, best for training alone, would take "
-        f"{amount(alone['total_cost'])}: {100 * answer['saving']:.3g} % saved",
+        f"  in all {amount(answer.total_cost)} ({amount(answer.training_cost)} training, "
+        f"{amount(answer.serving_cost)} serving); N {alone.params:.4g}, best for training alone, would take "
+        f"{amount(alone.total_cost)}: {100 * answer.saving:.3g} % saved",
         highlight=False,
     )
-    measured = answer["cost_per_token"]["measured_params"]
-    if measured and not measured[0] <= answer["params"] <= measured[-1]:
+    measured = answer.cost.measured_params
+    if measured and not measured[0] <= answer.params <= measured[-1]:
         console.print(
             f"  what serving costs at this N is extrapolated from measurements at {_sizes(measured)}", highlight=False
         )
@@ -163,12 +180,12 @@ def _sizes(measured: "Sequence[float]") -> str:
     return "N = " + ", ".join(f"{size:.3g}" for size in measured)
 
 
-def _say(console: "Console", words: str, extrapolated: dict[str, Any]) -> None:
+def _say(console: "Console", words: str, extrapolated: "Extrapolation") -> None:
     console.print(words, highlight=False)
     _show_distance(console, extrapolated)
 
 
-def _show_distance(console: "Console", extrapolated: dict[str, Any], who: str = "") -> None:
+def _show_distance(console: "Console", extrapolated: "Extrapolation", who: str = "") -> None:
     from experiments.scaling.use import in_words, is_far
 
     console.print(

@@ -10,6 +10,7 @@ from experiments.commands.scaling.options import BY_NAME, Columns
 
 if TYPE_CHECKING:
     from experiments.scaling.fit import Fits
+    from experiments.scaling.questions import Answers
     from experiments.scaling.rows.table import Table
     from experiments.scaling.serving import ServingCost
 
@@ -86,27 +87,37 @@ def predict(
     fits = _fit(table, runs, bool(flops), delta, bootstraps, seed, screen)
     planned = ((params, tokens),) if params is not None and tokens is not None else ()
     serving = None if serve_tokens is None or cost is None else (serve_tokens, cost)
-    document: dict[str, Any] = answer(fits, Questions(flops, target_loss, planned, serving, level))
-    document |= {"rows": len(runs), "level": level, "refused": fits.refused, "dropped": runs.dropped}
-    document["parametric_outliers"] = fits.parametric_outliers
-    document["warnings"] = table_warnings(runs)
+    answers = answer(fits, Questions(flops, target_loss, planned, serving, level))
+    document = answers.to_dict()
+    document |= {"rows": len(runs), "level": level, "refused": fits.refused}
+    document["dropped"] = [row.to_dict() for row in runs.dropped]
+    document["parametric_outliers"] = [run.to_dict() for run in fits.parametric_outliers]
+    warnings = table_warnings(runs)
     if fits.parametric is not None:
-        document["warnings"] += parametric_warnings(fits.parametric, fits.parametric_outliers)
-    document["warnings"] += _own_interval_warnings(document)
+        warnings += parametric_warnings(fits.parametric, fits.parametric_outliers)
+    document["warnings"] = warnings = [*warnings, *_own_interval_warnings(answers)]
     write_document(json, document)
-    show(console(), document, fits, cost)
+    show(console(), answers, fits, cost, level=level, warnings=warnings)
 
 
-def _own_interval_warnings(document: dict[str, Any]) -> list[str]:
+def _own_interval_warnings(answers: "Answers") -> list[str]:
     """Return the warnings of single answers, each with its question."""
     from experiments.scaling.analysis import NAMES
+    from experiments.scaling.questions import Refused
 
-    optimal = [
-        (f"at {one['flops']:.4g} FLOPs, {NAMES[name]}", one) for by in document["optimal"] for name, one in by.items()
-    ]
-    others = [(f"for a loss of {one['target']:g}", one) for one in document["compute_for_loss"]]
-    others += [(f"for N {one['params']:.4g} on D {one['tokens']:.4g}", one) for one in document["planned"]]
-    return [f"{where}: {text}" for where, one in optimal + others for text in one.get("warnings", ())]
+    found = []
+    for by_estimator in answers.optimal:
+        for name, best in by_estimator.items():
+            if not isinstance(best, Refused):
+                found += [f"at {best.flops:.4g} FLOPs, {NAMES[name]}: {text}" for text in best.warnings]
+    for needed in answers.compute_for_loss:
+        if not isinstance(needed, Refused):
+            found += [f"for a loss of {needed.target:g}: {text}" for text in needed.warnings]
+    for planned in answers.planned:
+        if not isinstance(planned, Refused):
+            told = planned.by_law
+            found += [f"for N {told.params:.4g} on D {told.tokens:.4g}: {text}" for text in told.warnings]
+    return found
 
 
 def _check(

@@ -1,12 +1,16 @@
 """Implement `isoflop sweep replay`: what a search or successive halving would have needed on a recorded sweep."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from experiments.commands.options import JsonFile, PlotFile
 from experiments.words import counted
+
+if TYPE_CHECKING:
+    from experiments.sweep.search.replay import SamplerComparison
+    from experiments.sweep.search.replay_halving import HalvingReplay
 
 
 def replay(
@@ -45,66 +49,69 @@ def replay(
     from experiments.commands.options import check_plot, write_document, write_plot
     from experiments.sweep.search.recorded import read_recorded
     from experiments.sweep.search.replay import compare_samplers
-    from experiments.sweep.search.replay_halving import read_curves, replay_halving
+    from experiments.sweep.search.replay_halving import HalvingReplay, read_curves, replay_halving
     from model.errors import InputError
     from train.progress import progress_bar
 
     check_plot(plot)
     recorded = read_recorded(source, axes)
     with progress_bar("replay", len(samplers) * replays) as advance:
-        document = compare_samplers(recorded, samplers, replays=replays, budget=trials, batch=batch, advance=advance)
-    document["halving"] = None
+        found = compare_samplers(recorded, samplers, replays=replays, budget=trials, batch=batch, advance=advance)
+    halving: HalvingReplay | str | None = None
     if recorded.folder is not None:
         try:
-            document["halving"] = replay_halving(
+            halving = replay_halving(
                 recorded, read_curves(recorded), eta=eta, min_fraction=min_fraction, replays=replays
             )
         except InputError as error:
-            document["halving"] = {"refused": str(error)}
-    write_document(json, document)
-    show(document)
+            halving = str(error)
+    refused = {"refused": halving} if isinstance(halving, str) else None
+    replayed = halving.to_dict() if isinstance(halving, HalvingReplay) else refused
+    write_document(json, found.to_dict() | {"halving": replayed})
+    show(found, halving)
     if plot is not None:
         from experiments.sweep.figures.lines import reached
 
-        write_plot(plot, reached(document), "share of searches in the best region against trials")
+        write_plot(plot, reached(found), "share of searches in the best region against trials")
 
 
-def show(document: dict[str, Any]) -> None:
-    """Print the replay's results."""
+def show(found: "SamplerComparison", halving: "HalvingReplay | str | None") -> None:
+    """Print the replay's results. halving: or why it was refused; None if there are no curves to replay it on."""
     from experiments.commands.options import console, new_table
 
     out = console()
-    region, points = len(document["best_region"]), document["points"]
     out.print(
-        f"best region: {region} of {points} points within {document['seed_noise']:.4f} nats (one run's noise) of "
-        f"{document['best_mean']:.4f} at {_words(document['best'])}",
+        f"best region: {len(found.best_region)} of {found.points} points within {found.seed_noise:.4f} nats (one run's "
+        f"noise) of {found.best_mean:.4f} at {_words(found.best)}",
         highlight=False,
     )
-    searches = f"{counted(document['replays'], 'search', 'searches')} of {counted(document['budget'], 'trial')}"
+    searches = f"{counted(found.replays, 'search', 'searches')} of {counted(found.budget, 'trial')}"
     out.print(f"trials until …, median (quartiles) over {searches}", highlight=False)
     table = new_table("sampler", "first in the best region", "best point stays in it")
-    for name, found in document["samplers"].items():
-        table.add_row(name, *(_quartiles(found[f"{kind}_quartiles"], document) for kind in ("first", "settled")))
+    for name, own in found.samplers.items():
+        table.add_row(
+            name, *(_quartiles(three, found.budget) for three in (own.first_quartiles, own.settled_quartiles))
+        )
     out.print(table)
-    halving = document["halving"]
     if halving is None:
         return
-    if "refused" in halving:
-        out.print(f"successive halving: refused: {halving['refused']}", highlight=False)
+    if isinstance(halving, str):
+        out.print(f"successive halving: refused: {halving}", highlight=False)
         return
-    verdict = "within" if halving["within_noise"] else "outside"
-    chosen = "no point" if halving["chosen"] is None else _words(halving["chosen"])
+    whole = halving.all_seeds
+    verdict = "within" if whole.within_noise else "outside"
+    chosen = "no point" if whole.chosen is None else _words(whole.chosen)
     out.print(
-        f"successive halving: {halving['tokens_fraction']:.1%} of the tokens, chooses {chosen}: {verdict} the best "
-        f"region; with one seed a point within it {halving['one_seed']['within_noise']:.0%} of the time",
+        f"successive halving: {whole.tokens_fraction:.1%} of the tokens, chooses {chosen}: {verdict} the best "
+        f"region; with one seed a point within it {halving.one_seed.within_noise:.0%} of the time",
         highlight=False,
     )
-    if halving["rungs"] == "training":
+    if halving.rungs == "training":
         out.print("training losses were used at its rungs: the runs were not validated at them", highlight=False)
 
 
-def _quartiles(quartiles: list[int | None], document: dict[str, Any]) -> str:
-    low, median, high = (f"> {document['budget']}" if value is None else str(value) for value in quartiles)
+def _quartiles(quartiles: list[int | None], budget: int) -> str:
+    low, median, high = (f"> {budget}" if value is None else str(value) for value in quartiles)
     return f"{median} ({low} … {high})"
 
 

@@ -35,15 +35,15 @@ def report(
     results = read_results(folder)
     if not results.rows:
         raise InputError(f"{folder} has no trial yet; start it with `isoflop sweep resume {folder}`")
-    document = analyse(results)
-    write_document(json, document)
+    analysis = analyse(results)
+    write_document(json, analysis.to_dict())
     page, tables = out or folder / "report.html", None
     with output(page):
         if out is None:
             tables = write_tables(results)
-        write_sweep_page(page, results, document, tables)
+        write_sweep_page(page, results, analysis, tables)
     said = console()
-    said.print(document["sentence"], highlight=False)
-    for warning in document["warnings"]:
+    said.print(analysis.sentence, highlight=False)
+    for warning in analysis.summary.warnings:
         said.print(f"warning: {warning}", style="yellow", highlight=False)
     said.print(f"{page}", highlight=False)

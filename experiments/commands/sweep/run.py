@@ -1,5 +1,6 @@
 """Implement `isoflop sweep run`, `resume`, `status` and `worker`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,10 @@ from experiments.words import counted
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from experiments.sweep.analysis.executions import ExecutionComparison
+    from experiments.sweep.analysis.outcome import Summary
     from experiments.sweep.ledger import Ledger
+    from experiments.sweep.live import Standing
     from experiments.sweep.record import Sweep
 
 _SHOWN = 12
@@ -112,15 +116,15 @@ def status(folder: tyro.conf.Positional[Path], *, watch: bool = False, json: Jso
     sweep = Sweep.read(folder)
     ledger = Ledger(sweep, read_only=True)
 
-    def look() -> dict[str, Any]:
+    def look() -> live.Standing:
         return live.standing(sweep, ledger.rows(), ledger.asked())
 
     if watch:
         live.watch(look)
-    document = look() | {"warnings": record_troubles(read_results(sweep.folder))}
-    write_document(json, document)
-    console().print(live.table(document))
-    for warning in document["warnings"]:
+    now, warnings = look(), record_troubles(read_results(sweep.folder))
+    write_document(json, now.to_dict() | {"warnings": warnings})
+    console().print(live.table(now))
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 
@@ -174,35 +178,51 @@ def _work(sweep: "Sweep", ledger: "Ledger", asked: WorkerOptions, json: Path | N
     elif count > 0:
         started = launch.LocalWorkers(sweep.folder, count, options)
     said = work_through(sweep, ledger, started)
-    summary = _summary(sweep, ledger)
-    _write(sweep, summary, json)
-    show(summary)
+    outcome = _outcome(sweep, ledger)
+    _write(sweep, outcome, json)
+    show(outcome)
     print(f"`isoflop sweep report {sweep.folder}` draws it", file=sys.stderr)
     for sentence in said:
         print(f"isoflop: {sentence}", file=sys.stderr)
     _stop_at_failures(ledger)
-    if not summary["standing"]["done"]:
+    if not outcome.standing.done:
         print("isoflop: the workers ended before the sweep; `isoflop sweep resume` continues", file=sys.stderr)
         sys.exit(1)
 
 
-def _summary(sweep: "Sweep", ledger: "Ledger") -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """The summary of a sweep, and its state."""
+
+    summary: "Summary"
+    policy: str
+    unit: str
+    standing: "Standing"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        about = {"policy": self.policy, "unit": self.unit, "standing": self.standing.to_dict()}
+        return self.summary.to_dict() | about
+
+
+def _outcome(sweep: "Sweep", ledger: "Ledger") -> _Outcome:
     from experiments.sweep.analysis.results import read_results, record_troubles
     from experiments.sweep.analysis.summary import summarize
     from experiments.sweep.live import standing
 
     results = read_results(sweep.folder)
-    summary = summarize(results.axes, results.rows, results.executions) | {"policy": sweep.policy, "unit": results.unit}
-    summary["warnings"] += record_troubles(results)
-    return summary | {"standing": standing(sweep, ledger.rows(), ledger.asked())}
+    summary = summarize(results.axes, results.rows, results.executions)
+    summary = dataclasses.replace(summary, warnings=[*summary.warnings, *record_troubles(results)])
+    return _Outcome(summary, sweep.policy, results.unit, standing(sweep, ledger.rows(), ledger.asked()))
 
 
-def _write(sweep: "Sweep", summary: dict[str, Any], json: Path | None) -> None:
+def _write(sweep: "Sweep", outcome: _Outcome, json: Path | None) -> None:
     from experiments.commands.options import write_document
     from train.files import write_json
 
-    write_json(sweep.folder / "summary.json", summary)
-    write_document(json, summary)
+    document = outcome.to_dict()
+    write_json(sweep.folder / "summary.json", document)
+    write_document(json, document)
 
 
 def _stop_at_failures(ledger: "Ledger") -> None:
@@ -216,45 +236,44 @@ def _stop_at_failures(ledger: "Ledger") -> None:
         sys.exit(1)
 
 
-def show(summary: dict[str, Any]) -> None:
+def show(outcome: _Outcome) -> None:
     """Print the settings, best first, and the warnings."""
     from experiments.commands.options import console, new_table
     from experiments.sweep.analysis.scales import text
     from experiments.sweep.analysis.sentence import sentence
     from experiments.sweep.analysis.summary import fate
 
-    out, names, standing = console(), list(summary["axes"]), summary["standing"]
-    states = ", ".join(f"{count} {name}" for name, count in standing["states"].items() if count)
-    table = new_table(
-        *names, "loss", "± seeds", "not at the end", title=f"{standing['folder']}: {states or 'no trials'}"
-    )
-    order = sorted(summary["settings"], key=lambda row: (bool(fate(row)), row["mean"] is None, row["mean"] or 0))
+    summary, standing = outcome.summary, outcome.standing
+    out, names = console(), list(summary.axes)
+    states = ", ".join(f"{count} {name}" for name, count in standing.states.items() if count)
+    table = new_table(*names, "loss", "± seeds", "not at the end", title=f"{standing.folder}: {states or 'no trials'}")
+    order = sorted(summary.settings, key=lambda row: (bool(fate(row)), row.mean is None, row.mean or 0))
     for row in order[:_SHOWN]:
-        spread = "" if row["std"] is None else f"{row['std']:.4f}"
-        mean = "–" if row["mean"] is None else f"{row['mean']:.4f}"
-        values = (f"{row[name]:.4g}" if isinstance(row[name], float) else text(row[name]) for name in names)
+        spread = "" if row.std is None else f"{row.std:.4f}"
+        mean = "–" if row.mean is None else f"{row.mean:.4f}"
+        values = (f"{value:.4g}" if isinstance(value, float) else text(value) for value in row.values.values())
         table.add_row(*values, mean, spread, fate(row))
     out.print(table)
     if len(order) > _SHOWN:
-        out.print(f"and {len(order) - _SHOWN} more in {standing['folder']}/summary.json", highlight=False)
-    if summary["executions"] is not None:
-        out.print(_speeds(summary["executions"]))
-    if summary["seed_noise"] is not None:
-        out.print(f"seed noise of one run: {summary['seed_noise']:.4f} nats", highlight=False)
-    out.print(sentence(summary, summary["policy"]), highlight=False)
-    for warning in summary["warnings"]:
+        out.print(f"and {len(order) - _SHOWN} more in {standing.folder}/summary.json", highlight=False)
+    if summary.executions is not None:
+        out.print(_speeds(summary.executions))
+    if summary.seed_noise is not None:
+        out.print(f"seed noise of one run: {summary.seed_noise:.4f} nats", highlight=False)
+    out.print(sentence(summary, outcome.policy, outcome.unit), highlight=False)
+    for warning in summary.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
 
 
-def _speeds(found: dict[str, Any]) -> "Table":
+def _speeds(found: "ExecutionComparison") -> "Table":
     """Return the speed of every execution, the fastest first."""
     from experiments.commands.options import new_table
     from experiments.sweep.analysis.scales import text
 
-    table = new_table(*found["axes"], "trials", "training tokens/s", "± trials", "of the fastest")
-    for row in found["executions"][:_SHOWN]:
-        values = ("auto" if value is None else text(value) for value in row["execution"].values())
-        speed, spread, ratio = row["tokens_per_second"], row["std"], row["ratio"]
+    table = new_table(*found.axes, "trials", "training tokens/s", "± trials", "of the fastest")
+    for row in found.executions[:_SHOWN]:
+        values = ("auto" if value is None else text(value) for value in row.execution.values())
+        speed, spread, ratio = row.tokens_per_second, row.std, row.ratio
         numbers = (f"{speed:,.0f}" if speed else "–", "" if spread is None else f"{spread:,.0f}")
-        table.add_row(*values, str(row["trials"]), *numbers, "" if ratio is None else f"{ratio:.2f}")
+        table.add_row(*values, str(row.trials), *numbers, "" if ratio is None else f"{ratio:.2f}")
     return table

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -42,6 +42,14 @@ MANY_VALLEYS = 12  # more are distinguished by a colour scale, not by name
 FAR_OUT = 3.0  # interquartile ranges above the upper quartile (Tukey 1977, "Exploratory Data Analysis", section 2D)
 
 
+class MeasuredMinimum(NamedTuple):
+    """The minimum that was measured at a budget held out of every fit."""
+
+    flops: float
+    params: float
+    tokens: float
+
+
 def drawn_of(shown: int, runs: int) -> str:
     """Return the end of a figure's title if it shows only part of the runs; else ""."""
     return "" if shown == runs else f", {shown:,} of {runs:,} runs"
@@ -73,7 +81,7 @@ def _draw_valleys(axes: Any, valleys: Sequence[Valley]) -> None:
         axes.plot(grid, valley.curve(grid), color=colour, linewidth=1.3, label=label, **style)
         if accepted:
             best = valley.optimum
-            axes.plot(best["params"], best["loss"], "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4)
+            axes.plot(best.params, best.loss, "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4)
     if valleys:
         sizes = np.concatenate([valley.params for valley in valleys])
         log_axis(axes.xaxis, sizes.min(), sizes.max())
@@ -99,18 +107,18 @@ def _draw_optimal(
     isoflop: IsoflopFit | None,
     parametric: ParametricFit | None,
     others: Mapping[str, Any] = MappingProxyType({}),
-    measured: Sequence[Mapping[str, float]] = (),
+    measured: Sequence[MeasuredMinimum] = (),
 ) -> None:
     """Draw N*(C) or D*(C): the valleys' minima, both fitted lines and their 95 % bands, the others' lines."""
     if isoflop is not None:
-        budgets = np.array([optimum["flops"] for optimum in isoflop.optima])
-        points = np.array([optimum[name] for optimum in isoflop.optima])
+        budgets = np.array([optimum.flops for optimum in isoflop.optima])
+        points = np.array([getattr(optimum, name) for optimum in isoflop.optima])
     else:
         assert parametric is not None
         budgets = 6 * parametric.table.params * parametric.table.tokens
         points = np.array([])
     budgets = np.array(budgets)
-    tested = np.array([best["flops"] for best in measured])
+    tested = np.array([best.flops for best in measured])
     grid = np.geomspace(budgets.min() / 2, 2 * max(budgets.max(), *tested, 0), 100)
     exponent = "a" if name == "params" else "b"
     seen, bands = [points], ""
@@ -137,7 +145,7 @@ def _draw_optimal(
     if len(points):
         axes.plot(budgets, points, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
     if len(tested):
-        found = np.array([best[name] for best in measured])
+        found = np.array([getattr(best, name) for best in measured])
         axes.plot(tested, found, "*", color=INK, markersize=10, zorder=5, label="held-out minimum")
         seen.append(found)
     log_axis(axes.xaxis, grid.min(), grid.max(), powers=True, margin=0.02)
@@ -161,12 +169,11 @@ def compute_optimal(
     isoflop: IsoflopFit | None,
     parametric: ParametricFit | None = None,
     others: Mapping[str, Any] = MappingProxyType({}),
-    measured: Sequence[Mapping[str, float]] = (),
+    measured: Sequence[MeasuredMinimum] = (),
 ) -> list[Figure]:
     """Draw N*(C) and D*(C); at least one of the first two fits is needed.
 
-    others: at most three more power laws, by name, as lines without bands. measured: minima {flops, params, tokens} of
-    budgets that were held out of all fits.
+    others: at most three more power laws, by name, as lines without bands.
     """
     panels = new_panels(2, 3.4)
     for panel, name in zip(panels, ("params", "tokens"), strict=True):

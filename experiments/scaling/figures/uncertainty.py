@@ -61,7 +61,7 @@ def contours(fit: ParametricFit, isoflop: IsoflopFit | None = None, width: float
     best = fit.optimal(budgets)
     axes.plot(best.params, best.tokens, color=ORANGE, label="compute-optimal, parametric")
     if isoflop is not None:
-        found = [[optimum[name] for optimum in isoflop.optima] for name in ("params", "tokens")]
+        found = [[getattr(optimum, name) for optimum in isoflop.optima] for name in ("params", "tokens")]
         axes.plot(*found, "D", color=BLUE, markeredgecolor=INK, zorder=4, label="valley minima")
     log_axis(axes.xaxis, sizes[0], sizes[-1], margin=0)
     log_axis(axes.yaxis, tokens[0], tokens[-1], margin=0)

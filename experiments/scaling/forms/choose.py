@@ -57,6 +57,27 @@ class Score:
 
 
 @dataclass(frozen=True)
+class LargestBudgets:
+    """The budgets that are held out in the extrapolation test."""
+
+    flops: list[float]
+    runs: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The runs and budgets on which the forms are compared."""
+
+    extrapolation: LargestBudgets
+    folds: int
+    """Groups of neighbouring budgets, each held out once."""
+    budgets: int
+    runs: int
+    of_runs: int
+    """The number of runs in the table; `runs` of them are drawn where these are too many."""
+
+
+@dataclass(frozen=True)
 class FormChoice:
     """The form to use, and why."""
 
@@ -68,7 +89,7 @@ class FormChoice:
     reason: str
     decided_by: str
     scores: list[Score]
-    held_out: dict[str, Any]
+    held_out: HeldOut
     bootstraps: int
     seed: int
     fits: dict[str, FormFit]
@@ -76,7 +97,7 @@ class FormChoice:
     @property
     def thinned(self) -> str | None:
         """Return what was done with fewer rows than the table has, in words; None if nothing was."""
-        used, rows = self.held_out["runs"], self.held_out["of_runs"]
+        used, rows = self.held_out.runs, self.held_out.of_runs
         if used == rows:
             return None
         return f"the forms of law are compared on {used:,} of {rows:,} runs, drawn at random: each is fitted many times"
@@ -89,7 +110,7 @@ class FormChoice:
             for name in ("rms_interval", "mean_error_interval"):
                 score[name] = {test: list(pair) for test, pair in score[name].items()}
             score["excess"] = None if score["excess"] is None else list(score["excess"])
-        rest = {"level": LEVEL, "held_out": self.held_out, "bootstraps": self.bootstraps, "seed": self.seed}
+        rest = {"level": LEVEL, "held_out": asdict(self.held_out), "bootstraps": self.bootstraps, "seed": self.seed}
         return plain | {"scores": scores} | rest
 
 
@@ -183,13 +204,13 @@ def choose(
     else:
         reason = f"{winner} has the lowest {DECIDING} error, and every other form is worse beyond noise"
     budgets = np.array([rows.columns["flops"][group == i].mean() for i in range(count)])
-    held_out = {
-        "extrapolation": {"flops": budgets[count - hold_out :].tolist(), "runs": int(held["extrapolation"].sum())},
-        "folds": len(held["folds"]),
-        "budgets": count,
-        "runs": len(rows),
-        "of_runs": whole,
-    }
+    held_out = HeldOut(
+        extrapolation=LargestBudgets(budgets[count - hold_out :].tolist(), int(held["extrapolation"].sum())),
+        folds=len(held["folds"]),
+        budgets=count,
+        runs=len(rows),
+        of_runs=whole,
+    )
     return FormChoice(winner, best, not rivals, reason, DECIDING, scores, held_out, bootstraps, seed, fits)
 
 

@@ -141,7 +141,7 @@ class FormFit:
                 name: {f"{level:g}": [_finite(bound) for bound in pair] for level, pair in by.items()}
                 for name, by in self.intervals.items()
             },
-            "dropped": self.rows.dropped,
+            "dropped": [row.to_dict() for row in self.rows.dropped],
         }
 
 

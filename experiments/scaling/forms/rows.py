@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from experiments.scaling.forms.form import LawForm
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, draw_counts
-from experiments.scaling.rows.table import Table
+from experiments.scaling.rows.table import DroppedRow, Table
 from experiments.words import counted
 from model.errors import InputError
 
@@ -22,7 +22,7 @@ class UsableRuns:
     """Usable runs as float64 columns by name, and what was left out; rows count from 1."""
 
     columns: dict[str, Float[np.ndarray, " rows"]]
-    dropped: list[dict[str, Any]]
+    dropped: list[DroppedRow]
 
     def __len__(self) -> int:
         return len(self.columns["loss"])
@@ -64,7 +64,7 @@ def usable(table: Table | Mapping[str, Any], needs: Sequence[str]) -> UsableRuns
             reason = f"exact duplicate of row {first + 1}"
         else:
             continue
-        dropped.append({"row": i + 1, "reason": reason})
+        dropped.append(DroppedRow(i + 1, reason))
     chosen = np.array(sorted(kept.values(), key=lambda i: tuple(matrix[i])), dtype=np.int64)
     return UsableRuns({name: values[chosen] for name, values in columns.items()}, dropped)
 
@@ -76,9 +76,7 @@ def frontier(rows: UsableRuns) -> UsableRuns:
     best = np.minimum.accumulate(np.append(np.inf, loss[order][:-1]))
     kept = np.sort(order[loss[order] < best])
     lost = len(rows) - len(kept)
-    dropped = (
-        [*rows.dropped, {"row": None, "reason": f"{counted(lost, 'run')} off the frontier"}] if lost else rows.dropped
-    )
+    dropped = [*rows.dropped, DroppedRow(None, f"{counted(lost, 'run')} off the frontier")] if lost else rows.dropped
     return UsableRuns({name: values[kept] for name, values in rows.columns.items()}, dropped)
 
 

@@ -1,5 +1,6 @@
 """Screen gross outliers by a rule: runs that the table's own noise does not explain. Each is listed."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,23 @@ SURFACE_DEGREES = ((5, 4), (4, 4), (3, 2))  # (degree, runs needed per term); th
 SURFACE_FLOOR = 5e-3  # relative; the surface follows published laws to 5e-4 over three decades, not to the last digit
 ROUNDS = 30
 ROUNDS_OF_LEAST_ABSOLUTE = 50
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A run that was left out of a fit as a gross outlier."""
+
+    params: float
+    tokens: float
+    loss: float
+    reason: str
+    flops: float | None = None
+    """The compute of the run, where a valley left it out; None if the parametric law did."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, without `flops` if it is None."""
+        run = {"params": self.params, "tokens": self.tokens, "loss": self.loss, "reason": self.reason}
+        return run if self.flops is None else {"flops": self.flops} | run
 
 
 def limit(freedom: float) -> float:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from experiments.scaling.law.huber import best_of, log_law
 from experiments.scaling.law.intervals import MINIMUM_DISTINCT, Intervals, intervals_of, percentile_interval
-from experiments.scaling.law.outliers import ROUNDS, screen_residuals
+from experiments.scaling.law.outliers import ROUNDS, Outlier, screen_residuals
 from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricProblem
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
@@ -82,7 +82,7 @@ class ParametricFit:
     """The runs that entered, and those that did not (`.dropped`)."""
     _problem: ParametricProblem = field(repr=False)
     _scaled: Float[np.ndarray, "5"] = field(repr=False)
-    outliers: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    outliers: list[Outlier] = field(default_factory=list, repr=False)
     """[{params, tokens, loss, reason}] of the runs that screening left out; empty unless it was requested."""
     screened: bool = False
 
@@ -266,12 +266,12 @@ def _screened(whole: ParametricFit) -> ParametricFit:
             return replace(whole, screened=True)
         residuals = np.log(fit.predict(table.params, table.tokens)) - np.log(table.loss)
     outliers = [
-        {
-            "params": float(table.params[i]),
-            "tokens": float(table.tokens[i]),
-            "loss": float(table.loss[i]),
-            "reason": f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
-        }
+        Outlier(
+            params=float(table.params[i]),
+            tokens=float(table.tokens[i]),
+            loss=float(table.loss[i]),
+            reason=f"gross outlier: {100 * np.expm1(-residuals[i]):+.1f} % off the law, far beyond the noise",
+        )
         for i in np.flatnonzero(~keep)
     ]
     return replace(fit, outliers=outliers, screened=True)

@@ -5,19 +5,20 @@ Kaplan et al. 2020 leave embeddings out of N and C, Hoffmann et al. 2022 count t
 exponents. It matters most for small models, whose parameters are mostly embeddings.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from experiments.scaling.law.intervals import Intervals
 from experiments.scaling.law.parametric import ParametricFit, fit_parametric
 from experiments.scaling.rows.columns import require
 from experiments.scaling.rows.files import column_names, read_records
 from experiments.scaling.rows.numerals import read_numbers
-from experiments.scaling.rows.table import Table, read_header
+from experiments.scaling.rows.table import DroppedRow, Table, read_header
 from experiments.scaling.valleys.isoflop import fit_isoflop
 from experiments.scaling.valleys.valley import group_budgets
 from model import ModelConfig, accounting
@@ -100,8 +101,77 @@ def counts_beside(path: str | Path, table: Table) -> Counts | None:
     return read_counts(path, tokens=table.columns["tokens"], loss=table.columns["loss"], rows=set(table.rows))
 
 
-def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict[str, Any]:
-    """Return {rows, spread, dropped, conventions}; a row has each estimator's a and b for one pair of N and C.
+@dataclass(frozen=True)
+class LawExponents:
+    """The parametric law in one N, and the exponents of its optimum under one C."""
+
+    alpha: float
+    beta: float
+    a: float
+    b: float
+    flops_per_token_exponent: float
+    """γ: FLOPs per token grow as N^γ through the runs."""
+    intervals: Intervals
+    """The 95 % intervals of a and b."""
+
+
+@dataclass(frozen=True)
+class ValleyExponents:
+    """The exponents of the IsoFLOP valleys under one pair of N and C."""
+
+    a: float
+    b: float
+    intervals: Intervals | None
+    """The 95 % intervals of a and b; None if they were refused."""
+
+
+@dataclass(frozen=True)
+class ConventionRow:
+    """Each estimator's exponents under one pair of N and C; None if it was refused, with the reason in `refused`."""
+
+    params: str
+    flops: str
+    parametric: LawExponents | None
+    isoflop: ValleyExponents | None
+    refused: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, with levels as strings."""
+        row = asdict(self)
+        for estimator in ("parametric", "isoflop"):
+            if row[estimator] is not None and row[estimator]["intervals"] is not None:
+                row[estimator]["intervals"] = {
+                    name: {f"{level:g}": list(pair) for level, pair in by.items()}
+                    for name, by in row[estimator]["intervals"].items()
+                }
+        return row
+
+
+@dataclass(frozen=True)
+class ConventionTable:
+    """The exponents of the same runs under every convention of N and C."""
+
+    rows: list[ConventionRow]
+    spread: dict[str, dict[str, float] | None]
+    """The largest minus the smallest a and b of each estimator; None for an estimator that was always refused."""
+    dropped: list[DroppedRow]
+    conventions: dict[str, str]
+    """The meaning of each count of N and C."""
+    bootstraps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "spread": self.spread,
+            "dropped": [row.to_dict() for row in self.dropped],
+            "conventions": self.conventions,
+            "bootstraps": self.bootstraps,
+        }
+
+
+def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> ConventionTable:
+    """Return each estimator's a and b under every pair of N and C.
 
     The parametric law is fitted in each N; under another C than 6·N·D its optimum follows from how FLOPs per token grow
     with N, as N^γ through the runs: a = β/(γβ + α). The budgets of the IsoFLOP valleys are those of the first N, as the
@@ -119,28 +189,31 @@ def conventions(counts: Counts, *, bootstraps: int = 200, seed: int = 0) -> dict
         for label, flops in computes.items():
             law = laws.get(params.tobytes()) or _law(params, counts.tokens, counts.loss, bootstraps, seed)
             laws[params.tobytes()] = law
-            row: dict[str, Any] = {"params": name, "flops": label}
-            row |= _row(params, counts.tokens, counts.loss, flops, label, budgets, law, bootstraps, seed)
-            rows.append(row)
-    spread = {}
-    for estimator in ("parametric", "isoflop"):
-        found = [row[estimator] for row in rows if row[estimator] is not None]
-        spread[estimator] = (
-            {key: max(one[key] for one in found) - min(one[key] for one in found) for key in ("a", "b")}
-            if found
-            else None
-        )
+            runs = params, counts.tokens, counts.loss
+            rows.append(_row(name, label, *runs, flops, budgets, law, bootstraps, seed))
+    spread = {
+        "parametric": _spread([row.parametric for row in rows if row.parametric is not None]),
+        "isoflop": _spread([row.isoflop for row in rows if row.isoflop is not None]),
+    }
     described = {**PARAMS, "6·N·D": "six per parameter of this row's N and token", **FLOPS}
-    return {"rows": rows, "spread": spread, "dropped": dropped, "conventions": described}
+    return ConventionTable(rows, spread, dropped, described, bootstraps)
 
 
-def _usable(counts: Counts) -> tuple[Counts, list[dict[str, Any]]]:
+def _spread(found: Sequence[LawExponents | ValleyExponents]) -> dict[str, float] | None:
+    """Return the largest minus the smallest a and b; None without any."""
+    if not found:
+        return None
+    columns = {"a": [one.a for one in found], "b": [one.b for one in found]}
+    return {name: max(values) - min(values) for name, values in columns.items()}
+
+
+def _usable(counts: Counts) -> tuple[Counts, list[DroppedRow]]:
     """Return the counts without the rows that hold anything but positive numbers, which are listed by number from 1."""
     columns = {"tokens": counts.tokens, "loss": counts.loss, **counts.params, **counts.flops}
     wrong = {name: ~(np.isfinite(values) & (values > 0)) for name, values in columns.items()}
     bad = np.any(list(wrong.values()), axis=0)
     dropped = [
-        {"row": int(i) + 1, "reason": f"{next(name for name in wrong if wrong[name][i])} is not a positive number"}
+        DroppedRow(int(i) + 1, f"{next(name for name in wrong if wrong[name][i])} is not a positive number")
         for i in np.flatnonzero(bad)
     ]
     params, flops = ({name: v[~bad] for name, v in part.items()} for part in (counts.params, counts.flops))
@@ -158,44 +231,45 @@ def _law(params: np.ndarray, tokens: np.ndarray, loss: np.ndarray, bootstraps: i
 
 
 def _row(
+    name: str,
+    label: str,
     params: np.ndarray,
     tokens: np.ndarray,
     loss: np.ndarray,
     flops: np.ndarray,
-    label: str,
     budgets: list[Any],
     law: ParametricFit | str,
     bootstraps: int,
     seed: int,
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"parametric": None, "isoflop": None, "refused": {}}
+) -> ConventionRow:
+    parametric, isoflop, refused = None, None, {}
     rate = 1.0  # of FLOPs per token in N; 6·N exactly
     if label != "6·N·D":
         rate = float(np.polyfit(np.log(params), np.log(flops / tokens), 1)[0])
     fit = None
     if isinstance(law, str):
-        row["refused"]["parametric"] = law
+        refused["parametric"] = law
     else:
         fit = law
         alpha, beta = fit.draws[:, 3], fit.draws[:, 4]
         shares = np.stack([beta, alpha]) / (rate * beta + alpha)
         low, high = np.nanpercentile(shares, [2.5, 97.5], axis=1)
-        row["parametric"] = {
-            "alpha": fit.alpha,
-            "beta": fit.beta,
-            "a": fit.beta / (rate * fit.beta + fit.alpha),
-            "b": fit.alpha / (rate * fit.beta + fit.alpha),
-            "flops_per_token_exponent": rate,
-            "intervals": {key: {"95": [float(low[i]), float(high[i])]} for i, key in enumerate(("a", "b"))},
-        }
+        parametric = LawExponents(
+            alpha=fit.alpha,
+            beta=fit.beta,
+            a=fit.beta / (rate * fit.beta + fit.alpha),
+            b=fit.alpha / (rate * fit.beta + fit.alpha),
+            flops_per_token_exponent=rate,
+            intervals={key: {95: (float(low[i]), float(high[i]))} for i, key in enumerate(("a", "b"))},
+        )
     try:
         columns = _at_budgets(params, tokens, loss, flops, budgets, fit)
         iso = fit_isoflop(**columns, bootstraps=bootstraps, seed=seed)
-        row["isoflop"] = {"a": iso.a, "b": iso.b, "intervals": None}
-        row["isoflop"]["intervals"] = {key: {"95": list(by[95])} for key, by in iso.intervals.items()}
+        isoflop = ValleyExponents(iso.a, iso.b, None)
+        isoflop = replace(isoflop, intervals={key: {95: by[95]} for key, by in iso.intervals.items()})
     except InputError as error:
-        row["refused"]["isoflop" if row["isoflop"] is None else "isoflop.intervals"] = str(error)
-    return row
+        refused["isoflop" if isoflop is None else "isoflop.intervals"] = str(error)
+    return ConventionRow(name, label, parametric, isoflop, refused)
 
 
 def _at_budgets(

@@ -7,7 +7,7 @@ stated rule and listed; signs of a wrong file (a missing column, text among numb
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,19 @@ ROLES = ("params", "tokens", "loss", "flops", "unique_tokens", "active_params")
 
 
 @dataclass(frozen=True)
+class DroppedRow:
+    """A row of a table that does not enter a fit."""
+
+    row: int | None
+    """Its number, from 1; None if the reason counts several rows."""
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Table:
     """Usable runs as float64 columns, and what was left out; rows count from 1, without a header."""
 
@@ -36,7 +49,7 @@ class Table:
     tokens: Float[np.ndarray, " rows"]
     loss: Float[np.ndarray, " rows"]
     flops: Float[np.ndarray, " rows"] | None = None
-    dropped: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[DroppedRow] = field(default_factory=list)
     unique_tokens: Float[np.ndarray, " rows"] | None = None
     """Tokens before the first repeat; of runs that saw everything once, `tokens`."""
     active_params: Float[np.ndarray, " rows"] | None = None
@@ -89,7 +102,7 @@ def clean(
 
     count = len(next(iter(columns.values())))
     kept: list[int] = []
-    dropped: list[dict[str, Any]] = []
+    dropped: list[DroppedRow] = []
     seen: dict[tuple[float, ...], int] = {}
     for i in range(count):
         row = rows[i] if rows is not None else i + 1
@@ -108,7 +121,7 @@ def clean(
         if reason is None:
             kept.append(i)
         else:
-            dropped.append({"row": row, "reason": reason})
+            dropped.append(DroppedRow(row, reason))
     left: dict[str, Any] = {role: column[kept] for role, column in columns.items()}
     numbers = [rows[i] if rows is not None else i + 1 for i in kept]
     return Table(**left, dropped=dropped, columns=dict(names or {}), rows=numbers)
@@ -162,7 +175,7 @@ def read_table(
 
 def _last_steps(
     path: Path, records: list[Record], present: list[str], loss: str
-) -> tuple[list[Record], list[dict[str, Any]]]:
+) -> tuple[list[Record], list[DroppedRow]]:
     """Return the last row with a loss of every run in a history of Weights & Biases, and the rows dropped for it.
 
     A history has a column `_step` and a run's name in several rows; any other table is returned unchanged.
@@ -179,7 +192,7 @@ def _last_steps(
             last[record.get(run)] = i
     kept = set(last.values())
     earlier = [
-        {"row": row, "reason": f"an earlier step of run {record.get(run)!r}"}
+        DroppedRow(row, f"an earlier step of run {record.get(run)!r}")
         for i, (row, record) in enumerate(records)
         if i not in kept
     ]

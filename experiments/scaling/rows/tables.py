@@ -19,20 +19,20 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
     Tables that the analysis does not have are not written. Returns the files.
     """
     fits = analysis.fits
-    found: dict[str, list[dict[str, Any]]] = {"exponents": [_flat(row) for row in analysis.exponents]}
+    found: dict[str, list[dict[str, Any]]] = {"exponents": [_flat(row.to_dict()) for row in analysis.exponents]}
     if fits.parametric is not None:
         fit = fits.parametric
         names = ("params", "tokens", "loss", "predicted", "residual")
         columns = (*(getattr(fit.table, n) for n in names[:3]), fit.predict(fit.table.params, fit.table.tokens))
         found["fitted"] = [dict(zip(names, row, strict=True)) for row in _rows(*columns, -fit.residuals)]
         found["draws"] = [dict(zip(("E", "A", "B", "alpha", "beta"), row, strict=True)) for row in fit.draws.tolist()]
-    found["optima"] = [{"method": name} | optimum for name, fit in fits.methods.items() for optimum in fit.optima]
+    found["optima"] = [{"method": name} | best.to_dict() for name, fit in fits.methods.items() for best in fit.optima]
     found["valley_draws"] = [
         {"method": name, "a": row[1], "b": row[3]}
         for name, fit in analysis.valleys.items()
         for row in fit.draws.tolist()
     ]
-    found["left_out"] = analysis.left_out
+    found["left_out"] = [row.to_dict() for row in analysis.left_out]
     if analysis.choice is not None:
         found["forms"] = [_flat(row) for row in analysis.choice.document()["scores"]]
         found["form_values"] = [
@@ -41,7 +41,7 @@ def write_tables(folder: Path, analysis: Analysis) -> list[Path]:
             for unknown, by in fit.intervals.items()
         ]
     if analysis.conventions is not None:
-        found["conventions"] = [_flat(row) for row in analysis.conventions["rows"]]
+        found["conventions"] = [_flat(row.to_dict()) for row in analysis.conventions.rows]
     if analysis.held_out is not None:
         found["held_out"] = [_flat(run) for run in analysis.held_out["runs"]]
     paths = []

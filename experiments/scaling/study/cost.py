@@ -1,13 +1,23 @@
 """Predict the cost of a design before training: its ladder with hours, memory and bytes of checkpoints."""
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from experiments.models import read_config
 from experiments.scaling.study.design import Design
-from experiments.scaling.study.published import law_named
+from experiments.scaling.study.published import PublishedLaw, law_named
 from experiments.scaling.study.rungs import Rung, StepSeconds, expected_optimum, plan_rungs, shapes
+from experiments.scaling.study.totals import (
+    ExpectedOptimum,
+    PlannedRung,
+    Saved,
+    ShapePlan,
+    StudyTotal,
+    TrainingTotal,
+    WithoutBranches,
+)
 from experiments.sweep.cohort import lanes_for, memory_bytes, state_bytes
 from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
@@ -35,13 +45,18 @@ class Hardware:
         check_number("--mfu", self.mfu, above=0, most=1, hint="0.4 is 40 %")
 
     @property
+    def peak_flops_per_second(self) -> float:
+        """The peak of one device."""
+        return PEAKS[self.device].flops_per_second
+
+    @property
     def speed(self) -> Speed:
         """Exact FLOPs over devices · peak · MFU, with nothing for compiling."""
-        return Speed(0.0, self.devices * PEAKS[self.device].flops_per_second * self.mfu, 0.0)
+        return Speed(0.0, self.devices * self.peak_flops_per_second * self.mfu, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with the peak of one device."""
-        return dataclasses.asdict(self) | {"peak_flops_per_second": PEAKS[self.device].flops_per_second}
+        return dataclasses.asdict(self) | {"peak_flops_per_second": self.peak_flops_per_second}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,94 +75,106 @@ class StudyPlan:
     hardware: Hardware | None = None
 
     def document(self) -> dict[str, Any]:
-        """Return plain values: {design, law, optima, vocab_size, tokens_per_epoch, rungs, shapes, total,
-        without_branches, hardware, probe}.
+        """Return plain values for JSON: the design, and all that follows from it.
 
-        law: {name, source, fitted} of the published law that places the optima, None if the design itself does. optima:
-        {flops, params, tokens} expected at each budget. Without data tokens_per_epoch and epochs are None.
-        memory_bytes: on this machine, None if the hardware is another; state_bytes: parameters and moments.
-
-        A rung's flops are those of its law, from the first token on; total counts what is trained, so that a base run's
-        part is in it once, with validation and compilation (compile_hours) in its hours (None without a probe).
-        checkpoint_bytes: of every run's end, and of base runs where branches leave them. without_branches: the same
-        runs, each from its start, and the share of FLOPs and hours that branches save (of the runs that are not held
-        out, too); None without branches.
+        A rung's flops are those of its law, from the first token on; total counts what is trained.
         """
-        by_shape = [self._shape(members) for members in shapes(self.rungs).values()]
-        needs = {name: row for row in by_shape for name in row["names"]}
-        rows = []
-        for rung in self.rungs:
-            hours = None if rung.seconds is None else rung.seconds / 3600
-            sizes = {key: needs[rung.name][key] for key in ("memory_bytes", "state_bytes")}
-            rows.append(rung.to_dict() | {"hours": hours} | sizes)
+        law, alone = self.law, self.without_branches
         return {
             "design": self.design.to_dict(),
-            "law": self._law(),
-            "optima": [
-                {"flops": C, "params": N, "tokens": C / 6 / N}
-                for C in self.design.budgets
-                for N in [expected_optimum(self.design, C)]
-            ],
+            "law": None if law is None else {"name": self.design.law, "source": law.source, "fitted": list(law.fitted)},
+            "optima": [dataclasses.asdict(best) for best in self.optima],
             "vocab_size": self.vocab_size,
             "tokens_per_epoch": self.tokens_per_epoch,
-            "rungs": rows,
-            "shapes": by_shape,
-            "total": self._total(self.rungs)
-            | {
-                "compiles": len(by_shape),
-                "repeated": sum(rung.repeated for rung in self.rungs),
-                "checkpoint_bytes": sum(row["checkpoint_bytes"] for row in by_shape),
-                "memory_bytes": None if self.hardware else max(row["memory_bytes"] for row in by_shape),
-            },
-            "without_branches": self._without_branches() if self.design.branches else None,
+            "rungs": [row.to_dict() for row in self.rows],
+            "shapes": [dataclasses.asdict(shape) for shape in self.shapes],
+            "total": dataclasses.asdict(self.total),
+            "without_branches": None if alone is None else dataclasses.asdict(alone),
             "hardware": None if self.hardware is None else self.hardware.to_dict(),
             "probe": None if self.speed is None or self.hardware is not None else dataclasses.asdict(self.speed),
         }
 
-    def _law(self) -> dict[str, Any] | None:
-        if not self.design.law:
-            return None
-        law = law_named(self.design.law)
-        return {"name": self.design.law, "source": law.source, "fitted": list(law.fitted)}
+    @property
+    def law(self) -> PublishedLaw | None:
+        """The published law that places the optima; None if the design itself does."""
+        return law_named(self.design.law) if self.design.law else None
 
-    def _shape(self, members: list[Rung]) -> dict[str, Any]:
+    @property
+    def optima(self) -> list[ExpectedOptimum]:
+        """The optimum that is expected at each budget."""
+        found = [(C, expected_optimum(self.design, C)) for C in self.design.budgets]
+        return [ExpectedOptimum(C, N, C / 6 / N) for C, N in found]
+
+    @property
+    def rows(self) -> list[PlannedRung]:
+        """The rungs, with what each needs."""
+        needs = {name: shape for shape in self.shapes for name in shape.names}
+        found = []
+        for rung in self.rungs:
+            hours = None if rung.seconds is None else rung.seconds / 3600
+            found.append(PlannedRung(rung, hours, needs[rung.name].memory_bytes, needs[rung.name].state_bytes))
+        return found
+
+    @cached_property
+    def shapes(self) -> list[ShapePlan]:
+        """The static shapes of the ladder."""
+        return [self._shape(members) for members in shapes(self.rungs).values()]
+
+    @cached_property
+    def total(self) -> StudyTotal:
+        """The cost of the whole study."""
+        memory = [shape.memory_bytes for shape in self.shapes if shape.memory_bytes is not None]
+        return StudyTotal(
+            **vars(self._total(self.rungs)),
+            compiles=len(self.shapes),
+            repeated=sum(rung.repeated for rung in self.rungs),
+            checkpoint_bytes=sum(shape.checkpoint_bytes for shape in self.shapes),
+            memory_bytes=None if self.hardware else max(memory),
+        )
+
+    @cached_property
+    def without_branches(self) -> WithoutBranches | None:
+        """The same runs, each from its start, and what branches save; None without branches."""
+        return self._without_branches() if self.design.branches else None
+
+    def _shape(self, members: list[Rung]) -> ShapePlan:
         first = members[0]
         trial = _trial(self.design, first.config, first.batch_size)
         lanes = lanes_for(trial, len(members))
         state = state_bytes(trial)
-        return {
-            "names": [rung.name for rung in members],
-            "d_model": first.d_model,
-            "batch_size": first.batch_size,
-            "lanes": lanes,
-            "state_bytes": state,
-            "checkpoint_bytes": state * sum(1 if rung.trunk is None else 2 for rung in members),
-            "memory_bytes": None if self.hardware else memory_bytes(trial, lanes),
-        }
+        return ShapePlan(
+            names=[rung.name for rung in members],
+            d_model=first.d_model,
+            batch_size=first.batch_size,
+            lanes=lanes,
+            state_bytes=state,
+            checkpoint_bytes=state * sum(1 if rung.trunk is None else 2 for rung in members),
+            memory_bytes=None if self.hardware else memory_bytes(trial, lanes),
+        )
 
-    def _total(self, rungs: list[Rung]) -> dict[str, Any]:
+    def _total(self, rungs: list[Rung]) -> TrainingTotal:
         seconds = None
         if self.speed is not None:
             compiling = self.speed.compile_seconds * len(shapes(rungs))
             seconds = compiling + sum(rung.seconds for rung in rungs if rung.seconds is not None)
-        return {
-            "runs": len(rungs),
-            "tokens": round(sum(rung.tokens * rung.share_trained for rung in rungs)),
-            "flops_6nd": sum(rung.flops_6nd * rung.share_trained for rung in rungs),
-            "flops_exact": sum(rung.flops_exact * rung.share_trained for rung in rungs),
-            "hours": None if seconds is None else seconds / 3600,
-            "compile_hours": None if self.speed is None else self.speed.compile_seconds * len(shapes(rungs)) / 3600,
-        }
+        return TrainingTotal(
+            runs=len(rungs),
+            tokens=round(sum(rung.tokens * rung.share_trained for rung in rungs)),
+            flops_6nd=sum(rung.flops_6nd * rung.share_trained for rung in rungs),
+            flops_exact=sum(rung.flops_exact * rung.share_trained for rung in rungs),
+            hours=None if seconds is None else seconds / 3600,
+            compile_hours=None if self.speed is None else self.speed.compile_seconds * len(shapes(rungs)) / 3600,
+        )
 
-    def _without_branches(self) -> dict[str, Any]:
+    def _without_branches(self) -> WithoutBranches:
         alone = self.design.replace(branches=False, schedule="wsd")
         step = None if self.speed is None else _step_seconds(alone, self.speed)
         others = plan_rungs(alone, self.vocab_size, self.tokens_per_epoch, step)
         here, there = self._total(self.rungs), self._total(others)
-        fitted = [self._total([r for r in rungs if not r.held_out])["flops_6nd"] for rungs in (self.rungs, others)]
-        saved = {"flops_6nd": 1 - here["flops_6nd"] / there["flops_6nd"], "flops_6nd_fitted": 1 - fitted[0] / fitted[1]}
-        saved["hours"] = None if there["hours"] is None else 1 - here["hours"] / there["hours"]
-        return there | {"saved": saved}
+        fitted = [self._total([r for r in rungs if not r.held_out]).flops_6nd for rungs in (self.rungs, others)]
+        hours = None if here.hours is None or there.hours is None else 1 - here.hours / there.hours
+        saved = Saved(1 - here.flops_6nd / there.flops_6nd, 1 - fitted[0] / fitted[1], hours)
+        return WithoutBranches(**vars(there), saved=saved)
 
 
 @pinned()

@@ -104,7 +104,7 @@ def _of_run(fits: Fits, laws: Mapping[str, FormFit], rung: Rung) -> dict[str, An
     run |= {"repeated": rung.repeated, "loss": None, "interval": None}
     if fits.parametric is not None:
         answer = planned_loss(fits.parametric, rung.params, rung.tokens, LEVEL)
-        run |= {"loss": answer["loss"], "interval": answer["interval"]}
+        run |= {"loss": answer.loss, "interval": answer.interval}
     by_form = {name: float(law.predict(params=rung.params, tokens=rung.tokens)) for name, law in laws.items()}
     return run | {"by_form": by_form}
 
@@ -124,10 +124,8 @@ def _by_form(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _of_budget(fits: Fits, flops: float) -> dict[str, Any]:
     known = {"parametric": fits.parametric, "isoflop": fits.isoflop, **fits.valleys}
-    return {
-        "flops": flops,
-        "optima": optimal({name: fit for name, fit in known.items() if fit is not None}, flops, LEVEL),
-    }
+    optima = optimal({name: fit for name, fit in known.items() if fit is not None}, flops, LEVEL)
+    return {"flops": flops, "optima": {name: best.to_dict() for name, best in optima.items()}}
 
 
 def _valleys(fits: Fits) -> dict[str, Any] | None:
@@ -160,7 +158,7 @@ def _valley(rows: Sequence[Mapping[str, Any]], predicted: Mapping[str, Any], sha
     for name, optimum in predicted.items():
         low, high = (optimum["intervals"] or {}).get("params", (None, None))
         against[name] = {
-            "params_over_predicted": best["params"] / optimum["params"],
-            "inside": None if low is None else low <= best["params"] <= high,
+            "params_over_predicted": best.params / optimum["params"],
+            "inside": None if low is None else low <= best.params <= high,
         }
-    return {name: best[name] for name in ("params", "tokens", "loss")} | {"against": against}
+    return {"params": best.params, "tokens": best.tokens, "loss": best.loss, "against": against}

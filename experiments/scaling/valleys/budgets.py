@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from experiments.scaling.law.outliers import screen_surface, screen_valleys
+from experiments.scaling.law.outliers import Outlier, screen_surface, screen_valleys
 from experiments.scaling.law.parametric import fit_parametric
 from experiments.scaling.rows.table import Table
 from experiments.scaling.rows.thin import evenly, most_per_budget
@@ -79,11 +79,13 @@ def valleys_of(table: Table, budgets: Float[np.ndarray, " rows"], *, screen: boo
         kept = group[keep]
         params, loss = table.params[kept], table.loss[kept]
         outliers = [
-            {"flops": float(budgets[i]), "params": float(table.params[i]), "tokens": float(table.tokens[i])}
-            | {
-                "loss": float(table.loss[i]),
-                "reason": "gross outlier: no noise of these runs puts it off its valley so far",
-            }
+            Outlier(
+                params=float(table.params[i]),
+                tokens=float(table.tokens[i]),
+                loss=float(table.loss[i]),
+                reason="gross outlier: no noise of these runs puts it off its valley so far",
+                flops=float(budgets[i]),
+            )
             for i in group[~keep]
         ]
         sizes = len(np.unique(params))

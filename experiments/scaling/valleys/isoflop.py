@@ -4,7 +4,7 @@ At a fixed budget C the loss is a valley in log N. A curve through each valley g
 laws through the minima give N* ∝ C^a and D* ∝ C^b.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.scaling.law.intervals import Intervals, exponential, intervals_of, percentile_interval
-from experiments.scaling.rows.table import Table, clean
+from experiments.scaling.law.outliers import Outlier
+from experiments.scaling.rows.table import DroppedRow, Table, clean
 from experiments.scaling.valleys.budgets import fewer_per_budget, thinned_in_words, valleys_of, with_shape
 from experiments.scaling.valleys.recognise import BY_CHANCE
 from experiments.scaling.valleys.skew import common_skew, skewed_minima
@@ -23,6 +24,7 @@ from experiments.scaling.valleys.valley import (
     SAME_BUDGET,
     Convex,
     Valley,
+    ValleyMinimum,
     ValleyShape,
     group_budgets,
     rejection,
@@ -60,6 +62,18 @@ class Size:
 
 
 @dataclass(frozen=True)
+class RejectedBudget:
+    """A budget whose valley has no trustworthy minimum, and why."""
+
+    flops: float
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class IsoflopFit:
     """Power laws N* = params_coefficient·C^a and D* = tokens_coefficient·C^b through the valleys' minima."""
 
@@ -71,24 +85,20 @@ class IsoflopFit:
     """Every budget, accepted or not, in ascending order."""
     bootstraps: int
     seed: int
-    dropped: list[dict[str, Any]] = field(repr=False)
+    dropped: list[DroppedRow] = field(repr=False)
     method: Method = DEFAULT
     shape: ValleyShape = PARABOLA
     thinned: str | None = None
     """What was done with fewer rows than the table has, in words; None if nothing was."""
 
     @property
-    def outliers(self) -> list[dict[str, Any]]:
-        """[{flops, params, tokens, loss, reason}] of runs left out as gross outliers."""
+    def outliers(self) -> list[Outlier]:
+        """The runs left out as gross outliers."""
         return [outlier for valley in self.valleys for outlier in valley.outliers]
 
     @property
-    def optima(self) -> list[dict[str, float]]:
-        """The minimum of each accepted valley: {flops, params, tokens, loss, curvature, runs, smallest,
-        largest}.
-
-        Near it the curve is loss + curvature·ln²(N/params); it is fitted to `runs` runs of sizes smallest…largest.
-        """
+    def optima(self) -> list[ValleyMinimum]:
+        """The minimum of each accepted valley."""
         return [valley.optimum for valley in self.accepted]
 
     @property
@@ -97,9 +107,9 @@ class IsoflopFit:
         return [valley for valley in self.valleys if valley.reason is None]
 
     @property
-    def rejected(self) -> list[dict[str, Any]]:
-        """[{flops, reason}] of the budgets without a reliable minimum."""
-        return [{"flops": v.flops, "reason": v.reason} for v in self.valleys if v.reason is not None]
+    def rejected(self) -> list[RejectedBudget]:
+        """The budgets without a reliable minimum."""
+        return [RejectedBudget(v.flops, v.reason) for v in self.valleys if v.reason is not None]
 
     def optimal(self, C: Any) -> Size:
         """Return N* and D* at a budget of C FLOPs; arrays are fine."""
@@ -286,8 +296,8 @@ def fit_isoflop(
             f"{len(optima)} of {counted(len(valleys), 'budget')} with a minimum, and a power "
             f"law needs {MINIMUM_BUDGETS}" + (f" ({shown})" if reasons else "")
         )
-    log_c = np.log([optimum["flops"] for optimum in optima])
-    laws = [_power_law(log_c, np.log([[o[name] for o in optima]]))[0] for name in ("params", "tokens")]
+    log_c = np.log([optimum.flops for optimum in optima])
+    laws = [_power_law(log_c, np.log([[getattr(o, name) for o in optima]]))[0] for name in ("params", "tokens")]
     return IsoflopFit(
         a=float(laws[0][1]),
         b=float(laws[1][1]),

@@ -4,13 +4,14 @@ The curves are linear in the losses once their shape is fixed, so that thousands
 product. Coordinates: u = ln N − mean(ln N) of the budget's runs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from experiments.scaling.law.intervals import exponential
+from experiments.scaling.law.outliers import Outlier
 from experiments.words import counted
 
 SAME_BUDGET = 1.05  # budgets within 5 % are one: whole numbers of steps and heads make exact budgets impossible
@@ -105,6 +106,25 @@ def bent_minimum(
 
 
 @dataclass(frozen=True)
+class ValleyMinimum:
+    """The minimum of an accepted valley; near it the curve is loss + curvature·ln²(N/params)."""
+
+    flops: float
+    params: float
+    tokens: float
+    loss: float
+    curvature: float
+    runs: int
+    smallest: float
+    """Parameters of the smallest run that the curve is fitted to."""
+    largest: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Valley:
     """The runs of one budget and the curve through them, loss = loss* + curvature·ln²(N/N*) near its minimum."""
 
@@ -118,8 +138,8 @@ class Valley:
     reason: str | None
     """Why the valley is rejected, or None."""
     shape: ValleyShape = PARABOLA
-    outliers: list[dict[str, Any]] = field(default_factory=list)
-    """[{flops, params, tokens, loss, reason}] of the budget's runs that were left out."""
+    outliers: list[Outlier] = field(default_factory=list)
+    """The budget's runs that were left out."""
     runs_at_fault: bool = False
     """Return whether the reason comes from the runs, so that no other curve would change it."""
 
@@ -130,21 +150,21 @@ class Valley:
         return log_params - log_params.mean()
 
     @property
-    def optimum(self) -> dict[str, float]:
-        """{flops, params, tokens, loss, curvature, runs, smallest, largest} of an accepted valley."""
+    def optimum(self) -> ValleyMinimum:
+        """The minimum of an accepted valley."""
         assert self.coefficients is not None, "fewer than three sizes: no curve"
         vertex, loss, curvature = self.shape.minimum(self.u, self.loss)
         log_params, log_tokens = np.log(self.params), np.log(self.tokens)
-        return {
-            "flops": self.flops,
-            "params": float(np.exp(vertex + log_params.mean())),
-            "tokens": float(np.exp(tokens_line(log_params, log_tokens) @ [1.0, vertex])),
-            "loss": float(loss),
-            "curvature": float(curvature),
-            "runs": len(self.loss),
-            "smallest": float(self.params.min()),
-            "largest": float(self.params.max()),
-        }
+        return ValleyMinimum(
+            flops=self.flops,
+            params=float(np.exp(vertex + log_params.mean())),
+            tokens=float(np.exp(tokens_line(log_params, log_tokens) @ [1.0, vertex])),
+            loss=float(loss),
+            curvature=float(curvature),
+            runs=len(self.loss),
+            smallest=float(self.params.min()),
+            largest=float(self.params.max()),
+        )
 
     def curve(self, params: Any) -> Any:
         """Return the fitted loss at `params` parameters."""

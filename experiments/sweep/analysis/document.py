@@ -2,16 +2,18 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from experiments.runs.curves import read_curve
-from experiments.sweep.analysis.curves import equal_flops
+from experiments.sweep.analysis.curves import EqualFlops, equal_flops
 from experiments.sweep.analysis.executions import one_per_training, with_shared_losses
-from experiments.sweep.analysis.importance import importances
-from experiments.sweep.analysis.optimum import transfer
-from experiments.sweep.analysis.pareto import pareto
+from experiments.sweep.analysis.importance import Importances, importances
+from experiments.sweep.analysis.optimum import RateTransfer, transfer
+from experiments.sweep.analysis.outcome import Summary, Winner
+from experiments.sweep.analysis.pareto import ParetoFront, pareto
 from experiments.sweep.analysis.results import Results, record_troubles
-from experiments.sweep.analysis.rungs import Rungs
+from experiments.sweep.analysis.rungs import Rungs, SweepRung
 from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.analysis.sentence import leader, sentence
 from experiments.sweep.analysis.settings import candidates_of
@@ -19,45 +21,121 @@ from experiments.sweep.analysis.summary import summarize
 from experiments.sweep.objectives import LOSS, TRAINING_SPEED
 
 
-def analyse(results: Results) -> dict[str, Any]:
-    """Return `summarize` with unit, sentence, importance, transfer, equal_flops, pareto, halving and cost.
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The rungs of a sweep, the trials that were stopped, and what that saved."""
 
-    A part that does not apply is None; one that cannot be computed holds `refused`, with the reason.
-    `experiments.sweep.analysis.importance` describes importances, `experiments.sweep.analysis.optimum` transfer. Losses
-    are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto, keep
-    executions apart.
+    rungs: list[SweepRung]
+    pruned: int
+    tokens_spent: float
+    tokens_full: int
+    """The tokens of all trials, each to its end."""
+    share: float | None
+    """tokens_spent over tokens_full; None for a population, whose new members take the places of those that leave."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return vars(self) | {"rungs": [rung.to_dict() for rung in self.rungs]}
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """Totals over all trials; what a trial shares with a run that it left counts once."""
+
+    tokens: float
+    flops_6nd: float
+    flops_exact: float
+    run_seconds: float
+    """Each run's own clock, so that lanes of one program count its time K times."""
+    compile_seconds: float
+    worker_seconds: float | None
+    """Time in which a worker had a claim, the last of each trial, overlaps counted once; None if unknown."""
+    workers: int
+    static_shapes: int
+
+
+@dataclass(frozen=True)
+class SweepAnalysis:
+    """All that a sweep's results say. A part that does not apply is None.
+
+    Losses are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto,
+    keep executions apart.
     """
+
+    summary: Summary
+    unit: str
+    """The unit of the losses."""
+    sentence: str
+    """The result in a few sentences."""
+    followers: dict[str, str]
+    objectives: list[str]
+    policy: str
+    sampler: str
+    importance: Importances
+    transfer: RateTransfer | None
+    equal_flops: EqualFlops | None
+    pareto: ParetoFront | None
+    halving: EarlyStopping | None
+    cost: SweepCost
+
+    @property
+    def rungs(self) -> list[SweepRung]:
+        """The rungs of a sweep that stops trials, from the first to the last."""
+        return [] if self.halving is None else self.halving.rungs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: those of the summary, and the other parts beside them."""
+        parts = (self.transfer, self.equal_flops, self.pareto, self.halving)
+        names = ("transfer", "equal_flops", "pareto", "halving")
+        return self.summary.to_dict() | {
+            "unit": self.unit,
+            "sentence": self.sentence,
+            "followers": self.followers,
+            "objectives": self.objectives,
+            "policy": self.policy,
+            "sampler": self.sampler,
+            "importance": self.importance.to_dict(),
+            **{name: None if part is None else part.to_dict() for name, part in zip(names, parts, strict=True)},
+            "cost": asdict(self.cost),
+        }
+
+
+def analyse(results: Results) -> SweepAnalysis:
+    """Return all that the results say."""
     names = list(results.axes)
-    document = summarize(results.axes, results.rows, results.executions) | {"unit": results.unit}
+    summary = summarize(results.axes, results.rows, results.executions)
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
-    document["trials"] = [{name: value for name, value in row.items() if name != "rungs"} for row in results.rows]
     every = with_shared_losses(results.rows)
     # If only the execution varies, `executions` already compares the training speed.
     others = [name for name in results.objectives if name != LOSS and (names or name != TRAINING_SPEED)]
-    kept = [row for row in candidates_of(document["settings"]) if row["member"] is None]
-    noise, freedom = document["seed_noise"], document["noise_freedom"]
+    kept = [row for row in candidates_of(summary.settings) if row.member is None]
     costs = equal_flops(names, runs, lambda row: read_curve(results.folder / row["run"]))
-    if costs is not None:
-        document["warnings"].append(_unequal(costs, document["winner"]))
-    document["warnings"] += record_troubles(results)
-    return document | {
-        "sentence": " ".join(
+    unequal = [] if costs is None else [_unequal(costs, summary.winner)]
+    summary = replace(
+        summary,
+        trials=[{name: value for name, value in row.items() if name != "rungs"} for row in results.rows],
+        warnings=[*summary.warnings, *unequal, *record_troubles(results)],
+    )
+    return SweepAnalysis(
+        summary=summary,
+        unit=results.unit,
+        sentence=" ".join(
             [
-                sentence(document, results.policy),
+                sentence(summary, results.policy, results.unit),
                 *(said for name in others if (said := leader(everywhere, _one_speed_a_program(every), name))),
             ]
         ),
-        "followers": results.followers,
-        "objectives": list(results.objectives),
-        "policy": results.policy,
-        "sampler": results.sampler,
-        "importance": importances(names, runs),
-        "transfer": transfer(names, kept, noise, freedom),
-        "equal_flops": costs,
-        "pareto": pareto(everywhere, every, results.objectives),
-        "halving": _halving(results),
-        "cost": _cost(results),
-    }
+        followers=results.followers,
+        objectives=list(results.objectives),
+        policy=results.policy,
+        sampler=results.sampler,
+        importance=importances(names, runs),
+        transfer=transfer(names, kept, summary.seed_noise, summary.noise_freedom),
+        equal_flops=costs,
+        pareto=pareto(everywhere, every, results.objectives),
+        halving=_halving(results),
+        cost=_cost(results),
+    )
 
 
 def _one_speed_a_program(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,22 +148,18 @@ def _one_speed_a_program(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     return [row | {TRAINING_SPEED: means.get(row["cohort"])} for row in rows]
 
 
-def _unequal(costs: dict[str, Any], winner: dict[str, Any] | None) -> str:
-    said = f"settings cost up to {costs['ratio']:.2g} times the FLOPs of the cheapest"
-    if "refused" in costs:
-        return f"{said}, and cannot be compared at equal FLOPs: {costs['refused']}"
-    best = costs["settings"][0]
-    same = winner is not None and best["setting"] == winner["setting"]
-    which = "the same setting leads" if same else f"{setting_text(best['setting'])} leads"
+def _unequal(costs: EqualFlops, winner: Winner | None) -> str:
+    said = f"settings cost up to {costs.ratio:.2g} times the FLOPs of the cheapest"
+    if costs.refused is not None:
+        return f"{said}, and cannot be compared at equal FLOPs: {costs.refused}"
+    best = costs.settings[0]
+    same = winner is not None and best.setting == winner.setting
+    which = "the same setting leads" if same else f"{setting_text(best.setting)} leads"
     return f"{said}; at equal FLOPs {which}"
 
 
-def _halving(results: Results) -> dict[str, Any] | None:
-    """Return rungs (`Rungs.table`), stopped trials and saved tokens; None without early stopping.
-
-    share: tokens spent, relative to training every trial to its end; None for a population, where new members replace
-    stopped ones.
-    """
+def _halving(results: Results) -> EarlyStopping | None:
+    """Return what early stopping did; None without early stopping."""
     pruned = sum(row["state"] == "pruned" for row in results.rows)
     if results.policy == "all" and not pruned:
         return None
@@ -95,22 +169,16 @@ def _halving(results: Results) -> dict[str, Any] | None:
         return row["planned_tokens"] * (row["planned_steps"] - row["parent_steps"]) // row["planned_steps"]
 
     full = sum(map(own, results.rows))
-    return {
-        "rungs": Rungs(list(results.axes), one_per_training(results.rows)).table(),
-        "pruned": pruned,
-        "tokens_spent": spent,
-        "tokens_full": full,
-        "share": spent / full if full and results.policy != "population" else None,
-    }
+    return EarlyStopping(
+        rungs=Rungs(list(results.axes), one_per_training(results.rows)).table(),
+        pruned=pruned,
+        tokens_spent=spent,
+        tokens_full=full,
+        share=spent / full if full and results.policy != "population" else None,
+    )
 
 
-def _cost(results: Results) -> dict[str, Any]:
-    """Return totals over all trials; steps that a trial shares with its parent's run count once.
-
-    run_seconds: summed over runs, so that K lanes of one program count its time K times.
-    worker_seconds: time in which a worker had a claim, the last of each trial, overlaps counted once; None if unknown.
-    """
-
+def _cost(results: Results) -> SweepCost:
     def total(name: str) -> float:
         return sum(results.fact(row, name) or 0 for row in results.rows)
 
@@ -121,16 +189,16 @@ def _cost(results: Results) -> dict[str, Any]:
     for row in results.rows:
         if row["worker"] is not None and row["claimed_at"] is not None and row["ended_at"] is not None:
             spans.setdefault(row["worker"], []).append((row["claimed_at"], row["ended_at"]))
-    return {
-        "tokens": spent("tokens"),
-        "flops_6nd": spent("flops_6nd"),
-        "flops_exact": spent("flops_exact"),
-        "run_seconds": total("seconds"),
-        "compile_seconds": total("compile_seconds"),
-        "worker_seconds": sum(map(_covered, spans.values())) if spans else None,
-        "workers": len(spans),
-        "static_shapes": len({row["cohort"] for row in results.rows}),
-    }
+    return SweepCost(
+        tokens=spent("tokens"),
+        flops_6nd=spent("flops_6nd"),
+        flops_exact=spent("flops_exact"),
+        run_seconds=total("seconds"),
+        compile_seconds=total("compile_seconds"),
+        worker_seconds=sum(map(_covered, spans.values())) if spans else None,
+        workers=len(spans),
+        static_shapes=len({row["cohort"] for row in results.rows}),
+    )
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -7,7 +7,8 @@ loss: counted as further seeds they would make the seed noise look small. In com
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,55 @@ ROUNDING = 1e-4  # relative to the loss: float32 rounding stays below it, even i
 UNEXPLAINED = 1e-2  # relative to the loss: rounding does not explain larger differences, however chaotic the run
 _PRECEDENCE: tuple[State, ...] = ("diverged", "finished", "running", "planned", "pruned", "failed")
 """The state of one recipe under several executions: a divergence counts, and a result before one that is missing."""
+
+
+@dataclass(frozen=True)
+class ExecutionSpeed:
+    """The trials of one execution, and their speed."""
+
+    execution: dict[str, Any]
+    trials: int
+    finished: int
+    tokens_per_second: float | None
+    """The mean over the timed trials: those of the recipes that have a speed under all executions, or, where there are
+    none, whatever this execution trained."""
+    std: float | None
+    """The standard deviation over the timed trials; None for fewer than two."""
+    timed: int
+    ratio: float | None
+    """The mean speed over that of the fastest; None if no recipe was timed under all executions."""
+    near: bool | None
+    """True within two standard errors of the fastest; None if a spread is not known."""
+
+
+@dataclass(frozen=True)
+class ExecutionComparison:
+    """The speed of every execution, and how far the losses of one recipe differ."""
+
+    axes: dict[str, list[Any]]
+    """The fields of Execution that vary, by the values tried."""
+    executions: list[ExecutionSpeed]
+    """Fastest first."""
+    compared: int
+    """The number of recipes that have a speed under all executions."""
+    recipes: int
+    """The number of recipes that finished under two executions or more."""
+    difference: float | None
+    """The largest between two losses of one recipe, in nats."""
+    relative: float | None
+    """The difference over that recipe's loss."""
+    verdict: Literal["rounding", "noise", "open", "beyond"] | None
+    """The verdict on the difference: see `compare_executions`."""
+    limit: float | None
+    """The difference from which on the verdict is "beyond"."""
+    limit_by: str | None
+    """The source of the limit."""
+    split: int
+    """The number of recipes that diverged under some executions and finished under others."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
 
 
 def execution_names(names: Iterable[str], trials: Iterable[Trial]) -> list[str]:
@@ -133,21 +183,10 @@ def with_shared_losses(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def compare_executions(
     names: Sequence[str], rows: Sequence[dict[str, Any]], noise: float | None = None, freedom: int = 0
-) -> dict[str, Any] | None:
+) -> ExecutionComparison | None:
     """Return the speed of every execution and how far the losses of one recipe differ; None if none varies.
 
-    names: the fields of Execution that vary. noise, freedom: the seed noise of one run, if it is known.
-    {axes, executions, compared, recipes, difference, relative, verdict, limit, limit_by, split}.
-
-    executions: [{execution, trials, finished, timed, tokens_per_second, std, ratio, near}], fastest first: the mean
-    over the timed trials and their standard deviation; the mean over that of the fastest; whether it is within two
-    standard errors of the fastest (None if a spread is not known). Only trials of the `compared` recipes are timed,
-    which have a speed under all executions. Without such recipes each mean is over all trials of that execution, and
-    there are no ratios.
-
-    recipes: how many finished under two executions or more. difference: the largest between two of one recipe, in nats;
-    relative: to that recipe's loss. limit: the difference from which the verdict is "beyond"; limit_by: the origin of
-    the limit. split: recipes that diverged under some executions and finished under others. verdict:
+    names: the fields of Execution that vary. noise, freedom: the seed noise of one run, if it is known. The verdict:
 
     - "rounding": below 1e-4 of the loss.
     - "noise": more than that, and within what other seeds change.
@@ -162,20 +201,20 @@ def compare_executions(
     ended = [losses for losses in ended if len(losses) > 1]
     apart = max(ended, key=np.ptp, default=None)
     states = [{row["state"] for row in members} for members in trainings]
-    document: dict[str, Any] = {
-        "axes": {name: list(dict.fromkeys(row[name] for row in rows)) for name in names},
-        "executions": listed,
-        "compared": compared,
-        "recipes": len(ended),
-        "difference": None,
-        "relative": None,
-        "verdict": None,
-        "limit": None,
-        "limit_by": None,
-        "split": sum({"diverged", "finished"} <= found for found in states),
-    }
+    found = ExecutionComparison(
+        axes={name: list(dict.fromkeys(row[name] for row in rows)) for name in names},
+        executions=listed,
+        compared=compared,
+        recipes=len(ended),
+        difference=None,
+        relative=None,
+        verdict=None,
+        limit=None,
+        limit_by=None,
+        split=sum({"diverged", "finished"} <= own for own in states),
+    )
     if apart is None:
-        return document
+        return found
     difference, typical = float(np.ptp(apart)), abs(float(np.mean(apart)))
     limit, limit_by = UNEXPLAINED * typical, "1 % of the loss"
     if noise is not None:
@@ -184,22 +223,24 @@ def compare_executions(
         pairs = sum(math.comb(len(losses), 2) for losses in ended)
         reach = largest_of_many(pairs, freedom) * noise * math.sqrt(2)
         limit, limit_by = min((limit, limit_by), (reach, "the seed noise"))
+    verdict: Literal["rounding", "noise", "open", "beyond"]
     if difference <= ROUNDING * typical:
         verdict = "rounding"
     elif difference > limit:
         verdict = "beyond"
     else:
         verdict = "open" if noise is None else "noise"
-    return document | {
-        "difference": difference,
-        "relative": difference / typical if typical else 0.0,
-        "verdict": verdict,
-        "limit": limit,
-        "limit_by": limit_by,
-    }
+    return replace(
+        found,
+        difference=difference,
+        relative=difference / typical if typical else 0.0,
+        verdict=verdict,
+        limit=limit,
+        limit_by=limit_by,
+    )
 
 
-def _speeds(names: Sequence[str], trainings: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[str, Any]], int]:
+def _speeds(names: Sequence[str], trainings: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[ExecutionSpeed], int]:
     """Return the executions, fastest first, and how many recipes were timed under all of them."""
     found: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for number, members in enumerate(trainings):
@@ -218,27 +259,29 @@ def _speeds(names: Sequence[str], trainings: Sequence[Sequence[dict[str, Any]]])
         counted = [row for number, rows in own.items() for row in rows if not shared or number in shared]
         speeds = [speed(row) for row in counted if speed(row)]
         listed.append(
-            {
-                "execution": dict(zip(names, key, strict=True)),
-                "trials": len(members),
-                "finished": sum(row["state"] == "finished" for row in members),
-                "tokens_per_second": float(np.mean(speeds)) if speeds else None,
-                "std": float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
-                "timed": len(speeds),
-                "ratio": None,
-                "near": None,
-            }
+            ExecutionSpeed(
+                execution=dict(zip(names, key, strict=True)),
+                trials=len(members),
+                finished=sum(row["state"] == "finished" for row in members),
+                tokens_per_second=float(np.mean(speeds)) if speeds else None,
+                std=float(np.std(speeds, ddof=1)) if len(speeds) > 1 else None,
+                timed=len(speeds),
+                ratio=None,
+                near=None,
+            )
         )
-    listed.sort(key=lambda row: -(row["tokens_per_second"] or 0.0))
+    listed.sort(key=lambda row: -(row.tokens_per_second or 0.0))
     if len(known) > 1 and shared:
-        _set_ratios([row for row in listed if row["tokens_per_second"]])
+        listed = [_with_ratio(row, listed[0]) for row in listed]
     return listed, len(shared)
 
 
-def _set_ratios(listed: Sequence[dict[str, Any]]) -> None:
-    fastest = listed[0]
-    for row in listed:
-        row["ratio"] = row["tokens_per_second"] / fastest["tokens_per_second"]
-        if row["std"] is not None and fastest["std"] is not None:
-            error = math.hypot(row["std"] / math.sqrt(row["timed"]), fastest["std"] / math.sqrt(fastest["timed"]))
-            row["near"] = fastest["tokens_per_second"] - row["tokens_per_second"] <= 2 * error
+def _with_ratio(row: ExecutionSpeed, fastest: ExecutionSpeed) -> ExecutionSpeed:
+    """Return a speed with its ratio to the fastest; one that is not known as it is."""
+    if not row.tokens_per_second or not fastest.tokens_per_second:
+        return row
+    near = None
+    if row.std is not None and fastest.std is not None:
+        error = math.hypot(row.std / math.sqrt(row.timed), fastest.std / math.sqrt(fastest.timed))
+        near = fastest.tokens_per_second - row.tokens_per_second <= 2 * error
+    return replace(row, ratio=row.tokens_per_second / fastest.tokens_per_second, near=near)

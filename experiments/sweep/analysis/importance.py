@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,43 @@ Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
 
 
-def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Importance:
+    """The share of one axis in what an estimator measures; the shares of all axes add up to 1."""
+
+    share: float
+    interval_95: list[float]
+
+
+@dataclass(frozen=True)
+class Importances:
+    """The importance of each axis by each estimator, or why that was refused."""
+
+    ped_anova: dict[str, Importance] | str
+    fanova: dict[str, Importance] | str
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The reasons of the estimators that were refused, by name."""
+        return {name: found for name, found in vars(self).items() if isinstance(found, str)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            name: {"refused": found} if isinstance(found, str) else {axis: asdict(one) for axis, one in found.items()}
+            for name, found in vars(self).items()
+        }
+
+
+def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> Importances:
     """Return how much each axis matters for the loss: shares that add up to 1, for each estimator.
 
-    rows: flat; those that were trained to the end count. {"ped_anova": {name: {"share", "interval_95"}}, "fanova": …}
-    or under a name {"refused": why}. PED-ANOVA (Watanabe et al. 2023) measures what distinguishes the best trials, here
-    the best tenth but at least five. fANOVA (Hutter et al. 2014) explains the variance of the loss everywhere by a
-    random forest; it needs scikit-learn and uses only axes that every trial has. Intervals: percentiles over bootstrap
-    draws of settings, whose seeds stay together, since trials that differ only by seed are not independent. An
-    estimator is refused if an interval is wider than 0.5 and no axis is clearly more important than all others.
+    rows: flat; those that were trained to the end count. PED-ANOVA (Watanabe et al. 2023) measures what distinguishes
+    the best trials, here the best tenth but at least five. fANOVA (Hutter et al. 2014) explains the variance of
+    the loss everywhere by a random forest; it needs scikit-learn and uses only axes that every trial has. Intervals:
+    percentiles over bootstrap draws of settings, whose seeds stay together, since trials that differ only by seed
+    are not independent. An estimator is refused if an interval is wider than 0.5 and no axis is clearly more important
+    than all others.
     """
     finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
     refused = None
@@ -38,21 +67,18 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> dict[st
     elif len({row["loss"] for row in finished}) < 2:
         refused = "all losses are the same"
     if refused:
-        return {name: {"refused": refused} for name in ("ped_anova", "fanova")}
+        return Importances(refused, refused)
     distributions = _distributions(names, finished)
     everywhere = [name for name in names if all(row[name] is not None for row in finished)]
-    document: dict[str, Any] = {"ped_anova": _with_interval(names, finished, distributions, _ped_anova, draws)}
+    ped_anova = _with_interval(names, finished, distributions, _ped_anova, draws)
     try:
         import sklearn  # noqa: F401 – Optuna's fANOVA imports it when it is used
     except ImportError:
-        document["fanova"] = {"refused": "scikit-learn is not installed: pip install 'isoflop[search]'"}
-        return document
+        return Importances(ped_anova, "scikit-learn is not installed: pip install 'isoflop[search]'")
     if len(everywhere) < 2:
-        document["fanova"] = {"refused": "fewer than two axes have a value in every trial"}
-    else:
-        few = min(8, draws)  # a forest takes many times as long as PED-ANOVA
-        document["fanova"] = _with_interval(everywhere, finished, distributions, _fanova, few)
-    return document
+        return Importances(ped_anova, "fewer than two axes have a value in every trial")
+    few = min(8, draws)  # a forest takes many times as long as PED-ANOVA
+    return Importances(ped_anova, _with_interval(everywhere, finished, distributions, _fanova, few))
 
 
 def _distributions(names: Sequence[str], rows: Rows) -> dict[str, Any]:
@@ -70,7 +96,7 @@ def _distributions(names: Sequence[str], rows: Rows) -> dict[str, Any]:
 
 def _with_interval(
     names: Sequence[str], rows: Rows, distributions: Mapping[str, Any], evaluate: Evaluate, draws: int
-) -> dict[str, Any]:
+) -> dict[str, Importance] | str:
     groups = by_setting(names, rows).values()
     settings = [[_frozen(names, row, distributions) for row in members] for members in groups]
     share = _shares(names, evaluate(_study([trial for group in settings for trial in group]), 0))
@@ -81,22 +107,20 @@ def _with_interval(
         trials = [trial for i in picked for trial in settings[i]]
         seen.append(_shares(names, evaluate(_study(trials), draw + 1)))
     low, high = np.percentile([[drawn[name] for name in names] for drawn in seen], [2.5, 97.5], axis=0)
-    found = {
-        name: {"share": share[name], "interval_95": [float(low[i]), float(high[i])]} for i, name in enumerate(names)
-    }
-    return {"refused": _nothing_told(found, len(settings))} if _is_vague(found) else found
+    found = {name: Importance(share[name], [float(low[i]), float(high[i])]) for i, name in enumerate(names)}
+    return _nothing_told(found, len(settings)) if _is_vague(found) else found
 
 
-def _is_vague(found: Mapping[str, Any]) -> bool:
+def _is_vague(found: Mapping[str, Importance]) -> bool:
     """Return whether an interval is wide and the most important axis is uncertain."""
-    bounds = sorted((axis["interval_95"] for axis in found.values()), key=lambda interval: -interval[0])
+    bounds = sorted((axis.interval_95 for axis in found.values()), key=lambda interval: -interval[0])
     leads = all(bounds[0][0] > high for _, high in bounds[1:])
     return not leads and any(high - low > WIDE for low, high in bounds)
 
 
-def _nothing_told(found: Mapping[str, Any], settings: int) -> str:
-    name, axis = max(found.items(), key=lambda item: item[1]["interval_95"][1] - item[1]["interval_95"][0])
-    low, high = axis["interval_95"]
+def _nothing_told(found: Mapping[str, Importance], settings: int) -> str:
+    name, axis = max(found.items(), key=lambda item: item[1].interval_95[1] - item[1].interval_95[0])
+    low, high = axis.interval_95
     return (
         f"{settings} settings do not tell: the share of {name} may be anything from {low:.2f} to {high:.2f} (95 %), "
         "and no axis is clearly more important than all others; more settings would narrow that, more seeds hardly"

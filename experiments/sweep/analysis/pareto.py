@@ -1,7 +1,8 @@
 """Find the Pareto front of several objectives, allowing for noise."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -10,6 +11,33 @@ from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 from experiments.sweep.objectives import direction
 
 NOISES = 2.0  # standard errors of a difference within which two settings count as equal
+
+
+@dataclass(frozen=True)
+class ParetoSetting:
+    """The means of every objective over the seeds of one setting."""
+
+    setting: dict[str, Any]
+    values: list[float]
+    errors: list[float]
+    """Standard errors by the seeds' spread pooled over settings; zero if no setting has two seeds."""
+    seeds: int
+    place: Literal["front", "near", "behind"]
+    """near: dominated, but within the noise of the front."""
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """The settings that may win, by several objectives at once."""
+
+    objectives: list[str]
+    directions: list[str]
+    """"minimize" or "maximize" of each objective."""
+    settings: list[ParetoSetting]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
 
 
 def front(values: Float[np.ndarray, "settings objectives"]) -> Bool[np.ndarray, " settings"]:
@@ -34,15 +62,13 @@ def near_front(
     return ~front(values) & ~dominated_exactly.any(0)
 
 
-def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> dict[str, Any] | None:
+def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Sequence[str]) -> ParetoFront | None:
     """Return the Pareto front of the settings' means over seeds; None with a single objective or no finished trial.
 
-    Only settings that were trained to the end without a diverged run can win: `candidates_of`. {objectives, directions,
-    settings: [{setting, values, errors, seeds, place}]}, place: "front", "near" (dominated, but within the noise of it)
-    or "behind". errors: standard errors by the seeds' spread pooled over settings, zero if no setting has two seeds.
+    Only settings that were trained to the end without a diverged run can win: `candidates_of`.
     """
     ended = [row for row in rows if row["state"] == "finished" and all(row[name] is not None for name in objectives)]
-    allowed = by_setting(names, candidates_of(group(names, rows)))
+    allowed = {setting.key for setting in candidates_of(group(names, rows))}
     settings = {key: members for key, members in by_setting(names, ended).items() if key in allowed}
     if len(objectives) < 2 or not settings:
         return None
@@ -55,17 +81,14 @@ def pareto(names: Sequence[str], rows: Sequence[dict[str, Any]], objectives: Seq
     directions = [direction(name) for name in objectives]
     sign = np.array([1.0 if way == "minimize" else -1.0 for way in directions])
     best, near = front(means * sign), near_front(means * sign, errors)
-    return {
-        "objectives": list(objectives),
-        "directions": directions,
-        "settings": [
-            {
-                "setting": dict(zip(names, point, strict=False)),
-                "values": means[i].tolist(),
-                "errors": errors[i].tolist(),
-                "seeds": int(counts[i]),
-                "place": "front" if best[i] else "near" if near[i] else "behind",
-            }
-            for i, point in enumerate(settings)
-        ],
-    }
+    listed = [
+        ParetoSetting(
+            setting=dict(zip(names, point, strict=False)),
+            values=means[i].tolist(),
+            errors=errors[i].tolist(),
+            seeds=int(counts[i]),
+            place="front" if best[i] else "near" if near[i] else "behind",
+        )
+        for i, point in enumerate(settings)
+    ]
+    return ParetoFront(list(objectives), directions, listed)

@@ -6,20 +6,48 @@ settings that were measured after the same number of tokens.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 
 from experiments.sweep.analysis.comparisons import best_of_many
-from experiments.sweep.analysis.settings import Setting, by_setting, pooled_noise
+from experiments.sweep.analysis.settings import MeasuredSetting, Setting, Stopped, Verdict, by_setting, pooled_noise
 
-Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
-"""A stopped setting against the winner after equal tokens. worse, equal, better: against the seed noise there.
-
-higher, lower: its loss, if the noise is not known because no setting has two seeds there. not compared: the winner has
-no loss at that number of tokens.
-"""
 Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SweepRung:
+    """The losses of a sweep's trials after the same number of tokens."""
+
+    tokens: int
+    steps: int | list[int]
+    """Updates; a list if batch sizes differ."""
+    trials: int
+    """The number of trials with a loss at this rung."""
+    first: int
+    """The number of them that are measured for the first time."""
+    pruned: int
+    """The number of them that were stopped here."""
+    best: float
+    """The lowest loss of a single trial."""
+    settings: list[MeasuredSetting]
+    noise: float | None
+    noise_freedom: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return vars(self) | {"settings": [setting.to_dict() for setting in self.settings]}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a run, with the setting that it was trained with."""
+
+    steps: int
+    """Updates up to which."""
+    setting: dict[str, Any]
 
 
 class Rungs:
@@ -30,13 +58,8 @@ class Rungs:
         self._by_id = {row["id"]: row for row in rows if "id" in row}
         self._levels = _levels(self._rows)
 
-    def table(self) -> list[dict[str, Any]]:
-        """Return every rung, from the first to the last.
-
-        {tokens, steps (a number, or the numbers of several batch sizes), trials (with a loss there), first (of them,
-        measured for the first time), pruned (stopped there), best (the lowest loss of one trial), settings: [{axes …,
-        member, mean, std, seeds}], noise, noise_freedom}.
-        """
+    def table(self) -> list[SweepRung]:
+        """Return every rung, from the first to the last."""
         table = []
         for level, tokens in enumerate(self._levels):
             here = [(row, found) for row in self._rows if (found := self._own_losses(row).get(level)) is not None]
@@ -44,37 +67,36 @@ class Rungs:
             settings = self.settings(level)
             noise, freedom = self._noise(settings)
             table.append(
-                {
-                    "tokens": tokens,
-                    "steps": steps[0] if len(steps) == 1 else steps,
-                    "trials": len(here),
-                    "first": sum(min(self._own_losses(row)) == level for row, _ in here),
-                    "pruned": sum(row["state"] == "pruned" and max(self._own_losses(row)) == level for row, _ in here),
-                    "best": min(loss for _, loss in here),
-                    "settings": settings,
-                    "noise": noise,
-                    "noise_freedom": freedom,
-                }
+                SweepRung(
+                    tokens=tokens,
+                    steps=steps[0] if len(steps) == 1 else steps,
+                    trials=len(here),
+                    first=sum(min(self._own_losses(row)) == level for row, _ in here),
+                    pruned=sum(row["state"] == "pruned" and max(self._own_losses(row)) == level for row, _ in here),
+                    best=min(loss for _, loss in here),
+                    settings=settings,
+                    noise=noise,
+                    noise_freedom=freedom,
+                )
             )
         return table
 
-    def settings(self, level: int) -> list[Setting]:
-        """Return the settings with a loss at a rung: {axes …, member, mean, std, seeds}."""
+    def settings(self, level: int) -> list[MeasuredSetting]:
+        """Return the settings with a loss at a rung."""
         found = []
         for key, members in by_setting(self._names, self._rows).items():
             losses = [loss for row in members if (loss := self._own_losses(row).get(level)) is not None]
             if losses:
                 spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
-                about = {"mean": float(np.mean(losses)), "std": spread, "seeds": len(losses)}
-                found.append(dict(zip((*self._names, "member"), key, strict=True)) | about)
+                values = dict(zip(self._names, key[:-1], strict=True))
+                found.append(MeasuredSetting(values, key[-1], float(np.mean(losses)), spread, len(losses)))
         return found
 
-    def stopped(self, members: Rows, winning: Rows) -> dict[str, Any] | None:
+    def stopped(self, members: Rows, winning: Rows) -> Stopped | None:
         """Compare a setting that was stopped early with the winner, at the rung at which it was stopped.
 
-        members, winning: the trials of both, winning empty if there is no winner. {steps, tokens, mean, seeds,
-        winner_mean, verdict}; None if nothing of it was measured. The winner of a population is followed back through
-        the runs that it left.
+        members, winning: the trials of both, winning empty if there is no winner. None if nothing of it was
+        measured. The winner of a population is followed back through the runs that it left.
         """
         reached = [row for row in members if row["state"] == "pruned" and row.get("rungs")]
         if not reached:
@@ -83,14 +105,14 @@ class Rungs:
         mine = [loss for row in members if row.get("rungs") and (loss := self._own_losses(row).get(level)) is not None]
         theirs = [loss for row in winning if (loss := self._losses_from_start(row).get(level)) is not None]
         mean, best = float(np.mean(mine)), float(np.mean(theirs)) if theirs else None
-        return {
-            "steps": _steps(reached[0], self._levels[level]),
-            "tokens": self._levels[level],
-            "mean": mean,
-            "seeds": len(mine),
-            "winner_mean": best,
-            "verdict": "not compared" if best is None else self._verdict(level, mean - best, len(mine), len(theirs)),
-        }
+        return Stopped(
+            steps=_steps(reached[0], self._levels[level]),
+            tokens=self._levels[level],
+            mean=mean,
+            seeds=len(mine),
+            winner_mean=best,
+            verdict="not compared" if best is None else self._verdict(level, mean - best, len(mine), len(theirs)),
+        )
 
     def _verdict(self, level: int, difference: float, mine: int, theirs: int) -> Verdict:
         settings = self.settings(level)
@@ -100,8 +122,8 @@ class Rungs:
         reach = best_of_many(max(1, len(settings) - 1), freedom) * noise * math.sqrt(1 / mine + 1 / theirs)
         return "equal" if abs(difference) <= reach else "worse" if difference > 0 else "better"
 
-    def _noise(self, settings: Sequence[Setting]) -> tuple[float | None, int]:
-        return pooled_noise(settings, min(row["mean"] for row in settings))
+    def _noise(self, settings: Sequence[MeasuredSetting]) -> tuple[float | None, int]:
+        return pooled_noise(settings, min(row.known_mean for row in settings))
 
     def _own_losses(self, row: Mapping[str, Any]) -> dict[int, float]:
         """Return losses by rung, for the steps that the trial trained itself."""
@@ -118,13 +140,13 @@ class Rungs:
         return found
 
 
-def lineage(row: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the settings that a member of a population was trained with: [{steps (up to which), setting}]."""
+def lineage(row: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> list[Stretch]:
+    """Return the settings that a member of a population was trained with, one after another."""
     by_id = {other["id"]: other for other in rows}
-    found: list[dict[str, Any]] = []
+    found: list[Stretch] = []
     end, now = row["planned_steps"], row
     while True:
-        found.insert(0, {"steps": end, "setting": {name: now[name] for name in names}})
+        found.insert(0, Stretch(end, {name: now[name] for name in names}))
         if now["parent"] is None:
             return found
         end, now = now["parent_steps"], by_id[now["parent"]]
@@ -132,8 +154,8 @@ def lineage(row: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> list[di
 
 def verdicts(settings: Iterable[Setting]) -> dict[Verdict, int]:
     """Count the verdicts on the settings that were stopped early, except those with a diverged run."""
-    stopped = [row["stopped"] for row in settings if row["pruned"] and not row["lost"]]
-    said = ["not compared" if found is None else found["verdict"] for found in stopped]
+    stopped = [row.stopped for row in settings if row.pruned and not row.lost]
+    said = ["not compared" if found is None else found.verdict for found in stopped]
     return {verdict: said.count(verdict) for verdict in get_args(Verdict) if verdict in said}
 
 

@@ -1,13 +1,14 @@
 """Describe the answer of a sweep in a few sentences, in which every setting is counted once."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.sweep.analysis.executions import execution_text
-from experiments.sweep.analysis.rungs import verdicts
+from experiments.sweep.analysis.executions import ExecutionComparison, execution_text
+from experiments.sweep.analysis.outcome import Summary, Winner
+from experiments.sweep.analysis.rungs import Stretch, verdicts
 from experiments.sweep.analysis.scales import setting_text, text
 from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group
 from experiments.sweep.analysis.summary import fate
@@ -25,16 +26,15 @@ _STOPPED = {
 }
 
 
-def sentence(document: Mapping[str, Any], policy: str = "all") -> str:
+def sentence(summary: Summary, policy: str = "all", unit: str = LanguageModeling.UNIT) -> str:
     """Describe the winner, its uncertainty, its equals within noise, and the settings not compared at the end."""
-    winner, settings = document["winner"], document["settings"]
-    executions = _describe_executions(document["executions"])
+    winner, settings = summary.winner, summary.settings
+    executions = _describe_executions(summary.executions)
     if winner is None:
-        return f"There is no winner: {document['warnings'][0].split(':')[0]}." + _describe_others(settings) + executions
-    unit = document.get("unit", LanguageModeling.UNIT)
+        return f"There is no winner: {summary.warnings[0].split(':')[0]}." + _describe_others(settings) + executions
     said = [_reached(winner, unit, len(settings), policy) + _told_apart(winner, settings)]
-    if winner["lineage"] is not None:
-        said.append(_describe_history(winner["lineage"]))
+    if winner.lineage is not None:
+        said.append(_describe_history(winner.lineage))
     return " ".join(said) + _describe_others(settings, policy) + executions
 
 
@@ -43,7 +43,7 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
 
     None if no candidate has a value.
     """
-    allowed = {_key(names, row) for row in candidates_of(group(names, rows))}
+    allowed = {setting.key for setting in candidates_of(group(names, rows))}
     means = {
         key: float(np.mean([row[objective] for row in members if row["state"] == "finished"]))
         for key, members in by_setting(names, rows).items()
@@ -61,7 +61,7 @@ def leader(names: Sequence[str], rows: Sequence[dict[str, Any]], objective: str)
     return f"The {'highest' if highest else 'lowest'} {objective}, {value}, is that of {where}{among}."
 
 
-def _describe_executions(found: Mapping[str, Any] | None) -> str:
+def _describe_executions(found: ExecutionComparison | None) -> str:
     """Describe how far the losses of one recipe differ between executions, and which execution trains fastest.
 
     Differences that rounding does not explain become a warning instead.
@@ -71,9 +71,9 @@ def _describe_executions(found: Mapping[str, Any] | None) -> str:
     return "".join(f" {said}" for said in (_losses_under(found), _fastest(found)) if said)
 
 
-def _losses_under(found: Mapping[str, Any]) -> str:
-    count, difference = len(found["executions"]), found["difference"]
-    if difference is None:
+def _losses_under(found: ExecutionComparison) -> str:
+    count, difference = len(found.executions), found.difference
+    if difference is None or found.verdict is None:
         return "No recipe has finished under two executions: their losses are not compared."
     if difference == 0:
         return f"The losses under {count} executions are equal to the last bit."
@@ -84,41 +84,36 @@ def _losses_under(found: Mapping[str, Any]) -> str:
         "open": f"{most}, which rounding may have grown to; without a second seed it is not known whether "
         "seeds differ by more.",
         "beyond": "",
-    }[found["verdict"]]
+    }[found.verdict]
 
 
-def _fastest(found: Mapping[str, Any]) -> str:
-    timed = [row for row in found["executions"] if row["ratio"] is not None]
+def _fastest(found: ExecutionComparison) -> str:
+    timed = [(row, row.ratio) for row in found.executions if row.ratio is not None]
     if not timed:
         return ""
-    first, last = timed[0], timed[-1]
-    speed, spread = f"{first['tokens_per_second']:,.0f}", first["std"]
-    spread = "" if spread is None else f" ± {spread:,.0f}"
+    (first, _), (last, ratio) = timed[0], timed[-1]
+    spread = "" if first.std is None else f" ± {first.std:,.0f}"
     said = (
-        f"Training is fastest with {execution_text(first['execution'])}: {speed}{spread} tokens/s, "
-        f"{1 / last['ratio']:.2g} times the slowest ({execution_text(last['execution'])})"
+        f"Training is fastest with {execution_text(first.execution)}: {first.tokens_per_second:,.0f}{spread} tokens/s, "
+        f"{1 / ratio:.2g} times the slowest ({execution_text(last.execution)})"
     )
-    near = sum(bool(row["near"]) for row in timed[1:])
-    if first["std"] is None:
+    near = sum(bool(row.near) for row, _ in timed[1:])
+    if first.std is None:
         return f"{said}; with one trial each the spread is not known."
     return f"{said}; {near} of the others {is_or_are(near)} within the spread of it." if near else f"{said}."
 
 
-def _key(names: Sequence[str], row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*(row[name] for name in names), row["member"])
-
-
-def _reached(winner: Mapping[str, Any], unit: str, total: int, policy: str) -> str:
-    setting = setting_text(winner["setting"])
+def _reached(winner: Winner, unit: str, total: int, policy: str) -> str:
+    setting = setting_text(winner.setting)
     if policy == "population":
         subject = f"The best member, {setting} at its end," if setting else "The best member"
     else:
         subject = setting or "The only setting"
-    said = f"{subject} reaches {winner['mean']:.4f} {unit}"
-    if winner["interval_95"] is not None:
-        low, high = winner["interval_95"]
+    said = f"{subject} reaches {winner.mean:.4f} {unit}"
+    if winner.interval_95 is not None:
+        low, high = winner.interval_95
         said += f" (95 % interval {low:.4f} … {high:.4f})"
-    ended, what = winner["candidates"], "members" if policy == "population" else "settings"
+    ended, what = winner.candidates, "members" if policy == "population" else "settings"
     if total == 1:
         return said
     if ended == 1:
@@ -126,15 +121,13 @@ def _reached(winner: Mapping[str, Any], unit: str, total: int, policy: str) -> s
     return f"{said}, the lowest of {ended} {what}" + (" that were trained to the end" if ended < total else "")
 
 
-def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
-    if winner["interval_95"] is None:
-        if any(row["member"] is not None for row in settings):
+def _told_apart(winner: Winner, settings: Sequence[Setting]) -> str:
+    if winner.interval_95 is None:
+        if any(row.member is not None for row in settings):
             return "; no two had the same settings throughout, so it is not known how sure that is."
-        single = all(
-            row["seeds"] + row["lost"] + row["pruned"] + row["failed"] + row["pending"] == 1 for row in settings
-        )
+        single = all(row.seeds + row.lost + row.pruned + row.failed + row.pending == 1 for row in settings)
         return f"; {'with one seed each' if single else 'without a second seed'} it is not known how sure that is."
-    others, equal = winner["candidates"] - 1, len(winner["indistinguishable"])
+    others, equal = winner.candidates - 1, len(winner.indistinguishable or ())
     if others == 0:
         return "."
     if equal == 0:
@@ -144,34 +137,34 @@ def _told_apart(winner: Mapping[str, Any], settings: Sequence[Setting]) -> str:
     return f"; {equal} of them cannot be distinguished from it, the others are worse by more than the seed noise."
 
 
-def _describe_history(lineage: Sequence[Mapping[str, Any]]) -> str:
+def _describe_history(lineage: Sequence[Stretch]) -> str:
     """Describe the successive values that the winner of a population was trained with."""
-    parts, varied = [], list(lineage[0]["setting"])
+    parts, varied = [], list(lineage[0].setting)
     for name in varied:
-        values = [row["setting"][name] for row in lineage]
+        values = [part.setting[name] for part in lineage]
         if len({str(value) for value in values}) > 1:
             following = [*values[1:], None]
             held = zip(lineage, values, following, strict=True)
-            ends = [(row["steps"], value) for row, value, after in held if value != after]
+            ends = [(part.steps, value) for part, value, after in held if value != after]
             spans = [f"{text(value)} up to update {step:,}" for step, value in ends]
             parts.append(f"{name} was {', then '.join(spans)}")
     if not parts:
-        return f"It left another member's run after update {lineage[-2]['steps']:,}, with the same settings."
+        return f"It left another member's run after update {lineage[-2].steps:,}, with the same settings."
     return "Its settings changed along its run: " + "; ".join(parts) + "."
 
 
 def _describe_others(settings: Sequence[Setting], policy: str = "all") -> str:
     """Describe the settings that are not compared at the end."""
     said = ""
-    stopped = [row for row in settings if row["pruned"] and not row["lost"]]
+    stopped = [row for row in settings if row.pruned and not row.lost]
     if stopped:
         count = len(stopped)
-        where = Counter(row["stopped"]["steps"] for row in stopped if row["stopped"])
+        where = Counter(row.stopped.steps for row in stopped if row.stopped)
         places = ", ".join(f"{n} after {steps:,}" for steps, n in sorted(where.items())[:4])
         places = places and f"{places} updates" + (" …" if len(where) > 4 else "")
         if policy == "population":
-            left = sum(row["pruned"] for row in stopped)
-            said += f" {left} {'member was' if left == 1 else 'members were'} replaced on the way."
+            replaced = sum(row.pruned for row in stopped)
+            said += f" {replaced} {'member was' if replaced == 1 else 'members were'} replaced on the way."
         else:
             were = "1 other setting was" if count == 1 else f"{count} other settings were"
             said += f" {were} stopped early" + (f" ({places})" if places else "")
@@ -186,7 +179,7 @@ def _describe_others(settings: Sequence[Setting], policy: str = "all") -> str:
                 if count > 1
                 else "; it was never compared with it."
             )
-    left = Counter(fate(row) for row in settings if not (row["pruned"] and not row["lost"]))
+    left = Counter(fate(row) for row in settings if not (row.pruned and not row.lost))
     for state, one, many in (
         ("diverged", "lost a run to divergence", "lost a run to divergence"),
         ("failed", "failed and has no result", "failed and have no result"),

@@ -2,14 +2,81 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 NEAR = 0.5  # nats above the best: further up the noise differs, and the loss is no longer a parabola in log rate
 
-Setting = dict[str, Any]
+Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
+"""A stopped setting against the winner after equal tokens. worse, equal, better: against the seed noise there.
+
+higher, lower: its loss, if the noise is not known because no setting has two seeds there. not compared: the winner has
+no loss after so many tokens.
+"""
 Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+@dataclass(frozen=True)
+class MeasuredSetting:
+    """The mean loss of a setting over its seeds, at one moment."""
+
+    values: dict[str, Any]
+    """The values of the axes, by name."""
+    member: str | None
+    """The id of the trial, for a member of a population that left another's run; otherwise None."""
+    mean: float | None
+    """None if no seed has a loss."""
+    std: float | None
+    """The standard deviation over the seeds; None for fewer than two."""
+    seeds: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The key of its trials in `by_setting`."""
+        return (*self.values.values(), self.member)
+
+    @property
+    def known_mean(self) -> float:
+        """The mean of a setting that has one."""
+        assert self.mean is not None, "no seed has a loss"
+        return self.mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, those of the axes among them."""
+        about = {name: value for name, value in vars(self).items() if name != "values"}
+        return self.values | about
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A setting that was stopped early, compared with the winner at the rung where it was stopped."""
+
+    steps: int
+    tokens: int
+    mean: float
+    seeds: int
+    winner_mean: float | None
+    """After equal tokens; None if the winner has no loss there."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Setting(MeasuredSetting):
+    """The trials that differ in the seed alone: the mean loss of those that finished, and the others by their state."""
+
+    lost: int
+    """The number of seeds that diverged."""
+    pruned: int
+    failed: int
+    pending: int
+    stopped: Stopped | None = None
+    """None if it was not stopped early, or nothing of it was measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, those of the axes among them."""
+        return super().to_dict() | {"stopped": None if self.stopped is None else asdict(self.stopped)}
 
 
 def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -25,36 +92,37 @@ def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...
 
 
 def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """Return one row per setting: the mean of its finished seeds, and the number of seeds in every other state."""
+    """Return the settings of trials."""
     settings = []
     for key, members in by_setting(names, trials).items():
         states = [trial["state"] for trial in members]
         losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
         settings.append(
-            dict(zip((*names, "member"), key, strict=True))
-            | {
-                "mean": float(np.mean(losses)) if losses else None,
-                "std": float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
-                "seeds": len(losses),
-                "lost": states.count("diverged"),
-                "pruned": states.count("pruned"),
-                "failed": states.count("failed"),
-                "pending": states.count("planned") + states.count("running"),
-            }
+            Setting(
+                values=dict(zip(names, key[:-1], strict=True)),
+                member=key[-1],
+                mean=float(np.mean(losses)) if losses else None,
+                std=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
+                seeds=len(losses),
+                lost=states.count("diverged"),
+                pruned=states.count("pruned"),
+                failed=states.count("failed"),
+                pending=states.count("planned") + states.count("running"),
+            )
         )
     return settings
 
 
 def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
     """Return the settings that may win: with a mean, and without a diverged or single pruned seed."""
-    return [row for row in settings if row["seeds"] and not row["lost"] and not row["pruned"]]
+    return [row for row in settings if row.seeds and not row.lost and not row.pruned]
 
 
-def pooled_noise(settings: Iterable[Setting], best: float) -> tuple[float | None, int]:
+def pooled_noise(settings: Iterable[MeasuredSetting], best: float) -> tuple[float | None, int]:
     """Return (standard deviation over seeds, degrees of freedom), pooled over replicated settings near the best."""
-    replicated = [row for row in settings if row["std"] is not None]
-    near = [row for row in replicated if row["mean"] < best + NEAR] or replicated
-    freedom = sum(row["seeds"] - 1 for row in near)
+    replicated = [(row, row.std) for row in settings if row.std is not None]
+    near = [(row, std) for row, std in replicated if row.known_mean < best + NEAR] or replicated
+    freedom = sum(row.seeds - 1 for row, _ in near)
     if freedom == 0:
         return None, 0
-    return math.sqrt(sum((row["seeds"] - 1) * row["std"] ** 2 for row in near) / freedom), freedom
+    return math.sqrt(sum((row.seeds - 1) * std**2 for row, std in near) / freedom), freedom

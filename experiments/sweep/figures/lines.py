@@ -23,9 +23,11 @@ from experiments.report.style import (
     styled,
 )
 from experiments.runs.curves import TRAINING_LOSS, LossCurve, interrupted
+from experiments.sweep.analysis.document import SweepAnalysis
 from experiments.sweep.analysis.scales import positions
 from experiments.sweep.figures.axes import loss_colours, readable_top, ticks
-from experiments.sweep.figures.panels import Document, fullest
+from experiments.sweep.figures.panels import fullest
+from experiments.sweep.search.replay import SamplerComparison
 
 MOST_LINES = 250  # of parallel coordinates
 
@@ -65,25 +67,24 @@ def learning_curves(
 
 
 @styled
-def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
+def parallel_coordinates(analysis: SweepAnalysis, width: float = WIDTH) -> Figure:
     """Draw a line per setting through its values and its mean loss, coloured by it; the best are drawn last.
 
     Losses are those of `fullest`. Lines are set a little apart where values coincide. In a narrow figure the
     coordinates are stacked vertically.
     """
-    names, upright = list(document["axes"]), width > NARROW
-    rows = sorted(fullest(document)[0], key=lambda row: row["mean"])
+    varied, upright = analysis.summary.axes, width > NARROW
+    rows = sorted(fullest(analysis.summary.settings, analysis.rungs)[0], key=lambda row: row.known_mean)
     rows = [rows[i] for i in np.unique(np.round(np.linspace(0, len(rows) - 1, MOST_LINES)).astype(int))]
-    losses = [row["mean"] for row in rows]
+    losses = [row.known_mean for row in rows]
     top, low = readable_top(losses), min(losses)
-    figure = new_figure(width, 3.9 if upright else 0.6 + 0.75 * (len(names) + 1))
+    figure = new_figure(width, 3.9 if upright else 0.6 + 0.75 * (len(varied) + 1))
     axes = figure.subplots()
     axes.set_axis_off()
     shift = np.linspace(-0.022, 0.022, len(rows)) if len(rows) > 1 else np.zeros(1)
     columns = []
-    for i, name in enumerate(names):
-        among = document["axes"][name]
-        unit = _unit(positions([row[name] for row in rows], among), among)
+    for i, (name, among) in enumerate(varied.items()):
+        unit = _unit(positions([row.values[name] for row in rows], among), among)
         missing = np.isnan(unit)
         columns.append(np.where(missing, -0.09, unit) + shift)
         places, labels = ticks(among, 7)
@@ -95,7 +96,7 @@ def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
     span = (top - low) or 1.0
     columns.append(np.minimum((np.array(losses) - low) / span, 1.0))
     shown = np.linspace(low, top, 5) if top > low else np.array([low])
-    _coordinate(axes, len(names), "loss", (shown - low) / span, [f"{value:.3f}" for value in shown], upright, side=1)
+    _coordinate(axes, len(varied), "loss", (shown - low) / span, [f"{value:.3f}" for value in shown], upright, side=1)
     lines = np.stack([np.stack([np.full(len(rows), i), column], 1) for i, column in enumerate(columns)], 1)
     if not upright:
         lines = lines[..., ::-1] * np.array([1, -1])
@@ -105,9 +106,9 @@ def parallel_coordinates(document: Document, width: float = WIDTH) -> Figure:
     axes.add_collection(LineCollection(list(lines[1:][::-1]), cmap=colours, norm=norm, **rest))
     axes.plot(lines[0, :, 0], lines[0, :, 1], color=INK, linewidth=2.0, zorder=5)
     if upright:
-        axes.set(xlim=(-0.45, len(names) + 0.3), ylim=(-0.14, 1.16))
+        axes.set(xlim=(-0.45, len(varied) + 0.3), ylim=(-0.14, 1.16))
     else:
-        axes.set(xlim=(-0.16, 1.12), ylim=(-len(names) - 0.35, 0.5))
+        axes.set(xlim=(-0.16, 1.12), ylim=(-len(varied) - 0.35, 0.5))
     return figure
 
 
@@ -164,20 +165,20 @@ def _colour_bar(figure: Figure, axes: Any, colours: Any, norm: Any, label: str, 
 
 
 @styled
-def reached(document: Mapping[str, Any]) -> Figure:
-    """Draw `compare_samplers`' document; solid: best region tried; dashed: best region selected."""
+def reached(compared: SamplerComparison) -> Figure:
+    """Draw the outcome of `compare_samplers`; solid: best region tried; dashed: best region selected."""
     figure = new_figure(5.5, 3.4)
     axes = figure.subplots()
-    trials = np.arange(document["budget"] + 1)
-    for (sampler, found), colour in zip(document["samplers"].items(), PALETTE * 2, strict=False):
-        for name, line in (("first", "-"), ("settled", "--")):
-            numbers = np.array([np.inf if number is None else number for number in found[name]])
+    trials = np.arange(compared.budget + 1)
+    for (sampler, found), colour in zip(compared.samplers.items(), PALETTE * 2, strict=False):
+        for name, reaching, line in (("first", found.first, "-"), ("settled", found.settled, "--")):
+            numbers = np.array([np.inf if number is None else number for number in reaching])
             share = (numbers[None, :] <= trials[:, None]).mean(axis=1)
             axes.step(trials, share, line, where="post", color=colour, label=sampler if name == "first" else None)
     axes.plot([], [], "-", color=MUTED, label="tried")
     axes.plot([], [], "--", color=MUTED, label="named best, to the end")
-    axes.set(xlabel="trials", ylabel="share of the searches", xlim=(0, document["budget"]), ylim=(0, 1.02))
+    axes.set(xlabel="trials", ylabel="share of the searches", xlim=(0, compared.budget), ylim=(0, 1.02))
     axes.set_title("Best region")
-    note(axes, f"{len(document['best_region'])} of {document['points']} points, {document['replays']} searches each")
+    note(axes, f"{len(compared.best_region)} of {compared.points} points, {compared.replays} searches each")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -23,50 +23,53 @@ from experiments.report.style import (
     sequence,
     styled,
 )
+from experiments.sweep.analysis.document import SweepAnalysis
+from experiments.sweep.analysis.optimum import RateTransfer
+from experiments.sweep.analysis.pareto import ParetoFront, ParetoSetting
 from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of
 from experiments.sweep.figures.axes import loss_colours, place_axis, tick_labels
 from experiments.sweep.figures.panels import fullest, is_population
 
 LOSS = "validation loss (nats)"
-Document = Mapping[str, Any]
 
 
-def pairs_of(document: Document) -> list[tuple[str, str]]:
+def pairs_of(analysis: SweepAnalysis) -> list[tuple[str, str]]:
     """Return the pairs of the two or three axes that matter most, or of the first ones where that is not known."""
-    names, found = list(document["axes"]), document["importance"]["ped_anova"]
-    if "refused" not in found:
-        names.sort(key=lambda name: -found[name]["share"])
+    names, found = list(analysis.summary.axes), analysis.importance.ped_anova
+    if not isinstance(found, str):
+        names.sort(key=lambda name: -found[name].share)
     chosen = names[:3]
     return [(x, y) for i, x in enumerate(chosen) for y in chosen[i + 1 :]]
 
 
 @styled
-def pair_maps(document: Document) -> list[Figure]:
+def pair_maps(analysis: SweepAnalysis) -> list[Figure]:
     """Draw the lowest mean loss over all other axes, at each pair of values of the axes that matter most.
 
     Losses are those of `fullest`. Cells where most pairs of values were tried, otherwise dots, with contours between
     them where both axes are numbers. A ring marks the winner.
     """
-    pairs = pairs_of(document)
+    pairs, summary = pairs_of(analysis), analysis.summary
     panels = new_panels(len(pairs), 3.4)
-    rows, _ = fullest(document)
-    colours, norm = loss_colours([row["mean"] for row in rows])
+    rows, _ = fullest(summary.settings, analysis.rungs)
+    colours, norm = loss_colours([row.known_mean for row in rows])
     for panel, (x, y) in zip(panels, pairs, strict=True):
         best: dict[tuple[Any, Any], float] = {}
         for row in rows:
-            if row[x] is not None and row[y] is not None:
-                best[row[x], row[y]] = min(row["mean"], best.get((row[x], row[y]), math.inf))
-        across, up = document["axes"][x], document["axes"][y]
+            pair = row.values[x], row.values[y]
+            if None not in pair:
+                best[pair] = min(row.known_mean, best.get(pair, math.inf))
+        across, up = summary.axes[x], summary.axes[y]
         if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
         else:
             # A member's final values say little about the values that its run was trained with before.
-            _dots(panel, best, across, up, colours, norm, contours=not is_population(document))
+            _dots(panel, best, across, up, colours, norm, contours=not is_population(summary.settings))
             place_axis(panel.xaxis, across, 5)
             place_axis(panel.yaxis, up, 6)
         panel.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-        if document["winner"] is not None:
-            _ring(panel, document["winner"]["setting"], (x, y), across, up, grid)
+        if summary.winner is not None:
+            _ring(panel, summary.winner.setting, (x, y), across, up, grid)
         bar = figure_of(panel).colorbar(ScalarMappable(norm, colours), ax=panel, location="bottom", aspect=30)
         bar.set_label("lowest mean loss", fontsize=8)
         bar.outline.set_visible(False)
@@ -130,13 +133,13 @@ def _rectangle(corner: tuple[float, float], **style: Any) -> Any:
 
 
 @styled
-def pareto_front(found: Document) -> list[Figure]:
+def pareto_front(found: ParetoFront) -> list[Figure]:
     """Draw the first objective against each other one: front joined, settings within noise hollow, others grey."""
-    names, settings = found["objectives"], found["settings"]
+    names, settings = found.objectives, found.settings
     panels = new_panels(len(names) - 1, 3.6)
-    values = np.array([row["values"] for row in settings])
-    errors = np.array([row["errors"] for row in settings])
-    place = np.array([row["place"] for row in settings])
+    values = np.array([row.values for row in settings])
+    errors = np.array([row.errors for row in settings])
+    place = np.array([row.place for row in settings])
     looks = (("behind", MUTED, "none", "dominated"), ("near", ORANGE, "white", "dominated, within the noise"))
     for k, panel in enumerate(panels, start=1):
         for kind, colour, face, label in (*looks, ("front", BLUE, BLUE, "on the front")):
@@ -159,54 +162,54 @@ def pareto_front(found: Document) -> list[Figure]:
         low, high = values[:, k].min(), values[:, k].max()
         if low > 0 and high / low > 4:
             log_axis(panel.xaxis, low, high)
-        better = "higher" if found["directions"][k] == "maximize" else "lower"
+        better = "higher" if found.directions[k] == "maximize" else "lower"
         panel.set_xlabel(f"{names[k].replace('_', ' ')}\n({better} is better)")
         panel.set_ylabel(LOSS if names[0] == "loss" else names[0].replace("_", " "))
         legend_aside(panel)
     return figures_of(panels)
 
 
-def _name_ends(panel: Axes, settings: Sequence[Document]) -> None:
+def _name_ends(panel: Axes, settings: Sequence[ParetoSetting]) -> None:
     """Write the values of the settings on the front next to their points, if there are few."""
-    ends = sorted((row for row in settings if row["place"] == "front"), key=lambda row: row["values"][1])
+    ends = sorted((row for row in settings if row.place == "front"), key=lambda row: row.values[1])
     if len(ends) > 8:
         return
-    differ = [name for name in ends[0]["setting"] if len({str(row["setting"][name]) for row in ends}) > 1][:2]
+    differ = [name for name in ends[0].setting if len({str(row.setting[name]) for row in ends}) > 1][:2]
     for row in ends:
-        said = ", ".join(f"{name} {tick_labels([row['setting'][name]])[0]}" for name in differ)
-        panel.annotate(said, row["values"][::-1][-2:], xytext=(5, -9), textcoords="offset points", fontsize=7.5)
+        said = ", ".join(f"{name} {tick_labels([row.setting[name]])[0]}" for name in differ)
+        panel.annotate(said, (row.values[1], row.values[0]), xytext=(5, -9), textcoords="offset points", fontsize=7.5)
 
 
 @styled
-def rate_transfer(found: Document) -> list[Figure]:
+def rate_transfer(found: RateTransfer) -> list[Figure]:
     """Draw loss over the learning rate at each size with its parabola, then the optima over size, with intervals.
 
     The second is left out if fewer than two sizes have an optimum.
     """
-    sizes, axis = found["sizes"], found["axis"].replace("_", " ")
+    sizes, axis = found.sizes, found.axis.replace("_", " ")
     left, right = new_panels(2, 3.4)
-    optima = [row["optimum"] for row in sizes if row["optimum"] is not None]
-    bounded = any(found["interval_95"] is not None for found in optima)
-    rates = [point["learning_rate"] for row in sizes for point in row["line"]]
+    optima = [row.optimum for row in sizes if row.optimum is not None]
+    bounded = any(optimum.interval_95 is not None for optimum in optima)
+    rates = [point.learning_rate for row in sizes for point in row.line]
     for row, colour in zip(sizes, sequence(len(sizes)), strict=True):
-        x, y = ([point[name] for point in row["line"]] for name in ("learning_rate", "mean"))
-        left.plot(x, y, "o", color=colour, markersize=4, label=f"{row['size']:g}")
-        best = row["optimum"]
+        x, y = [point.learning_rate for point in row.line], [point.mean for point in row.line]
+        left.plot(x, y, "o", color=colour, markersize=4, label=f"{row.size:g}")
+        best = row.optimum
         if best is None:
             left.plot(x, y, ":", color=colour, linewidth=0.9)
             continue
-        c0, c1, c2, centre = best["coefficients"]
-        grid = np.linspace(math.log(min(best["rates"])), math.log(max(best["rates"])), 100) - centre
+        c0, c1, c2, centre = best.coefficients
+        grid = np.linspace(math.log(min(best.rates)), math.log(max(best.rates)), 100) - centre
         left.plot(np.exp(grid + centre), c0 + c1 * grid + c2 * grid**2, color=colour, linewidth=1.4)
-        for panel, height in ((left, best["loss"]), (right, row["size"])):
-            at = (best["learning_rate"], height) if panel is left else (height, best["learning_rate"])
+        for panel, height in ((left, best.loss), (right, row.size)):
+            at = (best.learning_rate, height) if panel is left else (height, best.learning_rate)
             panel.plot(*at, "D", color=colour, markeredgecolor=INK, markersize=6, zorder=4)
-        if best["interval_95"] is not None:
-            left.plot(best["interval_95"], [best["loss"]] * 2, color=colour, linewidth=3.5, alpha=0.45)
-            right.plot([row["size"]] * 2, best["interval_95"], color=colour, linewidth=2.2, alpha=0.8)
+        if best.interval_95 is not None:
+            left.plot(best.interval_95, [best.loss] * 2, color=colour, linewidth=3.5, alpha=0.45)
+            right.plot([row.size] * 2, best.interval_95, color=colour, linewidth=2.2, alpha=0.8)
     log_axis(left.xaxis, min(rates), max(rates))
     log_axis(right.yaxis, min(rates), max(rates))
-    listed = [row["size"] for row in sizes]
+    listed = [row.size for row in sizes]
     log_axis(right.xaxis, min(listed), max(listed), margin=0.12)
     right.set_xticks(listed, tick_labels(listed))
     left.set(xlabel="learning rate", ylabel=LOSS, title="Loss at each size")

@@ -27,6 +27,40 @@ class Replay:
     settled: int | None
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplerReplays:
+    """The searches of one sampler, and their [lower quartile, median, upper quartile].
+
+    None if a search did not get there.
+    """
+
+    first: list[int | None]
+    first_quartiles: list[int | None]
+    settled: list[int | None]
+    settled_quartiles: list[int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerComparison:
+    """The number of trials that each sampler needs on a recorded grid."""
+
+    axes: dict[str, list[Any]]
+    points: int
+    best: dict[str, Any]
+    best_mean: float
+    seed_noise: float
+    best_region: list[dict[str, Any]]
+    replays: int
+    budget: int
+    """The number of trials of each search."""
+    batch: int
+    samplers: dict[str, SamplerReplays]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
 def replay_search(recorded: Recorded, sampler: str, seed: int, budget: int, batch: int = 1) -> Replay:
     """Run one search of `budget` trials, of which `batch` at a time are requested and then reported.
 
@@ -73,41 +107,35 @@ def compare_samplers(
     budget: int | None = None,
     batch: int = 1,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> SamplerComparison:
     """Replay each sampler with the seeds 0, 1, …; budget: trials of each (None: as many as the grid has points).
 
-    Numbers of trials with [lower quartile, median, upper quartile] over the replays; null if a replay did not reach it.
     Raises InputError.
     """
     budget = len(recorded.losses) if budget is None else budget
     check_at_least_one(replays=replays, trials=budget, batch=batch)
     for sampler in samplers:
         make_sampler(sampler, 0)  # raise now, before hours are spent on the others
-    document: dict[str, Any] = {
-        "axes": recorded.axes,
-        "points": len(recorded.losses),
-        "best": recorded.named(recorded.best),
-        "best_mean": recorded.mean(recorded.best),
-        "seed_noise": recorded.seed_noise,
-        "best_region": [recorded.named(point) for point in sorted(recorded.best_region, key=recorded.mean)],
-        "replays": replays,
-        "budget": budget,
-        "batch": batch,
-        "samplers": {},
-    }
+    by_sampler = {}
     for sampler in samplers:
         found = []
         for seed in range(replays):
             found.append(replay_search(recorded, sampler, seed, budget, batch))
             advance()
         first, settled = [replay.first for replay in found], [replay.settled for replay in found]
-        document["samplers"][sampler] = {
-            "first": first,
-            "first_quartiles": quartiles(first),
-            "settled": settled,
-            "settled_quartiles": quartiles(settled),
-        }
-    return document
+        by_sampler[sampler] = SamplerReplays(first, quartiles(first), settled, quartiles(settled))
+    return SamplerComparison(
+        axes=recorded.axes,
+        points=len(recorded.losses),
+        best=recorded.named(recorded.best),
+        best_mean=recorded.mean(recorded.best),
+        seed_noise=recorded.seed_noise,
+        best_region=[recorded.named(point) for point in sorted(recorded.best_region, key=recorded.mean)],
+        replays=replays,
+        budget=budget,
+        batch=batch,
+        samplers=by_sampler,
+    )
 
 
 def quartiles(trials: Sequence[int | None]) -> list[int | None]:

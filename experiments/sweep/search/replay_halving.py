@@ -1,8 +1,9 @@
 """Replay successive halving on the recorded curves of a full sweep: its tokens, and whether it keeps the winner."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,51 @@ from train.run.metrics import read_metrics
 
 NEAR = 0.1
 """A validation at most so far from a rung, relative to it, counts as the rung's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved:
+    """One successive halving of a recorded sweep."""
+
+    tokens_fraction: float
+    """The share of the full sweep's tokens."""
+    finished: int
+    """The number of points that were trained to the end."""
+    chosen: dict[str, Any] | None
+    """The point of the best mean among those; None if there is none."""
+    within_noise: bool
+    """True if the chosen point is in the best region of the full sweep."""
+    excess: float | None
+    """The mean of the chosen point over all seeds less that of the best point, in nats per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HalvedOnce:
+    """Halvings that have one random seed of every point."""
+
+    replays: int
+    tokens_fraction: float
+    """The median."""
+    within_noise: float
+    """The share of the replays."""
+    excess: list[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class HalvingReplay:
+    """Successive halving of a recorded sweep: with all seeds, and with one seed a point."""
+
+    eta: float
+    min_fraction: float
+    rungs: Literal["validation", "training"]
+    """training: if a training loss had to replace the validation loss of a rung."""
+    all_seeds: Halved
+    one_seed: HalvedOnce
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        policy = {"eta": self.eta, "min_fraction": self.min_fraction, "rungs": self.rungs}
+        return policy | dataclasses.asdict(self.all_seeds) | {"one_seed": dataclasses.asdict(self.one_seed)}
 
 
 class RecordedRun(NamedTuple):
@@ -40,13 +86,10 @@ class RecordedRun(NamedTuple):
 
 def replay_halving(
     recorded: Recorded, curves: Sequence[RecordedRun], *, eta: float = 3, min_fraction: float = 1 / 9, replays: int = 20
-) -> dict[str, Any]:
+) -> HalvingReplay:
     """Replay `--policy halving` on this sweep, with all seeds and with one seed per point.
 
-    tokens_fraction: of the full sweep's. chosen: the point with the best mean among those trained to the end;
-    within_noise: whether it is in the full sweep's best region, excess: by how much its mean over all seeds, in nats
-    per token, is above the best. one_seed: over `replays` halvings, each with one random seed per point. rungs:
-    "validation", or "training" if a training loss had to replace the validation loss of a rung. Raises InputError.
+    replays: of one seed a point. Raises InputError.
     """
     if not curves:
         raise InputError("successive halving is replayed on the learning curves of a sweep's folder, not on a table")
@@ -61,18 +104,18 @@ def replay_halving(
         random = np.random.default_rng([replay, 2])
         drawn.append([members[random.integers(len(members))] for members in points.values()])
     once = [_halve(recorded, policy, some) for some in drawn]
-    return {
-        "eta": eta,
-        "min_fraction": min_fraction,
-        "rungs": "validation" if exact else "training",
-        **_halve(recorded, policy, curves),
-        "one_seed": {
-            "replays": replays,
-            "tokens_fraction": float(np.median([one["tokens_fraction"] for one in once])),
-            "within_noise": float(np.mean([one["within_noise"] for one in once])),
-            "excess": [one["excess"] for one in once],
-        },
-    }
+    return HalvingReplay(
+        eta=eta,
+        min_fraction=min_fraction,
+        rungs="validation" if exact else "training",
+        all_seeds=_halve(recorded, policy, curves),
+        one_seed=HalvedOnce(
+            replays=replays,
+            tokens_fraction=float(np.median([one.tokens_fraction for one in once])),
+            within_noise=float(np.mean([one.within_noise for one in once])),
+            excess=[one.excess for one in once],
+        ),
+    )
 
 
 def read_curves(recorded: Recorded) -> list[RecordedRun]:
@@ -95,7 +138,7 @@ def read_curves(recorded: Recorded) -> list[RecordedRun]:
     return curves
 
 
-def _halve(recorded: Recorded, policy: Halving, curves: Sequence[RecordedRun]) -> dict[str, Any]:
+def _halve(recorded: Recorded, policy: Halving, curves: Sequence[RecordedRun]) -> Halved:
     known = {curve.trial.id: curve for curve in curves}
     rows = play(policy, [curve.trial for curve in curves], lambda trial, step: known[trial.id].at(step))
     full = sum(row.trial.steps * row.trial.recipe.train.tokens_per_step for row in rows)
@@ -103,16 +146,18 @@ def _halve(recorded: Recorded, policy: Halving, curves: Sequence[RecordedRun]) -
     for row in rows:
         if row.state == "finished" and row.values:
             ended.setdefault(recorded.point_of(row.trial.point), []).append(row.values[0])
-    result = {"tokens_fraction": sum(map(tokens_used, rows)) / full, "finished": len(ended)}
+    spent = sum(map(tokens_used, rows)) / full
     if not ended:
-        return result | {"chosen": None, "within_noise": False, "excess": None}
+        return Halved(spent, 0, None, False, None)
     chosen = min(ended, key=lambda point: math.fsum(ended[point]) / len(ended[point]))
     excess = recorded.mean(chosen) - recorded.mean(recorded.best)
-    return result | {
-        "chosen": recorded.named(chosen),
-        "within_noise": chosen in recorded.best_region,
-        "excess": excess if math.isfinite(excess) else None,
-    }
+    return Halved(
+        tokens_fraction=spent,
+        finished=len(ended),
+        chosen=recorded.named(chosen),
+        within_noise=chosen in recorded.best_region,
+        excess=excess if math.isfinite(excess) else None,
+    )
 
 
 def _is_validated(curve: RecordedRun, step: int) -> bool:
