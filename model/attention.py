@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -21,7 +20,6 @@ from model.parameterization import constant
 from model.position import rotate
 from model.sharding import constrain
 from model.taps import NO_TAPS, Taps
-from model.target import target
 
 Entry = tuple[Any, ...]
 """The arrays of one attention in a layer's cache: see `model.cache.LayerCache`."""
@@ -64,10 +62,18 @@ class Attention(nn.Module):
         kernel = choose_kernel(context, query, fusible)
         if kernel != "xla":
             return merge(config, attend_fused(kernel, query, key, value, context, scale), taps), None
-        options: dict[str, Any] = {"scale": scale, "softcap": config.attention_softcap, "sinks": sinks}
-        if cache is None and dropout is None and not taps.touches("attention") and _is_worth_dividing(context, query):
-            return merge(config, attend_in_blocks(query, key, value, context, **options), taps), None
-        mixed = attend(query, keys, values, context.mask, bias=context.bias, dropout=dropout, taps=taps, **options)
+        mixed = attend(
+            query,
+            keys,
+            values,
+            context.mask,
+            scale=scale,
+            bias=context.bias,
+            softcap=config.attention_softcap,
+            sinks=sinks,
+            dropout=dropout,
+            taps=taps,
+        )
         if cache is not None:
             cache = remember(cache, (key, value), context, mixed)
         return merge(config, mixed, taps), cache
@@ -211,53 +217,6 @@ def attend(
     mixed = by_head(functools.reduce(jnp.add, products))
     # Tapped weights are zero already where no key is seen, or an edit changed them on purpose.
     return mixed if tapped else jnp.where(_sees_any(mask), mixed, 0)
-
-
-_BLOCKS = 4  # of the queries of a row
-_WORTH_DIVIDING = 128  # queries in a row
-
-
-def _is_worth_dividing(context: Context, query: Float[Array, "batch heads seq head_dim"]) -> bool:
-    """Return whether blocks of queries are faster than all of them: on one CPU, in long rows of a causal model."""
-    seq = query.shape[2]
-    on_one_cpu = target(context.execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    return on_one_cpu and context.causal and seq >= _WORTH_DIVIDING and seq % _BLOCKS == 0
-
-
-def attend_in_blocks(
-    query: Float[Array, "batch heads seq head_dim"],
-    key: Float[Array, "batch kv_heads seq head_dim"],
-    value: Float[Array, "batch kv_heads seq value_dim"],
-    context: Context,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Float[Array, " heads"] | None = None,
-) -> Float[Array, "batch heads seq value_dim"]:
-    """Return causal attention over whole rows as `attend` does, without the keys that no query of a block sees.
-
-    With 256 queries in 4 blocks, the second block has the queries 64 … 127 and the keys 0 … 127, or with a window of 32
-    the keys 33 … 127. Four blocks need 10/16 of the products and of the memory of all scores.
-    """
-    size = query.shape[2] // _BLOCKS
-    blocks = []
-    for start in range(0, query.shape[2], size):
-        end = start + size
-        first = 0 if context.window is None else max(0, start - context.window + 1)
-        queries, keys = slice(start, end), slice(first, end)
-        blocks.append(
-            attend(
-                query[:, :, queries],
-                (key[:, :, keys],),
-                (value[:, :, keys],),
-                context.mask[:, queries, keys],
-                bias=None if context.bias is None else context.bias[:, :, queries, keys],
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-            )
-        )
-    return jnp.concatenate(blocks, axis=2)
 
 
 def _sees_any(mask: Bool[Array, "mask_rows seq_or_one key"]) -> Bool[Array, "mask_rows 1 seq_or_one 1"]:
