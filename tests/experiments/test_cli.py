@@ -202,7 +202,7 @@ def test_life_of_a_model(isoflop, trained, data, tmp_path):
     with safe_open(tmp_path / "half" / "model.safetensors", "numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.offset_keys()} == {"BF16"}
     refused(isoflop("bench", "decode", run, "--context", 64), "max_seq_len=64")
-    refused(isoflop("generate", tmp_path, "--prompt", "x"), "is no model")
+    refused(isoflop("generate", tmp_path, "--prompt", "x"), "is not a model")
 
 
 def test_models_are_shown(isoflop, tmp_path):

@@ -241,7 +241,7 @@ def test_damaged_folders_are_named(copy, tmp_path):
     shard.write_bytes(tokens)
     load_manifest(copy)
     (copy / "tokenizer.model").write_bytes(b"other")
-    refused("is not the tokenizer that made the shards")
+    refused("is not the tokenizer of the shards")
     (copy / "tokenizer.model").unlink()
     refused(r"tokenizer\.model is missing")
 

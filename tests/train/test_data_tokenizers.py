@@ -207,7 +207,7 @@ def test_what_says_more_about_a_tokenizer_belongs_to_the_data(places, corpus, tm
         prepare(corpus, tmp_path / "json", tokenizer=places["json-folder"], **OPTIONS)
     file = tmp_path / "json-folder" / "chat_template.jinja"
     file.write_text("other")
-    with pytest.raises(InputError, match=r"jinja is not from the tokenizer that made the shards"):
+    with pytest.raises(InputError, match=r"jinja is not from the tokenizer of the shards"):
         load_manifest(file.parent)
     file.unlink()
     with pytest.raises(InputError, match=r"chat_template\.jinja is missing"):
@@ -259,7 +259,7 @@ def test_what_cannot_be_used_is_refused(places, bpe, corpus, tmp_path):
     stored = tmp_path / "data" / "tokenizer.gguf"
     stored.write_bytes(stored.read_bytes()[:3000])
     refused("ends within its metadata", tmp_path / "data")
-    with pytest.raises(InputError, match=r"tokenizer\.gguf is not the tokenizer that made the shards"):
+    with pytest.raises(InputError, match=r"tokenizer\.gguf is not the tokenizer of the shards"):
         load_manifest(tmp_path / "data")
 
 

@@ -161,7 +161,7 @@ def test_which_value_is_better():
             "'validation_acuracy' is not measured by this run, which measures validation_loss, "
             "validation_perplexity, validation_bits_per_byte",
         ),
-        ({"keep_best": ""}, "keep_best='' is no validation metric"),
+        ({"keep_best": ""}, "keep_best='' is not measured by this run"),
         ({"patience": -1}, "patience=-1 must be a whole number of at least 0"),
         ({"patience": 2}, "without evaluate_every there is one at the end only; set evaluate_every"),
     ],

@@ -189,7 +189,7 @@ def test_validation_is_the_first_examples_in_batches_of_one_shape(kind, rows, we
         assert sum(batch[weight].reshape(4, -1).any(axis=1).sum() for batch in batches) == count
         assert len(batches) == -(-count // 4)
     for options in ({"batch_size": 0}, {"batch_size": 1, "max_tokens": 0}):
-        with pytest.raises(InputError, match="must be at least 1"):
+        with pytest.raises(InputError, match="of at least 1"):
             validation_examples(made, **options)
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,7 +94,7 @@ def test_the_kept_reference_is_that_of_the_frozen_model(base, examples, tmp_path
     hidden = jax.jit(lambda tokens: forward(config, params, tokens, outputs=("final_hidden",)).final_hidden)
     for side in ("chosen", "rejected"):
         tokens, mask = batch[f"{side}_tokens"], batch[f"{side}_mask"]
-        found = summed_log_probs(config, params, hidden(tokens), tokens, mask[None])[0]
+        found = summed_log_probs(config, params, hidden(tokens), jnp.asarray(tokens), jnp.asarray(mask[None]))[0]
         np.testing.assert_allclose(batch[f"reference_{side}"], found, rtol=1e-5)
     assert len(completions(shards)) == len(kept)
     runs = {}
