@@ -155,12 +155,12 @@ class Tuning:
 
     def _steps(self, kind: str, seq_len: int) -> int:
         """Return the updates of so many epochs."""
-        from train.data import PackedConversations, Pairs, Rated
+        from train.data import PackedConversations, PairRows, RatedRows
         from train.data.shards import TokenShards
 
         if not self.epochs > 0:
             raise InputError(f"--epochs {self.epochs} must be above 0")
-        rows: Mapping[str, Any] = {"chat": PackedConversations, "preference": Pairs, "rated": Rated}
+        rows: Mapping[str, Any] = {"chat": PackedConversations, "preference": PairRows, "rated": RatedRows}
         count = len(rows[kind](TokenShards(self.data, "train"), seq_len))
         return max(1, round(self.epochs * count / self.batch_size))
 

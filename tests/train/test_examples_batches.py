@@ -12,9 +12,9 @@ from train import Phase, TrainConfig
 from train.data import (
     Loader,
     PackedConversations,
-    Pairs,
+    PairRows,
     PhasedLoader,
-    Rated,
+    RatedRows,
     check_kind,
     completions,
     prepare,
@@ -121,7 +121,7 @@ def test_a_pair_is_two_rows_with_the_mask_at_its_tokens(shards):
     pairs = shards("preference")
     seq_len, count = pairs.manifest.longest + 2, len(document_ends(pairs))
     reference = np.arange(count, dtype=np.float32)
-    rows = Pairs(pairs, seq_len, reference)
+    rows = PairRows(pairs, seq_len, reference)
     batch = everything(rows)
     expected = list(documents(pairs))
     for side, offset in (("chosen", 0), ("rejected", 1)):
@@ -136,14 +136,14 @@ def test_a_pair_is_two_rows_with_the_mask_at_its_tokens(shards):
     assert batch["margins"].tolist() == pairs.array("margins").tolist()
     some = rows.take(np.array([3, 1]))
     assert {name: value.tolist() for name, value in some.items()} == {n: v[[3, 1]].tolist() for n, v in batch.items()}
-    assert "reference_chosen" not in everything(Pairs(pairs, seq_len))
+    assert "reference_chosen" not in everything(PairRows(pairs, seq_len))
 
 
 def test_a_rated_answer_stands_beside_its_mismatch(shards):
     rated = shards("rated")
     seq_len, count = rated.manifest.longest, len(document_ends(rated))
     reference = np.arange(count, dtype=np.float32)
-    batch = everything(Rated(rated, seq_len, reference))
+    batch = everything(RatedRows(rated, seq_len, reference))
     expected = list(documents(rated))
     for prefix, offset in (("", 0), ("mismatched_", 1)):
         filled = batch[f"{prefix}segment_ids"] == 1
@@ -156,7 +156,7 @@ def test_a_rated_answer_stands_beside_its_mismatch(shards):
     assert "weights" not in batch
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("preference", Pairs), ("rated", Rated)])
+@pytest.mark.parametrize(("kind", "rows"), [("preference", PairRows), ("rated", RatedRows)])
 def test_what_does_not_fit_is_an_error(kind, rows, shards):
     split = shards(kind)
     longest = split.manifest.longest
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_an_error(kind, rows, shards):
 
 @pytest.mark.parametrize(
     ("kind", "rows", "weight"),
-    [("chat", PackedConversations, "loss_mask"), ("preference", Pairs, "weights"), ("rated", Rated, "weights")],
+    [("chat", PackedConversations, "loss_mask"), ("preference", PairRows, "weights"), ("rated", RatedRows, "weights")],
 )
 def test_validation_is_the_first_examples_in_batches_of_one_shape(kind, rows, weight, shards):
     made = rows(shards(kind, "validation"), shards(kind).manifest.longest)
@@ -210,7 +210,7 @@ def test_a_folder_of_another_kind_is_an_error_that_names_the_command(shards, fol
     for make in (Loader, validation_batches):
         with pytest.raises(InputError, match=r"kind=prompts .* is for `isoflop tune`"):
             make(folders / "prompts", batch_size=2, seq_len=8, **({"seed": 0} if make is Loader else {}))
-    for make in (lambda s: Pairs(s, 99), lambda s: Rated(s, 99), completions):
+    for make in (lambda s: PairRows(s, 99), lambda s: RatedRows(s, 99), completions):
         with pytest.raises(InputError, match=r"kind=text .* is for `isoflop train`; .* --kind (preference|rated)"):
             make(shards("text"))
     with pytest.raises(InputError, match="make one of kind=chat or prompts with"):

@@ -11,7 +11,7 @@ import pytest
 from model import ModelConfig, init
 from model.convert import save_hf
 from train import HParams, Recipe, RunOptions, TrainConfig, train, weights
-from train.data import Pairs
+from train.data import PairRows
 from train.data.examples.batches import Conversations
 from train.data.shards import TokenShards
 from train.objectives import Instruction, Preference, Rated, Reward
@@ -351,7 +351,7 @@ def test_twenty_steps_follow_theirs(method, examples, tmp_path):
         objective, rows_of = Instruction(packed=False), Conversations
     else:
         params = params_of(0, config)
-        objective, rows_of = Preference(reference=keep_reference(folder, config, params, sha256=start.sha256)), Pairs
+        objective, rows_of = Preference(reference=keep_reference(folder, config, params, sha256=start.sha256)), PairRows
     train_config = TrainConfig(batch_size=4, seq_len=32, schedule="constant", order="sequential")
     hparams = HParams(learning_rate=1e-4, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8, clip_norm=1.0)
     recipe = Recipe(config, train_config, hparams, data=folder, steps=20, objective=objective, start=start)

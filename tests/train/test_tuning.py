@@ -11,7 +11,7 @@ from model import InputError, ModelConfig, forward
 from model.adapters import Adapter
 from model.store import open_model
 from train import HParams, Recipe, RunOptions, TrainConfig, population, train, weights
-from train.data import Pairs, completions
+from train.data import PairRows, completions
 from train.data.shards import TokenShards
 from train.lanes.build import compiled_programs
 from train.objectives import Instruction, Preference, Rated, Reward
@@ -90,7 +90,7 @@ def test_the_kept_reference_is_that_of_the_frozen_model(base, examples, tmp_path
     assert keep_reference(folder, config, params) == name
     shards = TokenShards(folder, "train")
     kept = read_reference(shards, name)
-    batch = Pairs(shards, 32, kept).take(np.arange(8))
+    batch = PairRows(shards, 32, kept).take(np.arange(8))
     hidden = jax.jit(lambda tokens: forward(config, params, tokens, outputs=("final_hidden",)).final_hidden)
     for side in ("chosen", "rejected"):
         tokens, mask = batch[f"{side}_tokens"], batch[f"{side}_mask"]

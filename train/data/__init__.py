@@ -1,6 +1,6 @@
 """Data: from raw text to batches, as NumPy arrays."""
 
-from train.data.examples.batches import PackedConversations, Pairs, Rated, completions, validation_examples
+from train.data.examples.batches import PackedConversations, PairRows, RatedRows, completions, validation_examples
 from train.data.kinds import check_kind
 from train.data.labelled import LabelledDocuments, labelled_validation
 from train.data.loader import Loader, batches_in_order, validation_batches
@@ -20,8 +20,8 @@ __all__ = [
     "LabelledDocuments",
     "labelled_validation",
     "PackedConversations",
-    "Pairs",
-    "Rated",
+    "PairRows",
+    "RatedRows",
     "validation_examples",
     "completions",
     "check_kind",

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from model import Execution, InputError, ModelConfig, Params, forward
 from model.errors import UnknownNameError
 from train.config import HParams, TrainConfig
-from train.data.examples.batches import Pairs as PairRows
-from train.data.examples.batches import Rated as RatedRows
+from train.data.examples.batches import PairRows, RatedRows
 from train.data.rows import Rows
 from train.data.shards import TokenShards
 from train.objectives.answers import AnswerObjective, balance_loss, weighted_mean
@@ -26,7 +25,7 @@ from train.objectives.preference_losses import (
     OF_WHOLE_BATCHES,
     REFERENCE_FREE,
     Divergence,
-    Pairs,
+    PairLogProbs,
     rated_kto,
 )
 from train.reference import read_reference
@@ -236,7 +235,7 @@ class Preference(ReferencedObjective):
         else:
             there = self.reference_log_probs(config, reference, rows, mask, execution).reshape(-1, 2)
         tokens = jnp.sum(mask, axis=1).reshape(-1, 2)
-        pairs = Pairs(*log_p.T, *there.T, *tokens.T)
+        pairs = PairLogProbs(*log_p.T, *there.T, *tokens.T)
         weights = self.weights(batch)
         mean = functools.partial(weighted_mean, weights=weights, count=count["examples"])
         nll = -jnp.sum(jnp.where(weights > 0, chosen_text, 0)) / count["tokens"]

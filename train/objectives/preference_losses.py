@@ -19,7 +19,7 @@ _DISCOPOP_TEMPERATURE = 0.05
 _LARGEST_EXPONENT = 80.0  # exp of it is finite in float32
 
 
-class Pairs(NamedTuple):
+class PairLogProbs(NamedTuple):
     """Natural log-probabilities of the answers of a batch of pairs, summed over their trained tokens."""
 
     chosen: Float[Array, " pairs"]
@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
         return self.rejected - self.reference_rejected
 
 
-PairLoss = Callable[[Pairs, HParams, Divergence], Float[Array, " pairs"]]
+PairLoss = Callable[[PairLogProbs, HParams, Divergence], Float[Array, " pairs"]]
 
 
 def score(log_ratio: Float[Array, " pairs"], hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
@@ -60,12 +60,12 @@ def score(log_ratio: Float[Array, " pairs"], hparams: HParams, divergence: Diver
     return log_ratio
 
 
-def _margin(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def _margin(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return by how much the chosen answer has gained on the rejected one."""
     return score(pairs.chosen_ratio, hparams, divergence) - score(pairs.rejected_ratio, hparams, divergence)
 
 
-def _margin_per_token(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def _margin_per_token(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     chosen = score(pairs.chosen_ratio, hparams, divergence) / jnp.maximum(pairs.chosen_tokens, 1)
     return chosen - score(pairs.rejected_ratio, hparams, divergence) / jnp.maximum(pairs.rejected_tokens, 1)
 
@@ -76,12 +76,12 @@ def _smoothed(logits: Float[Array, " pairs"], label_smoothing: Array) -> Float[A
     return -(1 - label_smoothing) * right - label_smoothing * wrong
 
 
-def dpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def dpo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return −log σ(β·margin) (Rafailov et al. 2023, equation 7). Label smoothing is cdpo's, and is not read here."""
     return -jax.nn.log_sigmoid(hparams.beta * _margin(pairs, hparams, divergence))
 
 
-def cdpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def cdpo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return the smoothed cross-entropy of β·margin (Mitchell 2023, "conservative DPO").
 
     TRL's "sigmoid" ignores `label_smoothing` without a word.
@@ -89,7 +89,7 @@ def cdpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array,
     return _smoothed(hparams.beta * _margin(pairs, hparams, divergence), hparams.label_smoothing)
 
 
-def robust(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def robust(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return DPO's loss unbiased by labels that are flipped at a known rate (Chowdhury et al. 2024, equation 12).
 
     Unlike cdpo it subtracts the flipped term and divides by 1 − 2ε, so that ε must be below 1/2.
@@ -99,7 +99,7 @@ def robust(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Arra
     return (flipped * wrong - (1 - flipped) * right) / (1 - 2 * flipped)
 
 
-def ipo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def ipo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return (margin per token − 1/(2β))² (Azar et al. 2023, equation 17, β being its τ).
 
     The means over tokens are not in the paper; its authors confirmed them to TRL.
@@ -107,17 +107,17 @@ def ipo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, 
     return jnp.square(_margin_per_token(pairs, hparams, divergence) - 1 / (2 * hparams.beta))
 
 
-def hinge(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def hinge(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return max(0, 1 − β·margin) (Zhao et al. 2023, SLiC, on ratios to a reference)."""
     return jax.nn.relu(1 - hparams.beta * _margin(pairs, hparams, divergence))
 
 
-def normalized(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def normalized(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return −log σ(β·margin per token) (Lambert et al. 2024, Tülu 3): a β of 5 here is one of about 0.1 in dpo."""
     return -jax.nn.log_sigmoid(hparams.beta * _margin_per_token(pairs, hparams, divergence))
 
 
-def simpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def simpo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return the smoothed cross-entropy of β·(mean log-probability's margin) − γ (Meng et al. 2024, equation 6).
 
     Without a reference. γ is `simpo_gamma` itself and not its ratio to β. TRL smooths labels here too.
@@ -128,7 +128,7 @@ def simpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array
     return _smoothed(hparams.beta * (chosen - rejected) - hparams.simpo_gamma, hparams.label_smoothing)
 
 
-def orpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def orpo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return −β·log σ(log odds ratio) (Hong et al. 2024, equations 4 and 7, β being its λ), of mean log-probabilities.
 
     The loss of the chosen answer, which the objective adds, is the other half of ORPO; as in TRL, and in the authors'
@@ -148,7 +148,7 @@ def _log1mexp(x: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
     return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
 
 
-def cpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def cpo(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return the smoothed cross-entropy of β·(log-probabilities' margin), without a reference (Xu et al. 2024).
 
     The paper adds the loss of the chosen answer: `nll_weight` 1, which is no default here.
@@ -157,7 +157,7 @@ def cpo(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, 
     return _smoothed(hparams.beta * (pairs.chosen - pairs.rejected), hparams.label_smoothing)
 
 
-def kto(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def kto(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return the mean of KTO's losses of both answers (Ethayarajh et al. 2024, equation 8), chosen desirable.
 
     A pair has no answers to other prompts, of which the paper estimates the policy's distance: as in its authors' first
@@ -186,14 +186,14 @@ def rated_kto(
     )
 
 
-def exo_pair(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def exo_pair(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return KL(policy ‖ labels) of two answers (Ji et al. 2024, equation 16); label_smoothing must be above 0."""
     logits, smoothing = hparams.beta * _margin(pairs, hparams, divergence), hparams.label_smoothing
     chosen = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-smoothing))
     return chosen + jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(smoothing))
 
 
-def nca_pair(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def nca_pair(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return noise contrastive alignment of a pair (Chen et al. 2024)."""
     del divergence
     chosen, rejected = hparams.beta * pairs.chosen_ratio, hparams.beta * pairs.rejected_ratio
@@ -201,7 +201,7 @@ def nca_pair(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Ar
     return -jax.nn.log_sigmoid(chosen) - 0.5 * noise
 
 
-def bco_pair(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def bco_pair(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return binary classifier optimisation of a pair (Jung et al. 2024), without its moving reference point."""
     del divergence
     return -jax.nn.log_sigmoid(hparams.beta * pairs.chosen_ratio) - jax.nn.log_sigmoid(
@@ -209,14 +209,14 @@ def bco_pair(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Ar
     )
 
 
-def sppo_hard(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def sppo_hard(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return self-play preference optimisation with certain labels (Wu et al. 2024, equation 4.7)."""
     del divergence
     target = 0.5 / hparams.beta
     return jnp.square(pairs.chosen_ratio - target) + jnp.square(pairs.rejected_ratio + target)
 
 
-def aot(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def aot(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return alignment by optimal transport of paired data (Melnyk et al. 2024): margins compared in sorted order."""
     del divergence
     policy = jnp.sort(pairs.chosen - pairs.rejected)
@@ -224,28 +224,28 @@ def aot(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, 
     return _smoothed(hparams.beta * (policy - reference), hparams.label_smoothing)
 
 
-def aot_unpaired(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def aot_unpaired(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return alignment by optimal transport of unpaired data (Melnyk et al. 2024)."""
     del divergence
     margin = jnp.sort(pairs.chosen_ratio) - jnp.sort(pairs.rejected_ratio)
     return _smoothed(hparams.beta * margin, hparams.label_smoothing)
 
 
-def apo_zero(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def apo_zero(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return anchored preference optimisation for chosen answers above the model's own (D'Oosterlinck et al. 2024)."""
     del divergence
     chosen = 1 - jax.nn.sigmoid(hparams.beta * pairs.chosen_ratio)
     return chosen + jax.nn.sigmoid(hparams.beta * pairs.rejected_ratio)
 
 
-def apo_down(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def apo_down(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return anchored preference optimisation for chosen answers below the model's own (D'Oosterlinck et al. 2024)."""
     del divergence
     chosen = jax.nn.sigmoid(hparams.beta * pairs.chosen_ratio)
     return chosen + 1 - jax.nn.sigmoid(hparams.beta * (pairs.chosen_ratio - pairs.rejected_ratio))
 
 
-def discopop(pairs: Pairs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
+def discopop(pairs: PairLogProbs, hparams: HParams, divergence: Divergence) -> Float[Array, " pairs"]:
     """Return the loss that a search found: a blend of logistic and exponential (Lu et al. 2024, equation 5)."""
     logits = hparams.beta * _margin(pairs, hparams, divergence)
     blend = jax.nn.sigmoid(logits / _DISCOPOP_TEMPERATURE)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from model import Execution, InputError, ModelConfig, Params, forward, head
 from train.config import HParams, TrainConfig
-from train.data.examples.batches import Pairs as PairRows
+from train.data.examples.batches import PairRows
 from train.data.manifest import Manifest
 from train.data.rows import Rows
 from train.data.shards import TokenShards

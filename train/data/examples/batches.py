@@ -98,7 +98,7 @@ class _DocumentRows:
         return {prefix + name: values for name, values in parts.items()}
 
 
-class Pairs:
+class PairRows:
     """Pairs of a chosen and a rejected document, one pair an example.
 
     reference: the reference model's log-probability of what is trained in each document of the split (two for each
@@ -134,7 +134,7 @@ class Pairs:
         return batch
 
 
-class Rated:
+class RatedRows:
     """Answers with labels, each with a mismatch: the same prompt with an answer to another prompt.
 
     reference: the reference model's log-probability of what is trained in each document of the split (two for each
@@ -171,7 +171,7 @@ def validation_examples(rows: Rows, batch_size: int, max_tokens: int | None = No
     """Return the first examples in order, as batches of one shape.
 
     max_tokens: examples are taken as long as their filled tokens are no more than this together, but one at least;
-    None: all. What fills up the last batch is 0 throughout; `Rated` has `weights` float32 [batch], 0 there and else 1.
+    None: all. What fills up the last batch is 0 throughout; `RatedRows` has `weights` float32 [batch], there 0, else 1.
     """
     check_at_least_one(batch_size=batch_size)
     if max_tokens is not None:
@@ -189,7 +189,7 @@ def validation_examples(rows: Rows, batch_size: int, max_tokens: int | None = No
             count = max(fitting, 0 if batches else 1)
         else:
             is_last = False
-        if isinstance(rows, Rated):
+        if isinstance(rows, RatedRows):
             batch["weights"] = np.ones(count, np.float32)
         if count:
             batches.append({name: _padded(values[:count], batch_size) for name, values in batch.items()})
