@@ -1,4 +1,4 @@
-"""Fine-tuning methods by name: which data, which objective and which defaults each of them takes."""
+"""Fine-tuning methods by name, with their data, objectives and defaults."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ _TEXT = "text"  # the name of the pre-training text in a mixture
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """kinds: of data folders it takes. rate: the peak learning rate for all parameters, that of TRL."""
+    """kinds: accepted kinds of data folders. rate: peak learning rate when all parameters are trained."""
 
     kinds: tuple[str, ...]
     rate: float
@@ -37,7 +37,7 @@ def methods() -> dict[str, Method]:
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How a stored model is tuned.
+    """Configuration of the fine-tuning of a stored model.
 
     data: a folder of `isoflop data prepare --kind`. mix: a folder of pre-training text, and the share of rows that are
     drawn from it. lora: rank of an adapter; None: all parameters are trained. steps None: `epochs` over the data.
@@ -57,7 +57,7 @@ class Tuning:
     seed: int = 0
 
     def keep_reference(self) -> None:
-        """Compute what the method compares with, and keep it with the data, unless it is there."""
+        """Compute the reference log-probabilities that the method needs, if the data folder lacks them."""
         from model.store import open_model
         from train import weights
         from train.data import load_manifest
@@ -70,7 +70,7 @@ class Tuning:
             keep_reference(self.data, config, params, sha256=weights(self.model).sha256, batch_size=self.batch_size)
 
     def recipe(self, dtype: str) -> "Recipe":
-        """Return the recipe of a run. Nothing is written: `keep_reference` makes what the method compares with.
+        """Return the recipe of a run. Nothing is written; call `keep_reference` before training.
 
         dtype: of products and activations. Raises InputError on data of another kind or another tokenizer.
         """
@@ -86,13 +86,13 @@ class Tuning:
         self._check_kind(method, manifest)
         base, start, _ = started_from(self.model, self.data)
         objective = self._objective(manifest)
-        config, fitted = objective.fit(base, manifest)
-        objective = fitted
-        seq_len = self.seq_len or self._seq_len(manifest, base.max_seq_len)
+        config, objective = objective.fit(base, manifest)
+        seq_len = self._seq_len(manifest, base.max_seq_len) if self.seq_len is None else self.seq_len
         if isinstance(objective, ReferencedObjective) and objective.compares:
             objective = objective.replace(reference=reference_name(self.data, base, start.sha256))
-        steps = self.steps or self._steps(manifest.kind, seq_len)
-        rate = self.learning_rate or method.rate * (_LORA_TIMES if self.lora else 1)
+        steps = self._steps(manifest.kind, seq_len) if self.steps is None else self.steps
+        rate = method.rate * (1 if self.lora is None else _LORA_TIMES)
+        rate = rate if self.learning_rate is None else self.learning_rate
         hparams = HParams(
             learning_rate=rate,
             warmup_steps=math.ceil(0.05 * steps),
@@ -154,7 +154,7 @@ class Tuning:
         return min(context, _ROUNDED_TO * math.ceil(needed / _ROUNDED_TO))
 
     def _steps(self, kind: str, seq_len: int) -> int:
-        """Return the updates of so many epochs."""
+        """Return the number of updates in `epochs` passes over the data."""
         from train.data import PackedConversations, PairRows, RatedRows
         from train.data.shards import TokenShards
 

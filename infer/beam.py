@@ -18,9 +18,8 @@ from infer.text import Decoder, continuation_text
 from model import Execution, KVCache, ModelConfig, Params, head
 from model.ambient import lenient
 from model.cache import grow, take
-from model.checks import check_number, check_whole
 from model.dtypes import DTypeLike
-from model.errors import InputError
+from model.errors import InputError, check_number, check_whole
 from model.sharding import under_mesh_of
 from model.transformer import forward_cached
 

@@ -23,9 +23,8 @@ from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.accounting import kv_cache_bytes
 from model.ambient import lenient
 from model.cache import CACHE_DTYPES
-from model.checks import check_at_least_one, check_whole
 from model.dtypes import DTypeLike, dtype_name
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 from model.sharding import under_mesh_of
 
 MOST_STOP_IDS = 32  # per request, so that all requests share one program

@@ -10,9 +10,8 @@ from infer.step import prefill
 from model import Execution, KVCache, ModelConfig, Params, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
-from model.checks import check_at_least_one
 from model.dtypes import DTypeLike
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 
 Prompt = Sequence[int]
 CHUNK = 1024  # most tokens per row in one prefill, a power of two

@@ -19,9 +19,8 @@ from flax import traverse_util
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model.ambient import lenient
-from model.checks import check_whole
 from model.config import ModelConfig
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_whole
 from model.parts import Part
 from model.stack import Params
 from model.transformer import init

@@ -14,10 +14,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from model.checks import check_at_least_one
 from model.config import ModelConfig
 from model.dtypes import DTypeLike, dtype_name
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from model.layout import layer_kinds
 from model.sharding import constrain
 

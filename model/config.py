@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-from model.checks import check_number
 from model.dtypes import FLOATS, dtype_name
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_number
 from model.execution import moved, refuse_moved
 from model.fields import check_names, check_types
 from model.parts import Experts, Latent, Part, RopeScaling

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.checks import check_bool, check_number, check_whole
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_bool, check_number, check_whole
 
 
 class FrozenDict(dict[str, Any]):

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal, Self
 
-from model.checks import check_number
-from model.errors import InputError
+from model.errors import InputError, check_number
 from model.fields import check_names, check_types
 
 ScalingKind = Literal["linear", "llama3", "yarn"]

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.checks import check_whole
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_whole
 from model.parameterization import names_of
 
 # From the outermost to the innermost axis: the one with the most communication is on neighbouring devices.

@@ -7,8 +7,7 @@ Compute-Optimal Training Beyond Fixed Training Durations"): one model size gives
 from collections.abc import Mapping
 from pathlib import Path
 
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train.data.folders import Data, data_of
 from train.recipe import Branch, Recipe
 from train.run import read_record, recipe_of

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import jax
 import numpy as np
 
-from model.checks import check_bool, check_number, check_whole
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_bool, check_number, check_whole
 from model.execution import Execution, moved, refuse_moved
 from train.phases import Phase
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from model.checks import check_at_least_one, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -13,8 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from model import Execution, ModelConfig
 from model.adapters import Adapter
-from model.checks import check_bool
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_bool
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
 from train import objectives

@@ -5,8 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from model.checks import check_number, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_number, check_whole
 from model.parts import Part
 
 RateShape = Literal["constant", "linear", "cosine"]

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from model.checks import check_whole
-from model.errors import InputError
+from model.errors import InputError, check_whole
 from train.config import HParams, Order, TrainConfig
 from train.phases import RateShape
 

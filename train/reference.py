@@ -1,4 +1,4 @@
-"""Keep what a reference model makes of answers beside their data: computed once, and named by a hash."""
+"""Compute the log-probabilities of answers under a reference model once, and keep them with the data by a hash."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from train.data.shards import TokenShards
 from train.files import is_full
 
 FOLDER = "reference"
-_VERSION = 1  # of what the numbers are
+_VERSION = 1  # of the definition of the numbers
 
 
 def reference_name(data: str | Path, config: ModelConfig, sha256: str) -> str:
@@ -43,7 +43,7 @@ def keep_reference(
 ) -> str:
     """Compute the log-probability of every answer of a data folder, and return the name under which it is kept there.
 
-    Where it is kept already nothing is computed. The numbers are in DATA/reference/NAME/SPLIT.npy, float32, natural,
+    Nothing is computed if it is there already. The numbers are in DATA/reference/NAME/SPLIT.npy, float32, natural,
     one per document, summed over its trained tokens. sha256: of the parameters (`model.checkpoint.parameters_sha256`),
     if it is known. Raises InputError if the folder cannot be written to, or a document is longer than the model's
     context.

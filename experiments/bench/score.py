@@ -16,8 +16,7 @@ from experiments.models import check_is_decoder
 from infer import prepare, score
 from infer.scoring.batches import padded_length
 from model import ModelConfig, Params, apply
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from model.progress import progress_bar
 
 ScoreRequest = tuple[list[int], list[int]]

@@ -119,7 +119,7 @@ def inspect(
     from experiments.commands.examples import inspect_examples
     from experiments.commands.options import console, new_table, write_document
     from experiments.words import say
-    from model.checks import check_at_least_one, check_whole
+    from model.errors import check_at_least_one, check_whole
     from model.tokenizer import load_tokenizer
     from train.data.manifest import verify_checksums
     from train.data.rows import PackedDocuments

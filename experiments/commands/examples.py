@@ -1,4 +1,4 @@
-"""What `isoflop data` prints of a folder of examples: counts, and examples whose trained part is marked."""
+"""Print a folder of examples for `isoflop data`: counts, and examples with their trained part marked."""
 
 import itertools
 from collections.abc import Iterator, Sequence

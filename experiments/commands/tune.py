@@ -141,14 +141,12 @@ def tune(
 
 
 def _both_fell(result: "Result", recipe: "Recipe") -> str | None:
-    """Return a remark where the chosen answers have become less likely too, though the margin may have grown."""
+    """Return a remark if the chosen answers became less likely too, though the margin may have grown."""
     from train.objectives.preference import ReferencedObjective
     from train.run.metrics import open_metrics
 
-    objective = recipe.objective
-    if not (isinstance(objective, ReferencedObjective) and objective.compares) or not (
-        lines := open_metrics(result.run).lines
-    ):
+    objective, lines = recipe.objective, open_metrics(result.run).lines
+    if not (isinstance(objective, ReferencedObjective) and objective.compares and lines):
         return None
     last: dict[str, Any] = lines[-1]
     chosen, rejected = (last.get(f"validation_{side}_reward") for side in ("chosen", "rejected"))

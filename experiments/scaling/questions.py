@@ -18,8 +18,7 @@ from experiments.scaling.use import (
     planned_by_form,
     planned_loss,
 )
-from model.checks import check_number
-from model.errors import InputError
+from model.errors import InputError, check_number
 
 Answer = TypeVar("Answer")
 

@@ -13,8 +13,7 @@ from scipy.optimize import brentq
 from experiments.scaling.law.intervals import LARGEST_LOG, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, optimum
 from experiments.scaling.use import Extrapolation, compute_for_loss, extrapolation, log_compute
-from model.checks import check_number
-from model.errors import InputError
+from model.errors import InputError, check_number
 
 LN_RANGE = 12.0  # largest distance, in ln N, of a serving optimum from the optimum of training alone
 

@@ -13,8 +13,7 @@ from experiments.scaling.forms.choose import FormChoice
 from experiments.scaling.law.intervals import LARGEST_LOG, exponential, own_interval_warnings, percentile_interval
 from experiments.scaling.law.parametric import ParametricFit, law, optimum
 from experiments.scaling.valleys.isoflop import IsoflopFit
-from model.checks import check_number
-from model.errors import InputError
+from model.errors import InputError, check_number
 
 _BELOW = "the compute is below that of the fit"
 FAR = 10.0  # multiple of the fit's largest compute from which an answer comes with a warning

@@ -12,8 +12,7 @@ from experiments.sweep.trial import Trial
 from experiments.sweep.trials import expected_trials
 from model import Params
 from model.checkpoint import parameters_sha256
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from model.store import open_parameters
 from train.data import load_manifest
 from train.data.folders import Data

@@ -16,7 +16,7 @@ from train.recipe import Recipe, former_execution
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Part):
-    """How the decode speed of a trial's model is measured (`isoflop bench decode`), if an objective needs it."""
+    """Settings of the measurement of a model's decode speed (`isoflop bench decode`), if an objective needs it."""
 
     batch: int = 1
     context: int = 128

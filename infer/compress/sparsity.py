@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model import ModelConfig, Params, forward
 from model.ambient import lenient
-from model.checks import check_number
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_number
 from model.layout import places
 from model.linear import Linear
 from model.parameterization import names_of, role_of

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from model.checks import check_number, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_number, check_whole
 
 MOST_LOGPROBS = 20
 

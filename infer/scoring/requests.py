@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from model import ModelConfig
-from model.checks import check_at_least_one, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 
 IdPair = tuple[np.ndarray, np.ndarray]
 """Ids of a context and a continuation, int32 each."""

@@ -19,9 +19,8 @@ from infer.text import Decoder
 from model import Execution, ModelConfig, Params
 from model.ambient import lenient
 from model.cache import grow
-from model.checks import check_whole
 from model.dtypes import DTypeLike
-from model.errors import InputError
+from model.errors import InputError, check_whole
 from model.sharding import under_mesh_of
 
 LONGEST_LOOKUP = 32

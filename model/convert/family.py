@@ -5,11 +5,10 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from model.checks import check_whole
 from model.config import ModelConfig
 from model.convert.entries import MAX_COUNT, Entry, Field, Raw
 from model.convert.rules import TensorRule
-from model.errors import InputError
+from model.errors import InputError, check_whole
 
 # Keys without effect on the function: origin and execution; training; token ids; heads; sampling of text.
 _IGNORED_KEYS = """

@@ -25,7 +25,6 @@ from flax import traverse_util
 
 from model.adapters import ALL_TARGETS, Adapter, adapted, attach, fold, mask_and_scale, target_of
 from model.ambient import pinned
-from model.checks import check_number
 from model.config import ModelConfig
 from model.convert.entries import Raw
 from model.convert.families import FAMILIES
@@ -34,7 +33,7 @@ from model.convert.fold import folded, matrix_multiplier
 from model.convert.huggingface import choose_family, save_hf
 from model.convert.plan import Leaf, TensorPlan, plan_tensors, shapes_of
 from model.convert.tensors import read_json, read_tensors
-from model.errors import InputError
+from model.errors import InputError, check_number
 from model.records import check_output_folder
 from model.store import open_parameters
 from model.weights import is_weight

@@ -3,8 +3,7 @@
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train.data.shards import TokenShards
 from train.progress import progress_bar_if
 

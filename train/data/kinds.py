@@ -10,7 +10,7 @@ KINDS = {
     "rated": "answers labelled as good or bad",
     "prompts": "prompts without answers",
 }
-"""What a folder of each kind holds."""
+"""Contents of a folder of each kind."""
 
 
 def check_known(kind: str) -> None:

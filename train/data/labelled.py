@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train.data.documents import Documents
 from train.data.kinds import check_kind
 from train.data.loader import Batch

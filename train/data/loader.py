@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from model.checks import check_at_least_one, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 from train.data.kinds import check_kind
 from train.data.rows import Batch, Windows, draw, segments
 from train.data.shards import TokenShards

@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from model.checks import check_at_least_one, check_number
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_number
 from model.tokenizer import Tokenizer
 from model.tokenizer.files import file_hashes, tokenizer_files
 from train.data.manifest import MANIFEST_NAME, Manifest, load_manifest, verify_checksums

@@ -71,7 +71,7 @@ class PackedDocuments:
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("text",)
-    """Of the data folders that can be packed."""
+    """Kinds of data folders that can be packed."""
 
     def __init__(self, shards: TokenShards, seq_len: int):
         check_kind(shards, *self.KINDS)

@@ -9,8 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int, Int32, Integer, Shaped
 
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from train.files import file_sha256
 

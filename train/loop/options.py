@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from model.checks import check_whole
-from model.errors import InputError
+from model.errors import InputError, check_whole
 from model.execution import refuse_moved
 from train.run.best import metric_of
 

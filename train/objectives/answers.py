@@ -1,4 +1,4 @@
-"""What losses of whole answers to prompts share: examples of two rows, weights, data folders, FLOPs."""
+"""Base class of losses over whole answers to prompts: examples of two rows, weights, data folders, FLOPs."""
 
 import dataclasses
 from abc import abstractmethod
@@ -26,12 +26,11 @@ from train.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class AnswerObjective(Objective):
-    """A loss over examples that are two rows of `seq_len` tokens each, one of which may be read alone.
+    """A loss over examples of two rows of `seq_len` tokens each; a loss may only read the second row.
 
-    A batch names the two by prefixes, SIDES: of each side it has `tokens` int32 [examples, seq], `mask` float32
-    [examples, seq], 1 where the token is of the answer, and optionally `segment_ids` int32 (0: padding), by which a row
-    that is not padded on its right says so. `weights` float32 [examples], optional, weigh the examples. KIND: of the
-    data folders (`isoflop data prepare --kind`).
+    The arrays of the two rows have the prefixes SIDES: `tokens` int32 [examples, seq], `mask` float32 [examples, seq],
+    1 for tokens of the answer, and optionally `segment_ids` int32 (0: padding). `weights` float32 [examples], optional,
+    weigh the examples. KIND: kind of the data folders (`isoflop data prepare --kind`).
     """
 
     WEIGHT: ClassVar[str] = "loss_examples"
@@ -64,7 +63,7 @@ class AnswerObjective(Objective):
         super().check_execution(train_config, execution)
 
     def check_hparams(self, hparams: HParams) -> None:
-        """Raise InputError on hyperparameters with which the loss is no number, or trains nothing."""
+        """Raise InputError on hyperparameters that make the loss undefined or train nothing."""
 
     # ---- batches
 
@@ -123,9 +122,9 @@ class AnswerObjective(Objective):
         return jnp.asarray(batch.get("weights", jnp.ones(examples)), jnp.float32)
 
     def both(self, batch: Batch, name: str) -> Any:
-        """Return an array of both sides [2 · examples, …], an example's two rows one after the other; None if absent.
+        """Return an array of both rows [2 · examples, …], None if the batch does not have it.
 
-        So that the rows of one example stay on one device where examples are divided among devices.
+        The two rows of an example are adjacent, so that they stay on one device of a mesh that splits the batch.
         """
         first, second = (batch.get(f"{side}{name}") for side in self.SIDES)
         if first is None or second is None:
@@ -143,9 +142,9 @@ class AnswerObjective(Objective):
         hparams: HParams | None = None,
         execution: Execution = Execution(),
     ) -> Metrics:
-        """Return the means over one batch that EVALUATED names, with these hyperparameters (β among them), and WEIGHT.
+        """Return the means EVALUATED of one batch and WEIGHT, with these hyperparameters, such as β.
 
-        A reference is read as in training.
+        The reference is that of training.
         """
         _, sums = self.loss(config, params, frozen, batch, hparams, execution=execution)
         return {name: sums[name] for name in (*self.EVALUATED, self.WEIGHT)}
@@ -183,7 +182,7 @@ class AnswerObjective(Objective):
 def weighted_mean(
     values: Float[Array, " examples"], weights: Float[Array, " examples"], count: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Return Σ weight · value / count; an example of weight 0, which may be all padding, counts whatever its value."""
+    """Return Σ weight · value / count; examples of weight 0, which may be all padding, are left out."""
     return jnp.sum(jnp.where(weights > 0, weights * values, 0)) / count
 
 

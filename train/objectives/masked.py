@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from model import InputError, ModelConfig
-from model.checks import check_number
+from model.errors import check_number
 from model.tokenizer.extend import MASK
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest

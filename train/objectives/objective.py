@@ -164,7 +164,7 @@ class Objective(Part, ABC):
 
     @property
     def freezes(self) -> bool:
-        """Whether some parameters of the model are not trained."""
+        """True if some parameters of the model are not trained."""
         return bool(self.trainable) or self.adapter is not None
 
     def trained(self, config: ModelConfig, params: Params, key: PRNGKeyArray, hparams: HParams | None = None) -> Params:

@@ -1,4 +1,4 @@
-"""Preference alignment: an answer that people chose becomes likelier than one that they rejected."""
+"""Preference alignment: train on pairs of a chosen and a rejected answer, or on rated answers."""
 
 import dataclasses
 import functools
@@ -35,10 +35,10 @@ _MEANS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log_
 
 @dataclasses.dataclass(frozen=True)
 class ReferencedObjective(AnswerObjective):
-    """A loss that compares how likely answers are with how likely a reference model found them.
+    """A loss on log-probabilities of answers relative to those of a reference model.
 
-    reference: names reference log-probabilities that are kept with the data (`train.reference`); None: they are
-    computed in each step, by the frozen base of an adapter, or by a whole model that is given as `frozen`.
+    reference: name of reference log-probabilities kept with the data (`train.reference`); None: they are computed in
+    each step, by the frozen base of an adapter or by a whole model passed as `frozen`.
     """
 
     UNIT: ClassVar[str] = "per example"
@@ -58,7 +58,7 @@ class ReferencedObjective(AnswerObjective):
         return True
 
     def check(self, config: ModelConfig, train_config: TrainConfig) -> None:
-        """Raise InputError on a model that generates no text, and where nothing gives the reference."""
+        """Raise InputError if the model generates no text, or if there is no reference."""
         if config.head != "language-model":
             raise InputError(f"objective={self.NAME!r} trains language models, not head={config.head!r}")
         if self.compares and self.reference is None and self.adapter is None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
 from model import Execution, InputError, ModelConfig
-from model.checks import check_number
+from model.errors import check_number
 from train.config import HParams, TrainConfig
 from train.data.manifest import Manifest
 from train.data.noise import Noise

@@ -34,8 +34,7 @@ from model.checkpoint import (
     steps_in,
     warn,
 )
-from model.checks import check_at_least_one, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_whole
 from train.checksums import CHECKSUMS, checksums, read_intact, verify
 from train.files import sync_folder, sync_tree, write_json
 from train.hosts import agree, is_writer

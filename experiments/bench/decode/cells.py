@@ -18,8 +18,7 @@ from infer import KVCache, Sampling, decode_step, init_cache, prefill
 from infer.decode import ROOM, DecodeState, decode, init_decode_state
 from infer.prompts import capacity_for
 from model import ModelConfig, Params
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,8 @@ from experiments.models import check_is_decoder
 from infer import prepare
 from model import ModelConfig, Params
 from model.cache import CACHE_DTYPES
-from model.checks import check_at_least_one
 from model.dtypes import dtype_name
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_at_least_one
 from model.quantize import KINDS
 from train.progress import progress_bar
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infer import GREEDY, Engine, Request
-from model.checks import check_at_least_one, check_number
+from model.errors import check_at_least_one, check_number
 
 
 def arrivals(rate: float, requests: int, seed: int) -> list[float]:

@@ -17,7 +17,7 @@ from experiments.bench.ceilings import cores
 from experiments.bench.peers.twin import Twin, check_has_twin, require_torch, twin_spec, twin_weights
 from experiments.bench.rounds import TrainSteps, loss_difference, median_and_range, tokens_per_second
 from model import ModelConfig, Params, accounting
-from model.checks import check_at_least_one
+from model.errors import check_at_least_one
 from model.sharding import make_mesh
 from train import HParams, TrainConfig
 from train.config import stack_hparams

@@ -18,9 +18,8 @@ from experiments.bench.rounds import TrainSteps, loss_difference, tokens_per_sec
 from experiments.bench.train.against_torch import WARM_UP_STEPS, ContenderSpeed, summarize
 from model import Execution, ModelConfig, Params, accounting
 from model.adapters import Adapter, init_adapter
-from model.checks import check_at_least_one
 from model.convert import save_hf, save_peft
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train import HParams, TrainConfig
 
 _PEER = Path(__file__).parents[1] / "peers/hf_twin.py"

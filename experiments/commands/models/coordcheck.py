@@ -60,7 +60,7 @@ def coordcheck(
     """
     from experiments.commands.options import console, write_document
     from experiments.coordcheck import coordinate_check, coordinate_figure, growth, judge
-    from model.checks import check_whole
+    from model.errors import check_whole
     from train.progress import progress_bar
 
     check_whole("--steps", steps, 1)

@@ -83,8 +83,7 @@ def show(
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config
     from experiments.runs.started import in_words, started_from_weights
-    from model.checks import check_whole
-    from model.errors import InputError
+    from model.errors import InputError, check_whole
     from model.runs import load_config, read_record
     from model.sharding import parse_mesh
     from model.store import open_parameters

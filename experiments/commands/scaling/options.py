@@ -17,7 +17,7 @@ _ONLY_BY_NAME = {"unique_tokens": "the laws of repeated data", "active_params": 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """Which column of the table is which; by default columns are found by their usual names."""
+    """Names of the table's columns; by default columns are found by their usual names."""
 
     params: Column = "params"
     """Model sizes N, in parameters."""

@@ -128,8 +128,7 @@ def _check(
     serve_tokens: float | None,
     level: float,
 ) -> None:
-    from model.checks import check_number
-    from model.errors import InputError
+    from model.errors import InputError, check_number
 
     if not flops and not target_loss and params is None and tokens is None:
         raise InputError("there is no question: give --flops, --target-loss, or --params with --tokens")
@@ -151,8 +150,7 @@ def _cost(
 ) -> "ServingCost | None":
     """Return what serving costs; None if nothing is served."""
     from experiments.scaling.serving import ServingCost, training_rate
-    from model.checks import check_number
-    from model.errors import InputError
+    from model.errors import InputError, check_number
 
     if serve_tokens is None:
         if decode or train is not None or train_rate is not None or batch is not None:

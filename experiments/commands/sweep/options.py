@@ -81,8 +81,7 @@ class SweepOptions:
 
     def define(self) -> "Sweep":
         """Return the sweep with these options, merged with the definition in its folder. Nothing is written."""
-        import jax
-
+        from experiments.commands.train import dtype_of
         from experiments.inputs import read_changes
         from experiments.models import is_stored, read_config, started_from
         from experiments.sweep.address import without_password
@@ -94,17 +93,12 @@ class SweepOptions:
         start: dict[str, Any] = {}
         seq_len, steps = self.seq_len, self.steps
         if tuning := self.tuning():
-            recipe = tuning.recipe("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            recipe = tuning.recipe(dtype_of("auto"))
             config, start = recipe.model, {"weights": recipe.start, "objective": recipe.objective}
             seq_len = recipe.train.seq_len
-            hparams = recipe.hparams
-            base = {
-                "learning_rate": float(hparams.learning_rate),
-                "schedule": recipe.train.schedule,
-                "final_fraction": float(hparams.final_fraction),
-                "weight_decay": float(hparams.weight_decay),
-                "beta2": 0.999,
-            } | base
+            numbers = recipe.hparams.to_dict()
+            kept = ("learning_rate", "final_fraction", "weight_decay", "beta2")
+            base = {"schedule": recipe.train.schedule, **{name: numbers[name] for name in kept}} | base
         elif is_stored(self.preset):
             config, weights, objective = started_from(Path(self.preset), Path(self.data))
             start = {"weights": weights, "objective": objective}

@@ -21,8 +21,7 @@ from experiments.scaling.law.problem import LARGEST_EXPONENT, NAMES, ParametricP
 from experiments.scaling.rows.table import Table, clean
 from experiments.scaling.rows.thin import SAMPLE, sample, samples
 from experiments.words import counted
-from model.checks import check_at_least_one, check_number
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one, check_number
 
 MINIMUM_ROWS = 6  # five unknowns and one degree of freedom
 

@@ -23,8 +23,7 @@ from experiments.sweep.speed import Speed, time_steps
 from experiments.sweep.trial import Trial
 from model import ModelConfig, accounting
 from model.ambient import pinned
-from model.checks import check_number, check_whole
-from model.errors import InputError
+from model.errors import InputError, check_number, check_whole
 from train.data import Loader, load_manifest
 from train.loop.memory import device_memory
 from train.peak import PEAKS, device_named

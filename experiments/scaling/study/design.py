@@ -12,8 +12,7 @@ from experiments.scaling.study.family import ModelFamily
 from experiments.scaling.study.published import AT_SCALE, defaults_at_scale, law_named, middle_of
 from experiments.words import counted
 from model import Execution, ModelConfig
-from model.checks import check_number
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_number
 from model.execution import FIELDS as EXECUTION
 from model.parts import Part
 from train import TrainConfig, objectives

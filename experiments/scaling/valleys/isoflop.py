@@ -31,8 +31,7 @@ from experiments.scaling.valleys.valley import (
     tokens_line,
 )
 from experiments.words import counted
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 
 __all__ = [
     "DEFAULT",
@@ -89,7 +88,7 @@ class IsoflopFit:
     method: Method = DEFAULT
     shape: ValleyShape = PARABOLA
     thinned: str | None = None
-    """What was done with fewer rows than the table has, in words; None if nothing was."""
+    """Remark on results from fewer rows than the table has; None if all rows were used."""
 
     @property
     def outliers(self) -> list[Outlier]:

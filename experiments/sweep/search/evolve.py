@@ -11,8 +11,7 @@ import numpy as np
 
 from experiments.sweep.row import Decision, LedgerRow
 from experiments.sweep.trial import Trial
-from model.checks import check_number
-from model.errors import InputError
+from model.errors import InputError, check_number
 from train import HParams
 
 NOT_PERTURBED = ("seed", "data_seed", "total_steps", "warmup_steps", "warmup_fraction", "decay_steps", "init_scale")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from experiments.sweep.row import Decision, LedgerRow, Policy, RunAll
 from experiments.sweep.trial import Trial
-from model.checks import check_number
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_number
 
 if TYPE_CHECKING:
     from experiments.sweep.record import Sweep

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.sweep.search.recorded import Recorded, is_ordered
 from experiments.sweep.search.samplers import make_sampler
-from model.checks import check_at_least_one
+from model.errors import check_at_least_one
 
 
 @dataclasses.dataclass(frozen=True)

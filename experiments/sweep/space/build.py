@@ -40,8 +40,7 @@ from experiments.sweep.space.values import (
     loguniform,
     uniform,
 )
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 
 __all__ = [
     "Distribution",

@@ -17,7 +17,7 @@ _MOST_POINTS = 1_000_000
 
 
 class Space:
-    """What a sweep may vary. Built by the functions of `experiments/sweep/space/build.py`."""
+    """Points that a sweep may take. Built by the functions of `experiments/sweep/space/build.py`."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ class Space:
 
     @property
     def size(self) -> int:
-        """How many points it has at most. Raises InputError if an interval has no count."""
+        """Largest number of points. Raises InputError if an interval has no count."""
         raise NotImplementedError
 
     def axes(self) -> dict[str, Distribution]:

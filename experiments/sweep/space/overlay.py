@@ -6,8 +6,7 @@ from typing import Any
 from experiments.sweep.space.kinds import describe
 from experiments.sweep.trial import Decode, Trial
 from model import accounting
-from model.checks import check_at_least_one, check_number
-from model.errors import InputError, UnknownNameError
+from model.errors import InputError, UnknownNameError, check_at_least_one, check_number
 from train.overlay import check_names, fields, overlay, replace_part, typed
 from train.plan import Plan
 from train.recipe import Recipe

@@ -34,7 +34,7 @@ class Values:
 
     @property
     def fixed(self) -> bool:
-        """Whether there is only one value."""
+        """True if there is only one value."""
         return len(self.values) == 1
 
     def enumerate(self, name: str) -> tuple[Any, ...]:

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from model.checks import check_at_least_one
-from model.errors import InputError
+from model.errors import InputError, check_at_least_one
 from train.data.documents import document_ends
 from train.data.kinds import check_kind
 from train.data.packing import Packing

@@ -67,7 +67,7 @@ class Example:
 
     @property
     def split_by(self) -> str:
-        """What decides the side of the split, as JSON: the prompt; of a conversation its system and first user turn."""
+        """Key of the split, as JSON: the prompt; of a conversation its system turn and first user turn."""
         if self.prompt != () or isinstance(self.answers[0], str):
             return canonical(self.prompt)
         first = {message["role"]: message for message in reversed(self.answers[0])}

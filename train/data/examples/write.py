@@ -39,12 +39,12 @@ class Side:
 
     @property
     def documents(self) -> int:
-        """How many documents it has."""
+        """Number of documents."""
         return len(self._ends)
 
     @property
     def has_margins(self) -> bool:
-        """Whether any pair has a margin."""
+        """True if any pair has a margin."""
         return any(margin is not None for margin in self.margins)
 
     def write(self, document: Encoded) -> None:
