@@ -43,14 +43,17 @@ def train_step(
     objective: Objective = LanguageModeling(),
     frozen: Params | None = None,
     execution: Execution = Execution(),
+    active: bool | Bool[Array, ""] = True,
 ) -> tuple[TrainState, Metrics]:
     """Update `state.params` once; the parameters `frozen` (`Objective.split`) are only read.
 
+    active: if false, the state is returned as it is.
+
     metrics: those of the objective (loss and total_loss; for text in nats per unmasked token), grad_norm (before
     clipping), param_norm (after the update), update_norm (of what was subtracted), each also by group if
-    `train_config.norms`, learning_rate, finite, skipped and skipped_in_a_row. If the loss, the gradient or the new
-    parameters are not finite, `finite` is 0 and the step is skipped: it is counted, and parameters and optimizer are
-    returned unchanged.
+    `train_config.norms`, learning_rate, finite, skipped and skipped_in_a_row. If the loss, the gradient or the update
+    is not finite, `finite` is 0 and the step is skipped: it is counted, and parameters and optimizer are returned
+    unchanged.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if train_config.dropout else None
     grads, metrics = gradients(
@@ -60,28 +63,38 @@ def train_step(
     grad_norm = total_norm(grad_norms)
     learning_rate = rate(train_config, hparams, state.step)
     optimizer = make_optimizer(config, train_config, hparams)
-    updates, optimizer_state = optimizer.update(
-        clip_by_norm(grads, grad_norm, hparams.clip_norm), state.optimizer, state.params
-    )
-    updates = jax.tree.map(lambda update: learning_rate * update, updates)
-    params = jax.tree.map(jnp.subtract, state.params, updates)
-    param_norms, update_norms = norms_by_group(params), norms_by_group(updates)
+
+    def update() -> tuple[Params, Any]:
+        """Return what is subtracted from the parameters, and the new state of the optimizer."""
+        clipped = clip_by_norm(grads, grad_norm, hparams.clip_norm)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, state.params)
+        return jax.tree.map(lambda leaf: learning_rate * leaf, updates), optimizer_state
+
+    updates, _ = update()
+    update_norms = norms_by_group(updates)
+    update_norm = total_norm(update_norms)
+    finite = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+    updated = finite & active
+    take = lambda: (jax.tree.map(jnp.subtract, state.params, updates), update()[1])
+    leave = lambda: (state.params, state.optimizer)
+    if _on_one_cpu(execution):
+        # The optimizer's new state is computed again in the branch, where it overwrites the old one.
+        params, optimizer_state = jax.lax.cond(updated, take, leave)
+    else:
+        params, optimizer_state = keep_if(updated, take(), leave())  # a GPU would wait for the value of a condition
+    param_norms = norms_by_group(params)
     param_norm = total_norm(param_norms)
-    finite = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
     skipped = 1 - finite.astype(jnp.int32)
-    # Choosing after the fact reads both states once more, but `lax.cond` copies more than that (docs/LOG.md).
-    new = TrainState(
-        step=state.step + 1,
-        params=keep_if(finite, params, state.params),
-        optimizer=keep_if(finite, optimizer_state, state.optimizer),
-        rng=state.rng,
-        skipped=state.skipped + skipped,
-        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    counts = keep_if(
+        jnp.asarray(active),
+        (state.step + 1, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped),
+        (state.step, state.skipped, state.skipped_in_a_row),
     )
+    new = TrainState(counts[0], params, optimizer_state, state.rng, *counts[1:])
     metrics |= {
         "grad_norm": grad_norm,
         "param_norm": param_norm,
-        "update_norm": total_norm(update_norms),
+        "update_norm": update_norm,
         "learning_rate": learning_rate,
         "finite": finite.astype(jnp.float32),
         "skipped": new.skipped.astype(jnp.float32),
@@ -111,7 +124,7 @@ def gradients(
     The result does not depend on their number, except for rounding, the experts' balance loss and dropout. Raises
     InputError if it does not divide the batch.
     """
-    microbatches, independent = execution.accumulate, _independent_parts(config, batch, execution, objective)
+    microbatches, independent = execution.accumulate, _independent_parts(config, params, batch, execution, objective)
     if (rows := _rows(batch)) % microbatches:
         raise InputError(f"accumulate={microbatches} does not divide the batch's {rows} rows")
     count = objective.count(batch)
@@ -143,9 +156,12 @@ def gradients(
 
 
 _WORTH_SPLITTING = 1024  # tokens in a batch, from which on two independent parts are faster on a CPU
+_PARAMS_PER_TOKEN = 4096  # with more, adding the gradients of two parts costs more than it saves (docs/LOG.md)
 
 
-def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution, objective: Objective) -> int:
+def _independent_parts(
+    config: ModelConfig, params: Params, batch: Batch, execution: Execution, objective: Objective
+) -> int:
     """Return the number of independent parts of one program that a batch is split into: 2 on a CPU if that is faster.
 
     XLA's CPU backend splits few operations besides large products into threads, but runs operations that do not depend
@@ -154,8 +170,13 @@ def _independent_parts(config: ModelConfig, batch: Batch, execution: Execution, 
     if config.experts is not None or not objective.separable:
         return 1
     rows, tokens = _rows(batch), max(leaf.size for leaf in jax.tree.leaves(batch))
-    on_one_cpu = target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
-    return 2 if on_one_cpu and rows % 2 == 0 and tokens >= _WORTH_SPLITTING else 1
+    trained = sum(leaf.size for leaf in jax.tree.leaves(params))
+    worth = tokens >= _WORTH_SPLITTING and trained <= _PARAMS_PER_TOKEN * tokens
+    return 2 if _on_one_cpu(execution) and rows % 2 == 0 and worth else 1
+
+
+def _on_one_cpu(execution: Execution) -> bool:
+    return target(execution.platform).platform == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 @lenient()

@@ -1,4 +1,4 @@
-"""The step of a Transformers user, with PEFT too, is ours: same losses, and the bench tells both apart."""
+"""The step of a user of Transformers, PEFT or TRL is ours: same losses, and the bench tells both apart."""
 
 import os
 import sys
@@ -17,20 +17,22 @@ TRAIN = TrainConfig(batch_size=2, seq_len=16)
 
 
 @pytest.mark.long
-def test_whole_models_and_adapters_train_alike(monkeypatch):
+@pytest.mark.parametrize("method", [None, "sft", "dpo"])
+def test_whole_models_and_adapters_train_alike(monkeypatch, method):
     names = ("ISOFLOP_TORCH_PYTHON", "ISOFLOP_TRANSFORMERS_PYTHON")
     python = next((os.environ[name] for name in names if os.environ.get(name)), sys.executable)
-    if not python_has(python, "peft"):
-        pytest.skip(f"{python} has no peft")
+    for module in ("peft", *(["trl"] if method else [])):
+        if not python_has(python, module):
+            pytest.skip(f"{python} has no {module}")
     monkeypatch.setenv("ISOFLOP_TORCH_PYTHON", python)
     params = init(CONFIG, jax.random.key(0))
-    result = bench_against_transformers(CONFIG, params, TRAIN, rank=4, rounds=2, steps_per_round=1)
+    result = bench_against_transformers(CONFIG, params, TRAIN, rank=4, rounds=2, steps_per_round=1, method=method)
     whole, adapter = result.kinds
     assert whole.trained_parameters == whole.parameters
     assert adapter.trained_parameters < adapter.parameters
     for kind in (whole, adapter):
         assert kind.loss_difference < 1e-5
-        assert [row.name for row in kind.contenders] == ["isoflop", "transformers eager"]
+        assert [row.name for row in kind.contenders] == ["isoflop", "trl eager" if method else "transformers eager"]
         assert all(row.peak_bytes > 0 for row in kind.contenders)
 
 

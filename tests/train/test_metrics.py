@@ -72,7 +72,8 @@ def test_what_is_not_finite_is_null(data, tmp_path):
     assert result.status == "diverged"
     text = (tmp_path / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line, parse_constant=refuse) for line in text]
-    assert lines[-1]["loss"] is None or lines[-1]["grad_norm"] is None or lines[-1]["param_norm"] is None
+    assert any(lines[-1][name] is None for name in ("loss", "grad_norm", "update_norm"))
+    assert lines[-1]["param_norm"] is not None  # of the parameters that the state still holds
     json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
 
 

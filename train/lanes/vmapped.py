@@ -26,7 +26,7 @@ from train.lanes.program import LaneMetrics, Program
 from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import Batch, Metrics
 from train.state import TrainState, init_state
-from train.step import eval_step, keep_if, train_step
+from train.step import eval_step, train_step
 
 _OWN, _ALL = PartitionSpec("population"), PartitionSpec()
 
@@ -127,11 +127,18 @@ def step_lanes(
     def one(
         frozen: Params | None, state: TrainState, batch: Batch, hparams: HParams, active: Array
     ) -> tuple[TrainState, Metrics]:
-        new, metrics = train_step(
-            config, train_config, state, batch, hparams, objective=objective, frozen=frozen, execution=execution
-        )
         alive = state.skipped_in_a_row < train_config.max_skipped
-        return keep_if(active & alive, new, state), metrics
+        return train_step(
+            config,
+            train_config,
+            state,
+            batch,
+            hparams,
+            objective=objective,
+            frozen=frozen,
+            execution=execution,
+            active=active & alive,
+        )
 
     return _over_lanes(one, state, batch, hparams, active, shared=frozen)
 

@@ -1,4 +1,4 @@
-"""Compare our training step of a given model with Transformers, and with LoRA with PEFT, in interleaved rounds."""
+"""Compare our training step of a given model with Transformers, PEFT and TRL, in interleaved rounds."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -25,6 +25,8 @@ from train import HParams, TrainConfig
 _PEER = Path(__file__).parents[1] / "peers/hf_twin.py"
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "epsilon", "clip_norm")
 LOSS_TOLERANCE = 1e-4
+Method = Literal["sft", "dpo"]
+_REFERENCE = -2000.0  # the reference's log-probability of every answer, where a loss reads it
 
 
 class Contender(Child):
@@ -88,6 +90,7 @@ def bench_against_transformers(
     rounds: int = 5,
     steps_per_round: int = 2,
     modes: tuple[str, ...] = ("eager",),
+    method: Method | None = None,
     full: bool = True,
     execution: Execution = Execution(),
 ) -> TuningComparison:
@@ -96,14 +99,15 @@ def bench_against_transformers(
     Every contender is a process of its own that sleeps while another runs. All start from the same weights and the same
     adapter of rank `rank` (0: none), see the same random tokens and use AdamW with clipping at a constant rate, in
     float32, on as many threads as there are cores, without gradient checkpointing. Their losses over the first steps
-    must agree. modes: of PyTorch, "eager" or "compile". full: also train all parameters.
-    Raises InputError if Transformers or PEFT is not installed, or the model has no form there.
+    must agree. modes: of PyTorch, "eager" or "compile". method: compare with the step of TRL's trainer for it, on rows
+    whose first quarter is a prompt, with a given reference; None: language modelling. full: also train all parameters.
+    Raises InputError if Transformers, PEFT or TRL is not installed, or the model has no form there.
     """
     check_at_least_one(rounds=rounds, steps_per_round=steps_per_round)
     if not rank and not full:
         raise InputError("nothing to compare: give a rank, or full=True")
     python = torch_python()
-    for module in ("transformers", *(["peft"] if rank else [])):
+    for module in ("transformers", *(["peft"] if rank else []), *(["trl"] if method else [])):
         if not python_has(python, module):
             raise InputError(
                 f"{python} has no {module}: install isoflop[peers], or name a Python that has it in "
@@ -111,7 +115,13 @@ def bench_against_transformers(
             )
     load_average = os.getloadavg()[0]
     values = HParams(learning_rate=1e-4).to_dict()
-    shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len, "threads": cores(), "seed": 0}
+    shape: dict[str, Any] = {
+        "batch_size": train_config.batch_size,
+        "seq_len": train_config.seq_len,
+        "threads": cores(),
+        "seed": 0,
+    }
+    shape |= {"method": method, "reference": _REFERENCE}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="isoflop-tune-")))
         save_hf(config, params, folder / "model")
@@ -123,7 +133,8 @@ def bench_against_transformers(
             save_peft(config, adapter, init_adapter(config, adapter, params, jax.random.key(0)), folder / "adapter")
             kinds[f"LoRA {rank}"] = str(folder / "adapter")
         commands = {"isoflop": [sys.executable, "-m", "experiments.bench.peers.own_twin"]}
-        commands |= {f"transformers {mode}": [python, str(_PEER)] for mode in modes}
+        peer = "trl" if method else "transformers"
+        commands |= {f"{peer} {mode}": [python, str(_PEER)] for mode in modes}
         measured: list[TuningKind] = []
         versions: dict[str, Any] = {}
         for kind, place in kinds.items():
@@ -133,7 +144,7 @@ def bench_against_transformers(
                     own = spec | {"adapter": place, "mode": name.split()[-1]}
                     contender = Contender(command, own, f"{name}, {kind}", folder / f"{name}.log")
                     contenders[name] = children.enter_context(contender)
-                versions = contenders[f"transformers {modes[0]}"].ready["versions"]
+                versions = contenders[f"{peer} {modes[0]}"].ready["versions"]
                 measured.append(_measured(kind, config, contenders, rounds, steps_per_round, shape))
     return TuningComparison(load_average, rounds, measured, versions)
 
@@ -145,7 +156,7 @@ def _measured(
     losses = {name: contender.run(WARM_UP_STEPS)[1] for name, contender in contenders.items()}
     difference = loss_difference(losses, LOSS_TOLERANCE)
     runs: dict[str, TrainSteps] = {name: contender.run for name, contender in contenders.items()}
-    tokens = shape["batch_size"] * shape["seq_len"]
+    tokens = shape["batch_size"] * shape["seq_len"] * (2 if shape["method"] == "dpo" else 1)
     speeds = tokens_per_second(runs, dict.fromkeys(runs, steps), rounds, tokens)
     flops = {name: accounting.flops_per_token(config, shape["seq_len"], name) for name in ("6N", "exact")}
     ready = {name: contender.ready for name, contender in contenders.items()}

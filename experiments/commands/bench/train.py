@@ -25,7 +25,8 @@ def train(
     seq_len: int = 128,
     lanes: tuple[int, ...] = (1,),
     seconds: float = 5.0,
-    against: Literal["torch", "transformers"] | None = None,
+    against: Literal["torch", "transformers", "trl"] | None = None,
+    method: Literal["sft", "dpo"] = "sft",
     lora: int = 0,
     compile: bool = False,
     rounds: int = 7,
@@ -39,22 +40,26 @@ def train(
     With --against torch: interleaved with the same step of a PyTorch model of the same shape, weights and data, run by
     the Python that ISOFLOP_TORCH_PYTHON names (default: this one). With --against transformers: the model, a preset or
     a stored one, is trained by both libraries, and with --lora an adapter of it by isoflop and by PEFT; every
-    contender is a process of its own, so that its peak memory can be measured.
+    contender is a process of its own, so that its peak memory can be measured. With --against trl: the same for
+    fine-tuning by --method, with the step of TRL's trainer, on rows without padding and with a reference that is given.
 
     Example: isoflop bench train study-128 --lanes 1 4 --json train.json
 
     Example: isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against transformers --lora 8 --rounds 5
 
+    Example: isoflop bench train SmolLM2.gguf --batch-size 4 --seq-len 256 --against trl --method dpo --lora 16
+
     Args:
-        preset: A preset (see `isoflop model list`) or a JSON file of a model config; with --against transformers also
-            a run, a Hugging Face folder or a GGUF file.
+        preset: A preset (see `isoflop model list`) or a JSON file of a model config; with --against transformers or trl
+            also a run, a Hugging Face folder or a GGUF file.
         set: Fields to change, of the model or of how it runs, such as num_layers=4 remat=dots.
         batch_size: Rows per step and lane.
         seq_len: Tokens per row.
         lanes: Trials per program, each measured; with 1 among them, also as ratios to it.
         seconds: Measuring time per number of lanes; not read with --against.
         against: Library to compare with.
-        lora: With --against transformers: also train an adapter of this rank; 0: none.
+        method: With --against trl: "sft", the tokens of answers, or "dpo", pairs of answers (twice the tokens).
+        lora: With --against transformers or trl: also train an adapter of this rank; 0: none.
         compile: With --against transformers: also measure torch.compile.
         rounds: With --against, turns that each contender gets: of about a second, or of two steps.
         json: Also write every number to this file.
@@ -73,13 +78,24 @@ def train(
 
     if against is None:
         say_unused("without --against", train, rounds=rounds)
+    if against != "trl":
+        say_unused("without --against trl", train, method=method)
     if against != "transformers":
-        say_unused("without --against transformers", train, lora=lora, compile=compile)
+        say_unused("without --against transformers", train, compile=compile)
+    if against not in ("transformers", "trl"):
+        say_unused("without --against transformers or trl", train, lora=lora)
     else:
         if lanes != (1,):
             raise InputError("--against compares one lane with one model: leave --lanes out")
         _train_against_transformers(
-            preset, set, TrainConfig(batch_size=batch_size, seq_len=seq_len), lora, compile, rounds, json
+            preset,
+            set,
+            TrainConfig(batch_size=batch_size, seq_len=seq_len),
+            method if against == "trl" else None,
+            lora,
+            compile,
+            rounds,
+            json,
         )
         return
     config = read_config(preset)
@@ -167,6 +183,7 @@ def _train_against_transformers(
     model: str,
     changes: tuple[str, ...],
     train_config: "TrainConfig",
+    method: Literal["sft", "dpo"] | None,
     lora: int,
     compiled: bool,
     rounds: int,
@@ -190,13 +207,13 @@ def _train_against_transformers(
     config, execution = overlay_program(read_changes(changes), config)
     modes = ("eager", "compile") if compiled else ("eager",)
     result = bench_against_transformers(
-        config, params, train_config, rank=lora, rounds=rounds, modes=modes, execution=execution
+        config, params, train_config, rank=lora, rounds=rounds, modes=modes, method=method, execution=execution
     )
     about = origin()
     about["versions"] |= result.versions
     numbers = result.to_dict()
     del numbers["versions"]  # which stand with our own
-    shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len}
+    shape = {"batch_size": train_config.batch_size, "seq_len": train_config.seq_len, "method": method}
     write_document(json, about | {"schema_version": 1, "model": model, "config": config.to_dict()} | shape | numbers)
     names = ("trained", "step of", "tokens/s", "slowest … fastest", "isoflop over this", "peak memory", "compile s")
     table = new_table(*names, title=f"medians of {rounds} interleaved rounds (slowest … fastest)")
