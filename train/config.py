@@ -117,6 +117,12 @@ _LEAST = {
     "max_rollbacks": 0,
 }
 
+LOSS_SHAPING = (
+    *("mask_rate", "beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
+    *("divergence_alpha", "center_weight"),
+)
+"""Hyperparameters that define the loss: losses at different values of one cannot be compared."""
+
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)

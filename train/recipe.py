@@ -16,7 +16,7 @@ from model.config import MOVED as MOVED_FROM_MODEL
 from model.errors import InputError
 from model.fields import FrozenDict
 from train.config import MOVED as MOVED_FROM_TRAIN
-from train.config import HParams, TrainConfig
+from train.config import LOSS_SHAPING, HParams, TrainConfig
 from train.data.manifest import load_manifest
 from train.objectives import LanguageModeling, Objective
 from train.objectives import from_dict as read_objective
@@ -26,11 +26,7 @@ from train.schedule import uses_horizon
 Places = str | Path | Mapping[str, str | Path]
 LATER = {
     "train_config": ("packing", "order"),
-    "hparams": (
-        *("data_seed", "mask_rate", "lora_rank", "lora_alpha"),
-        *("beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
-        *("divergence_alpha", "center_weight"),
-    ),
+    "hparams": ("data_seed", "lora_rank", "lora_alpha", *LOSS_SHAPING),
 }
 """Fields by part that were added later: they enter the hash only if not at their default, so that old ids stay."""
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,8 @@
     pip install --no-deps vaderSentiment==3.3.2
     python experiments/scripts/sentiment_pairs.py runs/sft chats.jsonl pairs.jsonl 400
 
-Prompts are the first user turns of different conversations. The rule is VADER's compound score (Hutto and Gilbert
+Prompts are the first user turns of different conversations, those of more than 128 tokens left out: a batch is as wide
+as its longest. The rule is VADER's compound score (Hutto and Gilbert
 2014); a prompt whose two answers have one score gives no pair.
 """
 
@@ -17,7 +18,7 @@ from infer import Sampling, generate, prepare
 from model.progress import progress_bar
 from model.store import open_model
 
-BATCH, TOKENS = 32, 32
+BATCH, TOKENS, LONGEST = 32, 32, 128
 
 
 def prompts(chats: Path, count: int) -> list[str]:
@@ -43,6 +44,8 @@ def main(model: Path, chats: Path, out: Path, count: int) -> None:
     questions = prompts(chats, count)
     turns = [[{"role": "user", "content": text}] for text in questions]
     ids = [tokenizer.encode(tokenizer.apply_chat_template(turn), special=True) for turn in turns]
+    short = [number for number, tokens in enumerate(ids) if len(tokens) <= LONGEST]
+    turns, ids = [turns[number] for number in short], [ids[number] for number in short]
     written = 0
     with out.open("w", encoding="utf-8") as file, progress_bar("sampling", len(ids)) as advance:
         for begin in range(0, len(ids), BATCH):

@@ -24,6 +24,15 @@ def bowl(rate, seed, best=4e-3, noise=0.01):
     return 3 + 0.1 * np.log(rate / best) ** 2 + noise * shifts[seed]
 
 
+def test_losses_of_different_functions_are_not_ranked_silently():
+    rows = [row | {"beta": beta} for beta in (0.1, 0.3) for row in trials(bowl)]
+    warning = "a loss at another beta is another function"
+    said = summarize({"beta": [0.1, 0.3], "learning_rate": RATES}, rows).warnings
+    assert any(line.startswith(warning) for line in said)
+    said = summarize({"beta": [0.1], "learning_rate": RATES}, [row for row in rows if row["beta"] == 0.1]).warnings
+    assert not any(line.startswith(warning) for line in said)
+
+
 def test_critical_values_are_those_of_the_tables():
     """Dunnett 1955, table 1a (one-sided, 5 %); with one comparison Student's t."""
     assert [round(best_of_many(k, 10), 2) for k in (1, 2, 3, 4)] == [1.81, 2.15, 2.34, 2.47]

@@ -18,6 +18,7 @@ from experiments.sweep.analysis.scales import MANY, distinct, edge_of, is_number
 from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group, pooled_noise
 from experiments.sweep.row import State
 from experiments.words import counted, is_or_are
+from train.config import LOSS_SHAPING
 
 
 def summarize(
@@ -152,6 +153,11 @@ def _warnings(
     population = any(row.member is not None for row in settings)
     if not population:  # a population moves beyond its initial values
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
+    if shaping := [name for name, values in axes.items() if name in LOSS_SHAPING and len(distinct(values)) > 1]:
+        warnings.append(
+            f"a loss at another {' or '.join(shaping)} is another function: compare these settings by an objective "
+            "such as accuracy or margin, not by their losses"
+        )
     equal = len(winner.indistinguishable or ())
     if equal:
         others = counted(equal, "other setting")
