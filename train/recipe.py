@@ -15,8 +15,8 @@ from model import Execution, ModelConfig
 from model.config import MOVED as MOVED_FROM_MODEL
 from model.errors import InputError
 from model.fields import FrozenDict
-from train.config import MOVED as MOVED_FROM_TRAIN
 from train.config import LOSS_SHAPING, HParams, TrainConfig
+from train.config import MOVED as MOVED_FROM_TRAIN
 from train.data.manifest import load_manifest
 from train.objectives import LanguageModeling, Objective
 from train.objectives import from_dict as read_objective

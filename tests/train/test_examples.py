@@ -191,6 +191,26 @@ def test_everything_that_is_dropped_or_altered_is_counted(made, tmp_path):
     assert manifest == load_manifest(tmp_path / "out")
 
 
+def test_whole_conversations_are_compared_from_what_the_assistant_first_says(made, tmp_path):
+    rows = [
+        {
+            "chosen": turns(f"q{i}", "fine", "bye", "bye", system="Talk"),
+            "rejected": turns(f"r{i}", "no", system="Talk"),
+        }
+        for i in range(20)
+    ]
+    manifest = made(rows, "preference", validation_fraction=0.3)
+    assert manifest.dropped == manifest.altered == {}
+    for split in ("train", "validation"):
+        found, weights = documents(tmp_path / "out", split), TokenShards(tmp_path / "out", split).array("weights")
+        assert len(weights) == len(found) / 2 > 0, "a system turn in common does not tie conversations together"
+        assert set(weights) == {1.0}
+        for chosen, rejected in zip(found[::2], found[1::2], strict=True):
+            assert chosen.split("⟦")[1].startswith("fine")
+            assert "q" in chosen.split("⟦")[0]
+            assert rejected.split("⟦")[1].startswith("no")
+
+
 def test_pairs_that_are_equal_or_lose_a_side_are_counted(made):
     good = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
     bad = {
@@ -203,9 +223,11 @@ def test_pairs_that_are_equal_or_lose_a_side_are_counted(made):
             {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"},
             {"prompt": "a", "responses": ["b", "c"], "ranks": [1]},
             {"chosen": "b", "rejected": "c"},
-            {"chosen": turns("a", "b"), "rejected": turns("c", "d")},
         ],
-        "no assistant turn": [{"prompt": turns("a"), "chosen": turns("a"), "rejected": "c"}],
+        "no assistant turn": [
+            {"prompt": turns("a"), "chosen": turns("a"), "rejected": "c"},
+            {"chosen": turns("a", "b"), "rejected": turns("c")},
+        ],
         "prompts that fill max_tokens": [{"prompt": "p" * 50, "chosen": "b", "rejected": "c"}],
     }
     manifest = made([*good, *(row for rows in bad.values() for row in rows)], "preference", max_tokens=40)

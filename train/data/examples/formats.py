@@ -67,7 +67,14 @@ class Example:
 
     @property
     def split_by(self) -> str:
-        """Key of the split, as JSON: the prompt; of a conversation its system turn and first user turn."""
+        """Key of the split, as JSON: the prompt; of a conversation its system turn and first user turn.
+
+        Of two whole conversations it is both: what they share may be a system turn that all rows have.
+        """
+        if len(self.answers) == 2 and any(
+            as_turns(turns, "assistant")[0]["role"] != "assistant" for turns in self.answers
+        ):
+            return canonical([self.prompt, self.answers])
         if self.prompt != () or isinstance(self.answers[0], str):
             return canonical(self.prompt)
         first = {message["role"]: message for message in reversed(self.answers[0])}
@@ -176,7 +183,10 @@ def _aligned(prompt: Any, answers: Sequence[Any]) -> tuple[Content, list[Content
 
 
 def _shared_prompt(pair: Sequence[Any]) -> tuple[Content, list[Content]]:
-    """Return the beginning that two conversations share, and what each goes on with."""
+    """Return the beginning that two conversations share, and what each goes on with.
+
+    Of two whole conversations, as a reward model compares them, each may go on with a turn of the user.
+    """
     if any(isinstance(conversation, str) for conversation in pair):
         raise UnusableError(BROKEN)
     chosen, rejected = map(_messages, pair)
@@ -185,9 +195,10 @@ def _shared_prompt(pair: Sequence[Any]) -> tuple[Content, list[Content]]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    if shared == 0:
-        raise UnusableError(BROKEN)
-    return chosen[:shared], [_answer(chosen[shared:]), _answer(rejected[shared:])]
+    rests: list[Content] = [chosen[shared:], rejected[shared:]]
+    if any(all(message["role"] != "assistant" for message in turns[shared:]) for turns in (chosen, rejected)):
+        raise UnusableError(NO_ANSWER)
+    return chosen[:shared], rests
 
 
 def _answer(turns: tuple[Message, ...]) -> Content:

@@ -126,7 +126,8 @@ class Renderer:
     def answer(self, prompt: Content, answer: Content, variables: Mapping[str, Any]) -> Rendered:
         """Render a prompt and its answer, which is trained as a whole; both plain text or both turns.
 
-        Plain text is followed by one end token. An answer of several turns is trained from the first to the last.
+        Plain text is followed by one end token. An answer of several turns is trained from the first of the assistant
+        to the last.
         """
         if isinstance(prompt, str) or isinstance(answer, str):
             assert isinstance(prompt, str)
@@ -135,7 +136,8 @@ class Renderer:
             return Rendered(text, ((len(prompt), len(text)),), end=self._end_id)
         messages = [*prompt, *answer]
         whole = self._render(messages, False, variables)
-        span = self._answer(whole, messages, len(prompt), len(messages), variables)
+        first = next(number for number, message in enumerate(answer) if message["role"] == "assistant")
+        span = self._answer(whole, messages, len(prompt) + first, len(messages), variables)
         if span is None:
             raise UnusableError(REFUSED)
         return Rendered(whole, (span,), True)
