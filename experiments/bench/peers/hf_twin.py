@@ -121,17 +121,18 @@ class TrlTrainer(TransformersTrainer):
         }
         if spec["method"] == "sft":
             data = Dataset.from_list([{"input_ids": [0] * spec["seq_len"]}] * spec["batch_size"])
-            self.trainer = SFTTrainer(
+            trainer: Any = SFTTrainer(
                 model=self.model, args=SFTConfig(**common), train_dataset=data, processing_class=tokenizer
             )
         else:
             data = Dataset.from_list([{"prompt": "1 2", "chosen": " 3", "rejected": " 0"}] * spec["batch_size"])
             arguments = DPOConfig(**common, precompute_ref_log_probs=True)
-            self.trainer = DPOTrainer(model=self.model, args=arguments, train_dataset=data, processing_class=tokenizer)
-            self.trainer.precompute_ref_logps = True
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer.optimizer = self.optimizer
-        self.trainer.model.train()
+            trainer = DPOTrainer(model=self.model, args=arguments, train_dataset=data, processing_class=tokenizer)
+            trainer.precompute_ref_logps = True
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.optimizer = self.optimizer
+        trainer.model.train()
+        self.trainer = trainer
 
     def shape(self) -> tuple[int, ...]:
         """Return [batch, seq], and for pairs [2 * batch, seq], all chosen answers first."""
