@@ -85,12 +85,19 @@ def train_step(
     param_norms = norms_by_group(params)
     param_norm = total_norm(param_norms)
     skipped = 1 - finite.astype(jnp.int32)
-    counts = keep_if(
+    step, skipped, skipped_in_a_row = keep_if(
         jnp.asarray(active),
         (state.step + 1, state.skipped + skipped, (state.skipped_in_a_row + 1) * skipped),
         (state.step, state.skipped, state.skipped_in_a_row),
     )
-    new = TrainState(counts[0], params, optimizer_state, state.rng, *counts[1:])
+    new = TrainState(
+        step=step,
+        params=params,
+        optimizer=optimizer_state,
+        rng=state.rng,
+        skipped=skipped,
+        skipped_in_a_row=skipped_in_a_row,
+    )
     metrics |= {
         "grad_norm": grad_norm,
         "param_norm": param_norm,
