@@ -118,10 +118,13 @@ _LEAST = {
 }
 
 LOSS_SHAPING = (
-    *("mask_rate", "beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
+    *("beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
     *("divergence_alpha", "center_weight"),
 )
-"""Hyperparameters that define the loss: losses at different values of one cannot be compared."""
+"""Hyperparameters that define the loss: losses at different values of one cannot be compared.
+
+`mask_rate` is not among them: validation masks tokens at a rate of its own.
+"""
 
 
 @jax.tree_util.register_pytree_node_class

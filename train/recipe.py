@@ -26,7 +26,7 @@ from train.schedule import uses_horizon
 Places = str | Path | Mapping[str, str | Path]
 LATER = {
     "train_config": ("packing", "order"),
-    "hparams": ("data_seed", "lora_rank", "lora_alpha", *LOSS_SHAPING),
+    "hparams": ("data_seed", "mask_rate", "lora_rank", "lora_alpha", *LOSS_SHAPING),
 }
 """Fields by part that were added later: they enter the hash only if not at their default, so that old ids stay."""
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -47,7 +47,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Update `state.params` once; the parameters `frozen` (`Objective.split`) are only read.
 
-    active: if false, the state is returned as it is.
+    active: whether to update at all; if false, the state is returned unchanged.
 
     metrics: those of the objective (loss and total_loss; for text in nats per unmasked token), grad_norm (before
     clipping), param_norm (after the update), update_norm (of what was subtracted), each also by group if
@@ -78,7 +78,7 @@ def train_step(
     take = lambda: (jax.tree.map(jnp.subtract, state.params, updates), update()[1])
     leave = lambda: (state.params, state.optimizer)
     if _on_one_cpu(execution):
-        # The optimizer's new state is computed again in the branch, where it overwrites the old one.
+        # The branch computes the optimizer's new state again, so that it overwrites the old one (docs/LOG.md).
         params, optimizer_state = jax.lax.cond(updated, take, leave)
     else:
         params, optimizer_state = keep_if(updated, take(), leave())  # a GPU would wait for the value of a condition

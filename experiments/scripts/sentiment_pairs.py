@@ -4,8 +4,8 @@
     python experiments/scripts/sentiment_pairs.py runs/sft chats.jsonl pairs.jsonl 400
 
 Prompts are the first user turns of different conversations, those of more than 128 tokens left out: a batch is as wide
-as its longest. The rule is VADER's compound score (Hutto and Gilbert
-2014); a prompt whose two answers have one score gives no pair.
+as its longest prompt. The rule is VADER's compound score (Hutto and Gilbert 2014); a prompt whose two answers have the
+same score gives no pair.
 """
 
 import json

@@ -26,7 +26,7 @@ def bowl(rate, seed, best=4e-3, noise=0.01):
 
 def test_losses_of_different_functions_are_not_ranked_silently():
     rows = [row | {"beta": beta} for beta in (0.1, 0.3) for row in trials(bowl)]
-    warning = "a loss at another beta is another function"
+    warning = "losses at different beta are different functions"
     said = summarize({"beta": [0.1, 0.3], "learning_rate": RATES}, rows).warnings
     assert any(line.startswith(warning) for line in said)
     said = summarize({"beta": [0.1], "learning_rate": RATES}, [row for row in rows if row["beta"] == 0.1]).warnings

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.commands import data as command
+from model import presets
 from model.errors import InputError, UnknownNameError
 from model.tokenizer import load_tokenizer
 from train.data import load_manifest, prepare
@@ -19,6 +20,7 @@ from train.data.documents import document_ends
 from train.data.examples.formats import UnusableError, examples_of, kinds_of
 from train.data.manifest import verify_checksums
 from train.data.shards import TokenShards, TrainedMask
+from train.objectives import Preference, Reward
 
 _CASES = runpy.run_path(str(Path(__file__).with_name("example_cases.py")))
 SPECIAL, TEMPLATES, marked, turns, write_rows, write_tokenizer = (
@@ -200,7 +202,8 @@ def test_whole_conversations_are_compared_from_what_the_assistant_first_says(mad
         for i in range(20)
     ]
     manifest = made(rows, "preference", validation_fraction=0.3)
-    assert manifest.dropped == manifest.altered == {}
+    assert manifest.dropped == {}
+    assert manifest.altered == {"pairs whose prompts differ": 20}
     for split in ("train", "validation"):
         found, weights = documents(tmp_path / "out", split), TokenShards(tmp_path / "out", split).array("weights")
         assert len(weights) == len(found) / 2 > 0, "a system turn in common does not tie conversations together"
@@ -209,6 +212,11 @@ def test_whole_conversations_are_compared_from_what_the_assistant_first_says(mad
             assert chosen.split("⟦")[1].startswith("fine")
             assert "q" in chosen.split("⟦")[0]
             assert rejected.split("⟦")[1].startswith("no")
+    sources = {"pairs": TokenShards(tmp_path / "out", "train")}
+    config = presets.get("tiny").replace(vocab_size=manifest.vocab_size)
+    Reward().check_data(config, sources)
+    with pytest.raises(InputError, match="has 20 pairs whose prompts differ"):
+        Preference().check_data(config, sources)
 
 
 def test_pairs_that_are_equal_or_lose_a_side_are_counted(made):

@@ -71,7 +71,7 @@ class Manifest:
 
     Of a folder to fine-tune on, kind is "chat", "preference", "rated" or "prompts"; array_files: by split, what lies
     beside its tokens; trained_tokens: by split; longest: tokens of the longest document. dropped: rows that gave no
-    example, by reason; altered: rows and turns that are not there in full, by reason.
+    example, by reason; altered: rows and turns that are not there in full, and pairs whose prompts differ.
     """
 
     source: str

@@ -14,6 +14,7 @@ from model import Execution, InputError, ModelConfig, Params, forward
 from model.errors import UnknownNameError
 from train.config import HParams, TrainConfig
 from train.data.examples.batches import PairRows, RatedRows
+from train.data.examples.formats import TWO_PROMPTS
 from train.data.rows import Rows
 from train.data.shards import TokenShards
 from train.objectives.answers import AnswerObjective, balance_loss, weighted_mean
@@ -171,6 +172,16 @@ class Preference(ReferencedObjective):
     def separable(self) -> bool:
         """Return whether microbatches add up to the loss of their batch."""
         return self.kind not in OF_WHOLE_BATCHES
+
+    def check_data(self, config: ModelConfig, sources: Mapping[str, TokenShards]) -> None:
+        """Raise InputError on data of another kind, and on pairs whose prompts differ."""
+        super().check_data(config, sources)
+        for source in sources.values():
+            if count := source.manifest.altered.get(TWO_PROMPTS):
+                raise InputError(
+                    f"{source.folder} has {count} {TWO_PROMPTS}, which a reward model can compare but "
+                    f"kind={self.kind!r} cannot: leave them out, or train a reward model"
+                )
 
     def check_hparams(self, hparams: HParams) -> None:
         """Raise InputError on a label smoothing with which the loss is no number, and where β is 0."""

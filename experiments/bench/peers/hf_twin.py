@@ -128,7 +128,6 @@ class TrlTrainer(TransformersTrainer):
             data = Dataset.from_list([{"prompt": "1 2", "chosen": " 3", "rejected": " 0"}] * spec["batch_size"])
             arguments = DPOConfig(**common, precompute_ref_log_probs=True)
             trainer = DPOTrainer(model=self.model, args=arguments, train_dataset=data, processing_class=tokenizer)
-            trainer.precompute_ref_logps = True
         trainer.current_gradient_accumulation_steps = 1
         trainer.optimizer = self.optimizer
         trainer.model.train()

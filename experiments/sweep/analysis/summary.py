@@ -155,8 +155,8 @@ def _warnings(
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     if shaping := [name for name, values in axes.items() if name in LOSS_SHAPING and len(distinct(values)) > 1]:
         warnings.append(
-            f"a loss at another {' or '.join(shaping)} is another function: compare these settings by an objective "
-            "such as accuracy or margin, not by their losses"
+            f"losses at different {' or '.join(shaping)} are different functions: compare these settings by an "
+            "objective such as accuracy or margin"
         )
     equal = len(winner.indistinguishable or ())
     if equal:

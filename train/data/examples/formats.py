@@ -16,6 +16,7 @@ EMPTY = "empty turns"
 NO_ANSWER = "no assistant turn"
 NO_QUESTION = "no user turn at the end"
 EQUAL = "equal pairs"
+TWO_PROMPTS = "pairs whose prompts differ"
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -66,14 +67,18 @@ class Example:
         return canonical([self.prompt, self.answers, self.variables, self.margin, self.label])
 
     @property
+    def prompts_differ(self) -> bool:
+        """Whether it is a pair of conversations that differ before the assistant answers, for a reward model alone."""
+        first = [as_turns(answer, "assistant")[0]["role"] for answer in self.answers]
+        return len(first) == 2 and first != ["assistant", "assistant"]
+
+    @property
     def split_by(self) -> str:
         """Key of the split, as JSON: the prompt; of a conversation its system turn and first user turn.
 
-        Of two whole conversations it is both: what they share may be a system turn that all rows have.
+        Where the prompts of a pair differ it is the whole pair, since all rows may share a system turn.
         """
-        if len(self.answers) == 2 and any(
-            as_turns(turns, "assistant")[0]["role"] != "assistant" for turns in self.answers
-        ):
+        if self.prompts_differ:
             return canonical([self.prompt, self.answers])
         if self.prompt != () or isinstance(self.answers[0], str):
             return canonical(self.prompt)
@@ -183,10 +188,7 @@ def _aligned(prompt: Any, answers: Sequence[Any]) -> tuple[Content, list[Content
 
 
 def _shared_prompt(pair: Sequence[Any]) -> tuple[Content, list[Content]]:
-    """Return the beginning that two conversations share, and what each goes on with.
-
-    Of two whole conversations, as a reward model compares them, each may go on with a turn of the user.
-    """
+    """Return the beginning that two conversations share, and the rest of each, which may begin with a user turn."""
     if any(isinstance(conversation, str) for conversation in pair):
         raise UnusableError(BROKEN)
     chosen, rejected = map(_messages, pair)

@@ -126,8 +126,8 @@ class Renderer:
     def answer(self, prompt: Content, answer: Content, variables: Mapping[str, Any]) -> Rendered:
         """Render a prompt and its answer, which is trained as a whole; both plain text or both turns.
 
-        Plain text is followed by one end token. An answer of several turns is trained from the first of the assistant
-        to the last.
+        Plain text is followed by one end token. An answer of several turns is trained from the assistant's first turn
+        to the last turn.
         """
         if isinstance(prompt, str) or isinstance(answer, str):
             assert isinstance(prompt, str)

@@ -11,7 +11,7 @@ import numpy as np
 
 from model.errors import InputError
 from model.tokenizer import Tokenizer
-from train.data.examples.formats import EQUAL, Example, UnusableError, as_turns, canonical
+from train.data.examples.formats import EQUAL, TWO_PROMPTS, Example, UnusableError, as_turns, canonical
 from train.data.examples.render import Encoded, Rendered, Renderer, encode
 from train.data.manifest import ArrayFile, Split
 from train.data.shards import ShardWriter
@@ -83,8 +83,8 @@ class Side:
 class ExampleWriter:
     """Render and encode examples, many at once, and write each to the side of the split that its prompt belongs to.
 
-    dropped, altered: counts of what gave no example and of what is not there in full, by reason. first_refusal: what
-    the chat template said to the first example that it refused.
+    dropped, altered: counts of what gave no example and of what was kept with a reservation, by reason. first_refusal:
+    what the chat template said to the first example that it refused.
     """
 
     def __init__(
@@ -174,6 +174,8 @@ class ExampleWriter:
                     kept.append((example, found))
             for example, found in kept:
                 self._add(example, found, 1 / len(kept))
+                if example.prompts_differ:
+                    self.altered[TWO_PROMPTS] += 1
 
     def _keep(self, results: list[Encoded | str]) -> list[Encoded] | None:
         """Return the documents of an example; None, and count why, where it cannot be used."""
