@@ -83,8 +83,8 @@ def brier(probabilities: Sequence[Float[np.ndarray, " _"]], gold: Sequence[Seque
     """
     total = 0.0
     for row, right in zip(probabilities, gold, strict=True):
-        is_right = np.isin(np.arange(len(row)), list(right))
-        total += (1 - row[is_right].sum()) ** 2 + (row[~is_right] ** 2).sum()
+        correct = row[list(right)]
+        total += (1 - correct.sum()) ** 2 + (row**2).sum() - (correct**2).sum()
     return float(total / len(gold))
 
 
