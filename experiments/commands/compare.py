@@ -1,11 +1,20 @@
 """Implement `isoflop compare`: whether one model is better than another, by their answers to the same questions."""
 
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from experiments.commands.options import JsonFile
+from experiments.words import counted
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from experiments.evaluate.compare import Comparison, TaskComparison
+
+WIDE = 110  # columns of a terminal that have room for every interval
 
 
 def compare(
@@ -40,52 +49,21 @@ def compare(
         report: Also write an HTML page with figures, calibration and cost.
         json: Also write every number to this file.
     """
-    from experiments.commands.options import console, new_table, output, write_document
+    from experiments.commands.options import console, output, write_document
     from experiments.evaluate.compare import compare as compare_answers
     from experiments.evaluate.evaluations import read_evaluations
-    from experiments.evaluate.sentences import (
-        is_share,
-        judged,
-        sentences,
-        task_names,
-        written,
-        written_difference,
-        written_p,
-    )
+    from experiments.evaluate.sentences import sentences
 
     evaluations = read_evaluations(out)
     found = compare_answers(evaluations, baseline=baseline, metric=metric, protocols=protocols)
     said = sentences(found)
     write_document(json, {"sentences": said} | found.to_dict())
     terminal = console()
-    columns = (
-        "task",
-        "protocol" if protocols else "model",
-        "score",
-        "95 %",
-        "difference",
-        "95 %",
-        "p",
-        "verdict",
-        "detectable",
-    )
-    table = new_table(*columns)
-    for name, task in zip(task_names(found), found.tasks, strict=True):
-        by_name = {row.second: row for row in task.differences if row.first == found.reference(task)}
-        title = f"{task.model}: {name}" if task.model else name
-        for index, score in enumerate(task.scores):
-            row, mean = by_name.get(score.name), score.mean
-            cells = ["", "", "", "", ""]
-            if row is not None:
-                paired = row.paired
-                ends = f"{written_difference(task, paired.low)} … {written_difference(task, paired.high)}"
-                difference = written_difference(task, paired.mean)
-                cells = [difference, ends, written_p(row.adjusted_p), judged(task, row), written(task, row.detectable)]
-            unit = " %" if is_share(task) else ""
-            interval = f"{written(task, mean.low)} … {written(task, mean.high)}"
-            table.add_row("" if index else title, score.name, written(task, mean.value) + unit, interval, *cells)
-        table.add_section()
-    terminal.print(table)
+    for table in _tables(found, is_narrow=terminal.width < WIDE):
+        terminal.print(table)
+        terminal.print()
+    count = counted(len(found.differences), "comparison")
+    terminal.print(f"p is corrected for {count}. Detectable: the smallest true difference found with 80 % probability.")
     for sentence in said:
         terminal.print(sentence, highlight=False)
     for sentence in found.left_out:
@@ -96,3 +74,49 @@ def compare(
         with output(report):
             write_comparison_page(report, evaluations, found)
         terminal.print(f"{report}", highlight=False, soft_wrap=True)
+
+
+def _tables(comparison: "Comparison", is_narrow: bool) -> "list[Table]":
+    """Return a table for each task, with columns of one width; the first has the header.
+
+    is_narrow: a terminal has no room for the intervals of scores, and columns are as wide as each table needs.
+    """
+    from experiments.commands.options import new_table
+    from experiments.evaluate.sentences import described, full_name, task_names, written
+
+    first = "protocol" if comparison.baseline is None else "model"
+    header = (first, "score" if is_narrow else "score (95 %)", "difference (95 %)", "p", "verdict")
+    lines = [_lines(comparison, task, is_narrow) for task in comparison.tasks]
+    widths = [max(len(row[column]) for row in [header, *itertools.chain(*lines)]) for column in range(4)]
+    tables: list[Table] = []
+    for name, task, rows in zip(task_names(comparison), comparison.tasks, lines, strict=True):
+        said = f"{full_name(task, name)}: {described(task)}; detectable {written(task, task.detectable)}"
+        table = new_table(*header, title=said)
+        if not is_narrow:
+            table.show_header = not tables
+            for column, width in zip(table.columns, widths, strict=False):
+                column.min_width = width
+        table.columns[0].overflow = "fold"
+        table.columns[4].no_wrap, table.columns[4].justify = False, "left"
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def _lines(comparison: "Comparison", task: "TaskComparison", is_narrow: bool) -> list[tuple[str, ...]]:
+    """Return the cells of a line for each score of a task."""
+    from experiments.evaluate.sentences import judged, written, written_difference, written_p
+
+    compared = {row.second: row for row in task.differences if row.first == comparison.reference(task)}
+    found: list[tuple[str, ...]] = []
+    for score in task.scores:
+        mean, row = score.mean, compared.get(score.name)
+        interval = "" if is_narrow else f" ({written(task, mean.low)} … {written(task, mean.high)})"
+        cells = ("", "", "")
+        if row is not None:
+            low, high = (written_difference(task, end) for end in (row.paired.low, row.paired.high))
+            difference = f"{written_difference(task, row.paired.mean)} ({low} … {high})"
+            cells = (difference, written_p(row.adjusted_p), judged(task, row))
+        found.append((score.name, written(task, mean.value) + interval, *cells))
+    return found

@@ -49,9 +49,10 @@ class Evaluations:
 
 
 def read_evaluations(folder: Path) -> Evaluations:
-    """Read the answers below a folder of `isoflop eval --out`. Raises `InputError` if it has none."""
-    read = [(file.parent.name, read_answers(file)) for file in sorted(folder.glob("*/*.jsonl"))]
-    read = [(place, answers) for place, answers in read if answers.rows]
+    """Read the answers below a folder of `isoflop eval --out`. Raises `InputError` if it has none, or a file is not
+    complete.
+    """
+    read = [(file.parent.name, _whole(file)) for file in sorted(folder.glob("*/*.jsonl"))]
     if not read:
         raise InputError(
             f"{folder} has no answers; make them with isoflop eval MODEL MODEL --tasks TASK --out {folder}"
@@ -67,6 +68,14 @@ def read_evaluations(folder: Path) -> Evaluations:
     results = [row | {"model": named[_place(row)]} for row in _results(folder) if _place(row) in named]
     models = dict.fromkeys([row["model"] for row in results] + [entry.model for entry in entries])
     return Evaluations(folder, tuple(models), tuple(entries), tuple(results))
+
+
+def _whole(file: Path) -> Answers:
+    answers = read_answers(file)
+    count, all_of = len(answers.rows), answers.header["questions"]
+    if count != all_of or count == 0:
+        raise InputError(f"{file} has {count:,} answers of {all_of:,}; complete it with the same isoflop eval")
+    return answers
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -95,10 +104,11 @@ def check_same_questions(name: str, entries: Sequence[Entry]) -> None:
         pairs = zip(first.answers.rows, entry.answers.rows, strict=True)
         differing = [one["id"] for one, other in pairs if _prompt(one) != _prompt(other)]
         if differing:
+            count = len(differing)
+            prompts = f"{counted(count, 'prompt')} of {entry.model} {is_or_are(count)} not as of {first.model}"
             raise InputError(
-                f"{name}: {counted(len(differing), 'prompt')} of {entry.model} {is_or_are(len(differing))} not as of "
-                f"{first.model}, the first one of {differing[0]}; evaluate both under one protocol, with the same shots "
-                "and chat template"
+                f"{name}: {prompts}, the first one of {differing[0]}; evaluate both under one protocol, with the same "
+                "shots and chat template"
             )
 
 

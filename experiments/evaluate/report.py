@@ -10,6 +10,8 @@ from experiments.evaluate import figures
 from experiments.evaluate.compare import BEST, Comparison, Difference, Domain, Score, TaskComparison
 from experiments.evaluate.evaluations import Evaluations
 from experiments.evaluate.sentences import (
+    described,
+    full_name,
     is_share,
     judged,
     sentences,
@@ -19,8 +21,7 @@ from experiments.evaluate.sentences import (
     written_p,
 )
 from experiments.evaluate.statistics.power import questions_needed
-from experiments.report.page import Drawn, drawn, drawn_twice, render
-from experiments.words import counted
+from experiments.report.page import DASH, Drawn, drawn, drawn_twice, render
 from train.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -58,6 +59,12 @@ def _view(evaluations: Evaluations, comparison: Comparison) -> dict[str, Any]:
             for name, task in named
             if any(score.calibration for score in task.scores)
         ],
+        "calibrated": [
+            f"{score.name} on {name}"
+            for name, task in named
+            for score in task.scores
+            if score.calibration and score.calibration.ece <= score.calibration.ece_if_calibrated
+        ],
         "domains": [_domains(name, task, comparison.reference(task)) for name, task in named if task.domains],
         "costs": _costs(evaluations.results, comparison.models),
         "tests": [_TESTS[name] for name in dict.fromkeys(row.paired.test for row in comparison.differences)],
@@ -67,45 +74,35 @@ def _view(evaluations: Evaluations, comparison: Comparison) -> dict[str, Any]:
 
 
 def _task(name: str, task: TaskComparison, against: str) -> dict[str, Any]:
-    by_name = {row.second if row.first == against else row.first: row for row in task.differences}
+    by_name = {row.second: row for row in task.differences if row.first == against}
     return {
-        "name": f"{task.model}: {name}" if task.model else name,
-        "note": _note(task),
+        "name": full_name(task, name),
+        "note": described(task),
         "rows": [_row(task, score, by_name.get(score.name), against) for score in task.scores],
     }
 
 
-def _note(task: TaskComparison) -> str:
-    unit = " in %" if is_share(task) else ""
-    parts = [f"{task.metric}{unit}", counted(task.questions, "document" if task.is_text else "question")]
-    parts += [f"in {task.clusters:,} clusters"] if task.clusters else []
-    parts += [f"protocol {task.protocol}"] if task.protocol else []
-    parts += [counted(task.shots, "shot")] if task.shots is not None else []
-    parts += [f"chance {written(task, task.chance)}"] if task.chance is not None else []
-    return ", ".join(parts) + ("" if task.higher_is_better else "; lower is better")
-
-
 def _row(task: TaskComparison, score: Score, row: Difference | None, against: str) -> dict[str, Any]:
-    known = row is not None and against in (row.first, row.second) and score.name != against
-    mean = score.mean
-    return {
+    """Return a line of the table; row: the difference from the reference, None for the reference itself."""
+    mean, found = score.mean, {"difference": None, "difference_interval": None, "verdict": None, "p": None, "class": ""}
+    if row is not None:
+        is_known = row.paired.low is not None
+        ends = [written_difference(task, end) for end in (row.paired.low, row.paired.high)]
+        colour = "" if task.model else {"better": "good", "worse": "bad"}.get(row.verdict, "muted")
+        found = {
+            "difference": written_difference(task, row.paired.mean),
+            "difference_interval": " … ".join(ends) if is_known else None,
+            "verdict": judged(task, row),
+            "p": written_p(row.adjusted_p),
+            "class": colour,
+        }
+    return found | {
         "name": score.name,
         "score": written(task, mean.value),
-        "interval": f"{written(task, mean.low)} … {written(task, mean.high)}" if mean.low is not None else "–",
+        "interval": f"{written(task, mean.low)} … {written(task, mean.high)}" if mean.low is not None else DASH,
         "best": score.name == task.best,
         "at_chance": _at_chance(task, score),
         "reference": score.name == against,
-        "difference": written_difference(task, row.paired.mean) if row and known else None,
-        "difference_interval": (
-            f"{written_difference(task, row.paired.low)} … {written_difference(task, row.paired.high)}"
-            if row and known and row.paired.low is not None
-            else None
-        ),
-        "verdict": judged(task, row) if row and known else None,
-        "p": written_p(row.adjusted_p) if row and known else None,
-        "class": {"better": "good", "worse": "bad"}.get(row.verdict, "muted")
-        if row and known and not task.model
-        else "",
     }
 
 
@@ -127,7 +124,7 @@ def _power(name: str, task: TaskComparison) -> dict[str, Any]:
     share = None if None in counts else sum(count or 0 for count in counts) / most.paired.questions
     is_counted = most.paired.test == "mcnemar" and share is not None and share >= 0.01
     return {
-        "name": f"{task.model}: {name}" if task.model else name,
+        "name": full_name(task, name),
         "questions": task.questions,
         "clusters": task.clusters,
         "discordant": None if share is None else f"{100 * share:.1f} %",
@@ -138,7 +135,7 @@ def _power(name: str, task: TaskComparison) -> dict[str, Any]:
 
 def _domains(name: str, task: TaskComparison, against: str) -> dict[str, Any]:
     return {
-        "name": f"{task.model}: {name}" if task.model else name,
+        "name": full_name(task, name),
         "names": [score.name for score in task.scores],
         "against": against,
         "rows": [
@@ -148,7 +145,7 @@ def _domains(name: str, task: TaskComparison, against: str) -> dict[str, Any]:
 
 
 def _domain(task: TaskComparison, domain: Domain, against: str) -> dict[str, Any]:
-    by_name = {row.second if row.first == against else row.first: row for row in domain.differences}
+    by_name = {row.second: row for row in domain.differences if row.first == against}
     cells = [_row(task, score, by_name.get(score.name), against) for score in domain.scores]
     return {"name": domain.name, "rows": domain.scores[0].mean.questions, "cells": cells}
 
@@ -225,5 +222,5 @@ def _forest_row(
 ) -> figures.ForestRow:
     against = comparison.reference(task)
     rows = [row for row in compared.differences if row.first == against]
-    label = f"{task.model}: {name}" if task.model else name
+    label = full_name(task, name)
     return figures.ForestRow(label, rows, 100.0 if is_share(task) else 1.0, task.higher_is_better)

@@ -66,6 +66,22 @@ def judged(task: TaskComparison, row: Difference) -> str:
     return "higher" if row.paired.mean > 0 else "lower"
 
 
+def full_name(task: TaskComparison, name: str) -> str:
+    """Return the name of a task from `task_names`, with the model where protocols are compared."""
+    return f"{task.model}: {name}" if task.model else name
+
+
+def described(task: TaskComparison) -> str:
+    """Describe a task: metric, number of questions and clusters, protocol, shots, chance."""
+    unit = " in %" if is_share(task) else ""
+    parts = [f"{task.metric}{unit}", counted(task.questions, "document" if task.is_text else "question")]
+    parts += [f"in {task.clusters:,} clusters"] if task.clusters else []
+    parts += [f"protocol {task.protocol}"] if task.protocol else []
+    parts += [counted(task.shots, "shot")] if task.shots is not None else []
+    parts += [f"chance {written(task, task.chance)}"] if task.chance is not None else []
+    return ", ".join(parts) + ("" if task.higher_is_better else "; lower is better")
+
+
 def _against_baseline(comparison: Comparison, first: str, second: str) -> str:
     by_verdict: dict[str, list[str]] = {}
     for name, task in zip(task_names(comparison), comparison.tasks, strict=True):

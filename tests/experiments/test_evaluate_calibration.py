@@ -17,8 +17,8 @@ def predictions(questions=600, choices=4, sharpness=1.5, truth=1.0, seed=0):
     """Probabilities of a model and correct choices; truth: the sharpness that would be calibrated, over its own."""
     random = np.random.default_rng(seed)
     logits = sharpness * random.normal(size=(questions, choices))
-    probabilities = [choice_probabilities(row) for row in logits]
-    gold = [(int(random.choice(choices, p=choice_probabilities(truth * row))),) for row in logits]
+    drawn = (truth * logits + random.gumbel(size=logits.shape)).argmax(1)  # each choice with its true probability
+    probabilities, gold = [choice_probabilities(row) for row in logits], [(int(choice),) for choice in drawn]
     return probabilities, gold
 
 

@@ -11,8 +11,9 @@ def write_folder(out: Path, abilities: dict, tasks: dict, *, seed: int = 0, doma
     """Write answers of models to tasks.
 
     abilities: model → a number for all tasks, or task → number; one unit is a standard deviation of the questions.
-    tasks: name → {"questions", "choices", "clusters", "protocol", "shared"}; shared: how far models agree on which
-    questions are hard. domains: of a text task "prose", none if empty.
+    tasks: name → {"questions", "choices", "clusters", "protocol", "named", "shared"}; named: the task of the file, by
+    default its name here; shared: how far models agree on which questions are hard. domains: of a text task "prose",
+    none if empty.
     """
     rows = []
     for model, ability in abilities.items():
@@ -68,7 +69,7 @@ def _texts(model, level, domains, seed):
 
 def _write(out, model, task, metric, lines, shape, chance):
     digest = hashlib.sha256(model.encode()).hexdigest()
-    name, protocol = shape.get("task", task), shape.get("protocol", "isoflop")
+    name, protocol = shape.get("named", task), shape.get("protocol", "isoflop")
     header = {
         "schema_version": 1, "model": model, "model_hash": digest, "task": name, "protocol": protocol,
         "shots": shape.get("shots", 0), "metric": metric, "chance": chance, "questions": len(lines),
