@@ -13,7 +13,6 @@ from experiments.evaluate.statistics.calibration import Calibration, calibrate, 
 from experiments.evaluate.statistics.mean import Mean, cluster_ids, estimate_mean, linearised
 from experiments.evaluate.statistics.paired import PairedDifference, Verdict, holm, paired_difference, verdict
 from experiments.evaluate.statistics.power import detectable_mean, detectable_share
-from experiments.words import counted
 from model.errors import InputError, UnknownNameError
 
 BEST = "best"
@@ -74,6 +73,7 @@ class TaskComparison:
     protocol: str | None
     """None where protocols are compared."""
     shots: int | None
+    """Where protocols are compared, of the first one."""
     model: str | None
     """The model whose protocols are compared; None where models are."""
     metric: str
@@ -163,11 +163,11 @@ def compare(
             f"isoflop eval MODEL --out {evaluations.folder}, or compare protocols with --protocols"
         )
     baseline = baseline or models[0]
-    groups: dict[tuple[str, str, int | None], list[Entry]] = {}
+    groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in evaluations.entries:
-        groups.setdefault((entry.task, entry.protocol, entry.shots), []).append(entry)
+        groups.setdefault((entry.task, entry.protocol), []).append(entry)
     tasks, left_out = [], []
-    for (task, protocol, shots), entries in groups.items():
+    for (task, protocol), entries in groups.items():
         name = f"{task} ({protocol})"
         if lacking := [entry.model for entry in entries if metric is not None and metric not in entry.metrics]:
             left_out.append(f"{name} has no {metric} of {', '.join(lacking)}.")
@@ -177,7 +177,7 @@ def compare(
             left_out.append(f"{', '.join(absent)} did not answer {name}.")
         check_same_questions(name, entries)
         ordered = {entry.model: entry for entry in sorted(entries, key=lambda entry: models.index(entry.model))}
-        tasks.append(replace(_compare_task(ordered, metric, baseline), protocol=protocol, shots=shots))
+        tasks.append(replace(_compare_task(ordered, metric, baseline), protocol=protocol))
     return Comparison(baseline, models, tuple(_with_verdicts(tasks)), tuple(left_out))
 
 
@@ -196,24 +196,14 @@ def _compare_protocols(evaluations: Evaluations, metric: str | None) -> Comparis
         elif lacking := [entry.protocol for entry in entries if chosen not in entry.metrics]:
             left_out.append(f"{task} has no {chosen} under {', '.join(lacking)}.")
         else:
-            names = _protocol_names(entries)
-            named = {name: _restricted(entry, shared) for name, entry in zip(names, entries, strict=True)}
-            tasks.append(replace(_compare_task(named, chosen, names[0]), model=model))
+            named = {entry.protocol: _restricted(entry, shared) for entry in entries}
+            tasks.append(replace(_compare_task(named, chosen, entries[0].protocol), model=model))
     if not tasks:
         raise InputError(
             f"{evaluations.folder} has no task that a model answered under two protocols on the same questions; "
             "evaluate one under another protocol into the same folder"
         )
     return Comparison(None, evaluations.models, tuple(_with_verdicts(tasks)), tuple(left_out))
-
-
-def _protocol_names(entries: Sequence[Entry]) -> list[str]:
-    """Return the names of protocols, with the number of shots where a protocol occurs with several."""
-    names = [entry.protocol for entry in entries]
-    return [
-        name if names.count(name) == 1 else f"{name}, {counted(entry.shots or 0, 'shot')}"
-        for name, entry in zip(names, entries, strict=True)
-    ]
 
 
 def _restricted(entry: Entry, ids: set[str]) -> Entry:
@@ -241,7 +231,7 @@ def _compare_task(entries: Mapping[str, Entry], metric: str | None, baseline: st
     return TaskComparison(
         task=next(iter(entries.values())).task,
         protocol=None,
-        shots=None,
+        shots=first.header.get("shots"),
         model=None,
         metric=chosen,
         chance=first.header.get("chance") if chosen == quoted else None,

@@ -13,15 +13,13 @@ from model.errors import InputError
 
 @dataclass(frozen=True)
 class Entry:
-    """The answers of one model on one task, under one protocol.
-
-    model: its name, or its folder's where two models share a name.
-    """
+    """The answers of one model on one task, under one protocol."""
 
     model: str
+    """The model's name, with the hash where two models share it."""
     task: str
     protocol: str
-    shots: int | None
+    """With settings that differ from the protocol's own, as in the file's name: olmes.0-shot."""
     answers: Answers
 
     @property
@@ -49,46 +47,40 @@ class Evaluations:
 
 
 def read_evaluations(folder: Path) -> Evaluations:
-    """Read the answers below a folder of `isoflop eval --out`. Raises `InputError` if it has none, or a file is not
-    complete.
+    """Read the answers below a folder of `isoflop eval --out`.
+
+    Raises `InputError` if it has none, or a file is damaged.
     """
-    read = [(file.parent.name, _whole(file)) for file in sorted(folder.glob("*/*.jsonl"))]
+    read = [(file, read_answers(file)) for file in sorted(folder.glob("*/*.jsonl"))]
     if not read:
         raise InputError(
             f"{folder} has no answers; make them with isoflop eval MODEL MODEL --tasks TASK --out {folder}"
         )
-    places: dict[str, set[str]] = {}
-    for place, answers in read:
-        places.setdefault(str(answers.header["model"]), set()).add(place)
-    named = {place: model if len(all_of) == 1 else place for model, all_of in places.items() for place in all_of}
-    entries = [
-        Entry(named[place], one.header["task"], one.header["protocol"], one.header.get("shots"), one)
-        for place, one in read
+    hashes: dict[str, set[str]] = {}
+    for _, answers in read:
+        hashes.setdefault(answers.header["model"], set()).add(answers.header["model_hash"])
+
+    def named(source: Mapping[str, Any]) -> str:
+        name, digest = source["model"], source["model_hash"]
+        return name if len(hashes.get(name, ())) < 2 else f"{name}-{digest[:8]}"
+
+    entries = [Entry(named(one.header), one.header["task"], _protocol(file, one.header), one) for file, one in read]
+    results = [
+        row | {"model": named(row)} for row in _results(folder) if row["model_hash"] in hashes.get(row["model"], ())
     ]
-    results = [row | {"model": named[_place(row)]} for row in _results(folder) if _place(row) in named]
     models = dict.fromkeys([row["model"] for row in results] + [entry.model for entry in entries])
     return Evaluations(folder, tuple(models), tuple(entries), tuple(results))
 
 
-def _whole(file: Path) -> Answers:
-    answers = read_answers(file)
-    count, all_of = len(answers.rows), answers.header["questions"]
-    if count != all_of or count == 0:
-        raise InputError(f"{file} has {count:,} answers of {all_of:,}; complete it with the same isoflop eval")
-    return answers
+def _protocol(file: Path, header: Mapping[str, Any]) -> str:
+    """Return the protocol with its settings: what follows the task in the name of the file."""
+    start, _, rest = file.stem.partition(f".{header['protocol']}")
+    return header["protocol"] + rest if start else header["protocol"]
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     file = folder / "results.json"
-    if not file.is_file():
-        return []
-    document = read_json(file)
-    return document["results"] if isinstance(document, dict) else document
-
-
-def _place(row: Mapping[str, Any]) -> str:
-    """Return the name of the folder that holds the answers of a row of results.json."""
-    return f"{row['model']}-{row['model_hash'][:8]}"
+    return read_json(file)["results"] if file.is_file() else []
 
 
 def check_same_questions(name: str, entries: Sequence[Entry]) -> None:

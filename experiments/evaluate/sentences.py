@@ -24,14 +24,11 @@ def sentences(comparison: Comparison) -> list[str]:
 
 
 def task_names(comparison: Comparison) -> list[str]:
-    """Return the name of each task, with its protocol and shots where the name alone would be ambiguous."""
+    """Return the name of each task, with its protocol where a task occurs under several."""
     found = []
     for task in comparison.tasks:
-        same = [other for other in comparison.tasks if (other.task, other.model) == (task.task, task.model)]
-        shots = [other for other in same if other.protocol == task.protocol]
-        parts = [task.protocol] if len({other.protocol for other in same}) > 1 else []
-        parts += [counted(task.shots or 0, "shot")] if len(shots) > 1 else []
-        found.append(task.task + (f" ({', '.join(str(part) for part in parts)})" if parts else ""))
+        protocols = {other.protocol for other in comparison.tasks if other.task == task.task}
+        found.append(f"{task.task} ({task.protocol})" if len(protocols) > 1 else task.task)
     return found
 
 
@@ -77,7 +74,7 @@ def described(task: TaskComparison) -> str:
     parts = [f"{task.metric}{unit}", counted(task.questions, "document" if task.is_text else "question")]
     parts += [f"in {task.clusters:,} clusters"] if task.clusters else []
     parts += [f"protocol {task.protocol}"] if task.protocol else []
-    parts += [counted(task.shots, "shot")] if task.shots is not None else []
+    parts += [counted(task.shots, "shot")] if task.protocol and task.shots is not None else []
     parts += [f"chance {written(task, task.chance)}"] if task.chance is not None else []
     return ", ".join(parts) + ("" if task.higher_is_better else "; lower is better")
 

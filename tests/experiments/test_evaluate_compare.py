@@ -122,13 +122,26 @@ def test_protocols_are_compared_on_the_questions_they_share(tmp_path, isoflop, n
     assert not {"better", "worse"} & set(seen.split("What these questions can show")[0].split())
 
 
-def test_two_models_of_one_name_are_named_by_their_folders(tmp_path):
+def test_two_models_of_one_name_are_named_with_their_hashes(tmp_path):
     write_folder(tmp_path, {"a": 0.5, "b": 0.5}, {"easy": {"questions": 50}}, results=False)
     file, lines = rows_of(tmp_path, "b", "easy")
+    digest = lines[0]["model_hash"]
     lines[0]["model"] = "a"
     rewritten(file, lines)
     models = compare(read_evaluations(tmp_path)).models
-    assert [model[:2] for model in models] == ["a-", "b-"]
+    assert models[1] == f"a-{digest[:8]}" != models[0]
+
+
+def test_answers_under_other_settings_are_compared_apart(tmp_path):
+    """`--limit 20` leaves a second file of the same task and protocol beside that of all questions."""
+    write_folder(tmp_path, {"a": 0.5, "b": 0.5}, {"easy": {"questions": 50}})
+    for model in ("a", "b"):
+        file, lines = rows_of(tmp_path, model, "easy")
+        lines[0]["questions"] = 20
+        rewritten(file.with_name("easy.isoflop.first-20.jsonl"), lines[:21])
+    found = compare(read_evaluations(tmp_path))
+    assert [task.questions for task in found.tasks] == [20, 50]
+    assert sentences(found)[0].endswith("on easy (isoflop.first-20) and easy (isoflop).")
 
 
 REFUSALS = {
