@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from experiments.commands import data, doctor, evaluate, generate, report, study, train, tune
-from experiments.commands.bench import compare, decode
+from experiments.commands import compare, data, doctor, evaluate, generate, report, study, train, tune
+from experiments.commands.bench import compare as bench_compare
+from experiments.commands.bench import decode
 from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
@@ -58,6 +59,7 @@ COMMANDS: Tree = {
     "cool": train.cool,
     "generate": generate.generate,
     "eval": evaluate.evaluate,
+    "compare": compare.compare,
     "sweep": (
         "Train many settings in as few programs as there are shapes.",
         {
@@ -86,7 +88,7 @@ COMMANDS: Tree = {
             "decode": decode.decode,
             "score": bench_score.score,
             "train": bench_train.train,
-            "compare": compare.compare,
+            "compare": bench_compare.compare,
         },
     ),
     "model": (
