@@ -31,7 +31,9 @@ ENCODER = DECODER.replace(
     stack="encoder", norm="layernorm", gated=False, use_bias=True, position="learned", norm_placement="post"
 )
 TRAIN = TrainConfig(batch_size=8, seq_len=32, norms=False, schedule="constant")
-HPARAMS = HParams(learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, ld_alpha=0.5, center_weight=0.01)
+HPARAMS = HParams(
+    learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, ld_alpha=0.5, center_weight=0.01
+)
 
 
 REFERENCE = "fixed"  # the name of the log-probabilities that the fixture `examples` keeps with the data

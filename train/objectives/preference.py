@@ -145,8 +145,8 @@ class Preference(ReferencedObjective):
     """A loss of `train.objectives.preference_losses` over pairs of answers, a chosen and a rejected one.
 
     kind: the loss, by name. divergence: what keeps the policy near its reference, where the loss leaves a choice.
-    weighting: "wpo" weighs the loss of each pair by how likely the policy itself is to write its answers (`_agreement`).
-    β and the other numbers of a loss are hyperparameters, and so lanes of one program.
+    weighting: "wpo" weighs the loss of each pair by how likely the policy itself is to write its answers
+    (`_agreement`). β and the other numbers of a loss are hyperparameters, and so lanes of one program.
 
     A batch has chosen_tokens, rejected_tokens int32 [pairs, seq]; chosen_mask, rejected_mask, 1 where the token is of
     the answer; optionally chosen_segment_ids, rejected_segment_ids (0: padding), weights float32 [pairs], and
@@ -307,7 +307,7 @@ class Preference(ReferencedObjective):
         nll = -jnp.sum(jnp.where(weights > 0, chosen_text, 0)) / count["tokens"]
         losses = LOSSES[self.kind](pairs, numbers, self.divergence)
         if self.weighting == "wpo":
-            losses *= _agreement(*found[2:].reshape(2, -1, 2), tokens)
+            losses *= _agreement(found[2].reshape(-1, 2), found[3].reshape(-1, 2), tokens)
         loss = mean(losses)
         loss += nll if self.kind == "orpo" else numbers.nll_weight * nll
         rewards = (log_p - there) if self.compares else log_p / jnp.maximum(tokens, 1)
