@@ -1,20 +1,22 @@
 """The summary of a sweep as plain data, and the document that holds it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from experiments.sweep.analysis.executions import ExecutionComparison, ExecutionSpeed
 from experiments.sweep.analysis.optimum import RateOptimum
+from experiments.sweep.analysis.ranking import BY_LOSS, Ranking, ranking
 from experiments.sweep.analysis.rungs import Stretch
 from experiments.sweep.analysis.settings import Setting, Stopped
+from experiments.sweep.objectives import LOSS
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The setting with the lowest mean among those that were trained to the end."""
+    """The setting with the best mean among those that were trained to the end."""
 
     setting: dict[str, Any]
     member: str | None
@@ -55,6 +57,8 @@ class Summary:
     executions: ExecutionComparison | None
     """The comparison of the executions; None if no field of Execution varies."""
     warnings: list[str]
+    ranking: Ranking = BY_LOSS
+    """The objective of the means, of the winner, its noise and its equals."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -71,6 +75,7 @@ class Summary:
             "optimum_refused": self.optimum_refused,
             "executions": None if self.executions is None else self.executions.to_dict(),
             "warnings": self.warnings,
+            "ranked_by": self.ranking.objective,
         }
 
     @classmethod
@@ -96,6 +101,7 @@ class Summary:
             optimum_refused=document["optimum_refused"],
             executions=executions,
             warnings=document["warnings"],
+            ranking=replace(ranking(axes), objective=document.get("ranked_by", LOSS)),
         )
 
 
