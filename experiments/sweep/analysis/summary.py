@@ -171,6 +171,9 @@ def _warnings(
         warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
     if said := summary.ranking.warning():
         warnings.append(said)
+    if summary.ranking.shaping and counts["pruned"]:
+        functions = f"losses, which at different {' or '.join(summary.ranking.shaping)} are different functions"
+        warnings.append(f"{counted(counts['pruned'], 'run')} ended early by a comparison of {functions}")
     equal = len(winner.indistinguishable or ())
     if equal:
         others = counted(equal, "other setting")
