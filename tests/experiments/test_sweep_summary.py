@@ -62,6 +62,20 @@ def test_what_compares_ranks_where_losses_do_not():
     assert Summary.from_dict(found.to_dict()) == found
 
 
+def test_settings_that_are_as_accurate_are_counted():
+    """No edge of an axis is warned about where another value of it is as good."""
+    axes = {"beta": [0.1, 0.3, 1.0], "learning_rate": RATES}
+    rows = [row | {"beta": beta, "accuracy": 0.75} for beta in axes["beta"] for row in trials(bowl, seeds=1)]
+    found = summarize(axes, rows, objectives=("accuracy",))
+    assert "the highest of 15 settings, which 14 others have too" in sentence(found)
+    assert found.warnings == ["one seed per setting: the noise of the winner is not known"]
+    below = [row | {"accuracy": 0.75 if row["beta"] == 0.1 else 0.5} for row in rows]
+    found = summarize(axes, below, objectives=("accuracy",))
+    assert [line for line in found.warnings if "lowest of the grid" in line] == [
+        "the best beta=0.1 is the lowest of the grid: the optimum may be beyond it"
+    ]
+
+
 @pytest.mark.parametrize(
     ("axes", "objectives", "expected"),
     [

@@ -1,7 +1,7 @@
 """The summary of a sweep as plain data, and the document that holds it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from experiments.sweep.analysis.executions import ExecutionComparison, ExecutionSpeed
@@ -32,6 +32,9 @@ class Winner:
     95 % probability (see `comparisons.py`)."""
     lineage: list[Stretch] | None
     """The settings of a winner that changed along its run, as in a population; otherwise None."""
+    tied: list[dict[str, Any]] = field(default_factory=list)
+    """The other candidates with the same mean of another objective than the loss: of few examples many are as accurate.
+    The winner is the first one."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def _reached(winner: Winner, unit: str, total: int, policy: str, ranked: Ranking
         return said
     if ended == 1:
         return f"{said}, the only one of {total} {what} that was trained to the end"
-    return f"{said}, the {ranked.best} of {ended} {what}" + (" that were trained to the end" if ended < total else "")
+    said += f", the {ranked.best} of {ended} {what}" + (" that were trained to the end" if ended < total else "")
+    tied = len(winner.tied)
+    return said + (f", which {tied} {'other has' if tied == 1 else 'others have'} too" if tied else "")
 
 
 def _told_apart(winner: Winner, settings: Sequence[Setting]) -> str:

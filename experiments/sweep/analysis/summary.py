@@ -141,6 +141,11 @@ def _winner(
         interval_95=None,
         indistinguishable=None,
         lineage=None,
+        tied=[
+            {name: row.values[name] for name in names}
+            for row in candidates
+            if not ranked.by_loss and row is not best and row.known_mean == best.known_mean
+        ],
     )
     if noise is None:
         return winner
@@ -168,7 +173,9 @@ def _warnings(
     warnings = []
     population = any(row.member is not None for row in settings)
     if not population:  # a population moves beyond its initial values
-        warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
+        free = {name for row in winner.tied for name in axes if row[name] != best.values[name]}
+        held = {name: values for name, values in axes.items() if name not in free}
+        warnings += [said for name, values in held.items() if (said := _edge(name, values, best, settings))]
     if said := summary.ranking.warning():
         warnings.append(said)
     if summary.ranking.shaping and counts["pruned"]:
