@@ -119,7 +119,7 @@ _LEAST = {
 
 LOSS_SHAPING = (
     *("beta", "label_smoothing", "simpo_gamma", "nll_weight", "desirable_weight", "undesirable_weight"),
-    *("divergence_alpha", "center_weight"),
+    *("divergence_alpha", "ld_alpha", "center_weight"),
 )
 """Hyperparameters that define the loss: losses at different values of one cannot be compared.
 
@@ -144,8 +144,9 @@ class HParams:
     trains as an adapter of that rank does, except with Adafactor, whose clipping counts the unused columns too.
     beta: of preference losses: how closely the policy keeps to its reference. label_smoothing: share of the pairs whose
     labels are taken to be wrong. simpo_gamma: SimPO's target margin. nll_weight: of the loss of the chosen answers'
-    tokens. desirable_weight, undesirable_weight: KTO's. divergence_alpha: order of "alpha_divergence". center_weight:
-    of (r(chosen) + r(rejected))² in a reward model's loss.
+    tokens. desirable_weight, undesirable_weight: KTO's. divergence_alpha: order of "alpha_divergence". ld_alpha: weight
+    of the log-probabilities of the tokens by which one answer of a pair is longer than the other. center_weight: of
+    (r(chosen) + r(rejected))² in a reward model's loss.
     dropout_rate: used if TrainConfig.dropout is on. mask_rate: share of the tokens that masked language modelling
     predicts. init_scale: times every initial matrix.
     seed: parameters, dropout and the order of the data; data_seed: the order alone, -1: by `seed`.
@@ -177,6 +178,7 @@ class HParams:
     desirable_weight: Any = 1.0
     undesirable_weight: Any = 1.0
     divergence_alpha: Any = 0.5
+    ld_alpha: Any = 1.0
     center_weight: Any = 0.0
     init_scale: Any = 1.0
     seed: Any = 0
@@ -243,7 +245,7 @@ def stack_hparams(hparams: list[HParams]) -> HParams:
 _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(HParams.NAMES, (0, np.inf, "at least 0")),
     **dict.fromkeys(("beta1", "beta2", "dropout_rate", "label_smoothing"), (0, 1, "in [0, 1)")),
-    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction"), (0, 1 + 1e-9, "in [0, 1]")),
+    **dict.fromkeys(("warmup_fraction", "decay_fraction", "final_fraction", "ld_alpha"), (0, 1 + 1e-9, "in [0, 1]")),
     "mask_rate": (1e-9, 1 + 1e-9, "in (0, 1]"),
     **dict.fromkeys(("warmup_steps", "total_steps", "decay_steps", "lora_rank", "seed"), (0, 2**31, "at least 0")),
     "data_seed": (-1, 2**31, "at least 0, or -1"),

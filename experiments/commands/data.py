@@ -21,6 +21,7 @@ def prepare(
     text_field: str = "text",
     label_field: str | None = None,
     tokenizer: Path | None = None,
+    chat_template: str | None = None,
     json: JsonFile = None,
 ) -> None:
     """Prepare a data folder from a corpus: drop duplicates, split, train a tokenizer, write token shards.
@@ -48,6 +49,9 @@ def prepare(
             or a whole number; every distinct value is a class. Rows without one are skipped and counted.
         tokenizer: Use this tokenizer instead of training one: a sentencepiece .model, a tokenizer.json, a GGUF file, or
             a folder of one, such as a data folder, a run or a model.
+        chat_template: chatml, or a Jinja file: what writes messages in place of the tokenizer's own template, here and
+            in `isoflop generate --chat` with a model that is tuned on the folder. Markers such as <|im_start|> that are
+            no tokens of the vocabulary are encoded as text, each as several tokens.
         json: Also write the result as JSON to this file.
     """
     from experiments.commands.examples import describe_prepared
@@ -66,6 +70,7 @@ def prepare(
         text_field=text_field,
         label_field=label_field,
         tokenizer=tokenizer,
+        chat_template=chat_template,
     )
     content = manifest.to_json()
     print(f"{out}: {manifest.source}, vocabulary {manifest.vocab_size}, manifest {manifest.hash[:12]}")

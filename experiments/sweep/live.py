@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.ranking import ranking
 from experiments.sweep.analysis.results import collect
 from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.objectives import LOSS, direction
@@ -100,11 +101,13 @@ def standing(sweep: Sweep, rows: Sequence[LedgerRow], asked: int = 0) -> Standin
 def _best(sweep: Sweep, rows: Sequence[LedgerRow]) -> BestSoFar | None:
     """Return the best mean of the first objective over finished replicates, and the noise of one run there.
 
-    Settings count as in the report: none with a diverged or pruned run, and a member of a population that branched off
-    is a separate setting with its values from update `from_steps` on. All executions of a recipe are one run.
+    Where losses are different functions, it is that of the objective that ranks in the report. Settings count as there:
+    none with a diverged or pruned run, and a member of a population that branched off is a separate setting with its
+    values from update `from_steps` on. All executions of a recipe are one run.
     """
-    objective = sweep.objectives[0]
     flat = collect(sweep.folder, rows, objectives=sweep.objectives, policy=sweep.policy, sampler=sweep.sampler)
+    ranked = ranking(flat.axes, sweep.objectives)
+    objective = sweep.objectives[0] if ranked.by_loss else ranked.objective
     points = {row.trial.id: json.loads(row.trial.point_key) for row in rows}
     how = flat.executions if objective == LOSS else ()
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}

@@ -8,6 +8,7 @@ from experiments.runs.curves import LossCurve, read_curve
 from experiments.sweep.analysis.curves import MOST, UNEQUAL, chosen
 from experiments.sweep.analysis.document import SweepAnalysis
 from experiments.sweep.analysis.executions import one_per_training
+from experiments.sweep.analysis.ranking import Ranking
 from experiments.sweep.analysis.results import Results, Tables
 from experiments.sweep.analysis.scales import MANY, distinct, is_number, text
 from experiments.sweep.analysis.settings import Setting, by_setting
@@ -46,10 +47,12 @@ def _view(results: Results, analysis: SweepAnalysis, tables: Tables | None) -> d
         "vague": analysis.importance.refused,
         "many": len(results.rows) > MOST,
         "unknown": any(
-            row["last_loss"] is None and row["state"] not in ("planned", "diverged") for row in results.rows
+            row["last_loss" if summary.ranking.by_loss else summary.ranking.objective] is None
+            and row["state"] not in ("planned", "diverged")
+            for row in results.rows
         ),
         "optima": [] if transfer is None else [row.optimum for row in transfer.sizes if row.optimum],
-        "beyond": panels.goes_beyond(summary, analysis.rungs),
+        "beyond": panels.goes_beyond(summary, analysis.compared_rungs),
         "fate": fate,
         "everywhere": [*results.axes, *results.executions],
         "total_settings": len(summary.settings),
@@ -57,7 +60,10 @@ def _view(results: Results, analysis: SweepAnalysis, tables: Tables | None) -> d
         "began": {row["member"]: row["parent_steps"] for row in results.rows},
         "rung_in_words": panels.rung_in_words,
         "running": sum(summary.counts[state] for state in ("planned", "running")),
-        "order": sorted(summary.settings, key=_place)[:MOST_ROWS],
+        "order": sorted(summary.settings, key=lambda setting: _place(setting, summary.ranking))[:MOST_ROWS],
+        "by_loss": summary.ranking.by_loss,
+        "measure": summary.ranking.words,
+        "best_word": summary.ranking.best,
         "winning": None if winner is None else winner.setting | {"member": winner.member},
         "equal": [] if winner is None else winner.indistinguishable or [],
         "tables": tables,
@@ -66,11 +72,11 @@ def _view(results: Results, analysis: SweepAnalysis, tables: Tables | None) -> d
     }
 
 
-def _place(setting: Setting) -> tuple[bool, bool, float, float]:
+def _place(setting: Setting, ranked: Ranking) -> tuple[bool, bool, float, float]:
     """Return the sort key: candidates first, then by the tokens of the last rung and the loss at it."""
     tokens, stopped_at = (setting.stopped.tokens, setting.stopped.mean) if setting.stopped else (0, 0.0)
-    loss = stopped_at if setting.mean is None else setting.mean
-    return bool(fate(setting)), setting.mean is None, -tokens, loss
+    cost = stopped_at if setting.mean is None else ranked.cost(setting.mean)
+    return bool(fate(setting)), setting.mean is None, -tokens, cost
 
 
 def _given(results: Results, name: str) -> list[Any]:
@@ -87,7 +93,7 @@ def _seeds(results: Results) -> int:
 def _compared_at(analysis: SweepAnalysis) -> str:
     """Return which losses the figures of all axes show."""
     settings = analysis.summary.settings
-    rows, steps = panels.fullest(settings, analysis.rungs)
+    rows, steps = panels.fullest(settings, analysis.compared_rungs)
     total = len(settings)
     if steps is None:
         what = "members" if panels.is_population(settings) else "settings"
@@ -111,22 +117,27 @@ def _short(value: Any) -> str:
 
 
 def _figures(results: Results, analysis: SweepAnalysis) -> dict[str, Drawn]:
-    names, summary, rungs = list(results.axes), analysis.summary, analysis.rungs
+    names, summary, rungs = list(results.axes), analysis.summary, analysis.compared_rungs
+    ranked = summary.ranking
     no_loss = None if any(row.mean is not None for row in summary.settings) else "No trial has finished yet."
     if no_loss and summary.counts["diverged"]:
         no_loss = "No trial has a loss: those that ended have diverged."
     no_axes = None if names else "Nothing varies but the seed."
     few = None if len(names) > 1 else "It takes two axes that vary."
-    curves = _curves(results)
+    curves = _curves(results, ranked)
     # A single setting gives no comparison, so these figures need several.
     compared, _ = panels.fullest(summary.settings, rungs)
     single = None if len(compared) > 1 else "One setting has a loss: nothing to compare."
     refused = list(analysis.importance.refused.values())
     found = {
-        "axes": drawn("Loss against each axis", lambda: panels.axis_panels(summary, rungs), no_loss or no_axes),
+        "axes": drawn(
+            f"{ranked.words.capitalize()} against each axis",
+            lambda: panels.axis_panels(summary, rungs),
+            no_loss or no_axes,
+        ),
         "curves": drawn_twice(
             "Training loss of runs over tokens",
-            lambda width: lines.learning_curves(curves, _costs_differ(results), width),
+            lambda width: lines.learning_curves(curves, _costs_differ(results), width, ranked),
             None if curves else "No run of this sweep has a learning curve.",
         ),
         "parallel": drawn_twice(
@@ -139,7 +150,11 @@ def _figures(results: Results, analysis: SweepAnalysis) -> dict[str, Drawn]:
             lambda width: bars.importance_bars(analysis.importance, width),
             None if len(refused) < 2 else f"Importances were refused: {refused[0]}.",
         ),
-        "pairs": drawn("Loss over pairs of axes", lambda: maps.pair_maps(analysis), no_loss or few or single),
+        "pairs": drawn(
+            f"{ranked.words.capitalize()} over pairs of axes",
+            lambda: maps.pair_maps(analysis),
+            no_loss or few or single,
+        ),
     }
     if (executions := summary.executions) is not None:
         timed = any(row.tokens_per_second for row in executions.executions)
@@ -159,8 +174,8 @@ def _figures(results: Results, analysis: SweepAnalysis) -> dict[str, Drawn]:
     return found
 
 
-def _curves(results: Results) -> list[tuple[dict[str, Any], LossCurve]]:
-    pairs = [(row, read_curve(results.folder / row["run"], points=120)) for row in chosen(results.rows)]
+def _curves(results: Results, ranked: Ranking) -> list[tuple[dict[str, Any], LossCurve]]:
+    pairs = [(row, read_curve(results.folder / row["run"], points=120)) for row in chosen(results.rows, ranked)]
     return [(row, curve) for row, curve in pairs if curve is not None]
 
 

@@ -1,10 +1,11 @@
 """Interface of all tokenizers, independent of their files and libraries."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 from model.errors import InputError
 from model.tokenizer.control import ChatText
@@ -37,6 +38,8 @@ class Tokenizer(ABC):
         self.eos_ids: tuple[int, ...] = conventions.eos_ids
         self.bos_id: int | None = conventions.bos_id
         self._conventions = conventions
+        self.given_template: str | None = None
+        """The template of `with_chat_template`."""
 
     @property
     def eos_id(self) -> int | None:
@@ -90,7 +93,8 @@ class Tokenizer(ABC):
         template = self._conventions.chat_template
         if template is None:
             raise InputError(
-                f"the tokenizer {self.path} has no chat template; pass plain text, or a chat model's tokenizer"
+                f"the tokenizer {self.path} has no chat template; pass plain text or a chat model's tokenizer, or "
+                "prepare the data with `isoflop data prepare … --chat-template chatml`"
             )
         from model.tokenizer.chat import render
 
@@ -103,6 +107,24 @@ class Tokenizer(ABC):
             special=list(self.special_tokens.values()),
             path=self.path,
         )
+
+    def with_chat_template(self, template: str) -> Self:
+        """Return the tokenizer with this chat template in place of its own.
+
+        The template may write `eos_token` even where no file of the tokenizer names it.
+        """
+        changed = copy.copy(self)
+        tokens = dict(self._conventions.template_tokens)
+        if self.eos_id is not None and self.eos_id in self.special_tokens:
+            tokens.setdefault("eos_token", self.special_tokens[self.eos_id])
+        changed._conventions = replace(self._conventions, chat_template=template, template_tokens=tokens)
+        changed.given_template = template
+        return changed
+
+    @property
+    def template_tokens(self) -> Mapping[str, str]:
+        """Texts of the tokens that a template may name."""
+        return self._conventions.template_tokens
 
     @property
     @abstractmethod

@@ -71,6 +71,14 @@ def render(
     return rendered if marked is None else ChatText(rendered, rendered.masked, _spans(marked, rendered))
 
 
+def check_template(template: str, path: Path) -> None:
+    """Raise InputError if a template cannot be parsed. path: of its file."""
+    try:
+        _compiled(template, False)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"the chat template {path} is damaged at line {error.lineno}: {error.message}") from error
+
+
 def _spans(marked: str, text: str) -> tuple[tuple[int, int], ...]:
     """Return where the marked parts stand in the text without marks; nothing where the marks changed the text."""
     spans, done, begin, without = [], 0, 0, ""

@@ -8,7 +8,9 @@ from typing import Any
 from model.errors import InputError
 from model.tokenizer.base import Conventions
 
-OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+OF_TOKENIZERS = (CONFIG, "special_tokens_map.json", TEMPLATE)
 GENERATION = "generation_config.json"
 _OF_MODELS = (GENERATION, "config.json")
 
@@ -50,9 +52,9 @@ def companion_files(
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Return `special_tokens_map.json`, overridden by the values of `tokenizer_config.json`; {} without these files."""
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json(folder / CONFIG)
     values = {key: value for key, value in config.items() if value is not None}
-    return _read(folder / "special_tokens_map.json") | values
+    return read_json(folder / "special_tokens_map.json") | values
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -77,7 +79,7 @@ def _additional_special_tokens(config: dict[str, Any]) -> list[str]:
 def _model_eos_ids(folder: Path, vocab_size: int) -> list[int]:
     """Return the ids of end tokens of the first model file that has any."""
     for file in _OF_MODELS:
-        if ids := _valid_ids(_read(folder / file).get("eos_token_id"), vocab_size):
+        if ids := _valid_ids(read_json(folder / file).get("eos_token_id"), vocab_size):
             return ids
     return []
 
@@ -88,9 +90,9 @@ def _valid_ids(value: Any, vocab_size: int) -> list[int]:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE
     if file.is_file():
-        return _text(file)
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):
         template = _by_name(template, folder)
@@ -106,16 +108,15 @@ def _by_name(templates: list[Any], folder: Path) -> Any:
         named = {template["name"]: template["template"] for template in templates}
         return named["default"]
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f'the chat_template list in {folder / "tokenizer_config.json"} has no "default" template'
-        ) from error
+        raise InputError(f'the chat_template list in {folder / CONFIG} has no "default" template') from error
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} without the file. Raises InputError if it is damaged."""
     if not file.is_file():
         return {}
     try:
-        content = json.loads(_text(file))
+        content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -123,7 +124,8 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Return the text of a file. Raises InputError if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from model.errors import InputError
-from model.gguf_parts import read_first_part
+from model.gguf_parts import TOKENIZER_NAME, read_first_part
 from model.tokenizer.base import Conventions, Tokenizer
+from model.tokenizer.folder import TEMPLATE, read_text
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -139,11 +140,17 @@ class Vocabulary:
         return [token if owners[i] == i else f"{_REPEATED}{i}" for i, token in enumerate(self.tokens)]
 
     def conventions(self) -> Conventions:
-        """Return the file's special tokens and chat template; end tokens are its eos, eot and eom tokens."""
+        """Return the file's special tokens and chat template; end tokens are its eos, eot and eom tokens.
+
+        A `chat_template.jinja` beside a `tokenizer.gguf`, which holds no model, takes the place of the file's own.
+        """
         ends = [self.id(name) for name in ("eos", "eot", "eom")]
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "separator"}
         ids = {name: self.id(key) for name, key in names.items()}
         template = self._metadata.get("tokenizer.chat_template")
+        given = self.file.with_name(TEMPLATE)
+        if self.file.name == TOKENIZER_NAME and given.is_file():
+            template = read_text(given)
         return Conventions(
             eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
             bos_id=self.id("bos"),

@@ -47,6 +47,7 @@ def record(folder, points, *, seeds=3, noise=0.004, loss=surface, fate=None, cur
     fate: point, seed → a state, and the last loss or None; otherwise every trial has finished.
     """
     rng, rows = np.random.default_rng(seed), []
+    about = {"objectives": ("loss",)} | about
     for point, number in itertools.product(points, range(seeds)):
         point = point | {"seed": number}
         trial = apply(BASE, point)
@@ -64,9 +65,11 @@ def record(folder, points, *, seeds=3, noise=0.004, loss=surface, fate=None, cur
         values = None
         if state == "finished":
             fast = 4000 / trial.recipe.model.d_model
-            values = tuple(
-                {"loss": final, "tokens_per_second": fast}[name] for name in about.get("objectives", ["loss"])
+            right = (
+                1 - (surface(point) + noise * rng.standard_normal()) / 10 if "accuracy" in about["objectives"] else 0
             )
+            known = {"loss": final, "tokens_per_second": fast, "accuracy": right}
+            values = tuple(known[name] for name in about["objectives"])
         rows.append(LedgerRow(len(rows), trial, state, rungs, values, facts if done else {}))
         if curves and done:
             write_metrics(folder / run, done, final, per_token, diverged=state == "diverged", rng=rng)
@@ -108,6 +111,27 @@ def test_the_page_of_a_whole_sweep(tmp_path, words):
     assert not re.findall(r"(?:src|href)=\"(?!#|data:)", text)
     assert "@import" not in text
     assert text.count("<script>") == 1
+
+
+def test_a_page_is_ranked_by_what_compares(tmp_path, no_svg, words):
+    """The smallest beta has the lowest losses, and no more than the others' accuracy."""
+    points = product({"beta": [0.1, 0.3], "learning_rate": RATES})
+    options = {"seeds": 2, "loss": lambda point: surface(point) * point["beta"], "policy": "halving"}
+    options["fate"] = lambda point: "pruned" if point["learning_rate"] == RATES[0] else "finished"
+    results = record(tmp_path, points, objectives=("accuracy", "loss"), **options)
+    document = analyse(results).to_dict()
+    assert document["ranked_by"] == "accuracy"
+    assert document["winner"]["setting"]["learning_rate"] == 4e-3
+    assert 0.69 < document["winner"]["mean"] < 0.71
+    assert 1e-4 < document["seed_noise"] < 1e-3
+    assert len(document["winner"]["indistinguishable"]) >= 1, "the other beta is as good"
+    assert "Losses at different beta are different functions: settings are ranked by accuracy." in document["sentence"]
+    assert {row["stopped"]["verdict"] for row in document["settings"] if row["pruned"]} == {"not compared"}
+    assert any("4 runs ended early by a comparison of losses" in line for line in document["warnings"])
+    said = words(page(results))
+    for part in ("best mean accuracy", "Accuracy against each axis", "mean accuracy", "dark is a high mean accuracy"):
+        assert part in said
+    assert "mean loss" not in said.replace("mean losses", "")
 
 
 def test_losses_have_the_unit_of_their_objective(tmp_path, no_svg, words):

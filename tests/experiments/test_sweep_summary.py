@@ -7,8 +7,11 @@ from scipy import stats
 from experiments.sweep.analysis.comparisons import best_of_many, largest_of_many, selected_interval
 from experiments.sweep.analysis.importance import importances
 from experiments.sweep.analysis.optimum import log_parabola
+from experiments.sweep.analysis.outcome import Summary
 from experiments.sweep.analysis.pareto import front, near_front
+from experiments.sweep.analysis.ranking import ranking
 from experiments.sweep.analysis.scales import edge_of, scale_of
+from experiments.sweep.analysis.sentence import sentence
 from experiments.sweep.analysis.summary import summarize
 
 RATES = [1e-3, 2e-3, 4e-3, 8e-3, 16e-3]
@@ -31,6 +34,61 @@ def test_losses_of_different_functions_are_not_ranked_silently():
     assert any(line.startswith(warning) for line in said)
     said = summarize({"beta": [0.1], "learning_rate": RATES}, [row for row in rows if row["beta"] == 0.1]).warnings
     assert not any(line.startswith(warning) for line in said)
+
+
+def test_what_compares_ranks_where_losses_do_not():
+    """The loss is lowest at one beta, the accuracy highest at another: winner, noise, interval and equals are its."""
+    axes = {"beta": [0.1, 0.3], "learning_rate": RATES}
+    rows = [
+        row | {"beta": beta, "loss": row["loss"] * beta, "accuracy": 1 - row["loss"] / 10 + beta / 10}
+        for beta in axes["beta"]
+        for row in trials(bowl)
+    ]
+    by_loss, found = summarize(axes, rows), summarize(axes, rows, objectives=("margin", "accuracy", "loss"))
+    assert by_loss.winner.setting == {"beta": 0.1, "learning_rate": 4e-3}
+    assert found.winner.setting == {"beta": 0.3, "learning_rate": 4e-3}
+    best = [row["accuracy"] for row in rows if row["beta"] == 0.3 and row["learning_rate"] == 4e-3]
+    assert found.winner.mean == pytest.approx(np.mean(best))
+    assert found.seed_noise == pytest.approx(np.std(best, ddof=1))
+    # The same numbers with their sign turned, as losses, have the mirrored interval and the same equals.
+    turned = summarize(axes, [row | {"loss": -row["accuracy"]} for row in rows])
+    assert found.winner.interval_95 == pytest.approx([-end for end in reversed(turned.winner.interval_95)])
+    assert found.winner.indistinguishable == turned.winner.indistinguishable
+    assert found.optimum is None
+    assert "ranked by accuracy" in found.optimum_refused
+    assert not any("different functions" in line for line in found.warnings)
+    assert "settings are ranked by accuracy." in sentence(found)
+    assert "the highest of 10 settings" in sentence(found)
+    assert Summary.from_dict(found.to_dict()) == found
+
+
+def test_settings_that_are_as_accurate_are_counted():
+    """No edge of an axis is warned about where another value of it is as good."""
+    axes = {"beta": [0.1, 0.3, 1.0], "learning_rate": RATES}
+    rows = [row | {"beta": beta, "accuracy": 0.75} for beta in axes["beta"] for row in trials(bowl, seeds=1)]
+    found = summarize(axes, rows, objectives=("accuracy",))
+    assert "the highest of 15 settings, which 14 others have too" in sentence(found)
+    assert found.warnings == ["one seed per setting: the noise of the winner is not known"]
+    below = [row | {"accuracy": 0.75 if row["beta"] == 0.1 else 0.5} for row in rows]
+    found = summarize(axes, below, objectives=("accuracy",))
+    assert [line for line in found.warnings if "lowest of the grid" in line] == [
+        "the best beta=0.1 is the lowest of the grid: the optimum may be beyond it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("axes", "objectives", "expected"),
+    [
+        ({"learning_rate": [1, 2]}, ("accuracy",), "loss"),
+        ({"beta": [0.1]}, ("accuracy",), "loss"),
+        ({"beta": [0.1, 0.3]}, ("loss", "margin", "forgetting", "accuracy"), "forgetting"),
+        ({"beta": [0.1, 0.3]}, ("margin", "training_tokens_per_second"), "loss"),
+        ({"nll_weight": [0.0, 1.0]}, ("margin", "accuracy"), "margin"),
+        ({"objective.kind": ["dpo", "simpo"], "nll_weight": [0.0, 1.0]}, ("margin", "accuracy"), "accuracy"),
+    ],
+)
+def test_rewards_rank_only_where_nothing_scales_them(axes, objectives, expected):
+    assert ranking(axes, objectives).objective == expected
 
 
 def test_critical_values_are_those_of_the_tables():

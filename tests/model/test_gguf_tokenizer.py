@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import InputError
 from model.tokenizer import load_tokenizer
+from model.tokenizer.files import save_tokenizer
 from model.tokenizer.pretokenizers import pre_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -186,6 +187,20 @@ def test_chat_template(tmp_path, gpt2):
     ids = tokenizer.encode(prompt, special=True)
     assert ids[0] == 0
     assert ids.count(1) == 1
+
+
+def test_a_given_template_stays_with_a_stored_tokenizer(tmp_path, gpt2):
+    """Beside a model it changes nothing."""
+    question = [{"role": "user", "content": "hi"}]
+    tokenizer = load_tokenizer(write_bpe(tmp_path / "a.gguf", gpt2, pre="gpt-2", chat_template="own"))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    save_tokenizer(tokenizer.with_chat_template("given{{ eos_token }}"), folders[0])
+    save_tokenizer(load_tokenizer(folders[0]), folders[1])
+    assert [load_tokenizer(folder).apply_chat_template(question) for folder in folders] == ["given<|end|>"] * 2
+    (tmp_path / "chat_template.jinja").write_text("other")
+    assert load_tokenizer(tmp_path / "a.gguf").apply_chat_template(question) == "own"
 
 
 def train_sentencepiece(folder, kind, **options):

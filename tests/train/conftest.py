@@ -78,7 +78,8 @@ def examples(data, tmp_path_factory):
             documents = load_manifest(folder / "data").splits[split].documents
             place = folder / "data" / "reference" / "fixed"
             place.mkdir(parents=True, exist_ok=True)
-            np.save(place / f"{split}.npy", random.normal(-40, 5, documents).astype(np.float32))
+            for part in ("", "-tail") if kind == "preference" else ("",):
+                np.save(place / f"{split}{part}.npy", random.normal(-40, 5, documents).astype(np.float32))
         return folder / "data"
 
     return make

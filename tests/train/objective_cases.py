@@ -31,7 +31,9 @@ ENCODER = DECODER.replace(
     stack="encoder", norm="layernorm", gated=False, use_bias=True, position="learned", norm_placement="post"
 )
 TRAIN = TrainConfig(batch_size=8, seq_len=32, norms=False, schedule="constant")
-HPARAMS = HParams(learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, center_weight=0.01)
+HPARAMS = HParams(
+    learning_rate=1e-2, weight_decay=0.0, mask_rate=0.3, label_smoothing=0.1, ld_alpha=0.5, center_weight=0.01
+)
 
 
 REFERENCE = "fixed"  # the name of the log-probabilities that the fixture `examples` keeps with the data
@@ -71,7 +73,7 @@ CASES = {
     ),
     "instruction": Case(DECODER, Instruction()),
     "preference": Case(DECODER, Preference(kind="cdpo", reference=REFERENCE)),
-    "preference-orpo": Case(DECODER, Preference(kind="orpo")),
+    "preference-orpo": Case(DECODER, Preference(kind="orpo", weighting="wpo")),
     "rated": Case(DECODER, Rated(reference=REFERENCE)),
     "reward": Case(DECODER.replace(head="scalar"), Reward(margins=True), trainable=("head",)),
 }
@@ -106,12 +108,13 @@ def _answers(case: Case, random: np.random.Generator, filled: np.ndarray) -> dic
     """Return examples of answers of several lengths after prompts of two tokens, with a weight of their own each."""
     rows = len(filled)
     batch: dict[str, Any] = {"weights": np.linspace(0.5, 1.5, rows).astype(np.float32)}
-    for side in case.objective.SIDES:
-        tokens = random.integers(3, VOCAB, filled.shape).astype(np.int32)
-        mask = (filled * (np.arange(filled.shape[1]) >= 2)).astype(np.float32)
-        batch |= {f"{side}tokens": tokens * filled, f"{side}mask": mask, f"{side}segment_ids": filled}
+    for side, real in zip(case.objective.SIDES, (filled, filled[::-1]), strict=True):
+        tokens = random.integers(3, VOCAB, real.shape).astype(np.int32)
+        mask = (real * (np.arange(real.shape[1]) >= 2)).astype(np.float32)
+        batch |= {f"{side}tokens": tokens * real, f"{side}mask": mask, f"{side}segment_ids": real}
     batch["labels"] = random.integers(0, 2, rows).astype(np.int32)
-    for name in ("reference", "mismatched_reference", "reference_chosen", "reference_rejected"):
+    of_pairs = ("reference_chosen", "reference_rejected", "reference_chosen_tail", "reference_rejected_tail")
+    for name in ("reference", "mismatched_reference", *of_pairs):
         batch[name] = random.normal(-40, 5, rows).astype(np.float32)
     batch["margins"] = random.uniform(0, 1, rows).astype(np.float32)
     spec = case.objective.batch_spec(case.config, case.train, rows, filled.shape[1])

@@ -401,6 +401,57 @@ def test_errors_of_kinds_and_sources(made, tmp_path, untemplated):
         made(tmp_path / "bad.parquet", "chat")
 
 
+def test_a_given_template_is_kept_with_the_folder(tmp_path, made, untemplated):
+    """Its markers are tokens where the vocabulary has them; the same names in a message are text."""
+    rows = [{"messages": turns(f"Hi {number} <|im_end|></s>", "Yes")} for number in range(10)]
+    with pytest.raises(InputError, match=r"has no chat template; .* `isoflop data prepare … --chat-template chatml`"):
+        made(rows, "chat", tokenizer=untemplated)
+    manifest = made(rows, "chat", tokenizer=untemplated, chat_template="chatml")
+    out = tmp_path / "out"
+    text = "<s><|im_start|>user\nHi 0 <|im_end|></s><|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|></s>⟧\n"
+    assert text in everything(out)
+    shards, kept = TokenShards(out, "train"), load_tokenizer(out)
+    ids = shards.windows(np.array([0]), len(shards))[0]
+    names = Counter(SPECIAL[i] for i in ids.tolist() if i < len(SPECIAL))
+    count = shards.manifest.splits["train"].documents
+    assert names == {"<s>": count, "</s>": count, "<|im_start|>": 2 * count, "<|im_end|>": 2 * count}
+    assert kept.apply_chat_template(ASKED) == "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert "chat_template.jinja" in manifest.tokenizer_companions
+    assert made(rows, "chat", tokenizer=untemplated, chat_template="chatml") == manifest
+    assert made(rows, "chat", tokenizer=out) == manifest  # a folder's tokenizer has the template
+    (tmp_path / "own.jinja").write_text(TEMPLATES["words"])
+    with pytest.raises(InputError, match="was made with other arguments"):
+        made(rows, "chat", tokenizer=untemplated, chat_template=tmp_path / "own.jinja")
+
+
+def test_a_template_of_a_tokenizer_trained_here(tmp_path, made, data):
+    """Markers are pieces of text, and the tokenizer's end token ends an answer, though no file of it names that."""
+    rows = [{"messages": turns(f"Hi {number} <|endoftext|>", "Yes", "And?", "No")} for number in range(10)]
+    made(rows, "chat", tokenizer=data, chat_template="chatml")
+    shards, own = TokenShards(tmp_path / "out", "train"), load_tokenizer(tmp_path / "out")
+    ids = shards.windows(np.array([0]), len(shards))[0].tolist()
+    assert [i for i in ids if i in own.special_tokens] == [own.eos_id] * (2 * shards.manifest.splits["train"].documents)
+    trained = TrainedMask(shards).spans(np.array([0]), np.array([len(ids)]))
+    assert own.decode([i for i, is_trained in zip(ids, trained, strict=True) if is_trained]).startswith(
+        "Yes<|im_end|>No<|im_end|>"
+    )
+    assert load_tokenizer(data).encode("été") == own.encode("été")
+
+
+def test_what_is_no_template_is_refused(tmp_path, made, data):
+    (tmp_path / "damaged.jinja").write_text("{% for %}")
+    for given, message in (
+        ("chatmll", "there is no chat template chatmll; give a Jinja file, or one of these names: chatml"),
+        (tmp_path / "damaged.jinja", "damaged.jinja is damaged at line 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(GOOD, "chat", chat_template=given)
+    with pytest.raises(InputError, match="chat_template='chatml' is for examples; text has no messages"):
+        made(GOOD, "text", tokenizer=data, chat_template="chatml")
+    with pytest.raises(InputError, match="this template writes no tools"):
+        made([row | {"tools": [{}]} for row in GOOD], "chat", chat_template="chatml")
+
+
 def test_the_commands_show_counts_and_the_mask(tmp_path, tokenizer, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [*GOOD, "x"])
     options = {"out": tmp_path / "out", "kind": "chat", "tokenizer": tokenizer, "validation_fraction": 0.4}

@@ -269,6 +269,7 @@ OTHERS = {
     "desirable_weight": 2.0,
     "undesirable_weight": 2.0,
     "divergence_alpha": 2.0,
+    "ld_alpha": 0.5,
     "center_weight": 0.01,
     "init_scale": 0.5,
     "seed": 3,

@@ -57,7 +57,7 @@ def theirs(tmp_path_factory):
         folder = tmp_path_factory.mktemp("theirs")
         save_hf(CONFIG, params_of(seed), folder)
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-        add_fused_lm_head(model, outputs=("entropy", "is_top1", "mean_logits", "label_mask"))
+        add_fused_lm_head(model, outputs=("entropy", "is_top1", "mean_logits", "label_mask", "log_sum_sq_probs"))
         models.append(model)
     return models
 
@@ -121,7 +121,7 @@ def assert_same(one, other):
     assert one[1] == pytest.approx(other[1], rel=1e-5)
 
 
-def pair_loss(theirs, batch, kind, smoothing=0.0, divergence="reverse_kl", beta=0.1):
+def pair_loss(theirs, batch, kind, smoothing=0.0, divergence="reverse_kl", beta=0.1, alpha=None, weighting=False):
     from trl.trainer.dpo_trainer import DPOTrainer
 
     model, reference = theirs
@@ -130,14 +130,14 @@ def pair_loss(theirs, batch, kind, smoothing=0.0, divergence="reverse_kl", beta=
         model=model,
         ref_model=reference,
         precompute_ref_logps=False,
-        ld_alpha=None,
+        ld_alpha=alpha,
         f_divergence_type=divergence,
         f_alpha_divergence_coef=0.5,
         beta=beta,
         label_smoothing=smoothing,
         loss_types=[kind],
         loss_weights=[1.0],
-        use_weighting=False,
+        use_weighting=weighting,
         args=types.SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None),
     )
     inputs = {
@@ -157,6 +157,55 @@ def test_losses_of_pairs(kind, theirs):
     assert_same(ours(objective, batch, params_of(1), beta=0.1, label_smoothing=smoothing), expected)
     other = ours(objective, batch, params_of(1), beta=0.1001, label_smoothing=smoothing)
     assert abs(other[0] - expected[0]) > 1e-5 * abs(expected[0])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+def test_desensitised_to_length(kind, alpha, theirs):
+    """LD-DPO: computed in the step, and from a reference whose sums are kept in two parts."""
+    batch, objective = rows(0), Preference(kind=PAIR_LOSSES[kind][0])
+    expected = pair_loss(theirs, batch, kind, alpha=alpha)
+    assert_same(ours(objective, batch, params_of(1), ld_alpha=alpha), expected)
+    whole, shared = (kept_reference(batch, ld_alpha) for ld_alpha in (1.0, 0.0))
+    kept = {f"reference_{side}": whole[side] for side in whole}
+    kept |= {f"reference_{side}_tail": whole[side] - shared[side] for side in whole}
+    assert_same(ours(objective, batch | kept, ld_alpha=alpha), expected)
+    plain = pair_loss(theirs, batch, kind)
+    assert (alpha == 1) == (expected == pytest.approx(plain, rel=1e-6))
+
+
+def kept_reference(batch, ld_alpha):
+    """{side: the reference's log-probability of every answer}: what the policy's would be with its parameters."""
+    sums = {}
+    for side in ("chosen", "rejected"):
+        weights = np.zeros(ROWS, np.float32)
+        sums[side] = np.zeros(ROWS, np.float32)
+        for row in range(ROWS):
+            weights[:] = np.arange(ROWS) == row
+            found = log_probs_of(params_of(1), batch | {"weights": weights.copy()}, HParams(ld_alpha=ld_alpha))
+            sums[side][row] = found[f"{side}_log_prob"]
+    return sums
+
+
+@functools.cache
+def _compiled_sums():
+    return jax.jit(lambda params, batch, hparams: Preference(kind="cpo").loss(CONFIG, params, None, batch, hparams)[1])
+
+
+def log_probs_of(params, batch, hparams):
+    return _compiled_sums()(params, batch, hparams)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("sigmoid", None), ("robust", None), ("ipo", 0.5), ("apo_zero", None)])
+def test_weighted_by_the_policy(kind, alpha, theirs):
+    """WPO: weights of pairs have no gradient; with LD-DPO they count every token of an answer as much."""
+    name, smoothing = PAIR_LOSSES[kind]
+    batch, objective = rows(0), Preference(kind=name, weighting="wpo")
+    expected = pair_loss(theirs, batch, kind, smoothing, alpha=alpha, weighting=True)
+    numbers = {"label_smoothing": smoothing, "ld_alpha": 1.0 if alpha is None else alpha}
+    assert_same(ours(objective, batch, params_of(1), **numbers), expected)
+    plain = ours(objective.replace(weighting="none"), batch, params_of(1), **numbers)
+    assert abs(plain[0] - expected[0]) > 1e-2 * abs(plain[0])
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])

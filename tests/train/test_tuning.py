@@ -83,7 +83,10 @@ def test_twelve_trials_of_dpo_are_one_program(base, examples, record, tmp_path):
 
 
 def test_the_kept_reference_is_that_of_the_frozen_model(base, examples, tmp_path):
-    """Scored once or in every step: the same loss. An adapter without a name compares with its base."""
+    """Scored once or in every step: the same loss, whatever weight the longer answer's tokens have.
+
+    An adapter without a name compares with its base.
+    """
     folder = examples("preference")
     config, params, _ = open_model(base)
     name = keep_reference(folder, config, params)
@@ -100,9 +103,19 @@ def test_the_kept_reference_is_that_of_the_frozen_model(base, examples, tmp_path
     runs = {}
     for reference in (name, None):
         objective = Preference(reference=reference, adapter=Adapter(rank=2))
-        train(recipe(base, folder, objective), run=tmp_path / str(reference), shell=QUIET)
+        train(recipe(base, folder, objective, ld_alpha=0.5), run=tmp_path / str(reference), shell=QUIET)
         runs[reference] = [line["loss"] for line in read_metrics(tmp_path / str(reference))]
     np.testing.assert_allclose(runs[name], runs[None], rtol=1e-5)
+    for split in ("train", "validation"):  # as an older version kept it
+        (folder / "reference" / name / f"{split}-tail.npy").unlink()
+    assert keep_reference(folder, config, params) == name
+    objective = Preference(reference=name)
+    with pytest.raises(InputError, match=r"kept without the parts that ld_alpha=0\.5 weighs; remove their folder"):
+        train(recipe(base, folder, objective, ld_alpha=0.5), run=tmp_path / "weighted", shell=QUIET)
+    assert not (tmp_path / "weighted").exists()
+    whole = objective.rows(shards, 32).take(np.arange(8))
+    np.testing.assert_array_equal(whole["reference_chosen"], batch["reference_chosen"])
+    assert not whole["reference_chosen_tail"].any()
     (folder / "reference" / name / "train.npy").write_bytes(b"damaged")
     with pytest.raises(InputError, match="is damaged"):
         train(recipe(base, folder, Preference(reference=name)), run=tmp_path / "damaged", shell=QUIET)
@@ -161,3 +174,7 @@ def test_unknown_losses_and_divergences_are_listed():
         Preference(divergence="kl")
     with pytest.raises(InputError, match="is defined for divergence='reverse_kl' alone"):
         Preference(kind="kto", divergence="forward_kl")
+    with pytest.raises(InputError, match="weighting 'dpo'"):
+        Preference(weighting="dpo")
+    with pytest.raises(InputError, match="in sorted order, so that no pair has a weight"):
+        Preference(kind="aot", weighting="wpo")

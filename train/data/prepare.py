@@ -42,6 +42,7 @@ def prepare(
     vocab_size: int = 1024,
     validation_fraction: float = 0.05,
     tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
     text_field: str = "text",
     label_field: str | None = None,
     shard_tokens: int = 2**26,
@@ -55,7 +56,7 @@ def prepare(
     tokenizer's first end token.
 
     Another kind than text is what `train.data.examples.prepare.prepare_examples` writes, from rows of conversations,
-    pairs, ratings or prompts; max_tokens is for these kinds, vocab_size and the fields are for text.
+    pairs, ratings or prompts; max_tokens and chat_template are for these kinds, vocab_size and the fields for text.
 
     With a `label_field`, the label of a document is that field of its row (a string, a boolean or a whole number), as
     text. Every distinct value is a class; classes are sorted. `labels-SPLIT.npy` has the class index of each document,
@@ -77,10 +78,13 @@ def prepare(
             out,
             kind=kind,
             tokenizer=tokenizer,
+            chat_template=chat_template,
             max_tokens=max_tokens,
             validation_fraction=validation_fraction,
             shard_tokens=shard_tokens,
         )
+    if chat_template is not None:
+        raise InputError(f"chat_template={str(chat_template)!r} is for examples; text has no messages")
     if max_tokens is not None:
         raise InputError(f"max_tokens={max_tokens} is for examples; of text, every token is kept")
     out = Path(out)

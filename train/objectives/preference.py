@@ -15,6 +15,7 @@ from model.errors import UnknownNameError
 from train.config import HParams, TrainConfig
 from train.data.examples.batches import PairRows, RatedRows
 from train.data.examples.formats import TWO_PROMPTS
+from train.data.mixture import PhasedLoader
 from train.data.rows import Rows
 from train.data.shards import TokenShards
 from train.objectives.answers import AnswerObjective, balance_loss, weighted_mean
@@ -25,11 +26,14 @@ from train.objectives.preference_losses import (
     LOSSES,
     OF_WHOLE_BATCHES,
     REFERENCE_FREE,
+    SORTED,
     Divergence,
     PairLogProbs,
+    Weighting,
     rated_kto,
 )
-from train.reference import read_reference
+from train.plan import Plan
+from train.reference import read_reference, read_reference_tails
 
 _MEANS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob")
 
@@ -97,8 +101,12 @@ class ReferencedObjective(AnswerObjective):
         hparams: HParams | None = None,
         key: PRNGKeyArray | None = None,
         execution: Execution = Execution(),
-    ) -> tuple[Float[Array, "masks rows"], Mapping[str, Array]]:
-        """Return the summed log-probabilities of rows (tokens, segment ids), and the reports of experts."""
+        squares: Float[Array, "squares rows seq"] | None = None,
+    ) -> tuple[Float[Array, "sums rows"], Mapping[str, Array]]:
+        """Return the summed log-probabilities of rows (tokens, segment ids), and the reports of experts.
+
+        squares: see `summed_log_probs`.
+        """
         tokens, segment_ids = rows
         out = forward(
             config,
@@ -111,7 +119,7 @@ class ReferencedObjective(AnswerObjective):
             execution=execution,
         )
         assert out.final_hidden is not None
-        found = summed_log_probs(config, params, out.final_hidden, tokens, masks, execution.loss_chunks)
+        found = summed_log_probs(config, params, out.final_hidden, tokens, masks, execution.loss_chunks, squares)
         return found, out.auxiliary
 
     def reference_log_probs(
@@ -136,12 +144,14 @@ class ReferencedObjective(AnswerObjective):
 class Preference(ReferencedObjective):
     """A loss of `train.objectives.preference_losses` over pairs of answers, a chosen and a rejected one.
 
-    kind: the loss, by name. divergence: what keeps the policy near its reference, where the loss leaves a choice. β and
-    the other numbers of a loss are hyperparameters, and so lanes of one program.
+    kind: the loss, by name. divergence: what keeps the policy near its reference, where the loss leaves a choice.
+    weighting: "wpo" weighs the loss of each pair by how likely the policy itself is to write its answers
+    (`_agreement`). β and the other numbers of a loss are hyperparameters, and so lanes of one program.
 
     A batch has chosen_tokens, rejected_tokens int32 [pairs, seq]; chosen_mask, rejected_mask, 1 where the token is of
     the answer; optionally chosen_segment_ids, rejected_segment_ids (0: padding), weights float32 [pairs], and
-    reference_chosen, reference_rejected float32 [pairs], the answers' summed log-probabilities.
+    reference_chosen, reference_rejected float32 [pairs], the answers' summed log-probabilities. For an `ld_alpha` below
+    1, reference_chosen_tail and reference_rejected_tail are the parts of these sums that it weighs.
     """
 
     NAME: ClassVar[str] = "preference"
@@ -150,6 +160,7 @@ class Preference(ReferencedObjective):
 
     kind: str = "dpo"
     divergence: Divergence = "reverse_kl"
+    weighting: Weighting = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,6 +172,13 @@ class Preference(ReferencedObjective):
             raise InputError(
                 f"kind={self.kind!r} is defined for divergence='reverse_kl' alone; {self.divergence!r} is for "
                 f"{', '.join(DIVERGING)}"
+            )
+        if self.weighting not in get_args(Weighting):
+            raise UnknownNameError("weighting", str(self.weighting), get_args(Weighting))
+        if self.weighting != "none" and self.kind in SORTED:
+            raise InputError(
+                f"kind={self.kind!r} compares answers in sorted order, so that no pair has a weight; leave weighting "
+                "at 'none'"
             )
 
     @property
@@ -192,9 +210,34 @@ class Preference(ReferencedObjective):
         if self.kind == "exo_pair" and smoothing == 0:
             raise InputError("kind='exo_pair' needs a label_smoothing above 0, such as 0.001")
 
+    def source(
+        self,
+        config: ModelConfig,
+        train_config: TrainConfig,
+        hparams: HParams,
+        sources: Mapping[str, TokenShards],
+        plan: Plan,
+    ) -> PhasedLoader:
+        """Return the pairs of the training split; see `AnswerObjective.source`.
+
+        Raises InputError if `ld_alpha` weighs parts of reference log-probabilities that are not kept.
+        """
+        if self.compares and self.reference is not None and float(hparams.ld_alpha) != 1:
+            for shards in sources.values():
+                if read_reference_tails(shards, self.reference) is None:
+                    raise InputError(
+                        f"the reference log-probabilities {self.reference} of {shards.folder} were kept without the "
+                        f"parts that ld_alpha={float(hparams.ld_alpha):g} weighs; remove their folder and tune again"
+                    )
+        return super().source(config, train_config, hparams, sources, plan)
+
     def rows(self, shards: TokenShards, seq_len: int) -> Rows:
         """Return the pairs of a split."""
-        return PairRows(shards, seq_len, self.kept_reference(shards))
+        kept = self.kept_reference(shards)
+        if kept is None or self.reference is None:
+            return PairRows(shards, seq_len)
+        tails = read_reference_tails(shards, self.reference)
+        return PairRows(shards, seq_len, kept, np.zeros_like(kept) if tails is None else tails)
 
     def batch_spec(
         self, config: ModelConfig, train_config: TrainConfig, batch_size: int, seq_len: int, *, evaluation: bool = False
@@ -202,7 +245,8 @@ class Preference(ReferencedObjective):
         """Return the arrays of both answers, their weights, and reference log-probabilities that are kept."""
         spec = super().batch_spec(config, train_config, batch_size, seq_len, evaluation=evaluation)
         if self.compares and self.reference is not None:
-            spec |= dict.fromkeys(("reference_chosen", "reference_rejected"), spec["weights"])
+            sums = ("reference_chosen", "reference_rejected")
+            spec |= dict.fromkeys((*sums, *(f"{name}_tail" for name in sums)), spec["weights"])
         return spec
 
     def count(self, batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -227,6 +271,8 @@ class Preference(ReferencedObjective):
 
         The reward of an answer is β times its log ratio to the reference; for a loss without one, β times its mean
         log-probability per token. `nll_weight` adds the loss of the chosen answers' tokens (Pang et al. 2024, RPO).
+        `ld_alpha` weighs the log-probabilities of the tokens by which an answer is the longer one of its pair, here and
+        in the reference (Liu et al. 2024, LD-DPO).
         Both rewards may fall while the margin between them grows. frozen: the base of an adapter, or all parameters of
         a reference model; read where the batch has no reference log-probabilities.
         """
@@ -237,20 +283,32 @@ class Preference(ReferencedObjective):
         mask = mask.astype(jnp.float32)
         text_mask = self._text_mask(batch)
         of_chosen = jnp.stack([text_mask, jnp.zeros_like(text_mask)], axis=1).reshape(mask.shape)
-        found, auxiliary = self.log_probs(config, policy, rows, jnp.stack([mask, of_chosen]), numbers, key, execution)
+        weighted = mask * _length_weights(mask, numbers.ld_alpha)
+        masks, squares = [weighted, of_chosen], None
+        if self.weighting == "wpo":
+            masks, squares = [*masks, mask], mask[None]
+        found, auxiliary = self.log_probs(
+            config, policy, rows, jnp.stack(masks), numbers, key, execution, squares=squares
+        )
         log_p, chosen_text = found[0].reshape(-1, 2), found[1].reshape(-1, 2)[:, 0]
         if not self.compares:
             there = jnp.zeros_like(log_p)
         elif "reference_chosen" in batch:
             there = jnp.stack([batch["reference_chosen"], batch["reference_rejected"]], axis=1)
+            if "reference_chosen_tail" in batch:
+                tails = jnp.stack([batch["reference_chosen_tail"], batch["reference_rejected_tail"]], axis=1)
+                there -= (1 - numbers.ld_alpha) * tails
         else:
-            there = self.reference_log_probs(config, reference, rows, mask, execution).reshape(-1, 2)
+            there = self.reference_log_probs(config, reference, rows, weighted, execution).reshape(-1, 2)
         tokens = jnp.sum(mask, axis=1).reshape(-1, 2)
         pairs = PairLogProbs(*log_p.T, *there.T, *tokens.T)
         weights = self.weights(batch)
         mean = functools.partial(weighted_mean, weights=weights, count=count["examples"])
         nll = -jnp.sum(jnp.where(weights > 0, chosen_text, 0)) / count["tokens"]
-        loss = mean(LOSSES[self.kind](pairs, numbers, self.divergence))
+        losses = LOSSES[self.kind](pairs, numbers, self.divergence)
+        if self.weighting == "wpo":
+            losses *= _agreement(found[2].reshape(-1, 2), found[3].reshape(-1, 2), tokens)
+        loss = mean(losses)
         loss += nll if self.kind == "orpo" else numbers.nll_weight * nll
         rewards = (log_p - there) if self.compares else log_p / jnp.maximum(tokens, 1)
         chosen, rejected = numbers.beta * rewards[:, 0], numbers.beta * rewards[:, 1]
@@ -269,6 +327,28 @@ class Preference(ReferencedObjective):
             if "chosen_segment_ids" in batch:
                 mask = (batch["chosen_segment_ids"] > 0).astype(jnp.float32)
         return mask.at[:, 0].set(0)  # nothing predicts the first token
+
+
+def _length_weights(mask: Float[Array, "rows seq"], alpha: Array) -> Float[Array, "rows seq"]:
+    """Return `alpha` for the tokens by which an answer is longer than the other one of its pair, 1 for all others.
+
+    mask: of adjacent rows of pairs. Answers of 2 and 4 tokens have the weights 1 1 and 1 1 α α.
+    """
+    place = jnp.cumsum(mask.at[:, 0].set(0), axis=1)  # nothing predicts the first token
+    shared = jnp.repeat(jnp.min(place[:, -1].reshape(-1, 2), axis=1), 2)
+    return jnp.where(place > shared[:, None], alpha, 1.0)
+
+
+def _agreement(
+    log_p: Float[Array, "pairs 2"], log_squares: Float[Array, "pairs 2"], tokens: Float[Array, "pairs 2"]
+) -> Float[Array, " pairs"]:
+    """Return the weight of each pair: how likely the policy is to write its answers (Zhou et al. 2024, WPO).
+
+    The product over both answers of exp(mean over tokens of log p − log Σ p²), without a gradient. The ratio p / Σ p²
+    is 1 on average over tokens that the policy draws.
+    """
+    mean = (log_p - log_squares) / jnp.maximum(tokens, 1)
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum(mean, axis=1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from train.config import HParams
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+Weighting = Literal["none", "wpo"]
 _DISCOPOP_TEMPERATURE = 0.05
 _LARGEST_EXPONENT = 80.0  # exp of it is finite in float32
 
@@ -262,5 +263,7 @@ LOSSES: dict[str, PairLoss] = {
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
 OF_WHOLE_BATCHES = ("kto", "aot", "aot_unpaired")
 """Losses of a pair that depend on the batch's other pairs, so that microbatches do not add up."""
+SORTED = ("aot", "aot_unpaired")
+"""Losses that compare answers in sorted order, so that none belongs to a pair."""
 DIVERGING = ("dpo", "cdpo", "robust", "ipo", "hinge", "normalized", "exo_pair", "discopop")
 """Losses that take another divergence than reverse_kl."""

@@ -50,9 +50,9 @@ class SweepOptions:
     seq_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Tokens per row; by default 128, with --tune what the longest example takes."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
-    """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune (whose losses at
-    several betas cannot be compared), forgetting, or a number of `isoflop bench decode`, such as
-    tokens_per_second."""
+    """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune, forgetting, or
+    a number of `isoflop bench decode`, such as tokens_per_second. Where losses are different functions, as at several
+    betas, the first of accuracy and forgetting that is given ranks the settings."""
     sampler: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""
     trials: Annotated[int, tyro.conf.arg(metavar="N")] = 0

@@ -211,7 +211,7 @@ def _outcome(sweep: "Sweep", ledger: "Ledger") -> _Outcome:
     from experiments.sweep.live import standing
 
     results = read_results(sweep.folder)
-    summary = summarize(results.axes, results.rows, results.executions)
+    summary = summarize(results.axes, results.rows, results.executions, results.objectives)
     summary = dataclasses.replace(summary, warnings=[*summary.warnings, *record_troubles(results)])
     return _Outcome(summary, sweep.policy, results.unit, standing(sweep, ledger.rows(), ledger.asked()))
 

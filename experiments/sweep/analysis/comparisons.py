@@ -39,6 +39,12 @@ def largest_of_many(count: int, freedom: int) -> float:
     return float(optimize.brentq(lambda m: coverage(m) - 0.975, -10.0, 1000.0, xtol=1e-6))
 
 
+def highest_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:
+    """Return `selected_interval` of the setting with the highest mean, which is biased upward."""
+    low, high = selected_interval(-mean, error, candidates, freedom)
+    return -high, -low
+
+
 def selected_interval(mean: float, error: float, candidates: int, freedom: int) -> tuple[float, float]:
     """Return the 95 % interval of the mean of the setting with the lowest of `candidates` means.
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.runs.curves import LossCurve
+from experiments.sweep.analysis.ranking import BY_LOSS, Ranking
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 
 MOST = 60  # runs in one figure
@@ -45,10 +46,11 @@ class EqualFlops:
         return {"flops_6nd": self.flops_6nd, "ratio": self.ratio, "settings": settings}
 
 
-def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return at most sixty runs to draw: evenly spaced from best to worst, those without a loss last."""
+def chosen(rows: Sequence[dict[str, Any]], ranked: Ranking = BY_LOSS) -> list[dict[str, Any]]:
+    """Return at most sixty runs to draw: evenly spaced from best to worst, those without a value last."""
+    by = "last_loss" if ranked.by_loss else ranked.objective
     begun = [row for row in rows if row["state"] != "planned" or row["rungs"]]
-    order = sorted(begun, key=lambda row: (row["last_loss"] is None, row["last_loss"] or 0.0, row["number"]))
+    order = sorted(begun, key=lambda row: (row[by] is None, ranked.cost(row[by] or 0.0), row["number"]))
     if len(order) <= MOST:
         return order
     return [order[i] for i in np.unique(np.round(np.linspace(0, len(order) - 1, MOST)).astype(int))]

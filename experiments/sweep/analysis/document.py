@@ -58,8 +58,8 @@ class SweepCost:
 class SweepAnalysis:
     """All that a sweep's results say. A part that does not apply is None.
 
-    Losses are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto,
-    keep executions apart.
+    Settings are compared as by `summarize`, with one run for all executions of a recipe; other objectives, and pareto,
+    keep executions apart. Where another objective than the loss ranks them, there is no transfer.
     """
 
     summary: Summary
@@ -83,6 +83,11 @@ class SweepAnalysis:
         """The rungs of a sweep that stops trials, from the first to the last."""
         return [] if self.halving is None else self.halving.rungs
 
+    @property
+    def compared_rungs(self) -> list[SweepRung]:
+        """The rungs at which settings can be compared: none if another objective than the loss ranks them."""
+        return self.rungs if self.summary.ranking.by_loss else []
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: those of the summary, and the other parts beside them."""
         parts = (self.transfer, self.equal_flops, self.pareto, self.halving)
@@ -103,13 +108,18 @@ class SweepAnalysis:
 def analyse(results: Results) -> SweepAnalysis:
     """Return all that the results say."""
     names = list(results.axes)
-    summary = summarize(results.axes, results.rows, results.executions)
-    everywhere, runs = [*names, *results.executions], one_per_training(results.rows)
+    summary = summarize(results.axes, results.rows, results.executions, results.objectives)
+    ranked = summary.ranking
+    everywhere, runs = [*names, *results.executions], one_per_training(results.rows, ranked.objective)
     every = with_shared_losses(results.rows)
     # If only the execution varies, `executions` already compares the training speed.
-    others = [name for name in results.objectives if name != LOSS and (names or name != TRAINING_SPEED)]
+    compared = (LOSS, ranked.objective)
+    others = [name for name in results.objectives if name not in compared and (names or name != TRAINING_SPEED)]
     kept = [row for row in candidates_of(summary.settings) if row.member is None]
     costs = equal_flops(names, runs, lambda row: read_curve(results.folder / row["run"]))
+    if costs is not None and ranked.shaping:
+        functions = f"their losses at different {' or '.join(ranked.shaping)} are different functions"
+        costs = replace(costs, settings=[], refused=functions)
     unequal = [] if costs is None else [_unequal(costs, summary.winner)]
     summary = replace(
         summary,
@@ -129,8 +139,8 @@ def analyse(results: Results) -> SweepAnalysis:
         objectives=list(results.objectives),
         policy=results.policy,
         sampler=results.sampler,
-        importance=importances(names, runs),
-        transfer=transfer(names, kept, summary.seed_noise, summary.noise_freedom),
+        importance=importances(names, runs, ranked),
+        transfer=transfer(names, kept, summary.seed_noise, summary.noise_freedom) if ranked.by_loss else None,
         equal_flops=costs,
         pareto=pareto(everywhere, every, results.objectives),
         halving=_halving(results),

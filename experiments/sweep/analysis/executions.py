@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.sweep.analysis.scales import text
-from experiments.sweep.objectives import TRAINING_SPEED
+from experiments.sweep.objectives import LOSS, TRAINING_SPEED
 from experiments.sweep.row import State
 from experiments.sweep.trial import Trial
 from model import Execution
@@ -132,27 +132,32 @@ def group_trainings(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def one_per_training(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def one_per_training(rows: Sequence[dict[str, Any]], objective: str = LOSS) -> list[dict[str, Any]]:
     """Return one row for all executions of a training, with the mean of their losses, at the end and at every rung.
 
+    objective: another one that is averaged too.
     The other columns are those of the first row in the state that counts: diverged if any execution diverged, else
     finished if any finished.
     """
     groups = [[rows[index] for index in group] for group in group_trainings(rows)]
     if all(len(members) == 1 for members in groups):
         return list(rows)
-    merged = [_merge(members) for members in groups]
+    merged = [_merge(members, objective) for members in groups]
     names = {
         row["id"]: one["id"] for members, one in zip(groups, merged, strict=True) for row in members if "id" in row
     }
     return [row | {"parent": names.get(row["parent"], row["parent"])} if row.get("parent") else row for row in merged]
 
 
-def _merge(members: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _merge(members: Sequence[dict[str, Any]], objective: str) -> dict[str, Any]:
     first = min(members, key=lambda row: _PRECEDENCE.index(row["state"]))
     if len(members) == 1:
         return first
-    merged = first | {"loss": _mean_loss(members) if first["state"] == "finished" else None}
+    ended = [row for row in members if row["state"] == "finished"] if first["state"] == "finished" else []
+    merged = first | {
+        name: float(np.mean(found)) if (found := [row[name] for row in ended if row[name] is not None]) else None
+        for name in dict.fromkeys((LOSS, objective))
+    }
     if "rungs" in first:
         steps = sorted({step for row in members for step in row["rungs"]})
         merged["rungs"] = {

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments.sweep.analysis.ranking import BY_LOSS, Ranking
 from experiments.sweep.analysis.scales import distinct, is_number, scale_of
 from experiments.sweep.analysis.settings import by_setting
 from experiments.words import counted
 
 FEWEST = 10  # finished trials
+_COST = "cost"  # what ranks, so that lower is better
 WIDE = 0.5  # width of a share's interval from which the data carry almost no information on that axis
 Rows = Sequence[Mapping[str, Any]]
 Evaluate = Callable[[Any, int], dict[str, float]]
@@ -45,8 +47,8 @@ class Importances:
         }
 
 
-def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> Importances:
-    """Return how much each axis matters for the loss: shares that add up to 1, for each estimator.
+def importances(names: Sequence[str], rows: Rows, ranked: Ranking = BY_LOSS, *, draws: int = 25) -> Importances:
+    """Return how much each axis matters for the loss, or for what ranks: shares that add up to 1, by estimator.
 
     rows: flat; those that were trained to the end count. PED-ANOVA (Watanabe et al. 2023) measures what distinguishes
     the best trials, here the best tenth but at least five. fANOVA (Hutter et al. 2014) explains the variance of
@@ -55,7 +57,8 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> Importa
     are not independent. An estimator is refused if an interval is wider than 0.5 and no axis is clearly more important
     than all others.
     """
-    finished = [row for row in rows if row["state"] == "finished" and row["loss"] is not None]
+    found = [row for row in rows if row["state"] == "finished" and row[ranked.objective] is not None]
+    finished = [{**row, _COST: ranked.cost(row[ranked.objective])} for row in found]
     refused = None
     if len(names) < 2:
         refused = "with fewer than two axes there is nothing to weigh"
@@ -64,8 +67,8 @@ def importances(names: Sequence[str], rows: Rows, *, draws: int = 25) -> Importa
         refused = f"{counted(len(finished), 'trial')} {were} trained to the end; the estimators need at least {FEWEST}"
     elif any(row.get("member") is not None for row in finished):
         refused = "the members of a population changed their settings along their runs"
-    elif len({row["loss"] for row in finished}) < 2:
-        refused = "all losses are the same"
+    elif len({row[_COST] for row in finished}) < 2:
+        refused = "all losses are the same" if ranked.by_loss else f"{ranked.words} is the same in all trials"
     if refused:
         return Importances(refused, refused)
     distributions = _distributions(names, finished)
@@ -141,7 +144,7 @@ def _frozen(names: Sequence[str], row: Mapping[str, Any], distributions: Mapping
     return create_trial(
         params={name: row[name] if categorical(name) else number(row[name]) for name in has},
         distributions={name: distributions[name] for name in has},
-        value=row["loss"],
+        value=row[_COST],
     )
 
 

@@ -1,20 +1,22 @@
 """The summary of a sweep as plain data, and the document that holds it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from experiments.sweep.analysis.executions import ExecutionComparison, ExecutionSpeed
 from experiments.sweep.analysis.optimum import RateOptimum
+from experiments.sweep.analysis.ranking import BY_LOSS, Ranking, ranking
 from experiments.sweep.analysis.rungs import Stretch
 from experiments.sweep.analysis.settings import Setting, Stopped
+from experiments.sweep.objectives import LOSS
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The setting with the lowest mean among those that were trained to the end."""
+    """The setting with the best mean among those that were trained to the end."""
 
     setting: dict[str, Any]
     member: str | None
@@ -30,6 +32,9 @@ class Winner:
     95 % probability (see `comparisons.py`)."""
     lineage: list[Stretch] | None
     """The settings of a winner that changed along its run, as in a population; otherwise None."""
+    tied: list[dict[str, Any]] = field(default_factory=list)
+    """The other candidates with the same mean of another objective than the loss: of few examples many are as accurate.
+    The winner is the first one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Summary:
     executions: ExecutionComparison | None
     """The comparison of the executions; None if no field of Execution varies."""
     warnings: list[str]
+    ranking: Ranking = BY_LOSS
+    """The objective of the means, of the winner, its noise and its equals."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -71,6 +78,7 @@ class Summary:
             "optimum_refused": self.optimum_refused,
             "executions": None if self.executions is None else self.executions.to_dict(),
             "warnings": self.warnings,
+            "ranked_by": self.ranking.objective,
         }
 
     @classmethod
@@ -96,6 +104,7 @@ class Summary:
             optimum_refused=document["optimum_refused"],
             executions=executions,
             warnings=document["warnings"],
+            ranking=replace(ranking(axes), objective=document.get("ranked_by", LOSS)),
         )
 
 

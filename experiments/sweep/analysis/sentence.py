@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.sweep.analysis.executions import ExecutionComparison, execution_text
 from experiments.sweep.analysis.outcome import Summary, Winner
+from experiments.sweep.analysis.ranking import Ranking
 from experiments.sweep.analysis.rungs import Stretch, verdicts
 from experiments.sweep.analysis.scales import setting_text, text
 from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group
@@ -32,7 +33,10 @@ def sentence(summary: Summary, policy: str = "all", unit: str = LanguageModeling
     executions = _describe_executions(summary.executions)
     if winner is None:
         return f"There is no winner: {summary.warnings[0].split(':')[0]}." + _describe_others(settings) + executions
-    said = [_reached(winner, unit, len(settings), policy) + _told_apart(winner, settings)]
+    ranked = summary.ranking
+    said = [_reached(winner, unit, len(settings), policy, ranked) + _told_apart(winner, settings)]
+    if not ranked.by_loss:
+        said.append(ranked.reason())
     if winner.lineage is not None:
         said.append(_describe_history(winner.lineage))
     return " ".join(said) + _describe_others(settings, policy) + executions
@@ -103,13 +107,15 @@ def _fastest(found: ExecutionComparison) -> str:
     return f"{said}; {near} of the others {is_or_are(near)} within the spread of it." if near else f"{said}."
 
 
-def _reached(winner: Winner, unit: str, total: int, policy: str) -> str:
+def _reached(winner: Winner, unit: str, total: int, policy: str, ranked: Ranking) -> str:
     setting = setting_text(winner.setting)
     if policy == "population":
         subject = f"The best member, {setting} at its end," if setting else "The best member"
     else:
         subject = setting or "The only setting"
-    said = f"{subject} reaches {winner.mean:.4f} {unit}"
+    said = f"{subject} reaches " + (
+        f"{winner.mean:.4f} {unit}" if ranked.by_loss else f"{ranked.words} {winner.mean:.4f}"
+    )
     if winner.interval_95 is not None:
         low, high = winner.interval_95
         said += f" (95 % interval {low:.4f} … {high:.4f})"
@@ -118,7 +124,9 @@ def _reached(winner: Winner, unit: str, total: int, policy: str) -> str:
         return said
     if ended == 1:
         return f"{said}, the only one of {total} {what} that was trained to the end"
-    return f"{said}, the lowest of {ended} {what}" + (" that were trained to the end" if ended < total else "")
+    said += f", the {ranked.best} of {ended} {what}" + (" that were trained to the end" if ended < total else "")
+    tied = len(winner.tied)
+    return said + (f", which {tied} {'other has' if tied == 1 else 'others have'} too" if tied else "")
 
 
 def _told_apart(winner: Winner, settings: Sequence[Setting]) -> str:

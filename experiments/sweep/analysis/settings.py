@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from experiments.sweep.objectives import LOSS
+
 NEAR = 0.5  # nats above the best: further up the noise differs, and the loss is no longer a parabola in log rate
 
 Verdict = Literal["worse", "equal", "better", "higher", "lower", "not compared"]
@@ -20,14 +22,14 @@ Row = TypeVar("Row", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class MeasuredSetting:
-    """The mean loss of a setting over its seeds, at one moment."""
+    """The mean loss of a setting over its seeds, at one moment, or the mean of another objective that ranks."""
 
     values: dict[str, Any]
     """The values of the axes, by name."""
     member: str | None
     """The id of the trial, for a member of a population that left another's run; otherwise None."""
     mean: float | None
-    """None if no seed has a loss."""
+    """None if no seed has a value."""
     std: float | None
     """The standard deviation over the seeds; None for fewer than two."""
     seeds: int
@@ -40,7 +42,7 @@ class MeasuredSetting:
     @property
     def known_mean(self) -> float:
         """The mean of a setting that has one."""
-        assert self.mean is not None, "no seed has a loss"
+        assert self.mean is not None, "no seed has a value"
         return self.mean
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Setting(MeasuredSetting):
-    """The trials that differ in the seed alone: the mean loss of those that finished, and the others by their state."""
+    """The trials that differ in the seed alone: the mean of those that finished, and the others by their state."""
 
     lost: int
     """The number of seeds that diverged."""
@@ -91,19 +93,20 @@ def by_setting(names: Sequence[str], rows: Iterable[Row]) -> dict[tuple[Any, ...
     return groups
 
 
-def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """Return the settings of trials."""
+def group(names: Sequence[str], trials: Iterable[Mapping[str, Any]], objective: str = LOSS) -> list[Setting]:
+    """Return the settings of trials, with the means of an objective."""
     settings = []
     for key, members in by_setting(names, trials).items():
         states = [trial["state"] for trial in members]
-        losses = [trial["loss"] for trial, state in zip(members, states, strict=True) if state == "finished"]
+        ended = [trial[objective] for trial, state in zip(members, states, strict=True) if state == "finished"]
+        found = [value for value in ended if value is not None]
         settings.append(
             Setting(
                 values=dict(zip(names, key[:-1], strict=True)),
                 member=key[-1],
-                mean=float(np.mean(losses)) if losses else None,
-                std=float(np.std(losses, ddof=1)) if len(losses) > 1 else None,
-                seeds=len(losses),
+                mean=float(np.mean(found)) if found else None,
+                std=float(np.std(found, ddof=1)) if len(found) > 1 else None,
+                seeds=len(found),
                 lost=states.count("diverged"),
                 pruned=states.count("pruned"),
                 failed=states.count("failed"),
@@ -118,10 +121,13 @@ def candidates_of(settings: Iterable[Setting]) -> list[Setting]:
     return [row for row in settings if row.seeds and not row.lost and not row.pruned]
 
 
-def pooled_noise(settings: Iterable[MeasuredSetting], best: float) -> tuple[float | None, int]:
-    """Return (standard deviation over seeds, degrees of freedom), pooled over replicated settings near the best."""
+def pooled_noise(settings: Iterable[MeasuredSetting], best: float | None = None) -> tuple[float | None, int]:
+    """Return (standard deviation over seeds, degrees of freedom), pooled over replicated settings.
+
+    best: the lowest mean loss, near which they must be; None: all are pooled.
+    """
     replicated = [(row, row.std) for row in settings if row.std is not None]
-    near = [(row, std) for row, std in replicated if row.known_mean < best + NEAR] or replicated
+    near = [(row, std) for row, std in replicated if best is None or row.known_mean < best + NEAR] or replicated
     freedom = sum(row.seeds - 1 for row, _ in near)
     if freedom == 0:
         return None, 0

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from experiments.sweep.analysis.comparisons import best_of_many, selected_interval
+from experiments.sweep.analysis.comparisons import best_of_many, highest_interval, selected_interval
 from experiments.sweep.analysis.executions import (
     ExecutionComparison,
     compare_executions,
@@ -13,29 +13,38 @@ from experiments.sweep.analysis.executions import (
 )
 from experiments.sweep.analysis.optimum import RateOptimum, rate_optimum
 from experiments.sweep.analysis.outcome import Summary, Winner
+from experiments.sweep.analysis.ranking import Ranking, ranking
 from experiments.sweep.analysis.rungs import Rungs, lineage, verdicts
 from experiments.sweep.analysis.scales import MANY, distinct, edge_of, is_number, text
 from experiments.sweep.analysis.settings import Setting, by_setting, candidates_of, group, pooled_noise
+from experiments.sweep.objectives import LOSS
 from experiments.sweep.row import State
 from experiments.words import counted, is_or_are
-from train.config import LOSS_SHAPING
+
+NO_PARABOLA = "settings are ranked by {}, and the parabola is one through losses"
 
 
 def summarize(
-    axes: Mapping[str, Sequence[Any]], trials: Sequence[dict[str, Any]], executions: Iterable[str] = ()
+    axes: Mapping[str, Sequence[Any]],
+    trials: Sequence[dict[str, Any]],
+    executions: Iterable[str] = (),
+    objectives: Sequence[str] = (LOSS,),
 ) -> Summary:
     """Return what the trials of a sweep say. axes: name → the values tried.
 
     trials: flat rows with every axis, seed, loss and state. executions: fields of Execution that vary (they are not
     axes; see `executions.py`). Rows with a `recipe` in common are one run: where losses are compared, one row with
-    their mean.
+    their mean. objectives: of the sweep, of which one ranks where losses are different functions (`ranking`).
     """
-    names, runs = list(axes), one_per_training(trials)
-    settings = group(names, runs)
+    ranked = ranking(axes, objectives)
+    names, runs = list(axes), one_per_training(trials, ranked.objective)
+    settings = group(names, runs, ranked.objective)
     candidates = candidates_of(settings)
-    best = min(candidates, key=lambda row: row.known_mean, default=None)
-    settings = _compare_stopped(names, settings, runs, best)
-    noise, freedom = (None, 0) if best is None else pooled_noise(candidates, best.known_mean)
+    best = min(candidates, key=lambda row: ranked.cost(row.known_mean), default=None)
+    settings = _compare_stopped(names, settings, runs, best if ranked.by_loss else None)
+    noise, freedom = (None, 0)
+    if best is not None:
+        noise, freedom = pooled_noise(candidates, best.known_mean if ranked.by_loss else None)
     summary = Summary(
         axes={name: list(values) for name, values in axes.items()},
         trials=list(trials),
@@ -46,18 +55,23 @@ def summarize(
         noise_freedom=0,
         optimum=None,
         optimum_refused=None,
-        executions=compare_executions(list(executions), trials, noise, freedom),
+        executions=compare_executions(list(executions), trials, *((noise, freedom) if ranked.by_loss else ())),
         warnings=[],
+        ranking=ranked,
     )
     of_executions = _execution_warnings(summary.executions)
     if best is None:
         return replace(summary, warnings=[_no_winner(settings), *of_executions])
     stopped = sum(row.stopped is not None for row in settings)
-    winner = _winner(names, best, candidates, noise, freedom, stopped)
+    winner = _winner(names, best, candidates, noise, freedom, stopped, ranked)
     if best.member is not None:
         own = next(row for row in runs if row["id"] == best.member)
         winner = replace(winner, lineage=lineage(own, runs, names))
-    found = rate_optimum(names, best, candidates, noise, freedom) if "learning_rate" in names else None
+    found: RateOptimum | str | None = None
+    if "learning_rate" in names:
+        found = NO_PARABOLA.format(ranked.words)
+        if ranked.by_loss:
+            found = rate_optimum(names, best, candidates, noise, freedom)
     return replace(
         summary,
         seed_noise=noise,
@@ -112,6 +126,7 @@ def _winner(
     noise: float | None,
     freedom: int,
     stopped: int,
+    ranked: Ranking,
 ) -> Winner:
     """Return the winner.
 
@@ -126,6 +141,11 @@ def _winner(
         interval_95=None,
         indistinguishable=None,
         lineage=None,
+        tied=[
+            {name: row.values[name] for name in names}
+            for row in candidates
+            if not ranked.by_loss and row is not best and row.known_mean == best.known_mean
+        ],
     )
     if noise is None:
         return winner
@@ -136,10 +156,11 @@ def _winner(
         return critical * noise * math.sqrt(1 / row.seeds + 1 / best.seeds)
 
     error = noise / math.sqrt(best.seeds)
-    near = [row for row in others if row.known_mean - winner.mean <= reach(row)]
+    near = [row for row in others if ranked.cost(row.known_mean) - ranked.cost(winner.mean) <= reach(row)]
+    interval = highest_interval if ranked.highest else selected_interval
     return replace(
         winner,
-        interval_95=list(selected_interval(winner.mean, error, len(candidates) + stopped, freedom)),
+        interval_95=list(interval(winner.mean, error, len(candidates) + stopped, freedom)),
         indistinguishable=[{name: row.values[name] for name in names} for row in near],
     )
 
@@ -152,12 +173,14 @@ def _warnings(
     warnings = []
     population = any(row.member is not None for row in settings)
     if not population:  # a population moves beyond its initial values
-        warnings += [said for name, values in axes.items() if (said := _edge(name, values, best, settings))]
-    if shaping := [name for name, values in axes.items() if name in LOSS_SHAPING and len(distinct(values)) > 1]:
-        warnings.append(
-            f"losses at different {' or '.join(shaping)} are different functions: compare these settings by an "
-            "objective such as accuracy or margin"
-        )
+        free = {name for row in winner.tied for name in axes if row[name] != best.values[name]}
+        held = {name: values for name, values in axes.items() if name not in free}
+        warnings += [said for name, values in held.items() if (said := _edge(name, values, best, settings))]
+    if said := summary.ranking.warning():
+        warnings.append(said)
+    if summary.ranking.shaping and counts["pruned"]:
+        functions = f"losses, which at different {' or '.join(summary.ranking.shaping)} are different functions"
+        warnings.append(f"{counted(counts['pruned'], 'run')} ended early by a comparison of {functions}")
     equal = len(winner.indistinguishable or ())
     if equal:
         others = counted(equal, "other setting")

@@ -10,6 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from experiments.sweep.analysis.ranking import Ranking
 from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of, text
 
 LONGEST = 12  # characters of a tick's label
@@ -89,6 +90,16 @@ def readable_top(losses: Sequence[float]) -> float:
     found = np.sort(np.asarray(losses, float))
     low, middle, high = found[0], float(np.median(found)), found[-1]
     return float(high) if middle <= low else float(min(high, low + 3 * (middle - low)))
+
+
+def value_colours(values: Sequence[float], ranked: Ranking) -> tuple[Colormap, Normalize]:
+    """Return (colour map, norm) for values of the objective that ranks: dark is good."""
+    if ranked.by_loss:
+        return loss_colours(values)
+    viridis = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
+    low, high = min(values), max(values)
+    colours = ListedColormap(viridis[::-1] if ranked.highest else viridis)
+    return colours, Normalize(low, high if high > low else low + 1e-6)
 
 
 def loss_colours(losses: Sequence[float]) -> tuple[Colormap, Normalize]:

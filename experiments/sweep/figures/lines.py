@@ -24,8 +24,9 @@ from experiments.report.style import (
 )
 from experiments.runs.curves import TRAINING_LOSS, LossCurve, interrupted
 from experiments.sweep.analysis.document import SweepAnalysis
+from experiments.sweep.analysis.ranking import BY_LOSS, Ranking
 from experiments.sweep.analysis.scales import positions
-from experiments.sweep.figures.axes import loss_colours, readable_top, ticks
+from experiments.sweep.figures.axes import readable_top, ticks, value_colours
 from experiments.sweep.figures.panels import fullest
 from experiments.sweep.search.replay import SamplerComparison
 
@@ -34,22 +35,26 @@ MOST_LINES = 250  # of parallel coordinates
 
 @styled
 def learning_curves(
-    curves: Sequence[tuple[Mapping[str, Any], LossCurve]], by_flops: bool, width: float = WIDTH
+    curves: Sequence[tuple[Mapping[str, Any], LossCurve]],
+    by_flops: bool,
+    width: float = WIDTH,
+    ranked: Ranking = BY_LOSS,
 ) -> Figure:
-    """Draw the smoothed training loss of runs, coloured by their last validation loss.
+    """Draw the smoothed training loss of runs, coloured by their last validation loss, or by what ranks instead.
 
     by_flops: over FLOPs, else over tokens. A cross ends a run that diverged, a bar one that was pruned.
     """
     figure = new_figure(width, 4.0 if width > NARROW else 3.4)
     axes = figure.subplots()
-    known = [row["last_loss"] for row, _ in curves if row["last_loss"] is not None]
-    colours, norm = loss_colours(known or [0.0])
+    by = "last_loss" if ranked.by_loss else ranked.objective
+    known = [row[by] for row, _ in curves if row[by] is not None]
+    colours, norm = value_colours(known or [0.0], ranked)
     ends, lows = [], []
     for row, curve in reversed(curves):  # the best on top
         x = curve.flops if by_flops else curve.tokens
-        loss = row["last_loss"]
+        value = row[by]
         lost = row["state"] == "diverged" or curve.diverged
-        colour = ORANGE if lost else MUTED if loss is None else colours(norm(loss))
+        colour = ORANGE if lost else MUTED if value is None else colours(norm(value))
         axes.plot(*interrupted(x, curve.loss, curve.hole), color=colour, linewidth=0.9, alpha=0.75)
         marker = "x" if lost else "|" if row["state"] == "pruned" else ""
         axes.plot(x[-1], curve.loss[-1], marker, color=colour, markersize=7, markeredgewidth=1.4, zorder=4)
@@ -62,22 +67,25 @@ def learning_curves(
     axes.set_ylim(bottom - 0.04 * (first - bottom) - 1e-3, first + 0.1 * (first - bottom) + 1e-3)
     axes.set(xlabel="compute spent so far, 6·N·tokens (FLOPs)" if by_flops else "tokens seen", ylabel=TRAINING_LOSS)
     if len(known) > 1:
-        _colour_bar(figure, axes, colours, norm, "last validation loss", below=width <= NARROW)
+        label = "last validation loss" if ranked.by_loss else ranked.words
+        _colour_bar(figure, axes, colours, norm, label, below=width <= NARROW)
     return figure
 
 
 @styled
 def parallel_coordinates(analysis: SweepAnalysis, width: float = WIDTH) -> Figure:
-    """Draw a line per setting through its values and its mean loss, coloured by it; the best are drawn last.
+    """Draw a line per setting through its values and its mean, coloured by it; the best are drawn last.
 
     Losses are those of `fullest`. Lines are set a little apart where values coincide. In a narrow figure the
     coordinates are stacked vertically.
     """
     varied, upright = analysis.summary.axes, width > NARROW
-    rows = sorted(fullest(analysis.summary.settings, analysis.rungs)[0], key=lambda row: row.known_mean)
+    ranked = analysis.summary.ranking
+    rows = fullest(analysis.summary.settings, analysis.compared_rungs)[0]
+    rows = sorted(rows, key=lambda row: ranked.cost(row.known_mean))
     rows = [rows[i] for i in np.unique(np.round(np.linspace(0, len(rows) - 1, MOST_LINES)).astype(int))]
     losses = [row.known_mean for row in rows]
-    top, low = readable_top(losses), min(losses)
+    top, low = readable_top(losses) if ranked.by_loss else max(losses), min(losses)
     figure = new_figure(width, 3.9 if upright else 0.6 + 0.75 * (len(varied) + 1))
     axes = figure.subplots()
     axes.set_axis_off()
@@ -96,11 +104,12 @@ def parallel_coordinates(analysis: SweepAnalysis, width: float = WIDTH) -> Figur
     span = (top - low) or 1.0
     columns.append(np.minimum((np.array(losses) - low) / span, 1.0))
     shown = np.linspace(low, top, 5) if top > low else np.array([low])
-    _coordinate(axes, len(varied), "loss", (shown - low) / span, [f"{value:.3f}" for value in shown], upright, side=1)
+    labels = [f"{value:.3f}" for value in shown]
+    _coordinate(axes, len(varied), ranked.words, (shown - low) / span, labels, upright, side=1)
     lines = np.stack([np.stack([np.full(len(rows), i), column], 1) for i, column in enumerate(columns)], 1)
     if not upright:
         lines = lines[..., ::-1] * np.array([1, -1])
-    colours, norm = loss_colours(losses)
+    colours, norm = value_colours(losses, ranked)
     alpha = float(np.clip(30 / len(rows), 0.25, 0.8))
     rest: dict[str, Any] = {"linewidths": 0.9, "alpha": alpha, "array": np.array(losses[1:][::-1])}
     axes.add_collection(LineCollection(list(lines[1:][::-1]), cmap=colours, norm=norm, **rest))

@@ -27,10 +27,11 @@ from experiments.sweep.analysis.document import SweepAnalysis
 from experiments.sweep.analysis.optimum import RateTransfer
 from experiments.sweep.analysis.pareto import ParetoFront, ParetoSetting
 from experiments.sweep.analysis.scales import MANY, distinct, positions, scale_of
-from experiments.sweep.figures.axes import loss_colours, place_axis, tick_labels
+from experiments.sweep.figures.axes import place_axis, tick_labels, value_colours
 from experiments.sweep.figures.panels import fullest, is_population
 
 LOSS = "validation loss (nats)"
+_LIGHT = 1.275  # sum of red, green and blue from which a colour takes dark text
 
 
 def pairs_of(analysis: SweepAnalysis) -> list[tuple[str, str]]:
@@ -44,21 +45,22 @@ def pairs_of(analysis: SweepAnalysis) -> list[tuple[str, str]]:
 
 @styled
 def pair_maps(analysis: SweepAnalysis) -> list[Figure]:
-    """Draw the lowest mean loss over all other axes, at each pair of values of the axes that matter most.
+    """Draw the best mean over all other axes, at each pair of values of the axes that matter most.
 
     Losses are those of `fullest`. Cells where most pairs of values were tried, otherwise dots, with contours between
     them where both axes are numbers. A ring marks the winner.
     """
     pairs, summary = pairs_of(analysis), analysis.summary
     panels = new_panels(len(pairs), 3.4)
-    rows, _ = fullest(summary.settings, analysis.rungs)
-    colours, norm = loss_colours([row.known_mean for row in rows])
+    ranked = summary.ranking
+    rows, _ = fullest(summary.settings, analysis.compared_rungs)
+    colours, norm = value_colours([row.known_mean for row in rows], ranked)
     for panel, (x, y) in zip(panels, pairs, strict=True):
         best: dict[tuple[Any, Any], float] = {}
         for row in rows:
             pair = row.values[x], row.values[y]
             if None not in pair:
-                best[pair] = min(row.known_mean, best.get(pair, math.inf))
+                best[pair] = min(row.known_mean, best.get(pair, row.known_mean), key=ranked.cost)
         across, up = summary.axes[x], summary.axes[y]
         if grid := _is_grid(best, across, up):
             _cells(panel, best, across, up, colours, norm)
@@ -71,7 +73,7 @@ def pair_maps(analysis: SweepAnalysis) -> list[Figure]:
         if summary.winner is not None:
             _ring(panel, summary.winner.setting, (x, y), across, up, grid)
         bar = figure_of(panel).colorbar(ScalarMappable(norm, colours), ax=panel, location="bottom", aspect=30)
-        bar.set_label("lowest mean loss", fontsize=8)
+        bar.set_label(f"{ranked.best} mean {ranked.words}", fontsize=8)
         bar.outline.set_visible(False)
     return figures_of(panels)
 
@@ -89,7 +91,7 @@ def _cells(panel: Axes, best: dict, across: Sequence[Any], up: Sequence[Any], co
     if len(columns) <= 5 and len(rows) <= 9:
         for (j, i), loss in np.ndenumerate(grid):
             if np.isfinite(loss):
-                ink = "white" if norm(loss) < 0.6 else INK
+                ink = "white" if sum(colours(norm(loss))[:3]) < _LIGHT else INK
                 panel.text(i, j, f"{loss:.3f}", ha="center", va="center", fontsize=7.5, color=ink)
     panel.set_xticks(range(len(columns)), tick_labels(columns))
     panel.set_yticks(range(len(rows)), tick_labels(rows))

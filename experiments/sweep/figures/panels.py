@@ -29,13 +29,14 @@ LOSS = "validation loss"
 
 @styled
 def axis_panels(summary: Summary, rungs: Sequence[SweepRung] = ()) -> list[Figure]:
-    """Draw loss against each axis: trials faint, settings with the winner's other values in blue.
+    """Draw loss, or what ranks instead, against each axis: trials faint, settings with the winner's other values blue.
 
-    rungs: of a sweep that stops trials. The band is ± the seed noise of one run. Hollow marks are losses at the rungs,
-    darker at later ones, so that each is seen against the others after the same tokens; lines join those that share the
-    winner's other values. Diverged trials are crosses at the top; a triangle there marks a loss beyond the frame.
+    rungs: of a sweep that stops trials; empty where the loss does not rank. The band is ± the seed noise of one run.
+    Hollow marks are losses at the rungs, darker at later ones, so that each is seen against the others after the same
+    tokens; lines join those that share the winner's other values. Diverged trials are crosses at the top; a triangle
+    there marks a loss beyond the frame.
     """
-    axes = summary.axes
+    axes, label = summary.axes, LOSS if summary.ranking.by_loss else summary.ranking.words
     stops = rungs[:-1]
     low, top = _frame(summary, stops)
     pad = 0.06 * (top - low) or 0.05
@@ -44,24 +45,30 @@ def axis_panels(summary: Summary, rungs: Sequence[SweepRung] = ()) -> list[Figur
         _draw_rungs(panel, name, summary, stops, top)
         _axis_panel(panel, name, summary, top)
         place_axis(panel.xaxis, among, 5)
-        panel.set(xlabel=name.replace("_", " "), ylabel=LOSS, ylim=(low - pad, top + 2 * pad))
+        panel.set(xlabel=name.replace("_", " "), ylabel=label, ylim=(low - pad, top + 2 * pad))
         if stops:
             legend_aside(panel)
     return figures_of(panels)
 
 
 def _frame(summary: Summary, stops: Sequence[SweepRung]) -> tuple[float, float]:
-    """Return the lowest and highest loss inside the frame of `axis_panels`; of stopped trials all except the worst."""
+    """Return the lowest and highest value inside the frame of `axis_panels`; of stopped trials all except the worst.
+
+    Only losses may lie above it.
+    """
     losses = _shown_losses(summary, stops)
+    winner, noise = summary.winner, summary.seed_noise
+    band = [] if winner is None or noise is None else [winner.mean - noise, winner.mean + noise]
+    if not summary.ranking.by_loss:
+        return min(losses + band), max(losses + band)
     stopped = [row.stopped.mean for row in summary.settings if row.stopped]
     top = max(readable_top(some) for some in (losses, stopped) if some)
-    winner, noise = summary.winner, summary.seed_noise
-    band = [] if winner is None or noise is None else [winner.mean - noise]
-    return min(losses + band), top
+    return min(losses + band[:1]), top
 
 
 def _shown_losses(summary: Summary, stops: Sequence[SweepRung]) -> list[float]:
-    ended = [row["loss"] for row in summary.trials if row["loss"] is not None]
+    by = summary.ranking.objective
+    ended = [row[by] for row in summary.trials if row[by] is not None]
     return ended + [row.known_mean for rung in stops for row in rung.settings]
 
 
@@ -120,11 +127,12 @@ def _axis_panel(panel: Axes, name: str, summary: Summary, top: float) -> None:
     def place(rows: Sequence[Any]) -> np.ndarray:
         return positions([row.get(name) for row in rows], among)
 
-    finished = [trial for trial in summary.trials if trial["loss"] is not None]
-    inside = [trial for trial in finished if trial["loss"] <= top]
-    panel.plot(place(inside), [trial["loss"] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)
+    by = summary.ranking.objective
+    finished = [trial for trial in summary.trials if trial[by] is not None]
+    inside = [trial for trial in finished if trial[by] <= top]
+    panel.plot(place(inside), [trial[by] for trial in inside], ".", color=MUTED, alpha=0.35, markersize=4)
     marks: dict[str, Any] = {"transform": panel.get_xaxis_transform()}
-    beyond = [trial for trial in finished if trial["loss"] > top]
+    beyond = [trial for trial in finished if trial[by] > top]
     panel.plot(place(beyond), [0.93] * len(beyond), "^", color=MUTED, alpha=0.5, markersize=4, **marks)
     lost = [trial for trial in summary.trials if trial.get("state") == "diverged"]
     panel.plot(place(lost), [0.97] * len(lost), "x", color=ORANGE, markersize=5, **marks)

@@ -101,12 +101,19 @@ class PairRows:
     """Pairs of a chosen and a rejected document, one pair an example.
 
     reference: the reference model's log-probability of what is trained in each document of the split (two for each
-    pair: chosen, then rejected), or None. Raises InputError where a document is longer than seq_len.
+    pair: chosen, then rejected), or None. tails: the part of it that is of the tokens by which a document is the longer
+    one of its pair, or None. Raises InputError where a document is longer than seq_len.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, reference: Float32[np.ndarray, " documents"] | None = None):
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        reference: Float32[np.ndarray, " documents"] | None = None,
+        tails: Float32[np.ndarray, " documents"] | None = None,
+    ):
         check_kind(shards, "preference")
-        self.shards, self.seq_len = shards, seq_len
+        self.shards, self.seq_len, self._tails = shards, seq_len, tails
         self._documents = _DocumentRows(shards, seq_len, reference)
         self._weights, self._margins = shards.array("weights"), shards.array("margins")
 
@@ -119,7 +126,7 @@ class PairRows:
         chosen_tokens, rejected_tokens, chosen_segment_ids, rejected_segment_ids (1, and 0 where the row is not filled)
         int32, chosen_mask, rejected_mask (1 where that token is trained) float32, all [n, seq_len]; weights float32
         [n]; margins float32 [n] where the folder has them; with a reference also reference_chosen and
-        reference_rejected float32 [n].
+        reference_rejected float32 [n], and with tails reference_chosen_tail and reference_rejected_tail.
         """
         chosen, rejected = _DOCUMENTS * indices, _DOCUMENTS * indices + 1
         batch = self._documents.read(chosen, "chosen_") | self._documents.read(rejected, "rejected_")
@@ -130,6 +137,8 @@ class PairRows:
         reference = self._documents.reference
         if reference is not None:
             batch |= {"reference_chosen": reference[chosen], "reference_rejected": reference[rejected]}
+        if self._tails is not None:
+            batch |= {"reference_chosen_tail": self._tails[chosen], "reference_rejected_tail": self._tails[rejected]}
         return batch
 
 

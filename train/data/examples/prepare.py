@@ -10,6 +10,7 @@ from typing import Any
 from model.errors import InputError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.tokenizer.files import file_hashes, save_tokenizer, tokenizer_files
+from model.tokenizer.templates import read_template
 from train.data.examples.formats import BROKEN, EXPECTED, Example, UnusableError, canonical, examples_of, kinds_of
 from train.data.examples.read import Row, RowSource
 from train.data.examples.write import ExampleWriter, Side
@@ -33,6 +34,7 @@ def prepare_examples(
     *,
     kind: str,
     tokenizer: str | Path | None,
+    chat_template: str | Path | None = None,
     max_tokens: int | None = None,
     validation_fraction: float = 0.05,
     shard_tokens: int = 2**26,
@@ -40,9 +42,11 @@ def prepare_examples(
     """Write a data folder of conversations, pairs, ratings or prompts, and the tokenizer beside them.
 
     source: a .jsonl, .json or .parquet file, or a folder of them; `docs/tune-on-your-chats.md` has the formats. Rows
-    are rendered by the tokenizer's chat template; plain text needs none. max_tokens: documents keep this many of
-    their first tokens; None: all. The SHA-256 of the prompt (of a conversation: of its system turn and first user
-    turn), read as a fraction, decides the side of the split, so that all answers to one prompt are on the same side.
+    are rendered by the tokenizer's chat template; plain text needs none. chat_template: a Jinja file, or a name in
+    `model.tokenizer.templates`, in place of the tokenizer's own; it is kept in the folder. max_tokens: documents keep
+    this many of their first tokens; None: all. The SHA-256 of the prompt (of a conversation: of its system turn and
+    first user turn), read as a fraction, decides the side of the split, so that all answers to one prompt are on the
+    same side.
 
     Rows that cannot be used are dropped and counted in `Manifest.dropped`; `Manifest.altered` counts truncated
     examples and turns that are not trained. Raises InputError for a row that looks like another kind, and if nothing
@@ -56,6 +60,8 @@ def prepare_examples(
         )
     out, given = Path(out), load_tokenizer(tokenizer)
     check_arguments(given, validation_fraction, shard_tokens)
+    if chat_template is not None:
+        given = given.with_chat_template(read_template(chat_template))
     if max_tokens is not None and max_tokens < 2:
         raise InputError(f"max_tokens={max_tokens} must be at least 2, a token to read and one to predict")
     check_outside(out, Path(source))
