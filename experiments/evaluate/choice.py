@@ -104,7 +104,8 @@ def _fitting(config: ModelConfig, task: Task, prompt: Prompt, request: Encoded) 
     if total <= most:
         return request
     if not task.truncate or length > most:
-        hint = "; ask for fewer shots" if task.shots and not task.ready else "; leave it out"
+        fewer = task.shots and not task.ready
+        hint = "; ask for fewer shots" if fewer else "; leave it out, or truncate contexts, as protocol lm-eval does"
         raise InputError(f"{where} has {total:,} tokens, more than the model's context of {most:,}{hint}")
     return request._replace(context=request.context[-left:])
 

@@ -35,13 +35,12 @@ def encode_pairs(
     for it: the begin token, or without one the end token. A context of type `ChatText` begins as its template says.
     encoder_decoder: context and continuation are encoded apart, the context as the encoder reads it.
     """
-    begins = tokenizer.bos_id is not None and tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_id]
     moved = [_with_blanks_moved(*pair) for pair in pairs]
-    contexts = _ids(tokenizer, [context for context, _ in moved], begins or encoder_decoder)
+    contexts = _ids(tokenizer, [context for context, _ in moved], around=encoder_decoder)
     if encoder_decoder:
-        continuations = _ids(tokenizer, [continuation for _, continuation in moved], False)
+        continuations = _ids(tokenizer, [continuation for _, continuation in moved], begins=False)
         return [Encoded(context, tail, False) for context, tail in zip(contexts, continuations, strict=True)]
-    wholes = _ids(tokenizer, [_joined(*pair) for pair in moved], begins)
+    wholes = _ids(tokenizer, [_joined(*pair) for pair in moved])
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     encoded = []
     for (context, _), alone, whole in zip(moved, contexts, wholes, strict=True):
@@ -58,6 +57,13 @@ def encode_pairs(
     return encoded
 
 
+def encode_contexts(tokenizer: Tokenizer, contexts: Sequence[str], *, encoder_decoder: bool = False) -> list[list[int]]:
+    """Return the ids of each context, begin token included, for generation; an empty one is the token that begins."""
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    encoded = _ids(tokenizer, contexts, around=encoder_decoder)
+    return [ids or ([] if start is None else [start]) for ids in encoded]
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Return the number of ids at the beginning that both have in common."""
     length = 0
@@ -68,13 +74,22 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _ids(tokenizer: Tokenizer, texts: Sequence[str], begins: bool) -> list[list[int]]:
-    """Return the ids of each text; equal texts are encoded once, and special tokens are read in `ChatText` only."""
+def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, around: bool = False, begins: bool = True) -> list[list[int]]:
+    """Return the ids of each text; equal texts are encoded once, and special tokens are read in `ChatText` only.
+
+    begins: plain text follows the begin token, if the tokenizer puts one. around: with all tokens that the tokenizer
+    puts around a text, as an encoder reads them.
+    """
+    before = []
+    if begins and not around and tokenizer.bos_id is not None:
+        before = tokenizer.encode("a", add_special_tokens=True)[:1]
+        before = before if before == [tokenizer.bos_id] else []
     plain = list(dict.fromkeys(text for text in texts if not isinstance(text, ChatText)))
-    found = dict(zip(plain, tokenizer.encode_batch(plain, add_special_tokens=begins), strict=True))
-    chats = list({(text, text.masked): text for text in texts if isinstance(text, ChatText)}.values())
-    encoded = zip(chats, tokenizer.encode_batch(chats, special=True), strict=True)
-    of_chats = {(str(text), text.masked): ids for text, ids in encoded}
+    encoded = zip(plain, tokenizer.encode_batch(plain, add_special_tokens=around), strict=True)
+    found = {text: [*before, *ids] for text, ids in encoded}
+    chats = list({(str(text), text.masked): text for text in texts if isinstance(text, ChatText)}.values())
+    encoded_chats = zip(chats, tokenizer.encode_batch(chats, special=True), strict=True)
+    of_chats = {(str(text), text.masked): ids for text, ids in encoded_chats}
     return [list(of_chats[str(text), text.masked] if isinstance(text, ChatText) else found[text]) for text in texts]
 
 

@@ -116,7 +116,7 @@ class _Shots:
         The draw depends on seed, task and question only: neither on other questions nor on their order.
         """
         number = self._task.shots
-        if not number:
+        if not number or self._task.ready:
             return []
         pool = self._by_cluster.get(question.cluster, []) if self._task.shots_of_cluster else self._pool
         random_ = random.Random(f"{self._seed} {self._task.name} {question.id}")
