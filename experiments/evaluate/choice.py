@@ -11,6 +11,7 @@ from experiments.evaluate.encode import Encoded, encode_pairs
 from experiments.evaluate.tasks.prompts import Prompt
 from experiments.evaluate.tasks.task import Task
 from infer import score
+from infer.scoring import Scores
 from model import Execution, ModelConfig, Params
 from model.errors import InputError
 from model.tokenizer import Tokenizer
@@ -40,14 +41,19 @@ def answer_choices(
     truncate.
     """
     requests, truncated = encode_prompts(config, tokenizer, task, prompts)
+    pairs = id_pairs(requests)
+    scores = score(config, params, pairs, batch_size=batch_size, execution=execution)
+    return ChoiceAnswers(rows_of_scores(prompts, requests, scores), truncated)
+
+
+def id_pairs(requests: Sequence["Requests"]) -> list[tuple[list[int], list[int]]]:
+    """Return the (context, continuation) ids of all requests for one call of `infer.score`."""
     flat = [request for one in requests for request in (*one.conditional, *one.unconditional)]
-    scores = score(
-        config,
-        params,
-        [(request.context, request.continuation) for request in flat],
-        batch_size=batch_size,
-        execution=execution,
-    )
+    return [(request.context, request.continuation) for request in flat]
+
+
+def rows_of_scores(prompts: Sequence[Prompt], requests: Sequence["Requests"], scores: Scores) -> list[dict[str, Any]]:
+    """Return a row per question, with its metrics, from the scores of `id_pairs(requests)`."""
     rows, done = [], 0
     for prompt, encoded in zip(prompts, requests, strict=True):
         ends = done + len(encoded.conditional), done + len(encoded.conditional) + len(encoded.unconditional)
@@ -55,7 +61,7 @@ def answer_choices(
         greedy = [bool(value) for value in scores.greedy[done : ends[0]]]
         rows.append(_row(prompt, encoded.conditional, logprobs, without, greedy))
         done = ends[1]
-    return ChoiceAnswers(rows, truncated)
+    return rows
 
 
 class Requests(NamedTuple):

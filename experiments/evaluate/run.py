@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,12 @@ def evaluate_tasks(
     out: each model's answers are written to OUT/NAME-HASH/TASK.PROTOCOL.jsonl, and all results to OUT/results.json,
     after every task; answers of the same model, task and settings that are there already are not computed again. None:
     nothing is written. started: called before a model answers a task.
-    Raises InputError as `build_prompts`, `answer_choices` and `answer_texts` do.
+    Raises InputError for two tasks of one name and protocol, and as `build_prompts`, `answer_choices` and
+    `answer_texts` do.
     """
+    for (name, protocol), number in Counter((task.name, task.protocol) for task in tasks).items():
+        if number > 1:
+            raise InputError(f"{number} tasks are named {name} under protocol {protocol}; give them different names")
     asked = [
         with_settings(task, shots=settings.shots, fixed_shots=settings.fixed_shots, limit=settings.limit)
         for task in tasks

