@@ -44,6 +44,14 @@ def check_is_decoder(config: "ModelConfig", command: str) -> None:
         )
 
 
+def check_is_scored(config: "ModelConfig", path: Path) -> None:
+    """Raise InputError unless the model gives texts log-probabilities, which tasks need."""
+    if config.stack == "encoder" or config.head != "language-model":
+        raise InputError(
+            f"{path} answers no tasks: with stack={config.stack!r} and head={config.head!r} it predicts no next token"
+        )
+
+
 def is_stored(model: str) -> bool:
     """Return whether this is a path that `model.store.open_model` opens, not a preset or a config's JSON file."""
     return Path(model).exists() and not model.endswith(".json")

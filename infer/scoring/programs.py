@@ -87,6 +87,11 @@ def score_rows(
     return tuple(constrain(x, *[None] * x.ndim) for x in scored)
 
 
+def compiled_programs() -> int:
+    """Return how many programs of scoring this process has compiled, or loaded from the cache of compiled programs."""
+    return sum(program._cache_size() for program in (read_prefixes, score_rows))  # type: ignore[attr-defined]
+
+
 def _scored(
     config: ModelConfig,
     params: Params,

@@ -35,7 +35,7 @@ from train.run import read_record
 TINY = presets.get("tiny").replace(num_layers=1, max_seq_len=32, d_ff=48, vocab_size=320)
 COMMANDS = {
     "generate": lambda run, data, out, base: generate(run, prompt=("a",), base=base),
-    "eval": lambda run, data, out, base: evaluate(run, data=data, base=base),
+    "eval": lambda run, data, out, base: evaluate((run,), data=data, base=base),
     "convert": lambda run, data, out, base: convert(run, out, base=base),
     "merge": lambda run, data, out, base: merge(run, out, base=base),
     "compress": lambda run, data, out, base: compress(run, out, base=base),
