@@ -136,7 +136,7 @@ def _evaluate_tasks(
     from collections.abc import Iterator
 
     from experiments.commands.options import origin, write_document
-    from experiments.evaluate.run import EvaluatedModel, Settings, check_can_answer, evaluate_tasks
+    from experiments.evaluate.run import EvaluatedModel, Settings, evaluate_tasks
     from experiments.evaluate.table import print_results
     from experiments.evaluate.tasks.registry import load_task
     from experiments.models import check_is_scored, need_tokenizer
@@ -144,8 +144,6 @@ def _evaluate_tasks(
     from train.progress import say
 
     tasks = [load_task(name, protocol, task_data) for name in dict.fromkeys(names)]
-    for task in tasks:
-        check_can_answer(task)
     paths = list(dict.fromkeys(models))
     short = [path.stem if path.suffix == ".gguf" else path.resolve().name for path in paths]
     labels = short if len({*short}) == len(short) else [str(path) for path in paths]

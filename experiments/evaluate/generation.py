@@ -2,12 +2,61 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+from experiments.evaluate.encode import encode_contexts
+from experiments.evaluate.scorers.registry import scorer
+from experiments.evaluate.tasks.prompts import Prompt
+from experiments.evaluate.tasks.task import Task
 from infer import Sampling, generate
 from model import Execution, ModelConfig, Params
 from model.errors import InputError
 from model.progress import progress_bar
 from model.tokenizer import Tokenizer
+
+
+def answer_by_generation(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    task: Task,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 16,
+) -> list[dict[str, Any]]:
+    """Return a row per question, as in an answers file: the generated answer and its scores by the task's scorer.
+
+    Raises InputError, naming the question, if its prompt and answer do not fit the model's context.
+    """
+    contexts = [prompt.contexts[0] for prompt in prompts]
+    ids = encode_contexts(tokenizer, contexts, encoder_decoder=config.stack == "encoder-decoder")
+    room = config.max_seq_len if config.stack == "encoder-decoder" else config.max_seq_len - task.max_new_tokens
+    for number, prompt in enumerate(ids):
+        if len(prompt) > room:
+            if task.truncate and room > 0:
+                ids[number] = prompt[-room:]
+                continue
+            hint = "ask for fewer shots" if task.shots and not task.ready else "leave it out, or lower max_new_tokens"
+            raise InputError(
+                f"task {task.name}, question {prompts[number].question.id!r}: its {len(prompt):,} tokens and "
+                f"{task.max_new_tokens} new ones do not fit the model's context of {config.max_seq_len:,}; {hint}"
+            )
+    outputs = generate_answers(
+        config, params, tokenizer, ids, stop=task.stop, max_new_tokens=task.max_new_tokens, batch_size=batch_size
+    )
+    score = scorer(task.scorer).score
+    return [
+        {
+            "id": prompt.question.id,
+            "cluster": prompt.question.cluster,
+            "prompt_sha256": prompt.sha256,
+            "output": output.text,
+            "finish_reason": output.finish_reason,
+            "answers": list(prompt.question.answers),
+            "metrics": score(output.text, prompt.question),
+        }
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +83,8 @@ def generate_answers(
     A prefix that the prompts of a batch share, such as fixed shots, is read once for the batch. Equal prompts are
     answered once. Prompts stay in their order, so that the batches have similar longest prompts and need few programs;
     the last batch is filled with earlier prompts for the same reason.
-    Raises InputError that names a prompt that does not fit the context together with its answer.
+    Raises InputError for prompts that do not fit the context together with their answers, as `generate` does.
     """
-    room = config.max_seq_len - max_new_tokens
-    for number, prompt in enumerate(prompts):
-        if len(prompt) > room:
-            raise InputError(
-                f"question {number}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the "
-                f"context of {config.max_seq_len}; take fewer shots or fewer new tokens"
-            )
     greedy = Sampling(temperature=0.0, stop_strings=tuple(stop))
     keys = [tuple(prompt) for prompt in prompts]
     order, found = list(dict.fromkeys(keys)), dict[tuple[int, ...], Output]()

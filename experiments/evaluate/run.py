@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import re
 import time
@@ -16,8 +15,9 @@ import numpy as np
 
 from experiments.evaluate.answers import Answers, read_answers, write_answers
 from experiments.evaluate.choice import answer_choices
+from experiments.evaluate.generation import answer_by_generation
 from experiments.evaluate.summary import summarise
-from experiments.evaluate.tasks.prompts import Prompt, build_prompts, with_settings
+from experiments.evaluate.tasks.prompts import build_prompts, with_settings
 from experiments.evaluate.tasks.task import Task, chance_of
 from experiments.evaluate.text_domains import answer_texts, by_domain
 from experiments.inputs import read_json
@@ -154,7 +154,7 @@ def _answer(model: EvaluatedModel, task: Task, settings: Settings, batch_size: i
     elif task.kind == "text":
         rows = answer_texts(*about, prompts, batch_size=batch_size)
     else:
-        rows = _generated(model, task, prompts)
+        rows = answer_by_generation(*about, task, prompts, batch_size=batch_size)
     header = {
         "model": model.name,
         "model_hash": model.hash,
@@ -172,22 +172,6 @@ def _answer(model: EvaluatedModel, task: Task, settings: Settings, batch_size: i
         "compiles": compiled_programs() - compiled,
     }
     return Answers(header, rows)
-
-
-def check_can_answer(task: Task) -> None:
-    """Raise InputError for a generation task where generated answers cannot be scored."""
-    if task.kind == "generation" and importlib.util.find_spec("experiments.evaluate.generation") is None:
-        raise InputError(
-            f"task {task.name} under protocol {task.protocol} generates its answers, which this version cannot score; "
-            "choose a protocol that scores given answers, such as olmes"
-        )
-
-
-def _generated(model: EvaluatedModel, task: Task, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    check_can_answer(task)
-    from experiments.evaluate.generation import generate_answers
-
-    return generate_answers(model, task, prompts)
 
 
 def _result(task: Task, answers: Answers) -> dict[str, Any]:

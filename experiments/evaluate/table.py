@@ -1,6 +1,5 @@
 """Print the results of tasks as tables on the terminal."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
     for result in results:
         who, quoted = f"{result['model']}, {result['task']}", result["metrics"][result["metric"]]
         chance = result["chance"]
-        if chance and quoted["low"] <= chance <= quoted["high"]:
+        if chance and quoted["low"] is not None and quoted["low"] <= chance <= quoted["high"]:
             found.append(f"{who}: {result['metric']} cannot be distinguished from chance, {_percent(chance)}")
         if result["boundary_differs"]:
             number = counted(result["boundary_differs"], "question")
@@ -89,7 +88,8 @@ def _domains(result: Mapping[str, Any]) -> Any:
     bits, perplexity = result["metrics"]["bits_per_byte"], result["metrics"]["perplexity"]
     domains = result["domains"].values()
     totals = (f"{sum(one[name] for one in domains):,}" for name in ("texts", "tokens", "bytes"))
-    both = (f"{bits['value']:.4f} ± {bits['standard_error']:.4f}", f"{perplexity['value']:.2f}")
+    error = "" if bits["standard_error"] is None else f" ± {bits['standard_error']:.4f}"
+    both = (f"{bits['value']:.4f}{error}", f"{perplexity['value']:.2f}")
     table.add_row("all", *totals, *both)
     return table
 
@@ -98,8 +98,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _joined(metric: str, between: str, *values: float) -> str:
+def _joined(metric: str, between: str, *values: float | None) -> str:
     """Write numbers of a metric with one unit; a dash for what is not known."""
     if metric == "bits_per_byte":
-        return between.join("–" if math.isnan(value) else f"{value:.3f}" for value in values)
-    return between.join("–" if math.isnan(value) else f"{100 * value:.1f}" for value in values) + " %"
+        return between.join("–" if value is None else f"{value:.3f}" for value in values)
+    return between.join("–" if value is None else f"{100 * value:.1f}" for value in values) + " %"

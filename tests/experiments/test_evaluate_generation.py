@@ -1,11 +1,15 @@
 """Generated answers equal those of one prompt alone, and scorers follow their published definitions."""
 
+import json
+
 import numpy as np
 import pytest
 
-from experiments.evaluate.generation import generate_answers
+from experiments.evaluate.generation import answer_by_generation, generate_answers
 from experiments.evaluate.scorers.registry import SCORERS, scorer
-from experiments.evaluate.tasks.task import Question
+from experiments.evaluate.tasks.prompts import build_prompts
+from experiments.evaluate.tasks.registry import load_task
+from experiments.evaluate.tasks.task import Question, Task
 from infer import Sampling, generate
 from model import ModelConfig
 from model.errors import InputError, UnknownNameError
@@ -13,7 +17,7 @@ from model.tokenizer import load_tokenizer
 
 
 def score(name, output, *answers, **extra):
-    return scorer(name)(output, Question("0", "", answers=answers, extra=extra))
+    return scorer(name).score(output, Question("0", "", answers=answers, extra=extra))
 
 
 @pytest.mark.parametrize(
@@ -70,5 +74,20 @@ def test_a_batch_answers_like_each_prompt_alone(data, random_params):
     alone = [generate(config, params, [p], sampling, max_new_tokens=12, tokenizer=tokenizer) for p in prompts]
     assert [(one.text, one.finish_reason) for one in outputs] == [(one.text[0], one.finish_reason[0]) for one in alone]
     assert all("e" not in one.text for one in outputs)
-    with pytest.raises(InputError, match=r"question 0: a prompt of 60 tokens and 12 new ones .*context of 64"):
-        generate_answers(config, params, tokenizer, [[5] * 60], **options)
+    question = Question("q1", "the " * 70, answers=("x",))
+    task = Task("own", "own", "generation", (question,), "f1", max_new_tokens=8)
+    with pytest.raises(InputError, match=r"task own, question 'q1': its \d+ tokens and 8 new ones .*context of 64; "):
+        answer_by_generation(config, params, tokenizer, task, build_prompts(task))
+    (row,) = answer_by_generation(config, params, tokenizer, task.replace(truncate=True), build_prompts(task))
+    assert row["answers"] == ["x"]
+    assert set(row["metrics"]) == {"exact_match", "f1"}
+
+
+def test_wrong_scorers_of_own_tasks_are_explained(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "1 + 1 =", "answers": ["2"]}))
+    toml = tmp_path / "sums.toml"
+    toml.write_text('questions = "rows.jsonl"\nmetric = "f2"\nscorer = "squad"')
+    with pytest.raises(InputError, match="task sums: metric='f2' should be one that scorer='squad' gives: exact_match"):
+        load_task(str(toml))
+    toml.write_text('questions = "rows.jsonl"\nmetric = "f1"\nscorer = "squad"')
+    assert load_task(str(toml)).metric == "f1"

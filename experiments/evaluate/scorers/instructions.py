@@ -10,8 +10,18 @@ _NEEDS_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_
 _SENTENCE_DATA = "tokenizers/punkt_tab/english/"
 
 
-def check_instructions(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError if the checkers are not installed, do not know an instruction, or lack their data."""
+def check_instructions(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError if the checkers are not installed, do not know an instruction, or lack their data.
+
+    rows: lines of IFEval's file (`follow_instructions`).
+    """
+    for number, row in enumerate(rows, 1):
+        names, arguments = row.get("instruction_id_list"), row.get("kwargs")
+        if not isinstance(names, list) or not isinstance(arguments, list) or len(names) != len(arguments) or not names:
+            raise InputError(
+                f"task {task}, question {number}: give instruction_id_list and kwargs, lists of the same length, as "
+                "IFEval's file has them"
+            )
     if importlib.util.find_spec("if_verifiable") is None:
         raise InputError("IFEval's checkers are not installed; run `pip install if-verifiable`")
     from if_verifiable.ifeval import INSTRUCTION_DICT
@@ -20,7 +30,7 @@ def check_instructions(rows: Sequence[Mapping[str, Any]]) -> None:
         for name in row["instruction_id_list"]:
             if name not in INSTRUCTION_DICT:
                 raise InputError(
-                    f"prompt {row.get('key')}: the instruction {name!r} is unknown; known are "
+                    f"task {task}, prompt {row.get('key')}: the instruction {name!r} is unknown; known are "
                     f"{', '.join(sorted(INSTRUCTION_DICT))}"
                 )
     if any(name in _NEEDS_SENTENCES for row in rows for name in row["instruction_id_list"]):
@@ -51,7 +61,7 @@ def follow_instructions(output: str, row: Mapping[str, Any]) -> dict[str, float]
         key=row.get("key", 0),
         prompt=row["prompt"],
         instruction_id_list=list(row["instruction_id_list"]),
-        kwargs=[dict(arguments) for arguments in row["kwargs"]],
+        kwargs=[dict(arguments or {}) for arguments in row["kwargs"]],
     )
     _, scores = evaluate_output_for_sample("ifeval", sample, output)
     return {

@@ -1,13 +1,19 @@
 """Score the output of a generation task by the scorer that the task names."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from experiments.evaluate.scorers import match, numbers
-from experiments.evaluate.scorers.instructions import follow_instructions
-from experiments.evaluate.tasks.task import Question
-from model.errors import UnknownNameError
+from experiments.evaluate.scorers.instructions import check_instructions, follow_instructions
+from experiments.evaluate.tasks.task import Question, Task
+from model.errors import InputError, UnknownNameError
 
-Scorer = Callable[[str, Question], dict[str, float]]
+
+class Scorer(NamedTuple):
+    """A way to score an output. metrics: the names of what it returns, the usual one first."""
+
+    score: Callable[[str, Question], dict[str, float]]
+    metrics: tuple[str, ...]
 
 
 def _exact_match(output: str, question: Question) -> dict[str, float]:
@@ -48,14 +54,15 @@ def _ifeval(output: str, question: Question) -> dict[str, float]:
     return follow_instructions(output, question.extra)
 
 
+_MATCH, _NUMBER = ("exact_match", "f1"), ("strict_match", "flexible_match")
 SCORERS: Mapping[str, Scorer] = {
-    "exact_match": _exact_match,
-    "squad": _squad,
-    "triviaqa": _trivia_qa,
-    "triviaqa_lm_eval": _trivia_qa_lm_eval,
-    "gsm8k": _gsm8k,
-    "gsm8k_sentence": _gsm8k_sentence,
-    "ifeval": _ifeval,
+    "exact_match": Scorer(_exact_match, _MATCH),
+    "squad": Scorer(_squad, _MATCH),
+    "triviaqa": Scorer(_trivia_qa, _MATCH),
+    "triviaqa_lm_eval": Scorer(_trivia_qa_lm_eval, ("exact_match",)),
+    "gsm8k": Scorer(_gsm8k, _NUMBER),
+    "gsm8k_sentence": Scorer(_gsm8k_sentence, _NUMBER),
+    "ifeval": Scorer(_ifeval, ("prompt_strict", "prompt_loose", "partial_strict", "partial_loose")),
 }
 """Scorers by name, each output and question → metrics between 0 and 1.
 
@@ -71,3 +78,15 @@ def scorer(name: str) -> Scorer:
     if name not in SCORERS:
         raise UnknownNameError("scorer", name, SCORERS)
     return SCORERS[name]
+
+
+def check_scorer(task: Task) -> None:
+    """Raise InputError unless a generation task's scorer exists, gives its metric and can score its questions."""
+    metrics = scorer(task.scorer).metrics
+    if task.metric not in metrics:
+        raise InputError(
+            f"task {task.name}: metric={task.metric!r} should be one that scorer={task.scorer!r} gives: "
+            f"{', '.join(metrics)}"
+        )
+    if task.scorer == "ifeval":
+        check_instructions(task.name, [question.extra for question in task.questions])

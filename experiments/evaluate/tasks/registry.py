@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from experiments.evaluate.scorers.registry import check_scorer
 from experiments.evaluate.tasks import commonsense, knowledge, language, reasoning
 from experiments.evaluate.tasks.files import is_file_of_task, read_task
 from experiments.evaluate.tasks.olmes import default_folder, olmes
@@ -54,6 +55,8 @@ def load_task(name: str, protocol: str | None = None, package: str | Path | None
     else:
         task = _built(name, protocol, package)
     check_task(task)
+    if task.kind == "generation":
+        check_scorer(task)
     return task
 
 

@@ -118,7 +118,7 @@ def check_task(task: Task) -> None:
         seen.add(question.id)
         if task.kind == "choice":
             _check_choices(question, here)
-        elif task.kind == "generation" and not question.answers:
+        elif task.kind == "generation" and not question.answers and task.scorer != "ifeval":
             raise InputError(f"{here} has no answers; give at least one correct answer")
         elif task.kind == "text" and not question.query:
             raise InputError(f"{here} has no text; leave it out")
