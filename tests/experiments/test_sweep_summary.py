@@ -1,9 +1,13 @@
 """The sweep's statistics on tables with a known answer."""
 
+import re
+import types
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.commands.sweep import run as command
 from experiments.sweep.analysis.comparisons import best_of_many, largest_of_many, selected_interval
 from experiments.sweep.analysis.importance import importances
 from experiments.sweep.analysis.optimum import log_parabola
@@ -36,7 +40,7 @@ def test_losses_of_different_functions_are_not_ranked_silently():
     assert not any(line.startswith(warning) for line in said)
 
 
-def test_what_compares_ranks_where_losses_do_not():
+def test_what_compares_ranks_where_losses_do_not(capsys):
     """The loss is lowest at one beta, the accuracy highest at another: winner, noise, interval and equals are its."""
     axes = {"beta": [0.1, 0.3], "learning_rate": RATES}
     rows = [
@@ -60,6 +64,11 @@ def test_what_compares_ranks_where_losses_do_not():
     assert "settings are ranked by accuracy." in sentence(found)
     assert "the highest of 10 settings" in sentence(found)
     assert Summary.from_dict(found.to_dict()) == found
+    command.show(command._Outcome(found, "all", "nats", types.SimpleNamespace(folder="swept", states={})))
+    said = capsys.readouterr().out
+    assert "accuracy" in said.splitlines()[1]
+    assert re.search(r"─\s+0\.3\s+0\.004\s+0\.73", said), "the best first"
+    assert f"seed noise of one run: {found.seed_noise:.4f} of accuracy" in said
 
 
 def test_settings_that_are_as_accurate_are_counted():

@@ -246,8 +246,9 @@ def show(outcome: _Outcome) -> None:
     summary, standing = outcome.summary, outcome.standing
     out, names = console(), list(summary.axes)
     states = ", ".join(f"{count} {name}" for name, count in standing.states.items() if count)
-    table = new_table(*names, "loss", "± seeds", "not at the end", title=f"{standing.folder}: {states or 'no trials'}")
-    order = sorted(summary.settings, key=lambda row: (bool(fate(row)), row.mean is None, row.mean or 0))
+    ranked, title = summary.ranking, f"{standing.folder}: {states or 'no trials'}"
+    table = new_table(*names, ranked.words, "± seeds", "not at the end", title=title)
+    order = sorted(summary.settings, key=lambda row: (bool(fate(row)), row.mean is None, ranked.cost(row.mean or 0)))
     for row in order[:_SHOWN]:
         spread = "" if row.std is None else f"{row.std:.4f}"
         mean = "–" if row.mean is None else f"{row.mean:.4f}"
@@ -259,7 +260,8 @@ def show(outcome: _Outcome) -> None:
     if summary.executions is not None:
         out.print(_speeds(summary.executions))
     if summary.seed_noise is not None:
-        out.print(f"seed noise of one run: {summary.seed_noise:.4f} nats", highlight=False)
+        unit = " nats" if ranked.by_loss else f" of {ranked.words}"
+        out.print(f"seed noise of one run: {summary.seed_noise:.4f}{unit}", highlight=False)
     out.print(sentence(summary, outcome.policy, outcome.unit), highlight=False)
     for warning in summary.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
