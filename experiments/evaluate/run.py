@@ -169,7 +169,7 @@ def _answer(model: EvaluatedModel, task: Task, settings: Settings, batch_size: i
         "source": dict(task.source),
         "truncated": truncated,
         "seconds": round(time.perf_counter() - began, 3),
-        "compiles": compiled_programs() - compiled,
+        "compiles": None if task.kind == "generation" else compiled_programs() - compiled,
     }
     return Answers(header, rows)
 
