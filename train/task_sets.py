@@ -216,7 +216,7 @@ class TaskResult:
     def by_question(self) -> dict[str, Float64[np.ndarray, " questions"]]:
         """The metrics of every question by name; NaN unless every log-probability is finite.
 
-        Of equally likely choices the first one counts; of several correct ones the most likely for bits_per_byte.
+        Of equally likely choices the first one counts; bits_per_byte is that of the first correct one.
         """
         questions = self.task_set.questions
         if not np.isfinite(self.log_probs).all():
@@ -225,7 +225,7 @@ class TaskResult:
         for question in questions:
             own = self.log_probs[first : first + len(question.pairs)]
             first += len(question.pairs)
-            gold = question.gold[int(np.argmax(own[list(question.gold)]))]
+            gold = question.gold[0]
             per_character = own / np.maximum(question.characters, 1)
             bits_per_byte = -own[gold] / math.log(2) / max(question.num_bytes[gold], 1)
             rows.append(
@@ -240,7 +240,7 @@ class TaskResult:
         found: dict[str, float] = {}
         for metric, values in self.by_question.items():
             name = f"{self.task_set.name}/{metric}"
-            found |= {name: float(values.mean()), f"{name}{ERROR}": standard_error(values, groups)}
+            found |= {name: float(values.mean()), f"{name}{ERROR}": standard_error(values, groups)[0]}
         return found
 
     @property
@@ -266,19 +266,26 @@ def answers_path(run: Path, task: str) -> Path:
 
 
 def clusters_of(ids: Sequence[str], clusters: Sequence[str]) -> Int64[np.ndarray, " n"]:
-    """Return a number for each question, the same for those of a cluster; one without a cluster is its own."""
+    """Return a number for each question, the same for those of a cluster; one without a cluster is its own.
+
+    If all questions are in one cluster, each is its own: the mean of that cluster is then what is estimated.
+    """
+    if len(set(clusters)) == 1:
+        clusters = [""] * len(ids)
     names = [f"cluster {cluster}" if cluster else f"id {own}" for own, cluster in zip(ids, clusters, strict=True)]
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def standard_error(values: Float64[np.ndarray, " n"], clusters: Int64[np.ndarray, " n"]) -> float:
-    """Return the standard error of the mean, for values that are independent between clusters only.
+def standard_error(values: Float64[np.ndarray, " n"], clusters: Int64[np.ndarray, " n"]) -> tuple[float, float]:
+    """Return the standard error of the mean and its degrees of freedom, for values independent between clusters only.
 
-    It is the root of the summed squares of the clusters' summed deviations, over the number of values (Miller 2024,
-    "Adding Error Bars to Evals"), times the root of c / (c − 1) for c clusters; NaN for a single cluster.
+    It is the cluster-robust error of Miller 2024 ("Adding Error Bars to Evals"), with each cluster's square divided by
+    1 − its share of the values (CR2, Bell & McCaffrey 2002); where every value is its own cluster, the sample deviation
+    over √n. The degrees of freedom are Satterthwaite's: c − 1 for c clusters of equal size. NaN and 0 for one cluster.
     """
-    sums = np.bincount(clusters, values - values.mean())
-    count = len(sums)
-    if count < 2:
-        return math.nan
-    return float(np.sqrt(np.sum(sums**2) * count / (count - 1)) / len(values))
+    sums, share = np.bincount(clusters, values - values.mean()), np.bincount(clusters) / len(values)
+    if len(sums) < 2:
+        return math.nan, 0.0
+    leverage = share**2 / (1 - share)
+    freedom = 1 / ((share**2).sum() + leverage.sum() ** 2 - (leverage**2).sum())
+    return float(np.sqrt((sums**2 / (1 - share)).sum()) / len(values)), float(freedom)

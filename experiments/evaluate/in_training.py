@@ -50,7 +50,7 @@ def encode_task(task: Task, tokenizer: Tokenizer) -> TaskSet:
         encoded.append(
             EncodedQuestion(
                 id=question.id,
-                pairs=tuple((tuple(context), tuple(continuation)) for context, continuation in own),
+                pairs=tuple((tuple(pair[0]), tuple(pair[1])) for pair in own),
                 gold=question.gold,
                 num_bytes=tuple(len(choice.encode()) for choice in question.choices),
                 characters=tuple(map(len, question.choices)),

@@ -103,9 +103,8 @@ def arithmetic(count: int = 500, seed: int = 0) -> Task:
 
     def draw(number: int, drawn: random.Random) -> Question:
         sign = ("+", "-", "*")[number % 3]
-        first, second = drawn.randrange(2, 50), drawn.randrange(2, 50)
-        if sign == "*":
-            first, second = 2 + first % 18, 2 + second % 18
+        largest = 30 if sign == "*" else 50
+        first, second = drawn.randrange(2, largest), drawn.randrange(2, largest)
         if sign == "-" and first < second:
             first, second = second, first
         result = {"+": first + second, "-": first - second, "*": first * second}[sign]
@@ -131,7 +130,7 @@ def _task(
     count: int,
     seed: int,
     choices: int,
-    description: str,
+    about: str,
     delimiter: str = " ",
 ) -> Task:
     check_at_least_one(count=count)
@@ -145,21 +144,20 @@ def _task(
         questions=tuple(questions),
         metric="acc",
         chance=1 / choices,
-        description=description,
         delimiter=delimiter,
-        source={"package": "isoflop", "file": "experiments/evaluate/tasks/synthetic.py", "seed": seed},
+        source={"package": "isoflop", "file": "experiments/evaluate/tasks/synthetic.py", "seed": seed, "about": about},
     )
 
 
 def _distinct(
     draw: Callable[[int, random.Random], Question], drawn: random.Random, count: int, name: str
 ) -> Iterator[Question]:
-    """Yield `count` questions of which no two have the same text, whatever the order of their choices."""
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    """Yield `count` different questions: without a query, those whose choices differ in more than their order."""
+    seen: set[str | tuple[str, ...]] = set()
     for number in range(count):
         for _ in range(_TRIES):
             question = draw(number, drawn)
-            key = (question.query, tuple(sorted(question.choices)))
+            key = question.query or tuple(sorted(question.choices))
             if key not in seen:
                 break
         else:

@@ -144,14 +144,12 @@ def _is_near(
     """
     questions, degrees = 0.0, freedom
     if answers is not None and best is not None and answers.ids == best.ids:
-        error = standard_error(answers.values - best.values, best.clusters)
+        error, own = standard_error(answers.values - best.values, best.clusters)
         if math.isfinite(error):
-            questions, own = error**2, len(np.unique(best.clusters)) - 1
-            # Degrees of freedom of a sum of two estimated variances (Welch 1947; Satterthwaite 1946).
+            questions = error**2
+            # Degrees of freedom of a sum of two estimated variances (Satterthwaite 1946).
             parts = (seeds**2 / freedom if freedom else 0.0) + questions**2 / own
-            degrees = int((seeds + questions) ** 2 / parts) if parts else own
-    if degrees < 1:
-        return True
+            degrees = int((seeds + questions) ** 2 / parts) if parts else int(own)
     return difference <= best_of_many(others, max(1, min(degrees, 1000))) * math.sqrt(seeds + questions)
 
 
