@@ -215,16 +215,18 @@ def score_step(
     frozen: Params | None = None,
     hparams: HParams | None = None,
     execution: Execution = Execution(),
-) -> Float[Array, "batch seq"]:
+) -> Float[Array, "batch scored"]:
     """Return the nats of each target where `loss_mask` is 1, else 0, for packed choices (`train.task_sets.pack`).
 
-    The objective only says which parameters the model has. No expert drops a token. hparams: as in `eval_step`.
+    Logits are computed where a target is predicted only. The objective says which parameters the model has; no expert
+    drops a token. hparams: as in `eval_step`.
     """
     config, params = _dropless(config), objective.merged(params, frozen, hparams)
     inputs = {name: batch[name] for name in ("positions", "segment_ids")}
     out = forward(config, params, batch["tokens"], **inputs, outputs=("final_hidden",), execution=execution)
     assert out.final_hidden is not None
-    nats, _ = cross_entropy(head(config, params, out.final_hidden), batch["targets"])
+    hidden = jnp.take_along_axis(out.final_hidden, batch["scored"][..., None], axis=1)
+    nats, _ = cross_entropy(head(config, params, hidden), batch["targets"])
     return jnp.where(batch["loss_mask"] > 0, nats, 0)
 
 

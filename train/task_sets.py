@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
 from model import ModelConfig
 from model.errors import InputError, UnknownNameError
 from train.data.packing import best_fit_decreasing
-from train.objectives.objective import Batch
+from train.objectives.objective import Batch, BatchSpec
 
 HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "bits_per_byte": False}
 """Metrics of a choice task, and whether more is better.
@@ -23,8 +24,7 @@ HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "bits_per_byte": False}
 acc: the share of questions whose most likely choice is correct. acc_norm: the same with log-probabilities per
 character. bits_per_byte: of the correct choice, which says more than a choice where all models are near chance.
 """
-PACKED_DTYPES = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), np.int32) | {"loss_mask": np.float32}
-"""Arrays of a batch of packed choices, [batch, seq] each."""
+_PREDICTIONS = 8  # of a row are rounded up to a multiple of it
 ERROR = "_standard_error"  # suffix of a metric's name
 logger = logging.getLogger("isoflop")
 
@@ -101,28 +101,31 @@ def check_model(config: ModelConfig, task_sets: Sequence[TaskSet]) -> None:
 class PackedTasks:
     """The choices of several task sets in batches of one shape, each choice in a segment of its own.
 
-    batches: tokens, targets, positions and segment_ids, int32 [batch, seq], and loss_mask, float32, which is 1 where a
-    token of a choice is predicted. requests: number of the choice that each position predicts, −1 for none; choices are
-    counted through all questions of all task sets. shortened: choices whose context was cut at its beginning.
+    batches: as `packed_spec` says. scored holds the positions in a row at which a token of a choice, in targets, is
+    predicted; loss_mask is 0 for padding. requests: number of the choice that each prediction is of, −1 for padding;
+    choices are counted through all questions of all task sets. shortened: choices whose context was cut at its
+    beginning.
     """
 
     task_sets: tuple[TaskSet, ...]
     batches: list[Batch]
-    requests: list[Int32[np.ndarray, "batch seq"]]
+    requests: list[Int32[np.ndarray, "batch scored"]]
     shortened: int
 
     @property
-    def seq_len(self) -> int:
-        """Tokens of a row; 0 without task sets."""
-        return self.batches[0]["tokens"].shape[1] if self.batches else 0
+    def row(self) -> tuple[int, int] | None:
+        """Tokens and predictions of a row; None without task sets."""
+        if not self.batches:
+            return None
+        return self.batches[0]["tokens"].shape[1], self.batches[0]["targets"].shape[1]
 
     @property
     def tokens(self) -> int:
         """Tokens that an evaluation reads, including padding."""
         return sum(batch["tokens"].size for batch in self.batches)
 
-    def results(self, nats: Sequence[Float32[np.ndarray, "batch seq"]]) -> list["TaskResult"]:
-        """Return the result of each task set, from the nats of every position of every batch."""
+    def results(self, nats: Sequence[Float32[np.ndarray, "batch scored"]]) -> list["TaskResult"]:
+        """Return the result of each task set, from the nats of every prediction of every batch."""
         count = sum(one.choices for one in self.task_sets)
         log_probs = np.zeros(count, np.float64)
         for numbers, values in zip(self.requests, nats, strict=True):
@@ -133,6 +136,13 @@ class PackedTasks:
             found.append(TaskResult(one, log_probs[first : first + one.choices]))
             first += one.choices
         return found
+
+
+def packed_spec(rows: int, seq_len: int, predictions: int) -> BatchSpec:
+    """Return the shape and dtype of every array of a batch of packed choices."""
+    read = {name: jax.ShapeDtypeStruct((rows, seq_len), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    predicted = {name: jax.ShapeDtypeStruct((rows, predictions), np.int32) for name in ("scored", "targets")}
+    return read | predicted | {"loss_mask": jax.ShapeDtypeStruct((rows, predictions), np.float32)}
 
 
 def pack(task_sets: Sequence[TaskSet], config: ModelConfig, batch_size: int, seq_len: int) -> PackedTasks:
@@ -187,20 +197,25 @@ def _packed(
 ) -> PackedTasks:
     lengths = np.array([len(text) - 1 for text in texts], np.int64)
     row_of = best_fit_decreasing(lengths, width)
-    count = math.ceil((int(row_of.max()) + 1) / batch_size)
-    shape = (count * batch_size, width)
-    arrays = {name: np.zeros(shape, dtype) for name, dtype in PACKED_DTYPES.items()}
-    requests, used, segments = np.full(shape, -1, np.int32), np.zeros(shape[0], int), np.zeros(shape[0], int)
+    most = int(np.bincount(row_of, scored).max())
+    predictions = min(math.ceil(most / _PREDICTIONS) * _PREDICTIONS, width)
+    rows = math.ceil((int(row_of.max()) + 1) / batch_size) * batch_size
+    arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in packed_spec(rows, width, predictions).items()}
+    requests, segments = np.full((rows, predictions), -1, np.int32), np.zeros(rows, int)
+    used, predicted = np.zeros(rows, int), np.zeros(rows, int)
     for number, (text, row, length) in enumerate(zip(texts, row_of.tolist(), lengths.tolist(), strict=True)):
-        begin, end = used[row], used[row] + length
-        used[row] = end
+        end, until = used[row] + length, predicted[row] + scored[number]
+        read, here = slice(used[row], end), slice(predicted[row], until)
+        used[row], predicted[row] = end, until
         segments[row] += 1
-        arrays["tokens"][row, begin:end], arrays["targets"][row, begin:end] = text[:-1], text[1:]
-        arrays["positions"][row, begin:end] = np.arange(length)
-        arrays["segment_ids"][row, begin:end] = segments[row]
-        arrays["loss_mask"][row, end - scored[number] : end] = 1
-        requests[row, end - scored[number] : end] = number
-    parts = [slice(first, first + batch_size) for first in range(0, shape[0], batch_size)]
+        arrays["tokens"][row, read] = text[:-1]
+        arrays["positions"][row, read] = np.arange(length)
+        arrays["segment_ids"][row, read] = segments[row]
+        arrays["scored"][row, here] = np.arange(end - scored[number], end)
+        arrays["targets"][row, here] = text[-scored[number] :]
+        arrays["loss_mask"][row, here] = 1
+        requests[row, here] = number
+    parts = [slice(first, first + batch_size) for first in range(0, rows, batch_size)]
     batches = [{name: array[part] for name, array in arrays.items()} for part in parts]
     return PackedTasks(task_sets, batches, [requests[part] for part in parts], shortened)
 

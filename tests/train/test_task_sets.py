@@ -105,14 +105,20 @@ def test_rows_hold_every_choice_once():
     requests = np.concatenate(rows.requests).ravel()
     choices = [pair for task in TASKS for question in task.questions for pair in question.pairs]
     assert np.bincount(requests[requests >= 0]).tolist() == [len(continuation) for _, continuation in choices]
-    targets = np.concatenate([batch["targets"] for batch in rows.batches]).ravel()
-    mask = np.concatenate([batch["loss_mask"] for batch in rows.batches]).ravel()
-    for number, (_, continuation) in enumerate(choices):
-        assert tuple(targets[requests == number]) == continuation
-    np.testing.assert_array_equal(mask > 0, requests >= 0)
-    full = np.concatenate([batch["segment_ids"] for batch in rows.batches]) > 0
+    whole = {name: np.concatenate([batch[name] for batch in rows.batches]) for name in rows.batches[0]}
+    for number, (context, continuation) in enumerate(choices):
+        assert tuple(whole["targets"].ravel()[requests == number]) == continuation
+        row, places = np.nonzero(requests.reshape(whole["scored"].shape) == number)
+        scored = whole["scored"][row, places]
+        read = [*(context or (2,)), *continuation][:-1]
+        here = slice(scored[-1] + 1 - len(read), scored[-1] + 1)
+        assert whole["tokens"][row[0], here].tolist() == read
+        assert whole["positions"][row[0], here].tolist() == list(range(len(read)))
+        assert scored.tolist() == list(range(here.stop - len(continuation), here.stop))
+    np.testing.assert_array_equal(whole["loss_mask"].ravel() > 0, requests >= 0)
+    full = whole["segment_ids"] > 0
     assert full[: -rows.batches[0]["tokens"].shape[0]].mean() > 0.9
-    assert rows.seq_len == 16
+    assert rows.row[0] == 16
     assert rows.shortened == 0
     assert pack((), CONFIG, 4, 16).batches == []
 
@@ -122,9 +128,9 @@ def test_long_contexts_lengthen_the_rows_then_lose_their_beginning(caplog):
         pairs = ((tuple(range(3, 3 + length)), (7, 8)), ((5,), (9,)))
         return TaskSet("long", (EncodedQuestion("q", pairs, (0,), (2, 1), (2, 1)),))
 
-    assert pack([of(20)], CONFIG, 4, 16).seq_len == 32
+    assert pack([of(20)], CONFIG, 4, 16).row[0] == 32
     rows = pack([of(60)], CONFIG, 4, 16)
-    assert (rows.seq_len, rows.shortened) == (48, 1)
+    assert (rows.row[0], rows.shortened) == (48, 1)
     assert "1 of 2 choices of the tasks lose tokens at the beginning" in caplog.text
     row = np.concatenate([batch["tokens"] for batch in rows.batches])[0]
     assert row.tolist() == [*range(3 + 60 - 47, 3 + 60), 7]

@@ -32,7 +32,7 @@ from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import BatchSpec
 from train.plan import Stage
 from train.state import TrainState
-from train.task_sets import PACKED_DTYPES
+from train.task_sets import packed_spec
 
 # For programs that run once or rarely, compile time matters more than speed; the numbers are the same.
 _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
@@ -79,13 +79,13 @@ def compile_program(
     stage: Stage | None = None,
     execution: Execution = Execution(),
     objective: Objective = LanguageModeling(),
-    scored: int | None = None,
+    scored: tuple[int, int] | None = None,
 ) -> Program:
     """Compile init, step and evaluation for `lanes` lanes, once per process, static shape and number of vmapped lanes.
 
     stage: for a run in phases, gives the step's batch shape and rotary base; evaluation keeps the TrainConfig's shapes.
-    None: a run of one shape. scored: tokens of a row of packed tasks, of which a batch has as many rows as the
-    TrainConfig's; None: no tasks are scored.
+    None: a run of one shape. scored: tokens and predictions of a row of packed tasks, of which a batch has as many rows
+    as the TrainConfig's; None: no tasks are scored.
     """
     execution = execution.replace(mesh=None, lanes=None)  # both are arguments here
     if lanes > 1 and _is_sequential(mesh):
@@ -203,11 +203,10 @@ def _compile_score(
     mesh: Mesh,
     execution: Execution,
     objective: Objective,
-    seq_len: int,
+    row: tuple[int, int],
 ) -> Callable:
     state, split = _state(config, train_config, lanes, mesh, objective)
-    shape = (train_config.batch_size, seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in PACKED_DTYPES.items()}
+    batch = packed_spec(train_config.batch_size, *row)
     everywhere, frozen = replicated(mesh), frozen_shapes(config, objective)
     index, before = jax.ShapeDtypeStruct((), jnp.int32), _sums(objective)
     score = jax.jit(

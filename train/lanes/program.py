@@ -80,7 +80,7 @@ class Program(abc.ABC):
         before: Float[Array | np.ndarray, " sums"],
         hparams: Any,
         frozen: Params | None = None,
-    ) -> tuple[Float[Array, "batch seq"], Float[Array, " sums"]]:
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
         """Return the nats of each target of packed choices for one lane, and the `before` of the next batch.
 
         For programs that are compiled with `scored` (`train.lanes.build.compile_program`).

@@ -83,7 +83,7 @@ class SequentialProgram(Program):
         before: Float[Array | np.ndarray, " sums"],
         hparams: Any,
         frozen: Params | None = None,
-    ) -> tuple[Float[Array, "batch seq"], Float[Array, " sums"]]:
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
         """Score with one lane's own state."""
         return self.one.score(state[lane], 0, batch, before, hparams[lane], frozen)
 

@@ -92,7 +92,7 @@ class VmappedProgram(Program):
         before: Float[Array | np.ndarray, " sums"],
         hparams: Any,
         frozen: Params | None = None,
-    ) -> tuple[Float[Array, "batch seq"], Float[Array, " sums"]]:
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
         """Run `score_lane`."""
         assert self.executables.score is not None, "compiled without tasks"
         return self.executables.score(state, np.int32(lane), batch, before, frozen or {}, hparams)
@@ -196,7 +196,7 @@ def score_lane(
     *,
     objective: Objective = LanguageModeling(),
     execution: Execution = Execution(),
-) -> tuple[Float[Array, "batch seq"], Float[Array, " sums"]]:
+) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
     """Return the nats of each target of one lane for one batch of packed choices, and the `before` of the next batch.
 
     before: orders the batches as in `evaluate_lane`, whose last result the first batch gets.

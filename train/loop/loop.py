@@ -71,6 +71,8 @@ class Loop:
         self.objective = members[0].objective
         self.members, self.mesh, self.options = members, mesh, options
         self.validation, self.tasks = validation, tasks
+        # The result of the latest batch of any lane's evaluation, which the next one takes: see `evaluate_lane`.
+        self.before: Any = np.zeros(len(self.objective.EVALUATED) + 1, np.float32)
         self.slots = self._compacted(Slots(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
@@ -134,7 +136,7 @@ class Loop:
             if self._evaluation_due(self.members[slot.member]):
                 evaluated[slot.member] = self._evaluate(slot.lane)
                 if self.tasks.batches:
-                    scored[slot.member] = self._score(slot.lane, evaluated[slot.member][-1])
+                    scored[slot.member] = self._score(slot.lane)
         self._handle_pending()
         self.pending = _Step(taken, metrics, evaluated, scored)
         self.dispatched += 1
@@ -195,7 +197,7 @@ class Loop:
             stage,
             self.execution,
             self.objective,
-            self.tasks.seq_len or None,
+            self.tasks.row,
         )
         self.compile_seconds += time.perf_counter() - start
         self.hparams = self.program.place(self.slots.stack([member.hparams for member in self.members]))
@@ -283,16 +285,17 @@ class Loop:
         return time.perf_counter() - self.saved_at > self.options.checkpoint_seconds
 
     def _evaluate(self, lane: int) -> list[Any]:
-        sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
+        sums = []
         for batch in self.validation:
-            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1], self.hparams, self.frozen))
-        return sums[1:]
+            self.before = self.program.evaluate(self.state, lane, batch, self.before, self.hparams, self.frozen)
+            sums.append(self.before)
+        return sums
 
-    def _score(self, lane: int, before: Any) -> list[Any]:
-        """Return the nats of the packed tasks, batch by batch. before: the last sums of the lane's validation."""
+    def _score(self, lane: int) -> list[Any]:
+        """Return the nats of the packed tasks, batch by batch."""
         scored = []
         for batch in self.tasks.batches:
-            nats, before = self.program.score(self.state, lane, batch, before, self.hparams, self.frozen)
+            nats, self.before = self.program.score(self.state, lane, batch, self.before, self.hparams, self.frozen)
             scored.append(nats)
         return scored
 
