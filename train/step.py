@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
-from model import Execution, ModelConfig, Params
+from model import Execution, ModelConfig, Params, forward, head
 from model.ambient import lenient
 from model.errors import InputError
 from model.target import target
@@ -15,6 +15,7 @@ from train.config import HParams, TrainConfig
 from train.norms import groups_of, norms_by_group, total_norm
 from train.objectives.language_modeling import LanguageModeling
 from train.objectives.objective import Batch, Metrics, Objective
+from train.objectives.tokens import cross_entropy
 from train.optimizer import clip_by_norm, make_optimizer
 from train.schedule import rate
 from train.state import TrainState
@@ -201,9 +202,37 @@ def eval_step(
 
     No expert drops a token. hparams: read only for an adapter's rank and alpha (`Objective.merged`).
     """
-    if config.experts is not None:
-        config = config.replace(experts=config.experts.replace(dispatch="dropless"))
-    return objective.evaluate(config, params, frozen, batch, hparams=hparams, execution=execution)
+    return objective.evaluate(_dropless(config), params, frozen, batch, hparams=hparams, execution=execution)
+
+
+@lenient()
+def score_step(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    objective: Objective = LanguageModeling(),
+    frozen: Params | None = None,
+    hparams: HParams | None = None,
+    execution: Execution = Execution(),
+) -> Float[Array, "batch scored"]:
+    """Return the nats of each target where `loss_mask` is 1, else 0, for packed choices (`train.task_sets.pack`).
+
+    Logits are computed where a target is predicted only. The objective says which parameters the model has; no expert
+    drops a token. hparams: as in `eval_step`.
+    """
+    config, params = _dropless(config), objective.merged(params, frozen, hparams)
+    inputs = {name: batch[name] for name in ("positions", "segment_ids")}
+    out = forward(config, params, batch["tokens"], **inputs, outputs=("final_hidden",), execution=execution)
+    assert out.final_hidden is not None
+    hidden = jnp.take_along_axis(out.final_hidden, batch["scored"][..., None], axis=1)
+    nats, _ = cross_entropy(head(config, params, hidden), batch["targets"])
+    return jnp.where(batch["loss_mask"] > 0, nats, 0)
+
+
+def _dropless(config: ModelConfig) -> ModelConfig:
+    """Return the model whose experts drop no token."""
+    return config if config.experts is None else config.replace(experts=config.experts.replace(dispatch="dropless"))
 
 
 def _rows(batch: Batch) -> int:

@@ -138,12 +138,13 @@ def _evaluate_tasks(
     from experiments.commands.options import origin, write_document
     from experiments.evaluate.run import EvaluatedModel, Settings, evaluate_tasks
     from experiments.evaluate.table import print_results
-    from experiments.evaluate.tasks.registry import load_task
+    from experiments.evaluate.tasks.registry import GENERATED, load_task
     from experiments.models import check_is_scored, need_tokenizer
     from model.store import open_model
     from train.progress import say
 
-    tasks = [load_task(name, protocol, task_data) for name in dict.fromkeys(names)]
+    generated = GENERATED if limit is None else limit
+    tasks = [load_task(name, protocol, task_data, generated) for name in dict.fromkeys(names)]
     paths = list(dict.fromkeys(models))
     short = [path.stem if path.suffix == ".gguf" else path.resolve().name for path in paths]
     labels = short if len({*short}) == len(short) else [str(path) for path in paths]

@@ -34,6 +34,8 @@ def train(
     microbatch: str | None = None,
     evaluate_every: int = 0,
     evaluate_tokens: int = 65_536,
+    evaluate_tasks: tuple[str, ...] = (),
+    evaluate_task_items: int = 500,
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 60.0,
     keep_checkpoints: int = 2,
@@ -89,6 +91,9 @@ def train(
         microbatch: Rows of a microbatch, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
         evaluate_tokens: Tokens of the validation split, the same each time; all of them if it has fewer.
+        evaluate_tasks: Tasks that every validation also scores, such as minimal_pairs: TASK/acc, TASK/acc_norm and
+            TASK/bits_per_byte in metrics.jsonl.
+        evaluate_task_items: Questions of each of these tasks, the same each time.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
         keep_checkpoints: Number of newest checkpoints to keep.
@@ -106,6 +111,7 @@ def train(
         json: Also write the result to this file.
     """
     from experiments.commands.options import say_unused
+    from experiments.evaluate.in_training import task_sets
     from experiments.inputs import read_changes
     from experiments.models import is_stored, read_config, started_from
     from model import Execution
@@ -146,6 +152,7 @@ def train(
     shell = RunOptions(
         evaluate_every=evaluate_every,
         evaluate_tokens=evaluate_tokens,
+        tasks=task_sets(evaluate_tasks, next(iter(folders.values())), evaluate_task_items),
         checkpoint_every=checkpoint_every,
         checkpoint_seconds=checkpoint_seconds,
         keep_checkpoints=keep_checkpoints,
@@ -164,6 +171,7 @@ def train(
     warn_about_limits(shell, manifest, recipe)
     result = run_training(recipe, run=out, shell=shell, execution=execution)
     report_result(result, json, recipe)
+    say_tasks(result, shell)
 
 
 def cool(
@@ -264,6 +272,24 @@ def report_result(result: "Result", json: Path | None, recipe: "Recipe") -> dict
     if started is not None:
         print(f"{result.run} {in_words(started)}")
     return values
+
+
+def say_tasks(result: "Result", shell: "RunOptions") -> None:
+    """Print the metrics of each task at the run's last validation, with their standard errors."""
+    from train.hosts import is_writer
+    from train.run.metrics import open_metrics
+    from train.task_sets import ERROR
+
+    lines = open_metrics(result.run).lines if shell.tasks and is_writer() else []
+    for task in shell.tasks if lines else ():
+        said = []
+        for name in task.metrics:
+            value, error = lines[-1].get(name), lines[-1].get(f"{name}{ERROR}")
+            if value is not None:
+                said.append(f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+        if said:
+            questions = counted(len(task.questions), "question")
+            print(f"{result.run}: {', '.join(said)} (standard errors over {questions})")
 
 
 def _besides_loss(result: "Result", objective: "Objective") -> dict[str, float]:

@@ -32,6 +32,8 @@ def tune(
     microbatch: str | None = None,
     evaluate_every: int = 0,
     evaluate_tokens: int = 65_536,
+    evaluate_tasks: tuple[str, ...] = (),
+    evaluate_task_items: int = 500,
     checkpoint_every: int = 0,
     checkpoint_seconds: float = 60.0,
     keep_best: OptionalMetric = False,
@@ -73,6 +75,8 @@ def tune(
         microbatch: Rows of a batch that are computed at once, or auto: as many as the device's memory holds.
         evaluate_every: Steps between validations; 0 validates at the end only.
         evaluate_tokens: Tokens of the validation split, the same each time.
+        evaluate_tasks: Tasks that every validation also scores, as in `isoflop train`.
+        evaluate_task_items: Questions of each of these tasks, the same each time.
         checkpoint_every: Steps between checkpoints; 0 saves by time alone.
         checkpoint_seconds: Seconds between checkpoints.
         keep_best: The best validation's checkpoint stays, by METRIC of metrics.jsonl or validation_loss.
@@ -81,7 +85,8 @@ def tune(
         json: Also write the result to this file.
     """
     from experiments.commands.options import say_unused, write_document
-    from experiments.commands.train import dtype_of, report_result, warn_about_limits
+    from experiments.commands.train import dtype_of, report_result, say_tasks, warn_about_limits
+    from experiments.evaluate.in_training import task_sets
     from experiments.evaluate.loss import bits_per_byte
     from experiments.inputs import read_changes
     from experiments.tuning import Tuning, read_mix
@@ -119,6 +124,7 @@ def tune(
     options = RunOptions(
         evaluate_every=evaluate_every,
         evaluate_tokens=evaluate_tokens,
+        tasks=task_sets(evaluate_tasks, data, evaluate_task_items),
         checkpoint_every=checkpoint_every,
         checkpoint_seconds=checkpoint_seconds,
         keep_best=keep_best,
@@ -131,6 +137,7 @@ def tune(
     warn_about_limits(options, load_manifest(data), recipe)
     result = run_training(recipe, run=out, shell=options, execution=execution)
     document = report_result(result, None, recipe)
+    say_tasks(result, options)
     if remark := _both_fell(result, recipe):
         say(remark)
     if forgetting is not None:

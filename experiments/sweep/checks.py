@@ -1,6 +1,6 @@
 """Check a sweep for errors before any trial runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from experiments.sweep.objectives import FORGETTING, LOSS, check_speed, direction
 from experiments.sweep.record import Sweep
@@ -21,6 +21,7 @@ from train.data.shards import TokenShards
 from train.loop.train import check_frozen
 from train.recipe import Weights
 from train.start import fit
+from train.task_sets import TaskSet, check_model
 
 _PROBES = 16  # points of a searched space that represent those that a sampler draws
 
@@ -63,6 +64,7 @@ def check_sweep(sweep: Sweep) -> None:
         raise InputError(
             f"the objective {FORGETTING} and --forgetting FOLDER of plain text go together; give both or neither"
         )
+    tasks = sweep.task_sets()
     if sweep.lanes is not None:
         check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)
@@ -70,7 +72,7 @@ def check_sweep(sweep: Sweep) -> None:
     trials = expected_trials(sweep, _PROBES)
     _check_start(sweep, trials)
     for trial in trials:
-        _check_trial(trial, sources)
+        _check_trial(trial, sources, tasks)
         if trial.parent is not None and sweep.policy != "all":
             raise InputError(
                 f"branches wait for their base runs, which --policy {sweep.policy} may stop; take --policy all"
@@ -137,12 +139,13 @@ def _check_start(sweep: Sweep, trials: list[Trial]) -> None:
             raise InputError("branches continue from checkpoints, which lack frozen parameters; train all parameters")
 
 
-def _check_trial(trial: Trial, sources: Mapping[str, TokenShards]) -> None:
+def _check_trial(trial: Trial, sources: Mapping[str, TokenShards], tasks: Sequence[TaskSet]) -> None:
     """Raise InputError for a trial for which `population` would raise."""
     config, objective = trial.recipe.model, trial.recipe.objective
     try:
         objective.check(config, trial.recipe.train)
         objective.check_data(config, sources)
+        check_model(config, tasks)
         if objective.freezes and trial.recipe.start is None:
             raise InputError(
                 "what trainable and adapter leave as it is must come from a model; give the sweep a run, a Hugging "

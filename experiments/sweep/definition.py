@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.evaluate.in_training import ITEMS
 from experiments.inputs import check_free
 from experiments.sweep.address import check_given, kept
 from experiments.sweep.branches import Listed
@@ -24,7 +25,7 @@ from train.objectives import LanguageModeling, Objective
 from train.recipe import Recipe, Weights, difference
 
 # Of a sweep, however often it is added to.
-_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens", "forgetting")
+_SAME = ("data_hash", "objectives", "policy", "evaluate_tokens", "forgetting", "evaluate_task_items")
 
 
 def define(
@@ -52,6 +53,7 @@ def define(
     weights: Weights | None = None,
     objective: Objective | None = None,
     forgetting: Path | None = None,
+    evaluate_task_items: int = ITEMS,
 ) -> Sweep:
     """Return a sweep with the given options and the trials of its folder; all are checked, nothing is written.
 
@@ -111,6 +113,7 @@ def define(
         evaluate_tokens=evaluate_tokens,
         weights=None if weights is None else weights.path,
         forgetting=None if forgetting is None else Path(forgetting).resolve(),
+        evaluate_task_items=evaluate_task_items,
         id=new_id(Path(folder)),
         space_source=source,
         listed=tuple(listed),

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.sweep.trial import Trial
 from model.errors import InputError, UnknownNameError
+from train.task_sets import ERROR, higher_is_better, is_task_metric, task_of
 
 LOSS = "loss"
 TRAINING_SPEED = "training_tokens_per_second"
@@ -34,6 +35,7 @@ DIRECTIONS = {
 }
 """Objectives and which way is better. tokens_per_second: of all sequences, as decode_tokens_per_second_aggregate.
 
+TASK/METRIC is also one, a metric of a task (`train.task_sets.HIGHER_IS_BETTER`) at a run's last validation.
 training_tokens_per_second: see `training_speed`. accuracy, margin, chosen_reward: of a run's last validation, where its
 training objective measures them. forgetting: bits per byte of the sweep's plain text after training. All of these come
 from a trial's own run, the names below them from a benchmark.
@@ -46,14 +48,21 @@ _STEPS, _REPEATS = 16, 5
 
 def direction(name: str) -> str:
     """Return "minimize" or "maximize". Raises UnknownNameError."""
+    if is_task_metric(name):
+        return "maximize" if higher_is_better(name) else "minimize"
     if name not in DIRECTIONS:
         raise UnknownNameError("objective", name, DIRECTIONS)
     return DIRECTIONS[name]
 
 
+def tasks_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the tasks whose metrics are among the objectives."""
+    return tuple(dict.fromkeys(task_of(name) for name in names if is_task_metric(name)))
+
+
 def check_speed(trial: Trial, names: tuple[str, ...]) -> None:
     """Raise InputError if a model's speed of decoding cannot be measured, before it is trained."""
-    if not _OF_THE_RUN.issuperset(names):
+    if not all(map(_is_of_the_run, names)):
         from experiments.bench.decode.grid import check_grid
 
         check_grid(trial.recipe.model, [_cell(trial)], _STEPS, _REPEATS)
@@ -106,13 +115,18 @@ def training_speed(run: Path, lanes: int = 1) -> float | None:
     return lanes * statistics.median(speeds) if speeds else None
 
 
-def validated(run: Path) -> dict[str, float]:
-    """Return the means of a run's last validation that are objectives of sweeps, as far as it measured them."""
+def validated(run: Path, names: Iterable[str] = ()) -> dict[str, float]:
+    """Return the means of a run's last validation that are objectives of sweeps, as far as it measured them.
+
+    Metrics of tasks that are among the names are returned with their standard errors.
+    """
     from train.run.metrics import open_metrics
 
     lines = open_metrics(run).lines
     last = lines[-1] if lines else {}
     found = {name: last.get(f"validation_{name}") for name in _VALIDATED}
+    of_tasks = [name for name in names if is_task_metric(name)]
+    found |= {name: last.get(name) for own in of_tasks for name in (own, f"{own}{ERROR}")}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -121,13 +135,17 @@ def values(trial: Trial, names: tuple[str, ...], facts: Mapping[str, Any], folde
 
     Raises InputError if neither gives an objective.
     """
-    found = dict(facts) if _OF_THE_RUN.issuperset(names) else {**measure_speed(trial, folder), **facts}
+    found = dict(facts) if all(map(_is_of_the_run, names)) else {**measure_speed(trial, folder), **facts}
     for name in names:
         if found.get(name) is None:
-            if name in _OF_THE_RUN:
+            if _is_of_the_run(name):
                 raise InputError(f"the run {facts['run']} recorded no {name}; leave that objective out")
             raise InputError(f"the decode benchmark gives no {name} for this model; leave that objective out")
     return {name: float(found[name]) for name in names}
+
+
+def _is_of_the_run(name: str) -> bool:
+    return name in _OF_THE_RUN or is_task_metric(name)
 
 
 def _cell(trial: Trial) -> Any:

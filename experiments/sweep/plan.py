@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.sweep.cohort import Cohort, group, lanes_for, memory_bytes, state_bytes
@@ -14,6 +15,7 @@ from model import accounting
 from model.ambient import pinned
 from train.lanes.build import prefers_vmap
 from train.run import read_record
+from train.task_sets import TaskSet, pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> SweepPlan:
     used = _expected(sweep, trials)
     shapes = [(cohort.trials[0], len(cohort.trials)) for cohort in cohorts]
     speed = time_steps(shapes) if probe else None
-    rows = [_row(sweep, cohort, used, speed) for cohort in cohorts]
+    tasks = sweep.task_sets()
+    rows = [_row(sweep, cohort, used, speed, tasks) for cohort in cohorts]
     total = PlanTotal(
         trials=sum(row.trials for row in rows),
         compiles=sum(row.compiles for row in rows),
@@ -129,7 +132,13 @@ def plan_sweep(sweep: Sweep, probe: bool = True) -> SweepPlan:
     )
 
 
-def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: Speed | None) -> CohortPlan:
+def _row(
+    sweep: Sweep,
+    cohort: Cohort,
+    used: dict[str, tuple[int, int]],
+    speed: Speed | None,
+    tasks: Sequence[TaskSet],
+) -> CohortPlan:
     first, config, train_config = cohort.trials[0], cohort.config, cohort.train_config
     objective = first.recipe.objective
     lanes = lanes_for(first, len(cohort.trials), sweep.lanes)
@@ -140,7 +149,8 @@ def _row(sweep: Sweep, cohort: Cohort, used: dict[str, tuple[int, int]], speed: 
     # Where lanes run vmapped, fewer of them are a smaller program; halving their number each time.
     smaller = int(math.log2(lanes)) if prefers_vmap() and sweep.policy != "all" else 0
     expected, validations = (sum(column) for column in zip(*(used[trial.id] for trial in cohort.trials), strict=True))
-    validated = validations * sweep.evaluate_tokens
+    scored = pack(tasks, config, train_config.batch_size, train_config.seq_len).tokens
+    validated = validations * (sweep.evaluate_tokens + scored)
     return CohortPlan(
         cohort=cohort.name,
         label=cohort.label,

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from experiments.evaluate.in_training import ITEMS, task_sets
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.branches import Listed
+from experiments.sweep.objectives import tasks_of
 from experiments.sweep.space import Replicate, Space, grid, product
 from experiments.sweep.space.build import load_space
 from experiments.sweep.space.values import parse_axes
@@ -21,6 +23,7 @@ from model.errors import InputError
 from train.checksums import read_sealed, write_sealed
 from train.files import write_atomically
 from train.recipe import Recipe, Weights
+from train.task_sets import TaskSet
 
 SCHEMA_VERSION = 1
 
@@ -82,14 +85,15 @@ class Sweep:
     file. base: the trial that the space varies; steps 0: every point gives its own length. data: the prepared folder of
     the content that the base names. axes: `NAME=VALUES` as on the command line; space_file: a Python file in `folder`
     whose `space` is multiplied with them, space_source: its text. listed: trials by name, in place of these. seeds: of
-    the replicates of every point. objectives: names of `objectives.DIRECTIONS`. sampler: "all" for every point of the
-    space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0: all). policy: "all",
-    "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as `address.kept` gives
-    it; None: SQLite in the folder. lanes: largest number of trials in one program, vmapped; None: as many as memory
-    holds. evaluate_tokens: of the validation split. earlier: requests of former calls on the folder; their trials stay
-    part of the sweep. weights: the path of the parameters that the base starts from, whose hash the base has; None:
-    trials start fresh. id: the name of its study in a storage, independent of the folder's path; None if an older
-    version made the sweep. forgetting: a folder of plain text, for the objective of that name.
+    the replicates of every point. objectives: names of `objectives.DIRECTIONS`, or TASK/METRIC. sampler: "all" for
+    every point of the space, or a name of `experiments.sweep.search.samplers`; trials: how many points it draws (0:
+    all). policy: "all", "halving", "hyperband" or "population", with its settings. storage: an Optuna storage URL as
+    `address.kept` gives it; None: SQLite in the folder. lanes: largest number of trials in one program, vmapped; None:
+    as many as memory holds. evaluate_tokens: of the validation split. earlier: requests of former calls on the folder;
+    their trials stay part of the sweep. weights: the path of the parameters that the base starts from, whose hash the
+    base has; None: trials start fresh. id: the name of its study in a storage, independent of the folder's path; None
+    if an older version made the sweep. forgetting: a folder of plain text, for the objective of that name.
+    evaluate_task_items: questions of every task among the objectives.
     """
 
     folder: Path
@@ -113,6 +117,7 @@ class Sweep:
     weights: Path | None = None
     id: str | None = None
     forgetting: Path | None = None
+    evaluate_task_items: int = ITEMS
 
     @property
     def name(self) -> str:
@@ -141,6 +146,10 @@ class Sweep:
     def request(self) -> TrialRequest:
         """The request of the newest call."""
         return TrialRequest(self.axes, self.space_file, self.seeds, self.sampler, self.space_source, self.listed)
+
+    def task_sets(self) -> tuple[TaskSet, ...]:
+        """Return the encoded questions of the tasks among its objectives."""
+        return task_sets(tasks_of(self.objectives), self.data, self.evaluate_task_items)
 
     def space(self) -> Space:
         """Return what the newest call varies, without seeds.

@@ -64,6 +64,7 @@ class _Worker:
 
     def __init__(self, sweep: Sweep, ledger: Ledger):
         self.sweep, self.ledger, self.policy = sweep, ledger, make_policy(sweep)
+        self.tasks = sweep.task_sets()
         self.lanes: dict[str, int] = {}  # of the cohorts whose program is compiled
         self.last: str | None = None
         self.cooling: dict[str, float] = {}  # runs that another process still writes: time of the next attempt
@@ -184,6 +185,7 @@ class _Cohort:
             steps = steps.union(*(self.worker.policy.rungs(claim.trial) for claim in self.claims))
         shell = RunOptions(
             evaluate_tokens=self.sweep.evaluate_tokens,
+            tasks=self.worker.tasks,
             keep_checkpoints=1,
             checkpoint_start=first.recipe.train.spike_sigma > 0,  # else it starts again from the seed
             keep_steps=tuple(sorted(steps)),
@@ -236,7 +238,7 @@ class _Cohort:
 
     def _outcomes(self, result: Result) -> dict[str, float]:
         """Return the measurements of a trained model: means of its last validation, and what it has forgotten."""
-        outcomes = validated(result.run)
+        outcomes = validated(result.run, self.sweep.objectives)
         if FORGETTING in self.sweep.objectives:
             assert self.sweep.forgetting is not None
             outcomes[FORGETTING] = bits_per_byte(result.run, self.sweep.forgetting)

@@ -13,24 +13,30 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.evaluate.in_training import task_sets
 from model import Execution, presets
 from model.sharding import abstract_mesh, parse_mesh, shardings
 from train import HParams, Shell, TrainConfig, init_state, population, train
 from train.config import Optimizer
 from train.run.metrics import read_metrics
 
-CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32)
+CONFIG = presets.get("tiny").replace(vocab_size=320, max_seq_len=32, eos_token_ids=(2,))
 ONE = Execution(mesh={"data": 1})
 TRAIN_CONFIG = TrainConfig(batch_size=4, seq_len=32, norms=False)
 RUN = """
 import json, sys
+import jax
+from experiments.evaluate.in_training import task_sets
 from model import Execution, ModelConfig
 from train import HParams, Shell, TrainConfig, population
 
+# Programs from the cache can run independent collectives in another order on each device, and wait forever.
+jax.config.update("jax_enable_compilation_cache", False)
 config, train_config, lanes, steps, mesh = map(json.loads, sys.argv[1:6])
 config, train_config = ModelConfig.from_dict(config), TrainConfig.from_dict(train_config)
 data, *runs = sys.argv[6:]
-shell, execution = Shell(evaluate_tokens=512, compact=True), Execution(mesh=mesh)
+shell = Shell(evaluate_tokens=512, compact=True, tasks=task_sets(("induction",), data, 24))
+execution = Execution(mesh=mesh)
 lanes = [HParams(**hparams) for hparams in lanes]
 results = population(config, train_config, lanes, data=data, runs=runs, steps=steps, shell=shell, execution=execution)
 print(json.dumps([result.validation_loss for result in results]))
@@ -105,13 +111,16 @@ def test_lanes_over_devices_are_the_lanes_of_one(on_eight_devices, meshes):
 
 @pytest.mark.long
 def test_runs_on_a_mesh_record_the_losses_of_one_device(data, tmp_path, population_on_eight_devices):
-    hparams, how = HParams(learning_rate=1e-2), {"shell": Shell(evaluate_tokens=512), "execution": ONE}
+    hparams, tasks = HParams(learning_rate=1e-2), task_sets(("induction",), data, 24)
+    how = {"shell": Shell(evaluate_tokens=512, tasks=tasks), "execution": ONE}
     one = train(CONFIG, TRAIN_CONFIG, hparams, data=data, run=tmp_path / "one", steps=10, **how)
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = {"fsdp": 2, "tensor": 2, "sequence": 2}
     (validation_loss,) = population_on_eight_devices([hparams], 10, mesh, [tmp_path / "eight"])
     assert validation_loss == pytest.approx(one.validation_loss, rel=1e-4)
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("eight", "one")]
     assert len(losses[0]) == 10
+    of_tasks = [read_metrics(tmp_path / name)[-1]["induction/bits_per_byte"] for name in ("eight", "one")]
+    assert of_tasks[0] == pytest.approx(of_tasks[1], rel=1e-4)
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -121,11 +130,14 @@ def test_a_population_over_devices_ends_as_on_one(data, tmp_path, population_on_
     steps = [2, 2, 8, 2, 4, 10]
     lanes = [HParams(learning_rate=2e-3 * (i + 1), seed=i, total_steps=20) for i in range(6)]
     runs = [[tmp_path / f"{name}-{i}" for i in range(6)] for name in ("one", "eight")]
-    how, mesh = {"shell": Shell(evaluate_tokens=512), "execution": ONE}, {"population": 4, "fsdp": 2}
+    tasks = task_sets(("induction",), data, 24)
+    how, mesh = {"shell": Shell(evaluate_tokens=512, tasks=tasks), "execution": ONE}, {"population": 4, "fsdp": 2}
     for more in (0, 2):  # and go on
         steps = [number + more for number in steps]
         one = population(CONFIG, TRAIN_CONFIG, lanes, data=data, runs=runs[0], steps=steps, **how)
         eight = population_on_eight_devices(lanes, steps, mesh, runs[1])
+        of_tasks = [[read_metrics(run)[-1]["induction/bits_per_byte"] for run in own] for own in runs]
+        np.testing.assert_allclose(*of_tasks, rtol=1e-5)
         np.testing.assert_allclose(eight, [result.validation_loss for result in one], rtol=1e-5)
 
 

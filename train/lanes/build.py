@@ -24,6 +24,7 @@ from train.lanes.vmapped import (
     init_lanes,
     pick,
     replace_lane,
+    score_lane,
     step_lanes,
 )
 from train.loop.memory import Memory
@@ -31,6 +32,7 @@ from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import BatchSpec
 from train.plan import Stage
 from train.state import TrainState
+from train.task_sets import packed_spec
 
 # For programs that run once or rarely, compile time matters more than speed; the numbers are the same.
 _RUN_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
@@ -77,15 +79,18 @@ def compile_program(
     stage: Stage | None = None,
     execution: Execution = Execution(),
     objective: Objective = LanguageModeling(),
+    scored: tuple[int, int] | None = None,
 ) -> Program:
     """Compile init, step and evaluation for `lanes` lanes, once per process, static shape and number of vmapped lanes.
 
     stage: for a run in phases, gives the step's batch shape and rotary base; evaluation keeps the TrainConfig's shapes.
-    None: a run of one shape.
+    None: a run of one shape. scored: tokens and predictions of a row of packed tasks, of which a batch has as many rows
+    as the TrainConfig's; None: no tasks are scored.
     """
     execution = execution.replace(mesh=None, lanes=None)  # both are arguments here
     if lanes > 1 and _is_sequential(mesh):
-        return SequentialProgram.of(compile_program(config, train_config, 1, mesh, stage, execution, objective), lanes)
+        one = compile_program(config, train_config, 1, mesh, stage, execution, objective, scored)
+        return SequentialProgram.of(one, lanes)
     start = time.perf_counter()
     if stage is not None and stage.rope_base is not None:
         config = config.replace(rope_base=stage.rope_base)
@@ -107,7 +112,14 @@ def compile_program(
     )
     plain = execution.replace(accumulate=1, loss_chunks=1)
     lane, rest = _compile_rest(config, shapes, lanes, mesh, plain, objective)
+    if scored is not None:
+        rest = rest | {"score": _compile_score(config, shapes, lanes, mesh, plain, objective, scored)}
     return VmappedProgram(lanes, lane, memory, time.perf_counter() - start, mesh, Executables(step=step, **rest))
+
+
+def compiled_scorers() -> int:
+    """Return how many programs this process has compiled that score tasks."""
+    return _compile_score.cache_info().misses
 
 
 def compiled_programs() -> int:
@@ -163,8 +175,7 @@ def _compile_rest(
     batch = objective.batch_spec(config, train_config, *shape, evaluation=True)
     everywhere, rows = replicated(mesh), batch_shardings(mesh, batch)
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    before = jax.ShapeDtypeStruct((len(objective.EVALUATED) + 1,), jnp.float32)
-    frozen = frozen_shapes(config, objective)
+    before, frozen = _sums(objective), frozen_shapes(config, objective)
     init = jax.jit(functools.partial(init_lanes, config, train_config, objective=objective), out_shardings=split)
     evaluate = jax.jit(
         functools.partial(evaluate_lane, config, objective=objective, execution=execution),
@@ -182,6 +193,35 @@ def _compile_rest(
             "take": take.lower(state, index).compile(compiler_options=options),
             "put": _under(mesh, put),
         }
+
+
+@functools.lru_cache(maxsize=64)
+def _compile_score(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    lanes: int,
+    mesh: Mesh,
+    execution: Execution,
+    objective: Objective,
+    row: tuple[int, int],
+) -> Callable:
+    state, split = _state(config, train_config, lanes, mesh, objective)
+    batch = packed_spec(train_config.batch_size, *row)
+    everywhere, frozen = replicated(mesh), frozen_shapes(config, objective)
+    index, before = jax.ShapeDtypeStruct((), jnp.int32), _sums(objective)
+    score = jax.jit(
+        functools.partial(score_lane, config, objective=objective, execution=execution),
+        in_shardings=(split, everywhere, batch_shardings(mesh, batch), everywhere, shardings(mesh, frozen), everywhere),
+        out_shardings=everywhere,
+        keep_unused=True,
+    )
+    with jax.set_mesh(mesh):
+        return score.lower(state, index, batch, before, frozen, _hparams(lanes)).compile()
+
+
+def _sums(objective: Objective) -> jax.ShapeDtypeStruct:
+    """Return the shape of the sums that evaluation passes from batch to batch."""
+    return jax.ShapeDtypeStruct((len(objective.EVALUATED) + 1,), jnp.float32)
 
 
 def _under(mesh: Mesh, function: Callable) -> Callable:

@@ -72,6 +72,21 @@ class Program(abc.ABC):
         """
 
     @abc.abstractmethod
+    def score(
+        self,
+        state: LaneStates,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
+        frozen: Params | None = None,
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
+        """Return the nats of each target of packed choices for one lane, and the `before` of the next batch.
+
+        For programs that are compiled with `scored` (`train.lanes.build.compile_program`).
+        """
+
+    @abc.abstractmethod
     def take(self, state: LaneStates, lane: int) -> TrainState:
         """Return a copy of one lane's state."""
 

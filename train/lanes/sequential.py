@@ -75,6 +75,18 @@ class SequentialProgram(Program):
         """Evaluate one lane's own state."""
         return self.one.evaluate(state[lane], 0, batch, before, hparams[lane], frozen)
 
+    def score(
+        self,
+        state: list,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
+        frozen: Params | None = None,
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
+        """Score with one lane's own state."""
+        return self.one.score(state[lane], 0, batch, before, hparams[lane], frozen)
+
     def take(self, state: list, lane: int) -> TrainState:
         """Return a copy of one lane's state."""
         return self.one.take(state[lane], 0)

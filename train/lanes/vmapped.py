@@ -26,20 +26,24 @@ from train.lanes.program import LaneMetrics, Program
 from train.objectives import LanguageModeling, Objective
 from train.objectives.objective import Batch, Metrics
 from train.state import TrainState, init_state
-from train.step import eval_step, train_step
+from train.step import eval_step, score_step, train_step
 
 _OWN, _ALL = PartitionSpec("population"), PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
 class Executables:
-    """Functions of this file, compiled for one static shape and number of lanes; `put` compiles when first called."""
+    """Functions of this file, compiled for one static shape and number of lanes; `put` compiles when first called.
+
+    score: None for programs that score no tasks.
+    """
 
     init: Callable[..., TrainState]
     step: Callable[..., tuple[TrainState, LaneMetrics]]
     evaluate: Callable[..., Array]
     take: Callable[..., TrainState]
     put: Callable[..., TrainState]
+    score: Callable[..., tuple[Array, Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +83,19 @@ class VmappedProgram(Program):
     ) -> Float[Array, " sums"]:
         """Run `evaluate_lane`."""
         return self.executables.evaluate(state, np.int32(lane), batch, before, frozen or {}, hparams)
+
+    def score(
+        self,
+        state: TrainState,
+        lane: int,
+        batch: Batch,
+        before: Float[Array | np.ndarray, " sums"],
+        hparams: Any,
+        frozen: Params | None = None,
+    ) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
+        """Run `score_lane`."""
+        assert self.executables.score is not None, "compiled without tasks"
+        return self.executables.score(state, np.int32(lane), batch, before, frozen or {}, hparams)
 
     def take(self, state: TrainState, lane: int) -> TrainState:
         """Return a copy of one lane's state."""
@@ -166,6 +183,27 @@ def evaluate_lane(
     metrics = eval_step(config, params, batch, objective=objective, frozen=frozen, hparams=own, execution=execution)
     weight = metrics[objective.WEIGHT]
     return jnp.stack([*(metrics[name] * weight for name in objective.EVALUATED), weight])
+
+
+def score_lane(
+    config: ModelConfig,
+    state: TrainState,
+    index: Int[Array, ""],
+    batch: Batch,
+    before: Float[Array, " sums"],
+    frozen: Params | None = None,
+    hparams: HParams | None = None,
+    *,
+    objective: Objective = LanguageModeling(),
+    execution: Execution = Execution(),
+) -> tuple[Float[Array, "batch scored"], Float[Array, " sums"]]:
+    """Return the nats of each target of one lane for one batch of packed choices, and the `before` of the next batch.
+
+    before: orders the batches as in `evaluate_lane`, whose last result the first batch gets.
+    """
+    params, own = pick((state.params, hparams), index)
+    nats = score_step(config, params, batch, objective=objective, frozen=frozen, hparams=own, execution=execution)
+    return nats, jnp.full_like(before, jnp.sum(nats))
 
 
 def _over_lanes(function: Callable, *arguments: Any, shared: Any = None) -> Any:

@@ -62,9 +62,10 @@ class Feed:
     def _make(self, key: BatchKey, stage: Stage) -> Any:
         lanes, batch_size = key.program.lanes, stage.batch_size
         spec = self._members[0].batch_spec(stage)  # the same for all members
-        shardings = batch_shardings(self._mesh, with_lanes(spec, lanes), lanes=True)
-        sharding = next(iter(shardings.values()))  # which splits the rows as all others do
-        first, end = _own_rows(sharding, lanes, batch_size)
+        of_lanes = with_lanes(spec, lanes)
+        shardings = batch_shardings(self._mesh, of_lanes, lanes=True)
+        name, sharding = next(iter(shardings.items()))  # which splits the rows as all others do
+        first, end = _own_rows(sharding, of_lanes[name].shape)
         local = {}
         for name, array in spec.items():
             local[name] = np.zeros((lanes, end - first, *array.shape[1:]), array.dtype)
@@ -76,16 +77,16 @@ class Feed:
         return {name: _from_own_rows(values, shardings[name], batch_size, first) for name, values in local.items()}
 
 
-def _own_rows(sharding: NamedSharding, lanes: int, batch_size: int) -> tuple[int, int]:
+def _own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the first row, and one past the last row, that the devices of this process hold of [lanes, batch, …].
 
     Example: 16 rows over 8 devices of two processes are 2 rows per device; the devices of the second process hold the
     rows 8–9, 10–11, 12–13 and 14–15, so its rows are (8, 16).
     """
     starts, ends = [], []
-    for index in sharding.addressable_devices_indices_map((lanes, batch_size)).values():
+    for index in sharding.addressable_devices_indices_map(shape).values():
         if index is not None:
-            start, end, _ = index[1].indices(batch_size)
+            start, end, _ = index[1].indices(shape[1])
             starts.append(start)
             ends.append(end)
     return min(starts), max(ends)

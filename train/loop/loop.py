@@ -33,6 +33,7 @@ from train.preemption import CHECKPOINT, STOP, PreemptionSync
 from train.progress import progress_bar, say
 from train.recipe import Weights
 from train.start import Bases, lay_out
+from train.task_sets import PackedTasks
 from train.trace import Trace
 
 logger = logging.getLogger("isoflop")
@@ -42,11 +43,13 @@ class _Step(NamedTuple):
     """Step that is dispatched and whose metrics have not been read yet.
 
     taken: each slot, with the generation that its member had. evaluated: the validation sums of members, by number.
+    scored: the nats of their packed tasks.
     """
 
     taken: list[tuple[Slot, int]]
     metrics: Any
     evaluated: dict[int, list[Any]]
+    scored: dict[int, list[Any]]
 
 
 class Loop:
@@ -57,6 +60,7 @@ class Loop:
         members: list[Member],
         lanes: int,
         validation: list[Batch],
+        tasks: PackedTasks,
         bases: Bases,
         mesh: Mesh,
         options: RunOptions,
@@ -66,6 +70,9 @@ class Loop:
         self.config, self.train_config, self.execution = config, train_config, execution
         self.objective = members[0].objective
         self.members, self.mesh, self.options = members, mesh, options
+        self.validation, self.tasks = validation, tasks
+        # The result of the latest batch of any lane's evaluation, which the next one takes: see `evaluate_lane`.
+        self.before: Any = np.zeros(len(self.objective.EVALUATED) + 1, np.float32)
         self.slots = self._compacted(Slots(lanes, tuple(range(len(members)))))
         self.pending: _Step | None = None
         self.spent = {"data_seconds": 0.0, "dispatch_seconds": 0.0}  # since the clock was last read
@@ -74,7 +81,6 @@ class Loop:
             for line in members[0].loader.describe_packing():
                 say(line)
         self._compile(self._earliest(members))
-        self.validation = validation
         self.feed = Feed(mesh, members)
         self.preemption = PreemptionSync(mesh)
         self.peak = peak_flops_per_second(config.compute_dtype) * mesh.size
@@ -125,12 +131,14 @@ class Loop:
         self.spent["data_seconds"] += ready - begin
         self.spent["dispatch_seconds"] += time.perf_counter() - ready
         taken = [(slot, self.members[slot.member].generation) for slot in key.slots]
-        evaluated = {}
+        evaluated, scored = {}, {}
         for slot in key.slots:
             if self._evaluation_due(self.members[slot.member]):
                 evaluated[slot.member] = self._evaluate(slot.lane)
+                if self.tasks.batches:
+                    scored[slot.member] = self._score(slot.lane)
         self._handle_pending()
-        self.pending = _Step(taken, metrics, evaluated)
+        self.pending = _Step(taken, metrics, evaluated, scored)
         self.dispatched += 1
         if evaluated and (self.options.patience or self.options.keep_best):  # this step may be the last
             self._handle_pending()
@@ -182,7 +190,14 @@ class Loop:
         self.stage = stage
         start = time.perf_counter()  # almost no time if this process has compiled it before
         self.program: Program = compile_program(
-            self.config, self.train_config, self.slots.lanes, self.mesh, stage, self.execution, self.objective
+            self.config,
+            self.train_config,
+            self.slots.lanes,
+            self.mesh,
+            stage,
+            self.execution,
+            self.objective,
+            self.tasks.row,
         )
         self.compile_seconds += time.perf_counter() - start
         self.hparams = self.program.place(self.slots.stack([member.hparams for member in self.members]))
@@ -212,9 +227,9 @@ class Loop:
         """Read and record the metrics of the pending step; only here does the loop wait for the device."""
         if self.pending is None:
             return
-        (taken, metrics, evaluated), self.pending = self.pending, None
+        (taken, metrics, evaluated, scored), self.pending = self.pending, None
         begin = time.perf_counter()
-        metrics, evaluated = jax.device_get((metrics, evaluated))
+        metrics, evaluated, scored = jax.device_get((metrics, evaluated, scored))
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         timing = {"seconds": seconds, "step_seconds": seconds, "device_seconds": now - begin} | self.spent
@@ -235,8 +250,9 @@ class Loop:
                 *sums, weight = np.array(evaluated[slot.member], np.float64).sum(axis=0).tolist()
                 for name, total in zip(self.objective.EVALUATED, sums, strict=True):
                     values[f"validation_{name}"] = total / weight
+            of_tasks = self.tasks.results(scored[slot.member]) if slot.member in scored else []
             per_second = member.plan.stage(step - 1).tokens_per_step / max(seconds, 1e-9)
-            member.write(step, values, timing | {"tokens_per_second": per_second})
+            member.write(step, values, timing | {"tokens_per_second": per_second}, of_tasks)
             if diverged:
                 self._diverge(member, step)
 
@@ -269,10 +285,19 @@ class Loop:
         return time.perf_counter() - self.saved_at > self.options.checkpoint_seconds
 
     def _evaluate(self, lane: int) -> list[Any]:
-        sums: list[Any] = [np.zeros(len(self.objective.EVALUATED) + 1, np.float32)]
+        sums = []
         for batch in self.validation:
-            sums.append(self.program.evaluate(self.state, lane, batch, sums[-1], self.hparams, self.frozen))
-        return sums[1:]
+            self.before = self.program.evaluate(self.state, lane, batch, self.before, self.hparams, self.frozen)
+            sums.append(self.before)
+        return sums
+
+    def _score(self, lane: int) -> list[Any]:
+        """Return the nats of the packed tasks, batch by batch."""
+        scored = []
+        for batch in self.tasks.batches:
+            nats, self.before = self.program.score(self.state, lane, batch, self.before, self.hparams, self.frozen)
+            scored.append(nats)
+        return scored
 
     def _frozen(self, bases: Bases) -> Params:
         """Return the parameters that no lane trains, on the devices."""

@@ -6,11 +6,13 @@ import logging
 import math
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from model import Execution, accounting
 from train.data.folders import Data
+from train.files import write_json
 from train.hosts import agree, is_writer
 from train.loop.options import RunOptions
 from train.objectives.objective import BatchSpec
@@ -23,6 +25,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.metrics import Metrics, MetricsLog, open_metrics, troubles
 from train.start import check_branch, folder_of
 from train.step import metric_names
+from train.task_sets import TaskResult, answers_path
 
 logger = logging.getLogger("isoflop")
 
@@ -61,7 +64,7 @@ class Member:
             keep=options.keep_checkpoints,
             keep_every=options.keep_every,
             keep_best=options.keep_best,
-            higher_is_better=self.objective.rises(options.metric),
+            higher_is_better=options.rises(self.objective),
             keep_steps=options.keep_steps,
         )
         self.options = options
@@ -74,7 +77,7 @@ class Member:
         self.seconds: float = self.run.record["seconds"]
         self.last: dict[str, Any] = {}
         self.validation_loss: float | None = None
-        self.best = Best(options.metric, self.objective.rises(options.metric))
+        self.best = Best(options.metric, options.rises(self.objective))
         self.generation = 0  # the number of rollbacks: steps dispatched in an earlier generation are not recorded
         self._losses: collections.deque[float] = collections.deque(maxlen=train_config.spike_window)
 
@@ -160,7 +163,7 @@ class Member:
             known = [record["validation_loss"] for record in begin.lines if "validation_loss" in record]
             self.validation_loss = known[-1] if known else None
         # Counted from the record, so that a restart changes no count.
-        rises = self.objective.rises(self.options.metric)
+        rises = self.options.rises(self.objective)
         self.best = Best.of(self.options.metric, begin.lines, higher_is_better=rises)
         self._losses.clear()
         self._losses.extend(record["loss"] for record in begin.lines if record["loss"] is not None)
@@ -177,8 +180,14 @@ class Member:
         if self.log is not None:
             self.run.update(metrics=self.log.sync())
 
-    def write(self, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
-        """Append one step to the record. timing: the `seconds` of this step, and other timings."""
+    def write(
+        self, step: int, metrics: dict[str, float], timing: dict[str, float], tasks: Sequence[TaskResult] = ()
+    ) -> None:
+        """Append one step to the record.
+
+        timing: the `seconds` of this step, and other timings. tasks: results, if it was validated; their answers
+        replace those of the last validation.
+        """
         assert self.log is not None
         self.seconds += timing["seconds"]
         names = metric_names(self.config, self.train_config, self.objective)
@@ -191,6 +200,8 @@ class Member:
             known |= {f"validation_{name}": _finite(metrics[f"validation_{name}"]) for name in self.objective.EVALUATED}
             self.validation_loss = known["validation_loss"]
             known |= self._bits(self.validation_loss, "validation", "validation_")
+            for task in tasks:
+                known |= {name: _finite(value) for name, value in task.metrics.items()}
         rolled_back = sum(back["to"] < step for back in self.rollbacks)
         rollbacks = {"rollbacks": rolled_back} if rolled_back else {}
         self.last = {"step": step, **self.totals(step)} | known | rollbacks
@@ -200,6 +211,9 @@ class Member:
         if self.train_config.phases:
             self.last |= {"phase": stage.phase, "batch_size": stage.batch_size, "seq_len": stage.seq_len}
         self.best = self.best.after(self.last)
+        for task in tasks if is_writer() else ():
+            document = {"schema_version": 1, "step": step} | task.to_dict()
+            write_json(answers_path(self.run.folder, task.task_set.name), document)
         self.log.write(self.last | timing | {"seconds": self.seconds})
         if known["loss"] is not None:
             self._losses.append(known["loss"])

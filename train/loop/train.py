@@ -23,6 +23,7 @@ from train.recipe import Branch, Places, Recipe, Weights, difference
 from train.run import Result, executions, read_record
 from train.run.checkpoint import Checkpoints
 from train.start import Bases
+from train.task_sets import check_model, pack
 
 Folder = str | Path
 
@@ -111,6 +112,7 @@ def population(
     for stage in stages:
         check_batch(mesh, stage.batch_size // execution.accumulate, stage.seq_len)
     validation = first.objective.validation(config, train_config, opened.first, shell.evaluate_tokens)
+    tasks = pack(shell.tasks, config, train_config.batch_size, train_config.seq_len)
     with ExitStack() as stack:
         members = []
         for recipe, folder in zip(chosen, runs, strict=True):
@@ -118,7 +120,7 @@ def population(
             stack.callback(members[-1].close)
         if not all(member.ended for member in members):
             try:
-                Loop(members, lanes, validation, bases, mesh, shell, execution).run(stack)
+                Loop(members, lanes, validation, tasks, bases, mesh, shell, execution).run(stack)
             except Exception:
                 for member in members:
                     member.fail()
@@ -194,6 +196,7 @@ def _check(recipes: Sequence[Recipe], opened: Data, runs: Sequence, options: Run
                 f"the lanes of a population may differ in hyperparameters, steps and starts, not in {differing}"
             )
     first.objective.check(first.model, first.train)
+    check_model(first.model, options.tasks)
     check_frozen(recipes)
     needed = [recipe.start for recipe, run in zip(recipes, runs, strict=True) if _reads_start(recipe, Path(run))]
     for start in dict.fromkeys(needed):

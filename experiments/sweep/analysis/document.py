@@ -18,7 +18,9 @@ from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.analysis.sentence import leader, sentence
 from experiments.sweep.analysis.settings import candidates_of
 from experiments.sweep.analysis.summary import summarize
+from experiments.sweep.analysis.tasks import TaskComparison, compare_by_task
 from experiments.sweep.objectives import LOSS, TRAINING_SPEED
+from train.task_sets import is_task_metric
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class SweepAnalysis:
     transfer: RateTransfer | None
     equal_flops: EqualFlops | None
     pareto: ParetoFront | None
+    tasks: list[TaskComparison]
     halving: EarlyStopping | None
     cost: SweepCost
 
@@ -100,6 +103,7 @@ class SweepAnalysis:
             "policy": self.policy,
             "sampler": self.sampler,
             "importance": self.importance.to_dict(),
+            "tasks": [task.to_dict() for task in self.tasks],
             **{name: None if part is None else part.to_dict() for name, part in zip(names, parts, strict=True)},
             "cost": asdict(self.cost),
         }
@@ -113,8 +117,12 @@ def analyse(results: Results) -> SweepAnalysis:
     everywhere, runs = [*names, *results.executions], one_per_training(results.rows, ranked.objective)
     every = with_shared_losses(results.rows)
     # If only the execution varies, `executions` already compares the training speed.
-    compared = (LOSS, ranked.objective)
-    others = [name for name in results.objectives if name not in compared and (names or name != TRAINING_SPEED)]
+    ranking = (LOSS, ranked.objective)
+    others = [name for name in results.objectives if name not in ranking and (names or name != TRAINING_SPEED)]
+    of_tasks = [name for name in results.objectives if is_task_metric(name)]
+    compared = [compare_by_task(results.folder, everywhere, every, name) for name in of_tasks]
+    tasks = [task for task in compared if task is not None]
+    others = [name for name in others if name not in of_tasks]
     kept = [row for row in candidates_of(summary.settings) if row.member is None]
     costs = equal_flops(names, runs, lambda row: read_curve(results.folder / row["run"]))
     if costs is not None and ranked.shaping:
@@ -133,6 +141,7 @@ def analyse(results: Results) -> SweepAnalysis:
             [
                 sentence(summary, results.policy, results.unit),
                 *(said for name in others if (said := leader(everywhere, _one_speed_a_program(every), name))),
+                *(task.sentence for task in tasks),
             ]
         ),
         followers=results.followers,
@@ -143,6 +152,7 @@ def analyse(results: Results) -> SweepAnalysis:
         transfer=transfer(names, kept, summary.seed_noise, summary.noise_freedom) if ranked.by_loss else None,
         equal_flops=costs,
         pareto=pareto(everywhere, every, results.objectives),
+        tasks=tasks,
         halving=_halving(results),
         cost=_cost(results),
     )

@@ -7,6 +7,7 @@ from typing import Any
 from experiments.sweep.analysis.scales import distinct
 from experiments.sweep.objectives import FORGETTING, LOSS, direction
 from train.config import LOSS_SHAPING
+from train.task_sets import is_task_metric
 
 _OF_OBJECTIVES = ("objective", "objective.name", "objective.kind", "objective.divergence", "objective.weighting")
 _COMPARABLE = ("accuracy", FORGETTING)
@@ -71,12 +72,13 @@ BY_LOSS = Ranking()
 def ranking(axes: Mapping[str, Iterable[Any]], objectives: Sequence[str] = (LOSS,)) -> Ranking:
     """Return what ranks settings: the loss, or the first objective that is comparable where losses are not.
 
-    axes: name → the values tried. objectives: of the sweep, in the user's order. Accuracy and forgetting are comparable
-    everywhere, rewards and their margin only where nothing varies that scales them, such as β. Speeds never rank.
+    axes: name → the values tried. objectives: of the sweep, in the user's order. Accuracy, forgetting and the metrics of
+    tasks are comparable everywhere, rewards and their margin only where nothing varies that scales them, such as β. Speeds never rank.
     """
     varied = [name for name, values in axes.items() if len(distinct(values)) > 1]
     shaping = tuple(name for name in varied if name in LOSS_SHAPING or name in _OF_OBJECTIVES)
     if not shaping:
         return BY_LOSS
     comparable = _COMPARABLE if set(varied) & set(_SCALES_REWARDS) else (*_COMPARABLE, *_OF_REWARDS)
-    return Ranking(next((name for name in objectives if name in comparable), LOSS), shaping)
+    compares = (name for name in objectives if name in comparable or is_task_metric(name))
+    return Ranking(next(compares, LOSS), shaping)

@@ -16,6 +16,7 @@ from train.files import write_atomically
 from train.objectives import LanguageModeling
 from train.run import read_record
 from train.run.metrics import troubles
+from train.task_sets import ERROR, is_task_metric
 
 TRIAL = ("id", "number", "state", "cohort", "recipe", "seed", "run", "rungs", "planned_steps", "planned_tokens")
 BRANCH = ("parent", "parent_steps", "member")  # empty except for trials that branched off another run
@@ -29,14 +30,14 @@ class Results:
 
     rows: flat, by number: id, number, state, cohort, recipe (the id of the recipe, the same for all executions), seed,
     every field of the points (None if a trial lacks it), loss (of finished trials alone), last_loss (of any that
-    reported one), training_tokens_per_second, the other objectives, FACTS, planned_steps, planned_tokens, run (below
-    `folder`), CLAIM and rungs (losses by updates). A fact whose name is an axis too is called NAME_done. parent: the id
-    of the trial from which it branched off, after parent_steps updates; steps, tokens and FLOPs include these. member:
-    its own id if it branched off with other settings, as in a population, so that its fields apply only to the updates
-    after parent_steps. axes: fields that vary, by the values tried. followers: fields that vary only together with an
-    axis, by that axis. executions: fields of Execution that vary and change no recipe, by the values tried; they are
-    not axes (`experiments.sweep.analysis.executions`). unit: of the losses; "nats" where trials of several objectives
-    have different ones.
+    reported one), training_tokens_per_second, the other objectives (metrics of tasks with their standard errors),
+    FACTS, planned_steps, planned_tokens, run (below `folder`), CLAIM and rungs (losses by updates). A fact whose name
+    is an axis too is called NAME_done. parent: the id of the trial from which it branched off, after parent_steps
+    updates; steps, tokens and FLOPs include these. member: its own id if it branched off with other settings, as in a
+    population, so that its fields apply only to the updates after parent_steps. axes: fields that vary, by the values
+    tried. followers: fields that vary only together with an axis, by that axis. executions: fields of Execution that
+    vary and change no recipe, by the values tried; they are not axes (`experiments.sweep.analysis.executions`). unit:
+    of the losses; "nats" where trials of several objectives have different ones.
     """
 
     folder: Path
@@ -142,6 +143,7 @@ def _flat(
     flat |= {"loss": loss, "last_loss": loss if finished else last}
     flat |= {TRAINING_SPEED: facts.get(TRAINING_SPEED)}
     flat |= {name: values.get(name) for name in objectives if name != "loss"}
+    flat |= {f"{name}{ERROR}": facts.get(f"{name}{ERROR}") for name in objectives if is_task_metric(name)}
     tokens_per_step = trial.recipe.train.tokens_per_step
     parent, parent_steps = row.trial.parent or (None, 0)
     reached = {"steps": row.steps_done, "tokens": row.steps_done * tokens_per_step}

@@ -15,6 +15,7 @@ from experiments.sweep.analysis.settings import candidates_of, group, pooled_noi
 from experiments.sweep.objectives import DIRECTIONS
 from experiments.words import counted
 from model.errors import InputError, UnknownNameError
+from train.task_sets import is_task_metric
 
 _RESULTS = {
     *TRIAL,
@@ -131,7 +132,9 @@ def _grid(rows: list[dict[str, Any]], axes: Sequence[str], where: str) -> Record
             raise UnknownNameError(f"column of {where}", name, rows[0])
     rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
     names = list(axes) or [
-        name for name in rows[0] if name not in _RESULTS and len({row.get(name) for row in rows}) > 1
+        name
+        for name in rows[0]
+        if name not in _RESULTS and not is_task_metric(name) and len({row.get(name) for row in rows}) > 1
     ]
     if not names:
         raise InputError(f"no column of {where} varies; name the axes with --axes")
