@@ -1,7 +1,7 @@
 """Find the columns of a table and read the numbers in them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ ALIASES = {
 underscores, and without the config. and summary. of Weights & Biases."""
 
 
-def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
-    """Return the column for a role of `ALIASES`: the given name, or if the default name is absent, its alias.
+def find_column(
+    path: Path, role: str, wanted: str, present: Sequence[str], aliases: Mapping[str, Sequence[str]] = ALIASES
+) -> str:
+    """Return the column for a role of `aliases`: the given name, or if the default name is absent, its alias.
 
     An absent given name is returned unchanged; `require` raises for it. Raises `InputError` if several aliases are
     present.
     """
     if wanted in present or wanted != role:
         return wanted
-    found = [column for column in present if _plain(column) in ALIASES.get(role, ())]
+    found = [column for column in present if _plain(column) in aliases.get(role, ())]
     if len(found) > 1:
         raise InputError(
             f"{path} has no column {role!r}, and {' as well as '.join(map(repr, found))} could be it; "
