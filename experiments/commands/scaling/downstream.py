@@ -73,7 +73,7 @@ def downstream(
     chance: Levels = (),
     ceiling: Levels = (),
     widest: float = 20.0,
-    bootstraps: int = 50,
+    bootstraps: int = 100,
     seed: int = 0,
     columns: Columns = BY_NAME,
     json: JsonFile = None,

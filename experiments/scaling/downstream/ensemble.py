@@ -22,6 +22,7 @@ FORMS = ("chinchilla", "shared-exponent", "no-floor", "compute", "compute-no-flo
 """Forms of the law of bits per byte, in (N, D) and in C = 6·N·D, with a floor and without."""
 DELTA = 0.01  # natural logarithm of bits per byte from where Huber's loss is linear, about the noise of one run
 LEVEL = 95
+_ITERATIONS = 60  # later ones move a vanishing term, not the predictions
 _LARGEST = 50.0  # of a logarithm: a resample may send a law anywhere
 
 
@@ -147,9 +148,9 @@ def fit_ensemble(runs: TaskRuns, *, chance: float, ceiling: float, bootstraps: i
     laws, noise = {}, []
     for name in forms:
         problem = FormProblem.of(get(name), columns, DELTA)
-        end = problem.minimise(problem.grid)
+        end = problem.minimise(problem.grid, max_iterations=_ITERATIONS)
         best = end.theta[best_of(end.objective, end.gradient, len(runs), DELTA)[0]]
-        laws[name] = problem, np.concatenate([best[None], problem.refit(best, weights)])
+        laws[name] = problem, np.concatenate([best[None], problem.refit(best, weights, max_iterations=_ITERATIONS)])
         residuals = problem.log_prediction(best[None], columns)[0] - problem.log_loss
         noise.append(_deviation(residuals, len(problem.form.unknowns)))
     every = np.concatenate([np.ones((1, len(runs))), weights])

@@ -24,6 +24,7 @@ from experiments.scaling.downstream.held_out import SAME_SIZE, sizes_of
 FLOPS = "compute C = 6·N·D (FLOPs)"
 ACCURACY = "accuracy (%)"
 _GRID = 80
+_SHOWN_BEFORE = 0.03  # of a predicted run's tokens, from where its curve is drawn
 
 
 @styled
@@ -39,33 +40,35 @@ def task_panels(fit: TaskFit, unit: str, predictions: Sequence[DownstreamPredict
 def _draw_law(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[DownstreamPrediction]) -> None:
     runs = fit.task.runs
     sizes = sizes_of(runs.params)
-    weights = np.array([fit.weights.laws[name] for name in fit.ensemble.laws])
-    weights /= weights.sum()
     for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
         chosen = (runs.params <= size) & (runs.params > size / SAME_SIZE)
         group = runs.where(chosen)
         tokens = np.geomspace(group.tokens.min() / 1.2, group.tokens.max() * 1.2, _GRID)
-        params = np.full(_GRID, float(np.median(group.params)))
-        logs = fit.ensemble.log_bits_per_byte(params, tokens)
-        axes.plot(6 * params * tokens, np.exp(weights @ np.stack([log[0] for log in logs.values()])), color=colour)
+        axes.plot(*_curve(fit, float(np.median(group.params)), tokens), color=colour)
         axes.plot(group.flops, group.bits_per_byte, "o", color=colour, markersize=4, label=amount(float(size)))
-    seen, bits = [runs.flops], [runs.bits_per_byte]
+    seen = [runs.flops]
     for prediction in predictions:
         flops = 6 * prediction.params * prediction.tokens
         ends = np.array([prediction.bits_per_byte_low, prediction.bits_per_byte_high], float)
+        tokens = prediction.tokens * np.geomspace(_SHOWN_BEFORE, 1, _GRID)
+        axes.plot(*_curve(fit, prediction.params, tokens), color=ORANGE, linestyle=":", linewidth=1)
         axes.plot([flops] * 2, ends, color=ORANGE, linewidth=2)
         axes.plot([flops], np.array([prediction.bits_per_byte], float), "D", color=ORANGE, markersize=5)
         seen.append(np.array([flops]))
-        bits.append(ends)
         if prediction.target is not None:
             axes.plot(flops, prediction.target.bits_per_byte, "*", color=INK, markersize=9, zorder=5)
-            bits.append(np.array([prediction.target.bits_per_byte]))
     compute = np.concatenate(seen)
     log_axis(axes.xaxis, compute.min(), compute.max(), powers=True, margin=0.04)
-    every = np.concatenate(bits)
-    log_axis(axes.yaxis, every.min(), every.max())
     axes.set(xlabel=FLOPS, ylabel=f"{unit}, gold answer", title="The law")
     axes.legend(title="N", title_fontsize=8, loc="best", ncols=2, handletextpad=0.2, columnspacing=0.8)
+
+
+def _curve(fit: TaskFit, params: float, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return compute and the weighted mean of the laws at one size."""
+    weights = np.array([fit.weights.laws[name] for name in fit.ensemble.laws])
+    sizes = np.full(len(tokens), params)
+    logs = np.stack([log[0] for log in fit.ensemble.log_bits_per_byte(sizes, tokens).values()])
+    return 6 * sizes * tokens, np.exp(weights @ logs / weights.sum())
 
 
 def _draw_link(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[DownstreamPrediction]) -> None:

@@ -269,7 +269,7 @@ def fit_downstream(
     table: DownstreamTable,
     *,
     tasks: Sequence[str] = (),
-    bootstraps: int = 50,
+    bootstraps: int = 100,
     seed: int = 0,
     widest: float = WIDEST,
     advance: Callable[..., None] | None = None,
