@@ -8,10 +8,12 @@ from jaxtyping import Bool, Float
 
 from experiments.scaling.downstream.ensemble import FORMS, LEVEL, Ensemble, Spread, TaskRuns, Weights, fit_ensemble
 from experiments.scaling.downstream.link import LINKS
+from experiments.scaling.law.intervals import MINIMUM_DISTINCT
 from model.errors import InputError
 
 SAME_SIZE = 1.1  # ratio of N below which runs count as one size
 MOST_SPLITS = 4  # the last ones: the smallest sizes say least about the largest
+ENOUGH_SIZES = MINIMUM_DISTINCT
 LAW_FLOOR = 0.01  # natural logarithm of bits per byte: an error below does not distinguish forms of law
 LINK_FLOOR = 0.01  # accuracy: an error below does not distinguish links
 
@@ -21,6 +23,8 @@ class Split:
     """The runs up to one size, fitted, and the errors of that fit on all larger ones."""
 
     trained: Bool[np.ndarray, " runs"]
+    sizes: int
+    """How many sizes it was trained on."""
     ensemble: Ensemble
     law_errors: dict[str, Float[np.ndarray, " tested"]]
     """Natural logarithm of predicted over measured bits per byte, by form of law."""
@@ -55,7 +59,9 @@ def split_by_size(runs: TaskRuns, *, chance: float, ceiling: float, bootstraps: 
     Sizes whose runs determine no form of law give no split.
     """
     splits = []
-    for largest in sizes_of(runs.params)[1:-1][-MOST_SPLITS:]:
+    sizes = sizes_of(runs.params)
+    for count in range(2, len(sizes))[-MOST_SPLITS:]:
+        largest = sizes[count - 1]
         trained = runs.params <= largest
         test = runs.where(~trained)
         try:
@@ -64,15 +70,19 @@ def split_by_size(runs: TaskRuns, *, chance: float, ceiling: float, bootstraps: 
             continue
         logs = fit.log_bits_per_byte(test.params, test.tokens)
         law_errors = {name: log[0] - np.log(test.bits_per_byte) for name, log in logs.items()}
-        splits.append(Split(trained, fit, law_errors, fit.accuracy(test.bits_per_byte) - test.accuracy))
+        splits.append(Split(trained, count, fit, law_errors, fit.accuracy(test.bits_per_byte) - test.accuracy))
     return splits
 
 
 def weights_by_error(splits: Sequence[Split], known: Bool[np.ndarray, " runs"]) -> Weights:
     """Return weights inverse to the mean square error of the splits on the known runs.
 
-    A form that no split could fit gets the mean weight of the others; without any errors all weigh the same.
+    Splits of fewer than ENOUGH_SIZES trained sizes count only where there is no other: a floor fitted to two sizes says
+    nothing about a floor fitted to five. A form that no split could fit gets the mean weight of the others; without any
+    errors all weigh the same.
     """
+    splits = [split for split in splits if known[~split.trained].any()]
+    splits = [split for split in splits if split.sizes >= ENOUGH_SIZES] or splits
     by_law: dict[str, list[np.ndarray]] = {name: [] for name in FORMS}
     by_link: list[np.ndarray] = []
     for split in splits:

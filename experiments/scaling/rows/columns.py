@@ -8,6 +8,7 @@ from typing import Any
 from experiments.scaling.rows.numerals import unit_of
 from model.errors import InputError
 
+MOST_LISTED = 20  # columns of a table in a message
 ALIASES = {
     "params": ("params", "n", "n_params", "num_params", "model_size", "parameters", "num_parameters", "total_params"),
     "tokens": (
@@ -74,9 +75,10 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
         hint += f"; {training!r} is a training loss: if nothing else is there, name it with --loss"
     if "loss" in missing and plain & {"perplexity", "ppl", "bpb", "bits_per_byte"}:
         hint += "; a loss is in nats per token, such as the logarithm of the perplexity"
+    more = f" and {len(present) - MOST_LISTED} more" if len(present) > MOST_LISTED else ""
     raise InputError(
         f"{path} has no column {' or '.join(repr(name) for name in missing)}; "
-        f"its columns are {', '.join(repr(column) for column in present)}{hint}"
+        f"its columns are {', '.join(map(repr, present[:MOST_LISTED]))}{more}{hint}"
     )
 
 
