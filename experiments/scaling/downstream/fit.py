@@ -15,7 +15,8 @@ are geometric means over tasks of the root mean square error of accuracy in poin
   The disagreement of the forms grows with the extrapolation about as fast as their error does: errors of held-out
   runs, in units of the interval, do not grow with the distance in compute.
 - The interval is then stretched by the factor that puts 95 % of all held-out runs of the table inside. It is never made
-  shorter: runs of one size share their error, so that there are fewer independent hold-outs than runs.
+  shorter: runs of one size share their error, so that there are fewer independent hold-outs than runs. Beyond the
+  largest distance in compute that was tested on hold-outs it grows in proportion to the distance.
 - Links are fitted to the last checkpoints of runs only: earlier ones have a higher learning rate.
 """
 
@@ -130,6 +131,14 @@ class TaskFit:
     weights: Weights
     held_out: HeldOutRuns
 
+    def reach(self, N: float, D: float) -> float:
+        """Return the distance of (N, D) from the runs over the largest distance tested on hold-outs, 1 up to there.
+
+        Distances are logarithms of compute.
+        """
+        distance = np.log(6 * N * D / self.task.runs.flops.max())
+        return max(1.0, float(distance / max(self.held_out.distance.max(), np.log(2))))
+
 
 @dataclass(frozen=True)
 class DownstreamFit:
@@ -172,8 +181,9 @@ class DownstreamFit:
             return DownstreamPrediction(*key, N, D, None, None, None, None, None, None, self.refused[key], target)
         fit = self.fits[key]
         found = fit.ensemble.predict(np.array([N]), np.array([D]), fit.weights)
-        bits = found[0].stretched(self.bits_stretch, 0.0, np.inf)
-        accuracy = found[1].stretched(self.accuracy_stretch, 0.0, fit.task.ceiling)
+        reach = fit.reach(N, D)
+        bits = found[0].stretched(reach * self.bits_stretch, 0.0, np.inf)
+        accuracy = found[1].stretched(reach * self.accuracy_stretch, 0.0, fit.task.ceiling)
         low, high = float(accuracy.low[0]), float(accuracy.high[0])
         return DownstreamPrediction(
             *key,

@@ -38,8 +38,8 @@ class HeldOutRuns:
 
     params: Float[np.ndarray, " tested"]
     tokens: Float[np.ndarray, " tested"]
-    largest: Float[np.ndarray, " tested"]
-    """The largest N that the prediction had seen."""
+    distance: Float[np.ndarray, " tested"]
+    """The natural logarithm of a run's compute over the largest that its prediction had seen."""
     measured_bits: Float[np.ndarray, " tested"]
     measured: Float[np.ndarray, " tested"]
     bits_per_byte: Spread
@@ -108,8 +108,8 @@ def predict_held_out(runs: TaskRuns, splits: Sequence[Split]) -> HeldOutRuns:
         test = runs.where(~split.trained)
         weights = weights_by_error(splits[:i], split.trained)
         bits, accuracy = split.ensemble.predict(test.params, test.tokens, weights)
-        largest = np.full(len(test), runs.params[split.trained].max())
-        parts.append(HeldOutRuns(test.params, test.tokens, largest, test.bits_per_byte, test.accuracy, bits, accuracy))
+        distance = np.log(test.flops / runs.flops[split.trained].max())
+        parts.append(HeldOutRuns(test.params, test.tokens, distance, test.bits_per_byte, test.accuracy, bits, accuracy))
     return _joined(parts)
 
 
@@ -118,7 +118,7 @@ def _joined(parts: Sequence[HeldOutRuns]) -> HeldOutRuns:
         each = [getattr(part, name) for part in parts]
         return Spread(*(np.concatenate([getattr(s, end) for s in each]) for end in ("value", "low", "high")))
 
-    names = ("params", "tokens", "largest", "measured_bits", "measured")
+    names = ("params", "tokens", "distance", "measured_bits", "measured")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return HeldOutRuns(**columns, bits_per_byte=spreads("bits_per_byte"), accuracy=spreads("accuracy"))
 
