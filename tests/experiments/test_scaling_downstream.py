@@ -66,10 +66,10 @@ def fitted(ladder):
 
 
 def test_intervals_contain_a_known_truth(tmp_path):
-    table = read_downstream(written(tmp_path / "runs.jsonl", simulated(14, np.random.default_rng(3))))
-    fit = fit_downstream(table, bootstraps=12, widest=1.0)
+    table = read_downstream(written(tmp_path / "runs.jsonl", simulated(10, np.random.default_rng(3))))
+    fit = fit_downstream(table, bootstraps=8, widest=1.0)
     found = coverage(fit.predict_targets())
-    assert (found.pairs, found.refused) == (28, 0)
+    assert (found.pairs, found.refused) == (20, 0)
     assert found.inside >= 0.9 * found.pairs
     assert found.mean_error < 0.05
     assert found.mean_width < 0.25

@@ -22,7 +22,7 @@ FORMS = ("chinchilla", "shared-exponent", "no-floor", "compute", "compute-no-flo
 """Forms of the law of bits per byte, in (N, D) and in C = 6·N·D, with a floor and without."""
 DELTA = 0.01  # natural logarithm of bits per byte from where Huber's loss is linear, about the noise of one run
 LEVEL = 95
-_ITERATIONS = 60  # later ones move a vanishing term, not the predictions
+_ITERATIONS = 40  # later ones move a vanishing term, not the predictions
 _LARGEST = 50.0  # of a logarithm: a resample may send a law anywhere
 
 

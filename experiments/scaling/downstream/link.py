@@ -19,7 +19,7 @@ LEAST_SHARE = 0.2  # of the way from chance to the task's ceiling that a free ce
 FLOOR_FREEDOM = 0.05  # accuracy by which a free floor may differ from chance
 _START_SLOPES = (0.5, 1.0, 2.0)
 _START_SHARES = (1.0, 0.8, 0.6)
-_ITERATIONS = 60
+_ITERATIONS = 40
 
 
 @dataclass(frozen=True)
