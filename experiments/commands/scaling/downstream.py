@@ -122,7 +122,8 @@ def downstream(
         print(f"{table}: {note}", file=sys.stderr)
     if params is None and not any(task.targets for task in results.tasks.values()):
         raise InputError("there is no run to predict: give --params with --tokens, or mark rows in a column held_out")
-    with progress_bar("fit", len(results.tasks)) as advance:
+    fitted = sum(not tasks or key.task in tasks for key in results.tasks)
+    with progress_bar("fit", max(fitted, 1)) as advance:
         fit = fit_downstream(
             results, tasks=tasks, bootstraps=bootstraps, seed=seed, widest=widest / 100, advance=advance
         )
