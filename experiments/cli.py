@@ -23,7 +23,7 @@ from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
 from experiments.commands.repeated import each_once
-from experiments.commands.scaling import fit, predict
+from experiments.commands.scaling import downstream, fit, predict
 from experiments.commands.scaling import plan as scaling_plan
 from experiments.commands.scaling import report as scaling_report
 from experiments.commands.scaling import run as scaling_run
@@ -79,6 +79,7 @@ COMMANDS: Tree = {
             "run": scaling_run.run,
             "fit": fit.fit,
             "predict": predict.predict,
+            "downstream": downstream.downstream,
             "report": scaling_report.report,
         },
     ),

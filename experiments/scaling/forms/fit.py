@@ -16,7 +16,7 @@ from experiments.scaling.forms.form import LARGEST_RATE, Features, LawForm, Solv
 from experiments.scaling.forms.registry import get
 from experiments.scaling.forms.rows import UsableRuns, frontier, reason_against, resample, usable
 from experiments.scaling.forms.terms import evaluate
-from experiments.scaling.law.huber import Minimum, best_of, newton
+from experiments.scaling.law.huber import MAX_ITERATIONS, Minimum, best_of, newton
 from experiments.scaling.law.intervals import Intervals, exponential, intervals_of
 from experiments.scaling.law.parametric import check_settings
 from experiments.scaling.rows.table import Table
@@ -46,10 +46,13 @@ class FormProblem:
         """The form's starts at this table."""
         return self.form.starts(self.features, self.log_loss, self.scale)
 
-    def minimise(self, theta: np.ndarray, weights: np.ndarray | None = None) -> Minimum:
+    def minimise(
+        self, theta: np.ndarray, weights: np.ndarray | None = None, *, max_iterations: int = MAX_ITERATIONS
+    ) -> Minimum:
         """Return every problem's minimum from its own start; `weights` [problems, rows]: how often each run counts;
         None: once.
         """
+        limits: dict[str, Any] = {"delta": self.delta, "max_iterations": max_iterations}
         lower, upper = self.form.bounds(self.scale)
 
         def derivatives(theta: np.ndarray, weights: np.ndarray):
@@ -63,14 +66,17 @@ class FormProblem:
         for i in range(0, len(theta), block):
             start = theta[i : i + block]
             weight = np.ones((len(start), rows)) if weights is None else weights[i : i + block]
-            parts.append(newton(derivatives, start, weight, delta=self.delta, lower=lower, upper=upper))
+            parts.append(newton(derivatives, start, weight, lower=lower, upper=upper, **limits))
         return Minimum(*(np.concatenate([getattr(part, key) for part in parts]) for key in Minimum.__annotations__))
 
-    def refit(self, best: np.ndarray, weights: Float[np.ndarray, "draws rows"]) -> np.ndarray:
+    def refit(
+        self, best: np.ndarray, weights: Float[np.ndarray, "draws rows"], *, max_iterations: int = MAX_ITERATIONS
+    ) -> np.ndarray:
         """Return scaled θ of every weighting: the lowest minimum from `best` and a few starts of the grid."""
         picks = np.linspace(0, len(self.grid) - 1, self.form.extra_starts + 2)[1:-1].astype(int)
         first = np.concatenate([best[None], self.grid[picks]])
-        end = self.minimise(np.tile(first, (len(weights), 1)), np.repeat(weights, len(first), axis=0))
+        batch = np.tile(first, (len(weights), 1)), np.repeat(weights, len(first), axis=0)
+        end = self.minimise(*batch, max_iterations=max_iterations)
         lowest = end.objective.reshape(len(weights), len(first)).argmin(1)
         return end.theta.reshape(len(weights), len(first), -1)[np.arange(len(weights)), lowest]
 

@@ -1,13 +1,14 @@
 """Find the columns of a table and read the numbers in them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.scaling.rows.numerals import unit_of
 from model.errors import InputError
 
+MOST_LISTED = 20  # columns of a table in a message
 ALIASES = {
     "params": ("params", "n", "n_params", "num_params", "model_size", "parameters", "num_parameters", "total_params"),
     "tokens": (
@@ -27,15 +28,17 @@ ALIASES = {
 underscores, and without the config. and summary. of Weights & Biases."""
 
 
-def find_column(path: Path, role: str, wanted: str, present: Sequence[str]) -> str:
-    """Return the column for a role of `ALIASES`: the given name, or if the default name is absent, its alias.
+def find_column(
+    path: Path, role: str, wanted: str, present: Sequence[str], aliases: Mapping[str, Sequence[str]] = ALIASES
+) -> str:
+    """Return the column for a role of `aliases`: the given name, or if the default name is absent, its alias.
 
     An absent given name is returned unchanged; `require` raises for it. Raises `InputError` if several aliases are
     present.
     """
     if wanted in present or wanted != role:
         return wanted
-    found = [column for column in present if _plain(column) in ALIASES.get(role, ())]
+    found = [column for column in present if _plain(column) in aliases.get(role, ())]
     if len(found) > 1:
         raise InputError(
             f"{path} has no column {role!r}, and {' as well as '.join(map(repr, found))} could be it; "
@@ -72,9 +75,10 @@ def require(path: Path, names: Iterable[str], present: Sequence[str]) -> None:
         hint += f"; {training!r} is a training loss: if nothing else is there, name it with --loss"
     if "loss" in missing and plain & {"perplexity", "ppl", "bpb", "bits_per_byte"}:
         hint += "; a loss is in nats per token, such as the logarithm of the perplexity"
+    more = f" and {len(present) - MOST_LISTED} more" if len(present) > MOST_LISTED else ""
     raise InputError(
         f"{path} has no column {' or '.join(repr(name) for name in missing)}; "
-        f"its columns are {', '.join(repr(column) for column in present)}{hint}"
+        f"its columns are {', '.join(map(repr, present[:MOST_LISTED]))}{more}{hint}"
     )
 
 
