@@ -121,14 +121,18 @@ def read_requests(file: Path, limit: int | None = None) -> list[TaskRequest]:
             if row["request_type"] == "loglikelihood" and row["doc_id"] < _UNCONDITIONAL
         ]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
-        raise InputError(f"{file} is not a file of OLMES requests, requests.jsonl or requests.jsonl.gz: {error}") from error
+        raise InputError(
+            f"{file} is not a file of OLMES requests, requests.jsonl or requests.jsonl.gz: {error}"
+        ) from error
     kept = list(dict.fromkeys(request.document for request in found))[:limit]
     if not kept:
         raise InputError(f"{file} has no log-likelihood requests")
     return [request for request in found if request.document in set(kept)]
 
 
-def draw_shots(requests: Sequence[TaskRequest], others: Sequence[TaskRequest], shots: int, seed: int) -> list[TaskRequest]:
+def draw_shots(
+    requests: Sequence[TaskRequest], others: Sequence[TaskRequest], shots: int, seed: int
+) -> list[TaskRequest]:
     """Return the requests with other shots before each question, drawn for each document among those of `others`.
 
     All requests of a document have the same shots; a shot is a question, a space and its correct choice.
@@ -161,10 +165,11 @@ def bench_evaluate(
 ) -> EvaluationComparison:
     """Return the time that ours and lm-evaluation-harness need for the log-probabilities of the same texts.
 
-    files: of requests, see `read_requests`. limit: first documents of each. drawn_shots: a number of shots that is drawn
-    for each document, instead of the shots of the file. Theirs runs in a process of its own, on the CPU in float32, with
-    as many threads as there are cores, at the fastest of `their_batch_sizes` on a sample of the requests. Each turn is
-    a whole call on texts, as both encode and score them; our first call, which compiles, is not among the samples.
+    files: of requests, see `read_requests`. limit: first documents of each. drawn_shots: a number of shots that is
+    drawn for each document, instead of the shots of the file. Theirs runs in a process of its own, on the CPU in
+    float32, with as many threads as there are cores, at the fastest of `their_batch_sizes` on a sample of the requests.
+    Each turn is a whole call on texts, as both encode and score them; our first call, which compiles, is not among the
+    samples.
     Raises InputError if lm-eval, PyTorch or Transformers is missing, and RuntimeError if the answers differ.
     """
     check_at_least_one(batch_size=batch_size, rounds=rounds, **{f"batch size {n}": n for n in their_batch_sizes})

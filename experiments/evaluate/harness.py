@@ -1,7 +1,9 @@
 """Let lm-evaluation-harness drive our models through its own interface, without PyTorch.
 
-From Python: `lm_eval.simple_evaluate(model=HarnessModel("runs/first"), tasks=["arc_easy"])`. From the command line, with
-all options of `lm_eval run`: `python -m experiments.evaluate.harness --model_args pretrained=runs/first --tasks arc_easy`.
+From Python: `lm_eval.simple_evaluate(model=HarnessModel("runs/first"), tasks=["arc_easy"])`. From the command line,
+with all options of `lm_eval run`:
+
+    python -m experiments.evaluate.harness --model_args pretrained=runs/first --tasks arc_easy
 """
 
 import os
@@ -158,9 +160,9 @@ class HarnessModel(TemplateLM):
                 texts[continuation, False] = None
         # All texts are encoded at once, by several threads; `tok_encode` then finds them here.
         for added in (False, True):
-            part = [text for text in texts if text[1] == added]
-            ids = self.tokenizer.encode_batch([text for text, _ in part], special=True, add_special_tokens=added)
-            self._encoded.update(zip(part, ids, strict=True))
+            keys = [key for key in texts if key[1] == added]
+            ids = self.tokenizer.encode_batch([text for text, _ in keys], special=True, add_special_tokens=added)
+            self._encoded.update(zip(keys, ids, strict=True))
         try:
             return super().loglikelihood(requests, disable_tqdm=True)
         finally:
@@ -191,9 +193,9 @@ class HarnessModel(TemplateLM):
         pairs = [self._fitted(number, *request) for number, request in enumerate(requests)]
         found = score(self.config, self.params, pairs, batch_size=self.batch_size, execution=self.execution)
         answers = list(zip(found.logprobs.tolist(), found.greedy.tolist(), strict=True))
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def _fitted(
@@ -212,7 +214,9 @@ class HarnessModel(TemplateLM):
                 f"request {number}, {texts!r:.100}, has a continuation of {len(continuation)} tokens, more than "
                 f"max_length={self.max_length}; shorten it"
             )
-        row = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]  # the last token is predicted, not read
+        row = ((context or [self.prefix_token_id]) + continuation)[
+            -(self.max_length + 1) :
+        ]  # the last token is predicted, not read
         return row[: -len(continuation)], continuation
 
     def generate_until(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[str]:

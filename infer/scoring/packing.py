@@ -53,12 +53,22 @@ class PackedBatch:
 
 
 class PackedShape(NamedTuple):
-    """The padded shape of a packed batch. targets: of a row. stem_width: tokens of a stem; 0: no stems."""
+    """The padded shape of a packed batch.
+
+    parts: equal numbers of consecutive rows, which a mesh keeps apart. targets: of a part. stem_width: tokens of a
+    stem; 0: no stems.
+    """
 
     rows: int
     width: int
     targets: int
     stem_width: int = 0
+    parts: int = 1
+
+    def part(self, row: int) -> tuple[int, int]:
+        """Return the part of a row, and the index of the row's first token in the part."""
+        rows = self.rows // self.parts
+        return row // rows, row % rows * self.width
 
     @property
     def cost(self) -> int:
@@ -101,7 +111,9 @@ def _trees(rows: Sequence[ScoredRow], shared: Sequence[SharedPrefix]) -> dict[by
     for one in shared:
         tokens = rows[one.low].tokens
         prefix, stem = tokens[one.stem_length : one.length], tokens[: one.stem_length]
-        branches = [rows[number]._replace(tokens=rows[number].tokens[one.length :]) for number in range(one.low, one.high)]
+        branches = [
+            rows[number]._replace(tokens=rows[number].tokens[one.length :]) for number in range(one.low, one.high)
+        ]
         longest = len(prefix) + max(len(branch.tokens) for branch in branches)
         most = max(_MOST_REPEATED, min(2 * longest, _WIDEST))
         of_stem = trees.setdefault(stem.tobytes(), [])
@@ -135,21 +147,29 @@ def _plan(
         classes.append((padded_length(largest, _WIDEST), lambda tree: tree.size > width))
     plan: PackedPlan = []
     for row_width, belongs in classes:
-        packed = {stem: _packed([tree for tree in of_stem if belongs(tree)], row_width) for stem, of_stem in trees.items()}
+        packed = {
+            stem: _packed([tree for tree in of_stem if belongs(tree)], row_width) for stem, of_stem in trees.items()
+        }
         packed = {stem: rows for stem, rows in packed.items() if rows}
         if not packed:
             continue
         tokens = min(most_tokens, _MOST_PAIRS // (row_width + stem_width))
         most = max(1, tokens // row_width // limits.multiple) * limits.multiple
         size = _rows_of_a_batch([len(rows) for rows in packed.values()], most, limits.multiple)
-        targets = max(sum(tree.targets for tree in row) for rows in packed.values() for row in rows)
-        shape = PackedShape(size, row_width, padded_length(targets, row_width), stem_width)
         batches = [
             PackedBatch(rows[start : start + size], array)
             for stem, rows in sorted(packed.items())
             for array in [np.frombuffer(stem, np.int32)]
             for start in range(0, len(rows), size)
         ]
+        in_part = size // limits.multiple
+        targets = max(
+            sum(tree.targets for row in batch.rows[start : start + in_part] for tree in row)
+            for batch in batches
+            for start in range(0, size, in_part)
+        )
+        most_targets = in_part * row_width
+        shape = PackedShape(size, row_width, padded_length(targets, most_targets), stem_width, limits.multiple)
         plan.append((shape, batches))
     return plan
 
@@ -182,19 +202,19 @@ def _rows_of_a_batch(counts: Sequence[int], most: int, multiple: int) -> int:
 
 
 class Place(NamedTuple):
-    """Where a request's scores are in the outputs of a batch: `count` targets of a row, from `first` on."""
+    """Where a request's scores are in the outputs of a batch: `scored` targets of a row or part, from `first` on."""
 
     number: int
     row: int
     first: int
-    count: int
+    scored: int
 
 
 class PackedArrays(NamedTuple):
-    """A packed batch as int32 arrays [rows, width], and [rows, targets] for the last two.
+    """A packed batch as int32 arrays [rows, width], and [parts, targets] for the last two.
 
     positions: in the text, the stem included. trees: number of a token's tree in its row, from 1; 0: padding. branches:
-    of its branch in the tree, from 1; 0: the prefix. predicting: index in its row of the token that predicts a target.
+    of its branch in the tree, from 1; 0: the prefix. predicting: index in its part of the token that predicts a target.
     """
 
     tokens: np.ndarray
@@ -209,22 +229,23 @@ def packed_arrays(batch: PackedBatch, shape: PackedShape) -> tuple[PackedArrays,
     """Return the arrays of a batch, and where each request's scores will be."""
     wide = [np.zeros((shape.rows, shape.width), np.int32) for _ in range(4)]
     tokens, positions, trees, branches = wide
-    targets, predicting = (np.zeros((shape.rows, shape.targets), np.int32) for _ in range(2))
+    targets, predicting = (np.zeros((shape.parts, shape.targets), np.int32) for _ in range(2))
     places = []
+    scored_in = [0] * shape.parts
     for number, row in enumerate(batch.rows):
-        scored = 0
+        part, offset = shape.part(number)
         for begin, length, position, tree, branch, source in _parts(row, len(batch.stem)):
             here = slice(begin, begin + length)
             tokens[number, here] = row[tree - 1].prefix if source is None else source.tokens
             positions[number, here] = np.arange(position, position + length)
             trees[number, here], branches[number, here] = tree, branch
             if source is not None:
-                count = len(source.targets)
-                targets[number, scored : scored + count] = source.targets
-                # The last token predicts the last target.
-                predicting[number, scored : scored + count] = np.arange(begin + length - count, begin + length)
-                places.append(Place(source.number, number, scored, count))
-                scored += count
+                count, scored = len(source.targets), scored_in[part]
+                targets[part, scored : scored + count] = source.targets
+                end = offset + begin + length  # the last token predicts the last target
+                predicting[part, scored : scored + count] = np.arange(end - count, end)
+                places.append(Place(source.number, part, scored, count))
+                scored_in[part] += count
     return PackedArrays(tokens, positions, trees, branches, targets, predicting), places
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from infer.scoring.batches import BatchPlan, Limits, Prefix, ScoredRow, plan_branches, plan_rows
-from infer.scoring.packing import PackedPlan, PackedShape, batch_tokens, plan_packed
+from infer.scoring.packing import PackedBatch, PackedPlan, batch_tokens, plan_packed
 from infer.scoring.prefixes import SharedPrefix, packed_prefixes, shared_prefixes
 from infer.scoring.requests import IdPair
 from model import ModelConfig
@@ -37,7 +37,7 @@ def plan_decoder(pairs: Sequence[IdPair], limits: Limits, share: bool) -> BatchP
     plans: list[BatchPlan | PackedPlan] = [_plan_shared(rows, choice, limits) for choice in choices if choice]
     prefixes = packed_prefixes([row.tokens for row in rows], shareable, batch_tokens(rows, limits))
     plans.append(plan_packed(rows, prefixes, limits))
-    best = min(filter(None, plans), key=tokens_read, default=whole)
+    best = min((plan for plan in plans if plan), key=tokens_read, default=whole)
     return best if tokens_read(best) <= WORTH_BRANCHING * tokens_read(whole) else whole
 
 
@@ -45,10 +45,10 @@ def tokens_read(plan: BatchPlan | PackedPlan) -> int:
     """Return the tokens that the programs of a plan read, including padding."""
     total = 0
     for shape, batches in plan:
-        if isinstance(shape, PackedShape):
-            stems = {id(batch.stem) for batch in batches}
-        else:
-            stems = {id(prefix.stem) for batch in batches for prefix in batch.prefixes}
+        stems: set[int] = set()
+        for batch in batches:
+            ends = [batch.stem] if isinstance(batch, PackedBatch) else [prefix.stem for prefix in batch.prefixes]
+            stems.update(map(id, ends))
         total += shape.cost * len(batches) + shape.stem_width * len(stems)
     return total
 

@@ -65,7 +65,8 @@ def packed_prefixes(rows: Sequence[np.ndarray], shareable: Sequence[int], batch_
     tokens = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     decided: list[tuple[int, int, list[_Node]]] = []  # (low, tokens saved, stems) of disjoint nodes, left to right
     for node in nodes:
-        below_saved, below = 0, []
+        below_saved = 0
+        below: list[_Node] = []
         while decided and decided[-1][0] >= node.low:
             _, saved, stems = decided.pop()
             below_saved, below = below_saved + saved, stems + below

@@ -13,7 +13,7 @@ from infer.prompts import CHUNK
 from model import Execution, KVCache, ModelConfig, Params, head, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
-from model.sharding import constrain, parts_of
+from model.sharding import constrain
 from model.transformer import forward, forward_branches, forward_cached, forward_packed
 
 _MOST_LOGITS = 2**25  # in memory at a time
@@ -96,17 +96,18 @@ def score_packed(
     positions: Int[Array, "batch seq"],
     trees: Int[Array, "batch seq"],
     branches: Int[Array, "batch seq"],
-    targets: Int[Array, "batch scored"],
-    predicting: Int[Array, "batch scored"],
+    targets: Int[Array, "parts scored"],
+    predicting: Int[Array, "parts scored"],
     stem: KVCache | None = None,
     *,
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
     """Score the targets of packed rows, all of which follow one stem: see `_scored` and `packing.PackedArrays`."""
-    parts = parts_of("batch")
+    parts = targets.shape[0]
     cache = init_cache(config, parts, 1) if stem is None else take(stem, jnp.zeros(parts, jnp.int32))
     hidden = forward_packed(config, params, tokens, positions, trees, branches, cache)
+    hidden = hidden.reshape(parts, -1, hidden.shape[-1])
     return _scored(config, params, hidden, targets, predicting, top_k, execution)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -76,14 +76,14 @@ def score(
         parts = parts_of("batch")
         limits = Limits(-(-batch_size // parts) * parts, parts, config.max_seq_len)
         if config.stack == "encoder-decoder":
-            plan = plan_encoder_decoder(config, list(unique.values()), limits, share_prefixes)
+            plan: BatchPlan | PackedPlan = plan_encoder_decoder(config, list(unique.values()), limits, share_prefixes)
         else:
             plan = plan_decoder(list(unique.values()), limits, share_prefixes)
         found: dict[int, tuple[np.ndarray, ...]] = {}
         scored = _run_batches(config, params, plan, top_k, execution)
         for places, arrays in _with_progress_bar(scored, sum(len(batches) for _, batches in plan)):
             for place in places:
-                here = slice(place.first, place.first + place.count)
+                here = slice(place.first, place.first + place.scored)
                 found[place.number] = tuple(array[place.row, here] for array in arrays)
     return _scores([found[number_of[_pair_key(pair)]] for pair in pairs], top_k)
 
@@ -128,33 +128,31 @@ def _run_batches(
     launched: list[tuple[list[Place], Any]] = []
     options: dict[str, Any] = {"top_k": top_k, "execution": execution}
 
-    def launch_rows(
-        shape: BatchShape, batch: Batch, caches: _PrefixCaches
-    ) -> tuple[list[Place], tuple[jax.Array, ...]]:
-        rows = {}
-        for number, group in enumerate(batch.groups):
-            for place, row in enumerate(group):
-                rows[number * shape.size + place] = row
-        tokens, lengths = _padded({place: row.tokens for place, row in rows.items()}, shape.rows, shape.width)
-        targets, counts = _padded({place: row.targets for place, row in rows.items()}, shape.rows, shape.targets)
-        # The last token predicts the last target: with 5 tokens and 2 targets, token 3 predicts the first target.
-        first = lengths - counts
-        outputs = score_rows(config, params, tokens, lengths, targets, first, *caches.read(batch), **options)
-        return [Place(row.number, place, 0, len(row.targets)) for place, row in rows.items()], outputs
+    def launch_rows(shape: BatchShape, batches: Sequence[Batch]) -> Iterator[tuple[list[Place], Any]]:
+        caches = _PrefixCaches(config, params, shape, execution)
+        for batch in batches:
+            rows = {}
+            for number, group in enumerate(batch.groups):
+                for place, row in enumerate(group):
+                    rows[number * shape.size + place] = row
+            tokens, lengths = _padded({place: row.tokens for place, row in rows.items()}, shape.rows, shape.width)
+            targets, counts = _padded({place: row.targets for place, row in rows.items()}, shape.rows, shape.targets)
+            # The last token predicts the last target: with 5 tokens and 2 targets, token 3 predicts the first target.
+            first = lengths - counts
+            outputs = score_rows(config, params, tokens, lengths, targets, first, *caches.read(batch), **options)
+            yield [Place(row.number, place, 0, len(row.targets)) for place, row in rows.items()], outputs
 
-    def launch_packed(
-        shape: PackedShape, batch: PackedBatch, caches: _StemCache
-    ) -> tuple[list[Place], tuple[jax.Array, ...]]:
-        arrays, places = packed_arrays(batch, shape)
-        return places, score_packed(config, params, *arrays, caches.read(batch.stem), **options)
+    def launch_packed(shape: PackedShape, batches: Sequence[PackedBatch]) -> Iterator[tuple[list[Place], Any]]:
+        stems = _StemCache(config, params, shape.stem_width, execution)
+        for batch in batches:
+            arrays, places = packed_arrays(batch, shape)
+            yield places, score_packed(config, params, *arrays, stems.read(batch.stem), **options)
 
     for shape, batches in plan:
         if isinstance(shape, PackedShape):
-            stem = _StemCache(config, params, shape.stem_width, execution)
-            launches = (launch_packed(shape, batch, stem) for batch in batches)
+            launches = launch_packed(shape, cast("list[PackedBatch]", batches))
         else:
-            caches = _PrefixCaches(config, params, shape, execution)
-            launches = (launch_rows(shape, batch, caches) for batch in batches)
+            launches = launch_rows(shape, cast("list[Batch]", batches))
         for launch in launches:
             launched.append(launch)
             if len(launched) > _AHEAD:

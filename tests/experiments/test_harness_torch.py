@@ -16,7 +16,17 @@ from lm_eval.models.huggingface import HFLM
 from experiments.evaluate.harness import HarnessModel
 
 pytestmark = pytest.mark.long
-CONTEXTS = ("", "The people of the", "Two spaces  ", "A line\n", "goo", "日本語の", "naïve café 👩‍👩‍👧", "<|user|>We</s>", "<s>The")
+CONTEXTS = (
+    "",
+    "The people of the",
+    "Two spaces  ",
+    "A line\n",
+    "goo",
+    "日本語の",
+    "naïve café 👩‍👩‍👧",
+    "<|user|>We</s>",
+    "<s>The",
+)
 CONTINUATIONS = (" nation", "d morning", "  two", "文章", " e\u0301 👍🏽", "\n\nof 1234 states", "</s>")
 
 
@@ -60,7 +70,11 @@ def test_log_likelihoods_are_theirs_in_any_order_and_batch(own, theirs, requests
 
 
 def test_texts_of_any_length_and_continuations_are_theirs(own, theirs, requests):
-    texts = ["one", "日本語の文章", *(context + continuation for context, continuation in (r.args for r in requests[60:70]))]
+    texts = [
+        "one",
+        "日本語の文章",
+        *(context + continuation for context, continuation in (r.args for r in requests[60:70])),
+    ]
     rolling = [SimpleNamespace(args=(text,), task_name=None) for text in texts]
     expected = theirs.loglikelihood_rolling(rolling, disable_tqdm=True)
     np.testing.assert_allclose(own.loglikelihood_rolling(rolling), expected, rtol=1e-5)

@@ -261,23 +261,29 @@ def test_packed_prefixes_share_any_token_and_stems_many():
     assert packed_prefixes([], [], 100) == []
 
 
-@pytest.mark.parametrize("size", [1, 4, 16])
-def test_packed_rows_hold_every_request_once_and_whole(size):
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (4, 1), (16, 2)])
+def test_packed_rows_hold_every_request_once_and_whole(size, parts):
     texts = sorted(([*context, *continuation] for context, continuation in many()), key=lambda text: text[:-1])
-    rows = [ScoredRow(number, np.array(text[:-1], np.int32), np.array(text[-1:], np.int32)) for number, text in enumerate(texts)]
-    limits = Limits(size, 1, 128)
-    plan = plan_packed(rows, packed_prefixes([row.tokens for row in rows], [len(row.tokens) - 1 for row in rows], 100), limits)
+    rows = [
+        ScoredRow(number, np.array(text[:-1], np.int32), np.array(text[-1:], np.int32))
+        for number, text in enumerate(texts)
+    ]
+    limits = Limits(size, parts, 128)
+    plan = plan_packed(
+        rows, packed_prefixes([row.tokens for row in rows], [len(row.tokens) - 1 for row in rows], 100), limits
+    )
     found = []
     for shape, batches in plan:
         for batch in batches:
             assert len(batch.rows) <= shape.rows
             arrays, places = packed_arrays(batch, shape)
             for place in places:
-                last = arrays.predicting[place.row, place.first + place.count - 1]
-                tree, branch = arrays.trees[place.row], arrays.branches[place.row]
+                row, last = divmod(arrays.predicting[place.row, place.first + place.scored - 1], shape.width)
+                row += place.row * shape.rows // parts
+                tree, branch = arrays.trees[row], arrays.branches[row]
                 mine = (tree == tree[last]) & ((branch == 0) | (branch == branch[last]))
-                tokens = [*batch.stem, *arrays.tokens[place.row][mine]]
-                positions = arrays.positions[place.row][mine]
+                tokens = [*batch.stem, *arrays.tokens[row][mine]]
+                positions = arrays.positions[row][mine]
                 np.testing.assert_array_equal(tokens, rows[place.number].tokens)
                 np.testing.assert_array_equal(positions, np.arange(len(batch.stem), len(tokens)))
                 assert arrays.targets[place.row, place.first] == rows[place.number].targets[0]

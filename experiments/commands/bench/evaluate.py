@@ -68,7 +68,16 @@ def evaluate(
     numbers = result.to_dict()
     about["versions"] |= numbers.pop("versions")
     write_document(json, about | numbers)
-    names = ("requests of", "contender", "batch", "requests/s", "seconds", "isoflop over this", "by CPU time", "first call")
+    names = (
+        "requests of",
+        "contender",
+        "batch",
+        "requests/s",
+        "seconds",
+        "isoflop over this",
+        "by CPU time",
+        "first call",
+    )
     table = new_table(*names, title=f"medians of {rounds} interleaved rounds (lowest … highest ratio)")
     for task in result.tasks:
         for row in task.contenders:
