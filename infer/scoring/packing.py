@@ -17,6 +17,7 @@ from infer.scoring.prefixes import SharedPrefix
 
 _WIDEST = 2048  # tokens of a packed row: its attention is not computed in pieces
 _MOST_PAIRS = 2**24  # of a query and a key in a batch, per head
+_WORTH_A_PROGRAM = 0.9  # a second width leaves at most this fraction of the cost
 _NARROWEST = 128  # tokens of a packed row, if the trees are small
 _MOST_REPEATED = 512  # tokens of a tree, or twice those of its prefix and longest branch: a larger one is divided
 _INT32 = 4  # bytes
@@ -95,7 +96,8 @@ def plan_packed(rows: Sequence[ScoredRow], shared: Sequence[SharedPrefix], limit
     plans = [_plan(trees, width, largest, most_tokens, limits, stem_width) for width in _widths(largest)]
 
     def cost(plan: PackedPlan) -> float:
-        return sum(shape.cost * len(batches) * (1 + shape.width * _TOKENS_PER_KEY) for shape, batches in plan)
+        tokens = sum(shape.cost * len(batches) * (1 + shape.width * _TOKENS_PER_KEY) for shape, batches in plan)
+        return tokens if len(plan) == 1 else tokens / _WORTH_A_PROGRAM
 
     return min(plans, key=cost)
 

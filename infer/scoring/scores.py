@@ -56,10 +56,11 @@ def score(
     the encoder reads the context, and the decoder the continuation after `decoder_start_token_id`.
 
     batch_size: rows per pass, rounded up to a multiple that the mesh divides, and to whole groups of rows with a common
-    prefix. top_k: number of most likely tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once
-    into a cache where that saves a fifth of the work; False: never. execution: if it has a mesh, params are placed over
-    it; otherwise the programs run where params are, prepared (`prepare`) or not. With several processes, each calls
-    with the same requests and gets all results.
+    prefix; packed rows have at most as many tokens as that many of the longest requests. top_k: number of most likely
+    tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once, in rows packed with several
+    requests or into a cache, where that saves a fifth of the work; False: never. execution: if it has a mesh, params
+    are placed over it; otherwise the programs run where params are, prepared (`prepare`) or not. With several
+    processes, each calls with the same requests and gets all results.
 
     A call compiles at most four programs; lengths are rounded up, so that most calls share them. Batches depend on the
     set of requests only: neither their order nor the padding changes any bit. Another batch_size, other requests in the

@@ -47,7 +47,9 @@ from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
 absent = ("torch", "transformers")
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in absent else find_spec(name, *rest)
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.split(".")[0] in absent else find_spec(name, *rest)
+)
 from experiments.evaluate.harness import main
 main()
 assert not set(absent) & set(sys.modules)
