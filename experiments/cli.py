@@ -19,6 +19,7 @@ import tyro
 from experiments.commands import compare, data, doctor, evaluate, generate, report, study, train, tune
 from experiments.commands.bench import compare as bench_compare
 from experiments.commands.bench import decode
+from experiments.commands.bench import evaluate as bench_evaluate
 from experiments.commands.bench import score as bench_score
 from experiments.commands.bench import train as bench_train
 from experiments.commands.models import compress, convert, coordcheck, merge, show
@@ -88,6 +89,7 @@ COMMANDS: Tree = {
         {
             "decode": decode.decode,
             "score": bench_score.score,
+            "evaluate": bench_evaluate.evaluate,
             "train": bench_train.train,
             "compare": bench_compare.compare,
         },

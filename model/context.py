@@ -126,6 +126,37 @@ def with_cache(
     return contexts
 
 
+def packed_after_cache(
+    config: ModelConfig,
+    stack: dict[str, Any],
+    kinds: Sequence[LayerKind],
+    cache: KVCache,
+    positions: Int[Array, "batch seq"],
+    trees: Int[Array, "batch seq"],
+    branches: Int[Array, "batch seq"],
+) -> dict[str, Context]:
+    """Return {name of a kind: its context} for rows of packed trees, all of which continue rows of the cache.
+
+    The batch has a whole number of rows for each row of the cache, consecutive ones; nothing is written. trees: 0 is
+    padding. branches: 0 is the prefix of a tree, which its branches see; they do not see one another.
+    """
+    lengths = jnp.repeat(cache.lengths, positions.shape[0] // cache.lengths.shape[0])
+    same_tree = (trees[:, :, None] == trees[:, None, :]) & (trees > 0)[:, :, None]
+    related = same_tree & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
+    contexts = {}
+    for kind in dict.fromkeys(kinds):
+        stored = ring_positions(lengths[:, None] - 1, cache.slots_of(kinds.index(kind)))
+        before = (stored >= 0)[:, None, :] & (trees > 0)[:, :, None]
+        keys = jnp.concatenate([stored, positions], axis=1)
+        contexts[kind.name] = Context(
+            mask=jnp.concatenate([before, related], axis=2) & _visible(positions, keys, kind.window),
+            bias=_bias(config, stack, kind, positions, keys),
+            rotary=_rotary(config, kind, positions),
+            real=trees > 0,
+        )
+    return contexts
+
+
 def _visible(queries: Array, keys: Array, window: int | None) -> Bool[Array, "rows seq key"]:
     """Return whether the key at a position is neither after a query's position nor before its window."""
     distance = queries[:, :, None] - keys[:, None, :]

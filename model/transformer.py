@@ -13,7 +13,7 @@ from model.ambient import lenient
 from model.block import Block
 from model.cache import KVCache
 from model.config import ModelConfig
-from model.context import whole_rows, with_cache
+from model.context import packed_after_cache, whole_rows, with_cache
 from model.dropout import Dropout
 from model.embedding import Embedding
 from model.errors import InputError
@@ -252,6 +252,29 @@ def forward_branches(
     contexts = with_cache(config, params, kinds, cache, real, encoder_mask=encoder_mask, branches=branches)
     positions = jnp.repeat(cache.lengths, branches)[:, None] + jnp.arange(seq)[None]
     x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=real)
+    x, _ = _run_cached_layers(config, params, kinds, x, contexts, cache, {})
+    return _final_norm(config, params, x)
+
+
+@lenient()
+def forward_packed(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    positions: Int[Array, "batch seq"],
+    trees: Int[Array, "batch seq"],
+    branches: Int[Array, "batch seq"],
+    cache: KVCache,
+) -> Float[Array, "batch seq d_model"]:
+    """Return the final hidden states of rows of packed trees that continue rows of a cache, without writing to it.
+
+    A tree is a prefix, of branch 0, and branches that continue it: a token attends to the row of the cache, the prefix
+    of its tree and its own branch. positions: in the text, the cache's tokens included. trees: 0 is padding. The rows
+    belong to the rows of the cache as in `forward_branches`.
+    """
+    kinds = layer_kinds(config)
+    contexts = packed_after_cache(config, params, kinds, cache, positions, trees, branches)
+    x = Embedding(config).apply({"params": params["embedding"]}, tokens, positions, real=trees > 0)
     x, _ = _run_cached_layers(config, params, kinds, x, contexts, cache, {})
     return _final_norm(config, params, x)
 

@@ -14,12 +14,13 @@ ENABLES = {
     "study": "isoflop study, data prepare sotu",
     "parquet": "data prepare FILE.parquet, tables in Parquet",
     "hub": "data prepare hf:OWNER/NAME",
+    "eval": "lm-evaluation-harness on our models (python -m experiments.evaluate.harness)",
     "wandb": "train --wandb PROJECT",
     "search": "sweep run --sampler gp or cmaes, fANOVA in sweep report",
     "cuda": "one or more NVIDIA GPUs",
     "cluster": "sweep run --launcher slurm, --storage postgresql+psycopg://…",
     "dashboard": "optuna-dashboard sqlite:///SWEEP/ledger.db",
-    "peers": "bench decode and bench train with --against, in this Python",
+    "peers": "bench decode, train and evaluate with --against, in this Python",
     "test": "make test",
 }
 """What each extra of pyproject.toml is for; its packages are read from the installation."""

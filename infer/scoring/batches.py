@@ -105,15 +105,6 @@ def padded_length(length: int, most: int) -> int:
     return min(rounded, most)
 
 
-def tokens_read(plan: BatchPlan) -> int:
-    """Return the tokens that the programs of a plan read, including padding."""
-    total = 0
-    for shape, batches in plan:
-        stems = {id(prefix.stem) for batch in batches for prefix in batch.prefixes}
-        total += shape.cost * len(batches) + shape.stem_width * len(stems)
-    return total
-
-
 def plan_rows(rows: Iterable[ScoredRow], limits: Limits, programs: int = MOST_PROGRAMS) -> BatchPlan:
     """Put whole rows into batches, longest first, in at most `programs` shapes."""
     ordered, size = [[row] for row in sorted(rows, key=_row_order)], limits.groups

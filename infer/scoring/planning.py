@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from infer.scoring.batches import BatchPlan, Limits, Prefix, ScoredRow, plan_branches, plan_rows, tokens_read
-from infer.scoring.prefixes import SharedPrefix, shared_prefixes
+from infer.scoring.batches import BatchPlan, Limits, Prefix, ScoredRow, plan_branches, plan_rows
+from infer.scoring.packing import PackedBatch, PackedPlan, batch_tokens, plan_packed
+from infer.scoring.prefixes import SharedPrefix, packed_prefixes, shared_prefixes
 from infer.scoring.requests import IdPair
 from model import ModelConfig
 
@@ -23,8 +24,8 @@ def plan_encoder_decoder(config: ModelConfig, pairs: Sequence[IdPair], limits: L
     return plan_branches(prefixes.values(), [], limits)
 
 
-def plan_decoder(pairs: Sequence[IdPair], limits: Limits, share: bool) -> BatchPlan:
-    """Return the plan that reads the fewest tokens: whole rows, or shared prefixes if these save a fifth."""
+def plan_decoder(pairs: Sequence[IdPair], limits: Limits, share: bool) -> BatchPlan | PackedPlan:
+    """Return the plan that reads the fewest tokens: whole rows, or packed or shared prefixes if these save a fifth."""
     rows = [ScoredRow(number, np.concatenate([*pair])[:-1], pair[1]) for number, pair in enumerate(pairs)]
     whole = plan_rows(rows, limits)
     if not share:
@@ -33,9 +34,23 @@ def plan_decoder(pairs: Sequence[IdPair], limits: Limits, share: bool) -> BatchP
     # The last token of a context is read with the continuation, since it predicts the first target.
     shareable = [len(row.tokens) - len(row.targets) for row in rows]
     choices = shared_prefixes([row.tokens for row in rows], shareable)
-    plans = [_plan_shared(rows, choice, limits) for choice in choices if choice]
-    best = min(plans, key=tokens_read, default=whole)
+    plans: list[BatchPlan | PackedPlan] = [_plan_shared(rows, choice, limits) for choice in choices if choice]
+    prefixes = packed_prefixes([row.tokens for row in rows], shareable, batch_tokens(rows, limits))
+    plans.append(plan_packed(rows, prefixes, limits))
+    best = min((plan for plan in plans if plan), key=tokens_read, default=whole)
     return best if tokens_read(best) <= WORTH_BRANCHING * tokens_read(whole) else whole
+
+
+def tokens_read(plan: BatchPlan | PackedPlan) -> int:
+    """Return the tokens that the programs of a plan read, including padding."""
+    total = 0
+    for shape, batches in plan:
+        stems: set[int] = set()
+        for batch in batches:
+            ends = [batch.stem] if isinstance(batch, PackedBatch) else [prefix.stem for prefix in batch.prefixes]
+            stems.update(map(id, ends))
+        total += shape.cost * len(batches) + shape.stem_width * len(stems)
+    return total
 
 
 def _plan_shared(rows: Sequence[ScoredRow], shared: Sequence[SharedPrefix], limits: Limits) -> BatchPlan:

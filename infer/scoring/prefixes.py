@@ -54,6 +54,53 @@ def shared_prefixes(
     return [SharedPrefix(node.low, node.high, node.depth) for node in chosen], _with_stems(nodes, tokens)
 
 
+def packed_prefixes(rows: Sequence[np.ndarray], shareable: Sequence[int], batch_tokens: int) -> list[SharedPrefix]:
+    """Return disjoint shared prefixes of all rows for packing, where sharing any token pays.
+
+    rows, shareable: as in `shared_prefixes`. A row that shares nothing is a prefix of no tokens. batch_tokens: most
+    tokens of a batch. All rows of a batch have one stem, so that a stem leaves up to half a batch of padding, which it
+    must save; and as many tokens as it has must follow it.
+    """
+    nodes = _tree(_common_lengths(rows, shareable), len(rows))
+    tokens = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    decided: list[tuple[int, int, list[_Node]]] = []  # (low, tokens saved, stems) of disjoint nodes, left to right
+    for node in nodes:
+        below_saved = 0
+        below: list[_Node] = []
+        while decided and decided[-1][0] >= node.low:
+            _, saved, stems = decided.pop()
+            below_saved, below = below_saved + saved, stems + below
+        saved = 0
+        longer = int(tokens[node.high] - tokens[node.low]) - (node.high - node.low) * node.depth
+        if node.depth >= WORTH_SHARING and longer >= node.depth:
+            without, _ = _cover(nodes[node.first : node.index + 1], tokens, node.low, node.high, 0, worth=1)
+            after, _ = _cover(nodes[node.first : node.index], tokens, node.low, node.high, node.depth, worth=1)
+            if after >= node.depth:
+                saved = without - after - node.depth - min(batch_tokens, after) // 2
+        if saved > below_saved:
+            below_saved, below = saved, [node]
+        decided.append((node.low, below_saved, below))
+    found: list[SharedPrefix] = []
+    end = 0
+    for stem in [stem for _, _, stems in decided for stem in stems]:
+        found += _packed(nodes, tokens, end, stem.low, 0)
+        found += _packed(nodes[stem.first : stem.index], tokens, stem.low, stem.high, stem.depth)
+        end = stem.high
+    return found + _packed(nodes, tokens, end, len(rows), 0)
+
+
+def _packed(nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, stem: int) -> list[SharedPrefix]:
+    """Return the shared prefixes of rows low … high − 1 that leave the fewest tokens to read after a stem."""
+    inside = [node for node in nodes if low <= node.low and node.high <= high]
+    _, chosen = _cover(inside, tokens, low, high, stem, worth=1)
+    found, done = [], low
+    for node in sorted(chosen, key=lambda node: node.low):
+        found += [SharedPrefix(row, row + 1, stem, stem) for row in range(done, node.low)]
+        found.append(SharedPrefix(node.low, node.high, node.depth, stem))
+        done = node.high
+    return found + [SharedPrefix(row, row + 1, stem, stem) for row in range(done, high)]
+
+
 def _common_lengths(rows: Sequence[np.ndarray], shareable: Sequence[int]) -> list[int]:
     """Return the number of shareable tokens that each row but the first has in common with the row before it."""
     lengths = []
@@ -83,11 +130,13 @@ def _tree(common_lengths: Sequence[int], rows: int) -> list[_Node]:
     return nodes
 
 
-def _cover(nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, base: int) -> tuple[int, list[_Node]]:
+def _cover(
+    nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, base: int, worth: int = WORTH_SHARING
+) -> tuple[int, list[_Node]]:
     """Return the fewest tokens to read for rows low … high − 1, and the disjoint nodes whose prefixes are read once.
 
     nodes: the candidates, in postorder. tokens[i]: number of tokens in the rows before row i. base: tokens at the
-    beginning of each row that have been read already.
+    beginning of each row that have been read already. worth: tokens that a node must save.
     """
     decided: list[tuple[int, int, int, list[_Node]]] = []  # (low, high, cost, chosen) of disjoint nodes, left to right
 
@@ -108,7 +157,7 @@ def _cover(nodes: Sequence[_Node], tokens: np.ndarray, low: int, high: int, base
         # The prefix is read once instead of in every row: three rows of 10 tokens that share 6 cost 30 − 2 · 6.
         saved = (node.high - node.low - 1) * node.depth
         shared_cost = int(tokens[node.high] - tokens[node.low]) - saved - base
-        if shared_cost <= cost - WORTH_SHARING:
+        if shared_cost <= cost - worth:
             cost, chosen = shared_cost, [node]
         decided.append((node.low, node.high, cost, chosen))
     return without_node(low, high)

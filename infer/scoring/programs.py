@@ -14,7 +14,7 @@ from model import Execution, KVCache, ModelConfig, Params, head, init_cache
 from model.ambient import lenient
 from model.cache import grow, take
 from model.sharding import constrain
-from model.transformer import forward, forward_branches, forward_cached
+from model.transformer import forward, forward_branches, forward_cached, forward_packed
 
 _MOST_LOGITS = 2**25  # in memory at a time
 
@@ -70,7 +70,7 @@ def score_rows(
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
-    """Score the targets of every row: see `_scored`. On a mesh every process holds the results.
+    """Score the targets of every row: see `_scored`.
 
     With a cache, rows come in groups of equal size, and group i continues row `parents[i]` of the cache. Whole rows are
     not masked: the outputs of a causal model at a token do not depend on padding after it.
@@ -83,13 +83,37 @@ def score_rows(
     else:
         assert parents is not None
         hidden = forward_branches(config, params, tokens, lengths, take(cache, parents))
-    scored = _scored(config, params, hidden, targets, first, top_k, execution)
-    return tuple(constrain(x, *[None] * x.ndim) for x in scored)
+    predicting = jnp.minimum(first[:, None] + jnp.arange(targets.shape[1]), hidden.shape[1] - 1)
+    return _scored(config, params, hidden, targets, predicting, top_k, execution)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "execution"))
+@lenient()
+def score_packed(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    positions: Int[Array, "batch seq"],
+    trees: Int[Array, "batch seq"],
+    branches: Int[Array, "batch seq"],
+    targets: Int[Array, "parts scored"],
+    predicting: Int[Array, "parts scored"],
+    stem: KVCache | None = None,
+    *,
+    top_k: int,
+    execution: Execution,
+) -> tuple[Array, ...]:
+    """Score the targets of packed rows, all of which follow one stem: see `_scored` and `packing.PackedArrays`."""
+    parts = targets.shape[0]
+    cache = init_cache(config, parts, 1) if stem is None else take(stem, jnp.zeros(parts, jnp.int32))
+    hidden = forward_packed(config, params, tokens, positions, trees, branches, cache)
+    hidden = hidden.reshape(parts, -1, hidden.shape[-1])
+    return _scored(config, params, hidden, targets, predicting, top_k, execution)
 
 
 def compiled_programs() -> int:
     """Return how many programs of scoring this process has compiled, or loaded from the cache of compiled programs."""
-    return sum(program._cache_size() for program in (read_prefixes, score_rows))  # type: ignore[attr-defined]
+    return sum(program._cache_size() for program in (read_prefixes, score_rows, score_packed))  # type: ignore[attr-defined]
 
 
 def _scored(
@@ -97,19 +121,18 @@ def _scored(
     params: Params,
     hidden: Float[Array, "batch seq d_model"],
     targets: Int[Array, "batch scored"],
-    first: Int[Array, " batch"],
+    predicting: Int[Array, "batch scored"],
     top_k: int,
     execution: Execution,
 ) -> tuple[Array, ...]:
     """Return each target's log-probability and whether it is the most likely token: [batch, scored] each.
 
-    With top_k also the ids and log-probabilities of the most likely tokens: [batch, scored, top_k] each. first:
-    position in its row of the token that predicts the first target. Logits are computed at the predicting positions
-    only.
+    With top_k also the ids and log-probabilities of the most likely tokens: [batch, scored, top_k] each. predicting:
+    index in its row of the token that predicts a target; logits are computed there only. On a mesh every process holds
+    the results.
     """
     batch, scored = targets.shape
-    positions = jnp.minimum(first[:, None] + jnp.arange(scored), hidden.shape[1] - 1)
-    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden, predicting[..., None], axis=1)
 
     def score_chunk(chunk: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden, targets = chunk
@@ -128,7 +151,7 @@ def _scored(
     # Chunks of target positions, so that not all logits are in memory at the same time.
     chunks = min(scored, max(execution.loss_chunks, -(-batch * scored * config.vocab_size // _MOST_LOGITS)))
     if chunks == 1:
-        return score_chunk((hidden, targets))
+        return _everywhere(score_chunk((hidden, targets)))
     padding = -scored % chunks
 
     def split(x: Array) -> Array:
@@ -140,4 +163,9 @@ def _scored(
         """[chunks, batch, positions, …] → [batch, scored, …]."""
         return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :scored]
 
-    return jax.tree.map(join, jax.lax.map(score_chunk, (split(hidden), split(targets))))
+    return _everywhere(jax.tree.map(join, jax.lax.map(score_chunk, (split(hidden), split(targets)))))
+
+
+def _everywhere(scored: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return the arrays, of which every device of a mesh has all."""
+    return tuple(constrain(x, *[None] * x.ndim) for x in scored)

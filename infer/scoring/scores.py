@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from infer.prepare import prepare
-from infer.scoring.batches import Batch, BatchPlan, BatchShape, Limits, Prefix, ScoredRow
+from infer.scoring.batches import Batch, BatchPlan, BatchShape, Limits, Prefix
+from infer.scoring.packing import PackedBatch, PackedPlan, PackedShape, Place, packed_arrays
 from infer.scoring.planning import plan_decoder, plan_encoder_decoder
-from infer.scoring.programs import read_prefixes, score_rows
+from infer.scoring.programs import read_prefixes, score_packed, score_rows
 from infer.scoring.requests import IdPair, check_options, id_pairs
 from model import Execution, KVCache, ModelConfig, Params
 from model.progress import progress_bar
@@ -55,10 +56,11 @@ def score(
     the encoder reads the context, and the decoder the continuation after `decoder_start_token_id`.
 
     batch_size: rows per pass, rounded up to a multiple that the mesh divides, and to whole groups of rows with a common
-    prefix. top_k: number of most likely tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once
-    into a cache where that saves a fifth of the work; False: never. execution: if it has a mesh, params are placed over
-    it; otherwise the programs run where params are, prepared (`prepare`) or not. With several processes, each calls
-    with the same requests and gets all results.
+    prefix; packed rows have at most as many tokens as that many of the longest requests. top_k: number of most likely
+    tokens in `top_logprobs`. share_prefixes: read common prefixes of contexts once, in rows packed with several
+    requests or into a cache, where that saves a fifth of the work; False: never. execution: if it has a mesh, params
+    are placed over it; otherwise the programs run where params are, prepared (`prepare`) or not. With several
+    processes, each calls with the same requests and gets all results.
 
     A call compiles at most four programs; lengths are rounded up, so that most calls share them. Batches depend on the
     set of requests only: neither their order nor the padding changes any bit. Another batch_size, other requests in the
@@ -75,14 +77,15 @@ def score(
         parts = parts_of("batch")
         limits = Limits(-(-batch_size // parts) * parts, parts, config.max_seq_len)
         if config.stack == "encoder-decoder":
-            plan = plan_encoder_decoder(config, list(unique.values()), limits, share_prefixes)
+            plan: BatchPlan | PackedPlan = plan_encoder_decoder(config, list(unique.values()), limits, share_prefixes)
         else:
             plan = plan_decoder(list(unique.values()), limits, share_prefixes)
         found: dict[int, tuple[np.ndarray, ...]] = {}
         scored = _run_batches(config, params, plan, top_k, execution)
-        for rows, arrays in _with_progress_bar(scored, sum(len(batches) for _, batches in plan)):
-            for place, row in rows.items():
-                found[row.number] = tuple(array[place, : len(row.targets)] for array in arrays)
+        for places, arrays in _with_progress_bar(scored, sum(len(batches) for _, batches in plan)):
+            for place in places:
+                here = slice(place.first, place.first + place.scored)
+                found[place.number] = tuple(array[place.row, here] for array in arrays)
     return _scores([found[number_of[_pair_key(pair)]] for pair in pairs], top_k)
 
 
@@ -117,34 +120,66 @@ def _placed(config: ModelConfig, params: Params, execution: Execution) -> Params
 
 
 def _run_batches(
-    config: ModelConfig, params: Params, plan: BatchPlan, top_k: int, execution: Execution
-) -> Iterator[tuple[dict[int, ScoredRow], tuple[np.ndarray, ...]]]:
-    """Yield for every batch its rows by place, and the outputs of `score_rows` as host arrays.
+    config: ModelConfig, params: Params, plan: BatchPlan | PackedPlan, top_k: int, execution: Execution
+) -> Iterator[tuple[list[Place], tuple[np.ndarray, ...]]]:
+    """Yield for every batch where the scores of its requests are, and the outputs of its program as host arrays.
 
     A batch is read on the host only after the next _AHEAD batches have been launched.
     """
-    launched: list[tuple[dict[int, ScoredRow], Any]] = []
+    launched: list[tuple[list[Place], Any]] = []
+    options: dict[str, Any] = {"top_k": top_k, "execution": execution}
 
-    def launch(shape: BatchShape, rows: Mapping[int, ScoredRow], *prefixes: Any) -> tuple[jax.Array, ...]:
-        tokens, lengths = _padded({place: row.tokens for place, row in rows.items()}, shape.rows, shape.width)
-        targets, counts = _padded({place: row.targets for place, row in rows.items()}, shape.rows, shape.targets)
-        # The last token predicts the last target: with 5 tokens and 2 targets, token 3 predicts the first target.
-        first = lengths - counts
-        return score_rows(config, params, tokens, lengths, targets, first, *prefixes, top_k=top_k, execution=execution)
-
-    for shape, batches in plan:
+    def launch_rows(shape: BatchShape, batches: Sequence[Batch]) -> Iterator[tuple[list[Place], Any]]:
         caches = _PrefixCaches(config, params, shape, execution)
         for batch in batches:
             rows = {}
             for number, group in enumerate(batch.groups):
                 for place, row in enumerate(group):
                     rows[number * shape.size + place] = row
-            launched.append((rows, launch(shape, rows, *caches.read(batch))))
+            tokens, lengths = _padded({place: row.tokens for place, row in rows.items()}, shape.rows, shape.width)
+            targets, counts = _padded({place: row.targets for place, row in rows.items()}, shape.rows, shape.targets)
+            # The last token predicts the last target: with 5 tokens and 2 targets, token 3 predicts the first target.
+            first = lengths - counts
+            outputs = score_rows(config, params, tokens, lengths, targets, first, *caches.read(batch), **options)
+            yield [Place(row.number, place, 0, len(row.targets)) for place, row in rows.items()], outputs
+
+    def launch_packed(shape: PackedShape, batches: Sequence[PackedBatch]) -> Iterator[tuple[list[Place], Any]]:
+        stems = _StemCache(config, params, shape.stem_width, execution)
+        for batch in batches:
+            arrays, places = packed_arrays(batch, shape)
+            yield places, score_packed(config, params, *arrays, stems.read(batch.stem), **options)
+
+    for shape, batches in plan:
+        if isinstance(shape, PackedShape):
+            launches = launch_packed(shape, cast("list[PackedBatch]", batches))
+        else:
+            launches = launch_rows(shape, cast("list[Batch]", batches))
+        for launch in launches:
+            launched.append(launch)
             if len(launched) > _AHEAD:
-                rows, outputs = launched.pop(0)
-                yield rows, jax.device_get(outputs)
-    for rows, outputs in launched:
-        yield rows, jax.device_get(outputs)
+                places, outputs = launched.pop(0)
+                yield places, jax.device_get(outputs)
+    for places, outputs in launched:
+        yield places, jax.device_get(outputs)
+
+
+class _StemCache:
+    """The cache of one row of the last batch's stem, reused if the next batch has the same."""
+
+    def __init__(self, config: ModelConfig, params: Params, width: int, execution: Execution):
+        self._config, self._params, self._width, self._execution = config, params, width, execution
+        self._stem: np.ndarray | None = None
+        self._cache: KVCache | None = None
+
+    def read(self, stem: np.ndarray) -> KVCache | None:
+        """Return the cache of a stem; None if the shape has no stems."""
+        if self._width and stem is not self._stem:
+            padded, lengths = _padded({0: stem}, 1, self._width)
+            self._cache = read_prefixes(
+                self._config, self._params, padded, lengths, capacity=self._width, execution=self._execution
+            )
+            self._stem = stem
+        return self._cache
 
 
 class _PrefixCaches:
@@ -152,8 +187,7 @@ class _PrefixCaches:
 
     def __init__(self, config: ModelConfig, params: Params, shape: BatchShape, execution: Execution):
         self._config, self._params, self._shape, self._execution = config, params, shape, execution
-        self._stem: np.ndarray | None = None
-        self._stem_cache: KVCache | None = None
+        self._stems = _StemCache(config, params, shape.stem_width, execution)
         self._prefixes: list[Prefix] = []
         self._prefix_cache: KVCache | None = None
 
@@ -162,27 +196,23 @@ class _PrefixCaches:
         if not batch.prefixes:
             return ()
         shape, stem = self._shape, batch.prefixes[0].stem
-        if stem is not None and stem is not self._stem:
-            self._stem_cache = self._read([stem], 1, shape.stem_width, None, shape.stem_width)
-            self._stem = stem
         if batch.prefixes != self._prefixes:
-            tokens = [prefix.tokens for prefix in batch.prefixes]
-            self._prefix_cache = self._read(
-                tokens, shape.prefixes, shape.prefix_width, self._stem_cache, shape.capacity
+            tokens = dict(enumerate(prefix.tokens for prefix in batch.prefixes))
+            padded, lengths = _padded(tokens, shape.prefixes, shape.prefix_width)
+            self._prefix_cache = read_prefixes(
+                self._config,
+                self._params,
+                padded,
+                lengths,
+                None if stem is None else self._stems.read(stem),
+                capacity=shape.capacity,
+                execution=self._execution,
             )
             self._prefixes = batch.prefixes
         assert self._prefix_cache is not None
         parents = np.zeros(shape.groups, np.int32)
         parents[: len(batch.parents)] = batch.parents
         return self._prefix_cache, parents
-
-    def _read(
-        self, tokens: Sequence[np.ndarray], rows: int, width: int, stem: KVCache | None, capacity: int
-    ) -> KVCache:
-        padded, lengths = _padded(dict(enumerate(tokens)), rows, width)
-        return read_prefixes(
-            self._config, self._params, padded, lengths, stem, capacity=capacity, execution=self._execution
-        )
 
 
 def _padded(rows: Mapping[int, np.ndarray], size: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,11 @@ class Tokenizer(ABC):
         """The token that ends a document: the first of `eos_ids`, all of which end a generation."""
         return self.eos_ids[0] if self.eos_ids else None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of a chat model; None without one."""
+        return self._conventions.chat_template
+
     def encode(self, text: str, *, special: bool = False, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of a text; for the keywords see `encode_batch`. Raises InputError for a lone surrogate."""
         return self.encode_batch([text], threads=1, special=special, add_special_tokens=add_special_tokens)[0]
@@ -90,7 +95,7 @@ class Tokenizer(ABC):
         strings, without that record.) Raises InputError if there is no chat template, or if the template raises an
         error for the messages.
         """
-        template = self._conventions.chat_template
+        template = self.chat_template
         if template is None:
             raise InputError(
                 f"the tokenizer {self.path} has no chat template; pass plain text or a chat model's tokenizer, or "

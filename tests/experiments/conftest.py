@@ -29,6 +29,49 @@ def isoflop():
 
 
 @pytest.fixture(scope="session")
+def llama_folder(corpus, random_params, tmp_path_factory):
+    """A random small Llama as a Hugging Face folder: a byte-level tokenizer with a begin token, a chat template."""
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+    from model import ModelConfig
+    from model.convert import save_hf
+
+    special = ["<s>", "</s>", "<|user|>"]
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train([str(file) for file in sorted(corpus.iterdir())[:3]], trainer)
+    library.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    config = ModelConfig(
+        vocab_size=320,
+        d_model=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        d_ff=24,
+        max_seq_len=96,
+        tie_embeddings=False,
+        eos_token_ids=(1,),
+    )
+    folder = tmp_path_factory.mktemp("llama")
+    save_hf(config, random_params(config), folder)
+    library.save(str(folder / "tokenizer.json"))
+    template = "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|user|>{% endif %}"
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def words():
     """page → what a reader sees of it, with plain spaces."""
 

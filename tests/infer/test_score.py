@@ -15,8 +15,9 @@ import pytest
 
 from infer import prepare, score
 from infer.scoring.batches import MOST_PROGRAMS, Limits, Prefix, ScoredRow, padded_length, plan_branches
-from infer.scoring.prefixes import SharedPrefix, shared_prefixes
-from infer.scoring.programs import read_prefixes, score_rows
+from infer.scoring.packing import packed_arrays, plan_packed
+from infer.scoring.prefixes import SharedPrefix, packed_prefixes, shared_prefixes
+from infer.scoring.programs import read_prefixes, score_packed, score_rows
 from model import Experts, InputError, Latent, ModelConfig, apply
 
 whole = jax.jit(apply, static_argnums=0)
@@ -72,19 +73,33 @@ def close(found, wanted):
 
 
 def programs():
-    return sum(one._cache_size() for one in (read_prefixes, score_rows))
+    return sum(one._cache_size() for one in (read_prefixes, score_rows, score_packed))
+
+
+@contextlib.contextmanager
+def planned(way):
+    """The plan of decoders packs everything, or nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "packed":
+            patch.setattr("infer.scoring.planning.shared_prefixes", lambda *_: ([], []))
+            patch.setattr("infer.scoring.planning.WORTH_BRANCHING", 1e9)
+        else:
+            patch.setattr("infer.scoring.planning.plan_packed", lambda *_: [])
+        yield
 
 
 def check_scores_are_those_of_whole_passes(config, params):
     pairs = requests()
     wanted = expected(config, params, pairs)
-    readers = read_prefixes._cache_size()
-    for share in (True, False):
-        compiled = programs()
-        found = score(config, params, pairs, share_prefixes=share)
+    ways = {"whole": score_rows, "cached": read_prefixes}
+    if config.stack == "decoder":
+        ways["packed"] = score_packed
+    for way, program in ways.items():
+        compiled, of_way = programs(), program._cache_size()
+        with planned(way):
+            found = score(config, params, pairs, share_prefixes=way != "whole")
         assert 1 <= programs() - compiled <= MOST_PROGRAMS
-        if share:
-            assert read_prefixes._cache_size() == readers + 1
+        assert program._cache_size() > of_way
         for (_, continuation), tokens, total, greedy, rows in zip(
             pairs, found.tokens, found.logprobs, found.greedy, wanted, strict=True
         ):
@@ -116,21 +131,24 @@ def many():
     return [*shared, *zip(drawn(5, 60, 17, 33, seed=3), drawn(4, 9, 1, 30, seed=4), strict=True)]
 
 
-def test_neither_the_order_nor_the_batch_size_counts_and_programs_are_few(random_params):
+@pytest.mark.parametrize("way", ["cached", "packed"])
+def test_neither_the_order_nor_the_batch_size_counts_and_programs_are_few(random_params, way):
     """With a window that a stem does not fill and a prefix does."""
     config = BASE.replace(sliding_window=80, layer_pattern=("local", "global"))
     params, pairs, compiled = random_params(config), many(), programs()
-    once = score(config, params, pairs)
-    assert programs() - compiled <= MOST_PROGRAMS
-    assert read_prefixes._cache_size() >= 2, "the stem, and what follows it"
-    order = np.random.default_rng(0).permutation(len(pairs))
-    again = score(config, params, [pairs[index] for index in order])
-    np.testing.assert_array_equal(again.logprobs, once.logprobs[order])
-    assert programs() - compiled <= MOST_PROGRAMS, "of few lengths"
-    close(score(config, params, pairs, share_prefixes=False).logprobs, once.logprobs)
-    close(score(config, params, pairs, batch_size=5).logprobs, once.logprobs)
-    for index in (0, len(pairs) - 1):
-        close(score(config, params, [pairs[index]]).logprobs, once.logprobs[index : index + 1])
+    with planned(way):
+        once = score(config, params, pairs)
+        assert programs() - compiled <= MOST_PROGRAMS
+        assert read_prefixes._cache_size() >= 1, "the stem"
+        order = np.random.default_rng(0).permutation(len(pairs))
+        again = score(config, params, [pairs[index] for index in order])
+        np.testing.assert_array_equal(again.logprobs, once.logprobs[order])
+        assert programs() - compiled <= MOST_PROGRAMS, "of few lengths"
+        close(score(config, params, pairs, share_prefixes=False).logprobs, once.logprobs)
+        close(score(config, params, pairs, batch_size=5).logprobs, once.logprobs)
+        if way == "cached":
+            for index in (0, len(pairs) - 1):
+                close(score(config, params, [pairs[index]]).logprobs, once.logprobs[index : index + 1])
 
 
 def test_the_likeliest_tokens_and_greedy_continuations(random_params):
@@ -228,6 +246,49 @@ def test_shared_prefixes_leave_the_fewest_tokens_to_read():
     assert set(one_level) == {SharedPrefix(0, 3, 100), SharedPrefix(3, 5, 161), SharedPrefix(5, 7, 161)}
     assert set(with_stems) == {SharedPrefix(0, 3, 100), SharedPrefix(3, 5, 161, 90), SharedPrefix(5, 7, 161, 90)}
     assert shared_prefixes([], []) == ([], [])
+
+
+def test_packed_prefixes_share_any_token_and_stems_many():
+    """By hand: two pairs after a stem of 70 tokens, a pair that shares four tokens, a row that shares nothing."""
+    stem, a, b, short, other = (np.full(n, fill, np.int32) for n, fill in ((70, 1), (40, 2), (40, 3), (2, 4), (9, 5)))
+    parts = [(stem, a, other[:2]), (stem, a, other[:3]), (stem, b, other[:2]), (stem, b, other[:3])]
+    parts += [(short, other[:3]), (short, other[:4]), (other,)]
+    rows, shareable = [np.concatenate(one) for one in parts], [111, 112, 111, 112, 4, 5, 8]
+    apart = [SharedPrefix(4, 6, 4), SharedPrefix(6, 7, 0)]
+    found = packed_prefixes(rows, shareable, 100)
+    assert set(found) == {SharedPrefix(0, 2, 111, 70), SharedPrefix(2, 4, 111, 70), *apart}
+    assert packed_prefixes(rows[:2], shareable[:2], 100) == [SharedPrefix(0, 2, 111)], "little follows its 111 tokens"
+    assert packed_prefixes([], [], 100) == []
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, 1), (4, 1), (16, 2)])
+def test_packed_rows_hold_every_request_once_and_whole(size, parts):
+    texts = sorted(([*context, *continuation] for context, continuation in many()), key=lambda text: text[:-1])
+    rows = [
+        ScoredRow(number, np.array(text[:-1], np.int32), np.array(text[-1:], np.int32))
+        for number, text in enumerate(texts)
+    ]
+    limits = Limits(size, parts, 128)
+    plan = plan_packed(
+        rows, packed_prefixes([row.tokens for row in rows], [len(row.tokens) - 1 for row in rows], 100), limits
+    )
+    found = []
+    for shape, batches in plan:
+        for batch in batches:
+            assert len(batch.rows) <= shape.rows
+            arrays, places = packed_arrays(batch, shape)
+            for place in places:
+                row, last = divmod(arrays.predicting[place.row, place.first + place.scored - 1], shape.width)
+                row += place.row * shape.rows // parts
+                tree, branch = arrays.trees[row], arrays.branches[row]
+                mine = (tree == tree[last]) & ((branch == 0) | (branch == branch[last]))
+                tokens = [*batch.stem, *arrays.tokens[row][mine]]
+                positions = arrays.positions[row][mine]
+                np.testing.assert_array_equal(tokens, rows[place.number].tokens)
+                np.testing.assert_array_equal(positions, np.arange(len(batch.stem), len(tokens)))
+                assert arrays.targets[place.row, place.first] == rows[place.number].targets[0]
+                found.append(place.number)
+    assert sorted(found) == list(range(len(rows)))
 
 
 @pytest.mark.parametrize(
