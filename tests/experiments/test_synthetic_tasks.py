@@ -78,7 +78,7 @@ def test_any_tokenizer_encodes_them(data):
 
 
 def test_unknown_tasks_and_too_many_questions_are_refused():
-    with pytest.raises(UnknownNameError, match="unknown task 'minimal'; supported are 'minimal_pairs'"):
+    with pytest.raises(UnknownNameError, match="unknown task 'minimal'; did you mean 'minimal_pairs'"):
         read_task("minimal")
     with pytest.raises(InputError, match="items=0 must be a whole number of at least 1"):
         read_task("arithmetic", 0)
