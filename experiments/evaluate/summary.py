@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.evaluate.statistics.mean import Mean, cluster_ids, estimate_mean, linearised
+from experiments.evaluate.statistics.mean import Mean, estimate_mean, linearised
+from train.clusters import cluster_ids
 
 Summary = dict[str, float | None]
 """{"value", "standard_error", "low", "high"}; None where one question or one cluster tells nothing about others."""
@@ -21,9 +22,14 @@ def summarise(kind: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Summary
     if kind == "text":
         return _of_texts(rows)
     clusters = cluster_ids([row["cluster"] for row in rows])
-    names = rows[0]["metrics"]
+    names = common_metrics(rows)
     values = {name: np.array([row["metrics"][name] for row in rows], np.float64) for name in names}
     return {name: _summary(estimate_mean(array, clusters)) for name, array in values.items()}
+
+
+def common_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the metrics that every answer has."""
+    return [name for name in rows[0]["metrics"] if all(row["metrics"].get(name) is not None for row in rows)]
 
 
 def _summary(mean: Mean) -> Summary:
