@@ -80,12 +80,16 @@ def generate_answers(
 ) -> list[Output]:
     """Return the most likely answer, token by token, to each prompt of token ids, in their order.
 
+    An answer ends before a stop string, or at an end token of the config or the tokenizer.
+
     A prefix that the prompts of a batch share, such as fixed shots, is read once for the batch. Equal prompts are
     answered once. Prompts stay in their order, so that the batches have similar longest prompts and need few programs;
     the last batch is filled with earlier prompts for the same reason.
     Raises InputError for prompts that do not fit the context together with their answers, as `generate` does.
     """
-    greedy = Sampling(temperature=0.0, stop_strings=tuple(stop))
+    known = (*config.eos_token_ids, *tokenizer.eos_ids)
+    ends = tuple(dict.fromkeys(token for token in known if token < config.vocab_size))
+    greedy = Sampling(temperature=0.0, stop_strings=tuple(stop), stop_ids=ends)
     keys = [tuple(prompt) for prompt in prompts]
     order, found = list(dict.fromkeys(keys)), dict[tuple[int, ...], Output]()
     starts = range(0, len(order), batch_size)

@@ -17,7 +17,7 @@ class Prompt(NamedTuple):
 
     contexts: text before each choice; one for a generation task. continuations: delimiter and choice; () for a
     generation task. unconditional: the context without the question, for pointwise mutual information. Contexts from a
-    chat template are of type `ChatText`.
+    chat template are of type `ChatText`, as is then the unconditional one.
     """
 
     question: Question
@@ -26,9 +26,16 @@ class Prompt(NamedTuple):
     unconditional: str | None = None
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The context and continuation of each choice."""
+        contexts = self.contexts * (len(self.continuations) if len(self.contexts) == 1 else 1)
+        return list(zip(contexts, self.continuations, strict=True))
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of all texts."""
-        texts = [[str(context) for context in self.contexts], self.continuations, self.unconditional]
+        unconditional = None if self.unconditional is None else str(self.unconditional)
+        texts = [[str(context) for context in self.contexts], self.continuations, unconditional]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -60,7 +67,8 @@ def build_prompts(task: Task, *, seed: int = 0, chat: Tokenizer | None = None) -
     """
     if chat is not None and (task.ready or task.kind == "text"):
         raise InputError(
-            f"task {task.name} under protocol {task.protocol} has ready prompts, which --chat cannot change"
+            f"task {task.name} under protocol {task.protocol} has ready prompts, which --chat cannot change; leave it "
+            "out"
         )
     draw = _Shots(task, seed)
     return [_prompt(task, question, draw.of(question), chat) for question in task.questions]
@@ -82,6 +90,8 @@ def _prompt(task: Task, question: Question, shots: Sequence[Question], chat: Tok
     if task.kind == "generation":
         return Prompt(question, contexts)
     unconditional = task.unconditional if question.unconditional is None else question.unconditional
+    if chat is not None and unconditional is not None:  # the same tokens of the choice, after the same template
+        unconditional = chat.apply_chat_template([{"role": "user", "content": unconditional}])
     return Prompt(question, contexts, tuple(delimiter + choice for choice in question.choices), unconditional)
 
 
@@ -111,7 +121,7 @@ class _Shots:
             self._by_cluster.setdefault(question.cluster, []).append(question)
 
     def of(self, question: Question) -> list[Question]:
-        """Return the shots of a question, never the question itself or, in a task's own pool, one of its cluster.
+        """Return the shots of a question, never the same text or, in a task's own pool, one of its cluster.
 
         The draw depends on seed, task and question only: neither on other questions nor on their order.
         """
@@ -133,8 +143,12 @@ class _Shots:
         )
 
     def _may_show(self, shot: Question, question: Question) -> bool:
+        if shot.query == question.query and (
+            shot.id == question.id or sorted(shot.choices) == sorted(question.choices)
+        ):
+            return False  # the same question, perhaps under another id
         if not self._own:
-            return shot.id != question.id or shot.query != question.query
+            return True
         return shot.id != question.id and (not question.cluster or shot.cluster != question.cluster)
 
 
