@@ -65,12 +65,12 @@ def check_sweep(sweep: Sweep) -> None:
             f"the objective {FORGETTING} and --forgetting FOLDER of plain text go together; give both or neither"
         )
     tasks = sweep.task_sets()
-    measured = [name for one in tasks for name in one.metrics]
-    if missing := [name for name in sweep.objectives if is_task_metric(name) and name not in measured]:
-        raise InputError(f"the objective {missing[0]} is not measured; its task gives {', '.join(measured)}: name one")
     if sweep.lanes is not None:
         check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)
+    measured = [name for one in tasks for name in one.metrics]
+    if missing := [name for name in sweep.objectives if is_task_metric(name) and name not in measured]:
+        raise InputError(f"the objective {missing[0]} is not measured; the tasks give {', '.join(measured)}: name one")
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
     _check_start(sweep, trials)
