@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.inputs import read_json
 from experiments.locks import locked
@@ -25,6 +25,13 @@ class Answers:
 
     header: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+
+
+class TaskAnswers(NamedTuple):
+    """rows: one per question, in order, as in an answers file. truncated: questions whose context was cut."""
+
+    rows: list[dict[str, Any]]
+    truncated: int
 
 
 def write_answers(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

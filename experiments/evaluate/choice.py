@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
+from experiments.evaluate.answers import TaskAnswers
 from experiments.evaluate.encode import Encoded, encode_pairs
 from experiments.evaluate.statistics.calibration import choice_probabilities
 from experiments.evaluate.tasks.prompts import Prompt
@@ -18,13 +19,6 @@ from model.tokenizer import Tokenizer
 from train.task_sets import bits_per_byte, chooses_correctly
 
 
-class ChoiceAnswers(NamedTuple):
-    """rows: one per question, in order, as in an answers file. truncated: questions whose context was cut."""
-
-    rows: list[dict[str, Any]]
-    truncated: int
-
-
 def answer_choices(
     config: ModelConfig,
     params: Params,
@@ -34,7 +28,7 @@ def answer_choices(
     *,
     batch_size: int = 16,
     execution: Execution = Execution(),
-) -> ChoiceAnswers:
+) -> TaskAnswers:
     """Return the log-probabilities of all choices and the metrics of each question.
 
     All prompts, unconditional ones included, are scored in one call of `infer.score`, so in at most four programs.
@@ -44,7 +38,7 @@ def answer_choices(
     requests, truncated = encode_prompts(config, tokenizer, task, prompts)
     pairs = id_pairs(requests)
     scores = score(config, params, pairs, batch_size=batch_size, execution=execution)
-    return ChoiceAnswers(rows_of_scores(prompts, requests, scores), truncated)
+    return TaskAnswers(rows_of_scores(prompts, requests, scores), truncated)
 
 
 def id_pairs(requests: Sequence["Requests"]) -> list[tuple[list[int], list[int]]]:

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 
 from experiments.evaluate.evaluations import Entry, Evaluations, check_same_questions
 from experiments.evaluate.statistics.calibration import Calibration, calibrate, choice_probabilities
-from experiments.evaluate.statistics.mean import Mean, estimate_mean, linearised
+from experiments.evaluate.statistics.mean import Mean, estimate_mean
 from experiments.evaluate.statistics.paired import PairedDifference, Verdict, holm, paired_difference, verdict
 from experiments.evaluate.statistics.power import detectable_mean, detectable_share
+from experiments.evaluate.summary import bits_per_byte_of
 from model.errors import InputError, UnknownNameError
 from train.clusters import cluster_ids
 
@@ -251,11 +252,8 @@ def _compare_task(entries: Mapping[str, Entry], chosen: str, baseline: str) -> T
 
 
 def _values(rows: Sequence[Mapping[str, Any]], metric: str, is_text: bool) -> Float[np.ndarray, " questions"]:
-    """Return values whose mean is the score: for a text its bits over its bytes, not the mean of its rows."""
-    if not is_text:
-        return np.array([row["metrics"][metric] for row in rows], float)
-    nats, weights = (np.array([row[name] for row in rows], float) for name in ("nats", "bytes"))
-    return linearised(nats / (np.log(2) * weights), weights)
+    """Return values whose mean is the score."""
+    return bits_per_byte_of(rows) if is_text else np.array([row["metrics"][metric] for row in rows], float)
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> Calibration | None:

@@ -94,10 +94,10 @@ def check_same_questions(name: str, entries: Sequence[Entry]) -> None:
             prompts = f"{counted(count, 'prompt')} of {entry.model} {is_or_are(count)} not as of {first.model}"
             raise InputError(
                 f"{name}: {prompts}, the first one of {differing[0]}; evaluate both under one protocol, with the same "
-                "shots and chat template"
+                "shots, and all with --chat or none"
             )
 
 
 def _prompt(row: Mapping[str, Any]) -> Any:
-    """Return what must be equal between models: the hash of the prompt, or the size of a text that has none."""
+    """Return what must be equal between models: the hash of the prompt, or without one the size of the text."""
     return row.get("prompt_sha256", row.get("bytes"))

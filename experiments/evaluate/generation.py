@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+from experiments.evaluate.answers import TaskAnswers
 from experiments.evaluate.encode import encode_contexts
 from experiments.evaluate.scorers.registry import scorer
 from experiments.evaluate.tasks.prompts import Prompt
@@ -23,18 +23,20 @@ def answer_by_generation(
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 16,
-) -> list[dict[str, Any]]:
-    """Return a row per question, as in an answers file: the generated answer and its scores by the task's scorer.
+) -> TaskAnswers:
+    """Return a row per question: the generated answer and its scores by the task's scorer.
 
     Raises InputError, naming the question, if its prompt and answer do not fit the model's context.
     """
     contexts = [prompt.contexts[0] for prompt in prompts]
     ids = encode_contexts(tokenizer, contexts, encoder_decoder=config.stack == "encoder-decoder")
+    truncated = 0
     room = config.max_seq_len if config.stack == "encoder-decoder" else config.max_seq_len - task.max_new_tokens
     for number, prompt in enumerate(ids):
         if len(prompt) > room:
             if task.truncate and room > 0:
                 ids[number] = prompt[-room:]
+                truncated += 1
                 continue
             hint = "ask for fewer shots" if task.shots and not task.ready else "leave it out, or lower max_new_tokens"
             raise InputError(
@@ -45,7 +47,7 @@ def answer_by_generation(
         config, params, tokenizer, ids, stop=task.stop, max_new_tokens=task.max_new_tokens, batch_size=batch_size
     )
     score = scorer(task.scorer).score
-    return [
+    rows = [
         {
             "id": prompt.question.id,
             "cluster": prompt.question.cluster,
@@ -57,6 +59,7 @@ def answer_by_generation(
         }
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
+    return TaskAnswers(rows, truncated)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _answer(model: EvaluatedModel, task: Task, settings: Settings, batch_size: i
     elif task.kind == "text":
         rows = answer_texts(*about, prompts, batch_size=batch_size)
     else:
-        rows = answer_by_generation(*about, task, prompts, batch_size=batch_size)
+        rows, truncated = answer_by_generation(*about, task, prompts, batch_size=batch_size)
     header = {
         "model": model.name,
         "model_hash": model.hash,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from experiments.evaluate.statistics.mean import Mean, estimate_mean, linearised
 from train.clusters import cluster_ids
@@ -32,13 +33,19 @@ def common_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in rows[0]["metrics"] if all(row["metrics"].get(name) is not None for row in rows)]
 
 
+def bits_per_byte_of(rows: Sequence[Mapping[str, Any]]) -> Float64[np.ndarray, " texts"]:
+    """Return values whose mean is the texts' bits over their bytes, not the mean of the texts' own (`linearised`)."""
+    nats, size = (np.array([row[name] for row in rows], np.float64) for name in ("nats", "bytes"))
+    return linearised(nats / math.log(2) / size, size)
+
+
 def _summary(mean: Mean) -> Summary:
     return {name: getattr(mean, name) for name in ("value", "standard_error", "low", "high")}
 
 
 def _of_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
-    nats, tokens, size = (np.array([row[name] for row in rows], np.float64) for name in ("nats", "tokens", "bytes"))
-    bits = _summary(estimate_mean(linearised(nats / math.log(2) / size, size)))
+    nats, tokens = (np.array([row[name] for row in rows], np.float64) for name in ("nats", "tokens"))
+    bits = _summary(estimate_mean(bits_per_byte_of(rows)))
     loss = _summary(estimate_mean(linearised(nats / tokens, tokens)))
     perplexity = {name: None if value is None else math.exp(value) for name, value in loss.items()}
     if loss["standard_error"] is not None and perplexity["value"] is not None:

@@ -57,6 +57,7 @@ def answer_texts(
             {
                 "id": prompt.question.id,
                 "cluster": prompt.question.cluster,
+                "prompt_sha256": prompt.sha256,
                 "nats": nats,
                 "tokens": len(ids),
                 "bytes": size,

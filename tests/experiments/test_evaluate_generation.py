@@ -78,7 +78,9 @@ def test_a_batch_answers_like_each_prompt_alone(data, random_params):
     task = Task("own", "own", "generation", (question,), "f1", max_new_tokens=8)
     with pytest.raises(InputError, match=r"task own, question 'q1': its \d+ tokens and 8 new ones .*context of 64; "):
         answer_by_generation(config, params, tokenizer, task, build_prompts(task))
-    (row,) = answer_by_generation(config, params, tokenizer, task.replace(truncate=True), build_prompts(task))
+    cut = answer_by_generation(config, params, tokenizer, task.replace(truncate=True), build_prompts(task))
+    (row,) = cut.rows
+    assert cut.truncated == 1
     assert row["answers"] == ["x"]
     assert set(row["metrics"]) == {"exact_match", "f1"}
 

@@ -114,6 +114,9 @@ def test_a_chat_is_read_as_its_template_says_and_answers_are_plain_text(beginnin
     prompt = build_prompts(task, chat=beginning)[0]
     assert prompt.unconditional == "<s>[user]Answer:[assistant]", "a choice has the same tokens with and without"
     assert prompt.contexts[0].startswith("<s>[user]Question")
+    other = build_prompts(task, chat=beginning.with_chat_template("{{ messages[-1].content }}:"))[0]
+    assert other.contexts != prompt.contexts
+    assert other.sha256 == prompt.sha256 != build_prompts(task)[0].sha256
     assert prompt.contexts[0].endswith("[assistant]")
     assert "[assistant]" in prompt.contexts[0][:-12], "the shot is a turn"
     pairs = [(prompt.contexts[0], continuation) for continuation in (*prompt.continuations, "</s>")]

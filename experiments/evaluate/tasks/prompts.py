@@ -17,13 +17,15 @@ class Prompt(NamedTuple):
 
     contexts: text before each choice; one for a generation task. continuations: delimiter and choice; () for a
     generation task. unconditional: the context without the question, for pointwise mutual information. Contexts from a
-    chat template are of type `ChatText`, as is then the unconditional one.
+    chat template are of type `ChatText`, as is then the unconditional one. messages: what the template was applied to,
+    as JSON; "": no template.
     """
 
     question: Question
     contexts: tuple[str, ...]
     continuations: tuple[str, ...] = ()
     unconditional: str | None = None
+    messages: str = ""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -33,10 +35,9 @@ class Prompt(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of all texts."""
-        unconditional = None if self.unconditional is None else str(self.unconditional)
-        texts = [[str(context) for context in self.contexts], self.continuations, unconditional]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        """SHA-256 of all texts before the chat template, which belongs to the model: models may differ in it."""
+        texts = self.messages or json.dumps([self.contexts, self.continuations, self.unconditional])
+        return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def with_settings(task: Task, *, shots: int | None = None, fixed_shots: bool = False, limit: int | None = None) -> Task:
@@ -86,13 +87,18 @@ def _prompt(task: Task, question: Question, shots: Sequence[Question], chat: Tok
         turns: list[dict[str, Any]] = [{"role": "system", "content": description.strip()}] if description else []
         for shot in shots:
             turns += [{"role": "user", "content": _query_of(shot)}, {"role": "assistant", "content": _answer_of(shot)}]
-        contexts = tuple(chat.apply_chat_template([*turns, {"role": "user", "content": query}]) for query in queries)
-    if task.kind == "generation":
-        return Prompt(question, contexts)
+        conversations = [[*turns, {"role": "user", "content": query}] for query in queries]
+        contexts = tuple(map(chat.apply_chat_template, conversations))
+    continuations = tuple(delimiter + choice for choice in question.choices) if task.kind == "choice" else ()
     unconditional = task.unconditional if question.unconditional is None else question.unconditional
-    if chat is not None and unconditional is not None:  # the same tokens of the choice, after the same template
+    if task.kind != "choice":
+        unconditional = None
+    if chat is None:
+        return Prompt(question, contexts, continuations, unconditional)
+    messages = json.dumps([conversations, continuations, unconditional])
+    if unconditional is not None:  # the choice has the same tokens after the same template
         unconditional = chat.apply_chat_template([{"role": "user", "content": unconditional}])
-    return Prompt(question, contexts, tuple(delimiter + choice for choice in question.choices), unconditional)
+    return Prompt(question, contexts, continuations, unconditional, messages)
 
 
 def _query_of(question: Question) -> str:
