@@ -48,7 +48,8 @@ def check_is_scored(config: "ModelConfig", path: Path) -> None:
     """Raise InputError unless the model gives texts log-probabilities, which tasks need."""
     if config.stack == "encoder" or config.head != "language-model":
         raise InputError(
-            f"{path} answers no tasks: with stack={config.stack!r} and head={config.head!r} it predicts no next token"
+            f"{path} answers no tasks: with stack={config.stack!r} and head={config.head!r} it predicts no next token; "
+            "measure its loss with --data FOLDER"
         )
 
 

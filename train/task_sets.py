@@ -11,10 +11,11 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Float32, Float64, Int32
 
 from model import ModelConfig
 from model.errors import InputError, UnknownNameError
+from train.clusters import cluster_ids, standard_error
 from train.data.packing import best_fit_decreasing
 from train.objectives.objective import Batch, BatchSpec
 
@@ -58,9 +59,25 @@ class TaskSet:
         return sum(len(question.pairs) for question in self.questions)
 
     @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that say something of it: with one choice a question, every answer would be correct."""
+        has_choice = any(len(question.pairs) > 1 for question in self.questions)
+        return tuple(HIGHER_IS_BETTER) if has_choice else ("bits_per_byte",)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of its metrics in a run's record, without their standard errors."""
-        return tuple(f"{self.name}/{metric}" for metric in HIGHER_IS_BETTER)
+        return tuple(f"{self.name}/{metric}" for metric in self.measured)
+
+
+def chooses_correctly(values: Float64[np.ndarray, " choices"], gold: Sequence[int]) -> int:
+    """Return 1 if the choice of the largest value is correct, else 0; of equal ones the first counts, as in lm-eval."""
+    return int(int(values.argmax()) in gold)
+
+
+def bits_per_byte(log_prob: float, num_bytes: int) -> float:
+    """Return the bits per byte of a text from its log-probability in nats; a text without bytes counts as one byte."""
+    return float(-log_prob / math.log(2) / max(num_bytes, 1))
 
 
 def is_task_metric(name: str) -> bool:
@@ -233,29 +250,27 @@ class TaskResult:
 
         Of equally likely choices the first one counts; bits_per_byte is that of the first correct one.
         """
-        questions = self.task_set.questions
+        questions, measured = self.task_set.questions, self.task_set.measured
         if not np.isfinite(self.log_probs).all():
-            return {name: np.full(len(questions), np.nan) for name in HIGHER_IS_BETTER}
+            return {name: np.full(len(questions), np.nan) for name in measured}
         rows, first = [], 0
         for question in questions:
             own = self.log_probs[first : first + len(question.pairs)]
             first += len(question.pairs)
-            gold = question.gold[0]
-            per_character = own / np.maximum(question.characters, 1)
-            bits_per_byte = -own[gold] / math.log(2) / max(question.num_bytes[gold], 1)
-            rows.append(
-                (int(np.argmax(own)) in question.gold, int(np.argmax(per_character)) in question.gold, bits_per_byte)
-            )
-        return dict(zip(HIGHER_IS_BETTER, np.array(rows, np.float64).T, strict=True))
+            gold, per_character = question.gold, own / np.maximum(question.characters, 1)
+            bits = bits_per_byte(own[gold[0]], question.num_bytes[gold[0]])
+            rows.append((chooses_correctly(own, gold), chooses_correctly(per_character, gold), bits))
+        found = dict(zip(HIGHER_IS_BETTER, np.array(rows, np.float64).T, strict=True))
+        return {name: found[name] for name in measured}
 
     @property
     def metrics(self) -> dict[str, float]:
         """TASK/METRIC and TASK/METRIC_standard_error, as they are recorded."""
-        groups = clusters_of([question.id for question in self.task_set.questions], self.clusters)
+        groups = cluster_ids(self.clusters)
         found: dict[str, float] = {}
         for metric, values in self.by_question.items():
             name = f"{self.task_set.name}/{metric}"
-            found |= {name: float(values.mean()), f"{name}{ERROR}": standard_error(values, groups)[0]}
+            found |= {name: float(values.mean()), f"{name}{ERROR}": float(standard_error(values, groups)[0])}
         return found
 
     @property
@@ -278,29 +293,3 @@ class TaskResult:
 def answers_path(run: Path, task: str) -> Path:
     """Return the file of a run's answers to a task at its last validation (`TaskResult.to_dict` and the step)."""
     return run / "tasks" / f"{quote(task, safe='')}.json"
-
-
-def clusters_of(ids: Sequence[str], clusters: Sequence[str]) -> Int64[np.ndarray, " n"]:
-    """Return a number for each question, the same for those of a cluster; one without a cluster is its own.
-
-    If all questions are in one cluster, each is its own: the mean of that cluster is then what is estimated.
-    """
-    if len(set(clusters)) == 1:
-        clusters = [""] * len(ids)
-    names = [f"cluster {cluster}" if cluster else f"id {own}" for own, cluster in zip(ids, clusters, strict=True)]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
-
-
-def standard_error(values: Float64[np.ndarray, " n"], clusters: Int64[np.ndarray, " n"]) -> tuple[float, float]:
-    """Return the standard error of the mean and its degrees of freedom, for values independent between clusters only.
-
-    It is the cluster-robust error of Miller 2024 ("Adding Error Bars to Evals"), with each cluster's square divided by
-    1 − its share of the values (CR2, Bell & McCaffrey 2002); where every value is its own cluster, the sample deviation
-    over √n. The degrees of freedom are Satterthwaite's: c − 1 for c clusters of equal size. NaN and 0 for one cluster.
-    """
-    sums, share = np.bincount(clusters, values - values.mean()), np.bincount(clusters) / len(values)
-    if len(sums) < 2:
-        return math.nan, 0.0
-    leverage = share**2 / (1 - share)
-    freedom = 1 / ((share**2).sum() + leverage.sum() ** 2 - (leverage**2).sum())
-    return float(np.sqrt((sums**2 / (1 - share)).sum()) / len(values)), float(freedom)

@@ -21,6 +21,7 @@ from experiments.bench.peers.child import Child, python_has
 from experiments.bench.peers.twin import torch_python
 from experiments.bench.rounds import interleaved, median_and_range
 from experiments.evaluate.encode import encode_pairs
+from experiments.evaluate.tasks.olmes import UNCONDITIONAL
 from experiments.models import export_tokenizer
 from infer import prepare, score
 from infer.scoring.programs import compiled_programs
@@ -31,7 +32,6 @@ from model.progress import progress_bar
 from model.tokenizer import Tokenizer
 
 _PEER = Path(__file__).parent / "peers/lm_eval_peer.py"
-_UNCONDITIONAL = 1_000_000  # documents from here on repeat the others' answers without their questions
 _TRIAL = 64  # requests on which their batch size is chosen
 TOLERANCE = 1e-2
 """Largest difference of log-probabilities in nats; above it the contenders do not compute the same."""
@@ -118,7 +118,7 @@ def read_requests(file: Path, limit: int | None = None) -> list[TaskRequest]:
                 row["doc"]["gold"],
             )
             for row in rows
-            if row["request_type"] == "loglikelihood" and row["doc_id"] < _UNCONDITIONAL
+            if row["request_type"] == "loglikelihood" and row["doc_id"] < UNCONDITIONAL
         ]
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise InputError(

@@ -1,17 +1,22 @@
-"""Write and read answers files: JSONL with a header and a line per question, one file per model and task."""
+"""Write and read answers files, JSONL with a header and a line per question, and the results.json beside them."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from experiments.inputs import read_json
+from experiments.locks import locked
 from model.errors import InputError
-from train.files import write_atomically
+from train.files import write_atomically, write_json
 
 SCHEMA_VERSION = 1
+RESULTS = "results.json"
 _HEADER = ("schema_version", "model", "model_hash", "task", "protocol", "metric", "questions", "task_hash", "settings")
 _ROW = ("id", "cluster", "metrics")
+_RESULT = ("model", "model_hash", "task")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,13 @@ class Answers:
 
     header: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+
+
+class TaskAnswers(NamedTuple):
+    """rows: one per question, in order, as in an answers file. truncated: questions whose context was cut."""
+
+    rows: list[dict[str, Any]]
+    truncated: int
 
 
 def write_answers(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -54,7 +66,36 @@ def read_answers(path: str | Path) -> Answers:
         raise InputError(
             f"{path} has {len(rows):,} of {header['questions']:,} answers; it was cut off: delete it and evaluate again"
         )
+    if not rows:
+        raise InputError(f"{path} has no answers; delete it and evaluate again")
     return Answers(header, rows)
+
+
+def in_file_name(text: str) -> str:
+    """Return a text as it stands in the name of an answers file or its folder."""
+    return re.sub(r"[^\w.-]+", "-", text)
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of a folder's results.json; none without that file. Raises InputError if it is another's."""
+    file = out / RESULTS
+    if not file.is_file():
+        return []
+    document = read_json(file)
+    rows = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= {*_RESULT} for row in rows):
+        raise InputError(f"{file} is not the results.json that `isoflop eval` writes; choose another folder")
+    return rows
+
+
+def keep_result(out: Path, result: Mapping[str, Any]) -> None:
+    """Put a result into results.json, in the place of an earlier one of the same answers file.
+
+    Processes that evaluate into one folder wait for each other, so that none loses what another has written.
+    """
+    with locked(out):
+        kept = [one for one in read_results(out) if one.get("answers") != result["answers"]]
+        write_json(out / RESULTS, {"schema_version": SCHEMA_VERSION, "results": [*kept, result]})
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Score the choices of a task in one pass, and compute every metric from their log-probabilities."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
+from experiments.evaluate.answers import TaskAnswers
 from experiments.evaluate.encode import Encoded, encode_pairs
+from experiments.evaluate.statistics.calibration import choice_probabilities
 from experiments.evaluate.tasks.prompts import Prompt
 from experiments.evaluate.tasks.task import Task
 from infer import score
@@ -15,13 +16,7 @@ from infer.scoring import Scores
 from model import Execution, ModelConfig, Params
 from model.errors import InputError
 from model.tokenizer import Tokenizer
-
-
-class ChoiceAnswers(NamedTuple):
-    """rows: one per question, in order, as in an answers file. truncated: questions whose context was cut."""
-
-    rows: list[dict[str, Any]]
-    truncated: int
+from train.task_sets import bits_per_byte, chooses_correctly
 
 
 def answer_choices(
@@ -33,7 +28,7 @@ def answer_choices(
     *,
     batch_size: int = 16,
     execution: Execution = Execution(),
-) -> ChoiceAnswers:
+) -> TaskAnswers:
     """Return the log-probabilities of all choices and the metrics of each question.
 
     All prompts, unconditional ones included, are scored in one call of `infer.score`, so in at most four programs.
@@ -43,7 +38,7 @@ def answer_choices(
     requests, truncated = encode_prompts(config, tokenizer, task, prompts)
     pairs = id_pairs(requests)
     scores = score(config, params, pairs, batch_size=batch_size, execution=execution)
-    return ChoiceAnswers(rows_of_scores(prompts, requests, scores), truncated)
+    return TaskAnswers(rows_of_scores(prompts, requests, scores), truncated)
 
 
 def id_pairs(requests: Sequence["Requests"]) -> list[tuple[list[int], list[int]]]:
@@ -53,15 +48,28 @@ def id_pairs(requests: Sequence["Requests"]) -> list[tuple[list[int], list[int]]
 
 
 def rows_of_scores(prompts: Sequence[Prompt], requests: Sequence["Requests"], scores: Scores) -> list[dict[str, Any]]:
-    """Return a row per question, with its metrics, from the scores of `id_pairs(requests)`."""
+    """Return a row per question, with its metrics, from the scores of `id_pairs(requests)`.
+
+    Raises InputError for a log-probability that is not finite.
+    """
     rows, done = [], 0
     for prompt, encoded in zip(prompts, requests, strict=True):
         ends = done + len(encoded.conditional), done + len(encoded.conditional) + len(encoded.unconditional)
+        check_finite(scores.logprobs[done : ends[1]], prompt.question.id)
         logprobs, without = scores.logprobs[done : ends[0]], scores.logprobs[ends[0] : ends[1]]
         greedy = [bool(value) for value in scores.greedy[done : ends[0]]]
         rows.append(_row(prompt, encoded.conditional, logprobs, without, greedy))
         done = ends[1]
     return rows
+
+
+def check_finite(logprobs: Float64[np.ndarray, " requests"], question: str) -> None:
+    """Raise InputError, naming the question, if a log-probability is not finite: no choice would be the likeliest."""
+    if not np.isfinite(logprobs).all():
+        raise InputError(
+            f"question {question!r}: the model gives a log-probability that is not finite; its training has probably "
+            "diverged, so evaluate an earlier checkpoint"
+        )
 
 
 class Requests(NamedTuple):
@@ -78,8 +86,7 @@ def encode_prompts(
     pairs: list[tuple[str, str]] = []
     owners: list[tuple[int, bool]] = []
     for number, prompt in enumerate(prompts):
-        contexts = prompt.contexts * (len(prompt.continuations) if len(prompt.contexts) == 1 else 1)
-        pairs += zip(contexts, prompt.continuations, strict=True)
+        pairs += prompt.pairs
         owners += [(number, False)] * len(prompt.continuations)
         if prompt.unconditional is not None:
             pairs += [(prompt.unconditional, continuation) for continuation in prompt.continuations]
@@ -109,7 +116,11 @@ def _fitting(config: ModelConfig, task: Task, prompt: Prompt, request: Encoded) 
         total = len(request.context) + length - 1
     if total <= most:
         return request
-    if not task.truncate or length > most:
+    if length > most:
+        raise InputError(
+            f"{where} has a choice of {length:,} tokens, more than the model's context of {most:,}; leave it out"
+        )
+    if not task.truncate:
         fewer = task.shots and not task.ready
         hint = "; ask for fewer shots" if fewer else "; leave it out, or truncate contexts, as protocol lm-eval does"
         raise InputError(f"{where} has {total:,} tokens, more than the model's context of {most:,}{hint}")
@@ -161,9 +172,8 @@ def choice_metrics(row: Mapping[str, Any]) -> dict[str, float]:
         }
         if row["unconditional"] is not None:
             ranked["acc_pmi"] = logprobs - np.array(row["unconditional"])
-        metrics = {name: int(int(values.argmax()) in gold) for name, values in ranked.items()}
-        probabilities = np.exp(logprobs - logprobs.max())
-        metrics["prob"] = float(probabilities[gold].sum() / probabilities.sum())
-    metrics["bits_per_byte"] = float(-logprobs[first] / math.log(2) / row["bytes"][first])
+        metrics = {name: chooses_correctly(values, gold) for name, values in ranked.items()}
+        metrics["prob"] = float(choice_probabilities(logprobs)[gold].sum())
+    metrics["bits_per_byte"] = bits_per_byte(logprobs[first], row["bytes"][first])
     metrics["greedy"] = int(any(row["greedy"][index] for index in gold))
     return metrics

@@ -10,10 +10,12 @@ from jaxtyping import Float, Int
 
 from experiments.evaluate.evaluations import Entry, Evaluations, check_same_questions
 from experiments.evaluate.statistics.calibration import Calibration, calibrate, choice_probabilities
-from experiments.evaluate.statistics.mean import Mean, cluster_ids, estimate_mean, linearised
+from experiments.evaluate.statistics.mean import Mean, estimate_mean
 from experiments.evaluate.statistics.paired import PairedDifference, Verdict, holm, paired_difference, verdict
 from experiments.evaluate.statistics.power import detectable_mean, detectable_share
+from experiments.evaluate.summary import bits_per_byte_of
 from model.errors import InputError, UnknownNameError
+from train.clusters import cluster_ids
 
 BEST = "best"
 TEXT_METRIC = "bits_per_byte"
@@ -169,15 +171,18 @@ def compare(
     tasks, left_out = [], []
     for (task, protocol), entries in groups.items():
         name = f"{task} ({protocol})"
-        if lacking := [entry.model for entry in entries if metric is not None and metric not in entry.metrics]:
-            left_out.append(f"{name} has no {metric} of {', '.join(lacking)}.")
+        chosen = metric or str(entries[0].answers.header["metric"])
+        if lacking := [entry.model for entry in entries if chosen not in entry.metrics]:
+            left_out.append(f"{name} has no {chosen} of {', '.join(lacking)}.")
             continue
         absent = [model for model in models if model not in {entry.model for entry in entries}]
         if absent:
             left_out.append(f"{', '.join(absent)} did not answer {name}.")
         check_same_questions(name, entries)
         ordered = {entry.model: entry for entry in sorted(entries, key=lambda entry: models.index(entry.model))}
-        tasks.append(replace(_compare_task(ordered, metric, baseline), protocol=protocol))
+        tasks.append(replace(_compare_task(ordered, chosen, baseline), protocol=protocol))
+    if not tasks:
+        raise InputError(f"{evaluations.folder} has nothing to compare: {' '.join(left_out)} Name another --metric")
     return Comparison(baseline, models, tuple(_with_verdicts(tasks)), tuple(left_out))
 
 
@@ -212,11 +217,10 @@ def _restricted(entry: Entry, ids: set[str]) -> Entry:
     return replace(entry, answers=replace(entry.answers, rows=sorted(rows, key=lambda row: str(row["id"]))))
 
 
-def _compare_task(entries: Mapping[str, Entry], metric: str | None, baseline: str) -> TaskComparison:
-    """Compare entries by name, with the same questions in the same order; verdicts are not corrected yet."""
+def _compare_task(entries: Mapping[str, Entry], chosen: str, baseline: str) -> TaskComparison:
+    """Compare entries by the chosen metric, with the same questions in the same order; verdicts are not corrected."""
     first = next(iter(entries.values())).answers
     quoted = str(first.header["metric"])
-    chosen = metric or quoted
     higher = chosen not in LOWER_IS_BETTER
     rows = {name: entry.answers.rows for name, entry in entries.items()}
     is_text = chosen == TEXT_METRIC and "nats" in first.rows[0]
@@ -248,11 +252,8 @@ def _compare_task(entries: Mapping[str, Entry], metric: str | None, baseline: st
 
 
 def _values(rows: Sequence[Mapping[str, Any]], metric: str, is_text: bool) -> Float[np.ndarray, " questions"]:
-    """Return values whose mean is the score: for a text its bits over its bytes, not the mean of its rows."""
-    if not is_text:
-        return np.array([row["metrics"][metric] for row in rows], float)
-    nats, weights = (np.array([row[name] for row in rows], float) for name in ("nats", "bytes"))
-    return linearised(nats / (np.log(2) * weights), weights)
+    """Return values whose mean is the score."""
+    return bits_per_byte_of(rows) if is_text else np.array([row["metrics"][metric] for row in rows], float)
 
 
 def _calibration(rows: Sequence[Mapping[str, Any]]) -> Calibration | None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.evaluate.answers import Answers, read_answers
-from experiments.inputs import read_json
+from experiments.evaluate.answers import Answers, in_file_name, read_answers, read_results
+from experiments.evaluate.summary import common_metrics
 from experiments.words import counted, is_or_are
 from model.errors import InputError
 
@@ -30,8 +30,7 @@ class Entry:
     @property
     def metrics(self) -> list[str]:
         """The metrics that every answer has."""
-        rows = self.answers.rows
-        return [name for name in rows[0]["metrics"] if all(row["metrics"].get(name) is not None for row in rows)]
+        return common_metrics(self.answers.rows)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def read_evaluations(folder: Path) -> Evaluations:
 
     entries = [Entry(named(one.header), one.header["task"], _protocol(file, one.header), one) for file, one in read]
     results = [
-        row | {"model": named(row)} for row in _results(folder) if row["model_hash"] in hashes.get(row["model"], ())
+        row | {"model": named(row)} for row in read_results(folder) if row["model_hash"] in hashes.get(row["model"], ())
     ]
     models = dict.fromkeys([row["model"] for row in results] + [entry.model for entry in entries])
     return Evaluations(folder, tuple(models), tuple(entries), tuple(results))
@@ -74,13 +73,8 @@ def read_evaluations(folder: Path) -> Evaluations:
 
 def _protocol(file: Path, header: Mapping[str, Any]) -> str:
     """Return the protocol with its settings: what follows the task in the name of the file."""
-    start, _, rest = file.stem.partition(f".{header['protocol']}")
-    return header["protocol"] + rest if start else header["protocol"]
-
-
-def _results(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "results.json"
-    return read_json(file)["results"] if file.is_file() else []
+    start = in_file_name(f"{header['task']}.{header['protocol']}")
+    return header["protocol"] + (file.stem.removeprefix(start) if file.stem.startswith(start) else "")
 
 
 def check_same_questions(name: str, entries: Sequence[Entry]) -> None:
@@ -100,10 +94,10 @@ def check_same_questions(name: str, entries: Sequence[Entry]) -> None:
             prompts = f"{counted(count, 'prompt')} of {entry.model} {is_or_are(count)} not as of {first.model}"
             raise InputError(
                 f"{name}: {prompts}, the first one of {differing[0]}; evaluate both under one protocol, with the same "
-                "shots and chat template"
+                "shots, and all with --chat or none"
             )
 
 
 def _prompt(row: Mapping[str, Any]) -> Any:
-    """Return what must be equal between models: the hash of the prompt, or the size of a text that has none."""
+    """Return what must be equal between models: the hash of the prompt, or without one the size of the text."""
     return row.get("prompt_sha256", row.get("bytes"))

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+from experiments.evaluate.answers import TaskAnswers
 from experiments.evaluate.encode import encode_contexts
 from experiments.evaluate.scorers.registry import scorer
 from experiments.evaluate.tasks.prompts import Prompt
@@ -23,18 +23,20 @@ def answer_by_generation(
     prompts: Sequence[Prompt],
     *,
     batch_size: int = 16,
-) -> list[dict[str, Any]]:
-    """Return a row per question, as in an answers file: the generated answer and its scores by the task's scorer.
+) -> TaskAnswers:
+    """Return a row per question: the generated answer and its scores by the task's scorer.
 
     Raises InputError, naming the question, if its prompt and answer do not fit the model's context.
     """
     contexts = [prompt.contexts[0] for prompt in prompts]
     ids = encode_contexts(tokenizer, contexts, encoder_decoder=config.stack == "encoder-decoder")
+    truncated = 0
     room = config.max_seq_len if config.stack == "encoder-decoder" else config.max_seq_len - task.max_new_tokens
     for number, prompt in enumerate(ids):
         if len(prompt) > room:
             if task.truncate and room > 0:
                 ids[number] = prompt[-room:]
+                truncated += 1
                 continue
             hint = "ask for fewer shots" if task.shots and not task.ready else "leave it out, or lower max_new_tokens"
             raise InputError(
@@ -45,7 +47,7 @@ def answer_by_generation(
         config, params, tokenizer, ids, stop=task.stop, max_new_tokens=task.max_new_tokens, batch_size=batch_size
     )
     score = scorer(task.scorer).score
-    return [
+    rows = [
         {
             "id": prompt.question.id,
             "cluster": prompt.question.cluster,
@@ -57,6 +59,7 @@ def answer_by_generation(
         }
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
+    return TaskAnswers(rows, truncated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +83,16 @@ def generate_answers(
 ) -> list[Output]:
     """Return the most likely answer, token by token, to each prompt of token ids, in their order.
 
+    An answer ends before a stop string, or at an end token of the config or the tokenizer.
+
     A prefix that the prompts of a batch share, such as fixed shots, is read once for the batch. Equal prompts are
     answered once. Prompts stay in their order, so that the batches have similar longest prompts and need few programs;
     the last batch is filled with earlier prompts for the same reason.
     Raises InputError for prompts that do not fit the context together with their answers, as `generate` does.
     """
-    greedy = Sampling(temperature=0.0, stop_strings=tuple(stop))
+    known = (*config.eos_token_ids, *tokenizer.eos_ids)
+    ends = tuple(dict.fromkeys(token for token in known if token < config.vocab_size))
+    greedy = Sampling(temperature=0.0, stop_strings=tuple(stop), stop_ids=ends)
     keys = [tuple(prompt) for prompt in prompts]
     order, found = list(dict.fromkeys(keys)), dict[tuple[int, ...], Output]()
     starts = range(0, len(order), batch_size)

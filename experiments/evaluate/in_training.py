@@ -23,7 +23,10 @@ def read_task(name: str, items: int = ITEMS) -> Task:
     check_at_least_one(items=items)
     task = load_task(name, generated=items)
     if task.kind != "choice":
-        raise InputError(f"the task {name} is of kind {task.kind}; during training, tasks of kind choice are scored")
+        raise InputError(
+            f"the task {name} is of kind {task.kind}, and tasks of kind choice alone are scored during training; leave "
+            "it out, and evaluate the trained run by `isoflop eval`"
+        )
     return with_settings(task, shots=0 if task.shots and not task.ready else None, limit=items)
 
 
@@ -40,11 +43,7 @@ def task_sets(names: Sequence[str], tokenizer: str | Path, items: int = ITEMS) -
 
 def encode_task(task: Task, tokenizer: Tokenizer) -> TaskSet:
     """Return the questions of a task as token ids."""
-    texts = []
-    for prompt in build_prompts(task):
-        contexts = prompt.contexts * (len(prompt.continuations) if len(prompt.contexts) == 1 else 1)
-        texts += list(zip(contexts, prompt.continuations, strict=True))
-    pairs = encode_pairs(tokenizer, texts, task.boundary)
+    pairs = encode_pairs(tokenizer, [pair for prompt in build_prompts(task) for pair in prompt.pairs], task.boundary)
     encoded, first = [], 0
     for question in task.questions:
         own = pairs[first : first + len(question.choices)]

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,23 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.evaluate.answers import Answers, read_answers, write_answers
+from experiments.evaluate.answers import Answers, in_file_name, keep_result, read_answers, read_results, write_answers
 from experiments.evaluate.choice import answer_choices
 from experiments.evaluate.generation import answer_by_generation
 from experiments.evaluate.summary import summarise
 from experiments.evaluate.tasks.prompts import build_prompts, with_settings
 from experiments.evaluate.tasks.task import Task, chance_of
 from experiments.evaluate.text_domains import answer_texts, by_domain
-from experiments.inputs import read_json
 from infer import prepare
 from infer.scoring.programs import compiled_programs
 from model import ModelConfig, Params
 from model.errors import InputError
 from model.records import file_sha256
 from model.tokenizer import Tokenizer
-from train.files import write_json
-
-RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +78,8 @@ def evaluate_tasks(
         with_settings(task, shots=settings.shots, fixed_shots=settings.fixed_shots, limit=settings.limit)
         for task in tasks
     ]
+    if out is not None:
+        read_results(out)  # another program's results.json is refused before any work
     results = []
     for model in models:
         for task in asked:
@@ -96,7 +93,7 @@ def evaluate_tasks(
             result = _result(task, answers)
             if out is not None and file is not None:
                 result["answers"] = str(file.relative_to(out))
-                _keep(out / RESULTS, result)
+                keep_result(out, result)
             results.append(result)
     return results
 
@@ -114,20 +111,18 @@ def answers_file(out: Path, model: EvaluatedModel, task: Task, settings: Setting
         parts.append("chat")
     if settings.limit is not None:
         parts.append(f"first-{settings.limit}")
-    return out / f"{_in_file_name(model.name)}-{model.hash[:8]}" / (_in_file_name(".".join(parts)) + ".jsonl")
-
-
-def _in_file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", text)
+    return out / f"{in_file_name(model.name)}-{model.hash[:8]}" / (in_file_name(".".join(parts)) + ".jsonl")
 
 
 def model_hash(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 over the config, the values of all parameters, and the tokenizer's file."""
+    """Return a SHA-256 over the config, the values of all parameters, and the tokenizer's file, tokens and template."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(jax.device_get(leaf))
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
+    conventions = [tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template, dict(tokenizer.template_tokens)]
+    digest.update(json.dumps(conventions, sort_keys=True).encode())  # from other files than the tokenizer's own
     if tokenizer.path.is_file():
         digest.update(file_sha256(tokenizer.path).encode())
     return digest.hexdigest()
@@ -154,7 +149,7 @@ def _answer(model: EvaluatedModel, task: Task, settings: Settings, batch_size: i
     elif task.kind == "text":
         rows = answer_texts(*about, prompts, batch_size=batch_size)
     else:
-        rows = answer_by_generation(*about, task, prompts, batch_size=batch_size)
+        rows, truncated = answer_by_generation(*about, task, prompts, batch_size=batch_size)
     header = {
         "model": model.name,
         "model_hash": model.hash,
@@ -184,11 +179,3 @@ def _result(task: Task, answers: Answers) -> dict[str, Any]:
         result["domains"] = by_domain(rows)
     result["boundary_differs"] = sum(bool(row.get("boundary_differs")) for row in rows)
     return result | {name: header.get(name) for name in ("truncated", "seconds", "compiles")}
-
-
-def _keep(file: Path, result: dict[str, Any]) -> None:
-    """Put a result into results.json, in the place of an earlier one of the same answers file."""
-    document = read_json(file) if file.is_file() else {}
-    earlier = document.get("results", []) if isinstance(document, dict) else []
-    kept = [one for one in earlier if one.get("answers") != result["answers"]]
-    write_json(file, {"schema_version": 1, "results": [*kept, result]})

@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.evaluate.choice import check_finite
 from experiments.evaluate.tasks.prompts import Prompt
 from infer import score
 from model import Execution, ModelConfig, Params
 from model.errors import InputError
 from model.tokenizer import Tokenizer
+from train.task_sets import bits_per_byte
 
 
 def answer_texts(
@@ -23,14 +25,20 @@ def answer_texts(
     """Return a row per text, in order: nats, tokens and bytes, as in an answers file.
 
     A text longer than the model's context is read in windows (`rolling_windows`); its first token follows the begin
-    token, or without one the end token. Raises InputError if the tokenizer has neither.
+    token, or without one the end token. Raises InputError if the tokenizer has neither, for an encoder-decoder, and for
+    a text without tokens.
     """
+    if config.stack == "encoder-decoder":
+        raise InputError("an encoder-decoder predicts no text from its beginning; evaluate a decoder on texts")
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if start is None:
         raise InputError(
             f"the tokenizer {tokenizer.path} has no token that begins or ends a text; name one in its files"
         )
     encoded = tokenizer.encode_batch([prompt.question.query for prompt in prompts])
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise InputError(f"the text {prompt.question.id!r} has no tokens; leave it out")
     windows = [rolling_windows(ids, start, config.max_seq_len) for ids in encoded]
     scores = score(
         config,
@@ -41,6 +49,7 @@ def answer_texts(
     )
     rows, done = [], 0
     for prompt, ids, of_text in zip(prompts, encoded, windows, strict=True):
+        check_finite(scores.logprobs[done : done + len(of_text)], prompt.question.id)
         nats = -float(scores.logprobs[done : done + len(of_text)].sum())
         done += len(of_text)
         size = len(prompt.question.query.encode())
@@ -48,10 +57,11 @@ def answer_texts(
             {
                 "id": prompt.question.id,
                 "cluster": prompt.question.cluster,
+                "prompt_sha256": prompt.sha256,
                 "nats": nats,
                 "tokens": len(ids),
                 "bytes": size,
-                "metrics": {"bits_per_byte": nats / math.log(2) / size},
+                "metrics": {"bits_per_byte": bits_per_byte(-nats, size)},
             }
         )
     return rows
@@ -83,7 +93,7 @@ def by_domain(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for domain, members in domains.items():
         nats, tokens, size = (sum(row[name] for row in members) for name in ("nats", "tokens", "bytes"))
         found[domain] = {
-            "bits_per_byte": nats / math.log(2) / size,
+            "bits_per_byte": bits_per_byte(-nats, size),
             "perplexity": math.exp(nats / tokens),
             "tokens": tokens,
             "bytes": size,

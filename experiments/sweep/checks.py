@@ -21,7 +21,7 @@ from train.data.shards import TokenShards
 from train.loop.train import check_frozen
 from train.recipe import Weights
 from train.start import fit
-from train.task_sets import TaskSet, check_model
+from train.task_sets import TaskSet, check_model, is_task_metric
 
 _PROBES = 16  # points of a searched space that represent those that a sampler draws
 
@@ -68,6 +68,9 @@ def check_sweep(sweep: Sweep) -> None:
     if sweep.lanes is not None:
         check_at_least_one(lanes=sweep.lanes)
     _check_sampler(sweep)
+    measured = [name for one in tasks for name in one.metrics]
+    if missing := [name for name in sweep.objectives if is_task_metric(name) and name not in measured]:
+        raise InputError(f"the objective {missing[0]} is not measured; the tasks give {', '.join(measured)}: name one")
     policy = make_policy(sweep)
     trials = expected_trials(sweep, _PROBES)
     _check_start(sweep, trials)

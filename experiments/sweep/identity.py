@@ -14,8 +14,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from experiments.locks import locked
 from experiments.sweep.address import file_of, kept, opened, shown
-from experiments.sweep.record import Sweep, id_in, locked
+from experiments.sweep.record import Sweep, id_in
 from experiments.sweep.storage import Storage
 from experiments.sweep.trials import plan_trials
 from model.errors import InputError

@@ -1,17 +1,15 @@
 """Store the definition of a sweep in `sweep.json` of its folder, so that any worker on any machine can continue it."""
 
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from experiments.evaluate.in_training import ITEMS, task_sets
+from experiments.locks import locked
 from experiments.sweep.address import file_of, opened, opened_by_older, with_file
 from experiments.sweep.branches import Listed
 from experiments.sweep.objectives import tasks_of
@@ -255,21 +253,6 @@ def id_in(folder: Path) -> str | None:
         return json.loads((folder / "sweep.json").read_text(encoding="utf-8")).get("id")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock `sweep.json` for a change that depends on its content: one process at a time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 – held until the block ends
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise InputError(f"the sweep's folder {folder} cannot be written: {error.strerror}") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _moved(place: Path, folder: Path, beside: str | None) -> Path:

@@ -4,11 +4,12 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from experiments.locks import locked
 from experiments.sweep import launch, live
 from experiments.sweep.address import check_given, file_of, kept, without_password
 from experiments.sweep.identity import copy_trials, keep_id, study_name, with_id, with_storage
 from experiments.sweep.ledger import Ledger
-from experiments.sweep.record import Sweep, locked, new_id
+from experiments.sweep.record import Sweep, new_id
 from experiments.sweep.row import ENDED, LedgerRow
 from experiments.sweep.storage import Storage
 from experiments.sweep.worker import plan, work

@@ -86,6 +86,17 @@ def test_questions_of_a_subject_are_a_cluster(tmp_path):
     assert task.differences[0].paired.freedom == pytest.approx(19)
 
 
+def test_settings_of_ready_requests_are_not_mixed(tmp_path):
+    tasks = {"easy.olmes": {"questions": 30, "protocol": "olmes:rc"}}
+    folder = write_folder(tmp_path, {"a": 0.5, "b": 0.7}, tasks, results=False)
+    for file in list(folder.glob("*/*.jsonl")):
+        header, *rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rewritten(file.with_name("easy.olmes.olmes-rc.first-10.jsonl"), [header | {"questions": 10}, *rows[:10]])
+        file.rename(file.with_name("easy.olmes.olmes-rc.jsonl"))
+    found = compare(read_evaluations(folder))
+    assert {task.protocol: task.questions for task in found.tasks} == {"olmes:rc": 30, "olmes:rc.first-10": 10}
+
+
 def test_another_metric_and_tasks_that_lack_it(folder):
     found = compare(read_evaluations(folder), metric="acc_norm")
     assert {task.task for task in found.tasks} == {"easy", "hard"}

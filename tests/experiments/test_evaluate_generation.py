@@ -70,7 +70,7 @@ def test_a_batch_answers_like_each_prompt_alone(data, random_params):
     prompts = [np.arange(3, 3 + length).tolist() for length in (2, 9, 5, 2, 7)]
     options = {"stop": ("e",), "max_new_tokens": 12}
     outputs = generate_answers(config, params, tokenizer, prompts, batch_size=3, **options)
-    sampling = Sampling(temperature=0.0, stop_strings=("e",))
+    sampling = Sampling(temperature=0.0, stop_strings=("e",), stop_ids=tokenizer.eos_ids)
     alone = [generate(config, params, [p], sampling, max_new_tokens=12, tokenizer=tokenizer) for p in prompts]
     assert [(one.text, one.finish_reason) for one in outputs] == [(one.text[0], one.finish_reason[0]) for one in alone]
     assert all("e" not in one.text for one in outputs)
@@ -78,7 +78,9 @@ def test_a_batch_answers_like_each_prompt_alone(data, random_params):
     task = Task("own", "own", "generation", (question,), "f1", max_new_tokens=8)
     with pytest.raises(InputError, match=r"task own, question 'q1': its \d+ tokens and 8 new ones .*context of 64; "):
         answer_by_generation(config, params, tokenizer, task, build_prompts(task))
-    (row,) = answer_by_generation(config, params, tokenizer, task.replace(truncate=True), build_prompts(task))
+    cut = answer_by_generation(config, params, tokenizer, task.replace(truncate=True), build_prompts(task))
+    (row,) = cut.rows
+    assert cut.truncated == 1
     assert row["answers"] == ["x"]
     assert set(row["metrics"]) == {"exact_match", "f1"}
 

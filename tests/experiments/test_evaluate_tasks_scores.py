@@ -3,15 +3,16 @@
 import json
 import math
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.evaluate.answers import read_answers, write_answers
+from experiments.evaluate.answers import keep_result, read_answers, read_results, write_answers
 from experiments.evaluate.choice import answer_choices, choice_metrics, encode_prompts
-from experiments.evaluate.run import EvaluatedModel, Settings, evaluate_tasks
+from experiments.evaluate.run import EvaluatedModel, Settings, evaluate_tasks, model_hash
 from experiments.evaluate.summary import summarise
 from experiments.evaluate.tasks.prompts import build_prompts
 from experiments.evaluate.tasks.registry import load_task
@@ -218,6 +219,37 @@ def test_finished_answers_are_reused_and_damaged_ones_computed_again(model, pack
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 4
     with pytest.raises(InputError, match="2 tasks are named hellaswag under protocol lm-eval; give them different"):
         evaluate_tasks([model], [tasks[0]] * 2)
+
+
+def test_processes_that_share_a_folder_keep_each_others_results(tmp_path):
+    found = [{"model": "m", "model_hash": "h", "task": "t", "answers": f"{number}.jsonl"} for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda result: keep_result(tmp_path, result), found))
+    assert sorted(read_results(tmp_path), key=found.index) == found
+    keep_result(tmp_path, found[3] | {"seconds": 1.0})
+    assert len(read_results(tmp_path)) == 24
+
+
+def test_results_of_another_program_stay_as_they_are(model, tmp_path):
+    for text in ('{"accuracy": 0.5}', "[1]", '{"results": [{"accuracy": 0.5}]}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(
+            InputError, match=r"not the results\.json that `isoflop eval` writes; choose another folder"
+        ):
+            evaluate_tasks([model], [task(2)], out=tmp_path)
+        assert (tmp_path / "results.json").read_text() == text
+
+
+def test_a_diverged_model_has_no_scores(params, tokenizer):
+    broken = EvaluatedModel.of("broken", CONFIG, jax.tree.map(lambda leaf: leaf * np.nan, params), tokenizer)
+    with pytest.raises(InputError, match="question 'q0': the model gives a log-probability that is not finite"):
+        evaluate_tasks([broken], [task()])
+
+
+def test_another_chat_template_is_another_model(params, tokenizer):
+    templates = ("{{ messages[0].content }}", "{{ messages[0].content }}!")
+    hashes = {model_hash(CONFIG, params, tokenizer.with_chat_template(text)) for text in templates}
+    assert len(hashes) == 2
 
 
 def test_a_wrong_line_of_an_answers_file_is_named(tmp_path):

@@ -12,6 +12,7 @@ from infer import score
 from model import Experts, InputError, ModelConfig
 from model.errors import UnknownNameError
 from train import HParams, RunOptions, TrainConfig, load_run, population, train
+from train.clusters import cluster_ids, standard_error
 from train.config import stack_hparams
 from train.lanes.build import compiled_scorers
 from train.lanes.vmapped import score_lane
@@ -25,10 +26,8 @@ from train.task_sets import (
     TaskResult,
     TaskSet,
     answers_path,
-    clusters_of,
     higher_is_better,
     pack,
-    standard_error,
 )
 
 CONFIG = ModelConfig(
@@ -165,6 +164,9 @@ def test_metrics_are_those_of_the_choices():
     assert result.metrics[f"t/acc{ERROR}"] == pytest.approx(0.5)
     broken = TaskResult(result.task_set, np.array([-2.0, -math.inf, -2.0, -3.0]))
     assert all(math.isnan(value) for value in broken.metrics.values())
+    single = TaskSet("one", (EncodedQuestion("q", ((pairs[0]),), (0,), (4,), (4,)),))
+    assert single.metrics == ("one/bits_per_byte",), "with one choice, every answer would be correct"
+    assert TaskResult(single, np.array([-2.0])).by_question["bits_per_byte"].tolist() == [2 / 4 / math.log(2)]
     assert [higher_is_better(f"t/{metric}") for metric in METRICS] == [True, True, False]
     with pytest.raises(UnknownNameError, match="unknown metric of a task 'accuracy'"):
         higher_is_better("t/accuracy")
@@ -174,13 +176,17 @@ def test_the_standard_error_covers_clusters():
     """For independent questions it is the plain one; for clusters, that of repeated draws of clusters."""
     random = np.random.default_rng(0)
     values = random.normal(size=50)
-    assert standard_error(values, np.arange(50)) == pytest.approx((values.std(ddof=1) / 50**0.5, 49.0))
+    for each in (None, np.arange(50)):
+        assert standard_error(values, each) == pytest.approx((values.std(ddof=1) / 50**0.5, 49.0))
+    for alone in (standard_error(values[:1]), standard_error(values, np.zeros(50, int))):
+        assert math.isnan(alone[0])
+        assert alone[1] == 0
     clusters = np.repeat(np.arange(20), 10)
     draws = random.normal(size=(2000, 20)).repeat(10, axis=1) + random.normal(size=(2000, 200))
     errors = np.array([standard_error(values, clusters)[0] for values in draws])
     assert np.sqrt((errors**2).mean()) == pytest.approx(draws.mean(axis=1).std(), rel=0.05)
-    assert clusters_of(["a", "b", "c"], ["x", "", "x"]).tolist() == [0, 1, 0]
-    assert len(set(clusters_of(["a", "b"], ["x", "x"]))) == 2
+    assert cluster_ids(["x", "", "x"]).tolist() == [1, 0, 1]
+    assert cluster_ids(["x", "x"]) is None
 
 
 @pytest.fixture(scope="module")

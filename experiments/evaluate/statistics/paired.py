@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
-from experiments.evaluate.statistics.mean import LEVEL, is_binary, standard_error
+from experiments.evaluate.statistics.mean import LEVEL, is_binary
+from train.clusters import standard_error
 
 ALPHA = 1 - LEVEL
 Verdict = Literal["better", "worse", "cannot be distinguished", "not compared"]
@@ -20,7 +21,7 @@ class PairedDifference:
 
     mean: float
     standard_error: float | None
-    """None where one question is alone."""
+    """None where one question or cluster is alone."""
     freedom: float | None
     low: float | None
     """Of the 95 % interval of this comparison alone, without the correction for others."""
@@ -51,9 +52,9 @@ def paired_difference(
     only_first, only_second = (int((change < 0).sum()), int((change > 0).sum())) if binary else (None, None)
     test: Literal["mcnemar", "t", "clustered t"]
     test = "clustered t" if clusters is not None else "mcnemar" if binary else "t"
-    if count < 2:
-        return PairedDifference(mean, None, None, None, None, None, test, count, only_first, only_second)
     error, freedom = (float(value) for value in standard_error(change, clusters))
+    if not freedom:
+        return PairedDifference(mean, None, None, None, None, None, test, count, only_first, only_second)
     if test == "mcnemar" and only_first is not None and only_second is not None:
         low, high = _bonett_price(only_first, only_second, count)
         p = float(mcnemar(np.array(only_first), np.array(only_second)))

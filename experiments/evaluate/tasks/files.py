@@ -1,12 +1,12 @@
 """Read own tasks: a TOML file with a JSONL file of questions, a JSONL file alone, ready requests, IFEval, texts."""
 
 import json
-import string
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.evaluate.scorers.registry import scorer
 from experiments.evaluate.tasks.olmes import task_of_requests
 from experiments.evaluate.tasks.package import read_lines
 from experiments.evaluate.tasks.task import Question, Task
@@ -37,6 +37,12 @@ _TASK_FIELDS: dict[str, type | tuple[type, ...]] = {
     "scorer": str,
 }
 _QUESTION_FIELDS = ("id", "query", "choices", "gold", "queries", "answers", "cluster", "shot")
+_EXAMPLES = dict.fromkeys(_QUESTION_FIELDS, '"{name}"') | {
+    "choices": '"options"',
+    "answers": '"answers"',
+    "queries": '["{first}", "{second}"]',
+    "gold": '"answer"',
+}
 _FIELDS = (*_TASK_FIELDS, "questions", "pool", *_QUESTION_FIELDS)
 
 
@@ -117,6 +123,13 @@ def _task_of_toml(path: Path) -> Task:
         if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
             word = {str: "a text", bool: "true or false", int: "a whole number", list: "a list of texts"}
             raise InputError(f"{path}: {name}={value!r} should be {word.get(kind, 'a number')}")  # type: ignore[arg-type]
+    if not all(isinstance(text, str) for text in fields.get("stop", ())):
+        raise InputError(f"{path}: stop={fields['stop']!r} should be a list of texts")
+    for name in _QUESTION_FIELDS:
+        value, many = fields.get(name, ""), name in ("choices", "answers", "queries")
+        if not isinstance(value, str) and not (many and isinstance(value, list)):
+            what = "the name of a field, or a list of templates" if many else "a text"
+            raise InputError(f"{path}: {name}={value!r:.40} should be {what}, such as {_EXAMPLES[name]}")
     if "questions" not in fields:
         raise InputError(f'{path} lacks questions; name a JSONL file beside it, such as questions = "questions.jsonl"')
     rows = read_rows(_beside(path, "questions", fields["questions"]))
@@ -141,7 +154,9 @@ def _task(path: Path, name: str, rows: Sequence[Row], fields: Mapping[str, Any],
     of_rows = tuple(_question(file, row, templates) for row in rows) if kind != "text" else ()
     questions = of_rows or _texts(file, rows)
     kind = kind or ("choice" if questions[0].choices else "generation")
-    metric = {"choice": "acc_norm", "generation": "exact_match", "text": "bits_per_byte"}.get(kind, "")
+    metric = {"choice": "acc_norm", "text": "bits_per_byte"}.get(kind, "")
+    if kind == "generation":
+        metric = scorer(fields.get("scorer", Task.scorer)).metrics[0]
     if kind == "choice" and all(len(question.choices) == 1 for question in questions):
         metric = "bits_per_byte"
     given: dict[str, Any] = {field: fields[field] for field in _TASK_FIELDS if field in fields}
@@ -158,10 +173,15 @@ def _question(file: Path, row: Row, templates: Mapping[str, Any]) -> Question:
     where = f"{file}, line {line}"
 
     def fill(template: str) -> str:
-        for _, field, _, _ in string.Formatter().parse(template):
-            if field is not None and field not in values:
-                raise InputError(f"{where} has no field {field!r}, which the task's template names")
-        return template.format_map({key: str(value) for key, value in values.items()})
+        try:
+            return template.format_map({key: str(value) for key, value in values.items()})
+        except KeyError as error:
+            raise InputError(f"{where} has no field {error}, which the task's template names") from None
+        except (ValueError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"the template {template!r:.60} cannot be filled in ({error}); write a field as {{name}}, and a brace "
+                "as {{ or }}"
+            ) from None
 
     def text(name: str, default: str | None = None) -> str | None:
         if name in templates:
@@ -215,7 +235,7 @@ def _gold(where: str, templates: Mapping[str, Any], row: Mapping[str, Any], choi
     if name not in row:
         if len(choices) == 1:
             return (0,)
-        raise InputError(f"{where} has no field {name!r} for the correct choice")
+        raise InputError(f"{where} has no field {name!r} for the correct choice; give its index, from 0, or its text")
     value = row[name]
     if isinstance(value, str) and value in choices:
         return (choices.index(value),)

@@ -51,6 +51,8 @@ def task_of_requests(
         request, number = row.get("request"), row.get("doc_id")
         if not isinstance(request, Mapping) or not {"context", "continuation"} <= request.keys():
             raise InputError(f"{file}, line {line}: a request needs a context and a continuation")
+        if not isinstance(request["context"], str) or not isinstance(request["continuation"], str):
+            raise InputError(f"{file}, line {line}: context and continuation should be texts")
         if not isinstance(number, int):
             raise InputError(f"{file}, line {line}: doc_id={number!r} should be a whole number")
         if number >= UNCONDITIONAL:
@@ -69,9 +71,9 @@ def task_of_requests(
         choices = tuple(_continuation(row).removeprefix(delimiter) for _, row in requests)
         contexts = tuple(row["request"]["context"] for _, row in requests)
         label = first.get("label")
-        gold = label if isinstance(label, int) and len(choices) > 1 else 0
-        if not 0 <= gold < len(choices):
-            raise InputError(f"{file}, line {line}: label={label} is not one of the {len(choices)} choices, from 0")
+        gold = label if len(choices) > 1 else 0  # with one continuation, it is the correct one
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise InputError(f"{file}, line {line}: label={label!r} is not one of the {len(choices)} choices, from 0")
         name_there = str(first.get("native_id"))
         questions.append(
             Question(

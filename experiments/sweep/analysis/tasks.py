@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 
 from experiments.sweep.analysis.comparisons import best_of_many
 from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
 from experiments.sweep.objectives import direction
 from experiments.words import counted
-from train.task_sets import ERROR, answers_path, clusters_of, standard_error, task_of
+from train.clusters import cluster_ids, standard_error
+from train.task_sets import ERROR, answers_path, task_of
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class TaskComparison:
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """Values of the questions of one setting, means over its runs, and the questions' clusters."""
+    """Values of the questions of one setting, means over its runs, and the questions' clusters (`cluster_ids`)."""
 
     ids: list[str]
     values: Float[np.ndarray, " questions"]
-    clusters: Int64[np.ndarray, " questions"]
+    clusters: Int[np.ndarray, " questions"] | None
+
+    @property
+    def independent(self) -> int:
+        """The number of clusters, or of questions without any."""
+        return len(self.values) if self.clusters is None else len(np.unique(self.clusters))
 
 
 def compare_by_task(
@@ -127,7 +133,7 @@ def compare_by_task(
         seeds=len(runs[best]),
         candidates=len(settings),
         questions=0 if own is None else len(own.values),
-        clusters=0 if own is None else len(np.unique(own.clusters)),
+        clusters=0 if own is None else own.independent,
         item_error=float(np.mean(errors)) if errors else None,
         seed_noise=noise,
         noise_freedom=freedom,
@@ -146,7 +152,7 @@ def _is_near(
     if answers is not None and best is not None and answers.ids == best.ids:
         error, own = standard_error(answers.values - best.values, best.clusters)
         if math.isfinite(error):
-            questions = error**2
+            questions = float(error) ** 2
             # Degrees of freedom of a sum of two estimated variances (Satterthwaite 1946).
             parts = (seeds**2 / freedom if freedom else 0.0) + questions**2 / own
             degrees = int((seeds + questions) ** 2 / parts) if parts else int(own)
@@ -174,4 +180,4 @@ def _answers(folder: Path, members: Sequence[Mapping[str, Any]], objective: str)
     if any(other["ids"] != first["ids"] for other in documents):
         return None
     values = np.array([document["metrics"][metric] for document in documents], float)
-    return _Answers(first["ids"], values.mean(axis=0), clusters_of(first["ids"], first["clusters"]))
+    return _Answers(first["ids"], values.mean(axis=0), cluster_ids(first["clusters"]))
