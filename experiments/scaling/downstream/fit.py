@@ -54,16 +54,21 @@ class DownstreamPrediction:
     recipe: str | None
     params: float
     tokens: float
-    value: float | None
-    low: float | None
-    high: float | None
-    bits_per_byte: float | None
-    bits_per_byte_low: float | None
-    bits_per_byte_high: float | None
-    refused: str | None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_low: float | None = None
+    bits_per_byte_high: float | None = None
+    refused: str | None = None
     """Why the accuracy should not be used; an interval that is too wide is still shown."""
     target: TargetRun | None = None
     """The measured run, where the table has it as held out."""
+
+    @property
+    def name(self) -> str:
+        """The task, with its recipe where there is one."""
+        return str(TaskKey(self.task, self.recipe))
 
     @property
     def width(self) -> float | None:
@@ -178,7 +183,7 @@ class DownstreamFit:
 
     def _predict(self, key: TaskKey, N: float, D: float, target: TargetRun | None = None) -> DownstreamPrediction:
         if key in self.refused:
-            return DownstreamPrediction(*key, N, D, None, None, None, None, None, None, self.refused[key], target)
+            return DownstreamPrediction(*key, params=N, tokens=D, refused=self.refused[key], target=target)
         fit = self.fits[key]
         found = fit.ensemble.predict(np.array([N]), np.array([D]), fit.weights)
         reach = fit.reach(N, D)
@@ -252,9 +257,9 @@ class DownstreamFit:
             "refused": self.refused.get(task.key),
         }
         if fit is not None:
-            links = [link.link.name for link in fit.ensemble.links]
+            laws, links = list(fit.ensemble.laws), [link.link.name for link in fit.ensemble.links]
             found |= {
-                "law_weights": {name: fit.weights.laws[name] for name in fit.ensemble.laws},
+                "law_weights": dict(zip(laws, fit.weights.among(laws).tolist(), strict=True)),
                 "link_weights": dict(zip(links, fit.weights.links.tolist(), strict=True)),
                 "law_noise": fit.ensemble.law_noise,
                 "link_noise": float(fit.weights.links @ fit.ensemble.link_noise),
