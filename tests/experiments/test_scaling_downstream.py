@@ -106,7 +106,7 @@ def test_a_prediction_by_hand_and_its_page(fitted, tmp_path):
     write_downstream_page(tmp_path / "page.html", short, [near, short.predict(7e9, 2e12, "boolq_val")], "ladder")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
-    assert "refused, too wide" in page
+    assert "refused: the 95 % interval is" in page
 
 
 def test_a_link_comes_back_from_its_own_values():
@@ -264,6 +264,23 @@ def test_a_task_without_signal_is_refused_with_the_reason(tmp_path, changes, mes
     prediction = fit.predict(5e9, 1e12, "task0")
     assert prediction.value is None
     assert re.search(message, prediction.refused)
+
+
+def test_runs_at_one_ratio_predict_no_other(tmp_path):
+    """At a fixed D/N the laws are of compute alone, which says nothing about a model trained on far more tokens."""
+    rng = np.random.default_rng(1)
+    results = truth(rng)
+    sizes = [(size, seed) for size in np.geomspace(5e7, 1.6e9, 6) for seed in range(2)]
+    rows = []
+    for params, seed in sizes:
+        bits, accuracy = results(params, 20 * params)
+        row = {"params": params, "tokens": 20 * params, "seed": seed, "task": "task0", "chance": 0.25}
+        rows.append(row | {"bpb": bits * rng.lognormal(0, 0.005), "acc": rng.binomial(1500, accuracy) / 1500})
+    fit = fit_downstream(read_downstream(written(tmp_path / "runs.jsonl", rows)), bootstraps=4, widest=1.0)
+    near, far = fit.predict(3e9, 6e10, "task0"), fit.predict(3e9, 6e12, "task0")
+    assert near.refused is None
+    assert abs(near.value - results(3e9, 6e10)[1]) < 0.06
+    assert "2000 tokens per parameter are far from the 20 … 20 of the runs" in far.refused
 
 
 def test_chance_levels_are_known_by_name():

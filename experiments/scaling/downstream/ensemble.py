@@ -99,6 +99,11 @@ class Ensemble:
     """Standard deviation of the runs about each link, in accuracy."""
     seed: int
 
+    @property
+    def in_both(self) -> bool:
+        """Whether some form of law is one in N and D, not in compute alone."""
+        return any("params" in problem.form.needs for problem, _ in self.laws.values())
+
     def log_bits_per_byte(
         self, params: Float[np.ndarray, " points"], tokens: Float[np.ndarray, " points"]
     ) -> dict[str, Float[np.ndarray, "problems points"]]:

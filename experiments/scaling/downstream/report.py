@@ -40,7 +40,6 @@ def _view(fit: DownstreamFit, predictions: Sequence[DownstreamPrediction], title
         "measured": coverage(measured).to_dict() if measured else None,
         "held_out": document["held_out"],
         "stretch": document["stretch"],
-        "widest": fit.widest,
         "bootstraps": fit.bootstraps,
         "tasks": tasks,
         "notes": fit.table.notes,
