@@ -132,7 +132,8 @@ def read_downstream(
     if names["task"] is None:
         records, wide, without = _long(path, records, present)
         names |= dict.fromkeys((*PROXIES, *SCORES)) | wide
-        notes.append(f"the table has a column per task: {counted(len(_tasks_of(records)), 'task')}")
+        of_tasks = {record["task"] for _, record in records}
+        notes.append(f"the table has a column per task: {counted(len(of_tasks), 'task')}")
         if without:
             some = ", ".join(without[:5]) + (" …" if len(without) > 5 else "")
             notes.append(f"{counted(len(without), 'task')} left out, without bits per byte or without accuracy: {some}")
@@ -150,8 +151,8 @@ def read_downstream(
     numbers, read = read_numbers(path, records, {str(name): role in _COUNTS for role, name in wanted.items()})
     notes += read
     found = {role: np.array(numbers[str(name)]) for role, name in wanted.items()}
-    of_tasks = [record.get(names["task"] or "task") for _, record in records]
-    _check_units(path, str(names[score]), found[score], of_tasks, by_chance=score == "accuracy")
+    of_rows = [record.get(names["task"] or "task") for _, record in records]
+    _check_units(path, str(names[score]), found[score], of_rows, by_chance=score == "accuracy")
     found["accuracy"] = _fractions(path, str(names[score]), found[score], notes)
     if score == "error_rate":
         found["accuracy"] = 1 - found["accuracy"]
@@ -238,10 +239,6 @@ def _task_and_metric(column: str) -> str:
     if parts and any(f"_{parts[2].lower()}" in ends for ends in _WIDE.values()):
         return f"{parts[1]}_{parts[2]}"
     return name.rsplit("/", 1)[-1]
-
-
-def _tasks_of(records: Sequence[Record]) -> set[object]:
-    return {record.get("task") for _, record in records}
 
 
 def _fractions(path: Path, name: str, values: np.ndarray, notes: list[str]) -> np.ndarray:
