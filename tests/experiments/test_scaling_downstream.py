@@ -11,9 +11,9 @@ import pytest
 from experiments import cli
 from experiments.scaling import fit_downstream, read_downstream
 from experiments.scaling.downstream.chance import known_chance
-from experiments.scaling.downstream.ensemble import Spread
+from experiments.scaling.downstream.ensemble import Spread, TaskRuns
 from experiments.scaling.downstream.fit import coverage
-from experiments.scaling.downstream.held_out import sizes_of, stretch
+from experiments.scaling.downstream.held_out import by_size, sizes_of, stretch
 from experiments.scaling.downstream.link import LINKS, fit_link
 from experiments.scaling.downstream.report import write_downstream_page
 from model.errors import InputError, UnknownNameError
@@ -106,7 +106,7 @@ def test_a_prediction_by_hand_and_its_page(fitted, tmp_path):
     write_downstream_page(tmp_path / "page.html", short, [near, short.predict(7e9, 2e12, "boolq_val")], "ladder")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
-    assert "refused, too wide" in page
+    assert "refused: the 95 % interval is" in page
 
 
 def test_a_link_comes_back_from_its_own_values():
@@ -124,7 +124,12 @@ def test_the_stretch_is_the_conformal_quantile_and_never_shortens():
     np.testing.assert_allclose(spread.score(np.array([0.6, 0.35])), [0.5, 1.5])
     assert stretch(np.linspace(0.02, 2, 100)) == pytest.approx(1.92)
     assert stretch(np.full(50, 0.3)) == 1.0
-    assert sizes_of(np.array([1e8, 1.05e8, 4e8, 9e8])).tolist() == [1.05e8, 4e8, 9e8]
+
+
+def test_runs_of_about_one_size_are_one_group():
+    params = np.array([1e8, 1.08e8, 1.16e8, 4e8, 9e8])
+    assert sizes_of(params).tolist() == [1.16e8, 4e8, 9e8]
+    assert [len(group) for group in by_size(TaskRuns(params, params, params, params))] == [3, 1, 1]
 
 
 def spoiled(rows, **changes):
@@ -155,11 +160,34 @@ def test_other_spellings_of_a_table_read_the_same(tmp_path):
     assert same_runs(table, twice)
     assert len(twice.dropped) == 4
     assert any("exact duplicate of row 1" in row.reason for row in twice.dropped)
-    wide = {}
-    for row in rows:
-        cells = wide.setdefault((row["params"], row["tokens"]), {k: row[k] for k in ("params", "tokens", "held_out")})
-        cells |= {f"eval/{row['task']}_bpb": row["bits_per_byte"], f"eval/{row['task']}_acc": row["accuracy"]}
-    assert same_runs(table, read(list(wide.values())))
+    for bits, accuracy in (("eval/{}_bpb", "eval/{}_acc"), ("{}/bpb", "{}/acc_norm"), ("eval/{}.bpb", "eval/{} acc")):
+        wide = {}
+        for row in rows:
+            cells = {k: row[k] for k in ("params", "tokens", "held_out")} | {"other_bpb": 1.0}
+            cells = wide.setdefault((row["params"], row["tokens"]), cells)
+            cells |= {bits.format(row["task"]): row["bits_per_byte"], accuracy.format(row["task"]): row["accuracy"]}
+        found = read(list(wide.values()))
+        assert same_runs(table, found)
+        assert "1 task left out, without bits per byte or without accuracy: other" in found.notes
+
+
+def test_what_is_given_comes_before_what_is_found(tmp_path):
+    rows = simulated(1, np.random.default_rng(0))
+    table = read_downstream(written(tmp_path / "a.jsonl", rows))
+
+    def read(columns=None, given=None, **changes):
+        return read_downstream(written(tmp_path / "b.jsonl", spoiled(rows, **changes)), columns, **(given or {}))
+
+    other = read({"error_rate": "wrong"}, wrong=lambda row: 1 - row["accuracy"], accuracy=lambda row: 0.5)
+    assert same_runs(table, other)
+    other = read({"loss": "gold"}, gold=lambda row: 2 * row["bits_per_byte"])
+    assert other.unit == "nats per token"
+    np.testing.assert_allclose(
+        other.tasks["task0", None].runs.bits_per_byte, 2 * table.tasks["task0", None].runs.bits_per_byte
+    )
+    levels = read(given={"chance": {"task0": 0.3}}, chance=lambda row: row["accuracy"], ceiling=lambda row: 95)
+    assert (levels.tasks["task0", None].chance, levels.tasks["task0", None].ceiling) == (0.3, 0.95)
+    assert "taking the column 'model' for run" in read(model=lambda row: f"{row['params']}-{row['tokens']}").notes
 
 
 def test_checkpoints_of_a_run_are_averaged_and_recipes_are_fitted_apart(tmp_path):
@@ -170,7 +198,7 @@ def test_checkpoints_of_a_run_are_averaged_and_recipes_are_fitted_apart(tmp_path
                 for step in range(1, 41):
                     tokens = 20 * params * step / 40
                     bits, accuracy = 1 + 0.01 * (seed - step), 0.3 + 0.005 * step + 0.01 * (step % 2)
-                    rows.append((params, tokens, step, seed, recipe, "piqa", bits, accuracy))
+                    rows.append((params, tokens, f"step{step}", seed, recipe, "piqa", bits, accuracy))
     names = ("params", "tokens", "step", "seed", "recipe", "task", "bpb", "acc")
     rows = [dict(zip(names, row, strict=True)) for row in rows]
     table = read_downstream(written(tmp_path / "runs.jsonl", rows))
@@ -191,9 +219,13 @@ def test_checkpoints_of_a_run_are_averaged_and_recipes_are_fitted_apart(tmp_path
     [
         ({"accuracy": lambda row: 30 * row["accuracy"] * 10}, "an accuracy is from 0 to 1, or to 100 in per cent"),
         ({"accuracy": lambda row: row["accuracy"] * (100 if row["task"] == "task0" else 1)}, "in one unit"),
+        (
+            {"task": lambda row: "piqa", "accuracy": lambda row: row["accuracy"] * (1 if row["held_out"] else 100)},
+            "seems to be a fraction; write all of it in one unit",
+        ),
         ({"accuracy": lambda row: "good"}, "should be a number"),
         ({"accuracy": lambda row: None}, "no row is left to fit; row 1: accuracy is not"),
-        ({"chance": lambda row: row["accuracy"]}, "several values of chance"),
+        ({"chance": lambda row: row["accuracy"]}, r"several values of chance, .* give one with --chance task0="),
         ({"run": lambda row: "one"}, "has 6 sizes"),
     ],
 )
@@ -207,6 +239,12 @@ def test_a_wrong_table_is_refused_in_one_sentence(tmp_path, changes, message):
 def test_a_missing_column_is_named(tmp_path, missing):
     rows = [{k: v for k, v in row.items() if k != missing} for row in simulated(1, np.random.default_rng(0))]
     with pytest.raises(InputError, match=missing):
+        read_downstream(written(tmp_path / "runs.jsonl", rows))
+
+
+def test_tasks_need_more_than_accuracy(tmp_path):
+    rows = [{"params": 1e8, "tokens": 2e9, "arc_easy_acc": 0.4}]
+    with pytest.raises(InputError, match="no task with both bits per byte and an accuracy among 'arc_easy_acc'"):
         read_downstream(written(tmp_path / "runs.jsonl", rows))
 
 
@@ -226,6 +264,23 @@ def test_a_task_without_signal_is_refused_with_the_reason(tmp_path, changes, mes
     prediction = fit.predict(5e9, 1e12, "task0")
     assert prediction.value is None
     assert re.search(message, prediction.refused)
+
+
+def test_runs_at_one_ratio_predict_no_other(tmp_path):
+    """At a fixed D/N the laws are of compute alone, which says nothing about a model trained on far more tokens."""
+    rng = np.random.default_rng(1)
+    results = truth(rng)
+    sizes = [(size, seed) for size in np.geomspace(5e7, 1.6e9, 6) for seed in range(2)]
+    rows = []
+    for params, seed in sizes:
+        bits, accuracy = results(params, 20 * params)
+        row = {"params": params, "tokens": 20 * params, "seed": seed, "task": "task0", "chance": 0.25}
+        rows.append(row | {"bpb": bits * rng.lognormal(0, 0.005), "acc": rng.binomial(1500, accuracy) / 1500})
+    fit = fit_downstream(read_downstream(written(tmp_path / "runs.jsonl", rows)), bootstraps=4, widest=1.0)
+    near, far = fit.predict(3e9, 6e10, "task0"), fit.predict(3e9, 6e12, "task0")
+    assert near.refused is None
+    assert abs(near.value - results(3e9, 6e10)[1]) < 0.06
+    assert "2000 tokens per parameter are far from the 20 … 20 of the runs" in far.refused
 
 
 def test_chance_levels_are_known_by_name():

@@ -103,7 +103,7 @@ def test_what_is_missing_is_dropped_and_listed(tmp_path):
     ("content", "message"),
     [
         (POINTS.replace("2.85", '"2,85"'), r"decimal commas \('2,85' in row 1.*decimal points \('1.3B' in row 1"),
-        (POINTS.replace("2.85", "35%"), "row 1: column 'loss' holds '35%'.*not a share in per cent"),
+        (POINTS.replace("2.85", "35%"), "row 1: column 'loss' holds '35%'.*without a per cent sign"),
         (POINTS.replace("124M", '"1,24,000"'), "row 2: column 'params' holds '1,24,000'"),
         ("Step,a - val/loss,a - val/loss__MIN,a - val/loss__MAX\n1,2,2,2\n", "chart's export.*'a - val/loss'.*one row"),
         ("params,tokens,train/loss\n1e6,1e8,3\n", "no column 'loss'.*'train/loss' is a training loss"),

@@ -93,6 +93,7 @@ def test_settings_that_are_as_accurate_are_counted():
         ({"beta": [0.1, 0.3]}, ("loss", "margin", "forgetting", "accuracy"), "forgetting"),
         ({"beta": [0.1, 0.3]}, ("margin", "training_tokens_per_second"), "loss"),
         ({"nll_weight": [0.0, 1.0]}, ("margin", "accuracy"), "margin"),
+        ({"objective.margins": [False, True]}, ("margin", "accuracy"), "accuracy"),
         ({"objective.kind": ["dpo", "simpo"], "nll_weight": [0.0, 1.0]}, ("margin", "accuracy"), "accuracy"),
     ],
 )

@@ -12,6 +12,8 @@ from experiments.commands.options import JsonFile
 from experiments.commands.scaling.options import Column
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from experiments.scaling.downstream.fit import Coverage, DownstreamFit, DownstreamPrediction
 
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -97,7 +99,7 @@ def downstream(
         params: N of a planned run; give tokens too.
         tokens: D of a planned run.
         tasks: Only these tasks.
-        chance: Accuracy of guessing, of tasks for which neither the table nor the name tells it, as mytask=0.25.
+        chance: Accuracy of guessing, in place of the table's or of what the task's name says, as mytask=0.25.
         ceiling: The highest accuracy that is possible, by default 1, as mytask=0.95.
         widest: Points of accuracy above which the width of an interval is refused.
         bootstraps: Resamples behind the intervals.
@@ -109,6 +111,7 @@ def downstream(
     from experiments.commands.options import console, output, write_document
     from experiments.scaling.downstream.fit import fit_downstream
     from experiments.scaling.downstream.table import read_downstream
+    from experiments.words import counted
     from model.errors import InputError, check_number
     from train.progress import progress_bar
 
@@ -120,10 +123,14 @@ def downstream(
     )
     for note in results.notes:
         print(f"{table}: {note}", file=sys.stderr)
-    if params is None and not any(task.targets for task in results.tasks.values()):
+    if results.dropped:
+        first = results.dropped[0]
+        left_out = counted(len(results.dropped), "result")
+        print(f"{table}: {left_out} left out, the first in row {first.row}: {first.reason}", file=sys.stderr)
+    chosen = [task for key, task in results.tasks.items() if not tasks or key.task in tasks]
+    if params is None and chosen and not any(task.targets for task in chosen):
         raise InputError("there is no run to predict: give --params with --tokens, or mark rows in a column held_out")
-    fitted = sum(not tasks or key.task in tasks for key in results.tasks)
-    with progress_bar("fit", max(fitted, 1)) as advance:
+    with progress_bar("fit", max(len(chosen), 1)) as advance:
         fit = fit_downstream(
             results, tasks=tasks, bootstraps=bootstraps, seed=seed, widest=widest / 100, advance=advance
         )
@@ -159,7 +166,7 @@ def _levels(option: str, words: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _show(console: "object", fit: "DownstreamFit", predictions: "Sequence[DownstreamPrediction]") -> None:
+def _show(console: "Console", fit: "DownstreamFit", predictions: "Sequence[DownstreamPrediction]") -> None:
     from experiments.commands.options import new_table
     from experiments.scaling.downstream.fit import coverage
     from experiments.words import count_in_words
@@ -169,8 +176,12 @@ def _show(console: "object", fit: "DownstreamFit", predictions: "Sequence[Downst
     shown = new_table(*names)
     shown.columns[-1].justify, shown.columns[-1].no_wrap = "left", False
     for prediction in predictions:
-        name = prediction.task if prediction.recipe is None else f"{prediction.task} ({prediction.recipe})"
-        row = [name, count_in_words(prediction.params), count_in_words(prediction.tokens), _points(prediction.value)]
+        row = [
+            prediction.name,
+            count_in_words(prediction.params),
+            count_in_words(prediction.tokens),
+            _points(prediction.value),
+        ]
         row.append("–" if prediction.width is None else f"{_points(prediction.low)} … {_points(prediction.high)}")
         if measured:
             target = prediction.target
@@ -184,9 +195,9 @@ def _show(console: "object", fit: "DownstreamFit", predictions: "Sequence[Downst
     if measured:
         summary.add_row("held-out runs", *_cells(coverage(measured)))
     summary.add_row("larger sizes of the table from its smaller ones", *_cells(fit.held_out_coverage))
-    console.print(shown)  # type: ignore[attr-defined]
-    console.print()  # type: ignore[attr-defined]
-    console.print(summary)  # type: ignore[attr-defined]
+    console.print(shown)
+    console.print()
+    console.print(summary)
 
 
 def _verdict(prediction: "DownstreamPrediction") -> str:

@@ -1,4 +1,4 @@
-"""Know the accuracy that guessing reaches on public benchmarks."""
+"""List the accuracy of guessing on public benchmarks."""
 
 CHANCE = {
     "hellaswag": 0.25,

@@ -4,7 +4,7 @@ Runs are resampled, not checkpoints, as the checkpoints of one run are not indep
 steps, so that the errors of the steps stay paired.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -81,6 +81,11 @@ class Weights:
     laws: Mapping[str, float]
     links: Float[np.ndarray, " links"]
 
+    def among(self, names: Iterable[str]) -> Float[np.ndarray, " laws"]:
+        """Return the weights of some forms of law, which add up to 1: a small table supports some of them only."""
+        weights = np.array([self.laws[name] for name in names])
+        return weights / weights.sum()
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -93,6 +98,11 @@ class Ensemble:
     link_noise: Float[np.ndarray, " links"]
     """Standard deviation of the runs about each link, in accuracy."""
     seed: int
+
+    @property
+    def in_both(self) -> bool:
+        """Whether some form of law is one in N and D, not in compute alone."""
+        return any("params" in problem.form.needs for problem, _ in self.laws.values())
 
     def log_bits_per_byte(
         self, params: Float[np.ndarray, " points"], tokens: Float[np.ndarray, " points"]
@@ -115,8 +125,7 @@ class Ensemble:
         and all resamples.
         """
         logs = self.log_bits_per_byte(params, tokens)
-        by_law = np.array([weights.laws[name] for name in logs])
-        by_law /= by_law.sum()  # a small table supports some of the forms only
+        by_law = weights.among(logs)
         rng = np.random.default_rng([self.seed, 1])
         draws = len(self.links[0].theta)
         noise = self.law_noise * rng.standard_normal((draws, 1))

@@ -19,7 +19,7 @@ from experiments.report.style import (
     styled,
 )
 from experiments.scaling.downstream.fit import DownstreamPrediction, TaskFit
-from experiments.scaling.downstream.held_out import SAME_SIZE, sizes_of
+from experiments.scaling.downstream.held_out import by_size
 
 FLOPS = "compute C = 6·N·D (FLOPs)"
 ACCURACY = "accuracy (%)"
@@ -38,14 +38,13 @@ def task_panels(fit: TaskFit, unit: str, predictions: Sequence[DownstreamPredict
 
 
 def _draw_law(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[DownstreamPrediction]) -> None:
-    runs = fit.task.runs
-    sizes = sizes_of(runs.params)
-    for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
-        chosen = (runs.params <= size) & (runs.params > size / SAME_SIZE)
-        group = runs.where(chosen)
+    runs, groups = fit.task.runs, by_size(fit.task.runs)
+    for group, colour in zip(groups, sequence(len(groups)), strict=True):
         tokens = np.geomspace(group.tokens.min() / 1.2, group.tokens.max() * 1.2, _GRID)
         axes.plot(*_curve(fit, float(np.median(group.params)), tokens), color=colour)
-        axes.plot(group.flops, group.bits_per_byte, "o", color=colour, markersize=4, label=amount(float(size)))
+        axes.plot(
+            group.flops, group.bits_per_byte, "o", color=colour, markersize=4, label=amount(float(group.params.max()))
+        )
     seen = [runs.flops]
     for prediction in predictions:
         flops = 6 * prediction.params * prediction.tokens
@@ -65,10 +64,9 @@ def _draw_law(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[Downstr
 
 def _curve(fit: TaskFit, params: float, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return compute and the weighted mean of the laws at one size."""
-    weights = np.array([fit.weights.laws[name] for name in fit.ensemble.laws])
     sizes = np.full(len(tokens), params)
-    logs = np.stack([log[0] for log in fit.ensemble.log_bits_per_byte(sizes, tokens).values()])
-    return 6 * sizes * tokens, np.exp(weights @ logs / weights.sum())
+    logs = fit.ensemble.log_bits_per_byte(sizes, tokens)
+    return 6 * sizes * tokens, np.exp(fit.weights.among(logs) @ np.stack([log[0] for log in logs.values()]))
 
 
 def _draw_link(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[DownstreamPrediction]) -> None:
@@ -81,9 +79,8 @@ def _draw_link(axes: Axes, fit: TaskFit, unit: str, predictions: Sequence[Downst
     for curve, weight in zip(curves, fit.weights.links, strict=True):
         axes.plot(grid, curve, color=BLUE, alpha=0.2 + 0.5 * float(weight), linewidth=0.8)
     axes.plot(grid, fit.weights.links @ curves, color=BLUE)
-    sizes = sizes_of(runs.params)
-    for size, colour in zip(sizes, sequence(len(sizes)), strict=True):
-        group = runs.where((runs.params <= size) & (runs.params > size / SAME_SIZE))
+    groups = by_size(runs)
+    for group, colour in zip(groups, sequence(len(groups)), strict=True):
         axes.plot(group.bits_per_byte, 100 * group.accuracy, "o", color=colour, markersize=4)
     for prediction in predictions:
         interval = [100 * float(prediction.low or 0), 100 * float(prediction.high or 0)]

@@ -43,6 +43,7 @@ WIDEST = 0.20  # accuracy: a wider interval is refused
 MINIMUM_SIZES = 3
 MINIMUM_RUNS = 6
 SIGNAL = 2.0  # times the noise that the accuracy of the largest runs is above chance
+FARTHEST_RATIO = 3.0  # times the tokens per parameter of the runs up to which a law of compute alone is trusted
 RISING = 1.645  # standard errors of a rank correlation, 5 % one-sided
 
 
@@ -54,16 +55,21 @@ class DownstreamPrediction:
     recipe: str | None
     params: float
     tokens: float
-    value: float | None
-    low: float | None
-    high: float | None
-    bits_per_byte: float | None
-    bits_per_byte_low: float | None
-    bits_per_byte_high: float | None
-    refused: str | None
-    """Why the accuracy should not be used; an interval that is too wide is still shown."""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_low: float | None = None
+    bits_per_byte_high: float | None = None
+    refused: str | None = None
+    """Why the accuracy should not be used; of a task that was fitted the numbers are still given."""
     target: TargetRun | None = None
     """The measured run, where the table has it as held out."""
+
+    @property
+    def name(self) -> str:
+        """The task, with its recipe where there is one."""
+        return str(TaskKey(self.task, self.recipe))
 
     @property
     def width(self) -> float | None:
@@ -139,6 +145,20 @@ class TaskFit:
         distance = np.log(6 * N * D / self.task.runs.flops.max())
         return max(1.0, float(distance / max(self.held_out.distance.max(), np.log(2))))
 
+    def reason_against(self, N: float, D: float) -> str | None:
+        """Return why (N, D) is none that the laws are of: runs at about one D/N determine a law of compute alone."""
+        ratios = self.task.runs.tokens / self.task.runs.params
+        low, high = float(ratios.min()), float(ratios.max())
+        if self.ensemble.in_both or low / FARTHEST_RATIO <= D / N <= high * FARTHEST_RATIO:
+            return None
+        own, least, most = (
+            np.format_float_positional(x, precision=3, fractional=False, trim="-") for x in (D / N, low, high)
+        )
+        return (
+            f"{own} tokens per parameter are far from the {least} … {most} of the runs, which determine a law of "
+            "compute alone; add runs at other ratios"
+        )
+
 
 @dataclass(frozen=True)
 class DownstreamFit:
@@ -178,7 +198,7 @@ class DownstreamFit:
 
     def _predict(self, key: TaskKey, N: float, D: float, target: TargetRun | None = None) -> DownstreamPrediction:
         if key in self.refused:
-            return DownstreamPrediction(*key, N, D, None, None, None, None, None, None, self.refused[key], target)
+            return DownstreamPrediction(*key, params=N, tokens=D, refused=self.refused[key], target=target)
         fit = self.fits[key]
         found = fit.ensemble.predict(np.array([N]), np.array([D]), fit.weights)
         reach = fit.reach(N, D)
@@ -195,7 +215,7 @@ class DownstreamFit:
             bits_per_byte=float(bits.value[0]),
             bits_per_byte_low=float(bits.low[0]),
             bits_per_byte_high=float(bits.high[0]),
-            refused=self._too_wide(low, high),
+            refused=fit.reason_against(N, D) or self._too_wide(low, high),
             target=target,
         )
 
@@ -252,9 +272,9 @@ class DownstreamFit:
             "refused": self.refused.get(task.key),
         }
         if fit is not None:
-            links = [link.link.name for link in fit.ensemble.links]
+            laws, links = list(fit.ensemble.laws), [link.link.name for link in fit.ensemble.links]
             found |= {
-                "law_weights": {name: fit.weights.laws[name] for name in fit.ensemble.laws},
+                "law_weights": dict(zip(laws, fit.weights.among(laws).tolist(), strict=True)),
                 "link_weights": dict(zip(links, fit.weights.links.tolist(), strict=True)),
                 "law_noise": fit.ensemble.law_noise,
                 "link_noise": float(fit.weights.links @ fit.ensemble.link_noise),
@@ -343,7 +363,8 @@ def _check(task: Task) -> float:
         )
     if not 0 <= chance < task.ceiling <= 1:
         raise InputError(
-            f"chance is {chance:g} and the ceiling {task.ceiling:g}; chance must be below it, both in 0 … 1"
+            f"chance is {chance:g} and the ceiling {task.ceiling:g}; chance must be below it, both in 0 … 1: give them "
+            "with --chance and --ceiling"
         )
     sizes = len(sizes_of(runs.params)) if len(runs) else 0
     if sizes < MINIMUM_SIZES or len(runs) < MINIMUM_RUNS:

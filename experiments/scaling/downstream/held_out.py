@@ -53,6 +53,13 @@ def sizes_of(params: Float[np.ndarray, " runs"]) -> Float[np.ndarray, " sizes"]:
     return ordered[ends]
 
 
+def by_size(runs: TaskRuns) -> list[TaskRuns]:
+    """Return the runs of each size, in increasing order."""
+    ends = sizes_of(runs.params)
+    starts = np.concatenate([[0.0], ends[:-1]])
+    return [runs.where((runs.params > start) & (runs.params <= end)) for start, end in zip(starts, ends, strict=True)]
+
+
 def split_by_size(runs: TaskRuns, *, chance: float, ceiling: float, bootstraps: int, seed: int) -> list[Split]:
     """Return a split after every size from the second to the last but one, at most the last `MOST_SPLITS`.
 

@@ -86,7 +86,7 @@ def fit_link(
     The runs counted once are fitted from several starts, each weighting from that fit and from the middle start.
     """
     x = np.log(bits_per_byte) if link.logarithmic else bits_per_byte
-    centre, spread = float(x.mean()), float(x.std())
+    centre, spread = float(x.mean()), float(x.std()) or 1.0
     x = (x - centre) / spread
     height = ceiling - chance
     freedom = FLOOR_FREEDOM if link.free_floor else 0.0

@@ -36,17 +36,12 @@ def _view(fit: DownstreamFit, predictions: Sequence[DownstreamPrediction], title
     return {
         "title": title,
         "unit": fit.unit,
-        "rows": [prediction.to_dict() | {"name": _name(prediction)} for prediction in predictions],
+        "rows": [prediction.to_dict() | {"name": prediction.name} for prediction in predictions],
         "measured": coverage(measured).to_dict() if measured else None,
         "held_out": document["held_out"],
         "stretch": document["stretch"],
-        "widest": fit.widest,
         "bootstraps": fit.bootstraps,
         "tasks": tasks,
         "notes": fit.table.notes,
         "dropped": len(fit.table.dropped),
     }
-
-
-def _name(prediction: DownstreamPrediction) -> str:
-    return prediction.task if prediction.recipe is None else f"{prediction.task} ({prediction.recipe})"

@@ -4,10 +4,11 @@ Of each run the last checkpoints are averaged; their deviation is the noise of a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,16 +25,21 @@ from model.errors import InputError, UnknownNameError
 LAST = 5  # checkpoints of a run at most that are averaged
 LAST_SHARE = 0.9  # of the run's tokens from where a checkpoint counts as one of the last
 LEAST_FRACTION = 0.1  # a mean accuracy from here to 1, in a column in per cent, is taken for a fraction
+SCORES = ("accuracy", "error_rate")
 _COUNTS = ("params", "tokens", "questions")
+_LEVELS = ("chance", "ceiling")
 _FITTED = ("params", "tokens", "proxy", "accuracy")
-_NUMBERS = (*_FITTED, "questions", "chance", "ceiling")
-_TEXT = ("task", "run", "recipe", "seed")
+_NUMBERS = (*_FITTED, "questions", *_LEVELS)
+_TEXT = ("task", "run", "step", "recipe", "seed")
 _WIDE = {
     "bits_per_byte": ("_bpb", "_bits_per_byte"),
     "accuracy": ("_len_norm", "_acc_norm", "_accuracy", "_acc"),
     "error_rate": ("_error_rate", "_error"),
 }
-"""Ends of column names in a table with a column per task and metric; the first that a task has is taken."""
+"""Ends of column names in a table with a column per task and metric; the first that a task has is taken.
+
+A slash, a dot or a space may stand before a metric, as in arc_easy/acc.
+"""
 
 
 class TaskKey(NamedTuple):
@@ -109,8 +115,8 @@ def read_downstream(
     """Read the results of a ladder of models; formats and spellings of numbers are those of `rows.table.read_table`.
 
     columns: by role (a key of `DOWNSTREAM_ALIASES`), the names that are not usual ones; chance, ceiling: by task, in
-    place of the table's own. Raises `InputError` for a file that cannot be read, missing
-    columns, accuracies outside 0 … 1 (or 0 … 100), and rows that cannot be told apart.
+    place of the table's own. Raises `InputError` for a file that cannot be read, missing columns, accuracies outside
+    0 … 1 (or 0 … 100), and rows that cannot be told apart.
     """
     path = Path(path)
     records = read_records(path)
@@ -124,25 +130,36 @@ def read_downstream(
     names = {role: _named(path, role, given.get(role), present) for role in DOWNSTREAM_ALIASES}
     notes = []
     if names["task"] is None:
-        records, wide = _long(path, records, present)
-        names |= wide
-        notes.append(f"the table has a column per task: {counted(len(_tasks_of(records)), 'task')}")
+        records, wide, without = _long(path, records, present)
+        names |= dict.fromkeys((*PROXIES, *SCORES)) | wide
+        of_tasks = {record["task"] for _, record in records}
+        notes.append(f"the table has a column per task: {counted(len(of_tasks), 'task')}")
+        if without:
+            some = ", ".join(without[:5]) + (" …" if len(without) > 5 else "")
+            notes.append(f"{counted(len(without), 'task')} left out, without bits per byte or without accuracy: {some}")
         present = column_names(records)
     required = [name or role for role, name in names.items() if role in ("params", "tokens", "task")]
     require(path, required, present)
-    proxy = _only(path, names, PROXIES, "a loss of the gold answer, such as bits_per_byte")
-    score = _only(path, names, ("accuracy", "error_rate"), "an accuracy or error_rate")
-    wanted = {role: names[role] for role in (*_COUNTS, "chance", "ceiling", "step", proxy, score) if names[role]}
+    proxy = _only(path, names, given, PROXIES, "a loss of the gold answer, such as bits_per_byte")
+    score = _only(path, names, given, SCORES, "an accuracy or error_rate")
+    unused = {*PROXIES, *SCORES} - {proxy, score}
+    named = {role: name for role, name in names.items() if name is not None and role not in unused}
+    stand_ins = [f"{name!r} for {role}" for role, name in named.items() if name not in (role, given.get(role))]
+    if stand_ins:
+        notes.append(f"taking the column {', '.join(stand_ins)}")
+    wanted = {role: names[role] for role in (*_COUNTS, *_LEVELS, proxy, score) if names[role]}
     numbers, read = read_numbers(path, records, {str(name): role in _COUNTS for role, name in wanted.items()})
     notes += read
     found = {role: np.array(numbers[str(name)]) for role, name in wanted.items()}
-    _check_units(path, str(names[score]), found[score], [record.get(names["task"] or "task") for _, record in records])
+    of_rows = [record.get(names["task"] or "task") for _, record in records]
+    _check_units(path, str(names[score]), found[score], of_rows, by_chance=score == "accuracy")
     found["accuracy"] = _fractions(path, str(names[score]), found[score], notes)
     if score == "error_rate":
         found["accuracy"] = 1 - found["accuracy"]
         notes.append(f"accuracy is taken as one minus the column {names[score]!r}")
-    if "chance" in found:
-        found["chance"] = _fractions(path, str(names["chance"]), found["chance"], notes)
+    for level in _LEVELS:
+        if level in found:
+            found[level] = _fractions(path, str(names[level]), found[level], notes)
     unit, factor = PROXIES[proxy]
     found["proxy"] = found[proxy] * factor
     rows, dropped = _usable(path, records, names, found)
@@ -151,7 +168,11 @@ def read_downstream(
         raise InputError(f"{path}: no row is left to fit{first}")
     tasks = _tasks(path, rows, chance or {}, ceiling or {})
     if earlier := len(rows) - sum(task.checkpoints for task in tasks.values()):
-        notes.append(f"{counted(earlier, 'row')} of earlier checkpoints of their runs are not used")
+        run = f"by the column {names['run']!r}" if names["run"] else "by size and seed"
+        notes.append(
+            f"{counted(earlier, 'row')} of earlier checkpoints of their runs are not used; runs are told apart {run}, "
+            "or by what --columns.run names"
+        )
     return DownstreamTable(tasks, unit, dropped, notes)
 
 
@@ -164,8 +185,11 @@ def _named(path: Path, role: str, given: str | None, present: Sequence[str]) -> 
     return found if found in present else None
 
 
-def _only(path: Path, names: Mapping[str, str | None], roles: Sequence[str] | Mapping[str, Any], what: str) -> str:
-    """Return the first of the roles that the table has."""
+def _only(
+    path: Path, names: Mapping[str, str | None], given: Mapping[str, str], roles: Iterable[str], what: str
+) -> str:
+    """Return the first of the roles whose column is given, else the first that the table has."""
+    roles = sorted(roles, key=lambda role: role not in given)
     role = next((role for role in roles if names[role] is not None), None)
     if role is None:
         options = " or ".join(f"--columns.{role.replace('_', '-')}" for role in roles)
@@ -173,17 +197,28 @@ def _only(path: Path, names: Mapping[str, str | None], roles: Sequence[str] | Ma
     return role
 
 
-def _long(path: Path, records: list[Record], present: Sequence[str]) -> tuple[list[Record], dict[str, str | None]]:
-    """Return a table with a column per task and metric as one row per model and task, and its new columns."""
+def _long(
+    path: Path, records: list[Record], present: Sequence[str]
+) -> tuple[list[Record], dict[str, str | None], list[str]]:
+    """Return a table with a column per task and metric as one row per model and task.
+
+    Also its new columns by role, and the tasks that lack one of the metrics.
+    """
     by_task: dict[str, dict[str, str]] = {}
     for role, ends in _WIDE.items():
         for end in ends:
             for column in present:
-                name = column.rsplit("/", 1)[-1]
+                name = _task_and_metric(column)
                 if name.lower().endswith(end) and len(name) > len(end):
                     by_task.setdefault(name[: -len(end)], {}).setdefault(role, column)
-    score = next((role for role in ("accuracy", "error_rate") if any(role in found for found in by_task.values())), "")
+    score = next((role for role in SCORES if any(role in found for found in by_task.values())), "")
     tasks = {task: found for task, found in by_task.items() if "bits_per_byte" in found and score in found}
+    if not tasks and by_task:
+        named = ", ".join(repr(column) for found in list(by_task.values())[:3] for column in found.values())
+        raise InputError(
+            f"{path} has no column 'task', and no task with both bits per byte and an accuracy among {named}; write "
+            "columns such as arc_easy_bpb and arc_easy_acc, or one row per model and task"
+        )
     if not tasks:
         require(path, ["task"], present)
     metrics = {column for found in by_task.values() for column in found.values()}
@@ -193,11 +228,17 @@ def _long(path: Path, records: list[Record], present: Sequence[str]) -> tuple[li
         for task, found in tasks.items():
             cells = {"task": task, "bits_per_byte": record.get(found["bits_per_byte"]), score: record.get(found[score])}
             long.append((row, rest | cells))
-    return long, {"task": "task", "bits_per_byte": "bits_per_byte", score: score}
+    without = [task for task in by_task if task not in tasks]
+    return long, {"task": "task", "bits_per_byte": "bits_per_byte", score: score}, without
 
 
-def _tasks_of(records: Sequence[Record]) -> set[Any]:
-    return {record.get("task") for _, record in records}
+def _task_and_metric(column: str) -> str:
+    """Return arc_easy_acc for eval/arc_easy_acc, arc_easy/acc, arc_easy.acc and "arc_easy acc"."""
+    name = re.sub(r"\s+", "_", column.strip())
+    parts = re.fullmatch(r"(?:.*/)?([^/]+)[/.]([^/.]+)", name)
+    if parts and any(f"_{parts[2].lower()}" in ends for ends in _WIDE.values()):
+        return f"{parts[1]}_{parts[2]}"
+    return name.rsplit("/", 1)[-1]
 
 
 def _fractions(path: Path, name: str, values: np.ndarray, notes: list[str]) -> np.ndarray:
@@ -214,18 +255,27 @@ def _fractions(path: Path, name: str, values: np.ndarray, notes: list[str]) -> n
     return values / 100
 
 
-def _check_units(path: Path, name: str, values: np.ndarray, tasks: Sequence[Any]) -> None:
-    """Raise InputError if the accuracies of some tasks are in per cent and those of others seem to be fractions."""
-    by_task: dict[Any, list[float]] = {}
+def _check_units(path: Path, name: str, values: np.ndarray, tasks: Sequence[object], *, by_chance: bool) -> None:
+    """Raise InputError if some numbers of a column are in per cent and others seem to be fractions.
+
+    Those of a task that are all up to 1 seem to be; by_chance: so does any single one from 0.1 to 1, if guessing
+    reaches 10 %.
+    """
+    by_task: dict[object, list[float]] = {}
     for task, value in zip(tasks, values.tolist(), strict=True):
         if math.isfinite(value):
             by_task.setdefault(task, []).append(value)
     highest = max((max(found) for found in by_task.values()), default=0.0)
+    if highest <= 1:
+        return
     for task, found in by_task.items():
-        if highest > 1 and max(found) <= 1 and np.mean(found) >= LEAST_FRACTION:
+        guessing = (known_chance(str(task)) or 0.0) if by_chance else 0.0
+        fraction = max((value for value in found if value <= 1), default=0.0)
+        all_fractions = max(found) <= 1 and np.mean(found) >= LEAST_FRACTION
+        if all_fractions or (fraction >= LEAST_FRACTION and guessing >= LEAST_FRACTION):
             raise InputError(
-                f"{path}: column {name!r} is in per cent, up to {highest:g}, but that of {task!r} is at most "
-                f"{max(found):g}; write all of it in one unit"
+                f"{path}: column {name!r} is in per cent, up to {highest:g}, but {fraction:g} of {task!r} seems to be "
+                "a fraction; write all of it in one unit"
             )
 
 
@@ -235,26 +285,27 @@ def _usable(
     """Return the rows with all numbers, without exact duplicates."""
     rows: list[_Row] = []
     dropped: list[DroppedRow] = []
-    seen: dict[tuple[Any, ...], int] = {}
+    seen: dict[tuple[object, ...], int] = {}
     missing = np.full(len(records), math.nan)
     texts = [(role, name) for role in _TEXT if (name := names[role]) is not None]
     marks = [truth(path, row, HELD_OUT, record.get(HELD_OUT)) for row, record in records]
     for i, (row, record) in enumerate(records):
-        text = {role: str(record.get(name) or "").strip() for role, name in texts}
+        cells = {role: record.get(name) for role, name in texts}
+        text = {role: "" if cell is None else str(cell).strip() for role, cell in cells.items()}
         bad = [
             role
             for role in _FITTED
             if not math.isfinite(found[role][i]) or (role != "accuracy" and found[role][i] <= 0)
         ]
         if bad or not text["task"]:
-            what = f"{bad[0]} is not a positive number" if bad else "it names no task"
+            kind = "a number" if bad == ["accuracy"] else "a positive number"
+            what = f"{bad[0]} is not {kind}" if bad else "it names no task"
             dropped.append(DroppedRow(row, what.replace("proxy", "the loss of the gold answer")))
             continue
         key = TaskKey(text["task"], text.get("recipe") or None)
-        run = _run_of(text, float(found["params"][i]), float(found["tokens"][i]), "step" in found, row)
+        run = _run_of(text, float(found["params"][i]), float(found["tokens"][i]), row)
         numbers = {role: float(found.get(role, missing)[i]) for role in _NUMBERS}
-        step = float(found.get("step", missing)[i])
-        same = (key, text.get("run"), text.get("seed"), None if math.isnan(step) else step, *map(numbers.get, _FITTED))
+        same = (key, *map(text.get, ("run", "step", "seed")), *map(numbers.get, _FITTED))
         if (first := seen.setdefault(same, row)) != row:
             dropped.append(DroppedRow(row, f"exact duplicate of row {first}"))
             continue
@@ -262,12 +313,12 @@ def _usable(
     return rows, dropped
 
 
-def _run_of(text: Mapping[str, str], params: float, tokens: float, steps: bool, row: int) -> tuple[str, ...]:
+def _run_of(text: Mapping[str, str], params: float, tokens: float, row: int) -> tuple[str, ...]:
     """Return what identifies a run: its name, or its size and seed; without steps every row is a run."""
     seed = text.get("seed", "")
     if "run" in text:
         return text["run"], seed
-    return (f"{params:g}", seed) if steps else (f"{params:g}", seed, f"{tokens:g}", str(row))
+    return (f"{params:g}", seed) if "step" in text else (f"{params:g}", seed, f"{tokens:g}", str(row))
 
 
 def _tasks(
@@ -310,8 +361,8 @@ def _task(
             deviations.append((len(last) - 1, float(np.var([row.accuracy for row in last], ddof=1))))
     noise = math.sqrt(sum(n * v for n, v in deviations) / sum(n for n, _ in deviations)) if deviations else None
     every = [row for rows in by_run.values() for row in rows]
-    known = chance.get(key.task, _one(path, key, "chance", [row.chance for row in every]))
-    highest = ceiling.get(key.task, _one(path, key, "ceiling", [row.ceiling for row in every]))
+    known = _one(path, key, "chance", chance, [row.chance for row in every])
+    highest = _one(path, key, "ceiling", ceiling, [row.ceiling for row in every])
     counts = [row.questions for row in every if math.isfinite(row.questions)]
     return Task(
         key=key,
@@ -343,9 +394,14 @@ def _check_run(path: Path, key: TaskKey, run: Sequence[str], rows: Sequence[_Row
         )
 
 
-def _one(path: Path, key: TaskKey, name: str, values: Sequence[float]) -> float | None:
-    """Return the one value that a task has in a column; None if it has none."""
+def _one(path: Path, key: TaskKey, name: str, given: Mapping[str, float], values: Sequence[float]) -> float | None:
+    """Return the given value of a task, else the one that it has in a column; None if it has none."""
+    if key.task in given:
+        return given[key.task]
     found = sorted({value for value in values if math.isfinite(value)})
     if len(found) > 1:
-        raise InputError(f"{path}: task {str(key)!r} has several values of {name}, {found[0]:g} and {found[-1]:g}")
+        raise InputError(
+            f"{path}: task {str(key)!r} has several values of {name}, {found[0]:g} and {found[-1]:g}; give one with "
+            f"--{name} {key.task}={found[0]:g}"
+        )
     return found[0] if found else None

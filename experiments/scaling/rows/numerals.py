@@ -73,7 +73,7 @@ def number(path: Path, row: int, name: str, value: Any, *, count: bool = False, 
             return math.nan
         if text.endswith("%"):
             raise InputError(
-                f"{place} holds {value!r}: write a number in the column's own unit, not a share in per cent"
+                f"{place} holds {value!r}: write a number in the column's own unit, without a per cent sign"
             )
         unit, text = _split_unit(text) if count else (1.0, text)
         try:

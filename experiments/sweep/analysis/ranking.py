@@ -9,7 +9,12 @@ from experiments.sweep.objectives import FORGETTING, LOSS, direction
 from train.config import LOSS_SHAPING
 from train.task_sets import is_task_metric
 
-_OF_OBJECTIVES = ("objective", "objective.name", "objective.kind", "objective.divergence", "objective.weighting")
+_OF_OBJECTIVES = (
+    "objective",
+    *(f"objective.{name}" for name in ("name", "kind", "divergence", "weighting", "margins")),
+    *(f"objective.{name}" for name in ("masked", "random", "evaluation_rate", "rate", "mean_span")),
+)
+"""Axes that define what the loss is, and of masks and spans what a validation predicts."""
 _COMPARABLE = ("accuracy", FORGETTING)
 _OF_REWARDS = ("margin", "chosen_reward")
 _SCALES_REWARDS = ("beta", "ld_alpha", *_OF_OBJECTIVES)
