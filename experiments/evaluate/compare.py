@@ -47,7 +47,7 @@ class Difference:
     adjusted_p: float | None
     """p by Holm's method over all comparisons of the document, or over the domains of a text."""
     verdict: Verdict
-    """Of the second."""
+    """The verdict on the second model."""
     detectable: float | None
     """The smallest true difference that these questions show with 80 % probability, by the observed variation."""
 
@@ -75,14 +75,14 @@ class TaskComparison:
     protocol: str | None
     """None where protocols are compared."""
     shots: int | None
-    """Where protocols are compared, of the first one."""
+    """Shots of the task; of the first protocol where protocols are compared."""
     model: str | None
     """The model whose protocols are compared; None where models are."""
     metric: str
     chance: float | None
     higher_is_better: bool
     questions: int
-    """Of a text: documents."""
+    """Number of questions; of documents for a text."""
     clusters: int | None
     """None: the questions count as independent."""
     is_text: bool

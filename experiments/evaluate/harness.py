@@ -38,7 +38,7 @@ NAME = "isoflop"
 _BATCH_SIZE = 16
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _ScoreRequest = tuple[Any, list[int], list[int]]
-"""What lm-evaluation-harness caches the answer under, ids of the context, ids of the continuation."""
+"""(key of the answer in lm-evaluation-harness's cache, ids of the context, ids of the continuation)."""
 
 
 class HarnessModel(TemplateLM):

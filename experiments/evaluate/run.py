@@ -45,7 +45,7 @@ class EvaluatedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tasks are asked. shots: None: the protocol's. seed: of the draw of shots. limit: first questions only."""
+    """Options of the prompts. shots: None: the protocol's. seed: of the draw of shots. limit: first questions only."""
 
     shots: int | None = None
     seed: int = 0

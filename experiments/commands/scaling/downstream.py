@@ -48,11 +48,11 @@ class DownstreamOptions:
     ceiling: Column = "ceiling"
     """The highest accuracy that is possible, by default 1."""
     run: Column = "run"
-    """What all checkpoints of a run share."""
+    """Name that all checkpoints of a run share."""
     step: Column = "step"
     """The step of a checkpoint."""
     recipe: Column = "recipe"
-    """What distinguishes families of models, such as their training data; each is fitted on its own."""
+    """Name of a family of models, such as their training data; each family is fitted separately."""
     seed: Column = "seed"
     """The seed of a run."""
 

@@ -21,7 +21,7 @@ class ReliabilityBin:
     """The mean probability of the predicted choice."""
     accuracy: float
     low: float
-    """Of Wilson's 95 % interval of the accuracy."""
+    """Lower end of Wilson's 95 % interval of the accuracy."""
     high: float
     questions: int
 
