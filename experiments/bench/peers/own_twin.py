@@ -79,6 +79,7 @@ class IsoflopTrainer:
         for side, of_side in (("chosen", tokens[:, :rows]), ("rejected", tokens[:, rows:])):
             batch[f"{side}_tokens"], batch[f"{side}_mask"], batch[f"{side}_segment_ids"] = of_side, trained, ones
             batch[f"reference_{side}"] = np.full((1, rows), self.spec["reference"], np.float32)
+            batch[f"reference_{side}_tail"] = np.zeros((1, rows), np.float32)  # which ld_alpha=1 does not read
         return batch
 
 
