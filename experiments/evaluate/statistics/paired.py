@@ -24,7 +24,7 @@ class PairedDifference:
     """None where one question or cluster is alone."""
     freedom: float | None
     low: float | None
-    """Of the 95 % interval of this comparison alone, without the correction for others."""
+    """Upper end of the 95 % interval of this comparison alone, without the correction for others."""
     high: float | None
     p: float | None
     test: Literal["mcnemar", "t", "clustered t"]

@@ -28,7 +28,7 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class TaskSignal:
-    """How well a task separates models, with 95 % intervals from resampled models."""
+    """Signal and noise of a task, with 95 % intervals from resampled models."""
 
     task: str
     signal: float

@@ -101,7 +101,7 @@ class Ensemble:
 
     @property
     def in_both(self) -> bool:
-        """Whether some form of law is one in N and D, not in compute alone."""
+        """Return whether some form of law is one in N and D, not in compute alone."""
         return any("params" in problem.form.needs for problem, _ in self.laws.values())
 
     def log_bits_per_byte(

@@ -78,7 +78,7 @@ class DownstreamPrediction:
 
     @property
     def inside(self) -> bool | None:
-        """Whether the measured accuracy is in the interval; None if it is unknown or the prediction is refused."""
+        """Return whether the measured accuracy is in the interval; None if unknown or if the prediction is refused."""
         if self.target is None or self.refused is not None or self.low is None or self.high is None:
             return None
         return self.low <= self.target.accuracy <= self.high
@@ -100,14 +100,14 @@ class DownstreamPrediction:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How predictions fared against measured runs."""
+    """Counts and errors of predictions against measured runs."""
 
     pairs: int
     """Pairs of task and run."""
     refused: int
     inside: int
     mean_width: float | None
-    """Of the intervals that were not refused, in accuracy; None if all were."""
+    """Mean width of the intervals that were not refused, in accuracy; None if all were."""
     mean_error: float | None
     """Mean absolute error of the predictions that were not refused."""
 
@@ -226,7 +226,7 @@ class DownstreamFit:
 
     @property
     def held_out_coverage(self) -> Coverage:
-        """How the hold-outs within the table fared: larger sizes predicted from smaller ones."""
+        """Return the coverage of hold-outs within the table: larger sizes predicted from smaller ones."""
         pairs = refused = inside = 0
         widths: list[np.ndarray] = []
         errors: list[np.ndarray] = []

@@ -24,7 +24,7 @@ class Split:
 
     trained: Bool[np.ndarray, " runs"]
     sizes: int
-    """How many sizes it was trained on."""
+    """Number of sizes that it was fitted to."""
     ensemble: Ensemble
     law_errors: dict[str, Float[np.ndarray, " tested"]]
     """Natural logarithm of predicted over measured bits per byte, by form of law."""
