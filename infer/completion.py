@@ -30,6 +30,21 @@ class Generated:
     text: list[str] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The output that a completion got since the last `Completion.take`: nothing in it will be changed or withdrawn.
+
+    text: "" without a tokenizer. finish_reason: None while the row runs. The text of a token may come in a later update
+    than the token, if the token ends within a character.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[dict[int, float]]
+    finish_reason: str | None
+
+
 @dataclasses.dataclass
 class Completion:
     """The output of a row as far as the host has read it.
@@ -43,11 +58,23 @@ class Completion:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
+    _taken: int = 0  # tokens that `take` returned
 
     @property
     def text(self) -> str | None:
         """The text so far, without what a later token may still change; None without a tokenizer."""
         return None if self.detokenizer is None else self.detokenizer.text
+
+    def take(self) -> Update:
+        """Return the output since the last call, without tokens that a stop string may still remove."""
+        if self.detokenizer is None:
+            text, decided = "", len(self.tokens)
+        else:
+            text, decided = self.detokenizer.take(), self.detokenizer.decided_ids
+        end = len(self.tokens) if self.finish_reason is not None else max(decided, self._taken)
+        new = slice(self._taken, end)
+        self._taken = end
+        return Update(text, self.tokens[new], self.logprobs[new], self.top_logprobs[new], self.finish_reason)
 
     def read(self, emitted: Emitted, row: int) -> None:
         """Append this row's tokens of one call (host arrays), and end the completion if the row ended."""

@@ -183,6 +183,7 @@ class Detokenizer:
         self._decoder, self._stop_strings = IncrementalDecoder(decoder, prompt), tuple(stop_strings)
         self._special: Mapping[int, str] = decoder.special_tokens if isinstance(decoder, Tokenizer) else {}
         self._parts: list[str] = []  # of `text`
+        self._taken = 0  # characters of `text` that `take` returned
         self._pushed = 0  # ids
         self._pending_from = 0  # index of the first id whose text is not complete
         self._undecided: deque[_Character] = deque()  # end of the text, which may begin a stop string
@@ -198,6 +199,17 @@ class Detokenizer:
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
+
+    @property
+    def decided_ids(self) -> int:
+        """The number of ids that no stop string can remove any more."""
+        return self._decided_ids if self._stop_strings else self._pushed
+
+    def take(self) -> str:
+        """Return the part of `text` that was not returned by an earlier call."""
+        new = self.text[self._taken :]
+        self._taken += len(new)
+        return new
 
     def push(self, ids: Sequence[int]) -> None:
         """Append the next ids of the continuation. Ids after a stop string are ignored."""
