@@ -90,5 +90,5 @@ async def respond(request: Request, error: Exception) -> Response:
     return as_api_error(error).response()
 
 
-HANDLERS = {kind: respond for kind in (ApiError, InputError, QueueFull, HTTPException, Exception)}
+HANDLERS = dict.fromkeys((ApiError, InputError, QueueFull, HTTPException, Exception), respond)
 """For `Starlette(exception_handlers=…)`."""
