@@ -47,7 +47,7 @@ class Endpoint:
         """Return the route for Starlette."""
 
         async def call(request: Request) -> Response:
-            body, ignored = None, []
+            body, ignored = None, list[str]()
             if self.request is not None:
                 body, ignored = decode(await request.body(), self.request)
             answer = await self.handler(request, body)

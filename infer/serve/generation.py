@@ -109,8 +109,8 @@ async def run(
 ) -> Generation:
     """Submit n requests for each prompt and return once all are queued; request p · n + i is choice i of prompt p.
 
-    sampling: choice 0 has its seed (None draws one), and those of the others are derived from that. max_tokens: None for
-    what fits. constraint: makes the constraint of one request. param: the field that the prompts came from.
+    sampling: choice 0 has its seed (None draws one), and those of the others are derived from that. max_tokens: None
+    for what fits. constraint: makes the constraint of one request. param: the field that the prompts came from.
     Raises ApiError if a prompt does not fit, a setting is out of range, or the queue is full.
     """
     service = served.need_service()
@@ -168,7 +168,7 @@ def _seed_of_choice(seed: int, choice: int) -> int:
 
 def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampling:
     """Return the settings of a request; logprobs: number of most likely tokens. Raises ApiError with the field."""
-    given = {
+    given: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
         "min_p": body.min_p,

@@ -31,11 +31,11 @@ def document(endpoints: Sequence[Endpoint], *, keys: bool) -> dict[str, Any]:
         given = (endpoint.request, endpoint.response, endpoint.events, *endpoint.query.values())
         types += [kind for kind in given if kind is not None]
     schemas, components = msgspec.json.schema_components(types, ref_template=_PLACE)
-    schema_of = {kind: schema for kind, schema in zip(map(_key, types), schemas, strict=True)}
+    schema_of = dict(zip(map(_key, types), schemas, strict=True))
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schema_of)
-    result = {
+    result: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "isoflop serve", "version": importlib.metadata.version("isoflop")},
         "paths": paths,

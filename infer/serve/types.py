@@ -20,7 +20,7 @@ _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
 _Ranked = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
 
-_REFUSED: Mapping[str, Any] = {
+_REFUSED: dict[str, Any] = {
     "allowed_token_ids": [],
     "bad_words": [],
     "beam_width": 1,
@@ -265,7 +265,7 @@ class Delta(Struct):
     """What a chunk adds to a message."""
 
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | None | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -288,7 +288,7 @@ class ChatChunk(Struct, kw_only=True):
     model: str
     choices: list[ChunkChoice]
     system_fingerprint: str | None = None
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -322,7 +322,7 @@ class Completion(Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     system_fingerprint: str | None = None
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class ModelCard(Struct):
