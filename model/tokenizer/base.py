@@ -84,12 +84,6 @@ class Tokenizer(ABC):
                 raise InputError(f"token id {i} is outside the vocabulary of {self.path}: 0 to {self.vocab_size - 1}")
         return self._decode(numbers) if numbers else ""
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes that a token adds within a text: none for a special token, and for ids without a token."""
-        if not 0 <= token < self.vocab_size or token in self.special_tokens:
-            return b""
-        return self._token_bytes(token)
-
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> ChatText:
@@ -149,11 +143,6 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
-
-    def _token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token that is not special; here for tokens that are whole characters."""
-        # A token that begins a text may lose a space there.
-        return self._decode([token, token]).removeprefix(self._decode([token])).encode()
 
 
 def _check_encodable(text: str, index: int) -> None:

@@ -173,7 +173,7 @@ class Vocabulary:
 def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import decoders
 
-    from model.tokenizer.huggingface import HuggingFaceTokenizer, byte_level_bytes
+    from model.tokenizer.huggingface import HuggingFaceTokenizer
 
     class ByteLevelTokenizer(HuggingFaceTokenizer):
         @cached_property
@@ -182,9 +182,6 @@ def _byte_level_bpe(vocabulary: Vocabulary) -> Tokenizer:
 
         def _decode(self, ids: list[int]) -> str:
             return decoder.decode([tokens[i] for i in ids if not hidden[i]])
-
-        def _token_bytes(self, token: int) -> bytes:
-            return byte_level_bytes(tokens[token])
 
     decoder, tokens = decoders.ByteLevel(), vocabulary.tokens
     hidden = np.isin(vocabulary.types, _SPECIAL).tolist()

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -15,7 +15,6 @@ from model.tokenizer.base import Conventions, Tokenizer
 from model.tokenizer.control import NONCHARACTERS, ChatText, control_parts, names_pattern
 from model.tokenizer.folder import read_conventions
 
-_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 # Prefixes that no text contains: noncharacters, drawn at random in each process so that no user can write them.
 _draw = random.SystemRandom().choices
 # Before the name of a special token in a vocabulary, so that no text contains that name.
@@ -108,36 +107,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=True)
-
-    @cached_property
-    def _decoders(self) -> frozenset[str]:
-        """Kinds of the library's decoders."""
-        decoder = json.loads(self._library.to_str())["decoder"] or {}
-        return frozenset(one["type"] for one in [decoder, *decoder.get("decoders", ())] if one)
-
-    def _token_bytes(self, token: int) -> bytes:
-        name = self._library.id_to_token(token)
-        if name is None:
-            return b""
-        if "ByteLevel" in self._decoders:
-            return byte_level_bytes(name)
-        if "ByteFallback" in self._decoders and _BYTE_NAME.fullmatch(name):
-            return bytes.fromhex(name[3:5])
-        return super()._token_bytes(token)
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """Return {character: byte} of byte-level vocabularies: Latin-1's visible characters, others from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def byte_level_bytes(name: str) -> bytes:
-    """Return the bytes of a token of a byte-level vocabulary; a name with other characters is plain text."""
-    table = _byte_of_character()
-    return bytes(map(table.__getitem__, name)) if all(c in table for c in name) else name.encode()
 
 
 def load_tokenizer_json(file: Path) -> HuggingFaceTokenizer:

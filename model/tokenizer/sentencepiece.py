@@ -104,12 +104,6 @@ class SentencepieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode([self._same.get(i, i) for i in ids])
 
-    def _token_bytes(self, token: int) -> bytes:
-        piece = self._same.get(token, token)
-        if self._processor.is_byte(piece):
-            return bytes.fromhex(self._processor.id_to_piece(piece)[3:5])
-        return super()._token_bytes(token)
-
 
 def load_sentencepiece(file: Path) -> SentencepieceTokenizer:
     """Load a sentencepiece `.model` file and the other files of its folder. Raises InputError if one is damaged."""
