@@ -111,6 +111,8 @@ class Place:
 
     def skip(self, raw: bytes) -> int:
         """Move to the end of a token; return the character at which it began."""
-        begin = self.character
+        # A character that was begun and is not continued has become U+FFFD.
+        abandoned = bool(self._decoder.getstate()[0]) and raw[:1] != b"" and raw[0] & 0xC0 != 0x80
+        begin = self.character + abandoned
         self.character += len(self._decoder.decode(raw))
         return begin
