@@ -66,7 +66,7 @@ def serve(
     """
     import os
 
-    from infer.serve.run import Loading, check_reachable
+    from infer.serve.run import Loading
     from infer.serve.run import serve as run_server
     from infer.serve.settings import Settings
     from model.errors import InputError

@@ -24,7 +24,13 @@ from model.memory import free_memory
 from model.progress import progress_bar, say
 from model.store import open_config
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.02, "int8-dynamic": 1.02, "int4": 0.6}  # per weight, scales included
+_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "int8": 1.02,
+    "int8-dynamic": 1.02,
+    "int4": 0.6,
+}  # per weight, scales included
 _DRAIN_SECONDS = 10  # in which requests may end after SIGTERM
 _KEEP_ALIVE_SECONDS = 75  # above the 60 s after which proxies close an idle connection themselves
 _BACKLOG = 2048
@@ -111,23 +117,22 @@ def check_memory(configs: Mapping[str, ModelConfig], loading: Loading, free: int
     While it is loaded, a model is in memory twice: in float32 and as it is prepared for decode.
     """
     free = _free_device_memory() if free is None else free
-    needs = []
-    held = 0
+    held, most = 0, (0, "", "")
     for given, config in configs.items():
-        count = parameters(config).total
-        prepared, loaded = int(count * _BYTES.get(loading.weights, 4.0)), 4 * count
-        capacity = min(loading.capacity, config.max_seq_len)
+        count, capacity = parameters(config).total, min(loading.capacity, config.max_seq_len)
+        weights = int(count * _BYTES.get(loading.weights, 4.0))
         cache = kv_cache_bytes(config, loading.slots, capacity, loading.cache)
-        needs.append((held + loaded + prepared, cache, given, prepared, capacity))
-        held += prepared + cache
-    weights, cache, given, prepared, capacity = max(needs, key=lambda need: need[0] + need[1])
-    most = max(max(need[0] + need[1] for need in needs), held)
-    if most > free:
-        name = name_and_path(given)[0]
+        parts = (
+            f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} of them in float32 while loading, "
+            f"and {_size(cache)} for {loading.slots} slots of {capacity:,} tokens"
+        )
+        most = max(most, (held + 4 * count + weights + cache, name_and_path(given)[0], parts))
+        held += weights + cache
+    if most[0] > free:
+        needed, name, parts = most
         raise InputError(
-            f"{name} does not fit the memory: loading and serving take {_size(most)}, with {_size(prepared)} of weights "
-            f"in {loading.weights} and {_size(cache)} for {loading.slots} slots of {capacity:,} tokens, and "
-            f"{_size(free)} are free; give fewer --slots, a smaller --capacity, --weights int8 or --cache int8"
+            f"{name} does not fit the memory: it takes {_size(needed)} ({parts}) and {_size(free)} are free; "
+            "give fewer --slots, a smaller --capacity, --weights int8 or --cache int8"
         )
 
 
@@ -148,11 +153,16 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
+        message = f"cannot listen on {host}, port {port}: {error.strerror or error}; is it an address of this machine?"
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} of {host} is in use; give another --port, or --port 0 for a free one") from None
+            raise InputError(
+                f"port {port} of {host} is in use; give another --port, or --port 0 for a free one"
+            ) from None
         if error.errno == errno.EACCES:
             raise InputError(f"port {port} is for the administrator; give a --port from 1024 on") from None
-        raise InputError(f"cannot listen on {host}, port {port}: {error.strerror}; is it one of this machine?") from None
+        raise InputError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; is it one of this machine?"
+        ) from None
     return listener
 
 
