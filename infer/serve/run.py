@@ -31,6 +31,7 @@ _BYTES = {
     "int8-dynamic": 1.02,
     "int4": 0.6,
 }  # per weight, scales included
+_PREFIX_SHARE = 0.25  # of the slots' cache, kept for prefixes
 _DRAIN_SECONDS = 10  # in which requests may end after SIGTERM
 _KEEP_ALIVE_SECONDS = 75  # above the 60 s after which proxies close an idle connection themselves
 _BACKLOG = 2048
@@ -121,10 +122,11 @@ def check_memory(configs: Mapping[str, ModelConfig], loading: Loading, free: int
     for given, config in configs.items():
         count, capacity = parameters(config).total, min(loading.capacity, config.max_seq_len)
         weights = int(count * _BYTES.get(loading.weights, 4.0))
-        cache = kv_cache_bytes(config, loading.slots, capacity, loading.cache)
+        slot = kv_cache_bytes(config, 1, capacity, loading.cache)
+        cache = int(slot * (loading.slots * (1 + _PREFIX_SHARE) + 1))  # and that of the prompt that is read
         parts = (
-            f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} of them in float32 while loading, "
-            f"and {_size(cache)} for {loading.slots} slots of {capacity:,} tokens"
+            f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} in float32 while they are loaded, "
+            f"{_size(cache)} of caches for {loading.slots} slots of {capacity:,} tokens"
         )
         most = max(most, (held + 4 * count + weights + cache, name_and_path(given)[0], parts))
         held += weights + cache
@@ -155,14 +157,10 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         message = f"cannot listen on {host}, port {port}: {error.strerror or error}; is it an address of this machine?"
         if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                f"port {port} of {host} is in use; give another --port, or --port 0 for a free one"
-            ) from None
+            message = f"port {port} of {host} is in use; give another --port, or --port 0 for a free one"
         if error.errno == errno.EACCES:
-            raise InputError(f"port {port} is for the administrator; give a --port from 1024 on") from None
-        raise InputError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; is it one of this machine?"
-        ) from None
+            message = f"port {port} is for the administrator; give a --port from 1024 on"
+        raise InputError(message) from None
     return listener
 
 

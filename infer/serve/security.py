@@ -94,7 +94,7 @@ class _Hosts:
                 f"{', '.join(sorted(self._names))}, or start it with that --host",
                 code="wrong_host",
             )
-            return await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            return await error.response()(scope, receive, send)
         await self._app(scope, receive, send)
 
 
@@ -112,7 +112,7 @@ class _Keys:
         if name is None:
             what = "is wrong" if given else "is missing: send the header Authorization: Bearer KEY"
             error = ApiError(401, f"the API key {what}", code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-            return await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            return await error.response()(scope, receive, send)
         scope.setdefault("state", {})["key"] = name
         await self._app(scope, receive, send)
 
@@ -140,7 +140,7 @@ class _BodyLimit:
         length = _header(scope, b"content-length")
         if length.isdigit() and int(length) > self._most:
             await _drain(receive)
-            return await self._error().response()(scope, receive, send)  # type: ignore[arg-type]
+            return await self._error().response()(scope, receive, send)
         received = 0
 
         async def receive_limited() -> Message:
