@@ -8,6 +8,7 @@ from starlette.routing import BaseRoute
 from infer.serve import chat, completions, models, openapi
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import HANDLERS
+from infer.serve.security import middleware
 from infer.serve.served import Registry
 from infer.serve.settings import Settings
 
@@ -21,4 +22,4 @@ def create_app(registry: Registry, settings: Settings = Settings()) -> Starlette
     endpoints.append(openapi.endpoint_of(endpoints, keys=bool(settings.api_keys)))
     routes: Sequence[BaseRoute] = [one.route() for one in endpoints]
     routes = [*routes, *(one for one in given if not isinstance(one, Endpoint))]
-    return Starlette(routes=routes, exception_handlers=HANDLERS)
+    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware(settings))
