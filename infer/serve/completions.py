@@ -94,7 +94,7 @@ class _Call:
         ends: tuple[int, ...] = ()
         if body.echo and body.logprobs is not None and most == 1 and constraint is None:
             # Clients that score a text drop the last entry, which must be there even where the model ends the text.
-            ends, sampling = sampling.stop_ids or (), dataclasses.replace(sampling, stop_ids=())
+            ends, sampling = sampling.stop_ids or (), dataclasses.replace(sampling, stop_ids=(), min_tokens=0)
         generation = await run(served, ids, sampling, most, n=body.n or 1, constraint=constraint, param="prompt")
         call = cls(body, served, prompts, generation)
         call._ends = ends

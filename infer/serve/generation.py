@@ -38,46 +38,47 @@ class Generation:
     Created in the event loop that reads it. `close` cancels what has not ended; whoever creates a Generation closes it.
     """
 
-    def __init__(self, served: Served, number: int):
+    def __init__(self, served: Served):
         self._service = served.need_service()
         self._loop = asyncio.get_running_loop()
-        self._arrived: deque[tuple[int, Update]] = deque()
+        self._arrived: deque[tuple[Request, Update]] = deque()
         self._wake = asyncio.Event()
         self._posted = False  # the loop has been told of `_arrived`
-        self._open = dict.fromkeys(range(number))
-        self.requests: list[Request | None] = []  # None: for no tokens
+        self._numbers: dict[Request, int] = {}  # of the requests that have not ended
+        self._firsts: set[Request] = set()  # of each prompt, until its first output
+        self._without_tokens: list[int] = []
+        self.cached_tokens = 0
+        """Tokens of the prompts that the prefix cache held; known with the first output of each prompt."""
 
-    def submit(self, prompt: Prompt, sampling: Sampling, max_new_tokens: int, **options: Any) -> None:
-        """Submit the next request; a request for no tokens ends at once. options: others of `Service.submit`."""
-        index = len(self.requests)
+    def submit(
+        self,
+        prompt: Prompt,
+        samplings: Sequence[Sampling],
+        max_new_tokens: int,
+        constraints: Sequence[Constraint | None],
+    ) -> None:
+        """Submit the next requests, with one prompt. Requests for no tokens end at once."""
+        number = len(self._numbers) + len(self._without_tokens)
         if max_new_tokens == 0:
-            self.requests.append(None)
-            self._arrived.append((index, Update("", [], [], [], "length")))
-            self._wake.set()
+            self._without_tokens += range(number, number + len(samplings))
             return
+        requests = self._service.submit_many(prompt, samplings, max_new_tokens, self._hear, constraints)
+        self._numbers |= {request: number + index for index, request in enumerate(requests)}
+        self._firsts.add(requests[0])
 
-        def listener(request: Request, update: Update) -> None:
-            """Pass the output on, in the engine's thread: the loop is woken once for all that it has not read."""
-            self._arrived.append((index, update))
-            if not self._posted:
-                self._posted = True
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(self._wake.set)
-
-        self.requests.append(self._service.submit(prompt, sampling, max_new_tokens, listener, **options))
-
-    def cached_tokens(self, number: int) -> int:
-        """Return how many tokens of the prompts the prefix cache held; number: of the prompts."""
-        firsts = self.requests[:: len(self.requests) // number]
-        return sum(getattr(request, "prefix_hits", 0) for request in firsts)
+    def _hear(self, request: Request, update: Update) -> None:
+        """Pass output on, in the engine's thread: the loop is woken once for all that it has not read."""
+        self._arrived.append((request, update))
+        if not self._posted:
+            self._posted = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     def close(self) -> None:
         """Cancel the requests that have not ended."""
-        for index in self._open:
-            request = self.requests[index] if index < len(self.requests) else None
-            if request is not None:
-                self._service.cancel(request)
-        self._open.clear()
+        for request in self._numbers:
+            self._service.cancel(request)
+        self._numbers.clear()
 
     def __enter__(self) -> "Generation":
         return self
@@ -90,14 +91,20 @@ class Generation:
 
         Raises ApiError if the engine ended a request otherwise than by "stop" or "length".
         """
-        while self._open:
+        if self._without_tokens:
+            yield [(number, Update("", [], [], [], "length")) for number in self._without_tokens]
+        while self._numbers:
             await self._wake.wait()
             self._wake.clear()
             self._posted = False
-            ready = [self._arrived.popleft() for _ in range(len(self._arrived))]
-            for index, update in ready:
+            arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
+            ready = [(self._numbers[request], update) for request, update in arrived if request in self._numbers]
+            for request, update in arrived:
+                if request in self._firsts:
+                    self._firsts.remove(request)
+                    self.cached_tokens += request.prefix_hits
                 if update.finish_reason is not None:
-                    self._open.pop(index, None)
+                    self._numbers.pop(request, None)
                 if update.finish_reason == "cancelled":
                     raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
                 if update.finish_reason == "error":
@@ -122,21 +129,23 @@ async def run(
     for what fits. constraint: makes the constraint of one request. param: the field that the prompts came from.
     Raises ApiError if a prompt does not fit, a setting is out of range, or the queue is full.
     """
+    seed = engine_seed(sampling.seed)
+    samplings = [dataclasses.replace(sampling, seed=_seed_of_choice(seed, choice)) for choice in range(n)]
+    rooms = [room(served, prompt, max_tokens, param) for prompt in prompts]
     service = served.need_service()
     most = service.most_waiting + service.engine.slots
     if len(prompts) * n > most:
         raise ApiError(
-            400, f"{len(prompts)} prompts × n={n} are more than this server takes at once, {most}", param="n"
+            400,
+            f"{len(prompts)} prompts × n={n} are more than the {most} requests that this server holds; send fewer at a "
+            "time",
+            param="n" if n > 1 else param,
         )
-    seed = engine_seed(sampling.seed)
-    rooms = [room(served, prompt, max_tokens, param) for prompt in prompts]
-    generation = Generation(served, len(prompts) * n)
+    generation = Generation(served)
     try:
         for prompt, most_tokens in zip(prompts, rooms, strict=True):
-            for choice in range(n):
-                own = dataclasses.replace(sampling, seed=_seed_of_choice(seed, choice))
-                options = {} if constraint is None else {"constraint": constraint()}
-                generation.submit(prompt, own, most_tokens, **options)
+            constraints = [None if constraint is None else constraint() for _ in samplings]
+            generation.submit(prompt, samplings, most_tokens, constraints)
     except InputError as error:
         generation.close()
         raise ApiError(400, str(error), param=param_of(error, param)) from error
@@ -187,8 +196,8 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
     }
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of={body.best_of} must be n={body.n or 1}, or left out", param="best_of")
-    if body.min_tokens:
-        raise ApiError(400, "min_tokens is not supported here; leave it out", param="min_tokens")
+    if body.min_tokens and (body.response_format or body.guided_json is not None or body.guided_regex is not None):
+        raise ApiError(400, "min_tokens goes without a response_format, which says where it ends", param="min_tokens")
     if body.stop and served.tokenizer is None:
         served.need_tokenizer("stop")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -201,6 +210,7 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
             stop_strings=tuple(dict.fromkeys(stops)),
             logprobs=logprobs,
             seed=engine_seed(body.seed),
+            min_tokens=body.min_tokens or 0,
         )
     except InputError as error:
         raise ApiError(400, str(error), param=param_of(error, None)) from error

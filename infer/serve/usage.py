@@ -10,7 +10,7 @@ from infer.serve.types import GenerationRequest, TokenDetails, Usage
 def usage_of(prompts: Sequence[Sequence[int]], completion_tokens: int, generation: Generation) -> Usage:
     """Return the numbers of tokens so far; a prompt counts once, whatever n."""
     prompt_tokens = sum(map(len, prompts))
-    details = TokenDetails(generation.cached_tokens(len(prompts)))
+    details = TokenDetails(generation.cached_tokens)
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
 

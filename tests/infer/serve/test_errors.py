@@ -9,7 +9,7 @@ from infer import Sampling
 from infer.serve.app import create_app
 from infer.serve.served import Registry, Served
 
-MOST_WAITING = 16  # in conftest.py
+MOST = 3 + 16  # requests that the service holds: conftest.py
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "the time"}]
 SMALL = {"max_tokens": 2, "seed": 1}
@@ -100,6 +100,11 @@ def valid(path):
     return SMALL | ({"messages": HELLO} if path == CHAT else {"prompt": "the time"})
 
 
+def counts(answer):
+    """Return the numbers of tokens, without how many of them an earlier request left in the prefix cache."""
+    return {name: value for name, value in answer["usage"].items() if name != "prompt_tokens_details"}
+
+
 def error(response, status=400):
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
@@ -181,9 +186,9 @@ def test_unknown_models_paths_and_methods(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_is_429_before_a_stream_begins(client, served, paused, idle, stream):
     with paused():
-        fill = [served.service.submit([1], Sampling(), 2, lambda *_: None) for _ in range(MOST_WAITING - 1)]
-        # Of three choices the first finds room; it is cancelled, but leaves the queue only in the engine's next step.
-        error(client.post(CHAT, json=valid(CHAT) | {"stream": stream, "n": 3}), 429)
+        fill = [served.service.submit([1], Sampling(), 2, lambda *_: None) for _ in range(MOST - 1)]
+        two = {"prompt": ["a", "b"], "stream": stream}  # of which only the first finds room
+        error(client.post(COMPLETIONS, json=valid(COMPLETIONS) | two), 429)
         response = client.post(CHAT, json=valid(CHAT) | {"stream": stream})
         assert error(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
