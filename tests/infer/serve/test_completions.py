@@ -1,5 +1,7 @@
 """/v1/completions: a stream is the whole in parts, and the text is that of the engine."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,32 @@ def test_bytes_of_tokens_are_those_of_the_text(client, served):
     named = post(client, max_tokens=2, logprobs=1, return_tokens_as_token_ids=True, return_token_ids=True)
     ids = named["choices"][0]["token_ids"]
     assert named["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
+
+
+def test_a_text_does_not_end_before_min_tokens(client, tokenizer):
+    likely = {str(tokenizer.eos_id): 50}
+    assert post(client, logit_bias=likely)["usage"]["completion_tokens"] == 0
+    ended = post(client, logit_bias=likely, min_tokens=3)
+    assert ended["usage"]["completion_tokens"] == 3
+    assert ended["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "meets"),
+    [
+        ({"response_format": {"type": "regex", "pattern": "(ab|cd){2}"}}, "(ab|cd){2}"),
+        ({"guided_regex": "[a-f]{3}"}, "[a-f]{3}"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["a", 7]}}}}, '"a"|7'),
+        ({"guided_json": '{"enum": [1, 2]}'}, "1|2"),
+        ({"response_format": {"type": "json_object", "schema": {"type": "object", "maxProperties": 0}}}, r"\{\}"),
+        ({"response_format": {"type": "json_object"}, "max_tokens": 1}, r"\{\}?"),
+    ],
+)
+def test_a_constrained_text_has_its_form(client, fields, meets):
+    whole = post(client, **{"temperature": 1.5, "max_tokens": 20, "n": 2} | fields)
+    for choice in whole["choices"]:
+        assert re.fullmatch(meets, choice["text"])
+        assert choice["finish_reason"] == ("length" if "max_tokens" in fields else "stop")
 
 
 def test_default_number_of_tokens_and_none(client):
