@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from infer.service import QueueFull
+from infer.service import QueueFull, ServiceStopped
 from model.errors import InputError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -73,6 +74,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, QueueFull):
         return ApiError(429, f"the server is busy: {error}", code="queue_full", retry_after=error.retry_after)
+    if isinstance(error, ServiceStopped):
+        return ApiError(503, f"the server takes no requests: {error}", code="engine_stopped")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail, headers=error.headers)
     return ApiError(500, "the server failed; its log says why", code="internal_error")
@@ -90,5 +93,7 @@ async def respond(request: Request, error: Exception) -> Response:
     return as_api_error(error).response()
 
 
-HANDLERS = dict.fromkeys((ApiError, InputError, QueueFull, HTTPException, Exception), respond)
+HANDLERS: dict[Any, Any] = dict.fromkeys(
+    (ApiError, InputError, QueueFull, ServiceStopped, HTTPException, Exception), respond
+)
 """For `Starlette(exception_handlers=…)`."""

@@ -5,13 +5,17 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+import anyio.to_thread
+import msgspec
 import numpy as np
 from starlette.requests import Request as HttpRequest
 
 from infer.completion import Update
+from infer.constraint import Constraint
+from infer.engine import MOST_STOP_IDS
 from infer.prompts import Prompt
 from infer.request import Request
 from infer.sampling import Sampling
@@ -34,41 +38,47 @@ class Generation:
     Created in the event loop that reads it. `close` cancels what has not ended; whoever creates a Generation closes it.
     """
 
-    def __init__(self, served: Served, number: int):
+    def __init__(self, served: Served):
         self._service = served.need_service()
         self._loop = asyncio.get_running_loop()
-        self._arrived: deque[tuple[int, Update]] = deque()
+        self._arrived: deque[tuple[Request, Update]] = deque()
         self._wake = asyncio.Event()
         self._posted = False  # the loop has been told of `_arrived`
-        self._open = dict.fromkeys(range(number))
-        self.requests: list[Request | None] = []  # None: for no tokens
+        self._numbers: dict[Request, int] = {}  # of the requests that have not ended
+        self._firsts: set[Request] = set()  # of each prompt, until its first output
+        self._without_tokens: list[int] = []
+        self.cached_tokens = 0
+        """Tokens of the prompts that the prefix cache held; known with the first output of each prompt."""
 
-    def submit(self, prompt: Prompt, sampling: Sampling, max_new_tokens: int, **options: Any) -> None:
-        """Submit the next request; a request for no tokens ends at once. options: others of `Service.submit`."""
-        index = len(self.requests)
+    def submit(
+        self,
+        prompt: Prompt,
+        samplings: Sequence[Sampling],
+        max_new_tokens: int,
+        constraints: Sequence[Constraint | None],
+    ) -> None:
+        """Submit the next requests, with one prompt. Requests for no tokens end at once."""
+        number = len(self._numbers) + len(self._without_tokens)
         if max_new_tokens == 0:
-            self.requests.append(None)
-            self._arrived.append((index, Update("", [], [], [], "length")))
-            self._wake.set()
+            self._without_tokens += range(number, number + len(samplings))
             return
+        requests = self._service.submit_many(prompt, samplings, max_new_tokens, self._hear, constraints)
+        self._numbers |= {request: number + index for index, request in enumerate(requests)}
+        self._firsts.add(requests[0])
 
-        def listener(request: Request, update: Update) -> None:
-            """Pass the output on, in the engine's thread: the loop is woken once for all that it has not read."""
-            self._arrived.append((index, update))
-            if not self._posted:
-                self._posted = True
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(self._wake.set)
-
-        self.requests.append(self._service.submit(prompt, sampling, max_new_tokens, listener, **options))
+    def _hear(self, request: Request, update: Update) -> None:
+        """Pass output on, in the engine's thread: the loop is woken once for all that it has not read."""
+        self._arrived.append((request, update))
+        if not self._posted:
+            self._posted = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     def close(self) -> None:
         """Cancel the requests that have not ended."""
-        for index in self._open:
-            request = self.requests[index] if index < len(self.requests) else None
-            if request is not None:
-                self._service.cancel(request)
-        self._open.clear()
+        for request in self._numbers:
+            self._service.cancel(request)
+        self._numbers.clear()
 
     def __enter__(self) -> "Generation":
         return self
@@ -81,14 +91,20 @@ class Generation:
 
         Raises ApiError if the engine ended a request otherwise than by "stop" or "length".
         """
-        while self._open:
+        if self._without_tokens:
+            yield [(number, Update("", [], [], [], "length")) for number in self._without_tokens]
+        while self._numbers:
             await self._wake.wait()
             self._wake.clear()
             self._posted = False
-            ready = [self._arrived.popleft() for _ in range(len(self._arrived))]
-            for index, update in ready:
+            arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
+            ready = [(self._numbers[request], update) for request, update in arrived if request in self._numbers]
+            for request, update in arrived:
+                if request in self._firsts:
+                    self._firsts.remove(request)
+                    self.cached_tokens += request.prefix_hits
                 if update.finish_reason is not None:
-                    self._open.pop(index, None)
+                    self._numbers.pop(request, None)
                 if update.finish_reason == "cancelled":
                     raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
                 if update.finish_reason == "error":
@@ -104,7 +120,7 @@ async def run(
     max_tokens: int | None = None,
     *,
     n: int = 1,
-    constraint: Callable[[], Any] | None = None,
+    constraint: Callable[[], Constraint] | None = None,
     param: str = "messages",
 ) -> Generation:
     """Submit n requests for each prompt and return once all are queued; request p · n + i is choice i of prompt p.
@@ -113,21 +129,23 @@ async def run(
     for what fits. constraint: makes the constraint of one request. param: the field that the prompts came from.
     Raises ApiError if a prompt does not fit, a setting is out of range, or the queue is full.
     """
+    seed = engine_seed(sampling.seed)
+    samplings = [dataclasses.replace(sampling, seed=_seed_of_choice(seed, choice)) for choice in range(n)]
+    rooms = [room(served, prompt, max_tokens, param) for prompt in prompts]
     service = served.need_service()
     most = service.most_waiting + service.engine.slots
     if len(prompts) * n > most:
         raise ApiError(
-            400, f"{len(prompts)} prompts × n={n} are more than this server takes at once, {most}", param="n"
+            400,
+            f"{len(prompts)} prompts × n={n} are more than the {most} requests that this server holds; send fewer at a "
+            "time",
+            param="n" if n > 1 else param,
         )
-    seed = engine_seed(sampling.seed)
-    rooms = [room(served, prompt, max_tokens, param) for prompt in prompts]
-    generation = Generation(served, len(prompts) * n)
+    generation = Generation(served)
     try:
         for prompt, most_tokens in zip(prompts, rooms, strict=True):
-            for choice in range(n):
-                own = dataclasses.replace(sampling, seed=_seed_of_choice(seed, choice))
-                options = {} if constraint is None else {"constraint": constraint()}
-                generation.submit(prompt, own, most_tokens, **options)
+            constraints = [None if constraint is None else constraint() for _ in samplings]
+            generation.submit(prompt, samplings, most_tokens, constraints)
     except InputError as error:
         generation.close()
         raise ApiError(400, str(error), param=param_of(error, param)) from error
@@ -178,8 +196,8 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
     }
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of={body.best_of} must be n={body.n or 1}, or left out", param="best_of")
-    if body.min_tokens:
-        raise ApiError(400, "min_tokens is not supported here; leave it out", param="min_tokens")
+    if body.min_tokens and (body.response_format or body.guided_json is not None or body.guided_regex is not None):
+        raise ApiError(400, "min_tokens goes without a response_format, which says where it ends", param="min_tokens")
     if body.stop and served.tokenizer is None:
         served.need_tokenizer("stop")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -192,6 +210,7 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
             stop_strings=tuple(dict.fromkeys(stops)),
             logprobs=logprobs,
             seed=engine_seed(body.seed),
+            min_tokens=body.min_tokens or 0,
         )
     except InputError as error:
         raise ApiError(400, str(error), param=param_of(error, None)) from error
@@ -199,14 +218,63 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
 
 def _stop_ids(body: GenerationRequest, served: Served) -> tuple[int, ...]:
     """Return the tokens that end the text: the model's, those of its tokenizer, and the request's own."""
-    ends = () if body.ignore_eos else end_ids(served)
-    return tuple(dict.fromkeys([*ends, *(body.stop_token_ids or ())]))
+    ends = () if body.ignore_eos else served.end_ids
+    stop_ids = tuple(dict.fromkeys([*ends, *(body.stop_token_ids or ())]))
+    if len(stop_ids) > MOST_STOP_IDS:
+        most = MOST_STOP_IDS - len(ends)
+        raise ApiError(400, f"stop_token_ids has more than {most} ids; give fewer", param="stop_token_ids")
+    return stop_ids
 
 
-def end_ids(served: Served) -> tuple[int, ...]:
-    """Return the tokens that end a text of the model, by its config and its tokenizer."""
-    ids = [*served.config.eos_token_ids, *(served.tokenizer.eos_ids if served.tokenizer else ())]
-    return tuple(token for token in dict.fromkeys(ids) if token < served.config.vocab_size)
+async def constraint_of(body: GenerationRequest, served: Served) -> Callable[[], Constraint] | None:
+    """Return what makes the constraint of each text; None if the text is free.
+
+    Raises ApiError with the field if the schema or the pattern is refused.
+    """
+    asked = dict(_forms(body))
+    if len(asked) > 1:
+        raise ApiError(400, f"{' and '.join(asked)} exclude each other; give one of them", param=list(asked)[-1])
+    if not asked:
+        return None
+    ((param, (kind, value)),) = asked.items()
+    served.need_tokenizer(param)
+
+    def make() -> Constraint:
+        grammars = served.grammars
+        if kind == "json_object":
+            return grammars.json_object()
+        return grammars.regex(value) if kind == "regex" else grammars.json_schema(value)
+
+    try:
+        await anyio.to_thread.run_sync(make)  # compiles it, which takes milliseconds
+    except InputError as error:
+        raise ApiError(400, str(error), param=param) from error
+    return make
+
+
+def _forms(body: GenerationRequest) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Yield (field, (kind, schema or pattern)) of each constraint of a request."""
+    form = body.response_format
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format.json_schema is missing", param="response_format.json_schema")
+        yield "response_format", ("json_schema", form.json_schema.schema)
+    elif form is not None and form.type == "json_object":
+        yield "response_format", ("json_object", None) if form.schema is None else ("json_schema", form.schema)
+    elif form is not None and form.type == "regex":
+        if form.pattern is None:
+            raise ApiError(400, "response_format.pattern is missing", param="response_format.pattern")
+        yield "response_format", ("regex", form.pattern)
+    if body.guided_json is not None:
+        schema = body.guided_json
+        if isinstance(schema, str):
+            try:
+                schema = msgspec.json.decode(schema)
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise ApiError(400, f"guided_json is no JSON: {error}", param="guided_json") from error
+        yield "guided_json", ("json_schema", schema)
+    if body.guided_regex is not None:
+        yield "guided_regex", ("regex", body.guided_regex)
 
 
 def _biases(body: GenerationRequest, served: Served) -> dict[int, float]:
@@ -243,32 +311,3 @@ async def attended(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> R
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-
-
-@dataclasses.dataclass
-class Output:
-    """The whole output of a request, collected from its updates."""
-
-    text: str = ""
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-
-    def add(self, update: Update) -> None:
-        """Append an update."""
-        self.text += update.text
-        self.tokens += update.tokens
-        self.logprobs += update.logprobs
-        self.top_logprobs += update.top_logprobs
-        self.finish_reason = update.finish_reason
-
-
-async def collect(generation: Generation) -> list[Output]:
-    """Return the whole outputs of all requests, which are cancelled if this is."""
-    with generation:
-        outputs = [Output() for _ in generation.requests]
-        async for ready in generation:
-            for index, update in ready:
-                outputs[index].add(update)
-    return outputs

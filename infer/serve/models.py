@@ -20,8 +20,8 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
 
     async def health(request: Request, body: None) -> Health:
         for one in registry:
-            if one.service is not None and not one.service._thread.is_alive():
-                raise ApiError(503, f"the engine of {one.name!r} does not run; start the server again")
+            if one.service is not None and (failure := one.service.load().failure) is not None:
+                raise ApiError(503, f"the engine of {one.name!r} failed: {failure}; start the server again")
         return Health()
 
     return [
