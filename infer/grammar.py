@@ -29,7 +29,7 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """Return the right-hand side of a rule for `Grammars.lark`: JSON of a schema, spaced as by `Grammars.json_schema`."""
+    """Return the right-hand side of a rule for `Grammars.lark`: JSON, spaced as by `Grammars.json_schema`."""
     return "%json " + json.dumps({**schema, "x-guidance": _JSON})
 
 

@@ -11,8 +11,12 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import anyio.to_thread
+
 from infer.grammar import GrammarConstraint, Grammars, json_rule
 from infer.serve.errors import ApiError
+from infer.serve.served import Served
+from model.errors import InputError
 from model.tokenizer import Tokenizer
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -59,11 +63,9 @@ class Tools:
         """Return a parser of one answer."""
         return ToolParser(self.parameters, self.most_calls)
 
-    def constraint(self, grammars: Callable[[], Grammars]) -> GrammarConstraint | None:
-        """Return the constraint of an answer that has to call; None if it may be a text. Raises InputError."""
-        if self.choice == "auto":
-            return None
-        return grammars().lark(self._grammar(), "the grammar of the tools")
+    def constraint(self, grammars: Grammars) -> GrammarConstraint:
+        """Return the constraint of an answer that has to call. Raises InputError for schemas that are refused."""
+        return grammars.lark(self._grammar(), "the schema of the tools")
 
     def _grammar(self) -> str:
         more = min(self.most_calls or _MOST_CALLS, _MOST_CALLS) - 1
@@ -108,6 +110,26 @@ def tools_of(
     return Tools(tools, allowed, "auto" if kind == "auto" else "required", most)
 
 
+async def calls_only(tools: Tools, served: Served, other: object) -> Callable[[], GrammarConstraint]:
+    """Return what makes the constraint of each answer that has to call; other: that of response_format.
+
+    Raises ApiError if there is another one, or for a schema that cannot be enforced.
+    """
+    if other is not None:
+        raise ApiError(
+            400, "an answer that has to call a tool has no response_format; leave one out", param="tool_choice"
+        )
+
+    def make() -> GrammarConstraint:
+        return tools.constraint(served.grammars)
+
+    try:
+        await anyio.to_thread.run_sync(make)  # compiled outside of the event loop; later ones are copies
+    except InputError as error:
+        raise ApiError(400, str(error), param="tools") from error
+    return make
+
+
 def _function(tool: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
     """Return the name and the schema of the arguments of a tool in OpenAI's form."""
     function = tool.get("function")
@@ -123,9 +145,7 @@ def _function(tool: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, An
             param=f"{where}.function.name",
         )
     if schema is not None and not isinstance(schema, Mapping):
-        raise ApiError(
-            400, f"{where}.function.parameters must be a JSON schema", param=f"{where}.function.parameters"
-        )
+        raise ApiError(400, f"{where}.function.parameters must be a JSON schema", param=f"{where}.function.parameters")
     return name, schema or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -158,8 +178,8 @@ def _check_template(tokenizer: Tokenizer) -> None:
     found = "writes no tools" if other is None else f"writes tools in another form, {other}"
     raise ApiError(
         400,
-        f"the model's chat template {found}; only Hermes's {BEGIN}{{…}}{END} is read: leave tools out, or serve a model "
-        "with such a template",
+        f"the model's chat template {found}; only Hermes's {BEGIN}{{…}}{END} is read: leave tools out, or serve a "
+        "model with such a template",
         param="tools",
         code="unsupported_tools",
     )
