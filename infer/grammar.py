@@ -28,6 +28,11 @@ _LIMITS = {
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """Return the right-hand side of a rule for `Grammars.lark`: JSON, spaced as by `Grammars.json_schema`."""
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON})
+
+
 class Grammars:
     """The compiler of grammars for one tokenizer. All methods may be called from any thread.
 
@@ -37,11 +42,12 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, end_ids: Iterable[int] | None = None):
         """Read the tokenizer's vocabulary.
 
-        vocab_size: of the model, if it has more rows than the tokenizer has tokens; these are never allowed. end_ids:
+        vocab_size: of the model; None: the tokenizer's. Rows of the model without a token are never allowed. end_ids:
         tokens that end a text; None: the tokenizer's. Raises InputError if there are none.
         """
-        self.vocab_size = max(tokenizer.vocab_size, vocab_size or 0)
-        self.end_ids = sorted(set(tokenizer.eos_ids if end_ids is None else end_ids))
+        self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        ends = tokenizer.eos_ids if end_ids is None else end_ids
+        self.end_ids = sorted({token for token in ends if token < self.vocab_size})
         if not self.end_ids:
             raise InputError(
                 f"the tokenizer {tokenizer.path} has no end token, which would end a constrained text; name it as "
@@ -87,6 +93,11 @@ class Grammars:
         _check_size("the regular expression", pattern)
         return self._compile("the regular expression", LLMatcher.grammar_from_regex(pattern))
 
+    def lark(self, grammar: str, name: str = "the grammar") -> "GrammarConstraint":
+        """Return a constraint to a grammar in llguidance's form of Lark's. Raises InputError as the others do."""
+        _check_size(name, grammar)
+        return self._compile(name, LLMatcher.grammar_from_lark(grammar))
+
     def _compile(self, name: str, grammar: str) -> "GrammarConstraint":
         with self._lock:
             compiled = self._compiled.get(grammar)
@@ -116,13 +127,15 @@ class GrammarConstraint:
     def mask(self) -> np.ndarray:
         """Return uint32 [ceil(vocab / 32)] of the tokens that may come next.
 
-        Only the end tokens are allowed where the grammar's limits are passed in the middle of a text.
+        Raises ValueError where the text cannot go on: the grammar's limits are passed, or no token has its next bytes.
         """
-        if self._matcher.is_stopped():
+        if self._matcher.is_stopped() and not self._matcher.is_error():
             return self._ends.copy()
         mask = np.zeros(self._words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        return mask if mask.any() and not self._matcher.is_error() else self._ends.copy()
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar allows nothing more: {_one_line(self._matcher.get_error())}")
+        return mask
 
     def accept(self, token: int) -> None:
         """Append a token; an end token ends the text. Raises ValueError for a token that the mask does not allow."""
@@ -144,8 +157,8 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = end_ids[0], None
         tokens = token_bytes(tokenizer)
-        self.tokens = tokens + [b""] * (vocab_size - len(tokens))
-        self.special_token_ids = sorted({*tokenizer.special_tokens, *end_ids})
+        self.tokens = (tokens + [b""] * (vocab_size - len(tokens)))[:vocab_size]
+        self.special_token_ids = sorted(i for i in {*tokenizer.special_tokens, *end_ids} if i < vocab_size)
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import anyio.to_thread
+import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 
@@ -18,6 +19,7 @@ from infer.serve.prompts import chat_prompt, plain_messages
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
 from infer.serve.sse import DONE, EventStream, event
+from infer.serve.tools import ToolParser, Tools, calls_only, template_messages, tools_of
 from infer.serve.types import (
     AnswerMessage,
     ChatChoice,
@@ -27,6 +29,8 @@ from infer.serve.types import (
     ChatRequest,
     ChunkChoice,
     Delta,
+    FunctionCall,
+    ToolCall,
 )
 from infer.serve.usage import usage_of, wants_usage
 
@@ -58,7 +62,10 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
 class _Call:
     """A request that has been queued."""
 
-    def __init__(self, body: ChatRequest, served: Served, prompt: list[int], generation: Generation):
+    def __init__(
+        self, body: ChatRequest, served: Served, prompt: list[int], generation: Generation, tools: Tools | None
+    ):
+        self._parsers = None if tools is None else [tools.parser() for _ in range(body.n or 1)]
         self.body, self.prompt, self.generation = body, prompt, generation
         self._names = TokenNames(served, as_ids=bool(body.return_tokens_as_token_ids)) if body.logprobs else None
         self._common: dict[str, Any] = {
@@ -78,19 +85,23 @@ class _Call:
             raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true", param="top_logprobs")
         if body.prompt_logprobs is not None:
             raise ApiError(400, "prompt_logprobs is a field of /v1/completions; leave it out", param="prompt_logprobs")
-        if body.tools:
-            raise ApiError(400, "tools are not supported here; leave them out", param="tools")
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         sampling = sampling_of(body, served, body.top_logprobs or 0)
+        tokenizer = served.need_tokenizer("messages")
+        tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
         constraint = await constraint_of(body, served)
-        template = None if served.tokenizer is None else served.tokenizer.chat_template
-        prompt = await chat_prompt(body, served, plain_messages(body.messages, template))
+        if tools is None:
+            body = msgspec.structs.replace(body, tools=None)
+        elif tools.choice == "required":
+            constraint = await calls_only(tools, served, constraint)
+        messages = template_messages(plain_messages(body.messages, tokenizer.chat_template), tokenizer.chat_template)
+        prompt = await chat_prompt(body, served, messages)
         if body.logprobs:
             await anyio.to_thread.run_sync(lambda: served.token_bytes)  # read once, which takes up to a second
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         generation = await run(served, [prompt], sampling, most, n=body.n or 1, constraint=constraint)
-        return cls(body, served, prompt, generation)
+        return cls(body, served, prompt, generation, tools)
 
     async def whole(self) -> ChatCompletion:
         """Return the whole answers."""
@@ -101,6 +112,9 @@ class _Call:
         async for ready in self.generation:
             for index, update in ready:
                 _append(choices[index], self._choice(index, update))
+        for choice in choices:
+            if choice.message.tool_calls is not UNSET:
+                choice.message.content = choice.message.content or None
         completion = ChatCompletion(choices=choices, usage=self._usage(), **self._common)
         if self.body.return_token_ids:
             completion.prompt_token_ids = self.prompt
@@ -125,8 +139,12 @@ class _Call:
         """Return what an update adds to an answer."""
         self._completion_tokens += len(update.tokens)
         choice = ChunkChoice(index, Delta(), finish_reason=update.finish_reason)  # type: ignore[arg-type]
-        if update.text:
-            choice.delta.content = update.text
+        if self._parsers is None:
+            text: str = update.text
+        else:
+            text = _parsed(self._parsers[index], update, choice)
+        if text:
+            choice.delta.content = text
         if self._names is not None and update.tokens:
             count = self.body.top_logprobs or 0
             choice.logprobs = self._names.chat(update.tokens, update.logprobs, update.top_logprobs, count)
@@ -141,8 +159,27 @@ class _Call:
         return usage_of([self.prompt], self._completion_tokens, self.generation)
 
 
+def _parsed(parser: ToolParser, update: Update, choice: ChunkChoice) -> str:
+    """Give a chunk the calls that an update completes; return the text beside them."""
+    known = len(parser.calls)
+    parts = parser.push(update.text)
+    if update.finish_reason is not None:
+        parts += parser.finish()
+    calls = enumerate(parser.calls[known:], known)
+    if found := [
+        ToolCall(FunctionCall(call.arguments, call.name), call.id, "function", index) for index, call in calls
+    ]:
+        choice.delta.tool_calls = found
+    if update.finish_reason == "stop" and parser.calls:
+        choice.finish_reason = "tool_calls"
+    return "".join(part for part in parts if isinstance(part, str))
+
+
 def _append(choice: ChatChoice, added: ChunkChoice) -> None:
     """Append what an update adds to an answer."""
+    if added.delta.tool_calls is not UNSET:
+        calls = [msgspec.structs.replace(call, index=UNSET) for call in added.delta.tool_calls]
+        choice.message.tool_calls = [*(choice.message.tool_calls or ()), *calls]
     choice.message.content = (choice.message.content or "") + (added.delta.content or "")
     if choice.logprobs is not None and added.logprobs is not None:
         choice.logprobs.content += added.logprobs.content
