@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from infer.prompts import Prompt, bucket
 from infer.sampling import (
@@ -88,7 +88,7 @@ def init_decode_state(
         token=zeros,
         cache=cache,
         history=History(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths)),
-        sampler=SamplerState.create(samplings, keys, config.vocab_size),
+        sampler=SamplerState.create(samplings, keys, config.vocab_size, stop_ids),
         stop_ids=jnp.asarray(stop_ids),
         limits=zeros + max_new_tokens,
         status=zeros + RUNNING,
@@ -105,9 +105,17 @@ def grow_state(config: ModelConfig, state: DecodeState, capacity: int) -> Decode
 
 @functools.partial(jax.jit, donate_argnums=0)
 @lenient()
-def begin(state: DecodeState, logits: Float[Array, "batch vocab"]) -> tuple[DecodeState, Emitted]:
-    """Choose the first token after the prompts from the logits that `prefill` returned. Donates the state."""
-    choice = choose(state.sampler, logits, state.history)
+def begin(
+    state: DecodeState,
+    logits: Float[Array, "batch vocab"],
+    masks: UInt32[Array, "batch words"] | None = None,
+    constrained: Bool[Array, " batch"] | None = None,
+) -> tuple[DecodeState, Emitted]:
+    """Choose the first token after the prompts from the logits that `prefill` returned. Donates the state.
+
+    masks, constrained: see `choose`.
+    """
+    choice = choose(state.sampler, logits, state.history, masks, constrained)
     return _append(state, state.cache, choice, nothing_emitted(state, 1), jnp.int32(0))
 
 
@@ -119,10 +127,13 @@ def decode(
     state: DecodeState,
     steps: Int[Array, ""],
     halt: Bool[Array, " batch"],
+    masks: UInt32[Array, "batch words"] | None = None,
+    constrained: Bool[Array, " batch"] | None = None,
 ) -> tuple[DecodeState, Emitted]:
     """Decode up to `steps` ≤ ROOM tokens for every running row; stop early once no row runs. Donates the state.
 
-    halt: rows to stop before the first step. The cache must have room for the tokens: see `grow_state`.
+    halt: rows to stop before the first step. masks, constrained: see `choose`; a mask holds for one token, so that
+    `steps` must be 1 while a constrained row runs. The cache must have room for the tokens: see `grow_state`.
     """
     state = halt_rows(state, halt)
 
@@ -135,7 +146,8 @@ def decode(
         running = state.status == RUNNING
         hidden, cache = forward_cached(config, params, state.token[:, None], running.astype(jnp.int32), state.cache)
         sampler = idle_rows_greedy(state.sampler, running)
-        choice = choose(sampler, head(config, params, hidden), state.history)
+        rows = None if constrained is None else constrained & running
+        choice = choose(sampler, head(config, params, hidden), state.history, masks, rows)
         return step + 1, *_append(state, cache, choice, emitted, step)
 
     _, state, emitted = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, nothing_emitted(state, ROOM)))

@@ -67,11 +67,10 @@ def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
     from model.transformer import init
 
     folder = Path(folder)
+    config, weights = _read_record(folder)
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         arrays = load_file(folder / TENSORS)
-        config, weights = ModelConfig.from_dict(record["config"]), record["weights"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as a quantized model: {error}") from None
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     fields: dict[str, dict[str, jax.Array]] = {}
@@ -92,6 +91,20 @@ def load_quantized(folder: str | Path) -> tuple[ModelConfig, Params]:
             f"{folder} holds {found:,} weights and a model of its config has {expected:,}; compress the model again"
         )
     return config, params
+
+
+def read_quantized_config(folder: str | Path) -> ModelConfig:
+    """Return the config of a folder that `save_quantized` wrote, without its weights. Raises InputError if damaged."""
+    return _read_record(Path(folder))[0]
+
+
+def _read_record(folder: Path) -> tuple[ModelConfig, str]:
+    """Return the config and the type of the weights."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return ModelConfig.from_dict(record["config"]), record["weights"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} cannot be read as a quantized model: {error}") from None
 
 
 def _weight(parts: dict[str, jax.Array], weights: str, d_in: Callable[[], int]) -> Any:

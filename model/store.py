@@ -37,9 +37,7 @@ def open_model(path: str | Path, tokenizer: str | Path | None = None, base: str 
 @pinned()
 def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[ModelConfig, Params]":
     """Return the config and the parameters only; see `open_model`."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
+    path = _existing(path)
     if (path / "run.json").is_file():
         from model.runs import load_run
 
@@ -58,7 +56,44 @@ def open_parameters(path: str | Path, base: str | Path | None = None) -> "tuple[
         from model.convert import load_gguf
 
         return load_gguf(file)
-    raise InputError(
+    raise _is_no_model(path)
+
+
+@pinned()
+def open_config(path: str | Path) -> "ModelConfig":
+    """Return the config without reading the weights, to plan memory with; a run's is the one that it started with.
+
+    Raises InputError as `open_model` does for a path that is no model.
+    """
+    path = _existing(path)
+    if (path / "run.json").is_file():
+        from model.config import ModelConfig
+        from model.runs import read_record
+
+        return ModelConfig.from_dict(read_record(path)["identity"]["config"])
+    if (path / "quantized.json").is_file():
+        from model.quantized import read_quantized_config
+
+        return read_quantized_config(path)
+    if (path / "config.json").is_file():
+        from model.convert.huggingface import read_hf_config
+
+        return read_hf_config(path)
+    if (file := _gguf(path)) is not None:
+        from model.convert.gguf_file import read_gguf_config
+
+        return read_gguf_config(file)
+    raise _is_no_model(path)
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).exists():
+        raise InputError(f"there is no model at {path}; give a run directory, a Hugging Face folder or a GGUF file")
+    return Path(path)
+
+
+def _is_no_model(path: Path) -> InputError:
+    return InputError(
         f"{path} is not a model: give a run directory (run.json), a Hugging Face folder (config.json) or a .gguf file"
     )
 

@@ -9,6 +9,7 @@ from experiments.commands.options import BasePath, JsonFile, Overrides
 from experiments.words import counted
 
 if TYPE_CHECKING:
+    from experiments.evaluate.tasks.task import Task
     from model import ModelConfig
     from train.objectives import Objective
 
@@ -162,12 +163,23 @@ def _evaluate_tasks(
         Settings(shots, seed, fixed_shots, chat, limit),
         out=out,
         batch_size=batch_size,
-        started=lambda model, task: say(
-            f"{model.name}: {task.name} ({task.protocol}), {counted(len(task.questions), 'question')}"
-        ),
+        started=lambda model, task: say(f"{model.name}: {_before(task)}"),
     )
     write_document(json, origin() | {"results": results})
     print_results(results, out)
+
+
+def _before(task: "Task") -> str:
+    """Return what a task is, and the smallest difference of two models that its questions can show."""
+    from experiments.evaluate.statistics.power import detectable_share, discordant_share
+
+    said = f"{task.name} ({task.protocol}), {counted(len(task.questions), 'question')}"
+    if task.metric == "bits_per_byte":
+        return said
+    smallest = detectable_share(len(task.questions), discordant_share(0.5, 0.5))
+    if smallest is None:
+        return f"{said}, too few to show any difference of two models"
+    return f"{said}; two models at 50 % must differ by {100 * smallest:.1f} points to be distinguished"
 
 
 def _evaluate_loss(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from infer.sampling.selection import argmax, draw, first_to_reach, ordered, total
 from infer.sampling.settings import MOST_LOGPROBS, Sampling
@@ -41,16 +41,23 @@ class SamplerState(struct.PyTreeNode):
     frequency_penalty: Any
     top_k: Any  # int32 [batch]
     logprobs: Any  # int32 [batch]
+    min_tokens: Any  # int32 [batch]
+    stop_ids: Any  # int32 [batch, stops], padded with −1: cannot come before min_tokens
     biased: Any  # bool [batch]: whether the row's bias has any entry
     bias: Any  # float32 [batch, vocab]
     keys: Any  # PRNG keys [batch]
 
     @classmethod
     def create(
-        cls, samplings: Sequence[Sampling], keys: Key[Array, " batch"] | PRNGKeyArray, vocab_size: int
+        cls,
+        samplings: Sequence[Sampling],
+        keys: Key[Array, " batch"] | PRNGKeyArray,
+        vocab_size: int,
+        stop_ids: Int[np.ndarray, "batch stops"] | None = None,
     ) -> "SamplerState":
         """Return the state of one row per sampling; a row with a seed uses that seed's key in place of `keys[row]`.
 
+        stop_ids: what `Sampling.min_tokens` defers, padded with −1; None: nothing.
         Raises InputError if a logit_bias names an id outside the vocabulary.
         """
 
@@ -71,6 +78,8 @@ class SamplerState(struct.PyTreeNode):
             frequency_penalty=real("frequency_penalty"),
             top_k=whole("top_k", vocab_size),
             logprobs=whole("logprobs", MOST_LOGPROBS),
+            min_tokens=whole("min_tokens", np.iinfo(np.int32).max),
+            stop_ids=jnp.full((len(samplings), 1), -1, jnp.int32) if stop_ids is None else jnp.array(stop_ids),
             biased=jnp.asarray([bool(row.logit_bias) for row in samplings]),
             bias=_bias(samplings, vocab_size),
             keys=_replace_seeded(samplings, keys),
@@ -97,11 +106,17 @@ def _bias(samplings: Sequence[Sampling], vocab_size: int) -> Array:
         return jnp.zeros((len(samplings), vocab_size), jnp.float32)
     bias = np.zeros((len(samplings), vocab_size), np.float32)
     for row, sampling in zip(bias, samplings, strict=True):
+        check_bias(sampling, vocab_size)
         for token, value in dict(sampling.logit_bias).items():
-            if token >= vocab_size:
-                raise InputError(f"logit_bias names the id {token}, outside the vocabulary of {vocab_size}")
             row[token] = value if value == -math.inf else np.clip(value, -_LARGEST, _LARGEST)
     return jnp.asarray(bias)
+
+
+def check_bias(sampling: Sampling, vocab_size: int) -> None:
+    """Raise InputError if the logit_bias names an id outside the vocabulary."""
+    for token in dict(sampling.logit_bias):
+        if token >= vocab_size:
+            raise InputError(f"logit_bias names the id {token}, outside the vocabulary of {vocab_size}")
 
 
 class Choice(struct.PyTreeNode):
@@ -125,6 +140,7 @@ def idle_rows_greedy(state: SamplerState, running: Bool[Array, " batch"]) -> Sam
         "top_p": 1,
         "repetition_penalty": 1,
         "biased": False,
+        "min_tokens": 0,
         "logprobs": 0,
         "presence_penalty": 0,
         "frequency_penalty": 0,
@@ -136,13 +152,24 @@ def idle_rows_greedy(state: SamplerState, running: Bool[Array, " batch"]) -> Sam
     return state.replace(**changes)
 
 
-def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Choice:
+def choose(
+    state: SamplerState,
+    logits: Float[Array, "batch vocab"],
+    history: History,
+    masks: UInt32[Array, "batch words"] | None = None,
+    constrained: Bool[Array, " batch"] | None = None,
+) -> Choice:
     """Choose the next token of every row, drawn from `distribution`.
 
+    masks: of the rows that are constrained, the tokens that may come: see `infer.constraint.Constraint`. None: all may.
     A row's draw depends on its key and the length of its output, not on other rows. Each setting costs time only if
     some row uses it: if all rows are greedy, choosing is an argmax.
     """
     adjusted = adjust(state, logits, history)
+    if masks is not None and constrained is not None:
+        adjusted = jax.lax.cond(
+            jnp.any(constrained), lambda: _keep_allowed(adjusted, masks, constrained), lambda: adjusted
+        )
 
     def sample() -> Int[Array, " batch"]:
         keys = jax.vmap(jax.random.fold_in)(state.keys, history.lengths - history.prompt_lengths)
@@ -150,6 +177,12 @@ def choose(state: SamplerState, logits: Float[Array, "batch vocab"], history: Hi
 
     token = jax.lax.cond(jnp.any(state.temperature > 0), sample, lambda: argmax(adjusted))
     return describe(jnp.any(state.logprobs > 0), logits, token)
+
+
+def _keep_allowed(logits: Array, masks: Array, constrained: Array) -> Array:
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    allowed = bits.reshape(len(masks), -1)[:, : logits.shape[1]] > 0
+    return jnp.where(allowed | ~constrained[:, None], logits, -jnp.inf)
 
 
 def describe(with_top: Bool[Array, ""], logits: Float[Array, "rows vocab"], token: Int[Array, " rows"]) -> Choice:
@@ -179,10 +212,17 @@ def distribution(
 
 
 def adjust(state: SamplerState, logits: Float[Array, "batch vocab"], history: History) -> Float[Array, "batch vocab"]:
-    """Add the bias to the logits and apply the penalties."""
-    logits = jax.lax.cond(jnp.any(state.biased), lambda: logits + state.bias, lambda: logits)
+    """Add the bias to the logits, set deferred stop ids to −inf, and apply the penalties."""
+    changed = state.biased | (state.min_tokens > 0)
+    logits = jax.lax.cond(jnp.any(changed), lambda: _defer_stops(state, logits + state.bias, history), lambda: logits)
     penalised = (state.repetition_penalty != 1) | (state.presence_penalty != 0) | (state.frequency_penalty != 0)
     return jax.lax.cond(jnp.any(penalised), lambda: _penalise(state, logits, history), lambda: logits)
+
+
+def _defer_stops(state: SamplerState, logits: Array, history: History) -> Array:
+    deferred = (history.lengths - history.prompt_lengths < state.min_tokens)[:, None] & (state.stop_ids >= 0)
+    ids = jnp.where(deferred, state.stop_ids, logits.shape[1])  # outside the vocabulary: dropped
+    return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop")
 
 
 def _penalise(state: SamplerState, logits: Array, history: History) -> Array:

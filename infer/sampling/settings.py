@@ -35,6 +35,7 @@ class Sampling:
     n: samples per prompt.
     logprobs: number of most likely tokens whose log-probabilities are returned, at most MOST_LOGPROBS.
     seed: of a row's draws; None derives the row's key from the key of the call and the row's index.
+    min_tokens: stop ids cannot come before as many tokens; stop strings can.
     """
 
     temperature: float = 1.0
@@ -50,6 +51,7 @@ class Sampling:
     n: int = 1
     logprobs: int = 0
     seed: int | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, least=0, hint="0 is greedy")
@@ -60,6 +62,7 @@ class Sampling:
         check_number("frequency_penalty", self.frequency_penalty, hint="0 changes nothing")
         check_whole("top_k", self.top_k, hint="0 keeps every token")
         check_whole("n", self.n, 1)
+        check_whole("min_tokens", self.min_tokens, hint="0 lets a stop id come first")
         check_whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
         if self.seed is not None:
             check_whole("seed", self.seed, 0, 2**32 - 1)

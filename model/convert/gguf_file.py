@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +38,50 @@ def load_gguf(file: str | Path, *, dtype: DTypeLike = "float32", mesh: Mesh | No
     file = Path(file)
     dtype = dtype_name(dtype, FLOATS)
     values, tensors = _open(file)
-    name = values.get("general.architecture")
-    if values.get("general.type", "model") != "model":
-        raise InputError(f"{file} is not a model: its general.type is {values['general.type']!r}")
-    if name not in ARCHITECTURES:
-        raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES, guess=False)
-    if not tensors:
-        raise InputError(f"{file} has no weights; give the GGUF file of a model")
-    architecture = ARCHITECTURES[name]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    try:
-        config = _config(architecture, Metadata(name, values, shapes))
+    architecture = _architecture(file, values, shapes)
+    with _errors_of(file):
+        config = _config(architecture, Metadata(values["general.architecture"], values, shapes))
         if _ROPE_FACTORS in tensors:
             config = _with_factors(config, tensors[_ROPE_FACTORS].read())
         plan = plan_tensors(architecture.rules, config, shapes_of(config), tensors)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{file} has metadata of a wrong type ({error})") from None
     _check_tensors(file, plan, shapes)
     builder = ParameterBuilder(shapes_of(config), dtype, mesh)
     for tensor in plan:
         builder.write(tensor, functools.partial(_read, architecture, config, tensor, tensors[tensor.name]))
     return config, builder.tree()
+
+
+def read_gguf_config(file: str | Path) -> ModelConfig:
+    """Return the config that a GGUF file's metadata give, without its tensors. Raises InputError as `load_gguf`."""
+    file = Path(file)
+    values, tensors = _open(file)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    architecture = _architecture(file, values, shapes)
+    with _errors_of(file):
+        return _config(architecture, Metadata(values["general.architecture"], values, shapes))
+
+
+def _architecture(file: Path, values: Mapping[str, Any], shapes: Mapping[str, Any]) -> Architecture:
+    name = values.get("general.architecture")
+    if values.get("general.type", "model") != "model":
+        raise InputError(f"{file} is not a model: its general.type is {values['general.type']!r}")
+    if name not in ARCHITECTURES:
+        raise UnknownNameError(f"architecture in {file}", str(name), ARCHITECTURES, guess=False)
+    if not shapes:
+        raise InputError(f"{file} has no weights; give the GGUF file of a model")
+    return ARCHITECTURES[name]
+
+
+@contextmanager
+def _errors_of(file: Path) -> Iterator[None]:
+    """Begin the errors of reading metadata with the file's name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{file} has metadata of a wrong type ({error})") from None
 
 
 class _QuantizedTensor:

@@ -113,6 +113,11 @@ def save_hf(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def read_hf_config(folder: str | Path) -> ModelConfig:
+    """Return the config of a Hugging Face folder without opening its tensors. Raises InputError as `load_hf` does."""
+    return _read_config(Path(folder))[1]
+
+
 def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     raw = read_json(folder / "config.json")
     if isinstance(raw.get("text_config"), dict) and raw.get("model_type") == "gemma3":

@@ -137,6 +137,10 @@ class Tokenizer(ABC):
         """Names, by id, of the tokens that have no text and are encoded only with `special=True`."""
 
     @abstractmethod
+    def token_name(self, token: int) -> str:
+        """Return the entry of the vocabulary for an id, such as "▁the", "Ġthe" or "<0x0A>"."""
+
+    @abstractmethod
     def _encode_batch(
         self, texts: Sequence[str], threads: int | None, special: bool, add_special_tokens: bool
     ) -> list[list[int]]: ...

@@ -50,6 +50,10 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._library.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
+    def token_name(self, token: int) -> str:
+        """Return the entry of the vocabulary for an id."""
+        return self._library.id_to_token(token) or ""
+
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
         return names_pattern(self.special_tokens.values())

@@ -93,6 +93,10 @@ class SentencepieceTokenizer(Tokenizer):
         ids = [i for i in range(self.vocab_size) if self._processor.is_control(i)]
         return {i: self._own_names.get(i) or self._processor.id_to_piece(i) for i in ids}
 
+    def token_name(self, token: int) -> str:
+        """Return the entry of the vocabulary for an id."""
+        return self._processor.id_to_piece(token)
+
     @cached_property
     def _ids_of_names(self) -> dict[str, int]:
         return {name: i for i, name in self.special_tokens.items()}  # the last id of a repeated name

@@ -64,6 +64,8 @@ def test_a_task_is_an_objective(make, words, tmp_path):
         ]
         assert task.mean == sign * min(sign * mean for mean in means)
         assert task.sentence in analysis.sentence
+        assert task.signal_to_noise is None  # of two settings
+        assert sum(share or 0 for share in task.variance_shares.values()) == pytest.approx(1)
     assert analysis.pareto.directions == ["minimize", "minimize", "maximize"]
     json.dumps(analysis.to_dict(), default=str)
     write_sweep_page(tmp_path / "page.html", results, analysis, write_tables(results))
@@ -129,3 +131,13 @@ def test_seeds_that_differ_more_than_the_settings_hide_the_difference(answered):
     assert found.seed_noise == pytest.approx(0.05 * 2**0.5)
     close = answered(questions, questions + 0.02, seeds=[(-0.001, 0.001), (-0.001, 0.001)])
     assert close.indistinguishable == []
+
+
+def test_the_signal_of_three_settings_is_compared_with_the_noise_of_their_seeds(answered):
+    questions = np.random.default_rng(2).normal(size=400)
+    settings = [questions + shift for shift in (0.0, 0.2, 0.4)]
+    found = answered(*settings, seeds=[(-0.05, 0.05)] * 3)
+    # Spread 0.4 over the noise 0.05: a variance of two seeds at ±0.05, with one degree of freedom, is 0.005.
+    assert found.signal_to_noise == pytest.approx(0.4 / 0.005**0.5, rel=1e-6)
+    assert f"Signal-to-noise over 3 settings: {found.signal_to_noise:.1f} (95 %: " in found.sentence
+    assert found.variance_shares["seeds"] == pytest.approx(0.005 / (0.005 + questions.var(ddof=1)), rel=0.01)

@@ -1,12 +1,11 @@
 """Compare the memory that a compiled step needs, by XLA's own analysis, with what the device has."""
 
 import dataclasses
-import os
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import jax
+
+from model.memory import free_memory
 
 _USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to fragments
 
@@ -54,13 +53,4 @@ def device_memory(device: jax.Device | None = None) -> int:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return _free_memory() // jax.local_device_count()
-
-
-def _free_memory() -> int:
-    """Return the free memory of this machine, with reclaimable caches where the kernel reports them."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory() // jax.local_device_count()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.evaluate.statistics.signal_to_noise import TaskScores, TaskSignal, rank_tasks
+from experiments.evaluate.statistics.variance import variance_parts
 from experiments.sweep.analysis.comparisons import best_of_many
 from experiments.sweep.analysis.scales import setting_text
 from experiments.sweep.analysis.settings import by_setting, candidates_of, group
@@ -41,6 +43,12 @@ class TaskComparison:
     noise_freedom: int
     indistinguishable: list[dict[str, Any]] | None
     """Settings within the noise of the best; None if neither a second seed nor the answers are there."""
+    signal_to_noise: float | None = None
+    """The spread of the settings over the noise of the seeds; None of fewer than three settings or two seeds each."""
+    signal_to_noise_interval: tuple[float, float] | None = None
+    """95 %, from resampled settings."""
+    variance_shares: dict[str, float | None] | None = None
+    """Of one answer of the best setting: the shares of seeds, questions, and both; None without a second seed."""
 
     @property
     def sentence(self) -> str:
@@ -64,7 +72,14 @@ class TaskComparison:
             noise.append(f"{self.item_error:.4f} by its {counted(self.questions, 'question')} (standard error)")
         if self.seed_noise is not None:
             noise.append(f"{self.seed_noise:.4f} by the seed of one run")
-        return f"{said}. Its noise: {', '.join(noise)}." if noise else f"{said}."
+        said = f"{said}. Its noise: {', '.join(noise)}." if noise else f"{said}."
+        if self.signal_to_noise is not None and self.signal_to_noise_interval is not None:
+            low, high = self.signal_to_noise_interval
+            said += (
+                f" Signal-to-noise over {self.candidates} settings: {self.signal_to_noise:.1f} (95 %: {low:.1f} … "
+                f"{high:.1f})."
+            )
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -73,11 +88,16 @@ class TaskComparison:
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """Values of the questions of one setting, means over its runs, and the questions' clusters (`cluster_ids`)."""
+    """Values of the questions in the runs of one setting, and the questions' clusters (`cluster_ids`)."""
 
     ids: list[str]
-    values: Float[np.ndarray, " questions"]
+    by_run: Float[np.ndarray, "runs questions"]
     clusters: Int[np.ndarray, " questions"] | None
+
+    @property
+    def values(self) -> Float[np.ndarray, " questions"]:
+        """Means over the runs."""
+        return self.by_run.mean(axis=0)
 
     @property
     def independent(self) -> int:
@@ -111,6 +131,7 @@ def compare_by_task(
     noise, freedom = _pooled(list(runs.values()))
     answers = {key: _answers(folder, members, objective) for key, members in settings.items()}
     own = answers[best]
+    signal = _signal(objective, list(runs.values()))
     errors = [row[f"{objective}{ERROR}"] for row in settings[best] if row.get(f"{objective}{ERROR}") is not None]
     near = [
         dict(zip(names, key, strict=False))
@@ -138,7 +159,27 @@ def compare_by_task(
         seed_noise=noise,
         noise_freedom=freedom,
         indistinguishable=None if noise is None and own is None else near,
+        signal_to_noise=None if signal is None else signal.ratio,
+        signal_to_noise_interval=None if signal is None else signal.ratio_interval,
+        variance_shares=None if own is None else _variance_shares(own),
     )
+
+
+def _signal(objective: str, runs: Sequence[Float[np.ndarray, " seeds"]]) -> TaskSignal | None:
+    """Return the signal-to-noise ratio of the settings; a setting's final score is the mean over its seeds."""
+    seeds = min(map(len, runs))
+    if len(runs) < 3 or seeds < 2:
+        return None
+    repeated = np.stack([values[:seeds] for values in runs])
+    return rank_tasks({objective: TaskScores(repeated.mean(1), repeated)})[0]
+
+
+def _variance_shares(answers: _Answers) -> dict[str, float | None] | None:
+    """Return the shares of seeds, questions and both in the variance of one answer."""
+    seeds, questions = answers.by_run.shape
+    if seeds < 2 or questions < 2 or not answers.by_run.var():
+        return None
+    return variance_parts(answers.by_run[:, :, None]).shares()
 
 
 def _is_near(
@@ -180,4 +221,4 @@ def _answers(folder: Path, members: Sequence[Mapping[str, Any]], objective: str)
     if any(other["ids"] != first["ids"] for other in documents):
         return None
     values = np.array([document["metrics"][metric] for document in documents], float)
-    return _Answers(first["ids"], values.mean(axis=0), cluster_ids(first["clusters"]))
+    return _Answers(first["ids"], values, cluster_ids(first["clusters"]))

@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's API on the serving engine (extra `serve`)."""

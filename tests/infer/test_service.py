@@ -1,0 +1,207 @@
+"""A service refuses, cancels and fails without waiting for the device, and loses no slot over it."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from infer import GREEDY, Sampling
+from infer.engine import Engine
+from infer.service import QueueFull, Service, ServiceStopped
+from model import InputError, ModelConfig
+
+CONFIG = ModelConfig(vocab_size=40, d_model=16, num_layers=1, num_heads=2, max_seq_len=96)
+ENDLESS = Sampling(temperature=0.0, stop_ids=())
+LONG = 60
+
+
+class Letters:
+    """A tokenizer of one letter a token; id 39 cannot be decoded."""
+
+    def decode(self, ids):
+        if 39 in ids:
+            raise ValueError("no letter")
+        return "".join(chr(ord("A") + token) for token in ids)
+
+
+class Heard:
+    """A listener that collects what it hears."""
+
+    def __init__(self):
+        self.updates, self.ended = [], threading.Event()
+
+    def __call__(self, request, update):
+        self.updates.append(update)
+        if update.finish_reason is not None:
+            self.ended.set()
+
+    def reason(self):
+        assert self.ended.wait(60)
+        assert [one.finish_reason for one in self.updates[:-1]] == [None] * (len(self.updates) - 1)
+        return self.updates[-1].finish_reason
+
+
+@pytest.fixture(scope="module")
+def make_engine(random_params):
+    def make(**options):
+        options = {"slots": 2, "capacity": 80, "steps": 2, "block": 16, "chunk": 16, "tokenizer": Letters()} | options
+        engine = Engine(CONFIG, random_params(CONFIG), **options)
+        engine.warm_up([1, 20, 40])
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine):
+    return make_engine()
+
+
+class Gate:
+    """Holds the engine's thread between two steps."""
+
+    def __init__(self, service):
+        self.open, entered = threading.Event(), threading.Event()
+        service.call(lambda: (entered.set(), self.open.wait(60)))
+        assert entered.wait(60)
+
+
+def test_listeners_hear_all_of_a_text_and_jobs_run_between_steps(engine):
+    with Service(engine) as service:
+        heard = [Heard() for _ in range(5)]
+        requests = [service.submit([number], ENDLESS, 20, listener) for number, listener in enumerate(heard)]
+        assert service.call(lambda: threading.current_thread().name).result(60) == "engine"
+        with pytest.raises(ZeroDivisionError):
+            service.call(lambda: 1 / 0).result(60)
+        for request, listener in zip(requests, heard, strict=True):
+            assert listener.reason() == "length"
+            assert [token for one in listener.updates for token in one.tokens] == request.tokens
+            assert "".join(one.text for one in listener.updates) == request.text
+            assert request.submitted <= request.started <= request.first_token <= request.finished
+        assert service.load()[:3] == (0, 0, 0.0)
+        assert service.totals().finished["length"] >= 5
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefill", "decode"])
+def test_a_cancelled_request_is_gone_before_the_next_step(engine, state):
+    with Service(engine) as service:
+        others = [Heard() for _ in range(2 if state == "waiting" else 1)]
+        for other in others:
+            service.submit([3], ENDLESS, LONG, other)
+        heard = Heard()
+        request = service.submit([1] * 40, ENDLESS, 40, heard)
+        while {"waiting": False, "prefill": request.started is None, "decode": not request.tokens}[state]:
+            Gate(service).open.set()
+        gate = Gate(service)
+        assert request.finish_reason is None
+        service.cancel(request)
+        after = service.call(lambda: (engine.running, request.finish_reason))
+        gate.open.set()
+        running, reason = after.result(60)
+        assert (reason, heard.reason()) == ("cancelled", "cancelled")
+        assert request not in running
+        for other in others:
+            assert other.reason() == "length"
+        assert service.load()[:2] == (0, 0)
+
+
+def test_a_full_queue_refuses_at_once_while_the_engine_is_busy(engine):
+    with Service(engine, most_waiting=1) as service:
+        gate, heard = Gate(service), [Heard() for _ in range(engine.slots + 1)]
+        for one in heard:
+            service.submit([1], ENDLESS, LONG, one)
+        seconds = []
+        for _ in range(200):
+            start = time.perf_counter()
+            with pytest.raises(QueueFull) as full:
+                service.submit([2], ENDLESS, LONG, heard[0])
+            seconds.append(time.perf_counter() - start)
+        assert np.median(seconds) < 1e-3
+        assert 0 < full.value.retry_after <= 60
+        with pytest.raises(InputError, match=r"4 continuations.*at most 3"):
+            service.submit_many([1], [ENDLESS] * 4, 4, heard[0])
+        gate.open.set()
+        assert [one.reason() for one in heard] == ["length"] * 3
+    with Service(engine, most_waiting=0) as service:
+        for _ in range(3):  # idle slots take requests although none may wait
+            requests = service.submit_many([1, 2], [ENDLESS] * 2, 4, lambda request, update: None)
+            while service.load().waiting + service.load().running:
+                time.sleep(0.001)
+            assert [request.finish_reason for request in requests] == ["length"] * 2
+
+
+def test_a_failing_listener_or_tokenizer_ends_its_own_request(engine, caplog):
+    with Service(engine) as service:
+        good, heard = Heard(), Heard()
+        service.submit([1], ENDLESS, 30, good)
+
+        def bad(request, update):
+            raise OSError("the client is gone")
+
+        broken = service.submit([2], ENDLESS, 30, bad)
+        undecodable = service.submit([3], Sampling(temperature=0.0, logit_bias={39: 1e9}), 30, heard)
+        assert (good.reason(), heard.reason()) == ("length", "error")
+        assert isinstance(undecodable.error, ValueError)
+        after = Heard()
+        service.submit([1], ENDLESS, 3, after)
+        assert after.reason() == "length"
+        assert broken.finish_reason == "error"
+        assert "the client is gone" in caplog.text
+        assert service.load()[:2] == (0, 0)
+
+
+def test_a_failing_engine_ends_all_requests_and_says_so(make_engine, monkeypatch):
+    engine = make_engine()
+    with Service(engine) as service:
+        gate, heard = Gate(service), [Heard() for _ in range(4)]
+        requests = [service.submit([1], ENDLESS, LONG, one) for one in heard]
+        waiting = service.call(lambda: None)
+
+        def out_of_memory():
+            raise MemoryError("no room for 3 GB")
+
+        monkeypatch.setattr(engine, "_launch_decode", out_of_memory)
+        gate.open.set()
+        assert [one.reason() for one in heard] == ["error"] * 4
+        assert all(isinstance(request.error, MemoryError) for request in requests)
+        waiting.exception(60)
+        with pytest.raises(ServiceStopped, match=r"MemoryError: no room for 3 GB.*restart"):
+            service.submit([1], ENDLESS, 3, heard[0])
+        with pytest.raises(ServiceStopped):
+            service.call(lambda: None)
+        assert service.load()[:2] == (0, 0)
+        assert service.load().failure == "MemoryError: no room for 3 GB"
+
+
+def test_closing_ends_what_runs_and_what_waits(engine):
+    service, heard = Service(engine).start(), [Heard() for _ in range(4)]
+    for one in heard:
+        service.submit([1], ENDLESS, LONG, one)
+    service.close()
+    assert [one.reason() for one in heard] == ["cancelled"] * 4
+    assert engine.idle
+    with pytest.raises(ServiceStopped, match="closed"):
+        service.submit([1], ENDLESS, 3, heard[0])
+    service.close()
+
+
+def test_random_disconnects_leak_no_slot_and_no_thread(engine):
+    threads, random = threading.active_count(), np.random.default_rng(0)
+    with Service(engine, most_waiting=6) as service:
+        for _ in range(60):
+            prompt = random.integers(0, 39, random.choice([1, 20, 40])).tolist()
+            try:
+                request = service.submit(prompt, GREEDY, 12, Heard())
+            except QueueFull:
+                continue
+            time.sleep(random.exponential(0.002))
+            service.cancel(request)
+        last = Heard()
+        while service.load().waiting:
+            time.sleep(0.001)
+        service.submit([1], ENDLESS, 3, last)
+        assert last.reason() == "length"
+        assert service.load()[:2] == (0, 0)
+        assert not service._listeners
+    assert threading.active_count() == threads
