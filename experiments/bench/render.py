@@ -166,7 +166,7 @@ def against_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 
 
 def load_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return (column names, cells as text) of rows of `decode.load.bench_load`."""
+    """Return (column names, cells as text) of rows of `serve.measures.summarize`."""
     header = ["requests/s offered", "served", "tok/s", "good/s", "first token s"]
     header += ["between chunks s", "tokens/chunk", "per token s", "whole s"]
     spans = ("time_to_first_token_seconds", "inter_chunk_latency_seconds")

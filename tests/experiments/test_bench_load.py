@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import infer
-from experiments.bench.decode.load import arrivals, bench_load, drive, summarize
 from experiments.bench.render import load_table
+from experiments.bench.serve.arrivals import arrivals
+from experiments.bench.serve.in_process import bench_load, drive
+from experiments.bench.serve.load import Load, LoadRequest
+from experiments.bench.serve.measures import Limits, summarize
 from model import ModelConfig
 from model.errors import InputError
 
@@ -29,6 +32,8 @@ class Clock:
 class Request:
     wanted: int
     submitted: float
+    prompt: tuple[int, ...] = (1,)
+    finish_reason: str | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     token_times: list[float] = dataclasses.field(default_factory=list)
     first_token: float | None = None
@@ -58,6 +63,10 @@ class Engine:
                 request.finished = self.clock()
 
 
+def load(at, max_tokens, prompt=(1,), streams=None) -> Load:
+    return Load(tuple(LoadRequest(prompt, max_tokens, time) for time in at), streams)
+
+
 def test_arrivals_are_a_poisson_process_of_the_rate_and_the_seed_decides_them():
     times = arrivals(4.0, 20_000, seed=3)
     gaps = np.diff([0.0, *times])
@@ -74,9 +83,9 @@ def test_waiting_counts_from_the_arrival_and_not_from_when_a_busy_engine_took_th
     """Two requests of two tokens, one slot: the second is due in the middle of the first one's first step."""
     clock = Clock()
     engine = Engine(clock)
-    run = drive(engine, [[1], [1]], [0.0, 0.5], max_new_tokens=2, clock=clock, sleep=clock.sleep)
-    assert [request.submitted for request in run.requests] == [100.0, 101.0]
-    row = summarize(run, rate=2.0, ttft_limit=2.0, tpot_limit=1.5)
+    run = drive(engine, load([0.0, 0.5], 2), clock=clock, sleep=clock.sleep)
+    assert [outcome.sent for outcome in run] == [100.0, 101.0]
+    row = summarize(run, Limits(2.0, 1.5), rate_requests_per_second=2.0)
     assert row["samples"]["time_to_first_token_seconds"] == [1.0, 2.5]
     assert row["samples"]["end_to_end_seconds"] == [2.0, 3.5]
     assert row["samples"]["inter_token_latency_seconds"] == [1.0, 1.0]
@@ -90,8 +99,8 @@ def test_waiting_counts_from_the_arrival_and_not_from_when_a_busy_engine_took_th
 
 def test_an_idle_engine_is_not_stepped():
     clock = Clock()
-    run = drive(Engine(clock), [[1], [1]], [0.0, 50.0], max_new_tokens=1, clock=clock, sleep=clock.sleep)
-    assert [request.finished for request in run.requests] == [101.0, 151.0]
+    run = drive(Engine(clock), load([0.0, 50.0], 1), clock=clock, sleep=clock.sleep)
+    assert [outcome.ended for outcome in run] == [101.0, 151.0]
 
 
 def test_a_higher_rate_waits_longer_and_a_failing_rate_is_a_row():
@@ -129,8 +138,8 @@ class BurstEngine(Engine):
 def test_tokens_that_come_together_are_a_chunk_and_no_latency_is_zero():
     """Seven tokens as 1 + 4 + 2 in six seconds: gaps of two seconds, half a second a token and then a whole one."""
     clock = Clock()
-    run = drive(BurstEngine(clock), [[1]], [0.0], max_new_tokens=7, clock=clock, sleep=clock.sleep)
-    row = summarize(run, rate=1.0)
+    run = drive(BurstEngine(clock), load([0.0], 7), clock=clock, sleep=clock.sleep)
+    row = summarize(run)
     assert row["samples"]["inter_chunk_latency_seconds"] == [2.0, 2.0]
     assert row["samples"]["inter_token_latency_seconds"] == [0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
     assert row["samples"]["time_per_output_token_seconds"] == [pytest.approx(4 / 6)]
@@ -141,8 +150,8 @@ def test_tokens_that_come_together_are_a_chunk_and_no_latency_is_zero():
 
 def test_requests_of_one_token_have_no_time_per_further_token():
     clock = Clock()
-    run = drive(Engine(clock), [[1], [1]], [0.0, 50.0], max_new_tokens=1, clock=clock, sleep=clock.sleep)
-    row = summarize(run, rate=1.0, tpot_limit=0.5)
+    run = drive(Engine(clock), load([0.0, 50.0], 1), clock=clock, sleep=clock.sleep)
+    row = summarize(run, Limits(tpot=0.5), rate_requests_per_second=1.0)
     assert row["inter_token_latency_seconds"] is None
     assert row["time_per_output_token_seconds"] is None
     assert row["tokens_per_chunk"] is None
@@ -155,7 +164,7 @@ def test_the_engine_itself_has_latencies_above_zero(random_params):
     config = ModelConfig(vocab_size=32, d_model=8, num_layers=1, num_heads=2, d_ff=16, max_seq_len=64)
     engine = infer.Engine(config.replace(eos_token_ids=()), random_params(config), slots=2, capacity=32)
     engine.warm_up([4])
-    row = summarize(drive(engine, [[1, 2, 3]] * 2, [0.0, 0.0], max_new_tokens=17), rate=1.0)
+    row = summarize(drive(engine, load([0.0, 0.0], 17, (1, 2, 3))))
     assert row["tokens_per_chunk"] == 8
     assert len(row["samples"]["inter_chunk_latency_seconds"]) == 4
     assert len(row["samples"]["inter_token_latency_seconds"]) == 32

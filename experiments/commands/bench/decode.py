@@ -11,6 +11,7 @@ from experiments.commands.options import BasePath, JsonFile, PlotFile
 
 if TYPE_CHECKING:
     from experiments.bench.decode.cells import Cell
+    from experiments.bench.serve.measures import Limits
     from model import ModelConfig, Params
 
 QUIET = 0.5  # load average above which other programs distort a measurement
@@ -84,6 +85,7 @@ def decode(
     from experiments.bench.decode.cells import grid as combine
     from experiments.bench.decode.grid import check_grid, read_grid
     from experiments.bench.document import describe
+    from experiments.bench.serve.measures import Limits
     from experiments.commands.options import check_plot, say_unused, write_document, write_plot
     from experiments.inputs import read_json
     from experiments.words import say
@@ -114,7 +116,7 @@ def decode(
         raise InputError(f"kv_heads changes a preset with random weights; {model} has weights of its own")
     document = describe(config, model, is_random)
     if load:
-        limits = (ttft_limit, tpot_limit)
+        limits = Limits(ttft_limit, tpot_limit)
         _load(document, build, cells[0], load, requests, slots, steps, seed, limits, format, json)
         return
     interrupted = _measure(document, config, build, cells, steps, repeats)
@@ -194,11 +196,11 @@ def _load(
     slots: int,
     steps: int,
     seed: int,
-    limits: tuple[float | None, float | None],
+    limits: "Limits",
     form: str,
     json: Path | None,
 ) -> None:
-    from experiments.bench.decode.load import bench_load
+    from experiments.bench.serve.in_process import bench_load
     from experiments.commands.options import write_document
     from infer import prepare
     from infer.engine import Engine
@@ -214,8 +216,7 @@ def _load(
         prompt=cell.prompt,
         max_new_tokens=steps,
         seed=seed,
-        ttft_limit=limits[0],
-        tpot_limit=limits[1],
+        limits=limits,
     )
     document |= {"cells": [], "slots": slots, "seed": seed}
     write_document(json, document)
