@@ -107,6 +107,8 @@ def _unknown(raw: Any, value: Any, path: str = "") -> Iterator[str]:
     if isinstance(value, msgspec.Struct) and isinstance(raw, dict):
         fields = {field.encode_name: field.name for field in msgspec.structs.fields(value)}
         for key, part in raw.items():
+            if part is None:
+                continue
             if key in fields:
                 yield from _unknown(part, getattr(value, fields[key]), f"{path}{key}.")
             elif key not in getattr(value, "refused", {}):

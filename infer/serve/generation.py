@@ -5,13 +5,17 @@ import contextlib
 import dataclasses
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+import anyio.to_thread
+import msgspec
 import numpy as np
 from starlette.requests import Request as HttpRequest
 
 from infer.completion import Update
+from infer.constraint import Constraint
+from infer.engine import MOST_STOP_IDS
 from infer.prompts import Prompt
 from infer.request import Request
 from infer.sampling import Sampling
@@ -62,6 +66,11 @@ class Generation:
 
         self.requests.append(self._service.submit(prompt, sampling, max_new_tokens, listener, **options))
 
+    def cached_tokens(self, number: int) -> int:
+        """Return how many tokens of the prompts the prefix cache held; number: of the prompts."""
+        firsts = self.requests[:: len(self.requests) // number]
+        return sum(getattr(request, "prefix_hits", 0) for request in firsts)
+
     def close(self) -> None:
         """Cancel the requests that have not ended."""
         for index in self._open:
@@ -104,7 +113,7 @@ async def run(
     max_tokens: int | None = None,
     *,
     n: int = 1,
-    constraint: Callable[[], Any] | None = None,
+    constraint: Callable[[], Constraint] | None = None,
     param: str = "messages",
 ) -> Generation:
     """Submit n requests for each prompt and return once all are queued; request p · n + i is choice i of prompt p.
@@ -199,14 +208,63 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
 
 def _stop_ids(body: GenerationRequest, served: Served) -> tuple[int, ...]:
     """Return the tokens that end the text: the model's, those of its tokenizer, and the request's own."""
-    ends = () if body.ignore_eos else end_ids(served)
-    return tuple(dict.fromkeys([*ends, *(body.stop_token_ids or ())]))
+    ends = () if body.ignore_eos else served.end_ids
+    stop_ids = tuple(dict.fromkeys([*ends, *(body.stop_token_ids or ())]))
+    if len(stop_ids) > MOST_STOP_IDS:
+        most = MOST_STOP_IDS - len(ends)
+        raise ApiError(400, f"stop_token_ids has more than {most} ids; give fewer", param="stop_token_ids")
+    return stop_ids
 
 
-def end_ids(served: Served) -> tuple[int, ...]:
-    """Return the tokens that end a text of the model, by its config and its tokenizer."""
-    ids = [*served.config.eos_token_ids, *(served.tokenizer.eos_ids if served.tokenizer else ())]
-    return tuple(token for token in dict.fromkeys(ids) if token < served.config.vocab_size)
+async def constraint_of(body: GenerationRequest, served: Served) -> Callable[[], Constraint] | None:
+    """Return what makes the constraint of each text; None if the text is free.
+
+    Raises ApiError with the field if the schema or the pattern is refused.
+    """
+    asked = dict(_forms(body))
+    if len(asked) > 1:
+        raise ApiError(400, f"{' and '.join(asked)} exclude each other; give one of them", param=list(asked)[-1])
+    if not asked:
+        return None
+    ((param, (kind, value)),) = asked.items()
+    served.need_tokenizer(param)
+
+    def make() -> Constraint:
+        grammars = served.grammars
+        if kind == "json_object":
+            return grammars.json_object()
+        return grammars.regex(value) if kind == "regex" else grammars.json_schema(value)
+
+    try:
+        await anyio.to_thread.run_sync(make)  # compiles it, which takes milliseconds
+    except InputError as error:
+        raise ApiError(400, str(error), param=param) from error
+    return make
+
+
+def _forms(body: GenerationRequest) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Yield (field, (kind, schema or pattern)) of each constraint of a request."""
+    form = body.response_format
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format.json_schema is missing", param="response_format.json_schema")
+        yield "response_format", ("json_schema", form.json_schema.schema)
+    elif form is not None and form.type == "json_object":
+        yield "response_format", ("json_object", None) if form.schema is None else ("json_schema", form.schema)
+    elif form is not None and form.type == "regex":
+        if form.pattern is None:
+            raise ApiError(400, "response_format.pattern is missing", param="response_format.pattern")
+        yield "response_format", ("regex", form.pattern)
+    if body.guided_json is not None:
+        schema = body.guided_json
+        if isinstance(schema, str):
+            try:
+                schema = msgspec.json.decode(schema)
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise ApiError(400, f"guided_json is no JSON: {error}", param="guided_json") from error
+        yield "guided_json", ("json_schema", schema)
+    if body.guided_regex is not None:
+        yield "guided_regex", ("regex", body.guided_regex)
 
 
 def _biases(body: GenerationRequest, served: Served) -> dict[int, float]:
@@ -243,32 +301,3 @@ async def attended(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> R
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-
-
-@dataclasses.dataclass
-class Output:
-    """The whole output of a request, collected from its updates."""
-
-    text: str = ""
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-
-    def add(self, update: Update) -> None:
-        """Append an update."""
-        self.text += update.text
-        self.tokens += update.tokens
-        self.logprobs += update.logprobs
-        self.top_logprobs += update.top_logprobs
-        self.finish_reason = update.finish_reason
-
-
-async def collect(generation: Generation) -> list[Output]:
-    """Return the whole outputs of all requests, which are cancelled if this is."""
-    with generation:
-        outputs = [Output() for _ in generation.requests]
-        async for ready in generation:
-            for index, update in ready:
-                outputs[index].add(update)
-    return outputs

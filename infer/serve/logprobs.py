@@ -1,9 +1,10 @@
 """Log-probabilities in the forms of the API, with tokens as strings and as bytes."""
 
+import codecs
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
+from infer.serve.served import Served
 from infer.serve.types import (
     LEAST_LOGPROB,
     ChatLogprobs,
@@ -12,34 +13,37 @@ from infer.serve.types import (
     TokenLogprob,
     TopLogprob,
 )
-from model.tokenizer import Tokenizer
 
 TopLogprobs = Mapping[int, float]
 
 
 class TokenNames:
-    """Strings of tokens. as_ids: "token_id:7", which names every token in a way of its own."""
+    """Tokens of a model as strings and bytes. as_ids: "token_id:7", which names every token in a way of its own."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool = False):
-        self._tokenizer = None if as_ids else tokenizer
-        self._bytes_of = tokenizer
-        self.name = lru_cache(4096)(self._name)
+    def __init__(self, served: Served, *, as_ids: bool = False):
+        self._special = {} if served.tokenizer is None else served.tokenizer.special_tokens
+        self._bytes = served.token_bytes
+        self._as_ids = as_ids or served.tokenizer is None
 
     def bytes(self, token: int) -> bytes:
-        """Return the bytes of a token's text, b"" for a special token."""
-        return b"" if self._bytes_of is None else self._bytes_of.token_bytes(token)
+        """Return the bytes of a token's text, b"" for a special token and for ids without a token."""
+        return self._bytes[token] if token < len(self._bytes) else b""
 
-    def _name(self, token: int) -> str:
+    def name(self, token: int) -> str:
         """Return the text of a token, the name of a special one, and "bytes:\\xe2\\x82" for a part of a character."""
-        if self._tokenizer is None:
+        if self._as_ids:
             return f"token_id:{token}"
-        if token in self._tokenizer.special_tokens:
-            return self._tokenizer.special_tokens[token]
+        if token in self._special:
+            return self._special[token]
         raw = self.bytes(token)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def length(self, tokens: Sequence[int]) -> int:
+        """Return the number of characters of the tokens' text."""
+        return len(b"".join(map(self.bytes, tokens)).decode(errors="replace"))
 
     def chat(
         self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[TopLogprobs], count: int
@@ -60,13 +64,10 @@ class TokenNames:
         logprobs: Sequence[float | None],
         tops: Sequence[TopLogprobs | None],
         count: int,
-        offset: int,
+        place: "Place",
     ) -> CompletionLogprobs:
-        """Return the entries of tokens of a text, the first of which begins at character `offset`."""
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += characters(self.bytes(token))
+        """Return the entries of tokens of a text that begin at `place`, which moves on to their end."""
+        offsets = [place.skip(self.bytes(token)) for token in tokens]
         return CompletionLogprobs(
             tokens=[self.name(token) for token in tokens],
             token_logprobs=[None if value is None else finite(value) for value in logprobs],
@@ -101,6 +102,17 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST_LOGPROB
 
 
-def characters(raw: bytes) -> int:
-    """Return the number of characters that begin in these bytes of UTF-8."""
-    return sum(byte & 0xC0 != 0x80 for byte in raw)
+class Place:
+    """A place in a text whose bytes are read token by token; character: of the text, that the next token is in."""
+
+    def __init__(self, character: int = 0):
+        self.character = character
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def skip(self, raw: bytes) -> int:
+        """Move to the end of a token; return the character at which it began."""
+        # A character that was begun and is not continued has become U+FFFD.
+        abandoned = bool(self._decoder.getstate()[0]) and raw[:1] != b"" and raw[0] & 0xC0 != 0x80
+        begin = self.character + abandoned
+        self.character += len(self._decoder.decode(raw))
+        return begin

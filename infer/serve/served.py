@@ -1,18 +1,25 @@
 """Models that are served: each with a name, its weights for decode, its tokenizer, and an engine in a thread."""
 
 import dataclasses
+import functools
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infer.engine import Engine
 from infer.serve.errors import ApiError
 from infer.service import Service
 from model import ModelConfig, Params
 from model.errors import InputError
+from model.store import Model, open_model
 from model.tokenizer import Tokenizer
+from model.tokenizer.token_bytes import token_bytes
+
+if TYPE_CHECKING:
+    from infer.grammar import Grammars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,25 @@ class Served:
             capacity=capacity,
             weights=weights,
         )
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token of the tokenizer; the first access takes up to a second. [] without a tokenizer."""
+        return [] if self.tokenizer is None else token_bytes(self.tokenizer)
+
+    @functools.cached_property
+    def grammars(self) -> "Grammars":
+        """The compiler of constraints; the first access takes up to a second. Needs a tokenizer."""
+        from infer.grammar import Grammars
+
+        tokenizer = self.need_tokenizer("response_format")
+        return Grammars(tokenizer, self.config.vocab_size, self.end_ids or None)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, by the config and the tokenizer."""
+        ids = [*self.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())]
+        return tuple(token for token in dict.fromkeys(ids) if token < self.config.vocab_size)
 
     @property
     def fingerprint(self) -> str:
@@ -140,6 +166,7 @@ class Registry:
                 one.service.close()
 
 
+_ADAPTER = "adapter_config.json"  # PEFT's
 _GIVEN = re.compile(r"(?P<name>[\w.@:-]+)=(?P<path>.+)")
 
 
@@ -157,29 +184,42 @@ def open_served(
     given: str,
     *,
     tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
     base: str | Path | None = None,
-    slots: int = 8,
-    capacity: int = 4096,
-    weights: str = "float32",
-    most_waiting: int = 64,
     **options: Any,
 ) -> Served:
-    """Open a model that is given as PATH or NAME=PATH; for tokenizer and base see `model.store.open_model`.
+    """Open a model that is given as PATH or NAME=PATH; options: those of `Served.create`.
 
-    Raises InputError if there is none, or if it neither generates text nor embeds it.
+    tokenizer, base: see `model.store.open_model`. A PEFT adapter is attached to its base, by default the one that it
+    names. chat_template: a name or a file in place of the tokenizer's own. Raises InputError if nothing can be opened.
     """
-    from model.store import open_model
-
     name, path = name_and_path(given)
-    opened = open_model(path, tokenizer, base)
-    return Served.create(
-        name,
-        opened.config,
-        opened.params,
-        opened.tokenizer,
-        slots=slots,
-        capacity=capacity,
-        weights=weights,
-        most_waiting=most_waiting,
-        **options,
-    )
+    is_adapter = (path / _ADAPTER).is_file()
+    opened = _open_adapter(path, tokenizer, base) if is_adapter else open_model(path, tokenizer, base)
+    words = opened.tokenizer
+    if chat_template is not None and words is not None:
+        from model.tokenizer.templates import read_template
+
+        words = words.with_chat_template(read_template(chat_template))
+    return Served.create(name, opened.config, opened.params, words, **options)
+
+
+def _open_adapter(path: Path, tokenizer: str | Path | None, base: str | Path | None) -> Model:
+    from model.adapters import attach, mask_and_scale
+    from model.convert import load_peft
+
+    if base is None:
+        base = _base_of(path)
+    opened = open_model(base, tokenizer)
+    adapter, tree = load_peft(path, opened.config)
+    return opened._replace(params=attach(opened.params, tree, *mask_and_scale(adapter)))
+
+
+def _base_of(path: Path) -> Path:
+    """Return the folder that an adapter names as its base."""
+    try:
+        named = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = next(one for one in (Path(named), path / named) if one.exists())
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise InputError(f"the base of the adapter {path} is not at the place that it names; give --base") from error
+    return found

@@ -278,6 +278,12 @@ class ChunkChoice(Struct):
     finish_reason: FinishReason | None = None
     token_ids: list[int] | UnsetType = UNSET
 
+    @property
+    def is_empty(self) -> bool:
+        """True if the chunk adds nothing."""
+        has_delta = self.delta.content or self.delta.tool_calls
+        return not (has_delta or self.logprobs or self.finish_reason or self.token_ids)
+
 
 class ChatChunk(Struct, kw_only=True):
     """A chunk of a stream of answers."""
@@ -311,6 +317,12 @@ class CompletionChoice(Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+
+    @property
+    def is_empty(self) -> bool:
+        """True if, as a chunk, it adds nothing."""
+        has_tokens = self.token_ids or (self.logprobs is not None and self.logprobs.tokens)
+        return not (self.text or self.finish_reason or has_tokens)
 
 
 class Completion(Struct, kw_only=True):

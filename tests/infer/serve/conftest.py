@@ -1,6 +1,9 @@
 """A tiny random model with a byte-level tokenizer and a chat template, served by an engine that all tests share."""
 
+import contextlib
 import json
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -15,7 +18,7 @@ from model.tokenizer.templates import CHATML
 
 SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>")
 MERGES = (("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ġ", "a"), ("i", "n"), ("o", "n"), ("e", "r"))
-CAPACITY = 96
+CAPACITY, SLOTS, MOST_WAITING = 96, 3, 16
 
 
 def write_tokenizer(folder):
@@ -52,7 +55,7 @@ def model_config(tokenizer):
 @pytest.fixture(scope="session")
 def served(tokenizer, model_config, random_params):
     """The model; its engine is started by `registry`."""
-    options = {"slots": 3, "capacity": CAPACITY, "steps": 4, "chunk": 32, "most_waiting": 16}
+    options = {"slots": SLOTS, "capacity": CAPACITY, "steps": 4, "chunk": 32, "most_waiting": MOST_WAITING}
     return Served.create("tiny", model_config, random_params(model_config, seed=1), tokenizer, **options)
 
 
@@ -63,6 +66,56 @@ def registry(served):
 
 
 @pytest.fixture(scope="session")
-def client(registry):
-    with TestClient(create_app(registry), raise_server_exceptions=False) as client:
+def app(registry):
+    return create_app(registry)
+
+
+@pytest.fixture(scope="session")
+def client(app):
+    with TestClient(app, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def paused(served, registry):
+    """() → a context in which the engine does nothing, so that requests stay in the queue."""
+
+    @contextlib.contextmanager
+    def pause():
+        begun, release = threading.Event(), threading.Event()
+        served.service.call(lambda: (begun.set(), release.wait(30)))
+        assert begun.wait(30)
+        try:
+            yield
+        finally:
+            release.set()
+
+    return pause
+
+
+@pytest.fixture
+def idle(served):
+    """() → wait until the engine has nothing left."""
+
+    def wait(seconds=30.0):
+        end = time.monotonic() + seconds
+        while (load := served.service.load()).running or load.waiting:
+            assert time.monotonic() < end, f"not idle: {load}"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def events():
+    """Response → the JSON of its events, of which the last is [DONE]."""
+
+    def read(response):
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *lines, last, end = response.text.split("\n\n")
+        assert (last, end) == ("data: [DONE]", "")
+        assert all(line.startswith("data: ") for line in lines)
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    return read
