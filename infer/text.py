@@ -182,8 +182,8 @@ class Detokenizer:
         """
         self._decoder, self._stop_strings = IncrementalDecoder(decoder, prompt), tuple(stop_strings)
         self._special: Mapping[int, str] = decoder.special_tokens if isinstance(decoder, Tokenizer) else {}
-        self._parts: list[str] = []  # of `text`
-        self._taken = 0  # characters of `text` that `take` returned
+        self._taken: list[str] = []  # parts of `text` that `take` returned
+        self._parts: list[str] = []  # of `text` after those
         self._pushed = 0  # ids
         self._pending_from = 0  # index of the first id whose text is not complete
         self._undecided: deque[_Character] = deque()  # end of the text, which may begin a stop string
@@ -196,9 +196,7 @@ class Detokenizer:
         Before that it lacks a character whose last byte has not arrived, and characters that may begin a stop string
         (at most its length − 1).
         """
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
+        return "".join([*self._taken, *self._parts])
 
     @property
     def decided_ids(self) -> int:
@@ -207,8 +205,9 @@ class Detokenizer:
 
     def take(self) -> str:
         """Return the part of `text` that was not returned by an earlier call."""
-        new = self.text[self._taken :]
-        self._taken += len(new)
+        new = "".join(self._parts)
+        self._taken.append(new)
+        self._parts.clear()
         return new
 
     def push(self, ids: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The engine says what `generate` says, whoever else is served and whenever a request comes."""
+"""The engine says what `generate` says, whoever else is served and whenever a request comes; constraints hold."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import pytest
 
 from infer import GREEDY, Sampling, generate
 from infer.engine import Engine
-from model import Experts, InputError, Latent, ModelConfig, accounting
+from model import Experts, InputError, Latent, ModelConfig, accounting, apply
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -22,6 +22,7 @@ CONFIG = ModelConfig(
     sliding_window=18,
     layer_pattern=("local", "global"),
 )
+SYSTEM = [number * 7 % 32 for number in range(60)]
 SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 100, 12
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -31,6 +32,27 @@ class Letters:
 
     def decode(self, ids):
         return "".join(chr(ord("A") + token) for token in ids)
+
+
+class Script:
+    """A constraint: the tokens that may come at each place, then the end."""
+
+    def __init__(self, *allowed, ends=()):
+        self.allowed, self.ends, self.accepted = allowed, ends, []
+
+    @property
+    def finished(self):
+        return len(self.accepted) == len(self.allowed)
+
+    def mask(self):
+        mask = np.zeros(1, np.uint32)
+        for token in (*self.allowed[len(self.accepted)], *self.ends):
+            mask[token // 32] |= np.uint32(1 << token % 32)
+        return mask
+
+    def accept(self, token):
+        assert token in self.allowed[len(self.accepted)]
+        self.accepted.append(token)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +79,10 @@ def engine(params):
 
 
 def random_request(random, number):
-    """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four chunks."""
+    """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four blocks, some in common."""
     prompt = random.integers(0, 32, random.choice([1, 3, 9, 16, 17, 30, 47])).tolist()
+    if random.random() < 0.3:
+        prompt = SYSTEM[: len(prompt) // 2 * 2] + prompt[len(prompt) // 2 * 2 :]
 
     def maybe(value, other):
         return value if random.random() < 0.3 else other
@@ -75,6 +99,7 @@ def random_request(random, number):
         stop_ids=maybe(tuple(range(number % 8)), ()),
         stop_strings=maybe(("A", "F"), ()),
         logprobs=maybe(3, 0),
+        min_tokens=maybe(4, 0),
         seed=None if len(prompt) < CHUNK and random.random() < 0.2 else number,
     )
     return prompt, sampling, int(random.integers(1, MOST + 1))
@@ -113,9 +138,12 @@ def served(engine):
     jax.monitoring.register_event_duration_secs_listener(count)
     for number in range(REQUESTS):
         requests.append(engine.submit(*random_request(random, number)))
+        if number % 10 == 0:  # beside the others; its output is not generate's
+            engine.submit(SYSTEM[:40], Sampling(seed=1, stop_ids=()), MOST, Script(*[(3, 4, 5)] * 6))
         for _ in range(random.poisson(0.8)):
             engine.step()
     engine.run()
+    assert engine.totals.prefix_hits > 40 * 9
     programs = len(compiled)
     jax.jit(lambda x: x + 1)(0)
     assert len(compiled) > programs, "a compile would have been seen"
@@ -136,7 +164,84 @@ def test_output_is_that_of_generate(params, served):
 
 
 def test_a_warm_engine_compiles_nothing(served):
+    """With all settings, constraints and prefix hits."""
     assert served[1] == 0
+
+
+def test_stop_ids_wait_for_min_tokens(served):
+    requests, _ = served
+    waiting = [one for one in requests if one.sampling.min_tokens and one.sampling.stop_ids]
+    cut = [one for one in requests if one.text and any(stop in "ABCDEFGH" for stop in one.sampling.stop_strings)]
+    for request in set(waiting) - set(cut):
+        if request.finish_reason == "stop":
+            assert len(request.tokens) >= 4
+        assert not set(request.tokens[:4]) & set(request.sampling.stop_ids)
+    assert sum(one.finish_reason == "stop" for one in waiting) > 1
+    assert any(0 < len(one.tokens) < 4 for one in requests if one.finish_reason == "stop"), "others stop before"
+
+
+def test_a_constraint_decides_which_tokens_come(engine, params):
+    """From the first token on; log-probabilities stay the model's, and the neighbours notice nothing."""
+    prompt, forced = SYSTEM[:20], [9, 0, 31, 9]
+    neighbour = engine.submit([5, 6], Sampling(seed=1, stop_ids=()), 20)
+    scripts = [Script(*([token] for token in forced)), Script(*[(1, 2)] * 9, ends=(30,)), Script([7], [8], [9])]
+    bias = {30: 1e6}
+    requests = [
+        engine.submit(prompt, GREEDY, MOST, scripts[0]),
+        engine.submit(prompt, Sampling(seed=2, stop_ids=(30,), logit_bias=bias, min_tokens=3), MOST, scripts[1]),
+        engine.submit(prompt, Sampling(stop_ids=()), 2, scripts[2]),
+    ]
+    engine.run()
+    assert [one.finish_reason for one in requests] == ["stop", "stop", "length"]
+    assert [one.tokens for one in requests] == [forced, [], [7, 8]], "the end may come first where the constraint says"
+    assert scripts[0].accepted == forced
+    logits = apply(CONFIG, params, np.array([prompt + forced]))[0, len(prompt) - 1 : -1]
+    wanted = jax.nn.log_softmax(logits)[np.arange(4), np.array(forced)]
+    np.testing.assert_allclose(requests[0].logprobs, wanted, atol=1e-4)
+    assert neighbour.tokens == generate(CONFIG, params, [[5, 6]], neighbour.sampling, max_new_tokens=20).tokens[0]
+
+
+class Broken(Script):
+    """A constraint that fails in one of its methods, the second time."""
+
+    def __init__(self, method):
+        super().__init__(*[(1, 2, 3)] * 9)
+        self.method, self.calls = method, 0
+
+    def fails(self, method):
+        self.calls += method == self.method
+        return method == self.method and self.calls == 2
+
+    def mask(self):
+        if self.fails("mask"):
+            raise ArithmeticError("a bad mask")
+        if self.fails("nothing"):
+            return np.zeros(1, np.uint32)
+        return np.zeros(2, np.uint32) if self.fails("shape") else super().mask()
+
+    def accept(self, token):
+        if self.fails("accept"):
+            raise ArithmeticError("a bad token")
+        super().accept(token)
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "tokens"),
+    [("mask", "a bad mask", 1), ("accept", "a bad token", 2), ("nothing", "no token", 1), ("shape", r"1 words", 1)],
+)
+def test_a_constraint_that_fails_ends_its_own_request(engine, method, message, tokens):
+    failing = engine.submit([1, 2], GREEDY, MOST, Broken(method))
+    others = [engine.submit([2], GREEDY, MOST, Script([4], [5])), engine.submit([3], Sampling(stop_ids=()), MOST)]
+    returned = []
+    while not engine.idle:
+        returned += engine.step()
+    assert (failing.finish_reason, len(failing.tokens)) == ("error", tokens)
+    assert returned[[one.finish_reason for one in returned].index("error")] is failing
+    assert failing.finished is not None
+    with pytest.raises((ArithmeticError, ValueError), match=message):
+        raise failing.error
+    assert [one.finish_reason for one in others] == ["stop", "length"]
+    assert others[0].tokens == [4, 5]
 
 
 def test_times_are_in_order(served):

@@ -7,6 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from infer.completion import Completion
+from infer.decode import FULL, RUNNING, Emitted
+from infer.sampling import Sampling
 from infer.text import Detokenizer, continuation_text
 from model.tokenizer import load_tokenizer
 
@@ -99,14 +102,18 @@ def chunks(random, ids):
 
 
 def streamed(random, tokenizer, prompt, ids, stops=()):
-    """The detokenizer after all chunks; what it shows only ever grows."""
-    words, shown = Detokenizer(tokenizer, prompt, stops), ""
+    """The detokenizer after all chunks; what it shows only ever grows, by what can be taken."""
+    words, shown, taken = Detokenizer(tokenizer, prompt, stops), "", ""
     for chunk in chunks(random, ids):
         words.push(chunk)
         assert words.text.startswith(shown)
         shown = words.text
+        if random.random() < 0.5:
+            taken += words.take()
+            assert taken == shown
     words.finish()
     assert words.text.startswith(shown)
+    assert taken + words.take() == words.text
     return words
 
 
@@ -254,11 +261,13 @@ def test_the_cost_is_linear(tokenizer, stops):
     ids = tokenizer.encode(random_text(random, 3000).replace("\n\n", "\n"))[:2000]
     counting = Counting(tokenizer)
     words = Detokenizer(counting, [], stops)
+    taken = []
     for token in ids:
         words.push([token])
+        taken.append(words.take())
     words.finish()
-    assert words.text == tokenizer.decode(ids)
-    print(counting.ids / len(ids))
+    assert words.text == "".join(taken) + words.take() == tokenizer.decode(ids)
+    assert counting.ids <= 3 * len(ids)
 
     junk = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd"]
     costs = []
@@ -270,6 +279,37 @@ def test_the_cost_is_linear(tokenizer, stops):
         words.finish()
         costs.append(counting.ids / count)
     assert costs[1] <= 1.5 * costs[0] + 1, costs
+
+
+def emitted(ids, status):
+    """What the device gives for one row: log-probability −i for id i."""
+    ids = np.array([ids], np.int32).reshape(1, -1)
+    none = np.zeros((1, ids.shape[1], 0), np.int32)
+    return Emitted(tokens=ids, logprobs=-ids.astype(np.float32), top_ids=none, top_logprobs=none, status=np.array([status]))
+
+
+def test_no_token_is_withdrawn_once_it_was_taken(tokenizer):
+    """Text and tokens of all updates are those of the end, with stop strings that are found, almost found or not."""
+    random = np.random.default_rng(5)
+    stopped = 0
+    for _ in range(200):
+        text = random_text(random, 8)
+        cut = random.integers(len(text) - 1)
+        stops = (text[cut : cut + random.integers(1, 6)], text[cut : cut + 3] + "#")[: random.integers(1, 3)]
+        ids = [*tokenizer.encode(text), *tokenizer.encode(random_text(random, 2))]
+        completion = Completion(Sampling(stop_strings=stops), Detokenizer(tokenizer, [], stops))
+        updates = []
+        for chunk in chunks(random, ids):
+            completion.read(emitted(chunk, RUNNING), 0)
+            updates.append(completion.take())
+        completion.read(emitted([], FULL), 0)
+        updates.append(completion.take())
+        stopped += completion.finish_reason == "stop"
+        assert "".join(update.text for update in updates) == completion.text
+        for name in ("tokens", "logprobs", "top_logprobs"):
+            assert [one for update in updates for one in getattr(update, name)] == getattr(completion, name)
+        assert not any(stop in completion.text for stop in stops)
+    assert 20 < stopped < 190
 
 
 def test_a_document_of_a_result_is_json(tokenizer):
