@@ -115,7 +115,7 @@ class Answer:
         self, store: Store, message: int, generation: Generation, served: Served, started: Started, logprobs: bool
     ) -> EventStream:
         """Return the response that writes a generation to a stored message. logprobs: keep those of its tokens."""
-        names = TokenNames(served.tokenizer) if logprobs else None
+        names = TokenNames(served) if logprobs else None
         self._work = _Work(store, message, generation, names)
         if self._stopped:
             generation.close()
