@@ -111,7 +111,9 @@ def check(scenes, slots, whole):
     assert all(one.prefix_hits >= again.block for one in long)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(name, marks=() if name == "windows" else pytest.mark.long) for name in KINDS])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=() if name == "windows" else pytest.mark.long) for name in KINDS]
+)
 def test_the_output_does_not_depend_on_what_else_is_served(kind, random_params, optimised):
     config, options = KINDS[kind]
     params = prepare(config, random_params(config))

@@ -214,7 +214,9 @@ def emitted(ids, status):
     """What the device gives for one row: log-probability −i for id i."""
     ids = np.array([ids], np.int32).reshape(1, -1)
     none = np.zeros((1, ids.shape[1], 0), np.int32)
-    return Emitted(tokens=ids, logprobs=-ids.astype(np.float32), top_ids=none, top_logprobs=none, status=np.array([status]))
+    return Emitted(
+        tokens=ids, logprobs=-ids.astype(np.float32), top_ids=none, top_logprobs=none, status=np.array([status])
+    )
 
 
 def test_no_token_is_withdrawn_once_it_was_taken(tokenizer):

@@ -34,7 +34,7 @@ def take_turns(
         for count in streams:
             speeds: dict[str, list[float]] = {name: [] for name in contenders}
             rest: dict[str, dict[str, Any]] = {}
-            numbers = {name: 0 for name in contenders}
+            numbers = dict.fromkeys(contenders, 0)
             for name in [*contenders, *interleaved(list(contenders), rounds)]:
                 load = closed_load(count, make_prompts(requests, seed + numbers[name]))
                 row = summarize(contenders[name](load), streams=count)

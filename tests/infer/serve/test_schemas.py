@@ -119,4 +119,4 @@ def test_every_text_validates(tokenizer, model_config, random_params):
             jsonschema.validate(json.loads(text), schema, cls=jsonschema.Draft202012Validator)
         assert not any(space in text for space in ("\n", "\t", "  ")) or '"' in text, "no white space between parts"
     assert len(set(map(json.dumps, schemas))) > 120
-    assert 5 < ends[150:].count("stop")
+    assert ends[150:].count("stop") > 5
