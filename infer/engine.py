@@ -108,7 +108,7 @@ class Engine:
         at most the context; for an encoder-decoder also the most tokens of the encoder's prompt. cache_dtype: see
         `init_cache`. cache_bytes: limit on the cache of the slots, which reduces their number; the prompt being
         prefilled takes one slot's bytes more. prefix_bytes: limit on the prefix cache; 0 switches it off, None: a
-        quarter of the slots' cache. steps: tokens per running request in a step, at most ROOM. block, chunk: rounded
+        quarter of the slots' cache, and at least one slot's. steps: tokens per running request in a step, at most ROOM. block, chunk: rounded
         up to powers of two; a block is at most a chunk. An int8 cache rounds earlier blocks before later ones read
         them, so that prompts longer than a block may continue differently than in `generate`. key, execution: see
         `generate`.
@@ -143,8 +143,9 @@ class Engine:
         with under_mesh_of(self.params):
             self._state = _empty_state(config, slots, self.capacity, cache_dtype, keys[0])
             self._cache = _empty_cache(config, self.capacity, cache_dtype)  # of the prompt that is prefilled
-            limit = slots * bytes_per_slot // 4 if prefix_bytes is None else prefix_bytes
-            self._prefixes = PrefixCache(config, self.block, limit, cache_dtype)
+            self._prefixes = PrefixCache(
+                config, self.block, _prefix_bytes(slots, bytes_per_slot) if prefix_bytes is None else prefix_bytes, cache_dtype
+            )
         self._waiting: deque[Request] = deque()
         self._prefill: _Prefill | None = None
         self._last_prefill: _Prefill | None = None  # the one whose prompt is whole in the cache of one row
@@ -484,6 +485,16 @@ class Engine:
 
     def _stop_ids(self, sampling: Sampling) -> Sequence[int]:
         return self.config.eos_token_ids if sampling.stop_ids is None else sampling.stop_ids
+
+
+def caches_bytes(config: ModelConfig, slots: int, capacity: int, cache_dtype: DTypeLike | None = None) -> int:
+    """Return the bytes of all caches of an `Engine`: of its slots, of the prompt being prefilled, and of prefixes."""
+    bytes_per_slot = kv_cache_bytes(config, 1, min(capacity, config.max_seq_len), cache_dtype)
+    return (slots + 1) * bytes_per_slot + _prefix_bytes(slots, bytes_per_slot)
+
+
+def _prefix_bytes(slots: int, bytes_per_slot: int) -> int:
+    return max(slots * bytes_per_slot // 4, bytes_per_slot)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,7 @@ def engine(params):
         params,
         slots=SLOTS,
         capacity=1024,
+        prefix_bytes=100_000,
         steps=4,
         chunk=CHUNK,
         tokenizer=Letters(),
@@ -195,7 +197,7 @@ def test_a_constraint_decides_which_tokens_come(engine, params):
     assert [one.finish_reason for one in requests] == ["stop", "stop", "length"]
     assert [one.tokens for one in requests] == [forced, [], [7, 8]], "the end may come first where the constraint says"
     assert scripts[0].accepted == forced
-    logits = apply(CONFIG, params, np.array([prompt + forced]))[0, len(prompt) - 1 : -1]
+    logits = apply(CONFIG, params, jnp.array([prompt + forced]))[0, len(prompt) - 1 : -1]
     wanted = jax.nn.log_softmax(logits)[np.arange(4), np.array(forced)]
     np.testing.assert_allclose(requests[0].logprobs, wanted, atol=1e-4)
     assert neighbour.tokens == generate(CONFIG, params, [[5, 6]], neighbour.sampling, max_new_tokens=20).tokens[0]
