@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     layer_pattern=("local", "global"),
 )
 SYSTEM = [number * 7 % 32 for number in range(60)]
+LIKELY = (22, 26, 27, 29, 20, 2, 10)  # ids of which this model gives many
 SLOTS, CHUNK, REQUESTS, MOST = 5, 16, 100, 12
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -98,8 +99,8 @@ def random_request(random, number):
         presence_penalty=maybe(0.4, 0.0),
         frequency_penalty=maybe(-0.3, 0.0),
         logit_bias=maybe({3: 1.5, 4: -math.inf}, {}),
-        stop_ids=maybe(tuple(range(number % 8)), ()),
-        stop_strings=maybe(("A", "F"), ()),
+        stop_ids=maybe(LIKELY[: number % 8], ()),
+        stop_strings=maybe(("J", "V"), ()),
         logprobs=maybe(3, 0),
         min_tokens=maybe(4, 0),
         seed=None if len(prompt) < CHUNK and random.random() < 0.2 else number,
@@ -173,9 +174,8 @@ def test_a_warm_engine_compiles_nothing(served):
 def test_stop_ids_wait_for_min_tokens(served):
     requests, _ = served
     waiting = [one for one in requests if one.sampling.min_tokens and one.sampling.stop_ids]
-    cut = [one for one in requests if one.text and any(stop in "ABCDEFGH" for stop in one.sampling.stop_strings)]
-    for request in set(waiting) - set(cut):
-        if request.finish_reason == "stop":
+    for request in waiting:
+        if request.finish_reason == "stop" and not request.sampling.stop_strings:
             assert len(request.tokens) >= 4
         assert not set(request.tokens[:4]) & set(request.sampling.stop_ids)
     assert sum(one.finish_reason == "stop" for one in waiting) > 1
