@@ -144,7 +144,10 @@ class Engine:
             self._state = _empty_state(config, slots, self.capacity, cache_dtype, keys[0])
             self._cache = _empty_cache(config, self.capacity, cache_dtype)  # of the prompt that is prefilled
             self._prefixes = PrefixCache(
-                config, self.block, _prefix_bytes(slots, bytes_per_slot) if prefix_bytes is None else prefix_bytes, cache_dtype
+                config,
+                self.block,
+                _prefix_bytes(slots, bytes_per_slot) if prefix_bytes is None else prefix_bytes,
+                cache_dtype,
             )
         self._waiting: deque[Request] = deque()
         self._prefill: _Prefill | None = None
