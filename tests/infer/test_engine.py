@@ -82,7 +82,7 @@ def engine(params):
 
 
 def random_request(random, number):
-    """(prompt, sampling, max_new_tokens): all settings in all mixtures, prompts of one to four blocks, some in common."""
+    """(prompt, sampling, max_new_tokens): all settings in all mixtures; prompts of 1–3 blocks, some in common."""
     prompt = random.integers(0, 32, random.choice([1, 3, 9, 16, 17, 30, 47])).tolist()
     if random.random() < 0.3:
         prompt = SYSTEM[: len(prompt) // 2 * 2] + prompt[len(prompt) // 2 * 2 :]

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from infer import GREEDY, Sampling
+from infer import Sampling
 from infer.engine import Engine
 from infer.service import QueueFull, Service, ServiceStopped
 from model import InputError, ModelConfig
@@ -192,39 +192,39 @@ def test_random_submits_and_cancels_from_many_threads(engine):
     alone = engine.submit([5, 6, 7], Sampling(seed=4, stop_ids=()), 30)
     engine.run()
     before, threads = engine.totals.finished, threading.active_count()
-    accepted, refused, steady = [], [], []
+    accepted, refused, steady, most_waiting = [], [], [], 3
+
+    def submit(prompt, samplings, count):
+        heard = Heard()
+        while True:
+            try:
+                return [(request, heard) for request in service.submit_many(prompt, samplings, count, heard)]
+            except QueueFull:
+                refused.append(heard)
+                time.sleep(0.002)
 
     def client(number):
         random = np.random.default_rng(number)
         for _ in range(50):
-            heard, prompt = Heard(), random.integers(0, 39, random.choice([1, 16, 20, 40])).tolist()
+            prompt = random.integers(0, 39, random.choice([1, 16, 20, 40])).tolist()
             sampling = Sampling(seed=int(random.integers(9)), stop_strings=("A", "BC"), temperature=0.7)
-            try:
-                requests = service.submit_many(prompt, [sampling] * random.integers(1, 3), 12, heard)
-            except QueueFull:
-                refused.append(number)
-                time.sleep(0.003)
-                continue
-            accepted.extend((request, heard) for request in requests)
+            new = submit(prompt, [sampling] * random.integers(1, 3), 12)
+            accepted.extend(new)
             time.sleep(random.exponential(0.004))
-            for request in requests:
+            for request, _ in new:
                 if random.random() < 0.8:
                     service.cancel(request)
                     service.cancel(request)
 
-    with Service(engine, most_waiting=6) as service:
+    with Service(engine, most_waiting=most_waiting) as service:
         clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
         for one in clients:
             one.start()
         while any(one.is_alive() for one in clients) or service.load().waiting + service.load().running:
             load = service.load()
-            assert load.waiting + load.running <= engine.slots + 6
-            heard = Heard()
-            try:
-                steady.append((service.submit(alone.prompt, alone.sampling, 30, heard), heard))
-                heard.reason()
-            except QueueFull:
-                time.sleep(0.001)
+            assert load.waiting + load.running <= engine.slots + most_waiting
+            steady += submit(alone.prompt, [alone.sampling], 30)
+            assert steady[-1][1].reason() == "length"
         assert not service._listeners
         assert engine.idle
         assert service.load()[:3] == (0, 0, 0.0)
@@ -240,7 +240,8 @@ def test_random_submits_and_cancels_from_many_threads(engine):
         assert "".join(update.text for update in updates) == request.text
     reasons = Counter(request.finish_reason for request, _ in [*accepted, *steady])
     assert reasons == Counter(engine.totals.finished) - Counter(before)
-    assert min(reasons["cancelled"], reasons["length"] + reasons["stop"], len(refused), len(steady)) > 3, reasons
+    assert min(reasons["cancelled"], reasons["length"], reasons["stop"], len(refused), len(steady)) > 0, reasons
+    assert len(accepted) > 200
     assert {len(request.tokens) == 0 for request, _ in accepted if request.finish_reason == "cancelled"} == {
         True,
         False,
