@@ -20,6 +20,7 @@ from model.tokenizer.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from infer.grammar import Grammars
+    from infer.serve.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,13 @@ class Served:
         """Tokens that end a text, by the config and the tokenizer."""
         ids = [*self.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())]
         return tuple(token for token in dict.fromkeys(ids) if token < self.config.vocab_size)
+
+    @functools.cached_property
+    def reading(self) -> "Reading":
+        """What embeds and scores texts between the engine's steps."""
+        from infer.serve.reading import Reading
+
+        return Reading(self.config, self.params, self.capacity, self.service)
 
     @property
     def fingerprint(self) -> str:
@@ -164,6 +172,8 @@ class Registry:
         for one in self:
             if one.service is not None:
                 one.service.close()
+            if "reading" in vars(one):
+                one.reading.close()
 
 
 _ADAPTER = "adapter_config.json"  # PEFT's
