@@ -20,6 +20,7 @@ from model.tokenizer.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from infer.grammar import Grammars
+    from infer.serve.metrics import Distribution
     from infer.serve.reading import Reading
 
 
@@ -98,6 +99,13 @@ class Served:
         from infer.serve.reading import Reading
 
         return Reading(self.config, self.params, self.capacity, self.service)
+
+    @functools.cached_property
+    def distributions(self) -> "list[Distribution]":
+        """How long this model's requests took, and how many tokens they had."""
+        from infer.serve.metrics import distributions
+
+        return distributions()
 
     @property
     def fingerprint(self) -> str:
