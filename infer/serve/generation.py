@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,12 +23,13 @@ from infer.sampling import Sampling
 from infer.serve.errors import ApiError
 from infer.serve.served import Served
 from infer.serve.sse import until_gone
-from infer.serve.types import GenerationRequest
+from infer.serve.types import GenerationRequest, StructuredOutputs
 from model.errors import InputError
 
 Result = TypeVar("Result")
 CLIENT_LEFT = 499  # a status that no one sees
 _BAN = -100.0  # a bias that bans, as OpenAI's documentation says of it
+_MARKS = re.compile(r"[\\.+*?()|\[\]{}^$#&~-]")  # of regular expressions
 # Fields of `Sampling` that the API calls otherwise.
 _FIELDS = {"stop_strings": "stop", "stop_ids": "stop_token_ids"}
 
@@ -200,7 +202,7 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
     }
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of={body.best_of} must be n={body.n or 1}, or left out", param="best_of")
-    if body.min_tokens and (body.response_format or body.guided_json is not None or body.guided_regex is not None):
+    if body.min_tokens and dict(_forms(body)):
         raise ApiError(400, "min_tokens goes without a response_format, which says where it ends", param="min_tokens")
     if body.stop and served.tokenizer is None:
         served.need_tokenizer("stop")
@@ -270,15 +272,45 @@ def _forms(body: GenerationRequest) -> Iterator[tuple[str, tuple[str, Any]]]:
             raise ApiError(400, "response_format.pattern is missing", param="response_format.pattern")
         yield "response_format", ("regex", form.pattern)
     if body.guided_json is not None:
-        schema = body.guided_json
-        if isinstance(schema, str):
-            try:
-                schema = msgspec.json.decode(schema)
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise ApiError(400, f"guided_json is no JSON: {error}", param="guided_json") from error
-        yield "guided_json", ("json_schema", schema)
+        yield "guided_json", ("json_schema", _schema(body.guided_json, "guided_json"))
     if body.guided_regex is not None:
         yield "guided_regex", ("regex", body.guided_regex)
+    if body.guided_choice is not None:
+        yield "guided_choice", ("regex", _alternatives(body.guided_choice))
+    if body.structured_outputs is not None:
+        yield from _structured(body.structured_outputs)
+
+
+def _structured(given: StructuredOutputs) -> Iterator[tuple[str, tuple[str, Any]]]:
+    for name in ("grammar", "structural_tag", "whitespace_pattern"):
+        if getattr(given, name) is not None:
+            where = f"structured_outputs.{name}"
+            raise ApiError(
+                400, f"{where} is not supported here; leave it out", param=where, code="unsupported_parameter"
+            )
+    if given.json is not None:
+        yield "structured_outputs.json", ("json_schema", _schema(given.json, "structured_outputs.json"))
+    if given.regex is not None:
+        yield "structured_outputs.regex", ("regex", given.regex)
+    if given.choice is not None:
+        yield "structured_outputs.choice", ("regex", _alternatives(given.choice))
+    if given.json_object:
+        yield "structured_outputs.json_object", ("json_object", None)
+
+
+def _schema(given: Any, param: str) -> Any:
+    """Return a schema that may be given as its text."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return msgspec.json.decode(given)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ApiError(400, f"{param} is no JSON: {error}", param=param) from error
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """Return a regular expression that matches these texts."""
+    return "|".join(_MARKS.sub(r"\\\g<0>", text) for text in texts)
 
 
 def _biases(body: GenerationRequest, served: Served) -> dict[int, float]:

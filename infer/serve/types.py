@@ -26,7 +26,6 @@ _REFUSED: dict[str, Any] = {
     "allowed_token_ids": [],
     "bad_words": [],
     "beam_width": 1,
-    "guided_choice": None,
     "guided_grammar": None,
     "guided_decoding_backend": None,
     "include_stop_str_in_output": False,
@@ -35,7 +34,6 @@ _REFUSED: dict[str, Any] = {
     "priority": 0,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
-    "structured_outputs": None,
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
 }
@@ -66,6 +64,22 @@ class ResponseFormat(Struct, kw_only=True):
     json_schema: JsonSchema | None = None
     schema: dict[str, Any] | None = None
     pattern: str | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """What the text must be, in vLLM's form: one of these.
+
+    json: a schema, as an object or as its text. regex: a regular expression that the whole text matches. choice: one of
+    these texts. json_object: any JSON object.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    json_object: bool | None = None
+    grammar: Any = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
 
 
 class GenerationRequest(Struct, kw_only=True):
@@ -100,6 +114,8 @@ class GenerationRequest(Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Part(Struct, kw_only=True):
