@@ -16,7 +16,7 @@ from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
 from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
 from infer.serve.logprobs import Place, TokenNames
-from infer.serve.prompts import prompts_of
+from infer.serve.prompts import filtered, prompts_of
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
 from infer.serve.sse import DONE, EventStream, event
@@ -85,6 +85,7 @@ class _Call:
             raise ApiError(400, "prompt_logprobs goes without stream", param="prompt_logprobs")
         sampling = sampling_of(body, served, body.logprobs or 0)
         constraint = await constraint_of(body, served)
+        body = await filtered(body, served)
         ids = await prompts_of(body, served)
         for one in ids:
             room(served, one, most, "prompt")

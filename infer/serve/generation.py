@@ -20,10 +20,13 @@ from infer.engine import MOST_STOP_IDS
 from infer.prompts import Prompt
 from infer.request import Request
 from infer.sampling import Sampling
+from infer.serve.behaviour import push
 from infer.serve.errors import ApiError
+from infer.serve.filters import Chain
+from infer.serve.limits import ACCOUNT, spend
 from infer.serve.served import Served
 from infer.serve.sse import until_gone
-from infer.serve.types import GenerationRequest, StructuredOutputs
+from infer.serve.types import ChatRequest, GenerationRequest, StructuredOutputs
 from model.errors import InputError
 
 Result = TypeVar("Result")
@@ -43,6 +46,9 @@ class Generation:
     def __init__(self, served: Served):
         self._service = served.need_service()
         self._distributions = served.distributions
+        self._filters = () if served.behaviour is None else served.behaviour.outputs
+        self._chains: dict[int, Chain] = {}  # of the requests that have begun, if there are filters
+        self._account = ACCOUNT.get()
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[Request, Update]] = deque()
         self._wake = asyncio.Event()
@@ -65,6 +71,7 @@ class Generation:
         if max_new_tokens == 0:
             self._without_tokens += range(number, number + len(samplings))
             return
+        spend(self._account, len(prompt))
         requests = self._service.submit_many(prompt, samplings, max_new_tokens, self._hear, constraints)
         self._numbers |= {request: number + index for index, request in enumerate(requests)}
         self._firsts.add(requests[0])
@@ -105,7 +112,10 @@ class Generation:
             self._posted = False
             arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
             ready = [(self._numbers[request], update) for request, update in arrived if request in self._numbers]
+            spend(self._account, sum(len(update.tokens) for _, update in ready))
             for request, update in arrived:
+                if request not in self._numbers:  # a filter ended it
+                    continue
                 if request in self._firsts:
                     self._firsts.remove(request)
                     self.cached_tokens += request.prefix_hits
@@ -115,8 +125,23 @@ class Generation:
                     raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
                 if update.finish_reason == "error":
                     raise ApiError(500, "the engine failed; the server's log says why", code="engine_failed")
+            if self._filters:
+                ready = [(number, await self._filtered(number, update)) for number, update in ready]
             if ready:
                 yield ready
+
+    async def _filtered(self, number: int, update: Update) -> Update:
+        """Return an update as the filters let it through; they may end its request."""
+        chain = self._chains.setdefault(number, Chain(self._filters))
+        was_refused = chain.refused is not None
+        text = await push(chain, update.text, update.finish_reason is not None)
+        if chain.refused is None or was_refused:
+            return dataclasses.replace(update, text=text, finish_reason=None if was_refused else update.finish_reason)
+        for request, other in list(self._numbers.items()):
+            if other == number:
+                self._service.cancel(request)
+                del self._numbers[request]
+        return dataclasses.replace(update, text=text, finish_reason="content_filter")
 
 
 async def run(
@@ -204,6 +229,10 @@ def sampling_of(body: GenerationRequest, served: Served, logprobs: int) -> Sampl
         raise ApiError(400, f"best_of={body.best_of} must be n={body.n or 1}, or left out", param="best_of")
     if body.min_tokens and dict(_forms(body)):
         raise ApiError(400, "min_tokens goes without a response_format, which says where it ends", param="min_tokens")
+    if served.behaviour is not None:
+        fields = ("return_token_ids", "prompt_logprobs", "logprobs")
+        asked = {name: getattr(body, name, None) for name in fields} | ({"logprobs": logprobs} if logprobs else {})
+        served.behaviour.check_shown(list(asked.items()), isinstance(body, ChatRequest))
     if body.stop and served.tokenizer is None:
         served.need_tokenizer("stop")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []

@@ -15,6 +15,7 @@ import jax
 import uvicorn
 
 from infer.serve.app import create_app
+from infer.serve.behaviour import Behaviour
 from infer.serve.served import Registry, name_and_path, open_served
 from infer.serve.settings import Settings
 from model import ModelConfig
@@ -49,11 +50,13 @@ class Loading:
     weights: str = "float32"
     cache: str | None = None
     most_waiting: int = 64
+    behaviour: Behaviour | None = None
 
     def open(self, given: str) -> Any:
         """Load one model, given as PATH or NAME=PATH."""
         named = {"cache": "cache_dtype"}
-        options = {named.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        names = [field.name for field in dataclasses.fields(self)]
+        options = {named.get(name, name): getattr(self, name) for name in names}
         return open_served(given, **options)
 
 

@@ -2,6 +2,7 @@
 
 from starlette.requests import Request
 
+from infer.serve.behaviour import HIDDEN, hides
 from infer.serve.chat import conversation
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
@@ -83,6 +84,8 @@ async def _conversation(body: TokenizeRequest, served: Served) -> list[int]:
     for name in ("prompt", "content"):
         if getattr(body, name) is not None:
             raise ApiError(400, f"messages and {name} exclude each other; give one of them", param=name)
+    if served.behaviour is not None and served.behaviour.is_hidden:
+        raise hides("messages", HIDDEN)
     shared = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     fields = {name: getattr(body, name) for name in shared}
     chat = ChatRequest(**fields, add_special_tokens=_one_of(body, "add_special_tokens", "add_special"))
