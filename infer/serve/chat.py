@@ -88,15 +88,10 @@ class _Call:
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
         sampling = sampling_of(body, served, body.top_logprobs or 0)
-        tokenizer = served.need_tokenizer("messages")
-        tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
+        tools, prompt = await conversation(body, served)
         constraint = await constraint_of(body, served)
-        if tools is None:
-            body = msgspec.structs.replace(body, tools=None)
-        elif tools.choice == "required":
+        if tools is not None and tools.choice == "required":
             constraint = await calls_only(tools, served, constraint)
-        messages = template_messages(plain_messages(body.messages, tokenizer.chat_template), tokenizer.chat_template)
-        prompt = await chat_prompt(body, served, messages)
         if body.logprobs:
             await anyio.to_thread.run_sync(lambda: served.token_bytes)  # read once, which takes up to a second
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -157,6 +152,16 @@ class _Call:
 
     def _usage(self) -> Any:
         return usage_of([self.prompt], self._completion_tokens, self.generation)
+
+
+async def conversation(body: ChatRequest, served: Served) -> tuple[Tools | None, list[int]]:
+    """Return the tools that the model may call, and the ids of the conversation. Raises ApiError."""
+    tokenizer = served.need_tokenizer("messages")
+    tools = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, tokenizer)
+    if tools is None:
+        body = msgspec.structs.replace(body, tools=None)
+    messages = template_messages(plain_messages(body.messages, tokenizer.chat_template), tokenizer.chat_template)
+    return tools, await chat_prompt(body, served, messages)
 
 
 def _parsed(parser: ToolParser, update: Update, choice: ChunkChoice) -> str:

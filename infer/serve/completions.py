@@ -1,6 +1,5 @@
 """/v1/completions: continue prompts."""
 
-import asyncio
 import dataclasses
 import secrets
 import time
@@ -200,10 +199,7 @@ async def _read(body: CompletionRequest, served: Served, ids: list[list[int]]) -
     asked = [count for count in counts if count is not None]
     if not asked:
         return [_Prompt(one, text, None) for one, text in zip(ids, texts, strict=True)]
-    from infer.prompt_logprobs import prompt_logprobs
-
-    job = served.need_service().call(lambda: prompt_logprobs(served.config, served.params, ids, max(asked)))
-    scores = await asyncio.shield(asyncio.wrap_future(job))  # a job that has begun cannot be cancelled
+    scores = await served.reading.logprobs(ids, max(asked))
     return [_Prompt(*one) for one in zip(ids, texts, scores, strict=True)]
 
 

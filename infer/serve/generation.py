@@ -40,6 +40,7 @@ class Generation:
 
     def __init__(self, served: Served):
         self._service = served.need_service()
+        self._distributions = served.distributions
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[tuple[Request, Update]] = deque()
         self._wake = asyncio.Event()
@@ -68,6 +69,9 @@ class Generation:
 
     def _hear(self, request: Request, update: Update) -> None:
         """Pass output on, in the engine's thread: the loop is woken once for all that it has not read."""
+        if update.finish_reason is not None:
+            for distribution in self._distributions:
+                distribution.observe(request)
         self._arrived.append((request, update))
         if not self._posted:
             self._posted = True

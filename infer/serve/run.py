@@ -123,7 +123,7 @@ def check_memory(configs: Mapping[str, ModelConfig], loading: Loading, free: int
         count, capacity = parameters(config).total, min(loading.capacity, config.max_seq_len)
         weights = int(count * _BYTES.get(loading.weights, 4.0))
         slot = kv_cache_bytes(config, 1, capacity, loading.cache)
-        cache = int(slot * (loading.slots * (1 + _PREFIX_SHARE) + 1))  # and that of the prompt that is read
+        cache = int(slot * (loading.slots * (1 + _PREFIX_SHARE) + 2))  # with a prompt's and an embedded text's
         parts = (
             f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} in float32 while they are loaded, "
             f"{_size(cache)} of caches for {loading.slots} slots of {capacity:,} tokens"

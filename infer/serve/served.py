@@ -20,6 +20,8 @@ from model.tokenizer.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from infer.grammar import Grammars
+    from infer.serve.metrics import Distribution
+    from infer.serve.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,20 @@ class Served:
         """Tokens that end a text, by the config and the tokenizer."""
         ids = [*self.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())]
         return tuple(token for token in dict.fromkeys(ids) if token < self.config.vocab_size)
+
+    @functools.cached_property
+    def reading(self) -> "Reading":
+        """What embeds and scores texts between the engine's steps."""
+        from infer.serve.reading import Reading
+
+        return Reading(self.config, self.params, self.capacity, self.service)
+
+    @functools.cached_property
+    def distributions(self) -> "list[Distribution]":
+        """How long this model's requests took, and how many tokens they had."""
+        from infer.serve.metrics import distributions
+
+        return distributions()
 
     @property
     def fingerprint(self) -> str:
@@ -164,6 +180,8 @@ class Registry:
         for one in self:
             if one.service is not None:
                 one.service.close()
+            if "reading" in vars(one):
+                one.reading.close()
 
 
 _ADAPTER = "adapter_config.json"  # PEFT's

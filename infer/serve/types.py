@@ -19,6 +19,8 @@ _Fraction = Annotated[float, Meta(ge=0, le=1)]
 _Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1000)]
 _Ranked = Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)]
+TextOrIds = str | Annotated[list[str | _Count | Annotated[list[_Count], Meta(min_length=1)]], Meta(min_length=1)]
+"""A text, texts, ids of tokens, or lists of ids."""
 
 _REFUSED: dict[str, Any] = {
     "allowed_token_ids": [],
@@ -157,9 +159,104 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     refused: ClassVar[Mapping[str, Any]] = _REFUSED | {"suffix": None}
 
-    prompt: str | Annotated[list[str | _Count | Annotated[list[_Count], Meta(min_length=1)]], Meta(min_length=1)]
+    prompt: TextOrIds
     echo: bool | None = None
     logprobs: _Ranked | None = None
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    """Texts to embed: a text, texts, ids of tokens, or lists of ids.
+
+    dimensions: those of the model, or left out. encoding_format: "base64" is that of little-endian float32 numbers.
+    """
+
+    refused: ClassVar[Mapping[str, Any]] = {
+        "chat_template": None,
+        "messages": None,
+        "normalize": True,
+        "priority": 0,
+        "truncate_prompt_tokens": None,
+    }
+
+    input: TextOrIds
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    user: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingUsage(Struct):
+    """Numbers of tokens of all texts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct):
+    """The embedding of one text: numbers, or their base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingList(Struct):
+    """Embeddings in the order of the texts."""
+
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """A text or a conversation to tokenize, as `CompletionRequest` and `ChatRequest` have them.
+
+    content, add_special: llama-server's names of prompt and add_special_tokens.
+    """
+
+    refused: ClassVar[Mapping[str, Any]] = {
+        "chat_template": None,
+        "mm_processor_kwargs": None,
+        "parse_special": True,
+        "with_pieces": False,
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class Tokens(Struct):
+    """Ids of tokens. max_model_len: most tokens of a prompt and its continuation together."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """Ids of tokens."""
+
+    tokens: list[_Count]
+    model: str | None = None
+
+
+class Text(Struct):
+    """The text of tokens, under vLLM's name and under llama-server's."""
+
+    prompt: str
+    content: str
 
 
 class TokenDetails(Struct):
