@@ -1,6 +1,7 @@
 """Find the capacity of a server at a service level: the highest rate at which enough requests are good."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,9 +17,7 @@ from model.errors import InputError, check_number, check_whole
 Measure = Callable[[float, int], Sequence[bool]]
 """Load the server at a rate in requests per second, with a seed: whether each request was good, by arrival."""
 
-BATCHES = (
-    8  # of the requests of a rate, in the order of arrival: neighbours wait together, so that they are good together
-)
+BATCHES = 8  # of a rate's requests, in the order of arrival: neighbours wait together, so they are good together
 CONFIDENCE = 0.9
 MOST_STEPS = 24  # rates until a bracket must be found
 BISECTIONS = 2
@@ -28,7 +27,7 @@ _SPAN = 1.5  # rates within this factor of the crossing enter the fit: further o
 _FEWEST = 6  # rates in the fit
 METHOD = (
     "logistic regression of good requests on log rate, within a factor of 1.5 of the crossing; interval by the profile "
-    "of its likelihood, over the dispersion between rates, or between batches of neighbouring requests if that is larger"
+    "of its likelihood, over the dispersion between rates, or between batches of neighbours if that is larger"
 )
 
 
@@ -53,7 +52,7 @@ class RateShare:
     def of(cls, rate: float, good: Sequence[bool]) -> "RateShare":
         """Count good requests, in the order of arrival."""
         edges = np.linspace(0, len(good), min(BATCHES, len(good)) + 1).astype(int).tolist()
-        batches = tuple((sum(good[a:b]), b - a) for a, b in zip(edges[:-1], edges[1:], strict=True))
+        batches = tuple((sum(good[a:b]), b - a) for a, b in itertools.pairwise(edges))
         return cls(rate, len(good), sum(good), batches)
 
 
@@ -105,7 +104,8 @@ def find_capacity(
     """Return the highest rate at which at least `share` of the requests are good, with a 90 % interval.
 
     From `start` the rate is doubled until the share is below, or halved until it is not; the bracket is bisected twice
-    on the logarithm of the rate; then rates up to a fifth about the present estimate are measured. Every rate has a seed of its own, so that the draws of arrivals are independent.
+    on the logarithm of the rate; then rates up to a fifth about the present estimate are measured. Every rate has a
+    seed of its own, so that the draws of arrivals are independent.
     lowest, highest: rates beyond which the search ends, by default 1/1000 and 1000 times `start`. Raises InputError
     with the reason where even the lowest rate fails, or the highest never does.
     """

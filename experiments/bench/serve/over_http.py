@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.bench.serve.capacity import Capacity, find_capacity
+from experiments.bench.serve.capacity import BISECTIONS, REFINEMENTS, Capacity, find_capacity
 from experiments.bench.serve.client import Target
 from experiments.bench.serve.load import Load, Prompt, closed_load, open_load
 from experiments.bench.serve.measures import Limits, good_in_order, summarize
@@ -21,6 +21,7 @@ MakePrompts = Callable[[int, int], Sequence[tuple[Prompt, int]]]
 
 LASTING = 10.0  # times the longest limit on waiting: a queue that grows by a twentieth a second is then seen
 MOST_REQUESTS = 5_000  # of one rate
+EXPECTED_RATES = 4 + BISECTIONS + REFINEMENTS  # until the search is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,11 @@ def offered(
         at_once = rate == math.inf
         found.append(Offered(load, "all at once" if at_once else kind, None if at_once else rate))
     return found + [Offered(closed_load(count, prompts, seed), "closed loop") for count in streams]
+
+
+def replayed(load: Load) -> list[Offered]:
+    """Return a load that was read from a file, as the only one that is offered."""
+    return [Offered(load, "replay" if load.streams is None else "closed loop")]
 
 
 def bench_loads(
@@ -94,21 +100,25 @@ def bench_capacity(
     since a queue needs time to grow. Raises InputError without limits, and as `find_capacity` does.
     """
     if limits == Limits():
-        raise InputError("a capacity needs limits that a good request keeps; give --goodput, such as ttft:500 tpot:50")
-    warm = closed_load(streams, make_prompts(max(requests // 2, 2 * streams), seed))
-    saturated = summarize(send(warm))["requests_per_second"]
-    if saturated == 0:
-        raise InputError("the server served none of the requests of a closed loop; its messages say why")
+        raise InputError("a capacity needs limits that a good request keeps; give --limits, such as ttft:500 tpot:50")
     rows: list[dict[str, Any]] = []
+    with progress_bar("capacity", EXPECTED_RATES) as advance:
+        warm = summarize(send(closed_load(streams, make_prompts(max(requests // 2, 2 * streams), seed))))
+        saturated = warm["requests_per_second"]
+        if saturated == 0:
+            words = f": {warm['notes'][0]}" if warm["notes"] else ""
+            raise InputError(f"the server served none of the requests of a closed loop{words}")
 
-    def measure(rate: float, of_rate: int) -> list[bool]:
-        count = min(max(requests, math.ceil(rate * LASTING * limits.longest_wait)), MOST_REQUESTS)
-        load = open_load(rate, make_prompts(count, of_rate), of_rate, burstiness=burstiness)
-        outcomes = send(load)
-        rows.append(summarize(outcomes, limits, rate_requests_per_second=rate))
-        return good_in_order(outcomes, limits)
+        def measure(rate: float, of_rate: int) -> list[bool]:
+            count = min(max(requests, math.ceil(rate * LASTING * limits.longest_wait)), MOST_REQUESTS)
+            load = open_load(rate, make_prompts(count, of_rate), of_rate, burstiness=burstiness)
+            outcomes = send(load)
+            rows.append(summarize(outcomes, limits, rate_requests_per_second=rate))
+            if len(rows) < EXPECTED_RATES:
+                advance(1, f"{rate:.3g} requests/s: {rows[-1]['goodput_share']:.0%} good")
+            return good_in_order(outcomes, limits)
 
-    capacity = find_capacity(
-        measure, saturated / 2, share=share, lowest=saturated / 256, highest=4 * saturated, seed=seed + 1
-    )
+        capacity = find_capacity(
+            measure, saturated / 2, share=share, lowest=saturated / 256, highest=4 * saturated, seed=seed + 1
+        )
     return capacity, sorted(rows, key=lambda row: row["rate_requests_per_second"])
