@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.bench.rounds import interleaved, median_and_range
+from experiments.bench.serve.bench import MakePrompts, Send
 from experiments.bench.serve.load import closed_load
 from experiments.bench.serve.measures import summarize
-from experiments.bench.serve.over_http import MakePrompts, Send
 from experiments.words import counted
 from model.errors import InputError, check_at_least_one
 from train.progress import progress_bar

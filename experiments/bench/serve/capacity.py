@@ -83,6 +83,7 @@ class Capacity:
             "capacity_requests_per_second": self.rate,
             "capacity_requests_per_second_low": self.low,
             "capacity_requests_per_second_high": self.high,
+            "standard_error": self.standard_error,
             "confidence": self.confidence,
             "service_share": self.share,
             "dispersion": self.dispersion,

@@ -10,9 +10,9 @@ from experiments.commands.bench.decode import QUIET
 from experiments.commands.options import JsonFile, PlotFile
 
 if TYPE_CHECKING:
+    from experiments.bench.serve.bench import MakePrompts, Send
     from experiments.bench.serve.load import Load, Prompt
     from experiments.bench.serve.measures import Limits
-    from experiments.bench.serve.over_http import MakePrompts, Send
     from experiments.bench.serve.target import ClientProcess, Reached
 
 Lengths = Annotated[tuple[int, ...], tyro.conf.arg(metavar="LENGTH | LOW HIGH")]
@@ -50,6 +50,7 @@ def serve(
     ignore_eos: bool = True,
     timeout: float = 600.0,
     slots: int = 8,
+    steps: int = 8,
     weights: str = "float32",
     cache: str | None = None,
     seed: int = 0,
@@ -107,6 +108,7 @@ def serve(
             servers that refuse it.
         timeout: Seconds after which a request counts as failed.
         slots: Requests that run at the same time in a server that is started here.
+        steps: Tokens per request and step of `isoflop serve` started here: a request that arrives waits for a step.
         weights: Precision of the weights of `isoflop serve` started here.
         cache: Precision of its cache.
         seed: Of arrivals, prompts and lengths.
@@ -114,9 +116,9 @@ def serve(
         json: Also write every number, with the raw samples, to this file.
         plot: Also draw latencies and goodput over the loads (.svg, .png or .pdf).
     """
+    from experiments.bench.serve.bench import bench_capacity, bench_loads, replayed
     from experiments.bench.serve.load import Load
     from experiments.bench.serve.measures import Limits
-    from experiments.bench.serve.over_http import bench_capacity, bench_loads, replayed
     from experiments.bench.serve.prompts import prompt_maker
     from experiments.bench.serve.target import new_client, target_of
     from experiments.commands.options import check_plot, say_unused, write_document, write_plot
@@ -132,7 +134,9 @@ def serve(
     if (capacity or in_turns) and rate:
         raise InputError("--rate has no part in this measurement: leave it out")
     if is_url:
-        say_unused("with a URL, whose server runs already", serve, slots=slots, weights=weights, cache=cache)
+        say_unused(
+            "with a URL, whose server runs already", serve, slots=slots, steps=steps, weights=weights, cache=cache
+        )
     if not in_turns:
         say_unused("without --against", serve, rounds=rounds)
     if not capacity:
@@ -141,7 +145,7 @@ def serve(
     size = _capacity(load, prompts, endpoint, inputs, outputs)
     key, document = _key(api_key), _describe(target, is_url, size)
     with contextlib.ExitStack() as stack:
-        options = ("--weights", weights, *(() if cache is None else ("--cache", cache)))
+        options = ("--steps", str(steps), "--weights", weights, *(() if cache is None else ("--cache", cache)))
         reached = _open(stack, target, is_url, slots, size, options, model, key)
         body: dict[str, Any] = {"temperature": 0.0} | ({"ignore_eos": True} if ignore_eos else {})
         goal = target_of(reached, endpoint, key, body, timeout)
@@ -152,7 +156,7 @@ def serve(
         document |= {"kind": "serve", "cells": [], "load": [], "seed": seed, "limits": str(level)}
         document |= {"server": {"url": reached.url, "model": reached.model, "endpoint": endpoint}}
         if not is_url:
-            document |= {"slots": slots, "weights": weights, "cache": cache}
+            document |= {"slots": slots, "steps": steps, "weights": weights, "cache": cache}
         if capacity:
             found, document["load"] = bench_capacity(
                 lambda load: client.run(goal, load),
@@ -168,7 +172,7 @@ def serve(
         elif in_turns:
             contenders: dict[str, Send] = {"isoflop": lambda load: client.run(goal, load)}
             if against_engine:
-                contenders["bare engine"] = _bare(target, is_url, slots, size, weights, cache)
+                contenders["bare engine"] = _bare(target, is_url, slots, size, steps, weights, cache)
             if against is not None:
                 contenders["llama-server"] = _llama(stack, client, against, target, slots, size, body, timeout)
             document["against"] = _turns(contenders, make, concurrency or _DEFAULT_STREAMS, requests, rounds, seed)
@@ -278,12 +282,12 @@ def _warm(client: "ClientProcess", goal: Any, load: "Load | None", make: "MakePr
 def _offered(
     rate: tuple[float, ...], concurrency: tuple[int, ...], prompts: Any, seed: int, burstiness: float
 ) -> list[Any]:
-    from experiments.bench.serve.over_http import offered
+    from experiments.bench.serve.bench import offered
 
     return offered(rate, concurrency if rate or concurrency else _DEFAULT_STREAMS, prompts, seed, burstiness)
 
 
-def _bare(target: str, is_url: bool, slots: int, size: int, weights: str, cache: str | None) -> "Send":
+def _bare(target: str, is_url: bool, slots: int, size: int, steps: int, weights: str, cache: str | None) -> "Send":
     """Return a function that drives the engine in this process, with the model of the server and its settings."""
     from experiments.bench.serve.in_process import drive
     from infer import Engine, prepare
@@ -293,7 +297,8 @@ def _bare(target: str, is_url: bool, slots: int, size: int, weights: str, cache:
     if is_url:
         raise InputError("--against-engine needs the model, not the URL of a server: the engine runs in this process")
     config, params = open_parameters(target)
-    engine: Engine = Engine(config, prepare(config, params, weights), slots=slots, capacity=size, cache_dtype=cache)
+    prepared = prepare(config, params, weights)
+    engine = Engine(config, prepared, slots=slots, capacity=size, steps=steps, cache_dtype=cache)
     engine.warm_up()
     return lambda load: drive(engine, load)
 

@@ -1,4 +1,4 @@
-"""Measure a server over HTTP: latencies at several rates, and its capacity at a service level."""
+"""Measure a server, or an engine, under load: latencies at several rates, and its capacity at a service level."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ MakePrompts = Callable[[int, int], Sequence[tuple[Prompt, int]]]
 
 LASTING = 10.0  # times the longest limit on waiting: a queue that grows by a twentieth a second is then seen
 MOST_REQUESTS = 5_000  # of one rate
-EXPECTED_RATES = 4 + BISECTIONS + REFINEMENTS  # until the search is done
+EXPECTED_BEFORE = 4 + BISECTIONS  # rates, before those about the crossing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ def bench_capacity(
     share: float,
     requests: int,
     streams: int,
+    refinements: int = REFINEMENTS,
     seed: int = 0,
     burstiness: float = 1.0,
 ) -> tuple[Capacity, list[dict[str, Any]]]:
@@ -102,7 +103,7 @@ def bench_capacity(
     if limits == Limits():
         raise InputError("a capacity needs limits that a good request keeps; give --limits, such as ttft:500 tpot:50")
     rows: list[dict[str, Any]] = []
-    with progress_bar("capacity", EXPECTED_RATES) as advance:
+    with progress_bar("capacity", EXPECTED_BEFORE + refinements) as advance:
         warm = summarize(send(closed_load(streams, make_prompts(max(requests // 2, 2 * streams), seed))))
         saturated = warm["requests_per_second"]
         if saturated == 0:
@@ -114,11 +115,17 @@ def bench_capacity(
             load = open_load(rate, make_prompts(count, of_rate), of_rate, burstiness=burstiness)
             outcomes = send(load)
             rows.append(summarize(outcomes, limits, rate_requests_per_second=rate))
-            if len(rows) < EXPECTED_RATES:
+            if len(rows) < EXPECTED_BEFORE + refinements:
                 advance(1, f"{rate:.3g} requests/s: {rows[-1]['goodput_share']:.0%} good")
             return good_in_order(outcomes, limits)
 
         capacity = find_capacity(
-            measure, saturated / 2, share=share, lowest=saturated / 256, highest=4 * saturated, seed=seed + 1
+            measure,
+            saturated / 2,
+            share=share,
+            lowest=saturated / 256,
+            highest=4 * saturated,
+            refinements=refinements,
+            seed=seed + 1,
         )
     return capacity, sorted(rows, key=lambda row: row["rate_requests_per_second"])
