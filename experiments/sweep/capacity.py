@@ -47,9 +47,11 @@ class ServiceLevel(Part):
         from experiments.models import check_is_decoder
         from model.cache import CACHE_DTYPES
         from model.dtypes import dtype_name
+        from model.quantize import KINDS
 
         config = trial.recipe.model
         check_is_decoder(config, f"the objective {CAPACITY}")
+        dtype_name(trial.decode.weights, KINDS, "weight type")
         dtype_name(trial.decode.cache, CACHE_DTYPES, "decode.cache")
         if (most := self._most_tokens(trial)) > config.max_seq_len:
             raise InputError(
