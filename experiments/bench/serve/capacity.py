@@ -24,6 +24,7 @@ BISECTIONS = 2
 REFINEMENTS = 8
 _AROUND = (-0.2, 0.2, 0.0, -0.1, 0.1)  # of the logarithms of the rates that are measured about the estimate
 _SPAN = 1.5  # rates within this factor of the crossing enter the fit: further off the curve is no logistic
+_BEYOND = math.log(3)  # how far beyond the rates of the fit its capacity is searched for
 _FEWEST = 6  # rates in the fit
 METHOD = (
     "logistic regression of good requests on log rate, within a factor of 1.5 of the crossing; interval by the profile "
@@ -172,7 +173,7 @@ def estimate(measured: Sequence[RateShare], share: float) -> Capacity:
     good = np.array([row.good for row in near], float)
     requests = np.array([row.requests for row in near], float)
     logit = math.log(share / (1 - share))
-    candidates = np.linspace(x.min() - math.log(_SPAN), x.max() + math.log(_SPAN), 401)
+    candidates = np.linspace(x.min() - _BEYOND, x.max() + _BEYOND, 401)
     losses = _losses(x, good, requests, candidates, logit)
     least = np.unravel_index(losses.argmin(), losses.shape)
     at, slope = float(candidates[least[0]]), float(_SLOPES[least[1]])
@@ -199,7 +200,7 @@ def _near(rates: Sequence[RateShare], share: float) -> list[RateShare]:
     return near if len(near) >= _FEWEST else ordered[:_FEWEST]
 
 
-_SLOPES = np.geomspace(0.5, 200, 60)  # of the logit per unit of log rate
+_SLOPES = np.geomspace(0.5, 200, 40)  # of the logit per unit of log rate
 
 
 def _losses(
@@ -211,7 +212,7 @@ def _losses(
 ) -> Float[np.ndarray, "candidates slopes"]:
     """Return the negative log-likelihood of every capacity (its logarithm) and slope."""
     score = _SLOPES[None, :, None] * (x[None, None, :] - candidates[:, None, None]) - logit
-    return (good * np.logaddexp(0, score) + (requests - good) * np.logaddexp(0, -score)).sum(-1)
+    return np.logaddexp(0, score) @ requests - score @ (requests - good)  # of bad ones: log(1 + e^-s)
 
 
 def _dispersion(groups: Sequence[Sequence[tuple[int, int]]], probability: Float[np.ndarray, " rates"]) -> float:
