@@ -13,6 +13,7 @@ const state = {
   models: [],
   conversation: null, // the one that is shown; null for a new one
   answers: new Map(), // id of a conversation → its conversation while this page receives an answer
+  stopped: new Set(), // ids of conversations whose answer is stopped as soon as it has begun
   loads: 0, // counts what was shown, so that a late response for another conversation is dropped
 };
 
@@ -129,11 +130,27 @@ async function follow(load) {
 
 // Answers
 
+/** Return a conversation as it will be when the server begins the answer that `body` requests. */
+function expected(conversation, body) {
+  const { messages } = conversation;
+  const parent = body.parent === undefined ? messages.at(-1)?.id ?? null : body.parent;
+  const kept = messages.slice(0, messages.findIndex(({ id }) => id === parent) + 1);
+  const added = { siblings: [], settings: {}, dropped: [], running: true, content: "" };
+  if (body.content) kept.push({ ...added, id: "question", role: "user", content: body.content });
+  if (body.continue) kept.push({ ...kept.pop(), running: true });
+  else kept.push({ ...added, id: "answer", role: "assistant", model: $("model").value });
+  return { ...conversation, messages: kept };
+}
+
 /** Have an answer written into a conversation and show it as it arrives. Return whether it began. */
 async function receive(id, body) {
   hideError();
   const shownNow = () => state.conversation?.id === id;
   let conversation = null;
+  state.conversation = expected(state.conversation, body);
+  state.answers.set(id, state.conversation);
+  show();
+  toEnd();
   const begun = performance.now();
   const progress = { waiting: false, tokens: 0, first: 0 };
   const update = () => {
@@ -156,11 +173,13 @@ async function receive(id, body) {
         message = conversation.messages.at(-1);
         state.answers.set(id, conversation);
         if (shownNow()) {
+          const end = isAtEnd();
           state.conversation = conversation;
           show();
-          toEnd();
-          shown(showList)();
+          if (end) toEnd();
         }
+        shown(showList)();
+        if (state.stopped.delete(id)) shown(api.stop)(id);
       } else if (event.type === "text") {
         message.content += event.text;
         message.completion_tokens += event.tokens;
@@ -176,6 +195,7 @@ async function receive(id, body) {
     showError(error);
   }
   state.answers.delete(id);
+  state.stopped.delete(id);
   if (!shownNow()) return conversation !== null;
   if (!conversation || message.running) state.conversation = await api.read(id); // it failed, or the connection broke
   const end = isAtEnd();
@@ -212,7 +232,9 @@ const send = shown(async () => {
 });
 
 const stop = shown(async () => {
-  if (busy()) await api.stop(state.conversation.id);
+  if (!busy()) return;
+  const { id } = state.conversation;
+  if (!(await api.stop(id)).done && state.answers.has(id)) state.stopped.add(id);
 });
 
 const actions = {

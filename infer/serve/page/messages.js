@@ -56,9 +56,10 @@ function element(known, message, { dropped, busy, last, actions }) {
   else if (known.records) body.append(tokenView(known.records));
   else body.append(render(message.content));
   if (message.running) {
+    if (message.role === "user") return article;
     article.classList.add("running");
     article.setAttribute("aria-busy", "true");
-    foot.append(make("span", { className: "stats" }, "reading …"));
+    foot.append(make("span", { className: "stats" }, "Reading …"));
     return article;
   }
   if (message.siblings.length > 1) foot.append(siblings(message, busy, actions));
