@@ -337,6 +337,7 @@ function prepare() {
     typing = setTimeout(shown(showList), 200);
   };
   $("show-sidebar").onclick = openList;
+  $("list").onclick = () => isNarrow() && closePanels();
   $("hide-sidebar").onclick = $("scrim").onclick = closePanels;
   $("show-settings").onclick = $("summary").onclick = () => openSettings($("settings").hidden);
   $("hide-settings").onclick = () => openSettings(false);

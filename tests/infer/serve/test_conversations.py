@@ -150,7 +150,7 @@ def test_the_window_drops_the_oldest_turns_and_says_which(chat):
     assert len(one.now["messages"]) == 8
     status, message = one.refused(content="z" * 100)
     assert status == 400
-    assert "the window of 'tiny' is 96 tokens" in message
+    assert "leave no room for an answer in the window of 'tiny', 96 tokens; shorten the message" in message
     assert len(one.now["messages"]) == 8
 
 

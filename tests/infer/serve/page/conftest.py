@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import shutil
 import socket
 import threading
@@ -34,9 +35,9 @@ class Script:
 
     async def __call__(self, served, prompts, sampling, room):
         """Take the place of `generation.run`."""
-        said = self.served.tokenizer.decode(prompts[0]).rpartition("say:")[2].split("<|im_end|>")[0].strip()
-        if said in self.answers:
-            return Saying(served, *self.answers[said])
+        said = re.findall(r"say:(\w+)", self.served.tokenizer.decode(prompts[0]))
+        if said and said[-1] in self.answers:
+            return Saying(served, *self.answers[said[-1]])
         return await self.run(served, prompts, sampling, room)
 
 
