@@ -206,9 +206,15 @@ class Page:
 
     @property
     def requested(self):
-        """The addresses of all requests since the last call."""
+        """The addresses of all requests since the last call, but for those that the policy of the page has stopped."""
         found = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [one["params"]["request"]["url"] for one in found if one["method"] == "Network.requestWillBeSent"]
+        stopped = {
+            one["params"]["requestId"]
+            for one in found
+            if one["method"] == "Network.loadingFailed" and one["params"].get("blockedReason") == "csp"
+        }
+        sent = [one["params"] for one in found if one["method"] == "Network.requestWillBeSent"]
+        return [one["request"]["url"] for one in sent if one["requestId"] not in stopped]
 
 
 @pytest.fixture

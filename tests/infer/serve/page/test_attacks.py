@@ -108,9 +108,9 @@ def test_output_of_a_model_runs_and_loads_nothing(page, script):
 
 
 def test_texts_of_users_run_nothing_either(page, script):
-    for payload in PAYLOADS[:8]:
+    for payload in [one for one in PAYLOADS if len(one) < 45][:8]:  # the window has 96 tokens
         page.open()
-        page.say(f"{payload} say:plain")
+        page.say(f"{payload} {script.add('b', 'c')}")
         page.until(lambda payload=payload: page.one("#title").text.startswith(payload[:10]))
         page.until(lambda payload=payload: page("#list a")[0].text.startswith(payload[:10]))
         for area in (".body", "#list", "header h1"):
