@@ -87,9 +87,7 @@ def serve(
         metrics_prefix=metrics_prefix,
         conversations=None if conversations == "none" else _conversations(conversations),
     )
-    loading = Loading(
-        tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls
-    )
+    loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls)
     run_server(models, host=host, port=port, loading=loading, settings=settings, without_key=open)
 
 
