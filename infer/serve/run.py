@@ -44,6 +44,7 @@ class Loading:
 
     tokenizer: Path | None = None
     base: Path | None = None
+    chat_template: str | None = None
     slots: int = 8
     capacity: int = 4096
     steps: int = 8
