@@ -17,8 +17,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     tokenizer: Path | None = None,
-    base: BasePath = None,
     chat_template: str | None = None,
+    base: BasePath = None,
     slots: int = 8,
     capacity: int = 4096,
     steps: int = 8,
@@ -48,8 +48,8 @@ def serve(
         host: The address to listen on. Others than 127.0.0.1 are reached from other machines and need --api-key.
         port: The port to listen on; 0 takes a free one.
         tokenizer: The models' tokenizer (a file, or a folder such as the data's), if their folders have none.
+        chat_template: The form of conversations, a name such as chatml or a Jinja file, in place of the models' own.
         base: The new path of a run's base weights, if they were moved (for a run that stores only what it trained).
-        chat_template: The form of conversations in place of the models' own: chatml, or a file with a Jinja template.
         slots: Requests that run at the same time; further ones wait.
         capacity: Most tokens of a request, prompt and output together; at most the model's context.
         steps: Tokens per request and step: more cost less each, and arrive less often.
@@ -87,7 +87,7 @@ def serve(
         metrics_prefix=metrics_prefix,
         conversations=None if conversations == "none" else _conversations(conversations),
     )
-    loading = Loading(tokenizer, base, chat_template, slots, capacity, steps, weights, cache, most_waiting, controls)
+    loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls)
     run_server(models, host=host, port=port, loading=loading, settings=settings, without_key=open)
 
 

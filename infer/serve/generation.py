@@ -187,19 +187,21 @@ async def run(
 
 
 def room(served: Served, prompt: Prompt, max_tokens: int | None, param: str) -> int:
-    """Return the most new tokens of a prompt. Raises ApiError if the prompt, or with max_tokens, does not fit."""
+    """Return the most new tokens of a prompt: max_tokens, or fewer if the window ends before. None: all that fit.
+
+    Raises ApiError if the prompt itself, with one token more unless max_tokens is 0, does not fit.
+    """
     used = 1 if served.config.stack == "encoder-decoder" else len(prompt)
-    wanted = 1 if max_tokens is None else max_tokens
-    if max(len(prompt), used + wanted) > served.capacity:
-        new = "" if max_tokens is None else f" and max_tokens={max_tokens}"
+    if max(len(prompt), used + (max_tokens != 0)) > served.capacity:
         raise ApiError(
             400,
-            f"the prompt has {len(prompt)} tokens{new}, but the window of {served.name!r} is {served.capacity} tokens, "
+            f"the prompt has {len(prompt)} tokens, but the window of {served.name!r} is {served.capacity} tokens, "
             "prompt and output together",
-            param=param if len(prompt) >= served.capacity else "max_tokens",
+            param=param,
             code="context_length_exceeded",
         )
-    return served.capacity - used if max_tokens is None else max_tokens
+    left = served.capacity - used
+    return left if max_tokens is None else min(max_tokens, left)
 
 
 def engine_seed(seed: int | None) -> int:

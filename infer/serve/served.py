@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,13 +148,9 @@ class Registry:
     """
 
     def __init__(self, models: Iterable[Served]):
-        self._models: dict[str, Served] = {}
-        for one in models:
-            if one.name in self._models:
-                raise InputError(f"two models have the name {one.name!r}; name one of them with NAME=PATH")
-            self._models[one.name] = one
-        if not self._models:
-            raise InputError("there is no model to serve; give at least one")
+        models = list(models)
+        check_names([one.name for one in models])
+        self._models = {one.name: one for one in models}
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._models.values())
@@ -189,6 +185,15 @@ class Registry:
                 one.reading.close()
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise InputError if two models have one name, or if there is none."""
+    if not names:
+        raise InputError("there is no model to serve; give at least one")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InputError(f"two models have the name {name!r}; name one of them with NAME=PATH")
+
+
 _ADAPTER = "adapter_config.json"  # PEFT's
 _GIVEN = re.compile(r"(?P<name>[\w.@:-]+)=(?P<path>.+)")
 
@@ -220,7 +225,9 @@ def open_served(
     is_adapter = (path / _ADAPTER).is_file()
     opened = _open_adapter(path, tokenizer, base) if is_adapter else open_model(path, tokenizer, base)
     words = opened.tokenizer
-    if chat_template is not None and words is not None:
+    if chat_template is not None:
+        if words is None:
+            raise InputError(f"{path} has no tokenizer, so it has no use for a chat template; give --tokenizer")
         from model.tokenizer.templates import read_template
 
         words = words.with_chat_template(read_template(chat_template))

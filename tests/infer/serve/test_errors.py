@@ -174,8 +174,14 @@ def test_a_prompt_beyond_the_window_is_refused_with_both_numbers(client, served)
             assert found["code"] == "context_length_exceeded"
             assert str(served.capacity) in found["message"]
             assert "20" in found["message"] or "21" in found["message"]
-    found = error(client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 96}))
-    assert (found["param"], found["code"]) == ("max_tokens", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("most", [96, 10_000])
+def test_a_text_ends_with_its_window(client, served, most):
+    """As with llama-server; clients send the same max_tokens with every prompt."""
+    answer = client.post(COMPLETIONS, json={"prompt": "x" * 90, "max_tokens": most, "ignore_eos": True}).json()
+    assert answer["usage"]["total_tokens"] == served.capacity
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_unknown_models_paths_and_methods(client):
