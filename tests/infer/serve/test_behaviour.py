@@ -159,6 +159,17 @@ def loud(line):
     assert "secret" not in str(failed)
 
 
+def test_conversations_of_the_page_are_filtered(controlled):
+    with controlled(FILTERS) as one:
+        id = one.post("/api/conversations", json={}).json()["id"]
+        path = f"/api/conversations/{id}/answer"
+        refused = one.post(path, json={"content": "in 1999"})
+        assert refused.json()["error"]["code"] == "content_filter"
+        answered = one.post(path, json={"content": "the weather", "settings": {"max_tokens": 2}})
+        assert answered.headers["x-isoflop-flags"] == "topic"
+        assert '"type":"end"' in answered.text
+
+
 def test_limits_are_those_of_each_key(controlled):
     one = controlled("[limits]\nrequests_per_minute = 2", api_keys=("a", "b"))
     headers = {"authorization": "Bearer a"}
