@@ -72,6 +72,6 @@ def test_no_request_fails_the_server(operations, idle):
         statuses = fuzz(operation, schemathesis.GenerationMode.POSITIVE)
         print(operation.label, statuses)
         if operation.body:
-            assert statuses.get(200), "some are answered"
+            assert statuses.get(200) or "{" in operation.path, "some are answered, unless they name an object"
             print(operation.label, "against the document", fuzz(operation, schemathesis.GenerationMode.NEGATIVE))
     idle()
