@@ -68,6 +68,7 @@ def serve(
     """
     import os
 
+    from infer.serve.behaviour import Behaviour
     from infer.serve.run import Loading
     from infer.serve.run import serve as run_server
     from infer.serve.settings import Settings
@@ -77,15 +78,16 @@ def serve(
         raise InputError("there is no model to serve; give a run directory, a Hugging Face folder or a GGUF file")
     given = os.environ.get("ISOFLOP_API_KEY", "")
     keys = tuple(dict.fromkeys(key for key in (*api_key, *map(str.strip, given.split(","))) if key))
+    controls = None if behaviour is None else Behaviour.read(behaviour)
     settings = Settings(
         api_keys=keys,
         most_body_bytes=int(most_body_mb * 1_000_000),
         cors_origins=cors_origin,
-        behaviour=None,
+        behaviour=controls,
         metrics_prefix=metrics_prefix,
         conversations=None if conversations == "none" else _conversations(conversations),
     )
-    loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting)
+    loading = Loading(tokenizer, chat_template, base, slots, capacity, steps, weights, cache, most_waiting, controls)
     run_server(models, host=host, port=port, loading=loading, settings=settings, without_key=open)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -11,11 +11,12 @@ from msgspec import UNSET
 from starlette.requests import Request
 
 from infer.completion import Update
+from infer.reader import Score
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
 from infer.serve.generation import Generation, attended, constraint_of, room, run, sampling_of
 from infer.serve.logprobs import Place, TokenNames
-from infer.serve.prompts import prompts_of
+from infer.serve.prompts import filtered, prompts_of
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
 from infer.serve.sse import DONE, EventStream, event
@@ -23,8 +24,6 @@ from infer.serve.types import Completion, CompletionChoice, CompletionLogprobs, 
 from infer.serve.usage import usage_of, wants_usage
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-Score = tuple[float, Mapping[int, float]]
-"""The log-probability of a token of the prompt, and those of the most likely tokens in its place."""
 
 
 def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
@@ -86,6 +85,7 @@ class _Call:
             raise ApiError(400, "prompt_logprobs goes without stream", param="prompt_logprobs")
         sampling = sampling_of(body, served, body.logprobs or 0)
         constraint = await constraint_of(body, served)
+        body = await filtered(body, served)
         ids = await prompts_of(body, served)
         for one in ids:
             room(served, one, most, "prompt")
@@ -141,10 +141,7 @@ class _Call:
         elif count is not None:
             choice.logprobs = CompletionLogprobs([], [], [] if count else None, [])
         if self.body.prompt_logprobs is not None and prompt.scores is not None:
-            choice.prompt_logprobs = [
-                score and self._names.prompt(token, *score, self.body.prompt_logprobs)
-                for token, score in zip(prompt.ids, prompt.scores, strict=True)
-            ]
+            choice.prompt_logprobs = self._names.prompt(prompt.ids, prompt.scores, self.body.prompt_logprobs)
         if self.body.return_token_ids:
             choice.token_ids, choice.prompt_token_ids = [], prompt.ids
         return choice

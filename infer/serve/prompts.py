@@ -48,6 +48,23 @@ async def ids_of(given: TextOrIds, served: Served, param: str, around: bool | No
         raise ApiError(400, str(error), param=param) from error
 
 
+async def filtered(body: CompletionRequest, served: Served) -> CompletionRequest:
+    """Return a completion whose prompts have passed the filters of input. Raises ApiError if one refuses them."""
+    behaviour, tokenizer = served.behaviour, served.tokenizer
+    if behaviour is None or not behaviour.inputs or tokenizer is None:
+        return body
+    given: list[Any] = list(body.prompt) if isinstance(body.prompt, list) else [body.prompt]
+    if all(isinstance(one, int) for one in given):
+        given = [given]
+    prompts = []
+    for one in given:
+        ids = isinstance(one, list)
+        text = tokenizer.decode([token for token in one if token < tokenizer.vocab_size]) if ids else str(one)
+        found = await behaviour.filtered_input(text, "prompt")
+        prompts.append(one if ids and found == text else found)
+    return msgspec.structs.replace(body, prompt=prompts)
+
+
 async def prompts_of(body: CompletionRequest, served: Served) -> list[list[int]]:
     """Return the ids of each prompt of a completion; an empty text is the end token, which begins a document."""
     found = await ids_of(body.prompt, served, "prompt", body.add_special_tokens)
@@ -77,6 +94,8 @@ async def chat_prompt(body: ChatRequest, served: Served, messages: Sequence[dict
             param="messages",
             code="no_chat_template",
         )
+    if served.behaviour is not None:
+        messages = await served.behaviour.messages(messages)
     again = bool(body.continue_final_message)
     if again and body.add_generation_prompt:
         raise ApiError(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from infer.reader import Reader, Run, Score, directly
+from infer.serve.limits import ACCOUNT, spend
 from infer.service import QueueFull, Service
 from model import ModelConfig, Params
 
@@ -47,6 +48,7 @@ class Reading:
         if self._requests >= self._most:
             raise QueueFull(self._requests, _RETRY_SECONDS)
         left = threading.Event()
+        spend(ACCOUNT.get(), sum(map(len, texts)))
 
         def run(block: Callable[[], Any]) -> Any:
             if left.is_set():

@@ -15,7 +15,9 @@ import jax
 import uvicorn
 
 from infer.decode import ROOM
+from infer.engine import caches_bytes
 from infer.serve.app import create_app
+from infer.serve.behaviour import Behaviour
 from infer.serve.served import Registry, check_names, name_and_path, open_served
 from infer.serve.settings import Settings
 from model import ModelConfig
@@ -33,7 +35,6 @@ _BYTES = {
     "int8-dynamic": 1.02,
     "int4": 0.6,
 }  # per weight, scales included
-_PREFIX_SHARE = 0.25  # of the slots' cache, kept for prefixes
 _DRAIN_SECONDS = 10  # in which requests may end after SIGTERM
 _KEEP_ALIVE_SECONDS = 75  # above the 60 s after which proxies close an idle connection themselves
 _BACKLOG = 2048
@@ -52,11 +53,13 @@ class Loading:
     weights: str = "float32"
     cache: str | None = None
     most_waiting: int = 64
+    behaviour: Behaviour | None = None
 
     def open(self, given: str) -> Any:
         """Load one model, given as PATH or NAME=PATH."""
         named = {"cache": "cache_dtype"}
-        options = {named.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        names = [field.name for field in dataclasses.fields(self)]
+        options = {named.get(name, name): getattr(self, name) for name in names}
         return open_served(given, **options)
 
 
@@ -138,8 +141,8 @@ def check_memory(configs: Mapping[str, ModelConfig], loading: Loading, free: int
     for given, config in configs.items():
         count, capacity = parameters(config).total, min(loading.capacity, config.max_seq_len)
         weights = int(count * _BYTES.get(loading.weights, 4.0))
-        slot = kv_cache_bytes(config, 1, capacity, loading.cache)
-        cache = int(slot * (loading.slots * (1 + _PREFIX_SHARE) + 2))  # with a prompt's and an embedded text's
+        embedded = kv_cache_bytes(config, 1, capacity, loading.cache)  # a text that is embedded or scored
+        cache = caches_bytes(config, loading.slots, capacity, loading.cache) + embedded
         parts = (
             f"{_size(weights)} of weights in {loading.weights}, {_size(4 * count)} in float32 while they are loaded, "
             f"{_size(cache)} of caches for {loading.slots} slots of {capacity:,} tokens"

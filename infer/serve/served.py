@@ -20,6 +20,7 @@ from model.tokenizer.token_bytes import token_bytes
 
 if TYPE_CHECKING:
     from infer.grammar import Grammars
+    from infer.serve.behaviour import Behaviour
     from infer.serve.metrics import Distribution
     from infer.serve.reading import Reading
 
@@ -29,7 +30,8 @@ class Served:
     """A model that is served.
 
     params: prepared for decode. service: None for an encoder, which only embeds. capacity: most tokens of a prompt and
-    its continuation together. created: seconds since 1970. weights: their precision.
+    its continuation together. created: seconds since 1970. weights: their precision. behaviour: its system prompt and
+    filters.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Served:
     capacity: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     weights: str = "float32"
+    behaviour: "Behaviour | None" = None
 
     @classmethod
     def create(
@@ -53,6 +56,7 @@ class Served:
         capacity: int = 4096,
         weights: str = "float32",
         most_waiting: int = 64,
+        behaviour: "Behaviour | None" = None,
         **options: Any,
     ) -> "Served":
         """Prepare parameters for decode and allocate the engine; options: others of `Engine`."""
@@ -72,6 +76,7 @@ class Served:
             service=service,
             capacity=capacity,
             weights=weights,
+            behaviour=behaviour,
         )
 
     @functools.cached_property

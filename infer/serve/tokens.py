@@ -1,14 +1,15 @@
-"""/tokenize and /detokenize: ids of tokens as /v1/completions and /v1/chat/completions read them, and back."""
+"""/tokenize, /detokenize and /tokenizer_info: ids of tokens as completions and chats read them, and back."""
 
 from starlette.requests import Request
 
+from infer.serve.behaviour import HIDDEN, hides
 from infer.serve.chat import conversation
 from infer.serve.endpoint import Endpoint
 from infer.serve.errors import ApiError
 from infer.serve.prompts import encode_text, off_loop
 from infer.serve.served import Registry, Served
 from infer.serve.settings import Settings
-from infer.serve.types import ChatRequest, DetokenizeRequest, Text, TokenizeRequest, Tokens
+from infer.serve.types import ChatRequest, DetokenizeRequest, Text, TokenizeRequest, TokenizerInfo, Tokens
 from model.errors import InputError
 
 
@@ -33,7 +34,23 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
             raise ApiError(400, str(error), param="tokens") from error
         return Text(text, text)
 
+    async def info(request: Request, body: None) -> TokenizerInfo:
+        tokenizer = registry.get(request.query_params.get("model")).need_tokenizer("model")
+        names = [
+            None if token is None else tokenizer.token_name(token) for token in (tokenizer.bos_id, tokenizer.eos_id)
+        ]
+        return TokenizerInfo(*names, tokenizer.chat_template)
+
     return [
+        Endpoint(
+            "GET",
+            "/tokenizer_info",
+            info,
+            "What the tokenizer puts around texts.",
+            response=TokenizerInfo,
+            query={"model": str},
+            errors=(404,),
+        ),
         Endpoint(
             "POST",
             "/tokenize",
@@ -83,6 +100,8 @@ async def _conversation(body: TokenizeRequest, served: Served) -> list[int]:
     for name in ("prompt", "content"):
         if getattr(body, name) is not None:
             raise ApiError(400, f"messages and {name} exclude each other; give one of them", param=name)
+    if served.behaviour is not None and served.behaviour.is_hidden:
+        raise hides("messages", HIDDEN)
     shared = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
     fields = {name: getattr(body, name) for name in shared}
     chat = ChatRequest(**fields, add_special_tokens=_one_of(body, "add_special_tokens", "add_special"))

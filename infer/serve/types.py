@@ -26,7 +26,6 @@ _REFUSED: dict[str, Any] = {
     "allowed_token_ids": [],
     "bad_words": [],
     "beam_width": 1,
-    "guided_choice": None,
     "guided_grammar": None,
     "guided_decoding_backend": None,
     "include_stop_str_in_output": False,
@@ -35,7 +34,6 @@ _REFUSED: dict[str, Any] = {
     "priority": 0,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
-    "structured_outputs": None,
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
 }
@@ -66,6 +64,22 @@ class ResponseFormat(Struct, kw_only=True):
     json_schema: JsonSchema | None = None
     schema: dict[str, Any] | None = None
     pattern: str | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """What the text must be, in vLLM's form: one of these.
+
+    json: a schema, as an object or as its text. regex: a regular expression that the whole text matches. choice: one of
+    these texts. json_object: any JSON object.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    json_object: bool | None = None
+    grammar: Any = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
 
 
 class GenerationRequest(Struct, kw_only=True):
@@ -100,6 +114,8 @@ class GenerationRequest(Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 class Part(Struct, kw_only=True):
@@ -245,6 +261,14 @@ class Tokens(Struct):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(Struct):
+    """What clients that encode texts themselves have to know; None: the tokenizer has none."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
 class DetokenizeRequest(Struct, kw_only=True):
     """Ids of tokens."""
 
@@ -322,7 +346,7 @@ class PromptLogprob(Struct):
 
 
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class AnswerMessage(Struct):
@@ -410,7 +434,7 @@ class CompletionChoice(Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "content_filter"] | None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
