@@ -18,13 +18,14 @@ import servers
 from experiments.bench.serve.client import Target
 from experiments.bench.serve.load import closed_load, open_load
 from experiments.bench.serve.measures import summarize
-from experiments.bench.serve.target import NICE, new_client
+from experiments.bench.serve.target import new_client
 
 SLOTS, WAITING = 4, 16
 LEAVERS, TOGETHER = 200, 8
 MOST_GROWTH = 48 * 2**20  # bytes of memory over a test; a leak of all leavers' prompts and texts would not show
 OVERLOAD_SECONDS, TIMES = 60, 10
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
+NICE = 10  # how much the clients of the overload step back behind the server on the same cores
 
 
 @pytest.fixture(scope="module")
