@@ -36,10 +36,10 @@ def routes(registry: Registry, settings: Settings) -> list[Endpoint]:
 
     async def info(request: Request, body: None) -> TokenizerInfo:
         tokenizer = registry.get(request.query_params.get("model")).need_tokenizer("model")
-        names = [
+        begin, end = (
             None if token is None else tokenizer.token_name(token) for token in (tokenizer.bos_id, tokenizer.eos_id)
-        ]
-        return TokenizerInfo(*names, tokenizer.chat_template)
+        )
+        return TokenizerInfo(begin, end, tokenizer.chat_template)
 
     return [
         Endpoint(
