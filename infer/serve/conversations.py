@@ -70,6 +70,8 @@ class AnswerSettings(Struct, kw_only=True, omit_defaults=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=1000)]], Meta(max_length=64)] | None = None
@@ -336,8 +338,8 @@ def _encodable(text: str) -> str:
 
 
 def _request(drawn: AnswerSettings) -> ChatRequest:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
-    return ChatRequest(messages=[], **{name: getattr(drawn, name) for name in names})
+    fields = msgspec.structs.asdict(drawn)
+    return ChatRequest(messages=[], **{name: fields[name] for name in fields.keys() - {"max_tokens", "logprobs"}})
 
 
 def _described(served: Served) -> ServedModel:

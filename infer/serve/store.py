@@ -5,6 +5,7 @@ has been committed is there after `kill -9`; a power failure may lose the last m
 """
 
 import asyncio
+import atexit
 import queue
 import sqlite3
 import threading
@@ -73,7 +74,7 @@ Job = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class Store:
-    """A file of conversations. path: None keeps them in memory. Thread-safe.
+    """A file of conversations, closed at the end of the program. path: None keeps them in memory. Thread-safe.
 
     Raises InputError if the file cannot be opened, is another program's, or was written by a newer version.
     """
@@ -84,6 +85,8 @@ class Store:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
                 ":memory:" if path is None else path,
                 timeout=_SECONDS_LOCKED,
@@ -91,11 +94,12 @@ class Store:
                 check_same_thread=False,
             )
             self._open()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise InputError(
                 f"{self._name} cannot be opened: {error}; give a file of conversations, or a new one in a folder where "
                 "you may write"
             ) from error
+        atexit.register(self.close)
 
     def _open(self) -> None:
         database = self._database
@@ -147,6 +151,7 @@ class Store:
 
     def close(self) -> None:
         """Finish what was submitted and close the file. Nothing may be submitted afterwards."""
+        atexit.unregister(self.close)
         with self._starting:
             self._jobs.put(None)
             if self._thread is not None:

@@ -30,7 +30,7 @@ class StoredMessage(Struct, kw_only=True):
     parent: None for the first. siblings: ids of the messages with the same parent, itself included, oldest first.
     finish_reason: of an answer, "stop", "length", "cancelled" (stopped by the user), "error" or "partial". dropped: ids
     of messages that were left out of the prompt, as the window had no room for them. Times in seconds; created: since
-    1970; seconds: from the request to the last token.
+    1970; seconds: from the request to the last token, of all requests if it was continued.
     """
 
     id: int
@@ -226,9 +226,12 @@ def append(db: sqlite3.Connection, message: int, content: str, tokens: int, logp
 
 
 def finish(
-    db: sqlite3.Connection, message: int, reason: str, first_token_seconds: float | None, seconds: float | None
+    db: sqlite3.Connection, message: int, reason: str, first_token_seconds: float | None, seconds: float
 ) -> StoredMessage | None:
-    """End an answer: move its pieces into the message, and return it; None if it was deleted."""
+    """End an answer: move its pieces into the message, and return it; None if it was deleted.
+
+    seconds: of this request; those of an answer that was continued are added up.
+    """
     row = db.execute("SELECT conversation, content, logprobs FROM messages WHERE id = ?", (message,)).fetchone()
     if row is None:
         return None
@@ -238,7 +241,7 @@ def finish(
     ).fetchall()
     db.execute(
         "UPDATE messages SET content = ?, logprobs = ?, completion_tokens = completion_tokens + ?, finish_reason = ?,"
-        " first_token_seconds = ?, seconds = ? WHERE id = ?",
+        " first_token_seconds = coalesce(first_token_seconds, ?), seconds = coalesce(seconds, 0) + ? WHERE id = ?",
         (
             content + "".join(piece[0] for piece in pieces),
             ",".join(part for part in (logprobs, *(piece[2] for piece in pieces)) if part),

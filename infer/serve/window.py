@@ -29,9 +29,9 @@ async def fit(served: Served, system: str, turns: Sequence[Turn], max_tokens: in
     """Return the prompt of the newest turns that leave room for an answer.
 
     A turn is a message of the user with the answers to it; whole ones are left out, never the last. system: "" for
-    none; it is always there. max_tokens: of the answer, None for what fits; a quarter of the window is kept free for
-    it, or max_tokens if that is less. again: the last message, an answer, is continued. Raises ApiError if the last
-    turn does not fit, or for a model without a chat template.
+    none; it is always there. max_tokens: of the answer, None for what fits; turns are left out until a quarter of the
+    window is free for it, or max_tokens if that is less. again: the last message, an answer, is continued. Raises
+    ApiError if the last turn fills the window, or for a model without a chat template.
     """
     body = ChatRequest(messages=[], add_generation_prompt=not again, continue_final_message=again)
     before = [{"role": "system", "content": system}] if system else []
@@ -53,13 +53,13 @@ async def fit(served: Served, system: str, turns: Sequence[Turn], max_tokens: in
                 low = middle + 1
         start = starts[high]
         prompt = await prompt_from(start)
-        if len(prompt) + reserved > served.capacity:
+        if len(prompt) >= served.capacity:
             parts = "the last message and the system prompt have" if system else "the last message has"
             what = "the answer and its question have" if again else parts
             raise ApiError(
                 400,
-                f"{what} {len(prompt)} tokens, but the window of {served.name!r} is {served.capacity} tokens, of which"
-                f" {reserved} are kept free for the answer; shorten the message",
+                f"{what} {len(prompt)} tokens, which leave no room for an answer in the window of {served.name!r}, "
+                f"{served.capacity} tokens; {'ask something new' if again else 'shorten the message'}",
                 code="context_length_exceeded",
             )
     dropped = [turn.id for turn in turns[:start] if turn.id is not None]
