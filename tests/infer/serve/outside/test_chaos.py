@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import json
 import threading
-import time
 
 import numpy as np
 import pytest
