@@ -23,7 +23,7 @@ def define(data, tmp_path):
     def define(**changes):
         given = {"preset": "tiny", "set": AXES, "steps": 2, "evaluate_tokens": 128, "base": ("decode.context=16",)}
         given |= {"data": data, "out": tmp_path / "sweep", "batch_size": 4, "seq_len": 32}
-        given |= {"objective": ("loss", CAPACITY), "service_level": ("ttft:2000", "tpot:500")}
+        given |= {"objective": ("loss", CAPACITY), "service_level": ("ttft:150", "tpot:100")}
         return SweepOptions(**given | changes).define()
 
     return define
@@ -31,7 +31,7 @@ def define(data, tmp_path):
 
 def test_a_service_level_is_part_of_the_sweep(define):
     sweep = define(service_share=0.9)
-    assert sweep.service == ServiceLevel(("ttft:2000", "tpot:500"), 0.9)
+    assert sweep.service == ServiceLevel(("ttft:150", "tpot:100"), 0.9)
     sweep.folder.mkdir()
     sweep.write()
     assert Sweep.read(sweep.folder).service == sweep.service
@@ -86,7 +86,7 @@ def test_a_sweep_over_gqa_and_weights_gives_every_capacity_with_its_error(define
     from experiments.sweep.ledger import Ledger
     from experiments.sweep.run import run_sweep
 
-    sweep = define(set=("num_kv_heads=1,2", "decode.weights=float32,int8"))
+    sweep = define(service_share=0.8)
     sweep = dataclasses.replace(sweep, service=dataclasses.replace(sweep.service, requests=20))
     run_sweep(sweep)
     outcome = _outcome(sweep, Ledger(sweep, read_only=True))
