@@ -45,6 +45,14 @@ Overrides = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")]
 _FIGURES = (".svg", ".png", ".pdf")
 
 
+def data_file(name: str) -> Path:
+    """Return the path of a file that isoflop keeps for this user, in $XDG_DATA_HOME/isoflop (~/.local/share/isoflop)."""
+    import os
+
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return home / "isoflop" / name
+
+
 def console() -> "Console":
     """Return a console on standard output; wide enough for tables if that is a file or a pipe."""
     from rich.console import Console

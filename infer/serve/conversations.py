@@ -236,7 +236,9 @@ class _Api:
             return _file(msgspec.json.format(msgspec.json.encode(conversation), indent=2), conversation, "json")
         if form == "markdown":
             conversation = await self.store.run(tree.read, id)
-            return _file(_markdown(conversation).encode(), conversation, "md")
+            messages = [(one.role, one.content) for one in conversation.messages]
+            text = tree.markdown(conversation.title, conversation.system, messages, conversation.model)
+            return _file(text.encode(), conversation, "md")
         raise ApiError(400, f"format={form[:40]!r} must be json or markdown", param="format")
 
     async def stop(self, request: Request, body: None) -> Done:
@@ -361,13 +363,3 @@ def _file(data: bytes, conversation: tree.Conversation, suffix: str) -> Response
     headers = {"content-disposition": f'attachment; filename="{name}.{suffix}"'}
     media_type = "application/json" if suffix == "json" else "text/markdown; charset=utf-8"
     return Response(data, headers=headers, media_type=media_type)
-
-
-def _markdown(conversation: tree.Conversation) -> str:
-    parts = [f"# {conversation.title or 'Conversation'}"]
-    if conversation.system:
-        parts.append(f"## System\n\n{conversation.system}")
-    for message in conversation.messages:
-        name = "User" if message.role == "user" else f"Assistant ({message.model})"
-        parts.append(f"## {name}\n\n{message.content.strip()}")
-    return "\n\n".join(parts) + "\n"

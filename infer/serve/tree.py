@@ -350,3 +350,13 @@ def _title(content: str) -> str:
         return words
     head = words[:_TITLE_LENGTH]
     return f"{head.rpartition(' ')[0] or head}…"
+
+
+def markdown(title: str, system: str, messages: Iterable[tuple[str, str]], model: str) -> str:
+    """Return a conversation as Markdown. messages: (role, content) of each. model: the name of the assistant."""
+    parts = [f"# {title or 'Conversation'}"]
+    if system:
+        parts.append(f"## System\n\n{system}")
+    for role, content in messages:
+        parts.append(f"## {'User' if role == 'user' else f'Assistant ({model})'}\n\n{content.strip()}")
+    return "\n\n".join(parts) + "\n"
