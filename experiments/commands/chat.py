@@ -35,7 +35,7 @@ def chat(
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
-    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = 1024,
+    max_tokens: int = 1024,
     seed: Annotated[int | None, tyro.conf.arg(metavar="SEED")] = None,
     tokenizer: Path | None = None,
     chat_template: str | None = None,
@@ -63,7 +63,7 @@ def chat(
         repetition_penalty: Divide positive and multiply negative logits of tokens seen before; 1 changes nothing.
         presence_penalty: Subtract this from the logits of tokens in the answer.
         frequency_penalty: Subtract this for every time a token occurs in the answer.
-        max_tokens: Most tokens of an answer; None for what fits.
+        max_tokens: Most tokens of an answer; 0 for what fits.
         seed: Of the first answer, one more for each further one; by default they differ every time.
         tokenizer: The model's tokenizer (a file, or a folder such as the data's), if the model's folder has none.
         chat_template: A template's name, such as chatml, or a file, in place of the tokenizer's own.
@@ -89,8 +89,8 @@ def chat(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"--max-tokens={max_tokens} must be at least 1, or None for what fits")
+    if max_tokens < 0:
+        raise InputError(f"--max-tokens={max_tokens} must be at least 1, or 0 for what fits")
     sampling = Sampling(**drawn)
     say(f"loading {model}")
     options: dict[str, Any] = {"tokenizer": tokenizer, "chat_template": chat_template, "base": base}
@@ -103,7 +103,7 @@ def chat(
             "try, or use isoflop generate"
         )
     with Registry([served]):
-        _Conversation(served, system, sampling, max_tokens, seed).run(sys.stdin.isatty() and sys.stdout.isatty())
+        _Conversation(served, system, sampling, max_tokens or None, seed).run(sys.stdin.isatty() and sys.stdout.isatty())
 
 
 class _Conversation:
@@ -257,12 +257,12 @@ class _Conversation:
         path = Path(given).expanduser()
         if path.exists() and path.resolve() not in self.saved:
             raise InputError(f"{path} exists; give another name")
-        messages = [(turn.role, turn.content) for turn in self.turns]
         if path.suffix == ".md":
-            data = markdown("Conversation", self.system, messages, self.served.name)
+            names = {"user": "User", "assistant": f"Assistant ({self.served.name})"}
+            data = markdown("Conversation", self.system, [(names[turn.role], turn.content) for turn in self.turns])
         else:
-            system = [("system", self.system)] if self.system else []
-            rows = [{"role": role, "content": content} for role, content in (*system, *messages)]
+            rows = [{"role": "system", "content": self.system}] if self.system else []
+            rows += [{"role": turn.role, "content": turn.content} for turn in self.turns]
             data = json.dumps({"model": self.served.name, "messages": rows}, ensure_ascii=False, indent=2) + "\n"
         try:
             path.write_text(data, encoding="utf-8")

@@ -236,8 +236,11 @@ class _Api:
             return _file(msgspec.json.format(msgspec.json.encode(conversation), indent=2), conversation, "json")
         if form == "markdown":
             conversation = await self.store.run(tree.read, id)
-            messages = [(one.role, one.content) for one in conversation.messages]
-            text = tree.markdown(conversation.title, conversation.system, messages, conversation.model)
+            messages = [
+                ("User" if one.role == "user" else f"Assistant ({one.model})", one.content)
+                for one in conversation.messages
+            ]
+            text = tree.markdown(conversation.title, conversation.system, messages)
             return _file(text.encode(), conversation, "md")
         raise ApiError(400, f"format={form[:40]!r} must be json or markdown", param="format")
 

@@ -352,11 +352,10 @@ def _title(content: str) -> str:
     return f"{head.rpartition(' ')[0] or head}…"
 
 
-def markdown(title: str, system: str, messages: Iterable[tuple[str, str]], model: str) -> str:
-    """Return a conversation as Markdown. messages: (role, content) of each. model: the name of the assistant."""
+def markdown(title: str, system: str, messages: Iterable[tuple[str, str]]) -> str:
+    """Return a conversation as Markdown. messages: (name of its author, content) of each."""
     parts = [f"# {title or 'Conversation'}"]
     if system:
         parts.append(f"## System\n\n{system}")
-    for role, content in messages:
-        parts.append(f"## {'User' if role == 'user' else f'Assistant ({model})'}\n\n{content.strip()}")
+    parts += [f"## {author}\n\n{content.strip()}" for author, content in messages]
     return "\n\n".join(parts) + "\n"
